@@ -1,0 +1,56 @@
+# Every target builds the environment (.venv) that it needs.
+PYTHON  ?= python3
+WORKERS ?= 2
+# Analyses that `make slow` runs after the slow tests, by module name: make slow ANALYSES="spirals"
+ANALYSES ?=
+
+BIN   := .venv/bin
+STAMP := .venv/.installed
+PIP   := $(BIN)/python -m pip install -qq -c constraints.txt
+CODE  := armed_pyro models analysis tests
+# One thread per worker: two workers on two cores would otherwise fight over them.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test slow lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+venv: $(STAMP)  ## build .venv with the tested versions (PYTHON=python3.12 chooses the interpreter)
+
+# torch first: where pip is offered a smaller build of the pinned version (CPU only), it is taken.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "armed_pyro needs Python 3.11 or later, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
+	  echo "Name another interpreter: make PYTHON=python3.12 venv" >&2; exit 1; }
+	@echo "Building .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## fit, report and predict on the demonstration data, into results/demo
+	$(BIN)/armed-pyro demo --out results/demo
+	@echo "Results are in $(CURDIR)/results/demo"
+
+test: $(STAMP)  ## run the tests with coverage (line coverage of at least 90 %)
+	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+slow: $(STAMP)  ## run the slow tests, then the analyses named in ANALYSES
+	$(THREADS) $(BIN)/python -m pytest -m slow -n $(WORKERS) || [ $$? -eq 5 ]  # 5: no slow tests
+	@set -e; for name in $(ANALYSES); do echo "analysis/$$name.py"; $(BIN)/python -m armed_pyro.analysis.$$name; done
+
+lint: $(STAMP)  ## check style, imports, formatting and types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+format: $(STAMP)  ## format the code and apply safe fixes
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+clean:  ## remove .venv, caches, builds and results
+	rm -rf .venv build dist results htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find $(CODE) \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +

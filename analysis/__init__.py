@@ -1,0 +1,1 @@
+"""Scripts a statistician would run, imported as ``armed_pyro.analysis``."""

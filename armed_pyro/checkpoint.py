@@ -1,0 +1,91 @@
+"""Checkpoints of a training run: tensors and their bookkeeping in one file, without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = ["Checkpoint", "optimizer_tensors", "restore_optimizer"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State of a run after some step.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        Parameters, buffers, optimizer moments and random state, by name.
+    record : dict
+        Step, history, stopping state and settings, as JSON values.
+    """
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        """Write the file under a temporary name, then rename: a kill leaves the old file whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        tensors = {name: one.detach().cpu().contiguous() for name, one in self.tensors.items()}
+        save_file(tensors, partial, metadata={"record": json.dumps(self.record)})
+        os.replace(partial, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """The checkpoint at `path`.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or not a checkpoint.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads((file.metadata() or {})["record"])
+                return cls({name: file.get_tensor(name) for name in file.keys()}, record)  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is damaged or not a checkpoint ({error}): delete it and fit anew"
+            ) from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's per-parameter state, flattened to named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers, copied, under a prefix."""
+    return {f"{prefix}.{name}": one.detach().clone() for name, one in module.state_dict().items()}
+
+
+def restore_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `module_tensors` took."""
+    start = f"{prefix}."
+    own = {key[len(start) :]: one for key, one in tensors.items() if key.startswith(start)}
+    module.load_state_dict(own)

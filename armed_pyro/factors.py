@@ -1,0 +1,201 @@
+"""One grouping factor of a program: its covariance matrix, and its clusters' random effects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from torch import Tensor, nn
+
+from armed_pyro.priors import Known, ScalePrior
+from armed_pyro.rows import Membership
+from armed_pyro.terms import Block
+
+__all__ = ["Factor"]
+
+
+class Factor(nn.Module):
+    r"""Random effects of one grouping factor.
+
+    .. math:: sd \sim p(sd), \quad R_b \sim LKJ(\eta), \quad
+              u_k \sim N(0, diag(sd) R diag(sd)), \quad k = 1, \dots, K
+
+    with one correlation matrix :math:`R_b` for each correlated term (and column of the
+    predictor). The sites are ``<factor>_sd``, ``<factor>_cor_cholesky`` (numbered if there are
+    several), ``<factor>_cor`` and, in a plate over clusters, ``<factor>_effect``.
+
+    Effects are ordered by column of phi, then by column of the predictor.
+
+    Parameters
+    ----------
+    name : str
+        The grouping factor.
+    blocks : sequence of Block
+        Its terms' columns.
+    columns : sequence of str
+        Names of the predictor's columns.
+    prior, default : ScalePrior, float
+        Prior of the sds, and its scale where it has none.
+    concentration : float
+        eta of the LKJ prior.
+    spread : float
+        Outcome units per standardised unit.
+    """
+
+    unit: Tensor
+    prior_scale: Tensor
+    to_original: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        blocks: Sequence[Block],
+        columns: Sequence[str],
+        prior: ScalePrior,
+        default: float,
+        concentration: float,
+        spread: float,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.blocks = nn.ModuleList(blocks)
+        self.n_columns = len(columns)
+        self.prior = prior
+        self.concentration = concentration
+        names = [term for block in blocks for term in block.names]
+        self.terms = tuple(
+            f"{term}[{column}]" if column else term for term in names for column in columns
+        )
+        self.groups = _groups(blocks, len(columns))
+        if isinstance(prior, Known) and self.groups:
+            raise ValueError(
+                f"the sds of {name!r} are given as known, but its terms are correlated: write "
+                "them as independent, with '||'"
+            )
+        matrix = torch.block_diag(*[block.to_original for block in blocks])
+        matrix = torch.kron(matrix, torch.eye(self.n_columns, dtype=matrix.dtype)) * spread
+        unit = 1 / matrix.diagonal()
+        self.register_buffer("to_original", matrix, persistent=False)
+        self.register_buffer("unit", unit, persistent=False)
+        scale = prior.scales([term for term in names for _ in columns], unit, default)
+        self.register_buffer("prior_scale", scale, persistent=False)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether all effects of a cluster are independent given their sds."""
+        return not self.groups
+
+    @property
+    def effect_site(self) -> str:
+        """Name of the random effects' site."""
+        return f"{self.name}_effect"
+
+    def cholesky_sites(self) -> tuple[str, ...]:
+        """Names of the sites of the correlations' Cholesky factors."""
+        site = f"{self.name}_cor_cholesky"
+        numbered = tuple(f"{site}_{number}" for number in range(len(self.groups)))
+        return (site,) if len(self.groups) == 1 else numbered
+
+    def describe_priors(self) -> dict[str, str]:
+        """Prior of every term's sd, in the units of the data, and of the correlations."""
+        lines = {
+            f"{self.name}_sd[{term}]": self.prior.describe(float(scale / unit))
+            for term, scale, unit in zip(self.terms, self.prior_scale, self.unit, strict=True)
+        }
+        if self.groups:
+            lines[f"{self.name}_cor"] = f"LKJ({self.concentration:.4g})"
+        return lines
+
+    def forward(self, membership: Membership) -> Float[Tensor, "... clusters terms"]:
+        """Sample the hyperparameters, and the random effects of the clusters drawn."""
+        latents = {f"{self.name}_sd": self.prior.sample(f"{self.name}_sd", self.prior_scale)}
+        for site, group in zip(self.cholesky_sites(), self.groups, strict=True):
+            concentration = self.prior_scale.new_tensor(self.concentration)
+            latents[site] = pyro.sample(site, dist.LKJCholesky(len(group), concentration))
+        if self.groups:
+            factor = self.correlation_cholesky(latents)
+            pyro.deterministic(f"{self.name}_cor", factor @ factor.mT, event_dim=2)
+        scale = self.scale(latents)
+        with self.plate(membership), weighted(membership):
+            if self.diagonal:
+                prior = dist.Normal(torch.zeros_like(scale), scale).to_event(1)
+            else:
+                prior = dist.MultivariateNormal(scale.new_zeros(scale.shape[-1]), scale_tril=scale)
+            return pyro.sample(self.effect_site, prior)  # type: ignore[no-any-return]
+
+    def plate(self, membership: Membership) -> pyro.plate:
+        """The plate over the clusters drawn."""
+        return pyro.plate(self.name, len(membership.index), dim=-1)
+
+    def correlation_cholesky(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... T T"]:
+        """Cholesky factor of R, assembled from the correlated terms' factors."""
+        given = [latents[site] for site in self.cholesky_sites()]
+        if len(given) == 1 and len(self.groups[0]) == len(self.terms):
+            return given[0]
+        sd = latents[f"{self.name}_sd"]
+        full = torch.eye(len(self.terms), dtype=sd.dtype, device=sd.device)
+        full = full.expand(*sd.shape[:-1], *full.shape).clone()
+        for group, factor in zip(self.groups, given, strict=True):
+            index = torch.tensor(group, device=sd.device)
+            full[..., index[:, None], index] = factor
+        return full
+
+    def scale(
+        self, latents: Mapping[str, Tensor]
+    ) -> Float[Tensor, "... terms"] | Float[Tensor, "... terms terms"]:
+        """L with u = L z: the vector of sds where effects are independent, else a matrix."""
+        sd = latents[f"{self.name}_sd"]
+        if self.diagonal:
+            return sd
+        return sd[..., :, None] * self.correlation_cholesky(latents)
+
+    def sd(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms"]:
+        """Standard deviations of the terms."""
+        return latents[f"{self.name}_sd"]
+
+    def known(self) -> dict[str, Tensor]:
+        """Hyperparameters that are given, not estimated."""
+        return {f"{self.name}_sd": self.prior_scale} if isinstance(self.prior, Known) else {}
+
+    def covariance(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms terms"]:
+        """D, the covariance matrix of a cluster's effects, in standardised units."""
+        scale = self.scale(latents)
+        return torch.diag_embed(scale**2) if self.diagonal else scale @ scale.mT
+
+    def design(
+        self, x: Tensor, activations: Mapping[str, Tensor]
+    ) -> Float[Tensor, "rows phi_columns"]:
+        """phi, the columns of all terms."""
+        return torch.cat([block.columns(x, activations) for block in self.blocks], -1)
+
+    def contribution(
+        self,
+        phi: Float[Tensor, "rows phi_columns"],
+        membership: Membership,
+        effects: Float[Tensor, "... clusters terms"],
+    ) -> Float[Tensor, "... rows columns"]:
+        """phi_i' u_{g(i)} for every row and column of the predictor."""
+        mine = effects[..., membership.position, :].unflatten(-1, (-1, self.n_columns))
+        return (phi[..., None] * mine).sum(-2)
+
+
+def weighted(membership: Membership) -> poutine.scale:
+    """Handler that gives each cluster's sites the cluster's weight."""
+    return poutine.scale(scale=1.0 if membership.weight is None else membership.weight)
+
+
+def _groups(blocks: Sequence[Block], n_columns: int) -> tuple[tuple[int, ...], ...]:
+    groups, start = [], 0
+    for block in blocks:
+        stop = start + len(block.names)
+        if block.correlated:
+            groups += [
+                tuple(range(start * n_columns + column, stop * n_columns, n_columns))
+                for column in range(n_columns)
+            ]
+        start = stop
+    return tuple(groups)

@@ -1,0 +1,137 @@
+"""What a program knows of the data it is fitted to: sizes, names, scales and cluster labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from armed_pyro.data import ClusteredData
+from armed_pyro.families import Family
+from armed_pyro.tables import Schema, index_from_json, index_to_json
+
+__all__ = ["Facts"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sizes, names, scales and labels of the training data.
+
+    A feature enters the network as ``(x - feature_mean) / feature_scale``; the linear predictor
+    is ``center + spread * (f + phi' u)`` with f and u in standardised units.
+
+    Attributes
+    ----------
+    feature_shape : tuple of int
+        Shape of one row's features.
+    columns : tuple of str
+        Names of the predictor's columns, one empty name unless the outcome has classes.
+    levels : mapping of str to pandas.Index
+        Labels of the clusters seen in training, by grouping factor.
+    counts : mapping of str to Int[Tensor, "clusters"]
+        Training rows in each cluster.
+    """
+
+    n_rows: int
+    feature_names: tuple[str, ...]
+    sources: tuple[str, ...]
+    feature_shape: tuple[int, ...]
+    feature_mean: tuple[float, ...]
+    feature_scale: tuple[float, ...]
+    outcome_name: str
+    classes: tuple[Any, ...] | None
+    columns: tuple[str, ...]
+    center: tuple[float, ...]
+    spread: float
+    levels: Mapping[str, pd.Index]
+    counts: Mapping[str, Int[Tensor, " clusters"]]
+    schema: Schema | None
+
+    @classmethod
+    def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
+        """Facts of the data, after the checks that need no network.
+
+        Raises
+        ------
+        ValueError
+            If the data cannot be fitted: see `ClusteredData.check_training` and `Family.check`.
+        """
+        data.check_training()
+        family.check(data)
+        continuous = torch.tensor(data.continuous, dtype=torch.bool)
+        if len(continuous):
+            mean, scale = data.features.mean(0), data.features.std(0)
+            mean = torch.where(continuous, mean, torch.zeros_like(mean))
+            scale = torch.where(continuous, scale, torch.ones_like(scale))
+        else:
+            mean = scale = torch.zeros(0)
+        groupings = {factor: data.grouping(factor) for factor in factors}
+        return cls(
+            n_rows=data.n_rows,
+            feature_names=data.feature_names,
+            sources=data.sources,
+            feature_shape=tuple(data.features.shape[1:]),
+            feature_mean=tuple(mean.tolist()),
+            feature_scale=tuple(scale.tolist()),
+            outcome_name=data.outcome_name,
+            classes=data.classes,
+            columns=family.columns(data),
+            center=tuple(family.center(data).tolist()),
+            spread=family.spread(data),
+            levels={factor: grouping.levels for factor, grouping in groupings.items()},
+            counts={factor: grouping.counts for factor, grouping in groupings.items()},
+            schema=data.schema,
+        )
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Features of the network: ``(x - mean) / scale``; images are left as they are."""
+        if not self.feature_mean:
+            return features
+        mean = torch.tensor(self.feature_mean, dtype=torch.float64)
+        scale = torch.tensor(self.feature_scale, dtype=torch.float64)
+        return (features.to(torch.float64) - mean) / scale
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as JSON values."""
+        return {
+            "n_rows": self.n_rows,
+            "feature_names": list(self.feature_names),
+            "sources": list(self.sources),
+            "feature_shape": list(self.feature_shape),
+            "feature_mean": list(self.feature_mean),
+            "feature_scale": list(self.feature_scale),
+            "outcome_name": self.outcome_name,
+            "classes": None if self.classes is None else index_to_json(pd.Index(self.classes)),
+            "columns": list(self.columns),
+            "center": list(self.center),
+            "spread": self.spread,
+            "levels": {factor: index_to_json(levels) for factor, levels in self.levels.items()},
+            "counts": {factor: counts.tolist() for factor, counts in self.counts.items()},
+            "schema": None if self.schema is None else self.schema.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Facts:
+        """The facts that `to_json` wrote."""
+        classes, schema = values["classes"], values["schema"]
+        return cls(
+            n_rows=int(values["n_rows"]),
+            feature_names=tuple(values["feature_names"]),
+            sources=tuple(values["sources"]),
+            feature_shape=tuple(values["feature_shape"]),
+            feature_mean=tuple(values["feature_mean"]),
+            feature_scale=tuple(values["feature_scale"]),
+            outcome_name=values["outcome_name"],
+            classes=None if classes is None else tuple(index_from_json(classes)),
+            columns=tuple(values["columns"]),
+            center=tuple(values["center"]),
+            spread=float(values["spread"]),
+            levels={factor: index_from_json(one) for factor, one in values["levels"].items()},
+            counts={factor: torch.tensor(one) for factor, one in values["counts"].items()},
+            schema=None if schema is None else Schema.from_json(schema),
+        )

@@ -1,0 +1,128 @@
+"""Fit: a fitted model, and the verbs that read results off it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from armed_pyro import datatree, prediction, storage, summary, variance
+from armed_pyro.data import ClusteredData
+from armed_pyro.guides import Guide
+from armed_pyro.prediction import Prediction
+from armed_pyro.program import MixedEffects
+from armed_pyro.schedule import History, Schedule
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["Fit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted model.
+
+    Attributes
+    ----------
+    model : MixedEffects
+        The bound program with its trained network and adversaries.
+    guide : Guide
+        The approximate posterior.
+    data : ClusteredData
+        The training rows.
+    history : History
+        Record of the training.
+    schedule : Schedule
+        How it was trained.
+    seed : int
+        Seed of the training, and of the draws unless another is given.
+    stopped : str
+        Why training ended: "converged", "validation" (both good), "steps" (they ran out),
+        "diverged".
+    """
+
+    model: MixedEffects
+    guide: Guide
+    data: ClusteredData
+    history: History
+    schedule: Schedule
+    seed: int
+    stopped: str
+
+    @property
+    def converged(self) -> bool:
+        """Whether the loss had stopped improving when training ended."""
+        return self.stopped in ("converged", "validation")
+
+    def draws(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """n joint posterior draws of all latent sites, in standardised units.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Random effects "n clusters terms"; other sites "n 1 ...".
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed if seed is None else seed)
+            return self.guide.draws(self.model.clusters(), n)
+
+    def predict(
+        self,
+        data: ClusteredData | pd.DataFrame,
+        *,
+        unseen: str | None = None,
+        draws: int = 1000,
+        prob: float = 0.9,
+        seed: int | None = None,
+    ) -> Prediction:
+        """E[y | x, cluster] and y for new rows, with their posterior uncertainty.
+
+        See `armed_pyro.prediction.predict`.
+        """
+        return prediction.predict(self, data, unseen=unseen, draws=draws, prob=prob, seed=seed)
+
+    def variance_components(
+        self, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    ) -> pd.DataFrame:
+        """Table of sds, correlations, variances, shares, ICCs and R2.
+
+        See `armed_pyro.variance.variance_components`.
+        """
+        return variance.variance_components(self, draws=draws, prob=prob, seed=seed)
+
+    def fixed_effects(
+        self, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    ) -> pd.DataFrame:
+        """Table of the latent fixed effects on the original scale; empty for a plain network.
+
+        See `armed_pyro.variance.fixed_effects`.
+        """
+        return variance.fixed_effects(self, draws=draws, prob=prob, seed=seed)
+
+    def to_datatree(
+        self, *, draws: int = 1000, groups: Sequence[str] | None = None, seed: int | None = None
+    ) -> xr.DataTree:
+        """Everything as labelled ArviZ data, on the original scale.
+
+        See `armed_pyro.datatree.to_datatree`.
+        """
+        return datatree.to_datatree(self, draws=draws, groups=groups, seed=seed)
+
+    def summary(self, *, prob: float = 0.9) -> None:
+        """Print the program, data, variance components, fixed effects and convergence."""
+        print(summary.text(self, prob=prob))
+
+    def save(self, folder: str | Path, *, draws: int = 1000) -> None:
+        """Write the fit to a folder; see `armed_pyro.storage.save`."""
+        storage.save(self, folder, draws=draws)
+
+    @classmethod
+    def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:
+        """Read a fit from a folder; see `armed_pyro.storage.load`."""
+        return storage.load(folder, net)

@@ -1,0 +1,368 @@
+"""fit(): the training loop, from a model and data to a Fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from armed_pyro.checkpoint import (
+    Checkpoint,
+    module_tensors,
+    optimizer_tensors,
+    restore_module,
+    restore_optimizer,
+)
+from armed_pyro.data import ClusteredData
+from armed_pyro.fitted import Fit
+from armed_pyro.guides import Guide, StructuredGuide
+from armed_pyro.objective import Loss, Objective
+from armed_pyro.program import MixedEffects
+from armed_pyro.rows import Rows, RowSource
+from armed_pyro.schedule import History, Plateau, Schedule
+
+__all__ = ["DivergenceError", "fit"]
+
+GuideFactory = Callable[[MixedEffects, RowSource], Guide]
+
+
+class DivergenceError(RuntimeError):
+    """The loss or its gradient is no longer finite, or has run away.
+
+    Attributes
+    ----------
+    fit : Fit
+        The fit at the last good step.
+    """
+
+    def __init__(self, message: str, fit: Fit) -> None:
+        super().__init__(message)
+        self.fit = fit
+
+
+def fit(
+    model: MixedEffects,
+    data: ClusteredData,
+    *,
+    validation: ClusteredData | None = None,
+    schedule: Schedule | None = None,
+    guide: GuideFactory = StructuredGuide,
+    seed: int = 0,
+    device: str = "auto",
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Fit:
+    r"""Minimise ``-ELBO + lambda_F (-log p(y | f)) + game`` over network, guide and adversaries.
+
+    The model is copied: neither it nor its network changes. The same seed gives the same result
+    to the bit on the same CPU and number of threads.
+
+    Parameters
+    ----------
+    model : MixedEffects
+        What to fit.
+    data : ClusteredData
+        Training rows.
+    validation : ClusteredData, optional
+        Rows whose loss decides when to cut the learning rates and stop, and which state is kept;
+        without them, the smoothed training loss decides.
+    schedule : Schedule, optional
+        Length and rates of training.
+    guide : callable
+        Makes the variational family from the bound model and its rows.
+    seed : int
+        Seed of mini-batches and draws; torch's global generator is left as it was.
+    device : str
+        "auto" (CUDA if there is one), "cpu", "cuda", ...
+    checkpoint : path, optional
+        File to which the state is written after every window of steps.
+    resume : bool
+        Continue from `checkpoint` if the file exists; the result is that of an unbroken run.
+    progress : bool
+        Whether to show a progress bar.
+
+    Raises
+    ------
+    ValueError
+        Before training, if model and data do not fit together; or if `checkpoint` belongs to
+        another run.
+    DivergenceError
+        If the loss is no longer finite; it holds the last good state.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> site = np.repeat(np.arange(10), 5)
+    >>> y = rng.normal(size=10)[site] + rng.normal(size=50)
+    >>> data = ClusteredData.from_arrays(np.zeros((50, 0)), y, {"site": site})
+    >>> model = MixedEffects(torch.nn.Linear(0, 1), "(1 | site)", bayesian_head=True)
+    >>> fit(model, data, schedule=Schedule(steps=20), progress=False).model.terms[0].factor
+    'site'
+    """
+    schedule = Schedule() if schedule is None else schedule
+    target = torch.device(_device(device))
+    bound = model.bind(data).to(target)
+    rows = bound.encode(data)
+    held_out = None
+    if validation is not None:
+        held_out = bound.encode(validation, bound.levels_with(validation)).all()
+    devices = [target] if target.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        run = _Run(bound, guide(bound, rows).to(target), data, rows, held_out, schedule, seed)
+        path = None if checkpoint is None else Path(checkpoint)
+        if resume and path is not None and path.exists():
+            run.restore(Checkpoint.read(path))
+        with _progress_bar(schedule.steps, progress) as report:
+            run.train(path, report)
+    return run.result()
+
+
+class _Run:
+    """State of one training run; advances by windows of steps."""
+
+    def __init__(
+        self,
+        model: MixedEffects,
+        guide: Guide,
+        data: ClusteredData,
+        source: RowSource,
+        validation: Rows | None,
+        schedule: Schedule,
+        seed: int,
+    ) -> None:
+        self.model, self.guide, self.data, self.source = model, guide, data, source
+        self.validation, self.schedule, self.seed = validation, schedule, seed
+        self.objective = Objective(model, guide)
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": list(guide.parameters()), "base": schedule.learning_rate},
+                {"params": list(model.parameters()), "base": schedule.net_learning_rate},
+            ],
+            lr=schedule.learning_rate,
+            betas=(0.9, 0.99),
+            # Gradients are those of a mean over rows: a cluster's share of it may be tiny.
+            eps=1e-12,
+        )
+        # A hundredth of a nat a window is beyond what any posterior summary can show.
+        self.plateau = Plateau(tolerance=0.01 / len(source), patience=schedule.patience)
+        self.history = History()
+        self.order = torch.empty(0, dtype=torch.long)
+        self.best: dict[str, Tensor] = {}
+        self.stopped = ""
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.history.loss)
+
+    def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
+        """Take steps until convergence or until they run out."""
+        window = self.schedule.window_steps(len(self.source))
+        self.model.train()
+        while not self.stopped:
+            count = min(window, self.schedule.steps - self.step)
+            losses = [self._step() for _ in range(count)]
+            self._close_window(losses)
+            report(self.step, self._status())
+            if path is not None:
+                self.save().write(path)
+        if self.best:
+            restore_module("model", self.model, self.best)
+            restore_module("guide", self.guide, self.best)
+        self.model.eval()
+
+    def _step(self) -> Loss:
+        rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["base"]
+        loss = self.objective(self._next_batch(), self.step / self.schedule.steps)
+        self._stop_unless(bool(torch.isfinite(loss.total)), self._blame(loss))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.schedule.clip)
+        self._stop_unless(bool(torch.isfinite(norm)), "its gradient is not finite")
+        self.optimizer.step()
+        self.history.loss.append(float(loss.total.detach()))
+        self.history.elbo.append(float(loss.elbo))
+        self._stop_unless(
+            self.history.loss[-1] < self.history.loss[0] + 1e4 * (1 + abs(self.history.loss[0])),
+            f"it grew from {self.history.loss[0]:.4g} to {self.history.loss[-1]:.4g}",
+        )
+        return loss
+
+    def _next_batch(self) -> Rows:
+        size, n = self.schedule.batch(len(self.source)), len(self.source)
+        if size == n:
+            return self.source.all()
+        if len(self.order) < size:
+            # A fresh shuffle; the few rows left over would make a batch of another size.
+            self.order = torch.randperm(n)
+        index, self.order = self.order[:size], self.order[size:]
+        return self.source.batch(index.to(self.source.x.device))
+
+    def _close_window(self, losses: list[Loss]) -> None:
+        self.history.step.append(self.step)
+        self.history.rate.append(self.optimizer.param_groups[0]["lr"] / self.schedule.learning_rate)
+        accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0)
+        self.history.adversary_accuracy.append(accuracy.tolist())
+        if self.validation is None:
+            self.plateau.training(np.array(self.history.loss[-len(losses) :]))
+        else:
+            value = self._validate(self.validation)
+            self.history.validation.append(value)
+            best, cut = self.plateau.validation(value)
+            if best:
+                self.best = self._state()
+            elif cut:
+                restore_module("model", self.model, self.best)
+                restore_module("guide", self.guide, self.best)
+        if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
+            self.stopped = "converged" if self.validation is None else "validation"
+        elif self.step >= self.schedule.steps:
+            self.stopped = "steps"
+
+    def _validate(self, rows: Rows) -> float:
+        self.model.eval()
+        with torch.no_grad():
+            latents = self.guide.center(self.model.clusters())
+            counts = {name: len(one.index) for name, one in rows.memberships.items()}
+            latents = self.model.extend(latents, counts, population=True)
+            log_prob = self.model.log_likelihood(rows, latents).mean()
+        self.model.train()
+        return -float(log_prob)
+
+    def _stop_unless(self, good: bool, cause: str) -> None:
+        if not good:
+            if self.best:
+                restore_module("model", self.model, self.best)
+                restore_module("guide", self.guide, self.best)
+            self.model.eval()
+            self.stopped = "diverged"
+            raise DivergenceError(
+                f"the loss diverged at step {self.step + 1}: {cause}. Try a lower learning rate "
+                f"(now {self.schedule.learning_rate} for the guide, "
+                f"{self.schedule.net_learning_rate} for the network), and look for extreme values "
+                "in features and outcome. The error's `fit` attribute holds the last good state.",
+                self.result(),
+            )
+
+    def _blame(self, loss: Loss) -> str:
+        parts = {
+            "the evidence lower bound": loss.elbo,
+            "the likelihood under fixed effects alone": loss.fixed,
+            "the adversaries' cross-entropy": loss.game,
+        }
+        bad = [name for name, value in parts.items() if not math.isfinite(float(value))]
+        weights = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        weights += [n for n, p in self.guide.named_parameters() if not torch.isfinite(p).all()]
+        where = f"; parameters not finite: {', '.join(weights[:3])}" if weights else ""
+        return f"{' and '.join(bad) or 'the total'} is not finite{where}"
+
+    def _status(self) -> str:
+        text = f"loss {np.mean(self.history.loss[-50:]):.4f}"
+        if self.history.validation:
+            text += f", validation {self.history.validation[-1]:.4f}"
+        for game, accuracy in zip(
+            self.model.adversaries, self.history.adversary_accuracy[-1], strict=True
+        ):
+            counts = self.source.counts[game.factor]
+            chance = float(counts.max() / counts.sum())
+            text += f", adversary of {game.factor} {accuracy:.2f} (chance {chance:.2f})"
+        return text
+
+    def _state(self) -> dict[str, Tensor]:
+        return module_tensors("model", self.model) | module_tensors("guide", self.guide)
+
+    def save(self) -> Checkpoint:
+        """Everything needed to go on as if nothing had happened."""
+        tensors = self._state() | optimizer_tensors(self.optimizer)
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        tensors["order"] = self.order
+        tensors["random"] = torch.get_rng_state()
+        if self.source.x.is_cuda:
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.x.device)
+        record = {
+            "run": self._identity(),
+            "history": self.history.to_json(),
+            "plateau": self.plateau.to_json(),
+            "stopped": self.stopped,
+        }
+        return Checkpoint(tensors, record)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint of the same run."""
+        tensors, record = checkpoint.tensors, checkpoint.record
+        own = self._identity()
+        changed = sorted(name for name in own if own[name] != record["run"].get(name))
+        if changed:
+            raise ValueError(
+                f"the checkpoint belongs to another run (other {', '.join(changed)}): resume with "
+                "the same data, model, schedule and seed, or delete the checkpoint"
+            )
+        restore_module("model", self.model, tensors)
+        restore_module("guide", self.guide, tensors)
+        restore_optimizer(self.optimizer, tensors)
+        start = "best."
+        self.best = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+        self.order = tensors["order"]
+        torch.set_rng_state(tensors["random"])
+        if "random_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random_cuda"], self.source.x.device)
+        self.history = History(**record["history"])
+        self.plateau = Plateau.from_json(record["plateau"])
+        self.stopped = record["stopped"]
+
+    def _identity(self) -> dict[str, Any]:
+        sums = [
+            float(one.double().sum()) for one in (self.source.x, self.source.y) if one is not None
+        ]
+        return {
+            "rows": len(self.source),
+            "data": sums,
+            "terms": [str(term) for term in self.model.terms],
+            "family": self.model.family.name,
+            "network": [list(p.shape) for p in self.model.net.parameters()],
+            "schedule": self.schedule.to_json(),
+            "seed": self.seed,
+        }
+
+    def result(self) -> Fit:
+        """The fit in its present state."""
+        return Fit(
+            self.model, self.guide, self.data, self.history, self.schedule, self.seed, self.stopped
+        )
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch finds no CUDA device here")
+    return name
+
+
+@contextmanager
+def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+    columns = (
+        TextColumn("fitting"),
+        BarColumn(),
+        TextColumn("step {task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda step, text: bar.update(task, completed=step, description=text)

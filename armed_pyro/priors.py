@@ -1,0 +1,192 @@
+"""Prior distributions of variance components, fixed effects and dispersions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyro
+import pyro.distributions as dist
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["Exponential", "HalfNormal", "HalfStudentT", "Known", "Priors", "ScalePrior"]
+
+
+@dataclass(frozen=True)
+class ScalePrior(ABC):
+    """Prior of one grouping factor's standard deviations, or of a residual sd.
+
+    Attributes
+    ----------
+    scale : float, mapping of str to float, or None
+        Scale of the density in the units of the data: of the outcome (of the linear predictor
+        for non-gaussian families), per unit of the feature for a random slope. A mapping gives it
+        by term; None, and terms left out, get a scale set from the data.
+    """
+
+    scale: float | Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        given = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
+        for value in given:
+            if value is not None and not value > 0:
+                raise ValueError(f"the scale of a prior must be positive, not {value}")
+
+    def scales(
+        self, terms: Sequence[str], unit: Float[Tensor, " terms"], default: float
+    ) -> Float[Tensor, " terms"]:
+        """Scale of each term's prior in internal units, ``scale * unit`` or the default.
+
+        Parameters
+        ----------
+        terms : sequence of str
+            Names of the terms.
+        unit : Float[Tensor, "terms"]
+            Internal units per unit of the data.
+        default : float
+            Scale, in internal units, where none was given.
+        """
+        given = [
+            self.scale.get(term) if isinstance(self.scale, Mapping) else self.scale
+            for term in terms
+        ]
+        values = [
+            default if value is None else value * float(one)
+            for value, one in zip(given, unit, strict=True)
+        ]
+        return unit.new_tensor(values)
+
+    def sample(self, name: str, scale: Tensor) -> Tensor:
+        """The latent site `name` with this prior, of the shape of `scale`."""
+        prior = self.density(scale).to_event(scale.dim())
+        return pyro.sample(name, prior)  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+        """The prior with these scales, one independent element a term."""
+
+    @abstractmethod
+    def describe(self, scale: float) -> str:
+        """The prior with this scale, as text."""
+
+
+@dataclass(frozen=True)
+class HalfNormal(ScalePrior):
+    """p(sd) = 2 N(sd; 0, scale^2) for sd > 0: bambi's default family for sds.
+
+    Examples
+    --------
+    >>> HalfNormal(2.0).describe(2.0)
+    'HalfNormal(2)'
+    """
+
+    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+        return dist.HalfNormal(scale)
+
+    def describe(self, scale: float) -> str:
+        return f"HalfNormal({scale:.4g})"
+
+
+@dataclass(frozen=True)
+class HalfStudentT(ScalePrior):
+    """p(sd) = 2 StudentT(sd; df, 0, scale) for sd > 0: brms' default family for sds.
+
+    Examples
+    --------
+    >>> HalfStudentT(5.0).describe(5.0)
+    'HalfStudentT(3, 5)'
+    """
+
+    df: float = 3.0
+
+    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+        return dist.FoldedDistribution(dist.StudentT(self.df, scale.new_zeros(()), scale))
+
+    def describe(self, scale: float) -> str:
+        return f"HalfStudentT({self.df:.4g}, {scale:.4g})"
+
+
+@dataclass(frozen=True)
+class Exponential(ScalePrior):
+    """p(sd) = exp(-sd / scale) / scale for sd > 0: rstanarm's default family for sds.
+
+    Examples
+    --------
+    >>> Exponential(2.0).describe(2.0)
+    'Exponential(mean 2)'
+    """
+
+    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+        return dist.Exponential(1 / scale)
+
+    def describe(self, scale: float) -> str:
+        return f"Exponential(mean {scale:.4g})"
+
+
+@dataclass(frozen=True)
+class Known(ScalePrior):
+    """sd = scale: a standard deviation that is known, not estimated.
+
+    Examples
+    --------
+    >>> Known(0.5).describe(0.5)
+    'known: 0.5'
+    """
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            raise ValueError("Known needs the standard deviation: Known(0.5)")
+        super().__post_init__()
+
+    def sample(self, name: str, scale: Tensor) -> Tensor:
+        return pyro.deterministic(name, scale, event_dim=scale.dim())  # type: ignore[no-any-return]
+
+    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+        return dist.Delta(scale)
+
+    def describe(self, scale: float) -> str:
+        return f"known: {scale:.4g}"
+
+
+@dataclass(frozen=True)
+class Priors:
+    """Priors of a program; every default is weakly informative and scaled to the data.
+
+    Attributes
+    ----------
+    sd : ScalePrior or mapping of str to ScalePrior
+        Prior of the random effects' standard deviations, for all grouping factors or by factor.
+        Default HalfStudentT(3) with scale sd(outcome) for gaussian outcomes and 2.5 on the link
+        scale of the others, per standard deviation of the feature for slopes (after brms). Where
+        a slope is correlated with the intercept, the prior of the intercept's sd refers to the
+        features' means, as brms' prior of the fixed intercept does.
+    cor : float
+        Concentration eta of the LKJ prior of a factor's correlations, p(R) ~ det(R)^(eta - 1).
+    fixed_sd : float
+        Standard deviation of the normal prior of latent fixed effects, in standard deviations of
+        the outcome (absolute on the link scale) per standard deviation of the feature.
+    residual_sd : ScalePrior
+        Prior of the residual sd of gaussian outcomes; default as for `sd`.
+
+    Examples
+    --------
+    >>> Priors(sd={"site": HalfNormal({"age": 0.5})}).of("site")
+    HalfNormal(scale={'age': 0.5})
+    """
+
+    sd: ScalePrior | Mapping[str, ScalePrior] = field(default_factory=HalfStudentT)
+    cor: float = 1.0
+    fixed_sd: float = 2.5
+    residual_sd: ScalePrior = field(default_factory=HalfStudentT)
+
+    def __post_init__(self) -> None:
+        if not self.cor > 0:
+            raise ValueError(f"the LKJ concentration `cor` must be positive, not {self.cor}")
+        if not self.fixed_sd > 0:
+            raise ValueError(f"`fixed_sd` must be positive, not {self.fixed_sd}")
+
+    def of(self, factor: str) -> ScalePrior:
+        """The prior of one grouping factor's standard deviations."""
+        return self.sd if isinstance(self.sd, ScalePrior) else self.sd.get(factor, HalfStudentT())

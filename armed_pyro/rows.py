@@ -1,0 +1,146 @@
+"""Rows of data as tensors, ready for the program, and mini-batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["Membership", "RowSource", "Rows"]
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Which clusters of one grouping factor some rows belong to.
+
+    Row i belongs to cluster ``index[position[i]]``. The log-density of cluster ``index[j]``'s
+    random effects enters the program times ``weight[j]``, so that its expectation over
+    mini-batches is the sum over all clusters.
+
+    Attributes
+    ----------
+    index : Int[Tensor, "clusters"]
+        Clusters whose random effects are drawn; with all clusters, ``0, 1, ..., K - 1``.
+    position : Int[Tensor, "rows"]
+        Each row's place in `index`.
+    weight : Float[Tensor, "clusters"] or None
+        Weight of each cluster's prior and entropy; None stands for 1.
+    complete : bool
+        Whether `index` holds every cluster of the factor, in order.
+    """
+
+    index: Int[Tensor, " clusters"]
+    position: Int[Tensor, " rows"]
+    weight: Float[Tensor, " clusters"] | None = None
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs, outcomes and cluster memberships of n rows out of N.
+
+    Attributes
+    ----------
+    x : Float[Tensor, "rows features"] or Float[Tensor, "rows ..."]
+        Standardised features.
+    y : Tensor or None
+        Outcomes on their original scale (class codes for categorical outcomes).
+    memberships : mapping of str to Membership
+        One entry a grouping factor.
+    scale : float
+        N / n, the factor by which the rows' log-likelihood is multiplied.
+    trials, offset, weights : Float[Tensor, "rows"] or None
+        Binomial denominators; a term added to the linear predictor; multipliers of each row's
+        log-likelihood.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    memberships: Mapping[str, Membership]
+    scale: float = 1.0
+    trials: Float[Tensor, " rows"] | None = None
+    offset: Float[Tensor, " rows"] | None = None
+    weights: Float[Tensor, " rows"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """All N rows a program is fitted to, held on one device and sliced into mini-batches.
+
+    Attributes
+    ----------
+    codes : mapping of str to Int[Tensor, "rows"]
+        Cluster of each row, for every grouping factor.
+    counts : mapping of str to Int[Tensor, "clusters"]
+        Rows in each cluster.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    codes: Mapping[str, Int[Tensor, " rows"]]
+    counts: Mapping[str, Int[Tensor, " clusters"]]
+    trials: Float[Tensor, " rows"] | None = None
+    offset: Float[Tensor, " rows"] | None = None
+    weights: Float[Tensor, " rows"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def all(self) -> Rows:
+        """Every row and every cluster, each with weight 1."""
+        memberships = {
+            factor: Membership(torch.arange(len(self.counts[factor]), device=codes.device), codes)
+            for factor, codes in self.codes.items()
+        }
+        return Rows(self.x, self.y, memberships, 1.0, self.trials, self.offset, self.weights)
+
+    def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
+        r"""Rows `index`, weighted so that the objective stays unbiased.
+
+        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
+        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
+        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
+        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
+
+        Parameters
+        ----------
+        index : Int[Tensor, "batch"]
+            Rows of the batch, drawn without regard to the outcome.
+        dense_up_to : int, optional
+            Largest number of clusters that are all drawn in every batch.
+        """
+        scale = len(self) / len(index)
+        limit = 4 * len(index) if dense_up_to is None else dense_up_to
+        memberships = {}
+        for factor, codes in self.codes.items():
+            counts, rows = self.counts[factor], codes[index]
+            if len(counts) <= limit:
+                everyone = torch.arange(len(counts), device=codes.device)
+                memberships[factor] = Membership(everyone, rows)
+            else:
+                present, position, found = torch.unique(
+                    rows, return_inverse=True, return_counts=True
+                )
+                weight = (scale * found / counts[present]).to(self.x.dtype)
+                memberships[factor] = Membership(present, position, weight, complete=False)
+        return Rows(
+            self.x[index],
+            None if self.y is None else self.y[index],
+            memberships,
+            scale,
+            None if self.trials is None else self.trials[index],
+            None if self.offset is None else self.offset[index],
+            None if self.weights is None else self.weights[index],
+        )
+
+    def chunks(self, size: int) -> Iterator[Rows]:
+        """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""
+        for start in range(0, len(self), size):
+            index = torch.arange(start, min(start + size, len(self)), device=self.x.device)
+            yield self.batch(index, dense_up_to=max(map(len, self.counts.values()), default=0))

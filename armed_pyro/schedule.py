@@ -1,0 +1,168 @@
+"""How long and how fast to train, when to stop, and the record of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["History", "Plateau", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    r"""Length and rates of training.
+
+    The learning rates are multiplied by `decay` whenever the loss has stopped improving; after
+    `stages` such cuts the fit has converged. If `steps` run out first, the rates fall linearly
+    over the last fifth of the steps and the fit is marked as not converged.
+
+    Attributes
+    ----------
+    steps : int
+        Most steps to take.
+    batch_size : int or None
+        Rows a step; None takes all rows up to 4,096, and 1,024 beyond.
+    learning_rate : float
+        Adam's rate for the guide.
+    net_learning_rate : float
+        Adam's rate for the network and the adversaries.
+    window : int or None
+        Steps over which the loss is averaged before it is compared with the window before; None
+        takes an epoch, but at least 100 steps.
+    decay : float
+        Factor of the rates at each cut.
+    stages : int
+        Cuts until convergence; 0 trains for `steps` steps at falling rates, whatever the loss.
+    patience : int
+        With validation data: windows without improvement of the validation loss before a cut.
+    clip : float
+        Largest norm of the gradient.
+
+    Examples
+    --------
+    >>> Schedule(steps=500).rate(step=0)
+    1.0
+    """
+
+    steps: int = 20_000
+    batch_size: int | None = None
+    learning_rate: float = 0.03
+    net_learning_rate: float = 0.005
+    window: int | None = None
+    decay: float = 0.25
+    stages: int = 3
+    patience: int = 5
+    clip: float = 10.0
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "learning_rate", "net_learning_rate", "decay", "patience", "clip")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, not {getattr(self, name)}")
+        for name in ("batch_size", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, not {value}")
+
+    def batch(self, n_rows: int) -> int:
+        """Rows a step for data of this size."""
+        if self.batch_size is None:
+            return n_rows if n_rows <= 4096 else 1024
+        return min(self.batch_size, n_rows)
+
+    def window_steps(self, n_rows: int) -> int:
+        """Steps of one window for data of this size."""
+        return self.window or max(100, n_rows // self.batch(n_rows))
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates owed to the steps running out."""
+        start = 0.8 * self.steps
+        return 1.0 if step <= start else max(0.02, (self.steps - step) / (self.steps - start))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)
+
+
+@dataclass
+class Plateau:
+    """Decides from window means whether the loss still improves, and counts the cuts.
+
+    A window of the training loss counts as no improvement if it is not lower than the last by
+    more than its standard error and by more than `tolerance`; a window of the validation loss,
+    if `patience` windows have passed since the best.
+    """
+
+    tolerance: float
+    patience: int
+    cuts: int = 0
+    previous: tuple[float, float] | None = None
+    best: float = math.inf
+    waited: int = 0
+
+    def training(self, losses: np.ndarray) -> bool:
+        """Take in one window of training losses; True if the rates are to be cut."""
+        mean, variance = float(losses.mean()), float(losses.var() / len(losses))
+        last, self.previous = self.previous, (mean, variance)
+        if last is None:
+            return False
+        slack = max(self.tolerance, math.sqrt(variance + last[1]))
+        return self._cut(last[0] - mean < slack)
+
+    def validation(self, loss: float) -> tuple[bool, bool]:
+        """Take in one validation loss; whether it is the best, and whether rates are to be cut."""
+        if loss < self.best - 1e-6 * abs(self.best if math.isfinite(self.best) else 0.0):
+            self.best, self.waited = loss, 0
+            return True, False
+        self.waited += 1
+        return False, self._cut(self.waited >= self.patience)
+
+    def _cut(self, stalled: bool) -> bool:
+        if stalled:
+            self.cuts += 1
+            self.previous, self.waited = None, 0
+        return stalled
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plateau:
+        """The state that `to_json` wrote."""
+        previous = values["previous"]
+        return cls(**{**values, "previous": None if previous is None else tuple(previous)})
+
+
+@dataclass
+class History:
+    """Record of a fit: per step the loss, per window the rest.
+
+    Attributes
+    ----------
+    loss, elbo : list of float
+        Objective and evidence lower bound, each per row, at every step.
+    step : list of int
+        Last step of each window.
+    rate : list of float
+        Factor of the learning rates in each window.
+    validation : list of float
+        -log p(y | fit) per validation row at the end of each window.
+    adversary_accuracy : list of list of float
+        Share of training rows whose cluster each adversary named, mean of the window.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    elbo: list[float] = field(default_factory=list)
+    step: list[int] = field(default_factory=list)
+    rate: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    adversary_accuracy: list[list[float]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return asdict(self)

@@ -1,0 +1,9 @@
+"""stub"""
+
+
+def save(*a, **k):
+    raise NotImplementedError
+
+
+def load(*a, **k):
+    raise NotImplementedError

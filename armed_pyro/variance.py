@@ -1,0 +1,211 @@
+"""Variance components, intraclass correlations and R2 on the original scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from armed_pyro.factors import Factor
+    from armed_pyro.fitted import Fit
+    from armed_pyro.program import MixedEffects
+
+__all__ = ["fixed_effects", "variance_components"]
+
+Draws = dict[str, Tensor]
+# Rows over which the variances of the fixed and random parts are averaged, at most.
+MOST_ROWS = 20_000
+
+
+def variance_components(
+    fit: Fit, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+) -> pd.DataFrame:
+    r"""Posterior of sds, correlations, variances, shares, ICCs and R2, on the original scale.
+
+    With :math:`D_m` the covariance matrix of factor m (that of the intercept at x = 0, as in
+    lme4), its variance component averaged over the rows is
+    :math:`\sigma^2_m = mean_i(\phi_i^\top D_m \phi_i)` (Johnson 2014), and
+
+    .. math::
+        ICC_m = \sigma^2_m / (\sum_l \sigma^2_l + \sigma^2_e), \quad
+        share_m = \sigma^2_m / (\sigma^2_f + \sum_l \sigma^2_l + \sigma^2_e), \\
+        R^2_{marginal} = share_f, \quad R^2_{conditional} = share_f + \sum_m share_m
+
+    where :math:`\sigma^2_f` is the variance of the fixed effects over the rows and
+    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes, on the latent scale for
+    the others (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017).
+
+    Parameters
+    ----------
+    fit : Fit
+        The fit.
+    draws : int
+        Posterior draws.
+    prob : float
+        Probability of the equal-tailed intervals.
+    seed : int, optional
+        Seed of the draws; the fit's own by default.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns factor, term, statistic (sd, variance, cor, icc, share, r2_marginal,
+        r2_conditional), mean, median, sd, lower, upper. The residual and the fixed effects appear
+        as factors ``Residual`` and ``Fixed``; with several columns of the predictor, their terms
+        name the column.
+    """
+    model, latents = fit.model, fit.draws(draws, seed=seed)
+    rows: list[tuple[str, str, str, Tensor]] = []
+    for factor in model.factors:
+        rows += list(_factor_rows(model, factor, latents))
+    dispersion = original_dispersion(model, latents)
+    if dispersion is not None:
+        name = str(model.family.dispersion_name)
+        if name == "residual_sd":
+            rows.append(("Residual", "", "sd", dispersion))
+            rows.append(("Residual", "", "variance", dispersion**2))
+    rows += list(_shares(fit, latents, dispersion))
+    return _table(rows, ["factor", "term", "statistic"], prob)
+
+
+def fixed_effects(
+    fit: Fit, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+) -> pd.DataFrame:
+    """Posterior of the latent fixed effects on the original scale.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns term, mean, median, sd, lower, upper; no rows for a network without latent
+        weights.
+    """
+    model = fit.model
+    if not model.bayesian_head:
+        return _table([], ["term"], prob)
+    values = original_fixed_effects(model, fit.draws(draws, seed=seed))
+    terms = model.fixed_terms()
+    return _table([(term, values[:, i]) for i, term in enumerate(terms)], ["term"], prob)
+
+
+def original_covariance(
+    model: MixedEffects, factor: Factor, latents: Draws
+) -> Float[Tensor, "draws terms terms"]:
+    """M D M': covariance matrix of the random effects on the original scale."""
+    covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
+    matrix = factor.to_original.to(covariance)
+    return matrix @ covariance @ matrix.mT
+
+
+def original_dispersion(model: MixedEffects, latents: Draws) -> Float[Tensor, " draws"] | None:
+    """Dispersion on the original scale; None for families without one."""
+    name = model.family.dispersion_name
+    if name is None:
+        return None
+    spread = model.data_facts().spread
+    values = model.family.original_dispersion(_flat(latents[name], 0), spread)
+    return values.to(torch.float64)
+
+
+def original_fixed_effects(
+    model: MixedEffects, latents: Draws
+) -> Float[Tensor, "draws fixed_terms"]:
+    """Latent fixed effects per original unit, the intercept at x = 0 and with the centre added.
+
+    Coefficients of a deep network's last layer refer to its activations and only get the
+    outcome's spread.
+    """
+    facts = model.data_facts()
+    columns = len(facts.columns)
+    values = _flat(latents["fixed_effect"], 1).to(torch.float64) * facts.spread
+    values = values.unflatten(-1, (-1, columns)).clone()
+    intercept = model.fixed_terms()[0].startswith("Intercept")
+    if model.linear:
+        scale = torch.tensor(facts.feature_scale).to(values)[:, None]
+        mean = torch.tensor(facts.feature_mean).to(values)[:, None]
+        values[:, int(intercept) :] /= scale
+        if intercept:
+            values[:, 0] -= (values[:, 1:] * mean).sum(1)
+    if intercept:
+        values[:, 0] += torch.tensor(facts.center).to(values)
+    return values.flatten(1)
+
+
+def _flat(values: Tensor, event_dim: int) -> Tensor:
+    """Draws first, then the site's own dimensions."""
+    return values.reshape(-1, *values.shape[values.dim() - event_dim :])
+
+
+def _factor_rows(
+    model: MixedEffects, factor: Factor, latents: Draws
+) -> Iterator[tuple[str, str, str, Tensor]]:
+    covariance = original_covariance(model, factor, latents)
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    for position, term in enumerate(factor.terms):
+        yield factor.name, term, "sd", variance[:, position].sqrt()
+    for position, term in enumerate(factor.terms):
+        yield factor.name, term, "variance", variance[:, position]
+    for group in factor.groups:
+        for place, one in enumerate(group):
+            for other in group[place + 1 :]:
+                name = f"{factor.terms[one]},{factor.terms[other]}"
+                product = (variance[:, one] * variance[:, other]).sqrt()
+                yield factor.name, name, "cor", covariance[:, one, other] / product
+
+
+def _shares(
+    fit: Fit, latents: Draws, dispersion: Tensor | None
+) -> Iterator[tuple[str, str, str, Tensor]]:
+    """Variances averaged over rows, as shares of their totals, for every predictor column."""
+    model, facts = fit.model, fit.model.data_facts()
+    step = -(-fit.data.n_rows // MOST_ROWS)
+    rows = model.encode(fit.data.take(np.arange(0, fit.data.n_rows, step))).all()
+    n_draws = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+    with torch.no_grad():
+        base = model.predictor(rows, {k: v for k, v in latents.items() if k == "fixed_effect"})
+        fixed = base.fixed.to(torch.float64)
+        fixed = fixed if fixed.dim() == 3 else fixed.expand(n_draws, *fixed.shape)
+        parts: dict[str, Tensor] = {}
+        for factor in model.factors:
+            phi = factor.design(rows.x, base.activations).to(torch.float64)
+            moment = phi.mT @ phi / len(phi)
+            covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
+            blocks = covariance.unflatten(-1, (-1, len(facts.columns)))
+            blocks = blocks.unflatten(1, (-1, len(facts.columns)))
+            parts[factor.name] = facts.spread**2 * torch.einsum("ij,dipjp->dp", moment, blocks)
+    for column, label in enumerate(facts.columns):
+        random = {name: part[:, column] for name, part in parts.items()}
+        total_random = sum(random.values(), torch.zeros(n_draws, dtype=torch.float64))
+        mean = _mean_outcome(fixed[..., column], total_random)
+        residual = model.family.residual_variance(dispersion, mean)
+        variance_fixed = fixed[..., column].var(-1)
+        total = variance_fixed + total_random + residual
+        for name, part in random.items():
+            yield name, label, "icc", part / (total_random + residual)
+        for name, part in {"Fixed": variance_fixed, **random, "Residual": residual}.items():
+            yield name, label, "share", part / total
+        yield "", label, "r2_marginal", variance_fixed / total
+        yield "", label, "r2_conditional", (variance_fixed + total_random) / total
+
+
+def _mean_outcome(fixed: Float[Tensor, "draws rows"], random: Float[Tensor, " draws"]) -> Tensor:
+    """Mean of a log-normal count, exp(eta + variance / 2), over the rows."""
+    return torch.exp(fixed.clamp(max=30) + random[:, None] / 2).mean(-1)
+
+
+def _table(rows: list[tuple[str | Tensor, ...]], names: list[str], prob: float) -> pd.DataFrame:
+    tail = (1 - prob) / 2
+    records = []
+    for *labels, values in rows:
+        draws = values.cpu().numpy()  # type: ignore[union-attr]
+        lower, median, upper = np.quantile(draws, [tail, 0.5, 1 - tail])
+        spread = draws.std(ddof=1) if len(draws) > 1 else 0.0
+        records.append([*labels, draws.mean(), median, spread, lower, upper])
+    table = pd.DataFrame(records, columns=[*names, "mean", "median", "sd", "lower", "upper"])
+    table.attrs["prob"] = prob
+    return table
