@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ class Checkpoint:
         partial = path.with_suffix(".partial")
         tensors = {name: one.detach().cpu().contiguous() for name, one in self.tensors.items()}
         save_file(tensors, partial, metadata={"record": json.dumps(self.record)})
-        os.replace(partial, path)
+        partial.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:

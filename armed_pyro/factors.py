@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
-from pyro import poutine
+from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from armed_pyro.priors import Known, ScalePrior
@@ -62,7 +63,7 @@ class Factor(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self.blocks = nn.ModuleList(blocks)
+        self._blocks = nn.ModuleList(blocks)
         self.n_columns = len(columns)
         self.prior = prior
         self.concentration = concentration
@@ -83,6 +84,11 @@ class Factor(nn.Module):
         self.register_buffer("unit", unit, persistent=False)
         scale = prior.scales([term for term in names for _ in columns], unit, default)
         self.register_buffer("prior_scale", scale, persistent=False)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Its terms' columns."""
+        return cast("tuple[Block, ...]", tuple(self._blocks))
 
     @property
     def diagonal(self) -> bool:
@@ -125,7 +131,7 @@ class Factor(nn.Module):
                 prior = dist.Normal(torch.zeros_like(scale), scale).to_event(1)
             else:
                 prior = dist.MultivariateNormal(scale.new_zeros(scale.shape[-1]), scale_tril=scale)
-            return pyro.sample(self.effect_site, prior)  # type: ignore[no-any-return]
+            return pyro.sample(self.effect_site, prior)
 
     def plate(self, membership: Membership) -> pyro.plate:
         """The plate over the clusters drawn."""
@@ -183,9 +189,9 @@ class Factor(nn.Module):
         return (phi[..., None] * mine).sum(-2)
 
 
-def weighted(membership: Membership) -> poutine.scale:
+def weighted(membership: Membership) -> ScaleMessenger:
     """Handler that gives each cluster's sites the cluster's weight."""
-    return poutine.scale(scale=1.0 if membership.weight is None else membership.weight)
+    return ScaleMessenger(1.0 if membership.weight is None else membership.weight)
 
 
 def _groups(blocks: Sequence[Block], n_columns: int) -> tuple[tuple[int, ...], ...]:

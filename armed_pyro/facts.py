@@ -13,6 +13,7 @@ from torch import Tensor
 
 from armed_pyro.data import ClusteredData
 from armed_pyro.families import Family
+from armed_pyro.rows import Membership, Rows, RowSource
 from armed_pyro.tables import Schema, index_from_json, index_to_json
 
 __all__ = ["Facts"]
@@ -95,6 +96,72 @@ class Facts:
         mean = torch.tensor(self.feature_mean, dtype=torch.float64)
         scale = torch.tensor(self.feature_scale, dtype=torch.float64)
         return (features.to(torch.float64) - mean) / scale
+
+    def encode(
+        self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
+    ) -> RowSource:
+        """Rows as tensors with the precision and device of `like`.
+
+        Parameters
+        ----------
+        data : ClusteredData
+            Data with the training data's features.
+        levels : mapping of str to pandas.Index, optional
+            Cluster labels that codes refer to; by default those seen in training.
+
+        Raises
+        ------
+        ValueError
+            If features are missing, or clusters are not among `levels`.
+        """
+        levels = self.levels if levels is None else levels
+        if data.feature_names != self.feature_names:
+            missing = [name for name in self.feature_names if name not in data.feature_names]
+            raise ValueError(
+                f"the data have the features {list(data.feature_names)}, but the model was laid "
+                f"out for {list(self.feature_names)} (missing: {missing or 'none'}); encode new "
+                "tables with the training data's schema: data.schema.encode(table)"
+            )
+        codes, counts = {}, {}
+        for factor, index in levels.items():
+            labels = data.grouping(factor).labels()
+            found = index.get_indexer(labels)
+            if (found < 0).any():
+                raise ValueError(
+                    f"cluster {labels[found < 0][0]!r} of {factor!r} was not seen in training"
+                )
+            codes[factor] = torch.as_tensor(found, dtype=torch.long, device=like.device)
+            counts[factor] = torch.bincount(codes[factor], minlength=len(index))
+
+        def tensor(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(like)
+
+        return RowSource(
+            self.standardise(data.features).to(like),
+            tensor(data.outcome),
+            codes,
+            counts,
+            tensor(data.trials),
+            tensor(data.offset),
+            tensor(data.weights),
+        )
+
+    def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
+        """Labels of the clusters seen in training, followed by those only these data have."""
+        extended = {}
+        for factor, seen in self.levels.items():
+            own = data.grouping(factor).levels
+            extended[factor] = seen.append(own[~own.isin(seen)])
+        return extended
+
+    def clusters(self, like: Tensor) -> Rows:
+        """No rows, but every cluster of every factor."""
+        none = torch.zeros(0, dtype=torch.long, device=like.device)
+        memberships = {
+            name: Membership(torch.arange(len(levels), device=like.device), none)
+            for name, levels in self.levels.items()
+        }
+        return Rows(like.new_zeros(0, *self.feature_shape), None, memberships)
 
     def to_json(self) -> dict[str, Any]:
         """The facts as JSON values."""

@@ -135,6 +135,12 @@ def _outcome(data: ClusteredData) -> Tensor:
     return data.outcome
 
 
+def _known(dispersion: Tensor | None, family: Family) -> Tensor:
+    if dispersion is None:
+        raise ValueError(f"family {family.name!r} needs its {family.dispersion_name}")
+    return dispersion
+
+
 def _logit(probability: Tensor) -> Tensor:
     return torch.logit(probability.clamp(0.001, 0.999))
 
@@ -178,7 +184,7 @@ class Gaussian(Family):
     def distribution(
         self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
     ) -> dist.TorchDistribution:
-        return dist.Normal(eta[..., 0], dispersion)
+        return dist.Normal(eta[..., 0], _known(dispersion, self))
 
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return eta[..., 0]
@@ -186,17 +192,42 @@ class Gaussian(Family):
     def residual_variance(
         self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
     ) -> Float[Tensor, " draws"]:
-        if dispersion is None:
-            raise ValueError("the gaussian family needs its residual_sd")
-        return dispersion**2
+        return _known(dispersion, self) ** 2
+
+
+class LogitFamily(Family, ABC):
+    """Families with logit link: on the latent scale a standard logistic residual."""
+
+    integer = True
+
+    def residual_variance(
+        self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
+    ) -> Float[Tensor, " draws"]:
+        return torch.full_like(mean, math.pi**2 / 3)
+
+
+class CountFamily(Family, ABC):
+    """Families of counts with log link, E[y] = exp(eta)."""
+
+    integer = True
+    support = "whole numbers from 0 up"
+
+    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+        return (y < 0) | (y != y.round())
+
+    def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
+        exposure = torch.ones(()) if data.offset is None else data.offset.exp().mean()
+        return torch.log((_outcome(data).mean() / exposure).clamp(min=1e-3)).reshape(1)
+
+    def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
+        return torch.exp(eta[..., 0])
 
 
 @dataclass(frozen=True)
-class Bernoulli(Family):
+class Bernoulli(LogitFamily):
     """P(y = 1) = 1 / (1 + exp(-eta)), logit link."""
 
     name = "bernoulli"
-    integer = True
     support = "outcomes 0 and 1 (or two labels)"
 
     def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
@@ -213,18 +244,12 @@ class Bernoulli(Family):
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return torch.sigmoid(eta[..., 0])
 
-    def residual_variance(
-        self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
-    ) -> Float[Tensor, " draws"]:
-        return torch.full_like(mean, math.pi**2 / 3)
-
 
 @dataclass(frozen=True)
-class Binomial(Family):
+class Binomial(LogitFamily):
     """y ~ Binomial(trials, 1 / (1 + exp(-eta))), logit link."""
 
     name = "binomial"
-    integer = True
     support = "whole numbers from 0 to the row's trials"
 
     def check(self, data: ClusteredData) -> None:
@@ -254,21 +279,15 @@ class Binomial(Family):
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return self._trials(rows.trials) * torch.sigmoid(eta[..., 0])
 
-    def residual_variance(
-        self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
-    ) -> Float[Tensor, " draws"]:
-        return torch.full_like(mean, math.pi**2 / 3)
-
 
 @dataclass(frozen=True)
-class Categorical(Family):
+class Categorical(LogitFamily):
     """P(y = c) = exp(eta_c) / sum_d exp(eta_d) with eta_0 = 0: logits relative to the first class.
 
     A network may give one output a class, of which the first is subtracted, or one a column.
     """
 
     name = "categorical"
-    integer = True
     support = "labels, or codes 0, 1, ..., C - 1 with every class present"
 
     def check(self, data: ClusteredData) -> None:
@@ -311,34 +330,17 @@ class Categorical(Family):
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return torch.softmax(self._logits(eta), -1)
 
-    def residual_variance(
-        self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
-    ) -> Float[Tensor, " draws"]:
-        return torch.full_like(mean, math.pi**2 / 3)
-
 
 @dataclass(frozen=True)
-class Poisson(Family):
+class Poisson(CountFamily):
     """y ~ Poisson(exp(eta)), log link."""
 
     name = "poisson"
-    integer = True
-    support = "whole numbers from 0 up"
-
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
-        return (y < 0) | (y != y.round()) | ~torch.isfinite(y)
-
-    def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        exposure = torch.ones(()) if data.offset is None else data.offset.exp().mean()
-        return torch.log((_outcome(data).mean() / exposure).clamp(min=1e-3)).reshape(1)
 
     def distribution(
         self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
     ) -> dist.TorchDistribution:
         return dist.Poisson(self.mean(eta, rows))
-
-    def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
-        return torch.exp(eta[..., 0])
 
     def residual_variance(
         self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
@@ -347,41 +349,27 @@ class Poisson(Family):
 
 
 @dataclass(frozen=True)
-class NegativeBinomial(Family):
+class NegativeBinomial(CountFamily):
     """E[y] = mu = exp(eta), Var[y] = mu + mu^2 / shape, log link."""
 
     name = "negative_binomial"
     dispersion_name = "shape"
-    integer = True
-    support = "whole numbers from 0 up"
-
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
-        return (y < 0) | (y != y.round()) | ~torch.isfinite(y)
-
-    def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return Poisson().center(data)
 
     def dispersion(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor | None:
         # brms' default prior of the shape.
         prior = dist.InverseGamma(unit.new_tensor(0.4), unit.new_tensor(0.3))
-        return pyro.sample("shape", prior)  # type: ignore[no-any-return]
+        return pyro.sample("shape", prior)
 
     def distribution(
         self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
     ) -> dist.TorchDistribution:
-        if dispersion is None:
-            raise ValueError("the negative binomial family needs its shape")
-        return dist.NegativeBinomial(dispersion, logits=eta[..., 0] - dispersion.log())
-
-    def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
-        return torch.exp(eta[..., 0])
+        shape = _known(dispersion, self)
+        return dist.NegativeBinomial(shape, logits=eta[..., 0] - shape.log())
 
     def residual_variance(
         self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
     ) -> Float[Tensor, " draws"]:
-        if dispersion is None:
-            raise ValueError("the negative binomial family needs its shape")
-        return torch.log1p(1 / mean + 1 / dispersion)
+        return torch.log1p(1 / mean + 1 / _known(dispersion, self))
 
 
 FAMILIES: dict[str, type[Family]] = {

@@ -115,7 +115,7 @@ def fit(
     rows = bound.encode(data)
     held_out = None
     if validation is not None:
-        held_out = bound.encode(validation, bound.levels_with(validation)).all()
+        held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
         torch.manual_seed(seed)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pyro
 import pyro.distributions as dist
@@ -19,13 +19,10 @@ from torch.distributions import biject_to, constraints
 
 from armed_pyro.factors import Factor, weighted
 from armed_pyro.program import MixedEffects
+from armed_pyro.pseudo import PseudoObservations, observe
 from armed_pyro.rows import Membership, Rows, RowSource
 
 __all__ = ["Guide", "StructuredGuide", "WhitenedNormal"]
-
-# Up to this many terms a cluster's effects get a full precision matrix, beyond it a diagonal one:
-# the matrix costs O(clusters x terms^2) memory.
-FULL_TERMS = 16
 
 
 class Guide(nn.Module, ABC):
@@ -48,7 +45,7 @@ class Guide(nn.Module, ABC):
             Random effects with shape "n clusters terms"; other sites "n 1 ...".
         """
         with torch.no_grad(), pyro.plate("draws", n, dim=-2):
-            return self(rows)  # type: ignore[no-any-return]
+            return self(rows)
 
 
 class WhitenedNormal(dist.TorchDistribution):
@@ -67,7 +64,7 @@ class WhitenedNormal(dist.TorchDistribution):
         C, lower triangular.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
     has_rsample = True
 
@@ -128,53 +125,22 @@ class _GlobalSite:
         return value, -log_det
 
 
-class _Pseudo(nn.Module):
-    """Pseudo-observations of one factor's clusters: natural parameters A_k, b_k and H_k."""
-
-    root: nn.Parameter
-    shift: nn.Parameter
-    cross: nn.Parameter | None
-
-    def __init__(self, factor: Factor, n_clusters: int, n_fixed: int, like: Tensor) -> None:
-        super().__init__()
-        terms = len(factor.terms)
-        self.full = terms <= FULL_TERMS
-        shape = (n_clusters, terms, terms) if self.full else (n_clusters, terms)
-        self.root = nn.Parameter(like.new_zeros(shape))
-        self.shift = nn.Parameter(like.new_zeros(n_clusters, terms))
-        # Without the coupling to latent fixed effects, their sd would be far too small.
-        self.cross = nn.Parameter(like.new_zeros(n_clusters, terms, n_fixed)) if n_fixed else None
-
-    def precision(self, index: Tensor) -> Tensor:
-        """A_k of some clusters; its diagonal where the precision is diagonal."""
-        root = self.root[index]
-        return root @ root.mT if self.full else root**2
-
-    def pull(self, index: Tensor, fixed: Tensor | None) -> Tensor:
-        """b_k - H_k beta."""
-        shift = self.shift[index]
-        if self.cross is None or fixed is None:
-            return shift
-        return shift - (self.cross[index] @ fixed[..., None])[..., 0]
-
-
 class StructuredGuide(Guide):
     r"""Hyperparameters jointly normal; random effects conditionally normal given them.
 
     .. math::
         \theta &\sim N(\mu, \Lambda \Lambda^\top), \quad
             \theta = (\log sd, \text{unconstrained } R, \log \text{dispersion}, \beta) \\
-        u_k \mid \theta &\sim N\big(L Q_k^{-1} L^\top \tau (b_k - H_k \beta),
+        u_k \mid \theta &\sim N\big(L Q_k^{-1} L^\top \tau A_k (m_k - G_k \beta),
             L Q_k^{-1} L^\top\big), \quad Q_k = I + L^\top \tau A_k L
 
     with L the scale of the random effects given theta (u = L z with z standard normal a priori)
-    and tau the sampled residual precision (1 where the family has none). A_k, b_k, H_k are
+    and tau the sampled residual precision (1 where the family has none). A_k, m_k, G_k are
     pseudo-observations of cluster k. For gaussian outcomes with linear fixed effects and terms
-    on inputs, they start at Z'Z, Z'(y - f), Z'X and the conditional is exact for every theta;
-    elsewhere they start from the curvature of the likelihood and are trained. The precision is
-    full for at most 16 terms a factor, and diagonal beyond. Random effects of different factors
-    are independent given theta, which makes the variance components of crossed factors too
-    certain.
+    on inputs, they start at what the rows say and the conditional is exact for every theta;
+    elsewhere they start from the curvature of the likelihood and are trained. A_k is full for at
+    most 16 terms a factor, and diagonal beyond. Random effects of different factors are
+    independent given theta, which makes the variance components of crossed factors too certain.
 
     Memory is O(clusters x terms^2), or O(clusters x terms) beyond 16 terms.
 
@@ -194,19 +160,25 @@ class StructuredGuide(Guide):
         super().__init__()
         like = model.reference()
         facts = model.data_facts()
-        self.family = model.family
         self.known = model.known()
-        self.factors: tuple[Factor, ...] = tuple(model.factors)  # type: ignore[arg-type]
+        self.model_precision = model.precision
+        self.factors: tuple[Factor, ...] = model.factors
         self.sites = _global_sites(model)
         size = self.sites[-1].stop if self.sites else 0
         self.loc = nn.Parameter(like.new_tensor(_start(model, self.sites)))
         self.tril = nn.Parameter(0.1 * torch.eye(size, dtype=like.dtype, device=like.device))
         fixed = len(model.fixed_terms()) if model.bayesian_head else 0
-        self.pseudo = nn.ModuleList(
-            _Pseudo(factor, len(facts.counts[factor.name]), fixed, like) for factor in self.factors
+        self._pseudo = nn.ModuleList(
+            PseudoObservations(factor, len(facts.counts[factor.name]), fixed, like)
+            for factor in self.factors
         )
         if source is not None and self.factors:
-            _observe(model, self, source)
+            observe(model, self.pseudo, self._hyperparameters(self.loc.detach()), source)
+
+    @property
+    def pseudo(self) -> tuple[PseudoObservations, ...]:
+        """Pseudo-observations of every factor."""
+        return cast("tuple[PseudoObservations, ...]", tuple(self._pseudo))
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         latents = dict(self.known)
@@ -225,12 +197,15 @@ class StructuredGuide(Guide):
         return latents
 
     def center(self, rows: Rows) -> dict[str, Tensor]:
-        latents = self.known | {site.name: site.read(self.loc)[0] for site in self.sites}
+        latents = self._hyperparameters(self.loc)
         for factor, pseudo in zip(self.factors, self.pseudo, strict=True):
             membership = rows.memberships[factor.name]
             conditional = self._conditional(factor, pseudo, latents, membership)
             latents[factor.effect_site] = conditional.mean
         return latents
+
+    def _hyperparameters(self, theta: Float[Tensor, " size"]) -> dict[str, Tensor]:
+        return self.known | {site.name: site.read(theta)[0] for site in self.sites}
 
     def _scale_tril(self) -> Float[Tensor, "size size"]:
         # A signed diagonal is a valid factor up to the sign of its columns; |.| fixes the sign.
@@ -239,17 +214,14 @@ class StructuredGuide(Guide):
     def _conditional(
         self,
         factor: Factor,
-        pseudo: Any,
+        pseudo: PseudoObservations,
         latents: Mapping[str, Tensor],
         membership: Membership,
     ) -> Any:
         """q(u | theta) for the clusters drawn."""
-        dispersion = latents.get(self.family.dispersion_name or "")
-        tau = self.family.precision(dispersion)
-        tau = self.loc.new_ones(()) if tau is None else tau
-        index = membership.index
-        precision = pseudo.precision(index)
-        pull = tau[..., None] * pseudo.pull(index, latents.get("fixed_effect"))
+        tau = self.model_precision(latents)
+        precision, pull = pseudo(membership.index, latents.get("fixed_effect"))
+        pull = tau[..., None] * pull
         scale = factor.scale(latents)
         if pseudo.full:
             lower = torch.diag_embed(scale) if factor.diagonal else scale
@@ -283,10 +255,11 @@ def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
             continue
         if type(node["fn"]).__name__ == "_Subsample":
             continue
-        transform = biject_to(node["fn"].support)
+        distribution = cast("dist.TorchDistribution", node["fn"])
+        transform = biject_to(distribution.support)
         free = transform.inv(node["value"])
         stop = start + free.numel()
-        event_dim = node["fn"].event_dim
+        event_dim = distribution.event_dim
         sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform))
         start = stop
     return tuple(sites)
@@ -304,75 +277,3 @@ def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:
         else:
             start += [0.0] * size
     return start
-
-
-def _observe(model: MixedEffects, guide: StructuredGuide, source: RowSource) -> None:
-    """Set the pseudo-observations from the likelihood's slope and curvature at u = 0."""
-    training = model.training
-    model.eval()
-    spread = model.data_facts().spread
-    for rows in source.chunks(max(1, 2**22 // max(1, _width(model)))):
-        with torch.no_grad():
-            center = guide.known | {site.name: site.read(guide.loc)[0] for site in guide.sites}
-            predictor = model.predictor(rows, center)
-        eta = predictor.eta.detach().requires_grad_(True)
-        log_prob = model.density(eta, center, rows).log_prob(rows.y)
-        log_prob = log_prob if rows.weights is None else rows.weights * log_prob
-        (slope,) = torch.autograd.grad(log_prob.sum(), eta, create_graph=True)
-        curvature = torch.zeros_like(slope)
-        for column in range(eta.shape[-1]):
-            if slope.requires_grad:
-                total = slope[..., column].sum()
-                curvature[..., column] = torch.autograd.grad(total, eta, retain_graph=True)[0][
-                    ..., column
-                ]
-        with torch.no_grad():
-            tau = model.family.precision(center.get(model.family.dispersion_name or ""))
-            tau = eta.new_ones(()) if tau is None else tau
-            weight = (-curvature * spread**2 / tau).clamp(min=1e-4)
-            residual = slope.detach() * spread / tau
-            for factor, pseudo in zip(guide.factors, guide.pseudo, strict=True):
-                _add_rows(model, factor, pseudo, rows, predictor.activations, weight, residual)
-    with torch.no_grad():
-        for pseudo in guide.pseudo:
-            if pseudo.full:
-                values, vectors = torch.linalg.eigh(pseudo.root)  # type: ignore[arg-type]
-                pseudo.root.copy_(vectors * values.clamp(min=1e-8).sqrt()[..., None, :])
-            else:
-                pseudo.root.copy_(pseudo.root.clamp(min=1e-8).sqrt())  # type: ignore[operator]
-    model.train(training)
-
-
-def _width(model: MixedEffects) -> int:
-    widths = [len(factor.terms) ** 2 for factor in model.factors]
-    return max([1, *widths, math.prod(model.data_facts().feature_shape)])
-
-
-def _add_rows(
-    model: MixedEffects,
-    factor: Factor,
-    pseudo: Any,
-    rows: Rows,
-    activations: Mapping[str, Tensor],
-    weight: Float[Tensor, "rows columns"],
-    residual: Float[Tensor, "rows columns"],
-) -> None:
-    """Add rows' Z'WZ, Z'r and Z'WX to their clusters' pseudo-observations."""
-    columns = weight.shape[-1]
-    phi = factor.design(rows.x, activations)
-    # Z maps a cluster's terms (phi column, predictor column) to the predictor's columns.
-    z = torch.einsum("nq,pr->nqpr", phi, torch.eye(columns).to(phi)).flatten(1, 2)
-    weighted_z = z * weight[:, None, :]
-    position = rows.memberships[factor.name].position
-    if pseudo.full:
-        pseudo.root.data.index_add_(0, position, weighted_z @ z.mT)
-    else:
-        pseudo.root.data.index_add_(0, position, (weighted_z * z).sum(-1))
-    pseudo.shift.data.index_add_(0, position, (z * residual[:, None, :]).sum(-1))
-    if pseudo.cross is not None:
-        hidden = activations[f"<{model.head_path()}"]
-        terms = len(model.fixed_terms()) // columns
-        if terms > hidden.shape[-1]:
-            hidden = torch.cat([torch.ones_like(hidden[:, :1]), hidden], -1)
-        x = torch.einsum("nh,pr->nhpr", hidden, torch.eye(columns).to(phi)).flatten(1, 2)
-        pseudo.cross.data.index_add_(0, position, weighted_z @ x.mT)

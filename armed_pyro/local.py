@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 
 __all__ = ["LocalModule"]
+
+
+class _SeenBySVI(Messenger):
+    """Gives local parameters the attribute by which `pyro.infer.SVI` finds them."""
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        parameter = msg["value"]
+        if not hasattr(parameter, "unconstrained"):
+            parameter.unconstrained = weakref.ref(parameter)
 
 
 class LocalModule(PyroModule):
@@ -22,5 +33,9 @@ class LocalModule(PyroModule):
             super().__init__(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with pyro.settings.context(module_local_params=True):
-            return super().__call__(*args, **kwargs)
+        with pyro.settings.context(module_local_params=True), _SeenBySVI():
+            result = super().__call__(*args, **kwargs)
+        # Pyro strips that attribute off global parameters (a stock guide's) meanwhile; reading
+        # them puts it back.
+        list(pyro.get_param_store().values())
+        return result

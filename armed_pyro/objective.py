@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -81,17 +82,18 @@ class Objective:
             poutine.replay(lambda: functional_call(self.guide, held, (rows,)), trace=guide_trace)
         ).get_trace()
         elbo = (model_trace.log_prob_sum() - held_trace.log_prob_sum()) / n
-        predictor: Predictor = model_trace.nodes["_RETURN"]["value"]
+        elbo = torch.as_tensor(elbo)
+        predictor = cast("Predictor", model_trace.nodes["_RETURN"]["value"])
         total, zero = -elbo, torch.zeros_like(elbo)
         fixed = zero
         if self.model.fixed_weight:
-            latents = {
-                name: one.detach() for name, one in guide_trace.nodes["_RETURN"]["value"].items()
-            }
+            drawn = cast("dict[str, Tensor]", guide_trace.nodes["_RETURN"]["value"])
+            latents = {name: value.detach() for name, value in drawn.items()}
             fixed = self._fixed(rows, predictor, latents)
             total = total + self.model.fixed_weight * fixed
         rounds = [
-            game(
+            # `forward`, as no handler of Pyro's need see the game: it is not in the density.
+            game.forward(
                 predictor.activations,
                 rows.memberships[game.factor].index[rows.memberships[game.factor].position],
                 elbo.new_tensor(game.strength(progress)),
@@ -106,5 +108,5 @@ class Objective:
         self, rows: Rows, predictor: Predictor, latents: dict[str, Tensor]
     ) -> Float[Tensor, ""]:
         eta = self.model.fixed_predictor(rows, predictor.output, predictor.activations, latents)
-        log_prob = self.model.density(eta, latents, rows).log_prob(rows.y)
+        log_prob = self.model.density(eta, latents, rows).log_prob(rows.outcome())
         return -(log_prob if rows.weights is None else rows.weights * log_prob).mean()

@@ -59,12 +59,12 @@ class Prediction:
     @property
     def mean(self) -> Float[np.ndarray, "rows ..."]:
         """Posterior mean of the expected outcome."""
-        return self.expected.mean(0)  # type: ignore[no-any-return]
+        return self.expected.mean(0)
 
     @property
     def sd(self) -> Float[np.ndarray, "rows ..."]:
         """Posterior standard deviation of the expected outcome."""
-        return self.expected.std(0, ddof=1)  # type: ignore[no-any-return]
+        return self.expected.std(0, ddof=1)
 
     def interval(
         self, prob: float | None = None, *, of: str = "expected"
@@ -102,7 +102,7 @@ class Prediction:
         """Draws with dimensions chain, draw, row (and class)."""
         dims = ("chain", "draw", "row")
         coords: dict[str, object] = {"row": self.row_labels.to_numpy()}
-        expected_dims = dims
+        expected_dims: tuple[str, ...] = dims
         if self.expected.ndim == 3:
             expected_dims = (*dims, "class")
             coords["class"] = list(self.classes or range(self.expected.shape[2]))
@@ -187,7 +187,7 @@ def predict_chunks(
         raise ValueError(f"a prediction needs at least 2 draws, not {draws}")
     model, facts = fit.model, fit.model.data_facts()
     data = encoded(fit, data)
-    levels = model.levels_with(data)
+    levels = facts.levels_with(data)
     new = {name: set(levels[name][len(facts.levels[name]) :]) for name in levels}
     _check_mode(unseen, {name: labels for name, labels in new.items() if labels})
     latents = fit.draws(draws, seed=seed)

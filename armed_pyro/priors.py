@@ -61,7 +61,7 @@ class ScalePrior(ABC):
     def sample(self, name: str, scale: Tensor) -> Tensor:
         """The latent site `name` with this prior, of the shape of `scale`."""
         prior = self.density(scale).to_event(scale.dim())
-        return pyro.sample(name, prior)  # type: ignore[no-any-return]
+        return pyro.sample(name, prior)
 
     @abstractmethod
     def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
@@ -141,7 +141,7 @@ class Known(ScalePrior):
         super().__post_init__()
 
     def sample(self, name: str, scale: Tensor) -> Tensor:
-        return pyro.deterministic(name, scale, event_dim=scale.dim())  # type: ignore[no-any-return]
+        return pyro.deterministic(name, scale, event_dim=scale.dim())
 
     def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
         return dist.Delta(scale)

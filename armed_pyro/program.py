@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 import pyro
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
 
+from armed_pyro import layout
 from armed_pyro.adversary import Adversary
 from armed_pyro.data import ClusteredData
 from armed_pyro.factors import Factor
@@ -23,8 +24,8 @@ from armed_pyro.facts import Facts
 from armed_pyro.families import Family, family_named
 from armed_pyro.local import LocalModule
 from armed_pyro.priors import Known, Priors
-from armed_pyro.rows import Membership, Rows, RowSource
-from armed_pyro.taps import pooled, tapped
+from armed_pyro.rows import Rows, RowSource
+from armed_pyro.taps import tapped
 from armed_pyro.terms import Term, parse_terms
 
 __all__ = ["MixedEffects", "Predictor"]
@@ -124,12 +125,25 @@ class MixedEffects(LocalModule):
         self.terms = parse_terms(random)
         self.family = family_named(family)
         given = [adversary] if isinstance(adversary, Adversary) else list(adversary)
-        self.adversaries = nn.ModuleList(given)
+        self._adversaries = nn.ModuleList(given)
         self.priors = Priors() if priors is None else priors
         self.bayesian_head = bayesian_head
         self.fixed_weight = float(fixed_weight)
-        self.factors = nn.ModuleList()
+        self._factors = nn.ModuleList()
         self.facts = None
+
+    @property
+    def adversaries(self) -> tuple[Adversary, ...]:
+        """The adversaries, one a grouping factor or several."""
+        # Read past PyroModule's attributes: an adversary's weights are no sites of the density.
+        return cast(
+            "tuple[Adversary, ...]", tuple(cast("nn.ModuleList", self._modules["_adversaries"]))
+        )
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The grouping factors with random effects; none before the model is bound."""
+        return cast("tuple[Factor, ...]", tuple(cast("nn.ModuleList", self._modules["_factors"])))
 
     # --- laying out ---------------------------------------------------------------------------
 
@@ -158,12 +172,11 @@ class MixedEffects(LocalModule):
         )
         bound = copy.deepcopy(self)
         bound.facts = facts
-        bound.adversaries = nn.ModuleList(copy.deepcopy(list(self.adversaries)))
-        widths = bound._probe()
+        widths = layout.activation_widths(bound)
         by_factor: dict[str, list[Term]] = {}
         for term in self.terms:
             by_factor.setdefault(term.factor, []).append(term)
-        bound.factors = nn.ModuleList(
+        bound._factors = nn.ModuleList(
             Factor(
                 name,
                 [term.block(facts, widths) for term in terms],
@@ -178,12 +191,13 @@ class MixedEffects(LocalModule):
         for game in bound.adversaries:
             game.build(widths, len(facts.levels[game.factor]))
         bound.to(bound.reference())
-        bound._warn_if_small()
+        layout.warn_if_small(bound)
         return bound
 
     def reference(self) -> Tensor:
         """A tensor of the program's precision and device."""
-        return next((p for p in self.net.parameters() if p.is_floating_point()), torch.zeros(()))
+        net = cast("nn.Module", self._modules["net"])
+        return next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(()))
 
     def data_facts(self) -> Facts:
         """What the program knows of its data.
@@ -197,131 +211,17 @@ class MixedEffects(LocalModule):
             raise ValueError("the model is not laid out yet: call model.bind(data), or fit it")
         return self.facts
 
-    def _probe(self) -> dict[str, int]:
-        """Run the network once on zeros: widths of the tapped layers, and the output's check."""
-        facts, like = self.data_facts(), self.reference()
-        x = torch.zeros(2, *facts.feature_shape, dtype=like.dtype, device=like.device)
-        training = self.net.training
-        self.net.eval()
-        head = [self.head_path()] if self.bayesian_head else []
-        try:
-            with torch.no_grad(), tapped(self.net, self.layers(), head) as record:
-                output = self.net(x)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the network cannot take the features, of shape (rows, "
-                f"{', '.join(map(str, facts.feature_shape))}) "
-                f"({', '.join(facts.feature_names) or 'unnamed'}): {error}"
-            ) from error
-        finally:
-            self.net.train(training)
-        columns = self.family.contrasts(output.reshape(2, -1)).shape[-1]
-        if columns != len(facts.columns):
-            raise ValueError(
-                f"the network has {output.reshape(2, -1).shape[-1]} output(s), but the outcome "
-                f"{facts.outcome_name!r} of family {self.family.name!r} needs "
-                f"{len(facts.columns) + (self.family.name == 'categorical')}"
-            )
-        missing = [path for path in self.layers() if path not in record]
-        if missing:
-            raise ValueError(f"the network never runs its module {missing[0]!r}: nothing to tap")
-        if head:
-            self._check_head(output, record[f"<{head[0]}"])
-        return {path: pooled(record[path]).shape[-1] for path in self.layers()}
-
-    def head_path(self) -> str:
-        """Module path of the network's last linear layer; empty if it is the network itself."""
-        paths = [path for path, one in self.net.named_modules() if isinstance(one, nn.Linear)]
-        if not paths:
-            raise ValueError("a Bayesian head needs a network with a torch.nn.Linear layer")
-        return paths[-1]
-
-    def _check_head(self, output: Tensor, hidden: Tensor) -> None:
-        head = self.net.get_submodule(self.head_path())
-        with torch.no_grad():
-            same = torch.allclose(head(hidden).reshape(-1), output.reshape(-1))
-        if not same or hidden.dim() != 2:
-            raise ValueError(
-                f"a Bayesian head needs the last linear layer ({self.head_path() or 'the net'}) "
-                "to give the network's output, but something follows it: move it to the end, or "
-                "leave bayesian_head off"
-            )
-
-    def _warn_if_small(self) -> None:
-        count = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
-        count += sum(len(factor.terms) for factor in self.factors)
-        rows = self.data_facts().n_rows
-        if rows < count:
-            warnings.warn(
-                f"there are fewer rows ({rows}) than parameters ({count}): expect overfitting; "
-                "use a smaller network, or stop by validation",
-                UserWarning,
-                stacklevel=3,
-            )
-
     # --- data ---------------------------------------------------------------------------------
 
     def encode(
         self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None
     ) -> RowSource:
-        """Tensors of the program's precision on its device.
-
-        Parameters
-        ----------
-        data : ClusteredData
-            Data with the training data's features.
-        levels : mapping of str to pandas.Index, optional
-            Cluster labels that codes refer to; by default those seen in training.
-
-        Raises
-        ------
-        ValueError
-            If features are missing, or clusters are not among `levels`.
-        """
-        facts, like = self.data_facts(), self.reference()
-        levels = facts.levels if levels is None else levels
-        if data.feature_names != facts.feature_names:
-            missing = [name for name in facts.feature_names if name not in data.feature_names]
-            raise ValueError(
-                f"the data have the features {list(data.feature_names)}, but the model was laid "
-                f"out for {list(facts.feature_names)} (missing: {missing or 'none'}); encode new "
-                "tables with the training data's schema: data.schema.encode(table)"
-            )
-        codes, counts = {}, {}
-        for factor, index in levels.items():
-            found = index.get_indexer(data.grouping(factor).labels())
-            if (found < 0).any():
-                label = data.grouping(factor).labels()[found < 0][0]
-                raise ValueError(f"cluster {label!r} of {factor!r} was not seen in training")
-            codes[factor] = torch.as_tensor(found, dtype=torch.long, device=like.device)
-            counts[factor] = torch.bincount(codes[factor], minlength=len(index))
-
-        def tensor(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(like)
-
-        x = facts.standardise(data.features).to(like)
-        offset, weights = tensor(data.offset), tensor(data.weights)
-        return RowSource(
-            x, tensor(data.outcome), codes, counts, tensor(data.trials), offset, weights
-        )
-
-    def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
-        """Labels of the clusters seen in training, followed by those only these data have."""
-        extended = {}
-        for factor, seen in self.data_facts().levels.items():
-            own = data.grouping(factor).levels
-            extended[factor] = seen.append(own[~own.isin(seen)])
-        return extended
+        """Tensors in the program's precision, on its device; see `Facts.encode`."""
+        return self.data_facts().encode(data, self.reference(), levels)
 
     def clusters(self) -> Rows:
         """No rows, but every cluster of every factor: for drawing random effects only."""
-        like, facts = self.reference(), self.data_facts()
-        none = torch.zeros(0, dtype=torch.long, device=like.device)
-        memberships = {
-            name: Membership(torch.arange(len(levels), device=like.device), none)
-            for name, levels in facts.levels.items()
-        }
-        return Rows(like.new_zeros(0, *facts.feature_shape), None, memberships)
+        return self.data_facts().clusters(self.reference())
 
     def extend(
         self, latents: Latents, counts: Mapping[str, int], *, population: bool
@@ -379,7 +279,7 @@ class MixedEffects(LocalModule):
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
         """log p(y_i | latent sites) of every row, times the row's weight."""
         eta = self.predictor(rows, latents).eta
-        log_prob = self.density(eta, latents, rows).log_prob(rows.y)
+        log_prob = self.density(eta, latents, rows).log_prob(rows.outcome())
         return log_prob if rows.weights is None else rows.weights * log_prob
 
     def density(
@@ -390,6 +290,11 @@ class MixedEffects(LocalModule):
         if dispersion is not None:
             dispersion = self.family.original_dispersion(dispersion, self.data_facts().spread)
         return self.family.distribution(eta, dispersion, rows)
+
+    def precision(self, latents: Latents) -> Tensor:
+        """tau = 1 / Var(y | eta) in standardised units; 1 where it depends on eta."""
+        tau = self.family.precision(latents.get(self.family.dispersion_name or ""))
+        return self.reference().new_ones(()) if tau is None else tau
 
     def known(self) -> dict[str, Tensor]:
         """Latent quantities that are given by their priors, not estimated."""
@@ -409,6 +314,10 @@ class MixedEffects(LocalModule):
             and isinstance(self.net, nn.Linear)
             and self.net.in_features == len(facts.feature_names)
         )
+
+    def head_path(self) -> str:
+        """Module path of the network's last linear layer; empty if it is the network itself."""
+        return layout.head_path(self.net)
 
     def fixed_terms(self) -> tuple[str, ...]:
         """Names of the latent fixed effects: the inputs of the last linear layer, by column."""
@@ -457,10 +366,15 @@ class MixedEffects(LocalModule):
             base = base + rows.offset[:, None]
         if not self.bayesian_head:
             return base + facts.spread * self.family.contrasts(output.reshape(len(rows), -1))
-        hidden = activations[f"<{self.head_path()}"]
         weights = latents["fixed_effect"].unflatten(-1, (-1, len(facts.columns)))
         if weights.dim() > 2:
             weights = weights.squeeze(-3)
-        if weights.shape[-2] > hidden.shape[-1]:
-            return base + facts.spread * (weights[..., :1, :] + hidden @ weights[..., 1:, :])
-        return base + facts.spread * (hidden @ weights)
+        return base + facts.spread * (self.head_inputs(activations) @ weights)
+
+    def head_inputs(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "rows inputs"]:
+        """What latent fixed effects multiply: a 1, if there is an intercept, and activations."""
+        path = self.head_path()
+        hidden = activations[f"<{path}"]
+        if self.net.get_submodule(path).bias is None:
+            return hidden
+        return torch.cat([hidden.new_ones(len(hidden), 1), hidden], -1)

@@ -68,6 +68,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
+    def outcome(self) -> Tensor:
+        """The outcomes.
+
+        Raises
+        ------
+        ValueError
+            If they are not known.
+        """
+        if self.y is None:
+            raise ValueError("the rows have no outcome, which their log-likelihood needs")
+        return self.y
+
 
 @dataclass(frozen=True)
 class RowSource:

@@ -62,12 +62,13 @@ def _head(fit: Fit) -> str:
     fixed = "linear, latent coefficients" if model.linear else f"network of {weights} weights"
     if model.bayesian_head and not model.linear:
         fixed += ", last layer latent"
+    features = len(facts.feature_names) or "x".join(map(str, facts.feature_shape))
     random = " + ".join(map(str, model.terms)) or "none"
     sizes = ", ".join(f"{name}: {len(levels)}" for name, levels in facts.levels.items()) or "none"
     lines = [
         "Mixed-effects network fitted by stochastic variational inference",
         f"  Outcome: {facts.outcome_name} ({model.family.name})",
-        f"  Fixed effects: {fixed}, on {len(facts.feature_names) or facts.feature_shape} feature(s)",
+        f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]

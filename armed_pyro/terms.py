@@ -297,7 +297,8 @@ def _parse(text: str) -> list[Term]:
 def _check_overlap(terms: list[Term]) -> None:
     taken: dict[tuple[str, str], Term] = {}
     for term in terms:
-        names = term.layers()
+        # A layer may be called "1", as the intercept is.
+        names = tuple(f"layer {path}" for path in term.layers())
         if isinstance(term, RandomEffects):
             names = (*(("1",) if term.intercept else ()), *term.slopes)
         for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -198,11 +198,13 @@ def _mean_outcome(fixed: Float[Tensor, "draws rows"], random: Float[Tensor, " dr
     return torch.exp(fixed.clamp(max=30) + random[:, None] / 2).mean(-1)
 
 
-def _table(rows: list[tuple[str | Tensor, ...]], names: list[str], prob: float) -> pd.DataFrame:
+def _table(
+    rows: Sequence[tuple[*tuple[str, ...], Tensor]], names: list[str], prob: float
+) -> pd.DataFrame:
     tail = (1 - prob) / 2
     records = []
     for *labels, values in rows:
-        draws = values.cpu().numpy()  # type: ignore[union-attr]
+        draws = values.cpu().numpy()
         lower, median, upper = np.quantile(draws, [tail, 0.5, 1 - tail])
         spread = draws.std(ddof=1) if len(draws) > 1 else 0.0
         records.append([*labels, draws.mean(), median, spread, lower, upper])

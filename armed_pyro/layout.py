@@ -1,0 +1,97 @@
+"""How a network, terms and adversaries fit together, found by running the network once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from armed_pyro.taps import pooled, tapped
+
+if TYPE_CHECKING:
+    from armed_pyro.program import MixedEffects
+
+__all__ = ["activation_widths", "head_path", "warn_if_small"]
+
+
+def activation_widths(model: MixedEffects) -> dict[str, int]:
+    """Widths of the layers that terms and adversaries tap, from one run on two rows of zeros.
+
+    Raises
+    ------
+    ValueError
+        If the network does not take the features, does not give one output for every column of
+        the predictor, or never runs a tapped layer; or if its last linear layer is to be Bayesian
+        but does not give the output.
+    """
+    facts, like, net = model.data_facts(), model.reference(), model.net
+    x = torch.zeros(2, *facts.feature_shape, dtype=like.dtype, device=like.device)
+    head = [head_path(net)] if model.bayesian_head else []
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad(), tapped(net, model.layers(), head) as record:
+            output = net(x)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network cannot take the features, of shape "
+            f"(rows, {', '.join(map(str, facts.feature_shape))}) "
+            f"({', '.join(facts.feature_names) or 'unnamed'}): {error}"
+        ) from error
+    finally:
+        net.train(training)
+    output = output.reshape(2, -1)
+    columns = model.family.contrasts(output).shape[-1]
+    if columns != len(facts.columns):
+        raise ValueError(
+            f"the network has {output.shape[-1]} output(s), but the outcome "
+            f"{facts.outcome_name!r} of family {model.family.name!r} needs "
+            f"{output.shape[-1] - columns + len(facts.columns)}"
+        )
+    missing = [path for path in model.layers() if path not in record]
+    if missing:
+        raise ValueError(f"the network never runs its module {missing[0]!r}: nothing to tap")
+    if head:
+        _check_head(net, head[0], output, record[f"<{head[0]}"])
+    return {path: pooled(record[path]).shape[-1] for path in model.layers()}
+
+
+def head_path(net: nn.Module) -> str:
+    """Module path of the network's last linear layer; empty if it is the network itself.
+
+    Raises
+    ------
+    ValueError
+        If the network has no linear layer.
+    """
+    paths = [path for path, one in net.named_modules() if isinstance(one, nn.Linear)]
+    if not paths:
+        raise ValueError("a Bayesian head needs a network with a torch.nn.Linear layer")
+    return paths[-1]
+
+
+def _check_head(net: nn.Module, path: str, output: Tensor, hidden: Tensor) -> None:
+    with torch.no_grad():
+        own = net.get_submodule(path)(hidden)
+    if hidden.dim() != 2 or not torch.allclose(own.reshape(-1), output.reshape(-1)):
+        raise ValueError(
+            f"a Bayesian head needs the last linear layer ({path or 'the network'}) to give the "
+            "network's output, but something follows it: move it to the end, or leave "
+            "bayesian_head off"
+        )
+
+
+def warn_if_small(model: MixedEffects) -> None:
+    """Warn where there are fewer rows than parameters."""
+    count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
+    count += sum(len(factor.terms) for factor in model.factors)
+    rows = model.data_facts().n_rows
+    if rows < count:
+        warnings.warn(
+            f"there are fewer rows ({rows}) than parameters ({count}): expect overfitting; use a "
+            "smaller network, or stop by validation",
+            UserWarning,
+            stacklevel=4,
+        )

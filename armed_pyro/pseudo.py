@@ -1,0 +1,177 @@
+"""Pseudo-observations of random effects: what the rows of a cluster say about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from armed_pyro.factors import Factor
+from armed_pyro.terms import LayerBlock
+
+if TYPE_CHECKING:
+    from armed_pyro.program import MixedEffects
+    from armed_pyro.rows import Rows, RowSource
+
+__all__ = ["FULL_TERMS", "PseudoObservations", "observe"]
+
+# Up to this many terms a cluster's effects get a full precision matrix, beyond it a diagonal one:
+# the matrix costs O(clusters x terms^2) memory.
+FULL_TERMS = 16
+
+
+class PseudoObservations(nn.Module):
+    r"""For each cluster, one observation of its random effects with a precision.
+
+    .. math:: m_k - G_k \beta \sim N(u_k, (\tau A_k)^{-1}), \quad A_k = R_k C_k C_k^\top R_k^\top
+
+    R_k is set once from the rows and C_k starts at the identity, so that what is trained (C_k,
+    m_k and G_k) is of order 1 whether a cluster has two rows or ten thousand.
+
+    Parameters
+    ----------
+    factor : Factor
+        The grouping factor.
+    n_clusters, n_fixed : int
+        Clusters, and latent fixed effects beta.
+    like : Tensor
+        A tensor of the wanted precision and device.
+    """
+
+    base: Tensor
+    root: nn.Parameter
+    location: nn.Parameter
+    cross: nn.Parameter | None
+
+    def __init__(self, factor: Factor, n_clusters: int, n_fixed: int, like: Tensor) -> None:
+        super().__init__()
+        terms = len(factor.terms)
+        self.full = terms <= FULL_TERMS
+        shape = (n_clusters, terms, terms) if self.full else (n_clusters, terms)
+        unit = torch.eye(terms) if self.full else torch.ones(terms)
+        self.register_buffer("base", like.new_zeros(shape))
+        self.root = nn.Parameter(unit.to(like).expand(shape).clone())
+        self.location = nn.Parameter(like.new_zeros(n_clusters, terms))
+        # Without the coupling to latent fixed effects, their sd would be far too small.
+        self.cross = nn.Parameter(like.new_zeros(n_clusters, terms, n_fixed)) if n_fixed else None
+
+    def forward(
+        self, index: Int[Tensor, " clusters"], fixed: Float[Tensor, "... 1 n_fixed"] | None
+    ) -> tuple[Tensor, Float[Tensor, "... clusters terms"]]:
+        """A_k (or its diagonal) and A_k (m_k - G_k beta) of some clusters."""
+        location = self.location[index]
+        if self.cross is not None and fixed is not None:
+            location = location - (self.cross[index] @ fixed[..., None])[..., 0]
+        if self.full:
+            root = self.base[index] @ self.root[index]
+            precision = root @ root.mT
+            return precision, (precision @ location[..., None])[..., 0]
+        precision = (self.base[index] * self.root[index]) ** 2
+        return precision, precision * location
+
+    @torch.no_grad()
+    def start(self, precision: Tensor, pull: Tensor, cross: Tensor | None) -> None:
+        """Set A_k, A_k m_k and A_k G_k to these sums over rows."""
+        if self.full:
+            values, vectors = torch.linalg.eigh(precision)
+            known = values > 1e-8 * values.amax(-1, keepdim=True).clamp(min=1e-8)
+            inverse = torch.where(known, values, torch.inf).reciprocal()
+            solve = (vectors * inverse[..., None, :]) @ vectors.mT
+            self.base.copy_(vectors * values.clamp(min=1e-12).sqrt()[..., None, :])
+            self.location.copy_((solve @ pull[..., None])[..., 0])
+            if self.cross is not None and cross is not None:
+                self.cross.copy_(solve @ cross)
+            return
+        # Wide layers are correlated: each unit alone would explain what all explain together.
+        inverse = 1 / (precision.clamp(min=1e-12) * precision.shape[-1])
+        self.base.copy_(precision.clamp(min=1e-12).sqrt())
+        self.location.copy_(inverse * pull)
+        if self.cross is not None and cross is not None:
+            self.cross.copy_(inverse[..., None] * cross)
+
+
+def observe(
+    model: MixedEffects,
+    pseudo: Sequence[PseudoObservations],
+    latents: Mapping[str, Tensor],
+    source: RowSource,
+) -> None:
+    """Start pseudo-observations from the likelihood's slope and curvature at u = 0.
+
+    A_k, A_k m_k and A_k G_k become Z'WZ, Z'r and Z'WX over the cluster's rows, with W minus the
+    second and r the first derivative of log p(y | eta), both divided by tau. For gaussian
+    outcomes with linear fixed effects the conditional is then exact.
+
+    Parameters
+    ----------
+    model : MixedEffects
+        The bound program.
+    pseudo : sequence of PseudoObservations
+        Those of each of the program's factors.
+    latents : mapping of str to Tensor
+        Hyperparameters at which to take the derivatives.
+    source : RowSource
+        All training rows.
+    """
+    training = model.training
+    model.eval()
+    sums = [_sums(factor, one) for factor, one in zip(model.factors, pseudo, strict=True)]
+    widest = max(len(factor.terms) ** 2 for factor in model.factors)
+    for rows in source.chunks(max(1, 2**22 // max(widest, math.prod(source.x.shape[1:])))):
+        weight, residual, activations = _derivatives(model, rows, latents)
+        for factor, (precision, pull, cross) in zip(model.factors, sums, strict=True):
+            position = rows.memberships[factor.name].position
+            z = _by_column(factor.design(rows.x, activations), weight.shape[-1])
+            weighted = z * weight[:, None, :]
+            square = weighted @ z.mT if precision.dim() == 3 else (weighted * z).sum(-1)
+            precision.index_add_(0, position, square)
+            pull.index_add_(0, position, (z * residual[:, None, :]).sum(-1))
+            if cross is not None:
+                x = _by_column(model.head_inputs(activations), weight.shape[-1])
+                cross.index_add_(0, position, weighted @ x.mT)
+    for one, (precision, pull, cross) in zip(pseudo, sums, strict=True):
+        one.start(precision, pull, cross)
+    model.train(training)
+
+
+def _sums(factor: Factor, pseudo: PseudoObservations) -> tuple[Tensor, Tensor, Tensor | None]:
+    precision = torch.zeros_like(pseudo.base)
+    # A unit that is silent now may wake up in training: let its precision be trained too.
+    layer = [isinstance(block, LayerBlock) for block in factor.blocks for _ in block.names]
+    columns = len(factor.terms) // len(layer)
+    floor = torch.tensor(layer).repeat_interleave(columns).to(precision)
+    precision += torch.diag(floor) if pseudo.full else floor
+    cross = None if pseudo.cross is None else torch.zeros_like(pseudo.cross)
+    return precision, torch.zeros_like(pseudo.location), cross
+
+
+def _derivatives(
+    model: MixedEffects, rows: Rows, latents: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    """W and r of each row and column of the predictor, in standardised units; activations."""
+    spread = model.data_facts().spread
+    with torch.no_grad():
+        predictor = model.predictor(rows, latents)
+    eta = predictor.eta.detach().requires_grad_(True)
+    log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
+    log_prob = log_prob if rows.weights is None else rows.weights * log_prob
+    (slope,) = torch.autograd.grad(log_prob.sum(), eta, create_graph=True)
+    curvature = [
+        torch.autograd.grad(slope[:, column].sum(), eta, retain_graph=True)[0][:, column]
+        for column in range(eta.shape[-1])
+    ]
+    tau = model.precision(latents)
+    weight = (-torch.stack(curvature, -1) * spread**2 / tau).clamp(min=1e-4)
+    return weight, slope.detach() * spread / tau, predictor.activations
+
+
+def _by_column(
+    phi: Float[Tensor, "rows q"], columns: int
+) -> Float[Tensor, "rows q*columns columns"]:
+    """Z: a cluster's terms (column of phi, column of the predictor) to the predictor."""
+    identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
+    return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)

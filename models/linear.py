@@ -1,0 +1,37 @@
+"""Linear fixed effects: the network of a classical mixed model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["linear"]
+
+
+def linear(n_features: int, n_outputs: int = 1) -> nn.Linear:
+    r"""f(x) = W x + b in double precision, starting at zero.
+
+    With ``MixedEffects(..., bayesian_head=True)`` the coefficients W and b become latent and the
+    program is a linear mixed model.
+
+    Parameters
+    ----------
+    n_features : int
+        Width of x; 0 leaves the intercept alone.
+    n_outputs : int
+        Width of f(x): 1, or the number of classes.
+
+    Examples
+    --------
+    >>> linear(3)
+    Linear(in_features=3, out_features=1, bias=True)
+    """
+    # Skipped, as torch's own initialisation warns where there are no features.
+    net = nn.utils.skip_init(nn.Linear, n_features, n_outputs, dtype=torch.float64)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    net.armed_pyro_network = {
+        "name": "linear",
+        "arguments": {"n_features": n_features, "n_outputs": n_outputs},
+    }
+    return net
