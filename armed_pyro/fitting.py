@@ -111,20 +111,22 @@ def fit(
     """
     schedule = Schedule() if schedule is None else schedule
     target = torch.device(_device(device))
-    bound = model.bind(data).to(target)
-    rows = bound.encode(data)
-    held_out = None
-    if validation is not None:
-        held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
     devices = [target] if target.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+    with torch.random.fork_rng(devices=devices):
+        # Binding draws the adversaries' first weights.
         torch.manual_seed(seed)
-        run = _Run(bound, guide(bound, rows).to(target), data, rows, held_out, schedule, seed)
-        path = None if checkpoint is None else Path(checkpoint)
-        if resume and path is not None and path.exists():
-            run.restore(Checkpoint.read(path))
-        with _progress_bar(schedule.steps, progress) as report:
-            run.train(path, report)
+        bound = model.bind(data).to(target)
+        rows = bound.encode(data)
+        held_out = None
+        if validation is not None:
+            held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
+        with pyro.validation_enabled(False):
+            run = _Run(bound, guide(bound, rows).to(target), data, rows, held_out, schedule, seed)
+            path = None if checkpoint is None else Path(checkpoint)
+            if resume and path is not None and path.exists():
+                run.restore(Checkpoint.read(path))
+            with _progress_bar(schedule.steps, progress) as report:
+                run.train(path, report)
     return run.result()
 
 

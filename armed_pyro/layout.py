@@ -34,6 +34,8 @@ def activation_widths(model: MixedEffects) -> dict[str, int]:
     try:
         with torch.no_grad(), tapped(net, model.layers(), head) as record:
             output = net(x)
+        if head:
+            _check_head(net, head[0], record.get(f"<{head[0]}"), x)
     except RuntimeError as error:
         raise ValueError(
             f"the network cannot take the features, of shape "
@@ -53,8 +55,6 @@ def activation_widths(model: MixedEffects) -> dict[str, int]:
     missing = [path for path in model.layers() if path not in record]
     if missing:
         raise ValueError(f"the network never runs its module {missing[0]!r}: nothing to tap")
-    if head:
-        _check_head(net, head[0], output, record[f"<{head[0]}"])
     return {path: pooled(record[path]).shape[-1] for path in model.layers()}
 
 
@@ -72,10 +72,23 @@ def head_path(net: nn.Module) -> str:
     return paths[-1]
 
 
-def _check_head(net: nn.Module, path: str, output: Tensor, hidden: Tensor) -> None:
-    with torch.no_grad():
-        own = net.get_submodule(path)(hidden)
-    if hidden.dim() != 2 or not torch.allclose(own.reshape(-1), output.reshape(-1)):
+def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> None:
+    """Whatever the head gives must come out of the network, unchanged."""
+    noise = torch.Generator().manual_seed(0)
+    given: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        given.append(torch.linspace(-3, 3, output.numel()).to(output).view_as(output))
+        return given[-1]
+
+    hook = net.get_submodule(path).register_forward_hook(replace)
+    try:
+        with torch.no_grad():
+            output = net(torch.randn(x.shape, generator=noise).to(x))
+    finally:
+        hook.remove()
+    vectors = hidden is not None and hidden.dim() == 2 and len(given) == 1
+    if not vectors or not torch.equal(given[0].reshape(-1), output.reshape(-1)):
         raise ValueError(
             f"a Bayesian head needs the last linear layer ({path or 'the network'}) to give the "
             "network's output, but something follows it: move it to the end, or leave "

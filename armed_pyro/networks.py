@@ -21,8 +21,10 @@ __all__ = ["GROUP", "hidden_activations", "is_file", "network"]
 
 # Entry points by which the library, which never imports a concrete program, finds one.
 GROUP = "armed_pyro.models"
-_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish)
-_ACTIVATIONS += (nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh)
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh),
+)
 
 
 def network(

@@ -1,0 +1,456 @@
+"""The command line: fit, predict, report and demo."""
+
+from __future__ import annotations
+
+import gzip
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import rich.table
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from armed_pyro import report, summary
+from armed_pyro.adversary import Adversary
+from armed_pyro.data import ClusteredData
+from armed_pyro.families import FAMILIES, family_named
+from armed_pyro.fitted import Fit
+from armed_pyro.fitting import DivergenceError, fit
+from armed_pyro.networks import hidden_activations, is_file, network
+from armed_pyro.prediction import MODES, Prediction, predict_chunks
+from armed_pyro.program import MixedEffects
+from armed_pyro.report import EVALUATION, evaluate
+from armed_pyro.schedule import Schedule
+from armed_pyro.tables import read_table, write_table
+from armed_pyro.terms import Slopes, Term, parse_terms
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Mixed-effects deep learning: networks with random effects, fitted as a Pyro program.",
+)
+CHECKPOINT = "checkpoint.safetensors"
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+
+
+class Device(StrEnum):
+    """Where to train."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Missing(StrEnum):
+    """What to do about rows with missing values."""
+
+    error = "error"
+    drop = "drop"
+
+
+def _option(text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, metavar=metavar, help=text)
+
+
+Table = Annotated[Path, typer.Argument(metavar="DATA", help="CSV or Parquet table: rows.csv")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that [b]fit[/b] wrote: run")]
+Prob = Annotated[float, _option("Probability of the equal-tailed intervals: --prob 0.95")]
+OwnNet = Annotated[
+    str | None,
+    _option("The network, if it is one of your own: --net my_net.py:MyNet", metavar="FILE.py:NAME"),
+]
+
+
+@app.command("fit")
+def fit_command(
+    data: Table,
+    outcome: Annotated[str, _option("Column of the outcome: --outcome score", metavar="COLUMN")],
+    random: Annotated[
+        list[str],
+        _option(
+            "Random effects in lme4's syntax, repeatable: --random '(1 + age | site)'; "
+            "'(1 + age || site)' independent, '(1 | school/class)' nested",
+            metavar="TERM",
+        ),
+    ],
+    run: Annotated[Path, _option("Folder to write the fit to: --out run", "--out", metavar="RUN")],
+    features: Annotated[
+        str | None,
+        _option(
+            "Columns of the features, or a formula of them: --features age,sex or "
+            "--features 'age * sex' [default: every column without another role]",
+            metavar="A,B,C",
+        ),
+    ] = None,
+    net: Annotated[
+        str,
+        _option(
+            "Fixed effects: linear, dense, or a network (or what makes it) in a file of yours, "
+            "which is executed: --net my_net.py:MyNet",
+            metavar="NAME|FILE.py:NAME",
+        ),
+    ] = "linear",
+    hidden: Annotated[
+        str | None,
+        _option("Widths of dense's hidden layers: --hidden 64,32 [default: 32,32]", metavar="N,N"),
+    ] = None,
+    family: Annotated[
+        str, _option(f"Outcome model, one of {', '.join(FAMILIES)}: --family bernoulli")
+    ] = "gaussian",
+    trials: Annotated[
+        str | None, _option("Denominators of a binomial outcome: --trials size", metavar="COLUMN")
+    ] = None,
+    offset: Annotated[
+        str | None,
+        _option("Known term of the linear predictor: --offset log_exposure", metavar="COLUMN"),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        _option("Factors of the rows' log-likelihoods: --weights frequency", metavar="COLUMN"),
+    ] = None,
+    missing: Annotated[
+        Missing, _option("Rows with missing values; to leave them out: --missing drop")
+    ] = Missing.error,
+    slopes_on: Annotated[
+        list[str] | None,
+        _option(
+            "Nonlinear random slopes of the first grouping factor on a hidden layer's "
+            "activations, by module path; repeatable: --slopes-on 3",
+            metavar="PATH",
+        ),
+    ] = None,
+    bayesian_head: Annotated[
+        bool | None,
+        _option(
+            "Whether the last linear layer gets a posterior [default: with --net linear only]",
+            "--bayesian-head/--no-bayesian-head",
+        ),
+    ] = None,
+    adversary: Annotated[
+        str | None,
+        _option(
+            "Factor to be unreadable from the network's hidden layers: --adversary site",
+            metavar="FACTOR",
+        ),
+    ] = None,
+    adversary_weight: Annotated[
+        float | None,
+        _option("Strength of the adversary: --adversary-weight 5 [default: 1]", metavar="W"),
+    ] = None,
+    validate_rows: Annotated[
+        float | None,
+        _option(
+            "Share of each cluster's rows to stop training by and judge predictions for seen "
+            "clusters: --validate-rows 0.2",
+            metavar="F",
+        ),
+    ] = None,
+    hold_out_clusters: Annotated[
+        float | None,
+        _option(
+            "Share of the first factor's clusters to leave out and judge predictions for unseen "
+            "clusters: --hold-out-clusters 0.2",
+            metavar="F",
+        ),
+    ] = None,
+    steps: Annotated[
+        int, _option("Most training steps, if it has not converged before: --steps 5000")
+    ] = Schedule.steps,
+    batch_size: Annotated[
+        int | None,
+        _option(
+            "Rows a step: --batch-size 512 [default: all up to 4096, beyond that 1024]", metavar="B"
+        ),
+    ] = None,
+    seed: Annotated[int, _option("The same seed gives the same result: --seed 1")] = 0,
+    device: Annotated[
+        Device, _option("Where to train; auto takes a GPU if there is one: --device cpu")
+    ] = Device.auto,
+    draws: Annotated[int, _option("Posterior draws to save: --draws 2000")] = 1000,
+    prob: Prob = 0.9,
+    resume: Annotated[
+        bool, _option("Continue a killed run: the same command with --resume", "--resume")
+    ] = False,
+    overwrite: Annotated[bool, _option("Replace the fit in RUN", "--overwrite")] = False,
+) -> None:
+    """Fit a network with random effects to a table.
+
+    armed-pyro fit sleep.csv --outcome Reaction --random "(1 + Days | Subject)" --out run
+    """
+    with _messages():
+        _check_run(run, resume, overwrite)
+        if not 0 < prob < 1:
+            raise ValueError(f"--prob must lie between 0 and 1, not {prob}")
+        if adversary_weight is not None and adversary is None:
+            raise ValueError("--adversary-weight needs --adversary FACTOR")
+        schedule = Schedule(steps=steps, batch_size=batch_size)
+        terms = parse_terms(random)
+        terms += tuple(Slopes(terms[0].factor, on=path) for path in slopes_on or ())
+        table = read_table(data)
+        rows = ClusteredData.from_frame(
+            table,
+            outcome=outcome,
+            clusters=_cluster_columns(terms, adversary, table),
+            features=_features(features, table),
+            trials=trials,
+            offset=offset,
+            weights=weights,
+            missing=missing.value,
+        )
+        likelihood = family_named(family)
+        likelihood.check(rows)
+        held_out: dict[str, ClusteredData] = {}
+        if hold_out_clusters is not None:
+            rows, held_out["clusters"] = rows.hold_out_clusters(
+                terms[0].factor, fraction=hold_out_clusters, seed=seed
+            )
+        if validate_rows is not None:
+            rows, held_out["rows"] = rows.split_rows(validate_rows, seed=seed)
+        n_outputs = len(likelihood.columns(rows)) + (likelihood.name == "categorical")
+        module = network(net, rows.n_features, n_outputs, seed=seed, **_widths(hidden, net))
+        games = []
+        if adversary is not None:
+            weight = 1.0 if adversary_weight is None else adversary_weight
+            games = [Adversary(adversary, hidden_activations(module), weight=weight)]
+        head = net == "linear" if bayesian_head is None else bayesian_head
+        model = MixedEffects(module, terms, likelihood, games, bayesian_head=head)
+        result = _train(
+            run,
+            model,
+            rows,
+            validation=held_out.get("rows"),
+            schedule=schedule,
+            seed=seed,
+            device=device.value,
+            resume=resume,
+        )
+        result.save(run, draws=draws)
+        _print_fit(result, held_out, run, prob)
+        (run / CHECKPOINT).unlink(missing_ok=True)
+
+
+@app.command("predict")
+def predict_command(
+    run: Run,
+    data: Table,
+    predictions: Annotated[
+        Path,
+        _option("Table to write, .csv or .parquet: --out pred.csv", "--out", metavar="PRED.csv"),
+    ],
+    unseen: Annotated[
+        str | None,
+        _option(
+            "What to assume of clusters not seen in training, required if there are any: "
+            + "; ".join(f"[b]{name}[/b], {meaning}" for name, meaning in MODES.items()),
+            metavar="MODE",
+        ),
+    ] = None,
+    net: OwnNet = None,
+    draws: Annotated[int, _option("Posterior draws: --draws 2000")] = 1000,
+    prob: Prob = 0.9,
+    seed: Annotated[int | None, _option("Seed of the draws: --seed 1 [default: the fit's]")] = None,
+) -> None:
+    """Predict the expected outcome of new rows, in their order, with its uncertainty.
+
+    armed-pyro predict run new.csv --unseen marginal --out pred.csv
+    """
+    with _messages():
+        if not predictions.name.lower().endswith((".csv", ".csv.gz", ".parquet", ".pq")):
+            raise ValueError(f"--out must end in .csv or .parquet, found {str(predictions)!r}")
+        rows = read_table(data)
+        fitted = _load(run, net)
+        parts = predict_chunks(fitted, rows, unseen=unseen, draws=draws, prob=prob, seed=seed)
+        _write(parts, len(rows), predictions)
+        out.print(f"{len(rows)} predictions are in {predictions}", markup=False)
+
+
+@app.command("report")
+def report_command(
+    run: Run,
+    page: Annotated[
+        Path, _option("Page to write: --out report.html", "--out", metavar="report.html")
+    ],
+    net: OwnNet = None,
+    prob: Prob = 0.9,
+) -> None:
+    """Write a fit's results as one HTML page with tables and plots.
+
+    armed-pyro report run --out report.html
+    """
+    with _messages():
+        evaluation = run / EVALUATION
+        held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
+        report.write(_load(run, net), page, prob=prob, evaluation=held_out, title=run.name)
+        out.print(f"The report is in {page}", markup=False)
+
+
+@app.command("demo")
+def demo_command(
+    folder: Annotated[
+        Path, _option("Folder to write to: --out demo", "--out", metavar="DIR")
+    ] = Path("results/demo"),
+) -> None:
+    """Fit, report and predict on demonstration data.
+
+    armed-pyro demo --out demo
+    """
+    with _messages():
+        found = list(entry_points(group="armed_pyro.demos", name="fertility"))
+        if not found:
+            raise ValueError("the demonstration is not installed: install armed_pyro again")
+        try:
+            main = found[0].load()
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"the demonstration needs {error.name}: pip install 'armed_pyro[analysis]'"
+            ) from error
+        main(["--out", str(folder)])
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Warnings and errors of the library as messages on stderr; an error ends with code 2."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: _say(f"Warning: {message}", "yellow")
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            _say(f"Error: {error}", "red")
+            raise typer.Exit(2) from error
+
+
+def _say(message: str, style: str) -> None:
+    err.print(message, style=style, markup=False)
+
+
+def _check_run(run: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError if a fit cannot be written to this folder."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--out {run} is a file, expected a folder to write the fit to")
+    held = {path.name for path in run.iterdir()} if run.exists() else set()
+    if not held or (resume and CHECKPOINT in held):
+        return
+    if not held & {CHECKPOINT, "manifest.json"}:
+        raise ValueError(f"--out {run} is a folder with other files: choose a new one")
+    if not overwrite:
+        if CHECKPOINT in held:
+            raise ValueError(
+                f"{run} holds an unfinished run: continue it with --resume, or start anew with "
+                "--overwrite"
+            )
+        what = "nothing to resume, as the run in it is finished" if resume else "a fit"
+        raise ValueError(f"{run} holds {what}: choose another folder, or replace it: --overwrite")
+    (run / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _train(run: Path, model: MixedEffects, rows: ClusteredData, **settings: Any) -> Fit:
+    """Fit with a checkpoint in the run's folder; say what is left if it ends early."""
+    checkpoint = run / CHECKPOINT
+    try:
+        return fit(model, rows, checkpoint=checkpoint, **settings)
+    except DivergenceError as error:
+        error.fit.save(run)
+        checkpoint.unlink(missing_ok=True)
+        _say(f"Error: {error}\nThat state is in {run}, marked as diverged.", "red")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        kept = "nothing was kept, as the first window of steps was not over"
+        if checkpoint.exists():
+            kept = f"the state is kept in {checkpoint}: continue with the same command and --resume"
+        _say(f"Interrupted; {kept}", "yellow")
+        raise typer.Exit(130) from error
+
+
+def _cluster_columns(
+    terms: Sequence[Term], adversary: str | None, table: pd.DataFrame
+) -> list[str]:
+    """Columns of the grouping factors; the factor ``a:b`` needs the columns a and b."""
+    factors = [term.factor for term in terms] + [adversary] * (adversary is not None)
+    columns = [[name] if name in table else str(name).split(":") for name in factors]
+    return list(dict.fromkeys(name for names in columns for name in names))
+
+
+def _features(text: str | None, table: pd.DataFrame) -> list[str] | str | None:
+    """Columns listed with commas, or a formula."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    formula = len(names) == 1 and names[0] not in table and any(c in names[0] for c in "+:*^`")
+    return None if text is None else names[0] if formula else names
+
+
+def _widths(hidden: str | None, net: str) -> dict[str, list[int]]:
+    """Arguments of the network for --hidden."""
+    if hidden is None:
+        return {}
+    if net == "linear" or is_file(net):
+        raise ValueError(f"--hidden is for --net dense, not for --net {net}")
+    try:
+        return {"hidden": [int(width) for width in hidden.split(",")]}
+    except ValueError:
+        raise ValueError(f"--hidden must be widths such as 32,32, found {hidden!r}") from None
+
+
+def _load(run: Path, net: str | None) -> Fit:
+    if not (run / "manifest.json").is_file():
+        raise ValueError(f"{run} holds no fit (no manifest.json): expected a folder written by fit")
+    if net is None:
+        return Fit.load(run)
+    raise NotImplementedError
+
+
+def _write(parts: Iterator[Prediction], n_rows: int, path: Path) -> None:
+    """Write predictions block by block, under a temporary name until they are complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
+    name = path.name.lower()
+    open_text = gzip.open if name.endswith(".gz") else open
+    try:
+        with ExitStack() as files, Progress(disable=not out.is_terminal) as bar:
+            task = bar.add_task("predicting", total=n_rows)
+            writer: Any = None
+            for part in parts:
+                frame = part.to_frame()
+                if name.endswith((".csv", ".csv.gz")):
+                    header = writer is None
+                    writer = writer or files.enter_context(open_text(draft, "wt"))
+                    frame.to_csv(writer, header=header, index=False)
+                else:
+                    block = pa.Table.from_pandas(frame, preserve_index=False)
+                    writer = writer or files.enter_context(pq.ParquetWriter(draft, block.schema))
+                    writer.write_table(block)
+                bar.advance(task, len(frame))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, prob: float) -> None:
+    """Print the summary, the evaluation and the files."""
+    out.print(summary.text(result, prob=prob), markup=False)
+    (run / EVALUATION).unlink(missing_ok=True)
+    if held_out:
+        table = evaluate(result, held_out, prob=prob)
+        write_table(table, run / EVALUATION)
+        out.print("\nPredictions of held-out rows:")
+        grid = rich.table.Table(*table.columns)
+        for row in table.itertuples(index=False):
+            grid.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
+        out.print(grid)
+    files = sorted(path.name for path in run.iterdir() if path.name != CHECKPOINT)
+    out.print(f"\nIn {run}: {', '.join(files)}", markup=False)
+    out.print(f"Next: armed-pyro report {run} --out report.html", markup=False)

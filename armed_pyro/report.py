@@ -1,0 +1,330 @@
+"""What is written of a fit for its readers: predictions, their evaluation, and an HTML page."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import io
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sklearn import metrics
+
+from armed_pyro import summary
+from armed_pyro.data import ClusteredData
+from armed_pyro.prediction import Prediction, predict_chunks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from armed_pyro.factors import Factor
+    from armed_pyro.fitted import Fit
+
+__all__ = ["EVALUATION", "evaluate", "page", "write_predictions"]
+
+EVALUATION = "evaluation.csv"
+MOST_CLUSTERS = 60  # whose names fit beside a plot
+MOST_TERMS = 4
+INK, ACCENT, FAINT = "#1f2933", "#2b6cb0", "#a0aec0"
+
+
+def evaluate(
+    fit: Fit, held_out: Mapping[str, ClusteredData], *, prob: float = 0.9, draws: int = 1000
+) -> pd.DataFrame:
+    """How well held-out rows are predicted; clusters among them that are new are marginal.
+
+    Parameters
+    ----------
+    fit : Fit
+        The fit.
+    held_out : mapping of str to ClusteredData
+        Sets of rows that were not trained on, with their outcomes.
+    prob : float
+        Probability of the predictive intervals.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns held_out (the set's name), rows, unseen (rows in clusters not seen in training),
+        and for outcomes with classes auroc (one class against the rest), accuracy and log_loss,
+        for others rmse and coverage (share of the outcomes inside their predictive intervals).
+    """
+    records = []
+    for name, data in held_out.items():
+        if data.outcome is None:
+            raise ValueError(f"the held-out rows {name!r} have no outcome to compare with")
+        parts = list(predict_chunks(fit, data, unseen="marginal", prob=prob, draws=draws))
+        y = data.outcome.numpy()
+        mean = np.concatenate([part.mean for part in parts])
+        unseen = sum(int((part.unseen != "").sum()) for part in parts)
+        record: dict[str, Any] = {"held_out": name, "rows": len(y), "unseen": unseen}
+        if fit.model.family.name in ("bernoulli", "categorical"):
+            record |= _class_scores(y.astype(int), mean)
+        else:
+            limits = [part.interval(of="outcome") for part in parts]
+            lower, upper = (np.concatenate(one) for one in zip(*limits, strict=True))
+            record["rmse"] = metrics.root_mean_squared_error(y, mean)
+            record["coverage"] = float(((lower <= y) & (y <= upper)).mean())
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def _class_scores(y: np.ndarray, mean: np.ndarray) -> dict[str, float]:
+    probability = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
+    # A class that does not occur, or occurs alone, cannot be ranked against the rest.
+    areas = [
+        metrics.roc_auc_score(y == code, probability[:, code])
+        for code in range(1 if mean.ndim == 1 else 0, probability.shape[1])
+        if 0 < (y == code).sum() < len(y)
+    ]
+    labels = np.arange(probability.shape[1])
+    return {
+        "auroc": float(np.mean(areas)) if areas else float("nan"),
+        "accuracy": float(metrics.accuracy_score(y, probability.argmax(1))),
+        "log_loss": float(metrics.log_loss(y, probability, labels=labels)),
+    }
+
+
+def write_predictions(parts: Iterator[Prediction], path: Path) -> Iterator[int]:
+    """Write predictions block by block, as CSV or Parquet by suffix; whole or not at all.
+
+    Yields the number of rows of each block written; the file appears after the last.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a replacement is atomic only within one file system.
+    draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
+    name = path.name.lower()
+    writer: Any = None
+    try:
+        with ExitStack() as files:
+            for part in parts:
+                frame = part.to_frame()
+                if name.endswith((".csv", ".csv.gz")):
+                    first = writer is None
+                    if first:
+                        text = gzip.open if name.endswith(".gz") else open
+                        writer = files.enter_context(text(draft, "wt", encoding="utf-8"))  # type: ignore[operator]
+                    frame.to_csv(writer, header=first, index=False)
+                else:
+                    block = pa.Table.from_pandas(frame, preserve_index=False)
+                    if writer is None:
+                        writer = files.enter_context(pq.ParquetWriter(draft, block.schema))
+                    writer.write_table(block)
+                yield len(frame)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def page(
+    fit: Fit, *, title: str = "", prob: float = 0.9, evaluation: pd.DataFrame | None = None
+) -> str:
+    """A fit's results as one self-contained HTML page with tables and plots.
+
+    Parameters
+    ----------
+    fit : Fit
+        The fit.
+    title : str
+        Heading of the page.
+    prob : float
+        Probability of the equal-tailed intervals.
+    evaluation : pandas.DataFrame, optional
+        Table that `evaluate` made.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise ImportError(
+            "a report needs matplotlib, which is not installed: pip install 'armed_pyro[analysis]'"
+        ) from error
+
+    components = fit.variance_components(prob=prob)
+    spreads = components.statistic.isin(["sd", "variance", "cor"])
+    fixed = fit.fixed_effects(prob=prob)
+    latents = fit.draws(1000)
+    style = {"svg.hashsalt": "armed_pyro", "font.size": 9, "axes.edgecolor": FAINT}
+    with mpl.rc_context(style):
+        loss = _image(_loss_curve(fit), "Loss over the training steps")
+        forests = []
+        for factor in fit.model.factors:
+            effects = (
+                latents[factor.effect_site] @ factor.to_original.to(latents[factor.effect_site]).mT
+            )
+            figure = _forest(fit, factor, effects.double().cpu().numpy(), prob)
+            alt = f"Random effects of {factor.name} with intervals"
+            forests.append(f"<h3>{html.escape(factor.name)}</h3>{_image(figure, alt)}")
+    sections = {
+        "Program and data": _pairs(_program(fit)),
+        "Convergence": f"{_badge(fit)}{loss}",
+        f"Variance components ({prob:.0%} equal-tailed intervals)": (
+            _table(components[spreads])
+            + "<h3>Shares of the variance</h3>"
+            + _table(components[~spreads])
+        ),
+        f"Fixed effects ({prob:.0%} equal-tailed intervals)": (
+            _table(fixed)
+            if len(fixed)
+            else "<p>Weights of a network, without uncertainty of their own.</p>"
+        ),
+        f"Random effects (posterior mean, {prob:.0%} interval)": "".join(forests),
+        "Predictions of held-out rows": "" if evaluation is None else _table(evaluation),
+        "Priors": _pairs(summary.priors(fit.model)),
+    }
+    body = "".join(f"<section><h2>{k}</h2>{v}</section>" for k, v in sections.items() if v)
+    return _PAGE.substitute(title=html.escape(title or "Mixed-effects fit"), body=body)
+
+
+def _program(fit: Fit) -> dict[str, str]:
+    model, facts = fit.model, fit.model.data_facts()
+    adversaries = [
+        f"{game.factor}, on {', '.join(game.taps)}, weight {game.weight:g}"
+        for game in model.adversaries
+    ]
+    lines = {
+        "Outcome": f"{facts.outcome_name} ({model.family.name})",
+        "Features": ", ".join(facts.feature_names) or "none",
+        "Network": " → ".join(str(layer) for layer in _layers(model.net)),
+        "Random effects": " + ".join(map(str, model.terms)) or "none",
+        "Adversary": "; ".join(adversaries),
+        "Rows": f"{facts.n_rows:,}",
+        "Clusters": ", ".join(f"{len(one):,} of {name}" for name, one in facts.levels.items()),
+        "Seed": str(fit.seed),
+    }
+    return {name: line for name, line in lines.items() if line}
+
+
+def _layers(net: Any) -> list[Any]:
+    return [one for one in net.modules() if not list(one.children())]
+
+
+def _badge(fit: Fit) -> str:
+    meaning = {
+        "converged": ("good", "Converged: the evidence lower bound has stopped improving"),
+        "validation": ("good", "Converged: the validation loss has stopped improving"),
+        "steps": ("bad", "Not converged: the steps ran out; allow more"),
+        "diverged": ("bad", "Diverged: these are the last good parameters"),
+    }
+    kind, text = meaning[fit.stopped]
+    return f'<p class="{kind}">{text} ({len(fit.history.loss):,} steps).</p>'
+
+
+def _loss_curve(fit: Fit) -> Figure:
+    from matplotlib.figure import Figure
+
+    history = fit.history
+    loss = np.asarray(history.loss)
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    width = max(1, len(loss) // 400)  # so many steps a point
+    blocks = loss[: len(loss) // width * width].reshape(-1, width)
+    steps = (np.arange(len(blocks)) + 1) * width
+    axes.plot(steps, blocks.mean(1), color=ACCENT, lw=1.2, label="training")
+    axes.fill_between(steps, blocks.min(1), blocks.max(1), color=ACCENT, alpha=0.2, lw=0)
+    shown = blocks.mean(1)
+    if history.validation:
+        axes.plot(history.step, history.validation, color="#c05621", lw=1.2, label="validation")
+        axes.legend(frameon=False)
+        shown = np.concatenate([shown, history.validation])
+    # The first steps may lie far above the rest, and would flatten it.
+    low, high = np.quantile(shown[np.isfinite(shown)], [0, 0.98])
+    axes.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
+    axes.set(xlabel="step", ylabel="loss per row")
+    _clean(axes)
+    return figure
+
+
+def _forest(fit: Fit, factor: Factor, effects: np.ndarray, prob: float) -> Figure:
+    """Posterior mean and interval of every cluster, sorted by the first term."""
+    from matplotlib.figure import Figure
+
+    tail = (1 - prob) / 2
+    lower, upper = np.quantile(effects, [tail, 1 - tail], axis=0)
+    mean = effects.mean(0)
+    order, terms = np.argsort(mean[:, 0]), factor.terms[:MOST_TERMS]
+    labels = fit.model.data_facts().levels[factor.name][order]
+    few = len(order) <= MOST_CLUSTERS
+    height = 0.9 + (0.17 * len(order) if few else 5.0)
+    figure = Figure(figsize=(7.2 if len(terms) > 1 else 5.0, height), layout="constrained")
+    panels = figure.subplots(1, len(terms), sharey=True, squeeze=False)[0]
+    place = np.arange(len(order))
+    for number, (axes, term) in enumerate(zip(panels, terms, strict=True)):
+        low, high, centre = (one[order, number] for one in (lower, upper, mean))
+        axes.axvline(0, color=FAINT, lw=0.8, zorder=0)
+        axes.hlines(place, low, high, color=ACCENT, lw=1.4 if few else 0.5, alpha=0.6)
+        axes.plot(centre, place, "o", color=INK, ms=3 if few else 1.2)
+        axes.set(title=term, ylim=(-0.8, len(order) - 0.2))
+        axes.set_yticks(place if few else [], [str(label) for label in labels] if few else [])
+        _clean(axes)
+    if not few:
+        panels[0].set_ylabel(f"{len(order):,} clusters, sorted")
+    if hidden := len(factor.terms) - len(terms):
+        figure.supxlabel(f"and {hidden} more terms", fontsize=8, color=FAINT)
+    return figure
+
+
+def _clean(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=FAINT, labelcolor=INK)
+
+
+def _image(figure: Figure, alt: str) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    code = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{code}">'
+
+
+def _pairs(lines: Mapping[str, str]) -> str:
+    rows = (f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in lines.items())
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _table(frame: pd.DataFrame) -> str:
+    numbers = "{:.4g}".format
+    text = frame.to_html(index=False, border=0, float_format=numbers, na_rep="")
+    return f'<div class="wide">{text}</div>'
+
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; margin: 2rem auto;
+       max-width: 52rem; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem;
+     border-bottom: 1px solid #e2e8f0; } h3 { font-size: 1rem; margin-bottom: .3rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; }
+th { border-bottom: 1px solid #a0aec0; }
+tr:nth-child(even) td { background: #f7fafc; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
+dt { color: #52606d; } dd { margin: 0; overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; }
+p.good { color: #276749; } p.bad { color: #c53030; font-weight: 600; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$body
+</body>
+</html>
+""")
