@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import gzip
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import rich.table
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from armed_pyro import report, summary
+from armed_pyro import summary
 from armed_pyro.adversary import Adversary
 from armed_pyro.data import ClusteredData
 from armed_pyro.families import FAMILIES, family_named
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.networks import hidden_activations, is_file, network
-from armed_pyro.prediction import MODES, Prediction, predict_chunks
+from armed_pyro.prediction import MODES, predict_chunks
 from armed_pyro.program import MixedEffects
-from armed_pyro.report import EVALUATION, evaluate
+from armed_pyro.report import EVALUATION, evaluate, page, write_predictions
 from armed_pyro.schedule import Schedule
 from armed_pyro.tables import read_table, write_table
 from armed_pyro.terms import Slopes, Term, parse_terms
@@ -40,34 +36,30 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     help="Mixed-effects deep learning: networks with random effects, fitted as a Pyro program.",
 )
 CHECKPOINT = "checkpoint.safetensors"
-out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+PARTIAL = "checkpoint.partial"  # what a kill may leave of a checkpoint being written
+out = Console(soft_wrap=True, highlight=False)
+err = Console(soft_wrap=True, highlight=False, stderr=True)
 
 
-class Device(StrEnum):
-    """Where to train."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Missing(StrEnum):
-    """What to do about rows with missing values."""
-
-    error = "error"
-    drop = "drop"
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+Missing = StrEnum("Missing", ["error", "drop"])
 
 
 def _option(text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, metavar=metavar, help=text)
 
 
+def _column(text: str) -> Any:
+    return _option(text, metavar="COLUMN")
+
+
+Column = str | None
 Table = Annotated[Path, typer.Argument(metavar="DATA", help="CSV or Parquet table: rows.csv")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that [b]fit[/b] wrote: run")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that fit wrote: run")]
 Prob = Annotated[float, _option("Probability of the equal-tailed intervals: --prob 0.95")]
 OwnNet = Annotated[
     str | None,
@@ -78,7 +70,7 @@ OwnNet = Annotated[
 @app.command("fit")
 def fit_command(
     data: Table,
-    outcome: Annotated[str, _option("Column of the outcome: --outcome score", metavar="COLUMN")],
+    outcome: Annotated[str, _column("Column of the outcome: --outcome score")],
     random: Annotated[
         list[str],
         _option(
@@ -101,7 +93,7 @@ def fit_command(
         _option(
             "Fixed effects: linear, dense, or a network (or what makes it) in a file of yours, "
             "which is executed: --net my_net.py:MyNet",
-            metavar="NAME|FILE.py:NAME",
+            metavar="NET",
         ),
     ] = "linear",
     hidden: Annotated[
@@ -111,17 +103,9 @@ def fit_command(
     family: Annotated[
         str, _option(f"Outcome model, one of {', '.join(FAMILIES)}: --family bernoulli")
     ] = "gaussian",
-    trials: Annotated[
-        str | None, _option("Denominators of a binomial outcome: --trials size", metavar="COLUMN")
-    ] = None,
-    offset: Annotated[
-        str | None,
-        _option("Known term of the linear predictor: --offset log_exposure", metavar="COLUMN"),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        _option("Factors of the rows' log-likelihoods: --weights frequency", metavar="COLUMN"),
-    ] = None,
+    trials: Annotated[Column, _column("Denominators of a binomial outcome: --trials size")] = None,
+    offset: Annotated[Column, _column("Known term of the predictor: --offset log_days")] = None,
+    weights: Annotated[Column, _column("Factors of the rows' log-likelihoods: --weights n")] = None,
     missing: Annotated[
         Missing, _option("Rows with missing values; to leave them out: --missing drop")
     ] = Missing.error,
@@ -209,17 +193,16 @@ def fit_command(
             trials=trials,
             offset=offset,
             weights=weights,
-            missing=missing.value,
+            missing="drop" if missing is Missing.drop else "error",
         )
         likelihood = family_named(family)
         likelihood.check(rows)
-        held_out: dict[str, ClusteredData] = {}
+        seen = unseen = None
         if hold_out_clusters is not None:
-            rows, held_out["clusters"] = rows.hold_out_clusters(
-                terms[0].factor, fraction=hold_out_clusters, seed=seed
-            )
+            factor = terms[0].factor
+            rows, unseen = rows.hold_out_clusters(factor, fraction=hold_out_clusters, seed=seed)
         if validate_rows is not None:
-            rows, held_out["rows"] = rows.split_rows(validate_rows, seed=seed)
+            rows, seen = rows.split_rows(validate_rows, seed=seed)
         n_outputs = len(likelihood.columns(rows)) + (likelihood.name == "categorical")
         module = network(net, rows.n_features, n_outputs, seed=seed, **_widths(hidden, net))
         games = []
@@ -228,19 +211,13 @@ def fit_command(
             games = [Adversary(adversary, hidden_activations(module), weight=weight)]
         head = net == "linear" if bayesian_head is None else bayesian_head
         model = MixedEffects(module, terms, likelihood, games, bayesian_head=head)
-        result = _train(
-            run,
-            model,
-            rows,
-            validation=held_out.get("rows"),
-            schedule=schedule,
-            seed=seed,
-            device=device.value,
-            resume=resume,
-        )
+        settings = {"schedule": schedule, "seed": seed, "device": device.value, "resume": resume}
+        result = _train(run, model, rows, validation=seen, **settings)
         result.save(run, draws=draws)
-        _print_fit(result, held_out, run, prob)
+        held_out = {"rows": seen, "clusters": unseen}
+        _print_fit(result, {k: v for k, v in held_out.items() if v is not None}, run, prob)
         (run / CHECKPOINT).unlink(missing_ok=True)
+        (run / PARTIAL).unlink(missing_ok=True)
 
 
 @app.command("predict")
@@ -255,7 +232,7 @@ def predict_command(
         str | None,
         _option(
             "What to assume of clusters not seen in training, required if there are any: "
-            + "; ".join(f"[b]{name}[/b], {meaning}" for name, meaning in MODES.items()),
+            + "; ".join(f"{name}, {meaning}" for name, meaning in MODES.items()),
             metavar="MODE",
         ),
     ] = None,
@@ -274,14 +251,17 @@ def predict_command(
         rows = read_table(data)
         fitted = _load(run, net)
         parts = predict_chunks(fitted, rows, unseen=unseen, draws=draws, prob=prob, seed=seed)
-        _write(parts, len(rows), predictions)
+        with Progress(disable=not out.is_terminal) as bar:
+            task = bar.add_task("predicting", total=len(rows))
+            for done in write_predictions(parts, predictions):
+                bar.advance(task, done)
         out.print(f"{len(rows)} predictions are in {predictions}", markup=False)
 
 
 @app.command("report")
 def report_command(
     run: Run,
-    page: Annotated[
+    html: Annotated[
         Path, _option("Page to write: --out report.html", "--out", metavar="report.html")
     ],
     net: OwnNet = None,
@@ -294,8 +274,10 @@ def report_command(
     with _messages():
         evaluation = run / EVALUATION
         held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
-        report.write(_load(run, net), page, prob=prob, evaluation=held_out, title=run.name)
-        out.print(f"The report is in {page}", markup=False)
+        text = page(_load(run, net), title=run.resolve().name, prob=prob, evaluation=held_out)
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(text, encoding="utf-8")
+        out.print(f"The report is in {html}", markup=False)
 
 
 @app.command("demo")
@@ -343,7 +325,7 @@ def _check_run(run: Path, resume: bool, overwrite: bool) -> None:
     """Raise ValueError if a fit cannot be written to this folder."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"--out {run} is a file, expected a folder to write the fit to")
-    held = {path.name for path in run.iterdir()} if run.exists() else set()
+    held = {path.name for path in run.iterdir()} - {PARTIAL} if run.exists() else set()
     if not held or (resume and CHECKPOINT in held):
         return
     if not held & {CHECKPOINT, "manifest.json"}:
@@ -356,12 +338,13 @@ def _check_run(run: Path, resume: bool, overwrite: bool) -> None:
             )
         what = "nothing to resume, as the run in it is finished" if resume else "a fit"
         raise ValueError(f"{run} holds {what}: choose another folder, or replace it: --overwrite")
-    (run / CHECKPOINT).unlink(missing_ok=True)
 
 
 def _train(run: Path, model: MixedEffects, rows: ClusteredData, **settings: Any) -> Fit:
     """Fit with a checkpoint in the run's folder; say what is left if it ends early."""
     checkpoint = run / CHECKPOINT
+    if not settings["resume"]:
+        checkpoint.unlink(missing_ok=True)
     try:
         return fit(model, rows, checkpoint=checkpoint, **settings)
     except DivergenceError as error:
@@ -381,8 +364,8 @@ def _cluster_columns(
     terms: Sequence[Term], adversary: str | None, table: pd.DataFrame
 ) -> list[str]:
     """Columns of the grouping factors; the factor ``a:b`` needs the columns a and b."""
-    factors = [term.factor for term in terms] + [adversary] * (adversary is not None)
-    columns = [[name] if name in table else str(name).split(":") for name in factors]
+    factors = [term.factor for term in terms] + ([adversary] if adversary else [])
+    columns = [[name] if name in table else name.split(":") for name in factors]
     return list(dict.fromkeys(name for names in columns for name in names))
 
 
@@ -413,32 +396,6 @@ def _load(run: Path, net: str | None) -> Fit:
     raise NotImplementedError
 
 
-def _write(parts: Iterator[Prediction], n_rows: int, path: Path) -> None:
-    """Write predictions block by block, under a temporary name until they are complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
-    name = path.name.lower()
-    open_text = gzip.open if name.endswith(".gz") else open
-    try:
-        with ExitStack() as files, Progress(disable=not out.is_terminal) as bar:
-            task = bar.add_task("predicting", total=n_rows)
-            writer: Any = None
-            for part in parts:
-                frame = part.to_frame()
-                if name.endswith((".csv", ".csv.gz")):
-                    header = writer is None
-                    writer = writer or files.enter_context(open_text(draft, "wt"))
-                    frame.to_csv(writer, header=header, index=False)
-                else:
-                    block = pa.Table.from_pandas(frame, preserve_index=False)
-                    writer = writer or files.enter_context(pq.ParquetWriter(draft, block.schema))
-                    writer.write_table(block)
-                bar.advance(task, len(frame))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, prob: float) -> None:
     """Print the summary, the evaluation and the files."""
     out.print(summary.text(result, prob=prob), markup=False)
@@ -451,6 +408,6 @@ def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, pr
         for row in table.itertuples(index=False):
             grid.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
         out.print(grid)
-    files = sorted(path.name for path in run.iterdir() if path.name != CHECKPOINT)
+    files = sorted(path.name for path in run.iterdir() if path.name not in (CHECKPOINT, PARTIAL))
     out.print(f"\nIn {run}: {', '.join(files)}", markup=False)
     out.print(f"Next: armed-pyro report {run} --out report.html", markup=False)

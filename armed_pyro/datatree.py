@@ -1,5 +1,313 @@
-"""stub"""
+"""Fits as labelled data in ArviZ's schema, on the original scale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float, Shaped
+from pyro.infer import Predictive
+from torch import Tensor
+
+from armed_pyro.labels import unknown
+from armed_pyro.prediction import predict_chunks
+from armed_pyro.variance import original_covariance, original_dispersion, original_fixed_effects
+
+if TYPE_CHECKING:
+    from armed_pyro.fitted import Fit
+    from armed_pyro.program import MixedEffects
+    from armed_pyro.rows import Rows
+
+__all__ = ["GROUPS", "arviz_api", "label_values", "to_datatree", "variable_name"]
+
+Draws = dict[str, Tensor]
+Variables = dict[str, tuple[tuple[str, ...], Any]]
+
+# Dimensions of the schema and variables of constant_data: nothing else may be called so.
+RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights")
+ATTRIBUTES = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
 
 
-def to_datatree(*a, **k):
-    raise NotImplementedError
+def arviz_api() -> ModuleType:
+    """ArviZ with the API of its version 1: ``arviz`` itself, or ``arviz.preview`` before it.
+
+    Examples
+    --------
+    >>> hasattr(arviz_api(), "plot_ppc_dist")
+    True
+    """
+    import arviz  # here, as it takes seconds and few uses of the library need it
+
+    if int(arviz.__version__.partition(".")[0]) >= 1:
+        return arviz
+    import arviz.preview
+
+    return arviz.preview
+
+
+def to_datatree(
+    fit: Fit, *, draws: int = 1000, groups: Sequence[str] | None = None, seed: int | None = None
+) -> xr.DataTree:
+    r"""Posterior, predictive draws, likelihood, prior and data of a fit, on the original scale.
+
+    With M the matrix that takes random effects to the units of the data, the variables are
+    :math:`u \leftarrow M u` (``<factor>_effect``), and the standard deviations and correlations
+    of :math:`M D M^\top` (``<factor>_sd``, ``<factor>_cor``), as in `variance_components`.
+
+    Parameters
+    ----------
+    fit : Fit
+        The fit.
+    draws : int
+        Draws of the posterior and of the prior, as one chain.
+    groups : sequence of str, optional
+        Groups wanted, by default all of them:
+
+        - posterior: ``<factor>_effect`` (factor, term), ``<factor>_sd`` (term), ``<factor>_cor``
+          (term, term_bis; where terms are correlated; zero where they are independent),
+          ``residual_sd`` or ``shape``, ``fixed_effect`` (fixed_term). Absent if nothing is
+          latent.
+        - posterior_predictive, log_likelihood: the outcome of the training rows, under its own
+          name, given the same draws. A row's log-likelihood includes its weight.
+        - prior, prior_predictive: the program without its data; weights of a network that are
+          not latent keep their trained values.
+        - observed_data, constant_data: outcome; features, clusters, trials, offset and weights.
+        - sample_stats: objective and evidence lower bound per row, by step of the training.
+    seed : int, optional
+        Seed of the draws; the fit's own by default. The posterior draws are those of
+        ``fit.draws(draws, seed=seed)``.
+
+    Returns
+    -------
+    xarray.DataTree
+        Labels are numbers, text or timestamps, as NetCDF can hold; others become text. Classes
+        are codes into the attribute ``classes``. In names, ``/`` becomes ``_``, and ``_`` follows
+        a name that the schema reserves, such as ``draw``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such group, or fewer than two draws are asked for.
+
+    Examples
+    --------
+    ``fit.to_datatree(groups=["posterior", "log_likelihood"])``, for ``arviz.loo``.
+    """
+    wanted = list(GROUPS) if groups is None else [groups] if isinstance(groups, str) else groups
+    for name in wanted:
+        if name not in GROUPS:
+            raise unknown("group", name, GROUPS)
+    if draws < 2:
+        raise ValueError(f"`draws` must be at least 2, not {draws}")
+    seed = fit.seed if seed is None else seed
+    made = {name: make(fit, draws, seed) for name, make in GROUPS.items() if name in wanted}
+    return xr.DataTree.from_dict({name: one for name, one in made.items() if one.data_vars})
+
+
+def variable_name(name: str) -> str:
+    """A column's name as the name of a variable: no ``/``, and no name the schema reserves.
+
+    Examples
+    --------
+    >>> variable_name("km/h"), variable_name("draw"), variable_name("a:b")
+    ('km_h', 'draw_', 'a:b')
+    """
+    name = name.replace("/", "_")
+    return f"{name}_" if name in RESERVED else name
+
+
+def label_values(labels: pd.Index) -> Shaped[np.ndarray, " labels"]:
+    """Labels as NetCDF can hold them: numbers, booleans, text and timestamps; others as text.
+
+    Distinct labels stay distinct.
+
+    Examples
+    --------
+    >>> label_values(pd.Index([1, "b"], dtype=object)).tolist()
+    ['1', 'b']
+    """
+    if isinstance(labels, pd.DatetimeIndex) and labels.tz is None:
+        return labels.to_numpy()
+    values = [v.item() if isinstance(v, np.generic) else v for v in labels.tolist()]
+    kinds = {type(value) for value in values}
+    if not values or (len(kinds) == 1 and kinds <= {bool, int, float, str}):
+        return np.asarray(values, dtype=None if values else np.str_)
+    text = [str(value) for value in values]
+    # 1 and "1" look the same; their representations do not.
+    return np.asarray(text if len(set(text)) == labels.nunique() else list(map(repr, values)))
+
+
+# --- the groups -------------------------------------------------------------------------------
+
+
+def _posterior(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+    return _latent(fit.model, fit.draws(draws, seed=seed), draws)
+
+
+def _prior(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+    return _latent(fit.model, _prior_draws(fit, draws, seed), draws)
+
+
+def _posterior_predictive(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+    chunks = predict_chunks(fit, fit.data, draws=draws, seed=seed)
+    return _by_row(fit, draws, (chunk.outcome for chunk in chunks), fit.model.family.integer)
+
+
+def _prior_predictive(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+    model, latents = fit.model, _prior_draws(fit, draws, seed)
+
+    def outcome(rows: Rows) -> Tensor:
+        eta = model.predictor(rows, latents).eta
+        return model.density(eta.expand(draws, *eta.shape[-2:]), latents, rows).sample()
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 3)
+        chunks = (outcome(rows).cpu().numpy() for rows in _blocks(fit, draws))
+        return _by_row(fit, draws, chunks, model.family.integer)
+
+
+def _log_likelihood(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+    model, latents = fit.model, fit.draws(draws, seed=seed)
+    with torch.no_grad():
+        blocks = _blocks(fit, draws)
+        chunks = (model.log_likelihood(rows, latents).cpu().numpy() for rows in blocks)
+        return _by_row(fit, draws, chunks, whole=False)
+
+
+def _observed_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+    variables: Variables = {}
+    if fit.data.outcome is not None:
+        outcome = _counts(fit.data.outcome.numpy(), fit.model.family.integer)
+        variables[variable_name(fit.data.outcome_name)] = (("row",), outcome)
+    return _dataset(fit, variables)
+
+
+def _constant_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+    data, coords = fit.data, {}
+    variables: Variables = {}
+    if data.n_features:
+        dims: tuple[str, ...] = tuple(f"axis_{i}" for i in range(1, data.features.dim()))
+        if data.feature_names:
+            dims, coords = ("feature",), {"feature": list(data.feature_names)}
+        variables["features"] = (("row", *dims), data.features.numpy())
+    for name, grouping in data.groupings.items():
+        labels = label_values(grouping.levels)[grouping.codes.numpy()]
+        variables[variable_name(name)] = (("row",), labels)
+    roles = {"trials": data.trials, "offset": data.offset, "weights": data.weights}
+    for name, values in roles.items():
+        if values is not None:
+            variables[name] = (("row",), values.numpy())
+    return _dataset(fit, variables, coords)
+
+
+def _sample_stats(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+    traces = {"loss": fit.history.loss, "elbo": fit.history.elbo}
+    variables = {name: ("step", np.asarray(values, float)) for name, values in traces.items()}
+    schedule = json.dumps(fit.schedule.to_json())
+    settings = {"seed": fit.seed, "stopped": fit.stopped, "schedule": schedule}
+    steps = np.arange(1, len(fit.history.loss) + 1)
+    return xr.Dataset(variables, {"step": steps}, ATTRIBUTES | settings)
+
+
+Maker = Callable[["Fit", int, int], xr.Dataset]
+GROUPS: Mapping[str, Maker] = {
+    "posterior": _posterior,
+    "posterior_predictive": _posterior_predictive,
+    "log_likelihood": _log_likelihood,
+    "prior": _prior,
+    "prior_predictive": _prior_predictive,
+    "observed_data": _observed_data,
+    "constant_data": _constant_data,
+    "sample_stats": _sample_stats,
+}
+
+
+# --- their parts ------------------------------------------------------------------------------
+
+
+def _prior_draws(fit: Fit, draws: int, seed: int) -> Draws:
+    """Draws of the program without its outcome, shaped as those of a guide."""
+    model = fit.model
+    # One row will do: it brings every cluster, and no latent site depends on it.
+    rows = replace(next(model.encode(fit.data).chunks(1)), y=None)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        sites = Predictive(model, num_samples=draws, parallel=True)(rows)
+    sites.pop(model.data_facts().outcome_name)
+    return sites
+
+
+def _latent(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
+    """Every latent site with labelled dimensions, on the original scale."""
+    variables: Variables = {}
+    coords: dict[str, Any] = {}
+
+    def add(name: str, dims: tuple[str, ...], values: Tensor) -> None:
+        # Known quantities have a single draw.
+        shape = (1, draws, *values.shape[1:])
+        array = np.broadcast_to(values.cpu().numpy(), shape)
+        variables[name] = (("chain", "draw", *dims), np.ascontiguousarray(array))
+
+    for factor in model.factors:
+        base = factor.name.replace("/", "_")
+        name, term = variable_name(base), f"{base}_term"
+        coords |= {name: label_values(model.data_facts().levels[factor.name])}
+        coords |= {term: list(factor.terms)}
+        effects = latents[factor.effect_site].to(torch.float64)
+        matrix = factor.to_original.to(effects)
+        add(f"{base}_effect", (name, term), effects @ matrix.mT)
+        covariance = original_covariance(model, factor, latents)
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        add(f"{base}_sd", (term,), variance.sqrt())
+        if factor.groups:
+            product = variance[..., :, None] * variance[..., None, :]
+            coords[f"{term}_bis"] = list(factor.terms)
+            add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
+    dispersion = original_dispersion(model, latents)
+    if dispersion is not None:
+        add(str(model.family.dispersion_name), (), dispersion)
+    if model.bayesian_head:
+        coords["fixed_term"] = list(model.fixed_terms())
+        add("fixed_effect", ("fixed_term",), original_fixed_effects(model, latents))
+    coords = {"chain": [0], "draw": np.arange(draws), **coords} if variables else {}
+    return xr.Dataset(variables, coords, ATTRIBUTES)
+
+
+def _by_row(
+    fit: Fit, draws: int, chunks: Iterator[Float[np.ndarray, "... rows"]], whole: bool
+) -> xr.Dataset:
+    """Draws of a quantity of each row, from blocks of consecutive rows."""
+    parts = [np.broadcast_to(part, (draws, part.shape[-1])) for part in chunks]
+    values = _counts(np.concatenate(parts, -1), whole)[None]
+    name = variable_name(fit.data.outcome_name)
+    coords = {"chain": [0], "draw": np.arange(draws)}
+    return _dataset(fit, {name: (("chain", "draw", "row"), values)}, coords)
+
+
+def _dataset(fit: Fit, variables: Variables, coords: Mapping[str, Any] | None = None) -> xr.Dataset:
+    """Variables of the training rows, with their labels."""
+    rows = {"row": label_values(fit.data.row_labels)}
+    dataset = xr.Dataset(variables, {**(coords or {}), **rows}, ATTRIBUTES)
+    outcome = variable_name(fit.data.outcome_name)
+    if fit.data.classes is not None and outcome in dataset:
+        dataset[outcome].attrs["classes"] = [str(label) for label in fit.data.classes]
+    return dataset
+
+
+def _counts(values: np.ndarray, whole: bool) -> np.ndarray:
+    """Whole numbers as integers, by which ArviZ chooses its plots, as far as integers reach."""
+    return values.astype(np.int64) if whole and bool((np.abs(values) < 2**53).all()) else values
+
+
+def _blocks(fit: Fit, draws: int) -> Iterator[Rows]:
+    """The training rows in blocks whose arrays take about 100 MB."""
+    width = sum(len(factor.terms) for factor in fit.model.factors)
+    width += len(fit.model.data_facts().columns)
+    return fit.model.encode(fit.data).chunks(max(1, 2**24 // (draws * width)))

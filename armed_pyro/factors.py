@@ -68,6 +68,10 @@ class Factor(nn.Module):
         self.prior = prior
         self.concentration = concentration
         names = [term for block in blocks for term in block.names]
+        if twice := [term for place, term in enumerate(names) if term in names[:place]]:
+            raise ValueError(
+                f"two terms of {name!r} have the column {twice[0]!r}: leave it out of one of them"
+            )
         self.terms = tuple(
             f"{term}[{column}]" if column else term for term in names for column in columns
         )
@@ -158,6 +162,17 @@ class Factor(nn.Module):
         if self.diagonal:
             return sd
         return sd[..., :, None] * self.correlation_cholesky(latents)
+
+    def scale_matrix(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms terms"]:
+        """L as a matrix, diagonal or not."""
+        scale = self.scale(latents)
+        return torch.diag_embed(scale) if self.diagonal else scale
+
+    def log_det_scale(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "..."]:
+        """log |L|."""
+        scale = self.scale(latents)
+        diagonal = scale if self.diagonal else scale.diagonal(dim1=-2, dim2=-1)
+        return diagonal.log().sum(-1)
 
     def sd(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms"]:
         """Standard deviations of the terms."""

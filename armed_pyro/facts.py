@@ -13,6 +13,7 @@ from torch import Tensor
 
 from armed_pyro.data import ClusteredData
 from armed_pyro.families import Family
+from armed_pyro.labels import listing
 from armed_pyro.rows import Membership, Rows, RowSource
 from armed_pyro.tables import Schema, index_from_json, index_to_json
 
@@ -127,9 +128,8 @@ class Facts:
             labels = data.grouping(factor).labels()
             found = index.get_indexer(labels)
             if (found < 0).any():
-                raise ValueError(
-                    f"cluster {labels[found < 0][0]!r} of {factor!r} was not seen in training"
-                )
+                label = listing(labels[found < 0][:1])
+                raise ValueError(f"cluster {label} of {factor!r} was not seen in training")
             codes[factor] = torch.as_tensor(found, dtype=torch.long, device=like.device)
             counts[factor] = torch.bincount(codes[factor], minlength=len(index))
 

@@ -40,7 +40,7 @@ class Family(ABC):
 
     @abstractmethod
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        """Predictor of the mean outcome, from which the network's output is counted."""
+        """Predictor of the mean outcome without offset: the network's output counts from it."""
 
     @abstractmethod
     def distribution(
@@ -141,8 +141,12 @@ def _known(dispersion: Tensor | None, family: Family) -> Tensor:
     return dispersion
 
 
-def _logit(probability: Tensor) -> Tensor:
-    return torch.logit(probability.clamp(0.001, 0.999))
+def _offset(data: ClusteredData) -> Tensor:
+    return torch.zeros(()) if data.offset is None else data.offset
+
+
+def _logit(probability: Tensor, data: ClusteredData) -> Tensor:
+    return (torch.logit(probability.clamp(0.001, 0.999)) - _offset(data).mean()).reshape(1)
 
 
 @dataclass(frozen=True)
@@ -157,14 +161,12 @@ class Gaussian(Family):
         return ~torch.isfinite(y)
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return _outcome(data).mean().reshape(1)
+        return (_outcome(data) - _offset(data)).mean().reshape(1)
 
     def spread(self, data: ClusteredData) -> float:
-        spread = float(_outcome(data).std())
+        spread = float((_outcome(data) - _offset(data)).std())
         if spread == 0:
-            raise ValueError(
-                f"the outcome {data.outcome_name!r} is the same in every row: nothing to model"
-            )
+            raise ValueError(f"the outcome {data.outcome_name!r} is the same in every row")
         return spread
 
     def effect_scale(self) -> float:
@@ -216,8 +218,8 @@ class CountFamily(Family, ABC):
         return (y < 0) | (y != y.round())
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        exposure = torch.ones(()) if data.offset is None else data.offset.exp().mean()
-        return torch.log((_outcome(data).mean() / exposure).clamp(min=1e-3)).reshape(1)
+        rate = _outcome(data).mean() / _offset(data).exp().mean()
+        return torch.log(rate.clamp(min=1e-3)).reshape(1)
 
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return torch.exp(eta[..., 0])
@@ -234,7 +236,7 @@ class Bernoulli(LogitFamily):
         return (y != 0) & (y != 1)
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return _logit(_outcome(data).mean()).reshape(1)
+        return _logit(_outcome(data).mean(), data)
 
     def distribution(
         self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
@@ -269,7 +271,7 @@ class Binomial(LogitFamily):
         return trials
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return _logit(_outcome(data).sum() / self._trials(data.trials).sum()).reshape(1)
+        return _logit(_outcome(data).sum() / self._trials(data.trials).sum(), data)
 
     def distribution(
         self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
@@ -284,7 +286,7 @@ class Binomial(LogitFamily):
 class Categorical(LogitFamily):
     """P(y = c) = exp(eta_c) / sum_d exp(eta_d) with eta_0 = 0: logits relative to the first class.
 
-    A network may give one output a class, of which the first is subtracted, or one a column.
+    A network gives one output a class, of which the first is subtracted from the others.
     """
 
     name = "categorical"
@@ -314,7 +316,7 @@ class Categorical(LogitFamily):
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
         counts = torch.bincount(_outcome(data).long(), minlength=len(self.columns(data)) + 1)
         logs = torch.log(counts.to(torch.float64) + 0.5)
-        return logs[1:] - logs[0]
+        return logs[1:] - logs[0] - _offset(data).mean()
 
     def contrasts(self, output: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows columns"]:
         return output[..., 1:] - output[..., :1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +23,10 @@ from armed_pyro.checkpoint import (
     restore_module,
     restore_optimizer,
 )
+from armed_pyro.crossed import choose_guide
 from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
-from armed_pyro.guides import Guide, StructuredGuide
+from armed_pyro.guides import Guide
 from armed_pyro.objective import Loss, Objective
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource
@@ -40,7 +43,7 @@ class DivergenceError(RuntimeError):
     Attributes
     ----------
     fit : Fit
-        The fit at the last good step.
+        The fit at the start of the window of steps with the lowest mean loss.
     """
 
     def __init__(self, message: str, fit: Fit) -> None:
@@ -54,7 +57,7 @@ def fit(
     *,
     validation: ClusteredData | None = None,
     schedule: Schedule | None = None,
-    guide: GuideFactory = StructuredGuide,
+    guide: GuideFactory = choose_guide,
     seed: int = 0,
     device: str = "auto",
     checkpoint: str | Path | None = None,
@@ -96,7 +99,8 @@ def fit(
         Before training, if model and data do not fit together; or if `checkpoint` belongs to
         another run.
     DivergenceError
-        If the loss is no longer finite; it holds the last good state.
+        If the loss is no longer finite; it holds the last good state, whose parameters are
+        finite.
 
     Examples
     --------
@@ -110,6 +114,8 @@ def fit(
     'site'
     """
     schedule = Schedule() if schedule is None else schedule
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
     target = torch.device(_device(device))
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -161,6 +167,8 @@ class _Run:
         self.history = History()
         self.order = torch.empty(0, dtype=torch.long)
         self.best: dict[str, Tensor] = {}
+        # Where to return to from divergence: a state, and the mean loss of the window after it.
+        self.good, self.good_loss = self._state(), math.inf
         self.stopped = ""
 
     @property
@@ -174,21 +182,28 @@ class _Run:
         self.model.train()
         while not self.stopped:
             count = min(window, self.schedule.steps - self.step)
+            before = self._state()
             losses = [self._step() for _ in range(count)]
             self._close_window(losses)
+            mean = float(np.mean(self.history.loss[-count:]))
+            if mean < self.good_loss:
+                self.good, self.good_loss = before, mean
             report(self.step, self._status())
             if path is not None:
                 self.save().write(path)
         if self.best:
-            restore_module("model", self.model, self.best)
-            restore_module("guide", self.guide, self.best)
+            self._return_to(self.best)
         self.model.eval()
 
     def _step(self) -> Loss:
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["base"]
-        loss = self.objective(self._next_batch(), self.step / self.schedule.steps)
+        try:
+            loss = self.objective(self._next_batch(), self.step / self.schedule.steps)
+        except torch.linalg.LinAlgError:
+            self._stop_unless(False, f"a covariance matrix is degenerate{self._not_finite()}")
+            raise
         self._stop_unless(bool(torch.isfinite(loss.total)), self._blame(loss))
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
@@ -212,7 +227,8 @@ class _Run:
             # A fresh shuffle; the few rows left over would make a batch of another size.
             self.order = torch.randperm(n)
         index, self.order = self.order[:size], self.order[size:]
-        return self.source.batch(index.to(self.source.x.device))
+        dense = len(self.source) if self.guide.every_cluster() else None
+        return self.source.batch(index.to(self.source.x.device), dense_up_to=dense)
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
@@ -227,9 +243,8 @@ class _Run:
             best, cut = self.plateau.validation(value)
             if best:
                 self.best = self._state()
-            elif cut:
-                restore_module("model", self.model, self.best)
-                restore_module("guide", self.guide, self.best)
+            elif cut and self.best:
+                self._return_to(self.best)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
             self.stopped = "converged" if self.validation is None else "validation"
         elif self.step >= self.schedule.steps:
@@ -247,9 +262,7 @@ class _Run:
 
     def _stop_unless(self, good: bool, cause: str) -> None:
         if not good:
-            if self.best:
-                restore_module("model", self.model, self.best)
-                restore_module("guide", self.guide, self.best)
+            self._return_to(self.best or self.good)
             self.model.eval()
             self.stopped = "diverged"
             raise DivergenceError(
@@ -267,10 +280,11 @@ class _Run:
             "the adversaries' cross-entropy": loss.game,
         }
         bad = [name for name, value in parts.items() if not math.isfinite(float(value))]
-        weights = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-        weights += [n for n, p in self.guide.named_parameters() if not torch.isfinite(p).all()]
-        where = f"; parameters not finite: {', '.join(weights[:3])}" if weights else ""
-        return f"{' and '.join(bad) or 'the total'} is not finite{where}"
+        return f"{' and '.join(bad) or 'the total'} is not finite{self._not_finite()}"
+
+    def _not_finite(self) -> str:
+        bad = [name for name, one in self._state().items() if not torch.isfinite(one).all()]
+        return f"; parameters not finite: {', '.join(bad[:3])}" if bad else ""
 
     def _status(self) -> str:
         text = f"loss {np.mean(self.history.loss[-50:]):.4f}"
@@ -286,6 +300,10 @@ class _Run:
 
     def _state(self) -> dict[str, Tensor]:
         return module_tensors("model", self.model) | module_tensors("guide", self.guide)
+
+    def _return_to(self, state: dict[str, Tensor]) -> None:
+        restore_module("model", self.model, state)
+        restore_module("guide", self.guide, state)
 
     def save(self) -> Checkpoint:
         """Everything needed to go on as if nothing had happened."""
@@ -313,8 +331,8 @@ class _Run:
                 f"the checkpoint belongs to another run (other {', '.join(changed)}): resume with "
                 "the same data, model, schedule and seed, or delete the checkpoint"
             )
-        restore_module("model", self.model, tensors)
-        restore_module("guide", self.guide, tensors)
+        self._return_to(tensors)
+        self.good = self._state()
         restore_optimizer(self.optimizer, tensors)
         start = "best."
         self.best = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
@@ -327,15 +345,17 @@ class _Run:
         self.stopped = record["stopped"]
 
     def _identity(self) -> dict[str, Any]:
-        sums = [
-            float(one.double().sum()) for one in (self.source.x, self.source.y) if one is not None
-        ]
+        model = self.model
+        shapes = {name: list(one.shape) for name, one in self._state().items()}
         return {
-            "rows": len(self.source),
-            "data": sums,
-            "terms": [str(term) for term in self.model.terms],
-            "family": self.model.family.name,
-            "network": [list(p.shape) for p in self.model.net.parameters()],
+            "data": _digest(self.source.all(), model),
+            "validation": None if self.validation is None else _digest(self.validation, model),
+            "terms": [str(term) for term in model.terms],
+            "family": model.family.name,
+            "adversary": [game.settings() for game in model.adversaries],
+            "priors": repr(model.priors),
+            "fixed_weight": model.fixed_weight,
+            "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
         }
@@ -345,6 +365,16 @@ class _Run:
         return Fit(
             self.model, self.guide, self.data, self.history, self.schedule, self.seed, self.stopped
         )
+
+
+def _digest(rows: Rows, model: MixedEffects) -> str:
+    """Hash of rows, with the scales and labels they were encoded by."""
+    facts = json.dumps(model.data_facts().to_json(), default=str)
+    digest = hashlib.sha256(facts.encode())
+    codes = [one.position for one in rows.memberships.values()]
+    for one in (rows.x, rows.y, rows.trials, rows.offset, rows.weights, *codes):
+        digest.update(b"none" if one is None else one.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _device(name: str) -> str:

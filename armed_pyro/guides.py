@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
-from jaxtyping import Float
-from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from armed_pyro.factors import Factor, weighted
+from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations, observe
 from armed_pyro.rows import Membership, Rows, RowSource
@@ -33,6 +30,14 @@ class Guide(nn.Module, ABC):
         """Sample all latent sites, random effects for the clusters of `rows`."""
 
     @abstractmethod
+    def every_cluster(self) -> bool:
+        """Whether every cluster has to be drawn with every mini-batch."""
+
+    @abstractmethod
+    def most_draws(self) -> int:
+        """Draws that fit into memory at once."""
+
+    @abstractmethod
     def center(self, rows: Rows) -> dict[str, Tensor]:
         """The latent sites at the guide's centre, without randomness."""
 
@@ -44,8 +49,16 @@ class Guide(nn.Module, ABC):
         dict of str to Tensor
             Random effects with shape "n clusters terms"; other sites "n 1 ...".
         """
-        with torch.no_grad(), pyro.plate("draws", n, dim=-2):
-            return self(rows)
+        pieces = []
+        with torch.no_grad():
+            for start in range(0, n, self.most_draws()):
+                with pyro.plate("draws", min(self.most_draws(), n - start), dim=-2):
+                    pieces.append(self(rows))
+        known = {name for name, value in pieces[0].items() if value.dim() < 2}
+        return {
+            name: value if name in known else torch.cat([piece[name] for piece in pieces])
+            for name, value in pieces[0].items()
+        }
 
 
 class WhitenedNormal(dist.TorchDistribution):
@@ -105,26 +118,6 @@ class WhitenedNormal(dist.TorchDistribution):
         return log_det - 0.5 * (noise**2).sum(-1) - constant
 
 
-@dataclass(frozen=True)
-class _GlobalSite:
-    """A hyperparameter's place in the vector theta."""
-
-    name: str
-    start: int
-    stop: int
-    shape: torch.Size
-    event_dim: int
-    transform: Any
-
-    def read(self, theta: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
-        """The site's value, and minus the log-determinant of its transform."""
-        free = theta[..., self.start : self.stop].reshape(theta.shape[:-1] + self.shape)
-        value = self.transform(free)
-        log_det = self.transform.log_abs_det_jacobian(free, value)
-        log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + self.event_dim)
-        return value, -log_det
-
-
 class StructuredGuide(Guide):
     r"""Hyperparameters jointly normal; random effects conditionally normal given them.
 
@@ -153,42 +146,35 @@ class StructuredGuide(Guide):
         prior.
     """
 
-    loc: nn.Parameter
-    tril: nn.Parameter
-
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
-        like = model.reference()
         facts = model.data_facts()
-        self.known = model.known()
+        self.hyperparameters = Hyperparameters(model)
         self.model_precision = model.precision
         self.factors: tuple[Factor, ...] = model.factors
-        self.sites = _global_sites(model)
-        size = self.sites[-1].stop if self.sites else 0
-        self.loc = nn.Parameter(like.new_tensor(_start(model, self.sites)))
-        self.tril = nn.Parameter(0.1 * torch.eye(size, dtype=like.dtype, device=like.device))
         fixed = len(model.fixed_terms()) if model.bayesian_head else 0
         self._pseudo = nn.ModuleList(
-            PseudoObservations(factor, len(facts.counts[factor.name]), fixed, like)
+            PseudoObservations(factor, len(facts.counts[factor.name]), fixed, model.reference())
             for factor in self.factors
         )
         if source is not None and self.factors:
-            observe(model, self.pseudo, self._hyperparameters(self.loc.detach()), source)
+            with torch.no_grad():
+                latents = self.hyperparameters.center()
+            observe(model, self.pseudo, latents, source)
 
     @property
     def pseudo(self) -> tuple[PseudoObservations, ...]:
         """Pseudo-observations of every factor."""
         return cast("tuple[PseudoObservations, ...]", tuple(self._pseudo))
 
+    def every_cluster(self) -> bool:
+        return False
+
+    def most_draws(self) -> int:
+        return max(1, 100_000_000 // max([1, *(one.base.numel() for one in self.pseudo)]))
+
     def forward(self, rows: Rows) -> dict[str, Tensor]:
-        latents = dict(self.known)
-        if self.sites:
-            base = dist.MultivariateNormal(self.loc, scale_tril=self._scale_tril())
-            theta = pyro.sample("_theta", base, infer={"is_auxiliary": True})
-            for site in self.sites:
-                value, log_density = site.read(theta)
-                point = dist.Delta(value, log_density, event_dim=site.event_dim)
-                latents[site.name] = pyro.sample(site.name, point)
+        latents = self.hyperparameters()
         for factor, pseudo in zip(self.factors, self.pseudo, strict=True):
             membership = rows.memberships[factor.name]
             conditional = self._conditional(factor, pseudo, latents, membership)
@@ -197,19 +183,12 @@ class StructuredGuide(Guide):
         return latents
 
     def center(self, rows: Rows) -> dict[str, Tensor]:
-        latents = self._hyperparameters(self.loc)
+        latents = self.hyperparameters.center()
         for factor, pseudo in zip(self.factors, self.pseudo, strict=True):
             membership = rows.memberships[factor.name]
             conditional = self._conditional(factor, pseudo, latents, membership)
             latents[factor.effect_site] = conditional.mean
         return latents
-
-    def _hyperparameters(self, theta: Float[Tensor, " size"]) -> dict[str, Tensor]:
-        return self.known | {site.name: site.read(theta)[0] for site in self.sites}
-
-    def _scale_tril(self) -> Float[Tensor, "size size"]:
-        # A signed diagonal is a valid factor up to the sign of its columns; |.| fixes the sign.
-        return self.tril.tril(-1) + torch.diag(self.tril.diagonal().abs() + 1e-8)
 
     def _conditional(
         self,
@@ -222,58 +201,13 @@ class StructuredGuide(Guide):
         tau = self.model_precision(latents)
         precision, pull = pseudo(membership.index, latents.get("fixed_effect"))
         pull = tau[..., None] * pull
-        scale = factor.scale(latents)
         if pseudo.full:
-            lower = torch.diag_embed(scale) if factor.diagonal else scale
+            lower = factor.scale_matrix(latents)
             whitened = lower.mT @ (tau[..., None, None] * precision) @ lower
             identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
             root = torch.linalg.cholesky(whitened + identity)
             mean = torch.cholesky_solve(lower.mT @ pull[..., None], root)[..., 0]
             return WhitenedNormal(lower, mean, root)
-        sd = scale if factor.diagonal else factor.sd(latents)
+        sd = factor.sd(latents)
         q = 1 + sd**2 * tau[..., None] * precision
         return dist.Normal(sd**2 * pull / q, sd * q.rsqrt()).to_event(1)
-
-
-def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
-    """The program's latent sites outside the plates, in order of appearance."""
-    facts, like = model.data_facts(), model.reference()
-    x = torch.zeros(1, *facts.feature_shape, dtype=like.dtype, device=like.device)
-    one = torch.zeros(1, dtype=torch.long, device=like.device)
-    memberships = {name: Membership(one, one) for name in model.factor_names()}
-    trials = torch.ones(1, dtype=like.dtype, device=like.device)
-    training = model.training
-    model.eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trace = poutine.trace(model).get_trace(Rows(x, None, memberships, trials=trials))
-    model.train(training)
-    effects = {factor.effect_site for factor in model.factors}
-    sites, start = [], 0
-    for name, node in trace.nodes.items():
-        outside = name in effects or name == facts.outcome_name
-        if node["type"] != "sample" or node["is_observed"] or outside:
-            continue
-        if type(node["fn"]).__name__ == "_Subsample":
-            continue
-        distribution = cast("dist.TorchDistribution", node["fn"])
-        transform = biject_to(distribution.support)
-        free = transform.inv(node["value"])
-        stop = start + free.numel()
-        event_dim = distribution.event_dim
-        sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform))
-        start = stop
-    return tuple(sites)
-
-
-def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:
-    """Starting point of theta: moderate random effects, no correlation, null fixed effects."""
-    start: list[float] = []
-    for site in sites:
-        size = site.stop - site.start
-        if site.name.endswith("_sd"):
-            start += [math.log(0.5 / math.sqrt(max(1, size / 2)))] * size
-        elif site.name == model.family.dispersion_name:
-            start += [math.log(0.7)] * size
-        else:
-            start += [0.0] * size
-    return start

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from armed_pyro.labels import unknown
 from armed_pyro.taps import pooled, tapped
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
 
-__all__ = ["activation_widths", "head_path", "warn_if_small"]
+__all__ = ["activation_widths", "check_names", "head_path", "warn_if_small"]
 
 
 def activation_widths(model: MixedEffects) -> dict[str, int]:
@@ -93,6 +95,34 @@ def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> 
             f"a Bayesian head needs the last linear layer ({path or 'the network'}) to give the "
             "network's output, but something follows it: move it to the end, or leave "
             "bayesian_head off"
+        )
+
+
+def check_names(model: MixedEffects) -> None:
+    """Check that no two sites or plates have the same name, and that priors name real factors.
+
+    Raises
+    ------
+    ValueError
+        If the outcome or a grouping factor is called what the program calls something else, or
+        a prior is given for a factor that has no random effects.
+    """
+    outcome, priors = model.data_facts().outcome_name, model.priors.sd
+    factors = [factor.name for factor in model.factors]
+    if isinstance(priors, Mapping):
+        for name in priors:
+            if name not in factors:
+                raise unknown("grouping factor with random effects for the prior", name, factors)
+    names = ["row", "draws", *["fixed_effect"] * model.bayesian_head]
+    names += [str(model.family.dispersion_name)] * (model.family.dispersion_name is not None)
+    for factor in model.factors:
+        own = ["_sd", "_cor", "_effect"]
+        names += [factor.name, *(factor.name + end for end in own), *factor.cholesky_sites()]
+    names.append(outcome)
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise ValueError(
+            f"two quantities of the program would be called {twice[0]!r}: give the column of the "
+            f"outcome ({outcome!r}) or of the grouping factor ({', '.join(factors)}) another name"
         )
 
 

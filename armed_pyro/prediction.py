@@ -24,6 +24,9 @@ MODES: Mapping[str, str] = {
     "marginal": "random effects drawn from N(0, D): a new cluster of the same population",
 }
 
+# Values of the random effects' design times draws in a block of rows: about 100 MB.
+BLOCK_VALUES = 2**24
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
@@ -176,6 +179,9 @@ def predict_chunks(
 ) -> Iterator[Prediction]:
     """The same as `predict`, in blocks of consecutive rows, so that memory stays bounded.
 
+    The expected outcomes do not depend on the blocks' size; the draws of the outcome about them
+    use other random numbers.
+
     Parameters
     ----------
     chunk : int, optional
@@ -187,8 +193,12 @@ def predict_chunks(
         raise ValueError(f"a prediction needs at least 2 draws, not {draws}")
     model, facts = fit.model, fit.model.data_facts()
     data = encoded(fit, data)
+    if not data.n_rows:
+        raise ValueError("there are no rows to predict")
     levels = facts.levels_with(data)
-    new = {name: set(levels[name][len(facts.levels[name]) :]) for name in levels}
+    # Clusters of an adversary's factor may be new: the predictor does not use them.
+    names = [factor.name for factor in model.factors]
+    new = {name: set(levels[name][len(facts.levels[name]) :]) for name in names}
     _check_mode(unseen, {name: labels for name, labels in new.items() if labels})
     latents = fit.draws(draws, seed=seed)
     source = model.encode(data, levels)
@@ -196,7 +206,7 @@ def predict_chunks(
     for factor in model.factors:
         is_new |= (source.codes[factor.name] >= len(facts.levels[factor.name])).cpu()
     terms = sum(len(factor.terms) for factor in model.factors) + len(facts.columns)
-    size = chunk or max(1, 2**24 // (draws * terms))
+    size = chunk or max(1, BLOCK_VALUES // (draws * terms))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed((fit.seed if seed is None else seed) + 1)
         counts = {name: len(one) for name, one in levels.items()}

@@ -11,6 +11,8 @@ import pyro.distributions as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.labels import unknown
+
 __all__ = ["Exponential", "HalfNormal", "HalfStudentT", "Known", "Priors", "ScalePrior"]
 
 
@@ -47,7 +49,16 @@ class ScalePrior(ABC):
             Internal units per unit of the data.
         default : float
             Scale, in internal units, where none was given.
+
+        Raises
+        ------
+        ValueError
+            If a scale was given for a term that there is not.
         """
+        if isinstance(self.scale, Mapping):
+            for name in self.scale:
+                if name not in terms:
+                    raise unknown("random-effect term for the prior's scale", name, terms)
         given = [
             self.scale.get(term) if isinstance(self.scale, Mapping) else self.scale
             for term in terms
@@ -139,6 +150,14 @@ class Known(ScalePrior):
         if self.scale is None:
             raise ValueError("Known needs the standard deviation: Known(0.5)")
         super().__post_init__()
+
+    def scales(
+        self, terms: Sequence[str], unit: Float[Tensor, " terms"], default: float
+    ) -> Float[Tensor, " terms"]:
+        for term in terms:
+            if isinstance(self.scale, Mapping) and term not in self.scale:
+                raise ValueError(f"Known gives no standard deviation for the term {term!r}: add it")
+        return super().scales(terms, unit, default)
 
     def sample(self, name: str, scale: Tensor) -> Tensor:
         return pyro.deterministic(name, scale, event_dim=scale.dim())

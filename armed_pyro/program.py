@@ -191,6 +191,7 @@ class MixedEffects(LocalModule):
         for game in bound.adversaries:
             game.build(widths, len(facts.levels[game.factor]))
         bound.to(bound.reference())
+        layout.check_names(bound)
         layout.warn_if_small(bound)
         return bound
 
@@ -269,12 +270,16 @@ class MixedEffects(LocalModule):
         predictor = self.predictor(rows, latents)
         with ExitStack() as handlers:
             handlers.enter_context(pyro.plate("row", len(rows), dim=-1))
-            handlers.enter_context(poutine.scale(scale=self._row_scale(rows)))
+            if rows.weights is None:
+                handlers.enter_context(poutine.scale(scale=rows.scale))
+            else:
+                # Pyro's scales are positive: rows of weight 0 are masked.
+                counts = cast("torch.BoolTensor", rows.weights > 0)
+                weights = torch.where(counts, rows.weights, 1)
+                handlers.enter_context(poutine.scale(scale=rows.scale * weights))
+                handlers.enter_context(poutine.mask(mask=counts))
             pyro.sample(facts.outcome_name, self.density(predictor.eta, latents, rows), obs=rows.y)
         return predictor
-
-    def _row_scale(self, rows: Rows) -> float | Tensor:
-        return rows.scale if rows.weights is None else rows.scale * rows.weights
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
         """log p(y_i | latent sites) of every row, times the row's weight."""

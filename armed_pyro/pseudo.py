@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
     from armed_pyro.rows import Rows, RowSource
 
-__all__ = ["FULL_TERMS", "PseudoObservations", "observe"]
+__all__ = ["FULL_TERMS", "PseudoObservations", "by_column", "curvature", "observe"]
 
 # Up to this many terms a cluster's effects get a full precision matrix, beyond it a diagonal one:
 # the matrix costs O(clusters x terms^2) memory.
@@ -117,25 +117,22 @@ def observe(
     source : RowSource
         All training rows.
     """
-    training = model.training
-    model.eval()
     sums = [_sums(factor, one) for factor, one in zip(model.factors, pseudo, strict=True)]
     widest = max(len(factor.terms) ** 2 for factor in model.factors)
-    for rows in source.chunks(max(1, 2**22 // max(widest, math.prod(source.x.shape[1:])))):
-        weight, residual, activations = _derivatives(model, rows, latents)
+    size = max(1, 2**22 // max(widest, math.prod(source.x.shape[1:])))
+    for rows, weight, residual, activations in curvature(model, source, latents, size):
         for factor, (precision, pull, cross) in zip(model.factors, sums, strict=True):
             position = rows.memberships[factor.name].position
-            z = _by_column(factor.design(rows.x, activations), weight.shape[-1])
+            z = by_column(factor.design(rows.x, activations), weight.shape[-1])
             weighted = z * weight[:, None, :]
             square = weighted @ z.mT if precision.dim() == 3 else (weighted * z).sum(-1)
             precision.index_add_(0, position, square)
             pull.index_add_(0, position, (z * residual[:, None, :]).sum(-1))
             if cross is not None:
-                x = _by_column(model.head_inputs(activations), weight.shape[-1])
+                x = by_column(model.head_inputs(activations), weight.shape[-1])
                 cross.index_add_(0, position, weighted @ x.mT)
     for one, (precision, pull, cross) in zip(pseudo, sums, strict=True):
         one.start(precision, pull, cross)
-    model.train(training)
 
 
 def _sums(factor: Factor, pseudo: PseudoObservations) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -149,29 +146,45 @@ def _sums(factor: Factor, pseudo: PseudoObservations) -> tuple[Tensor, Tensor, T
     return precision, torch.zeros_like(pseudo.location), cross
 
 
-def _derivatives(
-    model: MixedEffects, rows: Rows, latents: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-    """W and r of each row and column of the predictor, in standardised units; activations."""
-    spread = model.data_facts().spread
-    with torch.no_grad():
-        predictor = model.predictor(rows, latents)
-    eta = predictor.eta.detach().requires_grad_(True)
-    log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
-    log_prob = log_prob if rows.weights is None else rows.weights * log_prob
-    (slope,) = torch.autograd.grad(log_prob.sum(), eta, create_graph=True)
-    curvature = [
-        torch.autograd.grad(slope[:, column].sum(), eta, retain_graph=True)[0][:, column]
-        for column in range(eta.shape[-1])
-    ]
-    tau = model.precision(latents)
-    weight = (-torch.stack(curvature, -1) * spread**2 / tau).clamp(min=1e-4)
-    return weight, slope.detach() * spread / tau, predictor.activations
+def curvature(
+    model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor], size: int
+) -> Iterator[tuple[Rows, Tensor, Tensor, Mapping[str, Tensor]]]:
+    """Rows in blocks with W and r, the curvature and slope of their log-likelihood at u = 0.
+
+    Yields
+    ------
+    rows : Rows
+        At most `size` rows.
+    weight : Float[Tensor, "rows columns"]
+        W, minus the second derivative by each column of the predictor, divided by tau.
+    residual : Float[Tensor, "rows columns"]
+        r, the first derivative, divided by tau.
+    activations : mapping of str to Tensor
+        Tapped activations.
+    """
+    training = model.training
+    model.eval()
+    spread, tau = model.data_facts().spread, model.precision(latents)
+    for rows in source.chunks(size):
+        with torch.no_grad():
+            predictor = model.predictor(rows, latents)
+        with torch.enable_grad():
+            eta = predictor.eta.detach().requires_grad_(True)
+            log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
+            log_prob = log_prob if rows.weights is None else rows.weights * log_prob
+            (slope,) = torch.autograd.grad(log_prob.sum(), eta, create_graph=True)
+            second = [
+                torch.autograd.grad(slope[:, column].sum(), eta, retain_graph=True)[0][:, column]
+                for column in range(eta.shape[-1])
+            ]
+        weight = (-torch.stack(second, -1) * spread**2 / tau).clamp(min=1e-4)
+        yield rows, weight, slope.detach() * spread / tau, predictor.activations
+    model.train(training)
 
 
-def _by_column(
+def by_column(
     phi: Float[Tensor, "rows q"], columns: int
 ) -> Float[Tensor, "rows q*columns columns"]:
-    """Z: a cluster's terms (column of phi, column of the predictor) to the predictor."""
+    """Z: from a cluster's terms, each a column of phi and one of the predictor, to the latter."""
     identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
     return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)

@@ -112,7 +112,7 @@ def write_predictions(parts: Iterator[Prediction], path: Path) -> Iterator[int]:
                     first = writer is None
                     if first:
                         text = gzip.open if name.endswith(".gz") else open
-                        writer = files.enter_context(text(draft, "wt", encoding="utf-8"))  # type: ignore[operator]
+                        writer = files.enter_context(text(draft, "wt", encoding="utf-8"))
                     frame.to_csv(writer, header=first, index=False)
                 else:
                     block = pa.Table.from_pandas(frame, preserve_index=False)
@@ -162,10 +162,9 @@ def page(
         loss = _image(_loss_curve(fit), "Loss over the training steps")
         forests = []
         for factor in fit.model.factors:
-            effects = (
-                latents[factor.effect_site] @ factor.to_original.to(latents[factor.effect_site]).mT
-            )
-            figure = _forest(fit, factor, effects.double().cpu().numpy(), prob)
+            effects = latents[factor.effect_site].to(factor.to_original)
+            original = (effects @ factor.to_original.mT).cpu().numpy()
+            figure = _forest(fit, factor, original, prob)
             alt = f"Random effects of {factor.name} with intervals"
             forests.append(f"<h3>{html.escape(factor.name)}</h3>{_image(figure, alt)}")
     sections = {
@@ -227,24 +226,24 @@ def _loss_curve(fit: Fit) -> Figure:
     from matplotlib.figure import Figure
 
     history = fit.history
-    loss = np.asarray(history.loss)
-    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
-    axes = figure.subplots()
-    width = max(1, len(loss) // 400)  # so many steps a point
-    blocks = loss[: len(loss) // width * width].reshape(-1, width)
+    figure = Figure(figsize=(8.4, 2.6), layout="constrained")
+    # Side by side: the training loss has the prior in it, so the two levels do not compare.
+    panels = figure.subplots(1, 2 if history.validation else 1, squeeze=False)[0]
+    width = max(1, len(history.loss) // 400)  # so many steps a point
+    blocks = np.asarray(history.loss)[: len(history.loss) // width * width].reshape(-1, width)
     steps = (np.arange(len(blocks)) + 1) * width
-    axes.plot(steps, blocks.mean(1), color=ACCENT, lw=1.2, label="training")
-    axes.fill_between(steps, blocks.min(1), blocks.max(1), color=ACCENT, alpha=0.2, lw=0)
-    shown = blocks.mean(1)
+    panels[0].fill_between(steps, blocks.min(1), blocks.max(1), color=ACCENT, alpha=0.2, lw=0)
+    lines = {"training": (steps, blocks.mean(1))}
     if history.validation:
-        axes.plot(history.step, history.validation, color="#c05621", lw=1.2, label="validation")
-        axes.legend(frameon=False)
-        shown = np.concatenate([shown, history.validation])
-    # The first steps may lie far above the rest, and would flatten it.
-    low, high = np.quantile(shown[np.isfinite(shown)], [0, 0.98])
-    axes.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
-    axes.set(xlabel="step", ylabel="loss per row")
-    _clean(axes)
+        lines["validation"] = (np.asarray(history.step), np.asarray(history.validation))
+    for axes, (name, (step, loss)) in zip(panels, lines.items(), strict=True):
+        axes.plot(step, loss, color=ACCENT, lw=1.2)
+        if len(loss):  # the first steps may lie far above the rest, and would flatten it
+            low, high = np.nanquantile(loss, [0, 0.98])
+            margin = 0.05 * (high - low or 1)
+            axes.set_ylim(low - margin, high + margin)
+        axes.set(xlabel="step", ylabel=f"{name} loss per row")
+        _clean(axes)
     return figure
 
 
@@ -259,7 +258,7 @@ def _forest(fit: Fit, factor: Factor, effects: np.ndarray, prob: float) -> Figur
     labels = fit.model.data_facts().levels[factor.name][order]
     few = len(order) <= MOST_CLUSTERS
     height = 0.9 + (0.17 * len(order) if few else 5.0)
-    figure = Figure(figsize=(7.2 if len(terms) > 1 else 5.0, height), layout="constrained")
+    figure = Figure(figsize=(8.4 if len(terms) > 1 else 5.6, height), layout="constrained")
     panels = figure.subplots(1, len(terms), sharey=True, squeeze=False)[0]
     place = np.arange(len(order))
     for number, (axes, term) in enumerate(zip(panels, terms, strict=True)):
@@ -273,7 +272,7 @@ def _forest(fit: Fit, factor: Factor, effects: np.ndarray, prob: float) -> Figur
     if not few:
         panels[0].set_ylabel(f"{len(order):,} clusters, sorted")
     if hidden := len(factor.terms) - len(terms):
-        figure.supxlabel(f"and {hidden} more terms", fontsize=8, color=FAINT)
+        figure.supxlabel(f"and {hidden} more terms", fontsize=9)
     return figure
 
 
@@ -295,9 +294,17 @@ def _pairs(lines: Mapping[str, str]) -> str:
 
 
 def _table(frame: pd.DataFrame) -> str:
-    numbers = "{:.4g}".format
-    text = frame.to_html(index=False, border=0, float_format=numbers, na_rep="")
-    return f'<div class="wide">{text}</div>'
+    def cell(value: Any) -> str:
+        if isinstance(value, str):
+            return f'<td class="text">{html.escape(value)}</td>'
+        return "<td></td>" if pd.isna(value) else f"<td>{value:.4g}</td>"
+
+    head = "".join(
+        f"<th{' class=text' if pd.api.types.is_string_dtype(frame[name]) else ''}>{name}</th>"
+        for name in frame
+    )
+    rows = (f"<tr>{''.join(map(cell, row))}</tr>" for row in frame.itertuples(index=False))
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 _PAGE = Template("""<!DOCTYPE html>
@@ -315,6 +322,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem;
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; }
 th { border-bottom: 1px solid #a0aec0; }
+.text { text-align: left; }
 tr:nth-child(even) td { background: #f7fafc; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
 dt { color: #52606d; } dd { margin: 0; overflow-wrap: anywhere; }

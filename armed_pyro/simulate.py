@@ -24,10 +24,46 @@ class SpiralsTruth:
         Radius of each cluster's spirals at the end of their turn.
     ratio : Float[ndarray, "clusters"]
         Share of each cluster's rows that are of class 1.
+    noise, probe_sd : float
+        Standard deviations of the coordinates and of the probes.
     """
 
     radius: Float[np.ndarray, " clusters"]
     ratio: Float[np.ndarray, " clusters"]
+    noise: float
+    probe_sd: float
+
+    def probability(
+        self, data: ClusteredData, *, cluster_known: bool
+    ) -> Float[np.ndarray, " rows"]:
+        r"""P(y = 1 | x, cluster), or P(y = 1 | x) where the cluster is not known.
+
+        .. math:: P(y = 1 | x) \propto \sum_k P(k | probes) \, p_k \, p(x_1, x_2 | r_k, y = 1)
+
+        over equally frequent clusters. No classifier of these rows can expect to be more accurate
+        than the one that names the class with the higher probability.
+
+        Parameters
+        ----------
+        data : ClusteredData
+            Rows that `spirals` returned with this truth.
+        cluster_known : bool
+            Whether P(k | probes) is replaced by the row's own cluster.
+        """
+        x, probes = np.split(data.features.numpy(), [2], axis=1)
+        apart = ((probes[:, None] - self.ratio[:, None]) ** 2).sum(-1)
+        weight = np.exp(-0.5 * (apart - apart.min(1, keepdims=True)) / self.probe_sd**2)
+        if cluster_known:
+            weight = np.eye(len(self.ratio))[data.grouping("site").labels()]
+        turn = (np.arange(300) + 0.5) / 300 * 2 * np.pi
+        joint = np.zeros((2, len(x)))
+        for k, (radius, ratio) in enumerate(zip(self.radius, self.ratio, strict=True)):
+            for label, share in enumerate([1 - ratio, ratio]):
+                apart = ((x[:, None] - _spiral(radius, turn, label)) ** 2).sum(-1)
+                density = np.exp(-0.5 * apart / self.noise**2).mean(1)
+                joint[label] += weight[:, k] * share * density
+        # A row far from every arm has no density left: either class is as good.
+        return (joint[1] + 1e-300) / (joint.sum(0) + 2e-300)
 
 
 def spirals(
@@ -97,9 +133,7 @@ def spirals(
     site = np.repeat(np.arange(n_clusters), rows)
     label = np.arange(rows) < np.round(ratio * rows)[:, None]
     turn = rng.uniform(0.0, 2 * np.pi, n_clusters * rows)
-    angle = turn + np.pi * label.ravel()
-    length = radius[site] * turn / (2 * np.pi)
-    x = length[:, None] * np.column_stack([np.cos(angle), np.sin(angle)])
+    x = _spiral(radius[site], turn, label.ravel())
     x += rng.normal(0.0, noise, x.shape)
     probe = ratio[site][:, None] + rng.normal(0.0, probe_sd, (len(site), probes))
     data = ClusteredData.from_arrays(
@@ -109,7 +143,15 @@ def spirals(
         feature_names=["x1", "x2", *(f"probe{i + 1}" for i in range(probes))],
         outcome_name="label",
     )
-    return data, SpiralsTruth(radius, ratio)
+    return data, SpiralsTruth(radius, ratio, noise, probe_sd)
+
+
+def _spiral(
+    radius: float | np.ndarray, turn: np.ndarray, label: int | np.ndarray
+) -> Float[np.ndarray, "turns 2"]:
+    """Points of an arm of the spiral; that of class 1 is rotated by half a turn."""
+    angle = turn + np.pi * label
+    return (radius * turn / (2 * np.pi) * np.array([np.cos(angle), np.sin(angle)])).T
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -26,12 +28,12 @@ def linear(n_features: int, n_outputs: int = 1) -> nn.Linear:
     >>> linear(3)
     Linear(in_features=3, out_features=1, bias=True)
     """
-    # Skipped, as torch's own initialisation warns where there are no features.
-    net = nn.utils.skip_init(nn.Linear, n_features, n_outputs, dtype=torch.float64)
+    with warnings.catch_warnings():
+        # Torch warns that there is nothing to initialise where there are no features.
+        warnings.simplefilter("ignore")
+        net = nn.Linear(n_features, n_outputs, dtype=torch.float64)
     for parameter in net.parameters():
         nn.init.zeros_(parameter)
-    net.armed_pyro_network = {
-        "name": "linear",
-        "arguments": {"n_features": n_features, "n_outputs": n_outputs},
-    }
+    arguments = {"n_features": n_features, "n_outputs": n_outputs}
+    net.armed_pyro_network = {"name": "linear", "arguments": arguments}  # type: ignore[assignment]
     return net

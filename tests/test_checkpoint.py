@@ -151,16 +151,16 @@ def test_module_and_optimizer_states_are_put_back():
 def test_a_run_cut_short_goes_on_to_the_same_parameters(tmp_path, validated, monkeypatch):
     options = {"validation": make_data(seed=5)} if validated else {}
     whole = run(**options)
-    path, write, files = tmp_path / "run.checkpoint", Checkpoint.write, []
+    path, write = tmp_path / "run.checkpoint", Checkpoint.write
 
     def interrupt(checkpoint, target):
         write(checkpoint, target)
-        files.append(target)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "write", interrupt)
-        run(path, **options)
+        with pytest.raises(KeyboardInterrupt):
+            run(path, **options)
     assert len(Checkpoint.read(path).record["history"]["loss"]) == SCHEDULE.window
     resumed = run(path, resume=True, **options)
     assert_same(state(resumed), state(whole))
@@ -240,6 +240,4 @@ def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path):
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     taken = len(Checkpoint.read(path).record["history"]["loss"])
     assert 0 < taken < steps
-    assert_same(
-        state(run(path, resume=True, schedule=schedule)), state(run(schedule=schedule))
-    )
+    assert_same(state(run(path, resume=True, schedule=schedule)), state(run(schedule=schedule)))

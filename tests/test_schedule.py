@@ -127,7 +127,8 @@ def test_state_survives_json_and_decides_the_same():
     one.training(window(1.0))
     other = Plateau.from_json(json.loads(json.dumps(one.to_json())))
     assert other == one
-    assert other.training(window(1.0)) and one.training(window(1.0))
+    assert other.training(window(1.0))
+    assert one.training(window(1.0))
     assert other == one
 
 

@@ -1,0 +1,251 @@
+"""Variational family for several grouping factors, whose random effects are known jointly."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from armed_pyro.factors import Factor
+from armed_pyro.guides import Guide, StructuredGuide, WhitenedNormal
+from armed_pyro.hyperparameters import Hyperparameters
+from armed_pyro.program import MixedEffects
+from armed_pyro.pseudo import FULL_TERMS, by_column, curvature
+from armed_pyro.rows import Rows, RowSource
+
+__all__ = ["CrossedGuide", "choose_guide"]
+
+# Effects known jointly need a dense matrix over all factors but the largest, and its couplings.
+MOST_DENSE = 2_500
+MOST_COUPLINGS = 50_000_000
+
+Latents = Mapping[str, Tensor]
+
+
+def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
+    """`CrossedGuide` where there are several factors and it is affordable, else `StructuredGuide`.
+
+    Affordable: at most 16 terms a factor, 2,500 random effects in all factors but the largest,
+    and 5e7 pairs of one of these and one of the largest factor's.
+    """
+    sizes = sorted(_size(model, factor) for factor in model.factors)
+    dense = sum(sizes[:-1])
+    narrow = all(len(factor.terms) <= FULL_TERMS for factor in model.factors)
+    if len(sizes) > 1 and narrow and dense <= MOST_DENSE and dense * sizes[-1] <= MOST_COUPLINGS:
+        return CrossedGuide(model, source)
+    return StructuredGuide(model, source)
+
+
+def _size(model: MixedEffects, factor: Factor) -> int:
+    return len(model.data_facts().levels[factor.name]) * len(factor.terms)
+
+
+class CrossedGuide(Guide):
+    r"""Random effects of all factors jointly normal given the hyperparameters.
+
+    .. math::
+        \theta &\sim N(\mu, \Lambda \Lambda^\top) \\
+        z \mid \theta &\sim N(P^{-1} L^\top \tau b, P^{-1}), \quad P = I + L^\top \tau A L, \quad
+        b = b_0 - H_0 \beta + A (\delta - \Gamma \beta), \quad A = e A_0 e, \quad u = L z
+
+    over the whitened effects z of all clusters of all factors. A_0, b_0 and H_0 are Z'WZ, Z'r
+    and Z'WX over all rows, so that the conditional is exact for gaussian outcomes with linear
+    fixed effects; the diagonal e, delta and Gamma are trained. The factor with most effects is
+    eliminated cluster by cluster; the others share a dense Schur complement: memory is
+    O(effects of the largest factor x effects of the others).
+
+    All clusters are drawn in every step.
+
+    Parameters
+    ----------
+    model : MixedEffects
+        A bound program with several factors.
+    source : RowSource, optional
+        Training rows, from which the pseudo-observations start.
+    """
+
+    within: Tensor
+    between: Tensor
+    rest: Tensor
+    pull: Tensor
+    slope: Tensor
+
+    def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
+        super().__init__()
+        like = model.reference()
+        self.hyperparameters = Hyperparameters(model)
+        self.model_precision = model.precision
+        *dense, self.largest = sorted(model.factors, key=lambda factor: _size(model, factor))
+        self.dense = tuple(dense)
+        levels = model.data_facts().levels
+        self.clusters = {factor.name: len(levels[factor.name]) for factor in model.factors}
+        k, t = self.clusters[self.largest.name], len(self.largest.terms)
+        m = sum(_size(model, factor) for factor in self.dense)
+        fixed = len(model.fixed_terms()) if model.bayesian_head else 0
+        self.register_buffer("within", like.new_zeros(k, t, t))
+        self.register_buffer("between", like.new_zeros(k, t, m))
+        self.register_buffer("rest", like.new_zeros(m, m))
+        self.register_buffer("pull", like.new_zeros(k * t + m))
+        self.register_buffer("slope", like.new_zeros(k * t + m, fixed))
+        self.log_scale = nn.Parameter(like.new_zeros(k * t + m))
+        self.shift = nn.Parameter(like.new_zeros(k * t + m))
+        self.shift_slope = nn.Parameter(like.new_zeros(k * t + m, fixed))
+        if source is not None:
+            self._observe(model, source)
+
+    def every_cluster(self) -> bool:
+        return True
+
+    def most_draws(self) -> int:
+        return max(1, 20_000_000 // (self.between.numel() + self.rest.numel()))
+
+    def forward(self, rows: Rows) -> dict[str, Tensor]:
+        latents = self.hyperparameters()
+        rest, condition = self._joint(latents)
+        z = pyro.sample("_crossed", rest, infer={"is_auxiliary": True})
+        for factor, effects in self._effects(latents, z).items():
+            with factor.plate(rows.memberships[factor.name]):
+                log_det = -factor.log_det_scale(latents).expand(effects.shape[:-1])
+                point = dist.Delta(effects, log_det, event_dim=1)
+                latents[factor.effect_site] = pyro.sample(factor.effect_site, point)
+        with self.largest.plate(rows.memberships[self.largest.name]):
+            site = self.largest.effect_site
+            latents[site] = pyro.sample(site, condition(z))
+        return latents
+
+    def center(self, rows: Rows) -> dict[str, Tensor]:
+        latents = self.hyperparameters.center()
+        rest, condition = self._joint(latents)
+        for factor, effects in self._effects(latents, rest.mean).items():
+            latents[factor.effect_site] = effects
+        latents[self.largest.effect_site] = condition(rest.mean).mean
+        return latents
+
+    def _joint(self, latents: Latents) -> tuple[WhitenedNormal, Conditional]:
+        """q(z of the dense factors | theta), and q(u of the largest | these z, theta)."""
+        tau = self.model_precision(latents)
+        within, between, rest, pull = self._natural(latents.get("fixed_effect"))
+        scale = self.largest.scale_matrix(latents)
+        scales = [factor.scale_matrix(latents) for factor in self.dense]
+        pull = tau[..., None] * pull
+        k, t, _ = between.shape
+        pull_largest = pull[..., : k * t].reshape(*pull.shape[:-2], k, t)
+        pull_rest = self._whiten(pull[..., None, k * t :], scales)[..., 0, :]
+        tau = tau[..., None, None]
+        p_within = torch.eye(t).to(within) + tau * (scale.mT @ within @ scale)
+        root = torch.linalg.cholesky(p_within)
+        # Rows: (cluster, term) of the largest factor; columns: effects of the others.
+        p_between = scale.mT @ (tau * self._whiten(between, scales))
+        right = self._whiten(self._whiten(rest, scales).mT, scales).mT
+        p_rest = torch.eye(len(rest)).to(rest) + tau * right
+        y = torch.linalg.solve_triangular(root, p_between, upper=False)
+        r = torch.linalg.solve_triangular(root, scale.mT @ pull_largest[..., None], upper=False)
+        flat, flat_r = y.flatten(-3, -2), r.flatten(-3, -2)
+        schur = p_rest - (flat.mT @ flat).reshape(p_rest.shape)
+        rest_root = torch.linalg.cholesky(schur)
+        reduced = pull_rest - (flat.mT @ flat_r)[..., 0].reshape(pull_rest.shape)
+        mean = torch.cholesky_solve(reduced[..., None], rest_root)[..., 0]
+        identity = torch.eye(len(rest)).to(rest)
+        return WhitenedNormal(identity, mean, rest_root), Conditional(scale, root, y, r)
+
+    def _natural(self, fixed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A in its three blocks, and b."""
+        k, t, _ = self.between.shape
+        e = self.log_scale.exp()
+        largest, others = e[: k * t].reshape(k, t), e[k * t :]
+        within = self.within * largest[:, :, None] * largest[:, None, :]
+        between = self.between * largest[:, :, None] * others
+        rest = self.rest * others[:, None] * others
+        shift: Tensor = self.shift
+        pull = self.pull
+        if fixed is not None:
+            shift = shift - (self.shift_slope @ fixed[..., None])[..., 0]
+            pull = pull - (self.slope @ fixed[..., None])[..., 0]
+        first = shift[..., : k * t].unflatten(-1, (k, t))
+        second = shift[..., k * t :]
+        along = torch.einsum("kts,...ks->...kt", within, first)
+        along = along + torch.einsum("ktm,...m->...kt", between, second)
+        across = torch.einsum("ktm,...kt->...m", between, first) + second @ rest
+        return within, between, rest, pull + torch.cat([along.flatten(-2), across], -1)
+
+    def _whiten(
+        self, matrix: Float[Tensor, "... rows effects"], scales: Sequence[Tensor]
+    ) -> Float[Tensor, "... rows effects"]:
+        """matrix @ L, over the effects of the dense factors."""
+        pieces, start = [], 0
+        for factor, scale in zip(self.dense, scales, strict=True):
+            k, t = self.clusters[factor.name], len(factor.terms)
+            piece = matrix[..., start : start + k * t].unflatten(-1, (k, t))
+            pieces.append((piece @ scale.unsqueeze(-3)).flatten(-2))
+            start += k * t
+        return torch.cat(pieces, -1)
+
+    def _effects(self, latents: Latents, z: Float[Tensor, "... effects"]) -> dict[Factor, Tensor]:
+        """u = L z of the dense factors."""
+        effects, start = {}, 0
+        for factor in self.dense:
+            k, t = self.clusters[factor.name], len(factor.terms)
+            own = z[..., start : start + k * t].reshape(*z.shape[:-2], k, t)
+            effects[factor] = (factor.scale_matrix(latents) @ own[..., None])[..., 0]
+            start += k * t
+        return effects
+
+    @torch.no_grad()
+    def _observe(self, model: MixedEffects, source: RowSource) -> None:
+        """Sum Z'WZ, Z'r and Z'WX over the rows."""
+        factors = [self.largest, *self.dense]
+        latents = self.hyperparameters.center()
+        like = self.pull
+        counts = [(self.clusters[one.name], len(one.terms)) for one in factors]
+        squares = {
+            (a, b): like.new_zeros(counts[a][0] * counts[b][0], counts[a][1], counts[b][1])
+            for a, b in itertools.combinations_with_replacement(range(len(factors)), 2)
+            if (a, b) != (0, 0)
+        }
+        pulls = [like.new_zeros(k, t) for k, t in counts]
+        slopes = [like.new_zeros(k, t, self.slope.shape[-1]) for k, t in counts]
+        for rows, weight, residual, activations in curvature(model, source, latents, 100_000):
+            positions = [rows.memberships[one.name].position for one in factors]
+            columns = weight.shape[-1]
+            z = [by_column(one.design(rows.x, activations), columns) for one in factors]
+            weighted = [one * weight[:, None, :] for one in z]
+            self.within.index_add_(0, positions[0], weighted[0] @ z[0].mT)
+            for (a, b), square in squares.items():
+                cell = positions[a] * counts[b][0] + positions[b]
+                square.index_add_(0, cell, weighted[a] @ z[b].mT)
+            for a, position in enumerate(positions):
+                pulls[a].index_add_(0, position, (z[a] * residual[:, None, :]).sum(-1))
+                if self.slope.shape[-1]:
+                    x = by_column(model.head_inputs(activations), columns)
+                    slopes[a].index_add_(0, position, weighted[a] @ x.mT)
+        self.pull.copy_(torch.cat([one.flatten() for one in pulls]))
+        self.slope.copy_(torch.cat([one.flatten(0, 1) for one in slopes]))
+        starts = [0, 0, *itertools.accumulate(k * t for k, t in counts[1:])]
+        for (a, b), square in squares.items():
+            (ka, ta), (kb, tb) = counts[a], counts[b]
+            block = square.reshape(ka, kb, ta, tb).permute(0, 2, 1, 3)
+            columns_b = slice(starts[b], starts[b] + kb * tb)
+            if a == 0:
+                self.between[..., columns_b] = block.reshape(ka, ta, kb * tb)
+            else:
+                block = block.reshape(ka * ta, kb * tb)
+                rows_a = slice(starts[a], starts[a] + ka * ta)
+                self.rest[rows_a, columns_b] = block
+                self.rest[columns_b, rows_a] = block.mT
+
+
+class Conditional:
+    """q(u of the largest factor | z of the others, theta): independent between clusters."""
+
+    def __init__(self, scale: Tensor, root: Tensor, coupling: Tensor, pull: Tensor) -> None:
+        self.scale, self.root, self.coupling, self.pull = scale, root, coupling, pull
+
+    def __call__(self, z: Float[Tensor, "... effects"]) -> WhitenedNormal:
+        moved = self.pull - self.coupling @ z[..., None]
+        mean = torch.linalg.solve_triangular(self.root.mT, moved, upper=True)[..., 0]
+        return WhitenedNormal(self.scale, mean, self.root)

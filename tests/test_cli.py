@@ -1,0 +1,430 @@
+"""The command line: its files, its tables, its messages and exit codes, and resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from armed_pyro import DivergenceError, Fit, cli
+from armed_pyro.cli import app
+
+FILES = {
+    "model.safetensors",
+    "manifest.json",
+    "posterior.nc",
+    "variance_components.csv",
+    "diagnostics.json",
+}
+QUICK = ["--steps", "20", "--draws", "50", "--device", "cpu"]
+
+
+def table(seed: int = 0, sites: int = 8, rows: int = 12) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    site = np.repeat(np.arange(sites), rows)
+    n = len(site)
+    age, dose = rng.normal(50, 10, n), rng.normal(size=n)
+    eta = 0.05 * (age - 50) + dose + rng.normal(size=sites)[site]
+    y = eta + rng.normal(size=n)
+    return pd.DataFrame(
+        {
+            "y": y,
+            "site": [f"s{k}" for k in site],
+            "ward": [f"w{k}" for k in np.arange(n) % 3],
+            "age": age,
+            "dose": dose,
+            "case": (rng.random(n) < 1 / (1 + np.exp(-eta))).astype(int),
+            "kind": np.array(["a", "b", "c"])[np.digitize(y, np.quantile(y, [0.4, 0.7]))],
+            "hits": rng.binomial(6, 1 / (1 + np.exp(-eta))),
+            "size": 6,
+            "count": rng.poisson(np.exp(eta / 3)),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.csv"
+    table().to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A fit that other tests read and never change."""
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    done = call(*fit(data, folder), "--validate-rows", 0.2, "--hold-out-clusters", 0.25)
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def fit(data, run, *more, random="(1 + dose | site)", features="age,dose", outcome="y"):
+    command = ["fit", data, "--outcome", outcome, "--random", random, "--out", run]
+    return [*command, "--features", features, *QUICK, *more]
+
+
+def refused(*arguments, message, code=2):
+    """The command ends with one message and no traceback; nothing was trained."""
+    done = call(*arguments)
+    assert done.exit_code == code, done.output
+    assert message in done.stderr
+    assert done.stderr.startswith(("Error: ", "Warning: "))
+    assert "Traceback" not in done.output
+
+
+# ------------------------------------------------------------------------------------------ fit
+
+
+def test_fit_writes_the_run(run):
+    assert {path.name for path in run.iterdir()} == FILES | {"evaluation.csv"}
+    components = pd.read_csv(run / "variance_components.csv")
+    expected = ["factor", "term", "statistic", "mean", "median", "sd", "lower", "upper"]
+    assert list(components) == expected
+    statistics = {"sd", "variance", "cor", "icc", "share", "r2_marginal", "r2_conditional"}
+    assert set(components.statistic) == statistics
+    assert set(components.factor.dropna()) == {"site", "Residual", "Fixed"}
+    json.loads((run / "diagnostics.json").read_text())
+
+
+def test_fit_judges_held_out_rows_and_clusters(run):
+    scores = pd.read_csv(run / "evaluation.csv").set_index("held_out")
+    assert list(scores) == ["rows", "unseen", "rmse", "coverage"]
+    # 2 of 8 clusters of 12 rows are left out; a fifth of the other rows.
+    assert scores.loc["clusters", ["rows", "unseen"]].tolist() == [24, 24]
+    assert scores.loc["rows", "unseen"] == 0
+    assert abs(scores.loc["rows", "rows"] - 14) <= 1
+    assert (scores.rmse > 0).all()
+    assert scores.coverage.between(0, 1).all()
+
+
+def test_fit_prints_summary_evaluation_and_files(data, tmp_path):
+    done = call(*fit(data, tmp_path / "run", "--hold-out-clusters", 0.25))
+    assert done.exit_code == 0, done.stderr
+    assert "Variance components" in done.stdout
+    assert "coverage" in done.stdout
+    assert "variance_components.csv" in done.stdout
+    assert "fewer rows" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("outcome", "family", "more", "score"),
+    [
+        ("case", "bernoulli", [], "auroc"),
+        ("kind", "categorical", [], "auroc"),
+        ("hits", "binomial", ["--trials", "size"], "rmse"),
+        ("count", "poisson", ["--offset", "dose", "--features", "age"], "rmse"),
+        ("count", "negative_binomial", ["--weights", "size"], "coverage"),
+    ],
+)
+def test_families(data, tmp_path, outcome, family, more, score):
+    run, pred = tmp_path / "run", tmp_path / "pred.parquet"
+    command = fit(data, run, random="(1 | site)", outcome=outcome)
+    done = call(*command, "--family", family, "--hold-out-clusters", 0.25, *more)
+    assert done.exit_code == 0, done.output
+    assert pd.read_csv(run / "evaluation.csv")[score].notna().all()
+    done = call("predict", run, data, "--unseen", "population", "--draws", 20, "--out", pred)
+    assert done.exit_code == 0, done.output
+    columns = ["mean", "sd", "lower", "upper"]
+    if family == "categorical":
+        columns = [f"{name}[{label}]" for label in "abc" for name in columns]
+    predictions = pd.read_parquet(pred)
+    assert list(predictions) == [*columns, "unseen"]
+    if family == "categorical":
+        total = predictions[["mean[a]", "mean[b]", "mean[c]"]].sum(axis=1)
+        np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+def test_dense_with_adversary_slopes_and_head(data, tmp_path):
+    command = fit(data, tmp_path / "run", "--net", "dense", "--hidden", "6,4")
+    command += ["--adversary", "site", "--adversary-weight", 2.0, "--slopes-on", "3"]
+    done = call(*command, "--bayesian-head")
+    assert done.exit_code == 0, done.output
+    loaded = Fit.load(tmp_path / "run")
+    assert loaded.model.adversaries[0].taps == ("1", "3")
+    assert loaded.model.adversaries[0].weight == 2.0
+    assert str(loaded.model.terms[1]) == "Slopes('site', on='3')"
+    assert loaded.model.bayesian_head
+
+
+def test_nested_factors_and_formula(data, tmp_path):
+    done = call(*fit(data, tmp_path / "run", random="(1 | ward/site)", features="age * dose"))
+    assert done.exit_code == 0, done.output
+    loaded = Fit.load(tmp_path / "run")
+    assert loaded.model.factor_names() == ("ward", "ward:site")
+    assert loaded.model.data_facts().feature_names == ("age", "dose", "age:dose")
+
+
+def test_features_default_to_every_other_column(tmp_path):
+    path, run = tmp_path / "rows.csv", tmp_path / "run"
+    table()[["y", "site", "age", "dose"]].to_csv(path, index=False)
+    done = call("fit", path, "--outcome", "y", "--random", "(1 | site)", *QUICK, "--out", run)
+    assert done.exit_code == 0, done.output
+    assert Fit.load(run).model.data_facts().feature_names == ("age", "dose")
+
+
+def test_missing_rows_are_dropped_with_a_warning(tmp_path):
+    holed = table()
+    holed.loc[3, "age"] = np.nan
+    holed.to_csv(tmp_path / "rows.csv", index=False)
+    refused(*fit(tmp_path / "rows.csv", tmp_path / "run"), message="--missing drop")
+    done = call(*fit(tmp_path / "rows.csv", tmp_path / "run", "--missing", "drop"))
+    assert done.exit_code == 0
+    assert "Warning: Dropped 1 of 96 rows" in done.stderr
+
+
+def test_own_network(data, tmp_path):
+    run, pred = tmp_path / "run", tmp_path / "pred.csv"
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def make(n_features, n_outputs):\n"
+        "    return nn.Sequential(nn.Linear(n_features, 5), nn.Tanh(), nn.Linear(5, n_outputs))\n"
+    )
+    net = ["--net", f"{tmp_path}/own.py:make"]
+    done = call(*fit(data, run, *net, "--adversary", "site"))
+    assert done.exit_code == 0, done.output
+    predict = ["predict", run, data, "--draws", 20, "--out", pred]
+    done = call(*predict)
+    assert done.exit_code == 2
+    assert "--net" in done.stderr
+    done = call(*predict, *net)
+    assert done.exit_code == 0, done.output
+    assert len(pd.read_csv(pred)) == 96
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--family", "gausian"], "unknown family 'gausian'"),
+        (["--outcome", "z"], "no column 'z'"),
+        (["--random", "(1 + age | sit)"], "Did you mean 'site'"),
+        (["--random", "(1 + )"], "cannot read"),
+        (["--random", "(1 + hits | site)"], "not among the features"),
+        (["--features", "age,doze"], "Did you mean 'dose'"),
+        (["--outcome", "hits", "--family", "binomial"], "--trials"),
+        (["--outcome", "y", "--family", "poisson"], "whole numbers"),
+        (["--net", "dens"], "Did you mean 'dense'"),
+        (["--net", "none.py:Net"], "no file 'none.py'"),
+        (["--hidden", "32,32"], "--net dense"),
+        (["--net", "dense", "--hidden", "a"], "--hidden must be widths"),
+        (["--net", "dense", "--hidden", "0"], "positive widths"),
+        (["--adversary", "site"], "hidden layers"),
+        (["--adversary-weight", "2"], "needs --adversary"),
+        (["--net", "dense", "--adversary", "site", "--adversary-weight", "-1"], "negative"),
+        (["--net", "dense", "--slopes-on", "9"], "no module '9'"),
+        (["--validate-rows", "1.5"], "between 0 and 1"),
+        (["--hold-out-clusters", "0.99"], "at least one cluster"),
+        (["--steps", "0"], "`steps` must be positive"),
+        (["--batch-size", "0"], "`batch_size` must be at least 1"),
+        (["--prob", "1"], "--prob must lie"),
+    ],
+)
+def test_fit_errors_come_before_training(data, tmp_path, more, message, monkeypatch):
+    monkeypatch.setattr(Fit, "save", lambda *_, **__: pytest.fail("it was trained"))
+    given = dict(zip(more[::2], more[1::2], strict=True))
+    base = {"--outcome": "y", "--random": "(1 | site)", "--features": "age,dose", "--steps": "100"}
+    options = [text for option in (base | given).items() for text in option]
+    refused("fit", data, *options, "--out", tmp_path / "run", message=message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(data, tmp_path):
+    command = fit(data, tmp_path / "run", "--device", "cuda")
+    refused(*command, message="finds no CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"y;site\n1;a\n", "delimited by semicolons"),
+        ("y,site\n1,Z\u00fcrich\n".encode("latin-1"), "is not UTF-8"),
+        (b"y,site\n", "no rows"),
+        (None, "There is no file"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "rows.csv"
+    if content is not None:
+        path.write_bytes(content)
+    refused(*fit(path, tmp_path / "run"), message=message)
+
+
+def test_bad_options_end_with_code_2(data, tmp_path):
+    assert call("fit", data, "--outcome", "y", "--out", tmp_path / "run").exit_code == 2
+    assert call(*fit(data, tmp_path / "run", "--device", "tpu")).exit_code == 2
+    assert call(*fit(data, tmp_path / "run", "--missing", "guess")).exit_code == 2
+
+
+def test_a_fit_is_not_overwritten_unasked(data, run, tmp_path):
+    refused(*fit(data, run), message="--overwrite")
+    refused(*fit(data, run, "--resume"), message="nothing to resume")
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(*fit(data, tmp_path, "--overwrite"), message="other files")
+    refused(*fit(data, tmp_path / "notes.txt"), message="is a file")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    mine = tmp_path / "run"
+    assert call(*fit(data, mine, "--hold-out-clusters", 0.25)).exit_code == 0
+    assert call(*fit(data, mine, "--overwrite", "--seed", 3)).exit_code == 0
+    assert Fit.load(mine).seed == 3
+    assert not (mine / "evaluation.csv").exists()
+
+
+def test_divergence_keeps_the_last_good_state(data, tmp_path, monkeypatch):
+    real = cli.fit
+
+    def diverge(*arguments, **settings):
+        result = real(*arguments, **settings)
+        object.__setattr__(result, "stopped", "diverged")
+        raise DivergenceError("the loss diverged at step 7", result)
+
+    monkeypatch.setattr(cli, "fit", diverge)
+    run = tmp_path / "run"
+    refused(*fit(data, run), message="diverged at step 7", code=1)
+    assert {path.name for path in run.iterdir()} == FILES
+    assert "diverged" in (run / "diagnostics.json").read_text()
+
+
+def test_interrupt_says_how_to_resume(data, tmp_path, monkeypatch):
+    real = cli.fit
+
+    def interrupt(*arguments, **settings):
+        real(*arguments, **settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "fit", interrupt)
+    run = tmp_path / "run"
+    done = call(*fit(data, run))
+    assert done.exit_code == 130
+    assert "--resume" in done.stderr
+    assert [path.name for path in run.iterdir()] == ["checkpoint.safetensors"]
+    monkeypatch.setattr(cli, "fit", real)
+    refused(*fit(data, run), message="continue it with --resume")
+    refused(*fit(data, run, "--resume", "--seed", 5), message="belongs to another run")
+    assert call(*fit(data, run, "--resume")).exit_code == 0
+    assert {path.name for path in run.iterdir()} == FILES
+
+
+def test_resumed_after_a_kill_is_as_if_unbroken(data, tmp_path):
+    def command(run, *more):
+        arguments = fit(data, run, "--net", "dense", "--hidden", "6", "--batch-size", 32, *more)
+        arguments[arguments.index("20")] = "400"
+        script = "from armed_pyro.cli import app; app()"
+        return [sys.executable, "-c", script, *map(str, arguments)]
+
+    settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(whole), check=True, **settings)
+    started = subprocess.Popen(command(broken), **settings)
+    checkpoint = broken / "checkpoint.safetensors"
+    while not checkpoint.exists() and started.poll() is None:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL, "it had ended before it could be killed"
+    assert not (broken / "model.safetensors").exists()
+    subprocess.run(command(broken, "--resume"), check=True, **settings)
+    same = (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    assert same
+    assert not checkpoint.exists()
+
+
+# -------------------------------------------------------------------------------------- predict
+
+
+def test_predict_keeps_row_order_and_names_modes(run, tmp_path):
+    new = table(seed=1).sample(frac=1, random_state=0).reset_index(drop=True)
+    new.loc[5, "site"] = "new"
+    new.drop(columns="y").to_csv(tmp_path / "new.csv", index=False)
+    held_out = ~new.site.isin(Fit.load(run).model.data_facts().levels["site"])
+    assert held_out[5]
+
+    command = ["predict", run, tmp_path / "new.csv", "--draws", 200]
+    for mode in ("marginal", "population"):
+        path = tmp_path / "deep" / f"{mode}.csv"
+        done = call(*command, "--unseen", mode, "--out", path)
+        assert done.exit_code == 0, done.output
+        predictions = pd.read_csv(path, keep_default_na=False)
+        assert list(predictions) == ["mean", "sd", "lower", "upper", "unseen"]
+        assert len(predictions) == len(new)
+        assert ((predictions.unseen == mode) == held_out).all()
+        assert (predictions.unseen[~held_out] == "").all()
+        direct = Fit.load(run).predict(new.drop(columns="y"), unseen=mode, draws=200)
+        np.testing.assert_allclose(predictions["mean"], direct.mean)
+        assert (predictions.lower < predictions["mean"]).all()
+        assert [one.name for one in path.parent.glob(".*")] == []
+
+
+def test_wider_intervals_with_a_higher_probability(run, data, tmp_path):
+    widths = []
+    for prob in (0.5, 0.95):
+        path = tmp_path / f"{prob}.csv"
+        command = ["predict", run, data, "--unseen", "marginal", "--prob", prob, "--out", path]
+        assert call(*command).exit_code == 0
+        predictions = pd.read_csv(path)
+        widths.append(predictions.upper - predictions.lower)
+    assert (widths[0] < widths[1]).all()
+
+
+def test_unseen_clusters_need_a_mode(run, data, tmp_path):
+    path = tmp_path / "pred.csv"
+    refused("predict", run, data, "--out", path, message="--unseen")
+    done = call("predict", run, data, "--out", path)
+    assert "population" in done.stderr
+    assert "marginal" in done.stderr
+    done = call("predict", run, data, "--unseen", "guess", "--out", path)
+    assert done.exit_code == 2
+    assert "unknown mode 'guess'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_errors(run, data, tmp_path):
+    pred = tmp_path / "pred.csv"
+    refused("predict", tmp_path, data, "--out", pred, message=str(tmp_path))
+    refused("predict", run, tmp_path / "no.csv", "--out", pred, message="There is no file")
+    refused("predict", run, data, "--out", tmp_path / "pred.txt", message=".csv or .parquet")
+    table().drop(columns="dose").to_csv(tmp_path / "less.csv", index=False)
+    refused("predict", run, tmp_path / "less.csv", "--out", pred, message="no column 'dose'")
+    refused("predict", run, data, "--prob", 2, "--out", pred, message="`prob`")
+    assert not pred.exists()
+
+
+# ------------------------------------------------------------------------------ report and demo
+
+
+def test_report_command(run, tmp_path):
+    path = tmp_path / "deep" / "report.html"
+    done = call("report", run, "--out", path)
+    assert done.exit_code == 0, done.output
+    text = path.read_text("utf-8")
+    assert "Predictions of held-out rows" in text
+    refused("report", tmp_path, "--out", path, message=str(tmp_path))
+
+
+def test_demo_calls_the_entry_point(tmp_path, monkeypatch):
+    class Point:
+        def load(self):
+            return lambda argv: (tmp_path / "called").write_text(" ".join(argv))
+
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [Point()])
+    assert call("demo", "--out", tmp_path / "demo").exit_code == 0
+    assert (tmp_path / "called").read_text() == f"--out {tmp_path / 'demo'}"
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
+    refused("demo", message="not installed")
+
+
+@pytest.mark.parametrize("command", [[], ["fit"], ["predict"], ["report"], ["demo"]])
+def test_help_shows_an_example(command):
+    done = call(*command, "--help")
+    assert done.exit_code == 0
+    assert not command or f"armed-pyro {command[0]}" in done.stdout

@@ -1,0 +1,130 @@
+"""CrossedGuide: the joint conditional of crossed random effects against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Schedule, fit
+from armed_pyro.crossed import CrossedGuide, choose_guide
+from armed_pyro.guides import StructuredGuide
+from armed_pyro.objective import Objective
+
+TERMS = ["(1 + x0 | item)", "(1 | person)", "(0 + x1 || school)"]
+
+
+def crossed_data(outcome: str = "gaussian", n: int = 120) -> ClusteredData:
+    rng = np.random.default_rng(3)
+    labels = {
+        "item": rng.integers(5, size=n),
+        "person": rng.integers(9, size=n),
+        "school": rng.integers(3, size=n),
+    }
+    x = rng.normal(size=(n, 2))
+    eta = (
+        0.3 + x[:, 0] + rng.normal(size=5)[labels["item"]] + rng.normal(size=9)[labels["person"]]
+    )
+    y = eta + rng.normal(size=n) if outcome == "gaussian" else rng.poisson(np.exp(eta / 2))
+    return ClusteredData.from_arrays(x, y, labels)
+
+
+def bound(data: ClusteredData, family: str = "gaussian", **more: object) -> MixedEffects:
+    net = nn.Linear(2, 1).double()
+    return MixedEffects(net, TERMS, family, bayesian_head=True, **more).bind(data)
+
+
+def design(model: MixedEffects, data: ClusteredData) -> tuple[torch.Tensor, ...]:
+    """Dense Z over all factors' effects, X, and standardised y."""
+    source = model.encode(data)
+    blocks = []
+    for factor in model.factors:
+        phi = factor.design(source.x, {})
+        k = len(model.data_facts().levels[factor.name])
+        z = torch.zeros(len(source), k, phi.shape[1], dtype=phi.dtype)
+        z[torch.arange(len(source)), source.codes[factor.name]] = phi
+        blocks.append(z.flatten(1))
+    x = torch.cat([torch.ones(len(source), 1), source.x], 1).double()
+    facts = model.data_facts()
+    y = (source.y - facts.center[0]) / facts.spread
+    return torch.cat(blocks, 1), x, y
+
+
+def closed_form(
+    model: MixedEffects, data: ClusteredData, latents: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance of all effects given the hyperparameters."""
+    z, x, y = design(model, data)
+    levels = model.data_facts().levels
+    prior = torch.block_diag(
+        *[f.covariance(latents) for f in model.factors for _ in levels[f.name]]
+    )
+    tau = model.precision(latents)
+    covariance = torch.linalg.inv(torch.linalg.inv(prior) + tau * z.T @ z)
+    return covariance @ (tau * z.T @ (y - x @ latents["fixed_effect"])), covariance
+
+
+def test_chosen_for_several_narrow_factors_only() -> None:
+    data = crossed_data()
+    assert isinstance(choose_guide(bound(data)), CrossedGuide)
+    one = MixedEffects(nn.Linear(2, 1), "(1 | item)").bind(data)
+    assert isinstance(choose_guide(one), StructuredGuide)
+
+
+def test_conditional_is_exact_for_gaussian_outcomes_at_any_hyperparameters() -> None:
+    data = crossed_data()
+    model = bound(data)
+    guide = CrossedGuide(model, model.encode(data))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        guide.hyperparameters.loc.normal_(0, 0.5)
+        guide.hyperparameters.tril.mul_(1e-7)
+    latents = {k: v.detach() for k, v in guide.center(model.clusters()).items()}
+    mean, covariance = closed_form(model, data, latents)
+    effects = torch.cat([latents[f.effect_site].flatten() for f in model.factors])
+    torch.testing.assert_close(effects, mean, rtol=1e-6, atol=1e-8)
+
+    n = 20_000
+    draws = guide.draws(model.clusters(), n)
+    flat = torch.cat([draws[f.effect_site].flatten(1) for f in model.factors], 1)
+    error = (flat.T.cov() - covariance).abs()
+    scale = covariance.diagonal().sqrt()
+    # The standard error of a covariance estimate is at most sqrt(2 / n) in units of the sds.
+    assert (error / (scale[:, None] * scale)).max() < 5 * (2 / n) ** 0.5
+
+
+def test_evidence_is_exact_when_the_hyperparameters_are_known() -> None:
+    data = crossed_data()
+    net = nn.Linear(2, 1).double()
+    priors = Priors(sd=Known(0.8), residual_sd=Known(1.1))
+    model = MixedEffects(
+        net, ["(1 | item)", "(1 | person)", "(0 + x1 || school)"], priors=priors
+    ).bind(data)
+    source = model.encode(data)
+    objective = Objective(model, CrossedGuide(model, source))
+    elbos = torch.stack([objective(source.all()).elbo for _ in range(3)]) * data.n_rows
+
+    z, _, _ = design(model, data)
+    facts = model.data_facts()
+    fixed = model.predictor(source.all(), {}).fixed[:, 0].detach()
+    sds = torch.cat([f.prior_scale.repeat(len(facts.levels[f.name])) for f in model.factors])
+    marginal = facts.spread**2 * (z * sds**2) @ z.T + 1.1**2 * torch.eye(data.n_rows).double()
+    exact = torch.distributions.MultivariateNormal(fixed, marginal).log_prob(source.y)
+    torch.testing.assert_close(elbos, exact.expand(3), rtol=1e-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [None, 40])
+def test_counts_are_fitted_better_than_with_independent_factors(batch_size: int | None) -> None:
+    data = crossed_data("poisson")
+    net = nn.Linear(2, 1).double()
+    model = MixedEffects(net, TERMS, "poisson", bayesian_head=True)
+    schedule = Schedule(steps=400, batch_size=batch_size, stages=0)
+    elbo = {}
+    for guide in (CrossedGuide, StructuredGuide):
+        run = fit(model, data, guide=guide, schedule=schedule, progress=False)
+        objective = Objective(run.model, run.guide)
+        with torch.no_grad():
+            rows = run.model.encode(data).all()
+            elbo[guide] = np.mean([float(objective(rows).elbo) for _ in range(100)])
+    assert elbo[CrossedGuide] * data.n_rows > elbo[StructuredGuide] * data.n_rows + 1

@@ -1,0 +1,330 @@
+"""fit(): what it leaves alone, what it repeats, when it stops, and how it fails."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from armed_pyro import Adversary, ClusteredData, DivergenceError, MixedEffects, Schedule, fit
+from armed_pyro.checkpoint import module_tensors
+
+SHORT = Schedule(steps=6, window=3, stages=0)
+
+
+def make_data(seed=0, n_sites=8, per_site=5, noise=0.5):
+    rng = np.random.default_rng(seed)
+    site = np.repeat(np.arange(n_sites), per_site)
+    x = rng.normal(size=(len(site), 2))
+    effects = np.random.default_rng(99).normal(size=n_sites)
+    y = x[:, 0] + effects[site] + noise * rng.normal(size=len(site))
+    return ClusteredData.from_arrays(x, y, {"site": site})
+
+
+def make_net(*middle, seed=0, outputs=1):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, 4), *middle, nn.ReLU(), nn.Linear(4, outputs))
+
+
+def make_model(net=None, **options):
+    return MixedEffects(make_net() if net is None else net, "(1 | site)", **options)
+
+
+def run(model=None, data=None, **options):
+    settings = {"schedule": SHORT, "progress": False} | options
+    data = make_data() if data is None else data
+    return fit(make_model() if model is None else model, data, **settings)
+
+
+def state(result):
+    return module_tensors("model", result.model) | module_tensors("guide", result.guide)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def validation_loss(result, data):
+    """-log p(y | fit) a row at the guide's centre."""
+    rows = result.model.encode(data).all()
+    with torch.no_grad():
+        latents = result.guide.center(result.model.clusters())
+        return -float(result.model.log_likelihood(rows, latents).mean())
+
+
+# ------------------------------------------------------------------- what is left alone, repeats
+
+
+def test_the_users_model_and_network_stay_as_they_were():
+    net = make_net(nn.BatchNorm1d(4)).eval()
+    model = make_model(net, adversary=Adversary("site", ["0"], weight=2.0))
+    before = module_tensors("", net)
+    result = run(model)
+    assert same(module_tensors("", net), before)
+    assert not net.training
+    assert model.net is net
+    assert model.facts is None
+    assert model.factors == ()
+    assert model.adversaries[0].classifier is None
+    hooks = [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in net.modules()]
+    assert not any(hooks)
+    assert not same(module_tensors("", result.model.net), before), "nothing was trained"
+
+
+@pytest.mark.parametrize("game", [False, True], ids=["plain", "adversary"])
+@pytest.mark.parametrize("batch_size", [None, 16], ids=["full", "batches"])
+def test_the_seed_alone_decides_the_result(game, batch_size):
+    def once(seed, surroundings):
+        net = make_net(nn.Dropout(0.3))
+        model = make_model(net, adversary=Adversary("site", ["0"]) if game else ())
+        torch.manual_seed(surroundings)
+        schedule = Schedule(steps=6, window=3, stages=0, batch_size=batch_size)
+        return run(model, seed=seed, schedule=schedule)
+
+    one, again, other = once(0, 1), once(0, 2), once(1, 1)
+    assert same(state(one), state(again))
+    assert one.history == again.history
+    assert not same(state(one), state(other))
+
+
+@pytest.mark.parametrize("game", [False, True], ids=["plain", "adversary"])
+def test_global_random_states_stay_as_they_were(game):
+    model = make_model(adversary=Adversary("site", ["0"]) if game else ())
+    data = make_data()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    result = run(model, data)
+    result.predict(data, draws=5)
+    result.variance_components(draws=5)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+def test_two_fits_do_not_share_parameters():
+    model, data = make_model(), make_data()
+    one = run(model, data)
+    before = state(one)
+    run(model, data, seed=1)
+    assert same(state(one), before)
+
+
+# ----------------------------------------------------------------------------------- the optimum
+
+
+@pytest.fixture(scope="module")
+def full_batch():
+    schedule = Schedule(steps=400, window=50, stages=0)
+    model = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True)
+    return run(model, make_data(), schedule=schedule)
+
+
+def test_mini_batches_reach_the_full_batch_optimum(full_batch):
+    schedule = Schedule(steps=500, window=50, stages=0, batch_size=10)
+    model = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True)
+    batches = run(model, make_data(), schedule=schedule)
+    one, other = full_batch.draws(2000, seed=1), batches.draws(2000, seed=2)
+    for name in one:
+        mean, sd = one[name].mean(0), one[name].std(0)
+        # A likelihood without its factor of 4 would double the sds.
+        assert ((other[name].mean(0) - mean).abs() / sd).max() < 0.5, name
+        assert (torch.log(other[name].std(0) / sd)).abs().max() < np.log(1.4), name
+
+
+def test_training_raises_the_evidence_lower_bound(full_batch):
+    elbo = np.array(full_batch.history.elbo)
+    assert elbo[-50:].mean() > elbo[:5].mean() + 0.3
+    np.testing.assert_allclose(full_batch.history.loss, -elbo, rtol=1e-6)
+
+
+def test_the_fixed_effects_likelihood_enters_the_loss():
+    history = run(make_model(fixed_weight=2.0)).history
+    assert np.all(np.array(history.loss) + np.array(history.elbo) > 0.1)
+
+
+# -------------------------------------------------------------------------------------- stopping
+
+
+def test_a_flat_loss_stops_as_converged():
+    schedule = Schedule(steps=5000, window=25, stages=2)
+    model = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True)
+    result = run(model, schedule=schedule)
+    assert (result.stopped, result.converged) == ("converged", True)
+    assert len(result.history.loss) < 2000
+    rates = np.array(result.history.rate)
+    assert rates[0] == 1.0
+    assert rates[-1] == pytest.approx(schedule.decay), "one cut before the last"
+
+
+def test_steps_that_run_out_are_not_convergence():
+    result = run(schedule=Schedule(steps=7, window=3, stages=3))
+    assert (result.stopped, result.converged) == ("steps", False)
+    assert len(result.history.loss) == len(result.history.elbo) == 7
+    assert result.history.step == [3, 6, 7]
+
+
+def test_validation_stops_training_and_keeps_the_best_state():
+    data, validation = make_data(noise=1.5), make_data(seed=1, noise=1.5)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 1))
+    schedule = Schedule(steps=2000, window=4, stages=1, patience=5, net_learning_rate=0.02)
+    result = run(make_model(net), data, validation=validation, schedule=schedule)
+    losses = result.history.validation
+    assert (result.stopped, result.converged) == ("validation", True)
+    assert len(losses) == len(result.history.step) < 500
+    assert min(losses) < losses[-1], "an overfitting network must get worse"
+    assert len(losses) - 1 - int(np.argmin(losses)) == schedule.patience
+    assert validation_loss(result, validation) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_validation_rows_may_lie_in_new_clusters():
+    result = run(validation=make_data(seed=1, n_sites=11))
+    assert np.isfinite(result.history.validation).all()
+
+
+# ------------------------------------------------------------------------------ device, progress
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_missing_cuda_device_is_a_clear_error(device):
+    with pytest.raises(ValueError, match=rf"{device}.*no CUDA device"):
+        run(device=device)
+
+
+def test_the_progress_bar_can_be_turned_off(capfd):
+    run(progress=False)
+    assert capfd.readouterr() == ("", "")
+    run(make_model(adversary=Adversary("site", ["0"])), progress=True)
+    shown = "".join(capfd.readouterr())
+    for text in ("step 6/6", "loss", "adversary of site", "chance 0.12"):
+        assert text in shown
+
+
+# -------------------------------------------------------------------------------------- failures
+
+
+class Breaks(nn.Module):
+    """Gives `value` from the training call after `calls` on."""
+
+    def __init__(self, calls, value):
+        super().__init__()
+        self.inner, self.left, self.value = make_net(nn.BatchNorm1d(4)), calls, value
+
+    def forward(self, x):
+        if self.training:
+            self.left -= 1
+        return self.inner(x) * (self.value if self.left < 0 else 1.0)
+
+
+class BreaksBackward(nn.Module):
+    """Finite outputs whose gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_net()
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y + torch.sqrt(0.0 * y)
+
+
+def assert_usable(result, data):
+    """A fit after divergence has finite parameters and predicts."""
+    assert (result.stopped, result.converged) == ("diverged", False)
+    broken = [name for name, one in state(result).items() if not torch.isfinite(one).all()]
+    assert not broken
+    assert not result.model.training
+    if not isinstance(result.model.net, Breaks):
+        assert np.isfinite(result.predict(data, draws=5).expected).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_network_that_breaks_is_reported_with_step_and_cause(value):
+    data = make_data()
+    with pytest.raises(DivergenceError, match=r"step 6.*lower bound is not finite") as caught:
+        run(make_model(Breaks(5, value)), data, schedule=Schedule(steps=20, window=2))
+    assert_usable(caught.value.fit, data)
+    assert len(caught.value.fit.history.loss) == 5
+
+
+def test_a_gradient_that_is_not_finite_is_reported():
+    with pytest.raises(DivergenceError, match=r"step 1: .*gradient is not finite") as caught:
+        run(make_model(BreaksBackward()))
+    assert not [n for n, one in state(caught.value.fit).items() if not torch.isfinite(one).all()]
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "net_learning_rate"])
+@pytest.mark.parametrize("rate", [1e4, 1e15, 1e30])
+def test_an_absurd_learning_rate_is_divergence(name, rate):
+    data = make_data()
+    schedule = Schedule(steps=60, window=3, stages=0, **{name: rate})
+    net = make_net(nn.BatchNorm1d(4))
+    with pytest.raises(DivergenceError, match=r"at step \d+: .*learning rate") as caught:
+        run(make_model(net), data, schedule=schedule)
+    assert_usable(caught.value.fit, data)
+
+
+def test_divergence_with_validation_gives_the_best_state():
+    data, validation = make_data(), make_data(seed=1)
+    schedule = Schedule(steps=60, window=3, stages=0)
+    with pytest.raises(DivergenceError) as caught:
+        run(make_model(Breaks(10, float("nan"))), data, validation=validation, schedule=schedule)
+    result = caught.value.fit
+    result.model.net.left = 10**6
+    best = min(result.history.validation)
+    assert validation_loss(result, validation) == pytest.approx(best, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm1d(4), nn.Dropout(0.5), nn.LayerNorm(4)],
+    ids=["batch-norm", "dropout", "layer-norm"],
+)
+@pytest.mark.parametrize("batch_size", [None, 16], ids=["full", "batches"])
+def test_networks_with_modes_train_in_one_and_predict_in_the_other(layer, batch_size):
+    data = make_data()
+    schedule = Schedule(steps=6, window=3, stages=0, batch_size=batch_size)
+    result = run(make_model(make_net(layer)), data, schedule=schedule)
+    assert not any(module.training for module in result.model.net.modules())
+    one, again = result.predict(data, draws=5), result.predict(data, draws=5)
+    np.testing.assert_array_equal(one.expected, again.expected)
+    # Eval mode: a row's prediction does not depend on which rows are with it.
+    few = result.predict(data.take(slice(3)), draws=5)
+    np.testing.assert_allclose(few.expected, one.expected[:, :3], rtol=1e-4, atol=1e-5)
+    if isinstance(layer, nn.BatchNorm1d):
+        assert int(result.model.net[1].num_batches_tracked) == 6
+
+
+def test_a_network_in_double_precision_is_fitted_in_it():
+    result = run(make_model(make_net().double()))
+    assert {one.dtype for one in result.guide.parameters()} == {torch.float64}
+
+
+# ------------------------------------------------------------------------------------- adversary
+
+
+def leaky_data():
+    """The first feature says in which of four sites a row is."""
+    rng = np.random.default_rng(0)
+    site = np.repeat(np.arange(4), 10)
+    x = np.column_stack([site + 0.05 * rng.normal(size=40), rng.normal(size=40)])
+    return ClusteredData.from_arrays(x, x[:, 1] + rng.normal(size=40), {"site": site})
+
+
+def test_the_adversarys_accuracy_is_logged_and_beats_chance_where_features_leak():
+    schedule = Schedule(steps=150, window=30, stages=0, net_learning_rate=0.03)
+    game = Adversary("site", ["0"], weight=0.0)
+    accuracy = run(make_model(adversary=game), leaky_data(), schedule=schedule)
+    logged = np.array(accuracy.history.adversary_accuracy)
+    assert logged.shape == (5, 1)
+    assert ((logged >= 0) & (logged <= 1)).all()
+    # Chance is 0.25, with a standard error of 0.07 for 40 rows.
+    assert logged[-1, 0] > 0.6
+
+
+def test_each_adversary_has_its_own_accuracy():
+    games = [Adversary("site", ["0"]), Adversary("site", ["2"])]
+    history = run(make_model(adversary=games)).history
+    assert np.array(history.adversary_accuracy).shape == (2, 2)
+    assert run().history.adversary_accuracy == [[], []]

@@ -1,0 +1,92 @@
+"""Mini-batches of rows, and the weights that keep them unbiased."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from armed_pyro.rows import RowSource
+
+SITE = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3])
+DOSE = torch.tensor([0, 1] * 6)
+
+
+def make_source(**roles):
+    n = len(SITE)
+    codes = {"site": SITE, "dose": DOSE}
+    counts = {name: torch.bincount(one) for name, one in codes.items()}
+    return RowSource(torch.randn(n, 2), torch.arange(n * 1.0), codes, counts, **roles)
+
+
+def cluster_of(rows, factor):
+    membership = rows.memberships[factor]
+    return membership.index[membership.position]
+
+
+def test_all_rows():
+    rows = make_source().all()
+    assert len(rows) == 12
+    assert rows.scale == 1
+    for factor, codes in {"site": SITE, "dose": DOSE}.items():
+        assert rows.memberships[factor].weight is None
+        assert rows.memberships[factor].complete
+        assert torch.equal(cluster_of(rows, factor), codes)
+
+
+@pytest.mark.parametrize("limit", [None, 0, 3, 4])
+def test_a_batch_keeps_rows_together_with_their_clusters(limit):
+    n = len(SITE)
+    roles = {name: torch.rand(n) for name in ("trials", "offset", "weights")}
+    source = make_source(**roles)
+    index = torch.tensor([11, 2, 7, 3])
+    rows = source.batch(index, dense_up_to=limit)
+    assert rows.scale == 3
+    assert torch.equal(rows.y, index.float())
+    assert torch.equal(rows.x, source.x[index])
+    assert torch.equal(cluster_of(rows, "site"), SITE[index])
+    assert torch.equal(cluster_of(rows, "dose"), DOSE[index])
+    for name, values in roles.items():
+        assert torch.equal(getattr(rows, name), values[index])
+    # site has 4 clusters and dose 2; the default limit is 4 times the 4 rows.
+    sparse = {"site": limit in (0, 3), "dose": limit == 0}
+    for factor, one in rows.memberships.items():
+        assert one.complete is not sparse[factor]
+        assert (one.weight is not None) is sparse[factor]
+
+
+def test_clusters_weigh_as_much_as_their_rows_in_the_batch():
+    rows = make_source().batch(torch.tensor([0, 7, 8, 1]), dense_up_to=0)
+    membership = rows.memberships["site"]
+    assert membership.index.tolist() == [0, 1, 2]
+    torch.testing.assert_close(membership.weight, 3 * torch.tensor([2 / 7, 1 / 1, 1 / 2]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+def test_over_a_partition_every_cluster_weighs_one(size):
+    source, order = make_source(), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    for factor, counts in source.counts.items():
+        total = torch.zeros(len(counts))
+        for index in order.split(size):
+            one = source.batch(index, dense_up_to=0).memberships[factor]
+            total.index_add_(0, one.index, one.weight)
+        torch.testing.assert_close(total * size / 12, torch.ones(len(counts)))
+
+
+@pytest.mark.parametrize("size", [1, 5, 12, 100])
+def test_chunks_are_all_rows_in_order_with_all_clusters(size):
+    chunks = list(make_source().chunks(size))
+    assert torch.equal(torch.cat([rows.y for rows in chunks]), torch.arange(12.0))
+    assert max(map(len, chunks)) == min(size, 12)
+    for rows in chunks:
+        assert rows.memberships["site"].index.tolist() == [0, 1, 2, 3]
+        assert rows.memberships["site"].weight is None
+
+
+def test_rows_without_factors_or_outcome():
+    source = RowSource(torch.zeros(3, 1), None, {}, {})
+    assert source.batch(torch.tensor([1])).y is None
+    assert [len(rows) for rows in source.chunks(2)] == [2, 1]
+    with pytest.raises(ValueError, match="no outcome"):
+        source.all().outcome()
+    known = dataclasses.replace(source, y=torch.ones(3)).all()
+    assert torch.equal(known.outcome(), torch.ones(3))
