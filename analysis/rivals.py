@@ -14,7 +14,7 @@ from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, Fit, MixedEffects, Schedule, Slopes, fit
 
-__all__ = ["RIVALS", "Rival", "Score", "Setting", "surface", "train_and_score"]
+__all__ = ["RIVALS", "Rival", "Score", "Setting", "outcomes", "surface", "train_and_score"]
 
 DRAWS = 200
 
@@ -158,12 +158,17 @@ def surface(
     return result.predict(rows, draws=DRAWS).mean.reshape(len(levels), size, size)
 
 
+def outcomes(data: ClusteredData) -> Float[np.ndarray, " rows"]:
+    """The rows' classes, 0 or 1."""
+    if data.outcome is None:
+        raise ValueError("the rows have no outcome to compare predictions with")
+    return data.outcome.numpy()
+
+
 def _accuracy(result: Fit, rival: Rival, test: ClusteredData, levels: pd.Index) -> float:
-    if test.outcome is None:
-        raise ValueError("the test rows have no outcome to compare predictions with")
     rows = _with_clusters(test, levels) if rival.cluster_input else test
     chosen = result.predict(rows, draws=DRAWS).mean > 0.5
-    return float((chosen == test.outcome.numpy()).mean())
+    return float((chosen == outcomes(test)).mean())
 
 
 def _feature_use(result: Fit, names: tuple[str, ...]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from rich.progress import Progress
 from armed_pyro import summary
 from armed_pyro.adversary import Adversary
 from armed_pyro.data import ClusteredData
+from armed_pyro.facts import Facts
 from armed_pyro.families import FAMILIES, family_named
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
@@ -43,8 +46,6 @@ CHECKPOINT = "checkpoint.safetensors"
 PARTIAL = "checkpoint.partial"  # what a kill may leave of a checkpoint being written
 out = Console(soft_wrap=True, highlight=False)
 err = Console(soft_wrap=True, highlight=False, stderr=True)
-
-
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 Missing = StrEnum("Missing", ["error", "drop"])
 
@@ -83,8 +84,7 @@ def fit_command(
     features: Annotated[
         str | None,
         _option(
-            "Columns of the features, or a formula of them: --features age,sex or "
-            "--features 'age * sex' [default: every column without another role]",
+            "Columns, or a formula: --features age,sex or 'age * sex' [default: all other columns]",
             metavar="A,B,C",
         ),
     ] = None,
@@ -126,10 +126,7 @@ def fit_command(
     ] = None,
     adversary: Annotated[
         str | None,
-        _option(
-            "Factor to be unreadable from the network's hidden layers: --adversary site",
-            metavar="FACTOR",
-        ),
+        _option("Factor to keep out of the hidden layers: --adversary site", metavar="FACTOR"),
     ] = None,
     adversary_weight: Annotated[
         float | None,
@@ -137,17 +134,12 @@ def fit_command(
     ] = None,
     validate_rows: Annotated[
         float | None,
-        _option(
-            "Share of each cluster's rows to stop training by and judge predictions for seen "
-            "clusters: --validate-rows 0.2",
-            metavar="F",
-        ),
+        _option("Share of rows to stop training by and judge: --validate-rows 0.2", metavar="F"),
     ] = None,
     hold_out_clusters: Annotated[
         float | None,
         _option(
-            "Share of the first factor's clusters to leave out and judge predictions for unseen "
-            "clusters: --hold-out-clusters 0.2",
+            "Share of clusters of the first factor to leave out, and judge: --hold-out-clusters .2",
             metavar="F",
         ),
     ] = None,
@@ -155,10 +147,7 @@ def fit_command(
         int, _option("Most training steps, if it has not converged before: --steps 5000")
     ] = Schedule.steps,
     batch_size: Annotated[
-        int | None,
-        _option(
-            "Rows a step: --batch-size 512 [default: all up to 4096, beyond that 1024]", metavar="B"
-        ),
+        int | None, _option("Rows a step: --batch-size 512 [default: all, or 1024 of over 4096]")
     ] = None,
     seed: Annotated[int, _option("The same seed gives the same result: --seed 1")] = 0,
     device: Annotated[
@@ -224,10 +213,7 @@ def fit_command(
 def predict_command(
     run: Run,
     data: Table,
-    predictions: Annotated[
-        Path,
-        _option("Table to write, .csv or .parquet: --out pred.csv", "--out", metavar="PRED.csv"),
-    ],
+    pred: Annotated[Path, _option("Table to write: --out pred.csv", "--out", metavar="PRED")],
     unseen: Annotated[
         str | None,
         _option(
@@ -246,24 +232,22 @@ def predict_command(
     armed-pyro predict run new.csv --unseen marginal --out pred.csv
     """
     with _messages():
-        if not predictions.name.lower().endswith((".csv", ".csv.gz", ".parquet", ".pq")):
-            raise ValueError(f"--out must end in .csv or .parquet, found {str(predictions)!r}")
+        if not pred.name.lower().endswith((".csv", ".csv.gz", ".parquet", ".pq")):
+            raise ValueError(f"--out must end in .csv or .parquet, found {str(pred)!r}")
         rows = read_table(data)
         fitted = _load(run, net)
         parts = predict_chunks(fitted, rows, unseen=unseen, draws=draws, prob=prob, seed=seed)
-        with Progress(disable=not out.is_terminal) as bar:
+        with Progress(console=err, disable=not err.is_terminal) as bar:
             task = bar.add_task("predicting", total=len(rows))
-            for done in write_predictions(parts, predictions):
+            for done in write_predictions(parts, pred):
                 bar.advance(task, done)
-        out.print(f"{len(rows)} predictions are in {predictions}", markup=False)
+        out.print(f"{len(rows)} predictions are in {pred}", markup=False)
 
 
 @app.command("report")
 def report_command(
     run: Run,
-    html: Annotated[
-        Path, _option("Page to write: --out report.html", "--out", metavar="report.html")
-    ],
+    html: Annotated[Path, _option("Page to write: --out report.html", "--out", metavar="HTML")],
     net: OwnNet = None,
     prob: Prob = 0.9,
 ) -> None:
@@ -297,9 +281,7 @@ def demo_command(
         try:
             main = found[0].load()
         except ModuleNotFoundError as error:
-            raise ValueError(
-                f"the demonstration needs {error.name}: pip install 'armed_pyro[analysis]'"
-            ) from error
+            raise ValueError(f"the demo needs {error.name}: see armed_pyro[analysis]") from error
         main(["--out", str(folder)])
 
 
@@ -332,10 +314,7 @@ def _check_run(run: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"--out {run} is a folder with other files: choose a new one")
     if not overwrite:
         if CHECKPOINT in held:
-            raise ValueError(
-                f"{run} holds an unfinished run: continue it with --resume, or start anew with "
-                "--overwrite"
-            )
+            raise ValueError(f"{run} holds an unfinished run: add --resume, or --overwrite")
         what = "nothing to resume, as the run in it is finished" if resume else "a fit"
         raise ValueError(f"{run} holds {what}: choose another folder, or replace it: --overwrite")
 
@@ -382,18 +361,25 @@ def _widths(hidden: str | None, net: str) -> dict[str, list[int]]:
         return {}
     if net == "linear" or is_file(net):
         raise ValueError(f"--hidden is for --net dense, not for --net {net}")
-    try:
-        return {"hidden": [int(width) for width in hidden.split(",")]}
-    except ValueError:
-        raise ValueError(f"--hidden must be widths such as 32,32, found {hidden!r}") from None
+    if not all(width.strip().isdigit() for width in hidden.split(",")):
+        raise ValueError(f"--hidden must be widths such as 32,32, found {hidden!r}")
+    return {"hidden": [int(width) for width in hidden.split(",")]}
 
 
 def _load(run: Path, net: str | None) -> Fit:
-    if not (run / "manifest.json").is_file():
-        raise ValueError(f"{run} holds no fit (no manifest.json): expected a folder written by fit")
+    """The fit in a folder; a network of the user's own is made with the sizes it had."""
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        facts, family = Facts.from_json(manifest["facts"]), manifest["model"]["family"]
+        made_by = manifest["network"]["made_by"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return Fit.load(run)  # which says what is wrong with the folder
+    if net is None and made_by is None:
+        raise ValueError(f"{run} has a network of your own: name it with --net FILE.py:NAME")
     if net is None:
         return Fit.load(run)
-    raise NotImplementedError
+    n_outputs = len(facts.columns) + (family == "categorical")
+    return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))
 
 
 def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, prob: float) -> None:

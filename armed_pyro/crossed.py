@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.factors import Factor
-from armed_pyro.guides import Guide, StructuredGuide, WhitenedNormal
+from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide, WhitenedNormal
 from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.program import MixedEffects
-from armed_pyro.pseudo import FULL_TERMS, by_column, curvature
+from armed_pyro.pseudo import FULL_TERMS, by_column, curvature, mean_draws
 from armed_pyro.rows import Rows, RowSource
 
 __all__ = ["CrossedGuide", "choose_guide"]
@@ -53,10 +53,10 @@ class CrossedGuide(Guide):
         z \mid \theta &\sim N(P^{-1} L^\top \tau b, P^{-1}), \quad P = I + L^\top \tau A L, \quad
         b = b_0 - H_0 \beta + A (\delta - \Gamma \beta), \quad A = e A_0 e, \quad u = L z
 
-    over the whitened effects z of all clusters of all factors. A_0, b_0 and H_0 are Z'WZ, Z'r
-    and Z'WX over all rows, so that the conditional is exact for gaussian outcomes with linear
-    fixed effects; the diagonal e, delta and Gamma are trained. The factor with most effects is
-    eliminated cluster by cluster; the others share a dense Schur complement: memory is
+    over the whitened effects z of all clusters of all factors. A_0, b_0 and H_0 are sums over all
+    rows as in `armed_pyro.pseudo.observe`, so that the conditional is exact for gaussian outcomes
+    with linear fixed effects; the diagonal e, delta and Gamma are trained. The factor with most
+    effects is eliminated cluster by cluster; the others share a dense Schur complement: memory is
     O(effects of the largest factor x effects of the others).
 
     All clusters are drawn in every step.
@@ -96,7 +96,12 @@ class CrossedGuide(Guide):
         self.shift = nn.Parameter(like.new_zeros(k * t + m))
         self.shift_slope = nn.Parameter(like.new_zeros(k * t + m, fixed))
         if source is not None:
-            self._observe(model, source)
+            with torch.no_grad():
+                latents = self.hyperparameters.center()
+            self._observe(model, latents, source)
+
+    def refresh(self, model: MixedEffects, source: RowSource) -> None:
+        self._observe(model, self.draws(model.clusters(), REFRESH_DRAWS), source)
 
     def every_cluster(self) -> bool:
         return True
@@ -196,10 +201,10 @@ class CrossedGuide(Guide):
         return effects
 
     @torch.no_grad()
-    def _observe(self, model: MixedEffects, source: RowSource) -> None:
-        """Sum Z'WZ, Z'r and Z'WX over the rows."""
+    def _observe(self, model: MixedEffects, latents: Latents, source: RowSource) -> None:
+        """Set A_0, b_0 and H_0 to sums over the rows, as `pseudo.observe` does by cluster."""
         factors = [self.largest, *self.dense]
-        latents = self.hyperparameters.center()
+        means = mean_draws(model, latents)
         like = self.pull
         counts = [(self.clusters[one.name], len(one.terms)) for one in factors]
         squares = {
@@ -207,22 +212,34 @@ class CrossedGuide(Guide):
             for a, b in itertools.combinations_with_replacement(range(len(factors)), 2)
             if (a, b) != (0, 0)
         }
+        within = torch.zeros_like(self.within)
         pulls = [like.new_zeros(k, t) for k, t in counts]
         slopes = [like.new_zeros(k, t, self.slope.shape[-1]) for k, t in counts]
-        for rows, weight, residual, activations in curvature(model, source, latents, 100_000):
+        for rows, weight, residual, activations in curvature(model, source, latents, 2**16):
             positions = [rows.memberships[one.name].position for one in factors]
             columns = weight.shape[-1]
-            z = [by_column(one.design(rows.x, activations), columns) for one in factors]
+            phi = [one.design(rows.x, activations) for one in factors]
+            z = [by_column(one, columns) for one in phi]
+            response = residual
+            for factor, one in zip(factors, phi, strict=True):
+                if factor.effect_site in means:
+                    membership, effects = rows.memberships[factor.name], means[factor.effect_site]
+                    response = response + weight * factor.contribution(one, membership, effects)
             weighted = [one * weight[:, None, :] for one in z]
-            self.within.index_add_(0, positions[0], weighted[0] @ z[0].mT)
+            within.index_add_(0, positions[0], weighted[0] @ z[0].mT)
             for (a, b), square in squares.items():
                 cell = positions[a] * counts[b][0] + positions[b]
                 square.index_add_(0, cell, weighted[a] @ z[b].mT)
-            for a, position in enumerate(positions):
-                pulls[a].index_add_(0, position, (z[a] * residual[:, None, :]).sum(-1))
-                if self.slope.shape[-1]:
-                    x = by_column(model.head_inputs(activations), columns)
-                    slopes[a].index_add_(0, position, weighted[a] @ x.mT)
+            if model.bayesian_head:
+                x = by_column(model.head_inputs(activations), columns)
+                response = response + weight * (x * means["fixed_effect"][:, None]).sum(1)
+                for position, one, slope in zip(positions, weighted, slopes, strict=True):
+                    slope.index_add_(0, position, one @ x.mT)
+            for position, one, pull in zip(positions, z, pulls, strict=True):
+                pull.index_add_(0, position, (one * response[:, None, :]).sum(-1))
+        for trained in (self.log_scale, self.shift, self.shift_slope):
+            trained.zero_()
+        self.within.copy_(within)
         self.pull.copy_(torch.cat([one.flatten() for one in pulls]))
         self.slope.copy_(torch.cat([one.flatten(0, 1) for one in slopes]))
         starts = [0, 0, *itertools.accumulate(k * t for k, t in counts[1:])]

@@ -17,7 +17,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from armed_pyro.labels import unknown
-from armed_pyro.prediction import predict_chunks
+from armed_pyro.prediction import BLOCK_VALUES, predict_chunks
 from armed_pyro.variance import original_covariance, original_dispersion, original_fixed_effects
 
 if TYPE_CHECKING:
@@ -310,4 +310,4 @@ def _blocks(fit: Fit, draws: int) -> Iterator[Rows]:
     """The training rows in blocks whose arrays take about 100 MB."""
     width = sum(len(factor.terms) for factor in fit.model.factors)
     width += len(fit.model.data_facts().columns)
-    return fit.model.encode(fit.data).chunks(max(1, 2**24 // (draws * width)))
+    return fit.model.encode(fit.data).chunks(max(1, BLOCK_VALUES // (draws * width)))

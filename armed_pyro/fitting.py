@@ -201,7 +201,7 @@ class _Run:
             group["lr"] = rate * group["base"]
         try:
             loss = self.objective(self._next_batch(), self.step / self.schedule.steps)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             self._stop_unless(False, f"a covariance matrix is degenerate{self._not_finite()}")
             raise
         self._stop_unless(bool(torch.isfinite(loss.total)), self._blame(loss))
@@ -245,6 +245,9 @@ class _Run:
                 self.best = self._state()
             elif cut and self.best:
                 self._return_to(self.best)
+        if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
+            # Later, at falling rates, the guide is left to settle.
+            self.guide.refresh(self.model, self.source)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
             self.stopped = "converged" if self.validation is None else "validation"
         elif self.step >= self.schedule.steps:

@@ -22,12 +22,20 @@ from armed_pyro.rows import Membership, Rows, RowSource
 __all__ = ["Guide", "StructuredGuide", "WhitenedNormal"]
 
 
+# Draws over which the slope and curvature of the likelihood are averaged.
+REFRESH_DRAWS = 16
+
+
 class Guide(nn.Module, ABC):
     """Approximate posterior q of a bound program: samples every latent site of the program."""
 
     @abstractmethod
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         """Sample all latent sites, random effects for the clusters of `rows`."""
+
+    @abstractmethod
+    def refresh(self, model: MixedEffects, source: RowSource) -> None:
+        """Take in what all rows say at the present state, between steps of training."""
 
     @abstractmethod
     def every_cluster(self) -> bool:
@@ -166,6 +174,10 @@ class StructuredGuide(Guide):
     def pseudo(self) -> tuple[PseudoObservations, ...]:
         """Pseudo-observations of every factor."""
         return cast("tuple[PseudoObservations, ...]", tuple(self._pseudo))
+
+    def refresh(self, model: MixedEffects, source: RowSource) -> None:
+        if any(one.full for one in self.pseudo):
+            observe(model, self.pseudo, self.draws(model.clusters(), REFRESH_DRAWS), source)
 
     def every_cluster(self) -> bool:
         return False

@@ -76,6 +76,8 @@ class PseudoObservations(nn.Module):
     @torch.no_grad()
     def start(self, precision: Tensor, pull: Tensor, cross: Tensor | None) -> None:
         """Set A_k, A_k m_k and A_k G_k to these sums over rows."""
+        unit = torch.eye(self.base.shape[-1]) if self.full else torch.ones(self.base.shape[-1])
+        self.root.copy_(unit.to(self.root).expand(self.root.shape))
         if self.full:
             values, vectors = torch.linalg.eigh(precision)
             known = values > 1e-8 * values.amax(-1, keepdim=True).clamp(min=1e-8)
@@ -100,39 +102,64 @@ def observe(
     latents: Mapping[str, Tensor],
     source: RowSource,
 ) -> None:
-    """Start pseudo-observations from the likelihood's slope and curvature at u = 0.
+    r"""Set pseudo-observations from the slope and curvature of the rows' log-likelihood.
 
-    A_k, A_k m_k and A_k G_k become Z'WZ, Z'r and Z'WX over the cluster's rows, with W minus the
-    second and r the first derivative of log p(y | eta), both divided by tau. For gaussian
-    outcomes with linear fixed effects the conditional is then exact.
+    A_k, A_k m_k and A_k G_k become Z'WZ, Z'(r + W (Z u + X beta)) and Z'WX over the cluster's
+    rows, with W and r of `curvature` and u, beta at their means: one step of penalised
+    quasi-likelihood given a single point, of conjugate-computation variational inference given
+    draws (Khan and Lin 2017). Exact at once for gaussian outcomes with linear fixed effects.
 
     Parameters
     ----------
     model : MixedEffects
         The bound program.
     pseudo : sequence of PseudoObservations
-        Those of each of the program's factors.
+        Those of each of the program's factors; diagonal ones are set only while at zero.
     latents : mapping of str to Tensor
-        Hyperparameters at which to take the derivatives.
+        Hyperparameters, with random effects or without (zeros), a point or draws.
     source : RowSource
         All training rows.
     """
     sums = [_sums(factor, one) for factor, one in zip(model.factors, pseudo, strict=True)]
+    means = mean_draws(model, latents)
     widest = max(len(factor.terms) ** 2 for factor in model.factors)
     size = max(1, 2**22 // max(widest, math.prod(source.x.shape[1:])))
     for rows, weight, residual, activations in curvature(model, source, latents, size):
+        columns = weight.shape[-1]
+        x = by_column(model.head_inputs(activations), columns) if model.bayesian_head else None
+        linear = 0.0 if x is None else (x * means["fixed_effect"][:, None]).sum(1)
         for factor, (precision, pull, cross) in zip(model.factors, sums, strict=True):
-            position = rows.memberships[factor.name].position
-            z = by_column(factor.design(rows.x, activations), weight.shape[-1])
+            membership = rows.memberships[factor.name]
+            phi = factor.design(rows.x, activations)
+            z = by_column(phi, columns)
             weighted = z * weight[:, None, :]
+            response = residual + weight * linear
+            if factor.effect_site in means:
+                own = factor.contribution(phi, membership, means[factor.effect_site])
+                response = response + weight * own
             square = weighted @ z.mT if precision.dim() == 3 else (weighted * z).sum(-1)
-            precision.index_add_(0, position, square)
-            pull.index_add_(0, position, (z * residual[:, None, :]).sum(-1))
-            if cross is not None:
-                x = by_column(model.head_inputs(activations), weight.shape[-1])
-                cross.index_add_(0, position, weighted @ x.mT)
+            precision.index_add_(0, membership.position, square)
+            pull.index_add_(0, membership.position, (z * response[:, None, :]).sum(-1))
+            if cross is not None and x is not None:
+                cross.index_add_(0, membership.position, weighted @ x.mT)
     for one, (precision, pull, cross) in zip(pseudo, sums, strict=True):
-        one.start(precision, pull, cross)
+        if one.full or not one.base.any():
+            one.start(precision, pull, cross)
+
+
+def mean_draws(model: MixedEffects, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Means over draws of random effects and latent fixed effects; points are left as they are."""
+    means = {
+        factor.effect_site: latents[factor.effect_site]
+        for factor in model.factors
+        if factor.effect_site in latents
+    }
+    means = {site: value.mean(0) if value.dim() == 3 else value for site, value in means.items()}
+    if "fixed_effect" in latents:
+        means["fixed_effect"] = (
+            latents["fixed_effect"].reshape(-1, len(model.fixed_terms())).mean(0)
+        )
+    return means
 
 
 def _sums(factor: Factor, pseudo: PseudoObservations) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -149,7 +176,7 @@ def _sums(factor: Factor, pseudo: PseudoObservations) -> tuple[Tensor, Tensor, T
 def curvature(
     model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor], size: int
 ) -> Iterator[tuple[Rows, Tensor, Tensor, Mapping[str, Tensor]]]:
-    """Rows in blocks with W and r, the curvature and slope of their log-likelihood at u = 0.
+    """Rows in blocks, with the mean over draws of their log-likelihood's curvature and slope.
 
     Yields
     ------
@@ -164,21 +191,25 @@ def curvature(
     """
     training = model.training
     model.eval()
-    spread, tau = model.data_facts().spread, model.precision(latents)
+    spread, tau = model.data_facts().spread, model.precision(latents)[..., None]
     for rows in source.chunks(size):
         with torch.no_grad():
             predictor = model.predictor(rows, latents)
         with torch.enable_grad():
             eta = predictor.eta.detach().requires_grad_(True)
             log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
-            log_prob = log_prob if rows.weights is None else rows.weights * log_prob
             (slope,) = torch.autograd.grad(log_prob.sum(), eta, create_graph=True)
             second = [
-                torch.autograd.grad(slope[:, column].sum(), eta, retain_graph=True)[0][:, column]
+                torch.autograd.grad(slope[..., column].sum(), eta, retain_graph=True)[0]
                 for column in range(eta.shape[-1])
             ]
-        weight = (-torch.stack(second, -1) * spread**2 / tau).clamp(min=1e-4)
-        yield rows, weight, slope.detach() * spread / tau, predictor.activations
+        own = torch.stack([one[..., column] for column, one in enumerate(second)], -1)
+        weight = (-own * spread**2 / tau).reshape(-1, *eta.shape[-2:]).mean(0).clamp(min=1e-4)
+        residual = (slope.detach() * spread / tau).reshape(-1, *eta.shape[-2:]).mean(0)
+        if rows.weights is not None:
+            # After the clamp, or rows of weight 0 would count.
+            weight, residual = rows.weights[:, None] * weight, rows.weights[:, None] * residual
+        yield rows, weight, residual, predictor.activations
     model.train(training)
 
 

@@ -124,7 +124,8 @@ def spirals(
     (('x1', 'x2', 'probe1'), (3,))
     """
     _check_sizes(n_clusters, [rows], least=10)
-    for name, sd in {"radius_sd": radius_sd, "noise": noise, "ratio_sd": ratio_sd}.items():
+    sds = {"radius_sd": radius_sd, "noise": noise, "ratio_sd": ratio_sd, "probe_sd": probe_sd}
+    for name, sd in sds.items():
         if sd < 0:
             raise ValueError(f"`{name}` is a standard deviation and must not be negative, not {sd}")
     rng = np.random.default_rng(seed)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,50 +14,46 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from armed_pyro.adversary import Adversary
 from armed_pyro.checkpoint import module_tensors, restore_module
-from armed_pyro.data import ClusteredData
+from armed_pyro.crossed import CrossedGuide
+from armed_pyro.data import ClusteredData, Grouping
 from armed_pyro.datatree import GROUPS, label_values, to_datatree, variable_name
 from armed_pyro.facts import Facts
-from armed_pyro.families import FAMILIES
 from armed_pyro.guides import Guide, StructuredGuide
-from armed_pyro.labels import Grouping, index_from_json, index_to_json
-from armed_pyro.networks import is_file, network
-from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
+from armed_pyro.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.program import MixedEffects
 from armed_pyro.schedule import History, Schedule
-from armed_pyro.terms import RandomEffects, Slopes
+from armed_pyro.tables import index_from_json, index_to_json
 
 if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
 
-__all__ = ["load", "save"]
+__all__ = ["GUIDES", "load", "save"]
 
-FORMAT, VERSION = "armed_pyro fit", 1
-MODEL, MANIFEST, POSTERIOR = "model.safetensors", "manifest.json", "posterior.nc"
+MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
 VARIANCE, DIAGNOSTICS = "variance_components.csv", "diagnostics.json"
-# What a training run may have left in the folder that the fit is then saved to.
+# What training may leave in the folder that its fit is then saved to.
 CHECKPOINTS = {"checkpoint.safetensors", "checkpoint.partial"}
-# Bytes beyond which a group of draws is left out of posterior.nc; it can be made again.
+# Bytes beyond which a group of draws is left out of posterior.nc: it can be drawn again.
 LARGEST_GROUP = 200e6
-
-# What a manifest can name: nothing else is ever built from it.
-GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {"StructuredGuide": StructuredGuide}
-TERMS = {one.__name__: one for one in (RandomEffects, Slopes)}
-PRIORS = {one.__name__: one for one in (Exponential, HalfNormal, HalfStudentT, Known)}
+# Variational families by the name that the manifest gives them.
+GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
+    "CrossedGuide": CrossedGuide,
+    "StructuredGuide": StructuredGuide,
+}
 
 
 def save(fit: Fit, folder: str | Path, *, draws: int = 1000) -> None:
     """Write a fit to a folder, whole or not at all.
 
-    The folder holds ``model.safetensors`` (weights of network, adversaries and guide),
-    ``manifest.json`` (everything else that `load` needs), ``posterior.nc`` (`Fit.to_datatree`),
-    ``variance_components.csv`` and ``diagnostics.json``. A fit that is already there is replaced;
-    other files beside it are kept.
+    The folder gets ``model.safetensors`` (weights of network, adversaries and guide),
+    ``manifest.json`` (program, training and labels), ``posterior.nc`` (`Fit.to_datatree`, with
+    the training rows), ``variance_components.csv`` and ``diagnostics.json``. A fit that is
+    already there is replaced; other files beside it are kept.
 
     Parameters
     ----------
@@ -70,99 +62,84 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000) -> None:
     folder : path
         Where to write; made if it does not exist.
     draws : int
-        Draws in ``posterior.nc``. Groups of draws beyond 200 MB are left out, with a warning.
+        Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
 
     Raises
     ------
     ValueError
-        If the folder holds other files but no fit, or the fit has parts (a guide, term, family or
-        prior of the user's own) that cannot be saved. Nothing is written then.
+        If the folder holds other files but no fit, or the fit has a part (a guide, term, family
+        or prior of the user's own) that could not be read again. Nothing is written then.
+
+    Examples
+    --------
+    ``fit.save("run"); Fit.load("run").predict(new_rows)``
     """
     target = Path(folder).resolve()
     _check_target(target)
-    manifest = json.dumps(_manifest(fit), indent=1)
+    guide = type(fit.guide).__name__
+    if GUIDES.get(guide) is not type(fit.guide):
+        raise ValueError(f"a fit with the guide {guide} cannot be saved: list it in storage.GUIDES")
+    manifest = {**describe(fit), "guide": guide, "data": _describe_data(fit.data)}
+    tensors = module_tensors("model", fit.model) | module_tensors("guide", fit.guide)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, as a rename is atomic only within a file system.
-    partial, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex}") for _ in range(2))
+    # Beside the target, as renaming is atomic only within a file system.
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     partial.mkdir()
     try:
-        tensors = module_tensors("model", fit.model) | module_tensors("guide", fit.guide)
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, partial / MODEL)
-        (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+        # save_file would make a file that only its owner can read.
+        content = to_bytes({name: one.cpu().contiguous() for name, one in tensors.items()})
+        (partial / MODEL).write_bytes(content)
+        _write_json(partial / MANIFEST, manifest)
         tree = to_datatree(fit, draws=draws, groups=_groups(fit, draws))
         tree.to_netcdf(partial / POSTERIOR, engine="h5netcdf")
         fit.variance_components().to_csv(partial / VARIANCE, index=False)
-        diagnostics = json.dumps(_diagnostics(fit), indent=1)
-        (partial / DIAGNOSTICS).write_text(diagnostics, encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        _write_json(partial / DIAGNOSTICS, _diagnostics(fit))
+        _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if old.exists():
-        for other in old.iterdir():
-            if not (target / other.name).exists():
-                other.rename(target / other.name)
-        shutil.rmtree(old)
 
 
 def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
-    """Read a fit that `save` wrote; it predicts what the saved one did, to the bit.
+    """Read a fit that `save` wrote; on the CPU it predicts what that one did, to the bit.
 
     Parameters
     ----------
     folder : path
         The folder.
     net : torch.nn.Module, optional
-        A network of the same architecture as the fit's, whose weights do not matter: it is
-        copied, and the copy's are overwritten. Not needed for networks made by the functions
-        registered as ``armed_pyro.models``, such as ``linear`` and ``dense``.
+        A network of the fit's architecture, whatever its weights: it is copied, and the copy gets
+        the fit's. Not needed for networks from the functions registered as ``armed_pyro.models``
+        (``linear``, ``dense``).
 
     Raises
     ------
     ValueError
-        If the folder holds no fit, one of its files is missing, damaged or of a newer version, or
-        the network is not known or has other parameters.
+        If the folder holds no fit, a file is missing, damaged or of a newer version, or the
+        network is unknown or has other parameters.
     """
     from armed_pyro.fitted import Fit  # which imports this module
 
     path = Path(folder)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name in (MODEL, POSTERIOR):
         if not (path / name).is_file():
             raise ValueError(f"{path} holds no {name}: the fit is incomplete; save it again")
-    with _reading(path / MODEL):
+    with reading(path / MODEL):
         tensors = load_file(path / MODEL)
-    with _reading(path / MANIFEST):
+    with reading(path / MANIFEST):
         facts = Facts.from_json(manifest["facts"])
-        plan, training = dict(manifest["model"]), manifest["training"]
+        make_guide, training = GUIDES[manifest["guide"]], manifest["training"]
         schedule, history = Schedule(**training["schedule"]), History(**training["history"])
         seed, stopped = training["seed"], training["stopped"]
-        make_guide = GUIDES[manifest["guide"]]
-        settings = manifest["network"]
-        parameters = {name: tuple(shape) for name, shape in settings["parameters"].items()}
-        random = [_built(term, TERMS) for term in plan["random"]]
-        priors = _built_priors(plan["priors"])
-        games = [Adversary(**game) for game in plan["adversaries"]]
-        family = FAMILIES[plan["family"]]()
-        options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
-        dtype = getattr(torch, settings["dtype"])
-    net = _network(settings["made_by"]) if net is None else copy.deepcopy(net)
-    _check_network(net.to(dtype), parameters)
-    with _reading(path / MANIFEST), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # The warning of few rows was given when the fit was made.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # A warning of few rows was given when the fit was made.
         warnings.simplefilter("ignore", UserWarning)
-        model = MixedEffects(net, random, family, games, priors=priors, **options).bind(facts)
-        guide = make_guide(model)
-    with _reading(path / MODEL):
+        model = program(manifest, path / MANIFEST, net).bind(facts)
+    guide = make_guide(model)
+    with reading(path / MODEL):
         restore_module("model", model, tensors)
         restore_module("guide", guide, tensors)
-    with _reading(path / POSTERIOR):
+    with reading(path / POSTERIOR):
         data = _data(path / POSTERIOR, manifest["data"], facts)
     return Fit(model.eval(), guide, data, history, schedule, seed, stopped)
 
@@ -178,86 +155,133 @@ def _check_target(target: Path) -> None:
     if held <= CHECKPOINTS:
         return
     try:
-        _read_manifest(target)
+        read_manifest(target)
     except ValueError as error:
         raise ValueError(
-            f"{target} holds other files ({', '.join(sorted(held)[:3])}) and no fit, which could "
-            f"be replaced: choose a new folder ({error})"
+            f"{target} holds other files ({', '.join(sorted(held)[:3])}) and no fit that could be "
+            f"replaced: choose a new folder ({error})"
         ) from error
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: expected one that a fit was saved to")
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no fit (no {MANIFEST}): expected a folder of Fit.save")
-    with _reading(path):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by armed_pyro: expected the format {FORMAT!r}")
-    if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
-        raise ValueError(
-            f"{path} has version {manifest.get('version')!r} of the format, written by armed_pyro "
-            f"{manifest.get('armed_pyro')}; this is armed_pyro {version('armed_pyro')}, which reads "
-            f"up to version {VERSION}: update armed_pyro"
-        )
-    return manifest
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Errors met in a file's content as one that names the file."""
+def _put(partial: Path, target: Path) -> None:
+    """Rename the new folder to the target, and move what is no part of a fit over to it."""
+    old = partial.with_name(f"{partial.name}.old")
+    if target.exists():
+        target.rename(old)
     try:
-        yield
-    except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged or was changed ({type(error).__name__}: {error}): save the fit "
-            "again, or restore the file from a copy"
-        ) from error
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    if old.exists():
+        for other in old.iterdir():
+            if not (target / other.name).exists():
+                other.rename(target / other.name)
+        shutil.rmtree(old)
 
 
-# --- what is written --------------------------------------------------------------------------
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _manifest(fit: Fit) -> dict[str, Any]:
-    """All of a fit but its tensors and its rows, as JSON values."""
-    model, net = fit.model, fit.model.net
-    guide, family = type(fit.guide).__name__, model.family
-    if GUIDES.get(guide) is not type(fit.guide):
-        raise ValueError(f"a fit with the guide {guide} cannot be saved: list it in storage.GUIDES")
-    if FAMILIES.get(family.name) is not type(family):
-        raise ValueError(
-            f"a fit with the family {family.name!r} cannot be saved: list it in families.FAMILIES"
+# --- its contents -----------------------------------------------------------------------------
+
+
+def _groups(fit: Fit, draws: int) -> list[str]:
+    """Groups of the tree that are not too large for the file."""
+    effects = [
+        len(factor.terms) * len(fit.model.data_facts().levels[factor.name])
+        for factor in fit.model.factors
+    ]
+    by_row = ("posterior_predictive", "log_likelihood", "prior_predictive")
+    numbers = {**dict.fromkeys(by_row, fit.data.n_rows), "prior": sum(effects)}
+    left_out = [name for name, n in numbers.items() if 8 * draws * n > LARGEST_GROUP]
+    if left_out:
+        warnings.warn(
+            f"{POSTERIOR} is without {', '.join(left_out)}, each of which would exceed "
+            f"{LARGEST_GROUP / 1e6:.0f} MB: save fewer draws, or draw them again with "
+            f"Fit.load(...).to_datatree(groups={left_out})",
+            UserWarning,
+            stacklevel=4,
+        )
+    return [name for name in GROUPS if name not in left_out]
+
+
+def _diagnostics(fit: Fit) -> dict[str, Any]:
+    """How the training ended; the lower bound is that of all rows, a mean of the last steps."""
+    history, facts = fit.history, fit.model.data_facts()
+    games = []
+    for place, game in enumerate(fit.model.adversaries):
+        counts = facts.counts[game.factor]
+        accuracy = [window[place] for window in history.adversary_accuracy[-1:]]
+        games.append(
+            {
+                "factor": game.factor,
+                "accuracy": accuracy[0] if accuracy else None,
+                "chance": float(counts.max() / counts.sum()),
+            }
         )
     return {
-        "format": FORMAT,
-        "version": VERSION,
-        "armed_pyro": version("armed_pyro"),
-        "model": {
-            "random": [_named(term, TERMS) for term in model.terms],
-            "family": family.name,
-            "priors": _named_priors(model.priors),
-            "bayesian_head": model.bayesian_head,
-            "fixed_weight": model.fixed_weight,
-            "adversaries": [game.settings() for game in model.adversaries],
-        },
-        "network": {
-            "made_by": getattr(net, "armed_pyro_network", None),
-            "dtype": str(model.reference().dtype).removeprefix("torch."),
-            "parameters": {name: list(one.shape) for name, one in net.state_dict().items()},
-        },
-        "guide": guide,
-        "training": {
-            "schedule": fit.schedule.to_json(),
-            "history": fit.history.to_json(),
-            "seed": fit.seed,
-            "stopped": fit.stopped,
-        },
-        "facts": model.data_facts().to_json(),
-        "data": {
-            "continuous": list(fit.data.continuous),
-            "groupings": {k: index_to_json(one.levels) for k, one in fit.data.groupings.items()},
-            "row_dtype": str(fit.data.row_labels.dtype),
-        },
+        "converged": fit.converged,
+        "stopped": fit.stopped,
+        "steps": len(history.loss),
+        "elbo": float(np.mean(history.elbo[-100:])) * facts.n_rows if history.elbo else None,
+        "adversaries": games,
     }
+
+
+def _describe_data(data: ClusteredData) -> dict[str, Any]:
+    """What the tree does not tell of the training rows."""
+    try:
+        row_dtype = index_to_json(data.row_labels)["dtype"]
+    except TypeError:  # a table of a composite index: its labels come back as text
+        row_dtype = None
+    return {
+        "continuous": list(data.continuous),
+        "levels": {name: index_to_json(one.levels) for name, one in data.groupings.items()},
+        "row_dtype": row_dtype,
+        "row_name": data.row_labels.name if isinstance(data.row_labels.name, str) else None,
+    }
+
+
+def _data(path: Path, record: Mapping[str, Any], facts: Facts) -> ClusteredData:
+    """The training rows, from the tree's observed and constant data."""
+    with (
+        xr.open_dataset(path, group="observed_data", engine="h5netcdf") as observed,
+        xr.open_dataset(path, group="constant_data", engine="h5netcdf") as constant,
+    ):
+        outcome = observed[variable_name(facts.outcome_name)].to_numpy()
+        values = {str(name): one.to_numpy() for name, one in constant.data_vars.items()}
+        labels = pd.Index(observed.indexes["row"])
+    groupings = {}
+    for name, content in record["levels"].items():
+        levels = index_from_json(content)
+        codes = pd.Index(label_values(levels)).get_indexer(pd.Index(values[variable_name(name)]))
+        if (codes < 0).any():
+            raise ValueError(f"clusters of {name!r} that {MANIFEST} does not know")
+        groupings[name] = Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
+    if record["row_dtype"] is not None:
+        labels = index_from_json({"dtype": record["row_dtype"], "values": labels.tolist()})
+
+    def tensor(name: str) -> Tensor | None:
+        return torch.from_numpy(values[name].copy()) if name in values else None
+
+    features = tensor("features")
+    if features is None:
+        features = torch.zeros(len(outcome), *facts.feature_shape, dtype=torch.float64)
+    return ClusteredData(
+        features=features,
+        feature_names=facts.feature_names,
+        sources=facts.sources,
+        continuous=tuple(record["continuous"]),
+        outcome_name=facts.outcome_name,
+        outcome=torch.from_numpy(outcome.astype(np.float64)),
+        classes=facts.classes,
+        groupings=groupings,
+        trials=tensor("trials"),
+        offset=tensor("offset"),
+        weights=tensor("weights"),
+        row_labels=labels.rename(record["row_name"]),
+        schema=facts.schema,
+    )

@@ -110,10 +110,12 @@ def _convergence(fit: Fit) -> str:
         last = history.elbo[-min(len(history.elbo), 100) :]
         n = fit.model.data_facts().n_rows
         lines.append(f"  Evidence lower bound: {sum(last) / len(last) * n:.2f}")
-    for place, game in enumerate(fit.model.adversaries):
+    # No window of steps has been closed if the first one diverged.
+    accuracies = history.adversary_accuracy[-1] if history.adversary_accuracy else []
+    for game, accuracy in zip(fit.model.adversaries, accuracies, strict=False):
         counts = fit.model.data_facts().counts[game.factor]
         lines.append(
-            f"  Adversary of {game.factor}: accuracy {history.adversary_accuracy[-1][place]:.3f}, "
+            f"  Adversary of {game.factor}: accuracy {accuracy:.3f}, "
             f"chance {float(counts.max() / counts.sum()):.3f}"
         )
     return _section("Convergence", "\n".join(lines))

@@ -310,7 +310,7 @@ def test_interrupt_says_how_to_resume(data, tmp_path, monkeypatch):
     assert "--resume" in done.stderr
     assert [path.name for path in run.iterdir()] == ["checkpoint.safetensors"]
     monkeypatch.setattr(cli, "fit", real)
-    refused(*fit(data, run), message="continue it with --resume")
+    refused(*fit(data, run), message="add --resume")
     refused(*fit(data, run, "--resume", "--seed", 5), message="belongs to another run")
     assert call(*fit(data, run, "--resume")).exit_code == 0
     assert {path.name for path in run.iterdir()} == FILES
@@ -318,22 +318,25 @@ def test_interrupt_says_how_to_resume(data, tmp_path, monkeypatch):
 
 def test_resumed_after_a_kill_is_as_if_unbroken(data, tmp_path):
     def command(run, *more):
-        arguments = fit(data, run, "--net", "dense", "--hidden", "6", "--batch-size", 32, *more)
-        arguments[arguments.index("20")] = "400"
-        script = "from armed_pyro.cli import app; app()"
-        return [sys.executable, "-c", script, *map(str, arguments)]
+        dense = ["--net", "dense", "--hidden", "4", "--batch-size", "32", "--steps", "220"]
+        return fit(data, run, *dense, *more, random="(1 | site)")
 
-    settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command(whole), check=True, **settings)
-    started = subprocess.Popen(command(broken), **settings)
-    checkpoint = broken / "checkpoint.safetensors"
+    script = "from armed_pyro.cli import app; app()"
+    started = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, command(broken))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint = broken / "checkpoint.safetensors"  # written after every 100 steps
     while not checkpoint.exists() and started.poll() is None:
         time.sleep(0.01)
     started.send_signal(signal.SIGKILL)
     assert started.wait() == -signal.SIGKILL, "it had ended before it could be killed"
     assert not (broken / "model.safetensors").exists()
-    subprocess.run(command(broken, "--resume"), check=True, **settings)
+
+    assert call(*command(broken, "--resume")).exit_code == 0
+    assert call(*command(whole)).exit_code == 0
     same = (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
     assert same
     assert not checkpoint.exists()
