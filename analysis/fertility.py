@@ -188,12 +188,13 @@ def draw_figures(
         "country_effects",
         figures.caterpillar(
             tree["posterior"]["country_effect"],
-            [f"country's intercept, {ORIGIN} ({unit})", f"country's slope ({unit} per decade)"],
+            [f"deviation in {ORIGIN}\n({unit})", f"deviation of the slope\n({unit} per decade)"],
             prob=PROB,
         ),
     )
     yield "curves", figures.curves(
-        curve_table(result, parts, table, draws), x="year", outcome="fertility", panel="country",
+        curve_table(result, parts, table, 4 * draws),
+        x="year", outcome="fertility", panel="country",
         labels=("year", f"total fertility rate ({unit})"), from_x=parts.train["year"].max() + 0.5,
     )  # fmt: skip
     y = parts.train["fertility"].to_numpy()
@@ -229,13 +230,12 @@ def show(console: Console, title: str, table: pd.DataFrame, index: list[str], va
     """Print one column of a long table, with a column for every model."""
     wide = table.set_index([*index, "model"])[value].unstack("model", sort=False)  # noqa: PD010
     view = Table(title=title, title_justify="left", title_style="bold")
-    for name in index:
-        view.add_column(name)
+    view.add_column(", ".join(index), no_wrap=True)
     for name in wide:
-        view.add_column(str(name), justify="right")
+        view.add_column(str(name).replace(" ", "\n", 1), justify="right")
     for label, row in wide.iterrows():
         cells = ["" if np.isnan(one) else f"{one:.3f}" for one in row]
-        view.add_row(*([label] if isinstance(label, str) else label), *cells)
+        view.add_row(label if isinstance(label, str) else " ".join(label), *cells)
     console.print(view)
 
 
@@ -342,20 +342,27 @@ def note(evaluation: pd.DataFrame, ahead: pd.DataFrame, residual: Mapping[str, f
     """What the checks say about the assumptions, in words."""
     seen = evaluation[evaluation["countries"] == "seen"].set_index("model")["coverage"]
     by = ahead.set_index(["model", "horizon"])["coverage"]
-    far = ahead["horizon"].max()
+    error = evaluation[evaluation["countries"] == "seen"].set_index("model")["rmse"]
+    new = evaluation[evaluation["mode"] == "marginal"].set_index(["model", "years"])["coverage"]
+    far, periods = ahead["horizon"].max(), "network + periods"
+    held = ", ".join(f"{value:.0%} ({years})" for years, value in new["network"].items())
     return (
-        "\n[bold]Where the assumptions fail.[/bold] The model takes a country's residuals to be "
-        f"independent.\nThey are not: their autocorrelation at lag 1 is {residual['network']:.2f}. "
-        "Countries leave their straight lines for decades,\nand many values were interpolated "
-        "between surveys before they were published. Hence the\nposterior of a country's line is "
-        f"too certain, and {PROB:.0%} intervals of forecasts hold only {seen['network']:.0%}\n"
-        f"({by['network', 1]:.0%} one year ahead, {by['network', far]:.0%} after {far}); MixedLM's "
-        f"hold {seen['MixedLM linear']:.0%} (linear) and {seen['MixedLM spline']:.0%} (spline).\n"
-        "A random intercept for every eight years of a country, "
-        f"(1 | country:period), takes up much of the\ndependence: {seen['network + periods']:.0%}. "
-        "Forecasts with it are to be preferred. For an unseen country the variance\nbetween "
-        "countries dominates and `marginal` intervals hold about what they say; `population` "
-        "intervals\nare those of an average country and must not be read as a forecast."
+        "\n[bold]Where the assumptions fail.[/bold] The model takes the residuals of a country to "
+        f"be independent. Their autocorrelation at lag 1 is instead {residual['network']:.2f}, "
+        "as countries leave their straight lines for decades, and as many values were interpolated "
+        "between surveys before they were published. The posterior of a country's line is then "
+        f"too certain: {PROB:.0%} intervals of forecasts hold {seen['network']:.0%} "
+        f"({by['network', 1]:.0%} one year ahead, {by['network', far]:.0%} after {far}). MixedLM "
+        f"shares the fault: {seen['MixedLM linear']:.0%} (linear) and {seen['MixedLM spline']:.0%} "
+        "(spline).\nA random intercept for every eight years of a country, (1 | country:period), "
+        f"takes up dependence within periods: {seen[periods]:.0%}, with an RMSE of "
+        f"{error[periods]:.2f} against {error['network']:.2f}; the autocorrelation left is "
+        f"{residual[periods]:.2f}. It is a remedy, not a model of how fertility changes.\n"
+        "For an unseen country the variance between countries dominates: `marginal` intervals hold "
+        f"{held}. "
+        "But births cannot be negative and their spread changes over time, which a gaussian "
+        "outcome does not know. `population` intervals are those of an average country, and "
+        "no forecast for a new one."
     )
 
 

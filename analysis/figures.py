@@ -132,12 +132,14 @@ def curves(
     figure.supxlabel(labels[0], fontsize=9)
     figure.supylabel(labels[1], fontsize=9)
     handles = [
-        Line2D([], [], color=BLUE, label="seen cluster"),
-        Line2D([], [], color=ORANGE, label="unseen cluster"),
+        Line2D([], [], color=BLUE, label=f"seen {panel}"),
+        Line2D([], [], color=ORANGE, label=f"unseen {panel}"),
         Line2D([], [], color=GREY, linestyle="--", label="population curve"),
         Patch(color=GREY, alpha=0.25, linewidth=0, label="90% predictive band"),
-        Line2D([], [], color="k", marker="o", linestyle="", markersize=3, label="training row"),
-        Line2D([], [], marker="o", linestyle="", **_OPEN, label="held-out row"),
+        Line2D(
+            [], [], color="k", marker="o", linestyle="", markersize=3, label="observed, training"
+        ),
+        Line2D([], [], marker="o", linestyle="", label="observed, held out", **_OPEN),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
     return figure
@@ -212,10 +214,8 @@ def horizons(table: pd.DataFrame, *, nominal: float = 0.9, label: str) -> Figure
         style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 4, "linewidth": 1.2}
         left.plot(one["horizon"], one["coverage"], label=name, **style)
         right.plot(one["horizon"], one["rmse"], **style)
-    left.axhline(nominal, color="k", linewidth=0.8, linestyle=":")
-    left.annotate("nominal", (table["horizon"].max(), nominal), (0, 3), ha="right", fontsize=8,
-                  textcoords="offset points")  # fmt: skip
+    left.axhline(nominal, color="k", linewidth=0.9, linestyle=":", label=f"nominal {nominal:.0%}")
     left.set(xlabel="years ahead", ylabel=f"coverage of {nominal:.0%} intervals", ylim=(0, 1.02))
     right.set(xlabel="years ahead", ylabel=label, ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=min(3, table["model"].nunique()))
+    figure.legend(loc="outside upper center", ncols=3)
     return figure

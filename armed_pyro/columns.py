@@ -41,7 +41,8 @@ def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
     With more, floating types are kept and others become float32.
     """
     try:
-        tensor = torch.as_tensor(values)
+        # NumPy first: torch would read a list of numbers in single precision.
+        tensor = torch.as_tensor(np.asarray(values) if isinstance(values, list) else values)
     except (TypeError, ValueError) as error:
         kind = getattr(values, "dtype", type(values).__name__)
         raise ValueError(f"The {what} must be numbers, found {kind}; encode them first.") from error

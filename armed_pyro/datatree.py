@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from pyro.infer import Predictive
 from torch import Tensor
 
@@ -147,14 +147,6 @@ def label_values(labels: pd.Index) -> Shaped[np.ndarray, " labels"]:
 # --- the groups -------------------------------------------------------------------------------
 
 
-def _posterior(fit: Fit, draws: int, seed: int) -> xr.Dataset:
-    return _latent(fit.model, fit.draws(draws, seed=seed), draws)
-
-
-def _prior(fit: Fit, draws: int, seed: int) -> xr.Dataset:
-    return _latent(fit.model, _prior_draws(fit, draws, seed), draws)
-
-
 def _posterior_predictive(fit: Fit, draws: int, seed: int) -> xr.Dataset:
     chunks = predict_chunks(fit, fit.data, draws=draws, seed=seed)
     return _by_row(fit, draws, (chunk.outcome for chunk in chunks), fit.model.family.integer)
@@ -204,7 +196,7 @@ def _constant_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
     for name, values in roles.items():
         if values is not None:
             variables[name] = (("row",), values.numpy())
-    return _dataset(fit, variables, coords)
+    return _dataset(fit, variables, **coords)
 
 
 def _sample_stats(fit: Fit, draws: int, seed: int) -> xr.Dataset:
@@ -218,10 +210,10 @@ def _sample_stats(fit: Fit, draws: int, seed: int) -> xr.Dataset:
 
 Maker = Callable[["Fit", int, int], xr.Dataset]
 GROUPS: Mapping[str, Maker] = {
-    "posterior": _posterior,
+    "posterior": lambda fit, n, seed: _latent(fit.model, fit.draws(n, seed=seed), n),
     "posterior_predictive": _posterior_predictive,
     "log_likelihood": _log_likelihood,
-    "prior": _prior,
+    "prior": lambda fit, n, seed: _latent(fit.model, _prior_draws(fit, n, seed), n),
     "prior_predictive": _prior_predictive,
     "observed_data": _observed_data,
     "constant_data": _constant_data,
@@ -280,21 +272,19 @@ def _latent(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
     return xr.Dataset(variables, coords, ATTRIBUTES)
 
 
-def _by_row(
-    fit: Fit, draws: int, chunks: Iterator[Float[np.ndarray, "... rows"]], whole: bool
-) -> xr.Dataset:
-    """Draws of a quantity of each row, from blocks of consecutive rows."""
+def _by_row(fit: Fit, draws: int, chunks: Iterator[np.ndarray], whole: bool) -> xr.Dataset:
+    """Draws of a quantity of each row, from blocks "... rows" of consecutive rows."""
     parts = [np.broadcast_to(part, (draws, part.shape[-1])) for part in chunks]
     values = _counts(np.concatenate(parts, -1), whole)[None]
     name = variable_name(fit.data.outcome_name)
-    coords = {"chain": [0], "draw": np.arange(draws)}
-    return _dataset(fit, {name: (("chain", "draw", "row"), values)}, coords)
+    variables: Variables = {name: (("chain", "draw", "row"), values)}
+    return _dataset(fit, variables, chain=[0], draw=np.arange(draws))
 
 
-def _dataset(fit: Fit, variables: Variables, coords: Mapping[str, Any] | None = None) -> xr.Dataset:
+def _dataset(fit: Fit, variables: Variables, **coords: Any) -> xr.Dataset:
     """Variables of the training rows, with their labels."""
-    rows = {"row": label_values(fit.data.row_labels)}
-    dataset = xr.Dataset(variables, {**(coords or {}), **rows}, ATTRIBUTES)
+    coords["row"] = label_values(fit.data.row_labels)
+    dataset = xr.Dataset(variables, coords, ATTRIBUTES)
     outcome = variable_name(fit.data.outcome_name)
     if fit.data.classes is not None and outcome in dataset:
         dataset[outcome].attrs["classes"] = [str(label) for label in fit.data.classes]

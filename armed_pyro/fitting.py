@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from armed_pyro.checkpoint import (
     Checkpoint,
-    module_tensors,
-    optimizer_tensors,
-    restore_module,
-    restore_optimizer,
 )
 from armed_pyro.crossed import choose_guide
 from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
-from armed_pyro.objective import Loss, Objective
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Rows, RowSource
-from armed_pyro.schedule import History, Plateau, Schedule
+from armed_pyro.rows import RowSource
+from armed_pyro.schedule import Schedule
+from armed_pyro.training import DivergenceError, Run
 
 __all__ = ["DivergenceError", "fit"]
 
 GuideFactory = Callable[[MixedEffects, RowSource], Guide]
-
-
-class DivergenceError(RuntimeError):
-    """The loss or its gradient is no longer finite, or has run away.
-
-    Attributes
-    ----------
-    fit : Fit
-        The fit at the start of the window of steps with the lowest mean loss.
-    """
-
-    def __init__(self, message: str, fit: Fit) -> None:
-        super().__init__(message)
-        self.fit = fit
 
 
 def fit(
@@ -127,257 +103,13 @@ def fit(
         if validation is not None:
             held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
         with pyro.validation_enabled(False):
-            run = _Run(bound, guide(bound, rows).to(target), data, rows, held_out, schedule, seed)
+            run = Run(bound, guide(bound, rows).to(target), data, rows, held_out, schedule, seed)
             path = None if checkpoint is None else Path(checkpoint)
             if resume and path is not None and path.exists():
                 run.restore(Checkpoint.read(path))
             with _progress_bar(schedule.steps, progress) as report:
                 run.train(path, report)
     return run.result()
-
-
-class _Run:
-    """State of one training run; advances by windows of steps."""
-
-    def __init__(
-        self,
-        model: MixedEffects,
-        guide: Guide,
-        data: ClusteredData,
-        source: RowSource,
-        validation: Rows | None,
-        schedule: Schedule,
-        seed: int,
-    ) -> None:
-        self.model, self.guide, self.data, self.source = model, guide, data, source
-        self.validation, self.schedule, self.seed = validation, schedule, seed
-        self.objective = Objective(model, guide)
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": list(guide.parameters()), "base": schedule.learning_rate},
-                {"params": list(model.parameters()), "base": schedule.net_learning_rate},
-            ],
-            lr=schedule.learning_rate,
-            betas=(0.9, 0.99),
-            # Gradients are those of a mean over rows: a cluster's share of it may be tiny.
-            eps=1e-12,
-        )
-        # A hundredth of a nat a window is beyond what any posterior summary can show.
-        self.plateau = Plateau(tolerance=0.01 / len(source), patience=schedule.patience)
-        self.history = History()
-        self.order = torch.empty(0, dtype=torch.long)
-        self.best: dict[str, Tensor] = {}
-        # Where to return to from divergence: a state, and the mean loss of the window after it.
-        self.good, self.good_loss = self._state(), math.inf
-        self.stopped = ""
-
-    @property
-    def step(self) -> int:
-        """Steps taken."""
-        return len(self.history.loss)
-
-    def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
-        """Take steps until convergence or until they run out."""
-        window = self.schedule.window_steps(len(self.source))
-        self.model.train()
-        while not self.stopped:
-            count = min(window, self.schedule.steps - self.step)
-            before = self._state()
-            losses = [self._step() for _ in range(count)]
-            self._close_window(losses)
-            mean = float(np.mean(self.history.loss[-count:]))
-            if mean < self.good_loss:
-                self.good, self.good_loss = before, mean
-            report(self.step, self._status())
-            if path is not None:
-                self.save().write(path)
-        if self.best:
-            self._return_to(self.best)
-        self.model.eval()
-
-    def _step(self) -> Loss:
-        rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["base"]
-        try:
-            loss = self.objective(self._next_batch(), self.step / self.schedule.steps)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            self._stop_unless(False, f"a covariance matrix is degenerate{self._not_finite()}")
-            raise
-        self._stop_unless(bool(torch.isfinite(loss.total)), self._blame(loss))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.schedule.clip)
-        self._stop_unless(bool(torch.isfinite(norm)), "its gradient is not finite")
-        self.optimizer.step()
-        self.history.loss.append(float(loss.total.detach()))
-        self.history.elbo.append(float(loss.elbo))
-        self._stop_unless(
-            self.history.loss[-1] < self.history.loss[0] + 1e4 * (1 + abs(self.history.loss[0])),
-            f"it grew from {self.history.loss[0]:.4g} to {self.history.loss[-1]:.4g}",
-        )
-        return loss
-
-    def _next_batch(self) -> Rows:
-        size, n = self.schedule.batch(len(self.source)), len(self.source)
-        if size == n:
-            return self.source.all()
-        if len(self.order) < size:
-            # A fresh shuffle; the few rows left over would make a batch of another size.
-            self.order = torch.randperm(n)
-        index, self.order = self.order[:size], self.order[size:]
-        dense = len(self.source) if self.guide.every_cluster() else None
-        return self.source.batch(index.to(self.source.x.device), dense_up_to=dense)
-
-    def _close_window(self, losses: list[Loss]) -> None:
-        self.history.step.append(self.step)
-        self.history.rate.append(self.optimizer.param_groups[0]["lr"] / self.schedule.learning_rate)
-        accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0)
-        self.history.adversary_accuracy.append(accuracy.tolist())
-        if self.validation is None:
-            self.plateau.training(np.array(self.history.loss[-len(losses) :]))
-        else:
-            value = self._validate(self.validation)
-            self.history.validation.append(value)
-            best, cut = self.plateau.validation(value)
-            if best:
-                self.best = self._state()
-            elif cut and self.best:
-                self._return_to(self.best)
-        if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
-            # Later, at falling rates, the guide is left to settle.
-            self.guide.refresh(self.model, self.source)
-        if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
-            self.stopped = "converged" if self.validation is None else "validation"
-        elif self.step >= self.schedule.steps:
-            self.stopped = "steps"
-
-    def _validate(self, rows: Rows) -> float:
-        self.model.eval()
-        with torch.no_grad():
-            latents = self.guide.center(self.model.clusters())
-            counts = {name: len(one.index) for name, one in rows.memberships.items()}
-            latents = self.model.extend(latents, counts, population=True)
-            log_prob = self.model.log_likelihood(rows, latents).mean()
-        self.model.train()
-        return -float(log_prob)
-
-    def _stop_unless(self, good: bool, cause: str) -> None:
-        if not good:
-            self._return_to(self.best or self.good)
-            self.model.eval()
-            self.stopped = "diverged"
-            raise DivergenceError(
-                f"the loss diverged at step {self.step + 1}: {cause}. Try a lower learning rate "
-                f"(now {self.schedule.learning_rate} for the guide, "
-                f"{self.schedule.net_learning_rate} for the network), and look for extreme values "
-                "in features and outcome. The error's `fit` attribute holds the last good state.",
-                self.result(),
-            )
-
-    def _blame(self, loss: Loss) -> str:
-        parts = {
-            "the evidence lower bound": loss.elbo,
-            "the likelihood under fixed effects alone": loss.fixed,
-            "the adversaries' cross-entropy": loss.game,
-        }
-        bad = [name for name, value in parts.items() if not math.isfinite(float(value))]
-        return f"{' and '.join(bad) or 'the total'} is not finite{self._not_finite()}"
-
-    def _not_finite(self) -> str:
-        bad = [name for name, one in self._state().items() if not torch.isfinite(one).all()]
-        return f"; parameters not finite: {', '.join(bad[:3])}" if bad else ""
-
-    def _status(self) -> str:
-        text = f"loss {np.mean(self.history.loss[-50:]):.4f}"
-        if self.history.validation:
-            text += f", validation {self.history.validation[-1]:.4f}"
-        for game, accuracy in zip(
-            self.model.adversaries, self.history.adversary_accuracy[-1], strict=True
-        ):
-            counts = self.source.counts[game.factor]
-            chance = float(counts.max() / counts.sum())
-            text += f", adversary of {game.factor} {accuracy:.2f} (chance {chance:.2f})"
-        return text
-
-    def _state(self) -> dict[str, Tensor]:
-        return module_tensors("model", self.model) | module_tensors("guide", self.guide)
-
-    def _return_to(self, state: dict[str, Tensor]) -> None:
-        restore_module("model", self.model, state)
-        restore_module("guide", self.guide, state)
-
-    def save(self) -> Checkpoint:
-        """Everything needed to go on as if nothing had happened."""
-        tensors = self._state() | optimizer_tensors(self.optimizer)
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors["order"] = self.order
-        tensors["random"] = torch.get_rng_state()
-        if self.source.x.is_cuda:
-            tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.x.device)
-        record = {
-            "run": self._identity(),
-            "history": self.history.to_json(),
-            "plateau": self.plateau.to_json(),
-            "stopped": self.stopped,
-        }
-        return Checkpoint(tensors, record)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint of the same run."""
-        tensors, record = checkpoint.tensors, checkpoint.record
-        own = self._identity()
-        changed = sorted(name for name in own if own[name] != record["run"].get(name))
-        if changed:
-            raise ValueError(
-                f"the checkpoint belongs to another run (other {', '.join(changed)}): resume with "
-                "the same data, model, schedule and seed, or delete the checkpoint"
-            )
-        self._return_to(tensors)
-        self.good = self._state()
-        restore_optimizer(self.optimizer, tensors)
-        start = "best."
-        self.best = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
-        self.order = tensors["order"]
-        torch.set_rng_state(tensors["random"])
-        if "random_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random_cuda"], self.source.x.device)
-        self.history = History(**record["history"])
-        self.plateau = Plateau.from_json(record["plateau"])
-        self.stopped = record["stopped"]
-
-    def _identity(self) -> dict[str, Any]:
-        model = self.model
-        shapes = {name: list(one.shape) for name, one in self._state().items()}
-        return {
-            "data": _digest(self.source.all(), model),
-            "validation": None if self.validation is None else _digest(self.validation, model),
-            "terms": [str(term) for term in model.terms],
-            "family": model.family.name,
-            "adversary": [game.settings() for game in model.adversaries],
-            "priors": repr(model.priors),
-            "fixed_weight": model.fixed_weight,
-            "network or guide": shapes,
-            "schedule": self.schedule.to_json(),
-            "seed": self.seed,
-        }
-
-    def result(self) -> Fit:
-        """The fit in its present state."""
-        return Fit(
-            self.model, self.guide, self.data, self.history, self.schedule, self.seed, self.stopped
-        )
-
-
-def _digest(rows: Rows, model: MixedEffects) -> str:
-    """Hash of rows, with the scales and labels they were encoded by."""
-    facts = json.dumps(model.data_facts().to_json(), default=str)
-    digest = hashlib.sha256(facts.encode())
-    codes = [one.position for one in rows.memberships.values()]
-    for one in (rows.x, rows.y, rows.trials, rows.offset, rows.weights, *codes):
-        digest.update(b"none" if one is None else one.double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _device(name: str) -> str:

@@ -170,6 +170,8 @@ def _shares(
         base = model.predictor(rows, {k: v for k, v in latents.items() if k == "fixed_effect"})
         fixed = base.fixed.to(torch.float64)
         fixed = fixed if fixed.dim() == 3 else fixed.expand(n_draws, *fixed.shape)
+        # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
+        offset = 0.0 if rows.offset is None else rows.offset.to(torch.float64)
         parts: dict[str, Tensor] = {}
         for factor in model.factors:
             phi = factor.design(rows.x, base.activations).to(torch.float64)
@@ -183,7 +185,7 @@ def _shares(
         total_random = sum(random.values(), torch.zeros(n_draws, dtype=torch.float64))
         mean = _mean_outcome(fixed[..., column], total_random)
         residual = model.family.residual_variance(dispersion, mean)
-        variance_fixed = fixed[..., column].var(-1)
+        variance_fixed = (fixed[..., column] - offset).var(-1)
         total = variance_fixed + total_random + residual
         for name, part in random.items():
             yield name, label, "icc", part / (total_random + residual)
