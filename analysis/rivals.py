@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,14 +75,19 @@ class Setting:
     fixed_weight: float = 1.0
 
     def network(self, n_features: int, seed: int) -> nn.Sequential:
-        """Three hidden layers of tanh units and one output; hidden layers are "1", "3", "5"."""
+        """Three hidden layers of ELU units and one output; hidden layers are "1", "3", "5"."""
         sizes = [n_features, self.width, self.width, self.width]
         layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(sizes):
+            layers += [nn.Linear(before, after), nn.ELU()]
+        net = nn.Sequential(*layers, nn.Linear(self.width, 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for i in range(3):
-                layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.Tanh()]
-            return nn.Sequential(*layers, nn.Linear(self.width, 1))
+            for layer in net[::2]:
+                # Glorot's weights and no biases, as the paper's Keras would start.
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        return net
 
     def model(self, rival: Rival, n_features: int, seed: int) -> MixedEffects:
         """The program of one of the models compared."""

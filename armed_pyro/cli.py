@@ -21,14 +21,16 @@ from rich.progress import Progress
 from armed_pyro import summary
 from armed_pyro.adversary import Adversary
 from armed_pyro.data import ClusteredData
+from armed_pyro.evaluation import evaluate
 from armed_pyro.facts import Facts
 from armed_pyro.families import FAMILIES, family_named
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.networks import hidden_activations, is_file, network
 from armed_pyro.prediction import MODES, predict_chunks
+from armed_pyro.predictionfile import write_predictions
 from armed_pyro.program import MixedEffects
-from armed_pyro.report import EVALUATION, evaluate, page, write_predictions
+from armed_pyro.report import page
 from armed_pyro.schedule import Schedule
 from armed_pyro.tables import read_table, write_table
 from armed_pyro.terms import Slopes, Term, parse_terms
@@ -42,6 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Mixed-effects deep learning: networks with random effects, fitted as a Pyro program.",
 )
+EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.safetensors"
 PARTIAL = "checkpoint.partial"  # what a kill may leave of a checkpoint being written
 out = Console(soft_wrap=True, highlight=False)

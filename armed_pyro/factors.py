@@ -86,7 +86,10 @@ class Factor(nn.Module):
         unit = 1 / matrix.diagonal()
         self.register_buffer("to_original", matrix, persistent=False)
         self.register_buffer("unit", unit, persistent=False)
-        scale = prior.scales([term for term in names for _ in columns], unit, default)
+        # The variance of phi'u should not grow with the width of a layer.
+        widths = [block.width for block in blocks for _ in block.names for _ in columns]
+        defaults = default / torch.tensor(widths, dtype=unit.dtype).sqrt()
+        scale = prior.scales([term for term in names for _ in columns], unit, defaults)
         self.register_buffer("prior_scale", scale, persistent=False)
 
     @property

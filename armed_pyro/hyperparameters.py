@@ -58,7 +58,8 @@ class Hyperparameters(nn.Module):
     """
 
     loc: nn.Parameter
-    tril: nn.Parameter
+    log_scale: nn.Parameter
+    coupling: nn.Parameter
 
     def __init__(self, model: MixedEffects) -> None:
         super().__init__()
@@ -67,13 +68,14 @@ class Hyperparameters(nn.Module):
         self.sites = _global_sites(model)
         size = self.sites[-1].stop if self.sites else 0
         self.loc = nn.Parameter(like.new_tensor(_start(model, self.sites)))
-        self.tril = nn.Parameter(0.1 * torch.eye(size, dtype=like.dtype, device=like.device))
+        self.log_scale = nn.Parameter(like.new_full((size,), math.log(0.1)))
+        self.coupling = nn.Parameter(like.new_zeros(size, size))
 
     def forward(self) -> dict[str, Tensor]:
         """Sample every hyperparameter's site."""
         latents = dict(self.known)
         if self.sites:
-            base = dist.MultivariateNormal(self.loc, scale_tril=self._scale_tril())
+            base = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril())
             theta = pyro.sample("_theta", base, infer={"is_auxiliary": True})
             for site in self.sites:
                 value, log_density = site.read(theta)
@@ -85,9 +87,19 @@ class Hyperparameters(nn.Module):
         """The hyperparameters at the mean of theta."""
         return self.known | {site.name: site.read(self.loc)[0] for site in self.sites}
 
-    def _scale_tril(self) -> Float[Tensor, "size size"]:
-        # A signed diagonal is a valid factor up to the sign of its columns; |.| fixes the sign.
-        return self.tril.tril(-1) + torch.diag(self.tril.diagonal().abs() + 1e-8)
+    def scale_tril(self) -> Float[Tensor, "size size"]:
+        """Cholesky factor of the covariance: diag(exp(log_scale)) (I + strictly lower coupling)."""
+        # Relative to the scale, so that a step of training means the same whether theta is known
+        # to one digit or to four.
+        identity = torch.eye(len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        return self.log_scale.exp()[:, None] * (identity + self.coupling.tril(-1))
+
+    @torch.no_grad()
+    def set_scale_tril(self, factor: Float[Tensor, "size size"]) -> None:
+        """Make this the Cholesky factor of the covariance."""
+        diagonal = factor.diagonal()
+        self.log_scale.copy_(diagonal.log())
+        self.coupling.copy_((factor / diagonal[:, None]).tril(-1))
 
 
 def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
@@ -125,10 +137,10 @@ def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:
     start: list[float] = []
     for site in sites:
         size = site.stop - site.start
-        if site.name.endswith("_sd"):
-            start += [math.log(0.5 / math.sqrt(max(1, size / 2)))] * size
-        elif site.name == model.family.dispersion_name:
+        if site.name == model.family.dispersion_name:
             start += [math.log(0.7)] * size
+        elif site.name.endswith("_sd"):
+            start += [math.log(0.5 / math.sqrt(max(1, size / 2)))] * size
         else:
             start += [0.0] * size
     return start

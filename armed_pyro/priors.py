@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pyro
 import pyro.distributions as dist
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,7 +38,10 @@ class ScalePrior(ABC):
                 raise ValueError(f"the scale of a prior must be positive, not {value}")
 
     def scales(
-        self, terms: Sequence[str], unit: Float[Tensor, " terms"], default: float
+        self,
+        terms: Sequence[str],
+        unit: Float[Tensor, " terms"],
+        default: Float[Tensor, " terms"] | float,
     ) -> Float[Tensor, " terms"]:
         """Scale of each term's prior in internal units, ``scale * unit`` or the default.
 
@@ -47,8 +51,8 @@ class ScalePrior(ABC):
             Names of the terms.
         unit : Float[Tensor, "terms"]
             Internal units per unit of the data.
-        default : float
-            Scale, in internal units, where none was given.
+        default : Float[Tensor, "terms"] or float
+            Scales, in internal units, where none was given.
 
         Raises
         ------
@@ -63,9 +67,10 @@ class ScalePrior(ABC):
             self.scale.get(term) if isinstance(self.scale, Mapping) else self.scale
             for term in terms
         ]
+        defaults = torch.as_tensor(default).expand(len(terms)).tolist()
         values = [
-            default if value is None else value * float(one)
-            for value, one in zip(given, unit, strict=True)
+            fallback if value is None else value * one
+            for value, one, fallback in zip(given, unit.tolist(), defaults, strict=True)
         ]
         return unit.new_tensor(values)
 
@@ -152,7 +157,10 @@ class Known(ScalePrior):
         super().__post_init__()
 
     def scales(
-        self, terms: Sequence[str], unit: Float[Tensor, " terms"], default: float
+        self,
+        terms: Sequence[str],
+        unit: Float[Tensor, " terms"],
+        default: Float[Tensor, " terms"] | float,
     ) -> Float[Tensor, " terms"]:
         for term in terms:
             if isinstance(self.scale, Mapping) and term not in self.scale:
@@ -178,7 +186,8 @@ class Priors:
     sd : ScalePrior or mapping of str to ScalePrior
         Prior of the random effects' standard deviations, for all grouping factors or by factor.
         Default HalfStudentT(3) with scale sd(outcome) for gaussian outcomes and 2.5 on the link
-        scale of the others, per standard deviation of the feature for slopes (after brms). Where
+        scale of the others, per standard deviation of the feature for slopes (after brms); for
+        slopes on a hidden layer, divided by the square root of its width. Where
         a slope is correlated with the intercept, the prior of the intercept's sd refers to the
         features' means, as brms' prior of the fixed intercept does.
     cor : float

@@ -1,27 +1,18 @@
-"""What is written of a fit for its readers: predictions, their evaluation, and an HTML page."""
+"""A fit as one HTML page with tables and plots."""
 
 from __future__ import annotations
 
 import base64
-import gzip
 import html
 import io
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Mapping
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-from sklearn import metrics
 
 from armed_pyro import summary
-from armed_pyro.data import ClusteredData
-from armed_pyro.prediction import Prediction, predict_chunks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,100 +20,11 @@ if TYPE_CHECKING:
     from armed_pyro.factors import Factor
     from armed_pyro.fitted import Fit
 
-__all__ = ["EVALUATION", "evaluate", "page", "write_predictions"]
+__all__ = ["page"]
 
-EVALUATION = "evaluation.csv"
 MOST_CLUSTERS = 60  # whose names fit beside a plot
 MOST_TERMS = 4
 INK, ACCENT, FAINT = "#1f2933", "#2b6cb0", "#a0aec0"
-
-
-def evaluate(
-    fit: Fit, held_out: Mapping[str, ClusteredData], *, prob: float = 0.9, draws: int = 1000
-) -> pd.DataFrame:
-    """How well held-out rows are predicted; clusters among them that are new are marginal.
-
-    Parameters
-    ----------
-    fit : Fit
-        The fit.
-    held_out : mapping of str to ClusteredData
-        Sets of rows that were not trained on, with their outcomes.
-    prob : float
-        Probability of the predictive intervals.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns held_out (the set's name), rows, unseen (rows in clusters not seen in training),
-        and for outcomes with classes auroc (one class against the rest), accuracy and log_loss,
-        for others rmse and coverage (share of the outcomes inside their predictive intervals).
-    """
-    records = []
-    for name, data in held_out.items():
-        if data.outcome is None:
-            raise ValueError(f"the held-out rows {name!r} have no outcome to compare with")
-        parts = list(predict_chunks(fit, data, unseen="marginal", prob=prob, draws=draws))
-        y = data.outcome.numpy()
-        mean = np.concatenate([part.mean for part in parts])
-        unseen = sum(int((part.unseen != "").sum()) for part in parts)
-        record: dict[str, Any] = {"held_out": name, "rows": len(y), "unseen": unseen}
-        if fit.model.family.name in ("bernoulli", "categorical"):
-            record |= _class_scores(y.astype(int), mean)
-        else:
-            limits = [part.interval(of="outcome") for part in parts]
-            lower, upper = (np.concatenate(one) for one in zip(*limits, strict=True))
-            record["rmse"] = metrics.root_mean_squared_error(y, mean)
-            record["coverage"] = float(((lower <= y) & (y <= upper)).mean())
-        records.append(record)
-    return pd.DataFrame(records)
-
-
-def _class_scores(y: np.ndarray, mean: np.ndarray) -> dict[str, float]:
-    probability = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
-    # A class that does not occur, or occurs alone, cannot be ranked against the rest.
-    areas = [
-        metrics.roc_auc_score(y == code, probability[:, code])
-        for code in range(1 if mean.ndim == 1 else 0, probability.shape[1])
-        if 0 < (y == code).sum() < len(y)
-    ]
-    labels = np.arange(probability.shape[1])
-    return {
-        "auroc": float(np.mean(areas)) if areas else float("nan"),
-        "accuracy": float(metrics.accuracy_score(y, probability.argmax(1))),
-        "log_loss": float(metrics.log_loss(y, probability, labels=labels)),
-    }
-
-
-def write_predictions(parts: Iterator[Prediction], path: Path) -> Iterator[int]:
-    """Write predictions block by block, as CSV or Parquet by suffix; whole or not at all.
-
-    Yields the number of rows of each block written; the file appears after the last.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a replacement is atomic only within one file system.
-    draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
-    name = path.name.lower()
-    writer: Any = None
-    try:
-        with ExitStack() as files:
-            for part in parts:
-                frame = part.to_frame()
-                if name.endswith((".csv", ".csv.gz")):
-                    first = writer is None
-                    if first:
-                        text = gzip.open if name.endswith(".gz") else open
-                        writer = files.enter_context(text(draft, "wt", encoding="utf-8"))
-                    frame.to_csv(writer, header=first, index=False)
-                else:
-                    block = pa.Table.from_pandas(frame, preserve_index=False)
-                    if writer is None:
-                        writer = files.enter_context(pq.ParquetWriter(draft, block.schema))
-                    writer.write_table(block)
-                yield len(frame)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def page(

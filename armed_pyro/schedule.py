@@ -40,7 +40,8 @@ class Schedule:
     patience : int
         With validation data: windows without improvement of the validation loss before a cut.
     clip : float
-        Largest norm of the gradient.
+        Largest norm of the gradient, of the loss per row. A rare draw of a small residual sd has
+        a gradient a thousand times the usual one, which would halt Adam for hundreds of steps.
 
     Examples
     --------
@@ -56,7 +57,7 @@ class Schedule:
     decay: float = 0.25
     stages: int = 3
     patience: int = 5
-    clip: float = 10.0
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         positive = ("steps", "learning_rate", "net_learning_rate", "decay", "patience", "clip")

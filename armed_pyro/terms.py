@@ -151,12 +151,15 @@ class Block(nn.Module, ABC):
         One a column.
     correlated : bool
         Whether the columns' effects are correlated.
+    width : int
+        Columns that stand for one thing together: the units of a hidden layer.
     to_original : Float[Tensor, "columns columns"]
         u_original = to_original @ u_internal, apart from the outcome's spread.
     """
 
     names: tuple[str, ...]
     correlated: bool
+    width: int = 1
     to_original: Tensor
 
     def __init__(
@@ -224,6 +227,7 @@ class LayerBlock(Block):
         names = [f"{path}[{unit}]" for unit in range(width)]
         super().__init__(names, correlated, torch.eye(width, dtype=torch.float64))
         self.path = path
+        self.width = width
 
     def columns(
         self, x: Tensor, activations: Mapping[str, Tensor]

@@ -108,7 +108,7 @@ def classical(frame, features, slope=None, reml=True):
 def slope_fit():
     frame = slopes()
     model = MixedEffects(linear(1), "(1 + x | site)", bayesian_head=True)
-    schedule = Schedule(steps=600, window=100, stages=0)
+    schedule = Schedule(steps=700, window=100, stages=0)
     return frame, fit(model, encode(frame, ["x"]), schedule=schedule, progress=False)
 
 

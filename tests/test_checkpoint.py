@@ -227,12 +227,12 @@ run(sys.argv[2], schedule=Schedule(steps=int(sys.argv[3]), window=4, stages=0, b
 
 
 def test_a_killed_run_goes_on_to_the_same_parameters(tmp_path):
-    steps, path = 200, tmp_path / "run.checkpoint"
+    steps, path = 80, tmp_path / "run.checkpoint"
     schedule = Schedule(steps=steps, window=4, stages=0, batch_size=10)
     here = os.path.dirname(__file__)  # noqa: PTH120
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, here, str(path), str(steps)])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not path.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
     finally:

@@ -160,6 +160,7 @@ def test_steps_that_run_out_are_not_convergence():
     assert result.history.step == [3, 6, 7]
 
 
+@pytest.mark.filterwarnings("ignore:there are fewer rows")
 def test_validation_stops_training_and_keeps_the_best_state():
     data, validation = make_data(noise=1.5), make_data(seed=1, noise=1.5)
     torch.manual_seed(0)

@@ -123,13 +123,14 @@ def test_whitened_normal_is_safe_near_a_zero_sd():
 def test_density_of_the_hyperparameters():
     """log q(sd, r, beta, sigma) = log N(theta) - log |d(sd, r, sigma) / d theta|."""
     _, source, guide = bind(bayesian_head=True)
-    loc, tril = guide.hyperparameters.loc, guide.hyperparameters.tril
+    loc = guide.hyperparameters.loc
     with torch.no_grad():
-        tril.add_(0.3 * torch.randn_like(tril)).diagonal()[1] *= -1
+        guide.hyperparameters.log_scale.add_(0.3 * torch.randn(len(loc)))
+        guide.hyperparameters.coupling.add_(0.3 * torch.randn(len(loc), len(loc)))
     trace = poutine.trace(guide).get_trace(source.all())
     nodes = trace.nodes
     theta = nodes["_theta"]["value"]
-    L = tril.tril(-1) + torch.diag(tril.diagonal().abs())
+    L = guide.hyperparameters.scale_tril()
     expected = dist.MultivariateNormal(loc, L @ L.mT).log_prob(theta)
     sds = [nodes["residual_sd"]["value"][None], nodes["site_sd"]["value"]]
     expected -= torch.cat(sds).log().sum()
@@ -339,7 +340,7 @@ def test_no_random_effects():
 def test_the_center_is_where_the_draws_are():
     model, _, guide = bind(bayesian_head=True)
     with torch.no_grad():
-        guide.hyperparameters.tril.mul_(0.05)
+        guide.hyperparameters.log_scale.sub_(3)
     center = guide.center(model.clusters())
     torch.manual_seed(0)
     draws = guide.draws(model.clusters(), 4000)

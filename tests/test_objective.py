@@ -227,7 +227,7 @@ def test_elbo_at_the_posterior_with_latent_fixed_effects(random):
     covariance = torch.linalg.inv(precision)
     with torch.no_grad():
         guide.hyperparameters.loc.copy_(covariance @ X.T @ torch.linalg.solve(V, y))
-        guide.hyperparameters.tril.copy_(torch.linalg.cholesky(covariance))
+        guide.hyperparameters.set_scale_tril(torch.linalg.cholesky(covariance))
     marginal = dist.MultivariateNormal(torch.zeros(N).double(), V + prior * X @ X.T).log_prob(y)
     marginal -= N * math.log(model.data_facts().spread)
     torch.manual_seed(0)
