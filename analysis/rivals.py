@@ -83,10 +83,11 @@ class Setting:
         net = nn.Sequential(*layers, nn.Linear(self.width, 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for layer in net[::2]:
-                # Glorot's weights and no biases, as the paper's Keras would start.
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            for layer in net:
+                if isinstance(layer, nn.Linear):
+                    # Glorot's weights and no biases, as the paper's Keras would start.
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
         return net
 
     def model(self, rival: Rival, n_features: int, seed: int) -> MixedEffects:

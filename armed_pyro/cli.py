@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import rich.table
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -205,7 +204,7 @@ def fit_command(
         model = MixedEffects(module, terms, likelihood, games, bayesian_head=head)
         settings = {"schedule": schedule, "seed": seed, "device": device.value, "resume": resume}
         result = _train(run, model, rows, validation=seen, **settings)
-        result.save(run, draws=draws)
+        result.save(run, draws=draws, prob=prob)
         held_out = {"rows": seen, "clusters": unseen}
         _print_fit(result, {k: v for k, v in held_out.items() if v is not None}, run, prob)
         (run / CHECKPOINT).unlink(missing_ok=True)
@@ -393,10 +392,7 @@ def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, pr
         table = evaluate(result, held_out, prob=prob)
         write_table(table, run / EVALUATION)
         out.print("\nPredictions of held-out rows:")
-        grid = rich.table.Table(*table.columns)
-        for row in table.itertuples(index=False):
-            grid.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
-        out.print(grid)
+        out.print(table.to_string(index=False, float_format="{:.4g}".format), markup=False)
     files = sorted(path.name for path in run.iterdir() if path.name not in (CHECKPOINT, PARTIAL))
     out.print(f"\nIn {run}: {', '.join(files)}", markup=False)
     out.print(f"Next: armed-pyro report {run} --out report.html", markup=False)

@@ -75,7 +75,16 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table, without its index, as CSV or Parquet by suffix; whole or not at all."""
+    """Write a table, without its index, as CSV or Parquet by suffix; whole or not at all.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_table(pd.DataFrame({"age": [1, 2]}), f"{folder}/rows.parquet")
+    ...     read_table(f"{folder}/rows.parquet").age.tolist()
+    [1, 2]
+    """
     path = Path(path)
     is_csv = _is_csv(path)
     # In the same folder, because a replacement is atomic only within one file system.

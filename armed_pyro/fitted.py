@@ -118,9 +118,9 @@ class Fit:
         """Print the program, data, variance components, fixed effects and convergence."""
         print(summary.text(self, prob=prob))
 
-    def save(self, folder: str | Path, *, draws: int = 1000) -> None:
+    def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
         """Write the fit to a folder; see `armed_pyro.storage.save`."""
-        storage.save(self, folder, draws=draws)
+        storage.save(self, folder, draws=draws, prob=prob)
 
     @classmethod
     def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:

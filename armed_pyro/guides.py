@@ -27,7 +27,13 @@ REFRESH_DRAWS = 16
 
 
 class Guide(nn.Module, ABC):
-    """Approximate posterior q of a bound program: samples every latent site of the program."""
+    """Approximate posterior q of a bound program: samples every latent site of the program.
+
+    Examples
+    --------
+    >>> sorted(Guide.__abstractmethods__)  # what a variational family of one's own has to give
+    ['center', 'every_cluster', 'forward', 'most_draws', 'refresh']
+    """
 
     @abstractmethod
     def forward(self, rows: Rows) -> dict[str, Tensor]:
@@ -152,6 +158,16 @@ class StructuredGuide(Guide):
     source : RowSource, optional
         Training rows, from which the pseudo-observations start; without them they start at the
         prior.
+
+    Examples
+    --------
+    >>> from armed_pyro import ClusteredData
+    >>> x, y, g = [[0.0], [1.0], [3.0], [4.0]], [1, 2, 5, 6], [0, 0, 1, 1]
+    >>> data = ClusteredData.from_arrays(x, y, {"g": g})
+    >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
+    >>> guide = StructuredGuide(model, model.encode(data))
+    >>> guide.draws(model.clusters(), 3)["g_effect"].shape  # draws, clusters, terms
+    torch.Size([3, 2, 1])
     """
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:

@@ -49,6 +49,15 @@ class Prediction:
         Labels of the classes.
     prob : float
         Probability of the (equal-tailed) intervals.
+
+    Examples
+    --------
+    >>> draws = np.array([[1.0, 4.0], [3.0, 6.0]])
+    >>> modes = np.array(["", "marginal"])
+    >>> Prediction(draws, draws, modes, pd.Index(["a", "b"]), "y", None, 0.5).to_frame()
+       mean        sd  lower  upper    unseen
+    a   2.0  1.414214    1.5    2.5
+    b   5.0  1.414214    4.5    5.5  marginal
     """
 
     expected: Float[np.ndarray, "draws rows ..."]

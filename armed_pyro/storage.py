@@ -47,7 +47,7 @@ GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
 }
 
 
-def save(fit: Fit, folder: str | Path, *, draws: int = 1000) -> None:
+def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
     """Write a fit to a folder, whole or not at all.
 
     The folder gets ``model.safetensors`` (weights of network, adversaries and guide),
@@ -63,6 +63,8 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000) -> None:
         Where to write; made if it does not exist.
     draws : int
         Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
+    prob : float
+        Probability of the intervals in ``variance_components.csv``.
 
     Raises
     ------
@@ -92,7 +94,7 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000) -> None:
         _write_json(partial / MANIFEST, manifest)
         tree = to_datatree(fit, draws=draws, groups=_groups(fit, draws))
         tree.to_netcdf(partial / POSTERIOR, engine="h5netcdf")
-        fit.variance_components().to_csv(partial / VARIANCE, index=False)
+        fit.variance_components(prob=prob).to_csv(partial / VARIANCE, index=False)
         _write_json(partial / DIAGNOSTICS, _diagnostics(fit))
         _put(partial, target)
     finally:

@@ -38,6 +38,14 @@ class DivergenceError(RuntimeError):
     ----------
     fit : Fit
         The fit at the start of the window of steps with the lowest mean loss.
+
+    Examples
+    --------
+    >>> def fitted_or_last_good_state(model, data):
+    ...     try:
+    ...         return fit(model, data)
+    ...     except DivergenceError as error:
+    ...         return error.fit
     """
 
     def __init__(self, message: str, fit: Fit) -> None:

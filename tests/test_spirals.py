@@ -60,9 +60,10 @@ def test_models_beat_chance(folder: Path) -> None:
 def test_feature_use_has_every_feature_of_the_confounded_variant(folder: Path) -> None:
     use = pd.read_csv(folder / "feature_use.csv")
     columns = ["use_x1", "use_x2", "use_probe1", "use_probe2"]
-    assert list(use.columns) == ["setting", "model", *columns, "true_first"]
+    assert {"setting", "model", *columns, "probe_share", "true_first"} <= set(use.columns)
     assert set(use.model) == MODELS
     assert (use[columns] > 0).all(axis=None)
+    assert use[["probe_share", "true_first"]].apply(lambda one: one.between(0, 1)).all(axis=None)
 
 
 def test_models_differ_only_in_their_parts() -> None:
