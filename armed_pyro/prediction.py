@@ -54,10 +54,11 @@ class Prediction:
     --------
     >>> draws = np.array([[1.0, 4.0], [3.0, 6.0]])
     >>> modes = np.array(["", "marginal"])
-    >>> Prediction(draws, draws, modes, pd.Index(["a", "b"]), "y", None, 0.5).to_frame()
-       mean        sd  lower  upper    unseen
-    a   2.0  1.414214    1.5    2.5
-    b   5.0  1.414214    4.5    5.5  marginal
+    >>> prediction = Prediction(draws, draws, modes, pd.Index(["a", "b"]), "y", None, 0.5)
+    >>> prediction.to_frame()[["mean", "lower", "upper"]]
+       mean  lower  upper
+    a   2.0    1.5    2.5
+    b   5.0    4.5    5.5
     """
 
     expected: Float[np.ndarray, "draws rows ..."]

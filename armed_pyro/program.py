@@ -133,6 +133,11 @@ class MixedEffects(LocalModule):
         self.facts = None
 
     @property
+    def network(self) -> nn.Module:
+        """The network, read without telling Pyro."""
+        return cast("nn.Module", self._modules["net"])
+
+    @property
     def adversaries(self) -> tuple[Adversary, ...]:
         """The adversaries, one a grouping factor or several."""
         # Read past PyroModule's attributes: an adversary's weights are no sites of the density.
@@ -197,8 +202,8 @@ class MixedEffects(LocalModule):
 
     def reference(self) -> Tensor:
         """A tensor of the program's precision and device."""
-        net = cast("nn.Module", self._modules["net"])
-        return next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(()))
+        parameters = self.network.parameters()
+        return next((p for p in parameters if p.is_floating_point()), torch.zeros(()))
 
     def data_facts(self) -> Facts:
         """What the program knows of its data.
@@ -316,18 +321,18 @@ class MixedEffects(LocalModule):
         facts = self.data_facts()
         return (
             self.bayesian_head
-            and isinstance(self.net, nn.Linear)
-            and self.net.in_features == len(facts.feature_names)
+            and isinstance(self.network, nn.Linear)
+            and self.network.in_features == len(facts.feature_names)
         )
 
     def head_path(self) -> str:
         """Module path of the network's last linear layer; empty if it is the network itself."""
-        return layout.head_path(self.net)
+        return layout.head_path(self.network)
 
     def fixed_terms(self) -> tuple[str, ...]:
         """Names of the latent fixed effects: the inputs of the last linear layer, by column."""
         facts, path = self.data_facts(), self.head_path()
-        head = self.net.get_submodule(path)
+        head = self.network.get_submodule(path)
         width = int(head.in_features)  # type: ignore[arg-type]
         names = [f"{path or 'input'}[{unit}]" for unit in range(width)]
         if self.linear:
@@ -348,7 +353,7 @@ class MixedEffects(LocalModule):
         """
         facts = self.data_facts()
         head = [self.head_path()] if self.bayesian_head else []
-        net = self.net
+        net = self.net  # the one place where the network's weights become Pyro's parameters
         with tapped(net, self.layers(), head) as activations:
             output = net(rows.x)
         fixed = self.fixed_predictor(rows, output, activations, latents)
@@ -380,6 +385,6 @@ class MixedEffects(LocalModule):
         """What latent fixed effects multiply: a 1, if there is an intercept, and activations."""
         path = self.head_path()
         hidden = activations[f"<{path}"]
-        if self.net.get_submodule(path).bias is None:
+        if self.network.get_submodule(path).bias is None:
             return hidden
         return torch.cat([hidden.new_ones(len(hidden), 1), hidden], -1)

@@ -21,16 +21,16 @@ def module_at(net: nn.Module, path: str) -> nn.Module:
     ValueError
         If there is none; the message names the nearest path.
     """
-    modules = dict(net.named_modules())
-    if path not in modules:
-        paths = [name for name in modules if name]
+    try:
+        return net.get_submodule(path)
+    except AttributeError as error:
+        paths = [name for name, _ in net.named_modules() if name]
         near = get_close_matches(path, paths, n=1)
         hint = f" (nearest: {near[0]!r})" if near else ""
         raise ValueError(
             f"the network has no module {path!r}{hint}; its module paths are: "
             f"{', '.join(paths) or 'none, as it is a single module'}"
-        )
-    return modules[path]
+        ) from error
 
 
 def pooled(activation: Float[Tensor, "rows width ..."]) -> Float[Tensor, "rows width"]:

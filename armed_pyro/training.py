@@ -79,6 +79,7 @@ class Run:
             ],
             lr=schedule.learning_rate,
             betas=(0.9, 0.99),
+            fused=True,
         )
         # A hundredth of a nat a window is beyond what any posterior summary can show.
         self.plateau = Plateau(tolerance=0.01 / len(source), patience=schedule.patience)

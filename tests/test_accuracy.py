@@ -199,18 +199,19 @@ def test_the_guide_agrees_with_nuts():
     schedule = Schedule(steps=2500, stages=0)
     result = fit(model, encode(frame, ["x"]), schedule=schedule, progress=False)
     rows = result.model.encode(result.data).all()
-    # Centred at x's mean in float64; 72 rows tell u well enough to sample it directly.
+    # 72 rows tell u well enough to sample it directly.
     with torch.random.fork_rng():
         pyro.set_rng_seed(0)
-        mcmc = MCMC(NUTS(result.model, target_accept_prob=0.9), 1000, 500, disable_progbar=True)
+        kernel = NUTS(result.model, target_accept_prob=0.9, max_tree_depth=6)
+        mcmc = MCMC(kernel, 500, 300, disable_progbar=True)
         mcmc.run(rows)
     exact, found = mcmc.get_samples(), result.draws(4000)
     effective = {name: one["n_eff"] for name, one in mcmc.diagnostics().items() if "n_eff" in one}
     for name in ("site_sd", "fixed_effect", "residual_sd", "site_effect"):
         one = exact[name].flatten(1) if exact[name].dim() > 1 else exact[name][:, None]
         other = found[name].flatten(1)
-        assert effective[name].min() > 100, name
-        error = 4 / effective[name].flatten().clamp(max=1000).sqrt()
+        assert effective[name].min() > 80, name
+        error = 4 / effective[name].flatten().clamp(max=500).sqrt()
         z = (other.mean(0) - one.mean(0)) / one.std(0)
         assert (z.abs() < 0.15 + error).all(), (name, z)
         ratio = (other.std(0) / one.std(0)).log()

@@ -85,7 +85,7 @@ def test_the_exact_probability_is_calibrated(known: bool) -> None:
 
 
 def test_knowing_the_cluster_helps() -> None:
-    data, truth = spirals(10, 500)
+    data, truth = spirals(10, 200)
     assert data.outcome is not None
     accuracy = [
         ((truth.probability(data, cluster_known=known) > 0.5) == data.outcome.numpy()).mean()
