@@ -59,7 +59,8 @@ class Setting:
 
     Attributes
     ----------
-    name : str
+    name, title : str
+        In files, and in tables and figures.
     width : int
         Units in each of the three hidden layers.
     schedule : Schedule
@@ -69,6 +70,7 @@ class Setting:
     """
 
     name: str
+    title: str
     width: int
     schedule: Schedule
     adversary_weight: float = 0.1

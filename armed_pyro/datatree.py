@@ -159,8 +159,7 @@ def _prior_predictive(fit: Fit, draws: int, seed: int) -> xr.Dataset:
         eta = model.predictor(rows, latents).eta
         return model.density(eta.expand(draws, *eta.shape[-2:]), latents, rows).sample()
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 3)
+    with model.seeded(seed + 3):
         chunks = (outcome(rows).cpu().numpy() for rows in _blocks(fit, draws))
         return _by_row(fit, draws, chunks, model.family.integer)
 
@@ -229,8 +228,7 @@ def _prior_draws(fit: Fit, draws: int, seed: int) -> Draws:
     model = fit.model
     # One row will do: it brings every cluster, and no latent site depends on it.
     rows = replace(next(model.encode(fit.data).chunks(1)), y=None)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 2)
+    with model.seeded(seed + 2):
         sites = Predictive(model, num_samples=draws, parallel=True)(rows)
     sites.pop(model.data_facts().outcome_name)
     return sites

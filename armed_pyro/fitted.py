@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from armed_pyro import datatree, prediction, storage, summary, variance
@@ -68,8 +67,7 @@ class Fit:
         dict of str to Tensor
             Random effects "n clusters terms"; other sites "n 1 ...".
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed if seed is None else seed)
+        with self.model.seeded(self.seed if seed is None else seed):
             return self.guide.draws(self.model.clusters(), n)
 
     def predict(

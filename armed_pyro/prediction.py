@@ -217,25 +217,28 @@ def predict_chunks(
         is_new |= (source.codes[factor.name] >= len(facts.levels[factor.name])).cpu()
     terms = sum(len(factor.terms) for factor in model.factors) + len(facts.columns)
     size = chunk or max(1, BLOCK_VALUES // (draws * terms))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed((fit.seed if seed is None else seed) + 1)
-        counts = {name: len(one) for name, one in levels.items()}
+    base = (fit.seed if seed is None else seed) + 1
+    counts = {name: len(one) for name, one in levels.items()}
+    with model.seeded(base):
         latents = model.extend(latents, counts, population=unseen == "population")
-        for start, rows in zip(range(0, len(source), size), source.chunks(size), strict=True):
-            stop = start + len(rows)
+    for start, rows in zip(range(0, len(source), size), source.chunks(size), strict=True):
+        stop = start + len(rows)
+        # Not around the yield: the caller's own random numbers and gradients go on in between.
+        with model.seeded(base + stop):
             eta = model.predictor(rows, latents).eta
             # Without latent sites all draws have the same predictor.
             eta = eta.expand(draws, *eta.shape[-2:])
             outcome = model.density(eta, latents, rows).sample()
-            yield Prediction(
-                model.family.mean(eta, rows).cpu().numpy(),
-                outcome.cpu().numpy(),
-                np.where(is_new[start:stop].numpy(), unseen or "", ""),
-                data.row_labels[start:stop],
-                facts.outcome_name,
-                None if facts.classes is None else tuple(map(str, facts.classes)),
-                prob,
-            )
+            expected = model.family.mean(eta, rows)
+        yield Prediction(
+            expected.cpu().numpy(),
+            outcome.cpu().numpy(),
+            np.where(is_new[start:stop].numpy(), unseen or "", ""),
+            data.row_labels[start:stop],
+            facts.outcome_name,
+            None if facts.classes is None else tuple(map(str, facts.classes)),
+            prob,
+        )
 
 
 def encoded(fit: Fit, data: ClusteredData | pd.DataFrame) -> ClusteredData:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -204,6 +204,15 @@ class MixedEffects(LocalModule):
         """A tensor of the program's precision and device."""
         parameters = self.network.parameters()
         return next((p for p in parameters if p.is_floating_point()), torch.zeros(()))
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Draws without gradients inside come from this seed; generators are left as they were."""
+        device = self.reference().device
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
 
     def data_facts(self) -> Facts:
         """What the program knows of its data.

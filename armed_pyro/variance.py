@@ -163,8 +163,8 @@ def _shares(
 ) -> Iterator[tuple[str, str, str, Tensor]]:
     """Variances averaged over rows, as shares of their totals, for every predictor column."""
     model, facts = fit.model, fit.model.data_facts()
-    step = -(-fit.data.n_rows // MOST_ROWS)
-    rows = model.encode(fit.data.take(np.arange(0, fit.data.n_rows, step))).all()
+    chosen = np.random.default_rng(0).permutation(fit.data.n_rows)[:MOST_ROWS]
+    rows = model.encode(fit.data.take(np.sort(chosen))).all()
     n_draws = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     with torch.no_grad():
         base = model.predictor(rows, {k: v for k, v in latents.items() if k == "fixed_effect"})

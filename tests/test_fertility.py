@@ -93,7 +93,7 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
 def test_linear_program_agrees_with_reml(parts):
     schedule = Schedule(steps=3000, batch_size=len(parts.train))
     result = fertility.train_program(parts.train, [fertility.SLOPE], schedule, 0, ())
-    ours = fertility.components({"ours": result}, {}).set_index("statistic")
+    ours = fertility.components("ours", result).set_index("statistic")
     reml = MixedModel(parts.train, "fertility", "country", "decade", "decade").components()
     for name in ("sd Intercept", "sd decade"):
         distance = abs(ours.loc[name, "estimate"] - reml[name])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from armed_pyro.analysis import spirals
-from armed_pyro.analysis.rivals import RIVALS
+from armed_pyro.analysis.rivals import RIVALS, Setting
 
 MODELS = {rival.name for rival in RIVALS}
 
@@ -21,7 +21,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_smoke_writes_every_file(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
-    expected = {"fits.csv", "accuracy.csv", "feature_use.csv", "settings.json", "boundaries.png"}
+    expected = {
+        "fits.csv",
+        "accuracy.csv",
+        "feature_use.csv",
+        "settings.json",
+        "boundaries_smoke.png",
+    }
     assert names == expected
 
 
@@ -51,7 +57,7 @@ def test_accuracy_table_has_the_models_the_papers_figures_and_the_best_possible(
 
 def test_models_beat_chance(folder: Path) -> None:
     fits = pd.read_csv(folder / "fits.csv")
-    data, _ = spirals.Plan(4, 150, 2, (spirals.SMOKE,), 0).data("spirals")
+    data, _ = spirals.Plan(4, 150, 2, 0, ()).data("spirals")
     four_errors = 4 * np.sqrt(0.25 / data.n_rows)
     means = fits[fits.variant == "spirals"].groupby("model").accuracy.mean()
     assert (means > 0.5 + four_errors).all(), means
@@ -78,13 +84,12 @@ def test_models_differ_only_in_their_parts() -> None:
 
 
 @pytest.mark.slow
-def test_armed_beats_the_conventional_network_in_the_papers_setting() -> None:
-    plan = spirals.Plan(10, 1000, 10, (spirals.PAPER,), 7)
+@pytest.mark.parametrize("setting", [spirals.TUNED, spirals.CONVERGED], ids=["tuned", "converged"])
+def test_armed_beats_the_conventional_network(setting: Setting) -> None:
+    plan = spirals.Plan(10, 1000, 10, 7, (("spirals", setting),))
     wanted = {"conventional", "ARMED"}
     fits = pd.DataFrame(
-        task.run()[0]
-        for task in plan.tasks()
-        if task.variant == "spirals" and task.rival.name in wanted and task.fold < 5
+        task.run()[0] for task in plan.tasks() if task.rival.name in wanted and task.fold < 5
     )
     folds = fits.pivot_table(index="fold", columns="model", values="accuracy")
     gain = folds["ARMED"] - folds["conventional"]
