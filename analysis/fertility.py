@@ -271,17 +271,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the split, nets and draws")
     parser.add_argument("--smoke", action="store_true", help="few countries and steps: a trial")
     given = parser.parse_args(argv)
-    console, out, seed = Console(), given.out, given.seed
+    threads = torch.get_num_threads()
+    # Steps of some milliseconds: threads wait for each other longer than they compute.
+    torch.set_num_threads(1)
+    try:
+        analyse(given.out, given.seed, given.steps, smoke=given.smoke)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
+    """Fit every model, print and write what they say."""
+    console, draws = Console(), 100 if smoke else 1000
     out.mkdir(parents=True, exist_ok=True)
 
     table = load()
-    if given.smoke:
+    if smoke:
         table = table[table["country"].isin(sorted(table["country"].unique())[::6])]
     parts = split(table, seed)
     introduce(console, table, parts)
 
     # All rows at every step: cheaper here than the noise of mini-batches.
-    steps, draws = (60, 100) if given.smoke else (given.steps, 1000)
+    steps = min(steps, 60) if smoke else steps
     schedule = Schedule(steps=steps, batch_size=len(parts.train))
     plans = {
         "network": ([SLOPE], (16, 8), schedule, draws),

@@ -24,6 +24,9 @@ from armed_pyro.training import DivergenceError, Run
 
 __all__ = ["DivergenceError", "fit"]
 
+# Multiplications a step, as rows times weights, below which one thread is fastest.
+SMALL_STEP = 2**24
+
 GuideFactory = Callable[[MixedEffects, RowSource], Guide]
 
 
@@ -107,7 +110,8 @@ def fit(
             path = None if checkpoint is None else Path(checkpoint)
             if resume and path is not None and path.exists():
                 run.restore(Checkpoint.read(path))
-            with _progress_bar(schedule.steps, progress) as report:
+            size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
+            with _threads(size), _progress_bar(schedule.steps, progress) as report:
                 run.train(path, report)
     return run.result()
 
@@ -118,6 +122,17 @@ def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch finds no CUDA device here")
     return name
+
+
+@contextmanager
+def _threads(size: int) -> Iterator[None]:
+    """One thread for steps too small to share: waiting for another costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if size < SMALL_STEP else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
