@@ -22,9 +22,7 @@ def crossed_data(outcome: str = "gaussian", n: int = 120) -> ClusteredData:
         "school": rng.integers(3, size=n),
     }
     x = rng.normal(size=(n, 2))
-    eta = (
-        0.3 + x[:, 0] + rng.normal(size=5)[labels["item"]] + rng.normal(size=9)[labels["person"]]
-    )
+    eta = 0.3 + x[:, 0] + rng.normal(size=5)[labels["item"]] + rng.normal(size=9)[labels["person"]]
     y = eta + rng.normal(size=n) if outcome == "gaussian" else rng.poisson(np.exp(eta / 2))
     return ClusteredData.from_arrays(x, y, labels)
 
