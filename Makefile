@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## fit, report and predict on the demonstration data, into results/demo
+demo: $(STAMP)  ## fit, compare and forecast fertility of about 200 countries, into results/demo
 	$(BIN)/armed-pyro demo --out results/demo
 	@echo "Results are in $(CURDIR)/results/demo"
 

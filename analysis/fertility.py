@@ -388,10 +388,9 @@ def note(evaluation: pd.DataFrame, ahead: pd.DataFrame, residual: Mapping[str, f
         f"{error[periods]:.2f} against {error['linear']:.2f}; the autocorrelation left is "
         f"{residual[periods]:.2f}. It is a remedy, not a model of how fertility changes.\n"
         "For an unseen country the variance between countries dominates: `marginal` intervals hold "
-        f"{held}. "
-        "But births cannot be negative and their spread changes over time, which a gaussian "
-        "outcome does not know. `population` intervals are those of an average country, and "
-        "no forecast for a new one."
+        f"{held}, as far as so few countries can tell. But births cannot be negative and their "
+        "spread changes over time, which a gaussian outcome does not know. `population` intervals "
+        "are those of an average country, and no forecast for a new one."
     )
 
 

@@ -58,7 +58,9 @@ def caterpillar(
     step = np.full(n, 0.16)
     step[: named + 1] = step[n - named :] = 1.0
     place = np.cumsum(step)
-    figure, axes = plt.subplots(1, len(labels), figsize=(3.75 * len(labels), 6.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(labels), figsize=(3.75 * len(labels), 6.8), squeeze=False)
+    title = f"Posterior mean and {prob:.0%} interval of each {draws.dims[1]}, sorted"
+    figure.suptitle(title, fontsize=9)
     for term, (axis, label) in enumerate(zip(axes[0], labels, strict=True)):
         values = draws.to_numpy()[:, :, term]
         order = np.argsort(values.mean(0))

@@ -55,8 +55,9 @@ def fit(
     data : ClusteredData
         Training rows.
     validation : ClusteredData, optional
-        Rows whose loss decides when to cut the learning rates and stop, and which state is kept;
-        without them, the smoothed training loss decides.
+        Rows whose loss decides when to cut the learning rates, when to stop training the network
+        and which network is kept; the guide is then trained on until it has converged, too.
+        Without them, the smoothed training loss decides.
     schedule : Schedule, optional
         Length and rates of training.
     guide : callable

@@ -81,8 +81,9 @@ class Run:
             betas=(0.9, 0.99),
             fused=True,
         )
-        # A hundredth of a nat a window is beyond what any posterior summary can show.
-        self.plateau = Plateau(tolerance=0.01 / len(source), patience=schedule.patience)
+        self.plateau = self._new_plateau()
+        # Whether the network is settled by validation, and only the guide still moves.
+        self.settling = False
         self.history = History()
         self.order = torch.empty(0, dtype=torch.long)
         self.best: dict[str, Tensor] = {}
@@ -98,8 +99,8 @@ class Run:
     def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
         """Take steps until convergence or until they run out."""
         window = self.schedule.window_steps(len(self.source))
-        self.model.train()
         while not self.stopped:
+            self.model.train(not self.settling)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
             losses = [self._step() for _ in range(count)]
@@ -116,8 +117,9 @@ class Run:
 
     def _step(self) -> Loss:
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["base"]
+        guided, trained = self.optimizer.param_groups
+        guided["lr"] = rate * guided["base"]
+        trained["lr"] = 0.0 if self.settling else rate * trained["base"]
         try:
             loss = self.objective(self._next_batch(), self.step / self.schedule.steps)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -156,11 +158,12 @@ class Run:
         self.history.rate.append(self.optimizer.param_groups[0]["lr"] / self.schedule.learning_rate)
         accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0)
         self.history.adversary_accuracy.append(accuracy.tolist())
-        if self.validation is None:
+        if self.validation is not None:
+            self.history.validation.append(self._validate(self.validation))
+        if self.validation is None or self.settling:
             self.plateau.training(np.array(self.history.loss[-len(losses) :]))
         else:
-            value = self._validate(self.validation)
-            self.history.validation.append(value)
+            value = self.history.validation[-1]
             best, cut = self.plateau.validation(value)
             if best:
                 self.best = self._state()
@@ -170,9 +173,23 @@ class Run:
             # Later, at falling rates, the guide is left to settle.
             self.guide.refresh(self.model, self.source)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
-            self.stopped = "converged" if self.validation is None else "validation"
+            if self.validation is not None and not self.settling:
+                self._settle()
+            else:
+                self.stopped = "validation" if self.settling else "converged"
         elif self.step >= self.schedule.steps:
             self.stopped = "steps"
+
+    def _new_plateau(self) -> Plateau:
+        # A hundredth of a nat a window is beyond what any posterior summary can show.
+        return Plateau(tolerance=0.01 / len(self.source), patience=self.schedule.patience)
+
+    def _settle(self) -> None:
+        """Hold the network at its best; a guide stopped with it would not be a posterior yet."""
+        if self.best:
+            self._return_to(self.best)
+        self.best, self.settling, self.plateau = {}, True, self._new_plateau()
+        self.guide.refresh(self.model, self.source)
 
     def _validate(self, rows: Rows) -> float:
         self.model.eval()
@@ -241,6 +258,7 @@ class Run:
             "run": self._identity(),
             "history": self.history.to_json(),
             "plateau": self.plateau.to_json(),
+            "settling": self.settling,
             "stopped": self.stopped,
         }
         return Checkpoint(tensors, record)
@@ -266,7 +284,7 @@ class Run:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.source.x.device)
         self.history = History(**record["history"])
         self.plateau = Plateau.from_json(record["plateau"])
-        self.stopped = record["stopped"]
+        self.settling, self.stopped = record["settling"], record["stopped"]
 
     def _identity(self) -> dict[str, Any]:
         model = self.model

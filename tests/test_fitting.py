@@ -7,6 +7,7 @@ from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, DivergenceError, MixedEffects, Schedule, fit
 from armed_pyro.checkpoint import module_tensors
+from armed_pyro.training import Run
 
 SHORT = Schedule(steps=6, window=3, stages=0)
 
@@ -161,7 +162,14 @@ def test_steps_that_run_out_are_not_convergence():
 
 
 @pytest.mark.filterwarnings("ignore:there are fewer rows")
-def test_validation_stops_training_and_keeps_the_best_state():
+def test_validation_stops_the_network_at_its_best_and_lets_the_guide_settle(monkeypatch):
+    networks, close = [], Run._close_window
+
+    def recorded(self, losses):
+        networks.append(module_tensors("model", self.model))
+        close(self, losses)
+
+    monkeypatch.setattr(Run, "_close_window", recorded)
     data, validation = make_data(noise=1.5), make_data(seed=1, noise=1.5)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 1))
@@ -170,9 +178,13 @@ def test_validation_stops_training_and_keeps_the_best_state():
     losses = result.history.validation
     assert (result.stopped, result.converged) == ("validation", True)
     assert len(losses) == len(result.history.step) < 500
-    assert min(losses) < losses[-1], "an overfitting network must get worse"
-    assert len(losses) - 1 - int(np.argmin(losses)) == schedule.patience
-    assert validation_loss(result, validation) == pytest.approx(min(losses), rel=1e-5)
+    best = int(np.argmin(losses))
+    overfitted = losses[best + schedule.patience]
+    assert losses[best] < overfitted, "an overfitting network must get worse"
+    assert len(losses) - 1 > best + schedule.patience, "the guide must go on"
+    trained = module_tensors("model", result.model)
+    assert same(trained, networks[best])
+    assert not same(trained, networks[best + 1])
 
 
 def test_validation_rows_may_lie_in_new_clusters():
