@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armed_pyro.data import ClusteredData
 from armed_pyro.families import Family
-from armed_pyro.labels import listing
+from armed_pyro.labels import as_seen, listing
 from armed_pyro.rows import Membership, Rows, RowSource
 from armed_pyro.tables import Schema, index_from_json, index_to_json
 
@@ -125,12 +125,12 @@ class Facts:
             )
         codes, counts = {}, {}
         for factor, index in levels.items():
-            labels = data.grouping(factor).labels()
-            found = index.get_indexer(labels)
+            grouping = data.grouping(factor)
+            found = index.get_indexer(as_seen(grouping.levels, self.levels[factor]))
             if (found < 0).any():
-                label = listing(labels[found < 0][:1])
+                label = listing(grouping.levels[found < 0][:1])
                 raise ValueError(f"cluster {label} of {factor!r} was not seen in training")
-            codes[factor] = torch.as_tensor(found, dtype=torch.long, device=like.device)
+            codes[factor] = torch.as_tensor(found)[grouping.codes].to(like.device, torch.long)
             counts[factor] = torch.bincount(codes[factor], minlength=len(index))
 
         def tensor(values: Tensor | None) -> Tensor | None:
@@ -150,7 +150,7 @@ class Facts:
         """Labels of the clusters seen in training, followed by those only these data have."""
         extended = {}
         for factor, seen in self.levels.items():
-            own = data.grouping(factor).levels
+            own = as_seen(data.grouping(factor).levels, seen)
             extended[factor] = seen.append(own[~own.isin(seen)])
         return extended
 

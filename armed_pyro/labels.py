@@ -79,6 +79,19 @@ class Grouping:
         return Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
 
 
+def as_seen(levels: pd.Index, seen: pd.Index) -> pd.Index:
+    """Levels under the labels by which they were seen: "308" as 308, or the other way round.
+
+    A column of numbers becomes text in a table where one label is a word.
+    """
+    is_text = [isinstance(index.dtype, pd.StringDtype) or index.dtype == object
+               for index in (levels, seen)]  # fmt: skip
+    if is_text[0] == is_text[1]:
+        return levels
+    by_text = {str(label): label for label in seen}
+    return pd.Index([by_text.get(str(label), label) for label in levels])
+
+
 def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
     """Codes of row labels, and the levels they index: sorted, or a categorical's own order.
 

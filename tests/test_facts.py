@@ -142,3 +142,13 @@ def test_images_are_left_as_they_are():
 def test_unfit_training_data_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Facts.of(make_data(change(make_frame())), family_named("gaussian"), ["site"])
+
+
+def test_labels_that_became_text_are_still_those_seen():
+    train = pd.DataFrame({"y": [1.0, 2, 3, 5], "site": [308, 308, 309, 309]})
+    data = ClusteredData.from_frame(train, outcome="y", clusters=["site"])
+    facts = Facts.of(data, family_named("gaussian"), ["site"])
+    new = data.schema.encode(pd.DataFrame({"site": ["309", "new", "308", "309"]}))
+    levels = facts.levels_with(new)
+    assert list(levels["site"]) == [308, 309, "new"]
+    assert facts.encode(new, torch.zeros(()), levels).codes["site"].tolist() == [1, 2, 0, 1]
