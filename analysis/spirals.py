@@ -67,8 +67,8 @@ network's learning rate: Adam's usual 0.001, or one tuned for all of them togeth
 on data of other seeds. The paper's figures come from its own data. Best possible:
 the rule that knows how the rows were drawn. Probe share: of all four features'
 use. x1, x2 first: folds in which both true features are used more than both probes.
-With probes, ten epochs at rate 0.001 train no model far enough (all near 0.71), and
-ARMED is not ahead there; at the tuned rate and at convergence it is."""
+With probes, ten epochs at rate 0.001 can be too few to train any model, and then
+random effects gain nothing: compare the tuned rate, and convergence."""
 RANDOMISED = "cluster randomised"
 PAPER_ACCURACY = {rival.name: rival.paper for rival in RIVALS} | {RANDOMISED: 0.767}
 DRAWN = ("conventional", "cluster input", "ARMED")
