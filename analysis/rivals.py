@@ -87,7 +87,7 @@ class Setting:
             torch.manual_seed(seed)
             for layer in net:
                 if isinstance(layer, nn.Linear):
-                    # Glorot's weights and no biases, as the paper's Keras would start.
+                    # Glorot's weights and no biases.
                     nn.init.xavier_uniform_(layer.weight)
                     nn.init.zeros_(layer.bias)
         return net
