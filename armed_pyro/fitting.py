@@ -10,9 +10,7 @@ import pyro
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from armed_pyro.checkpoint import (
-    Checkpoint,
-)
+from armed_pyro.checkpoint import Checkpoint
 from armed_pyro.crossed import choose_guide
 from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
@@ -22,7 +20,7 @@ from armed_pyro.rows import RowSource
 from armed_pyro.schedule import Schedule
 from armed_pyro.training import DivergenceError, Run
 
-__all__ = ["DivergenceError", "fit"]
+__all__ = ["DivergenceError", "fit", "fit_bound"]
 
 # Multiplications a step, as rows times weights, below which one thread is fastest.
 SMALL_STEP = 2**24
@@ -93,27 +91,62 @@ def fit(
     >>> fit(model, data, schedule=Schedule(steps=20), progress=False).model.terms[0].factor
     'site'
     """
-    schedule = Schedule() if schedule is None else schedule
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
     target = torch.device(_device(device))
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # Binding draws the adversaries' first weights.
         torch.manual_seed(seed)
         bound = model.bind(data).to(target)
-        rows = bound.encode(data)
-        held_out = None
-        if validation is not None:
-            held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
-        with pyro.validation_enabled(False):
-            run = Run(bound, guide(bound, rows).to(target), data, rows, held_out, schedule, seed)
-            path = None if checkpoint is None else Path(checkpoint)
-            if resume and path is not None and path.exists():
-                run.restore(Checkpoint.read(path))
-            size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
-            with _threads(size), _progress_bar(schedule.steps, progress) as report:
-                run.train(path, report)
+        return fit_bound(
+            bound,
+            data,
+            validation=validation,
+            schedule=schedule,
+            guide=guide,
+            seed=seed,
+            checkpoint=checkpoint,
+            resume=resume,
+            progress=progress,
+        )
+
+
+def fit_bound(
+    bound: MixedEffects,
+    data: ClusteredData,
+    *,
+    validation: ClusteredData | None = None,
+    schedule: Schedule | None = None,
+    guide: GuideFactory = choose_guide,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Fit:
+    """`fit` of a program that is laid out already, whose scales and priors stay as they are.
+
+    The program is trained in place, where it is: on data drawn from its own prior, say, or in a
+    worker that has its own generator.
+
+    Examples
+    --------
+    ``fit_bound(model.bind(data), replace(data, outcome=y_drawn_from_the_prior))``
+    """
+    schedule = Schedule() if schedule is None else schedule
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
+    rows = bound.encode(data)
+    held_out = None
+    if validation is not None:
+        held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
+    with pyro.validation_enabled(False):
+        target = bound.reference().device
+        run = Run(bound, guide(bound, rows).to(target), data, rows, held_out, schedule, seed)
+        path = None if checkpoint is None else Path(checkpoint)
+        if resume and path is not None and path.exists():
+            run.restore(Checkpoint.read(path))
+        size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
+        with _threads(size), _progress_bar(schedule.steps, progress) as report:
+            run.train(path, report)
     return run.result()
 
 
