@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from armed_pyro.conditionals import WhitenedNormal
 from armed_pyro.factors import Factor
-from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide, WhitenedNormal
+from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide
 from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import FULL_TERMS, by_column, curvature, mean_draws
@@ -103,6 +104,15 @@ class CrossedGuide(Guide):
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
         self._observe(model, self.draws(model.clusters(), REFRESH_DRAWS), source)
 
+    def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
+        k, t, m = self.between.shape
+        k = len(rows.memberships[self.largest.name].index)
+        shapes = {"_theta": (self.hyperparameters.size,), "_crossed": (m,)}
+        return {s: n for s, n in shapes.items() if n != (0,)} | {self.largest.effect_site: (k, t)}
+
+    def nested(self) -> Factor | None:
+        return self.largest
+
     def every_cluster(self) -> bool:
         return True
 
@@ -131,10 +141,13 @@ class CrossedGuide(Guide):
         latents[self.largest.effect_site] = condition(rest.mean).mean
         return latents
 
-    def _joint(self, latents: Latents) -> tuple[WhitenedNormal, Conditional]:
+    def _joint(self, latents: Latents, *, held: bool = False) -> tuple[WhitenedNormal, Conditional]:
         """q(z of the dense factors | theta), and q(u of the largest | these z, theta)."""
+        judges: tuple[WhitenedNormal | None, Conditional | None] = (None, None)
+        if not held and self.shift.requires_grad:
+            judges = self._joint(latents, held=True)
         tau = self.model_precision(latents)
-        within, between, rest, pull = self._natural(latents.get("fixed_effect"))
+        within, between, rest, pull = self._natural(latents.get("fixed_effect"), held)
         scale = self.largest.scale_matrix(latents)
         scales = [factor.scale_matrix(latents) for factor in self.dense]
         pull = tau[..., None] * pull
@@ -156,20 +169,26 @@ class CrossedGuide(Guide):
         reduced = pull_rest - (flat.mT @ flat_r)[..., 0].reshape(pull_rest.shape)
         mean = torch.cholesky_solve(reduced[..., None], rest_root)[..., 0]
         identity = torch.eye(len(rest)).to(rest)
-        return WhitenedNormal(identity, mean, rest_root), Conditional(scale, root, y, r)
+        return (
+            WhitenedNormal(identity, mean, rest_root, judges[0]),
+            Conditional(scale, root, y, r, judges[1]),
+        )
 
-    def _natural(self, fixed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _natural(self, fixed: Tensor | None, held: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A in its three blocks, and b."""
         k, t, _ = self.between.shape
-        e = self.log_scale.exp()
+        e: Tensor = self.log_scale.exp()
+        shift: Tensor = self.shift
+        shift_slope: Tensor = self.shift_slope
+        if held:
+            e, shift, shift_slope = e.detach(), shift.detach(), shift_slope.detach()
         largest, others = e[: k * t].reshape(k, t), e[k * t :]
         within = self.within * largest[:, :, None] * largest[:, None, :]
         between = self.between * largest[:, :, None] * others
         rest = self.rest * others[:, None] * others
-        shift: Tensor = self.shift
         pull = self.pull
         if fixed is not None:
-            shift = shift - (self.shift_slope @ fixed[..., None])[..., 0]
+            shift = shift - (shift_slope @ fixed[..., None])[..., 0]
             pull = pull - (self.slope @ fixed[..., None])[..., 0]
         first = shift[..., : k * t].unflatten(-1, (k, t))
         second = shift[..., k * t :]
@@ -259,10 +278,14 @@ class CrossedGuide(Guide):
 class Conditional:
     """q(u of the largest factor | z of the others, theta): independent between clusters."""
 
-    def __init__(self, scale: Tensor, root: Tensor, coupling: Tensor, pull: Tensor) -> None:
+    def __init__(
+        self, scale: Tensor, root: Tensor, coupling: Tensor, pull: Tensor, held: Conditional | None
+    ) -> None:
         self.scale, self.root, self.coupling, self.pull = scale, root, coupling, pull
+        self.held = held
 
     def __call__(self, z: Float[Tensor, "... effects"]) -> WhitenedNormal:
         moved = self.pull - self.coupling @ z[..., None]
         mean = torch.linalg.solve_triangular(self.root.mT, moved, upper=True)[..., 0]
-        return WhitenedNormal(self.scale, mean, self.root)
+        held = None if self.held is None else self.held(z)
+        return WhitenedNormal(self.scale, mean, self.root, held)

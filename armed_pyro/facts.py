@@ -163,6 +163,14 @@ class Facts:
         }
         return Rows(like.new_zeros(0, *self.feature_shape), None, memberships)
 
+    def one_row(self, like: Tensor) -> Rows:
+        """A row of zeros without an outcome, in the first cluster of every factor."""
+        one = torch.zeros(1, dtype=torch.long, device=like.device)
+        memberships = {name: Membership(one, one) for name in self.levels}
+        return Rows(
+            like.new_zeros(1, *self.feature_shape), None, memberships, trials=like.new_ones(1)
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The facts as JSON values."""
         return {

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from torch import Tensor, nn
 
-from armed_pyro import datatree, prediction, storage, summary, variance
+from armed_pyro import datatree, diagnostics, prediction, refinement, storage, summary, variance
 from armed_pyro.data import ClusteredData
+from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.guides import Guide
 from armed_pyro.prediction import Prediction
 from armed_pyro.program import MixedEffects
+from armed_pyro.refinement import ImportanceDraws, RefinedDraws
 from armed_pyro.schedule import History, Schedule
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ class Fit:
     stopped : str
         Why training ended: "converged", "validation" (both good), "steps" (they ran out),
         "diverged".
+    refined : RefinedDraws, optional
+        Draws that replace the guide's: see `refine`.
     """
 
     model: MixedEffects
@@ -53,6 +58,7 @@ class Fit:
     schedule: Schedule
     seed: int
     stopped: str
+    refined: RefinedDraws | None = None
 
     @property
     def converged(self) -> bool:
@@ -68,7 +74,49 @@ class Fit:
             Random effects "n clusters terms"; other sites "n 1 ...".
         """
         with self.model.seeded(self.seed if seed is None else seed):
+            if self.refined is not None:
+                return self.refined.choose(n)
             return self.guide.draws(self.model.clusters(), n)
+
+    @cached_property
+    def importance(self) -> ImportanceDraws:
+        """The guide's draws with their importance weights; see `armed_pyro.refinement`."""
+        return refinement.importance_draws(self)
+
+    def diagnostics(self) -> Diagnostics:
+        """Verdict on the fit, pass, warn or fail, with reasons and next steps.
+
+        See `armed_pyro.diagnostics.diagnose`.
+        """
+        return self._verdict
+
+    @cached_property
+    def _verdict(self) -> Diagnostics:
+        return diagnostics.diagnose(self)
+
+    def refine(
+        self,
+        method: str = "psis",
+        *,
+        draws: int = 4000,
+        chains: int = 4,
+        warmup: int = 500,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> Fit:
+        """The fit with better posterior draws: importance weighted, or by NUTS.
+
+        See `armed_pyro.refinement.refine`.
+        """
+        return refinement.refine(
+            self,
+            method,
+            draws=draws,
+            chains=chains,
+            warmup=warmup,
+            seed=seed,
+            progress=progress,
+        )
 
     def predict(
         self,

@@ -13,9 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from armed_pyro.checkpoint import Checkpoint
 from armed_pyro.crossed import choose_guide
 from armed_pyro.data import ClusteredData
+from armed_pyro.diagnostics import k_hat_threshold
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.program import MixedEffects
+from armed_pyro.refinement import refinable
 from armed_pyro.rows import RowSource
 from armed_pyro.schedule import Schedule
 from armed_pyro.training import DivergenceError, Run
@@ -35,6 +37,7 @@ def fit(
     validation: ClusteredData | None = None,
     schedule: Schedule | None = None,
     guide: GuideFactory = choose_guide,
+    refine: bool = True,
     seed: int = 0,
     device: str = "auto",
     checkpoint: str | Path | None = None,
@@ -60,6 +63,9 @@ def fit(
         Length and rates of training.
     guide : callable
         Makes the variational family from the bound model and its rows.
+    refine : bool
+        Whether the guide's draws are importance weighted in the end, where its Pareto k-hat
+        allows it: `Fit.refine`.
     seed : int
         Seed of mini-batches and draws; torch's global generator is left as it was.
     device : str
@@ -103,6 +109,7 @@ def fit(
             validation=validation,
             schedule=schedule,
             guide=guide,
+            refine=refine,
             seed=seed,
             checkpoint=checkpoint,
             resume=resume,
@@ -117,6 +124,7 @@ def fit_bound(
     validation: ClusteredData | None = None,
     schedule: Schedule | None = None,
     guide: GuideFactory = choose_guide,
+    refine: bool = True,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -147,7 +155,11 @@ def fit_bound(
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         with _threads(size), _progress_bar(schedule.steps, progress) as report:
             run.train(path, report)
-    return run.result()
+    result = run.result()
+    if not refine or result.history.settled is None or not refinable(result):
+        return result
+    reliable = result.importance.k_hat < k_hat_threshold(len(result.importance.log_weights))
+    return result.refine() if reliable else result
 
 
 def _device(name: str) -> str:

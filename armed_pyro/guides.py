@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import cast
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
+from armed_pyro.conditionals import Whitened, WhitenedDiagonal, WhitenedNormal
 from armed_pyro.factors import Factor, weighted
 from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations, observe
 from armed_pyro.rows import Membership, Rows, RowSource
 
-__all__ = ["Guide", "StructuredGuide", "WhitenedNormal"]
+__all__ = ["Guide", "StructuredGuide"]
 
 
 # Draws over which the slope and curvature of the likelihood are averaged.
-REFRESH_DRAWS = 16
+REFRESH_DRAWS = 32
 
 
 class Guide(nn.Module, ABC):
@@ -32,8 +30,10 @@ class Guide(nn.Module, ABC):
     Examples
     --------
     >>> sorted(Guide.__abstractmethods__)  # what a variational family of one's own has to give
-    ['center', 'every_cluster', 'forward', 'most_draws', 'refresh']
+    ['center', 'every_cluster', 'forward', 'most_draws', 'nested', 'noise_shapes', 'refresh']
     """
+
+    hyperparameters: Hyperparameters
 
     @abstractmethod
     def forward(self, rows: Rows) -> dict[str, Tensor]:
@@ -42,6 +42,14 @@ class Guide(nn.Module, ABC):
     @abstractmethod
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
         """Take in what all rows say at the present state, between steps of training."""
+
+    @abstractmethod
+    def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
+        """Shape of the standard normal noise of which each of its sites makes its draw."""
+
+    @abstractmethod
+    def nested(self) -> Factor | None:
+        """The factor whose clusters are independent given all other sites, if it has sites."""
 
     @abstractmethod
     def every_cluster(self) -> bool:
@@ -54,6 +62,11 @@ class Guide(nn.Module, ABC):
     @abstractmethod
     def center(self, rows: Rows) -> dict[str, Tensor]:
         """The latent sites at the guide's centre, without randomness."""
+
+    def settle(self) -> None:
+        """From now on only the hyperparameters are trained; the rest follows by `refresh`."""
+        self.requires_grad_(False)
+        self.hyperparameters.requires_grad_(True)
 
     def draws(self, rows: Rows, n: int) -> dict[str, Tensor]:
         """n joint draws of all latent sites.
@@ -75,68 +88,11 @@ class Guide(nn.Module, ABC):
         }
 
 
-class WhitenedNormal(dist.TorchDistribution):
-    r"""u = L z with z ~ N(m, (C C')^-1).
-
-    The density of random effects in the coordinates in which their prior is standard normal. It
-    needs no inverse of the prior's covariance L L', so a standard deviation near zero is safe.
-
-    Parameters
-    ----------
-    scale : Float[Tensor, "... terms terms"]
-        L, lower triangular.
-    mean : Float[Tensor, "... terms"]
-        m.
-    precision_tril : Float[Tensor, "... terms terms"]
-        C, lower triangular.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, scale: Tensor, mean: Tensor, precision_tril: Tensor) -> None:
-        self.scale_tril = scale
-        self.mean_whitened = mean
-        self.precision_tril = precision_tril
-        super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
-
-    @property
-    def mean(self) -> Tensor:
-        """L m."""
-        return (self.scale_tril @ self.mean_whitened[..., None])[..., 0]
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> WhitenedNormal:
-        if torch.Size(batch_shape) == self.batch_shape:
-            return self
-        shape = torch.Size(batch_shape)
-        return WhitenedNormal(
-            self.scale_tril,
-            self.mean_whitened.expand(shape + self.event_shape),
-            self.precision_tril,
-        )
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        noise = torch.randn(shape, dtype=self.scale_tril.dtype, device=self.scale_tril.device)
-        spread = torch.linalg.solve_triangular(self.precision_tril.mT, noise[..., None], upper=True)
-        z = self.mean_whitened[..., None] + spread
-        return (self.scale_tril @ z)[..., 0]
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        z = torch.linalg.solve_triangular(self.scale_tril, value[..., None], upper=False)
-        noise = (self.precision_tril.mT @ (z - self.mean_whitened[..., None]))[..., 0]
-        log_det = self.precision_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_det = log_det - self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = 0.5 * math.log(2 * math.pi) * value.shape[-1]
-        return log_det - 0.5 * (noise**2).sum(-1) - constant
-
-
 class StructuredGuide(Guide):
-    r"""Hyperparameters jointly normal; random effects conditionally normal given them.
+    r"""Hyperparameters known jointly; random effects conditionally normal given them.
 
     .. math::
-        \theta &\sim N(\mu, \Lambda \Lambda^\top), \quad
+        \theta &\sim \text{AutoregressiveNormal}, \quad
             \theta = (\log sd, \text{unconstrained } R, \log \text{dispersion}, \beta) \\
         u_k \mid \theta &\sim N\big(L Q_k^{-1} L^\top \tau A_k (m_k - G_k \beta),
             L Q_k^{-1} L^\top\big), \quad Q_k = I + L^\top \tau A_k L
@@ -144,10 +100,11 @@ class StructuredGuide(Guide):
     with L the scale of the random effects given theta (u = L z with z standard normal a priori)
     and tau the sampled residual precision (1 where the family has none). A_k, m_k, G_k are
     pseudo-observations of cluster k. For gaussian outcomes with linear fixed effects and terms
-    on inputs, they start at what the rows say and the conditional is exact for every theta;
-    elsewhere they start from the curvature of the likelihood and are trained. A_k is full for at
-    most 16 terms a factor, and diagonal beyond. Random effects of different factors are
-    independent given theta, which makes the variance components of crossed factors too certain.
+    on inputs, they are what the rows say and the conditional is exact for every theta;
+    elsewhere they follow the slope and curvature of the likelihood, and are trained as long as
+    the network is. A_k is full for at most 16 terms a factor, and diagonal beyond. Random effects
+    of different factors are independent given theta, which makes the variance components of
+    crossed factors too certain.
 
     Memory is O(clusters x terms^2), or O(clusters x terms) beyond 16 terms.
 
@@ -192,8 +149,24 @@ class StructuredGuide(Guide):
         return cast("tuple[PseudoObservations, ...]", tuple(self._pseudo))
 
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
-        if any(one.full for one in self.pseudo):
+        if any(one.conjugate for one in self.pseudo):
             observe(model, self.pseudo, self.draws(model.clusters(), REFRESH_DRAWS), source)
+
+    def settle(self) -> None:
+        super().settle()
+        for one in self.pseudo:
+            one.requires_grad_(not one.conjugate)
+
+    def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"_theta": (self.hyperparameters.size,)}
+        for factor in self.factors:
+            clusters = len(rows.memberships[factor.name].index)
+            shapes[factor.effect_site] = (clusters, len(factor.terms))
+        return {site: shape for site, shape in shapes.items() if shape != (0,)}
+
+    def nested(self) -> Factor | None:
+        sizes = [one.location.numel() * one.conjugate for one in self.pseudo]
+        return self.factors[sizes.index(max(sizes))] if any(sizes) else None
 
     def every_cluster(self) -> bool:
         return False
@@ -224,10 +197,15 @@ class StructuredGuide(Guide):
         pseudo: PseudoObservations,
         latents: Mapping[str, Tensor],
         membership: Membership,
-    ) -> Any:
+        *,
+        held: bool = False,
+    ) -> Whitened:
         """q(u | theta) for the clusters drawn."""
+        judge = None
+        if not held and pseudo.location.requires_grad:
+            judge = self._conditional(factor, pseudo, latents, membership, held=True)
         tau = self.model_precision(latents)
-        precision, pull = pseudo(membership.index, latents.get("fixed_effect"))
+        precision, pull = pseudo(membership.index, latents.get("fixed_effect"), held=held)
         pull = tau[..., None] * pull
         if pseudo.full:
             lower = factor.scale_matrix(latents)
@@ -235,7 +213,7 @@ class StructuredGuide(Guide):
             identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
             root = torch.linalg.cholesky(whitened + identity)
             mean = torch.cholesky_solve(lower.mT @ pull[..., None], root)[..., 0]
-            return WhitenedNormal(lower, mean, root)
+            return WhitenedNormal(lower, mean, root, judge)
         sd = factor.sd(latents)
         q = 1 + sd**2 * tau[..., None] * precision
-        return dist.Normal(sd**2 * pull / q, sd * q.rsqrt()).to_event(1)
+        return WhitenedDiagonal(sd, sd * pull / q, q.sqrt(), judge)

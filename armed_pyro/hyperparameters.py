@@ -1,4 +1,4 @@
-"""The hyperparameters' part of a guide: one normal distribution in unconstrained coordinates."""
+"""The hyperparameters' part of a guide: one joint distribution in unconstrained coordinates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from armed_pyro.rows import Membership, Rows
+from armed_pyro.flow import AutoregressiveNormal, FlowParameters
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
@@ -46,10 +46,11 @@ class _GlobalSite:
 class Hyperparameters(nn.Module):
     r"""Joint posterior of everything outside the plates over clusters.
 
-    .. math:: \theta \sim N(\mu, \Lambda \Lambda^\top), \quad
-        \theta = (\log \text{dispersion}, \beta, \log sd, \text{unconstrained } R, \dots)
+    .. math:: \theta \sim \text{AutoregressiveNormal}, \quad
+        \theta = (\log \text{dispersion}, \log sd, \text{unconstrained } R, \dots, \beta)
 
-    in the order in which the program samples them.
+    in the order in which the program samples them, latent fixed effects last: their scale depends
+    on the variances before them.
 
     Parameters
     ----------
@@ -57,66 +58,83 @@ class Hyperparameters(nn.Module):
         A bound program.
     """
 
-    loc: nn.Parameter
+    anchor: Tensor
+    frame: Tensor
+    shift: nn.Parameter
     log_scale: nn.Parameter
     coupling: nn.Parameter
+    twist: nn.Parameter
+    skew: nn.Parameter
+    log_tail: nn.Parameter
 
     def __init__(self, model: MixedEffects) -> None:
         super().__init__()
         like = model.reference()
         self.known = model.known()
         self.sites = _global_sites(model)
-        size = self.sites[-1].stop if self.sites else 0
-        self.loc = nn.Parameter(like.new_tensor(_start(model, self.sites)))
+        self.size = size = self.sites[-1].stop if self.sites else 0
+        self.register_buffer("anchor", like.new_tensor(_start(model, self.sites)))
+        self.register_buffer("frame", torch.eye(size, dtype=like.dtype, device=like.device))
         self.log_scale = nn.Parameter(like.new_full((size,), math.log(0.1)))
+        self.shift = nn.Parameter(like.new_zeros(size))
         self.coupling = nn.Parameter(like.new_zeros(size, size))
+        # Held at the normal distribution until `Guide.settle`: what a single draw says of a shape
+        # is noise, and a shape that wanders makes draws that overflow.
+        self.twist = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
+        self.skew = nn.Parameter(like.new_zeros(size), requires_grad=False)
+        self.log_tail = nn.Parameter(like.new_zeros(size), requires_grad=False)
 
     def forward(self) -> dict[str, Tensor]:
         """Sample every hyperparameter's site."""
         latents = dict(self.known)
         if self.sites:
-            base = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril())
-            theta = pyro.sample("_theta", base, infer={"is_auxiliary": True})
+            theta = pyro.sample("_theta", self.distribution(), infer={"is_auxiliary": True})
             for site in self.sites:
                 value, log_density = site.read(theta)
                 point = dist.Delta(value, log_density, event_dim=site.event_dim)
                 latents[site.name] = pyro.sample(site.name, point)
         return latents
 
-    def center(self) -> dict[str, Tensor]:
-        """The hyperparameters at the mean of theta."""
-        return self.known | {site.name: site.read(self.loc)[0] for site in self.sites}
+    def distribution(self) -> AutoregressiveNormal:
+        """q(theta)."""
+        return AutoregressiveNormal(
+            FlowParameters(
+                anchor=self.anchor,
+                frame=self.frame,
+                shift=self.shift,
+                log_scale=self.log_scale,
+                coupling=self.coupling.tril(-1),
+                twist=self.twist.tril(-1),
+                skew=self.skew,
+                log_tail=self.log_tail,
+            )
+        )
 
-    def scale_tril(self) -> Float[Tensor, "size size"]:
-        """Cholesky factor of the covariance: diag(exp(log_scale)) (I + strictly lower coupling)."""
-        # Relative to the scale, so that a step of training means the same whether theta is known
-        # to one digit or to four.
-        identity = torch.eye(len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
-        return self.log_scale.exp()[:, None] * (identity + self.coupling.tril(-1))
+    def center(self) -> dict[str, Tensor]:
+        """The hyperparameters where the noise is zero."""
+        theta = self.distribution().push(torch.zeros_like(self.anchor))
+        return self.known | {site.name: site.read(theta)[0] for site in self.sites}
 
     @torch.no_grad()
-    def set_scale_tril(self, factor: Float[Tensor, "size size"]) -> None:
-        """Make this the Cholesky factor of the covariance."""
-        diagonal = factor.diagonal()
-        self.log_scale.copy_(diagonal.log())
-        self.coupling.copy_((factor / diagonal[:, None]).tril(-1))
+    def set_normal(self, mean: Float[Tensor, " size"], root: Float[Tensor, "size size"]) -> None:
+        """Make q(theta) the normal distribution N(mean, root root'), root lower triangular."""
+        self.anchor.copy_(mean)
+        self.frame.copy_(root)
+        for parameter in self.parameters():
+            parameter.zero_()
 
 
 def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
     """The program's latent sites outside the plates, in order of appearance."""
     facts, like = model.data_facts(), model.reference()
-    x = torch.zeros(1, *facts.feature_shape, dtype=like.dtype, device=like.device)
-    one = torch.zeros(1, dtype=torch.long, device=like.device)
-    memberships = {name: Membership(one, one) for name in model.factor_names()}
-    trials = torch.ones(1, dtype=like.dtype, device=like.device)
     training = model.training
     model.eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trace = poutine.trace(model).get_trace(Rows(x, None, memberships, trials=trials))
+        trace = poutine.trace(model).get_trace(facts.one_row(like))
     model.train(training)
     effects = {factor.effect_site for factor in model.factors}
     sites, start = [], 0
-    for name, node in trace.nodes.items():
+    for name, node in sorted(trace.nodes.items(), key=lambda item: item[0] == "fixed_effect"):
         outside = name in effects or name == facts.outcome_name
         if node["type"] != "sample" or node["is_observed"] or outside:
             continue

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["MANIFEST", "describe", "program", "read_manifest", "reading"]
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "armed_pyro fit", 1
+FORMAT, VERSION = "armed_pyro fit", 2
 
 # What a manifest can name; nothing else is ever made from one.
 TERMS: Mapping[str, type[Term]] = {one.__name__: one for one in (RandomEffects, Slopes)}
@@ -112,6 +112,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has the format's version {found!r}, written by armed_pyro "
             f"{manifest.get('armed_pyro')}; this is armed_pyro {version('armed_pyro')}, which "
             f"reads version {VERSION}: update armed_pyro"
+        )
+    if found < VERSION:
+        raise ValueError(
+            f"{path} has the format's version {found}, of an armed_pyro whose guide was another; "
+            f"this one reads version {VERSION}: fit the model again"
         )
     return manifest
 

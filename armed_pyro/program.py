@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import pandas as pd
@@ -234,6 +234,16 @@ class MixedEffects(LocalModule):
         """Tensors in the program's precision, on its device; see `Facts.encode`."""
         return self.data_facts().encode(data, self.reference(), levels)
 
+    @torch.no_grad()
+    def compute(self, source: RowSource) -> RowSource:
+        """The same rows, with what the network makes of them: it must not change any more."""
+        pieces = []
+        for rows in replace(source, computed=None).chunks(4096):
+            output, activations = self.run_network(rows)
+            pieces.append({"": output, **activations})
+        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        return replace(source, computed=joined)
+
     def clusters(self) -> Rows:
         """No rows, but every cluster of every factor: for drawing random effects only."""
         return self.data_facts().clusters(self.reference())
@@ -294,6 +304,21 @@ class MixedEffects(LocalModule):
                 handlers.enter_context(poutine.mask(mask=counts))
             pyro.sample(facts.outcome_name, self.density(predictor.eta, latents, rows), obs=rows.y)
         return predictor
+
+    def log_prior(self, latents: Latents) -> Float[Tensor, " draws"]:
+        """Joint log-density of all sites outside the plates over clusters, for each draw."""
+        effects = {factor.effect_site for factor in self.factors}
+        given = {name: value for name, value in latents.items() if name not in effects}
+        with self.seeded(0), pyro.validation_enabled(False):
+            row = self.data_facts().one_row(self.reference())
+            trace = poutine.trace(poutine.condition(self, data=given)).get_trace(row)
+            trace.compute_log_prob(lambda name, _: name in given)
+        n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+        total = self.reference().new_zeros(n)
+        for node in trace.nodes.values():
+            if "log_prob" in node:
+                total = total + node["log_prob"].reshape(-1 if node["log_prob"].dim() else 1)
+        return total
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
         """log p(y_i | latent sites) of every row, times the row's weight."""
@@ -361,10 +386,7 @@ class MixedEffects(LocalModule):
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
         """
         facts = self.data_facts()
-        head = [self.head_path()] if self.bayesian_head else []
-        net = self.net  # the one place where the network's weights become Pyro's parameters
-        with tapped(net, self.layers(), head) as activations:
-            output = net(rows.x)
+        output, activations = self.run_network(rows)
         fixed = self.fixed_predictor(rows, output, activations, latents)
         eta = fixed
         for factor in self.factors:
@@ -374,6 +396,16 @@ class MixedEffects(LocalModule):
                 effects = latents[factor.effect_site]
                 eta = eta + facts.spread * factor.contribution(phi, membership, effects)
         return Predictor(eta, fixed, output, activations)
+
+    def run_network(self, rows: Rows) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The network's output, and its tapped activations by module path."""
+        if rows.computed is not None:
+            return rows.computed[""], rows.computed
+        head = [self.head_path()] if self.bayesian_head else []
+        net = self.net  # the one place where the network's weights become Pyro's parameters
+        with tapped(net, self.layers(), head) as activations:
+            output = net(rows.x)
+        return output, activations
 
     def fixed_predictor(
         self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents

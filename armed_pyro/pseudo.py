@@ -50,7 +50,9 @@ class PseudoObservations(nn.Module):
     def __init__(self, factor: Factor, n_clusters: int, n_fixed: int, like: Tensor) -> None:
         super().__init__()
         terms = len(factor.terms)
-        self.full = terms <= FULL_TERMS
+        # Set by conjugate-computation steps; the precision of a single term is a number anyway.
+        self.conjugate = terms <= FULL_TERMS
+        self.full = 1 < terms <= FULL_TERMS
         shape = (n_clusters, terms, terms) if self.full else (n_clusters, terms)
         unit = torch.eye(terms) if self.full else torch.ones(terms)
         self.register_buffer("base", like.new_zeros(shape))
@@ -60,17 +62,31 @@ class PseudoObservations(nn.Module):
         self.cross = nn.Parameter(like.new_zeros(n_clusters, terms, n_fixed)) if n_fixed else None
 
     def forward(
-        self, index: Int[Tensor, " clusters"], fixed: Float[Tensor, "... 1 n_fixed"] | None
+        self,
+        index: Int[Tensor, " clusters"],
+        fixed: Float[Tensor, "... 1 n_fixed"] | None,
+        *,
+        held: bool = False,
     ) -> tuple[Tensor, Float[Tensor, "... clusters terms"]]:
-        """A_k (or its diagonal) and A_k (m_k - G_k beta) of some clusters."""
-        location = self.location[index]
-        if self.cross is not None and fixed is not None:
-            location = location - (self.cross[index] @ fixed[..., None])[..., 0]
+        """A_k (or its diagonal) and A_k (m_k - G_k beta) of some clusters.
+
+        Parameters
+        ----------
+        held : bool
+            Whether what is trained here gets no gradients.
+        """
+        location, cross, trained = self.location[index], self.cross, self.root[index]
+        if held:
+            location, trained = location.detach(), trained.detach()
+        if cross is not None and fixed is not None:
+            slope = cross.detach()[index] if held else cross[index]
+            fixed = fixed.squeeze(-2) if fixed.dim() > 1 else fixed
+            location = location - (fixed @ slope.flatten(0, 1).mT).unflatten(-1, slope.shape[:2])
         if self.full:
-            root = self.base[index] @ self.root[index]
+            root = self.base[index] @ trained
             precision = root @ root.mT
             return precision, (precision @ location[..., None])[..., 0]
-        precision = (self.base[index] * self.root[index]) ** 2
+        precision = (self.base[index] * trained) ** 2
         return precision, precision * location
 
     @torch.no_grad()
@@ -143,7 +159,7 @@ def observe(
             if cross is not None and x is not None:
                 cross.index_add_(0, membership.position, weighted @ x.mT)
     for one, (precision, pull, cross) in zip(pseudo, sums, strict=True):
-        if one.full or not one.base.any():
+        if one.conjugate or not one.base.any():
             one.start(precision, pull, cross)
 
 

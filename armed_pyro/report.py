@@ -72,6 +72,7 @@ def page(
     sections = {
         "Program and data": _pairs(_program(fit)),
         "Convergence": f"{_badge(fit)}{loss}",
+        "Can it be trusted?": _verdict(fit),
         f"Variance components ({prob:.0%} equal-tailed intervals)": (
             _table(components[spreads])
             + "<h3>Shares of the variance</h3>"
@@ -122,6 +123,14 @@ def _badge(fit: Fit) -> str:
     }
     kind, text = meaning[fit.stopped]
     return f'<p class="{kind}">{text} ({len(fit.history.loss):,} steps).</p>'
+
+
+def _verdict(fit: Fit) -> str:
+    found = fit.diagnostics()
+    kind = "good" if found.verdict == "pass" else "bad"
+    checks = found.to_frame()[["verdict", "name", "reason", "advice"]]
+    figures = {k: f"{v:.4g}" for k, v in found.figures.items() if v is not None}
+    return f'<p class="{kind}">{found.verdict.upper()}</p>{_table(checks)}{_pairs(figures)}'
 
 
 def _loss_curve(fit: Fit) -> Figure:

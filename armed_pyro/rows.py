@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +55,9 @@ class Rows:
     trials, offset, weights : Float[Tensor, "rows"] or None
         Binomial denominators; a term added to the linear predictor; multipliers of each row's
         log-likelihood.
+    computed : mapping of str to Tensor, or None
+        What a settled network makes of x, so that it need not run again: its tapped activations
+        by name, and its output under the empty name.
     """
 
     x: Tensor
@@ -64,6 +67,7 @@ class Rows:
     trials: Float[Tensor, " rows"] | None = None
     offset: Float[Tensor, " rows"] | None = None
     weights: Float[Tensor, " rows"] | None = None
+    computed: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -100,6 +104,7 @@ class RowSource:
     trials: Float[Tensor, " rows"] | None = None
     offset: Float[Tensor, " rows"] | None = None
     weights: Float[Tensor, " rows"] | None = None
+    computed: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -110,7 +115,8 @@ class RowSource:
             factor: Membership(torch.arange(len(self.counts[factor]), device=codes.device), codes)
             for factor, codes in self.codes.items()
         }
-        return Rows(self.x, self.y, memberships, 1.0, self.trials, self.offset, self.weights)
+        optional = (self.trials, self.offset, self.weights, self.computed)
+        return Rows(self.x, self.y, memberships, 1.0, *optional)
 
     def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
         r"""Rows `index`, weighted so that the objective stays unbiased.
@@ -149,7 +155,24 @@ class RowSource:
             None if self.trials is None else self.trials[index],
             None if self.offset is None else self.offset[index],
             None if self.weights is None else self.weights[index],
+            None
+            if self.computed is None
+            else {name: one[index] for name, one in self.computed.items()},
         )
+
+    def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
+        """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
+
+        The clusters of other factors are all drawn, each with weight 1.
+        """
+        codes, n = self.codes[factor], len(self.counts[factor])
+        place = torch.full((n,), -1, device=codes.device)
+        place[chosen] = torch.arange(len(chosen), device=codes.device)
+        index = (place[codes] >= 0).nonzero()[:, 0]
+        rows = self.batch(index, dense_up_to=len(self))
+        weight = self.x.new_full((len(chosen),), n / len(chosen))
+        own = Membership(chosen, place[codes[index]], weight, complete=False)
+        return replace(rows, memberships={**rows.memberships, factor: own}, scale=n / len(chosen))
 
     def chunks(self, size: int) -> Iterator[Rows]:
         """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""

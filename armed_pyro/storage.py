@@ -26,6 +26,7 @@ from armed_pyro.facts import Facts
 from armed_pyro.guides import Guide, StructuredGuide
 from armed_pyro.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.program import MixedEffects
+from armed_pyro.refinement import RefinedDraws
 from armed_pyro.schedule import History, Schedule
 from armed_pyro.tables import index_from_json, index_to_json
 
@@ -83,6 +84,10 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
         raise ValueError(f"a fit with the guide {guide} cannot be saved: list it in storage.GUIDES")
     manifest = {**describe(fit), "guide": guide, "data": _describe_data(fit.data)}
     tensors = module_tensors("model", fit.model) | module_tensors("guide", fit.guide)
+    if fit.refined is not None:
+        refined = fit.refined
+        manifest["refined"] = {"method": refined.method, "quality": dict(refined.quality)}
+        tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, as renaming is atomic only within a file system.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -141,9 +146,10 @@ def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
     with reading(path / MODEL):
         restore_module("model", model, tensors)
         restore_module("guide", guide, tensors)
+        refined = _refined(manifest.get("refined"), tensors)
     with reading(path / POSTERIOR):
         data = _data(path / POSTERIOR, manifest["data"], facts)
-    return Fit(model.eval(), guide, data, history, schedule, seed, stopped)
+    return Fit(model.eval(), guide, data, history, schedule, seed, stopped, refined)
 
 
 # --- the folder -------------------------------------------------------------------------------
@@ -210,8 +216,18 @@ def _groups(fit: Fit, draws: int) -> list[str]:
     return [name for name in GROUPS if name not in left_out]
 
 
+def _refined(
+    record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
+) -> RefinedDraws | None:
+    if record is None:
+        return None
+    start = "refined."
+    latents = {name[len(start) :]: one for name, one in tensors.items() if name.startswith(start)}
+    return RefinedDraws(record["method"], latents, record["quality"])
+
+
 def _diagnostics(fit: Fit) -> dict[str, Any]:
-    """How the training ended; the lower bound is that of all rows, a mean of the last steps."""
+    """Verdict and checks, and how the training ended; the lower bound is that of all rows."""
     history, facts = fit.history, fit.model.data_facts()
     games = []
     for place, game in enumerate(fit.model.adversaries):
@@ -225,6 +241,7 @@ def _diagnostics(fit: Fit) -> dict[str, Any]:
             }
         )
     return {
+        **fit.diagnostics().to_json(),
         "converged": fit.converged,
         "stopped": fit.stopped,
         "steps": len(history.loss),

@@ -1,10 +1,12 @@
-"""What a fit prints: program, data, variance components, fixed effects, convergence."""
+"""What a fit prints: program, data, variance components, fixed effects, verdict."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pandas as pd
+
+from armed_pyro.refinement import METHODS
 
 if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
@@ -30,6 +32,7 @@ def text(fit: Fit, *, prob: float = 0.9) -> str:
             _random(fit, prob),
             _fixed(fit, prob),
             _convergence(fit),
+            _section("Verdict", fit.diagnostics().brief()),
         ]
     )
 
@@ -110,6 +113,11 @@ def _convergence(fit: Fit) -> str:
         last = history.elbo[-min(len(history.elbo), 100) :]
         n = fit.model.data_facts().n_rows
         lines.append(f"  Evidence lower bound: {sum(last) / len(last) * n:.2f}")
+    draws = "the guide's own"
+    if fit.refined is not None:
+        quality = ", ".join(f"{name} {value:.3g}" for name, value in fit.refined.quality.items())
+        draws = f"{METHODS[fit.refined.method]} ({quality})"
+    lines.append(f"  Posterior draws: {draws}")
     # No window of steps has been closed if the first one diverged.
     accuracies = history.adversary_accuracy[-1] if history.adversary_accuracy else []
     for game, accuracy in zip(fit.model.adversaries, accuracies, strict=False):

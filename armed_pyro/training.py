@@ -23,12 +23,17 @@ from armed_pyro.checkpoint import (
 from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
-from armed_pyro.objective import Loss, Objective
+from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
+from armed_pyro.objective import Loss, NestedBound, Objective
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource
-from armed_pyro.schedule import History, Plateau, Schedule
+from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 
 __all__ = ["DivergenceError", "Run"]
+
+
+# Draws of the hyperparameters in a step once the network is settled.
+SETTLING_DRAWS = 8
 
 
 class DivergenceError(RuntimeError):
@@ -69,21 +74,11 @@ class Run:
         self.model, self.guide, self.data, self.source = model, guide, data, source
         self.validation, self.schedule, self.seed = validation, schedule, seed
         self.objective = Objective(model, guide)
-        guided, trained = list(guide.parameters()), list(model.parameters())
-        self.optimizer = torch.optim.Adam(
-            [
-                # The noise of the gradient vanishes where the guide is exact: what is below a
-                # hundredth of a nat a unit is no reason to move, and must not be scaled up.
-                {"params": guided, "base": schedule.learning_rate, "eps": 0.01 / len(source)},
-                {"params": trained, "base": schedule.net_learning_rate},
-            ],
-            lr=schedule.learning_rate,
-            betas=(0.9, 0.99),
-            fused=True,
-        )
+        self.optimizer = self._new_optimizer()
         self.plateau = self._new_plateau()
-        # Whether the network is settled by validation, and only the guide still moves.
-        self.settling = False
+        # The rows as a settled network sees them, from when on only the guide is trained.
+        self.settled: RowSource | None = None
+        self.iterates: list[np.ndarray] = []
         self.history = History()
         self.order = torch.empty(0, dtype=torch.long)
         self.best: dict[str, Tensor] = {}
@@ -98,9 +93,12 @@ class Run:
 
     def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
         """Take steps until convergence or until they run out."""
-        window = self.schedule.window_steps(len(self.source))
+        if not self.step and not _trains_network(self.model):
+            self._settle()
         while not self.stopped:
-            self.model.train(not self.settling)
+            settled = self.settled is not None
+            self.model.train(not settled)
+            window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
             losses = [self._step() for _ in range(count)]
@@ -119,28 +117,48 @@ class Run:
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
         guided, trained = self.optimizer.param_groups
         guided["lr"] = rate * guided["base"]
-        trained["lr"] = 0.0 if self.settling else rate * trained["base"]
+        trained["lr"] = rate * trained["base"]
         try:
-            loss = self.objective(self._next_batch(), self.step / self.schedule.steps)
+            loss = self._loss()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             cause = f"a covariance matrix is degenerate{self._not_finite()}"
             raise self._divergence(cause) from error
         if not torch.isfinite(loss.total):
             raise self._divergence(self._blame(loss))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
+        if loss.total.requires_grad:  # there may be nothing to train once the network is settled
+            loss.total.backward()
         for group in self.optimizer.param_groups:
             # Apart, so that a strong adversary does not slow the guide down.
             norm = torch.nn.utils.clip_grad_norm_(group["params"], self.schedule.clip)
             if not torch.isfinite(norm):
                 raise self._divergence("its gradient is not finite")
         self.optimizer.step()
+        if self.settled is not None:
+            # In units of the posterior sds at the start.
+            self.iterates.append(self.guide.hyperparameters.shift.detach().cpu().numpy().copy())
         self.history.loss.append(float(loss.total.detach()))
         self.history.elbo.append(float(loss.elbo))
         first, last = self.history.loss[0], self.history.loss[-1]
         if last > first + 1e4 * (1 + abs(first)):
             raise self._divergence(f"it grew from {first:.4g} to {last:.4g}")
         return loss
+
+    def _loss(self) -> Loss:
+        if self.settled is None:
+            return self.objective(self._next_batch(), self.step / self.schedule.steps)
+        particles = self.history.particles
+        bound = NestedBound(self.model, self.guide, particles)
+        most = LARGEST_STEP // (2 * particles)
+        n, nested = len(self.settled), self.guide.nested()
+        if n <= most or nested is None:
+            rows = self.settled.all() if n <= most else self._next_batch()
+        else:
+            clusters = len(self.settled.counts[nested.name])
+            share = max(1, clusters * most // (2 * n))
+            chosen = torch.randperm(clusters)[:share].to(self.settled.x.device)
+            rows = self.settled.whole_clusters(nested.name, chosen)
+        return bound(rows, max(1, min(SETTLING_DRAWS, most // max(1, len(rows)))))
 
     def _next_batch(self) -> Rows:
         size, n = self.schedule.batch(len(self.source)), len(self.source)
@@ -151,17 +169,25 @@ class Run:
             self.order = torch.randperm(n)
         index, self.order = self.order[:size], self.order[size:]
         dense = len(self.source) if self.guide.every_cluster() else None
-        return self.source.batch(index.to(self.source.x.device), dense_up_to=dense)
+        source = self.source if self.settled is None else self.settled
+        return source.batch(index.to(self.source.x.device), dense_up_to=dense)
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
         self.history.rate.append(self.optimizer.param_groups[0]["lr"] / self.schedule.learning_rate)
-        accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0)
-        self.history.adversary_accuracy.append(accuracy.tolist())
+        accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0).tolist()
+        if self.settled is not None and self.history.adversary_accuracy:
+            accuracy = self.history.adversary_accuracy[-1]  # the game is over
+        self.history.adversary_accuracy.append(accuracy)
         if self.validation is not None:
             self.history.validation.append(self._validate(self.validation))
-        if self.validation is None or self.settling:
-            self.plateau.training(np.array(self.history.loss[-len(losses) :]))
+        if self.settled is not None:
+            r_hat, drift = split_r_hat(np.stack(self.iterates[-2 * len(losses) :]))
+            self.history.r_hat.append(r_hat)
+            self.history.drift.append(drift)
+        if self.validation is None or self.settled is not None:
+            if self.plateau.training(np.array(self.history.loss[-len(losses) :])):
+                self.iterates = []
         else:
             value = self.history.validation[-1]
             best, cut = self.plateau.validation(value)
@@ -171,25 +197,56 @@ class Run:
                 self._return_to(self.best)
         if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
             # Later, at falling rates, the guide is left to settle.
-            self.guide.refresh(self.model, self.source)
+            self.guide.refresh(self.model, self.settled or self.source)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
-            if self.validation is not None and not self.settling:
+            if self.settled is None:
                 self._settle()
             else:
-                self.stopped = "validation" if self.settling else "converged"
-        elif self.step >= self.schedule.steps:
+                by_validation = self.validation is not None and _trains_network(self.model)
+                self.stopped = "validation" if by_validation else "converged"
+        if self.step >= self.schedule.steps and not self.stopped:
             self.stopped = "steps"
 
     def _new_plateau(self) -> Plateau:
         # A hundredth of a nat a window is beyond what any posterior summary can show.
         return Plateau(tolerance=0.01 / len(self.source), patience=self.schedule.patience)
 
+    def _new_optimizer(self) -> torch.optim.Adam:
+        rate, guided = self.schedule.learning_rate, list(self.guide.parameters())
+        return torch.optim.Adam(
+            [
+                # The noise of the gradient vanishes where the guide is exact: what is below a
+                # hundredth of a nat a unit is no reason to move, and must not be scaled up.
+                {"params": guided, "base": rate, "eps": 0.01 / len(self.source)},
+                {
+                    "params": list(self.model.parameters()),
+                    "base": self.schedule.net_learning_rate,
+                },
+            ],
+            lr=rate,
+            betas=(0.9, 0.99),
+            fused=True,
+        )
+
     def _settle(self) -> None:
-        """Hold the network at its best; a guide stopped with it would not be a posterior yet."""
+        """Hold the network, and bring the guide to the posterior given it."""
         if self.best:
             self._return_to(self.best)
-        self.best, self.settling, self.plateau = {}, True, self._new_plateau()
-        self.guide.refresh(self.model, self.source)
+        self.best = {}
+        self._hold_network()
+        if self.settled is not None:
+            start_at_mode(self.model, self.guide, self.settled)
+            wanted = self.schedule.particles
+            wanted = wanted or particles_needed(self.model, self.guide, self.settled)
+            self.history.particles = wanted if self.guide.nested() is not None else 1
+        self.history.settled = self.step
+        self.plateau, self.optimizer = self._new_plateau(), self._new_optimizer()
+        self.good, self.good_loss = self._state(), math.inf
+
+    def _hold_network(self) -> None:
+        self.model.eval()
+        self.guide.settle()
+        self.settled = self.model.compute(self.source)
 
     def _validate(self, rows: Rows) -> float:
         self.model.eval()
@@ -251,6 +308,8 @@ class Run:
         tensors = self._state() | optimizer_tensors(self.optimizer)
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors["order"] = self.order
+        size = self.guide.hyperparameters.size
+        tensors["iterates"] = torch.tensor(np.array(self.iterates).reshape(-1, size))
         tensors["random"] = torch.get_rng_state()
         if self.source.x.is_cuda:
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.x.device)
@@ -258,7 +317,6 @@ class Run:
             "run": self._identity(),
             "history": self.history.to_json(),
             "plateau": self.plateau.to_json(),
-            "settling": self.settling,
             "stopped": self.stopped,
         }
         return Checkpoint(tensors, record)
@@ -273,18 +331,23 @@ class Run:
                 f"the checkpoint belongs to another run (other {', '.join(changed)}): resume with "
                 "the same data, model, schedule and seed, or delete the checkpoint"
             )
+        self.history = History(**record["history"])
+        if self.history.settled is not None:
+            self._return_to(tensors)
+            self._hold_network()
+            self.optimizer = self._new_optimizer()
         self._return_to(tensors)
         self.good = self._state()
         restore_optimizer(self.optimizer, tensors)
+        self.iterates = list(tensors["iterates"].numpy())
         start = "best."
         self.best = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
         self.order = tensors["order"]
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.source.x.device)
-        self.history = History(**record["history"])
         self.plateau = Plateau.from_json(record["plateau"])
-        self.settling, self.stopped = record["settling"], record["stopped"]
+        self.stopped = record["stopped"]
 
     def _identity(self) -> dict[str, Any]:
         model = self.model
@@ -307,6 +370,12 @@ class Run:
         return Fit(
             self.model, self.guide, self.data, self.history, self.schedule, self.seed, self.stopped
         )
+
+
+def _trains_network(model: MixedEffects) -> bool:
+    """Whether there is more to train than the posterior of the latent sites."""
+    weights = any(one.requires_grad for one in model.network.parameters())
+    return bool(model.adversaries) or (weights and not model.linear)
 
 
 def _digest(rows: Rows, model: MixedEffects) -> str:

@@ -1,0 +1,160 @@
+"""The random numbers that a guide turns into draws, given explicitly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from armed_pyro.conditionals import LOG_SQRT_2PI, Pushforward
+from armed_pyro.guides import Guide
+from armed_pyro.rows import Rows
+
+__all__ = ["Given", "Noise", "gaussian_noise", "proposal_noise"]
+
+# Degrees of freedom of the proposal of the hyperparameters.
+PROPOSAL_DF = 8.0
+# Stretch of the proposal of a cluster's one, two, or more effects. On a lattice, whose error falls
+# with the smoothness of the periodic integrand, tails that heavy make a few points as good as
+# adaptive quadrature: with 16 points of one effect the variance of log p^(y_k) is below 1e-6, with
+# 32 of two below 1e-4. In more dimensions they would cost more than they bring.
+STRETCH = (1.6, 1.4, 1.2)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise for the sites of a guide, S draws of all and M particles of the nested effects.
+
+    Attributes
+    ----------
+    values : mapping of str to Tensor
+        "draws 1 clusters terms", "draws 1 1 size"; "draws particles clusters terms" for the
+        effects of the guide's nested factor.
+    log_ratio : mapping of str to Tensor
+        log-density of a site's noise over that of standard normal noise, one value a draw (and
+        particle and cluster); sites left out have standard normal noise.
+    """
+
+    values: Mapping[str, Tensor]
+    log_ratio: Mapping[str, Tensor]
+
+
+class Given(Messenger):
+    """Handler by which a guide makes its draws of given noise, however many draws that is."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = cast("Pushforward", msg["fn"]).push(self.values[msg["name"]])
+            msg["done"] = True
+
+
+def gaussian_noise(guide: Guide, rows: Rows, draws: int, like: Tensor) -> Noise:
+    """Standard normal noise, with a single particle a draw."""
+    shapes = guide.noise_shapes(rows).items()
+    return Noise({site: _normal(draws, 1, shape, like) for site, shape in shapes}, {})
+
+
+def proposal_noise(
+    guide: Guide,
+    rows: Rows,
+    draws: int,
+    particles: int,
+    like: Tensor,
+    *,
+    heavy: bool = True,
+    stretch: bool = True,
+) -> Noise:
+    """Noise of proposals: tails heavier than the guide's, particles spread evenly.
+
+    The nested effects' noise comes from randomly shifted lattices, a lattice of M points for each
+    draw and cluster.
+
+    Parameters
+    ----------
+    heavy : bool
+        Whether the hyperparameters' noise is multivariate t with 8 degrees of freedom instead of
+        normal.
+    stretch : bool
+        Whether the normal tails of the nested effects are stretched by ``sinh(t asinh(.))``, with
+        t 1.6 for one effect a cluster, 1.4 for two, 1.2 for more.
+    """
+    nested = guide.nested()
+    values, ratio = {}, {}
+    for site, shape in guide.noise_shapes(rows).items():
+        if nested is not None and site == nested.effect_site:
+            even = torch.special.ndtri(_lattice(draws, particles, shape, like))
+            values[site] = even
+            if stretch:
+                values[site], ratio[site] = _stretched(even)
+        elif site == "_theta" and heavy:
+            values[site], ratio[site] = _student(_normal(draws, 1, shape, like))
+        else:
+            values[site] = _normal(draws, 1, shape, like)
+    return Noise(values, ratio)
+
+
+def _normal(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    whole = (draws, particles, *(shape if len(shape) > 1 else (1, *shape)))
+    return torch.randn(whole, dtype=like.dtype, device=like.device)
+
+
+def _student(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
+    """Multivariate t noise, and the log of its density over the standard normal one."""
+    size, df = normal.shape[-1], PROPOSAL_DF
+    chi2 = torch.distributions.Chi2(normal.new_tensor(df)).sample(normal.shape[:-1])
+    noise = normal * (df / chi2).sqrt()[..., None]
+    square = (noise**2).sum(-1)
+    constant = math.lgamma((df + size) / 2) - math.lgamma(df / 2)
+    constant -= size / 2 * math.log(df * math.pi)
+    log_t = constant - (df + size) / 2 * torch.log1p(square / df)
+    return noise, (log_t + 0.5 * square + size * LOG_SQRT_2PI).flatten(1).sum(-1)
+
+
+def _stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
+    """sinh(t asinh(normal)), and the log of its density over the standard normal one."""
+    stretch = STRETCH[min(normal.shape[-1], len(STRETCH)) - 1]
+    inner = stretch * torch.asinh(normal)
+    noise = torch.sinh(inner)
+    log_det = torch.log(torch.cosh(inner)) + math.log(stretch)
+    log_det = log_det - 0.5 * torch.log1p(normal**2)
+    return noise, (0.5 * (noise**2 - normal**2) - log_det).sum(-1)
+
+
+def _lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Points of (0, 1)^terms that fill it evenly, shifted at random for every draw and cluster."""
+    steps = torch.tensor(_generator(particles, shape[-1]), dtype=torch.float64) / particles
+    points = torch.arange(particles, dtype=torch.float64)[:, None] * steps % 1
+    shift = torch.rand((draws, 1, *shape), dtype=like.dtype, device=like.device)
+    edge = torch.finfo(like.dtype).eps
+    return ((points.to(like)[:, None, :] + shift) % 1).clamp(edge, 1 - edge)
+
+
+@lru_cache
+def _generator(points: int, terms: int) -> tuple[int, ...]:
+    """Generating vector of a rank-1 lattice, component by component (Sloan and Reztsov 2002)."""
+    index = np.arange(points)
+
+    def kernel(step: int) -> np.ndarray:
+        x = index * step % points / points
+        return 1 + 2 * np.pi**2 * (x * x - x + 1 / 6)
+
+    steps, product = [1], kernel(1)
+    candidates = [step for step in range(1, max(2, points)) if math.gcd(step, points) == 1]
+    for _ in range(terms - 1):
+        best = min(candidates, key=lambda step: float((product * kernel(step)).sum()))
+        product = product * kernel(best)
+        product = product / product.mean()
+        steps.append(best)
+    return tuple(steps)
