@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from torch import Tensor, nn
 
-from armed_pyro import datatree, diagnostics, prediction, refinement, storage, summary, variance
+from armed_pyro import (
+    adaptation,
+    datatree,
+    diagnostics,
+    membership,
+    prediction,
+    refinement,
+    storage,
+    summary,
+    variance,
+)
+from armed_pyro.adaptation import Adapted
 from armed_pyro.data import ClusteredData
 from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.guides import Guide
+from armed_pyro.membership import ClusterClassifier
 from armed_pyro.prediction import Prediction
 from armed_pyro.program import MixedEffects
 from armed_pyro.refinement import ImportanceDraws, RefinedDraws
@@ -49,6 +61,8 @@ class Fit:
         "diverged".
     refined : RefinedDraws, optional
         Draws that replace the guide's: see `refine`.
+    classifiers : dict of str to ClusterClassifier
+        Those of the clusters that have been trained, by factor: see `classifier`.
     """
 
     model: MixedEffects
@@ -59,6 +73,7 @@ class Fit:
     seed: int
     stopped: str
     refined: RefinedDraws | None = None
+    classifiers: dict[str, ClusterClassifier] = field(default_factory=dict)
 
     @property
     def converged(self) -> bool:
@@ -123,6 +138,8 @@ class Fit:
         data: ClusteredData | pd.DataFrame,
         *,
         unseen: str | None = None,
+        support: ClusteredData | pd.DataFrame | None = None,
+        pooled: bool = True,
         draws: int = 1000,
         prob: float = 0.9,
         seed: int | None = None,
@@ -131,7 +148,39 @@ class Fit:
 
         See `armed_pyro.prediction.predict`.
         """
-        return prediction.predict(self, data, unseen=unseen, draws=draws, prob=prob, seed=seed)
+        return prediction.predict(
+            self,
+            data,
+            unseen=unseen,
+            support=support,
+            pooled=pooled,
+            draws=draws,
+            prob=prob,
+            seed=seed,
+        )
+
+    def adapt(
+        self,
+        support: ClusteredData | pd.DataFrame,
+        *,
+        draws: int = 1000,
+        seed: int | None = None,
+        update_seen: bool = False,
+    ) -> Adapted:
+        """The fit with the posterior of new clusters given a few labelled rows; no training.
+
+        See `armed_pyro.adaptation.adapt`.
+        """
+        return adaptation.adapt(self, support, draws=draws, seed=seed, update_seen=update_seen)
+
+    def classifier(self, factor: str) -> ClusterClassifier:
+        """The classifier p(cluster | features) of a factor; trained at the first call.
+
+        See `armed_pyro.membership.train_classifier`.
+        """
+        if factor not in self.classifiers:
+            self.classifiers[factor] = membership.train_classifier(self, factor)
+        return self.classifiers[factor]
 
     def variance_components(
         self, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None

@@ -6,7 +6,7 @@ import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from armed_pyro.datatree import GROUPS, label_values, to_datatree, variable_name
 from armed_pyro.facts import Facts
 from armed_pyro.guides import Guide, StructuredGuide
 from armed_pyro.manifest import MANIFEST, describe, program, read_manifest, reading
+from armed_pyro.membership import ClusterClassifier
 from armed_pyro.program import MixedEffects
 from armed_pyro.refinement import RefinedDraws
 from armed_pyro.schedule import History, Schedule
@@ -88,6 +89,11 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
         refined = fit.refined
         manifest["refined"] = {"method": refined.method, "quality": dict(refined.quality)}
         tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
+    manifest["classifiers"] = []
+    for number, one in enumerate(fit.classifiers.values()):
+        record = {"factor": one.factor, "temperature": one.temperature, "report": one.report}
+        manifest["classifiers"].append(record)
+        tensors |= {f"classifier{number}.{name}": t for name, t in one.tensors().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, as renaming is atomic only within a file system.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -147,9 +153,10 @@ def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
         restore_module("model", model, tensors)
         restore_module("guide", guide, tensors)
         refined = _refined(manifest.get("refined"), tensors)
+        classifiers = _classifiers(model, manifest.get("classifiers", []), tensors)
     with reading(path / POSTERIOR):
         data = _data(path / POSTERIOR, manifest["data"], facts)
-    return Fit(model.eval(), guide, data, history, schedule, seed, stopped, refined)
+    return Fit(model.eval(), guide, data, history, schedule, seed, stopped, refined, classifiers)
 
 
 # --- the folder -------------------------------------------------------------------------------
@@ -224,6 +231,18 @@ def _refined(
     start = "refined."
     latents = {name[len(start) :]: one for name, one in tensors.items() if name.startswith(start)}
     return RefinedDraws(record["method"], latents, record["quality"])
+
+
+def _classifiers(
+    model: MixedEffects, records: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
+) -> dict[str, ClusterClassifier]:
+    found = {}
+    for number, record in enumerate(records):
+        start = f"classifier{number}."
+        own = {key[len(start) :]: one for key, one in tensors.items() if key.startswith(start)}
+        settings = record["factor"], record["temperature"], record["report"]
+        found[record["factor"]] = ClusterClassifier.restore(model, *settings, own)
+    return found
 
 
 def _diagnostics(fit: Fit) -> dict[str, Any]:
