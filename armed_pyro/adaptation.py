@@ -220,7 +220,7 @@ def adapt(
 def check_support(
     fit: Fit,
     support: ClusteredData,
-    data: ClusteredData | None = None,
+    there: Mapping[str, pd.Index] | None = None,
     *,
     update_seen: bool = False,
 ) -> None:
@@ -228,8 +228,8 @@ def check_support(
 
     Parameters
     ----------
-    data : ClusteredData, optional
-        Rows to be predicted.
+    there : mapping of str to pandas.Index, optional
+        New clusters among the rows to be predicted.
     """
     model, facts = fit.model, fit.model.data_facts()
     if support.outcome is None:
@@ -255,8 +255,7 @@ def check_support(
             "the same name, rename them; if their new rows are to update what is known of them, "
             "use Fit.adapt(support, update_seen=True)"
         )
-    if data is not None:
-        there = new_clusters(facts, model, data)
+    if there is not None:
         for name, labels in new.items():
             missing = labels[~labels.isin(as_seen(there[name], labels))]
             if len(missing):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,20 +10,29 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from armed_pyro import summary
 from armed_pyro.adversary import Adversary
+from armed_pyro.console import (
+    Column,
+    OwnNet,
+    Prob,
+    Run,
+    Table,
+    column,
+    load_run,
+    messages,
+    option,
+    out,
+    say,
+)
 from armed_pyro.data import ClusteredData
 from armed_pyro.evaluation import evaluate
-from armed_pyro.facts import Facts
 from armed_pyro.families import FAMILIES, family_named
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.networks import hidden_activations, is_file, network
-from armed_pyro.prediction import MODES, predict_chunks
-from armed_pyro.predictionfile import write_predictions
+from armed_pyro.predictcommand import predict_command
 from armed_pyro.program import MixedEffects
 from armed_pyro.report import page
 from armed_pyro.schedule import Schedule
@@ -46,53 +51,33 @@ app = typer.Typer(
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.safetensors"
 PARTIAL = "checkpoint.partial"  # what a kill may leave of a checkpoint being written
-out = Console(soft_wrap=True, highlight=False)
-err = Console(soft_wrap=True, highlight=False, stderr=True)
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 Missing = StrEnum("Missing", ["error", "drop"])
-
-
-def _option(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, metavar=metavar, help=text)
-
-
-def _column(text: str) -> Any:
-    return _option(text, metavar="COLUMN")
-
-
-Column = str | None
-Table = Annotated[Path, typer.Argument(metavar="DATA", help="CSV or Parquet table: rows.csv")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that fit wrote: run")]
-Prob = Annotated[float, _option("Probability of the equal-tailed intervals: --prob 0.95")]
-OwnNet = Annotated[
-    str | None,
-    _option("The network, if it is one of your own: --net my_net.py:MyNet", metavar="FILE.py:NAME"),
-]
 
 
 @app.command("fit")
 def fit_command(
     data: Table,
-    outcome: Annotated[str, _column("Column of the outcome: --outcome score")],
+    outcome: Annotated[str, column("Column of the outcome: --outcome score")],
     random: Annotated[
         list[str],
-        _option(
+        option(
             "Random effects in lme4's syntax, repeatable: --random '(1 + age | site)'; "
             "'(1 + age || site)' independent, '(1 | school/class)' nested",
             metavar="TERM",
         ),
     ],
-    run: Annotated[Path, _option("Folder to write the fit to: --out run", "--out", metavar="RUN")],
+    run: Annotated[Path, option("Folder to write the fit to: --out run", "--out", metavar="RUN")],
     features: Annotated[
         str | None,
-        _option(
+        option(
             "Columns, or a formula: --features age,sex or 'age * sex' [default: all other columns]",
             metavar="A,B,C",
         ),
     ] = None,
     net: Annotated[
         str,
-        _option(
+        option(
             "Fixed effects: linear, dense, or a network (or what makes it) in a file of yours, "
             "which is executed: --net my_net.py:MyNet",
             metavar="NET",
@@ -100,20 +85,20 @@ def fit_command(
     ] = "linear",
     hidden: Annotated[
         str | None,
-        _option("Widths of dense's hidden layers: --hidden 64,32 [default: 32,32]", metavar="N,N"),
+        option("Widths of dense's hidden layers: --hidden 64,32 [default: 32,32]", metavar="N,N"),
     ] = None,
     family: Annotated[
-        str, _option(f"Outcome model, one of {', '.join(FAMILIES)}: --family bernoulli")
+        str, option(f"Outcome model, one of {', '.join(FAMILIES)}: --family bernoulli")
     ] = "gaussian",
-    trials: Annotated[Column, _column("Denominators of a binomial outcome: --trials size")] = None,
-    offset: Annotated[Column, _column("Known term of the predictor: --offset log_days")] = None,
-    weights: Annotated[Column, _column("Factors of the rows' log-likelihoods: --weights n")] = None,
+    trials: Annotated[Column, column("Denominators of a binomial outcome: --trials size")] = None,
+    offset: Annotated[Column, column("Known term of the predictor: --offset log_days")] = None,
+    weights: Annotated[Column, column("Factors of the rows' log-likelihoods: --weights n")] = None,
     missing: Annotated[
-        Missing, _option("Rows with missing values; to leave them out: --missing drop")
+        Missing, option("Rows with missing values; to leave them out: --missing drop")
     ] = Missing.error,
     slopes_on: Annotated[
         list[str] | None,
-        _option(
+        option(
             "Nonlinear random slopes of the first grouping factor on a hidden layer's "
             "activations, by module path; repeatable: --slopes-on 3",
             metavar="PATH",
@@ -121,52 +106,52 @@ def fit_command(
     ] = None,
     bayesian_head: Annotated[
         bool | None,
-        _option(
+        option(
             "Whether the last linear layer gets a posterior [default: with --net linear only]",
             "--bayesian-head/--no-bayesian-head",
         ),
     ] = None,
     adversary: Annotated[
         str | None,
-        _option("Factor to keep out of the hidden layers: --adversary site", metavar="FACTOR"),
+        option("Factor to keep out of the hidden layers: --adversary site", metavar="FACTOR"),
     ] = None,
     adversary_weight: Annotated[
         float | None,
-        _option("Strength of the adversary: --adversary-weight 5 [default: 1]", metavar="W"),
+        option("Strength of the adversary: --adversary-weight 5 [default: 1]", metavar="W"),
     ] = None,
     validate_rows: Annotated[
         float | None,
-        _option("Share of rows to stop training by and judge: --validate-rows 0.2", metavar="F"),
+        option("Share of rows to stop training by and judge: --validate-rows 0.2", metavar="F"),
     ] = None,
     hold_out_clusters: Annotated[
         float | None,
-        _option(
+        option(
             "Share of clusters of the first factor to leave out, and judge: --hold-out-clusters .2",
             metavar="F",
         ),
     ] = None,
     steps: Annotated[
-        int, _option("Most training steps, if it has not converged before: --steps 5000")
+        int, option("Most training steps, if it has not converged before: --steps 5000")
     ] = Schedule.steps,
     batch_size: Annotated[
-        int | None, _option("Rows a step: --batch-size 512 [default: all, or 1024 of over 4096]")
+        int | None, option("Rows a step: --batch-size 512 [default: all, or 1024 of over 4096]")
     ] = None,
-    seed: Annotated[int, _option("The same seed gives the same result: --seed 1")] = 0,
+    seed: Annotated[int, option("The same seed gives the same result: --seed 1")] = 0,
     device: Annotated[
-        Device, _option("Where to train; auto takes a GPU if there is one: --device cpu")
+        Device, option("Where to train; auto takes a GPU if there is one: --device cpu")
     ] = Device.auto,
-    draws: Annotated[int, _option("Posterior draws to save: --draws 2000")] = 1000,
+    draws: Annotated[int, option("Posterior draws to save: --draws 2000")] = 1000,
     prob: Prob = 0.9,
     resume: Annotated[
-        bool, _option("Continue a killed run: the same command with --resume", "--resume")
+        bool, option("Continue a killed run: the same command with --resume", "--resume")
     ] = False,
-    overwrite: Annotated[bool, _option("Replace the fit in RUN", "--overwrite")] = False,
+    overwrite: Annotated[bool, option("Replace the fit in RUN", "--overwrite")] = False,
 ) -> None:
     """Fit a network with random effects to a table.
 
     armed-pyro fit sleep.csv --outcome Reaction --random "(1 + Days | Subject)" --out run
     """
-    with _messages():
+    with messages():
         _check_run(run, resume, overwrite)
         if not 0 < prob < 1:
             raise ValueError(f"--prob must lie between 0 and 1, not {prob}")
@@ -211,45 +196,13 @@ def fit_command(
         (run / PARTIAL).unlink(missing_ok=True)
 
 
-@app.command("predict")
-def predict_command(
-    run: Run,
-    data: Table,
-    pred: Annotated[Path, _option("Table to write: --out pred.csv", "--out", metavar="PRED")],
-    unseen: Annotated[
-        str | None,
-        _option(
-            "What to assume of clusters not seen in training, required if there are any: "
-            + "; ".join(f"{name}, {meaning}" for name, meaning in MODES.items()),
-            metavar="MODE",
-        ),
-    ] = None,
-    net: OwnNet = None,
-    draws: Annotated[int, _option("Posterior draws: --draws 2000")] = 1000,
-    prob: Prob = 0.9,
-    seed: Annotated[int | None, _option("Seed of the draws: --seed 1 [default: the fit's]")] = None,
-) -> None:
-    """Predict the expected outcome of new rows, in their order, with its uncertainty.
-
-    armed-pyro predict run new.csv --unseen marginal --out pred.csv
-    """
-    with _messages():
-        if not pred.name.lower().endswith((".csv", ".csv.gz", ".parquet", ".pq")):
-            raise ValueError(f"--out must end in .csv or .parquet, found {str(pred)!r}")
-        rows = read_table(data)
-        fitted = _load(run, net)
-        parts = predict_chunks(fitted, rows, unseen=unseen, draws=draws, prob=prob, seed=seed)
-        with Progress(console=err, disable=not err.is_terminal) as bar:
-            task = bar.add_task("predicting", total=len(rows))
-            for done in write_predictions(parts, pred):
-                bar.advance(task, done)
-        out.print(f"{len(rows)} predictions are in {pred}", markup=False)
+app.command("predict")(predict_command)
 
 
 @app.command("report")
 def report_command(
     run: Run,
-    html: Annotated[Path, _option("Page to write: --out report.html", "--out", metavar="HTML")],
+    html: Annotated[Path, option("Page to write: --out report.html", "--out", metavar="HTML")],
     net: OwnNet = None,
     prob: Prob = 0.9,
 ) -> None:
@@ -257,10 +210,10 @@ def report_command(
 
     armed-pyro report run --out report.html
     """
-    with _messages():
+    with messages():
         evaluation = run / EVALUATION
         held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
-        text = page(_load(run, net), title=run.resolve().name, prob=prob, evaluation=held_out)
+        text = page(load_run(run, net), title=run.resolve().name, prob=prob, evaluation=held_out)
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(text, encoding="utf-8")
         out.print(f"The report is in {html}", markup=False)
@@ -269,14 +222,14 @@ def report_command(
 @app.command("demo")
 def demo_command(
     folder: Annotated[
-        Path, _option("Folder to write to: --out demo", "--out", metavar="DIR")
+        Path, option("Folder to write to: --out demo", "--out", metavar="DIR")
     ] = Path("results/demo"),
 ) -> None:
     """Fit, report and predict on demonstration data.
 
     armed-pyro demo --out demo
     """
-    with _messages():
+    with messages():
         found = list(entry_points(group="armed_pyro.demos", name="fertility"))
         if not found:
             raise ValueError("the demonstration is not installed: install armed_pyro again")
@@ -285,24 +238,6 @@ def demo_command(
         except ModuleNotFoundError as error:
             raise ValueError(f"the demo needs {error.name}: see armed_pyro[analysis]") from error
         main(["--out", str(folder)])
-
-
-@contextmanager
-def _messages() -> Iterator[None]:
-    """Warnings and errors of the library as messages on stderr; an error ends with code 2."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: _say(f"Warning: {message}", "yellow")
-        try:
-            yield
-        except (ValueError, OSError, ImportError) as error:
-            _say(f"Error: {error}", "red")
-            raise typer.Exit(2) from error
-
-
-def _say(message: str, style: str) -> None:
-    err.print(message, style=style, markup=False)
 
 
 def _check_run(run: Path, resume: bool, overwrite: bool) -> None:
@@ -331,13 +266,13 @@ def _train(run: Path, model: MixedEffects, rows: ClusteredData, **settings: Any)
     except DivergenceError as error:
         error.fit.save(run)
         checkpoint.unlink(missing_ok=True)
-        _say(f"Error: {error}\nThat state is in {run}, marked as diverged.", "red")
+        say(f"Error: {error}\nThat state is in {run}, marked as diverged.", "red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         kept = "nothing was kept, as the first window of steps was not over"
         if checkpoint.exists():
             kept = f"the state is kept in {checkpoint}: continue with the same command and --resume"
-        _say(f"Interrupted; {kept}", "yellow")
+        say(f"Interrupted; {kept}", "yellow")
         raise typer.Exit(130) from error
 
 
@@ -366,22 +301,6 @@ def _widths(hidden: str | None, net: str) -> dict[str, list[int]]:
     if not all(width.strip().isdigit() for width in hidden.split(",")):
         raise ValueError(f"--hidden must be widths such as 32,32, found {hidden!r}")
     return {"hidden": [int(width) for width in hidden.split(",")]}
-
-
-def _load(run: Path, net: str | None) -> Fit:
-    """The fit in a folder; a network of the user's own is made with the sizes it had."""
-    try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        facts, family = Facts.from_json(manifest["facts"]), manifest["model"]["family"]
-        made_by = manifest["network"]["made_by"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return Fit.load(run)  # which says what is wrong with the folder
-    if net is None and made_by is None:
-        raise ValueError(f"{run} has a network of your own: name it with --net FILE.py:NAME")
-    if net is None:
-        return Fit.load(run)
-    n_outputs = len(facts.columns) + (family == "categorical")
-    return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))
 
 
 def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, prob: float) -> None:

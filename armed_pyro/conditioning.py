@@ -41,6 +41,7 @@ def condition(
     seed: int,
     update_seen: bool,
     quality: dict[str, float],
+    evidence: list[tuple[list[list[Node]], Tensor]] | None = None,
 ) -> Tensor:
     """Draw the effects of all clusters of the support given each posterior draw.
 
@@ -52,6 +53,8 @@ def condition(
         Labels of the new clusters.
     quality : dict of str to float
         Its efficiency is lowered to that of the worst particles.
+    evidence : list, optional
+        Gets groups of clusters, as numbers of factor and cluster, and log p(y of the group | draw).
 
     Returns
     -------
@@ -88,6 +91,8 @@ def condition(
     for nodes, rows in _in_batches(_components(model.factors, source, free), most):
         found = _solve(fit, extended, source, nodes, rows, noise, seed)
         total = total + found.evidence.sum(1).double().cpu()
+        if evidence is not None:
+            evidence.append((nodes, found.evidence))
         quality["efficiency"] = min(quality["efficiency"], float(found.efficiency.min()))
         old = [index[trained[index]] for index in rows]
         if any(map(len, old)):  # the fit knows these rows already

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 from armed_pyro.data import ClusteredData
 from armed_pyro.predicted import NewEffects, Prediction
@@ -22,8 +24,10 @@ from armed_pyro.unseen import (
 )
 
 if TYPE_CHECKING:
+    from armed_pyro.evidence import Evidence
     from armed_pyro.fitted import Fit
     from armed_pyro.program import MixedEffects
+    from armed_pyro.rows import RowSource
 
 __all__ = ["MODES", "Prediction", "effect_source", "encoded", "predict", "predict_chunks"]
 
@@ -133,16 +137,7 @@ def predict_chunks(
     terms = sum(len(factor.terms) for factor in model.factors) + len(facts.columns)
     size = chunk or max(1, BLOCK_VALUES // (n * terms))
     base = (fit.seed if seed is None else seed) + 1
-    latents, used = dict(source.latents), np.full(len(rows_of), "", dtype="<U10")
-    for factor in model.factors:
-        seen = len(facts.levels[factor.name])
-        with torch.no_grad():
-            effects, modes = source.effects(factor, levels[factor.name][seen:])
-        latents[factor.effect_site] = torch.cat([latents[factor.effect_site], effects], -2)
-        codes = rows_of.codes[factor.name].cpu().numpy()
-        own = np.array(["", *modes])[np.maximum(codes - seen + 1, 0)]
-        # A row with one adapted and one unknown cluster was adapted.
-        used = np.where((own != "") & (used != "adapt"), own, used)
+    latents, used = extended(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
         stop = start + len(rows)
         # Not around the yield: the caller's own random numbers and gradients go on in between.
@@ -163,6 +158,29 @@ def predict_chunks(
         )
 
 
+def extended(
+    model: MixedEffects, source: EffectSource, levels: Mapping[str, pd.Index], rows: RowSource
+) -> tuple[dict[str, Tensor], Shaped[np.ndarray, " rows"]]:
+    """Draws with the effects of new clusters after those of the seen ones; the mode of each row.
+
+    Parameters
+    ----------
+    levels : mapping of str to pandas.Index
+        Labels of all clusters, as the rows' codes count them.
+    """
+    latents, used = dict(source.latents), np.full(len(rows), "", dtype="<U10")
+    for factor in model.factors:
+        seen = len(model.data_facts().levels[factor.name])
+        with torch.no_grad():
+            effects, modes = source.effects(factor, levels[factor.name][seen:])
+        latents[factor.effect_site] = torch.cat([latents[factor.effect_site], effects], -2)
+        codes = rows.codes[factor.name].cpu().numpy()
+        own = np.array(["", *modes])[np.maximum(codes - seen + 1, 0)]
+        # A row with one adapted and one unknown cluster was adapted.
+        used = np.where((own != "") & (used != "adapt"), own, used)
+    return latents, used
+
+
 def effect_source(
     fit: Fit,
     data: ClusteredData,
@@ -174,28 +192,50 @@ def effect_source(
     seed: int | None = None,
 ) -> tuple[EffectSource, pd.DataFrame | None]:
     """What gives the new clusters of these rows their effects, and the membership table."""
-    model, facts = fit.model, fit.model.data_facts()
-    new = new_clusters(facts, model, data)
+    new = new_clusters(fit.model.data_facts(), fit.model, data)
     check_mode(unseen, new, support=support is not None)
+    evidence = None
+    if unseen in ("membership", "nearest") and any(map(len, new.values())):
+        from armed_pyro.evidence import gather, warn_if_alien  # loads scipy's statistics
+
+        evidence = gather(fit, data if pooled else apart(fit.model, data))
+        warn_if_alien(evidence.table())
+    source = source_of(fit, unseen, new, support, evidence, draws=draws, seed=seed)
+    return source, None if evidence is None else evidence.table()
+
+
+def source_of(
+    fit: Fit,
+    unseen: str | None,
+    new: Mapping[str, pd.Index],
+    support: ClusteredData | pd.DataFrame | None = None,
+    evidence: Evidence | None = None,
+    *,
+    draws: int = 1000,
+    seed: int | None = None,
+) -> EffectSource:
+    """What gives new clusters their effects under a mode that has been checked.
+
+    Parameters
+    ----------
+    new : mapping of str to pandas.Index
+        Labels of all new clusters.
+    support, evidence
+        For the modes that need them.
+    """
     seed = fit.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
         from armed_pyro.adaptation import adapt, check_support  # which import this module
 
         rows = encoded(fit, support)
-        check_support(fit, rows, data)
-        return adapt(fit, rows, draws=draws, seed=seed).source(), None
+        check_support(fit, rows, new)
+        return adapt(fit, rows, draws=draws, seed=seed).source()
     latents = fit.draws(draws, seed=seed)
-    if unseen in ("membership", "nearest") and any(map(len, new.values())):
-        from armed_pyro.evidence import Resembling, gather, warn_if_alien  # a cycle otherwise
+    if evidence is not None:
+        from armed_pyro.evidence import Resembling
 
-        rows = apart(model, data) if _by_row(unseen, pooled) else data
-        gathered = gather(fit, rows)
-        table = gathered.table()
-        warn_if_alien(table)
-        return Resembling(latents, seed, gathered, nearest=unseen == "nearest"), table
-    if unseen == "population":
-        return Population(latents), None
-    return Marginal(latents, seed), None
+        return Resembling(latents, seed, evidence, nearest=unseen == "nearest")
+    return Population(latents) if unseen == "population" else Marginal(latents, seed)
 
 
 def new_effects(
