@@ -1,8 +1,11 @@
 # Every target builds the environment (.venv) that it needs.
 PYTHON  ?= python3
 WORKERS ?= 2
-# Analyses that `make slow` runs after the slow tests, by module name: make slow ANALYSES="spirals"
+# Analyses that `make slow` runs after the slow tests and the accuracy analysis, by module name:
+# make slow ANALYSES="spirals"
 ANALYSES ?=
+# Folder with sleepstudy.csv, penicillin.csv and cbpp.csv, to compare with NUTS: make slow DATA=data
+DATA ?=
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
@@ -38,8 +41,9 @@ demo: $(STAMP)  ## fit, compare and forecast fertility of about 200 countries, i
 test: $(STAMP)  ## run the tests with coverage (line coverage of at least 90 %)
 	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
-slow: $(STAMP)  ## run the slow tests, then the analyses named in ANALYSES
+slow: $(STAMP)  ## run the slow tests and the accuracy analysis (hours), then ANALYSES
 	$(THREADS) $(BIN)/python -m pytest -m slow -n $(WORKERS) || [ $$? -eq 5 ]  # 5: no slow tests
+	$(THREADS) $(BIN)/python -m armed_pyro.analysis.accuracy --workers $(WORKERS) $(if $(DATA),--data $(DATA))
 	@set -e; for name in $(ANALYSES); do echo "analysis/$$name.py"; $(BIN)/python -m armed_pyro.analysis.$$name; done
 
 lint: $(STAMP)  ## check style, imports, formatting and types

@@ -1,7 +1,11 @@
 """Mixed-effects deep learning as a probabilistic program."""
 
+from armed_pyro.adaptation import Adapted
 from armed_pyro.adversary import Adversary
+from armed_pyro.calibration import SimulationCalibration, simulation_calibration
+from armed_pyro.checks import Check
 from armed_pyro.data import ClusteredData
+from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.guides import Guide, StructuredGuide
@@ -9,12 +13,16 @@ from armed_pyro.prediction import Prediction
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
 from armed_pyro.program import MixedEffects
 from armed_pyro.schedule import Schedule
+from armed_pyro.scores import compare_modes, score_mode
 from armed_pyro.tables import read_table, write_table
 from armed_pyro.terms import RandomEffects, Slopes
 
 __all__ = [
+    "Adapted",
     "Adversary",
+    "Check",
     "ClusteredData",
+    "Diagnostics",
     "DivergenceError",
     "Exponential",
     "Fit",
@@ -27,9 +35,13 @@ __all__ = [
     "Priors",
     "RandomEffects",
     "Schedule",
+    "SimulationCalibration",
     "Slopes",
     "StructuredGuide",
+    "compare_modes",
     "fit",
     "read_table",
+    "score_mode",
+    "simulation_calibration",
     "write_table",
 ]

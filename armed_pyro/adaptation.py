@@ -57,7 +57,8 @@ class Adapted:
 
     Examples
     --------
-    ``fit.adapt(first_rows).adapt(more_rows).predict(later_rows)``
+    ``adapted: Adapted = fit.adapt(first_rows)``, then
+    ``adapted.adapt(more_rows).predict(later_rows)``
     """
 
     fit: Fit

@@ -239,7 +239,7 @@ def simulation_calibration(
     simulations: int = 300,
     draws: int = 99,
     schedule: Schedule | None = None,
-    refine: bool = False,
+    refine: bool = True,
     workers: int = 1,
     seed: int = 0,
     progress: bool = True,
@@ -277,8 +277,7 @@ def simulation_calibration(
     schedule : Schedule, optional
         Length and rates of each fit's training.
     refine : bool
-        Whether to draw from ``fit.refine()``, the posterior after importance sampling. Where
-        uneven weights make its draws repeat themselves, that counts against it.
+        Whether the guide's draws are importance weighted, as `fit` does, or its own are judged.
     workers : int
         Processes that fit. The result does not depend on their number.
     seed : int
@@ -359,7 +358,7 @@ def _collect(recovery: Recovery, simulations: int, workers: int, progress: bool)
 def _results(recovery: Recovery, simulations: int, workers: int) -> Iterator[Recovered]:
     if workers == 1:
         return map(recovery.run, range(simulations))
-    from joblib import Parallel, delayed  # type: ignore[import-untyped]
+    from joblib import Parallel, delayed
 
     tasks = (delayed(recovery.run)(number) for number in range(simulations))
     return iter(Parallel(workers, backend="loky", return_as="generator")(tasks))

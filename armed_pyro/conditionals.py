@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import reduce
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -12,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["Pushforward", "WhitenedDiagonal", "WhitenedNormal"]
+__all__ = ["Pushforward", "WhitenedDiagonal", "WhitenedNormal", "sum_last"]
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+# Up to so many terms, element by element is several times faster than batched linear algebra.
+FEW = 4
 
 
 class Pushforward(dist.TorchDistribution, ABC):
@@ -62,7 +65,7 @@ class Whitened(Pushforward, ABC):
     ) -> None:
         self.scale, self.mean_whitened, self.root, self.held = scale, mean, root, held
         self.dtype, self.device = mean.dtype, mean.device
-        self._drawn: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
         super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
 
     @property
@@ -81,19 +84,28 @@ class Whitened(Pushforward, ABC):
     def push(self, noise: Float[Tensor, "... terms"]) -> Float[Tensor, "... terms"]:
         z = self.mean_whitened + self._spread(noise)
         value = self._scaled(z)
-        self._drawn = (value, z)
+        self._drawn = (value, z, noise)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
-        own, z = self._drawn
-        if own is value and z is not None:
-            judge = self if self.held is None else self.held
-            return judge.log_prob_whitened(z)
-        return self.log_prob_whitened(self._whitened(value))
+        if self._drawn is None or self._drawn[0] is not value:
+            return self._log_prob(self._noise(self._whitened(value)))
+        _, z, noise = self._drawn
+        if self.held is None:
+            return self._log_prob(noise)
+        return self.held._log_prob(self.held._noise(z))
+
+    def _log_prob(self, noise: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:
+        """log-density of the value that this noise becomes."""
+        constant = LOG_SQRT_2PI * noise.shape[-1]
+        return self._log_det() - 0.5 * sum_last(noise**2) - constant
 
     @abstractmethod
-    def log_prob_whitened(self, z: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:
-        """log-density of u = L z."""
+    def _log_det(self) -> Float[Tensor, "..."]:
+        """log |C| - log |L|."""
+
+    @abstractmethod
+    def _noise(self, z: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _scaled(self, z: Tensor) -> Tensor: ...
@@ -108,29 +120,32 @@ class Whitened(Pushforward, ABC):
 class WhitenedNormal(Whitened):
     """Correlated effects: L and C lower triangular, of shape "... terms terms"."""
 
-    def log_prob_whitened(self, z: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:
-        noise = (self.root.mT @ (z - self.mean_whitened)[..., None])[..., 0]
-        log_det = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_det = log_det - self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return log_det - 0.5 * (noise**2).sum(-1) - LOG_SQRT_2PI * z.shape[-1]
+    def _log_det(self) -> Float[Tensor, "..."]:
+        log_det = self.root.diagonal(dim1=-2, dim2=-1).log()
+        return sum_last(log_det - self.scale.diagonal(dim1=-2, dim2=-1).log())
+
+    def _noise(self, z: Tensor) -> Tensor:
+        return multiply(self.root.mT, z - self.mean_whitened)
 
     def _scaled(self, z: Tensor) -> Tensor:
-        return (self.scale @ z[..., None])[..., 0]
+        return multiply(self.scale, z)
 
     def _whitened(self, value: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self.scale, value[..., None], upper=False)[..., 0]
+        return solve_lower(self.scale, value)
 
     def _spread(self, noise: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self.root.mT, noise[..., None], upper=True)[..., 0]
+        # The transpose, read backwards, is lower triangular again.
+        return solve_lower(self.root.mT.flip(-1, -2), noise.flip(-1)).flip(-1)
 
 
 class WhitenedDiagonal(Whitened):
     """Independent effects: L and C vectors of shape "... terms"."""
 
-    def log_prob_whitened(self, z: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:
-        noise = self.root * (z - self.mean_whitened)
-        log_det = (self.root / self.scale).log().sum(-1)
-        return log_det - 0.5 * (noise**2).sum(-1) - LOG_SQRT_2PI * z.shape[-1]
+    def _log_det(self) -> Float[Tensor, "..."]:
+        return sum_last((self.root / self.scale).log())
+
+    def _noise(self, z: Tensor) -> Tensor:
+        return self.root * (z - self.mean_whitened)
 
     def _scaled(self, z: Tensor) -> Tensor:
         return self.scale * z
@@ -140,3 +155,33 @@ class WhitenedDiagonal(Whitened):
 
     def _spread(self, noise: Tensor) -> Tensor:
         return noise / self.root
+
+
+def sum_last(values: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:
+    """Sum over the last dimension."""
+    if not 0 < values.shape[-1] <= FEW:
+        return values.sum(-1)
+    return reduce(torch.add, values.unbind(-1))
+
+
+def multiply(
+    matrix: Float[Tensor, "... terms terms"], vector: Float[Tensor, "... terms"]
+) -> Float[Tensor, "... terms"]:
+    """Matrix times vector, for many small ones."""
+    if vector.shape[-1] > FEW:
+        return (matrix @ vector[..., None])[..., 0]
+    columns = zip(matrix.unbind(-1), vector.unbind(-1), strict=True)
+    return reduce(torch.add, (column * one[..., None] for column, one in columns))
+
+
+def solve_lower(
+    matrix: Float[Tensor, "... terms terms"], vector: Float[Tensor, "... terms"]
+) -> Float[Tensor, "... terms"]:
+    """x with matrix x = vector, for many small lower triangular matrices."""
+    if vector.shape[-1] > FEW:
+        return torch.linalg.solve_triangular(matrix, vector[..., None], upper=False)[..., 0]
+    solved: list[Tensor] = []
+    for i in range(vector.shape[-1]):
+        known = (matrix[..., i, j] * one for j, one in enumerate(solved))
+        solved.append(reduce(torch.sub, known, vector[..., i]) / matrix[..., i, i])
+    return torch.stack(solved, -1)

@@ -17,7 +17,7 @@ from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide
 from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import FULL_TERMS, by_column, curvature, mean_draws
-from armed_pyro.rows import Rows, RowSource
+from armed_pyro.rows import Membership, Rows, RowSource
 
 __all__ = ["CrossedGuide", "choose_guide"]
 
@@ -128,9 +128,10 @@ class CrossedGuide(Guide):
                 log_det = -factor.log_det_scale(latents).expand(effects.shape[:-1])
                 point = dist.Delta(effects, log_det, event_dim=1)
                 latents[factor.effect_site] = pyro.sample(factor.effect_site, point)
-        with self.largest.plate(rows.memberships[self.largest.name]):
+        membership = rows.memberships[self.largest.name]
+        with self.largest.plate(membership):
             site = self.largest.effect_site
-            latents[site] = pyro.sample(site, condition(z))
+            latents[site] = pyro.sample(site, condition(z, membership))
         return latents
 
     def center(self, rows: Rows) -> dict[str, Tensor]:
@@ -138,13 +139,14 @@ class CrossedGuide(Guide):
         rest, condition = self._joint(latents)
         for factor, effects in self._effects(latents, rest.mean).items():
             latents[factor.effect_site] = effects
-        latents[self.largest.effect_site] = condition(rest.mean).mean
+        membership = rows.memberships[self.largest.name]
+        latents[self.largest.effect_site] = condition(rest.mean, membership).mean
         return latents
 
     def _joint(self, latents: Latents, *, held: bool = False) -> tuple[WhitenedNormal, Conditional]:
         """q(z of the dense factors | theta), and q(u of the largest | these z, theta)."""
         judges: tuple[WhitenedNormal | None, Conditional | None] = (None, None)
-        if not held and self.shift.requires_grad:
+        if torch.is_grad_enabled() and self.shift.requires_grad and not held:
             judges = self._joint(latents, held=True)
         tau = self.model_precision(latents)
         within, between, rest, pull = self._natural(latents.get("fixed_effect"), held)
@@ -165,7 +167,9 @@ class CrossedGuide(Guide):
         r = torch.linalg.solve_triangular(root, scale.mT @ pull_largest[..., None], upper=False)
         flat, flat_r = y.flatten(-3, -2), r.flatten(-3, -2)
         schur = p_rest - (flat.mT @ flat).reshape(p_rest.shape)
-        rest_root = torch.linalg.cholesky(schur)
+        # Where sds are drawn far too large, the difference of two large numbers is not positive.
+        ridge = 1e3 * torch.finfo(schur.dtype).eps * p_rest.diagonal(dim1=-2, dim2=-1)
+        rest_root = torch.linalg.cholesky(schur + torch.diag_embed(ridge))
         reduced = pull_rest - (flat.mT @ flat_r)[..., 0].reshape(pull_rest.shape)
         mean = torch.cholesky_solve(reduced[..., None], rest_root)[..., 0]
         identity = torch.eye(len(rest)).to(rest)
@@ -284,8 +288,12 @@ class Conditional:
         self.scale, self.root, self.coupling, self.pull = scale, root, coupling, pull
         self.held = held
 
-    def __call__(self, z: Float[Tensor, "... effects"]) -> WhitenedNormal:
-        moved = self.pull - self.coupling @ z[..., None]
-        mean = torch.linalg.solve_triangular(self.root.mT, moved, upper=True)[..., 0]
-        held = None if self.held is None else self.held(z)
-        return WhitenedNormal(self.scale, mean, self.root, held)
+    def __call__(self, z: Float[Tensor, "... effects"], membership: Membership) -> WhitenedNormal:
+        root, coupling, pull = self.root, self.coupling, self.pull
+        if not membership.complete:
+            of_rows = (root, coupling, pull)
+            root, coupling, pull = (one[..., membership.index, :, :] for one in of_rows)
+        moved = pull - coupling @ z[..., None]
+        mean = torch.linalg.solve_triangular(root.mT, moved, upper=True)[..., 0]
+        held = None if self.held is None else self.held(z, membership)
+        return WhitenedNormal(self.scale, mean, root, held)

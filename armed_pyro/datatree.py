@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from pyro.infer import Predictive
 from torch import Tensor
 
@@ -30,9 +29,7 @@ __all__ = [
     "GROUPS",
     "arviz_api",
     "label_values",
-    "leave_one_out",
-    "pareto_smooth",
-    "prior_sensitivity",
+    "latent_dataset",
     "to_datatree",
     "variable_name",
 ]
@@ -60,92 +57,6 @@ def arviz_api() -> ModuleType:
     import arviz.preview
 
     return arviz.preview
-
-
-def pareto_smooth(
-    log_ratios: Float[np.ndarray, "sets draws"],
-) -> tuple[Float[np.ndarray, "sets draws"], Float[np.ndarray, " sets"]]:
-    """Pareto-smoothed, normalised log-weights of several sets of draws, and k-hat of each.
-
-    References
-    ----------
-    Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
-
-    Examples
-    --------
-    >>> weights, k_hat = pareto_smooth(np.zeros((1, 100)))
-    >>> np.exp(weights[0, 0]).round(3).item(), k_hat.item() < 0.5
-    (0.01, True)
-    """
-    from arviz_stats.base import array_stats  # type: ignore[attr-defined]
-
-    if len(log_ratios) == 0:
-        return log_ratios, np.zeros(0)
-    spread = np.ptp(log_ratios, axis=1)
-    # Equal weights have no tail to fit.
-    flat = spread < 1e-10
-    safe = np.where(flat[:, None], np.linspace(-1e-3, 0, log_ratios.shape[1]), log_ratios)
-    log_weights, k_hat = array_stats.psislw(-safe, axis=-1)
-    even = np.full(log_ratios.shape[1], -np.log(log_ratios.shape[1]))
-    log_weights = np.where(flat[:, None], even, log_weights)
-    log_weights = log_weights - np.logaddexp.reduce(log_weights, axis=1, keepdims=True)
-    return log_weights, np.where(flat, -np.inf, k_hat)
-
-
-def leave_one_out(fit: Fit) -> dict[str, float]:
-    """PSIS-LOO of the rows: elpd_loo, elpd_loo_se, p_loo and the rows with k-hat above 0.7."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of rows with a high k-hat, which are counted below
-        tree = to_datatree(fit, groups=["posterior", "log_likelihood"])
-        if "posterior" not in tree:
-            return {}
-        found = arviz_api().loo(tree, pointwise=True)
-    return {
-        "elpd_loo": float(found.elpd),
-        "elpd_loo_se": float(found.se),
-        "p_loo": float(found.p),
-        "elpd_loo_bad": float((found.pareto_k > 0.7).sum()),
-    }
-
-
-def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, float]:
-    """Power-scaling sensitivity to the priors of all hyperparameters, by quantity reported.
-
-    How far the posterior of a quantity moves (its cumulative Jensen-Shannon distance a log2 unit)
-    when the priors are raised to a power near 1; 0.05 is noticeable.
-
-    References
-    ----------
-    Kallioinen et al. (2024), Statistics and Computing 34(57).
-    """
-    n = max([0, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
-    if not n:
-        return {}
-    posterior = _latent(fit.model, dict(latents), n)
-    effects = [name for name in posterior.data_vars if str(name).endswith("_effect")]
-    posterior = posterior.drop_vars([name for name in effects if name != "fixed_effect"])
-    if not posterior.data_vars:
-        return {}
-    log_prior = fit.model.log_prior(latents).double().cpu().numpy()[None]
-    prior = xr.Dataset({"prior": (("chain", "draw"), log_prior)})
-    tree = xr.DataTree.from_dict({"posterior": posterior, "log_prior": prior})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from arviz_stats import psense  # type: ignore[attr-defined]
-
-        found = psense(tree, group="prior", alphas=(0.8, 1.25))
-    found = found.dataset if isinstance(found, xr.DataTree) else found
-    values: dict[str, float] = {}
-    for name, array in found.data_vars.items():
-        for key, value in array.to_series().items() if array.ndim else [((), float(array))]:
-            labels = key if isinstance(key, tuple) else (key,)
-            if str(name).endswith("_cor") and len(set(labels)) == 1:
-                continue
-            if np.isfinite(value):
-                values[f"{name}[{','.join(map(str, labels))}]" if labels else str(name)] = float(
-                    value
-                )
-    return values
 
 
 def to_datatree(
@@ -307,10 +218,10 @@ def _sample_stats(fit: Fit, draws: int, seed: int) -> xr.Dataset:
 
 Maker = Callable[["Fit", int, int], xr.Dataset]
 GROUPS: Mapping[str, Maker] = {
-    "posterior": lambda fit, n, seed: _latent(fit.model, fit.draws(n, seed=seed), n),
+    "posterior": lambda fit, n, seed: latent_dataset(fit.model, fit.draws(n, seed=seed), n),
     "posterior_predictive": _posterior_predictive,
     "log_likelihood": _log_likelihood,
-    "prior": lambda fit, n, seed: _latent(fit.model, _prior_draws(fit, n, seed), n),
+    "prior": lambda fit, n, seed: latent_dataset(fit.model, _prior_draws(fit, n, seed), n),
     "prior_predictive": _prior_predictive,
     "observed_data": _observed_data,
     "constant_data": _constant_data,
@@ -332,7 +243,7 @@ def _prior_draws(fit: Fit, draws: int, seed: int) -> Draws:
     return sites
 
 
-def _latent(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
+def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
     """Every latent site with labelled dimensions, on the original scale."""
     variables: Variables = {}
     coords: dict[str, Any] = {}

@@ -33,8 +33,10 @@ ALIEN = 0.01
 class FactorEvidence:
     r"""Sums over the rows of each new cluster of one factor.
 
-    .. math:: \log p(k \mid x_{1..n}) = \log \pi_k + \sum_i [\log p(k \mid x_i) - \log \pi_k]
-        + const
+    .. math:: \log p(k \mid x_{1..n}) = \log \pi_k
+        + \frac{1 + (n - 1) \rho}{n} \sum_i [\log p(k \mid x_i) - \log \pi_k] + const
+
+    with rho the classifier's `pooling`: at 1 the rows are independent given the cluster.
 
     Attributes
     ----------
@@ -60,7 +62,8 @@ class FactorEvidence:
 
     def probability(self) -> Float[np.ndarray, "new clusters"]:
         """p(k | features of all rows of the cluster)."""
-        logits = self.log_ratio + self.classifier.log_prior.cpu().numpy()
+        one, n = self.classifier, self.rows[:, None]
+        logits = self.log_ratio * (1 + (n - 1) * one.pooling) / n + one.log_prior.cpu().numpy()
         logits = logits - logits.max(1, keepdims=True)
         weights = np.exp(logits)
         return weights / weights.sum(1, keepdims=True)

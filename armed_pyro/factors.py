@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import cast
 
 import pyro
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
+from armed_pyro.conditionals import FEW, WhitenedNormal
 from armed_pyro.priors import Known, ScalePrior
 from armed_pyro.rows import Membership
 from armed_pyro.terms import Block
@@ -137,7 +139,8 @@ class Factor(nn.Module):
             if self.diagonal:
                 prior = dist.Normal(torch.zeros_like(scale), scale).to_event(1)
             else:
-                prior = dist.MultivariateNormal(scale.new_zeros(scale.shape[-1]), scale_tril=scale)
+                zeros = scale.new_zeros(scale.shape[:-1])
+                prior = WhitenedNormal(scale, zeros, torch.eye(scale.shape[-1]).to(scale))
             return pyro.sample(self.effect_site, prior)
 
     def plate(self, membership: Membership) -> pyro.plate:
@@ -203,8 +206,16 @@ class Factor(nn.Module):
         effects: Float[Tensor, "... clusters terms"],
     ) -> Float[Tensor, "... rows columns"]:
         """phi_i' u_{g(i)} for every row and column of the predictor."""
-        mine = effects[..., membership.position, :].unflatten(-1, (-1, self.n_columns))
-        return (phi[..., None] * mine).sum(-2)
+        if phi.shape[-1] > FEW:
+            mine = effects[..., membership.position, :].unflatten(-1, (-1, self.n_columns))
+            return torch.einsum("nq,...nqp->...np", phi, mine)
+        # Term by term: a gather and a sum over a short last dimension are slow.
+        by_term = effects.unflatten(-1, (-1, self.n_columns)).unbind(-2)
+        terms = zip(phi.unbind(-1), by_term, strict=True)
+        return reduce(
+            torch.add,
+            (one[:, None] * mine.index_select(-2, membership.position) for one, mine in terms),
+        )
 
 
 def weighted(membership: Membership) -> ScaleMessenger:

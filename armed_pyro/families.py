@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from armed_pyro.data import ClusteredData
+from armed_pyro.densities import LogNegativeBinomial, LogPoisson
 from armed_pyro.priors import Priors
 from armed_pyro.rows import Rows
 
@@ -342,7 +343,7 @@ class Poisson(CountFamily):
     def distribution(
         self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
     ) -> dist.TorchDistribution:
-        return dist.Poisson(self.mean(eta, rows))
+        return LogPoisson(eta[..., 0])
 
     def residual_variance(
         self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
@@ -365,8 +366,7 @@ class NegativeBinomial(CountFamily):
     def distribution(
         self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
     ) -> dist.TorchDistribution:
-        shape = _known(dispersion, self)
-        return dist.NegativeBinomial(shape, logits=eta[..., 0] - shape.log())
+        return LogNegativeBinomial(eta[..., 0], _known(dispersion, self))
 
     def residual_variance(
         self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]

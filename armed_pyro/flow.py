@@ -33,7 +33,8 @@ class AutoregressiveNormal(Pushforward):
 
     .. math::
         s_i &= \sinh(e^{t_i} \operatorname{asinh}(\epsilon_i) + k_i), \quad \epsilon \sim N(0, I) \\
-        x_i &= m_i + e^{l_i + \sum_{j<i} C_{ij} s_j} \Big(s_i + \sum_{j<i} A_{ij} s_j\Big),
+        x_i &= m_i + e^{l_i + \sum_{j<i} C_{ij} h(s_j)} \Big(s_i + \sum_{j<i} A_{ij} s_j\Big), \quad
+            h(s) = \tanh(s),
         \quad \theta = a + F x
 
     with frame F (lower triangular) and anchor a held fixed, so that what is trained is of order 1.
@@ -66,7 +67,7 @@ class AutoregressiveNormal(Pushforward):
     def push(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         p = self.parameters
         s = torch.sinh(p.log_tail.exp() * torch.asinh(noise) + p.skew)
-        x = p.shift + (p.log_scale + s @ p.twist.mT).exp() * (s + s @ p.coupling.mT)
+        x = p.shift + self._scale(s) * (s + s @ p.coupling.mT)
         value = p.anchor + x @ p.frame.mT
         self._drawn = (value, noise)
         return value
@@ -79,12 +80,17 @@ class AutoregressiveNormal(Pushforward):
             density, slope = self._log_prob(noise), self._slope(noise)
         return density + (slope * (value - value.detach())).sum(-1)
 
+    def _scale(self, s: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        # Bounded, or the scale would collapse in a tail.
+        p = self.parameters
+        return (p.log_scale + torch.tanh(s) @ p.twist.mT).exp()
+
     def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
         """log-density of the value that this noise becomes."""
         p = self.parameters
         inner = p.log_tail.exp() * torch.asinh(noise) + p.skew
         log_det = torch.log(torch.cosh(inner)) + p.log_tail - 0.5 * torch.log1p(noise**2)
-        log_det = log_det + p.log_scale + torch.sinh(inner) @ p.twist.mT
+        log_det = log_det + self._scale(torch.sinh(inner)).log()
         log_det = log_det + p.frame.diagonal().log()
         return (-0.5 * noise**2 - LOG_SQRT_2PI - log_det).sum(-1)
 
@@ -95,11 +101,13 @@ class AutoregressiveNormal(Pushforward):
         inner = tail * torch.asinh(noise) + p.skew
         s, stretch = torch.sinh(inner), torch.cosh(inner) * tail / root
         by_noise = -noise - (torch.tanh(inner) * tail / root - noise / root**2)
-        by_s = by_noise / stretch - p.twist.sum(0)
-        scale = (p.log_scale + s @ p.twist.mT).exp()
+        bend = 1 - torch.tanh(s) ** 2
+        by_s = by_noise / stretch - p.twist.sum(0) * bend
+        scale = self._scale(s)
         identity = torch.eye(len(p.shift), dtype=self.dtype, device=self.device)
         jacobian = scale[..., None] * (identity + p.coupling)
-        jacobian = jacobian + (scale * (s + s @ p.coupling.mT))[..., None] * p.twist
+        moved = (scale * (s + s @ p.coupling.mT))[..., None]
+        jacobian = jacobian + moved * p.twist * bend[..., None, :]
         by_x = torch.linalg.solve_triangular(jacobian.mT, by_s[..., None], upper=True)
         return torch.linalg.solve_triangular(p.frame.mT, by_x, upper=True)[..., 0]
 
@@ -110,8 +118,7 @@ class AutoregressiveNormal(Pushforward):
         x = x[..., 0] - p.shift
         s = torch.zeros_like(x)
         for i in range(x.shape[-1]):
-            inverse = (-p.log_scale[i] - s @ p.twist[i]).exp()
-            own = x[..., i] * inverse - s @ p.coupling[i]
+            own = x[..., i] / self._scale(s)[..., i] - s @ p.coupling[i]
             s = torch.cat([s[..., :i], own[..., None], s[..., i + 1 :]], -1)
         return torch.sinh((torch.asinh(s) - p.skew) * (-p.log_tail).exp())
 

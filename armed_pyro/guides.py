@@ -202,7 +202,7 @@ class StructuredGuide(Guide):
     ) -> Whitened:
         """q(u | theta) for the clusters drawn."""
         judge = None
-        if not held and pseudo.location.requires_grad:
+        if torch.is_grad_enabled() and pseudo.location.requires_grad and not held:
             judge = self._conditional(factor, pseudo, latents, membership, held=True)
         tau = self.model_precision(latents)
         precision, pull = pseudo(membership.index, latents.get("fixed_effect"), held=held)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
@@ -17,7 +19,7 @@ from armed_pyro.noise import Given, Noise
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows
 
-__all__ = ["Weighted", "weigh"]
+__all__ = ["Weighted", "log_prior", "weigh"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
         log_likelihood = rows.weights * counted
     latents = cast("dict[str, Tensor]", guide_trace.nodes["_RETURN"]["value"])
     if nested is None:
-        outer = outer + rows.scale * _by_draw(log_likelihood)
+        # A program without latent sites has no dimension of draws.
+        outer = outer + rows.scale * log_likelihood.sum(-1).reshape(-1)
         none = zero.new_zeros(draws, 1, 0)
         return Weighted(latents, outer, hyper, none, 1.0)
     value = cast("Tensor", guide_trace.nodes[site]["value"])
@@ -123,6 +126,22 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
     log_likelihood = (scale * log_likelihood).expand(*particles.shape[:-1], -1)
     particles = particles.index_add(-1, membership.position, log_likelihood.to(particles))
     return Weighted(latents, outer, hyper, particles, 1.0 if weight is None else weight)
+
+
+def log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tensor, " draws"]:
+    """Joint log-density of all sites outside the plates over clusters, for each draw."""
+    effects = {factor.effect_site for factor in model.factors}
+    given = {name: value for name, value in latents.items() if name not in effects}
+    with model.seeded(0), pyro.validation_enabled(False):
+        row = model.data_facts().one_row(model.reference())
+        trace = poutine.trace(poutine.condition(model, data=given)).get_trace(row)
+        trace.compute_log_prob(lambda name, _: name in given)
+    n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+    total = model.reference().new_zeros(n)
+    for node in trace.nodes.values():
+        if "log_prob" in node:
+            total = total + node["log_prob"].reshape(-1)
+    return total
 
 
 def _density(trace: poutine.Trace, name: str) -> dist.TorchDistribution:

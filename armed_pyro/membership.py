@@ -43,6 +43,9 @@ class ClusterClassifier:
         The fit's own architecture, trained anew, with one output a cluster.
     temperature : float
         Chosen on rows that the classifier was not trained on.
+    pooling : float
+        Between 0 and 1: n rows of one cluster are worth 1 + (n - 1) pooling independent ones, as
+        held-out rows pooled by cluster have it.
     log_prior : Float[Tensor, "clusters"]
         Logarithms of the clusters' shares of the training rows.
     centers : Float[Tensor, "clusters q"]
@@ -68,6 +71,7 @@ class ClusterClassifier:
     factor: str
     net: nn.Module
     temperature: float
+    pooling: float
     log_prior: Float[Tensor, " clusters"]
     centers: Float[Tensor, "clusters q"]
     whiten: Float[Tensor, "q q"]
@@ -100,6 +104,7 @@ class ClusterClassifier:
         model: MixedEffects,
         factor: str,
         temperature: float,
+        pooling: float,
         report: Mapping[str, float],
         tensors: Mapping[str, Tensor],
     ) -> ClusterClassifier:
@@ -110,9 +115,8 @@ class ClusterClassifier:
         net.load_state_dict(own)
         names = ("log_prior", "centers", "whiten", "counts")
         log_prior, centers, whiten, counts = (tensors[name] for name in names)
-        return cls(
-            factor, net.eval(), temperature, log_prior, centers, whiten, counts, dict(report)
-        )
+        settings = factor, net.eval(), temperature, pooling
+        return cls(*settings, log_prior, centers, whiten, counts, dict(report))
 
 
 def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
@@ -161,10 +165,11 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
         ridge = 1e-3 * position.var(0).clamp(min=1e-6) if len(x) > 1 else torch.ones(())
         root = torch.linalg.cholesky(within + torch.diag(ridge.expand(len(within))))
         whiten = torch.linalg.inv(root).mT.contiguous()
-    log_prior = (shares / shares.sum()).double().log()
-    return ClusterClassifier(
-        factor, net, temperature, log_prior, centers @ whiten, whiten, shares, report
-    )
+        log_prior = (shares / shares.sum()).double().log()
+        ratio = torch.log_softmax(logits / temperature, -1) - log_prior
+        pooling = _pooling(ratio, codes[tune], log_prior)
+    settings = factor, net, temperature, pooling
+    return ClusterClassifier(*settings, log_prior, centers @ whiten, whiten, shares, report)
 
 
 def calibration_error(
@@ -275,6 +280,28 @@ def _temperature(logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " ro
         return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), codes))
 
     return math.exp(minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x)
+
+
+def _pooling(
+    log_ratio: Float[Tensor, "rows clusters"],
+    codes: Int[Tensor, " rows"],
+    log_prior: Float[Tensor, " clusters"],
+) -> float:
+    """What makes the evidence of each cluster's rows together least surprised by that cluster.
+
+    Small errors that all rows of a cluster share add up; without it, pooled evidence would be sure
+    of a cluster even where features say nothing.
+    """
+    present, place = torch.unique(codes, return_inverse=True)
+    sums = log_ratio.new_zeros(len(present), log_ratio.shape[1]).index_add(0, place, log_ratio)
+    counts = torch.bincount(place).to(sums)[:, None]
+
+    def loss(pooling: float) -> float:
+        logits = log_prior + sums * (1 + (counts - 1) * pooling) / counts
+        return float(nn.functional.cross_entropy(logits, present))
+
+    found = float(minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded").x)
+    return min((0.0, found, 1.0), key=loss)
 
 
 def _report(

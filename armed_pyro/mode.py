@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -34,8 +35,8 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
 
     with the random effects integrated out by the guide's conditional (exactly for gaussian
     outcomes with linear fixed effects, by a few particles on fixed noise otherwise), which is
-    refreshed between rounds of LBFGS. Does nothing where that is no good: without nested effects,
-    or with more rows than one evaluation holds.
+    refreshed between rounds of LBFGS. Does nothing where that is no good: without nested effects.
+    More rows than one evaluation holds are taken a piece at a time.
 
     Parameters
     ----------
@@ -46,21 +47,20 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     """
     hyper = guide.hyperparameters
     searchable = guide.nested() is not None or not model.factors
-    if not hyper.size or not searchable or len(source) > LARGEST_STEP:
+    if not hyper.size or not searchable:
         return
-    rows = source.all()
     frame = SEARCH_SCALE * torch.eye(hyper.size).to(hyper.anchor)
     before = _read(guide)
     try:
-        _settle_effects(model, guide, source, rows)
+        _settle_effects(model, guide, source)
         for _ in range(ROUNDS):
             guide.refresh(model, source)
             before = _read(guide)
             hyper.set_normal(before, frame)
-            noise = _fixed_noise(model, guide, rows)
-            best = _climb(model, guide, rows, noise)
+            posterior = _Posterior.of(model, guide, source)
+            best = posterior.climb()
             hyper.set_normal(best, frame)
-            root = frame @ _curvature_root(model, guide, rows, noise)
+            root = frame @ posterior.curvature_root()
             hyper.set_normal(best, root)
             frame = root
             moved = torch.linalg.solve_triangular(root, (best - before)[:, None], upper=False)
@@ -77,21 +77,26 @@ def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> in
     if nested is None:
         return 1
     # Some clusters will do to tell.
-    n = max(1, LARGEST_STEP // 256)
-    rows = next(iter(source.chunks(n))) if len(source) > n else source.all()
+    clusters = len(source.counts[nested.name])
+    share = max(1, clusters * (LARGEST_STEP // 256) // len(source))
+    rows = source.all()
+    if share < clusters:
+        chosen = torch.arange(share, device=source.x.device) * clusters // share
+        rows = source.whole_clusters(nested.name, chosen)
     with torch.no_grad():
         noise = proposal_noise(guide, rows, 8, 16, model.reference(), stretch=False, heavy=False)
         weighted = weigh(model, guide, rows, noise)
     # Half the variance of the log-weights is what a single particle loses.
     loss = 0.5 * weighted.particles.var(1).mean(0)
-    if len(rows) == len(source) and float(loss.sum()) < 0.05:
+    if float(loss.mean()) * clusters < 0.05:
         return 1
     return 16 if len(nested.terms) == 1 else 32
 
 
 @torch.no_grad()
-def _settle_effects(model: MixedEffects, guide: Guide, source: RowSource, rows: Rows) -> None:
+def _settle_effects(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     """Refresh the guide at its start: for counts a first step overshoots, and returns 1 a step."""
+    rows = source.all()
     before = model.predictor(rows, guide.center(rows)).eta
     for _ in range(MOST_REFRESHES):
         guide.refresh(model, source)
@@ -107,70 +112,109 @@ def _read(guide: Guide) -> Float[Tensor, " size"]:
         return hyper.distribution().push(torch.zeros_like(hyper.anchor))
 
 
-def _fixed_noise(model: MixedEffects, guide: Guide, rows: Rows) -> Noise:
-    """Noise of all sites but the hyperparameters', the same for every theta."""
-    like = model.reference()
-    if guide.nested() is None:
-        return gaussian_noise(guide, rows, 1, like)
-    # Draws are of use only to sites that are neither hyperparameters nor nested.
-    draws = 1 if len(model.factors) == 1 else 8
-    particles = max(1, min(16, LARGEST_STEP // (len(rows) * draws)))
-    exact = particles_exact = particles == 1
-    if not exact:
-        noise = proposal_noise(guide, rows, draws, 2, like, stretch=False, heavy=False)
-        with torch.no_grad():
-            particles_exact = float(weigh(model, guide, rows, noise).particles.var(1).max()) < 1e-6
-    if particles_exact:
-        return gaussian_noise(guide, rows, draws, like)
-    return proposal_noise(guide, rows, draws, particles, like, heavy=False)
+def _pieces(guide: Guide, source: RowSource, size: int) -> Iterator[tuple[Rows, float]]:
+    """All rows, in pieces of about `size` rows in whole clusters, with each piece's share of all.
+
+    A piece counts 1 / share times in the program, and its log-weights share times in the sum.
+    """
+    nested = guide.nested()
+    if len(source) <= size:
+        yield source.all(), 1.0
+    elif nested is None:
+        for rows in source.chunks(size):
+            yield rows, 1 / rows.scale
+    else:
+        counts = source.counts[nested.name]
+        place = (counts.cumsum(0) - 1) // size
+        for piece in place.unique():
+            chosen = (place == piece).nonzero()[:, 0]
+            yield source.whole_clusters(nested.name, chosen), len(chosen) / len(counts)
 
 
-def _log_posterior(
-    model: MixedEffects, guide: Guide, rows: Rows, noise: Noise, theta_noise: Tensor
-) -> Float[Tensor, ""]:
-    """log p(theta | y) up to a constant, at the theta that this noise becomes."""
-    given = {**noise.values, "_theta": theta_noise}
-    weighted = weigh(model, guide, rows, replace(noise, values=given))
-    return (weighted.total() - weighted.hyper).mean()
+@dataclass(frozen=True)
+class _Posterior:
+    """log p(theta | y) up to a constant, the other sites' noise the same for every theta."""
 
+    model: MixedEffects
+    guide: Guide
+    pieces: list[tuple[Rows, Noise, float]]
 
-def _climb(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Float[Tensor, " size"]:
-    """The theta with the highest posterior density."""
-    point = torch.zeros(1, 1, 1, guide.hyperparameters.size).to(model.reference())
-    point.requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [point], max_iter=30, tolerance_change=1e-5, line_search_fn="strong_wolfe"
-    )
+    @classmethod
+    def of(cls, model: MixedEffects, guide: Guide, source: RowSource) -> _Posterior:
+        like, nested = model.reference(), guide.nested()
+        # Draws are of use only to sites that are neither hyperparameters nor nested.
+        draws = 8 if nested is not None and len(model.factors) > 1 else 1
+        n = len(source)
+        size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
+        pieces: list[tuple[Rows, Noise, float]] = []
+        particles = min(16, max(1, LARGEST_STEP // (size * draws)))
+        shared: dict[str, Tensor] = {}
+        for rows, share in _pieces(guide, source, size):
+            if not pieces and nested is not None and particles > 1:
+                trial = proposal_noise(guide, rows, draws, 2, like, stretch=False, heavy=False)
+                with torch.no_grad():
+                    spread = weigh(model, guide, rows, trial).particles.var(1)
+                particles = 1 if float(spread.max()) < 1e-6 else particles
+            if nested is None or particles == 1:
+                noise = gaussian_noise(guide, rows, draws, like)
+            else:
+                noise = proposal_noise(guide, rows, draws, particles, like, heavy=False)
+            if nested is not None:
+                shared = shared or {
+                    site: one for site, one in noise.values.items() if site != nested.effect_site
+                }
+                noise = replace(noise, values={**noise.values, **shared})
+            pieces.append((rows, noise, share))
+        return cls(model, guide, pieces)
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = -_log_posterior(model, guide, rows, noise, point)
-        (point.grad,) = torch.autograd.grad(value, point)
-        return value
+    def parts(self, theta_noise: Tensor) -> Iterator[Float[Tensor, ""]]:
+        """Its pieces, at the theta that this noise becomes."""
+        for rows, noise, share in self.pieces:
+            given = {**noise.values, "_theta": theta_noise}
+            weighted = weigh(self.model, self.guide, rows, replace(noise, values=given))
+            yield share * (weighted.total() - weighted.hyper).mean()
 
-    optimizer.step(loss)
-    best = guide.hyperparameters.distribution().push(point).detach()[0, 0, 0]
-    if not torch.isfinite(best).all():
-        raise ArithmeticError("the marginal posterior has no finite mode")
-    return best
+    def point(self) -> Tensor:
+        """The noise of the guide's centre."""
+        point = torch.zeros(1, 1, 1, self.guide.hyperparameters.size)
+        return point.to(self.model.reference()).requires_grad_(True)
 
+    def climb(self) -> Float[Tensor, " size"]:
+        """The theta with the highest density."""
+        point = self.point()
+        optimizer = torch.optim.LBFGS(
+            [point], max_iter=30, tolerance_change=1e-5, line_search_fn="strong_wolfe"
+        )
 
-def _curvature_root(
-    model: MixedEffects, guide: Guide, rows: Rows, noise: Noise
-) -> Float[Tensor, "size size"]:
-    """Cholesky factor of the inverse of minus the Hessian, in units of the frame."""
-    point = torch.zeros(1, 1, 1, guide.hyperparameters.size).to(model.reference())
-    point.requires_grad_(True)
-    value = _log_posterior(model, guide, rows, noise, point)
-    (slope,) = torch.autograd.grad(value, point, create_graph=True)
-    slope = slope.flatten()
-    hessian = torch.stack(
-        [torch.autograd.grad(one, point, retain_graph=True)[0].flatten() for one in slope]
-    )
-    if not torch.isfinite(hessian).all():
-        raise ArithmeticError("the curvature of the marginal posterior is not finite")
-    values, vectors = torch.linalg.eigh(-0.5 * (hessian + hessian.mT))
-    widest = guide.hyperparameters.frame @ vectors
-    least = (widest.norm(dim=0) / WIDEST) ** 2
-    values = torch.maximum(values, least)
-    return torch.linalg.cholesky((vectors / values) @ vectors.mT)
+        def loss() -> Tensor:
+            point.grad, total = torch.zeros_like(point), point.new_zeros(())
+            for part in self.parts(point):
+                point.grad -= torch.autograd.grad(part, point)[0]
+                total -= part.detach()
+            return total
+
+        optimizer.step(loss)
+        best = self.guide.hyperparameters.distribution().push(point).detach()[0, 0, 0]
+        if not torch.isfinite(best).all():
+            raise ArithmeticError("the marginal posterior has no finite mode")
+        return best
+
+    def curvature_root(self) -> Float[Tensor, "size size"]:
+        """Cholesky factor of the inverse of minus the Hessian, in units of the frame."""
+        point, hyper = self.point(), self.guide.hyperparameters
+        hessian = point.new_zeros(hyper.size, hyper.size)
+        for part in self.parts(point):
+            (slope,) = torch.autograd.grad(part, point, create_graph=True)
+            hessian += torch.stack(
+                [
+                    torch.autograd.grad(one, point, retain_graph=True)[0].flatten()
+                    for one in slope.flatten()
+                ]
+            )
+        if not torch.isfinite(hessian).all():
+            raise ArithmeticError("the curvature of the marginal posterior is not finite")
+        values, vectors = torch.linalg.eigh(-0.5 * (hessian + hessian.mT))
+        widest = hyper.frame @ vectors
+        least = (widest.norm(dim=0) / WIDEST) ** 2
+        values = torch.maximum(values, least)
+        return torch.linalg.cholesky((vectors / values) @ vectors.mT)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from armed_pyro.conditionals import LOG_SQRT_2PI, Pushforward
+from armed_pyro.conditionals import LOG_SQRT_2PI, Pushforward, sum_last
 from armed_pyro.guides import Guide
 from armed_pyro.rows import Rows
 
@@ -127,9 +127,10 @@ def _stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
     stretch = STRETCH[min(normal.shape[-1], len(STRETCH)) - 1]
     inner = stretch * torch.asinh(normal)
     noise = torch.sinh(inner)
-    log_det = torch.log(torch.cosh(inner)) + math.log(stretch)
-    log_det = log_det - 0.5 * torch.log1p(normal**2)
-    return noise, (0.5 * (noise**2 - normal**2) - log_det).sum(-1)
+    squares = noise**2, normal**2
+    # log |d noise / d normal|, with cosh(inner)^2 = 1 + noise^2.
+    log_det = 0.5 * (torch.log1p(squares[0]) - torch.log1p(squares[1])) + math.log(stretch)
+    return noise, sum_last(0.5 * (squares[0] - squares[1]) - log_det)
 
 
 def _lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -305,21 +305,6 @@ class MixedEffects(LocalModule):
             pyro.sample(facts.outcome_name, self.density(predictor.eta, latents, rows), obs=rows.y)
         return predictor
 
-    def log_prior(self, latents: Latents) -> Float[Tensor, " draws"]:
-        """Joint log-density of all sites outside the plates over clusters, for each draw."""
-        effects = {factor.effect_site for factor in self.factors}
-        given = {name: value for name, value in latents.items() if name not in effects}
-        with self.seeded(0), pyro.validation_enabled(False):
-            row = self.data_facts().one_row(self.reference())
-            trace = poutine.trace(poutine.condition(self, data=given)).get_trace(row)
-            trace.compute_log_prob(lambda name, _: name in given)
-        n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
-        total = self.reference().new_zeros(n)
-        for node in trace.nodes.values():
-            if "log_prob" in node:
-                total = total + node["log_prob"].reshape(-1 if node["log_prob"].dim() else 1)
-        return total
-
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
         """log p(y_i | latent sites) of every row, times the row's weight."""
         eta = self.predictor(rows, latents).eta

@@ -22,6 +22,8 @@ __all__ = ["FULL_TERMS", "PseudoObservations", "by_column", "curvature", "observ
 # Up to this many terms a cluster's effects get a full precision matrix, beyond it a diagonal one:
 # the matrix costs O(clusters x terms^2) memory.
 FULL_TERMS = 16
+# Units of the link by which one step may move a cluster's effects.
+LONGEST_STEP = 3.0
 
 
 class PseudoObservations(nn.Module):
@@ -90,8 +92,18 @@ class PseudoObservations(nn.Module):
         return precision, precision * location
 
     @torch.no_grad()
-    def start(self, precision: Tensor, pull: Tensor, cross: Tensor | None) -> None:
-        """Set A_k, A_k m_k and A_k G_k to these sums over rows."""
+    def start(
+        self, precision: Tensor, pull: Tensor, cross: Tensor | None, push: Tensor | None
+    ) -> None:
+        """Set A_k, A_k m_k and A_k G_k to these sums over rows.
+
+        Parameters
+        ----------
+        push : Float[Tensor, "clusters terms"] or None
+            The slope in `pull`. It is shortened where it would move a cluster's effects by more
+            than a few units of the link, as Newton's step does for a count that is far too large;
+            None, where the likelihood is quadratic, leaves it.
+        """
         unit = torch.eye(self.base.shape[-1]) if self.full else torch.ones(self.base.shape[-1])
         self.root.copy_(unit.to(self.root).expand(self.root.shape))
         if self.full:
@@ -100,6 +112,8 @@ class PseudoObservations(nn.Module):
             inverse = torch.where(known, values, torch.inf).reciprocal()
             solve = (vectors * inverse[..., None, :]) @ vectors.mT
             self.base.copy_(vectors * values.clamp(min=1e-12).sqrt()[..., None, :])
+            if push is not None:
+                pull = pull - _excess((solve @ push[..., None])[..., 0]) * push
             self.location.copy_((solve @ pull[..., None])[..., 0])
             if self.cross is not None and cross is not None:
                 self.cross.copy_(solve @ cross)
@@ -107,9 +121,17 @@ class PseudoObservations(nn.Module):
         # Wide layers are correlated: each unit alone would explain what all explain together.
         inverse = 1 / (precision.clamp(min=1e-12) * precision.shape[-1])
         self.base.copy_(precision.clamp(min=1e-12).sqrt())
+        if push is not None:
+            pull = pull - _excess(inverse * push) * push
         self.location.copy_(inverse * pull)
         if self.cross is not None and cross is not None:
             self.cross.copy_(inverse[..., None] * cross)
+
+
+def _excess(step: Float[Tensor, "clusters terms"]) -> Float[Tensor, "clusters 1"]:
+    """Share of a step that goes beyond the longest one."""
+    length = step.abs().amax(-1, keepdim=True)
+    return (1 - LONGEST_STEP / length.clamp(min=LONGEST_STEP)).nan_to_num(0.0)
 
 
 def observe(
@@ -136,7 +158,10 @@ def observe(
     source : RowSource
         All training rows.
     """
-    sums = [_sums(factor, one) for factor, one in zip(model.factors, pseudo, strict=True)]
+    quadratic = model.family.dispersion_name == "residual_sd"
+    sums = [
+        _sums(factor, one, quadratic) for factor, one in zip(model.factors, pseudo, strict=True)
+    ]
     means = mean_draws(model, latents)
     widest = max(len(factor.terms) ** 2 for factor in model.factors)
     size = max(1, 2**22 // max(widest, math.prod(source.x.shape[1:])))
@@ -144,7 +169,7 @@ def observe(
         columns = weight.shape[-1]
         x = by_column(model.head_inputs(activations), columns) if model.bayesian_head else None
         linear = 0.0 if x is None else (x * means["fixed_effect"][:, None]).sum(1)
-        for factor, (precision, pull, cross) in zip(model.factors, sums, strict=True):
+        for factor, (precision, pull, cross, push) in zip(model.factors, sums, strict=True):
             membership = rows.memberships[factor.name]
             phi = factor.design(rows.x, activations)
             z = by_column(phi, columns)
@@ -156,11 +181,13 @@ def observe(
             square = weighted @ z.mT if precision.dim() == 3 else (weighted * z).sum(-1)
             precision.index_add_(0, membership.position, square)
             pull.index_add_(0, membership.position, (z * response[:, None, :]).sum(-1))
+            if push is not None:
+                push.index_add_(0, membership.position, (z * residual[:, None, :]).sum(-1))
             if cross is not None and x is not None:
                 cross.index_add_(0, membership.position, weighted @ x.mT)
-    for one, (precision, pull, cross) in zip(pseudo, sums, strict=True):
+    for one, summed in zip(pseudo, sums, strict=True):
         if one.conjugate or not one.base.any():
-            one.start(precision, pull, cross)
+            one.start(*summed)
 
 
 def mean_draws(model: MixedEffects, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,7 +205,9 @@ def mean_draws(model: MixedEffects, latents: Mapping[str, Tensor]) -> dict[str, 
     return means
 
 
-def _sums(factor: Factor, pseudo: PseudoObservations) -> tuple[Tensor, Tensor, Tensor | None]:
+def _sums(
+    factor: Factor, pseudo: PseudoObservations, quadratic: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     precision = torch.zeros_like(pseudo.base)
     # A unit that is silent now may wake up in training: let its precision be trained too.
     layer = [isinstance(block, LayerBlock) for block in factor.blocks for _ in block.names]
@@ -186,7 +215,8 @@ def _sums(factor: Factor, pseudo: PseudoObservations) -> tuple[Tensor, Tensor, T
     floor = torch.tensor(layer).repeat_interleave(columns).to(precision)
     precision += torch.diag(floor) if pseudo.full else floor
     cross = None if pseudo.cross is None else torch.zeros_like(pseudo.cross)
-    return precision, torch.zeros_like(pseudo.location), cross
+    pull = torch.zeros_like(pseudo.location)
+    return precision, pull, cross, None if quadratic else torch.zeros_like(pull)
 
 
 def curvature(

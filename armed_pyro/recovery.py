@@ -115,7 +115,7 @@ class Recovery:
     schedule : Schedule
         Length and rates of each fit's training.
     refine : bool
-        Whether draws come from ``fit.refine()``.
+        Whether the guide's draws are importance weighted.
     seed : int
         Seed from which each simulation has its own.
     """
@@ -167,10 +167,14 @@ class Recovery:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(training)
-                fit: Any = fitting.fit_bound(
-                    bound, data, schedule=self.schedule, seed=training, progress=False
+                fit = fitting.fit_bound(
+                    bound,
+                    data,
+                    schedule=self.schedule,
+                    refine=self.refine,
+                    seed=training,
+                    progress=False,
                 )
-                fit = fit.refine() if self.refine else fit
                 draws = fit.draws(self.n_draws, seed=posterior)
         except (DivergenceError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return Recovered({}, False, str(error))

@@ -16,7 +16,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from rich.progress import Progress
 from torch import Tensor
 
-from armed_pyro.datatree import pareto_smooth
+from armed_pyro.arvizstats import pareto_smooth
 from armed_pyro.importance import Weighted, weigh
 from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
 from armed_pyro.rows import Rows
@@ -39,10 +39,10 @@ METHODS: Mapping[str, str] = {
 }
 # Log-likelihoods (rows times draws times particles): in all, in one block, and the number at
 # which even the fewest draws take too long.
-MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**28, 2**22, 2**31
+MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**31
 MOST_VALUES = 2**24  # in the draws of all sites
 PARTICLES, MOST_CLUSTERS = 16, 500
-MOST_DRAWS, FEWEST_DRAWS = 4000, 200
+MOST_DRAWS, FEWEST_DRAWS, ENOUGH_FOR_TAILS = 4000, 200, 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +93,8 @@ class ImportanceDraws:
     cluster_k_hat : Float[ndarray, "clusters"]
         The same shape for the particles of each cluster, over all draws; missing (nan) in all
         but 500 clusters, drawn at random, where there are more.
+    heavy : bool
+        Whether the hyperparameters were proposed with tails heavier than the guide's.
     """
 
     latents: Mapping[str, Tensor]
@@ -100,6 +102,7 @@ class ImportanceDraws:
     k_hat: float
     clusters: Float[np.ndarray, "draws clusters"]
     cluster_k_hat: Float[np.ndarray, " clusters"]
+    heavy: bool = True
 
     @property
     def weights(self) -> Float[np.ndarray, " draws"]:
@@ -213,9 +216,10 @@ def refine(
 def importance_draws(
     fit: Fit, *, seed: int | None = None, progress: bool = False
 ) -> ImportanceDraws:
-    """The guide's draws with heavier tails, and their importance weights, nested by cluster.
+    """Proposals made with the guide, and their importance weights, nested by cluster.
 
-    As many as 4,000, fewer where the data are large.
+    As many as 4,000, with tails heavier than the guide's; where the data are large fewer, with
+    its own tails: then the posterior is near to normal, and few draws do not reach the tails.
     """
     model, guide = fit.model, fit.guide
     source = model.compute(model.encode(fit.data))
@@ -233,7 +237,13 @@ def importance_draws(
         for start in range(0, n, size):
             count = min(size, n - start)
             noise = proposal_noise(
-                guide, rows, count, particles, model.reference(), stretch=particles > 1
+                guide,
+                rows,
+                count,
+                particles,
+                model.reference(),
+                heavy=n >= ENOUGH_FOR_TAILS,
+                stretch=particles > 1,
             )
             weighted = weigh(model, guide, rows, noise)
             totals.append(weighted.total())
@@ -249,6 +259,7 @@ def importance_draws(
         float(k_hat[0]),
         torch.cat(clusters).double().cpu().numpy(),
         _cluster_k_hat(torch.cat(tails)[:kept]) if nested is not None else np.zeros(0),
+        n >= ENOUGH_FOR_TAILS,
     )
 
 

@@ -33,7 +33,7 @@ class Schedule:
         Adam's rate for the network and the adversaries.
     window : int or None
         Steps over which the loss is averaged before it is compared with the window before; None
-        takes an epoch, but at least 100 steps.
+        takes an epoch, but at least 100 steps, and 25 once the network is settled.
     decay : float
         Factor of the rates at each cut.
     stages : int

@@ -91,8 +91,8 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
         tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
     manifest["classifiers"] = []
     for number, one in enumerate(fit.classifiers.values()):
-        record = {"factor": one.factor, "temperature": one.temperature, "report": one.report}
-        manifest["classifiers"].append(record)
+        record = {"factor": one.factor, "temperature": one.temperature, "pooling": one.pooling}
+        manifest["classifiers"].append({**record, "report": one.report})
         tensors |= {f"classifier{number}.{name}": t for name, t in one.tensors().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, as renaming is atomic only within a file system.
@@ -240,7 +240,7 @@ def _classifiers(
     for number, record in enumerate(records):
         start = f"classifier{number}."
         own = {key[len(start) :]: one for key, one in tensors.items() if key.startswith(start)}
-        settings = record["factor"], record["temperature"], record["report"]
+        settings = [record[name] for name in ("factor", "temperature", "pooling", "report")]
         found[record["factor"]] = ClusterClassifier.restore(model, *settings, own)
     return found
 

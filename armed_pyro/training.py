@@ -135,7 +135,6 @@ class Run:
                 raise self._divergence("its gradient is not finite")
         self.optimizer.step()
         if self.settled is not None:
-            # In units of the posterior sds at the start.
             self.iterates.append(self.guide.hyperparameters.shift.detach().cpu().numpy().copy())
         self.history.loss.append(float(loss.total.detach()))
         self.history.elbo.append(float(loss.elbo))
@@ -182,7 +181,9 @@ class Run:
         if self.validation is not None:
             self.history.validation.append(self._validate(self.validation))
         if self.settled is not None:
-            r_hat, drift = split_r_hat(np.stack(self.iterates[-2 * len(losses) :]))
+            # In posterior sds, also where the frame is not that of the mode.
+            sds = self.guide.hyperparameters.log_scale.detach().exp().cpu().numpy()
+            r_hat, drift = split_r_hat(np.stack(self.iterates[-2 * len(losses) :]) / sds)
             self.history.r_hat.append(r_hat)
             self.history.drift.append(drift)
         if self.validation is None or self.settled is not None:
@@ -309,7 +310,9 @@ class Run:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors["order"] = self.order
         size = self.guide.hyperparameters.size
-        tensors["iterates"] = torch.tensor(np.array(self.iterates).reshape(-1, size))
+        tensors["iterates"] = torch.tensor(
+            np.array(self.iterates).reshape(len(self.iterates), size)
+        )
         tensors["random"] = torch.get_rng_state()
         if self.source.x.is_cuda:
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.x.device)

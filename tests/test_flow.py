@@ -1,0 +1,232 @@
+"""The flow of the hyperparameters: its density, closed-form slope, and normal special case."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from armed_pyro.flow import AutoregressiveNormal, FlowParameters
+
+
+def make(size, seed=0, spread=0.3, **given):
+    """A flow with random parameters, those `given` excepted."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return spread * torch.randn(shape, generator=random, dtype=torch.float64)
+
+    frame = (torch.eye(size, dtype=torch.float64) + normal(size, size)).tril()
+    parameters = {
+        "anchor": normal(size),
+        "frame": frame.tril(-1) + torch.diag(frame.diagonal().abs() + 0.3),
+        "shift": normal(size),
+        "log_scale": normal(size),
+        "coupling": normal(size, size).tril(-1),
+        "twist": normal(size, size).tril(-1),
+        "skew": normal(size),
+        "log_tail": normal(size),
+    }
+    return AutoregressiveNormal(FlowParameters(**parameters | given))
+
+
+def make_normal(size, seed=0):
+    zeros, matrix = torch.zeros(size).double(), torch.zeros(size, size).double()
+    names = ("shift", "log_scale", "skew", "log_tail")
+    return make(size, seed, coupling=matrix, twist=matrix, **dict.fromkeys(names, zeros))
+
+
+def with_gradients(q):
+    leaves = {name: one.clone().requires_grad_(True) for name, one in vars(q.parameters).items()}
+    return AutoregressiveNormal(FlowParameters(**leaves)), leaves
+
+
+# ----------------------------------------------------------------------------------- the density
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_density_of_one_component_integrates_to_one(seed):
+    q = make(1, seed)
+    grid = torch.linspace(-400, 400, 4_000_001, dtype=torch.float64)
+    density = q.log_prob(grid[:, None]).exp()
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_density_of_two_components_integrates_to_one():
+    frame = torch.tensor([[0.7, 0.0], [0.4, 1.2]]).double()
+    log_tail = torch.tensor([-0.2, -0.1]).double()  # light tails, or the grid would be endless
+    q = make(2, 3, spread=0.2, frame=frame, log_tail=log_tail)
+    one, other = (torch.linspace(-9, 9, 1201, dtype=torch.float64) for _ in range(2))
+    grid = torch.stack(torch.meshgrid(one, other, indexing="ij"), -1)
+    density = q.log_prob(grid).exp()
+    total = torch.trapezoid(torch.trapezoid(density, other), one)
+    assert total.item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_density_is_that_of_the_noise_over_the_jacobian(size, seed):
+    q = make(size, seed)
+    noise = torch.randn(6, size, generator=torch.Generator().manual_seed(seed)).double()
+    for one in noise:
+        jacobian = torch.autograd.functional.jacobian(q.push, one)
+        expected = -0.5 * (one**2).sum() - 0.5 * size * np.log(2 * np.pi)
+        expected = expected - torch.linalg.slogdet(jacobian).logabsdet
+        # A copy: not its own draw, but a value like any other.
+        torch.testing.assert_close(q.log_prob(q.push(one).clone()), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_a_value_was_made_of_is_found(seed):
+    q = make(4, seed)
+    noise = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)).double()
+    torch.testing.assert_close(q._pull(q.push(noise)), noise, rtol=1e-8, atol=1e-8)
+
+
+def test_without_shape_it_is_the_normal_distribution_of_anchor_and_frame():
+    q = make_normal(3)
+    p = q.parameters
+    dense = MultivariateNormal(p.anchor, scale_tril=p.frame)
+    value = torch.randn(7, 3).double()
+    torch.testing.assert_close(q.log_prob(value), dense.log_prob(value))
+    own = q.rsample((7,))
+    torch.testing.assert_close(q.log_prob(own), dense.log_prob(own))
+    noise = torch.randn(7, 3).double()
+    torch.testing.assert_close(q.push(noise), p.anchor + noise @ p.frame.mT)
+
+
+def test_skew_shifts_the_median_against_the_mean_and_tail_makes_tails_heavy():
+    n = 100_000
+    torch.manual_seed(0)
+    normal = make_normal(1).parameters
+    kurtosis = {}
+    for log_tail in (-0.3, 0.0, 0.3):
+        q = AutoregressiveNormal(
+            FlowParameters(**vars(normal) | {"log_tail": torch.tensor([log_tail]).double()})
+        )
+        z = q.rsample((n,))[:, 0]
+        z = (z - z.mean()) / z.std()
+        kurtosis[log_tail] = float((z**4).mean())
+    # The standard error of a normal sample's kurtosis is sqrt(24 / n) = 0.015.
+    assert kurtosis[-0.3] < 2.8 < kurtosis[0.0] < 3.2 < kurtosis[0.3]
+    q = AutoregressiveNormal(
+        FlowParameters(**vars(normal) | {"skew": torch.tensor([0.5]).double()})
+    )
+    z = q.rsample((n,))[:, 0]
+    assert (z.mean() - z.median()) / z.std() > 0.05
+
+
+def test_twist_lets_the_scale_follow_an_earlier_component():
+    twist = torch.tensor([[0.0, 0.0], [0.8, 0.0]]).double()
+    q = AutoregressiveNormal(
+        FlowParameters(
+            **vars(make_normal(2).parameters)
+            | {"anchor": torch.zeros(2).double(), "frame": torch.eye(2).double(), "twist": twist}
+        )
+    )
+    torch.manual_seed(0)
+    first, second = q.rsample((200_000,)).unbind(-1)
+    for lower, upper in [(-1.1, -0.9), (0.9, 1.1)]:
+        sd = second[(first > lower) & (first < upper)].std()
+        assert sd.log().item() == pytest.approx(0.8 * math.tanh((lower + upper) / 2), abs=0.05)
+
+
+# ------------------------------------------------------------------------- draws of its own
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_its_own_draw_has_the_density_of_a_foreign_value(size, seed):
+    q = make(size, seed)
+    torch.manual_seed(seed)
+    own = q.rsample((8,))
+    torch.testing.assert_close(q.log_prob(own), q.log_prob(own.clone()), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_its_own_draw_has_the_slope_of_a_foreign_value(size, seed):
+    """In closed form, against automatic differentiation of the density."""
+    q = make(size, seed)
+    noise = torch.randn(8, size, generator=torch.Generator().manual_seed(seed)).double()
+    value = q.push(noise).detach().requires_grad_(True)
+    (expected,) = torch.autograd.grad(q.log_prob(value).sum(), value)
+    torch.testing.assert_close(q._slope(noise), expected, rtol=1e-7, atol=1e-8)
+
+
+def test_gradients_of_its_own_draw_hold_its_parameters_fixed():
+    """d log q(theta) by the parameters is slope' d theta: the path, and no score."""
+    q, leaves = with_gradients(make(3))
+    torch.manual_seed(0)
+    own = q.rsample((5,))
+    got = torch.autograd.grad(q.log_prob(own).sum(), list(leaves.values()), retain_graph=True)
+    slope = q._slope(q._pull(own)).detach()
+    expected = torch.autograd.grad((slope * own).sum(), list(leaves.values()))
+    for name, one, other in zip(leaves, got, expected, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    # The same by the distribution whose parameters are held.
+    again, leaves = with_gradients(make(3))
+    torch.manual_seed(0)
+    own = again.rsample((5,))
+    held = again.detached()
+    assert not any(one.requires_grad for one in vars(held.parameters).values())
+    other = torch.autograd.grad(held.log_prob(own).sum(), list(leaves.values()))
+    for name, one, two in zip(leaves, got, other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_gradients_of_a_foreign_value_reach_its_parameters():
+    leaves = with_gradients(make(3))[1]
+    value = torch.randn(5, 3).double()
+    assert torch.autograd.gradcheck(
+        lambda *values: AutoregressiveNormal(
+            FlowParameters(**dict(zip(leaves, values, strict=True)))
+        ).log_prob(value),
+        tuple(leaves.values()),
+    )
+
+
+def test_where_it_is_the_posterior_the_gradient_vanishes_in_every_draw():
+    """Sticking the landing, for all eight kinds of parameters."""
+    q, leaves = with_gradients(make(3))
+    target = make(3)
+    torch.manual_seed(1)
+    own = q.rsample((4,))
+    difference = (target.log_prob(own) - q.log_prob(own)).sum()
+    for name, one in zip(leaves, torch.autograd.grad(difference, leaves.values()), strict=True):
+        assert one.abs().max() < 1e-9, name
+
+
+def test_a_later_draw_replaces_the_one_it_knows():
+    q = make(2)
+    first, second = q.rsample((3,)), q.rsample((3,))
+    for value in (first, second):
+        torch.testing.assert_close(q.log_prob(value), q.log_prob(value.clone()))
+
+
+# ------------------------------------------------------------------------------------- the shapes
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (4, 1)])
+def test_it_expands(batch):
+    q = make(3)
+    assert q.event_shape == (3,)
+    wide = q.expand(batch)
+    assert wide.batch_shape == batch
+    own = wide.rsample((2,))
+    assert own.shape == (2, *batch, 3)
+    assert wide.log_prob(own).shape == (2, *batch)
+    torch.testing.assert_close(wide.log_prob(own), q.log_prob(own.clone()))
+    assert q.expand(()) is q
+
+
+def test_of_no_components_the_density_is_one():
+    empty, square = torch.zeros(0), torch.zeros(0, 0)
+    q = AutoregressiveNormal(
+        FlowParameters(empty, square, empty, empty, square, square, empty, empty)
+    )
+    own = q.rsample((4,))
+    assert own.shape == (4, 0)
+    assert torch.equal(q.log_prob(own), torch.zeros(4))
+    assert torch.equal(q.log_prob(own.clone()), torch.zeros(4))

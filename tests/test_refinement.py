@@ -1,0 +1,180 @@
+"""Refined draws: importance weights that correct a wrong guide, and NUTS in its coordinates."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from armed_pyro import ClusteredData, Fit, HalfNormal, Known, MixedEffects, Priors, Schedule, fit
+from armed_pyro.models.linear import linear
+from armed_pyro.refinement import RefinedDraws, importance_draws
+from armed_pyro.simulate import mixed_model
+
+
+def make(family="gaussian", clusters=12, rows=6, seed=2, random="(1 | site)", **settings):
+    data, _ = mixed_model(family, clusters, rows, sd=(0.8,), seed=seed)
+    model = MixedEffects(linear(1), random, family, bayesian_head=True, **settings)
+    return model, data
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    model, data = make()
+    return fit(model, data, progress=False)
+
+
+@pytest.fixture(scope="module")
+def bernoulli():
+    model, data = make("bernoulli", 15, 8)
+    return fit(model, data, progress=False)
+
+
+def moments(draws):
+    return {
+        name: (value.double().mean(0).flatten(), value.double().std(0).flatten())
+        for name, value in draws.items()
+    }
+
+
+def test_a_fit_is_refined_where_its_guide_is_good(gaussian, bernoulli):
+    for result in (gaussian, bernoulli):
+        assert result.refined.method == "psis"
+        assert result.refined.quality["k_hat"] < 1
+        assert result.refined.quality["ess"] > 1000
+        assert len(result.refined) == 4000
+
+
+def test_refining_can_be_left_out():
+    model, data = make()
+    result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
+    assert result.refined is None
+    assert "importance" not in vars(result)
+
+
+def test_weights_correct_a_guide_that_is_wrong(gaussian):
+    """Shifted by half a posterior sd and a quarter too narrow, its weighted draws are the same."""
+    wrong = Fit(**{**vars_of(gaussian), "refined": None})
+    hyper = wrong.guide.hyperparameters
+    before = {name: one.clone() for name, one in hyper.state_dict().items()}
+    with torch.no_grad():
+        hyper.shift.add_(0.5)
+        hyper.log_scale.add_(math.log(0.75))
+    try:
+        own = moments(wrong.draws(4000))
+        weighted = importance_draws(wrong)
+        with wrong.model.seeded(0):
+            corrected = moments(weighted.resample(4000))
+    finally:
+        hyper.load_state_dict(before)
+    right = moments(gaussian.draws(4000))
+    error = 4.5 * math.sqrt(1 / weighted.effective + 1 / gaussian.refined.quality["ess"])
+    for name in ("site_sd", "fixed_effect", "residual_sd"):
+        mean, sd = right[name]
+        assert (((own[name][0] - mean) / sd).abs() > 0.2).any(), "the guide was made wrong"
+        assert (((corrected[name][0] - mean) / sd).abs() < error).all(), name
+        assert ((corrected[name][1] / sd).log().abs() < error).all(), name
+
+
+def vars_of(result):
+    return {name: getattr(result, name) for name in result.__dataclass_fields__}
+
+
+@pytest.mark.slow
+def test_nuts_agrees_with_the_weighted_draws(bernoulli):
+    exact = bernoulli.refine("nuts", draws=600, chains=2, warmup=150, progress=False)
+    quality = exact.refined.quality
+    assert quality["r_hat"] < 1.05
+    assert quality["divergences"] < 30
+    right, found = moments(exact.draws(600)), moments(bernoulli.draws(4000))
+    for name in ("site_sd", "fixed_effect", "site_effect"):
+        mean, sd = right[name]
+        assert (((found[name][0] - mean) / sd).abs() < 4.5 / math.sqrt(150)).all(), name
+
+
+def test_nuts_draws_are_shaped_as_a_guides(bernoulli):
+    found = bernoulli.refine("nuts", draws=12, chains=2, warmup=4, progress=False)
+    shapes = {name: one.shape for name, one in bernoulli.draws(12).items()}
+    assert {name: one.shape for name, one in found.draws(12).items()} == shapes
+    assert set(found.refined.quality) == {"r_hat", "ess", "divergences"}
+    again = bernoulli.refine("nuts", draws=12, chains=2, warmup=4, progress=False)
+    assert torch.equal(again.refined.latents["site_sd"], found.refined.latents["site_sd"])
+
+
+def test_crossed_programs_are_refined_with_all_their_sites():
+    rng = np.random.default_rng(0)
+    a, b = np.repeat(np.arange(6), 8), np.tile(np.arange(8), 6)
+    y = rng.normal(size=6)[a] + rng.normal(size=8)[b] + 0.5 * rng.normal(size=48)
+    data = ClusteredData.from_arrays(np.zeros((48, 0)), y, {"a": a, "b": b})
+    model = MixedEffects(linear(0), "(1 | a) + (1 | b)", bayesian_head=True)
+    result = fit(model, data, progress=False)
+    shapes = {name: tuple(one.shape) for name, one in result.draws(7).items()}
+    assert shapes == {
+        "residual_sd": (7, 1),
+        "fixed_effect": (7, 1, 1),
+        "a_sd": (7, 1, 1),
+        "b_sd": (7, 1, 1),
+        "a_effect": (7, 6, 1),
+        "b_effect": (7, 8, 1),
+    }
+    assert result.refined.quality["k_hat"] < 1
+
+
+def test_draws_are_chosen_without_repeats_while_there_are_enough(gaussian):
+    assert gaussian.draws(4000)["residual_sd"].unique().numel() == (
+        gaussian.refined.latents["residual_sd"].unique().numel()
+    )
+    assert len(gaussian.draws(5000)["residual_sd"]) == 5000
+    one, other = gaussian.draws(10, seed=1), gaussian.draws(10, seed=1)
+    assert torch.equal(one["site_effect"], other["site_effect"])
+    assert not torch.equal(one["site_effect"], gaussian.draws(10, seed=2)["site_effect"])
+
+
+def test_known_quantities_stay_single():
+    drawn = RefinedDraws("psis", {"site_sd": torch.ones(1), "x": torch.zeros(5, 1)}).choose(3)
+    assert drawn["site_sd"].shape == (1,)
+    assert drawn["x"].shape == (3, 1)
+
+
+def test_known_sds_are_refined():
+    model, data = make(priors=Priors(sd=Known(0.8), residual_sd=HalfNormal()))
+    result = fit(model, data, progress=False)
+    assert result.refined is not None
+    assert result.draws(5)["site_sd"].shape == (1,)
+
+
+def test_where_the_weights_cannot_be_relied_upon_the_guide_is_kept(monkeypatch):
+    monkeypatch.setattr(
+        "armed_pyro.refinement.pareto_smooth", lambda ratios: (ratios, np.full(len(ratios), 1.1))
+    )
+    model, data = make()
+    result = fit(model, data, schedule=Schedule(steps=20), progress=False)
+    assert result.refined is None
+    assert result.importance.k_hat == 1.1
+
+
+def test_refined_draws_survive_saving(gaussian, tmp_path):
+    gaussian.save(tmp_path / "run")
+    loaded = Fit.load(tmp_path / "run")
+    assert loaded.refined.method == "psis"
+    assert loaded.refined.quality == gaussian.refined.quality
+    for name, value in gaussian.draws(100).items():
+        assert torch.equal(loaded.draws(100)[name], value)
+
+
+def test_errors(gaussian):
+    with pytest.raises(ValueError, match=r"unknown method 'hmc': choose one of psis.*nuts"):
+        gaussian.refine("hmc")
+    with pytest.raises(ValueError, match=r"draws must be at least 2.*found 1"):
+        gaussian.refine(draws=1)
+    data = ClusteredData.from_arrays([[0.0], [1.0], [2.0], [3.0]], [0, 1, 1, 0], {})
+    plain = fit(
+        MixedEffects(nn.Linear(1, 1), family="bernoulli"),
+        data,
+        schedule=Schedule(steps=2),
+        progress=False,
+    )
+    assert plain.refined is None
+    with pytest.raises(ValueError, match=r"nothing to refine"):
+        plain.refine()
