@@ -133,8 +133,8 @@ def spiral_rows(
             torch.nn.Linear(2, 32), torch.nn.ELU(), torch.nn.Linear(32, 32), torch.nn.ELU(),
             torch.nn.Linear(32, 1),
         )  # fmt: skip
-        terms = ["(1 | site)", Slopes("site", on="3")] if random else []
-        model = MixedEffects(net, terms, "bernoulli")
+        terms: list[str | Slopes] = ["(1 | site)", Slopes("site", on="3")]
+        model = MixedEffects(net, terms if random else (), "bernoulli")
         schedule = Schedule(steps=steps, batch_size=256, stages=1, net_learning_rate=0.005)
         result = fit(model, train, schedule=schedule, seed=seed, refine=False, progress=False)
         for mode in _spiral_modes(random):

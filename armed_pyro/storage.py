@@ -240,8 +240,9 @@ def _classifiers(
     for number, record in enumerate(records):
         start = f"classifier{number}."
         own = {key[len(start) :]: one for key, one in tensors.items() if key.startswith(start)}
-        settings = [record[name] for name in ("factor", "temperature", "pooling", "report")]
-        found[record["factor"]] = ClusterClassifier.restore(model, *settings, own)
+        names = ("factor", "temperature", "pooling", "report")
+        settings = {name: record[name] for name in names}
+        found[record["factor"]] = ClusterClassifier.restore(model, tensors=own, **settings)
     return found
 
 
