@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/unseen_clusters"), metavar="DIR")
-    parser.add_argument("--parts", default=PARTS, help=f"parts to run (default: {PARTS})")
+    parser.add_argument(
+        "--parts", default=PARTS, help=f"parts to run, '' to draw anew (default: {PARTS})"
+    )
     parser.add_argument("--seeds", type=int, default=4, help="simulated data sets of each kind")
     parser.add_argument("--smoke", action="store_true", help="small data and few steps: a trial")
     given = parser.parse_args(argv)
@@ -113,9 +115,8 @@ def countries(out: Path, *, smoke: bool) -> Iterator[dict[str, Any]]:
         with plt.rc_context(figures.STYLE):
             figure = figures.curves(
                 table, x="year", outcome="fertility", panel="country",
-                labels=("year", "total fertility rate (births per woman)"),
+                labels=(f"year (first {k} known)", "total fertility rate (births per woman)"),
             )  # fmt: skip
-            figure.suptitle(f"Held-out countries, known from their first {k} years")
             figure.savefig(out / f"countries_{k}_years.png", dpi=150)
             plt.close(figure)
 
@@ -225,12 +226,13 @@ def _learning(rows: pd.DataFrame) -> Figure:
         lower.axhspan(0.85, 0.95, color="0.92", zorder=-2)
         lower.axhline(0.9, color="k", linewidth=0.9, linestyle=":")
         upper.set(title=case, ylim=(0, None))
-        lower.set(ylim=(0.7, 1), xlabel="labelled rows k of each new cluster")
+        lower.set(ylim=(0.7, 1))
         for axis in (upper, lower):
             axis.set_xticks(place, one["k"].astype(int))
     axes[0, 0].set_ylabel("error of E[y]\n(root mean square)")
     axes[1, 0].set_ylabel("coverage of E[y] by\n90% intervals (± 2 se)")
     axes[0, -1].legend()
+    figure.supxlabel("labelled rows k of each new cluster", fontsize=9)
     return figure
 
 

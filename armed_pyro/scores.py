@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from jaxtyping import Float, Int
 from scipy import stats
 from scipy.special import logsumexp
@@ -18,6 +19,7 @@ from sklearn import metrics
 from armed_pyro.adaptation import adapt, check_support, joined
 from armed_pyro.conditioning import condition
 from armed_pyro.data import ClusteredData
+from armed_pyro.datatree import label_values, variable_name
 from armed_pyro.predicted import Prediction
 from armed_pyro.prediction import (
     BLOCK_VALUES,
@@ -55,6 +57,8 @@ class ClusterScores:
         predictions are calibrated. Not for classes.
     summary : mapping of str to float
         Over all rows and clusters.
+    row_labels : pandas.Index
+        Of `pit`.
 
     Examples
     --------
@@ -70,6 +74,16 @@ class ClusterScores:
     table: pd.DataFrame
     pit: Float[np.ndarray, " rows"]
     summary: Mapping[str, float]
+    row_labels: pd.Index
+
+    def to_dataset(self) -> xr.Dataset:
+        """Scores with the dimensions <factor> and row, to stand beside `Prediction.to_datatree`."""
+        factor = variable_name(str(self.table["factor"].iloc[0]))
+        columns = self.table.drop(columns=["factor", "cluster"])
+        values = {str(name): (factor, one.to_numpy()) for name, one in columns.items()}
+        labels = label_values(pd.Index(self.table["cluster"].tolist()))
+        coords = {factor: labels, "row": label_values(self.row_labels)}
+        return xr.Dataset({**values, "pit": ("row", self.pit)}, coords, {"unseen": self.mode})
 
 
 def compare_modes(
@@ -262,7 +276,7 @@ def _scored(
     uniform = np.random.default_rng([seed, 23]).random(len(y))
     pit = (outcome < y).mean(0) + uniform * (outcome == y).mean(0)
     pit = pit if mean.ndim == 1 else np.full(len(y), np.nan)
-    return ClusterScores(mode, pd.DataFrame(table), pit, summary)
+    return ClusterScores(mode, pd.DataFrame(table), pit, summary, data.row_labels)
 
 
 def _replicated(

@@ -89,6 +89,15 @@ def test_calibrated_predictions_have_uniform_pit_and_nominal_coverage(gaussian):
     assert np.isfinite(table[["rmse", "crps", "log_score", "elpd", "width"]].to_numpy()).all()
 
 
+def test_scores_are_labelled(gaussian):
+    result, unseen = gaussian
+    dataset = score_mode(result, unseen, "population", draws=50).to_dataset()
+    assert dataset["crps"].dims == ("site",)
+    assert list(dataset["site"].values) == list(range(30, 50))
+    assert dataset["pit"].dims == ("row",)
+    assert dataset.attrs["unseen"] == "population"
+
+
 def test_the_comparison_shows_that_population_undercovers(gaussian):
     result, unseen = gaussian
     within = np.arange(unseen.n_rows) % 12
