@@ -24,7 +24,7 @@ ITERATIONS, LONGEST_STEP, CLOSE = 30, 4.0, 1e-2
 # Steps in each draw, from the mode at their mean: particles make up for what is missing.
 STEPS = 5
 # Points for one, two, or more effects; values in one block of draws.
-PARTICLES, BLOCK = (8, 24, 64), 2**23
+PARTICLES, BLOCK = (8, 16, 64), 2**23
 
 
 @dataclass(frozen=True)
