@@ -219,6 +219,7 @@ def _learning(rows: pd.DataFrame) -> Figure:
         place = np.arange(len(one))
         upper.plot(place, one["rmse"], "o-", color=figures.BLUE, label="adapt")
         at = place[(one["k"] == 20).to_numpy()]
+        at = at[: len(refit)]  # none yet in a run that was stopped
         upper.plot(at, refit["rmse"], "D", color=figures.ORANGE, label="full refit")
         lower.errorbar(place, one["coverage_mean"], 2 * one["coverage_mean_se"], fmt="o-",
                        color=figures.BLUE)  # fmt: skip

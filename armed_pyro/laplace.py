@@ -22,7 +22,7 @@ __all__ = ["Conditionals", "conditionals"]
 Latents = Mapping[str, Tensor]
 ITERATIONS, LONGEST_STEP, CLOSE = 30, 4.0, 1e-2
 # Steps in each draw, from the mode at their mean: particles make up for what is missing.
-STEPS = 5
+STEPS = 2
 # Points for one, two, or more effects; values in one block of draws.
 PARTICLES, BLOCK = (8, 16, 64), 2**23
 
