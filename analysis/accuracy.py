@@ -108,10 +108,13 @@ def against_truth(out: Path, n: int, workers: int, *, smoke: bool) -> Iterator[d
     table.to_csv(out / "replications.csv", index=False)
     for row in table.to_dict("records"):
         what, low, high = f"{row['design']}: {row['parameter']}", *COVERAGE
+        # Judged beyond two standard errors: of 100 replications, exact 90% intervals hold fewer
+        # than 85 once in twenty times.
         if str(row["parameter"]).startswith("sd["):
-            met = abs(row["bias"]) <= BIAS
+            met = abs(row["bias"]) - 2 * row["bias_se"] <= BIAS
             yield claim(f"{what}, bias of the median", row["bias"], "<= 5%", met, row["bias_se"])
-        met = low <= row["coverage"] <= high
+        exact = (0.9 * 0.1 / row["replications"]) ** 0.5
+        met = low - 2 * exact <= row["coverage"] <= high + 2 * exact
         limit = f"{low} to {high}"
         yield claim(f"{what}, 90% interval holds", row["coverage"], limit, met, row["coverage_se"])
 

@@ -16,7 +16,7 @@ from armed_pyro.factors import Factor
 from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide
 from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.program import MixedEffects
-from armed_pyro.pseudo import FULL_TERMS, by_column, curvature, mean_draws
+from armed_pyro.pseudo import FULL_TERMS, by_column, curvature, mean_draws, overshoot
 from armed_pyro.rows import Membership, Rows, RowSource
 
 __all__ = ["CrossedGuide", "choose_guide"]
@@ -236,7 +236,7 @@ class CrossedGuide(Guide):
             if (a, b) != (0, 0)
         }
         within = torch.zeros_like(self.within)
-        pulls = [like.new_zeros(k, t) for k, t in counts]
+        pulls, pushes = ([like.new_zeros(k, t) for k, t in counts] for _ in range(2))
         slopes = [like.new_zeros(k, t, self.slope.shape[-1]) for k, t in counts]
         for rows, weight, residual, activations in curvature(model, source, latents, 2**16):
             positions = [rows.memberships[one.name].position for one in factors]
@@ -258,8 +258,18 @@ class CrossedGuide(Guide):
                 response = response + weight * (x * means["fixed_effect"][:, None]).sum(1)
                 for position, one, slope in zip(positions, weighted, slopes, strict=True):
                     slope.index_add_(0, position, one @ x.mT)
-            for position, one, pull in zip(positions, z, pulls, strict=True):
+            for position, one, pull, push in zip(positions, z, pulls, pushes, strict=True):
                 pull.index_add_(0, position, (one * response[:, None, :]).sum(-1))
+                push.index_add_(0, position, (one * residual[:, None, :]).sum(-1))
+        if model.family.dispersion_name != "residual_sd":
+            # Of all clusters together: parts of a joint step would not lead in its direction.
+            own = [within, *(squares[a, a][:: k + 1] for a, (k, _) in enumerate(counts) if a)]
+            moves = [
+                overshoot(factor, latents, means.get(factor.effect_site), square, push)
+                for factor, square, push in zip(factors, own, pushes, strict=True)
+            ]
+            most = max(float(excess.max()) for _, excess in moves)
+            pulls = [pull - most * move for pull, (move, _) in zip(pulls, moves, strict=True)]
         for trained in (self.log_scale, self.shift, self.shift_slope):
             trained.zero_()
         self.within.copy_(within)

@@ -24,6 +24,7 @@ class FlowParameters:
     log_scale: Float[Tensor, " size"]
     coupling: Float[Tensor, "size size"]
     twist: Float[Tensor, "size size"]
+    bow: Float[Tensor, "size size"]
     skew: Float[Tensor, " size"]
     log_tail: Float[Tensor, " size"]
 
@@ -33,9 +34,8 @@ class AutoregressiveNormal(Pushforward):
 
     .. math::
         s_i &= \sinh(e^{t_i} \operatorname{asinh}(\epsilon_i) + k_i), \quad \epsilon \sim N(0, I) \\
-        x_i &= m_i + e^{l_i + \sum_{j<i} C_{ij} h(s_j)} \Big(s_i + \sum_{j<i} A_{ij} s_j\Big), \quad
-            h(s) = \tanh(s),
-        \quad \theta = a + F x
+        x_i &= m_i + e^{l_i + \sum_{j<i} (C_{ij} t_j + B_{ij} t_j^2)}
+            \Big(s_i + \sum_{j<i} A_{ij} s_j\Big), \quad t_j = \tanh s_j, \quad \theta = a + F x
 
     with frame F (lower triangular) and anchor a held fixed, so that what is trained is of order 1.
     The scale of a fixed effect can thus follow the residual sd, and that of an sd near zero be
@@ -83,7 +83,8 @@ class AutoregressiveNormal(Pushforward):
     def _scale(self, s: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         # Bounded, or the scale would collapse in a tail.
         p = self.parameters
-        return (p.log_scale + torch.tanh(s) @ p.twist.mT).exp()
+        t = torch.tanh(s)
+        return (p.log_scale + t @ p.twist.mT + t**2 @ p.bow.mT).exp()
 
     def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
         """log-density of the value that this noise becomes."""
@@ -101,13 +102,15 @@ class AutoregressiveNormal(Pushforward):
         inner = tail * torch.asinh(noise) + p.skew
         s, stretch = torch.sinh(inner), torch.cosh(inner) * tail / root
         by_noise = -noise - (torch.tanh(inner) * tail / root - noise / root**2)
-        bend = 1 - torch.tanh(s) ** 2
-        by_s = by_noise / stretch - p.twist.sum(0) * bend
+        t = torch.tanh(s)
+        # d log scale_i / d s_j
+        bend = (p.twist + 2 * t[..., None, :] * p.bow) * (1 - t**2)[..., None, :]
+        by_s = by_noise / stretch - bend.sum(-2)
         scale = self._scale(s)
         identity = torch.eye(len(p.shift), dtype=self.dtype, device=self.device)
         jacobian = scale[..., None] * (identity + p.coupling)
         moved = (scale * (s + s @ p.coupling.mT))[..., None]
-        jacobian = jacobian + moved * p.twist * bend[..., None, :]
+        jacobian = jacobian + moved * bend
         by_x = torch.linalg.solve_triangular(jacobian.mT, by_s[..., None], upper=True)
         return torch.linalg.solve_triangular(p.frame.mT, by_x, upper=True)[..., 0]
 

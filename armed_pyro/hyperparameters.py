@@ -64,6 +64,7 @@ class Hyperparameters(nn.Module):
     log_scale: nn.Parameter
     coupling: nn.Parameter
     twist: nn.Parameter
+    bow: nn.Parameter
     skew: nn.Parameter
     log_tail: nn.Parameter
 
@@ -81,6 +82,7 @@ class Hyperparameters(nn.Module):
         # Held at the normal distribution until `Guide.settle`: what a single draw says of a shape
         # is noise, and a shape that wanders makes draws that overflow.
         self.twist = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
+        self.bow = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
         self.skew = nn.Parameter(like.new_zeros(size), requires_grad=False)
         self.log_tail = nn.Parameter(like.new_zeros(size), requires_grad=False)
 
@@ -105,6 +107,7 @@ class Hyperparameters(nn.Module):
                 log_scale=self.log_scale,
                 coupling=self.coupling.tril(-1),
                 twist=self.twist.tril(-1),
+                bow=self.bow.tril(-1),
                 skew=self.skew,
                 log_tail=self.log_tail,
             )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from armed_pyro.noise import _lattice, _stretched
+from armed_pyro.noise import lattice, stretched
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
@@ -249,8 +249,8 @@ class _Problem:
             normal = torch.randn_like(mode) if noise is None else noise
             z = mode + torch.linalg.solve_triangular(root.mT, normal[..., None], upper=True)[..., 0]
             return z @ self.lower.mT, evidence, torch.ones_like(evidence)
-        points = torch.special.ndtri(_lattice(draws, particles, (groups, size), mode))
-        points, ratio = _stretched(points)
+        points = torch.special.ndtri(lattice(draws, particles, (groups, size), mode))
+        points, ratio = stretched(points)
         spread = torch.linalg.solve_triangular(root.mT[:, None], points[..., None], upper=True)
         z = mode[:, None] + spread[..., 0]
         log_weight = self._by_group(self.log_likelihood(self.predictor(z)))

@@ -18,10 +18,11 @@ from armed_pyro.conditionals import LOG_SQRT_2PI, Pushforward, sum_last
 from armed_pyro.guides import Guide
 from armed_pyro.rows import Rows
 
-__all__ = ["Given", "Noise", "gaussian_noise", "proposal_noise"]
+__all__ = ["Given", "Noise", "gaussian_noise", "lattice", "proposal_noise", "stretched"]
 
-# Degrees of freedom of the proposal of the hyperparameters.
-PROPOSAL_DF = 8.0
+# Degrees of freedom of the proposal of the hyperparameters; share of its draws that go far along
+# one coordinate, and their scale.
+PROPOSAL_DF, SHARE_ALONG_ONE, ALONG_ONE = 8.0, 0.3, 3.0
 # Stretch of the proposal of a cluster's one, two, or more effects. On a lattice, whose error falls
 # with the smoothness of the periodic integrand, tails that heavy make a few points as good as
 # adaptive quadrature: with 16 points of one effect the variance of log p^(y_k) is below 1e-6, with
@@ -84,8 +85,7 @@ def proposal_noise(
     Parameters
     ----------
     heavy : bool
-        Whether the hyperparameters' noise is multivariate t with 8 degrees of freedom instead of
-        normal.
+        Whether the hyperparameters' noise has the tails of `_far_reaching` instead of normal ones.
     stretch : bool
         Whether the normal tails of the nested effects are stretched by ``sinh(t asinh(.))``, with
         t 1.6 for one effect a cluster, 1.4 for two, 1.2 for more.
@@ -94,12 +94,12 @@ def proposal_noise(
     values, ratio = {}, {}
     for site, shape in guide.noise_shapes(rows).items():
         if nested is not None and site == nested.effect_site:
-            even = torch.special.ndtri(_lattice(draws, particles, shape, like))
+            even = torch.special.ndtri(lattice(draws, particles, shape, like))
             values[site] = even
             if stretch:
-                values[site], ratio[site] = _stretched(even)
+                values[site], ratio[site] = stretched(even)
         elif site == "_theta" and heavy:
-            values[site], ratio[site] = _student(_normal(draws, 1, shape, like))
+            values[site], ratio[site] = _far_reaching(_normal(draws, 1, shape, like))
         else:
             values[site] = _normal(draws, 1, shape, like)
     return Noise(values, ratio)
@@ -110,19 +110,35 @@ def _normal(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) ->
     return torch.randn(whole, dtype=like.dtype, device=like.device)
 
 
-def _student(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
-    """Multivariate t noise, and the log of its density over the standard normal one."""
+def _far_reaching(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
+    r"""Noise with heavy tails in all directions, and heavier ones along single coordinates.
+
+    Multivariate t; or, in three of ten draws, normal but for one coordinate, which is t with three
+    times the scale: a posterior that an sd near zero, say, gives a long tail leaves the guide
+    along one coordinate, and tails that long in all of them would waste the draws.
+    """
     size, df = normal.shape[-1], PROPOSAL_DF
     chi2 = torch.distributions.Chi2(normal.new_tensor(df)).sample(normal.shape[:-1])
-    noise = normal * (df / chi2).sqrt()[..., None]
-    square = (noise**2).sum(-1)
+    stretch = (df / chi2).sqrt()[..., None]
+    chosen = torch.randint(size, (*normal.shape[:-1], 1), device=normal.device)
+    alone = torch.arange(size, device=normal.device) == chosen
+    single = torch.where(alone, ALONG_ONE * stretch * normal, normal)
+    by_one = torch.rand(normal.shape[:-1], device=normal.device)[..., None] < SHARE_ALONG_ONE
+    noise = torch.where(by_one, single, stretch * normal)
+    log_normal = -0.5 * noise**2 - LOG_SQRT_2PI
     constant = math.lgamma((df + size) / 2) - math.lgamma(df / 2)
     constant -= size / 2 * math.log(df * math.pi)
-    log_t = constant - (df + size) / 2 * torch.log1p(square / df)
-    return noise, (log_t + 0.5 * square + size * LOG_SQRT_2PI).flatten(1).sum(-1)
+    log_t = constant - (df + size) / 2 * torch.log1p((noise**2).sum(-1) / df)
+    t = torch.distributions.StudentT(df, noise.new_tensor(0.0), noise.new_tensor(ALONG_ONE))
+    log_single = torch.logsumexp(t.log_prob(noise) - log_normal, -1) - math.log(size)
+    log_ratio = torch.logaddexp(
+        math.log(1 - SHARE_ALONG_ONE) + log_t - log_normal.sum(-1),
+        math.log(SHARE_ALONG_ONE) + log_single,
+    )
+    return noise, log_ratio.flatten(1).sum(-1)
 
 
-def _stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
+def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
     """sinh(t asinh(normal)), and the log of its density over the standard normal one."""
     stretch = STRETCH[min(normal.shape[-1], len(STRETCH)) - 1]
     inner = stretch * torch.asinh(normal)
@@ -133,7 +149,7 @@ def _stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
     return noise, sum_last(0.5 * (squares[0] - squares[1]) - log_det)
 
 
-def _lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Points of (0, 1)^terms that fill it evenly, shifted at random for every draw and cluster."""
     steps = torch.tensor(_generator(particles, shape[-1]), dtype=torch.float64) / particles
     points = torch.arange(particles, dtype=torch.float64)[:, None] * steps % 1

@@ -13,7 +13,8 @@ from torch import Tensor
 from armed_pyro.guides import Guide
 from armed_pyro.importance import weigh
 from armed_pyro.noise import gaussian_noise, proposal_noise
-from armed_pyro.program import MixedEffects, Predictor
+from armed_pyro.predictor import Predictor
+from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows
 
 __all__ = ["Loss", "NestedBound", "Objective"]

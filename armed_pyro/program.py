@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import pandas as pd
@@ -23,36 +23,15 @@ from armed_pyro.factors import Factor
 from armed_pyro.facts import Facts
 from armed_pyro.families import Family, family_named
 from armed_pyro.local import LocalModule
+from armed_pyro.predictor import Predictor
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows import Rows, RowSource
 from armed_pyro.taps import tapped
 from armed_pyro.terms import Term, parse_terms
 
-__all__ = ["MixedEffects", "Predictor"]
+__all__ = ["MixedEffects"]
 
 Latents = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """Linear predictors of some rows, on the original scale.
-
-    Attributes
-    ----------
-    eta : Float[Tensor, "... rows columns"]
-        Fixed and random effects, centre and offset.
-    fixed : Float[Tensor, "... rows columns"]
-        The same without random effects.
-    output : Float[Tensor, "rows ..."]
-        The network's output.
-    activations : mapping of str to Tensor
-        Tapped activations of the network, by module path.
-    """
-
-    eta: Float[Tensor, "... rows columns"]
-    fixed: Float[Tensor, "... rows columns"]
-    output: Tensor
-    activations: Mapping[str, Tensor]
 
 
 class MixedEffects(LocalModule):

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
     from armed_pyro.rows import Rows, RowSource
 
-__all__ = ["FULL_TERMS", "PseudoObservations", "by_column", "curvature", "observe"]
+__all__ = [
+    "FULL_TERMS",
+    "PseudoObservations",
+    "by_column",
+    "curvature",
+    "mean_draws",
+    "observe",
+    "overshoot",
+]
 
 # Up to this many terms a cluster's effects get a full precision matrix, beyond it a diagonal one:
 # the matrix costs O(clusters x terms^2) memory.
@@ -92,18 +100,8 @@ class PseudoObservations(nn.Module):
         return precision, precision * location
 
     @torch.no_grad()
-    def start(
-        self, precision: Tensor, pull: Tensor, cross: Tensor | None, push: Tensor | None
-    ) -> None:
-        """Set A_k, A_k m_k and A_k G_k to these sums over rows.
-
-        Parameters
-        ----------
-        push : Float[Tensor, "clusters terms"] or None
-            The slope in `pull`. It is shortened where it would move a cluster's effects by more
-            than a few units of the link, as Newton's step does for a count that is far too large;
-            None, where the likelihood is quadratic, leaves it.
-        """
+    def start(self, precision: Tensor, pull: Tensor, cross: Tensor | None) -> None:
+        """Set A_k, A_k m_k and A_k G_k to these sums over rows."""
         unit = torch.eye(self.base.shape[-1]) if self.full else torch.ones(self.base.shape[-1])
         self.root.copy_(unit.to(self.root).expand(self.root.shape))
         if self.full:
@@ -112,8 +110,6 @@ class PseudoObservations(nn.Module):
             inverse = torch.where(known, values, torch.inf).reciprocal()
             solve = (vectors * inverse[..., None, :]) @ vectors.mT
             self.base.copy_(vectors * values.clamp(min=1e-12).sqrt()[..., None, :])
-            if push is not None:
-                pull = pull - _excess((solve @ push[..., None])[..., 0]) * push
             self.location.copy_((solve @ pull[..., None])[..., 0])
             if self.cross is not None and cross is not None:
                 self.cross.copy_(solve @ cross)
@@ -121,17 +117,52 @@ class PseudoObservations(nn.Module):
         # Wide layers are correlated: each unit alone would explain what all explain together.
         inverse = 1 / (precision.clamp(min=1e-12) * precision.shape[-1])
         self.base.copy_(precision.clamp(min=1e-12).sqrt())
-        if push is not None:
-            pull = pull - _excess(inverse * push) * push
         self.location.copy_(inverse * pull)
         if self.cross is not None and cross is not None:
             self.cross.copy_(inverse[..., None] * cross)
 
 
-def _excess(step: Float[Tensor, "clusters terms"]) -> Float[Tensor, "clusters 1"]:
-    """Share of a step that goes beyond the longest one."""
+def overshoot(
+    factor: Factor,
+    latents: Mapping[str, Tensor],
+    effects: Float[Tensor, "clusters terms"] | None,
+    precision: Tensor,
+    push: Float[Tensor, "clusters terms"],
+) -> tuple[Float[Tensor, "clusters terms"], Float[Tensor, "clusters 1"]]:
+    """Gradient of likelihood and prior by the effects, and the share of it that is too much.
+
+    Newton's step overshoots where a count is far larger than expected; it is to move a cluster's
+    effects by no more than a few units of the link. At the mode there is no gradient, so that
+    its shortening makes no difference in the end.
+
+    Parameters
+    ----------
+    factor : Factor
+        The grouping factor.
+    latents : mapping of str to Tensor
+        Hyperparameters, a point or draws.
+    effects : Float[Tensor, "clusters terms"] or None
+        Where the effects are; None for zeros.
+    precision, push : Tensor
+        Curvature of the log-likelihood, or its diagonal, and its slope.
+    """
+    terms = push.shape[-1]
+    effects = torch.zeros_like(push) if effects is None else effects
+    # At the geometric mean of the sds: their arithmetic one is that of the largest draws.
+    sds = factor.sd(latents).reshape(-1, terms)
+    sd = sds.log().mean(0).exp()
+    if precision.dim() == 3:
+        scales = factor.scale_matrix(latents).reshape(-1, terms, terms) / sds[..., None]
+        root = sd[:, None] * scales.mean(0)
+        prior = torch.linalg.inv(root @ root.mT + 1e-4 * torch.diag(sd**2))
+        gradient = push - effects @ prior
+        step = torch.linalg.solve(precision + prior, gradient)
+    else:
+        prior = sd**-2
+        gradient = push - effects * prior
+        step = gradient / (precision * terms + prior)
     length = step.abs().amax(-1, keepdim=True)
-    return (1 - LONGEST_STEP / length.clamp(min=LONGEST_STEP)).nan_to_num(0.0)
+    return gradient, (1 - LONGEST_STEP / length.clamp(min=LONGEST_STEP)).nan_to_num(0.0)
 
 
 def observe(
@@ -185,9 +216,15 @@ def observe(
                 push.index_add_(0, membership.position, (z * residual[:, None, :]).sum(-1))
             if cross is not None and x is not None:
                 cross.index_add_(0, membership.position, weighted @ x.mT)
-    for one, summed in zip(pseudo, sums, strict=True):
+    for factor, one, (precision, pull, cross, push) in zip(
+        model.factors, pseudo, sums, strict=True
+    ):
         if one.conjugate or not one.base.any():
-            one.start(*summed)
+            if push is not None:
+                effects = means.get(factor.effect_site)
+                gradient, excess = overshoot(factor, latents, effects, precision, push)
+                pull = pull - excess * gradient
+            one.start(precision, pull, cross)
 
 
 def mean_draws(model: MixedEffects, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:

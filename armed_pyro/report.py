@@ -129,8 +129,11 @@ def _verdict(fit: Fit) -> str:
     found = fit.diagnostics()
     kind = "good" if found.verdict == "pass" else "bad"
     checks = found.to_frame()[["verdict", "name", "reason", "advice"]]
+    if not checks["advice"].any():
+        checks = checks.drop(columns="advice")
     figures = {k: f"{v:.4g}" for k, v in found.figures.items() if v is not None}
-    return f'<p class="{kind}">{found.verdict.upper()}</p>{_table(checks)}{_pairs(figures)}'
+    verdict = f'<p class="{kind}">{found.verdict.upper()}</p>'
+    return f'{verdict}<div class="checks">{_table(checks)}</div>{_pairs(figures)}'
 
 
 def _loss_curve(fit: Fit) -> Figure:
@@ -234,6 +237,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; }
 th { border-bottom: 1px solid #a0aec0; }
 .text { text-align: left; }
+.checks td { white-space: normal; vertical-align: top; }
 tr:nth-child(even) td { background: #f7fafc; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
 dt { color: #52606d; } dd { margin: 0; overflow-wrap: anywhere; }

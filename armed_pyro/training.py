@@ -20,6 +20,7 @@ from armed_pyro.checkpoint import (
     restore_module,
     restore_optimizer,
 )
+from armed_pyro.checks import MOVING
 from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
@@ -187,7 +188,9 @@ class Run:
             self.history.r_hat.append(r_hat)
             self.history.drift.append(drift)
         if self.validation is None or self.settled is not None:
-            if self.plateau.training(np.array(self.history.loss[-len(losses) :])):
+            # The loss may stand still while the guide still moves.
+            moving = self.settled is not None and self.history.r_hat[-1] >= MOVING
+            if not moving and self.plateau.training(np.array(self.history.loss[-len(losses) :])):
                 self.iterates = []
         else:
             value = self.history.validation[-1]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from armed_pyro import Adversary, ClusteredData, MixedEffects, Priors, Schedule, fit
+from armed_pyro import Adversary, ClusteredData, Known, MixedEffects, Priors, Schedule, fit
 from armed_pyro.checkpoint import (
     Checkpoint,
     module_tensors,
@@ -147,22 +147,78 @@ def test_module_and_optimizer_states_are_put_back():
 # --------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("validated", [False, True])
-def test_a_run_cut_short_goes_on_to_the_same_parameters(tmp_path, validated, monkeypatch):
-    options = {"validation": make_data(seed=5)} if validated else {}
-    whole = run(**options)
-    path, write = tmp_path / "run.checkpoint", Checkpoint.write
+def cut_short(path, monkeypatch, *, windows=1, **options):
+    """A run killed after some windows of steps."""
+    write, left = Checkpoint.write, [windows]
 
     def interrupt(checkpoint, target):
         write(checkpoint, target)
-        raise KeyboardInterrupt
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(path, **options)
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_run_cut_short_goes_on_to_the_same_parameters(tmp_path, validated, monkeypatch):
+    options = {"validation": make_data(seed=5)} if validated else {}
+    whole = run(**options)
+    path = tmp_path / "run.checkpoint"
+    cut_short(path, monkeypatch, **options)
     assert len(Checkpoint.read(path).record["history"]["loss"]) == SCHEDULE.window
     resumed = run(path, resume=True, **options)
+    assert_same(state(resumed), state(whole))
+    assert (resumed.history, resumed.stopped) == (whole.history, whole.stopped)
+
+
+def linear(random="(1 | site)", family="poisson", **options):
+    torch.manual_seed(1)
+    return MixedEffects(nn.Linear(1, 1), random, family, bayesian_head=True, **options)
+
+
+def counts():
+    rng = np.random.default_rng(3)
+    labels = {"site": np.repeat(np.arange(6), 5), "batch": np.arange(30) % 4}
+    return ClusteredData.from_arrays(rng.normal(size=(30, 1)), rng.poisson(3, 30), labels)
+
+
+KNOWN = Priors(sd=Known(1.0), residual_sd=Known(1.0))
+WINDOWS = Schedule(steps=200, window=8, stages=2, net_learning_rate=0.03)
+SETTLED = {
+    "linear": ({"model": linear("(1 + x0 | site)"), "data": counts()}, None),
+    "crossed": ({"model": linear("(1 | site) + (1 | batch)"), "data": counts()}, None),
+    "mini-batches": ({"model": linear(), "data": counts()}, 900),
+    "network": ({"model": make_model()}, None),
+    "validated": ({"model": make_model(), "validation": make_data(seed=5)}, None),
+    "adversary": ({"model": make_model(adversary=Adversary("site", ["1"]))}, None),
+    "nothing-latent": ({"model": make_model(priors=KNOWN)}, None),
+}
+
+
+# A linear program is settled before its first window, after which there is a checkpoint.
+LINEAR = ("linear", "crossed", "mini-batches")
+
+
+@pytest.mark.parametrize(
+    ("name", "after"), [(name, after) for name in SETTLED for after in (int(name in LINEAR), 2)]
+)
+def test_a_run_cut_short_once_settled_goes_on_to_the_same_parameters(
+    name, after, tmp_path, monkeypatch
+):
+    options, largest = SETTLED[name]
+    if largest is not None:
+        monkeypatch.setattr("armed_pyro.training.LARGEST_STEP", largest)
+    whole = run(schedule=WINDOWS, refine=False, **options)
+    history, path = whole.history, tmp_path / "run.checkpoint"
+    windows = after + (history.step.index(history.settled) + 1 if history.settled else 0)
+    assert windows < len(history.step)
+    cut_short(path, monkeypatch, windows=windows, schedule=WINDOWS, refine=False, **options)
+    assert len(Checkpoint.read(path).record["history"]["r_hat"]) == after
+    resumed = run(path, resume=True, schedule=WINDOWS, refine=False, **options)
     assert_same(state(resumed), state(whole))
     assert (resumed.history, resumed.stopped) == (whole.history, whole.stopped)
 

@@ -4,6 +4,7 @@ Each case is one fit of five steps to forty rows; a new family, term or program 
 tables below.
 """
 
+import copy
 import warnings
 from dataclasses import dataclass
 
@@ -18,8 +19,7 @@ from armed_pyro import Adversary, ClusteredData, Fit, MixedEffects, Schedule, Sl
 from armed_pyro.families import FAMILIES
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.objective import Objective
-from armed_pyro.prediction import MODES
+from armed_pyro.objective import NestedBound, Objective
 
 # Random effects, and the number of terms of each factor.
 KINDS = {
@@ -159,7 +159,8 @@ def test_sites_have_their_shapes_and_a_finite_log_density(case):
 
 
 def test_every_parameter_gets_a_finite_gradient(case):
-    model, guide, rows = case.result.model, case.result.guide, case.rows
+    model, guide, rows = case.result.model, copy.deepcopy(case.result.guide), case.rows
+    guide.requires_grad_(True)  # of a linear program, only the hyperparameters were trained
     torch.manual_seed(0)
     total = sum(Objective(model, guide)(rows).total for _ in range(4))
     parameters = [*model.named_parameters(prefix="model"), *guide.named_parameters(prefix="guide")]
@@ -172,6 +173,24 @@ def test_every_parameter_gets_a_finite_gradient(case):
             continue
         assert gradient is not None, f"{name} is not trained"
         assert torch.isfinite(gradient).all(), name
+
+
+def test_once_settled_the_hyperparameters_get_a_finite_gradient_and_the_network_none(case):
+    model, guide = case.result.model, copy.deepcopy(case.result.guide)
+    guide.settle()
+    rows = model.compute(model.encode(case.result.data)).all()
+    torch.manual_seed(0)
+    total = NestedBound(model, guide, 2 if guide.nested() else 1)(rows, 4).total
+    trained = [(n, one) for n, one in guide.named_parameters() if one.requires_grad and one.numel()]
+    names = {name for name, _ in trained}
+    wanted = {f"hyperparameters.{n}" for n, p in guide.hyperparameters.named_parameters()}
+    assert wanted <= names or not guide.hyperparameters.size
+    if trained:
+        gradients = torch.autograd.grad(total, [one for _, one in trained], retain_graph=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            assert torch.isfinite(gradient).all(), name
+        network = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+        assert all(one is None for one in network)
 
 
 def test_draws_have_their_shapes(case):
@@ -193,7 +212,7 @@ def test_seen_clusters_are_predicted(case):
     assert set(prediction.unseen) == {""}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["population", "marginal", "membership", "nearest"])
 def test_unseen_clusters_are_predicted(case, mode):
     rows = FRAME.head(4).assign(site=["new", "new", "s0", "s1"], batch=[9, 0, 9, 1])
     prediction = case.result.predict(rows, unseen=mode, draws=4)

@@ -1,12 +1,25 @@
 """fit(): what it leaves alone, what it repeats, when it stops, and how it fails."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from armed_pyro import Adversary, ClusteredData, DivergenceError, MixedEffects, Schedule, fit
+from armed_pyro import (
+    Adversary,
+    ClusteredData,
+    DivergenceError,
+    Known,
+    MixedEffects,
+    Priors,
+    Schedule,
+    fit,
+)
 from armed_pyro.checkpoint import module_tensors
+from armed_pyro.fitting import fit_bound
+from armed_pyro.rows import RowSource
 from armed_pyro.training import Run
 
 SHORT = Schedule(steps=6, window=3, stages=0)
@@ -110,29 +123,50 @@ def test_two_fits_do_not_share_parameters():
 # ----------------------------------------------------------------------------------- the optimum
 
 
+def linear(random="(1 | site)", family="gaussian", **options):
+    return MixedEffects(nn.Linear(2, 1), random, family, bayesian_head=True, **options)
+
+
+def unsettled(monkeypatch):
+    """Linear programs are trained as networks are, on mini-batches of rows."""
+    monkeypatch.setattr("armed_pyro.training._trains_network", lambda model: True)
+
+
+def assert_same_posterior(one, other, *, mean, sd):
+    """Means within `mean` posterior sds, and sds within a factor."""
+    one, other = one.draws(4000, seed=1), other.draws(4000, seed=2)
+    for name in one:
+        center, scale = one[name].mean(0), one[name].std(0)
+        assert ((other[name].mean(0) - center).abs() / scale).max() < mean, name
+        assert (torch.log(other[name].std(0) / scale)).abs().max() < np.log(sd), name
+
+
 @pytest.fixture(scope="module")
 def full_batch():
-    schedule = Schedule(steps=400, window=50, stages=0)
-    model = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True)
-    return run(model, make_data(), schedule=schedule)
+    return run(linear(), make_data(), schedule=Schedule(steps=400, window=50, stages=0))
 
 
-def test_mini_batches_reach_the_full_batch_optimum(full_batch):
+def test_mini_batches_reach_the_full_batch_optimum(full_batch, monkeypatch):
+    unsettled(monkeypatch)
     schedule = Schedule(steps=500, window=50, stages=0, batch_size=10)
-    model = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True)
-    batches = run(model, make_data(), schedule=schedule)
-    one, other = full_batch.draws(2000, seed=1), batches.draws(2000, seed=2)
-    for name in one:
-        mean, sd = one[name].mean(0), one[name].std(0)
-        # A likelihood without its factor of 4 would double the sds.
-        assert ((other[name].mean(0) - mean).abs() / sd).max() < 0.5, name
-        assert (torch.log(other[name].std(0) / sd)).abs().max() < np.log(1.4), name
+    batches = run(linear(), make_data(), schedule=schedule)
+    assert batches.history.settled is None
+    # A likelihood without its factor of 4 would double the sds.
+    assert_same_posterior(full_batch, batches, mean=0.5, sd=1.4)
 
 
-def test_training_raises_the_evidence_lower_bound(full_batch):
-    elbo = np.array(full_batch.history.elbo)
+def test_training_raises_the_evidence_lower_bound(full_batch, monkeypatch):
+    unsettled(monkeypatch)
+    history = run(linear(), schedule=Schedule(steps=400, window=50, stages=0)).history
+    elbo = np.array(history.elbo)
     assert elbo[-50:].mean() > elbo[:5].mean() + 0.3
-    np.testing.assert_allclose(full_batch.history.loss, -elbo, rtol=1e-6)
+    np.testing.assert_allclose(history.loss, -elbo, rtol=1e-6)
+    # From the mode of the hyperparameters, a linear program starts close to where that ends.
+    settled = np.array(full_batch.history.elbo)
+    assert settled[:5].mean() > elbo[-50:].mean() - 0.05
+    assert settled[-50:].mean() > elbo[-50:].mean() - 0.005
+    assert settled[-50:].mean() > settled[:5].mean()
+    np.testing.assert_allclose(full_batch.history.loss, -settled, rtol=1e-6)
 
 
 def test_the_fixed_effects_likelihood_enters_the_loss():
@@ -145,8 +179,7 @@ def test_the_fixed_effects_likelihood_enters_the_loss():
 
 def test_a_flat_loss_stops_as_converged():
     schedule = Schedule(steps=5000, window=25, stages=2)
-    model = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True)
-    result = run(model, schedule=schedule)
+    result = run(linear(), schedule=schedule)
     assert (result.stopped, result.converged) == ("converged", True)
     assert len(result.history.loss) < 2000
     rates = np.array(result.history.rate)
@@ -185,11 +218,158 @@ def test_validation_stops_the_network_at_its_best_and_lets_the_guide_settle(monk
     trained = module_tensors("model", result.model)
     assert same(trained, networks[best])
     assert not same(trained, networks[best + 1])
+    hyper = result.guide.hyperparameters
+    assert not torch.equal(hyper.frame, torch.eye(hyper.size)), "the guide is not that of then"
+    assert hyper.skew.any()
 
 
 def test_validation_rows_may_lie_in_new_clusters():
     result = run(validation=make_data(seed=1, n_sites=11))
     assert np.isfinite(result.history.validation).all()
+
+
+# --------------------------------------------------------------------------- the settled network
+
+QUICK = Schedule(steps=2000, window=20, stages=1, net_learning_rate=0.02)
+
+
+def record_networks(monkeypatch):
+    """The network's tensors after every window of steps."""
+    networks, close = [], Run._close_window
+
+    def recorded(self, losses):
+        networks.append(module_tensors("", self.model.network))
+        close(self, losses)
+
+    monkeypatch.setattr(Run, "_close_window", recorded)
+    return networks
+
+
+@pytest.mark.parametrize("random", ["(1 | site)", ()], ids=["effects", "none"])
+@pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
+def test_a_linear_program_is_settled_from_the_first_step(random, family):
+    data = make_data()
+    if family == "bernoulli":
+        data = dataclasses.replace(data, outcome=(data.outcome > 0).to(data.outcome))
+    history = run(linear(random, family), data, schedule=Schedule(steps=30, window=10)).history
+    assert history.settled == 0
+    assert history.step == [10, 20, 30]
+    assert len(history.r_hat) == len(history.drift) == 3
+    assert history.particles == (16 if family == "bernoulli" and random else 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"random": ()}, {"random": (), "priors": Priors(residual_sd=Known(1.0))}],
+    ids=["effects", "none", "nothing-latent"],
+)
+def test_a_network_settles_at_its_plateau_and_is_held_from_then_on(options, monkeypatch):
+    networks = record_networks(monkeypatch)
+    model = MixedEffects(make_net(), **{"random": "(1 | site)"} | options)
+    result = run(model, make_data(n_sites=20), schedule=QUICK)
+    history = result.history
+    assert result.stopped == "converged"
+    assert 0 < history.settled < len(history.loss)
+    plateau = history.step.index(history.settled)
+    assert len(history.r_hat) == len(history.drift) == len(history.step) - plateau - 1
+    assert not same(networks[0], networks[plateau])
+    assert all(same(networks[plateau], one) for one in networks[plateau:])
+    assert same(networks[plateau], module_tensors("", result.model.network))
+
+
+def test_a_program_with_an_adversary_settles_only_after_the_game():
+    model = linear(adversary=Adversary("site", [""]))
+    history = run(model, schedule=QUICK).history
+    assert history.settled > 0
+    after = history.step.index(history.settled)
+    logged = [one[0] for one in history.adversary_accuracy]
+    assert all(0 <= one <= 1 for one in logged)
+    assert set(logged[after:]) == {logged[after]}, "the last word of the game"
+
+
+def test_iterates_that_still_move_are_told_from_those_that_rest(monkeypatch):
+    schedule = Schedule(steps=150, window=50, stages=0, learning_rate=0.01)
+    rests = run(linear(), schedule=schedule).history
+    monkeypatch.setattr("armed_pyro.training.start_at_mode", lambda *arguments: None)
+    moves = run(linear(), schedule=schedule).history
+    assert moves.drift[0] > 0.5 > 0.2 > max(rests.drift[1:])
+    assert moves.r_hat[0] > 1.05 > max(rests.r_hat[1:])
+
+
+def test_only_the_hyperparameters_are_trained_once_the_network_is_settled():
+    result = run(linear(), schedule=SHORT)
+    trained = {name for name, one in result.guide.named_parameters() if one.requires_grad}
+    every = {
+        f"hyperparameters.{name}" for name, _ in result.guide.hyperparameters.named_parameters()
+    }
+    assert trained == every
+
+
+def test_the_shape_of_the_hyperparameters_is_trained_only_once_the_network_is_settled():
+    moving = run(make_model(), schedule=SHORT).guide.hyperparameters
+    settled = run(linear(), schedule=SHORT).guide.hyperparameters
+    names = {name for name, _ in moving.named_parameters()} - {"shift", "log_scale", "coupling"}
+    assert len(names) >= 3
+    for name in names:
+        assert not getattr(moving, name).any(), name
+        assert getattr(settled, name).any(), name
+
+
+@pytest.mark.parametrize("model", [linear(), make_model()], ids=["linear", "network"])
+def test_what_was_fitted_can_be_fitted_again(model, monkeypatch):
+    first = run(model, schedule=QUICK)
+    assert first.history.settled is not None
+    assert all(one.requires_grad for one in first.model.parameters())
+    again = fit_bound(first.model, first.data, schedule=QUICK, progress=False)
+    assert again.history.settled is not None
+    assert_same_posterior(first, again, mean=0.5, sd=1.5) if first.model.linear else None
+
+
+CROSSED = "(1 | site) + (1 | batch)"
+
+
+def larger_data(family="gaussian"):
+    """40 sites of 5 rows, crossed with 5 batches."""
+    rng = np.random.default_rng(5)
+    site, batch = np.repeat(np.arange(40), 5), rng.permutation(np.arange(200) % 5)
+    x = rng.normal(size=(200, 2))
+    eta = x[:, 0] + rng.normal(size=40)[site] + 0.7 * rng.normal(size=5)[batch]
+    y = eta + 0.5 * rng.normal(size=200)
+    y = y if family == "gaussian" else (rng.random(200) < 1 / (1 + np.exp(-2 * eta))).astype(float)
+    return ClusteredData.from_arrays(x, y, {"site": site, "batch": batch})
+
+
+def limit_steps(monkeypatch, step, search):
+    """At most so many log-likelihoods in one evaluation; the mini-batches that this makes."""
+    batches, whole = [], RowSource.whole_clusters
+
+    def recorded(self, factor, chosen):
+        rows = whole(self, factor, chosen)
+        batches.append(rows)
+        return rows
+
+    monkeypatch.setattr("armed_pyro.training.LARGEST_STEP", step)
+    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", search)
+    monkeypatch.setattr(RowSource, "whole_clusters", recorded)
+    return batches
+
+
+@pytest.mark.parametrize("random", ["(1 | site)", CROSSED], ids=["nested", "crossed"])
+@pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
+def test_data_too_large_for_a_step_are_taken_in_whole_clusters(family, random, monkeypatch):
+    data, model = larger_data(family), linear(random, family)
+    whole = run(model, data, refine=False, schedule=Schedule())
+    # Two particles' room for 199 of the 200 rows, with as many particles as are needed; and for
+    # the search of the mode, with eight draws where there is another factor.
+    particles, draws = whole.history.particles, 8 if random == CROSSED else 1
+    batches = limit_steps(monkeypatch, step=2 * 199 * particles, search=199 * draws)
+    parts = run(model, data, refine=False, schedule=Schedule())
+    assert parts.history.particles == particles
+    used = batches[-len(parts.history.loss) :]
+    assert {len(rows) for rows in used} == {95}, "19 of the sites, all their rows"
+    drawn = {tuple(rows.memberships["site"].index.tolist()) for rows in used}
+    assert len(drawn) == len(used)
+    assert_same_posterior(whole, parts, mean=0.2, sd=1.25)
 
 
 # ------------------------------------------------------------------------------ device, progress

@@ -1,5 +1,6 @@
 """The flow of the hyperparameters: its density, closed-form slope, and normal special case."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,6 +9,11 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from armed_pyro.flow import AutoregressiveNormal, FlowParameters
+
+VECTORS = ("anchor", "shift", "log_scale", "skew", "log_tail")
+NAMES = [one.name for one in dataclasses.fields(FlowParameters)]
+# Of a component, by those before it.
+COUPLINGS = [name for name in NAMES if name not in (*VECTORS, "frame")]
 
 
 def make(size, seed=0, spread=0.3, **given):
@@ -18,23 +24,22 @@ def make(size, seed=0, spread=0.3, **given):
         return spread * torch.randn(shape, generator=random, dtype=torch.float64)
 
     frame = (torch.eye(size, dtype=torch.float64) + normal(size, size)).tril()
-    parameters = {
-        "anchor": normal(size),
-        "frame": frame.tril(-1) + torch.diag(frame.diagonal().abs() + 0.3),
-        "shift": normal(size),
-        "log_scale": normal(size),
-        "coupling": normal(size, size).tril(-1),
-        "twist": normal(size, size).tril(-1),
-        "skew": normal(size),
-        "log_tail": normal(size),
-    }
+    parameters = {"frame": frame.tril(-1) + torch.diag(frame.diagonal().abs() + 0.3)}
+    parameters |= {name: normal(size) for name in VECTORS}
+    parameters |= {name: normal(size, size).tril(-1) for name in COUPLINGS}
     return AutoregressiveNormal(FlowParameters(**parameters | given))
 
 
-def make_normal(size, seed=0):
-    zeros, matrix = torch.zeros(size).double(), torch.zeros(size, size).double()
-    names = ("shift", "log_scale", "skew", "log_tail")
-    return make(size, seed, coupling=matrix, twist=matrix, **dict.fromkeys(names, zeros))
+def make_normal(size, seed=0, **given):
+    """Of random anchor and frame, and no shape."""
+    shape = dict.fromkeys(VECTORS[1:], torch.zeros(size).double())
+    shape |= dict.fromkeys(COUPLINGS, torch.zeros(size, size).double())
+    return make(size, seed, **shape | given)
+
+
+def make_standard(size, **given):
+    anchor, frame = torch.zeros(size).double(), torch.eye(size).double()
+    return make_normal(size, **{"anchor": anchor, "frame": frame} | given)
 
 
 def with_gradients(q):
@@ -99,37 +104,31 @@ def test_without_shape_it_is_the_normal_distribution_of_anchor_and_frame():
 def test_skew_shifts_the_median_against_the_mean_and_tail_makes_tails_heavy():
     n = 100_000
     torch.manual_seed(0)
-    normal = make_normal(1).parameters
     kurtosis = {}
     for log_tail in (-0.3, 0.0, 0.3):
-        q = AutoregressiveNormal(
-            FlowParameters(**vars(normal) | {"log_tail": torch.tensor([log_tail]).double()})
-        )
-        z = q.rsample((n,))[:, 0]
+        z = make_standard(1, log_tail=torch.tensor([log_tail]).double()).rsample((n,))[:, 0]
         z = (z - z.mean()) / z.std()
         kurtosis[log_tail] = float((z**4).mean())
     # The standard error of a normal sample's kurtosis is sqrt(24 / n) = 0.015.
     assert kurtosis[-0.3] < 2.8 < kurtosis[0.0] < 3.2 < kurtosis[0.3]
-    q = AutoregressiveNormal(
-        FlowParameters(**vars(normal) | {"skew": torch.tensor([0.5]).double()})
-    )
-    z = q.rsample((n,))[:, 0]
+    z = make_standard(1, skew=torch.tensor([0.5]).double()).rsample((n,))[:, 0]
     assert (z.mean() - z.median()) / z.std() > 0.05
 
 
-def test_twist_lets_the_scale_follow_an_earlier_component():
-    twist = torch.tensor([[0.0, 0.0], [0.8, 0.0]]).double()
-    q = AutoregressiveNormal(
-        FlowParameters(
-            **vars(make_normal(2).parameters)
-            | {"anchor": torch.zeros(2).double(), "frame": torch.eye(2).double(), "twist": twist}
-        )
-    )
+@pytest.mark.parametrize(
+    ("name", "follows"),
+    [
+        ("twist", lambda s: 0.8 * math.tanh(s)),
+        ("bow", lambda s: 0.8 * math.tanh(s) ** 2),
+    ],
+)
+def test_the_scale_follows_an_earlier_component(name, follows):
+    q = make_standard(2, **{name: torch.tensor([[0.0, 0.0], [0.8, 0.0]]).double()})
     torch.manual_seed(0)
     first, second = q.rsample((200_000,)).unbind(-1)
-    for lower, upper in [(-1.1, -0.9), (0.9, 1.1)]:
-        sd = second[(first > lower) & (first < upper)].std()
-        assert sd.log().item() == pytest.approx(0.8 * math.tanh((lower + upper) / 2), abs=0.05)
+    for middle in (-1.0, 0.0, 1.0):
+        sd = second[(first - middle).abs() < 0.1].std()
+        assert sd.log().item() == pytest.approx(follows(middle), abs=0.05)
 
 
 # ------------------------------------------------------------------------- draws of its own
@@ -188,7 +187,7 @@ def test_gradients_of_a_foreign_value_reach_its_parameters():
 
 
 def test_where_it_is_the_posterior_the_gradient_vanishes_in_every_draw():
-    """Sticking the landing, for all eight kinds of parameters."""
+    """Sticking the landing, for all kinds of parameters."""
     q, leaves = with_gradients(make(3))
     target = make(3)
     torch.manual_seed(1)
@@ -222,11 +221,8 @@ def test_it_expands(batch):
 
 
 def test_of_no_components_the_density_is_one():
-    empty, square = torch.zeros(0), torch.zeros(0, 0)
-    q = AutoregressiveNormal(
-        FlowParameters(empty, square, empty, empty, square, square, empty, empty)
-    )
+    q = make_standard(0)
     own = q.rsample((4,))
     assert own.shape == (4, 0)
-    assert torch.equal(q.log_prob(own), torch.zeros(4))
-    assert torch.equal(q.log_prob(own.clone()), torch.zeros(4))
+    assert torch.equal(q.log_prob(own), torch.zeros(4).double())
+    assert torch.equal(q.log_prob(own.clone()), torch.zeros(4).double())

@@ -1,5 +1,6 @@
 """The structured guide: its densities, and where it is the exact posterior."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +12,8 @@ from pyro import poutine
 from torch import nn
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
-from armed_pyro.guides import WhitenedNormal
+from armed_pyro.conditionals import WhitenedDiagonal, WhitenedNormal
+from armed_pyro.crossed import choose_guide
 
 N, K = 60, 6
 SLOPES = "(1 + x0 | site)"
@@ -52,69 +54,14 @@ def conditional(guide, rows, theta=None, site="site_effect"):
 def moments(q):
     """Mean and covariance matrices of q(u | theta)."""
     if isinstance(q, WhitenedNormal):
-        root = torch.linalg.solve_triangular(q.precision_tril, q.scale_tril.mT, upper=False)
+        root = torch.linalg.solve_triangular(q.root, q.scale.mT, upper=False)
         return q.mean, root.mT @ root
-    return q.mean, torch.diag_embed(q.variance)
+    return q.mean, torch.diag_embed((q.scale / q.root) ** 2)
 
 
 def some_theta(guide, seed=3):
-    loc, random = guide.hyperparameters.loc.detach(), torch.Generator().manual_seed(seed)
+    loc, random = guide.hyperparameters.anchor, torch.Generator().manual_seed(seed)
     return loc + torch.randn(loc.shape, generator=random, dtype=loc.dtype)
-
-
-# ------------------------------------------------------------------------------- whitened normal
-
-
-def make_whitened(seed=0):
-    torch.manual_seed(seed)
-    scale = torch.randn(4, 3, 3).double().tril()
-    scale.diagonal(dim1=-2, dim2=-1).abs_().add_(0.1)
-    A = torch.randn(4, 3, 3).double()
-    root = torch.linalg.cholesky(torch.eye(3).double() + A @ A.mT)
-    q = WhitenedNormal(scale, torch.randn(4, 3).double(), root)
-    dense = dist.MultivariateNormal(q.mean, moments(q)[1])
-    return q, dense
-
-
-def test_whitened_normal_is_a_multivariate_normal():
-    q, dense = make_whitened()
-    assert (q.batch_shape, q.event_shape) == ((4,), (3,))
-    # L (C C')^-1 L', written out.
-    inverse = torch.linalg.inv(q.precision_tril @ q.precision_tril.mT)
-    torch.testing.assert_close(dense.covariance_matrix, q.scale_tril @ inverse @ q.scale_tril.mT)
-    value = torch.randn(5, 4, 3).double()
-    torch.testing.assert_close(q.log_prob(value), dense.log_prob(value))
-
-
-def test_whitened_draws_have_its_moments():
-    q, dense = make_whitened()
-    n = 40_000
-    torch.manual_seed(1)
-    draws = q.rsample((n,))
-    assert draws.shape == (n, 4, 3)
-    V = dense.covariance_matrix
-    sd = dense.variance.sqrt()
-    assert ((draws.mean(0) - q.mean).abs() < 4.5 * sd / math.sqrt(n)).all()
-    centred = draws - q.mean
-    error = torch.einsum("nki,nkj->kij", centred, centred) / n - V
-    bound = ((sd[:, :, None] * sd[:, None, :]) ** 2 + V**2) / n
-    assert (error.abs() < 4.5 * bound.sqrt()).all()
-
-
-def test_whitened_normal_expands():
-    q, dense = make_whitened()
-    assert q.expand((4,)) is q
-    wide = q.expand((5, 4))
-    assert wide.rsample((2,)).shape == (2, 5, 4, 3)
-    value = torch.randn(5, 4, 3).double()
-    torch.testing.assert_close(wide.log_prob(value), dense.log_prob(value))
-
-
-def test_whitened_normal_is_safe_near_a_zero_sd():
-    scale = torch.diag(torch.tensor([1e-12, 1.0])).requires_grad_(True)
-    q = WhitenedNormal(scale, torch.zeros(3, 2), torch.eye(2))
-    q.log_prob(q.rsample()).sum().backward()
-    assert torch.isfinite(scale.grad).all()
 
 
 # -------------------------------------------------------------------------------------- q(theta)
@@ -123,21 +70,44 @@ def test_whitened_normal_is_safe_near_a_zero_sd():
 def test_density_of_the_hyperparameters():
     """log q(sd, r, beta, sigma) = log N(theta) - log |d(sd, r, sigma) / d theta|."""
     _, source, guide = bind(bayesian_head=True)
-    loc = guide.hyperparameters.loc
+    hyper = guide.hyperparameters
+    n = hyper.size
     with torch.no_grad():
-        guide.hyperparameters.log_scale.add_(0.3 * torch.randn(len(loc)))
-        guide.hyperparameters.coupling.add_(0.3 * torch.randn(len(loc), len(loc)))
+        hyper.shift.add_(0.3 * torch.randn(n))
+        hyper.log_scale.add_(0.3 * torch.randn(n))
+        hyper.coupling.add_(0.3 * torch.randn(n, n))
     trace = poutine.trace(guide).get_trace(source.all())
     nodes = trace.nodes
     theta = nodes["_theta"]["value"]
-    L = guide.hyperparameters.scale_tril()
-    expected = dist.MultivariateNormal(loc, L @ L.mT).log_prob(theta)
+    L = hyper.log_scale.exp()[:, None] * (torch.eye(n) + hyper.coupling.tril(-1))
+    expected = dist.MultivariateNormal(hyper.anchor + hyper.shift, L @ L.mT).log_prob(theta)
     sds = [nodes["residual_sd"]["value"][None], nodes["site_sd"]["value"]]
     expected -= torch.cat(sds).log().sum()
     expected -= torch.log1p(-(nodes["site_cor_cholesky"]["value"][1, 0] ** 2))
     trace.compute_log_prob()
     effects = nodes["site_effect"]["log_prob_sum"]
     torch.testing.assert_close(trace.log_prob_sum() - effects, expected, rtol=1e-5, atol=0)
+
+
+def test_the_hyperparameters_become_any_normal_distribution():
+    """Whatever they were before; with the program's sites in order, fixed effects last."""
+    _, _, guide = bind(bayesian_head=True)
+    hyper = guide.hyperparameters
+    names = [site.name for site in hyper.sites]
+    assert names == ["residual_sd", "site_sd", "site_cor_cholesky", "fixed_effect"]
+    with torch.no_grad():
+        for one in hyper.parameters():
+            one.normal_()
+    mean, root = some_theta(guide), torch.randn(hyper.size, hyper.size).double().tril()
+    root.diagonal().abs_().add_(0.1)
+    hyper.set_normal(mean, root)
+    q, value = hyper.distribution(), torch.randn(9, hyper.size).double()
+    dense = dist.MultivariateNormal(mean, scale_tril=root)
+    torch.testing.assert_close(q.log_prob(value), dense.log_prob(value))
+    center = hyper.center()
+    torch.testing.assert_close(center["residual_sd"], mean[0].exp())
+    torch.testing.assert_close(center["site_sd"], mean[1:3].exp())
+    torch.testing.assert_close(center["fixed_effect"], mean[4:])
 
 
 def test_the_guide_has_the_programs_sites():
@@ -261,6 +231,44 @@ def test_other_conditionals_start_with_a_newton_step(family):
         torch.testing.assert_close(mean[k], expected @ Z[mine].T @ r[mine], rtol=1e-5, atol=1e-7)
 
 
+def large_counts():
+    """Up to 600, where 3 are expected at the start."""
+    rng = np.random.default_rng(1)
+    site, batch = np.arange(N) % K, rng.permutation(np.arange(N) % 3)
+    x = rng.normal(size=(N, 2))
+    y = rng.poisson(np.exp(1 + 0.3 * x[:, 0] + np.array([5, 0, 0, 1, -1, 0])[site]))
+    return ClusteredData.from_arrays(x, y, {"site": site, "batch": batch})
+
+
+@pytest.mark.parametrize("random", ["(1 | site)", SLOPES, "(1 | batch) + (1 + x0 | site)"])
+def test_steps_towards_large_counts_are_short_but_lead_to_the_same_place(random, monkeypatch):
+    data = large_counts()
+
+    def settled():
+        torch.manual_seed(0)
+        net = nn.Linear(2, 1).double()
+        model = MixedEffects(net, random, "poisson", bayesian_head=True).bind(data)
+        source = model.encode(data)
+        guide = choose_guide(model, source)
+        with torch.no_grad():
+            guide.hyperparameters.log_scale.fill_(-5)
+        steps = [guide.center(source.all())["site_effect"]]
+        for _ in range(40):
+            guide.refresh(model, source)
+            steps.append(guide.center(source.all())["site_effect"])
+        return steps
+
+    steps = settled()
+    assert steps[0].abs().max() < 3.1
+    moves = [(b - a).abs().max() for a, b in itertools.pairwise(steps)]
+    assert max(moves) < 4
+    assert moves[-1] < 0.05
+    monkeypatch.setattr("armed_pyro.pseudo.LONGEST_STEP", 1e9)
+    long = settled()
+    assert long[0].abs().max() > 3.5
+    torch.testing.assert_close(long[-1], steps[-1], rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_some_clusters_have_the_marginals_that_they_have_among_all(wide):
     net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 1)).double()
@@ -279,16 +287,17 @@ def test_beyond_sixteen_terms_the_precision_is_diagonal():
     net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 1)).double()
     random = ["(1 + x0 | site)", Slopes("site", on="1")]
     model, source, guide = bind(random, net=net, bayesian_head=True)
-    q, _ = conditional(guide, source.all(), guide.hyperparameters.loc.detach())
-    assert not isinstance(q, WhitenedNormal)
+    q, _ = conditional(guide, source.all(), guide.hyperparameters.anchor)
+    assert isinstance(q, WhitenedDiagonal)
     assert (q.batch_shape, q.event_shape) == ((K,), (22,))
     draws = guide.draws(model.clusters(), 5)
     assert draws["site_effect"].shape == (5, K, 22)
     assert all(torch.isfinite(one).all() for one in draws.values())
     # More rows, less uncertainty; never more than a priori.
     sd = guide.center(source.all())["site_sd"]
-    assert (q.stddev < sd).all()
-    assert q.stddev[5, 0] < q.stddev[0, 0]
+    stddev = q.scale / q.root
+    assert (stddev < sd).all()
+    assert stddev[5, 0] < stddev[0, 0]
 
 
 def test_diagonal_conditional_is_exact_term_by_term():
@@ -300,7 +309,7 @@ def test_diagonal_conditional_is_exact_term_by_term():
     squares = torch.zeros(K, 20).double().index_add_(0, source.codes["site"], hidden**2)
     # Layers start with one pseudo-row each, so that silent units can wake up.
     precision = latents["site_sd"] ** -2 + latents["residual_sd"] ** -2 * (squares + 1)
-    torch.testing.assert_close(q.variance, 1 / precision)
+    torch.testing.assert_close((q.scale / q.root) ** 2, 1 / precision)
 
 
 @pytest.mark.parametrize("random", [SLOPES, "(1 + x0 || site)"])
@@ -322,7 +331,7 @@ def test_classes():
 def test_nothing_to_estimate_but_the_effects():
     priors = Priors(sd=Known(1.0), residual_sd=Known(1.0))
     model, source, guide = bind("(1 | site)", priors=priors)
-    assert len(guide.hyperparameters.loc) == 0
+    assert guide.hyperparameters.size == 0
     draws = guide.draws(model.clusters(), 9)
     assert draws["site_effect"].shape == (9, K, 1)
     assert model.predictor(source.all(), draws).eta.shape == (9, N, 1)

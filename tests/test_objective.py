@@ -1,6 +1,7 @@
 """The objective: unbiased in mini-batches, exact where the posterior is known."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pyro.distributions as dist
@@ -18,8 +19,9 @@ from armed_pyro import (
     Slopes,
     StructuredGuide,
 )
-from armed_pyro.guides import WhitenedNormal
-from armed_pyro.objective import Objective
+from armed_pyro.conditionals import Pushforward
+from armed_pyro.noise import Given, gaussian_noise, proposal_noise
+from armed_pyro.objective import NestedBound, Objective
 
 N, K, BATCH = 48, 6, 8
 SIZES = {"balanced": [8] * K, "unbalanced": [33, 9, 3, 1, 1, 1]}
@@ -47,7 +49,8 @@ def bind(random, data=None, family="gaussian", net=None, **settings):
     net = nn.Linear(2, 1).double() if net is None else net
     model = MixedEffects(net, random, family, **settings).bind(data)
     source = model.encode(data)
-    return model, source, StructuredGuide(model, source)
+    # Of the shape of q(theta), too, which is trained only once the network is settled.
+    return model, source, StructuredGuide(model, source).requires_grad_(True)
 
 
 def disturb(guide, size=0.3, seed=1):
@@ -81,22 +84,14 @@ class CommonNoise:
         self.theta = torch.randn(99, generator=random, dtype=torch.float64)
         self.rows = None
 
-        def theta(q, sample_shape=()):
-            return q.loc + q.scale_tril @ self.theta[: len(q.loc)]
+        def common(q, sample_shape=()):
+            hyperparameters = not q.batch_shape
+            return q.push(self.theta[: q.event_shape[0]] if hyperparameters else self.of(q))
 
-        def whitened(q, sample_shape=()):
-            noise = self.of(q.event_shape[0])[..., None]
-            spread = torch.linalg.solve_triangular(q.precision_tril.mT, noise, upper=True)
-            return (q.scale_tril @ (q.mean_whitened[..., None] + spread))[..., 0]
+        monkeypatch.setattr(Pushforward, "rsample", common)
 
-        def normal(q, sample_shape=()):
-            return q.loc + q.scale * self.of(q.loc.shape[-1])
-
-        monkeypatch.setattr(dist.MultivariateNormal, "rsample", theta)
-        monkeypatch.setattr(WhitenedNormal, "rsample", whitened)
-        monkeypatch.setattr(dist.Normal, "rsample", normal)
-
-    def of(self, terms):
+    def of(self, q):
+        terms = q.event_shape[0]
         return self.noise[terms][self.rows.memberships[self.names[terms]].index]
 
 
@@ -226,8 +221,8 @@ def test_elbo_at_the_posterior_with_latent_fixed_effects(random):
     precision = torch.eye(3) / prior + X.T @ torch.linalg.solve(V, X)
     covariance = torch.linalg.inv(precision)
     with torch.no_grad():
-        guide.hyperparameters.loc.copy_(covariance @ X.T @ torch.linalg.solve(V, y))
-        guide.hyperparameters.set_scale_tril(torch.linalg.cholesky(covariance))
+        mean = covariance @ X.T @ torch.linalg.solve(V, y)
+        guide.hyperparameters.set_normal(mean, torch.linalg.cholesky(covariance))
     marginal = dist.MultivariateNormal(torch.zeros(N).double(), V + prior * X @ X.T).log_prob(y)
     marginal -= N * math.log(model.data_facts().spread)
     torch.manual_seed(0)
@@ -239,10 +234,7 @@ def test_elbo_at_the_posterior_with_latent_fixed_effects(random):
 def closed_form_elbo(model, source, guide):
     """E_q log p(y | u) - KL(q(u) | p(u)) for a gaussian outcome with known sds."""
     q = poutine.trace(guide).get_trace(source.all()).nodes["site_effect"]["fn"]
-    mean, half = (
-        q.mean,
-        torch.linalg.solve_triangular(q.precision_tril, q.scale_tril.mT, upper=False),
-    )
+    mean, half = q.mean, torch.linalg.solve_triangular(q.root, q.scale.mT, upper=False)
     S = half.mT @ half
     rows, facts, (factor,) = source.all(), model.data_facts(), model.factors
     sigma, code = model.known()["residual_sd"], source.codes["site"]
@@ -358,3 +350,98 @@ def test_nothing_latent_is_maximum_likelihood():
     expected = model.log_likelihood(source.all(), {}).mean()
     torch.testing.assert_close(loss.total, -expected)
     assert loss.accuracy.shape == (0,)
+
+
+# ------------------------------------------------------------------------------- once settled
+
+
+def settled(random, family="gaussian", **options):
+    model, source, guide = bind(random, make_data(family=family), family, **options)
+    guide.settle()
+    model.eval()
+    return model, model.compute(source), guide
+
+
+def shared_noise(monkeypatch, noise):
+    monkeypatch.setattr("armed_pyro.objective.gaussian_noise", lambda *arguments: noise)
+
+
+def given(guide, values, rows):
+    """The guide's draw of this noise; the program's sites have the same names."""
+    with Given(values):
+        return guide(rows)
+
+
+@pytest.mark.parametrize("name", ["slopes", "crossed", "counts", "deep", "wide"])
+def test_with_one_particle_the_bound_is_the_objective(name, monkeypatch):
+    """The same loss, and the same gradient by what is still trained, averaged over draws."""
+    random, options = PROGRAMS[name]
+    options = {key: one for key, one in options.items() if key != "fixed_weight"}
+    model, source, guide = settled(random, **options)
+    disturb(guide)
+    rows = source.all()
+    shapes = guide.noise_shapes(rows)
+    torch.manual_seed(0)
+    noise = gaussian_noise(guide, rows, 3, model.reference())
+    shared_noise(monkeypatch, noise)
+    trained = [one for one in guide.parameters() if one.requires_grad]
+    bound = NestedBound(model, guide, 1)(rows, 3)
+    got = torch.autograd.grad(bound.total, trained)
+    totals = []
+    for draw in range(3):
+        values = {site: one[draw].reshape(shapes[site]) for site, one in noise.values.items()}
+        totals.append(Objective(model, partial(given, guide, values))(rows).total)
+    torch.testing.assert_close(bound.total, torch.stack(totals).mean())
+    expected = torch.autograd.grad(torch.stack(totals).mean(), trained)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    assert max(one.abs().max() for one in got) > 1e-3
+
+
+def test_more_particles_make_the_bound_tighter():
+    priors = Priors(sd=Known(1.0))
+    model, source, guide = settled("(1 + x0 || site)", "poisson", priors=priors)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        one, few, some, many = (
+            N * float(NestedBound(model, guide, particles)(source.all(), 400).elbo)
+            for particles in (1, 4, 16, 64)
+        )
+    assert one + 0.05 < some
+    assert few < some
+    assert abs(many - some) < 0.1 * (some - one)
+
+
+@pytest.mark.parametrize("particles", [1, 4])
+def test_at_the_posterior_the_bound_is_the_log_marginal_likelihood(particles, monkeypatch):
+    """In every draw, and without a gradient. Stretched particles have weights, but no bias."""
+    model, source, guide, (y, X, V) = all_known("(1 + x0 || site)", bayesian_head=True)
+    guide.settle()
+    prior = model.priors.fixed_sd**2
+    covariance = torch.linalg.inv(torch.eye(3) / prior + X.T @ torch.linalg.solve(V, X))
+    mean = covariance @ X.T @ torch.linalg.solve(V, y)
+    guide.hyperparameters.set_normal(mean, torch.linalg.cholesky(covariance))
+    marginal = dist.MultivariateNormal(torch.zeros(N).double(), V + prior * X @ X.T).log_prob(y)
+    marginal -= N * math.log(model.data_facts().spread)
+    torch.manual_seed(0)
+    if particles > 1:
+        plain = partial(proposal_noise, stretch=False, heavy=False)
+        monkeypatch.setattr(
+            "armed_pyro.objective.proposal_noise", lambda *arguments, heavy: plain(*arguments)
+        )
+    for _ in range(3):
+        loss = NestedBound(model, guide, particles)(source.all(), 1)
+        torch.testing.assert_close(N * loss.elbo, marginal, rtol=1e-7, atol=1e-7)
+        trained = list(guide.hyperparameters.parameters())
+        for one in torch.autograd.grad(loss.total, trained):
+            assert one.abs().max() < 1e-6
+
+
+def test_the_bounds_parts_are_detached_and_add_up():
+    model, source, guide = settled("(1 | site)", "poisson")
+    loss = NestedBound(model, guide, 4)(source.all(), 2)
+    torch.testing.assert_close(loss.total, -loss.elbo)
+    assert loss.total.requires_grad
+    assert not loss.elbo.requires_grad
+    assert loss.accuracy.shape == (0,)
+    assert (loss.fixed, loss.game) == (0, 0)

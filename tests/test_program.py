@@ -419,6 +419,94 @@ def test_hidden_layers_enter_the_predictor():
     torch.testing.assert_close((predictor.eta - predictor.fixed)[:, 0], expected)
 
 
+class Counts(nn.Module):
+    """How often the network was run, and on how many rows."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.rows = net, []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_what_a_settled_network_makes_of_the_rows_is_computed_once(head):
+    net = Counts(deep())
+    random = ["(1 | site)", Slopes("site", on="net.1")]
+    game = Adversary("batch", taps=["net.0"])
+    model, source = bind(random, net=net, bayesian_head=head, adversary=game)
+    model.eval()
+    runs = model.network.rows
+    runs.clear()
+    computed = model.compute(source)
+    assert sum(runs) == N
+    assert not any(one.requires_grad for one in computed.computed.values())
+    runs.clear()
+    one = trace_of(model, computed)
+    model.predictor(computed.batch(torch.tensor([3, 5])), values_for(model))
+    assert not runs
+    other = trace_of(model, source)
+    assert runs == [N]
+    torch.testing.assert_close(one.log_prob_sum(), other.log_prob_sum())
+    mine, theirs = one.nodes["_RETURN"]["value"], other.nodes["_RETURN"]["value"]
+    for name in ("eta", "fixed", "output"):
+        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), msg=name)
+    for path, values in theirs.activations.items():
+        torch.testing.assert_close(mine.activations[path], values)
+
+
+def values_for(model):
+    """Zeros for all latent sites that the predictor needs."""
+    latents = {one.effect_site: torch.zeros(K, len(one.terms)).double() for one in model.factors}
+    if model.bayesian_head:
+        latents["fixed_effect"] = torch.zeros(1, len(model.fixed_terms())).double()
+    return latents
+
+
+def test_a_batch_of_computed_rows_has_their_part_of_it():
+    model, source = bind(["(1 | site)", Slopes("site", on="1")], net=deep())
+    latents = {"site_effect": torch.randn(K, 4).double()}
+    index = torch.tensor([40, 2, 17])
+    computed = model.compute(source).batch(index)
+    torch.testing.assert_close(
+        model.predictor(computed, latents).eta, model.predictor(source.batch(index), latents).eta
+    )
+
+
+def test_many_rows_are_computed_a_block_at_a_time():
+    net = Counts(nn.Linear(2, 1))
+    data = make_data()
+    model = MixedEffects(net, "(1 | site)").bind(data)
+    source = model.encode(data)
+    many = dataclasses.replace(
+        source,
+        x=source.x.repeat(200, 1),
+        y=source.y.repeat(200),
+        codes={name: one.repeat(200) for name, one in source.codes.items()},
+    )
+    model.network.rows.clear()
+    computed = model.compute(many)
+    assert sum(model.network.rows) == 200 * N
+    assert max(model.network.rows) < 200 * N
+    torch.testing.assert_close(computed.computed[""], model.network.net(many.x))
+    # Computed again, it is of the network as it is then.
+    with torch.no_grad():
+        model.network.net.bias += 1
+    again = model.compute(computed)
+    torch.testing.assert_close(again.computed[""], computed.computed[""] + 1)
+
+
+def test_computing_does_not_move_batch_normalisation_or_the_mode():
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model, source = bind(net=net)
+    model.eval()
+    model.compute(source)
+    assert model.net[1].num_batches_tracked == 0
+    assert not model.net.training
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_program_has_the_networks_precision(dtype):
     model, rows = bind("(1 + age | site)", net=nn.Linear(2, 1).to(dtype), bayesian_head=True)

@@ -82,6 +82,45 @@ def test_chunks_are_all_rows_in_order_with_all_clusters(size):
         assert rows.memberships["site"].weight is None
 
 
+@pytest.mark.parametrize("chosen", [[0], [2, 1], [3, 0, 1], [0, 1, 2, 3]])
+def test_whole_clusters_come_with_all_their_rows(chosen):
+    roles = {name: torch.rand(len(SITE)) for name in ("trials", "offset", "weights")}
+    source = make_source(**roles, computed={"": torch.rand(len(SITE), 3)})
+    rows = source.whole_clusters("site", torch.tensor(chosen))
+    expected = torch.isin(SITE, torch.tensor(chosen)).nonzero()[:, 0]
+    assert torch.equal(rows.y, expected.float())
+    assert torch.equal(rows.x, source.x[expected])
+    assert torch.equal(rows.computed[""], source.computed[""][expected])
+    for name, values in roles.items():
+        assert torch.equal(getattr(rows, name), values[expected])
+    assert rows.scale == 4 / len(chosen)
+    own = rows.memberships["site"]
+    assert own.index.tolist() == chosen
+    assert torch.equal(cluster_of(rows, "site"), SITE[expected])
+    torch.testing.assert_close(own.weight, torch.full((len(chosen),), 4 / len(chosen)))
+    assert not own.complete
+
+
+def test_of_whole_clusters_those_of_other_factors_are_all_drawn():
+    rows = make_source().whole_clusters("site", torch.tensor([1]))
+    assert len(rows) == 1
+    other = rows.memberships["dose"]
+    assert (other.index.tolist(), other.weight, other.complete) == ([0, 1], None, True)
+    assert torch.equal(cluster_of(rows, "dose"), DOSE[SITE == 1])
+
+
+def test_what_the_network_made_of_rows_goes_with_them():
+    computed = {"": torch.rand(len(SITE), 1), "layer": torch.rand(len(SITE), 2, 3)}
+    source = make_source(computed=computed)
+    assert source.all().computed is computed
+    index = torch.tensor([4, 0, 11])
+    for name, values in source.batch(index).computed.items():
+        assert torch.equal(values, computed[name][index])
+    for name, values in computed.items():
+        assert torch.equal(torch.cat([rows.computed[name] for rows in source.chunks(5)]), values)
+    assert make_source().batch(index).computed is None
+
+
 def test_rows_without_factors_or_outcome():
     source = RowSource(torch.zeros(3, 1), None, {}, {})
     assert source.batch(torch.tensor([1])).y is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from armed_pyro import Schedule
-from armed_pyro.schedule import History, Plateau
+from armed_pyro.schedule import History, Plateau, split_r_hat
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ from armed_pyro.schedule import History, Plateau
         {"clip": 0.0},
         {"batch_size": 0},
         {"window": 0},
+        {"particles": 0},
         {"learning_rate": math.nan},
     ],
 )
@@ -49,6 +50,12 @@ def test_rows_a_step(batch_size, n_rows, expected):
 )
 def test_a_window_is_an_epoch_but_at_least_a_hundred_steps(settings, n_rows, expected):
     assert Schedule(**settings).window_steps(n_rows) == expected
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, 25), ({"window": 7}, 7)])
+def test_once_settled_a_window_is_25_steps_however_many_rows(settings, expected):
+    for n_rows in (50, 500_000):
+        assert Schedule(**settings).window_steps(n_rows, settled=True) == expected
 
 
 def test_rates_fall_over_the_last_fifth_of_the_steps_and_stay_positive():
@@ -122,6 +129,47 @@ def test_a_validation_loss_that_is_not_a_number_is_never_the_best():
     assert plateau.best == math.inf
 
 
+# ------------------------------------------------------------------------------------ split_r_hat
+
+
+def test_iterates_at_rest_have_an_r_hat_of_one():
+    r_hat, drift = split_r_hat(np.tile([0.3, -2.0], (40, 1)))
+    assert (r_hat, drift) == (1.0, 0.0)
+
+
+def test_r_hat_and_drift_are_those_of_the_component_that_moves_most():
+    """R-hat of draws around the iterates, whose sd is 1: sqrt(1 + B / W)."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (100, 3))
+    iterates = noise + np.where(np.arange(100) < 50, -1, 1)[:, None] * [0.1, 0.5, 0.2]
+    r_hat, drift = split_r_hat(iterates)
+    first, second = iterates[:50, 1], iterates[50:, 1]
+    assert drift == pytest.approx(second.mean() - first.mean())
+    within = 1 + (first.var(ddof=1) + second.var(ddof=1)) / 2
+    assert r_hat == pytest.approx(math.sqrt(1 + drift**2 / 2 / within))
+    assert drift == pytest.approx(1.0, abs=0.1)
+
+
+def test_r_hat_of_a_steady_walk_grows_with_its_speed():
+    found = [split_r_hat(np.linspace(0, way, 50)[:, None])[0] for way in (0.1, 1.0, 10.0)]
+    assert found == sorted(found)
+    assert found[0] < 1.01 < 1.1 < found[2]
+
+
+def test_an_odd_last_iterate_is_left_out():
+    even = np.random.default_rng(0).normal(size=(20, 2))
+    assert split_r_hat(even) == split_r_hat(np.concatenate([even, [[99.0, 99.0]]]))
+
+
+def test_too_few_iterates_tell_nothing():
+    for n in (1, 2, 3):
+        assert np.isnan(split_r_hat(np.zeros((n, 2)))).all()
+    assert split_r_hat(np.zeros((4, 2))) == (1.0, 0.0)
+
+
+def test_no_iterates_of_nothing_are_at_rest():
+    assert split_r_hat(np.zeros((50, 0))) == (1.0, 0.0)
+
+
 def test_state_survives_json_and_decides_the_same():
     one = Plateau(tolerance=1e-6, patience=3)
     one.training(window(1.0))
@@ -134,6 +182,9 @@ def test_state_survives_json_and_decides_the_same():
 
 def test_record_and_settings_survive_json():
     history = History(loss=[0.1, 1 / 3], step=[2], adversary_accuracy=[[0.5]])
+    assert (history.settled, history.particles) == (None, 1)
     assert History(**json.loads(json.dumps(history.to_json()))) == history
-    schedule = Schedule(steps=7, window=3)
+    history = History(settled=100, particles=16, r_hat=[1.25], drift=[1 / 3])
+    assert History(**json.loads(json.dumps(history.to_json()))) == history
+    schedule = Schedule(steps=7, window=3, particles=5)
     assert Schedule(**json.loads(json.dumps(schedule.to_json()))) == schedule
