@@ -121,10 +121,14 @@ def _sampling(fit: Fit, weighted: ImportanceDraws | None) -> Iterator[Check]:
         advice = "" if good else "use fit.refine(), which corrects this"
         yield Check("guide", "pass" if good else "warn", bias, 0.25, reason, advice)
     if len(weighted.cluster_k_hat):
-        bad = float((weighted.cluster_k_hat[~np.isnan(weighted.cluster_k_hat)] > 0.7).mean())
-        verdict = "pass" if bad < 0.05 else "warn" if bad < 0.3 else "fail"
-        reason = f"k-hat above 0.7 in {bad:.0%} of the clusters"
-        yield Check("k-hat by cluster", verdict, bad, 0.05, reason, "" if bad < 0.05 else nuts)
+        found = weighted.cluster_k_hat[~np.isnan(weighted.cluster_k_hat)]
+        high = int((found > 0.7).sum())
+        bad = high / len(found)
+        # One cluster's k-hat may be high by chance.
+        good = high < 2 or bad < 0.05
+        verdict = "pass" if good else "warn" if bad < 0.3 else "fail"
+        reason = f"k-hat above 0.7 in {high} of {len(found)} clusters"
+        yield Check("k-hat by cluster", verdict, bad, 0.05, reason, "" if good else nuts)
 
 
 def _nuts(quality: Mapping[str, float]) -> Iterator[Check]:

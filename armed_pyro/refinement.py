@@ -253,12 +253,16 @@ def importance_draws(
             latents.append(_resampled(weighted, nested.effect_site if nested else ""))
             bar.advance(task, count)
     log_weights, k_hat = pareto_smooth(torch.cat(totals).double().cpu().numpy()[None])
+    # How clusters fare in draws that hardly count does not matter.
+    counts = torch.as_tensor(n * np.exp(log_weights[0, :kept]) > 0.3)
+    if not counts.any():
+        counts = torch.ones_like(counts)
     return ImportanceDraws(
         _joined(latents),
         log_weights[0],
         float(k_hat[0]),
         torch.cat(clusters).double().cpu().numpy(),
-        _cluster_k_hat(torch.cat(tails)[:kept]) if nested is not None else np.zeros(0),
+        _cluster_k_hat(torch.cat(tails)[:kept][counts]) if nested is not None else np.zeros(0),
         n >= ENOUGH_FOR_TAILS,
     )
 
