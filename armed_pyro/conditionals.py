@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["Pushforward", "WhitenedDiagonal", "WhitenedNormal", "sum_last"]
+__all__ = ["Pushforward", "WhitenedDiagonal", "WhitenedNormal", "precision_root", "sum_last"]
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 # Up to so many terms, element by element is several times faster than batched linear algebra.
@@ -155,6 +155,25 @@ class WhitenedDiagonal(Whitened):
 
     def _spread(self, noise: Tensor) -> Tensor:
         return noise / self.root
+
+
+def precision_root(whitened: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+    """Cholesky factor of I + L'AL, also where an sd was drawn so large that rounding spoils it.
+
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        If the matrix is not finite.
+    """
+    n = whitened.shape[-1]
+    precision = whitened + torch.eye(n, dtype=whitened.dtype, device=whitened.device)
+    root, failed = torch.linalg.cholesky_ex(precision)
+    if not failed.any():
+        return root
+    largest = precision.diagonal(dim1=-2, dim2=-1).amax(-1)
+    ridge = 100 * n * torch.finfo(precision.dtype).eps * largest * (failed > 0)
+    ridge = ridge[..., None].expand(precision.shape[:-1])
+    return torch.linalg.cholesky(precision + torch.diag_embed(ridge))
 
 
 def sum_last(values: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.conditionals import WhitenedNormal
+from armed_pyro.conditionals import WhitenedNormal, precision_root
 from armed_pyro.factors import Factor
 from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide
 from armed_pyro.hyperparameters import Hyperparameters
@@ -157,8 +157,7 @@ class CrossedGuide(Guide):
         pull_largest = pull[..., : k * t].reshape(*pull.shape[:-2], k, t)
         pull_rest = self._whiten(pull[..., None, k * t :], scales)[..., 0, :]
         tau = tau[..., None, None]
-        p_within = torch.eye(t).to(within) + tau * (scale.mT @ within @ scale)
-        root = torch.linalg.cholesky(p_within)
+        root = precision_root(tau * (scale.mT @ within @ scale))
         # Rows: (cluster, term) of the largest factor; columns: effects of the others.
         p_between = scale.mT @ (tau * self._whiten(between, scales))
         right = self._whiten(self._whiten(rest, scales).mT, scales).mT

@@ -10,7 +10,12 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from armed_pyro.conditionals import Whitened, WhitenedDiagonal, WhitenedNormal
+from armed_pyro.conditionals import (
+    Whitened,
+    WhitenedDiagonal,
+    WhitenedNormal,
+    precision_root,
+)
 from armed_pyro.factors import Factor, weighted
 from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.program import MixedEffects
@@ -210,8 +215,7 @@ class StructuredGuide(Guide):
         if pseudo.full:
             lower = factor.scale_matrix(latents)
             whitened = lower.mT @ (tau[..., None, None] * precision) @ lower
-            identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-            root = torch.linalg.cholesky(whitened + identity)
+            root = precision_root(whitened)
             mean = torch.cholesky_solve(lower.mT @ pull[..., None], root)[..., 0]
             return WhitenedNormal(lower, mean, root, judge)
         sd = factor.sd(latents)

@@ -11,6 +11,7 @@ from armed_pyro.conditionals import (
     WhitenedDiagonal,
     WhitenedNormal,
     multiply,
+    precision_root,
     solve_lower,
     sum_last,
 )
@@ -234,3 +235,37 @@ def test_small_matrices_are_multiplied_and_solved_as_by_linear_algebra(terms):
 
 def test_the_sum_over_no_terms_is_zero():
     assert torch.equal(sum_last(torch.ones(3, 0)), torch.zeros(3))
+
+
+# ----------------------------------------------------------------------------- the precision's root
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_root_is_that_of_the_precision(dtype):
+    A = torch.randn(5, 3, 3, dtype=dtype)
+    root = precision_root(A @ A.mT)
+    torch.testing.assert_close(root @ root.mT, torch.eye(3, dtype=dtype) + A @ A.mT)
+    assert torch.equal(root, root.tril())
+
+
+def test_sds_far_too_large_leave_a_root_where_rounding_leaves_none():
+    """One row tells of two effects' sum only; the rest is lost beside it."""
+    torch.manual_seed(0)
+    phi = torch.randn(200, 1, 3)
+    scale = 10 ** torch.linspace(0, 8, 200)[:, None, None] * torch.randn(200, 3, 3).tril()
+    whitened = scale.mT @ (phi.mT @ phi) @ scale
+    bad = torch.linalg.cholesky_ex(whitened + torch.eye(3)).info > 0
+    assert 10 < bad.sum() < 190
+    root = precision_root(whitened)
+    assert torch.isfinite(root).all()
+    assert (root.diagonal(dim1=-2, dim2=-1) > 0).all()
+    # Elsewhere, it is the same as ever.
+    alone = torch.linalg.cholesky(whitened[~bad] + torch.eye(3))
+    torch.testing.assert_close(root[~bad], alone, rtol=0, atol=0)
+    error = (root @ root.mT - whitened).abs().amax((1, 2)) / whitened.abs().amax((1, 2))
+    assert error[bad].max() < 1e-3
+
+
+def test_what_is_not_finite_has_no_root():
+    with pytest.raises(torch.linalg.LinAlgError):
+        precision_root(torch.full((2, 3, 3), math.nan))
