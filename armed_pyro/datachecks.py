@@ -14,6 +14,7 @@ from armed_pyro.checks import Check
 from armed_pyro.predictivechecks import cluster_checks, effect_normality, residual_uniformity
 
 if TYPE_CHECKING:
+    from armed_pyro.factors import Factor
     from armed_pyro.fitted import Fit
     from armed_pyro.refinement import ImportanceDraws
 
@@ -58,6 +59,12 @@ def _clusters(fit: Fit) -> Iterator[Check]:
         yield Check(f"clusters of {name}", verdict, effective, FEW_CLUSTERS, reason, advice)
 
 
+def _units(factor: Factor) -> set[str]:
+    """Terms that are units of a hidden layer: of interest together, not one by one."""
+    names = [name for block in factor.blocks if block.width > 1 for name in block.names]
+    return {term for term in factor.terms if any(term.startswith(name) for name in names)}
+
+
 def _boundary(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     for factor in fit.model.factors:
         sd = latents[f"{factor.name}_sd"]
@@ -67,7 +74,7 @@ def _boundary(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
         # A posterior as high at zero as elsewhere has a fifth of its mass there.
         near = (draws < 0.2 * draws.quantile(0.9, dim=0)).double().mean(0)
         for term, share in zip(factor.terms, near.tolist(), strict=True):
-            if share <= NEAR_ZERO:
+            if share <= NEAR_ZERO or term in _units(factor):
                 continue
             reason = (
                 f"the sd of {factor.name}[{term}] cannot be told from zero: {share:.0%} of its "
@@ -80,7 +87,9 @@ def _boundary(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
 
 
 def _priors(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    sensitivity = prior_sensitivity(fit, latents)
+    units = {f"{factor.name}_sd[{term}]" for factor in fit.model.factors for term in _units(factor)}
+    found = prior_sensitivity(fit, latents)
+    sensitivity = {name: value for name, value in found.items() if name not in units}
     if not sensitivity:
         return
     worst = max(sensitivity, key=lambda name: sensitivity[name])
@@ -130,21 +139,19 @@ def _discrepancy(factor: str, statistic: str, p: float, ratio: float) -> Check:
 
 def _normality(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     for factor in fit.model.factors:
-        for term, (p, w) in effect_normality(factor, latents, seed=fit.seed).items():
-            verdict = "pass" if p > 0.01 else "warn" if p > 1e-5 else "fail"
-            reason = (
-                f"random effects {factor.name}[{term}] are "
-                f"{'not ' * (verdict != 'pass')}compatible with a normal distribution "
-                f"(Shapiro-Wilk W {w:.3f}, p = {p:.2g})"
-            )
-            advice = (
-                ""
-                if verdict == "pass"
-                else (
-                    "look at their histogram: groups of clusters (a missing feature), or outliers"
-                )
-            )
-            yield Check(f"normality of {factor.name}[{term}]", verdict, p, 0.01, reason, advice)
+        found = effect_normality(factor, latents, seed=fit.seed)
+        if not found:
+            continue
+        worst = min(found, key=lambda term: found[term][0])
+        p, w = min(1.0, found[worst][0] * len(found)), found[worst][1]  # Bonferroni
+        verdict = "pass" if p > 0.01 else "warn" if p > 1e-5 else "fail"
+        not_ = "not " if verdict != "pass" else ""
+        reason = (
+            f"random effects of {factor.name} are {not_}compatible with a normal distribution "
+            f"(least {worst}: Shapiro-Wilk W {w:.3f}, p = {p:.2g})"
+        )
+        advice = "look at their histogram: groups of clusters (a missing feature), or outliers"
+        yield Check(f"normality of {factor.name}", verdict, p, 0.01, reason, advice if not_ else "")
 
 
 def _residuals(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
