@@ -43,7 +43,12 @@ def pareto_smooth(
     # Equal weights have no tail to fit.
     flat = spread < 1e-10
     safe = np.where(flat[:, None], np.linspace(-1e-3, 0, log_ratios.shape[1]), log_ratios)
-    log_weights, k_hat = array_stats.psislw(-safe, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_weights, k_hat = array_stats.psislw(-safe, axis=-1)
+    # Where one draw outweighs all others by hundreds of nats no tail can be fitted either.
+    alone = np.isnan(log_weights).any(axis=1) | np.isnan(k_hat)
+    log_weights = np.where(alone[:, None], np.nan_to_num(safe, nan=-np.inf), log_weights)
+    k_hat = np.where(alone, np.inf, k_hat)
     even = np.full(log_ratios.shape[1], -np.log(log_ratios.shape[1]))
     log_weights = np.where(flat[:, None], even, log_weights)
     log_weights = log_weights - np.logaddexp.reduce(log_weights, axis=1, keepdims=True)

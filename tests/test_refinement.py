@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, Fit, HalfNormal, Known, MixedEffects, Priors, Schedule, fit
+from armed_pyro.arvizstats import pareto_smooth
 from armed_pyro.models.linear import linear
 from armed_pyro.refinement import RefinedDraws, importance_draws
 from armed_pyro.simulate import mixed_model
@@ -178,3 +179,12 @@ def test_errors(gaussian):
     assert plain.refined is None
     with pytest.raises(ValueError, match=r"nothing to refine"):
         plain.refine()
+
+
+def test_a_draw_that_outweighs_all_others_has_no_tail_but_all_the_weight():
+    ratios = np.linspace(-5000, -4000, 500)
+    ratios[7] = 0.0
+    weights, k_hat = pareto_smooth(ratios[None])
+    assert k_hat[0] > 1
+    assert np.exp(weights[0]).argmax() == 7
+    assert np.exp(weights[0]).sum() == pytest.approx(1)
