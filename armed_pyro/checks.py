@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from armed_pyro.noise import proposal_variance
+
 if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
     from armed_pyro.refinement import ImportanceDraws
@@ -151,8 +153,7 @@ def _nuts(quality: Mapping[str, float]) -> Iterator[Check]:
 def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
     """Largest difference of means, in posterior sds, and factor of sds, draws over weighted."""
     worst, factor = 0.0, 1.0
-    # The proposals' sds are larger than the guide's: by sqrt(8 / 6), t with 8 degrees of freedom,
-    # in seven of ten draws; in three, along one coordinate, by three times that.
+    # The proposals' sds are larger than the guide's.
     inflation = 1.0
     if weighted.heavy:
         size = sum(
@@ -160,7 +161,7 @@ def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
             for value in weighted.latents.values()
             if value.dim() > 1 and value.shape[1] == 1
         )
-        inflation = math.sqrt(0.7 * 8 / 6 + 0.3 * (1 + (9 * 8 / 6 - 1) / size))
+        inflation = math.sqrt(proposal_variance(size))
     for name, value in weighted.latents.items():
         if value.dim() < 2 or value.shape[1] != 1:
             continue  # known, or effects of clusters

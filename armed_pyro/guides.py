@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import pyro
@@ -22,7 +22,7 @@ from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations, observe
 from armed_pyro.rows import Membership, Rows, RowSource
 
-__all__ = ["Guide", "StructuredGuide"]
+__all__ = ["Guide", "StructuredGuide", "joined"]
 
 
 # Draws over which the slope and curvature of the likelihood are averaged.
@@ -86,11 +86,15 @@ class Guide(nn.Module, ABC):
             for start in range(0, n, self.most_draws()):
                 with pyro.plate("draws", min(self.most_draws(), n - start), dim=-2):
                     pieces.append(self(rows))
-        known = {name for name, value in pieces[0].items() if value.dim() < 2}
-        return {
-            name: value if name in known else torch.cat([piece[name] for piece in pieces])
-            for name, value in pieces[0].items()
-        }
+        return joined(pieces)
+
+
+def joined(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Draws in several pieces as one; quantities that are known have no draws to join."""
+    return {
+        name: value if value.dim() < 2 else torch.cat([piece[name] for piece in pieces])
+        for name, value in pieces[0].items()
+    }
 
 
 class StructuredGuide(Guide):

@@ -18,7 +18,15 @@ from armed_pyro.conditionals import LOG_SQRT_2PI, Pushforward, sum_last
 from armed_pyro.guides import Guide
 from armed_pyro.rows import Rows
 
-__all__ = ["Given", "Noise", "gaussian_noise", "lattice", "proposal_noise", "stretched"]
+__all__ = [
+    "Given",
+    "Noise",
+    "gaussian_noise",
+    "lattice",
+    "proposal_noise",
+    "proposal_variance",
+    "stretched",
+]
 
 # Degrees of freedom of the proposal of the hyperparameters; share of its draws that go far along
 # one coordinate, and their scale.
@@ -103,6 +111,13 @@ def proposal_noise(
         else:
             values[site] = _normal(draws, 1, shape, like)
     return Noise(values, ratio)
+
+
+def proposal_variance(size: int) -> float:
+    """Variance of a coordinate of the heavy noise of that many hyperparameters."""
+    of_t = PROPOSAL_DF / (PROPOSAL_DF - 2)
+    along = 1 + (ALONG_ONE**2 * of_t - 1) / size
+    return (1 - SHARE_ALONG_ONE) * of_t + SHARE_ALONG_ONE * along
 
 
 def _normal(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:

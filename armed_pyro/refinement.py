@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro.arvizstats import pareto_smooth
+from armed_pyro.guides import joined
 from armed_pyro.importance import Weighted, weigh
 from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
 from armed_pyro.rows import Rows
@@ -258,7 +259,7 @@ def importance_draws(
     if not counts.any():
         counts = torch.ones_like(counts)
     return ImportanceDraws(
-        _joined(latents),
+        joined(latents),
         log_weights[0],
         float(k_hat[0]),
         torch.cat(clusters).double().cpu().numpy(),
@@ -302,14 +303,6 @@ def _resampled(weighted: Weighted, site: str) -> dict[str, Tensor]:
     return latents
 
 
-def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    known = {name for name, value in pieces[0].items() if value.dim() < 2}
-    return {
-        name: value if name in known else torch.cat([piece[name] for piece in pieces])
-        for name, value in pieces[0].items()
-    }
-
-
 def _nuts(
     fit: Fit, draws: int, chains: int, warmup: int, seed: int, progress: bool
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -351,7 +344,7 @@ def _nuts(
             divergences += len(mcmc.diagnostics()["divergences"]["chain 0"])
     noise = {name: torch.stack([chain[name] for chain in sampled]) for name in sampled[0]}
     flat = {name: value.flatten(0, 1)[:, 0] for name, value in noise.items()}
-    latents = _joined(list(_latents(fit, rows, flat)))
+    latents = joined(list(_latents(fit, rows, flat)))
     quality = _mixing(latents, chains) | {"divergences": float(divergences)}
     return latents, quality
 

@@ -237,20 +237,20 @@ class Run:
         if self.best:
             self._return_to(self.best)
         self.best = {}
-        self._hold_network()
-        if self.settled is not None:
-            start_at_mode(self.model, self.guide, self.settled)
-            wanted = self.schedule.particles
-            wanted = wanted or particles_needed(self.model, self.guide, self.settled)
-            self.history.particles = wanted if self.guide.nested() is not None else 1
+        rows = self._hold_network()
+        start_at_mode(self.model, self.guide, rows)
+        wanted = self.schedule.particles or particles_needed(self.model, self.guide, rows)
+        self.history.particles = wanted if self.guide.nested() is not None else 1
         self.history.settled = self.step
         self.plateau, self.optimizer = self._new_plateau(), self._new_optimizer()
         self.good, self.good_loss = self._state(), math.inf
 
-    def _hold_network(self) -> None:
+    def _hold_network(self) -> RowSource:
+        """The rows as the network sees them from now on."""
         self.model.eval()
         self.guide.settle()
         self.settled = self.model.compute(self.source)
+        return self.settled
 
     def _validate(self, rows: Rows) -> float:
         self.model.eval()
@@ -338,11 +338,10 @@ class Run:
                 "the same data, model, schedule and seed, or delete the checkpoint"
             )
         self.history = History(**record["history"])
+        self._return_to(tensors)
         if self.history.settled is not None:
-            self._return_to(tensors)
             self._hold_network()
             self.optimizer = self._new_optimizer()
-        self._return_to(tensors)
         self.good = self._state()
         restore_optimizer(self.optimizer, tensors)
         self.iterates = list(tensors["iterates"].numpy())
