@@ -79,7 +79,7 @@ class Adversary(LocalModule):
     Examples
     --------
     >>> Adversary("site", taps=["1", "3"], weight=5.0).strength(progress=0.05)
-    2.5
+    tensor(2.5000)
     """
 
     def __init__(
@@ -115,9 +115,11 @@ class Adversary(LocalModule):
             "warmup": self.warmup,
         }
 
-    def strength(self, progress: float) -> float:
+    def strength(self, progress: float | Tensor) -> Float[Tensor, ""]:
         """Strength of the reversed gradient after this share of the training steps."""
-        return self.weight * (1.0 if progress >= self.warmup else progress / self.warmup)
+        share = torch.as_tensor(progress)
+        share = share / self.warmup if self.warmup else torch.ones_like(share)
+        return self.weight * share.clamp(max=1.0)
 
     def build(self, widths: Mapping[str, int], n_clusters: int) -> None:
         """Lay the classifier out for activations of these widths and this many clusters."""

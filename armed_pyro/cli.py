@@ -51,6 +51,7 @@ app = typer.Typer(
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.safetensors"
 PARTIAL = "checkpoint.partial"  # what a kill may leave of a checkpoint being written
+Compile = StrEnum("Compile", ["auto", "always", "never"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 Missing = StrEnum("Missing", ["error", "drop"])
 
@@ -140,6 +141,10 @@ def fit_command(
     device: Annotated[
         Device, option("Where to train; auto takes a GPU if there is one: --device cpu")
     ] = Device.auto,
+    compiled: Annotated[
+        Compile,
+        option("Compile training steps; auto where it pays: --compile never", "--compile"),
+    ] = Compile.auto,
     draws: Annotated[int, option("Posterior draws to save: --draws 2000")] = 1000,
     prob: Prob = 0.9,
     resume: Annotated[
@@ -188,6 +193,7 @@ def fit_command(
         head = net == "linear" if bayesian_head is None else bayesian_head
         model = MixedEffects(module, terms, likelihood, games, bayesian_head=head)
         settings = {"schedule": schedule, "seed": seed, "device": device.value, "resume": resume}
+        settings["compile"] = compiled.value
         result = _train(run, model, rows, validation=seen, **settings)
         result.save(run, draws=draws, prob=prob)
         held_out = {"rows": seen, "clusters": unseen}

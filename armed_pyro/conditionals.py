@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn.functional import pad
 
 __all__ = ["Pushforward", "WhitenedDiagonal", "WhitenedNormal", "precision_root", "sum_last"]
 
@@ -160,20 +161,21 @@ class WhitenedDiagonal(Whitened):
 def precision_root(whitened: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
     """Cholesky factor of I + L'AL, also where an sd was drawn so large that rounding spoils it.
 
-    Raises
-    ------
-    torch.linalg.LinAlgError
-        If the matrix is not finite.
+    Column by column for all matrices at once: they are many and small. What is left of the
+    diagonal is at least 1, as L'AL is positive semi-definite, and is held there, and above what
+    rounding leaves of a large one.
     """
     n = whitened.shape[-1]
-    precision = whitened + torch.eye(n, dtype=whitened.dtype, device=whitened.device)
-    root, failed = torch.linalg.cholesky_ex(precision)
-    if not failed.any():
-        return root
-    largest = precision.diagonal(dim1=-2, dim2=-1).amax(-1)
-    ridge = 100 * n * torch.finfo(precision.dtype).eps * largest * (failed > 0)
-    ridge = ridge[..., None].expand(precision.shape[:-1])
-    return torch.linalg.cholesky(precision + torch.diag_embed(ridge))
+    rest = whitened + torch.eye(n, dtype=whitened.dtype, device=whitened.device)
+    rounding = 8 * torch.finfo(rest.dtype).eps
+    least = (rounding * rest.diagonal(dim1=-2, dim2=-1)).detach().clamp(min=1)
+    columns: list[Tensor] = []
+    for j in range(n):
+        pivot = torch.maximum(rest[..., :1, 0], least[..., j, None]).sqrt()
+        below = rest[..., 1:, 0] / pivot
+        columns.append(pad(torch.cat([pivot, below], -1), (j, 0)))
+        rest = rest[..., 1:, 1:] - below[..., :, None] * below[..., None, :]
+    return torch.stack(columns, -1)
 
 
 def sum_last(values: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:

@@ -86,7 +86,8 @@ def to_datatree(
         - prior, prior_predictive: the program without its data; weights of a network that are
           not latent keep their trained values.
         - observed_data, constant_data: outcome; features, clusters, trials, offset and weights.
-        - sample_stats: objective and evidence lower bound per row, by step of the training.
+        - sample_stats: by step of the training, objective and evidence lower bound per row, whether
+          it ran compiled and the seconds that it took (median of its window).
     seed : int, optional
         Seed of the draws; the fit's own by default. The posterior draws are those of
         ``fit.draws(draws, seed=seed)``.
@@ -213,6 +214,10 @@ def _sample_stats(fit: Fit, draws: int, seed: int) -> xr.Dataset:
     settings["draws_by"] = "guide" if fit.refined is None else fit.refined.method
     settings["particles"] = fit.history.particles
     steps = np.arange(1, len(fit.history.loss) + 1)
+    window = np.searchsorted(fit.history.step, steps)
+    for name, values in (("compiled", fit.history.compiled), ("seconds", fit.history.seconds)):
+        if values:
+            variables[name] = ("step", np.append(values, values[-1])[window])
     return xr.Dataset(variables, {"step": steps}, ATTRIBUTES | settings)
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from armed_pyro.checkpoint import Checkpoint
+from armed_pyro.compiled import COMPILE_MODES, CompileMode
 from armed_pyro.crossed import choose_guide
 from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
@@ -39,6 +40,7 @@ def fit(
     refine: bool = True,
     seed: int = 0,
     device: str = "auto",
+    compile: CompileMode = "auto",  # noqa: A002
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -46,7 +48,8 @@ def fit(
     r"""Minimise ``-ELBO + lambda_F (-log p(y | f)) + game`` over network, guide and adversaries.
 
     The model is copied: neither it nor its network changes. The same seed gives the same result
-    to the bit on the same CPU and number of threads.
+    to the bit on the same CPU and number of threads with ``compile="never"``; steps that are
+    compiled round differently.
 
     Parameters
     ----------
@@ -69,6 +72,10 @@ def fit(
         Seed of mini-batches and draws; torch's global generator is left as it was.
     device : str
         "auto" (CUDA if there is one), "cpu", "cuda", ...
+    compile : {"auto", "always", "never"}
+        Whether steps are compiled to one graph: "auto" where that is expected to pay, by the
+        time that steps take. What cannot be compiled runs as ordinary Pyro, and a warning says
+        why.
     checkpoint : path, optional
         File to which the state is written after every window of steps.
     resume : bool
@@ -110,6 +117,7 @@ def fit(
             guide=guide,
             refine=refine,
             seed=seed,
+            compile=compile,
             checkpoint=checkpoint,
             resume=resume,
             progress=progress,
@@ -125,6 +133,7 @@ def fit_bound(
     guide: GuideFactory = choose_guide,
     refine: bool = True,
     seed: int = 0,
+    compile: CompileMode = "auto",  # noqa: A002
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -139,6 +148,8 @@ def fit_bound(
     ``fit_bound(model.bind(data), replace(data, outcome=y_drawn_from_the_prior))``
     """
     schedule = Schedule() if schedule is None else schedule
+    if compile not in COMPILE_MODES:
+        raise ValueError(f"`compile` is {compile!r}, but must be one of {', '.join(COMPILE_MODES)}")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
     rows = bound.encode(data)
@@ -147,7 +158,8 @@ def fit_bound(
         held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
     with pyro.validation_enabled(False):
         target = bound.reference().device
-        run = Run(bound, guide(bound, rows).to(target), data, rows, held_out, schedule, seed)
+        family = guide(bound, rows).to(target)
+        run = Run(bound, family, data, rows, held_out, schedule, seed, compile)
         path = None if checkpoint is None else Path(checkpoint)
         if resume and path is not None and path.exists():
             run.restore(Checkpoint.read(path))

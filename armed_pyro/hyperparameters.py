@@ -14,7 +14,9 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import biject_to
+from torch.distributions.transforms import CorrCholeskyTransform
 
+from armed_pyro.correlations import CorrelationCholesky
 from armed_pyro.flow import AutoregressiveNormal, FlowParameters
 
 if TYPE_CHECKING:
@@ -145,6 +147,8 @@ def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
             continue
         distribution = cast("dist.TorchDistribution", node["fn"])
         transform = biject_to(distribution.support)
+        if isinstance(transform, CorrCholeskyTransform):
+            transform = CorrelationCholesky()
         free = transform.inv(node["value"])
         stop = start + free.numel()
         event_dim = distribution.event_dim

@@ -66,14 +66,14 @@ class Objective:
     model: MixedEffects
     guide: Guide
 
-    def __call__(self, rows: Rows, progress: float = 1.0) -> Loss:
+    def __call__(self, rows: Rows, progress: float | Tensor = 1.0) -> Loss:
         """The objective on some rows.
 
         Parameters
         ----------
         rows : Rows
             All rows, or a mini-batch with its weights.
-        progress : float
+        progress : float or Float[Tensor, ""]
             Share of the training steps done, for the adversaries' warm-up.
         """
         n = rows.scale * len(rows)
@@ -94,7 +94,7 @@ class Objective:
             game.forward(
                 predictor.activations,
                 rows.memberships[game.factor].index[rows.memberships[game.factor].position],
-                elbo.new_tensor(game.strength(progress)),
+                game.strength(progress).to(elbo),
             )
             for game in self.model.adversaries
         ]

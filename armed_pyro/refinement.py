@@ -279,11 +279,11 @@ def _affordable(fit: Fit) -> int:
 def _cluster_k_hat(log_ratios: Float[Tensor, "draws particles clusters"]) -> np.ndarray:
     # Normalised within a draw: only how the particles of one cluster compare matters.
     clusters = log_ratios.shape[2]
-    if log_ratios.shape[1] == 1:
-        return np.full(clusters, -np.inf)
     chosen = np.random.default_rng(0).permutation(clusters)[:MOST_CLUSTERS]
     k_hat = np.full(clusters, np.nan)
-    k_hat[chosen] = pareto_smooth(log_ratios[..., chosen].flatten(0, 1).T.double().numpy())[1]
+    k_hat[chosen] = -np.inf
+    if log_ratios.shape[1] > 1:
+        k_hat[chosen] = pareto_smooth(log_ratios[..., chosen].flatten(0, 1).T.double().numpy())[1]
     return k_hat
 
 

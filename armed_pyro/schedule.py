@@ -195,6 +195,10 @@ class History:
         Draws of each cluster's random effects a step from then on.
     r_hat, drift : list of float
         For each window from then on, `split_r_hat` of the iterates of q(theta).
+    compiled : list of bool
+        Whether the steps of each window ran compiled at its end.
+    seconds : list of float
+        Median time of a step then.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -207,6 +211,8 @@ class History:
     particles: int = 1
     r_hat: list[float] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
+    compiled: list[bool] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""

@@ -21,6 +21,7 @@ from armed_pyro.checkpoint import (
     restore_optimizer,
 )
 from armed_pyro.checks import MOVING
+from armed_pyro.compiled import CompileMode, Steps
 from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
@@ -71,10 +72,12 @@ class Run:
         validation: Rows | None,
         schedule: Schedule,
         seed: int,
+        compile: CompileMode = "auto",  # noqa: A002
     ) -> None:
         self.model, self.guide, self.data, self.source = model, guide, data, source
         self.validation, self.schedule, self.seed = validation, schedule, seed
         self.objective = Objective(model, guide)
+        self.steps = Steps({"model": model, "guide": guide}, compile)
         self.optimizer = self._new_optimizer()
         self.plateau = self._new_plateau()
         # The rows as a settled network sees them, from when on only the guide is trained.
@@ -120,15 +123,12 @@ class Run:
         guided["lr"] = rate * guided["base"]
         trained["lr"] = rate * trained["base"]
         try:
-            loss = self._loss()
+            loss = self._take()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             cause = f"a covariance matrix is degenerate{self._not_finite()}"
             raise self._divergence(cause) from error
         if not torch.isfinite(loss.total):
             raise self._divergence(self._blame(loss))
-        self.optimizer.zero_grad(set_to_none=True)
-        if loss.total.requires_grad:  # there may be nothing to train once the network is settled
-            loss.total.backward()
         for group in self.optimizer.param_groups:
             # Apart, so that a strong adversary does not slow the guide down.
             norm = torch.nn.utils.clip_grad_norm_(group["params"], self.schedule.clip)
@@ -144,9 +144,12 @@ class Run:
             raise self._divergence(f"it grew from {first:.4g} to {last:.4g}")
         return loss
 
-    def _loss(self) -> Loss:
+    def _take(self) -> Loss:
+        """The loss of one step, and its gradients."""
+        remaining = self.schedule.steps - self.step
         if self.settled is None:
-            return self.objective(self._next_batch(), self.step / self.schedule.steps)
+            progress = self.source.x.new_tensor(self.step / self.schedule.steps)
+            return self.steps(self.objective, self._next_batch(), progress, remaining=remaining)
         particles = self.history.particles
         bound = NestedBound(self.model, self.guide, particles)
         most = LARGEST_STEP // (2 * particles)
@@ -158,7 +161,8 @@ class Run:
             share = max(1, clusters * most // (2 * n))
             chosen = torch.randperm(clusters)[:share].to(self.settled.x.device)
             rows = self.settled.whole_clusters(nested.name, chosen)
-        return bound(rows, max(1, min(SETTLING_DRAWS, most // max(1, len(rows)))))
+        draws = max(1, min(SETTLING_DRAWS, most // max(1, len(rows))))
+        return self.steps(bound, rows, draws, remaining=remaining)
 
     def _next_batch(self) -> Rows:
         size, n = self.schedule.batch(len(self.source)), len(self.source)
@@ -174,6 +178,8 @@ class Run:
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
+        self.history.compiled.append(self.steps.compiled)
+        self.history.seconds.append(self.steps.seconds)
         self.history.rate.append(self.optimizer.param_groups[0]["lr"] / self.schedule.learning_rate)
         accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0).tolist()
         if self.settled is not None and self.history.adversary_accuracy:

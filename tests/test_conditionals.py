@@ -259,13 +259,15 @@ def test_sds_far_too_large_leave_a_root_where_rounding_leaves_none():
     root = precision_root(whitened)
     assert torch.isfinite(root).all()
     assert (root.diagonal(dim1=-2, dim2=-1) > 0).all()
-    # Elsewhere, it is the same as ever.
-    alone = torch.linalg.cholesky(whitened[~bad] + torch.eye(3))
-    torch.testing.assert_close(root[~bad], alone, rtol=0, atol=0)
-    error = (root @ root.mT - whitened).abs().amax((1, 2)) / whitened.abs().amax((1, 2))
-    assert error[bad].max() < 1e-3
+    precision = whitened + torch.eye(3)
+    error = (root @ root.mT - precision).abs().amax((1, 2)) / precision.abs().amax((1, 2))
+    assert error.max() < 3e-5
+    # No pivot of I + L'AL is below 1, of which rounding in an ordinary factor knows nothing.
+    assert (root.diagonal(dim1=-2, dim2=-1) >= 1).all()
+    small = scale.abs().amax((1, 2)) < 10
+    exact = torch.linalg.cholesky(whitened[small].double() + torch.eye(3))
+    torch.testing.assert_close(root[small], exact.float(), rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_not_finite_has_no_root():
-    with pytest.raises(torch.linalg.LinAlgError):
-        precision_root(torch.full((2, 3, 3), math.nan))
+    assert precision_root(torch.full((2, 3, 3), math.nan)).diagonal(dim1=1, dim2=2).isnan().all()

@@ -1,0 +1,349 @@
+"""One training step as a compiled graph: loss and gradients without Python in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from armed_pyro.decompositions import DECOMPOSITIONS
+from armed_pyro.objective import Loss
+from armed_pyro.skeletons import filled, skeleton
+
+__all__ = ["COMPILE_MODES", "CompileMode", "Steps", "capture", "compiler_problem"]
+
+CompileMode = Literal["auto", "always", "never"]
+COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
+
+# Seconds that compiling is expected to take where nothing is known of it.
+EXPECTED = 20.0
+# Of the first steps some are slow for reasons of their own.
+WARM_UP = 3
+# Largest difference of a compiled loss from that of the same step run eagerly, beside 1.
+AGREEMENT = 1e-3
+
+Objective = Callable[..., Loss]
+
+
+class Steps:
+    """Takes an objective's steps: the loss, and its gradients in ``.grad`` of what is trained.
+
+    With "auto", steps run eagerly until they have taken as long as compiling is expected to take
+    (20 seconds, a few if the compiler's
+    cache holds it); if there are enough steps to come, the step is
+    then captured as one graph, compiled, and compared with an eager one from the same random
+    state. A step that cannot be compiled goes on eagerly, with one line that says why.
+
+    Program and guide stay ordinary Pyro: what is compiled is what they do to tensors. Random
+    numbers, dropout and running statistics of batch normalisation are those of the eager step.
+
+    Parameters
+    ----------
+    modules : mapping of str to torch.nn.Module
+        What the objective runs: their parameters and buffers are inputs of the graph.
+    mode : {"auto", "always", "never"}
+        "always" compiles at the first step, "never" does not.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], mode: CompileMode = "auto") -> None:
+        self.modules, self.mode = nn.ModuleDict(modules), mode
+        # Walking through modules in every step would take as long as a small step does.
+        self._parts = list(self.modules.modules())
+        self._parameters = list(self.modules.parameters())
+        self._key: Any = None
+        self._graph: _Graph | None = None
+        self._seconds: list[float] = []
+        self.problem = ""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the last step ran compiled."""
+        return self._graph is not None
+
+    @property
+    def seconds(self) -> float:
+        """Median time of the latest steps of the kind that runs now."""
+        return statistics.median(self._seconds[-100:]) if self._seconds else float("nan")
+
+    def __call__(self, objective: Objective, *inputs: Any, remaining: int = 0) -> Loss:
+        """One step.
+
+        Parameters
+        ----------
+        objective : callable
+            Gives the loss; told apart from others by its equality and hash.
+        *inputs : Tensor, Rows or number
+            Its arguments. Tensors may change from step to step, their shapes and all else only at
+            the price of compiling anew.
+        remaining : int
+            Steps still to come.
+        """
+        tensors: list[Tensor] = []
+        key = (objective, tuple(skeleton(one, tensors) for one in inputs), self._trained())
+        if key != self._key:
+            self._key, self._graph, self._seconds = key, None, []
+        if self._graph is None and self._due(key, remaining):
+            self._graph, self._seconds = self._compile(key, tensors, inputs), []
+        start = time.perf_counter()
+        for one in self._parameters:
+            one.grad = None
+        loss = _eager(objective, inputs) if self._graph is None else self._graph(tensors)
+        self._seconds.append(time.perf_counter() - start)
+        return loss
+
+    def _trained(self) -> tuple[bool, ...]:
+        training = tuple(one.training for one in self._parts)
+        return training + tuple(one.requires_grad for one in self._parameters)
+
+    def _due(self, key: Any, remaining: int) -> bool:
+        trains = any(one.requires_grad for one in self._parameters)
+        if self.mode == "never" or self.problem or not trains:
+            return False
+        if self.mode == "always":
+            return True
+        steps = self._seconds[WARM_UP:]
+        if not steps or sum(steps) < 1.0:
+            return False
+        expected = _Journal.of(self.modules, key).expected()
+        return sum(steps) >= expected and remaining * self.seconds > 2 * expected
+
+    def _compile(self, key: Any, tensors: list[Tensor], inputs: Sequence[Any]) -> _Graph | None:
+        objective, skeletons, _ = key
+        self.problem = compiler_problem()
+        try:
+            if not self.problem:
+                graph = _Graph(self.modules, objective, skeletons, tensors)
+                self.problem = graph.disagreement(objective, inputs, tensors)
+                if not self.problem:
+                    # The next time it comes from the compiler's cache, as fast as it is captured.
+                    _Journal.of(self.modules, key).record(2 * graph.capture_seconds)
+                    return graph
+        except Exception as error:  # the compiler's own errors are of all kinds
+            first = str(error).strip().split("\n")[0]
+            self.problem = f"{type(error).__name__}: {first[:200]}"
+        warnings.warn(
+            f"training steps are not compiled ({self.problem}); they run eagerly",
+            UserWarning,
+            stacklevel=4,
+        )
+        return None
+
+
+def _eager(objective: Objective, inputs: Sequence[Any]) -> Loss:
+    loss = objective(*inputs)
+    if loss.total.requires_grad:  # there may be nothing to train once the network is settled
+        loss.total.backward()
+    return loss
+
+
+def compiler_problem() -> str:
+    """Why nothing can be compiled on this machine; empty if it can."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as error:
+        return f"no C++ compiler: {str(error).strip().split(chr(10))[0][:200]}"
+    return ""
+
+
+# --- the graph ------------------------------------------------------------------------------------
+
+
+class _Graph:
+    """A step compiled for these modules, this objective and inputs of these shapes."""
+
+    def __init__(
+        self,
+        modules: nn.Module,
+        objective: Objective,
+        skeletons: Sequence[Any],
+        tensors: Sequence[Tensor],
+    ) -> None:
+        self.modules = modules
+        parameters = dict(modules.named_parameters())
+        self.trained = {name: one for name, one in parameters.items() if one.requires_grad}
+        self.held = {name: one for name, one in parameters.items() if not one.requires_grad}
+        self.buffers = dict(modules.named_buffers())
+        self._reached: list[str] = []
+        self._changed: list[str] = []
+        # Their memory stays the same, whatever is written into it.
+        state = (*self.trained.values(), *self.held.values(), *self.buffers.values())
+        self._state = [one.detach() for one in state]
+
+        def step(*flat: Tensor) -> list[Tensor]:
+            return self._step(objective, skeletons, flat)
+
+        with self._buffers_kept(), _random_state_kept(tensors):
+            before = {name: one.clone() for name, one in self.buffers.items()}
+            objective(*(filled(one, tensors) for one in skeletons))
+            self._changed = [
+                name for name, one in self.buffers.items() if not torch.equal(one, before[name])
+            ]
+        with _random_state_kept(tensors):
+            start = time.perf_counter()
+            graph = capture(step, [*self._state, *tensors], trained=len(self.trained))
+            self.capture_seconds = time.perf_counter() - start
+            self._run = _inductor(graph, [*self._state, *tensors])
+
+    def _step(
+        self, objective: Objective, skeletons: Sequence[Any], flat: Sequence[Tensor]
+    ) -> list[Tensor]:
+        from torch.nn.utils.stateless import _reparametrize_module
+
+        given = iter(flat)
+        trained = {name: next(given) for name in self.trained}
+        held = {name: next(given) for name in self.held}
+        # Cloned, as running statistics are changed in place.
+        buffers = {name: next(given).clone() for name in self.buffers}
+        tensors = list(given)
+        state = trained | held | buffers
+        with _reparametrize_module(self.modules, state):
+            loss = objective(*(filled(one, tensors) for one in skeletons))
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            loss.total, list(trained.values()), allow_unused=True
+        )
+        pairs = zip(trained, gradients, strict=True)
+        self._reached = [name for name, one in pairs if one is not None]
+        parts = [getattr(loss, field.name).detach() for field in fields(Loss)]
+        changed = [state[name].detach() for name in self._changed]
+        return parts + [one for one in gradients if one is not None] + changed
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Loss:
+        with torch.no_grad():
+            found = list(self._run(*self._state, *tensors))
+        size = len(fields(Loss))
+        rest = iter(found[size:])
+        for name in self._reached:
+            self.trained[name].grad = next(rest)
+        for name in self._changed:
+            self.buffers[name].copy_(next(rest))
+        return Loss(*found[:size])
+
+    def disagreement(
+        self, objective: Objective, inputs: Sequence[Any], tensors: Sequence[Tensor]
+    ) -> str:
+        """How a compiled step differs from an eager one from the same state; empty if not."""
+        losses = []
+        steps: list[Callable[[], Loss]] = [
+            partial(self, tensors),
+            partial(_eager, objective, inputs),
+        ]
+        for step in steps:
+            with self._buffers_kept(), _random_state_kept(tensors):
+                losses.append(float(step().total.detach()))
+        for one in self.trained.values():
+            one.grad = None
+        compiled, eager = losses
+        if abs(compiled - eager) <= AGREEMENT * (1 + abs(eager)):
+            return ""
+        return f"the compiled loss is {compiled:.6g}, the eager one {eager:.6g}"
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        kept = {name: one.clone() for name, one in self.buffers.items()}
+        yield
+        for name, one in kept.items():
+            self.buffers[name].copy_(one)
+
+
+def capture(
+    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], *, trained: int = 0
+) -> torch.fx.GraphModule:
+    """The operations on tensors that a function does, gradients by its first inputs included.
+
+    Parameters
+    ----------
+    function : callable
+        From tensors to tensors; it may not depend on their values otherwise than by operations.
+    inputs : sequence of Tensor
+        Inputs for a first run.
+    trained : int
+        Leading inputs by which the function takes gradients.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    ready = [one.detach().requires_grad_(place < trained) for place, one in enumerate(inputs)]
+    with torch.enable_grad():
+        graph = make_fx(function, decomposition_table=DECOMPOSITIONS)(*ready)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _inductor(
+    graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor]]:
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    # Without an environment of shapes what is compiled is not kept on disk.
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        config.patch(fallback_random=True),
+        tracing(context),
+    ):
+        warnings.simplefilter("ignore")  # the compiler's, of itself
+        run: Any = compile_fx(graph, list(inputs))
+        run(*inputs)
+    return cast("Callable[..., Sequence[Tensor]]", run)
+
+
+@contextmanager
+def _random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    devices = {one.device for one in tensors if one.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+# --- how long compiling takes ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """A file beside the compiler's cache with the seconds that compiling a step takes."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, modules: nn.Module, key: Any) -> _Journal:
+        """The file of this step: of programs, shapes and versions, not of their values."""
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        objective, skeletons, trained = key
+        state = [(name, tuple(one.shape)) for name, one in modules.state_dict().items()]
+        settings = {k: v for k, v in vars(objective).items() if isinstance(v, (int, float, str))}
+        text = repr((type(objective).__name__, settings, skeletons, trained, state))
+        digest = hashlib.sha256(f"{torch.__version__} {text}".encode()).hexdigest()[:24]
+        return cls(Path(cache_dir()) / "armed_pyro" / f"{digest}.json")
+
+    def expected(self) -> float:
+        """Seconds it is expected to take."""
+        try:
+            return float(json.loads(self.path.read_text("utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError):
+            return EXPECTED
+
+    def record(self, seconds: float) -> None:
+        """Keep how long it will take the next time."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+        except OSError:
+            return

@@ -1,0 +1,58 @@
+"""Unconstrained coordinates of correlation matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions.transforms import CorrCholeskyTransform
+from torch.nn.functional import pad, softplus
+
+__all__ = ["CorrelationCholesky"]
+
+
+class CorrelationCholesky(CorrCholeskyTransform):
+    r"""From D (D - 1) / 2 real numbers to the Cholesky factor of a D x D correlation matrix.
+
+    .. math:: r = \tanh x, \quad L_{ij} = r_{ij} \prod_{k < j} \sqrt{1 - r_{ik}^2}, \quad j \le i,
+              \quad r_{ii} = 1
+
+    The same map as torch's, with places known beforehand instead of masks, so that it can be
+    compiled.
+
+    References
+    ----------
+    Stan Reference Manual, "Cholesky factors of correlation matrices".
+
+    Examples
+    --------
+    >>> CorrelationCholesky()(torch.zeros(3))
+    tensor([[1., 0., 0.],
+            [0., 1., 0.],
+            [0., 0., 1.]])
+    """
+
+    def _call(self, x: Float[Tensor, "... pairs"]) -> Float[Tensor, "... D D"]:
+        size = round(0.5 + math.sqrt(0.25 + 2 * x.shape[-1]))
+        edge = 1 - torch.finfo(x.dtype).eps
+        flat = x.new_zeros(*x.shape[:-1], size * size)
+        tanh = torch.tanh(x).clamp(-edge, edge)
+        r = flat.index_copy(-1, _below(size, 1, x), tanh).unflatten(-1, (size, size))
+        left = (1 - r**2).sqrt().cumprod(-1)[..., :-1]
+        return (r + torch.eye(size).to(x)) * pad(left, (1, 0), value=1.0)
+
+    def log_abs_det_jacobian(
+        self, x: Float[Tensor, "... pairs"], y: Tensor, intermediates: Any = None
+    ) -> Float[Tensor, "..."]:
+        left = (1 - (y * y).cumsum(-1)).flatten(-2).index_select(-1, _below(y.shape[-1], 2, x))
+        by_tanh = -2 * (x + softplus(-2 * x) - math.log(2)).sum(-1)
+        return 0.5 * left.log().sum(-1) + by_tanh
+
+
+def _below(size: int, offset: int, like: Tensor) -> Tensor:
+    """Places in a flattened square matrix that are so far or farther below its diagonal."""
+    places = [i * size + j for i in range(size) for j in range(i - offset + 1)]
+    return torch.tensor(places, dtype=torch.long, device=like.device)

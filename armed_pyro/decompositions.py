@@ -1,0 +1,85 @@
+"""Operations as simpler ones: a compiler fuses these with all around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DECOMPOSITIONS"]
+
+# Multiplications up to which sums are faster than a call of the matrix library.
+SMALL = 4096
+# Unknowns up to which triangular systems are written out.
+FEW = 8
+
+
+def _product(a: Tensor, b: Tensor) -> Any:
+    """a @ b."""
+    if a.numel() * b.shape[-1] > SMALL:
+        return NotImplemented
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+
+
+def _sum_and_product(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """beta c + alpha a @ b."""
+    product = _product(a, b)
+    return NotImplemented if product is NotImplemented else beta * c + alpha * product
+
+
+def _triangular(
+    a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Any:
+    """x with a x = b, unknown by unknown."""
+    n = a.shape[-1]
+    if n > FEW or not left or unitriangular:
+        return NotImplemented
+    solved: dict[int, Tensor] = {}
+    for i in reversed(range(n)) if upper else range(n):
+        rest = b[..., i, :]
+        for j, one in solved.items():
+            rest = rest - a[..., i, j, None] * one
+        solved[i] = rest / a[..., i, i, None]
+    return torch.stack([solved[i] for i in range(n)], -2)
+
+
+def _cholesky(b: Tensor, root: Tensor, upper: bool = False) -> Any:
+    """x with root root' x = b."""
+    if root.shape[-1] > FEW or upper:
+        return NotImplemented
+    return _triangular(root.mT, _triangular(root, b, upper=False), upper=True)
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    """The original changes its running statistics without declaring it."""
+    if mean is None or variance is None or not training:
+        return NotImplemented
+    out, batch_mean, root, new_mean, new_variance = (
+        torch.ops.aten._native_batch_norm_legit_functional(
+            x, weight, bias, mean, variance, training, momentum, eps
+        )
+    )
+    mean.copy_(new_mean)
+    variance.copy_(new_variance)
+    return out, batch_mean, root
+
+
+DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.mm.default: _product,
+    torch.ops.aten.bmm.default: _product,
+    torch.ops.aten.addmm.default: _sum_and_product,
+    torch.ops.aten.linalg_solve_triangular.default: _triangular,
+    torch.ops.aten.cholesky_solve.default: _cholesky,
+    torch.ops.aten.native_batch_norm.default: _batch_norm,
+}

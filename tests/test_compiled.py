@@ -1,0 +1,286 @@
+"""Compiled steps: the eager step's loss and gradients, and what cannot be compiled."""
+
+import warnings
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from torch import nn
+
+from armed_pyro import (
+    Adversary,
+    ClusteredData,
+    MixedEffects,
+    Schedule,
+    Slopes,
+    compiled,
+    fit,
+)
+from armed_pyro.compiled import Steps
+from armed_pyro.crossed import choose_guide
+from armed_pyro.objective import NestedBound, Objective
+from armed_pyro.simulate import mixed_model
+
+# Compiling takes half a minute a program: elsewhere the captured graph runs as it is.
+COMPILERS = ["graph", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def _unchecked():
+    with pyro.validation_enabled(False):
+        yield
+
+
+@pytest.fixture
+def compiler(request, monkeypatch):
+    if request.param == "graph":
+        monkeypatch.setattr(compiled, "_inductor", lambda graph, inputs: graph)
+
+
+@pytest.fixture
+def graph_only(monkeypatch):
+    monkeypatch.setattr(compiled, "_inductor", lambda graph, inputs: graph)
+
+
+def deep() -> nn.Module:
+    """A network with everything that changes from step to step."""
+    layers = [nn.Linear(2, 6), nn.BatchNorm1d(6), nn.PReLU(), nn.Dropout(0.3), nn.Linear(6, 1)]
+    return nn.Sequential(*layers)
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 1))
+
+
+def rows(family: str) -> ClusteredData:
+    coefficients = np.zeros((3, 2)) if family == "categorical" else (0.0, 0.5, -0.5)
+    data, _ = mixed_model(family, 8, 12, sd=(0.5,), coefficients=coefficients, seed=1)
+    return data
+
+
+def crossed() -> ClusteredData:
+    rng = np.random.default_rng(0)
+    groups = {"g": rng.integers(8, size=96), "h": rng.integers(6, size=96)}
+    return ClusteredData.from_arrays(rng.normal(size=(96, 2)), rng.normal(size=96), groups)
+
+
+def head(n_outputs: int = 1) -> nn.Module:
+    return nn.Linear(2, n_outputs)
+
+
+GAME = Adversary("site", taps=["2"], weight=2.0)
+# Programs by what they are to show: network, random effects, family, data, settings.
+PROGRAMS = {
+    "gaussian": (head, "(1 + x0 | site)", "gaussian", rows, {"bayesian_head": True}),
+    "bernoulli": (head, "(1 | site)", "bernoulli", rows, {"bayesian_head": True}),
+    "binomial": (head, "(1 + x0 || site)", "binomial", rows, {"bayesian_head": True}),
+    "categorical": (lambda: head(3), "(1 | site)", "categorical", rows, {}),
+    "poisson": (head, "(1 | site)", "poisson", rows, {"bayesian_head": True}),
+    "negative_binomial": (head, "(1 | site)", "negative_binomial", rows, {}),
+    "dropout, batch norm, adversary": (
+        deep,
+        ["(1 | site)", Slopes("site", on="2")],
+        "bernoulli",
+        rows,
+        {"adversary": GAME, "fixed_weight": 0.5},
+    ),
+    "wide layer": (wide, [Slopes("site", on="1")], "gaussian", rows, {}),
+    "crossed factors": (head, ["(1 | g)", "(1 | h)"], "gaussian", lambda _: crossed(), {}),
+    "no random effects": (wide, [], "gaussian", rows, {"bayesian_head": True}),
+}
+
+
+def program(name: str) -> tuple[MixedEffects, torch.nn.Module, object]:
+    make, random, family, data, settings = PROGRAMS[name]
+    torch.manual_seed(0)
+    model = MixedEffects(make(), random, family, **settings).bind(data(family))
+    source = model.encode(data(family))
+    return model, choose_guide(model, source), source
+
+
+def taken(steps, objective, *inputs, n=3):
+    """Losses, gradients and buffers of a few steps from the same random state."""
+    torch.manual_seed(1)
+    losses, gradients = [], []
+    for _ in range(n):
+        losses.append(steps(objective, *inputs, remaining=10))
+        gradients.append(
+            {
+                name: torch.zeros(()) if one.grad is None else one.grad.clone()
+                for name, one in steps.modules.named_parameters()
+            }
+        )
+    return losses, gradients, dict(steps.modules.named_buffers())
+
+
+def same(one, other):
+    for a, b in zip(one[0], other[0], strict=True):
+        for name in ("total", "elbo", "fixed", "game", "accuracy"):
+            torch.testing.assert_close(
+                getattr(a, name).detach(), getattr(b, name).detach(), rtol=1e-4, atol=1e-5
+            )
+    for a, b in zip(one[1], other[1], strict=True):
+        largest = max(float(value.abs().max()) for value in b.values() if value.numel())
+        for name, value in a.items():
+            torch.testing.assert_close(value, b[name], rtol=2e-3, atol=1e-4 * largest)
+    for name, value in one[2].items():
+        torch.testing.assert_close(value, other[2][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_step_is_the_eager_one(name):
+    found = {}
+    for mode in ("never", "always"):
+        model, guide, source = program(name)
+        model.train()
+        steps = Steps({"model": model, "guide": guide}, mode)
+        batch = source.batch(torch.arange(0, 96, 2))
+        found[mode] = taken(steps, Objective(model, guide), batch, torch.tensor(0.05))
+        assert steps.compiled is (mode == "always"), steps.problem
+    same(found["always"], found["never"])
+
+
+@pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli", "crossed factors"])
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_step_of_a_settled_network_is_the_eager_one(name):
+    found = {}
+    for mode in ("never", "always"):
+        model, guide, source = program(name)
+        model.eval()
+        guide.settle()
+        steps = Steps({"model": model, "guide": guide}, mode)
+        bound = NestedBound(model, guide, 4)
+        found[mode] = taken(steps, bound, model.compute(source).all(), 3)
+        assert steps.compiled is (mode == "always"), steps.problem
+    same(found["always"], found["never"])
+
+
+@pytest.mark.usefixtures("graph_only")
+def test_a_graph_serves_other_values_and_no_other_shapes():
+    model, guide, source = program("bernoulli")
+    steps = Steps({"model": model, "guide": guide}, "always")
+    eager = Steps({"model": model, "guide": guide}, "never")
+    objective, progress = Objective(model, guide), torch.tensor(1.0)
+    steps(objective, source.batch(torch.arange(10)), progress)
+    graph = steps._graph
+    other = source.batch(torch.arange(40, 50))
+    same(taken(steps, objective, other, progress), taken(eager, objective, other, progress))
+    assert steps._graph is graph
+    steps(objective, source.batch(torch.arange(12)), progress)
+    assert steps._graph is not graph
+
+
+def test_the_same_fit():
+    """With the real compiler."""
+    data, _ = mixed_model("gaussian", 12, 8, sd=(0.7,), coefficients=(0.3, 0.8), seed=2)
+    model = MixedEffects(nn.Linear(1, 1), "(1 | site)", bayesian_head=True)
+    tables = {}
+    for mode in ("never", "always"):
+        found = fit(model, data, compile=mode, seed=3, progress=False)
+        assert found.history.compiled[-1] is (mode == "always")
+        tables[mode] = found.variance_components().set_index(["factor", "term", "statistic"])
+        stats = found.to_datatree(groups=["sample_stats"])["sample_stats"]
+        assert bool(stats["compiled"][-1]) is (mode == "always")
+        assert 0 < float(stats["seconds"][-1]) < 1
+    eager, graph = tables["never"], tables["always"]
+    # Beyond rounding there is no difference; its tolerance is a tenth of a posterior sd.
+    assert ((eager["mean"] - graph["mean"]).abs() < 0.1 * eager["sd"] + 1e-6).all()
+
+
+# --- what cannot be compiled ----------------------------------------------------------------------
+
+
+class DependsOnData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+
+def test_control_flow_that_depends_on_data_runs_eagerly_and_says_so():
+    data = rows("gaussian")
+    model = MixedEffects(DependsOnData(), "(1 | site)")
+    with pytest.warns(UserWarning, match=r"not compiled \(.+\); they run eagerly") as record:
+        found = fit(model, data, compile="always", schedule=Schedule(steps=5), progress=False)
+    assert sum("not compiled" in str(one.message) for one in record) == 1
+    assert len(found.history.loss) == 5
+    assert not any(found.history.compiled)
+
+
+def test_without_a_compiler_steps_run_eagerly(monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    model = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        found = fit(
+            model, rows("gaussian"), compile="always", schedule=Schedule(steps=5), progress=False
+        )
+    assert not any(found.history.compiled)
+
+
+def test_a_graph_that_gives_something_else_is_not_used(monkeypatch):
+    def wrong(graph, inputs):
+        return lambda *given: [one + 1 for one in graph(*given)]
+
+    monkeypatch.setattr(compiled, "_inductor", wrong)
+    model, guide, source = program("bernoulli")
+    steps = Steps({"model": model, "guide": guide}, "always")
+    with pytest.warns(UserWarning, match="the compiled loss is"):
+        steps(Objective(model, guide), source.all(), torch.tensor(1.0))
+    assert not steps.compiled
+    assert "eager" in steps.problem
+
+
+def test_modes_are_checked():
+    model = MixedEffects(nn.Linear(2, 1), "(1 | site)")
+    with pytest.raises(ValueError, match="auto, always, never"):
+        fit(model, rows("gaussian"), compile="sometimes", progress=False)
+
+
+# --- whether it pays ------------------------------------------------------------------------------
+
+
+def test_short_fits_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(compiled._Graph, "__init__", None)  # would fail
+    model = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = fit(model, rows("gaussian"), schedule=Schedule(steps=30), progress=False)
+    assert not any(found.history.compiled)
+
+
+@pytest.mark.parametrize(
+    ("taken", "remaining", "due"),
+    [(1.9, 10_000, False), (3.1, 10_000, True), (3.1, 10, False), (0.5, 10_000, False)],
+)
+def test_steps_are_compiled_when_they_have_taken_as_long(monkeypatch, taken, remaining, due):
+    monkeypatch.setattr(compiled._Journal, "expected", lambda self: 3.0)
+    model, guide, source = program("gaussian")
+    steps = Steps({"model": model, "guide": guide}, "auto")
+    objective = Objective(model, guide)
+    steps(objective, source.all())
+    steps._seconds = [9.0] * compiled.WARM_UP + [taken / 100] * 100
+    assert steps._due(steps._key, remaining) is due
+
+
+def test_what_was_compiled_once_is_expected_to_be_fast(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, guide, source = program("bernoulli")
+    steps = Steps({"model": model, "guide": guide}, "never")
+    steps(Objective(model, guide), source.all())
+    journal = compiled._Journal.of(steps.modules, steps._key)
+    assert journal.expected() == compiled.EXPECTED
+    journal.record(2.5)
+    assert compiled._Journal.of(steps.modules, steps._key).expected() == 2.5
+    steps(Objective(model, guide), source.batch(torch.arange(5)))
+    assert compiled._Journal.of(steps.modules, steps._key).expected() == compiled.EXPECTED
