@@ -15,7 +15,7 @@ from armed_pyro.program import MixedEffects
 from armed_pyro.schedule import Schedule
 from armed_pyro.scores import compare_modes, score_mode
 from armed_pyro.tables import read_table, write_table
-from armed_pyro.terms import RandomEffects, Slopes
+from armed_pyro.terms import FilterScaleBias, RandomEffects, Slopes
 
 __all__ = [
     "Adapted",
@@ -25,6 +25,7 @@ __all__ = [
     "Diagnostics",
     "DivergenceError",
     "Exponential",
+    "FilterScaleBias",
     "Fit",
     "Guide",
     "HalfNormal",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Checkpoint", "optimizer_tensors", "restore_optimizer"]
+from armed_pyro.facts import Facts
+from armed_pyro.rows import Rows
+
+__all__ = ["Checkpoint", "digest", "optimizer_tensors", "restore_optimizer"]
 
 
 @dataclass(frozen=True)
@@ -88,3 +92,12 @@ def restore_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -
     start = f"{prefix}."
     own = {key[len(start) :]: one for key, one in tensors.items() if key.startswith(start)}
     module.load_state_dict(own)
+
+
+def digest(rows: Rows, facts: Facts) -> str:
+    """Hash of rows, with the scales and labels they were encoded by."""
+    found = hashlib.sha256(json.dumps(facts.to_json(), default=str).encode())
+    codes = [one.position for one in rows.memberships.values()]
+    for one in (rows.x, rows.y, rows.trials, rows.offset, rows.weights, *codes):
+        found.update(b"none" if one is None else one.double().cpu().numpy().tobytes())
+    return found.hexdigest()

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from armed_pyro.data import ClusteredData
 from armed_pyro.laplace import Conditionals, conditionals
-from armed_pyro.pseudo import by_column
+from armed_pyro.modulations import sensitivities
+from armed_pyro.pseudo import mean_draws
 from armed_pyro.rows import RowSource
 from armed_pyro.unseen import label_noise
 
@@ -30,6 +31,8 @@ Latents = Mapping[str, Tensor]
 Node = tuple[int, int]  # factor, cluster
 # Effects that can be known jointly; values of the rows' predictors in all draws.
 MOST_EFFECTS, MOST_VALUES = 500, 2**25
+# Times that the predictor is linearised anew where there are effects on filters.
+LINEARISED = 3
 
 
 def condition(
@@ -90,6 +93,11 @@ def condition(
     most = max(1, MOST_VALUES // max(one.shape[0] for one in latents.values()))
     for nodes, rows in _in_batches(_components(model.factors, source, free), most):
         found = _solve(fit, extended, source, nodes, rows, noise, seed)
+        if any(factor.filters for factor in model.factors):
+            # The predictor is linear in the effects on filters only near where they are.
+            for _ in range(LINEARISED):
+                around = found.effects.mean(0)
+                found = _solve(fit, extended, source, nodes, rows, noise, seed, around)
         total = total + found.evidence.sum(1).double().cpu()
         if evidence is not None:
             evidence.append((nodes, found.evidence))
@@ -197,33 +205,52 @@ def _solve(
     rows: list[Tensor],
     noise: Mapping[str, Any],
     seed: int,
+    around: Float[Tensor, "groups terms"] | None = None,
 ) -> Conditionals:
-    """The conditionals of groups of clusters of the same make-up."""
+    """The conditionals of groups of clusters of the same make-up.
+
+    Parameters
+    ----------
+    around : Float[Tensor, "groups terms"], optional
+        Effects near which the predictor is taken as linear in them; by default near zero.
+    """
     model = fit.model
-    columns = len(model.data_facts().columns)
+    spread = model.data_facts().spread
     index = torch.cat(rows).to(source.x.device)
     place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
     place = place.to(index)
     some = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
+    point = mean_draws(model, latents)
+    if around is not None:
+        latents = dict(latents)
+        sizes = [len(model.factors[f].terms) for f, _ in nodes[0]]
+        for slot, (value, (f, _)) in enumerate(zip(around.split(sizes, -1), nodes[0], strict=True)):
+            site, where = model.factors[f].effect_site, [group[slot][1] for group in nodes]
+            latents[site] = latents[site].clone()
+            latents[site][:, where] = value
+            point[site] = latents[site].mean(0)
     base = model.predictor(some, latents)
     pieces, normal = [], []
     for slot, (f, _) in enumerate(nodes[0]):
         factor = model.factors[f]
         own: Int[Tensor, " groups"] = torch.tensor([group[slot][1] for group in nodes]).to(index)
         mine = source.codes[factor.name][index] == own[place]
-        z = by_column(factor.design(some.x, base.activations), columns)
+        z = sensitivities(model, some, factor, base.activations, point)
         pieces.append(z * mine[:, None, None])
         normal.append(noise[factor.name](own.tolist()))
     lower = [model.factors[f].scale_matrix(latents) for f, _ in nodes[0]]
     lower = [one.reshape(-1, *one.shape[-2:]) for one in lower]
     eta = base.eta if base.eta.dim() == 3 else base.eta[None]
+    z = torch.cat(pieces, 1)
+    if around is not None:
+        eta = eta - spread * torch.einsum("ntc,nt->nc", z, around[place])
     with model.seeded(seed + 13):
         return conditionals(
             model,
             latents,
             some,
             eta,
-            torch.cat(pieces, 1),
+            z,
             _block_diagonal(lower),
             place,
             len(nodes),

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.conditionals import WhitenedNormal, precision_root
-from armed_pyro.factors import Factor
+from armed_pyro.factors import Factor, by_column
 from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide
 from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.program import MixedEffects
-from armed_pyro.pseudo import FULL_TERMS, by_column, curvature, mean_draws, overshoot
+from armed_pyro.pseudo import FULL_TERMS, curvature, mean_draws, overshoot
 from armed_pyro.rows import Membership, Rows, RowSource
 
 __all__ = ["CrossedGuide", "choose_guide"]
@@ -31,12 +31,12 @@ Latents = Mapping[str, Tensor]
 def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
     """`CrossedGuide` where there are several factors and it is affordable, else `StructuredGuide`.
 
-    Affordable: at most 16 terms a factor, 2,500 random effects in all factors but the largest,
-    and 5e7 pairs of one of these and one of the largest factor's.
+    Affordable: at most 16 terms a factor and none on filters, 2,500 random effects in all factors
+    but the largest, and 5e7 pairs of one of these and one of the largest factor's.
     """
     sizes = sorted(_size(model, factor) for factor in model.factors)
     dense = sum(sizes[:-1])
-    narrow = all(len(factor.terms) <= FULL_TERMS for factor in model.factors)
+    narrow = all(len(factor.terms) <= FULL_TERMS and not factor.filters for factor in model.factors)
     if len(sizes) > 1 and narrow and dense <= MOST_DENSE and dense * sizes[-1] <= MOST_COUPLINGS:
         return CrossedGuide(model, source)
     return StructuredGuide(model, source)

@@ -60,7 +60,7 @@ def _clusters(fit: Fit) -> Iterator[Check]:
 
 
 def _units(factor: Factor) -> set[str]:
-    """Terms that are units of a hidden layer: of interest together, not one by one."""
+    """Terms of a hidden layer's units or filters: of interest together, not one by one."""
     names = [name for block in factor.blocks if block.width > 1 for name in block.names]
     return {term for term in factor.terms if any(term.startswith(name) for name in names)}
 

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from armed_pyro.conditionals import FEW, WhitenedNormal
 from armed_pyro.priors import Known, ScalePrior
 from armed_pyro.rows import Membership
-from armed_pyro.terms import Block
+from armed_pyro.terms import Block, FilterBlock, LinearBlock
 
-__all__ = ["Factor"]
+__all__ = ["Factor", "by_column", "weighted"]
+
+# Prior scale of the sds of effects on filters, relative scales and biases.
+FILTER_SCALE = 0.3
 
 
 class Factor(nn.Module):
@@ -31,7 +34,8 @@ class Factor(nn.Module):
     predictor). The sites are ``<factor>_sd``, ``<factor>_cor_cholesky`` (numbered if there are
     several), ``<factor>_cor`` and, in a plate over clusters, ``<factor>_effect``.
 
-    Effects are ordered by column of phi, then by column of the predictor.
+    Effects are ordered by column of phi, then by column of the predictor; those on filters
+    follow, which all columns share.
 
     Parameters
     ----------
@@ -65,39 +69,53 @@ class Factor(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self._blocks = nn.ModuleList(blocks)
+        linear = [block for block in blocks if isinstance(block, LinearBlock)]
+        filters = [block for block in blocks if isinstance(block, FilterBlock)]
+        self._blocks = nn.ModuleList([*linear, *filters])
         self.n_columns = len(columns)
         self.prior = prior
         self.concentration = concentration
-        names = [term for block in blocks for term in block.names]
+        names = [term for block in self.blocks for term in block.names]
         if twice := [term for place, term in enumerate(names) if term in names[:place]]:
             raise ValueError(
                 f"two terms of {name!r} have the column {twice[0]!r}: leave it out of one of them"
             )
-        self.terms = tuple(
-            f"{term}[{column}]" if column else term for term in names for column in columns
-        )
-        self.groups = _groups(blocks, len(columns))
+        multiplied = [
+            (term, f"{term}[{column}]" if column else term, default / block.width**0.5)
+            for block in linear
+            for term in block.names
+            for column in columns
+        ]  # the variance of phi'u should not grow with the width of a layer
+        own = [(term, term, FILTER_SCALE) for block in filters for term in block.names]
+        self.terms = tuple(label for _, label, _ in multiplied + own)
+        self.n_linear = len(multiplied)
+        self.groups = _groups(linear, len(columns))
         if isinstance(prior, Known) and self.groups:
             raise ValueError(
                 f"the sds of {name!r} are given as known, but its terms are correlated: write "
                 "them as independent, with '||'"
             )
-        matrix = torch.block_diag(*[block.to_original for block in blocks])
-        matrix = torch.kron(matrix, torch.eye(self.n_columns, dtype=matrix.dtype)) * spread
+        parts = [
+            torch.kron(block.to_original, torch.eye(self.n_columns, dtype=torch.float64)) * spread
+            for block in linear
+        ]
+        matrix = torch.block_diag(*parts, *[block.to_original for block in filters])
         unit = 1 / matrix.diagonal()
         self.register_buffer("to_original", matrix, persistent=False)
         self.register_buffer("unit", unit, persistent=False)
-        # The variance of phi'u should not grow with the width of a layer.
-        widths = [block.width for block in blocks for _ in block.names for _ in columns]
-        defaults = default / torch.tensor(widths, dtype=unit.dtype).sqrt()
-        scale = prior.scales([term for term in names for _ in columns], unit, defaults)
+        defaults = torch.tensor([one for *_, one in multiplied + own], dtype=unit.dtype)
+        scale = prior.scales([term for term, *_ in multiplied + own], unit, defaults)
         self.register_buffer("prior_scale", scale, persistent=False)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """Its terms' columns."""
         return cast("tuple[Block, ...]", tuple(self._blocks))
+
+    @property
+    def filters(self) -> tuple[FilterBlock, ...]:
+        """Its effects inside the network."""
+        return tuple(block for block in self.blocks if isinstance(block, FilterBlock))
 
     @property
     def diagonal(self) -> bool:
@@ -196,8 +214,10 @@ class Factor(nn.Module):
     def design(
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows phi_columns"]:
-        """phi, the columns of all terms."""
-        return torch.cat([block.columns(x, activations) for block in self.blocks], -1)
+        """phi, the columns of all terms but those on filters."""
+        blocks = [block for block in self.blocks if isinstance(block, LinearBlock)]
+        columns = [block.columns(x, activations) for block in blocks]
+        return torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
 
     def contribution(
         self,
@@ -206,6 +226,9 @@ class Factor(nn.Module):
         effects: Float[Tensor, "... clusters terms"],
     ) -> Float[Tensor, "... rows columns"]:
         """phi_i' u_{g(i)} for every row and column of the predictor."""
+        effects = effects[..., : self.n_linear]
+        if not self.n_linear:
+            return effects.new_zeros(*effects.shape[:-2], len(phi), self.n_columns)
         if phi.shape[-1] > FEW:
             mine = effects[..., membership.position, :].unflatten(-1, (-1, self.n_columns))
             return torch.einsum("nq,...nqp->...np", phi, mine)
@@ -234,3 +257,11 @@ def _groups(blocks: Sequence[Block], n_columns: int) -> tuple[tuple[int, ...], .
             ]
         start = stop
     return tuple(groups)
+
+
+def by_column(
+    phi: Float[Tensor, "rows q"], columns: int
+) -> Float[Tensor, "rows q*columns columns"]:
+    """Z: from a cluster's terms, each a column of phi and one of the predictor, to the latter."""
+    identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
+    return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)

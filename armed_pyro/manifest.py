@@ -19,7 +19,7 @@ from armed_pyro.families import FAMILIES
 from armed_pyro.networks import is_file, network
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors, ScalePrior
 from armed_pyro.program import MixedEffects
-from armed_pyro.terms import RandomEffects, Slopes, Term
+from armed_pyro.terms import FilterScaleBias, RandomEffects, Slopes, Term
 
 if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
@@ -30,7 +30,9 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "armed_pyro fit", 2
 
 # What a manifest can name; nothing else is ever made from one.
-TERMS: Mapping[str, type[Term]] = {one.__name__: one for one in (RandomEffects, Slopes)}
+TERMS: Mapping[str, type[Term]] = {
+    one.__name__: one for one in (RandomEffects, Slopes, FilterScaleBias)
+}
 PRIORS: Mapping[str, type[ScalePrior]] = {
     one.__name__: one for one in (Exponential, HalfNormal, HalfStudentT, Known)
 }

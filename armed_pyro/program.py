@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -13,7 +13,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
-from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro import layout
@@ -23,9 +22,10 @@ from armed_pyro.factors import Factor
 from armed_pyro.facts import Facts
 from armed_pyro.families import Family, family_named
 from armed_pyro.local import LocalModule
+from armed_pyro.modulations import modulated_predictor
 from armed_pyro.predictor import Predictor
 from armed_pyro.priors import Known, Priors
-from armed_pyro.rows import Rows, RowSource
+from armed_pyro.rows import Rows, RowSource, counted
 from armed_pyro.taps import tapped
 from armed_pyro.terms import Term, parse_terms
 
@@ -215,7 +215,9 @@ class MixedEffects(LocalModule):
 
     @torch.no_grad()
     def compute(self, source: RowSource) -> RowSource:
-        """The same rows, with what the network makes of them: it must not change any more."""
+        """The same rows, with what the network makes of them unless effects inside change it."""
+        if any(factor.filters for factor in self.factors):
+            return source
         pieces = []
         for rows in replace(source, computed=None).chunks(4096):
             output, activations = self.run_network(rows)
@@ -271,16 +273,7 @@ class MixedEffects(LocalModule):
         for factor in self.factors:
             latents[factor.effect_site] = factor(rows.memberships[factor.name])
         predictor = self.predictor(rows, latents)
-        with ExitStack() as handlers:
-            handlers.enter_context(pyro.plate("row", len(rows), dim=-1))
-            if rows.weights is None:
-                handlers.enter_context(poutine.scale(scale=rows.scale))
-            else:
-                # Pyro's scales are positive: rows of weight 0 are masked.
-                counts = cast("torch.BoolTensor", rows.weights > 0)
-                weights = torch.where(counts, rows.weights, 1)
-                handlers.enter_context(poutine.scale(scale=rows.scale * weights))
-                handlers.enter_context(poutine.mask(mask=counts))
+        with pyro.plate("row", len(rows), dim=-1), counted(rows):
             pyro.sample(facts.outcome_name, self.density(predictor.eta, latents, rows), obs=rows.y)
         return predictor
 
@@ -349,17 +342,27 @@ class MixedEffects(LocalModule):
             Random effects "... clusters terms"; dispersion and fixed effects, if latent, with a
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
         """
-        facts = self.data_facts()
         output, activations = self.run_network(rows)
         fixed = self.fixed_predictor(rows, output, activations, latents)
-        eta = fixed
+        if any(factor.filters and factor.effect_site in latents for factor in self.factors):
+            eta = modulated_predictor(self, rows, latents)
+        else:
+            eta = self.linear_predictor(rows, output, activations, latents)
+        return Predictor(eta, fixed, output, activations)
+
+    def linear_predictor(
+        self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents
+    ) -> Float[Tensor, "... rows columns"]:
+        """Fixed and random effects, from the network's output and activations."""
+        eta = self.fixed_predictor(rows, output, activations, latents)
         for factor in self.factors:
             if factor.effect_site in latents:
                 membership = rows.memberships[factor.name]
                 phi = factor.design(rows.x, activations)
                 effects = latents[factor.effect_site]
-                eta = eta + facts.spread * factor.contribution(phi, membership, effects)
-        return Predictor(eta, fixed, output, activations)
+                part = factor.contribution(phi, membership, effects)
+                eta = eta + self.data_facts().spread * part
+        return eta
 
     def run_network(self, rows: Rows) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The network's output, and its tapped activations by module path."""

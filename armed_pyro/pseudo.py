@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from armed_pyro.factors import Factor
-from armed_pyro.terms import LayerBlock
+from armed_pyro.factors import Factor, by_column
+from armed_pyro.modulations import sensitivities
+from armed_pyro.terms import LayerBlock, LinearBlock
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "FULL_TERMS",
     "PseudoObservations",
-    "by_column",
     "curvature",
     "mean_draws",
     "observe",
@@ -62,7 +62,7 @@ class PseudoObservations(nn.Module):
         terms = len(factor.terms)
         # Set by conjugate-computation steps; the precision of a single term is a number anyway.
         self.conjugate = terms <= FULL_TERMS
-        self.full = 1 < terms <= FULL_TERMS
+        self.full = terms > 1 and self.conjugate
         shape = (n_clusters, terms, terms) if self.full else (n_clusters, terms)
         unit = torch.eye(terms) if self.full else torch.ones(terms)
         self.register_buffer("base", like.new_zeros(shape))
@@ -176,7 +176,8 @@ def observe(
     A_k, A_k m_k and A_k G_k become Z'WZ, Z'(r + W (Z u + X beta)) and Z'WX over the cluster's
     rows, with W and r of `curvature` and u, beta at their means: one step of penalised
     quasi-likelihood given a single point, of conjugate-computation variational inference given
-    draws (Khan and Lin 2017). Exact at once for gaussian outcomes with linear fixed effects.
+    draws (Khan and Lin 2017). Exact at once for gaussian outcomes with linear fixed effects. For
+    effects on filters Z is the predictor's gradient at the effects' means: a Gauss-Newton step.
 
     Parameters
     ----------
@@ -191,24 +192,29 @@ def observe(
     """
     quadratic = model.family.dispersion_name == "residual_sd"
     sums = [
-        _sums(factor, one, quadratic) for factor, one in zip(model.factors, pseudo, strict=True)
+        _sums(factor, one, quadratic and not factor.filters)
+        for factor, one in zip(model.factors, pseudo, strict=True)
     ]
     means = mean_draws(model, latents)
+    where = latents
+    if any(factor.filters for factor in model.factors):
+        # Gradient and slope of a predictor that is not linear have to be taken at one point.
+        where = {name: one.mean(0, True) if one.dim() > 1 else one for name, one in latents.items()}
+        where |= means
     widest = max(len(factor.terms) ** 2 for factor in model.factors)
     size = max(1, 2**22 // max(widest, math.prod(source.x.shape[1:])))
-    for rows, weight, residual, activations in curvature(model, source, latents, size):
+    for rows, weight, residual, activations in curvature(model, source, where, size):
         columns = weight.shape[-1]
         x = by_column(model.head_inputs(activations), columns) if model.bayesian_head else None
         linear = 0.0 if x is None else (x * means["fixed_effect"][:, None]).sum(1)
         for factor, (precision, pull, cross, push) in zip(model.factors, sums, strict=True):
             membership = rows.memberships[factor.name]
-            phi = factor.design(rows.x, activations)
-            z = by_column(phi, columns)
+            z = sensitivities(model, rows, factor, activations, means)
             weighted = z * weight[:, None, :]
             response = residual + weight * linear
             if factor.effect_site in means:
-                own = factor.contribution(phi, membership, means[factor.effect_site])
-                response = response + weight * own
+                mine = means[factor.effect_site][membership.position]
+                response = response + weight * torch.einsum("ntc,nt->nc", z, mine)
             square = weighted @ z.mT if precision.dim() == 3 else (weighted * z).sum(-1)
             precision.index_add_(0, membership.position, square)
             pull.index_add_(0, membership.position, (z * response[:, None, :]).sum(-1))
@@ -246,11 +252,15 @@ def _sums(
     factor: Factor, pseudo: PseudoObservations, quadratic: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     precision = torch.zeros_like(pseudo.base)
-    # A unit that is silent now may wake up in training: let its precision be trained too.
-    layer = [isinstance(block, LayerBlock) for block in factor.blocks for _ in block.names]
-    columns = len(factor.terms) // len(layer)
-    floor = torch.tensor(layer).repeat_interleave(columns).to(precision)
-    precision += torch.diag(floor) if pseudo.full else floor
+    if not pseudo.conjugate:
+        # A unit that is silent now may wake up in training: let its precision be trained too.
+        linear = [block for block in factor.blocks if isinstance(block, LinearBlock)]
+        inside = [isinstance(block, LayerBlock) for block in linear for _ in block.names]
+        floor = torch.ones_like(precision[0])
+        floor[: factor.n_linear] = (
+            torch.tensor(inside).repeat_interleave(factor.n_columns).to(floor)
+        )
+        precision += floor
     cross = None if pseudo.cross is None else torch.zeros_like(pseudo.cross)
     pull = torch.zeros_like(pseudo.location)
     return precision, pull, cross, None if quadratic else torch.zeros_like(pull)
@@ -294,11 +304,3 @@ def curvature(
             weight, residual = rows.weights[:, None] * weight, rows.weights[:, None] * residual
         yield rows, weight, residual, predictor.activations
     model.train(training)
-
-
-def by_column(
-    phi: Float[Tensor, "rows q"], columns: int
-) -> Float[Tensor, "rows q*columns columns"]:
-    """Z: from a cluster's terms, each a column of phi and one of the predictor, to the latter."""
-    identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
-    return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)

@@ -273,6 +273,8 @@ def _affordable(fit: Fit) -> int:
         len(factor.terms) * len(fit.model.data_facts().levels[factor.name])
         for factor in fit.model.factors
     ]
+    if any(factor.filters for factor in fit.model.factors):
+        return FEWEST_DRAWS  # the network runs once a draw
     return max(FEWEST_DRAWS, MOST_VALUES // max(1, sum(effects)))
 
 

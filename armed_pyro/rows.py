@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
+from pyro import poutine
 from torch import Tensor
 
-__all__ = ["Membership", "RowSource", "Rows"]
+__all__ = ["Membership", "RowSource", "Rows", "counted"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,21 @@ class Rows:
         if self.y is None:
             raise ValueError("the rows have no outcome, which their log-likelihood needs")
         return self.y
+
+
+@contextmanager
+def counted(rows: Rows) -> Iterator[None]:
+    """Handlers under which the log-likelihood of each row counts its weight times the scale."""
+    with ExitStack() as handlers:
+        if rows.weights is None:
+            handlers.enter_context(poutine.scale(scale=rows.scale))
+        else:
+            # Pyro's scales are positive: rows of weight 0 are masked.
+            counts = cast("torch.BoolTensor", rows.weights > 0)
+            weights = torch.where(counts, rows.weights, 1)
+            handlers.enter_context(poutine.scale(scale=rows.scale * weights))
+            handlers.enter_context(poutine.mask(mask=counts))
+        yield
 
 
 @dataclass(frozen=True)

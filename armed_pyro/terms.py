@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from armed_pyro.facts import Facts
 from armed_pyro.taps import pooled
 
-__all__ = ["Block", "RandomEffects", "Slopes", "Term", "parse_terms"]
+__all__ = [
+    "Block",
+    "FilterBlock",
+    "FilterScaleBias",
+    "LinearBlock",
+    "RandomEffects",
+    "Slopes",
+    "Term",
+    "parse_terms",
+]
 
 
 class Term(ABC):
     """Random effects of one grouping factor with a covariance matrix of their own."""
 
     factor: str
-    correlated: bool
 
     @abstractmethod
     def layers(self) -> tuple[str, ...]:
@@ -142,17 +150,58 @@ class Slopes(Term):
         return LayerBlock(self.on, widths[self.on], self.correlated)
 
 
+@dataclass(frozen=True)
+class FilterScaleBias(Term):
+    r"""Filters of a layer scaled and shifted by cluster.
+
+    .. math:: h'_{ic} = (1 + a_{kc}) h_{ic} + b_{kc}, \quad k = g(i), \quad
+              a_{kc} \sim N(0, sd_{a,c}^2), \quad b_{kc} \sim N(0, sd_{b,c}^2)
+
+    for every filter c (or unit) of a layer's output h, by hook: the network is not edited. After
+    an instance or batch normalisation, effects are in units of the filters' sds; elsewhere in
+    those of the layer's output. The sds' prior scale is 0.3 unless `Priors` says otherwise.
+
+    Attributes
+    ----------
+    factor : str
+        Grouping factor.
+    at : str
+        Module path of the layer, such as ``"decoder.conv3"``.
+
+    References
+    ----------
+    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 3.4.
+
+    Examples
+    --------
+    >>> str(FilterScaleBias("batch", at="decoder.conv3"))
+    "FilterScaleBias('batch', at='decoder.conv3')"
+    """
+
+    factor: str
+    at: str
+
+    def __str__(self) -> str:
+        return f"FilterScaleBias({self.factor!r}, at={self.at!r})"
+
+    def layers(self) -> tuple[str, ...]:
+        return (self.at,)
+
+    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
+        return FilterBlock(self.at, widths[self.at])
+
+
 class Block(nn.Module, ABC):
-    """Columns phi of one term, laid out for given data.
+    """Effects of one term, laid out for given data.
 
     Attributes
     ----------
     names : tuple of str
-        One a column.
+        One an effect.
     correlated : bool
-        Whether the columns' effects are correlated.
+        Whether the effects are correlated.
     width : int
-        Columns that stand for one thing together: the units of a hidden layer.
+        Effects that stand for one thing together: those of the units of a hidden layer.
     to_original : Float[Tensor, "columns columns"]
         u_original = to_original @ u_internal, apart from the outcome's spread.
     """
@@ -170,6 +219,10 @@ class Block(nn.Module, ABC):
         self.correlated = correlated and len(self.names) > 1
         self.register_buffer("to_original", to_original, persistent=False)
 
+
+class LinearBlock(Block, ABC):
+    """Columns phi, which effects multiply in the linear predictor."""
+
     @abstractmethod
     def columns(
         self, x: Tensor, activations: Mapping[str, Tensor]
@@ -177,7 +230,7 @@ class Block(nn.Module, ABC):
         """phi of some rows with standardised features x."""
 
 
-class InputBlock(Block):
+class InputBlock(LinearBlock):
     """Intercept and (standardised) input features.
 
     In a correlated block with an intercept the features are centred: the model is the same, as
@@ -220,7 +273,7 @@ class InputBlock(Block):
         return torch.cat([x.new_ones(len(x), 1)] * self.intercept + slopes, -1)
 
 
-class LayerBlock(Block):
+class LayerBlock(LinearBlock):
     """Activations of a hidden layer."""
 
     def __init__(self, path: str, width: int, correlated: bool) -> None:
@@ -233,6 +286,16 @@ class LayerBlock(Block):
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows columns"]:
         return pooled(activations[self.path])
+
+
+class FilterBlock(Block):
+    """Scales, then biases, of a layer's filters."""
+
+    def __init__(self, path: str, filters: int) -> None:
+        names = [f"{path}.{kind}[{c}]" for kind in ("scale", "bias") for c in range(filters)]
+        super().__init__(names, False, torch.eye(2 * filters, dtype=torch.float64))
+        self.path = path
+        self.width = 2 * filters
 
 
 _TERM = re.compile(r"^\s*\(?([^()|]+?)(\|\|?)([^()|]+?)\)?\s*$")
@@ -302,7 +365,7 @@ def _check_overlap(terms: list[Term]) -> None:
     taken: dict[tuple[str, str], Term] = {}
     for term in terms:
         # A layer may be called "1", as the intercept is.
-        names = tuple(f"layer {path}" for path in term.layers())
+        names = tuple(f"{type(term).__name__} {path}" for path in term.layers())
         if isinstance(term, RandomEffects):
             names = (*(("1",) if term.intercept else ()), *term.slopes)
         for name in names:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from armed_pyro.checkpoint import (
     Checkpoint,
+    digest,
     module_tensors,
     optimizer_tensors,
     restore_module,
@@ -36,6 +35,8 @@ __all__ = ["DivergenceError", "Run"]
 
 # Draws of the hyperparameters in a step once the network is settled.
 SETTLING_DRAWS = 8
+# Fewer where there are effects inside the network, which then runs once a draw.
+DRAWS_OF_FILTERS = 2
 
 
 class DivergenceError(RuntimeError):
@@ -82,6 +83,8 @@ class Run:
         self.plateau = self._new_plateau()
         # The rows as a settled network sees them, from when on only the guide is trained.
         self.settled: RowSource | None = None
+        self.filters = any(factor.filters for factor in model.factors)
+        self.trains, self.held = _trains_network(model), list[torch.nn.Parameter]()
         self.iterates: list[np.ndarray] = []
         self.history = History()
         self.order = torch.empty(0, dtype=torch.long)
@@ -97,7 +100,7 @@ class Run:
 
     def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
         """Take steps until convergence or until they run out."""
-        if not self.step and not _trains_network(self.model):
+        if not self.step and not self.trains:
             self._settle()
         while not self.stopped:
             settled = self.settled is not None
@@ -115,7 +118,7 @@ class Run:
                 self.save().write(path)
         if self.best:
             self._return_to(self.best)
-        self.model.eval()
+        self._release()
 
     def _step(self) -> Loss:
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
@@ -162,6 +165,8 @@ class Run:
             chosen = torch.randperm(clusters)[:share].to(self.settled.x.device)
             rows = self.settled.whole_clusters(nested.name, chosen)
         draws = max(1, min(SETTLING_DRAWS, most // max(1, len(rows))))
+        if self.filters:
+            draws = min(draws, DRAWS_OF_FILTERS)
         return self.steps(bound, rows, draws, remaining=remaining)
 
     def _next_batch(self) -> Rows:
@@ -212,7 +217,7 @@ class Run:
             if self.settled is None:
                 self._settle()
             else:
-                by_validation = self.validation is not None and _trains_network(self.model)
+                by_validation = self.validation is not None and self.trains
                 self.stopped = "validation" if by_validation else "converged"
         if self.step >= self.schedule.steps and not self.stopped:
             self.stopped = "steps"
@@ -245,8 +250,10 @@ class Run:
         self.best = {}
         rows = self._hold_network()
         start_at_mode(self.model, self.guide, rows)
-        wanted = self.schedule.particles or particles_needed(self.model, self.guide, rows)
-        self.history.particles = wanted if self.guide.nested() is not None else 1
+        wanted = 1
+        if self.guide.nested() is not None and not self.filters:
+            wanted = self.schedule.particles or particles_needed(self.model, self.guide, rows)
+        self.history.particles = wanted
         self.history.settled = self.step
         self.plateau, self.optimizer = self._new_plateau(), self._new_optimizer()
         self.good, self.good_loss = self._state(), math.inf
@@ -254,9 +261,18 @@ class Run:
     def _hold_network(self) -> RowSource:
         """The rows as the network sees them from now on."""
         self.model.eval()
+        # Effects inside the network make it run on, but not learn.
+        self.held = [one for one in self.model.parameters() if one.requires_grad]
+        self.model.requires_grad_(False)
         self.guide.settle()
         self.settled = self.model.compute(self.source)
         return self.settled
+
+    def _release(self) -> None:
+        """The network as it is given back: for evaluation, its weights free again."""
+        self.model.eval()
+        for one in self.held:
+            one.requires_grad_(True)
 
     def _validate(self, rows: Rows) -> float:
         self.model.eval()
@@ -271,7 +287,7 @@ class Run:
     def _divergence(self, cause: str) -> DivergenceError:
         """The error to raise, after going back to the last good state."""
         self._return_to(self.best or self.good)
-        self.model.eval()
+        self._release()
         self.stopped = "diverged"
         return DivergenceError(
             f"the loss diverged at step {self.step + 1}: {cause}. Try a lower learning rate "
@@ -361,11 +377,11 @@ class Run:
         self.stopped = record["stopped"]
 
     def _identity(self) -> dict[str, Any]:
-        model = self.model
+        model, facts = self.model, self.model.data_facts()
         shapes = {name: list(one.shape) for name, one in self._state().items()}
         return {
-            "data": _digest(self.source.all(), model),
-            "validation": None if self.validation is None else _digest(self.validation, model),
+            "data": digest(self.source.all(), facts),
+            "validation": self.validation and digest(self.validation, facts),
             "terms": [str(term) for term in model.terms],
             "family": model.family.name,
             "adversary": [game.settings() for game in model.adversaries],
@@ -387,13 +403,3 @@ def _trains_network(model: MixedEffects) -> bool:
     """Whether there is more to train than the posterior of the latent sites."""
     weights = any(one.requires_grad for one in model.network.parameters())
     return bool(model.adversaries) or (weights and not model.linear)
-
-
-def _digest(rows: Rows, model: MixedEffects) -> str:
-    """Hash of rows, with the scales and labels they were encoded by."""
-    facts = json.dumps(model.data_facts().to_json(), default=str)
-    digest = hashlib.sha256(facts.encode())
-    codes = [one.position for one in rows.memberships.values()]
-    for one in (rows.x, rows.y, rows.trials, rows.offset, rows.weights, *codes):
-        digest.update(b"none" if one is None else one.double().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.modulations import sensitivities
+from armed_pyro.pseudo import mean_draws
+
 if TYPE_CHECKING:
     from armed_pyro.factors import Factor
     from armed_pyro.fitted import Fit
@@ -30,7 +33,8 @@ def variance_components(
 
     With :math:`D_m` the covariance matrix of factor m (that of the intercept at x = 0, as in
     lme4), its variance component averaged over the rows is
-    :math:`\sigma^2_m = mean_i(\phi_i^\top D_m \phi_i)` (Johnson 2014), and
+    :math:`\sigma^2_m = mean_i(\phi_i^\top D_m \phi_i)` (Johnson 2014; for effects on filters phi is
+    the predictor's gradient by them, to first order), and
 
     .. math::
         ICC_m = \sigma^2_m / (\sum_l \sigma^2_l + \sigma^2_e), \quad
@@ -172,14 +176,13 @@ def _shares(
         fixed = fixed if fixed.dim() == 3 else fixed.expand(n_draws, *fixed.shape)
         # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
         offset = 0.0 if rows.offset is None else rows.offset.to(torch.float64)
+        point = {k: v for k, v in mean_draws(model, latents).items() if k == "fixed_effect"}
         parts: dict[str, Tensor] = {}
         for factor in model.factors:
-            phi = factor.design(rows.x, base.activations).to(torch.float64)
-            moment = phi.mT @ phi / len(phi)
+            phi = sensitivities(model, rows, factor, base.activations, point).to(torch.float64)
+            moment = torch.einsum("nip,njp->pij", phi, phi) / len(phi)
             covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
-            blocks = covariance.unflatten(-1, (-1, len(facts.columns)))
-            blocks = blocks.unflatten(1, (-1, len(facts.columns)))
-            parts[factor.name] = facts.spread**2 * torch.einsum("ij,dipjp->dp", moment, blocks)
+            parts[factor.name] = facts.spread**2 * torch.einsum("pij,dij->dp", moment, covariance)
     for column, label in enumerate(facts.columns):
         random = {name: part[:, column] for name, part in parts.items()}
         total_random = sum(random.values(), torch.zeros(n_draws, dtype=torch.float64))

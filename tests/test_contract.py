@@ -15,7 +15,16 @@ import torch
 from pyro import poutine
 from torch import nn
 
-from armed_pyro import Adversary, ClusteredData, Fit, MixedEffects, Schedule, Slopes, fit
+from armed_pyro import (
+    Adversary,
+    ClusteredData,
+    FilterScaleBias,
+    Fit,
+    MixedEffects,
+    Schedule,
+    Slopes,
+    fit,
+)
 from armed_pyro.families import FAMILIES
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
@@ -32,6 +41,7 @@ KINDS = {
     "crossed": ("(1 + x | site) + (1 | batch)", {"site": 2, "batch": 1}),
     "hidden": (Slopes("site", on="1"), {"site": 4}),
     "hidden-correlated": (["(1 | site)", Slopes("site", on="1", correlated=True)], {"site": 5}),
+    "filters": (["(1 | batch)", FilterScaleBias("site", at="1")], {"batch": 1, "site": 8}),
     "hidden-crossed": (["(1 | batch)", Slopes("site", on="1")], {"batch": 1, "site": 4}),
 }
 
@@ -54,6 +64,7 @@ EVERYWHERE = [
     ("linear", "nested"),
     ("linear", "crossed"),
     ("dense", "hidden"),
+    ("dense", "filters"),
 ]
 HERE_AND_THERE = [
     ("linear", "none"),
@@ -62,6 +73,7 @@ HERE_AND_THERE = [
     ("dense", "none"),
     ("dense", "hidden-correlated"),
     ("dense-head", "hidden-crossed"),
+    ("dense-head", "filters"),
 ]
 CASES = [(family, *pair) for family in FAMILIES for pair in EVERYWHERE]
 CASES += [(family, *pair) for family in ("bernoulli", "categorical") for pair in HERE_AND_THERE]
@@ -90,8 +102,7 @@ class Case:
     family: str
     result: Fit
     net: nn.Module
-    terms: dict[str, int]
-    columns: int
+    widths: dict[str, int]  # effects a cluster, by factor
     head: bool
 
     @property
@@ -124,7 +135,11 @@ def case(request):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="there are fewer rows")
         result = fit(model, data, schedule=Schedule(steps=5, window=5), progress=False)
-    return Case(family, result, net, terms, 2 if family == "categorical" else 1, head)
+    columns = 2 if family == "categorical" else 1
+    # Effects on filters are shared by the predictor's columns.
+    shared = {"site"} if kind == "filters" else set()
+    widths = {name: n * (1 if name in shared else columns) for name, n in terms.items()}
+    return Case(family, result, net, widths, head)
 
 
 def test_sites_have_their_shapes_and_a_finite_log_density(case):
@@ -133,8 +148,7 @@ def test_sites_have_their_shapes_and_a_finite_log_density(case):
     guide = poutine.trace(case.result.guide).get_trace(rows)
     trace = poutine.trace(poutine.replay(model, trace=guide)).get_trace(rows)
     sizes = {"site": 5, "batch": 4, "site:arm": 10}
-    for factor, terms in case.terms.items():
-        width = terms * case.columns
+    for factor, width in case.widths.items():
         assert trace.nodes[f"{factor}_sd"]["value"].shape == (width,)
         assert (trace.nodes[f"{factor}_sd"]["value"] > 0).all()
         assert trace.nodes[f"{factor}_effect"]["value"].shape == (sizes[factor], width)
@@ -189,16 +203,18 @@ def test_once_settled_the_hyperparameters_get_a_finite_gradient_and_the_network_
         gradients = torch.autograd.grad(total, [one for _, one in trained], retain_graph=True)
         for name, gradient in zip(names, gradients, strict=True):
             assert torch.isfinite(gradient).all(), name
+        if any(factor.filters for factor in model.factors):
+            return  # effects inside the network make it run: `fit` holds its weights
         network = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
         assert all(one is None for one in network)
 
 
 def test_draws_have_their_shapes(case):
     draws = case.result.draws(3)
-    for factor, terms in case.terms.items():
+    for factor, width in case.widths.items():
         clusters = len(case.result.model.facts.levels[factor])
-        assert draws[f"{factor}_effect"].shape == (3, clusters, terms * case.columns)
-        assert draws[f"{factor}_sd"].shape == (3, 1, terms * case.columns)
+        assert draws[f"{factor}_effect"].shape == (3, clusters, width)
+        assert draws[f"{factor}_sd"].shape == (3, 1, width)
     assert all(torch.isfinite(one).all() for one in draws.values())
 
 
@@ -218,7 +234,7 @@ def test_unseen_clusters_are_predicted(case, mode):
     prediction = case.result.predict(rows, unseen=mode, draws=4)
     assert np.isfinite(prediction.expected).all()
     new = {"site": [1, 1, 0, 0], "batch": [1, 0, 1, 0], "site:arm": [1, 1, 0, 0]}
-    expected = np.any([new[factor] for factor in case.terms] or [[0] * 4], axis=0)
+    expected = np.any([new[factor] for factor in case.widths] or [[0] * 4], axis=0)
     assert list(prediction.unseen != "") == list(expected)
 
 
@@ -228,7 +244,7 @@ def test_the_tables_are_finite(case):
     counts = (
         table[table["statistic"] == "sd"].groupby("factor").size().drop("Residual", errors="ignore")
     )
-    assert dict(counts) == {f: terms * case.columns for f, terms in case.terms.items()}
+    assert dict(counts) == case.widths
     assert case.result.fixed_effects(draws=20).empty is not case.head
 
 
