@@ -66,7 +66,7 @@ def run(out: Path, parts: str, seeds: int, *, smoke: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "1": lambda: simulated(seeds, smoke=smoke, learning=False),
-        "2": lambda: simulated(1, smoke=smoke, learning=True),
+        "2": lambda: simulated(seeds, smoke=smoke, learning=True),
         "3": lambda: countries(out, smoke=smoke),
         "4": lambda: spiral(seeds, smoke=smoke),
         "5": lambda: stream(out, 20_000 if smoke else 10_000_000, smoke=smoke),
