@@ -203,7 +203,7 @@ def draw(records: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     found = set(records["part"])
     with plt.rc_context(figures.STYLE):
         if "2 learning" in found:
-            yield "learning", _learning(records[records["part"] == "2 learning"])
+            yield "learning", _learning(summarise(records[records["part"] == "2 learning"]))
         if "3 fertility" in found:
             yield "fertility", _fertility(records[records["part"] == "3 fertility"])
         if "4 spirals" in found:
@@ -211,6 +211,7 @@ def draw(records: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
 
 
 def _learning(rows: pd.DataFrame) -> Figure:
+    """Means over data sets by case, mode and k, as `summarise` gives them."""
     cases = list(dict.fromkeys(rows["case"]))
     figure, axes = plt.subplots(2, len(cases), figsize=(2.6 * len(cases), 4.6), squeeze=False)
     for (upper, lower), case in zip(axes.T, cases, strict=True):

@@ -238,6 +238,19 @@ def test_unseen_clusters_are_predicted(case, mode):
     assert list(prediction.unseen != "") == list(expected)
 
 
+def test_new_clusters_are_adapted_to(case):
+    if not case.widths:
+        pytest.skip("there are no random effects")
+    rows = FRAME.head(8).assign(site=["new", "new2"] * 4, batch=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that so few draws cannot follow the support
+        adapted = case.result.adapt(rows, draws=4)
+    prediction = adapted.predict(rows)
+    assert np.isfinite(prediction.expected).all()
+    assert set(prediction.unseen) == {"adapt"}
+    assert np.isfinite(adapted.table()[["mean", "sd", "lower", "upper"]].to_numpy()).all()
+
+
 def test_the_tables_are_finite(case):
     table = case.result.variance_components(draws=20)
     assert np.isfinite(table[["mean", "median", "sd", "lower", "upper"]].to_numpy()).all()

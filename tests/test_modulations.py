@@ -244,6 +244,16 @@ def test_new_clusters_are_adapted_to(fitted):
     assert codes.max() == 3
 
 
+@pytest.mark.parametrize("mode", ["population", "marginal", "membership", "nearest"])
+def test_every_mode_reaches_into_convolutions(fitted, mode):
+    result, _, new = fitted
+    found = result.predict(new, unseen=mode, draws=20)
+    assert np.isfinite(found.expected).all()
+    assert set(found.unseen) == {mode}
+    fixed = result.predict(new, unseen="population", draws=20).expected
+    assert np.allclose(found.expected, fixed) is (mode == "population")
+
+
 def test_shares_are_those_of_draws(fitted):
     """The first-order share of the filters, against the variance of what new clusters add."""
     result, _, _ = fitted
