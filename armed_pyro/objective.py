@@ -17,7 +17,7 @@ from armed_pyro.predictor import Predictor
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows
 
-__all__ = ["Loss", "NestedBound", "Objective"]
+__all__ = ["Loss", "NestedBound", "Objective", "trains_network"]
 
 
 @dataclass(frozen=True)
@@ -152,3 +152,9 @@ class NestedBound:
         zero = torch.zeros_like(elbo)
         none = zero.new_zeros(0)
         return Loss(-elbo, elbo.detach(), zero, zero, none)
+
+
+def trains_network(model: MixedEffects) -> bool:
+    """Whether there is more to train than the posterior of the latent sites."""
+    weights = any(one.requires_grad for one in model.network.parameters())
+    return bool(model.adversaries) or (weights and not model.linear)

@@ -365,7 +365,8 @@ def _check_overlap(terms: list[Term]) -> None:
     taken: dict[tuple[str, str], Term] = {}
     for term in terms:
         # A layer may be called "1", as the intercept is.
-        names = tuple(f"{type(term).__name__} {path}" for path in term.layers())
+        kind = "filters of" if isinstance(term, FilterScaleBias) else "layer"
+        names = tuple(f"{kind} {path}" for path in term.layers())
         if isinstance(term, RandomEffects):
             names = (*(("1",) if term.intercept else ()), *term.slopes)
         for name in names:

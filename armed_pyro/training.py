@@ -25,7 +25,7 @@ from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
-from armed_pyro.objective import Loss, NestedBound, Objective
+from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
@@ -84,7 +84,7 @@ class Run:
         # The rows as a settled network sees them, from when on only the guide is trained.
         self.settled: RowSource | None = None
         self.filters = any(factor.filters for factor in model.factors)
-        self.trains, self.held = _trains_network(model), list[torch.nn.Parameter]()
+        self.trains, self.held = trains_network(model), list[torch.nn.Parameter]()
         self.iterates: list[np.ndarray] = []
         self.history = History()
         self.order = torch.empty(0, dtype=torch.long)
@@ -164,9 +164,8 @@ class Run:
             share = max(1, clusters * most // (2 * n))
             chosen = torch.randperm(clusters)[:share].to(self.settled.x.device)
             rows = self.settled.whole_clusters(nested.name, chosen)
-        draws = max(1, min(SETTLING_DRAWS, most // max(1, len(rows))))
-        if self.filters:
-            draws = min(draws, DRAWS_OF_FILTERS)
+        wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
+        draws = max(1, min(wanted, most // max(1, len(rows))))
         return self.steps(bound, rows, draws, remaining=remaining)
 
     def _next_batch(self) -> Rows:
@@ -397,9 +396,3 @@ class Run:
         return Fit(
             self.model, self.guide, self.data, self.history, self.schedule, self.seed, self.stopped
         )
-
-
-def _trains_network(model: MixedEffects) -> bool:
-    """Whether there is more to train than the posterior of the latent sites."""
-    weights = any(one.requires_grad for one in model.network.parameters())
-    return bool(model.adversaries) or (weights and not model.linear)

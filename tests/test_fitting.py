@@ -129,7 +129,7 @@ def linear(random="(1 | site)", family="gaussian", **options):
 
 def unsettled(monkeypatch):
     """Linear programs are trained as networks are, on mini-batches of rows."""
-    monkeypatch.setattr("armed_pyro.training._trains_network", lambda model: True)
+    monkeypatch.setattr("armed_pyro.training.trains_network", lambda model: True)
 
 
 def assert_same_posterior(fits, others, *, mean, sd):
