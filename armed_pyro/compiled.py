@@ -40,10 +40,9 @@ class Steps:
     """Takes an objective's steps: the loss, and its gradients in ``.grad`` of what is trained.
 
     With "auto", steps run eagerly until they have taken as long as compiling is expected to take
-    (20 seconds, a few if the compiler's
-    cache holds it); if there are enough steps to come, the step is
-    then captured as one graph, compiled, and compared with an eager one from the same random
-    state. A step that cannot be compiled goes on eagerly, with one line that says why.
+    (20 seconds, a few if the compiler's cache holds it); if there are enough steps to come, the
+    step is then captured as one graph, compiled, and compared with an eager one from the same
+    random state. A step that cannot be compiled goes on eagerly, with one line that says why.
 
     Program and guide stay ordinary Pyro: what is compiled is what they do to tensors. Random
     numbers, dropout and running statistics of batch normalisation are those of the eager step.
@@ -64,6 +63,8 @@ class Steps:
         self._key: Any = None
         self._graph: _Graph | None = None
         self._seconds: list[float] = []
+        # Of compiling: read from the journal once a key, not in every step.
+        self._expected: float | None = None
         self.problem = ""
 
     @property
@@ -92,7 +93,7 @@ class Steps:
         tensors: list[Tensor] = []
         key = (objective, tuple(skeleton(one, tensors) for one in inputs), self._trained())
         if key != self._key:
-            self._key, self._graph, self._seconds = key, None, []
+            self._key, self._graph, self._seconds, self._expected = key, None, [], None
         if self._graph is None and self._due(key, remaining):
             self._graph, self._seconds = self._compile(key, tensors, inputs), []
         start = time.perf_counter()
@@ -115,8 +116,9 @@ class Steps:
         steps = self._seconds[WARM_UP:]
         if not steps or sum(steps) < 1.0:
             return False
-        expected = _Journal.of(self.modules, key).expected()
-        return sum(steps) >= expected and remaining * self.seconds > 2 * expected
+        if self._expected is None:
+            self._expected = _Journal.of(self.modules, key).expected()
+        return sum(steps) >= self._expected and remaining * self.seconds > 2 * self._expected
 
     def _compile(self, key: Any, tensors: list[Tensor], inputs: Sequence[Any]) -> _Graph | None:
         objective, skeletons, _ = key

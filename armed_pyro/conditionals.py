@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import pad
 
-__all__ = ["Pushforward", "WhitenedDiagonal", "WhitenedNormal", "precision_root", "sum_last"]
+__all__ = [
+    "Pushforward",
+    "WhitenedDiagonal",
+    "WhitenedNormal",
+    "precision_root",
+    "substitute",
+    "sum_last",
+]
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 # Up to so many terms, element by element is several times faster than batched linear algebra.
@@ -201,8 +208,17 @@ def solve_lower(
     """x with matrix x = vector, for many small lower triangular matrices."""
     if vector.shape[-1] > FEW:
         return torch.linalg.solve_triangular(matrix, vector[..., None], upper=False)[..., 0]
-    solved: list[Tensor] = []
-    for i in range(vector.shape[-1]):
-        known = (matrix[..., i, j] * one for j, one in enumerate(solved))
-        solved.append(reduce(torch.sub, known, vector[..., i]) / matrix[..., i, i])
-    return torch.stack(solved, -1)
+    return substitute(matrix, vector[..., None], upper=False)[..., 0]
+
+
+def substitute(
+    matrix: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"], *, upper: bool
+) -> Float[Tensor, "... n columns"]:
+    """X with matrix X = right, for triangular matrices, unknown by unknown."""
+    n = matrix.shape[-1]
+    solved: dict[int, Tensor] = {}
+    for i in reversed(range(n)) if upper else range(n):
+        known = (matrix[..., i, j, None] * one for j, one in solved.items())
+        rest = reduce(torch.sub, known, right[..., i, :])
+        solved[i] = rest / matrix[..., i, i, None]
+    return torch.stack([solved[i] for i in range(n)], -2)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from armed_pyro.data import ClusteredData
 from armed_pyro.laplace import Conditionals, conditionals
-from armed_pyro.modulations import sensitivities
+from armed_pyro.modulations import modulates, sensitivities
 from armed_pyro.pseudo import mean_draws
 from armed_pyro.rows import RowSource
 from armed_pyro.unseen import label_noise
@@ -93,11 +93,6 @@ def condition(
     most = max(1, MOST_VALUES // max(one.shape[0] for one in latents.values()))
     for nodes, rows in _in_batches(_components(model.factors, source, free), most):
         found = _solve(fit, extended, source, nodes, rows, noise, seed)
-        if any(factor.filters for factor in model.factors):
-            # The predictor is linear in the effects on filters only near where they are.
-            for _ in range(LINEARISED):
-                around = found.effects.mean(0)
-                found = _solve(fit, extended, source, nodes, rows, noise, seed, around)
         total = total + found.evidence.sum(1).double().cpu()
         if evidence is not None:
             evidence.append((nodes, found.evidence))
@@ -205,14 +200,33 @@ def _solve(
     rows: list[Tensor],
     noise: Mapping[str, Any],
     seed: int,
+) -> Conditionals:
+    """The conditionals of groups of clusters of the same make-up."""
+    found = _linearised(fit, latents, source, nodes, rows, noise, seed)
+    if modulates(fit.model):
+        # The predictor is linear in the effects on filters only near where they are.
+        for _ in range(LINEARISED):
+            around = found.effects.mean(0)
+            found = _linearised(fit, latents, source, nodes, rows, noise, seed, around)
+    return found
+
+
+def _linearised(
+    fit: Fit,
+    latents: Latents,
+    source: RowSource,
+    nodes: list[list[Node]],
+    rows: list[Tensor],
+    noise: Mapping[str, Any],
+    seed: int,
     around: Float[Tensor, "groups terms"] | None = None,
 ) -> Conditionals:
-    """The conditionals of groups of clusters of the same make-up.
+    """The conditionals given a predictor that is linear in the effects.
 
     Parameters
     ----------
     around : Float[Tensor, "groups terms"], optional
-        Effects near which the predictor is taken as linear in them; by default near zero.
+        Effects near which it is taken as linear; by default near zero.
     """
     model = fit.model
     spread = model.data_facts().spread
@@ -220,7 +234,7 @@ def _solve(
     place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
     place = place.to(index)
     some = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
-    point = mean_draws(model, latents)
+    point = mean_draws(model, latents) if modulates(model) else {}
     if around is not None:
         latents = dict(latents)
         sizes = [len(model.factors[f].terms) for f, _ in nodes[0]]

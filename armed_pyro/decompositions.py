@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from armed_pyro.conditionals import substitute
+
 __all__ = ["DECOMPOSITIONS"]
 
 # Multiplications up to which sums are faster than a call of the matrix library.
@@ -32,24 +34,17 @@ def _sum_and_product(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha:
 def _triangular(
     a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> Any:
-    """x with a x = b, unknown by unknown."""
-    n = a.shape[-1]
-    if n > FEW or not left or unitriangular:
+    """x with a x = b."""
+    if a.shape[-1] > FEW or not left or unitriangular:
         return NotImplemented
-    solved: dict[int, Tensor] = {}
-    for i in reversed(range(n)) if upper else range(n):
-        rest = b[..., i, :]
-        for j, one in solved.items():
-            rest = rest - a[..., i, j, None] * one
-        solved[i] = rest / a[..., i, i, None]
-    return torch.stack([solved[i] for i in range(n)], -2)
+    return substitute(a, b, upper=upper)
 
 
 def _cholesky(b: Tensor, root: Tensor, upper: bool = False) -> Any:
     """x with root root' x = b."""
     if root.shape[-1] > FEW or upper:
         return NotImplemented
-    return _triangular(root.mT, _triangular(root, b, upper=False), upper=True)
+    return substitute(root.mT, substitute(root, b, upper=False), upper=True)
 
 
 def _batch_norm(

@@ -113,6 +113,11 @@ class Factor(nn.Module):
         return cast("tuple[Block, ...]", tuple(self._blocks))
 
     @property
+    def linear(self) -> tuple[LinearBlock, ...]:
+        """Its effects on the linear predictor."""
+        return tuple(block for block in self.blocks if isinstance(block, LinearBlock))
+
+    @property
     def filters(self) -> tuple[FilterBlock, ...]:
         """Its effects inside the network."""
         return tuple(block for block in self.blocks if isinstance(block, FilterBlock))
@@ -215,8 +220,7 @@ class Factor(nn.Module):
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows phi_columns"]:
         """phi, the columns of all terms but those on filters."""
-        blocks = [block for block in self.blocks if isinstance(block, LinearBlock)]
-        columns = [block.columns(x, activations) for block in blocks]
+        columns = [block.columns(x, activations) for block in self.linear]
         return torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
 
     def contribution(

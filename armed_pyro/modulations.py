@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
     from armed_pyro.rows import Rows
 
-__all__ = ["modulated", "modulated_predictor", "sensitivities"]
+__all__ = ["modulated", "modulated_predictor", "modulates", "sensitivities"]
 
 Latents = Mapping[str, Tensor]
 
@@ -49,18 +49,19 @@ def modulated(
         yield
 
 
+def modulates(model: MixedEffects) -> bool:
+    """Whether there are effects inside the network, so that it runs once a draw."""
+    return any(factor.filters for factor in model.factors)
+
+
 def modulated_predictor(
     model: MixedEffects, rows: Rows, latents: Latents
 ) -> Float[Tensor, "... rows columns"]:
     """Linear predictor with the filters of every draw; the network runs once a draw."""
     own = [factor for factor in model.factors if factor.filters and factor.effect_site in latents]
-    lead = torch.broadcast_shapes(*(latents[one.effect_site].shape[:-2] for one in own))
-    effects = {
-        one.effect_site: latents[one.effect_site].expand(
-            *lead, *latents[one.effect_site].shape[-2:]
-        )
-        for one in own
-    }
+    effects = {one.effect_site: latents[one.effect_site] for one in own}
+    lead = torch.broadcast_shapes(*(value.shape[:-2] for value in effects.values()))
+    effects = {site: value.expand(*lead, *value.shape[-2:]) for site, value in effects.items()}
     known, etas = model.known(), []
     for index in product(*map(range, lead)):
         drawn = {
@@ -68,9 +69,9 @@ def modulated_predictor(
             for name, value in latents.items()
         }
         blocks = [
-            (block, part)
+            pair
             for factor in own
-            for block, part in _by_row(factor, drawn[factor.effect_site], rows)
+            for pair in _by_block(factor, _by_row(factor, drawn[factor.effect_site], rows))
         ]
         with modulated(model.network, blocks):
             etas.append(model.linear_predictor(rows, *model.run_network(rows), drawn))
@@ -86,11 +87,17 @@ def _at(value: Tensor, index: tuple[int, ...]) -> Tensor:
 
 def _by_row(
     factor: Factor, effects: Float[Tensor, "clusters terms"], rows: Rows
-) -> Iterator[tuple[FilterBlock, Tensor]]:
-    """Every filter block's effects, row by row."""
-    mine = effects[rows.memberships[factor.name].position, factor.n_linear :]
+) -> Float[Tensor, "rows filter_terms"]:
+    """The effects on filters of every row's cluster."""
+    return effects[rows.memberships[factor.name].position, factor.n_linear :]
+
+
+def _by_block(
+    factor: Factor, mine: Float[Tensor, "rows filter_terms"]
+) -> list[tuple[FilterBlock, Tensor]]:
+    """Every filter block with its effects."""
     widths = [len(block.names) for block in factor.filters]
-    yield from zip(factor.filters, mine.split(widths, -1), strict=True)
+    return list(zip(factor.filters, mine.split(widths, -1), strict=True))
 
 
 def sensitivities(
@@ -112,15 +119,11 @@ def sensitivities(
         return linear
     mine = linear.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
     if factor.effect_site in point:
-        position = rows.memberships[factor.name].position
-        mine = point[factor.effect_site][position, factor.n_linear :]
+        mine = _by_row(factor, point[factor.effect_site], rows)
     fixed = {name: value for name, value in point.items() if name == "fixed_effect"}
     with torch.enable_grad():
         mine = mine.detach().clone().requires_grad_(True)
-        widths = [len(block.names) for block in factor.filters]
-        with modulated(
-            model.network, list(zip(factor.filters, mine.split(widths, -1), strict=True))
-        ):
+        with modulated(model.network, _by_block(factor, mine)):
             eta = model.linear_predictor(rows, *model.run_network(rows), fixed)
         slopes = [
             torch.autograd.grad(eta[..., column].sum(), mine, retain_graph=True)[0]

@@ -22,7 +22,7 @@ from armed_pyro.factors import Factor
 from armed_pyro.facts import Facts
 from armed_pyro.families import Family, family_named
 from armed_pyro.local import LocalModule
-from armed_pyro.modulations import modulated_predictor
+from armed_pyro.modulations import modulated_predictor, modulates
 from armed_pyro.predictor import Predictor
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows import Rows, RowSource, counted
@@ -216,7 +216,7 @@ class MixedEffects(LocalModule):
     @torch.no_grad()
     def compute(self, source: RowSource) -> RowSource:
         """The same rows, with what the network makes of them unless effects inside change it."""
-        if any(factor.filters for factor in self.factors):
+        if modulates(self):
             return source
         pieces = []
         for rows in replace(source, computed=None).chunks(4096):

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from armed_pyro.factors import Factor, by_column
-from armed_pyro.modulations import sensitivities
-from armed_pyro.terms import LayerBlock, LinearBlock
+from armed_pyro.modulations import modulates, sensitivities
+from armed_pyro.terms import LayerBlock
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
@@ -197,7 +197,7 @@ def observe(
     ]
     means = mean_draws(model, latents)
     where = latents
-    if any(factor.filters for factor in model.factors):
+    if modulates(model):
         # Gradient and slope of a predictor that is not linear have to be taken at one point.
         where = {name: one.mean(0, True) if one.dim() > 1 else one for name, one in latents.items()}
         where |= means
@@ -254,8 +254,7 @@ def _sums(
     precision = torch.zeros_like(pseudo.base)
     if not pseudo.conjugate:
         # A unit that is silent now may wake up in training: let its precision be trained too.
-        linear = [block for block in factor.blocks if isinstance(block, LinearBlock)]
-        inside = [isinstance(block, LayerBlock) for block in linear for _ in block.names]
+        inside = [isinstance(block, LayerBlock) for block in factor.linear for _ in block.names]
         floor = torch.ones_like(precision[0])
         floor[: factor.n_linear] = (
             torch.tensor(inside).repeat_interleave(factor.n_columns).to(floor)

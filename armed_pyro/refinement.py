@@ -19,6 +19,7 @@ from torch import Tensor
 from armed_pyro.arvizstats import pareto_smooth
 from armed_pyro.guides import joined
 from armed_pyro.importance import Weighted, weigh
+from armed_pyro.modulations import modulates
 from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
 from armed_pyro.rows import Rows
 
@@ -273,8 +274,8 @@ def _affordable(fit: Fit) -> int:
         len(factor.terms) * len(fit.model.data_facts().levels[factor.name])
         for factor in fit.model.factors
     ]
-    if any(factor.filters for factor in fit.model.factors):
-        return FEWEST_DRAWS  # the network runs once a draw
+    if modulates(fit.model):
+        return FEWEST_DRAWS
     return max(FEWEST_DRAWS, MOST_VALUES // max(1, sum(effects)))
 
 

@@ -25,6 +25,7 @@ from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
+from armed_pyro.modulations import modulates
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource
@@ -83,7 +84,7 @@ class Run:
         self.plateau = self._new_plateau()
         # The rows as a settled network sees them, from when on only the guide is trained.
         self.settled: RowSource | None = None
-        self.filters = any(factor.filters for factor in model.factors)
+        self.filters = modulates(model)
         self.trains, self.held = trains_network(model), list[torch.nn.Parameter]()
         self.iterates: list[np.ndarray] = []
         self.history = History()
