@@ -107,7 +107,7 @@ class Run:
             window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
-            losses = [self._step() for _ in range(count)]
+            losses = [self.advance() for _ in range(count)]
             self._close_window(losses)
             mean = float(np.mean(self.history.loss[-count:]))
             if mean < self.good_loss:
@@ -119,7 +119,8 @@ class Run:
             self._return_to(self.best)
         self._release()
 
-    def _step(self) -> Loss:
+    def advance(self) -> Loss:
+        """One step of training: its loss, after what it changed."""
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
         try:
             loss = self._take()
