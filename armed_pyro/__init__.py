@@ -2,6 +2,7 @@
 
 from armed_pyro.adaptation import Adapted
 from armed_pyro.adversary import Adversary
+from armed_pyro.attributed import Attribution
 from armed_pyro.calibration import SimulationCalibration, simulation_calibration
 from armed_pyro.checks import Check
 from armed_pyro.data import ClusteredData
@@ -20,6 +21,7 @@ from armed_pyro.terms import FilterScaleBias, RandomEffects, Slopes
 __all__ = [
     "Adapted",
     "Adversary",
+    "Attribution",
     "Check",
     "ClusteredData",
     "Diagnostics",

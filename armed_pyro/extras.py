@@ -25,9 +25,9 @@ def extra(module: str, what: str) -> ModuleType:
 
     Examples
     --------
-    >>> extra("statsmodel", "a table")
+    >>> extra("statsmodel", "this")
     Traceback (most recent call last):
-    ImportError: a table needs statsmodel, which is not installed: pip install 'armed_pyro[analysis]'
+    ImportError: this needs statsmodel, which is not installed: pip install 'armed_pyro[analysis]'
     """
     try:
         return import_module(module)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from armed_pyro import (
     adaptation,
+    attribution,
     datatree,
     diagnostics,
     membership,
@@ -23,6 +24,7 @@ from armed_pyro import (
     variance,
 )
 from armed_pyro.adaptation import Adapted
+from armed_pyro.attributed import Attribution
 from armed_pyro.data import ClusteredData
 from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.guides import Guide
@@ -199,6 +201,24 @@ class Fit:
         See `armed_pyro.variance.fixed_effects`.
         """
         return variance.fixed_effects(self, draws=draws, prob=prob, seed=seed)
+
+    def attribution(
+        self,
+        method: str = "gradient",
+        *,
+        data: ClusteredData | pd.DataFrame | None = None,
+        layer: str | None = None,
+        columns: Sequence[str] | None = None,
+        draws: int = 1000,
+        seed: int | None = None,
+    ) -> Attribution:
+        """Which features the fixed effects use, and how far clusters differ in their use.
+
+        See `armed_pyro.attribution.attribution`.
+        """
+        return attribution.attribution(
+            self, method, data=data, layer=layer, columns=columns, draws=draws, seed=seed
+        )
 
     def to_datatree(
         self, *, draws: int = 1000, groups: Sequence[str] | None = None, seed: int | None = None

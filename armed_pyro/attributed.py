@@ -1,0 +1,113 @@
+"""Attribution: importance of features, and the sd of their slopes over clusters, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from armed_pyro.labels import unknown
+
+__all__ = ["METHODS", "Attribution"]
+
+METHODS: Mapping[str, str] = {
+    "gradient": "gradient of the fixed effects at the mean input",
+    "integrated": "integrated gradients from the mean input to each row",
+    "grad_cam": "Grad-CAM: where in an image a layer's feature maps speak for the predictor",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    r"""Importance of every feature for the fixed effects, and the sd of its slope over clusters.
+
+    Attributes
+    ----------
+    method : str
+        One of `METHODS`.
+    posterior : xarray.Dataset
+        Draws (chain, draw, feature[, column]), in units of the predictor, per standard deviation
+        of the feature:
+
+        - importance: \|slope\|, or the mean over rows of \|attribution\|. Without chain and draw
+          unless the network's last layer is latent: other weights are point estimates.
+        - slope: the signed gradient; for the method "gradient" only.
+        - ``<factor>_sd``: sd of the slope among the clusters of the population.
+        - ``<factor>_slope`` (..., cluster, feature): what each cluster adds to the slope.
+
+        The coordinate ``scale`` holds the features' sds (1 for 0/1 columns). Features of images
+        have the dimensions axis_1, axis_2, ... instead.
+    rows : xarray.DataArray
+        Posterior mean of every row's signed attribution (row, feature[, column]).
+
+    Examples
+    --------
+    ``fit.attribution().table(units="original")``
+    """
+
+    method: str
+    posterior: xr.Dataset
+    rows: xr.DataArray
+
+    def table(
+        self, *, prob: float = 0.9, units: str = "sd", clusters: str = "population"
+    ) -> pd.DataFrame:
+        r"""Posterior means and intervals, the most important feature first.
+
+        Parameters
+        ----------
+        prob : float
+            Probability of the equal-tailed intervals.
+        units : {"sd", "original"}
+            Per standard deviation of the feature, or per unit of it. Integrated gradients are
+            parts of the predictor, not slopes, and are "sd" only.
+        clusters : {"population", "seen"}
+            Whether ``<factor>_sd`` is that of the population of clusters, a parameter of the
+            program, or of the clusters in the data.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns feature, column (where the predictor has several), and for importance, slope
+            (method "gradient") and every ``<factor>_sd``: the mean, under its name, and the
+            interval, ``..._lower`` and ``..._upper``, missing for point estimates.
+        """
+        if not 0 < prob < 1:
+            raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
+        if clusters not in ("population", "seen"):
+            raise unknown("set of clusters", clusters, ("population", "seen"))
+        if units not in ("sd", "original"):
+            raise unknown("unit", units, ("sd", "original"))
+        if units == "original" and self.method != "gradient":
+            raise ValueError(
+                f"attributions by {self.method!r} are parts of the predictor, not slopes: they "
+                'have no original units; choose units="sd", or the method "gradient"'
+            )
+        data = self.posterior
+        shown = {str(name): one for name, one in data.items() if not str(name).endswith("_slope")}
+        if clusters == "seen":
+            for name in [name for name in shown if name.endswith("_sd")]:
+                slopes = data[name.removesuffix("_sd") + "_slope"]
+                shown[name] = slopes.std(str(slopes.dims[2]), ddof=1)
+        scale = data["scale"] if units == "original" else 1.0
+        inner = [dim for dim in data["importance"].dims if dim not in ("chain", "draw")]
+        table = data["importance"].isel(chain=0, draw=0, missing_dims="ignore")
+        labels = table.to_dataframe("value").reset_index()[inner].astype(str)
+        features = [dim for dim in inner if dim != "column"]
+        frame = pd.DataFrame({"feature": labels[features].agg(",".join, axis=1)})
+        if "column" in inner:
+            frame["column"] = labels["column"]
+        tail = (1 - prob) / 2
+        for name, values in shown.items():
+            drawn = (values / scale).transpose("chain", "draw", *inner, missing_dims="ignore")
+            flat = drawn.to_numpy().reshape(-1, len(frame))
+            frame[name] = flat.mean(0)
+            for end, share in (("lower", tail), ("upper", 1 - tail)):
+                latent = "draw" in drawn.dims
+                frame[f"{name}_{end}"] = np.quantile(flat, share, axis=0) if latent else np.nan
+        table = frame.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
+        table.attrs |= {"prob": prob, "units": units, "method": self.method}
+        return table
