@@ -12,6 +12,7 @@ from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.guides import Guide, StructuredGuide
 from armed_pyro.prediction import Prediction
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
+from armed_pyro.probetest import ProbeTest, probe_test
 from armed_pyro.program import MixedEffects
 from armed_pyro.schedule import Schedule
 from armed_pyro.scores import compare_modes, score_mode
@@ -36,6 +37,7 @@ __all__ = [
     "MixedEffects",
     "Prediction",
     "Priors",
+    "ProbeTest",
     "RandomEffects",
     "Schedule",
     "SimulationCalibration",
@@ -43,6 +45,7 @@ __all__ = [
     "StructuredGuide",
     "compare_modes",
     "fit",
+    "probe_test",
     "read_table",
     "score_mode",
     "simulation_calibration",
