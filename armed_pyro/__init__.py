@@ -10,6 +10,7 @@ from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.guides import Guide, StructuredGuide
+from armed_pyro.invariance import Invariance
 from armed_pyro.prediction import Prediction
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
 from armed_pyro.probetest import ProbeTest, probe_test
@@ -33,6 +34,7 @@ __all__ = [
     "Guide",
     "HalfNormal",
     "HalfStudentT",
+    "Invariance",
     "Known",
     "MixedEffects",
     "Prediction",

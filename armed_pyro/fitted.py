@@ -16,6 +16,7 @@ from armed_pyro import (
     attribution,
     datatree,
     diagnostics,
+    invariance,
     membership,
     prediction,
     refinement,
@@ -28,6 +29,7 @@ from armed_pyro.attributed import Attribution
 from armed_pyro.data import ClusteredData
 from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.guides import Guide
+from armed_pyro.invariance import Invariance
 from armed_pyro.membership import ClusterClassifier
 from armed_pyro.prediction import Prediction
 from armed_pyro.program import MixedEffects
@@ -218,6 +220,30 @@ class Fit:
         """
         return attribution.attribution(
             self, method, data=data, layer=layer, columns=columns, draws=draws, seed=seed
+        )
+
+    def invariance(
+        self,
+        data: ClusteredData | pd.DataFrame | None = None,
+        *,
+        factor: str | None = None,
+        layers: Sequence[str] | None = None,
+        folds: int = 2,
+        permutations: int = 999,
+        seed: int | None = None,
+    ) -> Invariance:
+        """Whether fresh probes can read the cluster from the network's features.
+
+        See `armed_pyro.invariance.invariance`.
+        """
+        return invariance.invariance(
+            self,
+            data,
+            factor=factor,
+            layers=layers,
+            folds=folds,
+            permutations=permutations,
+            seed=seed,
         )
 
     def to_datatree(
