@@ -3,9 +3,11 @@
 from armed_pyro.adaptation import Adapted
 from armed_pyro.adversary import Adversary
 from armed_pyro.attributed import Attribution
+from armed_pyro.boundaries import Boundaries
 from armed_pyro.calibration import SimulationCalibration, simulation_calibration
 from armed_pyro.checks import Check
 from armed_pyro.data import ClusteredData
+from armed_pyro.decoded import DecodedEffects
 from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
@@ -24,8 +26,10 @@ __all__ = [
     "Adapted",
     "Adversary",
     "Attribution",
+    "Boundaries",
     "Check",
     "ClusteredData",
+    "DecodedEffects",
     "Diagnostics",
     "DivergenceError",
     "Exponential",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from armed_pyro import (
     adaptation,
     attribution,
+    boundaries,
     datatree,
+    decoded,
     diagnostics,
     invariance,
     membership,
@@ -26,7 +28,9 @@ from armed_pyro import (
 )
 from armed_pyro.adaptation import Adapted
 from armed_pyro.attributed import Attribution
+from armed_pyro.boundaries import Boundaries, Extent
 from armed_pyro.data import ClusteredData
+from armed_pyro.decoded import DecodedEffects
 from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.guides import Guide
 from armed_pyro.invariance import Invariance
@@ -243,6 +247,50 @@ class Fit:
             layers=layers,
             folds=folds,
             permutations=permutations,
+            seed=seed,
+        )
+
+    def decoded(
+        self,
+        row: ClusteredData | pd.DataFrame,
+        *,
+        shape: Sequence[int],
+        factor: str | None = None,
+        columns: Sequence[str] | None = None,
+        draws: int = 100,
+        seed: int | None = None,
+    ) -> DecodedEffects:
+        """One image under every cluster's random effects, and along their largest component.
+
+        See `armed_pyro.decoded.decoded`.
+        """
+        return decoded.decoded(
+            self, row, shape=shape, factor=factor, columns=columns, draws=draws, seed=seed
+        )
+
+    def boundaries(
+        self,
+        features: tuple[str, str],
+        *,
+        factor: str | None = None,
+        of: Any = None,
+        extent: Extent | None = None,
+        size: int = 60,
+        draws: int = 200,
+        seed: int | None = None,
+    ) -> Boundaries:
+        """E[y | x, cluster] over two features, cluster by cluster.
+
+        See `armed_pyro.boundaries.boundaries`.
+        """
+        return boundaries.boundaries(
+            self,
+            features,
+            factor=factor,
+            of=of,
+            extent=extent,
+            size=size,
+            draws=draws,
             seed=seed,
         )
 

@@ -61,7 +61,15 @@ class Invariance:
 
     Examples
     --------
-    ``fit.invariance(held_out, layers=["1", "3"]).table``
+    >>> from torch import nn
+    >>> from armed_pyro import Invariance, MixedEffects, Schedule, fit
+    >>> from armed_pyro.simulate import mixed_model
+    >>> data, _ = mixed_model()
+    >>> model = MixedEffects(nn.Linear(1, 1), "(1 | site)", bayesian_head=True)
+    >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
+    >>> found: Invariance = result.invariance(permutations=99)  # of the last layer's input, x
+    >>> bool((found.table["p_leak"] > 0.05).all())
+    True
     """
 
     factor: str

@@ -22,7 +22,7 @@ SHORT = Schedule(steps=40, window=20, stages=0)
 def fitted(net, random, data, family="gaussian", **settings):
     schedule = settings.pop("schedule", SHORT)
     model = MixedEffects(net, random, family, **settings)
-    return fit(model, data, schedule=schedule, seed=1, progress=False)
+    return fit(model, data, schedule=schedule, seed=1, refine=False, progress=False)
 
 
 def by_feature(found, **settings):

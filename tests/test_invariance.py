@@ -27,7 +27,7 @@ def fitted(features, label=LABEL, site=SITE, net=None, family="bernoulli", **set
     if net is None:
         net = nn.Sequential(nn.Identity(), nn.Linear(features.shape[1], 1))
     model = MixedEffects(net, "(1 | site)", family, **settings)
-    return fit(model, data, schedule=BRIEF, progress=False)
+    return fit(model, data, schedule=BRIEF, refine=False, progress=False)
 
 
 def by_probe(found):
@@ -226,7 +226,7 @@ def test_an_adversary_hides_the_cluster():
         # Random effects would explain what the cluster's feature does: there are none.
         model = MixedEffects(net, (), "bernoulli", game)
         schedule = Schedule(steps=800, stages=0, batch_size=128, net_learning_rate=0.02)
-        result = fit(model, train, schedule=schedule, progress=False)
+        result = fit(model, train, schedule=schedule, refine=False, progress=False)
         accuracy[weight] = by_probe(result.invariance(held))
     # Chance is 1/4.
     free, hidden = accuracy[0.0].loc["linear"], accuracy[3.0].loc["linear"]
