@@ -91,7 +91,7 @@ def attribution(
 
     References
     ----------
-    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 4.1: gradients at the mean.
+    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7): gradients at the mean.
     Sundararajan, Taly, Yan (2017), "Axiomatic attribution for deep networks", ICML.
     Selvaraju et al. (2017), "Grad-CAM", ICCV.
     """

@@ -174,7 +174,7 @@ def decoded(
 
     References
     ----------
-    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 4.3.
+    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7).
     """
     model = fit.model
     given = encoded(fit, row)

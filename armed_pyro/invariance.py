@@ -137,7 +137,7 @@ def invariance(
 
     References
     ----------
-    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 4.3, for the two indices: Davies
+    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), for the two indices: Davies
     and Bouldin (1979); Caliński and Harabasz (1974).
     Ojala and Garriga (2010), "Permutation tests for studying classifier performance", JMLR 11.
 

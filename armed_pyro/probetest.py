@@ -101,7 +101,7 @@ def probe_test(
 
     References
     ----------
-    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 4.1, for the probes.
+    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), for the probes.
     Berger (1982), Technometrics 24(4): intersection-union tests.
 
     Examples

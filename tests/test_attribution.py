@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from armed_pyro import ClusteredData, FilterScaleBias, MixedEffects, Schedule, Slopes, fit
+from armed_pyro import ClusteredData, FilterScaleBias, Fit, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.attribution import attribution
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
@@ -202,7 +202,7 @@ def test_each_class_has_a_column():
 def pictures():
     """A blob in the upper left decides the outcome; one in the lower right is noise."""
     rng = np.random.default_rng(0)
-    n = 400
+    n = 200
     x = 0.1 * rng.normal(size=(n, 1, 8, 8))
     signal, other = rng.random((2, n)) < 0.5
     x[signal, :, 1:3, 1:3] += 1
@@ -214,8 +214,9 @@ def pictures():
         nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 4, 2, padding=1), nn.ReLU(),
         nn.Flatten(), nn.Linear(64, 1),
     )  # fmt: skip
-    schedule = Schedule(steps=150, stages=0, net_learning_rate=0.01)
-    return fitted(net, "(1 | site)", data, "bernoulli", schedule=schedule)
+    schedule = Schedule(steps=80, stages=0, net_learning_rate=0.01)
+    with pytest.warns(UserWarning, match="fewer rows"):
+        return fitted(net, "(1 | site)", data, "bernoulli", schedule=schedule)
 
 
 @pytest.mark.parametrize("method", ["gradient", "integrated"])
@@ -240,6 +241,14 @@ def test_grad_cam_is_its_equation(pictures):
     assert found.rows.dims == ("row", "axis_1", "axis_2")
     np.testing.assert_allclose(found.rows, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.posterior["importance"], expected.mean(0), rtol=1e-4)
+
+
+def test_a_saved_fit_has_the_same_attributions(straight, tmp_path):
+    straight.save(tmp_path, draws=10)
+    loaded = Fit.load(tmp_path)
+    found, same = (one.attribution(draws=20).posterior for one in (straight, loaded))
+    for name in found.data_vars:
+        np.testing.assert_allclose(found[name], same[name], rtol=1e-6)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_the_walk_is_the_first_principal_component(result):
 
 def test_correlated_effects_on_the_predictor_and_latent_heads():
     data, _ = mixed_model(
-        "categorical", 6, 30, sd=[1.0, 0.5], cor=0.5, coefficients=[[0.0] * 4, [1.0] * 4]
+        "categorical", 4, 10, sd=[1.0, 0.5], cor=0.5, coefficients=[[0.0] * 4, [1.0] * 4]
     )
     net = linear(1, 5)
     model = MixedEffects(net, "(1 + x0 | site)", "categorical", bayesian_head=True)

@@ -101,7 +101,7 @@ def test_tenths_of_a_continuous_outcome_stand_for_classes():
 
 def test_p_values_are_valid():
     """Under either null hypothesis a p-value is at most a with probability a."""
-    times, ps = 200, []
+    times, ps = 100, []
     for seed in range(times):
         rng = np.random.default_rng(seed)
         codes = rng.permutation(np.arange(60) % 3)

@@ -55,7 +55,7 @@ def test_every_pair_must_be_in_order_for_true_features_first():
 
 def test_error_rates_under_the_null():
     """No importance differs: each wrong verdict has at most its level, to within 3 errors."""
-    rng, n = np.random.default_rng(1), 250
+    rng, n = np.random.default_rng(1), 120
     verdicts = []
     for _ in range(n):
         levels = rng.lognormal(0, 1, (10, 4))
@@ -118,7 +118,7 @@ def test_fits_that_only_a_probe_helps_rank_it_first():
     """A linear network cannot use a spiral, but a probe tells the cluster's class ratio."""
     data, _ = spirals(8, 60, ratio_sd=0.3, probes=1, seed=3)
     found = []
-    for train, _ in data.folds(5, seed=0):
+    for train, _ in data.folds(3, seed=0):
         model = MixedEffects(linear(3), "(1 | site)", "bernoulli")
         alone = MixedEffects(linear(3), (), "bernoulli")
         schedule = Schedule(steps=60, stages=0, net_learning_rate=0.05)
