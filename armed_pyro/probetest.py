@@ -38,7 +38,12 @@ class ProbeTest:
 
     Examples
     --------
-    ``print(probe_test(importances, true=["x1"], probes=["probe1"]))``
+    >>> from armed_pyro import ProbeTest, probe_test
+    >>> fits = [{"x": 2.0, "probe": 1.0}, {"x": 3.0, "probe": 1.0}]
+    >>> found: ProbeTest = probe_test({"network": fits}, true=["x"], probes=["probe"])
+    >>> found.pairs[["true", "probe", "above", "p_above"]]  # two fits are too few
+      true  probe  above  p_above
+    0    x  probe    1.0     0.25
     """
 
     table: pd.DataFrame
