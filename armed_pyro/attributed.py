@@ -35,8 +35,8 @@ class Attribution:
         - importance: \|slope\|, or the mean over rows of \|attribution\|. Without chain and draw
           unless the network's last layer is latent: other weights are point estimates.
         - slope: the signed gradient; for the method "gradient" only.
-        - ``<factor>_sd``: sd of the slope among the clusters of the population.
         - ``<factor>_slope`` (..., cluster, feature): what each cluster adds to the slope.
+        - ``<factor>_sd``: sd of that over clusters; see `armed_pyro.attribution.attribution`.
 
         The coordinate ``scale`` holds the features' sds (1 for 0/1 columns). Features of images
         have the dimensions axis_1, axis_2, ... instead.
@@ -63,9 +63,7 @@ class Attribution:
     posterior: xr.Dataset
     rows: xr.DataArray
 
-    def table(
-        self, *, prob: float = 0.9, units: str = "sd", clusters: str = "population"
-    ) -> pd.DataFrame:
+    def table(self, *, prob: float = 0.9, units: str = "sd") -> pd.DataFrame:
         r"""Posterior means and intervals, the most important feature first.
 
         Parameters
@@ -75,9 +73,6 @@ class Attribution:
         units : {"sd", "original"}
             Per standard deviation of the feature, or per unit of it. Integrated gradients are
             parts of the predictor, not slopes, and are "sd" only.
-        clusters : {"population", "seen"}
-            Whether ``<factor>_sd`` is that of the population of clusters, a parameter of the
-            program, or of the clusters in the data.
 
         Returns
         -------
@@ -88,8 +83,6 @@ class Attribution:
         """
         if not 0 < prob < 1:
             raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
-        if clusters not in ("population", "seen"):
-            raise unknown("set of clusters", clusters, ("population", "seen"))
         if units not in ("sd", "original"):
             raise unknown("unit", units, ("sd", "original"))
         if units == "original" and self.method != "gradient":
@@ -99,10 +92,6 @@ class Attribution:
             )
         data = self.posterior
         shown = {str(name): one for name, one in data.items() if not str(name).endswith("_slope")}
-        if clusters == "seen":
-            for name in [name for name in shown if name.endswith("_sd")]:
-                slopes = data[name.removesuffix("_sd") + "_slope"]
-                shown[name] = slopes.std(str(slopes.dims[2]), ddof=1)
         scale = data["scale"] if units == "original" else 1.0
         inner = [dim for dim in data["importance"].dims if dim not in ("chain", "draw")]
         table = data["importance"].isel(chain=0, draw=0, missing_dims="ignore")

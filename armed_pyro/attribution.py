@@ -22,6 +22,7 @@ from armed_pyro.modulations import sensitivities
 from armed_pyro.prediction import encoded
 from armed_pyro.pseudo import mean_draws
 from armed_pyro.taps import module_at, tapped
+from armed_pyro.terms import InputBlock
 
 if TYPE_CHECKING:
     from armed_pyro.factors import Factor
@@ -54,10 +55,15 @@ def attribution(
             \frac{\partial f}{\partial x_j}(\bar x + t (x_i - \bar x)) \, dt
 
     so that the latter sum to :math:`f(x_i) - f(\bar x)`. Grad-CAM weighs a layer's feature maps
-    by their mean gradients, and keeps the positive part. A cluster adds
-    :math:`J_j^\top u_k` to the slope of feature j, :math:`J = \partial \phi / \partial x (\bar x)`
-    (phi is the predictor's gradient by effects on filters), whose sd over clusters is
-    :math:`\sqrt{J_j^\top D J_j}`: for ``(1 + x | site)`` the sd of the random slope.
+    by their mean gradients, and keeps the positive part.
+
+    Cluster k adds :math:`J_j^\top u_k` to the slope of feature j, with
+    :math:`J = \partial \phi / \partial x (\bar x)` (phi is the predictor's gradient by effects on
+    filters). Where all of a factor's effects are intercepts and slopes on features, its sd over
+    clusters is that of the population, :math:`\sqrt{J_j^\top D J_j}`: for ``(1 + x | site)`` the
+    sd of the random slope. Otherwise it is the sd over the clusters in the data, draw by draw:
+    the prior of a hidden layer's slopes does not know in which direction clusters differ, and
+    spreads their variance over all features.
 
     Parameters
     ----------
@@ -211,15 +217,13 @@ def _between(
     phi = sensitivities(model, rows, factor, activations, point)[0][:, chosen]
     J = jacobian(phi.flatten(), x).detach().unflatten(0, phi.shape)  # terms columns features
     J = J * model.data_facts().spread
-    scale, terms = factor.scale(latents), len(factor.terms)
-    if factor.diagonal:
-        variance = torch.einsum("dt,tpj->dpj", scale.reshape(-1, terms) ** 2, J**2)
-    else:
-        root = torch.einsum("dts,tpj->dspj", scale.reshape(-1, terms, terms), J)
-        variance = (root**2).sum(1)
     effects = latents[factor.effect_site].reshape(-1, *latents[factor.effect_site].shape[-2:])
     slopes = torch.einsum("dkt,tpj->dkpj", effects, J)
-    return {f"{factor.name}_sd": variance.sqrt(), f"{factor.name}_slope": slopes}
+    sd = slopes.std(1)
+    if all(isinstance(block, InputBlock) for block in factor.blocks):
+        root = factor.scale_matrix(latents).reshape(-1, *2 * effects.shape[-1:])
+        sd = torch.einsum("dts,tpj->dspj", root, J).square().sum(1).sqrt()
+    return {f"{factor.name}_sd": sd, f"{factor.name}_slope": slopes}
 
 
 def _integrated(

@@ -209,8 +209,8 @@ def test_contrast_and_brightness_are_recovered():
     schedule = Schedule(steps=500, batch_size=100, stages=0, net_learning_rate=0.01)
     found = fitted(data=data, schedule=schedule, fixed_weight=1.0)
     effects = found.draws(200)["site_effect"].mean(0).numpy()
-    assert np.corrcoef(effects[:, 0], contrast)[0, 1] > 0.95
-    assert np.corrcoef(effects[:, 1], brightness)[0, 1] > 0.95
+    assert np.corrcoef(effects[:, 0], contrast)[0, 1] > 0.9
+    assert np.corrcoef(effects[:, 1], brightness)[0, 1] > 0.9
     images = found.decoded(data.take([0]), shape=(SIDE, SIDE)).images
     # Where there is no blob, the difference is the brightness.
     corner = images["difference"].min(("y", "x")) + images["difference"].max(("y", "x"))
