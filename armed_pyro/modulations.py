@@ -126,7 +126,9 @@ def sensitivities(
         with modulated(model.network, _by_block(factor, mine)):
             eta = model.linear_predictor(rows, *model.run_network(rows), fixed)
         slopes = [
-            torch.autograd.grad(eta[..., column].sum(), mine, retain_graph=True)[0]
+            torch.autograd.grad(
+                eta[..., column].sum(), mine, retain_graph=True, create_graph=rows.x.requires_grad
+            )[0]
             for column in range(columns)
         ]
     spread = model.data_facts().spread

@@ -172,6 +172,19 @@ def test_sites_have_their_shapes_and_a_finite_log_density(case):
     assert latent - plates == guided - plates
 
 
+def test_attributions_are_finite_and_every_factor_has_sds_of_slopes(case):
+    found = case.result.attribution(draws=5)
+    names = {
+        "importance",
+        "slope",
+        *(f"{one}_{kind}" for one in case.widths for kind in ("sd", "slope")),
+    }
+    assert set(found.posterior.data_vars) == names
+    assert all(np.isfinite(one).all() for one in found.posterior.data_vars.values())
+    columns = len(case.result.model.data_facts().columns)
+    assert len(found.table()) == 2 * columns
+
+
 def test_every_parameter_gets_a_finite_gradient(case):
     model, guide, rows = case.result.model, copy.deepcopy(case.result.guide), case.rows
     guide.requires_grad_(True)  # of a linear program, only the hyperparameters were trained
