@@ -9,6 +9,7 @@ from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.guides import Guide, StructuredGuide
+from armed_pyro.outcomes import Reconstruction
 from armed_pyro.prediction import Prediction
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
 from armed_pyro.program import MixedEffects
@@ -35,6 +36,7 @@ __all__ = [
     "Prediction",
     "Priors",
     "RandomEffects",
+    "Reconstruction",
     "Schedule",
     "SimulationCalibration",
     "Slopes",

@@ -7,10 +7,14 @@ from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["module_at", "pooled", "tapped"]
+__all__ = ["module_at", "pooled", "run", "tapped"]
+
+# Values of images that run through a network at once where nothing is to be learned from them.
+MOST_VALUES = 2**21
 
 
 def module_at(net: nn.Module, path: str) -> nn.Module:
@@ -74,3 +78,35 @@ def tapped(
             handle = module_at(net, path).register_forward_pre_hook(keep_input(path))
             hooks.callback(handle.remove)
         yield record
+
+
+def run(
+    net: nn.Module,
+    x: Float[Tensor, "rows ..."],
+    outputs: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+    *,
+    whole: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The network's output, and outputs (or inputs) of its modules, as `tapped` records them.
+
+    Images are run a block at a time where no gradients are wanted of them, as the feature maps
+    of thousands take gigabytes.
+
+    Parameters
+    ----------
+    whole : bool
+        Whether all rows have to run at once.
+    """
+    size = len(x)
+    if x.dim() > 2 and not (whole or net.training or torch.is_grad_enabled()):
+        size = max(1, MOST_VALUES // x[0].numel())
+    pieces = []
+    for block in x.split(size) if len(x) > size else [x]:
+        with tapped(net, outputs, inputs) as record:
+            output = net(block)
+        pieces.append({**record, "": output})
+    joined = pieces[0]
+    if len(pieces) > 1:
+        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in joined}
+    return joined.pop(""), joined

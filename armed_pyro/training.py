@@ -27,6 +27,7 @@ from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.modulations import modulates
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
+from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
@@ -277,12 +278,12 @@ class Run:
     def _validate(self, rows: Rows) -> float:
         self.model.eval()
         with torch.no_grad():
-            latents = self.guide.center(self.model.clusters())
             counts = {name: len(one.index) for name, one in rows.memberships.items()}
-            latents = self.model.extend(latents, counts, population=True)
-            log_prob = self.model.log_likelihood(rows, latents).mean()
+            center = self.guide.center(self.model.clusters())
+            latents = self.model.extend(center, counts, population=True)
+            each = log_likelihoods(self.model, rows, latents).values()
         self.model.train()
-        return -float(log_prob)
+        return -sum(float(one.mean()) for one in each)
 
     def _divergence(self, cause: str) -> DivergenceError:
         """The error to raise, after going back to the last good state."""
@@ -386,7 +387,7 @@ class Run:
             "family": model.family.name,
             "adversary": [game.settings() for game in model.adversaries],
             "priors": repr(model.priors),
-            "fixed_weight": model.fixed_weight,
+            "weights": [model.fixed_weight, repr(model.others)],
             "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
