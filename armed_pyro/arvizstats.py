@@ -117,6 +117,8 @@ def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, floa
     if not posterior.data_vars:
         return {}
     values = log_prior(fit.model, latents).double().cpu().numpy()[None]
+    if np.ptp(values) == 0:  # every sd is known: there is no prior to scale
+        return {}
     prior = xr.Dataset({"prior": (("chain", "draw"), values)})
     tree = xr.DataTree.from_dict({"posterior": posterior, "log_prior": prior})
     with warnings.catch_warnings():

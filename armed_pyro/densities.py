@@ -68,7 +68,7 @@ class IndependentNormal(dist.TorchDistribution):
         self.mean_values, self.sd = mean, sd
         split = mean.dim() - event_dim
         batch = torch.broadcast_shapes(mean.shape[:split], sd.shape)
-        super().__init__(batch, mean.shape[split:], validate_args=False)  # type: ignore[no-untyped-call]
+        super().__init__(batch, mean.shape[split:], validate_args=False)
 
     @property
     def support(self) -> Any:

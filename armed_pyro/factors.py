@@ -219,7 +219,7 @@ class Factor(nn.Module):
     def extended(
         self, latents: Mapping[str, Tensor], count: int, *, population: bool
     ) -> Float[Tensor, "... count terms"]:
-        """Effects of the clusters seen, and of new ones up to this count; see `MixedEffects.extend`."""
+        """Effects of the seen clusters and of new ones, so many in all: `MixedEffects.extend`."""
         seen = latents[self.effect_site]
         new = count - seen.shape[-2]
         noise = seen.new_zeros(*seen.shape[:-2], new, seen.shape[-1])

@@ -228,8 +228,8 @@ class MixedEffects(LocalModule):
         """The same rows, with what the network makes of them unless effects inside change it."""
         if modulates(self):
             return source
-        output, activations = self.run_network(replace(source.all(), computed=None))
-        return replace(source, computed={"": output, **activations})
+        _, activations = self.run_network(replace(source.all(), computed=None))
+        return replace(source, computed=activations)
 
     def clusters(self) -> Rows:
         """No rows, but every cluster of every factor: for drawing random effects only."""

@@ -80,7 +80,7 @@ def _head(fit: Fit) -> str:
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
     lines += [
-        f"  Other outcome: {one.name} (the features, gaussian), by {one.at}, weight {one.weight:.4g}"
+        f"  Other outcome: {one.name} (features rebuilt by {one.at}), weight {one.weight:.4g}"
         for one in model.others
     ]
     lines += [

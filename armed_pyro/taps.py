@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 __all__ = ["module_at", "pooled", "run", "tapped"]
 
-# Values of images that run through a network at once where nothing is to be learned from them.
-MOST_VALUES = 2**21
+# Rows, and values of all their features, that run through a network at once where no gradients are
+# wanted of them: the feature maps of thousands of images would take gigabytes.
+MOST_ROWS, MOST_VALUES = 4096, 2**21
 
 
 def module_at(net: nn.Module, path: str) -> nn.Module:
@@ -90,23 +91,23 @@ def run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The network's output, and outputs (or inputs) of its modules, as `tapped` records them.
 
-    Images are run a block at a time where no gradients are wanted of them, as the feature maps
-    of thousands take gigabytes.
+    The output is among them, under the empty path.
+
+    Many rows run a block at a time where no gradients are wanted of them.
 
     Parameters
     ----------
     whole : bool
         Whether all rows have to run at once.
     """
-    size = len(x)
-    if x.dim() > 2 and not (whole or net.training or torch.is_grad_enabled()):
-        size = max(1, MOST_VALUES // x[0].numel())
+    size = min(MOST_ROWS, max(1, MOST_VALUES // max(1, x[:1].numel())))
+    blocks = [x] if whole or torch.is_grad_enabled() or len(x) <= size else x.split(size)
     pieces = []
-    for block in x.split(size) if len(x) > size else [x]:
+    for block in blocks:
         with tapped(net, outputs, inputs) as record:
             output = net(block)
         pieces.append({**record, "": output})
     joined = pieces[0]
     if len(pieces) > 1:
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in joined}
-    return joined.pop(""), joined
+    return joined[""], joined

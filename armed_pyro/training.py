@@ -25,7 +25,7 @@ from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
-from armed_pyro.modulations import modulates
+from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.program import MixedEffects
@@ -110,7 +110,7 @@ class Run:
             window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
-            losses = [self._step() for _ in range(count)]
+            losses = [self.take_step() for _ in range(count)]
             self._close_window(losses)
             mean = float(np.mean(self.history.loss[-count:]))
             if mean < self.good_loss:
@@ -122,11 +122,11 @@ class Run:
             self._return_to(self.best)
         self._release()
 
-    def _step(self) -> Loss:
+    def take_step(self) -> Loss:
+        """One step on the next mini-batch."""
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
-        guided, trained = self.optimizer.param_groups
-        guided["lr"] = rate * guided["base"]
-        trained["lr"] = rate * trained["base"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["base"]
         try:
             loss = self._take()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ class Run:
             return self.steps(self.objective, self._next_batch(), progress, remaining=remaining)
         particles = self.history.particles
         bound = NestedBound(self.model, self.guide, particles)
-        most = LARGEST_STEP // (2 * particles)
+        most = LARGEST_STEP // (2 * particles * row_cost(self.model))
         n, nested = len(self.settled), self.guide.nested()
         if n <= most or nested is None:
             rows = self.settled.all() if n <= most else self._next_batch()
