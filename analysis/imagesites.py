@@ -95,6 +95,7 @@ def digit_study(
     blur: float = 0.0,
     light: float = 0.0,
     shift: float = 1.0,
+    grain: float = 0.0,
     seed: int = 0,
 ) -> Study:
     """Digits in sites of known effects; class 1 are the digits of `positive`.
@@ -113,6 +114,8 @@ def digit_study(
         Sds of the effects over sites.
     blur : float
         Largest blur; sites' are evenly distributed from 0.
+    grain : float
+        Sd of noise on the 8x8 originals, which makes digits hard to tell apart for anyone.
     seed : int
         Seed of sites and images.
 
@@ -142,7 +145,9 @@ def digit_study(
     )
     chosen, site = _shares(label, effects["shift"].to_numpy(), rows, rng)
     effects["shift"] = [_logit(label[chosen[site == k]]) for k in range(n_sites)]
-    images = _seen_through(digits.images[chosen] / 16, effects.iloc[site], size, rng)
+    originals = digits.images[chosen] / 16
+    originals = originals + grain * rng.normal(size=originals.shape)
+    images = _seen_through(originals, effects.iloc[site], size, rng)
     data = ClusteredData.from_arrays(
         images[:, None],
         label[chosen].astype(float),
@@ -248,7 +253,9 @@ def recovered_shifts(fit: Fit, study: Study, *, draws: int = 200) -> pd.Series:
     return added.groupby(study.train.grouping(study.factor).labels()).mean()
 
 
-def recovered_appearance(fit: Fit, study: Study, *, images: int = 40, draws: int = 50) -> pd.DataFrame:
+def recovered_appearance(
+    fit: Fit, study: Study, *, images: int = 40, draws: int = 50
+) -> pd.DataFrame:
     """What each seen site's effects make of the same images: their contrast, brightness, light.
 
     Returns
