@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 
 from armed_pyro import ClusteredData
 from armed_pyro.fitted import Fit
+from armed_pyro.labels import unknown
 
 __all__ = [
     "SiteEffects",
@@ -178,7 +179,10 @@ def file_study(
         count = max(1, round(unseen * len(levels)))
         held = levels[np.random.default_rng(seed).permutation(len(levels))[:count]].to_numpy()
     else:
-        held = np.asarray(unseen, dtype=levels.dtype)
+        for label in unseen:
+            if label not in levels.astype(str):
+                raise unknown(f"{factor} called", label, levels)
+        held = levels[levels.astype(str).isin(list(unseen))].to_numpy()
     return _split(data, factor, held, seed, None)
 
 
@@ -204,9 +208,10 @@ def read_images(path: str | Path, *, factor: str) -> ClusteredData:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: expected an .npz file of images")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError("it holds a single array")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds a single array")
+        with file:
             arrays: dict[str, Any] = {key: file[key] for key in file.files}
     except (ValueError, OSError) as error:
         raise ValueError(
