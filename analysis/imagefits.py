@@ -168,12 +168,13 @@ def draw(study: Study, found: pd.DataFrame, title: str) -> Figure:
     order = study.effects.table.loc[study.train.grouping(study.factor).levels, "shift"]
     sites = order.sort_values().index
     sites = sites[np.linspace(0, len(sites) - 1, min(6, len(sites))).astype(int)]
-    figure = plt.figure(figsize=(9, 4.2 + 1.2), layout="constrained")
+    figure = plt.figure(figsize=(9, 5.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35])
     labels = study.train.grouping(study.factor).labels()
     for axis, site in zip(above.subplots(1, len(sites)), sites, strict=True):
         images = study.train.features[labels == site][:4, 0].numpy()
-        rows = [np.hstack(list(pair)) for pair in np.split(images[:4], 2)]
+        framed = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=np.nan)
+        rows = [np.hstack(list(pair)) for pair in np.split(framed, 2)]
         axis.imshow(np.vstack(rows), cmap="gray", vmin=-0.2, vmax=1.4)
         axis.set_title(f"{site}\nshift {order[site]:+.1f}", fontsize=9)
         axis.set_axis_off()
@@ -189,6 +190,7 @@ def draw(study: Study, found: pd.DataFrame, title: str) -> Figure:
         axis.set_xlabel(f"known, by {study.factor}")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+        axis.set_box_aspect(1)
         if effect == names[0]:
             axis.set_ylabel("recovered (posterior mean)")
     figure.suptitle(title)

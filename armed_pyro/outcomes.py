@@ -37,6 +37,8 @@ class Reconstruction:
     filters look better known than they are: a weight of 1 over the number of values counts a row
     as one observation.
 
+    `Fit.adapt` learns of new clusters by the family's outcome alone.
+
     Attributes
     ----------
     at : str
