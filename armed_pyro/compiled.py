@@ -294,7 +294,7 @@ def _inductor(
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     # Without an environment of shapes what is compiled is not kept on disk.
-    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     with (
         warnings.catch_warnings(),
         torch.no_grad(),
