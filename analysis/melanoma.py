@@ -2,7 +2,8 @@
 
 Run with ``python -m armed_pyro.analysis.melanoma``; ``--smoke`` takes seconds. ``--data cells.npz``
 takes your images (arrays images, labels, batches); without it, real digits stand in, in batches
-whose illumination differs: gain, offset, and light from one side, of known size.
+whose illumination differs: gain, offset, and light from one side, of known size. The last is there
+to show a limit: scales and biases of filters are the same all over an image.
 """
 
 from __future__ import annotations
