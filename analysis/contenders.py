@@ -92,7 +92,7 @@ def _run(task: Task, mode: CompileMode) -> Step:
 
     def step() -> object:
         with pyro.validation_enabled(False):
-            return run.advance()
+            return run.take_step()
 
     for _ in range(3):  # the second step of a kind is compiled
         step()

@@ -87,7 +87,7 @@ def _step(clusters: int, batch: int, terms: int) -> float:
         model.train()
         for place in range(110):
             start = time.perf_counter()
-            run.advance()
+            run.take_step()
             if place >= 10:
                 times.append(time.perf_counter() - start)
     return statistics.median(times)

@@ -13,6 +13,7 @@ from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.guides import Guide, StructuredGuide
 from armed_pyro.invariance import Invariance
+from armed_pyro.outcomes import Reconstruction
 from armed_pyro.prediction import Prediction
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
 from armed_pyro.probetest import ProbeTest, probe_test
@@ -45,6 +46,7 @@ __all__ = [
     "Priors",
     "ProbeTest",
     "RandomEffects",
+    "Reconstruction",
     "Schedule",
     "SimulationCalibration",
     "Slopes",

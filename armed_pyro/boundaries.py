@@ -183,6 +183,7 @@ def boundaries(
         membership = Membership(everyone, torch.full((len(x),), cluster or 0, device=x.device))
         rows = Rows(x, None, {own.name: membership}, trials=torch.ones_like(x[:, 0]))
         predictor = model.predictor(rows, kept)
+        assert predictor.fixed is not None  # for mypy: it was asked for
         mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)
         mean = mean if classes is None else mean[..., classes.index(of)]
         return mean.reshape(-1, size, size).mean(0)

@@ -217,6 +217,19 @@ class Factor(nn.Module):
         scale = self.scale(latents)
         return torch.diag_embed(scale**2) if self.diagonal else scale @ scale.mT
 
+    def extended(
+        self, latents: Mapping[str, Tensor], count: int, *, population: bool
+    ) -> Float[Tensor, "... count terms"]:
+        """Effects of the seen clusters and of new ones, so many in all: `MixedEffects.extend`."""
+        seen = latents[self.effect_site]
+        new = count - seen.shape[-2]
+        noise = seen.new_zeros(*seen.shape[:-2], new, seen.shape[-1])
+        if not population and new:
+            scale, noise = self.scale(latents), torch.randn_like(noise)
+            # A scale has a 1 in the clusters' place.
+            noise = scale * noise if self.diagonal else (scale @ noise[..., None])[..., 0]
+        return torch.cat([seen, noise], -2)
+
     def design(
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows phi_columns"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.factors import Factor, by_column
-from armed_pyro.modulations import modulates, sensitivities
+from armed_pyro.modulations import modulates, reconstruction_slopes, sensitivities
 from armed_pyro.terms import LayerBlock
 
 if TYPE_CHECKING:
@@ -188,7 +188,8 @@ def observe(
     rows, with W and r of `curvature` and u, beta at their means: one step of penalised
     quasi-likelihood given a single point, of conjugate-computation variational inference given
     draws (Khan and Lin 2017). Exact at once for gaussian outcomes with linear fixed effects. For
-    effects on filters Z is the predictor's gradient at the effects' means: a Gauss-Newton step.
+    effects on filters Z is the predictor's gradient at the effects' means: a Gauss-Newton step,
+    to which the other outcomes add (`armed_pyro.modulations.reconstruction_slopes`).
 
     Parameters
     ----------
@@ -233,6 +234,18 @@ def observe(
                 push.index_add_(0, membership.position, (z * residual[:, None, :]).sum(-1))
             if cross is not None and x is not None:
                 cross.index_add_(0, membership.position, weighted @ x.mT)
+        for factor, slope, roots in reconstruction_slopes(model, rows, where):
+            position = rows.memberships[factor.name].position
+            precision, pull, _, push = sums[model.factors.index(factor)]
+            square = roots.mT @ roots if precision.dim() == 3 else (roots**2).sum(1)
+            response = slope
+            if factor.effect_site in means:
+                mine = means[factor.effect_site][position]
+                response = slope + (roots.mT @ (roots @ mine[..., None]))[..., 0]
+            precision.index_add_(0, position, square)
+            pull.index_add_(0, position, response)
+            if push is not None:
+                push.index_add_(0, position, slope)
     for factor, one, (precision, pull, cross, push) in zip(
         model.factors, pseudo, sums, strict=True
     ):

@@ -23,9 +23,10 @@ from armed_pyro.data import ClusteredData
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
-from armed_pyro.modulations import modulates
+from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.optimizers import LazyAdam, Optimizers
+from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource, Shuffle
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
@@ -107,7 +108,7 @@ class Run:
             window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
-            losses = [self.advance() for _ in range(count)]
+            losses = [self.take_step() for _ in range(count)]
             self._close_window(losses)
             mean = float(np.mean(self.history.loss[-count:]))
             if mean < self.good_loss:
@@ -119,7 +120,7 @@ class Run:
             self._return_to(self.best)
         self._release()
 
-    def advance(self) -> Loss:
+    def take_step(self) -> Loss:
         """One step of training: its loss, after what it changed."""
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
         try:
@@ -155,7 +156,7 @@ class Run:
 
     def _most_rows(self) -> int:
         """Rows in a step of the settled network."""
-        return LARGEST_STEP // (2 * self.history.particles)
+        return LARGEST_STEP // (2 * self.history.particles * row_cost(self.model))
 
     def _settled_rows(self, settled: RowSource) -> Rows:
         most, nested = self._most_rows(), self.guide.nested()
@@ -272,12 +273,12 @@ class Run:
     def _validate(self, rows: Rows) -> float:
         self.model.eval()
         with torch.no_grad():
-            latents = self.guide.center(self.model.clusters())
             counts = {name: len(one.index) for name, one in rows.memberships.items()}
-            latents = self.model.extend(latents, counts, population=True)
-            log_prob = self.model.log_likelihood(rows, latents).mean()
+            center = self.guide.center(self.model.clusters())
+            latents = self.model.extend(center, counts, population=True)
+            each = log_likelihoods(self.model, rows, latents).values()
         self.model.train()
-        return -float(log_prob)
+        return -sum(float(one.mean()) for one in each)
 
     def _divergence(self, cause: str) -> DivergenceError:
         """The error to raise, after going back to the last good state."""
@@ -381,7 +382,7 @@ class Run:
             "family": model.family.name,
             "adversary": [game.settings() for game in model.adversaries],
             "priors": repr(model.priors),
-            "fixed_weight": model.fixed_weight,
+            "weights": [model.fixed_weight, repr(model.others)],
             "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
