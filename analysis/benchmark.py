@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from armed_pyro.analysis import contenders, fittimes, growth
+from armed_pyro.analysis import fittimes, growth, trainingsteps
 
 __all__ = ["Figure", "main"]
 
@@ -120,18 +120,18 @@ def steps(options: Options) -> list[Figure]:
     targets = {"torch loop with adversary": 1.0, "conventional torch loop": 1.6, "Pyro": 0.15}
     found = []
     for width, batch in sizes:
-        task = contenders.Task(width, batch, rows=max(1000, batch))
+        task = trainingsteps.Task(width, batch, rows=max(1000, batch))
         start = time.perf_counter()
-        ours = contenders.compiled(task)
+        ours = trainingsteps.compiled(task)
         label = f"width {width}, batch {batch}"
         found.append(Figure("steps", f"{label}: compiling", time.perf_counter() - start, "s", 20))
-        times = contenders.interleaved(
+        times = trainingsteps.interleaved(
             {
                 "ours": ours,
-                "eager": contenders.eager(task),
-                "torch loop with adversary": contenders.torch_loop(task, game=True),
-                "conventional torch loop": contenders.torch_loop(task, game=False),
-                "Pyro": contenders.stock(task),
+                "eager": trainingsteps.eager(task),
+                "torch loop with adversary": trainingsteps.torch_loop(task, game=True),
+                "conventional torch loop": trainingsteps.torch_loop(task, game=False),
+                "Pyro": trainingsteps.stock(task),
             }
         )
         found.append(Figure("steps", f"{label}: a step", 1e3 * times["ours"], "ms"))

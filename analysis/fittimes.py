@@ -15,8 +15,8 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, fit, read_table
-from armed_pyro.analysis.contenders import Task
 from armed_pyro.analysis.crossedreml import crossed_reml
+from armed_pyro.analysis.trainingsteps import Task
 from armed_pyro.models.linear import linear
 from armed_pyro.rows import Shuffle
 from armed_pyro.schedule import Plateau

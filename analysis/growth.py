@@ -12,7 +12,7 @@ import pyro
 import torch
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
-from armed_pyro.analysis.contenders import Task
+from armed_pyro.analysis.trainingsteps import Task
 from armed_pyro.crossed import choose_guide
 from armed_pyro.models.dense import dense
 from armed_pyro.training import Run
