@@ -30,7 +30,9 @@ __all__ = [
     "Study",
     "ablations",
     "compare",
+    "joined",
     "row_folds",
+    "verdict",
 ]
 
 SEEN, UNSEEN, RANDOMISED = "seen", "unseen", "seen, clusters randomised"
@@ -113,7 +115,9 @@ class Comparison:
         Returns
         -------
         pandas.DataFrame
-            Columns rows, metric, model, mean, lower, upper, gain, gain_lower, gain_upper, gain_p.
+            Columns rows, metric, model, mean, lower, upper, gain, gain_lower, gain_upper, gain_p;
+            and adversary, the verdict (see `ablations`) on the adversary of a model that has one.
+            Of randomised clusters the gain is over the same model with the right ones.
         """
         records = []
         for kind in self.scores["rows"].unique():
@@ -130,6 +134,10 @@ class Comparison:
                         gain = resampled(values - other.to_numpy(), ratio)
                         row |= _columns(gain, "gain_")
                         row["gain_p"] = gain.p
+                    row["adversary"] = ""
+                    without = dict(GAMES).get(model)
+                    if metric == "auroc" and kind != RANDOMISED and without in units:
+                        row["adversary"] = verdict(self.difference(model, str(without), kind))
                     records.append(row)
         return pd.DataFrame(records).rename(columns={"gain_mean": "gain"})
 
@@ -237,20 +245,30 @@ def ablations(found: Comparison) -> pd.DataFrame:
     for name, model, other in pairs:
         for kind in (SEEN, UNSEEN):
             if kind in set(found.scores["rows"]):
-                records.append(_verdict(name, kind, found.difference(model, other, kind)))
+                records.append(_judged(name, kind, found.difference(model, other, kind)))
     table = found.table()
     randomised = table[(table["rows"] == RANDOMISED) & (table["metric"] == "auroc")]
     for row in randomised.itertuples():
         # The other way round: what knowing the right cluster brings.
         known = Estimate(-row.gain, -row.gain_upper, -row.gain_lower, row.gain_p)
-        records.append(_verdict(f"right clusters: {row.model}", SEEN, known))
+        records.append(_judged(f"right clusters: {row.model}", SEEN, known))
     return pd.DataFrame(records)
 
 
-def _verdict(name: str, kind: str, one: Estimate) -> dict[str, str | float]:
-    verdict = "helps" if one.lower > 0 else "harms" if one.upper < 0 else "no evidence"
-    return {"ablation": name, "rows": kind, "difference": one.mean, "lower": one.lower,
-            "upper": one.upper, "p": one.p, "verdict": verdict}  # fmt: skip
+def verdict(one: Estimate) -> str:
+    """What a difference says of the better being higher.
+
+    Examples
+    --------
+    >>> verdict(Estimate(0.02, -0.01, 0.05, 0.2))
+    'no evidence'
+    """
+    return "helps" if one.lower > 0 else "harms" if one.upper < 0 else "no evidence"
+
+
+def _judged(name: str, kind: str, one: Estimate) -> dict[str, str | float]:
+    row = {"ablation": name, "rows": kind, "difference": one.mean}
+    return row | {"lower": one.lower, "upper": one.upper, "p": one.p, "verdict": verdict(one)}
 
 
 def _scored(

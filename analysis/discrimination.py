@@ -185,9 +185,11 @@ def delong(
               V^{01}_j = \frac{1}{m} \sum_i \psi(s_i, s_j), \quad
               \psi = 1[s_i > s_j] + \tfrac12 1[s_i = s_j]
 
-    with i over the m rows of class 1 and j over the n of class 0. Rows of one cluster may be
-    dependent: their components are summed before the covariances are taken. Without clusters
-    each row is its own, and this is DeLong's estimator.
+    with i over the m rows of class 1 and j over the n of class 0: DeLong's estimator. Rows of one
+    cluster may be dependent: of K clusters, :math:`(V^{10} - AUROC) / m` and :math:`(V^{01} -
+    AUROC) / n` are summed within each, and the covariance is K / (K - 1) times the sum of the
+    sums' products, which is Obuchowski's with one such factor for both classes, so that it cannot
+    become negative.
 
     Parameters
     ----------
@@ -224,15 +226,14 @@ def delong(
         1 - (every[:, ~positive] - rankdata(scores[:, ~positive], axis=1)) / m
     )
     auroc = components[:, positive].mean(1)
-    labels = np.arange(len(positive)) if clusters is None else clusters
-    _, codes = np.unique(labels, return_inverse=True)
-    sums = []
-    for own in (positive, ~positive):
-        centred = np.where(own, components - auroc[:, None], 0.0) / own.sum()
-        total = np.stack([np.bincount(codes, one) for one in centred])
-        count = len(np.unique(codes[own]))
-        sums.append((total, count / max(count - 1, 1)))
-    (first, one), (second, other) = sums
-    cross = first @ second.T * codes.max() / max(codes.max() - 1, 1)
-    covariance = one * first @ first.T + other * second @ second.T + cross + cross.T
+    first, second = (
+        np.where(own, components - auroc[:, None], 0.0) / own.sum() for own in (positive, ~positive)
+    )
+    if clusters is None:
+        covariance = m / max(m - 1, 1) * first @ first.T + n / max(n - 1, 1) * second @ second.T
+    else:
+        _, codes = np.unique(clusters, return_inverse=True)
+        total = np.stack([np.bincount(codes, one) for one in first + second])
+        count = total.shape[1]
+        covariance = count / max(count - 1, 1) * total @ total.T
     return DeLong(auroc, covariance)

@@ -64,13 +64,7 @@ MISSING: Mapping[tuple[str, ...], float] = {
     ("Hippocampus", "Entorhinal", "Fusiform", "MidTemp"): 0.1,
 }
 # Of complete measures, so that what a model can learn of them is known.
-EFFECTS: Mapping[str, float] = {
-    "APOE4": 0.8,
-    "ADAS13": 0.9,
-    "LDELTOTAL": -0.8,
-    "FAQ": 0.9,
-    "TRABSCOR": 0.8,
-}
+EFFECTS: Mapping[str, float] = {"APOE4": 1.0, "ADAS13": 1.0, "LDELTOTAL": -1.0, "FAQ": 1.0}
 TRUE_FEATURES: tuple[str, ...] = tuple(EFFECTS)
 
 

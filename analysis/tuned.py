@@ -28,12 +28,12 @@ class Tuned(Rival):
     candidates: tuple[Rival, ...]
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         """Of the first version."""
         return self.candidates[0].name
 
     @property
-    def setting(self) -> Setting:  # type: ignore[override]
+    def setting(self) -> Setting:
         """Of the first version."""
         return self.candidates[0].setting
 

@@ -47,16 +47,16 @@ def test_delong_is_its_definition(ties):
 def test_delongs_standard_error_is_the_bootstraps():
     y, s = scores(1, 400, ties=False)
     rng, draws = np.random.default_rng(0), []
-    for _ in range(800):
+    for _ in range(400):
         rows = rng.integers(0, 400, 400)
         draws.append([roc_auc_score(y[rows], one[rows]) for one in s])
     draws = np.array(draws)
     found = delong(y, s)
-    # An sd of 800 draws is good to 2.5%.
-    np.testing.assert_allclose(np.sqrt(np.diag(found.covariance)), draws.std(0), rtol=0.1)
+    # An sd of 400 draws is good to 3.5%.
+    np.testing.assert_allclose(np.sqrt(np.diag(found.covariance)), draws.std(0), rtol=0.14)
     contrast = np.array([1, -1])
     error = np.sqrt(contrast @ found.covariance @ contrast)
-    assert error == pytest.approx((draws[:, 0] - draws[:, 1]).std(), rel=0.1)
+    assert error == pytest.approx((draws[:, 0] - draws[:, 1]).std(), rel=0.14)
 
 
 def test_dependent_rows_widen_the_interval_as_the_bootstrap_of_clusters_does():
@@ -68,19 +68,19 @@ def test_dependent_rows_widen_the_interval_as_the_bootstrap_of_clusters_does():
     naive, clustered = delong(y, s), delong(y, s, cluster)
     assert clustered.auroc == pytest.approx(naive.auroc)
     draws = []
-    for _ in range(800):
+    for _ in range(400):
         chosen = rng.integers(0, 60, 60)
         rows = (chosen[:, None] * 8 + np.arange(8)).ravel()
         draws.append(roc_auc_score(y[rows], s[0, rows]))
     error, naive_error = (np.sqrt(one.covariance[0, 0]) for one in (clustered, naive))
-    assert error == pytest.approx(np.std(draws), rel=0.12)
+    assert error == pytest.approx(np.std(draws), rel=0.14)
     assert naive_error < 0.75 * error
 
 
-def test_clusters_of_one_row_are_no_clusters():
-    y, s = scores(3)
+def test_clusters_of_one_row_are_no_clusters_but_for_the_factor():
+    y, s = scores(3, 4000)
     apart = delong(y, s, np.arange(len(y))[::-1])
-    np.testing.assert_allclose(apart.covariance, delong(y, s).covariance, atol=1e-12)
+    np.testing.assert_allclose(apart.covariance, delong(y, s).covariance, rtol=1e-3)
 
 
 def test_a_models_interval_stays_within_zero_and_one():
