@@ -32,6 +32,7 @@ __all__ = ["APPLICATIONS", "main", "table_study"]
 SCHEDULE = Schedule(
     steps=2000, batch_size=128, stages=2, net_learning_rate=0.005, patience=3, window=50
 )
+MODES = ("population", "marginal", "membership", "nearest")
 QUICK = Schedule(steps=40, batch_size=64, stages=0, net_learning_rate=0.02)
 
 
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--features", help="a table's columns, a,b,c (default: all others)")
     parser.add_argument("--held", type=float, default=0.2, help="share of clusters held out")
     parser.add_argument("--models", default=",".join(NAMES), help="a,b,c (default: all)")
+    parser.add_argument("--mode", choices=MODES, help="of programs in unseen clusters")
     parser.add_argument("--folds", type=int, help="folds (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of data and fits (default: 0)")
     parser.add_argument("--smoke", action="store_true", help="small data and few steps: a trial")
@@ -131,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = table_study(path, given.outcome, given.cluster, names, given.held, given.seed)
     if given.smoke:
         study = replace(study, setting=replace(study.setting, schedule=QUICK))
+    if given.mode:
+        study = replace(study, setting=replace(study.setting, unseen=given.mode))
     folds = given.folds or (2 if given.smoke else 5)
     out = given.out or Path("results/compare") / study.name
     threads = torch.get_num_threads()

@@ -130,10 +130,10 @@ class Comparison:
                     values = units[model].to_numpy()
                     row = {"rows": kind, "metric": metric, "model": model}
                     row |= _columns(resampled(values, ratio), "")
-                    if other is not None:
-                        gain = resampled(values - other.to_numpy(), ratio)
-                        row |= _columns(gain, "gain_")
-                        row["gain_p"] = gain.p
+                    # Without the reference there is nothing to gain over.
+                    gains = values * np.nan if other is None else values - other.to_numpy()
+                    gain = resampled(gains, ratio)
+                    row |= _columns(gain, "gain_") | {"gain_p": gain.p}
                     row["adversary"] = ""
                     without = dict(GAMES).get(model)
                     if metric == "auroc" and kind != RANDOMISED and without in units:

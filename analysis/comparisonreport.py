@@ -91,7 +91,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
             axis.set_yticks(place, models)
             axis.tick_params(axis="y", length=0)
         axes[0, column].set_title(f"{kind} clusters")
-        axes[0, column].axvline(block["mean"]["conventional"], color=figures.GREY, linewidth=0.7)
+        level = block["mean"].get("conventional", np.nan)
+        axes[0, column].axvline(level, color=figures.GREY, linewidth=0.7)
         axes[1, column].axvline(0, color=figures.GREY, linewidth=0.7)
     figure.suptitle(f"{title}: means and 95% intervals", fontsize=10)
     return figure

@@ -19,10 +19,10 @@ from armed_pyro.rows import Rows, RowSource
 from armed_pyro.schedule import Plateau
 from armed_pyro.taps import pooled, tapped
 
-__all__ = ["Predictor", "descend"]
+__all__ = ["FixedPredictor", "descend"]
 
 
-class Predictor(nn.Module):
+class FixedPredictor(nn.Module):
     """The setting's network on standardised features, and its outcome in standard units.
 
     The predictor is the logit of a binary outcome, of which it is 0 before training that half

@@ -54,7 +54,7 @@ class LinearMixed(Rival):
 
     def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
         setting = self.setting
-        rows = data if validation is None else joined(data, validation)
+        rows = data if validation is None else _joined(data, validation)
         if len(rows.features.shape) != 2:
             raise ValueError("the linear mixed model takes tabular features, not images")
         facts = Facts.of(rows, family_named(setting.family), (setting.factor,))
@@ -99,13 +99,8 @@ class LinearMixed(Rival):
         return np.asarray(result.fe_mean), np.asarray(result.vc_mean)
 
 
-def joined(one: ClusteredData, other: ClusteredData) -> ClusteredData:
-    """The rows of both, with their grouping factors.
-
-    Examples
-    --------
-    ``joined(train, validation)``
-    """
+def _joined(one: ClusteredData, other: ClusteredData) -> ClusteredData:
+    """The rows of both, with their grouping factors."""
     return ClusteredData.from_arrays(
         torch.cat([one.features, other.features]),
         np.concatenate([outcomes(one), outcomes(other)]),

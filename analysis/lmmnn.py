@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from armed_pyro import ClusteredData
-from armed_pyro.analysis.descent import Predictor, descend
+from armed_pyro.analysis.descent import FixedPredictor, descend
 from armed_pyro.analysis.rivals import Rival, Setting, Trained
 from armed_pyro.rows import Rows
 
@@ -57,7 +57,7 @@ class LMMNN(Rival):
         return True
 
     def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
-        module = _Marginal(Predictor(self.setting, data, seed))
+        module = _Marginal(FixedPredictor(self.setting, data, seed))
         source = module.predictor.encode(data)
         rows = source.all()
         held = None if validation is None else module.predictor.encode(validation).all()
@@ -106,7 +106,7 @@ def intercepts(
     Parameters
     ----------
     eta, y : Float[Tensor, "rows"]
-        Predictor of the fixed effects, and outcome.
+        FixedPredictor of the fixed effects, and outcome.
     codes : Int[Tensor, "rows"]
         Cluster of each row.
     n_clusters : int
@@ -197,7 +197,7 @@ def log_marginal(
 class _Marginal(nn.Module):
     """The network and the standard deviations of intercept and residual."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: FixedPredictor) -> None:
         super().__init__()
         self.predictor = predictor
         self.log_sd = nn.Parameter(torch.tensor(math.log(0.5)))

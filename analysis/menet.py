@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro import ClusteredData
-from armed_pyro.analysis.descent import Predictor, descend
+from armed_pyro.analysis.descent import FixedPredictor, descend
 from armed_pyro.analysis.rivals import Rival, Setting, Trained
 from armed_pyro.rows import Rows
 
-__all__ = ["MeNet"]
+__all__ = ["LastLayerEffects", "MeNet"]
 
 NEWTON_STEPS = 8
 
@@ -57,7 +57,7 @@ class MeNet(Rival):
         return True
 
     def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
-        module = _LastLayerEffects(Predictor(self.setting, data, seed))
+        module = LastLayerEffects(FixedPredictor(self.setting, data, seed))
         source = module.predictor.encode(data)
         rows = source.all()
         held = None if validation is None else module.predictor.encode(validation).all()
@@ -79,14 +79,28 @@ class MeNet(Rival):
         return Trained(predict, module.predictor.net, data, module.predictor.facts, steps)
 
 
-class _LastLayerEffects(nn.Module):
-    """The network, and the state of the EM algorithm."""
+class LastLayerEffects(nn.Module):
+    """The network of a `MeNet`, and the state of its EM algorithm.
+
+    Attributes
+    ----------
+    effects : Float[Tensor, "clusters units+1"]
+        Posterior means (or modes) of the random effects of bias and weights.
+    covariance : Float[Tensor, "units+1 units+1"]
+        Of the random effects.
+    residual : Float[Tensor, ""]
+        Variance of a gaussian outcome's residual, in the outcome's standard units.
+
+    Examples
+    --------
+    ``LastLayerEffects(FixedPredictor(setting, data, seed=0))(rows)``
+    """
 
     effects: Tensor
     covariance: Tensor
     residual: Tensor
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: FixedPredictor) -> None:
         super().__init__()
         self.predictor = predictor
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from armed_pyro import ClusteredData
-from armed_pyro.analysis.descent import Predictor, descend
+from armed_pyro.analysis.descent import FixedPredictor, descend
 from armed_pyro.analysis.rivals import Rival, Setting, Trained
 from armed_pyro.rows import Rows
 
@@ -59,7 +59,7 @@ class MetaLearning(Rival):
         return False
 
     def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
-        predictor = Predictor(self.setting, data, seed)
+        predictor = FixedPredictor(self.setting, data, seed)
         held = None if validation is None else predictor.encode(validation).all()
         steps = descend(
             predictor,
@@ -78,7 +78,7 @@ class MetaLearning(Rival):
         return Trained(predict, predictor.net, data, predictor.facts, steps)
 
 
-def meta_loss(predictor: Predictor, rows: Rows, how: MetaLearning) -> Float[Tensor, ""]:
+def meta_loss(predictor: FixedPredictor, rows: Rows, how: MetaLearning) -> Float[Tensor, ""]:
     """Loss of one step: of the meta-train clusters, and of the others after a step on those.
 
     Which clusters are which is drawn from torch's generator; a batch of a single cluster has its

@@ -95,6 +95,12 @@ def test_gains_of_randomised_clusters_are_over_the_right_ones():
     assert judged["verdict"] == "helps"
 
 
+def test_without_the_reference_there_are_no_gains():
+    table = made({"ARMED": SCORES["ARMED"]}).table()
+    assert table["gain"].isna().all()
+    assert table["mean"].notna().all()
+
+
 # ------------------------------------------------------------------------- on simulated rows
 
 

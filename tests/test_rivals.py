@@ -12,10 +12,10 @@ from scipy.stats import multivariate_normal, norm
 pytest.importorskip("statsmodels")
 
 from armed_pyro import ClusteredData, Schedule
-from armed_pyro.analysis.descent import Predictor, descend
+from armed_pyro.analysis.descent import FixedPredictor, descend
 from armed_pyro.analysis.linearmixed import LinearMixed
 from armed_pyro.analysis.lmmnn import LMMNN, intercepts, log_marginal
-from armed_pyro.analysis.menet import MeNet, _LastLayerEffects
+from armed_pyro.analysis.menet import LastLayerEffects, MeNet
 from armed_pyro.analysis.metalearning import MetaLearning, meta_loss
 from armed_pyro.analysis.rivals import (
     Dense,
@@ -165,7 +165,7 @@ def _population(trained, data):
 
 def test_e_step_is_the_posterior_of_the_linear_mixed_model():
     data, _ = mixed_model("gaussian", 5, 8, seed=3)
-    module = _LastLayerEffects(Predictor(gaussian(), data, 0)).double()
+    module = LastLayerEffects(FixedPredictor(gaussian(), data, 0)).double()
     rows = module.predictor.encode(data).all()
     D = torch.diag(torch.linspace(0.2, 1.0, 6)).double()
     module.covariance.copy_(D)
@@ -190,7 +190,7 @@ def test_e_step_is_the_posterior_of_the_linear_mixed_model():
 
 def test_em_never_lowers_the_likelihood():
     data, _ = mixed_model("gaussian", 8, 12, sd=[1.5], seed=4)
-    module = _LastLayerEffects(Predictor(gaussian(), data, 0)).double()
+    module = LastLayerEffects(FixedPredictor(gaussian(), data, 0)).double()
     rows = module.predictor.encode(data).all()
     with torch.no_grad():
         fixed, hidden = module.predictor(rows)
@@ -216,7 +216,7 @@ def test_em_never_lowers_the_likelihood():
 
 def test_binary_e_step_ends_at_the_mode():
     data, _ = mixed_model("bernoulli", 6, 15, sd=[1.5], seed=5)
-    module = _LastLayerEffects(Predictor(SETTING, data, 0)).double()
+    module = LastLayerEffects(FixedPredictor(SETTING, data, 0)).double()
     rows = module.predictor.encode(data).all()
     D = module.covariance.clone()
     module.expect(rows)
@@ -234,9 +234,9 @@ def test_binary_e_step_ends_at_the_mode():
 
 
 @pytest.fixture(scope="module")
-def meta() -> tuple[Predictor, object]:
+def meta() -> tuple[FixedPredictor, object]:
     data, _ = mixed_model("bernoulli", 6, 10, seed=6)
-    predictor = Predictor(SETTING, data, 0).double()
+    predictor = FixedPredictor(SETTING, data, 0).double()
     return predictor, predictor.encode(data).all()
 
 
@@ -298,7 +298,7 @@ def test_gaussian_linear_mixed_model_is_reml():
 
 def test_descent_returns_the_network_with_the_best_validation_loss(split):
     train, test, _ = split
-    predictor = Predictor(SETTING, train, 0)
+    predictor = FixedPredictor(SETTING, train, 0)
     source, held = predictor.encode(train), predictor.encode(test).all()
     seen = []
 
@@ -316,7 +316,7 @@ def test_descent_returns_the_network_with_the_best_validation_loss(split):
 
 
 def test_a_diverging_descent_says_what_to_do(split):
-    predictor = Predictor(SETTING, split[0], 0)
+    predictor = FixedPredictor(SETTING, split[0], 0)
 
     def loss(rows):
         return predictor(rows)[0].sum() * float("nan")
