@@ -21,7 +21,7 @@ NOTES = """\
 Gain: in AUROC, over the conventional network, paired; * where its interval excludes 0; of
 randomised clusters, over the same model with the right ones. Thresholds by Youden's index of the
 training rows. Intervals of the other metrics are in comparison.csv."""
-WIDTH = 118
+WIDTH = 132
 FOLDS = "over folds, t corrected for shared training rows (Nadeau, Bengio 2003)"
 DATA_SETS = "over data sets drawn apart, each the mean of its folds (paired t)"
 SHOWN = {
@@ -54,7 +54,7 @@ def write(found: Comparison, out: Path, console: Console, title: str) -> None:
         figure.savefig(out / "comparison.png")
         plt.close(figure)
     for kind in table["rows"].unique():
-        console.print(_metrics(table[table["rows"] == kind], f"{title}: {kind} clusters"))
+        console.print(_metrics(table[table["rows"] == kind], f"{title}; test rows: {kind}"))
     several = len(found.scores["data"].unique()) > 1
     console.print(NOTES.format(unit=DATA_SETS if several else FOLDS), markup=False, soft_wrap=True)
     console.print(_judged(judged))

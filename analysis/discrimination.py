@@ -115,7 +115,8 @@ def resampled(values: Float[np.ndarray, " resamples"], ratio: float) -> Estimate
 
     Folds share training rows, so the variance of their mean is larger than that of J independent
     values: by about `ratio`, test rows over training rows. Data sets that were drawn apart have
-    the ratio 0, which is the ordinary paired t test.
+    the ratio 0, which is the ordinary paired t test. Values that are missing are left out; there
+    is no interval where fewer than two are left, or all are the same.
 
     References
     ----------
@@ -132,8 +133,11 @@ def resampled(values: Float[np.ndarray, " resamples"], ratio: float) -> Estimate
         return Estimate(float(values.mean()) if len(values) else np.nan, np.nan, np.nan, np.nan)
     mean, freedom = float(values.mean()), len(values) - 1
     error = float(np.sqrt((1 / len(values) + ratio) * values.var(ddof=1)))
+    if np.ptp(values) < 1e-12:
+        # Two or three equal differences of a few rows are no proof, whatever t would say.
+        return Estimate(mean, np.nan, np.nan, 1.0 if abs(mean) < 1e-12 else np.nan)
     half = float(t.ppf(0.975, freedom)) * error
-    p = float(2 * t.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0)
+    p = float(2 * t.sf(abs(mean) / error, freedom))
     return Estimate(mean, mean - half, mean + half, p)
 
 

@@ -109,9 +109,13 @@ def test_resampled_t_is_the_paired_t_test_without_overlap():
     assert widening == pytest.approx(np.sqrt((1 / 12 + 0.25) / (1 / 12)))
 
 
-def test_resampled_t_of_differences_that_are_all_zero_is_no_evidence():
-    assert resampled(np.zeros(5), 0.25).p == 1
-    assert np.isnan(resampled(np.array([0.3]), 0.25).p)
+def test_equal_differences_are_no_evidence():
+    zero = resampled(np.zeros(5), 0.25)
+    assert (zero.mean, zero.p) == (0, 1)
+    for values in (np.full(2, 0.01), np.array([0.3]), np.array([np.nan, 0.2])):
+        one = resampled(values, 0.25)
+        assert one.mean == pytest.approx(values[-1])
+        assert np.isnan([one.lower, one.upper, one.p]).all()
 
 
 def test_metrics_of_a_known_table():
