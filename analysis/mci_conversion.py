@@ -190,6 +190,8 @@ def simulated(rivals: Sequence[Rival], plan: Plan, out: Path, console: Console) 
                     known.append({"data": seed, "fold": fold.number, "model": rival.name,
                                   "correlation": cor, "sd": float(shift.std())})  # fmt: skip
             known += [_best(seed, fold, table, truth) for fold in folds]
+            # At once, so that an interrupted run leaves what it has.
+            joined(parts).scores.to_csv(_made(out) / "scores.csv", index=False)
     found, recovery = joined(parts), pd.DataFrame(known)
     write(found, out, console, SETTING.title)
     recovery.to_csv(out / "recovery.csv", index=False)
@@ -207,6 +209,7 @@ def probed(rivals: Sequence[Rival], plan: Plan, out: Path, console: Console) -> 
             for *_, part in compare(folds, chosen, data=seed, seed=seed):
                 parts.append(part)
                 advance()
+            joined(parts).use.to_csv(_made(out) / "feature_use.csv", index=False)
     found = joined(parts)
     write(found, out, console, CONFOUNDED.title)
     table = probe_table(found)
@@ -296,6 +299,11 @@ def _best(
 
 def _claim(name: str, one: Estimate, holds: str) -> dict[str, str | float]:
     return {"claim": name, "mean": one.mean, "lower": one.lower, "upper": one.upper, "holds": holds}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager

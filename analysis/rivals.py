@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
+from armed_pyro.data import Grouping
 from armed_pyro.facts import Facts
 from armed_pyro.terms import Term
 
@@ -339,13 +340,16 @@ def cluster_shifts(trained: Trained, data: ClusteredData, factor: str) -> pd.Ser
 def shuffled(data: ClusteredData, factor: str, levels: pd.Index, seed: int) -> ClusteredData:
     """The rows with clusters drawn at random from the levels, each equally likely."""
     labels = np.random.default_rng(seed).choice(levels.to_numpy(), data.n_rows)
-    return replace(
-        data, groupings=ClusteredData.from_arrays(data.features, None, {factor: labels}).groupings
-    )
+    return replace(data, groupings={**data.groupings, factor: Grouping.from_labels(labels)})
 
 
 def _with_clusters(data: ClusteredData, factor: str, levels: pd.Index) -> ClusteredData:
     """The rows with a column of 0 and 1 for every cluster appended to the features."""
+    if data.features.dim() != 2:
+        raise ValueError(
+            f"the cluster can be an input beside a table's features only, not beside features of "
+            f"shape {tuple(data.features.shape)}: leave out 'cluster input'"
+        )
     labels = data.grouping(factor).labels()
     columns = (labels[:, None] == levels.to_numpy()).astype(float)
     return ClusteredData.from_arrays(
