@@ -55,7 +55,6 @@ SETTING = Setting(
 # Validation rows are of seen sites, where probes do predict: the weight cannot be tuned on them.
 CONFOUNDED = replace(SETTING, title="MCI conversion, with probes", adversary_weight=3.0)
 QUICK = Schedule(steps=60, batch_size=64, stages=0, net_learning_rate=0.02)
-PROBES = 2
 WIDTHS: tuple[tuple[int, ...], ...] = ((8, 8), (16,))
 WEIGHTS = (0.3, 1.0)
 BEST = "best possible"
@@ -73,6 +72,8 @@ class Plan:
         Of the first data set; the others follow.
     tune : bool
         Whether widths and adversary weights are chosen by validation rows.
+    probes : int
+        Probe features of the confounded variant; it is left out if there are none.
     n_seen, n_unseen : int
         Subjects.
     """
@@ -81,6 +82,7 @@ class Plan:
     folds: int
     seed: int
     tune: bool
+    probes: int = 1
     n_seen: int = 392
     n_unseen: int = 300
 
@@ -131,15 +133,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-sets", type=int, default=10, help="simulated (default: 10)")
     parser.add_argument("--folds", type=int, default=5, help="outer folds (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of data and fits (default: 0)")
+    parser.add_argument("--probes", type=int, default=1, help="confounded features (default: 1)")
     parser.add_argument("--untuned", action="store_true", help="no tuning by validation rows")
     parser.add_argument("--smoke", action="store_true", help="small data and few steps: a trial")
     parser.add_argument("--out", type=Path, default=Path("results/mci_conversion"), metavar="DIR")
     given = parser.parse_args(argv)
     console, models = Console(), given.models.split(",")
     setting, confounded = SETTING, CONFOUNDED
-    plan = Plan(given.data_sets, given.folds, given.seed, not given.untuned)
+    tune = not given.untuned
+    plan = Plan(given.data_sets, given.folds, given.seed, tune, given.probes)
     if given.smoke:
-        plan = Plan(min(given.data_sets, 2), 2, given.seed, False, 150, 80)
+        plan = Plan(min(given.data_sets, 2), 2, given.seed, False, given.probes, 150, 80)
         setting, confounded = (replace(one, schedule=QUICK) for one in (setting, confounded))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -151,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 real(given.data, contenders(setting, models), plan, given.out, console)
             else:
                 simulated(contenders(setting, models), plan, given.out, console)
-                probed(contenders(confounded, models), plan, given.out / "probes", console)
+                if plan.probes:
+                    probed(contenders(confounded, models), plan, given.out / "probes", console)
     finally:
         torch.set_num_threads(threads)
     console.print(f"Tables and figures are in {given.out}")
@@ -204,7 +209,7 @@ def probed(rivals: Sequence[Rival], plan: Plan, out: Path, console: Console) -> 
     """Simulated subjects with probe features: which models rank a probe above a true feature."""
     chosen, parts = [one for one in rivals if isinstance(one, Program)], []
     with _bar(plan.data_sets * plan.folds * len(chosen), console) as advance:
-        for seed, table, _ in plan.draw(PROBES):
+        for seed, table, _ in plan.draw(plan.probes):
             folds = subject_folds(table, plan.folds, seed)
             for *_, part in compare(folds, chosen, data=seed, seed=seed):
                 parts.append(part)

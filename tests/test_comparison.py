@@ -215,7 +215,25 @@ def test_the_smoke_run_of_mci_conversion_writes_its_tables(tmp_path):
     probes = pd.read_csv(tmp_path / "probes" / "probes.csv")
     assert set(probes["model"]) == {"conventional", "ARMED"}
     use = pd.read_csv(tmp_path / "probes" / "feature_use.csv")
-    assert {*TRUE_FEATURES, "probe1", "probe2"} <= set(use.columns)
+    assert {*TRUE_FEATURES, "probe1"} <= set(use.columns)
+
+
+@pytest.mark.slow
+def test_the_claims_hold_on_simulated_subjects(tmp_path):
+    models = "conventional,domain adversarial,ARMED,without adversary"
+    options = ["--untuned", "--data-sets", "6", "--folds", "3", "--models", models]
+    mci_conversion.main([*options, "--out", str(tmp_path)])
+    judged = pd.read_csv(tmp_path / "claims.csv").set_index("claim")
+    ahead = judged[judged.index.str.contains("ARMED ahead of|ARMED not behind")]
+    assert len(ahead) == 3
+    assert (ahead["holds"] == "holds").all()
+    found = judged.loc["correlation with true site intercepts at least 0.8: ARMED"]
+    assert found["mean"] >= 0.8
+    probes = pd.read_csv(tmp_path / "probes" / "probes.csv").set_index("model")
+    assert probes.loc["ARMED", "true_first"]
+    assert not probes.loc["conventional", "true_first"]
+    assert probes.loc["conventional", "upper"] < 0
+    assert probes["fits_true_first"]["ARMED"] > 0.5
 
 
 def test_mci_conversion_reads_adnis_file(tmp_path):
