@@ -55,6 +55,9 @@ SCORES = {
 }
 
 
+STEPS = [0.05, 0.06, 0.04, 0.05, 0.05]
+
+
 @pytest.mark.parametrize("data_sets", [False, True])
 def test_gains_are_paired(data_sets):
     table = made(SCORES, data_sets=data_sets).table()
@@ -74,11 +77,11 @@ def test_the_adversary_is_said_to_help_only_where_it_does():
     judged = ablations(found).set_index(["ablation", "rows"])["verdict"]
     assert judged["adversary: ARMED", SEEN] == "no evidence"
     assert judged["ARMED over conventional", UNSEEN] == "helps"
-    worse = {**SCORES, "without adversary": [v + 0.05 for v in SCORES["ARMED"]]}
+    worse = {**SCORES, "without adversary": np.add(SCORES["ARMED"], STEPS)}
     table = made(worse).table().set_index(["metric", "model"])["adversary"]
     assert table["auroc", "ARMED"] == "harms"
     assert table["auroc", "conventional"] == table["brier", "ARMED"] == ""
-    better = {**SCORES, "without adversary": [v - 0.05 for v in SCORES["ARMED"]]}
+    better = {**SCORES, "without adversary": np.subtract(SCORES["ARMED"], STEPS)}
     assert made(better).table().set_index(["metric", "model"])["adversary"]["auroc", "ARMED"] == (
         "helps"
     )
