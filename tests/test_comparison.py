@@ -236,7 +236,9 @@ def test_the_claims_hold_on_simulated_subjects(tmp_path):
     assert probes.loc["ARMED", "true_first"]
     assert not probes.loc["conventional", "true_first"]
     assert probes.loc["conventional", "upper"] < 0
-    assert probes["fits_true_first"]["ARMED"] > 0.5
+    # Of 18 fits each, so that a share's standard error is 0.12 at most.
+    share = probes["fits_true_first"]
+    assert share["ARMED"] - share["conventional"] > 0.25
 
 
 def test_mci_conversion_reads_adnis_file(tmp_path):
