@@ -181,7 +181,7 @@ class StructuredGuide(Guide):
         return False
 
     def most_draws(self) -> int:
-        return max(1, 100_000_000 // max([1, *(one.base.numel() for one in self.pseudo)]))
+        return max(1, 10_000_000 // max([1, *(one.base.numel() for one in self.pseudo)]))
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         latents = self.hyperparameters()

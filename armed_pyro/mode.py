@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,8 @@ from armed_pyro.guides import Guide
 from armed_pyro.importance import weigh
 from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Rows, RowSource
+from armed_pyro.readahead import ahead
+from armed_pyro.rows import HeldRows, Membership, Rows, RowSource
 
 __all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]
 
@@ -24,6 +26,9 @@ MOST_REFRESHES = 30
 # Largest sd of a hyperparameter (most of them are logs) that a start is given.
 WIDEST = 1.5
 SEARCH_SCALE = 0.1
+# Of more rows than these the mode is searched among some, in at least so many clusters; then so
+# many Newton steps at most go to that of all.
+SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
 
 
 def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
@@ -36,7 +41,10 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     with the random effects integrated out by the guide's conditional (exactly for gaussian
     outcomes with linear fixed effects, by a few particles on fixed noise otherwise), which is
     refreshed between rounds of LBFGS. Does nothing where that is no good: without nested effects.
-    More rows than one evaluation holds are taken a piece at a time.
+    More rows than one evaluation holds are taken a piece at a time. Of very many rows with a single
+    factor the mode is first searched among some whole clusters that stand for all; from there a
+    few Newton steps, with the gradient of all rows and the curvature of some, lead to that of all
+    (Bollapragada, Byrd, Nocedal 2019).
 
     Parameters
     ----------
@@ -52,12 +60,14 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     frame = SEARCH_SCALE * torch.eye(hyper.size).to(hyper.anchor)
     before = _read(guide)
     try:
-        _settle_effects(model, guide, source)
+        some = _some_clusters(model, guide, source)
+        searched = source if some is None else some.source
+        _settle_effects(model, guide, searched)
         for _ in range(ROUNDS):
-            guide.refresh(model, source)
+            guide.refresh(model, searched)
             before = _read(guide)
             hyper.set_normal(before, frame)
-            posterior = _Posterior.of(model, guide, source)
+            posterior = _Posterior.of(model, guide, source, some)
             best = posterior.climb()
             hyper.set_normal(best, frame)
             root = frame @ posterior.curvature_root()
@@ -66,7 +76,10 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
             moved = torch.linalg.solve_triangular(root, (best - before)[:, None], upper=False)
             if float(moved.detach().norm()) < 0.1:
                 break
-        guide.refresh(model, source)
+        if some is None:
+            guide.refresh(model, source)
+        else:
+            before = _to_all(model, guide, source, frame)
     except (torch.linalg.LinAlgError, ArithmeticError):  # type: ignore[attr-defined]
         hyper.set_normal(before, frame)
 
@@ -79,10 +92,11 @@ def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> in
     # Some clusters will do to tell.
     clusters = len(source.counts[nested.name])
     share = max(1, clusters * (LARGEST_STEP // 256) // len(source))
-    rows = source.all()
     if share < clusters:
-        chosen = torch.arange(share, device=source.x.device) * clusters // share
+        chosen = torch.arange(share, device=source.like.device) * clusters // share
         rows = source.whole_clusters(nested.name, chosen)
+    else:
+        rows = source.all()
     with torch.no_grad():
         noise = proposal_noise(guide, rows, 8, 16, model.reference(), stretch=False, heavy=False)
         weighted = weigh(model, guide, rows, noise)
@@ -112,23 +126,106 @@ def _read(guide: Guide) -> Float[Tensor, " size"]:
         return hyper.distribution().push(torch.zeros_like(hyper.anchor))
 
 
-def _pieces(guide: Guide, source: RowSource, size: int) -> Iterator[tuple[Rows, float]]:
-    """All rows, in pieces of about `size` rows in whole clusters, with each piece's share of all.
+@dataclass(frozen=True)
+class _Some:
+    """Rows of some clusters, which stand for all: alone, and as a sample of all."""
+
+    source: HeldRows
+    rows: Rows
+
+
+def _some_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _Some | None:
+    """A random sample of whole clusters, where that is enough to search in."""
+    nested = guide.nested()
+    if nested is None or len(model.factors) > 1 or len(source) <= SEARCHED:
+        return None
+    clusters = len(source.counts[nested.name])
+    share = clusters * SEARCHED // len(source)
+    if share < FEWEST_SEARCHED:
+        return None
+    chosen = torch.randperm(clusters)[:share].sort().values.to(source.like.device)
+    rows = source.whole_clusters(nested.name, chosen)
+    codes = {name: one.index[one.position] for name, one in rows.memberships.items()}
+    counts = {name: torch.bincount(codes[name], minlength=len(source.counts[name])) for name in codes}
+    optional = (rows.trials, rows.offset, rows.weights, rows.computed)
+    return _Some(HeldRows(rows.x, rows.y, codes, counts, *optional), rows)
+
+
+def _to_all(
+    model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor
+) -> Float[Tensor, " size"]:
+    """Newton steps to the mode of all rows' posterior, in units of the frame."""
+    best = _read(guide)
+    for _ in range(NEWTON_STEPS):
+        guide.refresh(model, source)
+        posterior = _Posterior.of(model, guide, source)
+        point = posterior.point()
+        step = torch.zeros_like(point)
+        for part in posterior.parts(point):
+            step += torch.autograd.grad(part, point)[0]
+        best = guide.hyperparameters.distribution().push(step).detach()[0, 0, 0]
+        if not torch.isfinite(best).all():
+            raise ArithmeticError("the marginal posterior has no finite mode")
+        guide.hyperparameters.set_normal(best, frame)
+        if float(step.norm()) < 0.1:
+            break
+    return best
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """All rows, in pieces of whole clusters where there are any.
 
     A piece counts 1 / share times in the program, and its log-weights share times in the sum.
+
+    Attributes
+    ----------
+    read : callable
+        Gives the pieces, one after the other.
+    clusters : list of (Tensor or None)
+        The nested factor's clusters in each; None for all.
+    shares : list of float
+        Each piece's share of all.
     """
-    nested = guide.nested()
-    if len(source) <= size:
-        yield source.all(), 1.0
-    elif nested is None:
-        for rows in source.chunks(size):
-            yield rows, 1 / rows.scale
-    else:
+
+    read: Callable[[], Iterator[Rows]]
+    clusters: list[Tensor | None]
+    shares: list[float]
+
+    @classmethod
+    def of(cls, guide: Guide, source: RowSource, size: int) -> _Pieces:
+        """Pieces of about `size` rows."""
+        nested, n = guide.nested(), len(source)
+        read: Callable[[], Iterator[Rows]]
+        if n <= size:
+            every = source.all()
+            return cls(lambda: iter([every]), [None], [1.0])
+        if nested is None:
+            starts = range(0, n, size)
+            shares = [min(size, n - start) / n for start in starts]
+            read, clusters = partial(source.chunks, size), [None for _ in starts]
+            return cls(read, list(clusters), shares)
         counts = source.counts[nested.name]
         place = (counts.cumsum(0) - 1) // size
-        for piece in place.unique():
-            chosen = (place == piece).nonzero()[:, 0]
-            yield source.whole_clusters(nested.name, chosen), len(chosen) / len(counts)
+        chosen = [(place == piece).nonzero()[:, 0] for piece in place.unique()]
+        whole = partial(source.whole_clusters, nested.name)
+        if isinstance(source, HeldRows):
+            # Found once, as they are in memory anyway.
+            held = [whole(one) for one in chosen]
+            read = partial(iter, held)
+        else:
+            read = lambda: ahead(whole(one) for one in chosen)  # noqa: E731
+        return cls(read, list(chosen), [len(one) / len(counts) for one in chosen])
+
+    def without_rows(self, model: MixedEffects, guide: Guide) -> Iterator[Rows]:
+        """The clusters of each piece without its rows, for which noise is drawn."""
+        every, nested = model.clusters(), guide.nested()
+        for chosen in self.clusters:
+            if chosen is None or nested is None:
+                yield every
+                continue
+            own = Membership(chosen, chosen[:0], complete=False)
+            yield replace(every, memberships={**every.memberships, nested.name: own})
 
 
 @dataclass(frozen=True)
@@ -137,39 +234,51 @@ class _Posterior:
 
     model: MixedEffects
     guide: Guide
-    pieces: list[tuple[Rows, Noise, float]]
+    pieces: _Pieces
+    noise: list[Noise]
 
     @classmethod
-    def of(cls, model: MixedEffects, guide: Guide, source: RowSource) -> _Posterior:
+    def of(
+        cls, model: MixedEffects, guide: Guide, source: RowSource, some: _Some | None = None
+    ) -> _Posterior:
         like, nested = model.reference(), guide.nested()
         # Draws are of use only to sites that are neither hyperparameters nor nested.
         draws = 8 if nested is not None and len(model.factors) > 1 else 1
-        n = len(source)
+        n = len(source if some is None else some.source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
-        pieces: list[tuple[Rows, Noise, float]] = []
+        if some is None:
+            size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
+            pieces = _Pieces.of(guide, source, size)
+        else:
+            index = None if nested is None else some.rows.memberships[nested.name].index
+            pieces = _Pieces(lambda: iter([some.rows]), [index], [1.0])
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
+        if nested is not None and particles > 1:
+            rows = next(pieces.read())
+            trial = proposal_noise(guide, rows, draws, 2, like, stretch=False, heavy=False)
+            with torch.no_grad():
+                spread = weigh(model, guide, rows, trial).particles.var(1)
+            particles = 1 if float(spread.max()) < 1e-6 else particles
+        noises: list[Noise] = []
         shared: dict[str, Tensor] = {}
-        for rows, share in _pieces(guide, source, size):
-            if not pieces and nested is not None and particles > 1:
-                trial = proposal_noise(guide, rows, draws, 2, like, stretch=False, heavy=False)
-                with torch.no_grad():
-                    spread = weigh(model, guide, rows, trial).particles.var(1)
-                particles = 1 if float(spread.max()) < 1e-6 else particles
+        for clusters in pieces.without_rows(model, guide):
             if nested is None or particles == 1:
-                noise = gaussian_noise(guide, rows, draws, like)
+                noise = gaussian_noise(guide, clusters, draws, like)
             else:
-                noise = proposal_noise(guide, rows, draws, particles, like, heavy=False)
+                noise = proposal_noise(guide, clusters, draws, particles, like, heavy=False)
             if nested is not None:
                 shared = shared or {
                     site: one for site, one in noise.values.items() if site != nested.effect_site
                 }
                 noise = replace(noise, values={**noise.values, **shared})
-            pieces.append((rows, noise, share))
-        return cls(model, guide, pieces)
+            noises.append(noise)
+        return cls(model, guide, pieces, noises)
 
     def parts(self, theta_noise: Tensor) -> Iterator[Float[Tensor, ""]]:
         """Its pieces, at the theta that this noise becomes."""
-        for rows, noise, share in self.pieces:
+        for rows, noise, share in zip(
+            self.pieces.read(), self.noise, self.pieces.shares, strict=True
+        ):
             given = {**noise.values, "_theta": theta_noise}
             weighted = weigh(self.model, self.guide, rows, replace(noise, values=given))
             yield share * (weighted.total() - weighted.hyper).mean()

@@ -25,7 +25,7 @@ from armed_pyro.local import LocalModule
 from armed_pyro.modulations import modulated_predictor, modulates
 from armed_pyro.predictor import Predictor
 from armed_pyro.priors import Known, Priors
-from armed_pyro.rows import Rows, RowSource, counted
+from armed_pyro.rows import HeldRows, Rows, RowSource, counted
 from armed_pyro.taps import tapped
 from armed_pyro.terms import Term, parse_terms
 
@@ -209,14 +209,18 @@ class MixedEffects(LocalModule):
 
     def encode(
         self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None
-    ) -> RowSource:
+    ) -> HeldRows:
         """Tensors in the program's precision, on its device; see `Facts.encode`."""
         return self.data_facts().encode(data, self.reference(), levels)
 
     @torch.no_grad()
     def compute(self, source: RowSource) -> RowSource:
-        """The same rows, with what the network makes of them unless effects inside change it."""
-        if modulates(self):
+        """The same rows, with what the network makes of them unless effects inside change it.
+
+        Rows in files are left as they are, and the network runs whenever they are read: what it
+        makes of them may take more room than they do.
+        """
+        if modulates(self) or not isinstance(source, HeldRows):
             return source
         pieces = []
         for rows in replace(source, computed=None).chunks(4096):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from pyro import poutine
 from torch import Tensor
 
-__all__ = ["Membership", "RowSource", "Rows", "counted"]
+__all__ = ["HeldRows", "Membership", "RowSource", "Rows", "counted", "memberships_of", "next_rows"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class Rows:
             raise ValueError("the rows have no outcome, which their log-likelihood needs")
         return self.y
 
+    def fingerprint(self) -> Iterator[bytes]:
+        """Their values, by which other rows can be told from them."""
+        codes = [one.position for one in self.memberships.values()]
+        for one in (self.x, self.y, self.trials, self.offset, self.weights, *codes):
+            yield b"none" if one is None else one.double().cpu().numpy().tobytes()
+
 
 @contextmanager
 def counted(rows: Rows) -> Iterator[None]:
@@ -103,9 +110,82 @@ def counted(rows: Rows) -> Iterator[None]:
         yield
 
 
+class RowSource(ABC):
+    """All N rows a program is fitted to, wherever they are: in memory, or in files.
+
+    Attributes
+    ----------
+    counts : mapping of str to Int[Tensor, "clusters"]
+        Rows in each cluster, for every grouping factor.
+    """
+
+    counts: Mapping[str, Int[Tensor, " clusters"]]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor of the rows' precision, on their device."""
+
+    @property
+    @abstractmethod
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row's features."""
+
+    @abstractmethod
+    def fingerprint(self) -> Iterator[bytes]:
+        """What tells these rows from others."""
+
+    @abstractmethod
+    def all(self) -> Rows:
+        """Every row and every cluster, each with weight 1."""
+
+    @abstractmethod
+    def unit(self, size: int) -> int:
+        """Consecutive rows that batches of this size take together; a divisor of it."""
+
+    @abstractmethod
+    def batch(
+        self,
+        index: Int[Tensor, " batch"],
+        *,
+        dense_up_to: int | None = None,
+        following: Int[Tensor, " batch"] | None = None,
+    ) -> Rows:
+        r"""Rows `index`, weighted so that the objective stays unbiased.
+
+        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
+        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
+        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
+        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
+
+        Parameters
+        ----------
+        index : Int[Tensor, "batch"]
+            Rows of the batch, drawn without regard to the outcome.
+        dense_up_to : int, optional
+            Largest number of clusters that are all drawn in every batch.
+        following : Int[Tensor, "batch"], optional
+            Rows of the next batch, which may be read ahead.
+        """
+
+    @abstractmethod
+    def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
+        """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
+
+        The clusters of other factors are all drawn, each with weight 1.
+        """
+
+    @abstractmethod
+    def chunks(self, size: int) -> Iterator[Rows]:
+        """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""
+
+
 @dataclass(frozen=True)
-class RowSource:
-    """All N rows a program is fitted to, held on one device and sliced into mini-batches.
+class HeldRows(RowSource):
+    """Rows held on one device and sliced into mini-batches.
 
     Attributes
     ----------
@@ -127,8 +207,21 @@ class RowSource:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def like(self) -> Tensor:
+        return self.x
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+    def fingerprint(self) -> Iterator[bytes]:
+        return self.all().fingerprint()
+
+    def unit(self, size: int) -> int:
+        return 1
+
     def all(self) -> Rows:
-        """Every row and every cluster, each with weight 1."""
         memberships = {
             factor: Membership(torch.arange(len(self.counts[factor]), device=codes.device), codes)
             for factor, codes in self.codes.items()
@@ -136,35 +229,17 @@ class RowSource:
         optional = (self.trials, self.offset, self.weights, self.computed)
         return Rows(self.x, self.y, memberships, 1.0, *optional)
 
-    def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
-        r"""Rows `index`, weighted so that the objective stays unbiased.
-
-        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
-        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
-        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
-        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
-
-        Parameters
-        ----------
-        index : Int[Tensor, "batch"]
-            Rows of the batch, drawn without regard to the outcome.
-        dense_up_to : int, optional
-            Largest number of clusters that are all drawn in every batch.
-        """
+    def batch(
+        self,
+        index: Int[Tensor, " batch"],
+        *,
+        dense_up_to: int | None = None,
+        following: Int[Tensor, " batch"] | None = None,
+    ) -> Rows:
         scale = len(self) / len(index)
         limit = 4 * len(index) if dense_up_to is None else dense_up_to
-        memberships = {}
-        for factor, codes in self.codes.items():
-            counts, rows = self.counts[factor], codes[index]
-            if len(counts) <= limit:
-                everyone = torch.arange(len(counts), device=codes.device)
-                memberships[factor] = Membership(everyone, rows)
-            else:
-                present, position, found = torch.unique(
-                    rows, return_inverse=True, return_counts=True
-                )
-                weight = (scale * found / counts[present]).to(self.x.dtype)
-                memberships[factor] = Membership(present, position, weight, complete=False)
+        codes = {factor: one[index] for factor, one in self.codes.items()}
+        memberships = memberships_of(codes, self.counts, scale, limit, self.x)
         return Rows(
             self.x[index],
             None if self.y is None else self.y[index],
@@ -179,10 +254,6 @@ class RowSource:
         )
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
-        """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
-
-        The clusters of other factors are all drawn, each with weight 1.
-        """
         codes, n = self.codes[factor], len(self.counts[factor])
         place = torch.full((n,), -1, device=codes.device)
         place[chosen] = torch.arange(len(chosen), device=codes.device)
@@ -193,7 +264,54 @@ class RowSource:
         return replace(rows, memberships={**rows.memberships, factor: own}, scale=n / len(chosen))
 
     def chunks(self, size: int) -> Iterator[Rows]:
-        """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""
         for start in range(0, len(self), size):
             index = torch.arange(start, min(start + size, len(self)), device=self.x.device)
             yield self.batch(index, dense_up_to=max(map(len, self.counts.values()), default=0))
+
+
+def memberships_of(
+    codes: Mapping[str, Int[Tensor, " rows"]],
+    counts: Mapping[str, Int[Tensor, " clusters"]],
+    scale: float,
+    limit: int,
+    like: Tensor,
+) -> dict[str, Membership]:
+    """Clusters of a mini-batch's rows: all, of factors with at most `limit`, or those it holds.
+
+    See `RowSource.batch` for their weights.
+    """
+    memberships = {}
+    for factor, rows in codes.items():
+        every = counts[factor]
+        if len(every) <= limit:
+            everyone = torch.arange(len(every), device=rows.device)
+            memberships[factor] = Membership(everyone, rows)
+        else:
+            present, position, found = torch.unique(rows, return_inverse=True, return_counts=True)
+            weight = (scale * found / every[present]).to(like.dtype)
+            memberships[factor] = Membership(present, position, weight, complete=False)
+    return memberships
+
+
+def next_rows(source: RowSource, order: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the next mini-batch, of the one after if it is known, and what is left of the order.
+
+    Parameters
+    ----------
+    source : RowSource
+        The rows.
+    order : Int[Tensor, "units"]
+        What is left of an epoch's order, in units of `RowSource.unit` rows.
+    size : int
+        Rows of a batch.
+    """
+    unit = source.unit(size)
+    units, within = size // unit, torch.arange(unit)
+    if len(order) < units:
+        # A fresh shuffle; the few rows left over would make a batch of another size.
+        order = torch.randperm(len(source) // unit)
+    index, following = (
+        (unit * some[:, None] + within).flatten().to(source.like.device)
+        for some in (order[:units], order[units : 2 * units])
+    )
+    return index, following, order[units:]

@@ -28,7 +28,7 @@ from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.modulations import modulates
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Rows, RowSource
+from armed_pyro.rows import Rows, RowSource, next_rows
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 
 __all__ = ["DivergenceError", "Run"]
@@ -152,7 +152,7 @@ class Run:
         """The loss of one step, and its gradients."""
         remaining = self.schedule.steps - self.step
         if self.settled is None:
-            progress = self.source.x.new_tensor(self.step / self.schedule.steps)
+            progress = self.source.like.new_tensor(self.step / self.schedule.steps)
             return self.steps(self.objective, self._next_batch(), progress, remaining=remaining)
         particles = self.history.particles
         bound = NestedBound(self.model, self.guide, particles)
@@ -163,7 +163,7 @@ class Run:
         else:
             clusters = len(self.settled.counts[nested.name])
             share = max(1, clusters * most // (2 * n))
-            chosen = torch.randperm(clusters)[:share].to(self.settled.x.device)
+            chosen = torch.randperm(clusters)[:share].to(self.settled.like.device)
             rows = self.settled.whole_clusters(nested.name, chosen)
         wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
         draws = max(1, min(wanted, most // max(1, len(rows))))
@@ -173,13 +173,10 @@ class Run:
         size, n = self.schedule.batch(len(self.source)), len(self.source)
         if size == n:
             return self.source.all()
-        if len(self.order) < size:
-            # A fresh shuffle; the few rows left over would make a batch of another size.
-            self.order = torch.randperm(n)
-        index, self.order = self.order[:size], self.order[size:]
-        dense = len(self.source) if self.guide.every_cluster() else None
         source = self.source if self.settled is None else self.settled
-        return source.batch(index.to(self.source.x.device), dense_up_to=dense)
+        index, following, self.order = next_rows(source, self.order, size)
+        dense = n if self.guide.every_cluster() else None
+        return source.batch(index, dense_up_to=dense, following=following)
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
@@ -339,8 +336,8 @@ class Run:
             np.array(self.iterates).reshape(len(self.iterates), size)
         )
         tensors["random"] = torch.get_rng_state()
-        if self.source.x.is_cuda:
-            tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.x.device)
+        if self.source.like.is_cuda:
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.like.device)
         record = {
             "run": self._identity(),
             "history": self.history.to_json(),
@@ -372,7 +369,7 @@ class Run:
         self.order = tensors["order"]
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random_cuda"], self.source.x.device)
+            torch.cuda.set_rng_state(tensors["random_cuda"], self.source.like.device)
         self.plateau = Plateau.from_json(record["plateau"])
         self.stopped = record["stopped"]
 
@@ -380,7 +377,7 @@ class Run:
         model, facts = self.model, self.model.data_facts()
         shapes = {name: list(one.shape) for name, one in self._state().items()}
         return {
-            "data": digest(self.source.all(), facts),
+            "data": digest(self.source, facts),
             "validation": self.validation and digest(self.validation, facts),
             "terms": [str(term) for term in model.terms],
             "family": model.family.name,
