@@ -154,14 +154,12 @@ def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
     """Largest difference of means, in posterior sds, and factor of sds, draws over weighted."""
     worst, factor = 0.0, 1.0
     # The proposals' sds are larger than the guide's.
-    inflation = 1.0
-    if weighted.heavy:
-        size = sum(
-            value[0].numel()
-            for value in weighted.latents.values()
-            if value.dim() > 1 and value.shape[1] == 1
-        )
-        inflation = math.sqrt(proposal_variance(size))
+    size = sum(
+        value[0].numel()
+        for value in weighted.latents.values()
+        if value.dim() > 1 and value.shape[1] == 1
+    )
+    inflation = math.sqrt(proposal_variance(max(1, size)))
     for name, value in weighted.latents.items():
         if value.dim() < 2 or value.shape[1] != 1:
             continue  # known, or effects of clusters

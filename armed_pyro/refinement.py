@@ -44,7 +44,7 @@ METHODS: Mapping[str, str] = {
 MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**31
 MOST_VALUES = 2**24  # in the draws of all sites
 PARTICLES, MOST_CLUSTERS = 16, 500
-MOST_DRAWS, FEWEST_DRAWS, ENOUGH_FOR_TAILS = 4000, 200, 1000
+MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,6 @@ class ImportanceDraws:
     cluster_k_hat : Float[ndarray, "clusters"]
         The same shape for the particles of each cluster, over all draws; missing (nan) in all
         but 500 clusters, drawn at random, where there are more.
-    heavy : bool
-        Whether the hyperparameters were proposed with tails heavier than the guide's.
     """
 
     latents: Mapping[str, Tensor]
@@ -104,7 +102,6 @@ class ImportanceDraws:
     k_hat: float
     clusters: Float[np.ndarray, "draws clusters"]
     cluster_k_hat: Float[np.ndarray, " clusters"]
-    heavy: bool = True
 
     @property
     def weights(self) -> Float[np.ndarray, " draws"]:
@@ -220,8 +217,8 @@ def importance_draws(
 ) -> ImportanceDraws:
     """Proposals made with the guide, and their importance weights, nested by cluster.
 
-    As many as 4,000, with tails heavier than the guide's; where the data are large fewer, with
-    its own tails: then the posterior is near to normal, and few draws do not reach the tails.
+    As many as 4,000, fewer where the data are large, of hyperparameters with tails heavier than
+    the guide's: then even of 200 weights no tail looks heavy by chance.
     """
     model, guide = fit.model, fit.guide
     source = model.compute(model.encode(fit.data))
@@ -239,13 +236,7 @@ def importance_draws(
         for start in range(0, n, size):
             count = min(size, n - start)
             noise = proposal_noise(
-                guide,
-                rows,
-                count,
-                particles,
-                model.reference(),
-                heavy=n >= ENOUGH_FOR_TAILS,
-                stretch=particles > 1,
+                guide, rows, count, particles, model.reference(), stretch=particles > 1
             )
             weighted = weigh(model, guide, rows, noise)
             totals.append(weighted.total())
@@ -265,7 +256,6 @@ def importance_draws(
         float(k_hat[0]),
         torch.cat(clusters).double().cpu().numpy(),
         _cluster_k_hat(torch.cat(tails)[:kept][counts]) if nested is not None else np.zeros(0),
-        n >= ENOUGH_FOR_TAILS,
     )
 
 
