@@ -286,6 +286,10 @@ def _with_training(
     fit: Fit, source: HeldRows, levels: Mapping[str, pd.Index], free: Mapping[str, Tensor]
 ) -> HeldRows:
     """The rows, followed by the training rows of the free clusters."""
+    if fit.sampled:
+        raise ValueError(
+            "seen clusters cannot be updated: the fit keeps only a sample of its training rows"
+        )
     every = fit.model.encode(fit.data, levels)
     wanted = torch.zeros(len(every), dtype=torch.bool)
     for name, one in free.items():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,9 +12,9 @@ from torch import Tensor
 from armed_pyro.guides import Guide
 from armed_pyro.importance import weigh
 from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
+from armed_pyro.pieces import Pieces
 from armed_pyro.program import MixedEffects
-from armed_pyro.readahead import ahead
-from armed_pyro.rows import HeldRows, Membership, Rows, RowSource
+from armed_pyro.rows import HeldRows, Rows, RowSource
 
 __all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]
 
@@ -146,7 +145,8 @@ def _some_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _Som
     chosen = torch.randperm(clusters)[:share].sort().values.to(source.like.device)
     rows = source.whole_clusters(nested.name, chosen)
     codes = {name: one.index[one.position] for name, one in rows.memberships.items()}
-    counts = {name: torch.bincount(codes[name], minlength=len(source.counts[name])) for name in codes}
+    sizes = {name: len(one) for name, one in source.counts.items()}
+    counts = {name: torch.bincount(one, minlength=sizes[name]) for name, one in codes.items()}
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
     return _Some(HeldRows(rows.x, rows.y, codes, counts, *optional), rows)
 
@@ -173,68 +173,12 @@ def _to_all(
 
 
 @dataclass(frozen=True)
-class _Pieces:
-    """All rows, in pieces of whole clusters where there are any.
-
-    A piece counts 1 / share times in the program, and its log-weights share times in the sum.
-
-    Attributes
-    ----------
-    read : callable
-        Gives the pieces, one after the other.
-    clusters : list of (Tensor or None)
-        The nested factor's clusters in each; None for all.
-    shares : list of float
-        Each piece's share of all.
-    """
-
-    read: Callable[[], Iterator[Rows]]
-    clusters: list[Tensor | None]
-    shares: list[float]
-
-    @classmethod
-    def of(cls, guide: Guide, source: RowSource, size: int) -> _Pieces:
-        """Pieces of about `size` rows."""
-        nested, n = guide.nested(), len(source)
-        read: Callable[[], Iterator[Rows]]
-        if n <= size:
-            every = source.all()
-            return cls(lambda: iter([every]), [None], [1.0])
-        if nested is None:
-            starts = range(0, n, size)
-            shares = [min(size, n - start) / n for start in starts]
-            read, clusters = partial(source.chunks, size), [None for _ in starts]
-            return cls(read, list(clusters), shares)
-        counts = source.counts[nested.name]
-        place = (counts.cumsum(0) - 1) // size
-        chosen = [(place == piece).nonzero()[:, 0] for piece in place.unique()]
-        whole = partial(source.whole_clusters, nested.name)
-        if isinstance(source, HeldRows):
-            # Found once, as they are in memory anyway.
-            held = [whole(one) for one in chosen]
-            read = partial(iter, held)
-        else:
-            read = lambda: ahead(whole(one) for one in chosen)  # noqa: E731
-        return cls(read, list(chosen), [len(one) / len(counts) for one in chosen])
-
-    def without_rows(self, model: MixedEffects, guide: Guide) -> Iterator[Rows]:
-        """The clusters of each piece without its rows, for which noise is drawn."""
-        every, nested = model.clusters(), guide.nested()
-        for chosen in self.clusters:
-            if chosen is None or nested is None:
-                yield every
-                continue
-            own = Membership(chosen, chosen[:0], complete=False)
-            yield replace(every, memberships={**every.memberships, nested.name: own})
-
-
-@dataclass(frozen=True)
 class _Posterior:
     """log p(theta | y) up to a constant, the other sites' noise the same for every theta."""
 
     model: MixedEffects
     guide: Guide
-    pieces: _Pieces
+    pieces: Pieces
     noise: list[Noise]
 
     @classmethod
@@ -248,10 +192,10 @@ class _Posterior:
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
         if some is None:
             size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
-            pieces = _Pieces.of(guide, source, size)
+            pieces = Pieces.of(guide, source, size, keep=isinstance(source, HeldRows))
         else:
             index = None if nested is None else some.rows.memberships[nested.name].index
-            pieces = _Pieces(lambda: iter([some.rows]), [index], [1.0])
+            pieces = Pieces(lambda: iter([some.rows]), [index], [1.0])
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
             rows = next(pieces.read())

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import TypeVar, cast
 
 import pandas as pd
 import pyro
@@ -32,6 +32,7 @@ from armed_pyro.terms import Term, parse_terms
 __all__ = ["MixedEffects"]
 
 Latents = Mapping[str, Tensor]
+Source = TypeVar("Source", bound=RowSource)
 
 
 class MixedEffects(LocalModule):
@@ -207,14 +208,12 @@ class MixedEffects(LocalModule):
 
     # --- data ---------------------------------------------------------------------------------
 
-    def encode(
-        self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None
-    ) -> HeldRows:
+    def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
         """Tensors in the program's precision, on its device; see `Facts.encode`."""
         return self.data_facts().encode(data, self.reference(), levels)
 
     @torch.no_grad()
-    def compute(self, source: RowSource) -> RowSource:
+    def compute(self, source: Source) -> Source:
         """The same rows, with what the network makes of them unless effects inside change it.
 
         Rows in files are left as they are, and the network runs whenever they are read: what it
@@ -227,7 +226,7 @@ class MixedEffects(LocalModule):
             output, activations = self.run_network(rows)
             pieces.append({"": output, **activations})
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        return replace(source, computed=joined)
+        return cast("Source", replace(source, computed=joined))
 
     def clusters(self) -> Rows:
         """No rows, but every cluster of every factor: for drawing random effects only."""

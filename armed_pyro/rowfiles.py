@@ -79,8 +79,8 @@ class Layout:
             for name in self.factors
         }
         x = values[:, : self.n_features].to(like).contiguous()
-        optional = (numbers.get(name) for name in ("trials", "offset", "weights"))
-        return HeldRows(x, numbers.get("y"), codes, counts, *optional)
+        y = numbers.pop("y", None)
+        return HeldRows(x, y, codes, counts, **numbers)
 
 
 class RowFile:
@@ -104,7 +104,7 @@ class RowFile:
 
     def append(self, records: Records) -> None:
         """Write records at the end."""
-        with open(self.path, "ab") as file:
+        with self.path.open("ab") as file:
             file.write(np.ascontiguousarray(records, np.float32).data)
 
     def read(self, starts: np.ndarray, stops: np.ndarray) -> Records:
@@ -116,7 +116,7 @@ class RowFile:
         place, record = 0, 4 * self.width
         with self._in_use:
             for start, stop in zip(starts[firsts], stops[lasts], strict=True):
-                piece = memoryview(found[place : place + stop - start]).cast("B")
+                piece = found[place : place + stop - start].data.cast("B")
                 self._fill(piece, int(start) * record)
                 place += stop - start
         return found

@@ -131,8 +131,7 @@ class RowWriter:
             for name, one in rows.groupings.items()
         }
         numbers = {
-            name: getattr(rows, "outcome" if name == "y" else name).numpy()
-            for name in self.numbers
+            name: getattr(rows, "outcome" if name == "y" else name).numpy() for name in self.numbers
         }
         place = slice(self.done, self.done + len(rows))
         for name, one in numbers.items():
@@ -204,7 +203,7 @@ class RowWriter:
 
     def _facts(self) -> Facts:
         schema, first, scanned = self.scanned.schema, self.first, self.scanned
-        optional = {name: None for name in ("trials", "offset", "weights")}
+        optional = dict.fromkeys(("trials", "offset", "weights"))
         numbers = {name: torch.from_numpy(one) for name, one in self.numbers.items()}
         whole = self.scanned.n_rows - 1 == self.row_labels[-1]
         outline = ClusteredData(
