@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -18,6 +19,7 @@ from armed_pyro.conditionals import (
 )
 from armed_pyro.factors import Factor, weighted
 from armed_pyro.hyperparameters import Hyperparameters
+from armed_pyro.modulations import modulates
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations, observe
 from armed_pyro.rows import Membership, Rows, RowSource
@@ -25,8 +27,9 @@ from armed_pyro.rows import Membership, Rows, RowSource
 __all__ = ["Guide", "StructuredGuide", "joined"]
 
 
-# Draws over which the slope and curvature of the likelihood are averaged.
-REFRESH_DRAWS = 32
+# Draws over which the slope and curvature of the likelihood are averaged; of many rows fewer, so
+# that there are about so many evaluations of it.
+REFRESH_DRAWS, FEWEST_REFRESHED, EVALUATIONS = 32, 4, 2**25
 
 
 class Guide(nn.Module, ABC):
@@ -138,6 +141,7 @@ class StructuredGuide(Guide):
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
+        self._last: weakref.ref[RowSource] | None = None
         facts = model.data_facts()
         self.hyperparameters = Hyperparameters(model)
         self.model_precision = model.precision
@@ -158,8 +162,23 @@ class StructuredGuide(Guide):
         return cast("tuple[PseudoObservations, ...]", tuple(self._pseudo))
 
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
-        if any(one.conjugate for one in self.pseudo):
-            observe(model, self.pseudo, self.draws(model.clusters(), REFRESH_DRAWS), source)
+        last, self._last = self._last, None
+        if not any(one.conjugate for one in self.pseudo):
+            return
+        # With quadratic likelihoods where the latent sites are makes no difference; and neither
+        # does when, if the predictor is linear in them with a network that is held.
+        quadratic = model.family.dispersion_name == "residual_sd" and not modulates(model)
+        held = model.linear or not any(one.requires_grad for one in model.parameters())
+        if quadratic and held:
+            self._last = weakref.ref(source)
+            if last is not None and last() is source:
+                return
+        n = (
+            1
+            if quadratic
+            else max(FEWEST_REFRESHED, min(REFRESH_DRAWS, EVALUATIONS // len(source)))
+        )
+        observe(model, self.pseudo, self.draws(model.clusters(), n), source)
 
     def settle(self) -> None:
         super().settle()

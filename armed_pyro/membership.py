@@ -140,8 +140,8 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
         )
     if fit.sampled:
         raise ValueError(
-            f"the modes 'membership' and 'nearest' need rows of every cluster of {factor!r}, and the "
-            "fit keeps only a sample of its training rows: choose 'marginal'"
+            f"the modes 'membership' and 'nearest' need rows of every cluster of {factor!r}, and "
+            "the fit keeps only a sample of its training rows: choose 'marginal'"
         )
     if not data.n_features:
         raise ValueError(

@@ -203,7 +203,7 @@ def observe(
         where |= means
     widest = max(len(factor.terms) ** 2 for factor in model.factors)
     draws = max([1, *(len(one) for one in where.values() if one.dim() > 1)])
-    size = max(1, 2**22 // max(widest, math.prod(source.row_shape), draws))
+    size = max(1, 2**21 // max(widest, math.prod(source.row_shape), draws))
     for rows, weight, residual, activations in curvature(model, source, where, size):
         columns = weight.shape[-1]
         x = by_column(model.head_inputs(activations), columns) if model.bayesian_head else None

@@ -79,8 +79,8 @@ class Layout:
             for name in self.factors
         }
         x = values[:, : self.n_features].to(like).contiguous()
-        y = numbers.pop("y", None)
-        return HeldRows(x, y, codes, counts, **numbers)
+        trials, offset, weights = (numbers.get(name) for name in ("trials", "offset", "weights"))
+        return HeldRows(x, numbers.get("y"), codes, counts, trials, offset, weights)
 
 
 class RowFile:

@@ -102,7 +102,8 @@ class RowWriter:
         given["weights"] = schema.weights
         names = [name for name, column in given.items() if column is not None]
         self.numbers = {name: np.empty(scanned.n_rows) for name in names}
-        self.row_labels = np.empty(scanned.n_rows, np.int64)
+        # In the file, where rows of it are left out.
+        self.places = np.empty(0 if scanned.complete else scanned.n_rows, np.int64)
         self.kept: list[pd.DataFrame] = []
         self.chosen = _some_clusters(scanned, self.by, self.rng)
         self.done = 0
@@ -136,7 +137,8 @@ class RowWriter:
         place = slice(self.done, self.done + len(rows))
         for name, one in numbers.items():
             self.numbers[name][place] = one
-        self.row_labels[place] = frame.index
+        if not self.scanned.complete:
+            self.places[place] = frame.index
         records = self.layout.records((x - self.shift) / self.unit, numbers, codes)
         self.digest.update(records.data)
         own = codes[self.by] if self.by else np.zeros(len(rows), np.int64)
@@ -158,7 +160,7 @@ class RowWriter:
             If the rows cannot be fitted: see `Facts.of`.
         """
         facts = self._facts()
-        self.numbers, self.row_labels = {}, np.empty(0, np.int64)
+        self.numbers, self.places = {}, np.empty(0, np.int64)
         sample = self.scanned.schema.encode(pd.concat(self.kept), outcome_required=True)
         files = [self.sorting.join(self.folder / "sorted", lambda one: self._sorted(facts, one))]
         if self.shuffling is not None:
@@ -205,7 +207,7 @@ class RowWriter:
         schema, first, scanned = self.scanned.schema, self.first, self.scanned
         optional = dict.fromkeys(("trials", "offset", "weights"))
         numbers = {name: torch.from_numpy(one) for name, one in self.numbers.items()}
-        whole = self.scanned.n_rows - 1 == self.row_labels[-1]
+        every = pd.RangeIndex(self.done)
         outline = ClusteredData(
             features=torch.zeros(self.done, 0),
             feature_names=(),
@@ -215,7 +217,7 @@ class RowWriter:
             outcome=numbers.pop("y"),
             classes=first.classes,
             groupings={},
-            row_labels=pd.RangeIndex(self.done) if whole else pd.Index(self.row_labels),
+            row_labels=every if scanned.complete else pd.Index(self.places),
             schema=schema,
             **{**optional, **numbers},
         )

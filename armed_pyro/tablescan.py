@@ -38,12 +38,15 @@ class TableScan:
         Rows of each.
     n_rows : int
         Rows without missing values.
+    complete : bool
+        Whether there are no others.
     """
 
     schema: Schema
     levels: dict[str, pd.Index]
     counts: dict[str, Tensor]
     n_rows: int
+    complete: bool
 
 
 def scan(
@@ -90,7 +93,8 @@ def scan(
     )
     sorted_ = {name: one.sorted(f"cluster column {name!r}") for name, one in found.items()}
     levels = {name: one for name, (one, _) in sorted_.items()}
-    return TableScan(schema, levels, {name: one for name, (_, one) in sorted_.items()}, n_rows)
+    counts = {name: one for name, (_, one) in sorted_.items()}
+    return TableScan(schema, levels, counts, n_rows, n_rows == table.n_rows)
 
 
 def complete_blocks(
