@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -195,7 +197,10 @@ def fit_command(
                 rows, unseen = rows.hold_out_clusters(factor, fraction=hold_out_clusters, seed=seed)
             if validate_rows is not None:
                 rows, seen = rows.split_rows(validate_rows, seed=seed)
-        elif hold_out_clusters is not None or validate_rows is not None:
+        elif hold_out_clusters is None and validate_rows is None:
+            # Unwinds a run that is told to end, so that its temporary files go with it.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        else:
             raise ValueError(
                 f"rows cannot be held out of {data}, which is streamed: it would take about "
                 f"{table.need / 1e9:.1f} GB of memory. Keep them in a file of their own, or raise "

@@ -28,7 +28,7 @@ from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.modulations import modulates
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Rows, RowSource, next_rows
+from armed_pyro.rows import HeldRows, Rows, RowSource, next_rows
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 
 __all__ = ["DivergenceError", "Run"]
@@ -38,6 +38,8 @@ __all__ = ["DivergenceError", "Run"]
 SETTLING_DRAWS = 8
 # Fewer where there are effects inside the network, which then runs once a draw.
 DRAWS_OF_FILTERS = 2
+# Rows read from files for one step then.
+MOST_READ = 2**18
 
 
 class DivergenceError(RuntimeError):
@@ -157,6 +159,8 @@ class Run:
         particles = self.history.particles
         bound = NestedBound(self.model, self.guide, particles)
         most = LARGEST_STEP // (2 * particles)
+        if not isinstance(self.settled, HeldRows):
+            most = min(most, MOST_READ)
         n, nested = len(self.settled), self.guide.nested()
         if n <= most or nested is None:
             rows = self.settled.all() if n <= most else self._next_batch()

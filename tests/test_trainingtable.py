@@ -61,4 +61,7 @@ def test_outputs_of_a_categorical_outcome(tmp_path):
     with pytest.raises(ValueError, match="must be text or categories"):
         outputs(StreamedData.scan(tmp_path / "numbers.parquet", **ROLES), family)
     assert outputs(StreamedData.scan(tmp_path / "text.parquet", **ROLES), family) == 3
-    assert outputs(StreamedData.scan(tmp_path / "text.parquet", **ROLES), family_named("gaussian")) == 1
+    assert (
+        outputs(StreamedData.scan(tmp_path / "text.parquet", **ROLES), family_named("gaussian"))
+        == 1
+    )
