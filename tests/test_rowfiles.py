@@ -71,7 +71,7 @@ def shuffle(rng, some):
 
 
 def test_a_shuffle_draws_all_orders_with_the_same_probability(tmp_path):
-    orders = {order: 0 for order in itertools.permutations(range(4))}
+    orders = dict.fromkeys(itertools.permutations(range(4)), 0)
     for seed in range(2400):
         orders[tuple(dealt(tmp_path, 4, 3, shuffle, seed).astype(int).tolist())] += 1
     assert stats.chisquare(list(orders.values())).pvalue > 0.001

@@ -13,6 +13,7 @@ from armed_pyro.facts import Facts
 from armed_pyro.fitted import Fit
 from armed_pyro.rows import HeldRows
 from armed_pyro.streameddata import StreamedData
+from armed_pyro.training import Run
 
 MEMORY = 300_000  # so little that rows are sorted in several files
 N, K = 3000, 60
@@ -164,13 +165,15 @@ def test_large_means_lose_nothing_in_single_precision(tmp_path):
 
 def test_files_are_removed_after_errors(tmp_path):
     data = stream(table(), tmp_path)
-    with (
-        pytest.raises(RuntimeError, match="from within"),
-        data.laid_out(linear(), seed=0) as files,
-    ):
-        assert len(left_in(tmp_path)) == 2
-        files.rows(torch.zeros(0)).batch
-        raise RuntimeError("from within")
+
+    def fail_within():
+        with data.laid_out(linear(), seed=0) as files:
+            assert len(left_in(tmp_path)) == 2
+            assert len(files.rows(torch.zeros(0))) == N
+            raise RuntimeError("from within")
+
+    with pytest.raises(RuntimeError, match="from within"):
+        fail_within()
     assert left_in(tmp_path) == ["rows.parquet"]
     counts = stream(table().assign(y=lambda t: t.y.round().abs()), tmp_path)
     broken = table().assign(y=lambda t: t.y.round().abs())
@@ -244,7 +247,7 @@ def test_streamed_and_in_memory_fits_agree(family, tmp_path, monkeypatch):
     again = Fit.load(tmp_path / "run", nn.Linear(3, 1))
     assert again.sampled
     assert again.variance_components().equals(streamed.variance_components())
-    with pytest.raises(ValueError, match="keeps .* of its 3000 rows"):
+    with pytest.raises(ValueError, match=r"keeps .* of its 3000 rows"):
         again.refine("nuts")
     with pytest.raises(ValueError, match="rows of every cluster of 'site'"):
         again.classifier("site")
@@ -269,22 +272,17 @@ def test_a_streamed_run_is_resumed_where_it_stopped(tmp_path):
     settings = {"schedule": short, "refine": False, "progress": False, "compile": "never"}
     whole = fit(dense(), stream(frame, tmp_path), seed=2, **settings)
 
-    class Stop(Exception):
-        pass
-
-    from armed_pyro.training import Run
-
-    closed, close = [], Run.save
+    saved, save = [], Run.save
 
     def stop(self):
-        if closed:
-            raise Stop
-        closed.append(1)
-        return close(self)
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(1)
+        return save(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "save", stop)
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             fit(dense(), stream(frame, tmp_path), seed=2, checkpoint=path, **settings)
     resumed = fit(
         dense(), stream(frame, tmp_path), seed=2, checkpoint=path, resume=True, **settings
