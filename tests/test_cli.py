@@ -361,9 +361,8 @@ def test_a_table_beyond_memory_is_streamed(tmp_path):
     other = pd.read_csv(tmp_path / "held" / "variance_components.csv")
     sds = found.statistic == "sd"
     assert (found["mean"] - other["mean"])[sds].abs().max() < 0.1
-    new = call(
-        "predict", tmp_path / "new" / "run", tmp_path / "rows.parquet", "--out", tmp_path / "p.csv"
-    )
+    run, rows = tmp_path / "new" / "run", tmp_path / "rows.parquet"
+    new = call("predict", run, rows, "--out", tmp_path / "p.csv")
     assert new.exit_code == 0, new.stderr
     assert len(pd.read_csv(tmp_path / "p.csv")) == len(frame)
 

@@ -60,8 +60,6 @@ def test_outputs_of_a_categorical_outcome(tmp_path):
         one.to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(ValueError, match="must be text or categories"):
         outputs(StreamedData.scan(tmp_path / "numbers.parquet", **ROLES), family)
-    assert outputs(StreamedData.scan(tmp_path / "text.parquet", **ROLES), family) == 3
-    assert (
-        outputs(StreamedData.scan(tmp_path / "text.parquet", **ROLES), family_named("gaussian"))
-        == 1
-    )
+    text = StreamedData.scan(tmp_path / "text.parquet", **ROLES)
+    assert outputs(text, family) == 3
+    assert outputs(text, family_named("gaussian")) == 1
