@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,9 +28,10 @@ from armed_pyro.rows import Membership, Rows, RowSource
 __all__ = ["Guide", "StructuredGuide", "joined"]
 
 
-# Draws over which the slope and curvature of the likelihood are averaged; of many rows fewer, so
-# that there are about so many evaluations of it.
-REFRESH_DRAWS, FEWEST_REFRESHED, EVALUATIONS = 32, 4, 2**25
+# Draws over which the slope and curvature of the likelihood are averaged; fewer of very many
+# clusters' effects, whose number makes up for it, or of very many rows, which take their time.
+REFRESH_DRAWS, FEWEST_REFRESH_DRAWS = 32, 4
+MOST_REFRESH_VALUES, MOST_REFRESH_ROWS = 2**23, 2**25
 
 
 class Guide(nn.Module, ABC):
@@ -70,6 +72,14 @@ class Guide(nn.Module, ABC):
     @abstractmethod
     def center(self, rows: Rows) -> dict[str, Tensor]:
         """The latent sites at the guide's centre, without randomness."""
+
+    def clusterwise(self) -> Mapping[str, PseudoObservations]:
+        """By factor, what is kept of clusters and can be `narrowed`; by default nothing."""
+        return {}
+
+    def narrowed(self, sizes: Mapping[str, int]) -> Guide:
+        """The same guide, with room for only so many clusters of these factors."""
+        raise NotImplementedError(f"{type(self).__name__} keeps nothing of clusters apart")
 
     def settle(self) -> None:
         """From now on only the hyperparameters are trained; the rest follows by `refresh`."""
@@ -173,11 +183,9 @@ class StructuredGuide(Guide):
             self._last = weakref.ref(source)
             if last is not None and last() is source:
                 return
-        n = (
-            1
-            if quadratic
-            else max(FEWEST_REFRESHED, min(REFRESH_DRAWS, EVALUATIONS // len(source)))
-        )
+        most = MOST_REFRESH_VALUES // max(one.base.numel() for one in self.pseudo)
+        most = min(REFRESH_DRAWS, most, MOST_REFRESH_ROWS // len(source))
+        n = 1 if quadratic else max(FEWEST_REFRESH_DRAWS, most)
         observe(model, self.pseudo, self.draws(model.clusters(), n), source)
 
     def settle(self) -> None:
@@ -198,6 +206,19 @@ class StructuredGuide(Guide):
 
     def every_cluster(self) -> bool:
         return False
+
+    def clusterwise(self) -> Mapping[str, PseudoObservations]:
+        return {one.name: mine for one, mine in zip(self.factors, self.pseudo, strict=True)}
+
+    def narrowed(self, sizes: Mapping[str, int]) -> StructuredGuide:
+        small = copy.copy(self)
+        pseudo = [
+            mine.narrowed(factor, sizes[factor.name]) if factor.name in sizes else mine
+            for factor, mine in zip(self.factors, self.pseudo, strict=True)
+        ]
+        # All other parameters are this guide's own.
+        small._modules = {**self._modules, "_pseudo": nn.ModuleList(pseudo)}
+        return small
 
     def most_draws(self) -> int:
         return max(1, 10_000_000 // max([1, *(one.base.numel() for one in self.pseudo)]))
@@ -233,7 +254,7 @@ class StructuredGuide(Guide):
         if torch.is_grad_enabled() and pseudo.location.requires_grad and not held:
             judge = self._conditional(factor, pseudo, latents, membership, held=True)
         tau = self.model_precision(latents)
-        precision, pull = pseudo(membership.index, latents.get("fixed_effect"), held=held)
+        precision, pull = pseudo(membership, latents.get("fixed_effect"), held=held)
         pull = tau[..., None] * pull
         if pseudo.full:
             lower = factor.scale_matrix(latents)

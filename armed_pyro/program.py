@@ -216,8 +216,7 @@ class MixedEffects(LocalModule):
     def compute(self, source: Source) -> Source:
         """The same rows, with what the network makes of them unless effects inside change it.
 
-        Rows in files are left as they are, and the network runs whenever they are read: what it
-        makes of them may take more room than they do.
+        Rows in files are left as they are, and the network runs whenever they are read.
         """
         if modulates(self) or not isinstance(source, HeldRows):
             return source

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.factors import Factor, by_column
@@ -16,7 +16,7 @@ from armed_pyro.terms import LayerBlock
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
-    from armed_pyro.rows import Rows, RowSource
+    from armed_pyro.rows import Membership, Rows, RowSource
 
 __all__ = [
     "FULL_TERMS",
@@ -73,18 +73,24 @@ class PseudoObservations(nn.Module):
 
     def forward(
         self,
-        index: Int[Tensor, " clusters"],
+        membership: Membership,
         fixed: Float[Tensor, "... 1 n_fixed"] | None,
         *,
         held: bool = False,
     ) -> tuple[Tensor, Float[Tensor, "... clusters terms"]]:
-        """A_k (or its diagonal) and A_k (m_k - G_k beta) of some clusters.
+        """A_k (or its diagonal) and A_k (m_k - G_k beta) of the clusters drawn.
 
         Parameters
         ----------
+        membership : Membership
+            Which they are.
+        fixed : Float[Tensor, "... 1 n_fixed"] or None
+            beta.
         held : bool
             Whether what is trained here gets no gradients.
         """
+        # To gather all in order would be a copy, and its gradient a slow one.
+        index = slice(None) if membership.complete else membership.index
         location, cross, trained = self.location[index], self.cross, self.root[index]
         if held:
             location, trained = location.detach(), trained.detach()
@@ -98,6 +104,11 @@ class PseudoObservations(nn.Module):
             return precision, (precision @ location[..., None])[..., 0]
         precision = (self.base[index] * trained) ** 2
         return precision, precision * location
+
+    def narrowed(self, factor: Factor, clusters: int) -> PseudoObservations:
+        """Room for the pseudo-observations of so many clusters."""
+        fixed = 0 if self.cross is None else self.cross.shape[-1]
+        return PseudoObservations(factor, clusters, fixed, self.location)
 
     @torch.no_grad()
     def start(self, precision: Tensor, pull: Tensor, cross: Tensor | None) -> None:

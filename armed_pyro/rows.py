@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from pyro import poutine
 from torch import Tensor
 
-__all__ = ["HeldRows", "Membership", "RowSource", "Rows", "counted", "memberships_of", "next_rows"]
+__all__ = ["HeldRows", "Membership", "RowSource", "Rows", "Shuffle", "counted", "memberships_of"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,20 @@ class Membership:
     weight : Float[Tensor, "clusters"] or None
         Weight of each cluster's prior and entropy; None stands for 1.
     complete : bool
-        Whether `index` holds every cluster of the factor, in order.
+        Whether `index` holds every cluster that the guide holds of the factor, in order.
+    labels : Int[Tensor, "rows"] or None
+        Each row's cluster, where `index` numbers the clusters drawn in another way.
     """
 
     index: Int[Tensor, " clusters"]
     position: Int[Tensor, " rows"]
     weight: Float[Tensor, " clusters"] | None = None
     complete: bool = True
+    labels: Int[Tensor, " rows"] | None = None
+
+    def clusters(self) -> Int[Tensor, " rows"]:
+        """Each row's cluster."""
+        return self.index[self.position] if self.labels is None else self.labels
 
 
 @dataclass(frozen=True)
@@ -171,6 +179,11 @@ class RowSource(ABC):
             Rows of the next batch, which may be read ahead.
         """
 
+    def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
+        """Factors of which a mini-batch of `size` rows draws its own clusters only."""
+        limit = 4 * size if dense_up_to is None else dense_up_to
+        return {factor for factor, counts in self.counts.items() if len(counts) > limit}
+
     @abstractmethod
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
@@ -237,9 +250,9 @@ class HeldRows(RowSource):
         following: Int[Tensor, " batch"] | None = None,
     ) -> Rows:
         scale = len(self) / len(index)
-        limit = 4 * len(index) if dense_up_to is None else dense_up_to
         codes = {factor: one[index] for factor, one in self.codes.items()}
-        memberships = memberships_of(codes, self.counts, scale, limit, self.x)
+        sampled = self.sampled(len(index), dense_up_to)
+        memberships = memberships_of(codes, self.counts, scale, sampled, self.x)
         return Rows(
             self.x[index],
             None if self.y is None else self.y[index],
@@ -254,14 +267,24 @@ class HeldRows(RowSource):
         )
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
-        codes, n = self.codes[factor], len(self.counts[factor])
-        place = torch.full((n,), -1, device=codes.device)
-        place[chosen] = torch.arange(len(chosen), device=codes.device)
-        index = (place[codes] >= 0).nonzero()[:, 0]
-        rows = self.batch(index, dense_up_to=len(self))
+        # In time and memory that do not depend on K.
+        counts, n = self.counts[factor], len(self.counts[factor])
+        sizes, (order, starts) = counts[chosen], self._by_cluster[factor]
+        place = torch.arange(len(chosen), device=chosen.device).repeat_interleave(sizes)
+        within = torch.arange(len(place), device=place.device) - (sizes.cumsum(0) - sizes)[place]
+        rows = self.batch(order[starts[chosen][place] + within], dense_up_to=len(self))
         weight = self.x.new_full((len(chosen),), n / len(chosen))
-        own = Membership(chosen, place[codes[index]], weight, complete=False)
+        own = Membership(chosen, place, weight, complete=False)
         return replace(rows, memberships={**rows.memberships, factor: own}, scale=n / len(chosen))
+
+    @cached_property
+    def _by_cluster(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """For every factor, rows in the order of their clusters, and where each cluster starts."""
+        starts = {factor: counts.cumsum(0) - counts for factor, counts in self.counts.items()}
+        return {
+            factor: (codes.argsort(stable=True), starts[factor])
+            for factor, codes in self.codes.items()
+        }
 
     def chunks(self, size: int) -> Iterator[Rows]:
         for start in range(0, len(self), size):
@@ -273,17 +296,17 @@ def memberships_of(
     codes: Mapping[str, Int[Tensor, " rows"]],
     counts: Mapping[str, Int[Tensor, " clusters"]],
     scale: float,
-    limit: int,
+    sampled: Collection[str],
     like: Tensor,
 ) -> dict[str, Membership]:
-    """Clusters of a mini-batch's rows: all, of factors with at most `limit`, or those it holds.
+    """Clusters of a mini-batch's rows: all of a factor, or of `sampled` ones those it holds.
 
     See `RowSource.batch` for their weights.
     """
     memberships = {}
     for factor, rows in codes.items():
         every = counts[factor]
-        if len(every) <= limit:
+        if factor not in sampled:
             everyone = torch.arange(len(every), device=rows.device)
             memberships[factor] = Membership(everyone, rows)
         else:
@@ -293,25 +316,32 @@ def memberships_of(
     return memberships
 
 
-def next_rows(source: RowSource, order: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the next mini-batch, of the one after if it is known, and what is left of the order.
+@dataclass
+class Shuffle:
+    """Numbers below n in random order, a few at a time; shuffled anew when they run out.
 
-    Parameters
+    Attributes
     ----------
-    source : RowSource
-        The rows.
-    order : Int[Tensor, "units"]
-        What is left of an epoch's order, in units of `RowSource.unit` rows.
-    size : int
-        Rows of a batch.
+    order : Int[Tensor, "left"]
+        Those that are left of this pass.
     """
-    unit = source.unit(size)
-    units, within = size // unit, torch.arange(unit)
-    if len(order) < units:
-        # A fresh shuffle; the few rows left over would make a batch of another size.
-        order = torch.randperm(len(source) // unit)
-    index, following = (
-        (unit * some[:, None] + within).flatten().to(source.like.device)
-        for some in (order[:units], order[units : 2 * units])
-    )
-    return index, following, order[units:]
+
+    order: Int[Tensor, " left"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def take(self, size: int, n: int) -> Int[Tensor, " size"]:
+        """The next `size` of n numbers."""
+        if len(self.order) < size:
+            # The few that are left over would make a batch of another size.
+            self.order = torch.randperm(n)
+        taken, self.order = self.order[:size], self.order[size:]
+        return taken
+
+    def rows(self, source: RowSource, size: int) -> tuple[Tensor, Tensor]:
+        """Rows of the next mini-batch of `size`, and of the one after, if that is known yet."""
+        unit = source.unit(size)
+        units, within = size // unit, torch.arange(unit)
+        index, following = (
+            (unit * some[:, None] + within).flatten().to(source.like.device)
+            for some in (self.take(units, len(source) // unit), self.order[:units])
+        )
+        return index, following
