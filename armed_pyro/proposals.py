@@ -165,8 +165,12 @@ def _block(
     watched = _watched(fit)
     shared: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
-    total, clusters, tails = model.reference().new_zeros(count), [], []
-    latents: list[dict[str, Tensor]] = []
+    total, tails = model.reference().new_zeros(count), list[Tensor]()
+    latents: dict[str, Tensor] = {}
+    # Filled piece by piece: what is kept of each would otherwise lie between the large arrays that
+    # are freed, and keep their memory.
+    k = 0 if nested is None else len(model.data_facts().levels[nested.name])
+    clusters, effects = total.new_empty(count, k), total.new_empty(0)
     for rows, chosen, share in zip(pieces.read(), pieces.clusters, pieces.shares, strict=True):
         noise = proposal_noise(
             guide, rows, count, particles, model.reference(), stretch=particles > 1
@@ -177,17 +181,24 @@ def _block(
             outer = {name: one for name, one in noise.log_ratio.items() if name != site}
         values = {**noise.values, **shared}
         weighted = weigh(model, guide, rows, Noise(values, {**noise.log_ratio, **outer}))
-        total = total + share * weighted.total()
-        clusters.append(weighted.clusters())
+        total += share * weighted.total()
+        place = slice(None) if chosen is None else chosen
+        own = weighted.clusters()
+        clusters[:, place] = own
         mine = watched if chosen is None else torch.isin(chosen.cpu(), watched).nonzero()[:, 0]
-        ratio = weighted.particles - clusters[-1][:, None]
-        tails.append(ratio[..., mine.to(ratio.device)].cpu() if nested else ratio.cpu())
-        latents.append(resampled(weighted, site))
+        ratio = weighted.particles[..., mine.to(own.device)] - own[:, None, mine.to(own.device)]
+        if particles > 1 or not tails:
+            tails.append(ratio.cpu())
+        drawn = resampled(weighted, site)
+        if site:
+            if not len(effects):
+                effects = total.new_empty(count, k, drawn[site].shape[-1])
+            effects[:, place] = drawn[site].to(effects)
+        latents = latents or drawn
         advance()
-    whole = dict(latents[0])
     if site:
-        whole[site] = torch.cat([one[site] for one in latents], 1)
-    return _Block(total, torch.cat(clusters, 1), torch.cat(tails, 2), whole)
+        latents[site] = effects
+    return _Block(total, clusters, torch.cat(tails, 2), latents)
 
 
 def affordable(fit: Fit) -> int:

@@ -206,22 +206,27 @@ def test_only_parquet_is_streamed(tmp_path):
 # ---------------------------------------------------------------------------------- fits
 
 
-def in_pieces(monkeypatch):
-    """Neither search, steps nor weights may see all rows at once."""
-    monkeypatch.setattr("armed_pyro.mode.SEARCHED", 1500)
-    monkeypatch.setattr("armed_pyro.mode.FEWEST_SEARCHED", 20)
-    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", 2400)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_AT_ONCE", 1000)
-    monkeypatch.setattr("armed_pyro.proposals.PIECE", 200 * 16 * 700)
-    monkeypatch.setattr("armed_pyro.rowwriter.SAMPLE_ROWS", 1500)
+def in_pieces(monkeypatch, n):
+    """Neither the search for the mode nor the weights may see all n rows at once."""
+    monkeypatch.setattr("armed_pyro.mode.SEARCHED", n // 2)
+    monkeypatch.setattr("armed_pyro.mode.FEWEST_SEARCHED", 10)
+    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", n - 1)
+    monkeypatch.setattr("armed_pyro.proposals.MOST_AT_ONCE", n // 3)
+    monkeypatch.setattr("armed_pyro.proposals.MOST_DRAWS", 1000)
+    monkeypatch.setattr("armed_pyro.proposals.PIECE", 1000 * n // 4)
+    monkeypatch.setattr("armed_pyro.rowwriter.SAMPLE_ROWS", n // 2)
 
 
-@pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
-def test_streamed_and_in_memory_fits_agree(family, tmp_path, monkeypatch):
-    frame = table(family)
-    held = fit(linear(family), ClusteredData.from_frame(frame, **ROLES), progress=False)
-    in_pieces(monkeypatch)
-    streamed = fit(linear(family), stream(frame, tmp_path), seed=1, progress=False)
+@pytest.mark.parametrize(
+    ("family", "random", "n", "clusters"),
+    [("gaussian", SLOPES, N, K), ("bernoulli", "(1 | site)", 1200, 40)],
+    ids=["gaussian", "bernoulli"],
+)
+def test_streamed_and_in_memory_fits_agree(family, random, n, clusters, tmp_path, monkeypatch):
+    frame, model = table(family, n, clusters), linear(family, random)
+    held = fit(model, ClusteredData.from_frame(frame, **ROLES), progress=False)
+    in_pieces(monkeypatch, n)
+    streamed = fit(model, stream(frame, tmp_path, memory=100_000), seed=1, progress=False)
     assert left_in(tmp_path) == ["rows.parquet"]
     assert streamed.sampled
     assert streamed.refined is not None
@@ -234,20 +239,20 @@ def test_streamed_and_in_memory_fits_agree(family, tmp_path, monkeypatch):
         error = 4 * other.sd.to_numpy() / np.sqrt(ess)
         assert (np.abs(mine["mean"].to_numpy() - other["mean"].to_numpy()) < error).all()
         np.testing.assert_allclose(mine.sd, other.sd, rtol=4 / np.sqrt(2 * ess))
-    new = ClusteredData.from_frame(table(family, seed=5), **ROLES)
+    new = ClusteredData.from_frame(table(family, n, clusters, seed=5), **ROLES)
     mine, other = (one.predict(new).to_frame() for one in (streamed, held))
     gap = (mine["mean"] - other["mean"]).abs() / other.sd
     assert gap.quantile(0.95) < 0.35
     found = streamed.diagnostics()
     (rows,) = (check for check in found.checks if check.name == "rows")
-    assert f"of {N} rows {streamed.data.n_rows}, in" in rows.reason
+    assert f"of {n} rows {streamed.data.n_rows}, in" in rows.reason
     assert found.verdict != "fail"
     assert "elpd_loo" not in found.figures
     streamed.save(tmp_path / "run")
     again = Fit.load(tmp_path / "run", nn.Linear(3, 1))
     assert again.sampled
     assert again.variance_components().equals(streamed.variance_components())
-    with pytest.raises(ValueError, match=r"keeps .* of its 3000 rows"):
+    with pytest.raises(ValueError, match=rf"keeps .* of its {n} rows"):
         again.refine("nuts")
     with pytest.raises(ValueError, match="rows of every cluster of 'site'"):
         again.classifier("site")
