@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ __all__ = ["DivergenceError", "Run"]
 SETTLING_DRAWS = 8
 # Fewer where there are effects inside the network, which then runs once a draw.
 DRAWS_OF_FILTERS = 2
-# Rows read from files for one step then.
-MOST_READ = 2**18
+MOST_READ = 2**18  # rows read from files for one step then
 
 
 class DivergenceError(RuntimeError):
@@ -237,6 +237,10 @@ class Run:
         guide = self.lazy.guide
         self.objective = Objective(self.model, guide)
         self.steps = Steps({"model": self.model, "guide": guide}, self.compile)
+        if self.settled is not None and not batches and n > self._most_rows():
+            # The noise of some clusters' gradient is not to move the guide away from the mode.
+            share = self._most_rows() / (2 * n)
+            schedule = replace(schedule, learning_rate=schedule.learning_rate * share**0.5)
         self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
 
     def _settle(self) -> None:
