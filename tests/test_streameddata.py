@@ -258,6 +258,7 @@ def test_streamed_and_in_memory_fits_agree(family, random, n, clusters, tmp_path
         again.classifier("site")
 
 
+@pytest.mark.slow
 def test_a_network_trained_on_streamed_batches_explains_as_much(tmp_path):
     frame = table()
     schedule = Schedule(steps=600, batch_size=128, window=50)
