@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.optimizers import LazyAdam, Optimizers
 from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Rows, RowSource, Shuffle
+from armed_pyro.rows import HeldRows, Rows, RowSource, Shuffle
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 
 __all__ = ["DivergenceError", "Run"]
@@ -38,6 +39,7 @@ __all__ = ["DivergenceError", "Run"]
 SETTLING_DRAWS = 8
 # Fewer where there are effects inside the network, which then runs once a draw.
 DRAWS_OF_FILTERS = 2
+MOST_READ = 2**18  # rows read from files for one step then
 
 
 class DivergenceError(RuntimeError):
@@ -145,7 +147,7 @@ class Run:
         """The loss of one step, and its gradients."""
         remaining = self.schedule.steps - self.step
         if self.settled is None:
-            progress = self.source.x.new_tensor(self.step / self.schedule.steps)
+            progress = self.source.like.new_tensor(self.step / self.schedule.steps)
             rows = self.lazy.read(self._next_batch())
             return self.steps(self.objective, rows, progress, remaining=remaining)
         rows = self._settled_rows(self.settled)
@@ -156,7 +158,8 @@ class Run:
 
     def _most_rows(self) -> int:
         """Rows in a step of the settled network."""
-        return LARGEST_STEP // (2 * self.history.particles * row_cost(self.model))
+        most = LARGEST_STEP // (2 * self.history.particles * row_cost(self.model))
+        return most if isinstance(self.settled, HeldRows) else min(most, MOST_READ)
 
     def _settled_rows(self, settled: RowSource) -> Rows:
         most, nested = self._most_rows(), self.guide.nested()
@@ -167,16 +170,16 @@ class Run:
         clusters = len(settled.counts[nested.name])
         share = max(1, clusters * most // (2 * len(settled)))
         chosen = self.shuffle.take(share, clusters)
-        return settled.whole_clusters(nested.name, chosen.to(settled.x.device))
+        return settled.whole_clusters(nested.name, chosen.to(settled.like.device))
 
     def _next_batch(self) -> Rows:
         size, n = self.schedule.batch(len(self.source)), len(self.source)
         if size == n:
             return self.source.all()
-        index = self.shuffle.take(size, n)
-        dense = len(self.source) if self.guide.every_cluster() else None
         source = self.source if self.settled is None else self.settled
-        return source.batch(index.to(self.source.x.device), dense_up_to=dense)
+        index, following = self.shuffle.rows(source, size)
+        dense = n if self.guide.every_cluster() else None
+        return source.batch(index, dense_up_to=dense, following=following)
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
@@ -236,6 +239,10 @@ class Run:
         guide = self.lazy.guide
         self.objective = Objective(self.model, guide)
         self.steps = Steps({"model": self.model, "guide": guide}, self.compile)
+        if self.settled is not None and not batches and n > self._most_rows():
+            # The noise of some clusters' gradient is not to move the guide away from the mode.
+            share = self._most_rows() / (2 * n)
+            schedule = replace(schedule, learning_rate=schedule.learning_rate * share**0.5)
         self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
 
     def _settle(self) -> None:
@@ -335,8 +342,8 @@ class Run:
             np.array(self.iterates).reshape(len(self.iterates), size)
         )
         tensors["random"] = torch.get_rng_state()
-        if self.source.x.is_cuda:
-            tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.x.device)
+        if self.source.like.is_cuda:
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.like.device)
         record = {
             "run": self._identity(),
             "history": self.history.to_json(),
@@ -368,7 +375,7 @@ class Run:
         self.shuffle.order = tensors["order"]
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random_cuda"], self.source.x.device)
+            torch.cuda.set_rng_state(tensors["random_cuda"], self.source.like.device)
         self.plateau = Plateau.from_json(record["plateau"])
         self.stopped = record["stopped"]
 
@@ -376,7 +383,7 @@ class Run:
         model, facts = self.model, self.model.data_facts()
         shapes = {name: list(one.shape) for name, one in self._state().items()}
         return {
-            "data": digest(self.source.all(), facts),
+            "data": digest(self.source, facts),
             "validation": self.validation and digest(self.validation, facts),
             "terms": [str(term) for term in model.terms],
             "family": model.family.name,
