@@ -52,7 +52,8 @@ class Steps:
     modules : mapping of str to torch.nn.Module
         What the objective runs: their parameters and buffers are inputs of the graph.
     mode : {"auto", "always", "never"}
-        "always" compiles at the first step, "never" does not.
+        "always" compiles at the second step of a kind, "never" does not. Steps whose rows differ
+        in number from one to the next stay eager.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], mode: CompileMode = "auto") -> None:
@@ -94,7 +95,7 @@ class Steps:
         key = (objective, tuple(skeleton(one, tensors) for one in inputs), self._trained())
         if key != self._key:
             self._key, self._graph, self._seconds, self._expected = key, None, [], None
-        if self._graph is None and self._due(key, remaining):
+        elif self._graph is None and self._due(key, remaining):
             self._graph, self._seconds = self._compile(key, tensors, inputs), []
         start = time.perf_counter()
         for one in self._parameters:

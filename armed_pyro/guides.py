@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -25,8 +26,9 @@ from armed_pyro.rows import Membership, Rows, RowSource
 __all__ = ["Guide", "StructuredGuide", "joined"]
 
 
-# Draws over which the slope and curvature of the likelihood are averaged.
-REFRESH_DRAWS = 32
+# Draws over which the slope and curvature of the likelihood are averaged; fewer of very many
+# clusters' effects, whose number makes up for it.
+REFRESH_DRAWS, FEWEST_REFRESH_DRAWS, MOST_REFRESH_VALUES = 32, 4, 2**23
 
 
 class Guide(nn.Module, ABC):
@@ -67,6 +69,14 @@ class Guide(nn.Module, ABC):
     @abstractmethod
     def center(self, rows: Rows) -> dict[str, Tensor]:
         """The latent sites at the guide's centre, without randomness."""
+
+    def clusterwise(self) -> Mapping[str, PseudoObservations]:
+        """By factor, what is kept of clusters and can be `narrowed`; by default nothing."""
+        return {}
+
+    def narrowed(self, sizes: Mapping[str, int]) -> Guide:
+        """The same guide, with room for only so many clusters of these factors."""
+        raise NotImplementedError(f"{type(self).__name__} keeps nothing of clusters apart")
 
     def settle(self) -> None:
         """From now on only the hyperparameters are trained; the rest follows by `refresh`."""
@@ -159,7 +169,9 @@ class StructuredGuide(Guide):
 
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
         if any(one.conjugate for one in self.pseudo):
-            observe(model, self.pseudo, self.draws(model.clusters(), REFRESH_DRAWS), source)
+            most = MOST_REFRESH_VALUES // max(one.base.numel() for one in self.pseudo)
+            n = min(REFRESH_DRAWS, max(FEWEST_REFRESH_DRAWS, most))
+            observe(model, self.pseudo, self.draws(model.clusters(), n), source)
 
     def settle(self) -> None:
         super().settle()
@@ -179,6 +191,19 @@ class StructuredGuide(Guide):
 
     def every_cluster(self) -> bool:
         return False
+
+    def clusterwise(self) -> Mapping[str, PseudoObservations]:
+        return {one.name: mine for one, mine in zip(self.factors, self.pseudo, strict=True)}
+
+    def narrowed(self, sizes: Mapping[str, int]) -> StructuredGuide:
+        small = copy.copy(self)
+        pseudo = [
+            mine.narrowed(factor, sizes[factor.name]) if factor.name in sizes else mine
+            for factor, mine in zip(self.factors, self.pseudo, strict=True)
+        ]
+        # All other parameters are this guide's own.
+        small._modules = {**self._modules, "_pseudo": nn.ModuleList(pseudo)}
+        return small
 
     def most_draws(self) -> int:
         return max(1, 100_000_000 // max([1, *(one.base.numel() for one in self.pseudo)]))

@@ -93,7 +93,7 @@ class Objective:
             # `forward`, as no handler of Pyro's need see the game: it is not in the density.
             game.forward(
                 predictor.activations,
-                rows.memberships[game.factor].index[rows.memberships[game.factor].position],
+                rows.memberships[game.factor].clusters(),
                 game.strength(progress).to(elbo),
             )
             for game in self.model.adversaries

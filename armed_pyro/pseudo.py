@@ -99,6 +99,11 @@ class PseudoObservations(nn.Module):
         precision = (self.base[index] * trained) ** 2
         return precision, precision * location
 
+    def narrowed(self, factor: Factor, clusters: int) -> PseudoObservations:
+        """Room for the pseudo-observations of so many clusters."""
+        fixed = 0 if self.cross is None else self.cross.shape[-1]
+        return PseudoObservations(factor, clusters, fixed, self.location)
+
     @torch.no_grad()
     def start(self, precision: Tensor, pull: Tensor, cross: Tensor | None) -> None:
         """Set A_k, A_k m_k and A_k G_k to these sums over rows."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from pyro import poutine
 from torch import Tensor
 
-__all__ = ["Membership", "RowSource", "Rows", "counted"]
+__all__ = ["Membership", "RowSource", "Rows", "Shuffle", "counted"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,19 @@ class Membership:
         Weight of each cluster's prior and entropy; None stands for 1.
     complete : bool
         Whether `index` holds every cluster of the factor, in order.
+    labels : Int[Tensor, "rows"] or None
+        Each row's cluster, where `index` numbers the clusters drawn in another way.
     """
 
     index: Int[Tensor, " clusters"]
     position: Int[Tensor, " rows"]
     weight: Float[Tensor, " clusters"] | None = None
     complete: bool = True
+    labels: Int[Tensor, " rows"] | None = None
+
+    def clusters(self) -> Int[Tensor, " rows"]:
+        """Each row's cluster."""
+        return self.index[self.position] if self.labels is None else self.labels
 
 
 @dataclass(frozen=True)
@@ -152,11 +160,11 @@ class RowSource:
             Largest number of clusters that are all drawn in every batch.
         """
         scale = len(self) / len(index)
-        limit = 4 * len(index) if dense_up_to is None else dense_up_to
+        sampled = self.sampled(len(index), dense_up_to)
         memberships = {}
         for factor, codes in self.codes.items():
             counts, rows = self.counts[factor], codes[index]
-            if len(counts) <= limit:
+            if factor not in sampled:
                 everyone = torch.arange(len(counts), device=codes.device)
                 memberships[factor] = Membership(everyone, rows)
             else:
@@ -178,22 +186,58 @@ class RowSource:
             else {name: one[index] for name, one in self.computed.items()},
         )
 
+    def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
+        """Factors of which a mini-batch of `size` rows draws its own clusters only."""
+        limit = 4 * size if dense_up_to is None else dense_up_to
+        return {factor for factor, counts in self.counts.items() if len(counts) > limit}
+
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
 
+        Cluster by cluster, in time and memory that do not depend on K.
         The clusters of other factors are all drawn, each with weight 1.
         """
-        codes, n = self.codes[factor], len(self.counts[factor])
-        place = torch.full((n,), -1, device=codes.device)
-        place[chosen] = torch.arange(len(chosen), device=codes.device)
-        index = (place[codes] >= 0).nonzero()[:, 0]
-        rows = self.batch(index, dense_up_to=len(self))
+        counts, n = self.counts[factor], len(self.counts[factor])
+        sizes, (order, starts) = counts[chosen], self._by_cluster[factor]
+        place = torch.arange(len(chosen), device=chosen.device).repeat_interleave(sizes)
+        within = torch.arange(len(place), device=place.device) - (sizes.cumsum(0) - sizes)[place]
+        rows = self.batch(order[starts[chosen][place] + within], dense_up_to=len(self))
         weight = self.x.new_full((len(chosen),), n / len(chosen))
-        own = Membership(chosen, place[codes[index]], weight, complete=False)
+        own = Membership(chosen, place, weight, complete=False)
         return replace(rows, memberships={**rows.memberships, factor: own}, scale=n / len(chosen))
+
+    @cached_property
+    def _by_cluster(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """For every factor, rows in the order of their clusters, and where each cluster starts."""
+        starts = {factor: counts.cumsum(0) - counts for factor, counts in self.counts.items()}
+        return {
+            factor: (codes.argsort(stable=True), starts[factor])
+            for factor, codes in self.codes.items()
+        }
 
     def chunks(self, size: int) -> Iterator[Rows]:
         """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""
         for start in range(0, len(self), size):
             index = torch.arange(start, min(start + size, len(self)), device=self.x.device)
             yield self.batch(index, dense_up_to=max(map(len, self.counts.values()), default=0))
+
+
+@dataclass
+class Shuffle:
+    """Numbers below n in random order, a few at a time; shuffled anew when they run out.
+
+    Attributes
+    ----------
+    order : Int[Tensor, "left"]
+        Those that are left of this pass.
+    """
+
+    order: Int[Tensor, " left"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def take(self, size: int, n: int) -> Int[Tensor, " size"]:
+        """The next `size` of n numbers."""
+        if len(self.order) < size:
+            # The few that are left over would make a batch of another size.
+            self.order = torch.randperm(n)
+        taken, self.order = self.order[:size], self.order[size:]
+        return taken

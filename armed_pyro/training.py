@@ -15,9 +15,7 @@ from armed_pyro.checkpoint import (
     Checkpoint,
     digest,
     module_tensors,
-    optimizer_tensors,
     restore_module,
-    restore_optimizer,
 )
 from armed_pyro.checks import MOVING
 from armed_pyro.compiled import CompileMode, Steps
@@ -27,8 +25,9 @@ from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.modulations import modulates
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
+from armed_pyro.optimizers import LazyAdam, Optimizers
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Rows, RowSource
+from armed_pyro.rows import Rows, RowSource, Shuffle
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 
 __all__ = ["DivergenceError", "Run"]
@@ -78,9 +77,7 @@ class Run:
     ) -> None:
         self.model, self.guide, self.data, self.source = model, guide, data, source
         self.validation, self.schedule, self.seed = validation, schedule, seed
-        self.objective = Objective(model, guide)
-        self.steps = Steps({"model": model, "guide": guide}, compile)
-        self.optimizer = self._new_optimizer()
+        self.compile: CompileMode = compile
         self.plateau = self._new_plateau()
         # The rows as a settled network sees them, from when on only the guide is trained.
         self.settled: RowSource | None = None
@@ -88,11 +85,12 @@ class Run:
         self.trains, self.held = trains_network(model), list[torch.nn.Parameter]()
         self.iterates: list[np.ndarray] = []
         self.history = History()
-        self.order = torch.empty(0, dtype=torch.long)
+        self.shuffle = Shuffle()
         self.best: dict[str, Tensor] = {}
         # Where to return to from divergence: a state, and the mean loss of the window after it.
         self.good, self.good_loss = self._state(), math.inf
         self.stopped = ""
+        self._prepare()
 
     @property
     def step(self) -> int:
@@ -123,9 +121,6 @@ class Run:
 
     def _step(self) -> Loss:
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
-        guided, trained = self.optimizer.param_groups
-        guided["lr"] = rate * guided["base"]
-        trained["lr"] = rate * trained["base"]
         try:
             loss = self._take()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -133,12 +128,8 @@ class Run:
             raise self._divergence(cause) from error
         if not torch.isfinite(loss.total):
             raise self._divergence(self._blame(loss))
-        for group in self.optimizer.param_groups:
-            # Apart, so that a strong adversary does not slow the guide down.
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.schedule.clip)
-            if not torch.isfinite(norm):
-                raise self._divergence("its gradient is not finite")
-        self.optimizer.step()
+        if not self.optimizers.step(rate):
+            raise self._divergence("its gradient is not finite")
         if self.settled is not None:
             self.iterates.append(self.guide.hyperparameters.shift.detach().cpu().numpy().copy())
         self.history.loss.append(float(loss.total.detach()))
@@ -153,30 +144,34 @@ class Run:
         remaining = self.schedule.steps - self.step
         if self.settled is None:
             progress = self.source.x.new_tensor(self.step / self.schedule.steps)
-            return self.steps(self.objective, self._next_batch(), progress, remaining=remaining)
-        particles = self.history.particles
-        bound = NestedBound(self.model, self.guide, particles)
-        most = LARGEST_STEP // (2 * particles)
-        n, nested = len(self.settled), self.guide.nested()
-        if n <= most or nested is None:
-            rows = self.settled.all() if n <= most else self._next_batch()
-        else:
-            clusters = len(self.settled.counts[nested.name])
-            share = max(1, clusters * most // (2 * n))
-            chosen = torch.randperm(clusters)[:share].to(self.settled.x.device)
-            rows = self.settled.whole_clusters(nested.name, chosen)
+            rows = self.lazy.read(self._next_batch())
+            return self.steps(self.objective, rows, progress, remaining=remaining)
+        rows = self._settled_rows(self.settled)
+        bound = NestedBound(self.model, self.lazy.guide, self.history.particles)
         wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
-        draws = max(1, min(wanted, most // max(1, len(rows))))
+        draws = max(1, min(wanted, self._most_rows() // max(1, len(rows))))
         return self.steps(bound, rows, draws, remaining=remaining)
+
+    def _most_rows(self) -> int:
+        """Rows in a step of the settled network."""
+        return LARGEST_STEP // (2 * self.history.particles)
+
+    def _settled_rows(self, settled: RowSource) -> Rows:
+        most, nested = self._most_rows(), self.guide.nested()
+        if len(settled) <= most:
+            return settled.all()
+        if nested is None:
+            return self.lazy.read(self._next_batch())
+        clusters = len(settled.counts[nested.name])
+        share = max(1, clusters * most // (2 * len(settled)))
+        chosen = self.shuffle.take(share, clusters)
+        return settled.whole_clusters(nested.name, chosen.to(settled.x.device))
 
     def _next_batch(self) -> Rows:
         size, n = self.schedule.batch(len(self.source)), len(self.source)
         if size == n:
             return self.source.all()
-        if len(self.order) < size:
-            # A fresh shuffle; the few rows left over would make a batch of another size.
-            self.order = torch.randperm(n)
-        index, self.order = self.order[:size], self.order[size:]
+        index = self.shuffle.take(size, n)
         dense = len(self.source) if self.guide.every_cluster() else None
         source = self.source if self.settled is None else self.settled
         return source.batch(index.to(self.source.x.device), dense_up_to=dense)
@@ -185,7 +180,7 @@ class Run:
         self.history.step.append(self.step)
         self.history.compiled.append(self.steps.compiled)
         self.history.seconds.append(self.steps.seconds)
-        self.history.rate.append(self.optimizer.param_groups[0]["lr"] / self.schedule.learning_rate)
+        self.history.rate.append(self.optimizers.factor)
         accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0).tolist()
         if self.settled is not None and self.history.adversary_accuracy:
             accuracy = self.history.adversary_accuracy[-1]  # the game is over
@@ -226,22 +221,20 @@ class Run:
         # A hundredth of a nat a window is beyond what any posterior summary can show.
         return Plateau(tolerance=0.01 / len(self.source), patience=self.schedule.patience)
 
-    def _new_optimizer(self) -> torch.optim.Adam:
-        rate, guided = self.schedule.learning_rate, list(self.guide.parameters())
-        return torch.optim.Adam(
-            [
-                # The noise of the gradient vanishes where the guide is exact: what is below a
-                # hundredth of a nat a unit is no reason to move, and must not be scaled up.
-                {"params": guided, "base": rate, "eps": 0.01 / len(self.source)},
-                {
-                    "params": list(self.model.parameters()),
-                    "base": self.schedule.net_learning_rate,
-                },
-            ],
-            lr=rate,
-            betas=(0.9, 0.99),
-            fused=True,
-        )
+    def _prepare(self) -> None:
+        """Objective, compiler and optimizers, of what is trained from now on."""
+        schedule, n = self.schedule, len(self.source)
+        # The noise of the gradient vanishes where the guide is exact: what is below a hundredth of
+        # a nat a unit is no reason to move, and must not be scaled up.
+        eps = 0.01 / n
+        # Settled, nothing is trained of clusters whose effects follow from the hyperparameters.
+        batches = self.settled is None or (self.guide.nested() is None and n > self._most_rows())
+        size = schedule.batch(n) if batches else n
+        self.lazy = LazyAdam.of(self.guide, self.source, size, eps)
+        guide = self.lazy.guide
+        self.objective = Objective(self.model, guide)
+        self.steps = Steps({"model": self.model, "guide": guide}, self.compile)
+        self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
 
     def _settle(self) -> None:
         """Hold the network, and bring the guide to the posterior given it."""
@@ -255,7 +248,8 @@ class Run:
             wanted = self.schedule.particles or particles_needed(self.model, self.guide, rows)
         self.history.particles = wanted
         self.history.settled = self.step
-        self.plateau, self.optimizer = self._new_plateau(), self._new_optimizer()
+        self.plateau = self._new_plateau()
+        self._prepare()
         self.good, self.good_loss = self._state(), math.inf
 
     def _hold_network(self) -> RowSource:
@@ -331,9 +325,9 @@ class Run:
 
     def save(self) -> Checkpoint:
         """Everything needed to go on as if nothing had happened."""
-        tensors = self._state() | optimizer_tensors(self.optimizer)
+        tensors = self._state() | self.optimizers.state()
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors["order"] = self.order
+        tensors["order"] = self.shuffle.order
         size = self.guide.hyperparameters.size
         tensors["iterates"] = torch.tensor(
             np.array(self.iterates).reshape(len(self.iterates), size)
@@ -363,13 +357,13 @@ class Run:
         self._return_to(tensors)
         if self.history.settled is not None:
             self._hold_network()
-            self.optimizer = self._new_optimizer()
+            self._prepare()
         self.good = self._state()
-        restore_optimizer(self.optimizer, tensors)
+        self.optimizers.restore(tensors)
         self.iterates = list(tensors["iterates"].numpy())
         start = "best."
         self.best = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
-        self.order = tensors["order"]
+        self.shuffle.order = tensors["order"]
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.source.x.device)

@@ -165,12 +165,18 @@ def test_a_graph_serves_other_values_and_no_other_shapes():
     steps = Steps({"model": model, "guide": guide}, "always")
     eager = Steps({"model": model, "guide": guide}, "never")
     objective, progress = Objective(model, guide), torch.tensor(1.0)
-    steps(objective, source.batch(torch.arange(10)), progress)
+    for _ in range(2):
+        steps(objective, source.batch(torch.arange(10)), progress)
     graph = steps._graph
+    assert graph is not None
     other = source.batch(torch.arange(40, 50))
     same(taken(steps, objective, other, progress), taken(eager, objective, other, progress))
     assert steps._graph is graph
     steps(objective, source.batch(torch.arange(12)), progress)
+    # Once is no reason to compile: the next may have another shape again.
+    assert not steps.compiled
+    steps(objective, source.batch(torch.arange(12)), progress)
+    assert steps.compiled
     assert steps._graph is not graph
 
 
@@ -235,6 +241,7 @@ def test_a_graph_that_gives_something_else_is_not_used(monkeypatch):
     monkeypatch.setattr(compiled, "_inductor", wrong)
     model, guide, source = program("bernoulli")
     steps = Steps({"model": model, "guide": guide}, "always")
+    steps(Objective(model, guide), source.all(), torch.tensor(1.0))
     with pytest.warns(UserWarning, match="the compiled loss is"):
         steps(Objective(model, guide), source.all(), torch.tensor(1.0))
     assert not steps.compiled

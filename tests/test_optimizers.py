@@ -1,0 +1,280 @@
+"""Optimizers: each cluster's own Adam, and steps whose cost does not grow with their number."""
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from torch import nn
+
+from armed_pyro import (
+    Adversary,
+    ClusteredData,
+    MixedEffects,
+    Schedule,
+    Slopes,
+    StructuredGuide,
+    fit,
+)
+from armed_pyro.compiled import Steps
+from armed_pyro.conditionals import Pushforward
+from armed_pyro.crossed import CrossedGuide
+from armed_pyro.objective import Objective
+from armed_pyro.optimizers import BETAS, LazyAdam, Optimizers
+from armed_pyro.skeletons import skeleton
+
+K, N = 60, 120
+pytestmark = pytest.mark.filterwarnings("ignore:there are fewer rows")
+RANDOM = {
+    "intercept": "(1 | site)",
+    "slopes": "(1 + x0 | site)",
+    "hidden": ["(1 | site)", Slopes("site", on="1")],
+    "wide": [Slopes("site", on="1")],
+}
+
+
+def bind(random="slopes", clusters=K, rows=2, seed=0, **settings):
+    rng = np.random.default_rng(seed)
+    site = rng.permutation(np.repeat(np.arange(clusters), rows))
+    x = rng.normal(size=(len(site), 2))
+    y = x[:, 0] + rng.normal(size=clusters)[site] + rng.normal(size=len(site))
+    data = ClusteredData.from_arrays(x, y, {"site": site, "batch": site % 3})
+    torch.manual_seed(0)
+    width = 20 if random == "wide" else 3
+    net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    model = MixedEffects(net, RANDOM.get(random, random), **settings).bind(data)
+    source = model.encode(data)
+    return data, model, source, StructuredGuide(model, source)
+
+
+@pytest.mark.parametrize("random", RANDOM)
+def test_with_every_cluster_in_every_batch_it_is_adam(random):
+    _, _, _, guide = bind(random)
+    whole = guide.clusterwise()["site"]
+    expected = {name: nn.Parameter(one.detach().clone()) for name, one in whole.named_parameters()}
+    adam = torch.optim.Adam(expected.values(), lr=0.03, betas=BETAS, eps=1e-4)
+    source = bind(random)[2]
+    lazy = LazyAdam(guide, {"site": K}, eps=1e-4)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        lazy.read(source.batch(torch.arange(N), dense_up_to=0))
+        for name, mine in lazy.guide.clusterwise()["site"].named_parameters():
+            torch.testing.assert_close(mine.detach(), expected[name].detach())
+            mine.grad = torch.randn(mine.shape, generator=generator, dtype=mine.dtype)
+            expected[name].grad = mine.grad.clone()
+        lazy.step(0.03)
+        adam.step()
+    for name, one in whole.named_parameters():
+        torch.testing.assert_close(one, expected[name])
+
+
+def test_each_cluster_sees_the_adam_of_its_own_gradients():
+    _, _, source, guide = bind("slopes")
+    whole = guide.clusterwise()["site"]
+    before = {name: one.detach().clone() for name, one in whole.named_parameters()}
+    lazy = LazyAdam(guide, {"site": 10}, eps=1e-4)
+    alone, codes = {}, source.codes["site"]
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(30):
+        index = torch.randperm(N, generator=generator)[:10]
+        lazy.read(source.batch(index, dense_up_to=0))
+        present = codes[index].unique().tolist()
+        for name, mine in lazy.guide.clusterwise()["site"].named_parameters():
+            mine.grad = torch.randn(mine.shape, generator=generator, dtype=mine.dtype)
+            for place, cluster in enumerate(present):
+                key = (name, cluster)
+                if key not in alone:
+                    one = nn.Parameter(before[name][cluster].clone())
+                    alone[key] = one, torch.optim.Adam([one], lr=0.03, betas=BETAS, eps=1e-4)
+                alone[key][0].grad = mine.grad[place].clone()
+                alone[key][1].step()
+        lazy.step(0.03)
+    seen = {cluster for _, cluster in alone}
+    assert 0 < len(seen) <= K
+    for name, one in whole.named_parameters():
+        for cluster in range(K):
+            expected = alone[name, cluster][0] if cluster in seen else before[name][cluster]
+            torch.testing.assert_close(one[cluster].detach(), expected.detach())
+
+
+@pytest.mark.parametrize("random", RANDOM)
+def test_loss_and_gradients_are_those_of_the_whole_guide(random, monkeypatch):
+    game = Adversary("batch", taps=["1"], weight=2.0)
+    sites = Adversary("site", taps=["1"], weight=0.5)
+    _, model, source, guide = bind(random, adversary=[game, sites], fixed_weight=0.5)
+    with torch.no_grad():
+        for one in guide.parameters():
+            one.add_(0.3 * torch.randn_like(one))
+    lazy = LazyAdam.of(guide, source, 12, 1e-4)
+    rows = source.batch(
+        source.codes["site"].argsort()[[3, 8, 5, 20, 21, 40, 41, 60, 77, 76, 99, 2]]
+    )
+    present = rows.memberships["site"].index
+    mine = lazy.read(rows)
+    assert len(present) < len(mine.memberships["site"].index) == 12
+
+    def rsample(self, sample_shape=()):
+        noise = torch.randn(12, 64, generator=torch.Generator().manual_seed(4)).double()
+        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
+        rows = shape[-2] if len(shape) > 1 else 1
+        return self.push(noise[:rows, : shape[-1]].reshape(shape))
+
+    monkeypatch.setattr(Pushforward, "rsample", rsample)
+
+    def gradients(module):
+        return {
+            name: one.grad.clone()
+            for name, one in module.named_parameters()
+            if one.grad is not None
+        }
+
+    found = []
+    with pyro.validation_enabled(False):
+        for one, which in ((guide, rows), (lazy.guide, mine)):
+            model.zero_grad()
+            one.zero_grad()
+            loss = Objective(model, one)(which)
+            loss.total.backward()
+            found.append((loss, gradients(model), gradients(one.hyperparameters)))
+    for name in ("total", "elbo", "fixed", "game", "accuracy"):
+        torch.testing.assert_close(getattr(found[1][0], name), getattr(found[0][0], name))
+    for mine_all, expected_all in zip(found[1][1:], found[0][1:], strict=True):
+        assert mine_all.keys() == expected_all.keys()
+        for name, value in mine_all.items():
+            torch.testing.assert_close(value, expected_all[name])
+    expected = gradients(guide.clusterwise()["site"])
+    for name, value in gradients(lazy.guide.clusterwise()["site"]).items():
+        torch.testing.assert_close(value[: len(present)], expected[name][present])
+        assert not value[len(present) :].any()
+
+
+def test_batches_look_the_same_however_many_of_their_clusters_are_different():
+    source, guide = bind("slopes")[2:]
+    lazy = LazyAdam.of(guide, source, 12, 1e-4)
+    kinds = set()
+    for index in (torch.arange(12), source.codes["site"].argsort()[:12]):
+        rows = source.batch(index)
+        tensors = []
+        kinds.add(repr(skeleton(lazy.read(rows), tensors)))
+    assert len(kinds) == 1
+
+
+def test_small_parameters_stay_where_they_are():
+    """A compiled step reads and writes memory that never moves."""
+    _, model, source, guide = bind("slopes")
+    lazy = LazyAdam.of(guide, source, 12, 1e-4)
+    optimizers = Optimizers(model, lazy, Schedule(), 1e-4)
+    steps = Steps({"model": model, "guide": lazy.guide}, "never")
+    where = [one.data_ptr() for one in lazy.guide.parameters()]
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            steps(Objective(model, lazy.guide), lazy.read(source.batch(torch.randperm(N)[:12])))
+            assert optimizers.step(1.0)
+    assert [one.data_ptr() for one in lazy.guide.parameters()] == where
+
+
+def test_factors_with_few_clusters_are_left_as_they_are():
+    _, _, source, guide = bind("(1 + x0 | site) + (1 | batch)")
+    lazy = LazyAdam.of(guide, source, 12, 1e-4)
+    whole, small = guide.clusterwise(), lazy.guide.clusterwise()
+    assert small["batch"] is whole["batch"]
+    assert len(small["site"].location) == 12
+    assert lazy.guide.hyperparameters is guide.hyperparameters
+    assert LazyAdam.of(guide, source, 30, 1e-4).guide is guide
+
+
+def test_guides_that_know_all_effects_jointly_are_left_as_they_are():
+    _, model, source, _ = bind("(1 + x0 | site) + (1 | batch)")
+    guide = CrossedGuide(model, source)
+    lazy = LazyAdam.of(guide, source, 12, 1e-4)
+    assert lazy.guide is guide
+    assert not lazy.parameters
+    rows = source.batch(torch.arange(12), dense_up_to=N)
+    assert lazy.read(rows).memberships == rows.memberships
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    _, model, source, guide = bind("slopes")
+    lazy = LazyAdam.of(guide, source, 12, 1e-4)
+    optimizers = Optimizers(model, lazy, Schedule(), 1e-4)
+    lazy.read(source.batch(torch.arange(12)))
+    before = [one.detach().clone() for one in guide.parameters()]
+    for one in lazy.guide.parameters():
+        one.grad = torch.full_like(one, torch.nan)
+    assert not optimizers.step(1.0)
+    for one, expected in zip(guide.parameters(), before, strict=True):
+        assert torch.equal(one, expected)
+
+
+def many(seed=0):
+    """More clusters than four times the batch."""
+    rng = np.random.default_rng(seed)
+    site = np.repeat(np.arange(400), 5)
+    x = rng.normal(size=(2000, 1))
+    y = np.sin(2 * x[:, 0]) + rng.normal(0, 0.8, 400)[site] + rng.normal(0, 0.5, 2000)
+    return ClusteredData.from_arrays(x, y, {"site": site})
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+
+
+def test_lazily_trained_clusters_give_the_same_fit():
+    """Beside a fit that draws every cluster in every step: the guide ends at the same posterior."""
+    data = many()
+    tables = []
+    for size in (64, 512):
+        schedule = Schedule(batch_size=size, steps=800, net_learning_rate=0.02)
+        model = MixedEffects(network(), "(1 | site)")
+        table = fit(model, data, schedule=schedule, seed=1, progress=False).variance_components()
+        tables.append(table[(table["factor"] == "site") & (table["statistic"] == "sd")].iloc[0])
+    lazy, dense = tables
+    assert abs(lazy["median"] - dense["median"]) < 0.5 * dense["sd"]
+    assert abs(lazy["median"] - 0.8) < 3 * lazy["sd"]
+    assert lazy["sd"] == pytest.approx(dense["sd"], rel=0.2)
+
+
+def test_a_run_with_lazy_clusters_goes_on_from_its_checkpoint(tmp_path):
+    data, path = many(), tmp_path / "run.ckpt"
+    schedule = Schedule(batch_size=32, steps=12, window=4, stages=0)
+
+    def run(**options):
+        model = MixedEffects(network(), "(1 | site)")
+        return fit(model, data, schedule=schedule, progress=False, refine=False, **options)
+
+    class KilledError(Exception):
+        pass
+
+    whole = run()
+    with pytest.MonkeyPatch.context() as patch:
+        from armed_pyro.training import Run
+
+        original = Run._close_window
+
+        def closing(self, losses):
+            original(self, losses)
+            if self.step > 4:
+                raise KilledError
+
+        patch.setattr(Run, "_close_window", closing)
+        with pytest.raises(KilledError):
+            run(checkpoint=path)
+    resumed = run(checkpoint=path, resume=True)
+    for one, other in zip(
+        whole.guide.state_dict().values(), resumed.guide.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_state_is_that_of_every_factor_read_in_batches():
+    _, _, source, guide = bind("slopes")
+    lazy = LazyAdam.of(guide, source, 12, 1e-4)
+    lazy.read(source.batch(torch.arange(12)))
+    for one in lazy.parameters:
+        one.grad = torch.ones_like(one)
+    lazy.step(0.1)
+    other = LazyAdam.of(guide, source, 12, 1e-4)
+    other.restore({name: one.clone() for name, one in lazy.state().items()})
+    assert float(lazy.state()["lazy.site.steps"].sum()) == len(source.codes["site"][:12].unique())
+    for one, expected in zip(other.state().values(), lazy.state().values(), strict=True):
+        assert torch.equal(one, expected)
