@@ -260,6 +260,8 @@ class CrossedGuide(Guide):
             for position, one, pull, push in zip(positions, z, pulls, pushes, strict=True):
                 pull.index_add_(0, position, (one * response[:, None, :]).sum(-1))
                 push.index_add_(0, position, (one * residual[:, None, :]).sum(-1))
+        within, squares = source.total(within), {k: source.total(v) for k, v in squares.items()}
+        pulls, pushes, slopes = ([source.total(one) for one in s] for s in (pulls, pushes, slopes))
         if model.family.dispersion_name != "residual_sd":
             # Of all clusters together: parts of a joint step would not lead in its direction.
             own = [within, *(squares[a, a][:: k + 1] for a, (k, _) in enumerate(counts) if a)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -121,6 +121,8 @@ class RowSource:
         Cluster of each row, for every grouping factor.
     counts : mapping of str to Int[Tensor, "clusters"]
         Rows in each cluster.
+    reduce : callable, optional
+        Where other processes hold the rest of the rows: turns sums over these into sums over all.
     """
 
     x: Tensor
@@ -131,9 +133,14 @@ class RowSource:
     offset: Float[Tensor, " rows"] | None = None
     weights: Float[Tensor, " rows"] | None = None
     computed: Mapping[str, Tensor] | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def total(self, part: Tensor) -> Tensor:
+        """A sum over these rows, or the one over all rows where other processes hold the rest."""
+        return part if self.reduce is None else self.reduce(part)
 
     def all(self) -> Rows:
         """Every row and every cluster, each with weight 1."""

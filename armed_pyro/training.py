@@ -20,6 +20,7 @@ from armed_pyro.checkpoint import (
 from armed_pyro.checks import MOVING
 from armed_pyro.compiled import CompileMode, Steps
 from armed_pyro.data import ClusteredData
+from armed_pyro.divergence import DivergenceError
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
@@ -29,6 +30,7 @@ from armed_pyro.optimizers import LazyAdam, Optimizers
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource, Shuffle
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
+from armed_pyro.shares import Share
 
 __all__ = ["DivergenceError", "Run"]
 
@@ -37,28 +39,6 @@ __all__ = ["DivergenceError", "Run"]
 SETTLING_DRAWS = 8
 # Fewer where there are effects inside the network, which then runs once a draw.
 DRAWS_OF_FILTERS = 2
-
-
-class DivergenceError(RuntimeError):
-    """The loss or its gradient is no longer finite, or has run away.
-
-    Attributes
-    ----------
-    fit : Fit
-        The fit at the start of the window of steps with the lowest mean loss.
-
-    Examples
-    --------
-    >>> def fitted_or_last_good_state(model, data):
-    ...     try:
-    ...         return fit(model, data)
-    ...     except DivergenceError as error:
-    ...         return error.fit
-    """
-
-    def __init__(self, message: str, fit: Fit) -> None:
-        super().__init__(message)
-        self.fit = fit
 
 
 class Run:
@@ -70,12 +50,14 @@ class Run:
         guide: Guide,
         data: ClusteredData,
         source: RowSource,
+        share: Share,
         validation: Rows | None,
         schedule: Schedule,
         seed: int,
         compile: CompileMode = "auto",  # noqa: A002
     ) -> None:
         self.model, self.guide, self.data, self.source = model, guide, data, source
+        self.share = share
         self.validation, self.schedule, self.seed = validation, schedule, seed
         self.compile: CompileMode = compile
         self.plateau = self._new_plateau()
@@ -104,6 +86,8 @@ class Run:
         while not self.stopped:
             settled = self.settled is not None
             self.model.train(not settled)
+            if not settled:
+                self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
             window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
@@ -113,7 +97,7 @@ class Run:
             if mean < self.good_loss:
                 self.good, self.good_loss = before, mean
             report(self.step, self._status())
-            if path is not None:
+            if path is not None and self.share.processes.first:
                 self.save().write(path)
         if self.best:
             self._return_to(self.best)
@@ -144,8 +128,8 @@ class Run:
         remaining = self.schedule.steps - self.step
         if self.settled is None:
             progress = self.source.x.new_tensor(self.step / self.schedule.steps)
-            rows = self.lazy.read(self._next_batch())
-            return self.steps(self.objective, rows, progress, remaining=remaining)
+            rows = self.lazy.read(self.share.weigh(self._next_batch()))
+            return self.share.mean(self.steps(self.objective, rows, progress, remaining=remaining))
         rows = self._settled_rows(self.settled)
         bound = NestedBound(self.model, self.lazy.guide, self.history.particles)
         wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
@@ -168,13 +152,20 @@ class Run:
         return settled.whole_clusters(nested.name, chosen.to(settled.x.device))
 
     def _next_batch(self) -> Rows:
+        source = self.share.rows if self.settled is None else self.settled
         size, n = self.schedule.batch(len(self.source)), len(self.source)
         if size == n:
-            return self.source.all()
-        index = self.shuffle.take(size, n)
-        dense = len(self.source) if self.guide.every_cluster() else None
-        source = self.source if self.settled is None else self.settled
-        return source.batch(index.to(self.source.x.device), dense_up_to=dense)
+            return source.all()
+        own = self.share.batch(size) if self.settled is None else size
+        index = self.shuffle.take(own, len(source))
+        # As many as `_prepare` makes room for.
+        dense = n if self.guide.every_cluster() else 4 * self._drawn(size)
+        return source.batch(index.to(source.x.device), dense_up_to=dense)
+
+    def _drawn(self, size: int) -> int:
+        """Rows in a batch of that size, of all processes together."""
+        shared = len(self.share.places) if self.settled is None else 1
+        return shared * self.share.batch(size) if shared > 1 else size
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
@@ -185,6 +176,8 @@ class Run:
         if self.settled is not None and self.history.adversary_accuracy:
             accuracy = self.history.adversary_accuracy[-1]  # the game is over
         self.history.adversary_accuracy.append(accuracy)
+        if self.settled is None:
+            self.share.average_buffers(self.model.network)
         if self.validation is not None:
             self.history.validation.append(self._validate(self.validation))
         if self.settled is not None:
@@ -207,7 +200,8 @@ class Run:
                 self._return_to(self.best)
         if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
             # Later, at falling rates, the guide is left to settle.
-            self.guide.refresh(self.model, self.settled or self.source)
+            with self.share.processes.common_numbers(self.seed, self.step):
+                self.guide.refresh(self.model, self.settled or self.share.rows)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
             if self.settled is None:
                 self._settle()
@@ -230,10 +224,12 @@ class Run:
         # Settled, nothing is trained of clusters whose effects follow from the hyperparameters.
         batches = self.settled is None or (self.guide.nested() is None and n > self._most_rows())
         size = schedule.batch(n) if batches else n
-        self.lazy = LazyAdam.of(self.guide, self.source, size, eps)
+        self.lazy = LazyAdam.of(self.guide, self.source, self._drawn(size), eps)
         guide = self.lazy.guide
-        self.objective = Objective(self.model, guide)
-        self.steps = Steps({"model": self.model, "guide": guide}, self.compile)
+        objective, shared = Objective(self.model, guide), self.share.several and not self.settled
+        self.objective = self.share.averaged(objective) if shared else objective
+        mode: CompileMode = "never" if shared else self.compile
+        self.steps = Steps({"model": self.model, "guide": guide}, mode)
         self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
 
     def _settle(self) -> None:
@@ -241,6 +237,7 @@ class Run:
         if self.best:
             self._return_to(self.best)
         self.best = {}
+        self.share.settle(self.seed, self.step)
         rows = self._hold_network()
         start_at_mode(self.model, self.guide, rows)
         wanted = 1
@@ -259,7 +256,7 @@ class Run:
         self.held = [one for one in self.model.parameters() if one.requires_grad]
         self.model.requires_grad_(False)
         self.guide.settle()
-        self.settled = self.model.compute(self.source)
+        self.settled = self.share.compute(self.model, self.source)
         return self.settled
 
     def _release(self) -> None:
@@ -274,9 +271,11 @@ class Run:
             latents = self.guide.center(self.model.clusters())
             counts = {name: len(one.index) for name, one in rows.memberships.items()}
             latents = self.model.extend(latents, counts, population=True)
-            log_prob = self.model.log_likelihood(rows, latents).mean()
+            mean = self.share.mean_over_rows(
+                lambda some: self.model.log_likelihood(some, latents), rows
+            )
         self.model.train()
-        return -float(log_prob)
+        return -mean
 
     def _divergence(self, cause: str) -> DivergenceError:
         """The error to raise, after going back to the last good state."""
@@ -384,6 +383,7 @@ class Run:
             "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
+            "processes": len(self.share.places),
         }
 
     def result(self) -> Fit:
