@@ -143,12 +143,12 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Say so where a step fails because another process has ended."""
+        """Raise ConnectionError where a step fails because another process has ended."""
         try:
             yield
         except RuntimeError as error:
             if self.several and _is_lost(error):
-                raise RuntimeError(
+                raise ConnectionError(
                     f"process {self.rank} of {self.size} lost another process of this run, which "
                     "has ended early: what that one printed says why"
                 ) from error
