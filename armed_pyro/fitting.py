@@ -187,10 +187,11 @@ def fit_bound(
         held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
     path = None if checkpoint is None else Path(checkpoint)
     resume = resume and path is not None and path.exists()
-    if processes.several:
-        processes.check_same([digest(rows.all(), bound.data_facts()), schedule, seed], OTHER_RUN)
-        processes.check_same(resume, OTHER_FILE)
     with pyro.validation_enabled(False), processes.together():
+        if processes.several:
+            given = [digest(rows.all(), bound.data_facts()), schedule, seed]
+            processes.check_same(given, OTHER_RUN)
+            processes.check_same(resume, OTHER_FILE)
         target = bound.reference().device
         processes.same(bound)
         share = Share.of(processes, bound, rows)
