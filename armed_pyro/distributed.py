@@ -134,9 +134,6 @@ class Processes:
     @contextmanager
     def common_numbers(self, *seed: int) -> Iterator[None]:
         """Random numbers inside are the same in every process."""
-        if not self.several:
-            yield
-            return
         with torch.random.fork_rng():
             torch.manual_seed(mixed(*seed))
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -150,6 +151,10 @@ class Share:
             return shuffle
         torch.manual_seed(mixed(*seed, 1 + self.processes.rank))
         return Shuffle()
+
+    def common_numbers(self, *seed: int) -> AbstractContextManager[None]:
+        """Random numbers inside are the same in every process."""
+        return self.processes.common_numbers(*seed) if self.several else nullcontext()
 
     def settle(self, *seed: int) -> None:
         """From here on the processes have the same random numbers."""

@@ -200,7 +200,7 @@ class Run:
                 self._return_to(self.best)
         if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
             # Later, at falling rates, the guide is left to settle.
-            with self.share.processes.common_numbers(self.seed, self.step):
+            with self.share.common_numbers(self.seed, self.step):
                 self.guide.refresh(self.model, self.settled or self.share.rows)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
             if self.settled is None:

@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
@@ -320,7 +322,7 @@ def test_gradients_are_those_of_one_process(both):
 def test_gradients_of_batches_of_some_clusters_average_to_the_full_one(both):
     for found in (one["gradients"] for one in both):
         for name, one in found.items():
-            assert one["mean"] < 1e-8 < 1e-3 < one["one"], name
+            assert one["mean"] < 1e-6 < 1e-3 < one["one"], name  # single precision weights
 
 
 def test_both_processes_have_the_same_fit(both):
@@ -350,7 +352,7 @@ def test_two_processes_fit_what_one_does(both, tmp_path):
 def test_a_linear_program_is_fitted_as_by_one_process(both):
     two, one = both[0]["linear"], linear("never")
     assert abs(two["sd"][0] - one["sd"][0]) < 0.1 * one["sd"][1]
-    np.testing.assert_allclose(two["mean"], one["mean"], atol=0.1)  # of 200 draws
+    np.testing.assert_allclose(two["mean"], one["mean"], atol=1e-4)
 
 
 def test_divergence_in_one_process_ends_both_with_one_message(both):
@@ -367,12 +369,57 @@ def test_processes_with_different_data_or_files_are_refused(both):
         assert "must be one of auto, never" in result["few"]
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_both_with_a_message():
     (first, _, lost), (second, _, own) = outcomes(start("broken"), seconds=120)
     assert first != 0
     assert second != 0
     assert "ValueError: this layer is broken" in own
     assert "ConnectionError: process 0 of 2 lost another process of this run" in lost
+
+
+def train(path):
+    """A longer fit with a checkpoint, which it goes on from."""
+    data, schedule = clustered(clusters=30, size=40), replace(QUICK, window=10, patience=60)
+    options = {"schedule": schedule, "checkpoint": path, "resume": True, "refine": False}
+    result = fit(adversarial(), data, validation=data, progress=False, **options)
+    return summary(result, data)
+
+
+@pytest.mark.slow
+def test_killed_processes_go_on_to_the_same_parameters(tmp_path):
+    whole = results("train", tmp_path / "whole")
+    path, started = tmp_path / "cut", start("train", tmp_path / "cut")
+    deadline = time.monotonic() + 200
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for one in started:
+        one.kill()
+    outcomes(started)
+    assert 0 < len(Checkpoint.read(path).record["history"]["loss"]) < whole[0]["settled"]
+    assert results("train", path) == whole
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun_writes_one_fit(tmp_path):
+    data, table = clustered(size=20), tmp_path / "rows.csv"
+    frame = pd.DataFrame(data.features.numpy(), columns=["a", "b"])
+    site = [data.groupings["site"].levels[code] for code in data.groupings["site"].codes]
+    frame.assign(y=data.outcome.numpy().astype(int), site=site).to_csv(table, index=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "armed_pyro.cli", "fit", str(table)]
+    command += ["--outcome", "y", "--random", "(1 | site)", "--family", "bernoulli"]
+    command += ["--net", "dense", "--hidden", "4", "--steps", "300", "--draws", "50"]
+    command += ["--adversary", "site", "--validate-rows", "0.2", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Next: armed-pyro report") == 1
+    names = {one.name for one in (tmp_path / "run").iterdir()}
+    assert {"manifest.json", "model.safetensors", "evaluation.csv"} <= names
+    assert "checkpoint.safetensors" not in names
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert again.returncode != 0
+    assert "holds a fit: choose another folder" in again.stderr
 
 
 # -------------------------------------------------------------------------------- without processes
