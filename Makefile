@@ -16,7 +16,7 @@ THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow lint format clean
+.PHONY: help venv demo test slow bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ slow: $(STAMP)  ## run the slow tests and the accuracy analysis (hours), then AN
 	$(THREADS) $(BIN)/python -m pytest -m slow -n $(WORKERS) || [ $$? -eq 5 ]  # 5: no slow tests
 	$(THREADS) $(BIN)/python -m armed_pyro.analysis.accuracy --workers $(WORKERS) $(if $(DATA),--data $(DATA))
 	@set -e; for name in $(ANALYSES); do echo "analysis/$$name.py"; $(BIN)/python -m armed_pyro.analysis.$$name; done
+
+bench: $(STAMP)  ## time steps, fits, growth and memory, a short form (DATA=FOLDER: real data sets)
+	$(BIN)/python -m armed_pyro.analysis.benchmark --short $(if $(DATA),--data $(DATA))
 
 lint: $(STAMP)  ## check style, imports, formatting and types
 	$(BIN)/ruff check $(CODE)

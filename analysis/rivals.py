@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, Fit, MixedEffects, Schedule, Slopes, fit
+from armed_pyro.boundaries import plane
 
 __all__ = ["RIVALS", "Rival", "Score", "Setting", "outcomes", "surface", "train_and_score"]
 
@@ -155,14 +156,8 @@ def surface(
 ) -> Float[np.ndarray, "clusters size size"]:
     """Probability of class 1 on a square grid over (x1, x2) from -extent to extent, by cluster."""
     axis = np.linspace(-extent, extent, size)
-    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
-    rows = ClusteredData.from_arrays(
-        np.tile(grid, (len(levels), 1)),
-        None,
-        {"site": np.repeat(levels.to_numpy(), len(grid))},
-        feature_names=["x1", "x2"],
-        outcome_name="label",
-    )
+    axes = {"x1": axis, "x2": axis}
+    rows = plane(axes, dict.fromkeys(axes, 0.0), {"site": levels.to_numpy()})
     rows = _with_clusters(rows, levels) if rival.cluster_input else rows
     return result.predict(rows, draws=DRAWS).mean.reshape(len(levels), size, size)
 
@@ -181,11 +176,9 @@ def _accuracy(result: Fit, rival: Rival, test: ClusteredData, levels: pd.Index) 
 
 
 def _feature_use(result: Fit, names: tuple[str, ...]) -> dict[str, float]:
-    facts, like = result.model.data_facts(), result.model.reference()
-    x = facts.standardise(result.data.features).mean(0, keepdim=True).to(like).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(result.model.net(x).sum(), x)
-    # Cluster columns come after the features' and are left out.
-    return dict(zip(names, gradient[0].abs().tolist(), strict=False))
+    use = result.attribution(draws=2).posterior["importance"]
+    # Columns of the cluster are left out.
+    return {name: float(use.sel(feature=name)) for name in names}
 
 
 def _with_clusters(data: ClusteredData, levels: pd.Index) -> ClusteredData:

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from armed_pyro import ClusteredData, Schedule
 from armed_pyro.analysis.rivals import RIVALS, Rival, Setting, outcomes, surface, train_and_score
+from armed_pyro.boundaries import draw_panel
 from armed_pyro.simulate import SpiralsTruth, spirals
 
 __all__ = ["Plan", "Task", "main"]
@@ -193,18 +194,9 @@ def draw(surfaces: Mapping[str, np.ndarray], plan: Plan, setting: Setting) -> Fi
             chance = surfaces[name][cluster]
             inside = test.grouping("site").labels() == cluster
             x, label = test.features[inside].numpy(), outcomes(test)[inside]
-            square = (-extent, extent, -extent, extent)
-            image = axis.imshow(
-                chance, extent=square, origin="lower", cmap="RdBu_r", vmin=0, vmax=1, alpha=0.55
-            )
             line = np.linspace(-extent, extent, SURFACE)
-            axis.contour(line, line, chance, levels=[0.5], colors="black", linewidths=1.2)
-            for code, colour in enumerate(["#2166ac", "#b2182b"]):
-                points = x[label == code]
-                axis.scatter(*points.T, s=7, color=colour, edgecolors="white", linewidths=0.25)
+            image = draw_panel(axis, chance, (line, line), (x, label))
             axis.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal")
-            axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
-            axis.tick_params(length=0, labelsize=8)
         row[0].set_ylabel(name, fontsize=11)
     for axis, cluster in zip(axes[0], shown, strict=True):
         axis.set_title(f"cluster {cluster}, radius {truth.radius[cluster]:.2f}", fontsize=10)

@@ -16,7 +16,7 @@ from armed_pyro.arvizstats import pareto_smooth
 from armed_pyro.conditioning import condition
 from armed_pyro.data import ClusteredData
 from armed_pyro.labels import Grouping, as_seen, listing
-from armed_pyro.predicted import Prediction
+from armed_pyro.predicted import Prediction, Rebuilt
 from armed_pyro.prediction import encoded, new_effects, predict_chunks
 from armed_pyro.unseen import EffectSource, Marginal, new_clusters
 
@@ -99,6 +99,7 @@ class Adapted:
             unseen=np.concatenate([part.unseen for part in parts]),
             row_labels=rows.row_labels,
             new=new_effects(self.fit.model, source, rows),
+            others=Rebuilt.joined(parts),
         )
 
     def source(self) -> EffectSource:

@@ -11,7 +11,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro.datatree import arviz_api, latent_dataset, to_datatree
+from armed_pyro.datatree import arviz_api, latent_dataset, log_likelihood, to_datatree
 from armed_pyro.importance import log_prior
 
 if TYPE_CHECKING:
@@ -71,10 +71,12 @@ def leave_one_out(fit: Fit) -> dict[str, float]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of rows with a high k-hat, which are counted below
-        tree = to_datatree(fit, groups=["posterior", "log_likelihood"])
+        tree = to_datatree(fit, groups=["posterior"])
         if "posterior" not in tree:
             return {}
-        tree["log_likelihood"] = xr.DataTree(tree["log_likelihood"].dataset.map(_tilted))
+        # Of the family's outcome: a row's features are no outcome to be left out.
+        own = log_likelihood(fit, tree["posterior"].sizes["draw"], fit.seed, others=False)
+        tree["log_likelihood"] = xr.DataTree(own.map(_tilted))
         n = len(fit.data)
         if n <= MOST_LEFT_OUT:
             found, error = arviz_api().loo(tree, pointwise=True), 0.0
@@ -90,9 +92,9 @@ def leave_one_out(fit: Fit) -> dict[str, float]:
     }
 
 
-def _tilted(log_likelihood: xr.DataArray) -> xr.DataArray:
+def _tilted(values: xr.DataArray) -> xr.DataArray:
     """Rows whose draws are all the same, or few again and again, get a tail that can be fitted."""
-    values = log_likelihood.astype(float)
+    values = values.astype(float)
     return values + xr.DataArray(np.linspace(0, 1e-6, values.sizes["draw"]), dims="draw")
 
 
@@ -115,6 +117,8 @@ def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, floa
     if not posterior.data_vars:
         return {}
     values = log_prior(fit.model, latents).double().cpu().numpy()[None]
+    if np.ptp(values) == 0:  # every sd is known: there is no prior to scale
+        return {}
     prior = xr.Dataset({"prior": (("chain", "draw"), values)})
     tree = xr.DataTree.from_dict({"posterior": posterior, "log_prior": prior})
     with warnings.catch_warnings():

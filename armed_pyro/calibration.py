@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from armed_pyro import uniformity
 from armed_pyro.data import ClusteredData
+from armed_pyro.extras import extra
 from armed_pyro.program import MixedEffects
 from armed_pyro.recovery import Recovered, Recovery, check_outcomes, held, one_thread
 from armed_pyro.report import ACCENT, FAINT, INK
@@ -147,13 +148,7 @@ class SimulationCalibration:
         ImportError
             If matplotlib is not installed.
         """
-        try:
-            import matplotlib as mpl
-        except ImportError as error:
-            raise ImportError(
-                "plotting needs matplotlib, which is not installed: "
-                "pip install 'armed_pyro[analysis]'"
-            ) from error
+        mpl = extra("matplotlib", "plotting")
         from matplotlib.figure import Figure
 
         table = self.table(prob=prob)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -17,8 +19,14 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from armed_pyro.labels import unknown
-from armed_pyro.prediction import BLOCK_VALUES, predict_chunks
-from armed_pyro.variance import original_covariance, original_dispersion, original_fixed_effects
+from armed_pyro.outcomes import log_likelihoods
+from armed_pyro.prediction import BLOCK_VALUES, predict_chunks, width
+from armed_pyro.variance import (
+    original_covariance,
+    original_dispersion,
+    original_fixed_effects,
+    original_sd,
+)
 
 if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
@@ -30,6 +38,7 @@ __all__ = [
     "arviz_api",
     "label_values",
     "latent_dataset",
+    "log_likelihood",
     "to_datatree",
     "variable_name",
 ]
@@ -40,6 +49,8 @@ Variables = dict[str, tuple[tuple[str, ...], Any]]
 # Dimensions of the schema and variables of constant_data: nothing else may be called so.
 RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights")
 ATTRIBUTES = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
+# Bytes beyond which draws of another outcome, a whole image each, are left out.
+LARGEST_OTHER = 200e6
 
 
 def arviz_api() -> ModuleType:
@@ -79,10 +90,10 @@ def to_datatree(
 
         - posterior: ``<factor>_effect`` (factor, term), ``<factor>_sd`` (term), ``<factor>_cor``
           (term, term_bis; where terms are correlated; zero where they are independent),
-          ``residual_sd`` or ``shape``, ``fixed_effect`` (fixed_term). Absent if nothing is
-          latent.
-        - posterior_predictive, log_likelihood: the outcome of the training rows, under its own
-          name, given the same draws. A row's log-likelihood includes its weight.
+          ``residual_sd`` or ``shape``, ``<other outcome>_sd``, ``fixed_effect`` (fixed_term).
+          Absent if nothing is latent.
+        - posterior_predictive, log_likelihood: every outcome of the training rows, under its own
+          name, given the same draws. Log-likelihoods include weights, of rows and outcomes.
         - prior, prior_predictive: the program without its data; weights of a network that are
           not latent keep their trained values.
         - observed_data, constant_data: outcome; features, clusters, trials, offset and weights.
@@ -156,28 +167,56 @@ def label_values(labels: pd.Index) -> Shaped[np.ndarray, " labels"]:
 
 
 def _posterior_predictive(fit: Fit, draws: int, seed: int) -> xr.Dataset:
-    chunks = predict_chunks(fit, fit.data, draws=draws, seed=seed)
-    return _by_row(fit, draws, (chunk.outcome for chunk in chunks), fit.model.family.integer)
+    if fit.model.others:
+        with fit.model.seeded(seed + 1):
+            return _replicated(fit, draws, fit.draws(draws, seed=seed))
+    chunks = [one.outcome for one in predict_chunks(fit, fit.data, draws=draws, seed=seed)]
+    return _by_row(fit, draws, {fit.data.outcome_name: chunks}, fit.model.family.integer)
 
 
 def _prior_predictive(fit: Fit, draws: int, seed: int) -> xr.Dataset:
-    model, latents = fit.model, _prior_draws(fit, draws, seed)
-
-    def outcome(rows: Rows) -> Tensor:
-        eta = model.predictor(rows, latents).eta
-        return model.density(eta.expand(draws, *eta.shape[-2:]), latents, rows).sample()
-
-    with model.seeded(seed + 3):
-        chunks = (outcome(rows).cpu().numpy() for rows in _blocks(fit, draws))
-        return _by_row(fit, draws, chunks, model.family.integer)
+    latents = _prior_draws(fit, draws, seed)
+    with fit.model.seeded(seed + 3):
+        return _replicated(fit, draws, latents)
 
 
-def _log_likelihood(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+def _replicated(fit: Fit, draws: int, latents: Draws) -> xr.Dataset:
+    """Draws of the outcomes given these latent sites; of others as far as they are not too large.
+
+    The outcomes of a row are drawn together.
+    """
+    model, found = fit.model, dict[str, list[np.ndarray]]()
+    values = draws * fit.data.n_rows * math.prod(model.data_facts().feature_shape)
+    others = bool(model.others) and 4 * values <= LARGEST_OTHER
+    if model.others and not others:
+        warnings.warn(
+            f"draws of {', '.join(one.name for one in model.others)} would take "
+            f"{4e-9 * values:.1f} GB and are left out: ask for fewer draws, or use "
+            "Fit.predict(rows).others, which has their means and sds",
+            UserWarning,
+            stacklevel=5,
+        )
+    for rows in _blocks(fit, draws, others=others):
+        predictor = model.predictor(rows, latents, alone=False, others=others)
+        eta = predictor.eta.expand(draws, *predictor.eta.shape[-2:])
+        drawn = {fit.data.outcome_name: model.density(eta, latents, rows).sample()}
+        if others:
+            densities = model.other_densities(predictor.others, latents, rows)
+            drawn |= {one.name: density.sample() for one, density in densities.items()}
+        for name, one in drawn.items():
+            found.setdefault(name, []).append(one.cpu().numpy())
+    return _by_row(fit, draws, found, model.family.integer, fit.data.features.dim() - 1)
+
+
+def log_likelihood(fit: Fit, draws: int, seed: int, *, others: bool = True) -> xr.Dataset:
+    """What every training row adds to the log-density, by outcome; see `to_datatree`."""
     model, latents = fit.model, fit.draws(draws, seed=seed)
+    found = dict[str, list[np.ndarray]]()
     with torch.no_grad():
-        blocks = _blocks(fit, draws)
-        chunks = (model.log_likelihood(rows, latents).cpu().numpy() for rows in blocks)
-        return _by_row(fit, draws, chunks, whole=False)
+        for rows in _blocks(fit, draws, others=others):
+            for name, one in log_likelihoods(model, rows, latents, others=others).items():
+                found.setdefault(name, []).append(one.cpu().numpy())
+    return _by_row(fit, draws, found, whole=False)
 
 
 def _observed_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
@@ -185,6 +224,9 @@ def _observed_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
     if fit.data.outcome is not None:
         outcome = _counts(fit.data.outcome.numpy(), fit.model.family.integer)
         variables[variable_name(fit.data.outcome_name)] = (("row",), outcome)
+    features = fit.model.data_facts().standardise(fit.data.features).numpy()
+    for one in fit.model.others:
+        variables[variable_name(one.name)] = (("row", *_axes(features.ndim - 1)), features)
     return _dataset(fit, variables)
 
 
@@ -192,7 +234,7 @@ def _constant_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
     data, coords = fit.data, {}
     variables: Variables = {}
     if data.n_features:
-        dims: tuple[str, ...] = tuple(f"axis_{i}" for i in range(1, data.features.dim()))
+        dims = _axes(data.features.dim() - 1)
         if data.feature_names:
             dims, coords = ("feature",), {"feature": list(data.feature_names)}
         variables["features"] = (("row", *dims), data.features.numpy())
@@ -225,7 +267,7 @@ Maker = Callable[["Fit", int, int], xr.Dataset]
 GROUPS: Mapping[str, Maker] = {
     "posterior": lambda fit, n, seed: latent_dataset(fit.model, fit.draws(n, seed=seed), n),
     "posterior_predictive": _posterior_predictive,
-    "log_likelihood": _log_likelihood,
+    "log_likelihood": log_likelihood,
     "prior": lambda fit, n, seed: latent_dataset(fit.model, _prior_draws(fit, n, seed), n),
     "prior_predictive": _prior_predictive,
     "observed_data": _observed_data,
@@ -277,6 +319,8 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
     dispersion = original_dispersion(model, latents)
     if dispersion is not None:
         add(str(model.family.dispersion_name), (), dispersion)
+    for one in model.others:
+        add(one.sd_site, (), original_sd(model, one, latents))
     if model.bayesian_head:
         coords["fixed_term"] = list(model.fixed_terms())
         add("fixed_effect", ("fixed_term",), original_fixed_effects(model, latents))
@@ -284,13 +328,25 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
     return xr.Dataset(variables, coords, ATTRIBUTES)
 
 
-def _by_row(fit: Fit, draws: int, chunks: Iterator[np.ndarray], whole: bool) -> xr.Dataset:
-    """Draws of a quantity of each row, from blocks "... rows" of consecutive rows."""
-    parts = [np.broadcast_to(part, (draws, part.shape[-1])) for part in chunks]
-    values = _counts(np.concatenate(parts, -1), whole)[None]
-    name = variable_name(fit.data.outcome_name)
-    variables: Variables = {name: (("chain", "draw", "row"), values)}
+def _by_row(
+    fit: Fit, draws: int, found: Mapping[str, Sequence[np.ndarray]], whole: bool, inner: int = 0
+) -> xr.Dataset:
+    """Draws of quantities of each row, from blocks "... rows" of consecutive rows.
+
+    Those of other outcomes have `inner` more dimensions.
+    """
+    variables: Variables = {}
+    for name, parts in found.items():
+        axes, integer = (0, whole) if name == fit.data.outcome_name else (inner, False)
+        each = [np.broadcast_to(one, (draws, *one.shape[one.ndim - 1 - axes :])) for one in parts]
+        values = _counts(np.concatenate(each, 1), integer)
+        variables[variable_name(name)] = (("chain", "draw", "row", *_axes(axes)), values[None])
     return _dataset(fit, variables, chain=[0], draw=np.arange(draws))
+
+
+def _axes(count: int) -> tuple[str, ...]:
+    """Dimensions of the values of a row."""
+    return tuple(f"axis_{i}" for i in range(1, count + 1))
 
 
 def _dataset(fit: Fit, variables: Variables, **coords: Any) -> xr.Dataset:
@@ -308,8 +364,7 @@ def _counts(values: np.ndarray, whole: bool) -> np.ndarray:
     return values.astype(np.int64) if whole and bool((np.abs(values) < 2**53).all()) else values
 
 
-def _blocks(fit: Fit, draws: int) -> Iterator[Rows]:
+def _blocks(fit: Fit, draws: int, *, others: bool = False) -> Iterator[Rows]:
     """The training rows in blocks whose arrays take about 100 MB."""
-    width = sum(len(factor.terms) for factor in fit.model.factors)
-    width += len(fit.model.data_facts().columns)
-    return fit.model.encode(fit.data).chunks(max(1, BLOCK_VALUES // (draws * width)))
+    size = BLOCK_VALUES // (draws * width(fit.model, others=others))
+    return fit.model.encode(fit.data).chunks(max(1, size))

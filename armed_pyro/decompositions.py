@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ __all__ = ["DECOMPOSITIONS"]
 
 # Multiplications up to which sums are faster than a call of the matrix library.
 SMALL = 4096
+# Rows and columns of matrices of which any number are multiplied term by term.
+TINY = 4
 # Unknowns up to which triangular systems are written out.
 FEW = 8
 
@@ -23,6 +26,17 @@ def _product(a: Tensor, b: Tensor) -> Any:
     if a.numel() * b.shape[-1] > SMALL:
         return NotImplemented
     return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+
+
+def _products(a: Tensor, b: Tensor) -> Any:
+    """a @ b of many small matrices, however many: term by term."""
+    if max(*a.shape[-2:], b.shape[-1]) > TINY:
+        return _product(a, b)
+    columns, rows = a.unbind(-1), b.unbind(-2)
+    terms = (
+        one[..., :, None] * other[..., None, :] for one, other in zip(columns, rows, strict=True)
+    )
+    return reduce(torch.add, terms)
 
 
 def _sum_and_product(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -72,7 +86,7 @@ def _batch_norm(
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.mm.default: _product,
-    torch.ops.aten.bmm.default: _product,
+    torch.ops.aten.bmm.default: _products,
     torch.ops.aten.addmm.default: _sum_and_product,
     torch.ops.aten.linalg_solve_triangular.default: _triangular,
     torch.ops.aten.cholesky_solve.default: _cholesky,

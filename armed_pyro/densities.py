@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["LogNegativeBinomial", "LogPoisson"]
+__all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson"]
 
 
 class LogPoisson(dist.Poisson):
@@ -44,3 +45,53 @@ class LogNegativeBinomial(dist.NegativeBinomial):
         # log(shape + mean), without overflow.
         total = torch.logaddexp(self.log_mean, shape.log())
         return constant + shape * shape.log() + value * self.log_mean - (value + shape) * total
+
+
+class IndependentNormal(dist.TorchDistribution):
+    """Independent normal values about a mean, with one sd for all values of a row.
+
+    The values are summed over once, however many draws of the sd there are.
+
+    Parameters
+    ----------
+    mean : Tensor
+        Shape "... rows ...", the last `event_dim` dimensions those of a row's values.
+    sd : Tensor
+        Shape "..." or "... 1", without the values' dimensions.
+    event_dim : int
+        Dimensions of a row's values.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, mean: Tensor, sd: Tensor, event_dim: int) -> None:
+        self.mean_values, self.sd = mean, sd
+        split = mean.dim() - event_dim
+        batch = torch.broadcast_shapes(mean.shape[:split], sd.shape)
+        super().__init__(batch, mean.shape[split:], validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """Real numbers."""
+        return dist.constraints.independent(dist.constraints.real, self.event_dim)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean."""
+        return self.mean_values
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> IndependentNormal:
+        return IndependentNormal(self.mean_values, self.sd.expand(batch_shape), self.event_dim)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        over = (...,) + (None,) * self.event_dim
+        noise = torch.randn(shape, dtype=self.sd.dtype, device=self.sd.device)
+        return self.mean_values + self.sd[over] * noise
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        squares = ((value - self.mean_values) ** 2).flatten(-self.event_dim).sum(-1)
+        count = self.event_shape.numel()
+        constant = 0.5 * count * math.log(2 * math.pi)
+        return -0.5 * squares / self.sd**2 - count * self.sd.log() - constant

@@ -14,11 +14,12 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from armed_pyro.conditionals import FEW, WhitenedNormal
+from armed_pyro.labels import unknown
 from armed_pyro.priors import Known, ScalePrior
 from armed_pyro.rows import Membership
 from armed_pyro.terms import Block, FilterBlock, LinearBlock
 
-__all__ = ["Factor", "by_column", "weighted"]
+__all__ = ["Factor", "by_column", "factor_named", "weighted"]
 
 # Prior scale of the sds of effects on filters, relative scales and biases.
 FILTER_SCALE = 0.3
@@ -216,6 +217,19 @@ class Factor(nn.Module):
         scale = self.scale(latents)
         return torch.diag_embed(scale**2) if self.diagonal else scale @ scale.mT
 
+    def extended(
+        self, latents: Mapping[str, Tensor], count: int, *, population: bool
+    ) -> Float[Tensor, "... count terms"]:
+        """Effects of the seen clusters and of new ones, so many in all: `MixedEffects.extend`."""
+        seen = latents[self.effect_site]
+        new = count - seen.shape[-2]
+        noise = seen.new_zeros(*seen.shape[:-2], new, seen.shape[-1])
+        if not population and new:
+            scale, noise = self.scale(latents), torch.randn_like(noise)
+            # A scale has a 1 in the clusters' place.
+            noise = scale * noise if self.diagonal else (scale @ noise[..., None])[..., 0]
+        return torch.cat([seen, noise], -2)
+
     def design(
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows phi_columns"]:
@@ -243,6 +257,22 @@ class Factor(nn.Module):
             torch.add,
             (one[:, None] * mine.index_select(-2, membership.position) for one, mine in terms),
         )
+
+
+def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
+    """The factor of this name; the first, if none is named.
+
+    Raises
+    ------
+    ValueError
+        If there is no such factor, or none at all.
+    """
+    by_name = {factor.name: factor for factor in factors}
+    if not by_name:
+        raise ValueError("the program has no random effects, so its clusters do not differ")
+    if name is not None and name not in by_name:
+        raise unknown("grouping factor with random effects", name, by_name)
+    return factors[0] if name is None else by_name[name]
 
 
 def weighted(membership: Membership) -> ScaleMessenger:

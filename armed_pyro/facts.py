@@ -33,6 +33,8 @@ class Facts:
         Shape of one row's features.
     columns : tuple of str
         Names of the predictor's columns, one empty name unless the outcome has classes.
+    feature_spread : float
+        sd of all values of the features as they enter the network, taken together.
     levels : mapping of str to pandas.Index
         Labels of the clusters seen in training, by grouping factor.
     counts : mapping of str to Int[Tensor, "clusters"]
@@ -53,6 +55,7 @@ class Facts:
     levels: Mapping[str, pd.Index]
     counts: Mapping[str, Int[Tensor, " clusters"]]
     schema: Schema | None
+    feature_spread: float = 1.0
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
@@ -88,6 +91,8 @@ class Facts:
             levels={factor: grouping.levels for factor, grouping in groupings.items()},
             counts={factor: grouping.counts for factor, grouping in groupings.items()},
             schema=data.schema,
+            # Features of a table are standardised.
+            feature_spread=1.0 if len(continuous) else _spread(data.features),
         )
 
     def standardise(self, features: Tensor) -> Tensor:
@@ -188,6 +193,7 @@ class Facts:
             "levels": {factor: index_to_json(levels) for factor, levels in self.levels.items()},
             "counts": {factor: counts.tolist() for factor, counts in self.counts.items()},
             "schema": None if self.schema is None else self.schema.to_json(),
+            "feature_spread": self.feature_spread,
         }
 
     @classmethod
@@ -209,4 +215,11 @@ class Facts:
             levels={factor: index_from_json(one) for factor, one in values["levels"].items()},
             counts={factor: torch.tensor(one) for factor, one in values["counts"].items()},
             schema=None if schema is None else Schema.from_json(schema),
+            # Of manifests written before there were other outcomes.
+            feature_spread=float(values.get("feature_spread", 1.0)),
         )
+
+
+def _spread(features: Tensor) -> float:
+    """sd of all values; 1 where there are none, or all are the same."""
+    return float(features.double().std()) or 1.0 if features.numel() > 1 else 1.0

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor, nn
 
 from armed_pyro import (
     adaptation,
+    attribution,
+    boundaries,
     datatree,
+    decoded,
     diagnostics,
+    invariance,
     membership,
     prediction,
     refinement,
@@ -23,9 +27,13 @@ from armed_pyro import (
     variance,
 )
 from armed_pyro.adaptation import Adapted
+from armed_pyro.attributed import Attribution
+from armed_pyro.boundaries import Boundaries, Extent
 from armed_pyro.data import ClusteredData
+from armed_pyro.decoded import DecodedEffects
 from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.guides import Guide
+from armed_pyro.invariance import Invariance
 from armed_pyro.membership import ClusterClassifier
 from armed_pyro.prediction import Prediction
 from armed_pyro.program import MixedEffects
@@ -199,6 +207,92 @@ class Fit:
         See `armed_pyro.variance.fixed_effects`.
         """
         return variance.fixed_effects(self, draws=draws, prob=prob, seed=seed)
+
+    def attribution(
+        self,
+        method: str = "gradient",
+        *,
+        data: ClusteredData | pd.DataFrame | None = None,
+        layer: str | None = None,
+        columns: Sequence[str] | None = None,
+        draws: int = 1000,
+        seed: int | None = None,
+    ) -> Attribution:
+        """Which features the fixed effects use, and how far clusters differ in their use.
+
+        See `armed_pyro.attribution.attribution`.
+        """
+        return attribution.attribution(
+            self, method, data=data, layer=layer, columns=columns, draws=draws, seed=seed
+        )
+
+    def invariance(
+        self,
+        data: ClusteredData | pd.DataFrame | None = None,
+        *,
+        factor: str | None = None,
+        layers: Sequence[str] | None = None,
+        folds: int = 2,
+        permutations: int = 999,
+        seed: int | None = None,
+    ) -> Invariance:
+        """Whether fresh probes can read the cluster from the network's features.
+
+        See `armed_pyro.invariance.invariance`.
+        """
+        return invariance.invariance(
+            self,
+            data,
+            factor=factor,
+            layers=layers,
+            folds=folds,
+            permutations=permutations,
+            seed=seed,
+        )
+
+    def decoded(
+        self,
+        row: ClusteredData | pd.DataFrame,
+        *,
+        shape: Sequence[int],
+        factor: str | None = None,
+        columns: Sequence[str] | None = None,
+        draws: int = 100,
+        seed: int | None = None,
+    ) -> DecodedEffects:
+        """One image under every cluster's random effects, and along their largest component.
+
+        See `armed_pyro.decoded.decoded`.
+        """
+        return decoded.decoded(
+            self, row, shape=shape, factor=factor, columns=columns, draws=draws, seed=seed
+        )
+
+    def boundaries(
+        self,
+        features: tuple[str, str],
+        *,
+        factor: str | None = None,
+        of: Any = None,
+        extent: Extent | None = None,
+        size: int = 60,
+        draws: int = 200,
+        seed: int | None = None,
+    ) -> Boundaries:
+        """E[y | x, cluster] over two features, cluster by cluster.
+
+        See `armed_pyro.boundaries.boundaries`.
+        """
+        return boundaries.boundaries(
+            self,
+            features,
+            factor=factor,
+            of=of,
+            extent=extent,
+            size=size,
+            draws=draws,
+            seed=seed,
+        )
 
     def to_datatree(
         self, *, draws: int = 1000, groups: Sequence[str] | None = None, seed: int | None = None

@@ -196,7 +196,7 @@ def fit_bound(
         processes.same(bound)
         share = Share.of(processes, bound, rows)
         family = guide(bound, share.rows).to(target)
-        run = Run(bound, family, data, rows, share, held_out, schedule, seed, compile)
+        run = Run(bound, family, data, rows, held_out, schedule, seed, compile, share)
         if resume and path is not None:
             run.restore(Checkpoint.read(path))
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())

@@ -239,7 +239,7 @@ class StructuredGuide(Guide):
         if torch.is_grad_enabled() and pseudo.location.requires_grad and not held:
             judge = self._conditional(factor, pseudo, latents, membership, held=True)
         tau = self.model_precision(latents)
-        precision, pull = pseudo(membership.index, latents.get("fixed_effect"), held=held)
+        precision, pull = pseudo(membership, latents.get("fixed_effect"), held=held)
         pull = tau[..., None] * pull
         if pseudo.full:
             lower = factor.scale_matrix(latents)

@@ -105,6 +105,9 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
         if name != site:
             outer = outer - ratio.reshape(draws, -1).sum(-1)
     log_likelihood = _density(model_trace, outcome).log_prob(rows.outcome())
+    for one in model.others:
+        rebuilt = _density(model_trace, one.name).log_prob(rows.x)
+        log_likelihood = log_likelihood + one.weight * rebuilt
     if rows.weights is not None:
         counted = log_likelihood.new_zeros(()).where(rows.weights == 0, log_likelihood)
         log_likelihood = rows.weights * counted

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from armed_pyro.labels import unknown
+from armed_pyro.modulations import modulated, modulates
 from armed_pyro.taps import pooled, tapped
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
 
-__all__ = ["activation_widths", "check_names", "head_path", "warn_if_small"]
+__all__ = [
+    "activation_widths",
+    "check_names",
+    "head_path",
+    "needs_alone",
+    "unreached",
+    "warn_if_small",
+]
 
 
 def activation_widths(model: MixedEffects) -> dict[str, int]:
@@ -57,7 +65,56 @@ def activation_widths(model: MixedEffects) -> dict[str, int]:
     missing = [path for path in model.layers() if path not in record]
     if missing:
         raise ValueError(f"the network never runs its module {missing[0]!r}: nothing to tap")
-    return {path: pooled(record[path]).shape[-1] for path in model.layers()}
+    for one in model.others:
+        if record[one.at].shape[1:] != facts.feature_shape:
+            raise ValueError(
+                f"{one.name!r} is the features rebuilt, of shape (rows, "
+                f"{', '.join(map(str, facts.feature_shape))}), but the module {one.at!r} gives "
+                f"{tuple(record[one.at].shape)} for two rows: name the layer whose output has the "
+                "features' shape, or change the network"
+            )
+    paths = dict.fromkeys(path for term in model.terms for path in term.layers())
+    paths |= dict.fromkeys(path for game in model.adversaries for path in game.taps)
+    return {path: pooled(record[path]).shape[-1] for path in paths}
+
+
+def unreached(model: MixedEffects) -> frozenset[str]:
+    """Tapped layers, and "" for the output, that are the same whatever the effects inside.
+
+    Found by running the network on noise, without effects and with random ones.
+    """
+    paths = ["", *model.layers()]
+    if not modulates(model):
+        return frozenset(paths)
+    facts, like, net = model.data_facts(), model.reference(), model.net
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *facts.feature_shape, generator=noise).to(like)
+    blocks = [
+        (block, torch.randn(2, len(block.names), generator=noise).to(like))
+        for factor in model.factors
+        for block in factor.filters
+    ]
+    runs = []
+    training = net.training
+    net.eval()
+    try:
+        for given in ([], blocks):
+            # Taps see a layer's output after effects on it.
+            with torch.no_grad(), modulated(net, given), tapped(net, model.layers()) as record:
+                output = net(x)
+            runs.append({**record, "": output})
+    finally:
+        net.train(training)
+    without, within = runs
+    return frozenset(path for path in paths if torch.equal(without[path], within[path]))
+
+
+def needs_alone(model: MixedEffects) -> bool:
+    """Whether training needs a run of the network without effects inside, beside that with them."""
+    wanted = {path for game in model.adversaries for path in game.taps}
+    if model.fixed_weight:
+        wanted |= {"", *(one.at for one in model.others)}
+    return not wanted <= model.unreached
 
 
 def head_path(net: nn.Module) -> str:
@@ -115,6 +172,7 @@ def check_names(model: MixedEffects) -> None:
                 raise unknown("grouping factor with random effects for the prior", name, factors)
     names = ["row", "draws", *["fixed_effect"] * model.bayesian_head]
     names += [str(model.family.dispersion_name)] * (model.family.dispersion_name is not None)
+    names += [name for one in model.others for name in (one.name, one.sd_site)]
     for factor in model.factors:
         own = ["_sd", "_cor", "_effect"]
         names += [factor.name, *(factor.name + end for end in own), *factor.cholesky_sites()]

@@ -17,6 +17,7 @@ from torch import nn
 from armed_pyro.adversary import Adversary
 from armed_pyro.families import FAMILIES
 from armed_pyro.networks import is_file, network
+from armed_pyro.outcomes import Reconstruction
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors, ScalePrior
 from armed_pyro.program import MixedEffects
 from armed_pyro.terms import FilterScaleBias, RandomEffects, Slopes, Term
@@ -75,6 +76,11 @@ def describe(fit: Fit) -> dict[str, Any]:
             "bayesian_head": model.bayesian_head,
             "fixed_weight": model.fixed_weight,
             "adversaries": [game.settings() for game in model.adversaries],
+            "others": [
+                {"at": one.at, "name": one.name, "weight": one.weight}
+                | {"prior": _named(one.prior, PRIORS)}
+                for one in model.others
+            ],
         },
         "network": {
             "made_by": getattr(net, "armed_pyro_network", None),
@@ -165,12 +171,17 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
         )
         random = [_made(term, TERMS) for term in plan["random"]]
         games = [Adversary(**game) for game in plan["adversaries"]]
+        # Of manifests written before there were other outcomes.
+        others = [
+            Reconstruction(**{**one, "prior": _made(one["prior"], PRIORS)})
+            for one in plan.get("others", [])
+        ]
         family = FAMILIES[plan["family"]]()
         options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
         made_by = settings["made_by"]
     net = _network(made_by) if net is None else copy.deepcopy(net)
-    model = MixedEffects(net, random, family, games, priors=priors, **options)
+    model = MixedEffects(net, random, family, games, priors=priors, others=others, **options)
     own = {name: list(one.shape) for name, one in net.state_dict().items()}
     for name in [*shapes, *own]:
         if own.get(name) != shapes.get(name):

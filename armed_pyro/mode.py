@@ -11,6 +11,7 @@ from torch import Tensor
 
 from armed_pyro.guides import Guide
 from armed_pyro.importance import weigh
+from armed_pyro.modulations import row_cost
 from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource
@@ -35,7 +36,8 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
 
     with the random effects integrated out by the guide's conditional (exactly for gaussian
     outcomes with linear fixed effects, by a few particles on fixed noise otherwise), which is
-    refreshed between rounds of LBFGS. Does nothing where that is no good: without nested effects.
+    refreshed between rounds of LBFGS. Does nothing where that is no good: without nested effects,
+    or where effects inside make the network run on many images.
     More rows than one evaluation holds are taken a piece at a time.
 
     Parameters
@@ -47,7 +49,9 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     """
     hyper = guide.hyperparameters
     searchable = guide.nested() is not None or not model.factors
-    if not hyper.size or not searchable:
+    # The network would run hundreds of times on all rows.
+    affordable = len(source) * row_cost(model) <= LARGEST_STEP
+    if not hyper.size or not searchable or not affordable:
         return
     frame = SEARCH_SCALE * torch.eye(hyper.size).to(hyper.anchor)
     before = _read(guide)

@@ -106,8 +106,13 @@ class Objective:
     def _fixed(
         self, rows: Rows, predictor: Predictor, latents: dict[str, Tensor]
     ) -> Float[Tensor, ""]:
-        eta = self.model.fixed_predictor(rows, predictor.output, predictor.activations, latents)
-        log_prob = self.model.density(eta, latents, rows).log_prob(rows.outcome())
+        model, activations = self.model, predictor.activations
+        assert predictor.output is not None  # for mypy: see `layout.needs_alone`
+        eta = model.fixed_predictor(rows, predictor.output, activations, latents)
+        log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
+        means = {one.name: activations[one.at] for one in model.others}
+        for one, density in model.other_densities(means, latents, rows).items():
+            log_prob = log_prob + one.weight * density.log_prob(rows.x)
         return -(log_prob if rows.weights is None else rows.weights * log_prob).mean()
 
 

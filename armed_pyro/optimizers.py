@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -155,12 +155,8 @@ class LazyAdam:
             table.step(rate, self.eps)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and numbers of steps, by name."""
-        return {
-            f"lazy.{factor}.{name}": value
-            for factor, table in self._tables.items()
-            for name, value in table.state.items()
-        }
+        """Moments and numbers of steps, by factor."""
+        return {f"lazy.{factor}": table.state for factor, table in self._tables.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
@@ -173,52 +169,48 @@ class _Table:
 
     def __init__(self, whole: PseudoObservations, small: PseudoObservations) -> None:
         self.whole, self.small = whole, small
-        clusters = len(whole.location)
-        self.state = {"steps": whole.location.new_zeros(clusters)}
-        for name, one in whole.named_parameters():
-            self.state[f"{name}.mean"] = torch.zeros_like(one.detach())
-            self.state[f"{name}.square"] = torch.zeros_like(one.detach())
+        pairs = list(zip(whole.parameters(), small.parameters(), strict=True))
+        self._parameters = [(one.detach(), mine) for one, mine in pairs]
+        buffers = zip(whole.buffers(), small.buffers(), strict=True)
+        self._tensors = [*((one, mine.detach()) for one, mine in self._parameters), *buffers]
+        self._widths = [one[0].numel() for one, _ in pairs]
+        # Cluster by cluster, so that what a step needs of one is found in one place.
+        clusters, width = len(whole.location), sum(self._widths)
+        self.state = whole.location.new_zeros(clusters, 2 * width + 1)
         self._places = torch.arange(len(small.location), device=whole.location.device)
         self._present = self._places[:0]
 
     @torch.no_grad()
     def read(self, membership: Membership) -> Membership:
         self._present = present = membership.index
-        for one, mine in zip(self._tensors(self.whole), self._tensors(self.small), strict=True):
+        for one, mine in self._tensors:
             torch.index_select(one, 0, present, out=mine[: len(present)])
         # Those beyond the present clusters have no rows, and no weight.
-        weight = self.small.location.new_zeros(len(self._places))
+        weight = self.state.new_zeros(len(self._places))
         weight[: len(present)] = 1.0 if membership.weight is None else membership.weight
-        return replace(
-            membership,
-            index=self._places,
-            weight=weight,
-            complete=False,
-            labels=membership.clusters(),
-        )
+        labels = membership.clusters()
+        return replace(membership, index=self._places, weight=weight, complete=True, labels=labels)
 
     def step(self, rate: float, eps: float) -> None:
-        present = self._present
-        steps = self.state["steps"].index_select(0, present) + 1
-        self.state["steps"].index_copy_(0, present, steps)
+        n, width = len(self._present), sum(self._widths)
+        gradient = self._joined([mine.grad for _, mine in self._parameters])
+        state = self.state.index_select(0, self._present)
+        mean, square, steps = state.split([width, width, 1], 1)
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square_(), 1 - BETAS[1])
+        steps += 1
+        self.state.index_copy_(0, self._present, state)
         first, second = (1 - beta**steps for beta in BETAS)
-        for name, mine in self.small.named_parameters():
-            if mine.grad is None:
-                continue
-            gradient = mine.grad[: len(present)]
-            mean = self._averaged(f"{name}.mean", gradient, BETAS[0])
-            square = self._averaged(f"{name}.square", gradient**2, BETAS[1])
-            shape = (-1, *(1,) * (gradient.dim() - 1))
-            size = (square / second.reshape(shape)).sqrt_().add_(eps).mul_(first.reshape(shape))
-            moved = mine.detach()[: len(present)].addcdiv(mean, size, value=-rate)
-            self.whole.get_parameter(name).detach().index_copy_(0, present, moved)
+        size = (square / second).sqrt_().add_(eps).mul_(first)
+        change = (mean / size).mul_(-rate).split(self._widths, 1)
+        for (one, _), part in zip(self._parameters, change, strict=True):
+            one.index_add_(0, self._present, part.reshape(n, *one.shape[1:]))
 
-    def _averaged(self, name: str, value: Tensor, beta: float) -> Tensor:
-        state = self.state[name]
-        average = state.index_select(0, self._present).lerp_(value, 1 - beta)
-        state.index_copy_(0, self._present, average)
-        return average
-
-    @staticmethod
-    def _tensors(module: PseudoObservations) -> list[Tensor]:
-        return [one.detach() for one in (*module.parameters(), *module.buffers())]
+    def _joined(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Gradients by cluster, side by side; zeros where there are none."""
+        n = len(self._present)
+        parts = [
+            self.state.new_zeros(n, width) if one is None else one[:n].reshape(n, width)
+            for one, width in zip(gradients, self._widths, strict=True)
+        ]
+        return torch.cat(parts, 1)

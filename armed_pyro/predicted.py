@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 
 from armed_pyro.data import ClusteredData
 
-__all__ = ["NewEffects", "Prediction"]
+__all__ = ["NewEffects", "Prediction", "Rebuilt"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,37 @@ class NewEffects:
 
 
 @dataclass(frozen=True, eq=False)
+class Rebuilt:
+    """Posterior of the mean of another outcome: of every row's features, rebuilt.
+
+    Draws of it would take a network's output a row and draw.
+
+    Attributes
+    ----------
+    mean, sd : Float[ndarray, "rows ..."]
+        Posterior mean and standard deviation of every value.
+
+    Examples
+    --------
+    ``fit.predict(rows).others["image"].mean``
+    """
+
+    mean: Float[np.ndarray, "rows ..."]
+    sd: Float[np.ndarray, "rows ..."]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Prediction]) -> dict[str, Rebuilt]:
+        """The other outcomes of consecutive blocks of rows."""
+        return {
+            name: cls(
+                np.concatenate([part.others[name].mean for part in parts]),
+                np.concatenate([part.others[name].sd for part in parts]),
+            )
+            for name in parts[0].others
+        }
+
+
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """Posterior draws of the expected outcome and of the outcome, one column a row.
 
@@ -67,6 +98,8 @@ class Prediction:
     membership : pandas.DataFrame or None
         For the modes membership and nearest, which seen cluster each new one resembles, how sure
         that is, and whether none is like it: see `armed_pyro.evidence.Evidence.table`.
+    others : mapping of str to Rebuilt
+        The program's other outcomes, by name.
 
     Examples
     --------
@@ -88,6 +121,7 @@ class Prediction:
     prob: float
     new: Mapping[str, NewEffects] = field(default_factory=dict)
     membership: pd.DataFrame | None = None
+    others: Mapping[str, Rebuilt] = field(default_factory=dict)
 
     @property
     def mean(self) -> Float[np.ndarray, "rows ..."]:
@@ -132,18 +166,28 @@ class Prediction:
         return pd.DataFrame({**columns, "unseen": self.unseen}, index=self.row_labels)
 
     def to_dataset(self) -> xr.Dataset:
-        """Draws with dimensions chain, draw, row (and class)."""
+        """Draws with dimensions chain, draw, row (and class); other outcomes without draws.
+
+        Of an outcome ``image`` there is ``image_expected``, the posterior mean of every value of
+        a row, and ``image_expected_sd``.
+        """
         dims = ("chain", "draw", "row")
         coords: dict[str, object] = {"row": self.row_labels.to_numpy()}
         expected_dims: tuple[str, ...] = dims
         if self.expected.ndim == 3:
             expected_dims = (*dims, "class")
             coords["class"] = list(self.classes or range(self.expected.shape[2]))
+        rebuilt = {}
+        for name, one in self.others.items():
+            axes = ("row", *(f"axis_{i}" for i in range(1, one.mean.ndim)))
+            rebuilt[f"{name}_expected"] = (axes, one.mean)
+            rebuilt[f"{name}_expected_sd"] = (axes, one.sd)
         return xr.Dataset(
             {
                 self.outcome_name: (dims, self.outcome[None]),
                 f"{self.outcome_name}_expected": (expected_dims, self.expected[None]),
                 "unseen": ("row", self.unseen),
+                **rebuilt,
             },
             coords,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from armed_pyro.data import ClusteredData
-from armed_pyro.predicted import NewEffects, Prediction
+from armed_pyro.predicted import NewEffects, Prediction, Rebuilt
 from armed_pyro.unseen import (
     MODES,
     EffectSource,
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from armed_pyro.evidence import Evidence
     from armed_pyro.fitted import Fit
     from armed_pyro.program import MixedEffects
-    from armed_pyro.rows import RowSource
+    from armed_pyro.rows import Rows, RowSource
 
-__all__ = ["MODES", "Prediction", "effect_source", "encoded", "predict", "predict_chunks"]
+__all__ = ["MODES", "Prediction", "effect_source", "encoded", "predict", "predict_chunks", "width"]
 
 # Values of the random effects' design times draws in a block of rows: about 100 MB.
 BLOCK_VALUES = 2**24
@@ -95,6 +96,7 @@ def predict(
         prob,
         new,
         membership,
+        Rebuilt.joined(parts),
     )
 
 
@@ -122,7 +124,8 @@ def predict_chunks(
     source : EffectSource, optional
         Where new clusters get their random effects from, if not by `unseen`.
     outcomes : bool
-        Whether the outcome is drawn, which tables of expected outcomes do not need.
+        Whether the outcome is drawn and other outcomes are predicted, which tables of expected
+        outcomes do not need.
     """
     _check_settings(draws, prob)
     model, facts = fit.model, fit.model.data_facts()
@@ -134,17 +137,16 @@ def predict_chunks(
     levels = facts.levels_with(data)
     rows_of = model.encode(data, levels)
     n = max([0, *(one.shape[0] for one in source.latents.values() if one.dim() > 1)]) or draws
-    terms = sum(len(factor.terms) for factor in model.factors) + len(facts.columns)
-    size = chunk or max(1, BLOCK_VALUES // (n * terms))
+    size = chunk or max(1, BLOCK_VALUES // (n * width(model, others=outcomes)))
     base = (fit.seed if seed is None else seed) + 1
     latents, used = extended(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
         stop = start + len(rows)
         # Not around the yield: the caller's own random numbers and gradients go on in between.
         with model.seeded(base + stop):
-            eta = model.predictor(rows, latents).eta
+            predictor = model.predictor(rows, latents, alone=False, others=outcomes)
             # Without latent sites all draws have the same predictor.
-            eta = eta.expand(n, *eta.shape[-2:])
+            eta = predictor.eta.expand(n, *predictor.eta.shape[-2:])
             expected = model.family.mean(eta, rows)
             outcome = model.density(eta, latents, rows).sample() if outcomes else eta[..., 0]
         yield Prediction(
@@ -155,7 +157,21 @@ def predict_chunks(
             facts.outcome_name,
             None if facts.classes is None else tuple(map(str, facts.classes)),
             prob,
+            others={name: _rebuilt(one, rows) for name, one in predictor.others.items()},
         )
+
+
+def width(model: MixedEffects, *, others: bool = False) -> int:
+    """Values that one row's prediction takes in one draw, about."""
+    facts = model.data_facts()
+    terms = sum(len(factor.terms) for factor in model.factors) + len(facts.columns)
+    return terms + len(model.others) * others * math.prod(facts.feature_shape)
+
+
+def _rebuilt(means: Tensor, rows: Rows) -> Rebuilt:
+    """From draws "... rows values"; without effects inside there is only one."""
+    draws = means.reshape(-1, *rows.x.shape)
+    return Rebuilt(draws.mean(0).cpu().numpy(), draws.std(0, correction=0).cpu().numpy())
 
 
 def extended(

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
+from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro import layout
@@ -22,11 +23,12 @@ from armed_pyro.factors import Factor
 from armed_pyro.facts import Facts
 from armed_pyro.families import Family, family_named
 from armed_pyro.local import LocalModule
-from armed_pyro.modulations import modulated_predictor, modulates
+from armed_pyro.modulations import modulates, predict_rows
+from armed_pyro.outcomes import Reconstruction
 from armed_pyro.predictor import Predictor
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows import Rows, RowSource, counted
-from armed_pyro.taps import tapped
+from armed_pyro.taps import run
 from armed_pyro.terms import Term, parse_terms
 
 __all__ = ["MixedEffects"]
@@ -70,6 +72,8 @@ class MixedEffects(LocalModule):
     fixed_weight : float
         lambda_F, the weight in the objective of the likelihood under the fixed effects alone,
         which keeps them predictive on their own. It trains the network only.
+    others : Reconstruction or sequence of Reconstruction
+        Outcomes beside the family's, each with a likelihood and a weight of its own.
 
     Examples
     --------
@@ -94,6 +98,7 @@ class MixedEffects(LocalModule):
         priors: Priors | None = None,
         bayesian_head: bool = False,
         fixed_weight: float = 0.0,
+        others: Reconstruction | Sequence[Reconstruction] = (),
     ) -> None:
         super().__init__("program")
         if not isinstance(net, nn.Module):
@@ -108,8 +113,11 @@ class MixedEffects(LocalModule):
         self.priors = Priors() if priors is None else priors
         self.bayesian_head = bayesian_head
         self.fixed_weight = float(fixed_weight)
+        self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
         self._factors = nn.ModuleList()
         self.facts = None
+        # Layers ("" for the output) that effects inside do not reach.
+        self.unreached: frozenset[str] = frozenset()
 
     @property
     def network(self) -> nn.Module:
@@ -140,6 +148,7 @@ class MixedEffects(LocalModule):
         """Module paths whose activations terms or adversaries need."""
         paths = [path for term in self.terms for path in term.layers()]
         paths += [path for game in self.adversaries for path in game.taps]
+        paths += [one.at for one in self.others]
         return tuple(dict.fromkeys(paths))
 
     def bind(self, data: ClusteredData | Facts) -> MixedEffects:
@@ -175,6 +184,7 @@ class MixedEffects(LocalModule):
         for game in bound.adversaries:
             game.build(widths, len(facts.levels[game.factor]))
         bound.to(bound.reference())
+        bound.unreached = layout.unreached(bound)
         layout.check_names(bound)
         layout.warn_if_small(bound)
         return bound
@@ -218,12 +228,8 @@ class MixedEffects(LocalModule):
         """The same rows, with what the network makes of them unless effects inside change it."""
         if modulates(self):
             return source
-        pieces = []
-        for rows in replace(source, computed=None).chunks(4096):
-            output, activations = self.run_network(rows)
-            pieces.append({"": output, **activations})
-        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        return replace(source, computed=joined)
+        _, activations = self.run_network(replace(source.all(), computed=None))
+        return replace(source, computed=activations)
 
     def clusters(self) -> Rows:
         """No rows, but every cluster of every factor: for drawing random effects only."""
@@ -243,17 +249,11 @@ class MixedEffects(LocalModule):
         population : bool
             Zeros for the new clusters; otherwise one draw of N(0, D) each, given each draw of D.
         """
-        extended = dict(latents)
-        for factor in self.factors:
-            seen = latents[factor.effect_site]
-            new = counts[factor.name] - seen.shape[-2]
-            noise = seen.new_zeros(*seen.shape[:-2], new, seen.shape[-1])
-            if not population and new:
-                scale, noise = factor.scale(latents), torch.randn_like(noise)
-                # A scale has a 1 in the clusters' place.
-                noise = scale * noise if factor.diagonal else (scale @ noise[..., None])[..., 0]
-            extended[factor.effect_site] = torch.cat([seen, noise], -2)
-        return extended
+        own = {
+            factor.effect_site: factor.extended(latents, counts[factor.name], population=population)
+            for factor in self.factors
+        }
+        return {**latents, **own}
 
     # --- the density --------------------------------------------------------------------------
 
@@ -270,11 +270,15 @@ class MixedEffects(LocalModule):
             zeros = unit.new_zeros(len(self.fixed_terms()))
             prior = dist.Normal(zeros, self.priors.fixed_sd).to_event(1)
             latents["fixed_effect"] = pyro.sample("fixed_effect", prior)
+        latents |= {one.sd_site: one.sample_sd(unit) for one in self.others}
         for factor in self.factors:
             latents[factor.effect_site] = factor(rows.memberships[factor.name])
-        predictor = self.predictor(rows, latents)
+        predictor = self.predictor(rows, latents, alone=layout.needs_alone(self), others=True)
         with pyro.plate("row", len(rows), dim=-1), counted(rows):
             pyro.sample(facts.outcome_name, self.density(predictor.eta, latents, rows), obs=rows.y)
+            for one, density in self.other_densities(predictor.others, latents, rows).items():
+                with poutine.scale(scale=one.weight):
+                    pyro.sample(one.name, density, obs=rows.x)
         return predictor
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
@@ -292,6 +296,16 @@ class MixedEffects(LocalModule):
             dispersion = self.family.original_dispersion(dispersion, self.data_facts().spread)
         return self.family.distribution(eta, dispersion, rows)
 
+    def other_densities(
+        self, means: Mapping[str, Tensor], latents: Latents, rows: Rows
+    ) -> dict[Reconstruction, dist.TorchDistribution]:
+        """Densities of the other outcomes, without their weights."""
+        spread = self.data_facts().feature_spread
+        return {
+            one: one.distribution(means[one.name], spread * latents[one.sd_site], rows)
+            for one in self.others
+        }
+
     def precision(self, latents: Latents) -> Tensor:
         """tau = 1 / Var(y | eta) in standardised units; 1 where it depends on eta."""
         tau = self.family.precision(latents.get(self.family.dispersion_name or ""))
@@ -304,7 +318,9 @@ class MixedEffects(LocalModule):
         if self.family.dispersion_name == "residual_sd" and isinstance(residual, Known):
             unit = self.reference().new_tensor([1 / self.data_facts().spread])
             known["residual_sd"] = residual.scales([""], unit, 1.0)[0]
-        return known
+        ones = self.reference().new_ones(1)
+        given = [one for one in self.others if isinstance(one.prior, Known)]
+        return known | {one.sd_site: one.prior.scales([""], ones, 1.0)[0] for one in given}
 
     @property
     def linear(self) -> bool:
@@ -331,7 +347,9 @@ class MixedEffects(LocalModule):
         names = ["Intercept"] * (head.bias is not None) + names
         return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
 
-    def predictor(self, rows: Rows, latents: Latents) -> Predictor:
+    def predictor(
+        self, rows: Rows, latents: Latents, *, alone: bool = True, others: bool = False
+    ) -> Predictor:
         """Linear predictors given the latent sites, vectorised over draws.
 
         Parameters
@@ -341,38 +359,22 @@ class MixedEffects(LocalModule):
         latents : mapping of str to Tensor
             Random effects "... clusters terms"; dispersion and fixed effects, if latent, with a
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
+        alone : bool
+            Whether fixed effects and activations without effects inside are wanted, too.
+        others : bool
+            Whether the means of the other outcomes are.
         """
-        output, activations = self.run_network(rows)
-        fixed = self.fixed_predictor(rows, output, activations, latents)
-        if any(factor.filters and factor.effect_site in latents for factor in self.factors):
-            eta = modulated_predictor(self, rows, latents)
-        else:
-            eta = self.linear_predictor(rows, output, activations, latents)
-        return Predictor(eta, fixed, output, activations)
+        return predict_rows(self, rows, latents, alone=alone, others=others)
 
-    def linear_predictor(
-        self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents
-    ) -> Float[Tensor, "... rows columns"]:
-        """Fixed and random effects, from the network's output and activations."""
-        eta = self.fixed_predictor(rows, output, activations, latents)
-        for factor in self.factors:
-            if factor.effect_site in latents:
-                membership = rows.memberships[factor.name]
-                phi = factor.design(rows.x, activations)
-                effects = latents[factor.effect_site]
-                part = factor.contribution(phi, membership, effects)
-                eta = eta + self.data_facts().spread * part
-        return eta
-
-    def run_network(self, rows: Rows) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The network's output, and its tapped activations by module path."""
+    def run_network(
+        self, rows: Rows, *, whole: bool = False
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The network's output, and its tapped activations by module path; see `taps.run`."""
         if rows.computed is not None:
             return rows.computed[""], rows.computed
         head = [self.head_path()] if self.bayesian_head else []
-        net = self.net  # the one place where the network's weights become Pyro's parameters
-        with tapped(net, self.layers(), head) as activations:
-            output = net(rows.x)
-        return output, activations
+        # The one place where the network's weights become Pyro's parameters.
+        return run(self.net, rows.x, self.layers(), head, whole=whole)
 
     def fixed_predictor(
         self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents

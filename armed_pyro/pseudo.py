@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.factors import Factor, by_column
-from armed_pyro.modulations import modulates, sensitivities
+from armed_pyro.modulations import modulates, reconstruction_slopes, sensitivities
 from armed_pyro.terms import LayerBlock
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
-    from armed_pyro.rows import Rows, RowSource
+    from armed_pyro.rows import Membership, Rows, RowSource
 
 __all__ = [
     "FULL_TERMS",
@@ -73,18 +73,24 @@ class PseudoObservations(nn.Module):
 
     def forward(
         self,
-        index: Int[Tensor, " clusters"],
+        membership: Membership,
         fixed: Float[Tensor, "... 1 n_fixed"] | None,
         *,
         held: bool = False,
     ) -> tuple[Tensor, Float[Tensor, "... clusters terms"]]:
-        """A_k (or its diagonal) and A_k (m_k - G_k beta) of some clusters.
+        """A_k (or its diagonal) and A_k (m_k - G_k beta) of the clusters drawn.
 
         Parameters
         ----------
+        membership : Membership
+            Which they are.
+        fixed : Float[Tensor, "... 1 n_fixed"] or None
+            beta.
         held : bool
             Whether what is trained here gets no gradients.
         """
+        # To gather all in order would be a copy, and its gradient a slow one.
+        index = slice(None) if membership.complete else membership.index
         location, cross, trained = self.location[index], self.cross, self.root[index]
         if held:
             location, trained = location.detach(), trained.detach()
@@ -182,7 +188,8 @@ def observe(
     rows, with W and r of `curvature` and u, beta at their means: one step of penalised
     quasi-likelihood given a single point, of conjugate-computation variational inference given
     draws (Khan and Lin 2017). Exact at once for gaussian outcomes with linear fixed effects. For
-    effects on filters Z is the predictor's gradient at the effects' means: a Gauss-Newton step.
+    effects on filters Z is the predictor's gradient at the effects' means: a Gauss-Newton step,
+    to which the other outcomes add (`armed_pyro.modulations.reconstruction_slopes`).
 
     Parameters
     ----------
@@ -227,6 +234,18 @@ def observe(
                 push.index_add_(0, membership.position, (z * residual[:, None, :]).sum(-1))
             if cross is not None and x is not None:
                 cross.index_add_(0, membership.position, weighted @ x.mT)
+        for factor, slope, roots in reconstruction_slopes(model, rows, where):
+            position = rows.memberships[factor.name].position
+            precision, pull, _, push = sums[model.factors.index(factor)]
+            square = roots.mT @ roots if precision.dim() == 3 else (roots**2).sum(1)
+            response = slope
+            if factor.effect_site in means:
+                mine = means[factor.effect_site][position]
+                response = slope + (roots.mT @ (roots @ mine[..., None]))[..., 0]
+            precision.index_add_(0, position, square)
+            pull.index_add_(0, position, response)
+            if push is not None:
+                push.index_add_(0, position, slope)
     for factor, one, (precision, pull, cross, push) in zip(
         model.factors, pseudo, sums, strict=True
     ):

@@ -280,7 +280,7 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
     rows = source.batch(torch.tensor([row]), dense_up_to=len(source))
     fixed = {name: value for name, value in latents.items() if name == "fixed_effect"}
     with torch.no_grad():
-        base = model.predictor(rows, fixed).fixed
+        base = model.predictor(rows, fixed).eta
         parts = {"": base}
         for factor in model.factors:
             own = fixed | {factor.effect_site: latents[factor.effect_site]}

@@ -19,7 +19,7 @@ from torch import Tensor
 from armed_pyro.arvizstats import pareto_smooth
 from armed_pyro.guides import joined
 from armed_pyro.importance import Weighted, weigh
-from armed_pyro.modulations import modulates
+from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
 from armed_pyro.rows import Rows
 
@@ -128,7 +128,8 @@ class ImportanceDraws:
 def refinable(fit: Fit) -> bool:
     """Whether there is something latent, and few enough rows to weigh its draws."""
     latent = bool(fit.guide.noise_shapes(fit.model.clusters()))
-    return latent and FEWEST_DRAWS * fit.data.n_rows * _particles(fit) < TOO_MANY
+    per_draw = fit.data.n_rows * _particles(fit) * row_cost(fit.model)
+    return latent and FEWEST_DRAWS * per_draw < TOO_MANY
 
 
 def _particles(fit: Fit) -> int:
@@ -225,7 +226,7 @@ def importance_draws(
     rows, seed = source.all(), fit.seed if seed is None else seed
     nested = guide.nested()
     particles = _particles(fit)
-    per_draw = max(1, len(rows)) * particles
+    per_draw = max(1, len(rows)) * particles * row_cost(model)
     n = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_EVALUATIONS // per_draw, _affordable(fit)))
     size = max(1, min(n, BLOCK // per_draw))
     latents: list[dict[str, Tensor]] = []

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from armed_pyro import summary
+from armed_pyro.extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,13 +49,7 @@ def page(
     ImportError
         If matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise ImportError(
-            "a report needs matplotlib, which is not installed: pip install 'armed_pyro[analysis]'"
-        ) from error
-
+    mpl = extra("matplotlib", "a report")
     components = fit.variance_components(prob=prob)
     spreads = components.statistic.isin(["sd", "variance", "cor"])
     fixed = fit.fixed_effects(prob=prob)

@@ -33,7 +33,7 @@ class Membership:
     weight : Float[Tensor, "clusters"] or None
         Weight of each cluster's prior and entropy; None stands for 1.
     complete : bool
-        Whether `index` holds every cluster of the factor, in order.
+        Whether `index` holds every cluster that the guide holds of the factor, in order.
     labels : Int[Tensor, "rows"] or None
         Each row's cluster, where `index` numbers the clusters drawn in another way.
     """

@@ -52,6 +52,10 @@ def priors(model: MixedEffects) -> dict[str, str]:
         lines["residual_sd"] = given.residual_sd.describe(float(number))
     elif model.family.dispersion_name == "shape":
         lines["shape"] = "InverseGamma(0.4, 0.3)"
+    for one in model.others:
+        scale = one.prior.scale
+        number = scale if isinstance(scale, float | int) else 1.0
+        lines[one.sd_site] = one.prior.describe(facts.feature_spread * float(number))
     return lines or {"(none)": "the program has no latent site"}
 
 
@@ -74,6 +78,10 @@ def _head(fit: Fit) -> str:
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
+    ]
+    lines += [
+        f"  Other outcome: {one.name} (features rebuilt by {one.at}), weight {one.weight:.4g}"
+        for one in model.others
     ]
     lines += [
         f"  Adversary: {game.factor}, on {', '.join(game.taps)}, weight {game.weight:g}"

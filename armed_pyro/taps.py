@@ -7,10 +7,15 @@ from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["module_at", "pooled", "tapped"]
+__all__ = ["module_at", "pooled", "run", "tapped"]
+
+# Rows, and values of all their features, that run through a network at once where no gradients are
+# wanted of them: the feature maps of thousands of images would take gigabytes.
+MOST_ROWS, MOST_VALUES = 4096, 2**21
 
 
 def module_at(net: nn.Module, path: str) -> nn.Module:
@@ -74,3 +79,35 @@ def tapped(
             handle = module_at(net, path).register_forward_pre_hook(keep_input(path))
             hooks.callback(handle.remove)
         yield record
+
+
+def run(
+    net: nn.Module,
+    x: Float[Tensor, "rows ..."],
+    outputs: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+    *,
+    whole: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The network's output, and outputs (or inputs) of its modules, as `tapped` records them.
+
+    The output is among them, under the empty path.
+
+    Many rows run a block at a time where no gradients are wanted of them.
+
+    Parameters
+    ----------
+    whole : bool
+        Whether all rows have to run at once.
+    """
+    size = min(MOST_ROWS, max(1, MOST_VALUES // max(1, x[:1].numel())))
+    blocks = [x] if whole or torch.is_grad_enabled() or len(x) <= size else x.split(size)
+    pieces = []
+    for block in blocks:
+        with tapped(net, outputs, inputs) as record:
+            output = net(block)
+        pieces.append({**record, "": output})
+    joined = pieces[0]
+    if len(pieces) > 1:
+        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in joined}
+    return joined[""], joined

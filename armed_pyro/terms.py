@@ -229,6 +229,10 @@ class LinearBlock(Block, ABC):
     ) -> Float[Tensor, "rows columns"]:
         """phi of some rows with standardised features x."""
 
+    def paths(self) -> tuple[str, ...]:
+        """Module paths of the activations that it reads."""
+        return ()
+
 
 class InputBlock(LinearBlock):
     """Intercept and (standardised) input features.
@@ -286,6 +290,9 @@ class LayerBlock(LinearBlock):
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows columns"]:
         return pooled(activations[self.path])
+
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,)
 
 
 class FilterBlock(Block):

@@ -20,13 +20,15 @@ from armed_pyro.checkpoint import (
 from armed_pyro.checks import MOVING
 from armed_pyro.compiled import CompileMode, Steps
 from armed_pyro.data import ClusteredData
+from armed_pyro.distributed import ALONE
 from armed_pyro.divergence import DivergenceError
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
-from armed_pyro.modulations import modulates
+from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.optimizers import LazyAdam, Optimizers
+from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import Rows, RowSource, Shuffle
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
@@ -50,14 +52,14 @@ class Run:
         guide: Guide,
         data: ClusteredData,
         source: RowSource,
-        share: Share,
         validation: Rows | None,
         schedule: Schedule,
         seed: int,
         compile: CompileMode = "auto",  # noqa: A002
+        share: Share | None = None,
     ) -> None:
         self.model, self.guide, self.data, self.source = model, guide, data, source
-        self.share = share
+        self.share = Share.of(ALONE, model, source) if share is None else share
         self.validation, self.schedule, self.seed = validation, schedule, seed
         self.compile: CompileMode = compile
         self.plateau = self._new_plateau()
@@ -91,7 +93,7 @@ class Run:
             window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
-            losses = [self._step() for _ in range(count)]
+            losses = [self.take_step() for _ in range(count)]
             self._close_window(losses)
             mean = float(np.mean(self.history.loss[-count:]))
             if mean < self.good_loss:
@@ -103,7 +105,8 @@ class Run:
             self._return_to(self.best)
         self._release()
 
-    def _step(self) -> Loss:
+    def take_step(self) -> Loss:
+        """One step of training: its loss, after what it changed."""
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
         try:
             loss = self._take()
@@ -138,7 +141,7 @@ class Run:
 
     def _most_rows(self) -> int:
         """Rows in a step of the settled network."""
-        return LARGEST_STEP // (2 * self.history.particles)
+        return LARGEST_STEP // (2 * self.history.particles * row_cost(self.model))
 
     def _settled_rows(self, settled: RowSource) -> Rows:
         most, nested = self._most_rows(), self.guide.nested()
@@ -226,7 +229,8 @@ class Run:
         size = schedule.batch(n) if batches else n
         self.lazy = LazyAdam.of(self.guide, self.source, self._drawn(size), eps)
         guide = self.lazy.guide
-        objective, shared = Objective(self.model, guide), self.share.several and not self.settled
+        objective = Objective(self.model, guide)
+        shared = self.share.several and self.settled is None
         self.objective = self.share.averaged(objective) if shared else objective
         mode: CompileMode = "never" if shared else self.compile
         self.steps = Steps({"model": self.model, "guide": guide}, mode)
@@ -268,12 +272,14 @@ class Run:
     def _validate(self, rows: Rows) -> float:
         self.model.eval()
         with torch.no_grad():
-            latents = self.guide.center(self.model.clusters())
             counts = {name: len(one.index) for name, one in rows.memberships.items()}
-            latents = self.model.extend(latents, counts, population=True)
-            mean = self.share.mean_over_rows(
-                lambda some: self.model.log_likelihood(some, latents), rows
-            )
+            center = self.guide.center(self.model.clusters())
+            latents = self.model.extend(center, counts, population=True)
+
+            def log_prob(some: Rows) -> Tensor:
+                return torch.stack([*log_likelihoods(self.model, some, latents).values()]).sum(0)
+
+            mean = self.share.mean_over_rows(log_prob, rows)
         self.model.train()
         return -mean
 
@@ -379,7 +385,7 @@ class Run:
             "family": model.family.name,
             "adversary": [game.settings() for game in model.adversaries],
             "priors": repr(model.priors),
-            "fixed_weight": model.fixed_weight,
+            "weights": [model.fixed_weight, repr(model.others)],
             "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,

@@ -17,6 +17,7 @@ from armed_pyro.pseudo import mean_draws
 if TYPE_CHECKING:
     from armed_pyro.factors import Factor
     from armed_pyro.fitted import Fit
+    from armed_pyro.outcomes import Reconstruction
     from armed_pyro.program import MixedEffects
 
 __all__ = ["fixed_effects", "variance_components"]
@@ -74,6 +75,8 @@ def variance_components(
         if name == "residual_sd":
             rows.append(("Residual", "", "sd", dispersion))
             rows.append(("Residual", "", "variance", dispersion**2))
+    for one in model.others:
+        rows.append(("Residual", one.name, "sd", original_sd(model, one, latents)))
     rows += list(_shares(fit, latents, dispersion))
     return _table(rows, ["factor", "term", "statistic"], prob)
 
@@ -114,6 +117,13 @@ def original_dispersion(model: MixedEffects, latents: Draws) -> Float[Tensor, " 
     spread = model.data_facts().spread
     values = model.family.original_dispersion(_flat(latents[name], 0), spread)
     return values.to(torch.float64)
+
+
+def original_sd(
+    model: MixedEffects, other: Reconstruction, latents: Draws
+) -> Float[Tensor, " draws"]:
+    """Residual sd of another outcome, in its own units."""
+    return _flat(latents[other.sd_site], 0).to(torch.float64) * model.data_facts().feature_spread
 
 
 def original_fixed_effects(
@@ -172,7 +182,7 @@ def _shares(
     n_draws = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     with torch.no_grad():
         base = model.predictor(rows, {k: v for k, v in latents.items() if k == "fixed_effect"})
-        fixed = base.fixed.to(torch.float64)
+        fixed = base.eta.to(torch.float64)
         fixed = fixed if fixed.dim() == 3 else fixed.expand(n_draws, *fixed.shape)
         # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
         offset = 0.0 if rows.offset is None else rows.offset.to(torch.float64)

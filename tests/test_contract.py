@@ -26,6 +26,8 @@ from armed_pyro import (
     fit,
 )
 from armed_pyro.families import FAMILIES
+from armed_pyro.models.autoencoder import autoencoder_program
+from armed_pyro.models.convolutional import convolutional_program
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 from armed_pyro.objective import NestedBound, Objective
@@ -172,6 +174,19 @@ def test_sites_have_their_shapes_and_a_finite_log_density(case):
     assert latent - plates == guided - plates
 
 
+def test_attributions_are_finite_and_every_factor_has_sds_of_slopes(case):
+    found = case.result.attribution(draws=5)
+    names = {
+        "importance",
+        "slope",
+        *(f"{one}_{kind}" for one in case.widths for kind in ("sd", "slope")),
+    }
+    assert set(found.posterior.data_vars) == names
+    assert all(np.isfinite(one).all() for one in found.posterior.data_vars.values())
+    columns = len(case.result.model.data_facts().columns)
+    assert len(found.table()) == 2 * columns
+
+
 def test_every_parameter_gets_a_finite_gradient(case):
     model, guide, rows = case.result.model, copy.deepcopy(case.result.guide), case.rows
     guide.requires_grad_(True)  # of a linear program, only the hyperparameters were trained
@@ -282,3 +297,160 @@ def test_what_is_saved_is_loaded(case, tmp_path, monkeypatch):
 def test_every_kind_and_program_is_covered():
     assert {kind for *_, kind in CASES} == set(KINDS)
     assert {program for _, program, _ in CASES} == set(PROGRAMS)
+
+
+# --- programs of images ---------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(x + self.bn2(self.conv2(out)))
+
+
+class ResNet(nn.Module):
+    """Laid out as torchvision's classifiers are: nothing of it was written for this library."""
+
+    def __init__(self, num_classes=1, channels=4):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, stride=2, padding=1), nn.ReLU())
+        self.layer1 = ResidualBlock(channels)
+        self.layer2 = ResidualBlock(channels)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x):
+        x = self.layer2(self.layer1(self.stem(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def residual_program(factor, image):
+    terms = [f"(1 | {factor})", Slopes(factor, on="avgpool"), FilterScaleBias(factor, at="stem")]
+    game = Adversary(factor, ["layer1", "layer2"])
+    return MixedEffects(ResNet(), terms, "bernoulli", game, fixed_weight=1.0)
+
+
+def convolutional_small(factor, image):
+    return convolutional_program(factor, image, widths=(3, 4, 5), units=6)
+
+
+def autoencoder_small(factor, image):
+    return autoencoder_program(factor, image, widths=(3, 4), latents=5, units=4)
+
+
+def make_images(site, outcome=True):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(len(site), 1, 8, 8)).astype("float32")
+    label = rng.permutation(["no", "yes"] * (len(site) // 2)) if outcome else None
+    return ClusteredData.from_arrays(x, label, {"site": site}, outcome_name="label")
+
+
+IMAGES = make_images(np.arange(40) % 4)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[convolutional_small, autoencoder_small, residual_program],
+    ids=["convolutional", "autoencoder", "residual"],
+)
+def image_case(request):
+    torch.manual_seed(0)
+    model = request.param("site", (1, 8, 8))
+    before = copy.deepcopy(model.network.state_dict())
+    schedule = Schedule(steps=6, window=3, batch_size=20)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="there are fewer rows")
+        result = fit(model, IMAGES, schedule=schedule, progress=False)
+    for name, one in model.network.state_dict().items():  # the user's network is left alone
+        torch.testing.assert_close(one, before[name])
+    assert not any(one._forward_hooks for one in result.model.network.modules())
+    return result, model.network
+
+
+def test_image_programs_predict_seen_and_unseen_clusters(image_case):
+    result, _ = image_case
+    names = [one.name for one in result.model.others]
+    seen = result.predict(make_images(np.arange(40) % 4, outcome=False), draws=4)
+    assert set(seen.unseen) == {""}
+    new = make_images(np.arange(8) % 4 + 2)
+    for mode in ("population", "marginal", "membership", "nearest"):
+        found = result.predict(new, unseen=mode, draws=4)
+        assert list(found.unseen) == ["", "", mode, mode] * 2
+        for one in (seen, found):
+            assert np.isfinite(one.expected).all()
+            assert list(one.others) == names
+            for other in one.others.values():
+                assert other.mean.shape == (one.expected.shape[1], 1, 8, 8)
+                assert np.isfinite(other.mean).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that so few draws cannot follow the support
+        adapted = result.adapt(make_images(np.arange(8) % 2 + 10), draws=4)
+    prediction = adapted.predict(make_images(np.arange(8) % 2 + 10))
+    assert set(prediction.unseen) == {"adapt"}
+    assert np.isfinite(prediction.expected).all()
+    assert list(prediction.others) == names
+
+
+def test_image_programs_are_saved_and_loaded(image_case, tmp_path, monkeypatch):
+    result, net = image_case
+    monkeypatch.setattr("armed_pyro.storage._diagnostics", lambda fit: {})  # takes most of the time
+    result.save(tmp_path / "run", draws=2)
+    loaded = Fit.load(tmp_path / "run", net)
+    new = make_images(np.arange(8) % 4 + 2)
+    one = result.predict(new, unseen="marginal", draws=4)
+    other = loaded.predict(new, unseen="marginal", draws=4)
+    np.testing.assert_array_equal(one.expected, other.expected)
+    for name, value in one.others.items():
+        np.testing.assert_array_equal(value.mean, other.others[name].mean)
+    tree = result.to_datatree(draws=2)
+    for name in ["label", *one.others]:
+        for group in ("posterior_predictive", "log_likelihood", "observed_data"):
+            assert np.isfinite(tree[group][name].to_numpy()).all(), (group, name)
+
+
+def test_gradients_reach_every_random_effect_weight_and_hyperparameter(image_case):
+    model, guide = image_case[0].model, copy.deepcopy(image_case[0].guide)
+    model.train()
+    guide.requires_grad_(True)
+    rows = model.encode(IMAGES).all()
+    torch.manual_seed(0)
+    total = Objective(model, guide)(rows).total
+    (pseudo,) = guide.pseudo
+    gradient = torch.autograd.grad(total, pseudo.location, retain_graph=True)[0]
+    assert gradient.shape == (4, len(model.factors[0].terms))
+    assert (gradient != 0).all()
+    shift = torch.autograd.grad(total, guide.hyperparameters.shift, retain_graph=True)[0]
+    assert (shift != 0).all()
+    names, weights = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(total, weights, allow_unused=True)
+    missing = [name for name, one in zip(names, found, strict=True) if one is None]
+    assert missing == []
+    assert all(torch.isfinite(one).all() for one in found)
+
+
+def test_the_adversarys_gradient_reaches_every_tapped_layer_reversed(image_case):
+    model = image_case[0].model.train()
+    rows = model.encode(IMAGES).all()
+    (game,) = model.adversaries
+    codes, strength = rows.memberships["site"].position, torch.tensor(0.7)
+    activations = model.predictor(rows, {}).activations
+    tapped = [activations[path] for path in game.taps]
+    loss = game.forward(activations, codes, strength).cross_entropy
+    reversed_ = torch.autograd.grad(loss, tapped, retain_graph=True)
+    pooled = torch.cat([one.flatten(2).mean(-1) for one in tapped], -1)
+    plain = nn.functional.cross_entropy(game.classifier(pooled), codes)
+    for one, other in zip(
+        reversed_, torch.autograd.grad(plain, tapped, retain_graph=True), strict=True
+    ):
+        assert (one.flatten(2).sum(-1) != 0).any(0).all()  # every channel
+        torch.testing.assert_close(one, -0.7 * other)
+    # And the weights before the first tapped layer.
+    first = next(model.network.parameters())
+    assert torch.autograd.grad(loss, first)[0].abs().sum() > 0

@@ -208,7 +208,7 @@ def test_blocks_of_rows_give_the_same_likelihood(gaussian, tree, monkeypatch):
     assert len(blocks) > 1
     assert sum(map(len, blocks)) == 40
     monkeypatch.setattr(
-        datatree, "_blocks", lambda fit, draws: fit.model.encode(fit.data).chunks(7)
+        datatree, "_blocks", lambda fit, draws, **_: fit.model.encode(fit.data).chunks(7)
     )
     groups = ["log_likelihood", "prior_predictive"]
     cut = gaussian.to_datatree(draws=DRAWS, groups=groups)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from armed_pyro.models.autoencoder import AutoencoderClassifier, autoencoder_program
+from armed_pyro.models.convolutional import block_paths, convolutional, convolutional_program
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 from armed_pyro.networks import hidden_activations, network
@@ -151,3 +153,82 @@ def test_hidden_activations(own):
     assert hidden_activations(tail) == ("1",)
     with pytest.raises(ValueError, match="hidden layers"):
         hidden_activations(linear(3))
+
+
+# --- networks of images ---------------------------------------------------------------------------
+
+
+def kinds(module):
+    return [type(one).__name__ for one in module.modules() if not list(one.children())]
+
+
+def test_the_papers_convolutional_network():
+    net = convolutional((1, 64, 64)).eval()
+    blocks = block_paths(net)
+    assert blocks == tuple(f"block{number}" for number in range(1, 8))
+    for number, path in enumerate(blocks, 1):
+        layers = ["Conv2d", "BatchNorm2d", "PReLU"]
+        # 64 pixels can be halved six times.
+        layers += ["MaxPool2d"] * (number <= 6) + ["Dropout"] * (number % 2 == 0)
+        assert kinds(net.get_submodule(path)) == layers
+        assert net.get_submodule(path)[0].kernel_size == (3, 3)
+    assert net.hidden[0].out_features == 512
+    assert net(torch.zeros(2, 1, 64, 64)).shape == (2, 1)
+    program = convolutional_program("site")
+    (game,) = program.adversaries
+    assert game.taps == blocks
+    assert [str(one) for one in program.terms] == ["(1 | site)", "Slopes('site', on='hidden')"]
+    assert program.family.name == "bernoulli"
+
+
+def test_a_convolutional_network_of_any_size():
+    net = convolutional((3, 5, 9), 4, widths=(2, 3, 4, 5), units=6)
+    assert net(torch.zeros(2, 3, 5, 9)).shape == (2, 4)
+    assert net.flat(net[:4](torch.zeros(2, 3, 5, 9))).shape == (2, net.hidden[0].in_features)
+    program = convolutional_program("g", (1, 8, 8), 3, widths=(2,), units=2, adversary_weight=0.0)
+    assert program.family.name == "categorical"
+    assert program.adversaries == ()
+
+
+def test_convolutional_errors():
+    with pytest.raises(ValueError, match=r"\(channels, height, width\), not \(64, 64\)"):
+        convolutional((64, 64))
+    with pytest.raises(ValueError, match="positive numbers of filters"):
+        convolutional((1, 8, 8), widths=())
+    with pytest.raises(ValueError, match="positive numbers of filters"):
+        convolutional((1, 8, 8), widths=(4, 0))
+
+
+def test_the_papers_autoencoder_classifier():
+    net = AutoencoderClassifier((1, 64, 64)).eval()
+    convolutions = [one for one in net.encoder.modules() if isinstance(one, nn.Conv2d)]
+    assert [(one.kernel_size, one.stride) for one in convolutions] == [((4, 4), (2, 2))] * 3
+    x = torch.randn(2, 1, 64, 64)
+    z = net.latents(net.encoder(x))
+    assert z.shape == (2, 56)
+    assert net.decoder(z).shape == x.shape
+    torch.testing.assert_close(net(x), net.classifier(z))
+    # Effects come after instance normalisation.
+    norms = [name for name, one in net.named_modules() if isinstance(one, nn.InstanceNorm2d)]
+    program = autoencoder_program("batch")
+    assert [term.at for term in program.terms if hasattr(term, "at")] == norms
+    (game,) = program.adversaries
+    assert game.taps == ("encoder.conv1", "encoder.conv2", "encoder.conv3")
+    (image,) = program.others
+    assert (image.at, image.weight) == ("decoder", 1 / 4096)
+
+
+def test_an_autoencoder_of_any_size():
+    net = AutoencoderClassifier((2, 8, 12), 3, widths=(3, 4), latents=5)
+    x = torch.randn(2, 2, 8, 12)
+    assert net(x).shape == (2, 3)
+    assert net.decoder(torch.zeros(2, 5)).shape == x.shape
+
+
+def test_autoencoder_errors():
+    with pytest.raises(ValueError, match=r"multiples of 8, not 20 and 16; pad or crop"):
+        AutoencoderClassifier((1, 20, 16))
+    with pytest.raises(ValueError, match="must be one or more positive numbers"):
+        AutoencoderClassifier((1, 8, 8), widths=(2,), latents=0)
+    with pytest.raises(ValueError, match=r"\(channels, height, width\)"):
+        AutoencoderClassifier((8, 8))

@@ -1,0 +1,38 @@
+"""Packages that only some results need, and that are installed as an extra."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+__all__ = ["extra"]
+
+
+def extra(module: str, what: str) -> ModuleType:
+    """A module of the extra ``analysis``.
+
+    Parameters
+    ----------
+    module : str
+        Its full name.
+    what : str
+        What needs it, for the message.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed; the message says how to install it.
+
+    Examples
+    --------
+    >>> extra("statsmodel", "this")
+    Traceback (most recent call last):
+    ImportError: this needs statsmodel, which is not installed: pip install 'armed_pyro[analysis]'
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"{what} needs {package}, which is not installed: pip install 'armed_pyro[analysis]'"
+        ) from error
