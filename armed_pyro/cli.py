@@ -29,6 +29,7 @@ from armed_pyro.console import (
     say,
 )
 from armed_pyro.data import ClusteredData
+from armed_pyro.distributed import first_process
 from armed_pyro.evaluation import evaluate
 from armed_pyro.families import FAMILIES, family_named
 from armed_pyro.fitted import Fit
@@ -167,9 +168,12 @@ def fit_command(
     """Fit a network with random effects to a table.
 
     armed-pyro fit sleep.csv --outcome Reaction --random "(1 + Days | Subject)" --out run
+
+    Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli fit ...
     """
     with messages():
-        _check_run(run, resume, overwrite)
+        if first_process():
+            _check_run(run, resume, overwrite)
         if not 0 < prob < 1:
             raise ValueError(f"--prob must lie between 0 and 1, not {prob}")
         if adversary_weight is not None and adversary is None:
@@ -217,6 +221,8 @@ def fit_command(
         settings = {"schedule": schedule, "seed": seed, "device": device.value, "resume": resume}
         settings["compile"] = compiled.value
         result = _train(run, model, rows, validation=seen, **settings)
+        if not first_process():
+            return
         result.save(run, draws=draws, prob=prob)
         held_out = {"rows": seen, "clusters": unseen}
         _print_fit(result, {k: v for k, v in held_out.items() if v is not None}, run, prob)
@@ -291,11 +297,13 @@ def _train(
 ) -> Fit:
     """Fit with a checkpoint in the run's folder; say what is left if it ends early."""
     checkpoint = run / CHECKPOINT
-    if not settings["resume"]:
+    if first_process() and not settings["resume"]:
         checkpoint.unlink(missing_ok=True)
     try:
         return fit(model, rows, checkpoint=checkpoint, **settings)
     except DivergenceError as error:
+        if not first_process():
+            raise typer.Exit(1) from error
         error.fit.save(run)
         checkpoint.unlink(missing_ok=True)
         say(f"Error: {error}\nThat state is in {run}, marked as diverged.", "red")
@@ -347,3 +355,7 @@ def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, pr
     files = sorted(path.name for path in run.iterdir() if path.name not in (CHECKPOINT, PARTIAL))
     out.print(f"\nIn {run}: {', '.join(files)}", markup=False)
     out.print(f"Next: armed-pyro report {run} --out report.html", markup=False)
+
+
+if __name__ == "__main__":
+    app()

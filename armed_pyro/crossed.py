@@ -116,6 +116,10 @@ class CrossedGuide(Guide):
     def every_cluster(self) -> bool:
         return True
 
+    def work(self) -> int:
+        k, t, m = self.between.shape
+        return k * t * m**2 + m**3 // 3
+
     def most_draws(self) -> int:
         return max(1, 20_000_000 // (self.between.numel() + self.rest.numel()))
 
@@ -260,6 +264,8 @@ class CrossedGuide(Guide):
             for position, one, pull, push in zip(positions, z, pulls, pushes, strict=True):
                 pull.index_add_(0, position, (one * response[:, None, :]).sum(-1))
                 push.index_add_(0, position, (one * residual[:, None, :]).sum(-1))
+        within, squares = source.total(within), {k: source.total(v) for k, v in squares.items()}
+        pulls, pushes, slopes = ([source.total(one) for one in s] for s in (pulls, pushes, slopes))
         if model.family.dispersion_name != "residual_sd":
             # Of all clusters together: parts of a joint step would not lead in its direction.
             own = [within, *(squares[a, a][:: k + 1] for a, (k, _) in enumerate(counts) if a)]

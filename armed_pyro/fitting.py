@@ -11,16 +11,25 @@ import pyro
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from armed_pyro.checkpoint import Checkpoint
+from armed_pyro.checkpoint import Checkpoint, digest
 from armed_pyro.compiled import COMPILE_MODES, CompileMode
 from armed_pyro.crossed import choose_guide
 from armed_pyro.data import ClusteredData
+from armed_pyro.distributed import (
+    ALONE,
+    DISTRIBUTED_MODES,
+    DistributedMode,
+    Processes,
+    join,
+    local_device,
+)
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.program import MixedEffects
 from armed_pyro.refinement import importance_draws, refinable
 from armed_pyro.rows import RowSource
 from armed_pyro.schedule import Schedule
+from armed_pyro.shares import Share
 from armed_pyro.streameddata import StreamedData
 from armed_pyro.training import DivergenceError, Run
 
@@ -28,6 +37,15 @@ __all__ = ["DivergenceError", "fit", "fit_bound"]
 
 # Multiplications a step, as rows times weights, below which one thread is fastest.
 SMALL_STEP = 2**24
+
+OTHER_RUN = (
+    "the processes that torchrun started were given other rows, schedules or seeds: give all the "
+    "same, or let each fit its own with distributed='never'"
+)
+OTHER_FILE = (
+    "only some of the processes find the checkpoint to resume from: put it on a file system that "
+    "all their machines share"
+)
 
 GuideFactory = Callable[[MixedEffects, RowSource], Guide]
 
@@ -43,6 +61,7 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     compile: CompileMode = "auto",  # noqa: A002
+    distributed: DistributedMode = "auto",
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -79,6 +98,10 @@ def fit(
         Whether steps are compiled to one graph: "auto" where that is expected to pay, by the
         time that steps take. What cannot be compiled runs as ordinary Pyro, and a warning says
         why.
+    distributed : {"auto", "never"}
+        With "auto", processes that `torchrun` started train the network together; every one has
+        to be given the same data, and gets the same fit. See `armed_pyro.distributed`. With
+        "never", each fits on its own.
     checkpoint : path, optional
         File to which the state is written after every window of steps.
     resume : bool
@@ -106,7 +129,11 @@ def fit(
     >>> fit(model, data, schedule=Schedule(steps=20), progress=False).model.terms[0].factor
     'site'
     """
+    if distributed not in DISTRIBUTED_MODES:
+        modes = ", ".join(DISTRIBUTED_MODES)
+        raise ValueError(f"`distributed` is {distributed!r}, but must be one of {modes}")
     target = torch.device(_device(device))
+    processes = ALONE if distributed == "never" else join(target)
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # Binding draws the adversaries' first weights.
@@ -118,6 +145,7 @@ def fit(
             "refine": refine,
             "seed": seed,
             "compile": compile,
+            "processes": processes,
             "checkpoint": checkpoint,
             "resume": resume,
             "progress": progress,
@@ -141,6 +169,7 @@ def fit_bound(
     refine: bool = True,
     seed: int = 0,
     compile: CompileMode = "auto",  # noqa: A002
+    processes: Processes = ALONE,
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -149,7 +178,7 @@ def fit_bound(
 
     The program is trained in place, where it is: on data drawn from its own prior, say, or in a
     worker that has its own generator. `source` is where the training rows are, if `data` are only
-    those that the fit keeps.
+    those that the fit keeps; `processes` are those that train it together.
 
     Examples
     --------
@@ -164,16 +193,25 @@ def fit_bound(
     held_out = None
     if validation is not None:
         held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
-    with pyro.validation_enabled(False):
+    path = None if checkpoint is None else Path(checkpoint)
+    resume = resume and path is not None and path.exists()
+    with pyro.validation_enabled(False), processes.together():
+        if processes.several:
+            given = [digest(rows, bound.data_facts()), schedule, seed]
+            processes.check_same(given, OTHER_RUN)
+            processes.check_same(resume, OTHER_FILE)
         target = bound.reference().device
-        family = guide(bound, rows).to(target)
-        run = Run(bound, family, data, rows, held_out, schedule, seed, compile)
-        path = None if checkpoint is None else Path(checkpoint)
-        if resume and path is not None and path.exists():
+        processes.same(bound)
+        share = Share.of(processes, bound, rows)
+        family = guide(bound, share.rows).to(target)
+        run = Run(bound, family, data, rows, held_out, schedule, seed, compile, share)
+        if resume and path is not None:
             run.restore(Checkpoint.read(path))
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
-        with _threads(size), _progress_bar(schedule.steps, progress) as report:
+        shown = progress and processes.first
+        with _threads(size), _progress_bar(schedule.steps, shown) as report:
             run.train(path, report)
+        processes.same(bound, family)
     result = run.result()
     if not refine or run.settled is None or not refinable(result, source):
         return result
@@ -185,8 +223,8 @@ def fit_bound(
 
 
 def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
+        return local_device() if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch finds no CUDA device here")
     return name

@@ -73,6 +73,10 @@ class Guide(nn.Module, ABC):
     def center(self, rows: Rows) -> dict[str, Tensor]:
         """The latent sites at the guide's centre, without randomness."""
 
+    def work(self) -> int:
+        """Multiplications of a joint draw of all random effects, where it takes more than rows."""
+        return 0
+
     def clusterwise(self) -> Mapping[str, PseudoObservations]:
         """By factor, what is kept of clusters and can be `narrowed`; by default nothing."""
         return {}

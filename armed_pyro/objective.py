@@ -76,7 +76,8 @@ class Objective:
         progress : float or Float[Tensor, ""]
             Share of the training steps done, for the adversaries' warm-up.
         """
-        n = rows.scale * len(rows)
+        n = self.model.data_facts().n_rows
+        share = rows.scale * len(rows) / n  # 1, but for one of several processes
         guide_trace = poutine.trace(self.guide).get_trace(rows)
         model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(rows)
         elbo = (model_trace.log_prob_sum() - guide_trace.log_prob_sum()) / n
@@ -87,7 +88,7 @@ class Objective:
         if self.model.fixed_weight:
             drawn = cast("dict[str, Tensor]", guide_trace.nodes["_RETURN"]["value"])
             latents = {name: value.detach() for name, value in drawn.items()}
-            fixed = self._fixed(rows, predictor, latents)
+            fixed = share * self._fixed(rows, predictor, latents)
             total = total + self.model.fixed_weight * fixed
         rounds = [
             # `forward`, as no handler of Pyro's need see the game: it is not in the density.
@@ -98,7 +99,7 @@ class Objective:
             )
             for game in self.model.adversaries
         ]
-        game = sum((one.cross_entropy for one in rounds), zero)
+        game = share * sum((one.cross_entropy for one in rounds), zero)
         accuracy = torch.stack([one.accuracy for one in rounds]) if rounds else elbo.new_zeros(0)
         return Loss(total + game, elbo.detach(), fixed.detach(), game.detach(), accuracy)
 

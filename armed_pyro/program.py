@@ -138,8 +138,6 @@ class MixedEffects(LocalModule):
         """The grouping factors with random effects; none before the model is bound."""
         return cast("tuple[Factor, ...]", tuple(cast("nn.ModuleList", self._modules["_factors"])))
 
-    # --- laying out ---------------------------------------------------------------------------
-
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""
         games = [game.factor for game in self.adversaries]
@@ -216,8 +214,6 @@ class MixedEffects(LocalModule):
             raise ValueError("the model is not laid out yet: call model.bind(data), or fit it")
         return self.facts
 
-    # --- data ---------------------------------------------------------------------------------
-
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
         """Tensors in the program's precision, on its device; see `Facts.encode`."""
         return self.data_facts().encode(data, self.reference(), levels)
@@ -256,8 +252,6 @@ class MixedEffects(LocalModule):
             for factor in self.factors
         }
         return {**latents, **own}
-
-    # --- the density --------------------------------------------------------------------------
 
     def forward(self, rows: Rows | RowSource) -> Predictor:
         """Sample every latent site and the outcome; observe the outcome where it is known."""

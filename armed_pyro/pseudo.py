@@ -250,7 +250,11 @@ def observe(
     for factor, one, (precision, pull, cross, push) in zip(
         model.factors, pseudo, sums, strict=True
     ):
+        precision, pull = source.total(precision), source.total(pull)
+        cross, push = (part if part is None else source.total(part) for part in (cross, push))
         if one.conjugate or not one.base.any():
+            if not one.conjugate:
+                precision = precision + _floor(factor, one)
             if push is not None:
                 effects = means.get(factor.effect_site)
                 gradient, excess = overshoot(factor, latents, effects, precision, push)
@@ -277,17 +281,17 @@ def _sums(
     factor: Factor, pseudo: PseudoObservations, quadratic: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     precision = torch.zeros_like(pseudo.base)
-    if not pseudo.conjugate:
-        # A unit that is silent now may wake up in training: let its precision be trained too.
-        inside = [isinstance(block, LayerBlock) for block in factor.linear for _ in block.names]
-        floor = torch.ones_like(precision[0])
-        floor[: factor.n_linear] = (
-            torch.tensor(inside).repeat_interleave(factor.n_columns).to(floor)
-        )
-        precision += floor
     cross = None if pseudo.cross is None else torch.zeros_like(pseudo.cross)
     pull = torch.zeros_like(pseudo.location)
     return precision, pull, cross, None if quadratic else torch.zeros_like(pull)
+
+
+def _floor(factor: Factor, pseudo: PseudoObservations) -> Float[Tensor, " terms"]:
+    # A unit that is silent now may wake up in training: let its precision be trained too.
+    inside = [isinstance(block, LayerBlock) for block in factor.linear for _ in block.names]
+    floor = torch.ones_like(pseudo.location[0])
+    floor[: factor.n_linear] = torch.tensor(inside).repeat_interleave(factor.n_columns).to(floor)
+    return floor
 
 
 def curvature(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -146,6 +146,10 @@ class RowSource(ABC):
     def fingerprint(self) -> Iterator[bytes]:
         """What tells these rows from others."""
 
+    def total(self, part: Tensor) -> Tensor:
+        """A sum over these rows, or the one over all rows where other processes hold the rest."""
+        return part
+
     @abstractmethod
     def all(self) -> Rows:
         """Every row and every cluster, each with weight 1."""
@@ -206,6 +210,8 @@ class HeldRows(RowSource):
         Cluster of each row, for every grouping factor.
     counts : mapping of str to Int[Tensor, "clusters"]
         Rows in each cluster.
+    reduce : callable, optional
+        Where other processes hold the rest of the rows: turns sums over these into sums over all.
     """
 
     x: Tensor
@@ -216,6 +222,7 @@ class HeldRows(RowSource):
     offset: Float[Tensor, " rows"] | None = None
     weights: Float[Tensor, " rows"] | None = None
     computed: Mapping[str, Tensor] | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -233,6 +240,9 @@ class HeldRows(RowSource):
 
     def unit(self, size: int) -> int:
         return 1
+
+    def total(self, part: Tensor) -> Tensor:
+        return part if self.reduce is None else self.reduce(part)
 
     def all(self) -> Rows:
         memberships = {

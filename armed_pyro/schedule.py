@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -213,6 +213,22 @@ class History:
     drift: list[float] = field(default_factory=list)
     compiled: list[bool] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list, compare=False)
+
+    def status(self, chances: Sequence[tuple[str, float]]) -> str:
+        """How training goes, in a line.
+
+        Parameters
+        ----------
+        chances : sequence of (str, float)
+            Every adversary's factor, and the accuracy of always naming its largest cluster.
+        """
+        text = f"loss {np.mean(self.loss[-50:]):.4f}"
+        if self.validation:
+            text += f", validation {self.validation[-1]:.4f}"
+        accuracies = self.adversary_accuracy[-1] if chances else []
+        for (factor, chance), accuracy in zip(chances, accuracies, strict=True):
+            text += f", adversary of {factor} {accuracy:.2f} (chance {chance:.2f})"
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""

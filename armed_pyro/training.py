@@ -21,6 +21,8 @@ from armed_pyro.checkpoint import (
 from armed_pyro.checks import MOVING
 from armed_pyro.compiled import CompileMode, Steps
 from armed_pyro.data import ClusteredData
+from armed_pyro.distributed import ALONE
+from armed_pyro.divergence import DivergenceError, blame, not_finite
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
@@ -31,6 +33,7 @@ from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import HeldRows, Rows, RowSource, Shuffle
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
+from armed_pyro.shares import Share
 
 __all__ = ["DivergenceError", "Run"]
 
@@ -39,29 +42,9 @@ __all__ = ["DivergenceError", "Run"]
 SETTLING_DRAWS = 8
 # Fewer where there are effects inside the network, which then runs once a draw.
 DRAWS_OF_FILTERS = 2
+# Multiplications of a draw of all random effects beyond which the guide is not trained further.
+MOST_WORK = 2**27
 MOST_READ = 2**18  # rows read from files for one step then
-
-
-class DivergenceError(RuntimeError):
-    """The loss or its gradient is no longer finite, or has run away.
-
-    Attributes
-    ----------
-    fit : Fit
-        The fit at the start of the window of steps with the lowest mean loss.
-
-    Examples
-    --------
-    >>> def fitted_or_last_good_state(model, data):
-    ...     try:
-    ...         return fit(model, data)
-    ...     except DivergenceError as error:
-    ...         return error.fit
-    """
-
-    def __init__(self, message: str, fit: Fit) -> None:
-        super().__init__(message)
-        self.fit = fit
 
 
 class Run:
@@ -77,8 +60,10 @@ class Run:
         schedule: Schedule,
         seed: int,
         compile: CompileMode = "auto",  # noqa: A002
+        share: Share | None = None,
     ) -> None:
         self.model, self.guide, self.data, self.source = model, guide, data, source
+        self.share = Share.of(ALONE, model, source) if share is None else share
         self.validation, self.schedule, self.seed = validation, schedule, seed
         self.compile: CompileMode = compile
         self.plateau = self._new_plateau()
@@ -93,6 +78,8 @@ class Run:
         # Where to return to from divergence: a state, and the mean loss of the window after it.
         self.good, self.good_loss = self._state(), math.inf
         self.stopped = ""
+        counts = [(game.factor, source.counts[game.factor]) for game in model.adversaries]
+        self._chances = [(name, float(one.max() / one.sum())) for name, one in counts]
         self._prepare()
 
     @property
@@ -104,9 +91,11 @@ class Run:
         """Take steps until convergence or until they run out."""
         if not self.step and not self.trains:
             self._settle()
-        while not self.stopped:
+        while not self.stopped and not self._kept():
             settled = self.settled is not None
             self.model.train(not settled)
+            if not settled:
+                self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
             window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
@@ -115,12 +104,27 @@ class Run:
             mean = float(np.mean(self.history.loss[-count:]))
             if mean < self.good_loss:
                 self.good, self.good_loss = before, mean
-            report(self.step, self._status())
-            if path is not None:
+            report(self.step, self.history.status(self._chances))
+            if path is not None and self.share.processes.first:
                 self.save().write(path)
         if self.best:
             self._return_to(self.best)
         self._release()
+
+    def _kept(self) -> bool:
+        """Stop at the mode, where steps would take too long: importance weights do the rest."""
+        dear = self.guide.work() > MOST_WORK and self.schedule.stages > 0
+        if self.settled is None or not dear:
+            return False
+        with torch.no_grad():
+            bound = NestedBound(self.model, self.guide, self.history.particles)
+            loss = bound(self._settled_rows(self.settled), 1)
+        self.history.loss.append(float(loss.total))
+        self.history.elbo.append(float(loss.elbo))
+        self.iterates = [self.guide.hyperparameters.shift.detach().cpu().numpy().copy()]
+        self.plateau.cuts = self.schedule.stages
+        self._close_window([loss])
+        return True
 
     def take_step(self) -> Loss:
         """One step of training: its loss, after what it changed."""
@@ -128,10 +132,9 @@ class Run:
         try:
             loss = self._take()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            cause = f"a covariance matrix is degenerate{self._not_finite()}"
-            raise self._divergence(cause) from error
+            raise self._divergence("a covariance matrix is degenerate") from error
         if not torch.isfinite(loss.total):
-            raise self._divergence(self._blame(loss))
+            raise self._divergence(blame(loss))
         if not self.optimizers.step(rate):
             raise self._divergence("its gradient is not finite")
         if self.settled is not None:
@@ -148,8 +151,8 @@ class Run:
         remaining = self.schedule.steps - self.step
         if self.settled is None:
             progress = self.source.like.new_tensor(self.step / self.schedule.steps)
-            rows = self.lazy.read(self._next_batch())
-            return self.steps(self.objective, rows, progress, remaining=remaining)
+            rows = self.lazy.read(self.share.weigh(self._next_batch()))
+            return self.share.mean(self.steps(self.objective, rows, progress, remaining=remaining))
         rows = self._settled_rows(self.settled)
         bound = NestedBound(self.model, self.lazy.guide, self.history.particles)
         wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
@@ -173,13 +176,20 @@ class Run:
         return settled.whole_clusters(nested.name, chosen.to(settled.like.device))
 
     def _next_batch(self) -> Rows:
+        source = self.share.rows if self.settled is None else self.settled
         size, n = self.schedule.batch(len(self.source)), len(self.source)
         if size == n:
-            return self.source.all()
-        source = self.source if self.settled is None else self.settled
-        index, following = self.shuffle.rows(source, size)
-        dense = n if self.guide.every_cluster() else None
+            return source.all()
+        own = self.share.batch(size) if self.settled is None else size
+        index, following = self.shuffle.rows(source, own)
+        # As many as `_prepare` makes room for.
+        dense = n if self.guide.every_cluster() else 4 * self._drawn(size)
         return source.batch(index, dense_up_to=dense, following=following)
+
+    def _drawn(self, size: int) -> int:
+        """Rows in a batch of that size, of all processes together."""
+        shared = len(self.share.places) if self.settled is None else 1
+        return shared * self.share.batch(size) if shared > 1 else size
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
@@ -190,6 +200,8 @@ class Run:
         if self.settled is not None and self.history.adversary_accuracy:
             accuracy = self.history.adversary_accuracy[-1]  # the game is over
         self.history.adversary_accuracy.append(accuracy)
+        if self.settled is None:
+            self.share.average_buffers(self.model.network)
         if self.validation is not None:
             self.history.validation.append(self._validate(self.validation))
         if self.settled is not None:
@@ -212,7 +224,8 @@ class Run:
                 self._return_to(self.best)
         if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
             # Later, at falling rates, the guide is left to settle.
-            self.guide.refresh(self.model, self.settled or self.source)
+            with self.share.common_numbers(self.seed, self.step):
+                self.guide.refresh(self.model, self.settled or self.share.rows)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
             if self.settled is None:
                 self._settle()
@@ -235,14 +248,17 @@ class Run:
         # Settled, nothing is trained of clusters whose effects follow from the hyperparameters.
         batches = self.settled is None or (self.guide.nested() is None and n > self._most_rows())
         size = schedule.batch(n) if batches else n
-        self.lazy = LazyAdam.of(self.guide, self.source, size, eps)
+        self.lazy = LazyAdam.of(self.guide, self.source, self._drawn(size), eps)
         guide = self.lazy.guide
-        self.objective = Objective(self.model, guide)
-        self.steps = Steps({"model": self.model, "guide": guide}, self.compile)
         if self.settled is not None and not batches and n > self._most_rows():
             # The noise of some clusters' gradient is not to move the guide away from the mode.
             share = self._most_rows() / (2 * n)
             schedule = replace(schedule, learning_rate=schedule.learning_rate * share**0.5)
+        objective = Objective(self.model, guide)
+        shared = self.share.several and self.settled is None
+        self.objective = self.share.averaged(objective) if shared else objective
+        mode: CompileMode = "never" if shared else self.compile
+        self.steps = Steps({"model": self.model, "guide": guide}, mode)
         self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
 
     def _settle(self) -> None:
@@ -250,6 +266,7 @@ class Run:
         if self.best:
             self._return_to(self.best)
         self.best = {}
+        self.share.settle(self.seed, self.step)
         rows = self._hold_network()
         start_at_mode(self.model, self.guide, rows)
         wanted = 1
@@ -268,7 +285,7 @@ class Run:
         self.held = [one for one in self.model.parameters() if one.requires_grad]
         self.model.requires_grad_(False)
         self.guide.settle()
-        self.settled = self.model.compute(self.source)
+        self.settled = self.share.compute(self.model, self.source)
         return self.settled
 
     def _release(self) -> None:
@@ -283,12 +300,17 @@ class Run:
             counts = {name: len(one.index) for name, one in rows.memberships.items()}
             center = self.guide.center(self.model.clusters())
             latents = self.model.extend(center, counts, population=True)
-            each = log_likelihoods(self.model, rows, latents).values()
+
+            def log_prob(some: Rows) -> Tensor:
+                return torch.stack([*log_likelihoods(self.model, some, latents).values()]).sum(0)
+
+            mean = self.share.mean_over_rows(log_prob, rows)
         self.model.train()
-        return -sum(float(one.mean()) for one in each)
+        return -mean
 
     def _divergence(self, cause: str) -> DivergenceError:
         """The error to raise, after going back to the last good state."""
+        cause += not_finite(self._state())
         self._return_to(self.best or self.good)
         self._release()
         self.stopped = "diverged"
@@ -299,31 +321,6 @@ class Run:
             "in features and outcome. The error's `fit` attribute holds the last good state.",
             self.result(),
         )
-
-    def _blame(self, loss: Loss) -> str:
-        parts = {
-            "the evidence lower bound": loss.elbo,
-            "the likelihood under fixed effects alone": loss.fixed,
-            "the adversaries' cross-entropy": loss.game,
-        }
-        bad = [name for name, value in parts.items() if not math.isfinite(float(value))]
-        return f"{' and '.join(bad) or 'the total'} is not finite{self._not_finite()}"
-
-    def _not_finite(self) -> str:
-        bad = [name for name, one in self._state().items() if not torch.isfinite(one).all()]
-        return f"; parameters not finite: {', '.join(bad[:3])}" if bad else ""
-
-    def _status(self) -> str:
-        text = f"loss {np.mean(self.history.loss[-50:]):.4f}"
-        if self.history.validation:
-            text += f", validation {self.history.validation[-1]:.4f}"
-        for game, accuracy in zip(
-            self.model.adversaries, self.history.adversary_accuracy[-1], strict=True
-        ):
-            counts = self.source.counts[game.factor]
-            chance = float(counts.max() / counts.sum())
-            text += f", adversary of {game.factor} {accuracy:.2f} (chance {chance:.2f})"
-        return text
 
     def _state(self) -> dict[str, Tensor]:
         return module_tensors("model", self.model) | module_tensors("guide", self.guide)
@@ -337,10 +334,8 @@ class Run:
         tensors = self._state() | self.optimizers.state()
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors["order"] = self.shuffle.order
-        size = self.guide.hyperparameters.size
-        tensors["iterates"] = torch.tensor(
-            np.array(self.iterates).reshape(len(self.iterates), size)
-        )
+        shape = len(self.iterates), self.guide.hyperparameters.size
+        tensors["iterates"] = torch.tensor(np.array(self.iterates).reshape(shape))
         tensors["random"] = torch.get_rng_state()
         if self.source.like.is_cuda:
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.like.device)
@@ -393,6 +388,7 @@ class Run:
             "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
+            "processes": len(self.share.places),
         }
 
     def result(self) -> Fit:
