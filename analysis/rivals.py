@@ -1,11 +1,11 @@
-"""The models that the spirals' simulation compares, each fitted and scored in the same way."""
+"""The models that are compared: one interface, and those that are programs around one network."""
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -13,194 +13,349 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from armed_pyro import Adversary, ClusteredData, Fit, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.boundaries import plane
+from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
+from armed_pyro.data import Grouping
+from armed_pyro.facts import Facts
+from armed_pyro.terms import Term
 
-__all__ = ["RIVALS", "Rival", "Score", "Setting", "outcomes", "surface", "train_and_score"]
+__all__ = [
+    "DRAWS",
+    "Architecture",
+    "Dense",
+    "Program",
+    "Rival",
+    "Setting",
+    "Trained",
+    "cluster_shifts",
+    "feature_use",
+    "outcomes",
+    "programs",
+    "shuffled",
+]
 
 DRAWS = 200
 
 
+class Architecture(ABC):
+    """A network to be built for features of any shape, and the layers that models attach to."""
+
+    @property
+    @abstractmethod
+    def taps(self) -> tuple[str, ...]:
+        """Module paths that an adversary reads."""
+
+    @property
+    @abstractmethod
+    def last(self) -> str:
+        """Module path of the penultimate layer, whose activations random slopes multiply."""
+
+    @abstractmethod
+    def build(self, feature_shape: Sequence[int]) -> nn.Module:
+        """The network for one row's features of this shape; weights from torch's generator."""
+
+
 @dataclass(frozen=True)
-class Rival:
-    """One of the models compared; all are `MixedEffects` around the same network.
+class Dense(Architecture):
+    """Hidden layers of ELU units and one output, with Glorot's weights and no biases at first.
 
     Attributes
     ----------
-    name : str
-    paper : float
-        Accuracy in the paper's simulation.
-    random : bool
-        Whether clusters have random effects: an intercept, and slopes on the last hidden layer.
-    adversary : bool
-        Whether an adversary reads all hidden layers.
-    cluster_input : bool
-        Whether the cluster, as a row of 0 and 1, is appended to the features.
+    hidden : tuple of int
+        Widths; the layers' activations are the modules ``"1"``, ``"3"``, ...
+
+    Examples
+    --------
+    >>> Dense((8, 8)).taps
+    ('1', '3')
     """
 
-    name: str
-    paper: float
-    random: bool = False
-    adversary: bool = False
-    cluster_input: bool = False
+    hidden: tuple[int, ...]
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(str(2 * layer + 1) for layer in range(len(self.hidden)))
 
-RIVALS = (
-    Rival("conventional", 0.764),
-    Rival("cluster input", 0.676, cluster_input=True),
-    Rival("domain adversarial", 0.753, adversary=True),
-    Rival("ARMED", 0.788, random=True, adversary=True),
-    Rival("without adversary", 0.793, random=True),
-)
+    @property
+    def last(self) -> str:
+        return self.taps[-1]
+
+    def build(self, feature_shape: Sequence[int]) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise([*feature_shape, *self.hidden]):
+            layers += [nn.Linear(before, after), nn.ELU()]
+        net = nn.Sequential(*layers, nn.Linear(self.hidden[-1], 1))
+        for layer in net:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        return net
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Network and training that all models share.
+    """Network, outcome and training that all models share.
 
     Attributes
     ----------
     name, title : str
         In files, and in tables and figures.
-    width : int
-        Units in each of the three hidden layers.
+    architecture : Architecture
+        The network.
     schedule : Schedule
         Length and rates.
+    factor : str
+        Grouping factor.
+    family : str
+        Of the outcome.
+    slopes : bool
+        Whether random effects include slopes on the penultimate layer beside the intercept.
     adversary_weight, fixed_weight : float
         lambda_A, of the models with an adversary; lambda_F, of those with random effects.
+    unseen : str
+        Mode in which programs with random effects predict clusters not seen in training.
     """
 
     name: str
     title: str
-    width: int
+    architecture: Architecture
     schedule: Schedule
+    factor: str = "site"
+    family: str = "bernoulli"
+    slopes: bool = True
     adversary_weight: float = 0.1
     fixed_weight: float = 1.0
+    unseen: str = "marginal"
 
-    def network(self, n_features: int, seed: int) -> nn.Sequential:
-        """Three hidden layers of ELU units and one output; hidden layers are "1", "3", "5"."""
-        sizes = [n_features, self.width, self.width, self.width]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(sizes):
-            layers += [nn.Linear(before, after), nn.ELU()]
-        net = nn.Sequential(*layers, nn.Linear(self.width, 1))
+    def network(self, feature_shape: Sequence[int], seed: int) -> nn.Module:
+        """The network with weights drawn from this seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for layer in net:
-                if isinstance(layer, nn.Linear):
-                    # Glorot's weights and no biases.
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)
-        return net
-
-    def model(self, rival: Rival, n_features: int, seed: int) -> MixedEffects:
-        """The program of one of the models compared."""
-        game = Adversary("site", taps=["1", "3", "5"], weight=self.adversary_weight)
-        return MixedEffects(
-            self.network(n_features, seed),
-            random=["(1 | site)", Slopes("site", on="5")] if rival.random else (),
-            family="bernoulli",
-            adversary=game if rival.adversary else (),
-            fixed_weight=self.fixed_weight if rival.random else 0.0,
-        )
+            return self.architecture.build(feature_shape)
 
 
-@dataclass(frozen=True)
-class Score:
-    """How one fit did on its test rows.
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained model.
 
     Attributes
     ----------
-    accuracy : float
-        Share of test rows whose class has the higher posterior predictive probability.
-    randomised : float
-        The same after every test row got the label of a random cluster.
-    use : mapping of str to float
-        |d f / d x_j| at the mean input, per standard deviation of the feature, of the fixed
-        effects f.
-    seconds : float
-        Duration of the fit.
+    predict : callable
+        E[y | x, cluster] of every row, P(y = 1) of a binary outcome; outcomes are not used.
+        Clusters that were not in training are dealt with in the model's own way, which its
+        `Rival` states.
+    net : torch.nn.Module
+        Fixed effects: standardised features to the linear predictor.
+    data : ClusteredData
+        Training rows as the network takes them.
+    facts : Facts
+        Their names and scales.
     steps : int
-        Steps taken.
+        Training steps taken.
     """
 
-    accuracy: float
-    randomised: float
-    use: Mapping[str, float]
-    seconds: float
+    predict: Callable[[ClusteredData], Float[np.ndarray, " rows"]]
+    net: nn.Module
+    data: ClusteredData
+    facts: Facts
     steps: int
 
 
-def train_and_score(
-    rival: Rival, setting: Setting, train: ClusteredData, test: ClusteredData, seed: int
-) -> tuple[Fit, Score]:
-    """Fit a model to the training rows and score it on the test rows."""
-    levels = train.grouping("site").levels
-    data = _with_clusters(train, levels) if rival.cluster_input else train
-    start = time.perf_counter()
-    model = setting.model(rival, data.n_features, seed)
-    result = fit(model, data, schedule=setting.schedule, seed=seed, progress=False)
-    seconds = time.perf_counter() - start
-    score = Score(
-        accuracy=_accuracy(result, rival, test, levels),
-        randomised=_accuracy(result, rival, _shuffled(test, levels, seed), levels),
-        use=_feature_use(result, train.feature_names),
-        seconds=seconds,
-        steps=len(result.history.loss),
+class Rival(ABC):
+    """One of the models compared.
+
+    Attributes
+    ----------
+    name : str
+    setting : Setting
+        What it shares with the others.
+    """
+
+    name: str
+    setting: Setting
+
+    @property
+    @abstractmethod
+    def clustered(self) -> bool:
+        """Whether its predictions depend on a row's cluster."""
+
+    @abstractmethod
+    def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
+        """Train on these rows; the validation rows, if any, decide when to stop."""
+
+
+@dataclass(frozen=True)
+class Program(Rival):
+    """A `MixedEffects` program around the setting's network.
+
+    Without random effects, an unseen cluster is predicted as any other; where the cluster is an
+    input, it has a 0 in every cluster's column. With them, it goes by the setting's mode.
+
+    Attributes
+    ----------
+    random : bool
+        Whether clusters have random effects: an intercept, and slopes on the penultimate layer.
+    adversary : bool
+        Whether an adversary reads the taps.
+    cluster_input : bool
+        Whether the cluster, as a row of 0 and 1, is appended to the features.
+
+    Examples
+    --------
+    >>> setting = Setting("s", "small", Dense((4,)), Schedule(steps=10))
+    >>> [str(term) for term in Program("ARMED", setting, random=True).model((2,), seed=0).terms]
+    ['(1 | site)', "Slopes('site', on='1')"]
+    """
+
+    name: str
+    setting: Setting
+    random: bool = False
+    adversary: bool = False
+    cluster_input: bool = False
+
+    @property
+    def clustered(self) -> bool:
+        return self.random or self.cluster_input
+
+    def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
+        setting, levels = self.setting, data.grouping(self.setting.factor).levels
+
+        def taken(rows: ClusteredData) -> ClusteredData:
+            return _with_clusters(rows, setting.factor, levels) if self.cluster_input else rows
+
+        result = fit(
+            self.model(taken(data).features.shape[1:], seed),
+            taken(data),
+            validation=None if validation is None else taken(validation),
+            schedule=setting.schedule,
+            refine=False,  # point predictions gain nothing from weighted draws
+            seed=seed,
+            progress=False,
+        )
+
+        def predict(rows: ClusteredData) -> Float[np.ndarray, " rows"]:
+            unseen = setting.unseen if self.random else None
+            return result.predict(taken(rows), unseen=unseen, draws=DRAWS).mean
+
+        model = result.model
+        steps = len(result.history.loss)
+        return Trained(predict, model.network, result.data, model.data_facts(), steps)
+
+    def model(self, feature_shape: Sequence[int], seed: int) -> MixedEffects:
+        """The program, with the network that this seed gives."""
+        setting, architecture = self.setting, self.setting.architecture
+        terms: list[str | Term] = [f"(1 | {setting.factor})"] if self.random else []
+        if self.random and setting.slopes:
+            terms.append(Slopes(setting.factor, on=architecture.last))
+        game = Adversary(setting.factor, taps=architecture.taps, weight=setting.adversary_weight)
+        return MixedEffects(
+            setting.network(feature_shape, seed),
+            random=terms,
+            family=setting.family,
+            adversary=game if self.adversary else (),
+            fixed_weight=setting.fixed_weight if self.random else 0.0,
+        )
+
+
+def programs(setting: Setting) -> tuple[Program, ...]:
+    """The five models that are programs around one network.
+
+    Examples
+    --------
+    >>> [one.name for one in programs(Setting("s", "small", Dense((4,)), Schedule()))][:2]
+    ['conventional', 'cluster input']
+    """
+    return (
+        Program("conventional", setting),
+        Program("cluster input", setting, cluster_input=True),
+        Program("domain adversarial", setting, adversary=True),
+        Program("ARMED", setting, random=True, adversary=True),
+        Program("without adversary", setting, random=True),
     )
-    return result, score
-
-
-def surface(
-    result: Fit, rival: Rival, levels: pd.Index, extent: float, size: int
-) -> Float[np.ndarray, "clusters size size"]:
-    """Probability of class 1 on a square grid over (x1, x2) from -extent to extent, by cluster."""
-    axis = np.linspace(-extent, extent, size)
-    axes = {"x1": axis, "x2": axis}
-    rows = plane(axes, dict.fromkeys(axes, 0.0), {"site": levels.to_numpy()})
-    rows = _with_clusters(rows, levels) if rival.cluster_input else rows
-    return result.predict(rows, draws=DRAWS).mean.reshape(len(levels), size, size)
 
 
 def outcomes(data: ClusteredData) -> Float[np.ndarray, " rows"]:
-    """The rows' classes, 0 or 1."""
+    """The rows' outcomes; classes as 0 or 1.
+
+    Raises
+    ------
+    ValueError
+        If they are not known.
+    """
     if data.outcome is None:
         raise ValueError("the rows have no outcome to compare predictions with")
     return data.outcome.numpy()
 
 
-def _accuracy(result: Fit, rival: Rival, test: ClusteredData, levels: pd.Index) -> float:
-    rows = _with_clusters(test, levels) if rival.cluster_input else test
-    chosen = result.predict(rows, draws=DRAWS).mean > 0.5
-    return float((chosen == outcomes(test)).mean())
+def feature_use(trained: Trained, names: Sequence[str]) -> dict[str, float]:
+    """|d f / d x_j| at the mean input, per standard deviation of the feature.
+
+    Parameters
+    ----------
+    trained : Trained
+        Of which f is the network of fixed effects.
+    names : sequence of str
+        The features; columns that say which cluster a row is in can be left out.
+    """
+    like = next(trained.net.parameters())
+    standardised = trained.facts.standardise(trained.data.features).to(like)
+    x = standardised.mean(0, keepdim=True).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(trained.net.eval()(x).sum(), x)
+    use = gradient[0].abs() * standardised.std(0)
+    return {name: float(use[trained.data.feature_names.index(name)]) for name in names}
 
 
-def _feature_use(result: Fit, names: tuple[str, ...]) -> dict[str, float]:
-    use = result.attribution(draws=2).posterior["importance"]
-    # Columns of the cluster are left out.
-    return {name: float(use.sel(feature=name)) for name in names}
+def cluster_shifts(trained: Trained, data: ClusteredData, factor: str) -> pd.Series:
+    r"""What a cluster adds to the linear predictor of all rows, on average.
+
+    .. math:: \hat b_k = \frac{1}{n} \sum_i logit \, p(y = 1 | x_i, k)
+              - \frac{1}{n K} \sum_{i, l} logit \, p(y = 1 | x_i, l)
+
+    the random intercept and the slopes' effect together, by predicting every row as if it were
+    of every cluster.
+
+    Parameters
+    ----------
+    trained : Trained
+        Trained on these rows, with a binary outcome.
+    data : ClusteredData
+        Rows of the clusters.
+    factor : str
+        Grouping factor.
+    """
+    levels = data.grouping(factor).levels
+    shifts = []
+    for level in levels:
+        moved = ClusteredData.from_arrays(
+            data.features,
+            None,
+            {factor: np.full(data.n_rows, level)},
+            feature_names=data.feature_names,
+            outcome_name=data.outcome_name,
+        )
+        chance = trained.predict(moved).clip(1e-6, 1 - 1e-6)
+        shifts.append(np.log(chance / (1 - chance)).mean())
+    return pd.Series(np.array(shifts) - np.mean(shifts), index=levels)
 
 
-def _with_clusters(data: ClusteredData, levels: pd.Index) -> ClusteredData:
+def shuffled(data: ClusteredData, factor: str, levels: pd.Index, seed: int) -> ClusteredData:
+    """The rows with clusters drawn at random from the levels, each equally likely."""
+    labels = np.random.default_rng(seed).choice(levels.to_numpy(), data.n_rows)
+    return replace(data, groupings={**data.groupings, factor: Grouping.from_labels(labels)})
+
+
+def _with_clusters(data: ClusteredData, factor: str, levels: pd.Index) -> ClusteredData:
     """The rows with a column of 0 and 1 for every cluster appended to the features."""
-    labels = data.grouping("site").labels()
+    if data.features.dim() != 2:
+        raise ValueError(
+            f"the cluster can be an input beside a table's features only, not beside features of "
+            f"shape {tuple(data.features.shape)}: leave out 'cluster input'"
+        )
+    labels = data.grouping(factor).labels()
     columns = (labels[:, None] == levels.to_numpy()).astype(float)
     return ClusteredData.from_arrays(
         np.hstack([data.features.numpy(), columns]),
         data.outcome,
-        {"site": labels},
-        feature_names=[*data.feature_names, *(f"site[{level}]" for level in levels)],
-        outcome_name=data.outcome_name,
-    )
-
-
-def _shuffled(data: ClusteredData, levels: pd.Index, seed: int) -> ClusteredData:
-    """The rows with clusters drawn at random, each equally likely."""
-    labels = np.random.default_rng(seed).choice(levels.to_numpy(), data.n_rows)
-    return ClusteredData.from_arrays(
-        data.features,
-        data.outcome,
-        {"site": labels},
-        feature_names=data.feature_names,
+        {factor: labels},
+        feature_names=[*data.feature_names, *(f"{factor}[{level}]" for level in levels)],
         outcome_name=data.outcome_name,
     )

@@ -20,6 +20,7 @@ from armed_pyro.probetest import ProbeTest, probe_test
 from armed_pyro.program import MixedEffects
 from armed_pyro.schedule import Schedule
 from armed_pyro.scores import compare_modes, score_mode
+from armed_pyro.streameddata import StreamedData
 from armed_pyro.tables import read_table, write_table
 from armed_pyro.terms import FilterScaleBias, RandomEffects, Slopes
 
@@ -50,6 +51,7 @@ __all__ = [
     "Schedule",
     "SimulationCalibration",
     "Slopes",
+    "StreamedData",
     "StructuredGuide",
     "compare_modes",
     "fit",

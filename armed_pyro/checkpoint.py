@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from armed_pyro.facts import Facts
-from armed_pyro.rows import Rows
+from armed_pyro.rows import Rows, RowSource
 
 __all__ = ["Checkpoint", "digest", "optimizer_tensors", "restore_optimizer"]
 
@@ -94,10 +94,9 @@ def restore_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -
     module.load_state_dict(own)
 
 
-def digest(rows: Rows, facts: Facts) -> str:
+def digest(rows: Rows | RowSource, facts: Facts) -> str:
     """Hash of rows, with the scales and labels they were encoded by."""
     found = hashlib.sha256(json.dumps(facts.to_json(), default=str).encode())
-    codes = [one.position for one in rows.memberships.values()]
-    for one in (rows.x, rows.y, rows.trials, rows.offset, rows.weights, *codes):
-        found.update(b"none" if one is None else one.double().cpu().numpy().tobytes())
+    for one in rows.fingerprint():
+        found.update(one)
     return found.hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -37,8 +39,10 @@ from armed_pyro.predictcommand import predict_command
 from armed_pyro.program import MixedEffects
 from armed_pyro.report import page
 from armed_pyro.schedule import Schedule
-from armed_pyro.tables import read_table, write_table
+from armed_pyro.streameddata import StreamedData
+from armed_pyro.tables import write_table
 from armed_pyro.terms import Slopes, Term, parse_terms
+from armed_pyro.trainingtable import TrainingTable, byte_size, most_held, outputs
 
 __all__ = ["app"]
 
@@ -148,6 +152,14 @@ def fit_command(
     ] = Compile.auto,
     draws: Annotated[int, option("Posterior draws to save: --draws 2000")] = 1000,
     prob: Prob = 0.9,
+    memory: Annotated[
+        str | None,
+        option(
+            "Memory to stay within: a Parquet table that would take more is streamed from disk "
+            "(temporary files beside RUN): --memory 2GB [default: half of what there is]",
+            metavar="SIZE",
+        ),
+    ] = None,
     resume: Annotated[
         bool, option("Continue a killed run: the same command with --resume", "--resume")
     ] = False,
@@ -169,26 +181,36 @@ def fit_command(
         schedule = Schedule(steps=steps, batch_size=batch_size)
         terms = parse_terms(random)
         terms += tuple(Slopes(terms[0].factor, on=path) for path in slopes_on or ())
-        table = read_table(data)
-        rows = ClusteredData.from_frame(
-            table,
+        likelihood = family_named(family)
+        table = TrainingTable.open(data, byte_size(memory))
+        rows = table.rows(
+            run.parent,
             outcome=outcome,
-            clusters=_cluster_columns(terms, adversary, table),
-            features=_features(features, table),
+            clusters=_cluster_columns(terms, adversary, table.columns),
+            features=_features(features, table.columns),
             trials=trials,
             offset=offset,
             weights=weights,
             missing="drop" if missing is Missing.drop else "error",
         )
-        likelihood = family_named(family)
-        likelihood.check(rows)
         seen = unseen = None
-        if hold_out_clusters is not None:
-            factor = terms[0].factor
-            rows, unseen = rows.hold_out_clusters(factor, fraction=hold_out_clusters, seed=seed)
-        if validate_rows is not None:
-            rows, seen = rows.split_rows(validate_rows, seed=seed)
-        n_outputs = len(likelihood.columns(rows)) + (likelihood.name == "categorical")
+        if isinstance(rows, ClusteredData):
+            likelihood.check(rows)
+            if hold_out_clusters is not None:
+                factor = terms[0].factor
+                rows, unseen = rows.hold_out_clusters(factor, fraction=hold_out_clusters, seed=seed)
+            if validate_rows is not None:
+                rows, seen = rows.split_rows(validate_rows, seed=seed)
+        elif hold_out_clusters is None and validate_rows is None:
+            # Unwinds a run that is told to end, so that its temporary files go with it.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        else:
+            raise ValueError(
+                f"rows cannot be held out of {data}, which is streamed: it would take about "
+                f"{table.need / 1e9:.1f} GB of memory. Keep them in a file of their own, or raise "
+                "--memory"
+            )
+        n_outputs = outputs(rows, likelihood)
         module = network(net, rows.n_features, n_outputs, seed=seed, **_widths(hidden, net))
         games = []
         if adversary is not None:
@@ -204,6 +226,8 @@ def fit_command(
         result.save(run, draws=draws, prob=prob)
         held_out = {"rows": seen, "clusters": unseen}
         _print_fit(result, {k: v for k, v in held_out.items() if v is not None}, run, prob)
+        if result.sampled:
+            out.print(f"Most memory held: {most_held() / 1e9:.2f} GB", markup=False)
         (run / CHECKPOINT).unlink(missing_ok=True)
         (run / PARTIAL).unlink(missing_ok=True)
 
@@ -268,7 +292,9 @@ def _check_run(run: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"{run} holds {what}: choose another folder, or replace it: --overwrite")
 
 
-def _train(run: Path, model: MixedEffects, rows: ClusteredData, **settings: Any) -> Fit:
+def _train(
+    run: Path, model: MixedEffects, rows: ClusteredData | StreamedData, **settings: Any
+) -> Fit:
     """Fit with a checkpoint in the run's folder; say what is left if it ends early."""
     checkpoint = run / CHECKPOINT
     if first_process() and not settings["resume"]:
@@ -291,7 +317,7 @@ def _train(run: Path, model: MixedEffects, rows: ClusteredData, **settings: Any)
 
 
 def _cluster_columns(
-    terms: Sequence[Term], adversary: str | None, table: pd.DataFrame
+    terms: Sequence[Term], adversary: str | None, table: Collection[str]
 ) -> list[str]:
     """Columns of the grouping factors; the factor ``a:b`` needs the columns a and b."""
     factors = [term.factor for term in terms] + ([adversary] if adversary else [])
@@ -299,7 +325,7 @@ def _cluster_columns(
     return list(dict.fromkeys(name for names in columns for name in names))
 
 
-def _features(text: str | None, table: pd.DataFrame) -> list[str] | str | None:
+def _features(text: str | None, table: Collection[str]) -> list[str] | str | None:
     """Columns listed with commas, or a formula."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
     formula = len(names) == 1 and names[0] not in table and any(c in names[0] for c in "+:*^`")

@@ -73,6 +73,12 @@ def check_rows(values: Tensor, fine: Tensor, what: str, expected: str, labels: p
         )
 
 
+def check_varying(names: Sequence[str], varying: Tensor) -> None:
+    """Raise ValueError if a feature is the same in all training rows."""
+    if constant := ", ".join(repr(names[int(i)]) for i in (~varying).nonzero()):
+        raise ValueError(f"Constant in all training rows: {constant}. Leave them out.")
+
+
 def column_names(names: Sequence[str], what: str) -> tuple[str, ...]:
     """A list of column names as a tuple."""
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):

@@ -18,7 +18,7 @@ from armed_pyro.data import ClusteredData
 from armed_pyro.laplace import Conditionals, conditionals
 from armed_pyro.modulations import modulates, sensitivities
 from armed_pyro.pseudo import mean_draws
-from armed_pyro.rows import RowSource
+from armed_pyro.rows import HeldRows
 from armed_pyro.unseen import label_noise
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _noise(factor: Factor, labels: pd.Index, latents: Latents, seed: int) -> Any
 
 
 def _components(
-    factors: tuple[Factor, ...], source: RowSource, free: Mapping[str, Tensor]
+    factors: tuple[Factor, ...], source: HeldRows, free: Mapping[str, Tensor]
 ) -> Iterator[tuple[list[list[Node]], list[Tensor]]]:
     """Free clusters that share rows, as groups: those of the same make-up together.
 
@@ -195,7 +195,7 @@ def _in_batches(
 def _solve(
     fit: Fit,
     latents: Latents,
-    source: RowSource,
+    source: HeldRows,
     nodes: list[list[Node]],
     rows: list[Tensor],
     noise: Mapping[str, Any],
@@ -214,7 +214,7 @@ def _solve(
 def _linearised(
     fit: Fit,
     latents: Latents,
-    source: RowSource,
+    source: HeldRows,
     nodes: list[list[Node]],
     rows: list[Tensor],
     noise: Mapping[str, Any],
@@ -283,9 +283,13 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
 
 
 def _with_training(
-    fit: Fit, source: RowSource, levels: Mapping[str, pd.Index], free: Mapping[str, Tensor]
-) -> RowSource:
+    fit: Fit, source: HeldRows, levels: Mapping[str, pd.Index], free: Mapping[str, Tensor]
+) -> HeldRows:
     """The rows, followed by the training rows of the free clusters."""
+    if fit.sampled:
+        raise ValueError(
+            "seen clusters cannot be updated: the fit keeps only a sample of its training rows"
+        )
     every = fit.model.encode(fit.data, levels)
     wanted = torch.zeros(len(every), dtype=torch.bool)
     for name, one in free.items():
@@ -304,4 +308,4 @@ def _with_training(
     counts = {name: torch.bincount(one, minlength=len(levels[name])) for name, one in codes.items()}
     x = torch.cat([source.x, every.x[index]])
     y, trials, offset, weights = (both(name) for name in ("y", "trials", "offset", "weights"))
-    return RowSource(x, y, codes, counts, trials, offset, weights)
+    return HeldRows(x, y, codes, counts, trials, offset, weights)

@@ -12,9 +12,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro.columns import Missing, check_rows, code_outcome, finite_tensor
+from armed_pyro.columns import Missing, check_rows, check_varying, code_outcome, finite_tensor
 from armed_pyro.files import as_pandas
-from armed_pyro.labels import Grouping, unknown
+from armed_pyro.labels import Grouping, check_informative, unknown
 from armed_pyro.splits import check_fraction, stratified_order
 from armed_pyro.tables import Schema
 
@@ -377,17 +377,6 @@ class ClusteredData:
         if self.trials is None and bool((self.outcome == self.outcome[0]).all()):
             raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
         for name, grouping in self.groupings.items():
-            if grouping.n_clusters == 1:
-                raise ValueError(
-                    f"Grouping factor {name!r} has a single level, {grouping.labels()[0]}: "
-                    "it tells nothing of the variance between clusters. Leave it out."
-                )
-            if int(grouping.counts.max()) == 1:
-                raise ValueError(
-                    f"Every cluster of {name!r} has one row, so its effects cannot be told from "
-                    "the residual. Choose a factor whose clusters have several rows."
-                )
+            check_informative(name, grouping.levels, grouping.counts)
         if self.feature_names:
-            same = (self.features == self.features[0]).all(dim=0)
-            if constant := ", ".join(repr(self.feature_names[i]) for i in same.nonzero()):
-                raise ValueError(f"Constant in all training rows: {constant}. Leave them out.")
+            check_varying(self.feature_names, (self.features != self.features[0]).any(dim=0))

@@ -12,7 +12,7 @@ import pandas as pd
 from armed_pyro.arvizstats import leave_one_out
 from armed_pyro.checks import ORDER, Check, inference_checks
 from armed_pyro.datachecks import data_checks, effective_clusters, predictive_checks
-from armed_pyro.refinement import refinable
+from armed_pyro.proposals import affordable, refinable
 
 if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
@@ -99,12 +99,26 @@ def diagnose(fit: Fit) -> Diagnostics:
     --------
     ``print(fit.diagnostics())``
     """
-    latents = fit.draws(DRAWS)
+    latents = fit.draws(min(DRAWS, affordable(fit)))
     weighted = fit.importance if refinable(fit) else None
     clusters, predictive = predictive_checks(fit, latents, weighted)
-    checks = [*inference_checks(fit, weighted), *data_checks(fit, latents), *predictive]
+    checks = [
+        *_rows(fit),
+        *inference_checks(fit, weighted),
+        *data_checks(fit, latents),
+        *predictive,
+    ]
     checks.sort(key=lambda check: -ORDER.index(check.verdict))
     return Diagnostics(tuple(checks), clusters, _figures(fit, weighted, clusters))
+
+
+def _rows(fit: Fit) -> Iterator[Check]:
+    if fit.sampled:
+        n, kept = fit.model.data_facts().n_rows, fit.data.n_rows
+        sizes = [f"{one.n_clusters} clusters of {name}" for name, one in fit.data.groupings.items()]
+        reason = f"of {n} rows {kept}, in {', '.join(sizes) or 'no clusters'}, were kept at random"
+        reason += "; outcomes and residuals are checked in these"
+        yield Check("rows", "pass", float(kept), None, reason)
 
 
 def _figures(
@@ -113,7 +127,7 @@ def _figures(
     figures: dict[str, float | None] = {}
     if weighted is not None:
         figures |= {"k_hat": weighted.k_hat, "ess": weighted.effective}
-    if fit.data.n_rows <= MOST_ROWS_LOO:
+    if fit.data.n_rows <= MOST_ROWS_LOO and not fit.sampled:
         figures |= leave_one_out(fit)
     if "elpd" in clusters:
         left_out = clusters.elpd.dropna()

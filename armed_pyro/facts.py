@@ -14,7 +14,7 @@ from torch import Tensor
 from armed_pyro.data import ClusteredData
 from armed_pyro.families import Family
 from armed_pyro.labels import as_seen, listing
-from armed_pyro.rows import Membership, Rows, RowSource
+from armed_pyro.rows import HeldRows, Membership, Rows
 from armed_pyro.tables import Schema, index_from_json, index_to_json
 
 __all__ = ["Facts"]
@@ -105,7 +105,7 @@ class Facts:
 
     def encode(
         self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
-    ) -> RowSource:
+    ) -> HeldRows:
         """Rows as tensors with the precision and device of `like`.
 
         Parameters
@@ -141,7 +141,7 @@ class Facts:
         def tensor(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(like)
 
-        return RowSource(
+        return HeldRows(
             self.standardise(data.features).to(like),
             tensor(data.outcome),
             codes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from armed_pyro.membership import ClusterClassifier
 from armed_pyro.prediction import Prediction
 from armed_pyro.program import MixedEffects
 from armed_pyro.refinement import ImportanceDraws, RefinedDraws
+from armed_pyro.rows import Membership
 from armed_pyro.schedule import History, Schedule
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Fit:
     guide : Guide
         The approximate posterior.
     data : ClusteredData
-        The training rows.
+        The training rows, or a sample of them: see `sampled`.
     history : History
         Record of the training.
     schedule : Schedule
@@ -84,6 +85,11 @@ class Fit:
     classifiers: dict[str, ClusterClassifier] = field(default_factory=dict)
 
     @property
+    def sampled(self) -> bool:
+        """Whether `data` is a sample of the training rows, as of those of a `StreamedData`."""
+        return 0 < self.data.n_rows < self.model.data_facts().n_rows
+
+    @property
     def converged(self) -> bool:
         """Whether the loss had stopped improving when training ended."""
         return self.stopped in ("converged", "validation")
@@ -101,9 +107,33 @@ class Fit:
                 return self.refined.choose(n)
             return self.guide.draws(self.model.clusters(), n)
 
+    def hyperparameters(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """As `draws`, without the random effects, which many clusters have too many of.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Sites "n 1 ...".
+        """
+        effects = {factor.effect_site for factor in self.model.factors}
+        with self.model.seeded(self.seed if seed is None else seed):
+            if self.refined is not None:
+                given = self.refined.latents.items()
+                some = {name: one for name, one in given if name not in effects}
+                return replace(self.refined, latents=some).choose(n) if some else {}
+            clusters, nested = self.model.clusters(), self.guide.nested()
+            if nested is not None:
+                first = clusters.memberships[nested.name].index[:1]
+                own = Membership(first, first[:0], complete=False)
+                clusters = replace(clusters, memberships={**clusters.memberships, nested.name: own})
+            drawn = self.guide.draws(clusters, n)
+            return {name: one for name, one in drawn.items() if name not in effects}
+
     @cached_property
     def importance(self) -> ImportanceDraws:
         """The guide's draws with their importance weights; see `armed_pyro.refinement`."""
+        if self.sampled:
+            raise ValueError("the fit keeps only a sample of its rows: fit with refine=True")
         return refinement.importance_draws(self)
 
     def diagnostics(self) -> Diagnostics:

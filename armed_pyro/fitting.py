@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyro
 import torch
@@ -25,10 +26,11 @@ from armed_pyro.distributed import (
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.program import MixedEffects
-from armed_pyro.refinement import refinable
+from armed_pyro.refinement import importance_draws, refinable
 from armed_pyro.rows import RowSource
 from armed_pyro.schedule import Schedule
 from armed_pyro.shares import Share
+from armed_pyro.streameddata import StreamedData
 from armed_pyro.training import DivergenceError, Run
 
 __all__ = ["DivergenceError", "fit", "fit_bound"]
@@ -44,13 +46,17 @@ OTHER_FILE = (
     "only some of the processes find the checkpoint to resume from: put it on a file system that "
     "all their machines share"
 )
+NOT_FROM_FILES = (
+    "rows that are read from a file as they are needed cannot be shared by several processes yet: "
+    "read them into memory, as ClusteredData, or start one process"
+)
 
 GuideFactory = Callable[[MixedEffects, RowSource], Guide]
 
 
 def fit(
     model: MixedEffects,
-    data: ClusteredData,
+    data: ClusteredData | StreamedData,
     *,
     validation: ClusteredData | None = None,
     schedule: Schedule | None = None,
@@ -74,8 +80,9 @@ def fit(
     ----------
     model : MixedEffects
         What to fit.
-    data : ClusteredData
-        Training rows.
+    data : ClusteredData or StreamedData
+        Training rows, in memory or read from a file as they are needed. Of the latter the fit
+        keeps a sample, whole clusters of at most 50,000 rows, by which it is checked.
     validation : ClusteredData, optional
         Rows whose loss decides when to cut the learning rates, when to stop training the network
         and which network is kept; the guide is then trained on until it has converged, too.
@@ -135,27 +142,33 @@ def fit(
     with torch.random.fork_rng(devices=devices):
         # Binding draws the adversaries' first weights.
         torch.manual_seed(seed)
-        bound = model.bind(data).to(target)
-        return fit_bound(
-            bound,
-            data,
-            validation=validation,
-            schedule=schedule,
-            guide=guide,
-            refine=refine,
-            seed=seed,
-            compile=compile,
-            processes=processes,
-            checkpoint=checkpoint,
-            resume=resume,
-            progress=progress,
-        )
+        settings: dict[str, Any] = {
+            "validation": validation,
+            "schedule": schedule,
+            "guide": guide,
+            "refine": refine,
+            "seed": seed,
+            "compile": compile,
+            "processes": processes,
+            "checkpoint": checkpoint,
+            "resume": resume,
+            "progress": progress,
+        }
+        if isinstance(data, ClusteredData):
+            return fit_bound(model.bind(data).to(target), data, **settings)
+        if processes.several:
+            raise ValueError(NOT_FROM_FILES)
+        with data.laid_out(model, seed, progress=progress) as files:
+            bound = model.bind(files.facts).to(target)
+            source = files.rows(bound.reference())
+            return fit_bound(bound, files.sample, source=source, **settings)
 
 
 def fit_bound(
     bound: MixedEffects,
     data: ClusteredData,
     *,
+    source: RowSource | None = None,
     validation: ClusteredData | None = None,
     schedule: Schedule | None = None,
     guide: GuideFactory = choose_guide,
@@ -170,7 +183,8 @@ def fit_bound(
     """`fit` of a program that is laid out already, whose scales and priors stay as they are.
 
     The program is trained in place, where it is: on data drawn from its own prior, say, or in a
-    worker that has its own generator. `processes` are those that do so together.
+    worker that has its own generator. `source` is where the training rows are, if `data` are only
+    those that the fit keeps; `processes` are those that fit together.
 
     Examples
     --------
@@ -181,7 +195,7 @@ def fit_bound(
         raise ValueError(f"`compile` is {compile!r}, but must be one of {', '.join(COMPILE_MODES)}")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
-    rows = bound.encode(data)
+    rows = bound.encode(data) if source is None else source
     held_out = None
     if validation is not None:
         held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
@@ -189,7 +203,7 @@ def fit_bound(
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
         if processes.several:
-            given = [digest(rows.all(), bound.data_facts()), schedule, seed]
+            given = [digest(rows, bound.data_facts()), schedule, seed]
             processes.check_same(given, OTHER_RUN)
             processes.check_same(resume, OTHER_FILE)
         target = bound.reference().device
@@ -205,8 +219,10 @@ def fit_bound(
             run.train(path, report)
         processes.same(bound, family)
     result = run.result()
-    if not refine or result.history.settled is None or not refinable(result):
+    if not refine or run.settled is None or not refinable(result, source):
         return result
+    # While the rows are at hand.
+    vars(result)["importance"] = importance_draws(result, run.settled)
     # Above 1 the weights have no mean; between 0.7 and 1 they improve on the guide, and the
     # diagnostics warn.
     return result.refine() if result.importance.k_hat < 1 else result

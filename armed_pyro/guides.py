@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -19,6 +20,7 @@ from armed_pyro.conditionals import (
 )
 from armed_pyro.factors import Factor, weighted
 from armed_pyro.hyperparameters import Hyperparameters
+from armed_pyro.modulations import modulates
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations, observe
 from armed_pyro.rows import Membership, Rows, RowSource
@@ -27,8 +29,9 @@ __all__ = ["Guide", "StructuredGuide", "joined"]
 
 
 # Draws over which the slope and curvature of the likelihood are averaged; fewer of very many
-# clusters' effects, whose number makes up for it.
-REFRESH_DRAWS, FEWEST_REFRESH_DRAWS, MOST_REFRESH_VALUES = 32, 4, 2**23
+# clusters' effects, whose number makes up for it, or of very many rows, which take their time.
+REFRESH_DRAWS, FEWEST_REFRESH_DRAWS = 32, 4
+MOST_REFRESH_VALUES, MOST_REFRESH_ROWS = 2**23, 2**25
 
 
 class Guide(nn.Module, ABC):
@@ -148,6 +151,7 @@ class StructuredGuide(Guide):
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
+        self._last: weakref.ref[RowSource] | None = None
         facts = model.data_facts()
         self.hyperparameters = Hyperparameters(model)
         self.model_precision = model.precision
@@ -168,10 +172,21 @@ class StructuredGuide(Guide):
         return cast("tuple[PseudoObservations, ...]", tuple(self._pseudo))
 
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
-        if any(one.conjugate for one in self.pseudo):
-            most = MOST_REFRESH_VALUES // max(one.base.numel() for one in self.pseudo)
-            n = min(REFRESH_DRAWS, max(FEWEST_REFRESH_DRAWS, most))
-            observe(model, self.pseudo, self.draws(model.clusters(), n), source)
+        last, self._last = self._last, None
+        if not any(one.conjugate for one in self.pseudo):
+            return
+        # With quadratic likelihoods where the latent sites are makes no difference; and neither
+        # does when, if the predictor is linear in them with a network that is held.
+        quadratic = model.family.dispersion_name == "residual_sd" and not modulates(model)
+        held = model.linear or not any(one.requires_grad for one in model.parameters())
+        if quadratic and held:
+            self._last = weakref.ref(source)
+            if last is not None and last() is source:
+                return
+        most = MOST_REFRESH_VALUES // max(one.base.numel() for one in self.pseudo)
+        most = min(REFRESH_DRAWS, most, MOST_REFRESH_ROWS // len(source))
+        n = 1 if quadratic else max(FEWEST_REFRESH_DRAWS, most)
+        observe(model, self.pseudo, self.draws(model.clusters(), n), source)
 
     def settle(self) -> None:
         super().settle()
@@ -206,7 +221,7 @@ class StructuredGuide(Guide):
         return small
 
     def most_draws(self) -> int:
-        return max(1, 100_000_000 // max([1, *(one.base.numel() for one in self.pseudo)]))
+        return max(1, 10_000_000 // max([1, *(one.base.numel() for one in self.pseudo)]))
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         latents = self.hyperparameters()

@@ -79,6 +79,20 @@ class Grouping:
         return Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
 
 
+def check_informative(factor: str, levels: pd.Index, counts: Tensor) -> None:
+    """Raise ValueError if a factor's clusters, of so many rows, say nothing of their variance."""
+    if len(levels) == 1:
+        raise ValueError(
+            f"Grouping factor {factor!r} has a single level, {levels[0]}: "
+            "it tells nothing of the variance between clusters. Leave it out."
+        )
+    if int(counts.max()) == 1:
+        raise ValueError(
+            f"Every cluster of {factor!r} has one row, so its effects cannot be told from "
+            "the residual. Choose a factor whose clusters have several rows."
+        )
+
+
 def as_seen(levels: pd.Index, seen: pd.Index) -> pd.Index:
     """Levels under the labels by which they were seen: "308" as 308, or the other way round.
 

@@ -138,6 +138,11 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
             "holds neither one nor the training rows to train it on: fit the model again, call "
             f"fit.classifier({factor!r}) and save it, or choose 'marginal'"
         )
+    if fit.sampled:
+        raise ValueError(
+            f"the modes 'membership' and 'nearest' need rows of every cluster of {factor!r}, and "
+            "the fit keeps only a sample of its training rows: choose 'marginal'"
+        )
     if not data.n_features:
         raise ValueError(
             "the modes 'membership' and 'nearest' compare features, and the model has none: choose "

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from armed_pyro.guides import Guide
 from armed_pyro.importance import weigh
-from armed_pyro.modulations import row_cost
+from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
+from armed_pyro.pieces import Pieces
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Rows, RowSource
+from armed_pyro.rows import HeldRows, Rows, RowSource
 
 __all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]
 
@@ -25,6 +26,9 @@ MOST_REFRESHES = 30
 # Largest sd of a hyperparameter (most of them are logs) that a start is given.
 WIDEST = 1.5
 SEARCH_SCALE = 0.1
+# Of more rows than these the mode is searched among some, in at least so many clusters; then so
+# many Newton steps at most go to that of all.
+SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
 
 
 def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
@@ -38,7 +42,10 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     outcomes with linear fixed effects, by a few particles on fixed noise otherwise), which is
     refreshed between rounds of LBFGS. Does nothing where that is no good: without nested effects,
     or where effects inside make the network run on many images.
-    More rows than one evaluation holds are taken a piece at a time.
+    More rows than one evaluation holds are taken a piece at a time. Of very many rows with a single
+    factor the mode is first searched among some whole clusters that stand for all; from there a
+    few Newton steps, with the gradient of all rows and the curvature of some, lead to that of all
+    (Bollapragada, Byrd, Nocedal 2019).
 
     Parameters
     ----------
@@ -49,19 +56,21 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     """
     hyper = guide.hyperparameters
     searchable = guide.nested() is not None or not model.factors
-    # The network would run hundreds of times on all rows.
-    affordable = len(source) * row_cost(model) <= LARGEST_STEP
+    # With effects inside the network would run hundreds of times on all rows.
+    affordable = not modulates(model) or len(source) * row_cost(model) <= LARGEST_STEP
     if not hyper.size or not searchable or not affordable:
         return
     frame = SEARCH_SCALE * torch.eye(hyper.size).to(hyper.anchor)
     before = _read(guide)
     try:
-        _settle_effects(model, guide, source)
+        some = _some_clusters(model, guide, source)
+        searched = source if some is None else some.source
+        _settle_effects(model, guide, searched)
         for _ in range(ROUNDS):
-            guide.refresh(model, source)
+            guide.refresh(model, searched)
             before = _read(guide)
             hyper.set_normal(before, frame)
-            posterior = _Posterior.of(model, guide, source)
+            posterior = _Posterior.of(model, guide, source, some)
             best = posterior.climb()
             hyper.set_normal(best, frame)
             root = frame @ posterior.curvature_root()
@@ -70,7 +79,10 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
             moved = torch.linalg.solve_triangular(root, (best - before)[:, None], upper=False)
             if float(moved.detach().norm()) < 0.1:
                 break
-        guide.refresh(model, source)
+        if some is None:
+            guide.refresh(model, source)
+        else:
+            before = _to_all(model, guide, source, frame)
     except (torch.linalg.LinAlgError, ArithmeticError):  # type: ignore[attr-defined]
         hyper.set_normal(before, frame)
 
@@ -83,10 +95,11 @@ def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> in
     # Some clusters will do to tell.
     clusters = len(source.counts[nested.name])
     share = max(1, clusters * (LARGEST_STEP // 256) // len(source))
-    rows = source.all()
     if share < clusters:
-        chosen = torch.arange(share, device=source.x.device) * clusters // share
+        chosen = torch.arange(share, device=source.like.device) * clusters // share
         rows = source.whole_clusters(nested.name, chosen)
+    else:
+        rows = source.all()
     with torch.no_grad():
         noise = proposal_noise(guide, rows, 8, 16, model.reference(), stretch=False, heavy=False)
         weighted = weigh(model, guide, rows, noise)
@@ -116,23 +129,51 @@ def _read(guide: Guide) -> Float[Tensor, " size"]:
         return hyper.distribution().push(torch.zeros_like(hyper.anchor))
 
 
-def _pieces(guide: Guide, source: RowSource, size: int) -> Iterator[tuple[Rows, float]]:
-    """All rows, in pieces of about `size` rows in whole clusters, with each piece's share of all.
+@dataclass(frozen=True)
+class _Some:
+    """Rows of some clusters, which stand for all: alone, and as a sample of all."""
 
-    A piece counts 1 / share times in the program, and its log-weights share times in the sum.
-    """
+    source: HeldRows
+    rows: Rows
+
+
+def _some_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _Some | None:
+    """A random sample of whole clusters, where that is enough to search in."""
     nested = guide.nested()
-    if len(source) <= size:
-        yield source.all(), 1.0
-    elif nested is None:
-        for rows in source.chunks(size):
-            yield rows, 1 / rows.scale
-    else:
-        counts = source.counts[nested.name]
-        place = (counts.cumsum(0) - 1) // size
-        for piece in place.unique():
-            chosen = (place == piece).nonzero()[:, 0]
-            yield source.whole_clusters(nested.name, chosen), len(chosen) / len(counts)
+    if nested is None or len(model.factors) > 1 or len(source) <= SEARCHED:
+        return None
+    clusters = len(source.counts[nested.name])
+    share = clusters * SEARCHED // len(source)
+    if share < FEWEST_SEARCHED:
+        return None
+    chosen = torch.randperm(clusters)[:share].sort().values.to(source.like.device)
+    rows = source.whole_clusters(nested.name, chosen)
+    codes = {name: one.index[one.position] for name, one in rows.memberships.items()}
+    sizes = {name: len(one) for name, one in source.counts.items()}
+    counts = {name: torch.bincount(one, minlength=sizes[name]) for name, one in codes.items()}
+    optional = (rows.trials, rows.offset, rows.weights, rows.computed)
+    return _Some(HeldRows(rows.x, rows.y, codes, counts, *optional), rows)
+
+
+def _to_all(
+    model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor
+) -> Float[Tensor, " size"]:
+    """Newton steps to the mode of all rows' posterior, in units of the frame."""
+    best = _read(guide)
+    for _ in range(NEWTON_STEPS):
+        guide.refresh(model, source)
+        posterior = _Posterior.of(model, guide, source)
+        point = posterior.point()
+        step = torch.zeros_like(point)
+        for part in posterior.parts(point):
+            step += torch.autograd.grad(part, point)[0]
+        best = guide.hyperparameters.distribution().push(step).detach()[0, 0, 0]
+        if not torch.isfinite(best).all():
+            raise ArithmeticError("the marginal posterior has no finite mode")
+        guide.hyperparameters.set_normal(best, frame)
+        if float(step.norm()) < 0.1:
+            break
+    return best
 
 
 @dataclass(frozen=True)
@@ -141,39 +182,51 @@ class _Posterior:
 
     model: MixedEffects
     guide: Guide
-    pieces: list[tuple[Rows, Noise, float]]
+    pieces: Pieces
+    noise: list[Noise]
 
     @classmethod
-    def of(cls, model: MixedEffects, guide: Guide, source: RowSource) -> _Posterior:
+    def of(
+        cls, model: MixedEffects, guide: Guide, source: RowSource, some: _Some | None = None
+    ) -> _Posterior:
         like, nested = model.reference(), guide.nested()
         # Draws are of use only to sites that are neither hyperparameters nor nested.
         draws = 8 if nested is not None and len(model.factors) > 1 else 1
-        n = len(source)
+        n = len(source if some is None else some.source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
-        pieces: list[tuple[Rows, Noise, float]] = []
+        if some is None:
+            size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
+            pieces = Pieces.of(guide, source, size, keep=isinstance(source, HeldRows))
+        else:
+            index = None if nested is None else some.rows.memberships[nested.name].index
+            pieces = Pieces(lambda: iter([some.rows]), [index], [1.0])
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
+        if nested is not None and particles > 1:
+            rows = next(pieces.read())
+            trial = proposal_noise(guide, rows, draws, 2, like, stretch=False, heavy=False)
+            with torch.no_grad():
+                spread = weigh(model, guide, rows, trial).particles.var(1)
+            particles = 1 if float(spread.max()) < 1e-6 else particles
+        noises: list[Noise] = []
         shared: dict[str, Tensor] = {}
-        for rows, share in _pieces(guide, source, size):
-            if not pieces and nested is not None and particles > 1:
-                trial = proposal_noise(guide, rows, draws, 2, like, stretch=False, heavy=False)
-                with torch.no_grad():
-                    spread = weigh(model, guide, rows, trial).particles.var(1)
-                particles = 1 if float(spread.max()) < 1e-6 else particles
+        for clusters in pieces.without_rows(model, guide):
             if nested is None or particles == 1:
-                noise = gaussian_noise(guide, rows, draws, like)
+                noise = gaussian_noise(guide, clusters, draws, like)
             else:
-                noise = proposal_noise(guide, rows, draws, particles, like, heavy=False)
+                noise = proposal_noise(guide, clusters, draws, particles, like, heavy=False)
             if nested is not None:
                 shared = shared or {
                     site: one for site, one in noise.values.items() if site != nested.effect_site
                 }
                 noise = replace(noise, values={**noise.values, **shared})
-            pieces.append((rows, noise, share))
-        return cls(model, guide, pieces)
+            noises.append(noise)
+        return cls(model, guide, pieces, noises)
 
     def parts(self, theta_noise: Tensor) -> Iterator[Float[Tensor, ""]]:
         """Its pieces, at the theta that this noise becomes."""
-        for rows, noise, share in self.pieces:
+        for rows, noise, share in zip(
+            self.pieces.read(), self.noise, self.pieces.shares, strict=True
+        ):
             given = {**noise.values, "_theta": theta_noise}
             weighted = weigh(self.model, self.guide, rows, replace(noise, values=given))
             yield share * (weighted.total() - weighted.hyper).mean()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from armed_pyro.evidence import Evidence
     from armed_pyro.fitted import Fit
     from armed_pyro.program import MixedEffects
-    from armed_pyro.rows import Rows, RowSource
+    from armed_pyro.rows import HeldRows, Rows
 
 __all__ = ["MODES", "Prediction", "effect_source", "encoded", "predict", "predict_chunks", "width"]
 
@@ -175,7 +175,7 @@ def _rebuilt(means: Tensor, rows: Rows) -> Rebuilt:
 
 
 def extended(
-    model: MixedEffects, source: EffectSource, levels: Mapping[str, pd.Index], rows: RowSource
+    model: MixedEffects, source: EffectSource, levels: Mapping[str, pd.Index], rows: HeldRows
 ) -> tuple[dict[str, Tensor], Shaped[np.ndarray, " rows"]]:
     """Draws with the effects of new clusters after those of the seen ones; the mode of each row.
 

@@ -124,11 +124,11 @@ def _some_rows(fit: Fit, factor: str, seed: int) -> tuple[Rows, Int[Tensor, " ro
     model = fit.model
     source = model.encode(fit.data)
     codes, levels = source.codes[factor], model.data_facts().levels[factor]
-    chosen = torch.arange(len(levels))
+    chosen = source.counts[factor].cpu().nonzero()[:, 0]  # a sample has not all of them
     if len(source) > MOST_ROWS:
-        share = max(2, len(levels) * MOST_ROWS // len(source))
-        order = torch.randperm(len(levels), generator=torch.Generator().manual_seed(seed))
-        chosen = order[:share].sort().values
+        share = max(2, len(chosen) * MOST_ROWS // len(source))
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+        chosen = chosen[order[:share]].sort().values
     index = torch.isin(codes, chosen.to(codes)).nonzero()[:, 0]
     rows = source.batch(index, dense_up_to=max(len(one) for one in source.counts.values()))
     return rows, torch.searchsorted(chosen.to(codes), codes[index]), levels[chosen.numpy()]

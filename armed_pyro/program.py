@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import TypeVar, cast
 
 import pandas as pd
 import pyro
@@ -27,13 +27,14 @@ from armed_pyro.modulations import modulates, predict_rows
 from armed_pyro.outcomes import Reconstruction
 from armed_pyro.predictor import Predictor
 from armed_pyro.priors import Known, Priors
-from armed_pyro.rows import Rows, RowSource, counted
+from armed_pyro.rows import HeldRows, Rows, RowSource, counted
 from armed_pyro.taps import run
 from armed_pyro.terms import Term, parse_terms
 
 __all__ = ["MixedEffects"]
 
 Latents = Mapping[str, Tensor]
+Source = TypeVar("Source", bound=RowSource)
 
 
 class MixedEffects(LocalModule):
@@ -217,19 +218,20 @@ class MixedEffects(LocalModule):
 
     # --- data ---------------------------------------------------------------------------------
 
-    def encode(
-        self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None
-    ) -> RowSource:
+    def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
         """Tensors in the program's precision, on its device; see `Facts.encode`."""
         return self.data_facts().encode(data, self.reference(), levels)
 
     @torch.no_grad()
-    def compute(self, source: RowSource) -> RowSource:
-        """The same rows, with what the network makes of them unless effects inside change it."""
-        if modulates(self):
+    def compute(self, source: Source) -> Source:
+        """The same rows, with what the network makes of them unless effects inside change it.
+
+        Rows in files are left as they are, and the network runs whenever they are read.
+        """
+        if modulates(self) or not isinstance(source, HeldRows):
             return source
         _, activations = self.run_network(replace(source.all(), computed=None))
-        return replace(source, computed=activations)
+        return cast("Source", replace(source, computed=activations))
 
     def clusters(self) -> Rows:
         """No rows, but every cluster of every factor: for drawing random effects only."""

@@ -214,7 +214,8 @@ def observe(
         where = {name: one.mean(0, True) if one.dim() > 1 else one for name, one in latents.items()}
         where |= means
     widest = max(len(factor.terms) ** 2 for factor in model.factors)
-    size = max(1, 2**22 // max(widest, math.prod(source.x.shape[1:])))
+    draws = max([1, *(len(one) for one in where.values() if one.dim() > 1)])
+    size = max(1, 2**21 // max(widest, math.prod(source.row_shape), draws))
     for rows, weight, residual, activations in curvature(model, source, where, size):
         columns = weight.shape[-1]
         x = by_column(model.head_inputs(activations), columns) if model.bayesian_head else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from pyro import poutine
 from torch import Tensor
 
-__all__ = ["Membership", "RowSource", "Rows", "Shuffle", "counted"]
+__all__ = ["HeldRows", "Membership", "RowSource", "Rows", "Shuffle", "counted", "memberships_of"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ class Rows:
             raise ValueError("the rows have no outcome, which their log-likelihood needs")
         return self.y
 
+    def fingerprint(self) -> Iterator[bytes]:
+        """Their values, by which other rows can be told from them."""
+        codes = [one.position for one in self.memberships.values()]
+        for one in (self.x, self.y, self.trials, self.offset, self.weights, *codes):
+            yield b"none" if one is None else one.double().cpu().numpy().tobytes()
+
 
 @contextmanager
 def counted(rows: Rows) -> Iterator[None]:
@@ -111,9 +118,92 @@ def counted(rows: Rows) -> Iterator[None]:
         yield
 
 
+class RowSource(ABC):
+    """All N rows a program is fitted to, wherever they are: in memory, or in files.
+
+    Attributes
+    ----------
+    counts : mapping of str to Int[Tensor, "clusters"]
+        Rows in each cluster, for every grouping factor.
+    """
+
+    counts: Mapping[str, Int[Tensor, " clusters"]]
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+    def total(self, part: Tensor) -> Tensor:
+        """A sum over these rows, or the one over all rows where other processes hold the rest."""
+        return part if self.reduce is None else self.reduce(part)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor of the rows' precision, on their device."""
+
+    @property
+    @abstractmethod
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row's features."""
+
+    @abstractmethod
+    def fingerprint(self) -> Iterator[bytes]:
+        """What tells these rows from others."""
+
+    @abstractmethod
+    def all(self) -> Rows:
+        """Every row and every cluster, each with weight 1."""
+
+    @abstractmethod
+    def unit(self, size: int) -> int:
+        """Consecutive rows that batches of this size take together; a divisor of it."""
+
+    @abstractmethod
+    def batch(
+        self,
+        index: Int[Tensor, " batch"],
+        *,
+        dense_up_to: int | None = None,
+        following: Int[Tensor, " batch"] | None = None,
+    ) -> Rows:
+        r"""Rows `index`, weighted so that the objective stays unbiased.
+
+        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
+        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
+        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
+        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
+
+        Parameters
+        ----------
+        index : Int[Tensor, "batch"]
+            Rows of the batch, drawn without regard to the outcome.
+        dense_up_to : int, optional
+            Largest number of clusters that are all drawn in every batch.
+        following : Int[Tensor, "batch"], optional
+            Rows of the next batch, which may be read ahead.
+        """
+
+    def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
+        """Factors of which a mini-batch of `size` rows draws its own clusters only."""
+        limit = 4 * size if dense_up_to is None else dense_up_to
+        return {factor for factor, counts in self.counts.items() if len(counts) > limit}
+
+    @abstractmethod
+    def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
+        """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
+
+        The clusters of other factors are all drawn, each with weight 1.
+        """
+
+    @abstractmethod
+    def chunks(self, size: int) -> Iterator[Rows]:
+        """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""
+
+
 @dataclass(frozen=True)
-class RowSource:
-    """All N rows a program is fitted to, held on one device and sliced into mini-batches.
+class HeldRows(RowSource):
+    """Rows held on one device and sliced into mini-batches.
 
     Attributes
     ----------
@@ -138,12 +228,21 @@ class RowSource:
     def __len__(self) -> int:
         return len(self.x)
 
-    def total(self, part: Tensor) -> Tensor:
-        """A sum over these rows, or the one over all rows where other processes hold the rest."""
-        return part if self.reduce is None else self.reduce(part)
+    @property
+    def like(self) -> Tensor:
+        return self.x
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+    def fingerprint(self) -> Iterator[bytes]:
+        return self.all().fingerprint()
+
+    def unit(self, size: int) -> int:
+        return 1
 
     def all(self) -> Rows:
-        """Every row and every cluster, each with weight 1."""
         memberships = {
             factor: Membership(torch.arange(len(self.counts[factor]), device=codes.device), codes)
             for factor, codes in self.codes.items()
@@ -151,35 +250,17 @@ class RowSource:
         optional = (self.trials, self.offset, self.weights, self.computed)
         return Rows(self.x, self.y, memberships, 1.0, *optional)
 
-    def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
-        r"""Rows `index`, weighted so that the objective stays unbiased.
-
-        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
-        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
-        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
-        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
-
-        Parameters
-        ----------
-        index : Int[Tensor, "batch"]
-            Rows of the batch, drawn without regard to the outcome.
-        dense_up_to : int, optional
-            Largest number of clusters that are all drawn in every batch.
-        """
+    def batch(
+        self,
+        index: Int[Tensor, " batch"],
+        *,
+        dense_up_to: int | None = None,
+        following: Int[Tensor, " batch"] | None = None,
+    ) -> Rows:
         scale = len(self) / len(index)
+        codes = {factor: one[index] for factor, one in self.codes.items()}
         sampled = self.sampled(len(index), dense_up_to)
-        memberships = {}
-        for factor, codes in self.codes.items():
-            counts, rows = self.counts[factor], codes[index]
-            if factor not in sampled:
-                everyone = torch.arange(len(counts), device=codes.device)
-                memberships[factor] = Membership(everyone, rows)
-            else:
-                present, position, found = torch.unique(
-                    rows, return_inverse=True, return_counts=True
-                )
-                weight = (scale * found / counts[present]).to(self.x.dtype)
-                memberships[factor] = Membership(present, position, weight, complete=False)
+        memberships = memberships_of(codes, self.counts, scale, sampled, self.x)
         return Rows(
             self.x[index],
             None if self.y is None else self.y[index],
@@ -193,17 +274,8 @@ class RowSource:
             else {name: one[index] for name, one in self.computed.items()},
         )
 
-    def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
-        """Factors of which a mini-batch of `size` rows draws its own clusters only."""
-        limit = 4 * size if dense_up_to is None else dense_up_to
-        return {factor for factor, counts in self.counts.items() if len(counts) > limit}
-
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
-        """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
-
-        Cluster by cluster, in time and memory that do not depend on K.
-        The clusters of other factors are all drawn, each with weight 1.
-        """
+        # In time and memory that do not depend on K.
         counts, n = self.counts[factor], len(self.counts[factor])
         sizes, (order, starts) = counts[chosen], self._by_cluster[factor]
         place = torch.arange(len(chosen), device=chosen.device).repeat_interleave(sizes)
@@ -223,10 +295,33 @@ class RowSource:
         }
 
     def chunks(self, size: int) -> Iterator[Rows]:
-        """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""
         for start in range(0, len(self), size):
             index = torch.arange(start, min(start + size, len(self)), device=self.x.device)
             yield self.batch(index, dense_up_to=max(map(len, self.counts.values()), default=0))
+
+
+def memberships_of(
+    codes: Mapping[str, Int[Tensor, " rows"]],
+    counts: Mapping[str, Int[Tensor, " clusters"]],
+    scale: float,
+    sampled: Collection[str],
+    like: Tensor,
+) -> dict[str, Membership]:
+    """Clusters of a mini-batch's rows: all of a factor, or of `sampled` ones those it holds.
+
+    See `RowSource.batch` for their weights.
+    """
+    memberships = {}
+    for factor, rows in codes.items():
+        every = counts[factor]
+        if factor not in sampled:
+            everyone = torch.arange(len(every), device=rows.device)
+            memberships[factor] = Membership(everyone, rows)
+        else:
+            present, position, found = torch.unique(rows, return_inverse=True, return_counts=True)
+            weight = (scale * found / every[present]).to(like.dtype)
+            memberships[factor] = Membership(present, position, weight, complete=False)
+    return memberships
 
 
 @dataclass
@@ -248,3 +343,13 @@ class Shuffle:
             self.order = torch.randperm(n)
         taken, self.order = self.order[:size], self.order[size:]
         return taken
+
+    def rows(self, source: RowSource, size: int) -> tuple[Tensor, Tensor]:
+        """Rows of the next mini-batch of `size`, and of the one after, if that is known yet."""
+        unit = source.unit(size)
+        units, within = size // unit, torch.arange(unit)
+        index, following = (
+            (unit * some[:, None] + within).flatten().to(source.like.device)
+            for some in (self.take(units, len(source) // unit), self.order[:units])
+        )
+        return index, following

@@ -18,7 +18,7 @@ from armed_pyro.distributed import Processes, mixed
 from armed_pyro.modulations import modulates
 from armed_pyro.objective import Loss, Objective, trains_network
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Membership, Rows, RowSource, Shuffle
+from armed_pyro.rows import HeldRows, Membership, Rows, RowSource, Shuffle
 
 __all__ = ["Share"]
 
@@ -52,7 +52,7 @@ class Share:
     rows : RowSource
         This process's rows, with the sizes that clusters have in all.
     places : tuple of Int[Tensor, "rows"]
-        Each process's rows; one entry if they are not shared.
+        Each process's rows; empty if they are not shared.
     """
 
     processes: Processes
@@ -73,7 +73,9 @@ class Share:
             If there are fewer rows than processes.
         """
         if not processes.several or not trains_network(model):
-            return cls(processes, source, (torch.arange(len(source)),))
+            return cls(processes, source, ())
+        if not isinstance(source, HeldRows):
+            raise ValueError("rows in files cannot be shared by several processes: read them first")
         if len(source) < processes.size:
             raise ValueError(
                 f"{len(source)} rows cannot be shared by {processes.size} processes: start fewer"
@@ -85,7 +87,7 @@ class Share:
         def some(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[own]
 
-        rows = RowSource(
+        rows = HeldRows(
             source.x[own],
             some(source.y),
             {factor: codes[own] for factor, codes in source.codes.items()},
@@ -100,11 +102,17 @@ class Share:
     @property
     def several(self) -> bool:
         """Whether the rows are shared."""
-        return len(self.places) > 1
+        return bool(self.places)
 
     def batch(self, size: int) -> int:
         """Rows that each process adds to a batch of `size` of all rows."""
+        if not self.several:
+            return size
         return min([-(-size // len(self.places)), *map(len, self.places)])
+
+    def together(self, size: int) -> int:
+        """Rows in a batch of `size` rows, of all processes, whose parts are equal."""
+        return max(1, len(self.places)) * self.batch(size)
 
     def weigh(self, rows: Rows) -> Rows:
         """Rows of this process, so weighted that the average over processes is the objective.
@@ -125,7 +133,7 @@ class Share:
         every = drawn[drawn >= 0].unique()
         place = torch.searchsorted(every, membership.index)
         own = membership.weight
-        weight = self.rows.x.new_zeros(len(every))
+        weight = self.rows.like.new_zeros(len(every))
         weight[place] = len(self.places) * (torch.ones_like(weight[place]) if own is None else own)
         return replace(membership, index=every, position=place[membership.position], weight=weight)
 
@@ -161,6 +169,10 @@ class Share:
         if self.several:
             torch.manual_seed(mixed(*seed, 0))
 
+    def ended(self, rows: RowSource) -> Share:
+        """From here on no rows are shared: every process has these."""
+        return Share(self.processes, rows, ())
+
     def average_buffers(self, network: nn.Module) -> None:
         """Average running statistics over processes."""
         if self.several:
@@ -178,9 +190,13 @@ class Share:
 
     def compute(self, model: MixedEffects, source: RowSource) -> RowSource:
         """`MixedEffects.compute` of all rows, each process computing its own."""
-        if not self.several or modulates(model):
+        rows = self.rows
+        if not (isinstance(rows, HeldRows) and isinstance(source, HeldRows) and self.several):
             return model.compute(source)
-        own, joined, most = model.compute(self.rows).computed or {}, {}, max(map(len, self.places))
+        if modulates(model):
+            return source
+        own, most = model.compute(rows).computed or {}, max(map(len, self.places))
+        joined = {}
         for name in sorted(own):
             whole = own[name].new_empty(len(source), *own[name].shape[1:])
             for place, piece in zip(
@@ -204,7 +220,7 @@ def _selected(rows: Rows, index: Tensor) -> Rows:
     return Rows(x, y, memberships, rows.scale, *optional)
 
 
-def _places(source: RowSource, size: int, *, whole_clusters: bool) -> tuple[Tensor, ...]:
+def _places(source: HeldRows, size: int, *, whole_clusters: bool) -> tuple[Tensor, ...]:
     """Each process's rows, in whole clusters if the shares are then about even."""
     n = len(source)
     if whole_clusters and source.counts:

@@ -42,6 +42,8 @@ VARIANCE, DIAGNOSTICS = "variance_components.csv", "diagnostics.json"
 CHECKPOINTS = {"checkpoint.safetensors", "checkpoint.partial"}
 # Bytes beyond which a group of draws is left out of posterior.nc: it can be drawn again.
 LARGEST_GROUP = 200e6
+# Bytes of the posterior, of which fewer draws are written then.
+LARGEST_POSTERIOR = 400e6
 # Variational families by the name that the manifest gives them.
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
@@ -103,6 +105,7 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
         content = to_bytes({name: one.cpu().contiguous() for name, one in tensors.items()})
         (partial / MODEL).write_bytes(content)
         _write_json(partial / MANIFEST, manifest)
+        draws = _fewer(fit, draws)
         tree = to_datatree(fit, draws=draws, groups=_groups(fit, draws))
         tree.to_netcdf(partial / POSTERIOR, engine="h5netcdf")
         fit.variance_components(prob=prob).to_csv(partial / VARIANCE, index=False)
@@ -201,6 +204,21 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 # --- its contents -----------------------------------------------------------------------------
+
+
+def _fewer(fit: Fit, draws: int) -> int:
+    """As many draws as the random effects leave room for; the fit's own are saved beside them."""
+    facts = fit.model.data_facts()
+    effects = sum(len(one.terms) * len(facts.levels[one.name]) for one in fit.model.factors)
+    most = max(2, int(LARGEST_POSTERIOR / (8 * max(1, effects))))
+    if draws > most:
+        warnings.warn(
+            f"{POSTERIOR} has {most} draws instead of {draws}, whose random effects would exceed "
+            f"{LARGEST_POSTERIOR / 1e6:.0f} MB",
+            UserWarning,
+            stacklevel=4,
+        )
+    return min(draws, most)
 
 
 def _groups(fit: Fit, draws: int) -> list[str]:

@@ -81,7 +81,8 @@ class TableBlocks:
             for start in range(0, self.n_rows, size):
                 yield self.frame[wanted].iloc[start : start + size]
             return
-        with pq.ParquetFile(self.path) as file:
+        # Buffered by column: reading whole row groups ahead would keep the file in memory.
+        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
             for batch in file.iter_batches(size, columns=wanted):
                 yield batch.to_pandas()
 

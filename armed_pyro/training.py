@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.optimizers import LazyAdam, Optimizers
 from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import Rows, RowSource, Shuffle
+from armed_pyro.rows import HeldRows, Rows, RowSource, Shuffle
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 from armed_pyro.shares import Share
 
@@ -41,6 +42,7 @@ __all__ = ["DivergenceError", "Run"]
 SETTLING_DRAWS = 8
 # Fewer where there are effects inside the network, which then runs once a draw.
 DRAWS_OF_FILTERS = 2
+MOST_READ = 2**18  # rows read from files for one step then
 
 
 class Run:
@@ -88,8 +90,7 @@ class Run:
         while not self.stopped:
             settled = self.settled is not None
             self.model.train(not settled)
-            if not settled:
-                self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
+            self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
             window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
@@ -130,7 +131,7 @@ class Run:
         """The loss of one step, and its gradients."""
         remaining = self.schedule.steps - self.step
         if self.settled is None:
-            progress = self.source.x.new_tensor(self.step / self.schedule.steps)
+            progress = self.source.like.new_tensor(self.step / self.schedule.steps)
             rows = self.lazy.read(self.share.weigh(self._next_batch()))
             return self.share.mean(self.steps(self.objective, rows, progress, remaining=remaining))
         rows = self._settled_rows(self.settled)
@@ -141,7 +142,8 @@ class Run:
 
     def _most_rows(self) -> int:
         """Rows in a step of the settled network."""
-        return LARGEST_STEP // (2 * self.history.particles * row_cost(self.model))
+        most = LARGEST_STEP // (2 * self.history.particles * row_cost(self.model))
+        return most if isinstance(self.settled, HeldRows) else min(most, MOST_READ)
 
     def _settled_rows(self, settled: RowSource) -> Rows:
         most, nested = self._most_rows(), self.guide.nested()
@@ -152,23 +154,17 @@ class Run:
         clusters = len(settled.counts[nested.name])
         share = max(1, clusters * most // (2 * len(settled)))
         chosen = self.shuffle.take(share, clusters)
-        return settled.whole_clusters(nested.name, chosen.to(settled.x.device))
+        return settled.whole_clusters(nested.name, chosen.to(settled.like.device))
 
     def _next_batch(self) -> Rows:
-        source = self.share.rows if self.settled is None else self.settled
+        source = self.share.rows
         size, n = self.schedule.batch(len(self.source)), len(self.source)
         if size == n:
             return source.all()
-        own = self.share.batch(size) if self.settled is None else size
-        index = self.shuffle.take(own, len(source))
+        index, following = self.shuffle.rows(source, self.share.batch(size))
         # As many as `_prepare` makes room for.
-        dense = n if self.guide.every_cluster() else 4 * self._drawn(size)
-        return source.batch(index.to(source.x.device), dense_up_to=dense)
-
-    def _drawn(self, size: int) -> int:
-        """Rows in a batch of that size, of all processes together."""
-        shared = len(self.share.places) if self.settled is None else 1
-        return shared * self.share.batch(size) if shared > 1 else size
+        dense = n if self.guide.every_cluster() else 4 * self.share.together(size)
+        return source.batch(index, dense_up_to=dense, following=following)
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
@@ -179,8 +175,7 @@ class Run:
         if self.settled is not None and self.history.adversary_accuracy:
             accuracy = self.history.adversary_accuracy[-1]  # the game is over
         self.history.adversary_accuracy.append(accuracy)
-        if self.settled is None:
-            self.share.average_buffers(self.model.network)
+        self.share.average_buffers(self.model.network)
         if self.validation is not None:
             self.history.validation.append(self._validate(self.validation))
         if self.settled is not None:
@@ -204,7 +199,7 @@ class Run:
         if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
             # Later, at falling rates, the guide is left to settle.
             with self.share.common_numbers(self.seed, self.step):
-                self.guide.refresh(self.model, self.settled or self.share.rows)
+                self.guide.refresh(self.model, self.share.rows)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
             if self.settled is None:
                 self._settle()
@@ -227,13 +222,15 @@ class Run:
         # Settled, nothing is trained of clusters whose effects follow from the hyperparameters.
         batches = self.settled is None or (self.guide.nested() is None and n > self._most_rows())
         size = schedule.batch(n) if batches else n
-        self.lazy = LazyAdam.of(self.guide, self.source, self._drawn(size), eps)
+        self.lazy = LazyAdam.of(self.guide, self.source, self.share.together(size), eps)
         guide = self.lazy.guide
-        objective = Objective(self.model, guide)
-        shared = self.share.several and self.settled is None
-        self.objective = self.share.averaged(objective) if shared else objective
-        mode: CompileMode = "never" if shared else self.compile
+        self.objective = self.share.averaged(Objective(self.model, guide))
+        mode: CompileMode = "never" if self.share.several else self.compile
         self.steps = Steps({"model": self.model, "guide": guide}, mode)
+        if self.settled is not None and not batches and n > self._most_rows():
+            # The noise of some clusters' gradient is not to move the guide away from the mode.
+            share = self._most_rows() / (2 * n)
+            schedule = replace(schedule, learning_rate=schedule.learning_rate * share**0.5)
         self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
 
     def _settle(self) -> None:
@@ -261,6 +258,7 @@ class Run:
         self.model.requires_grad_(False)
         self.guide.settle()
         self.settled = self.share.compute(self.model, self.source)
+        self.share = self.share.ended(self.settled)
         return self.settled
 
     def _release(self) -> None:
@@ -338,8 +336,8 @@ class Run:
             np.array(self.iterates).reshape(len(self.iterates), size)
         )
         tensors["random"] = torch.get_rng_state()
-        if self.source.x.is_cuda:
-            tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.x.device)
+        if self.source.like.is_cuda:
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self.source.like.device)
         record = {
             "run": self._identity(),
             "history": self.history.to_json(),
@@ -371,7 +369,7 @@ class Run:
         self.shuffle.order = tensors["order"]
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random_cuda"], self.source.x.device)
+            torch.cuda.set_rng_state(tensors["random_cuda"], self.source.like.device)
         self.plateau = Plateau.from_json(record["plateau"])
         self.stopped = record["stopped"]
 
@@ -379,7 +377,7 @@ class Run:
         model, facts = self.model, self.model.data_facts()
         shapes = {name: list(one.shape) for name, one in self._state().items()}
         return {
-            "data": digest(self.source.all(), facts),
+            "data": digest(self.source, facts),
             "validation": self.validation and digest(self.validation, facts),
             "terms": [str(term) for term in model.terms],
             "family": model.family.name,
@@ -389,7 +387,7 @@ class Run:
             "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
-            "processes": len(self.share.places),
+            "processes": self.share.processes.size,
         }
 
     def result(self) -> Fit:

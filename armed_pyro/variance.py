@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
     from armed_pyro.outcomes import Reconstruction
     from armed_pyro.program import MixedEffects
+    from armed_pyro.rows import Rows
 
 __all__ = ["fixed_effects", "variance_components"]
 
 Draws = dict[str, Tensor]
 # Rows over which the variances of the fixed and random parts are averaged, at most.
 MOST_ROWS = 20_000
+MOST_VALUES = 2**24  # rows times draws at once
 
 
 def variance_components(
@@ -65,7 +67,7 @@ def variance_components(
         as factors ``Residual`` and ``Fixed``; with several columns of the predictor, their terms
         name the column.
     """
-    model, latents = fit.model, fit.draws(draws, seed=seed)
+    model, latents = fit.model, fit.hyperparameters(draws, seed=seed)
     rows: list[tuple[str, str, str, Tensor]] = []
     for factor in model.factors:
         rows += list(_factor_rows(model, factor, latents))
@@ -95,7 +97,7 @@ def fixed_effects(
     model = fit.model
     if not model.bayesian_head:
         return _table([], ["term"], prob)
-    values = original_fixed_effects(model, fit.draws(draws, seed=seed))
+    values = original_fixed_effects(model, fit.hyperparameters(draws, seed=seed))
     terms = model.fixed_terms()
     return _table([(term, values[:, i]) for i, term in enumerate(terms)], ["term"], prob)
 
@@ -181,24 +183,21 @@ def _shares(
     rows = model.encode(fit.data.take(np.sort(chosen))).all()
     n_draws = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     with torch.no_grad():
-        base = model.predictor(rows, {k: v for k, v in latents.items() if k == "fixed_effect"})
-        fixed = base.eta.to(torch.float64)
-        fixed = fixed if fixed.dim() == 3 else fixed.expand(n_draws, *fixed.shape)
-        # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
-        offset = 0.0 if rows.offset is None else rows.offset.to(torch.float64)
+        _, activations = model.run_network(rows)
         point = {k: v for k, v in mean_draws(model, latents).items() if k == "fixed_effect"}
         parts: dict[str, Tensor] = {}
         for factor in model.factors:
-            phi = sensitivities(model, rows, factor, base.activations, point).to(torch.float64)
+            phi = sensitivities(model, rows, factor, activations, point).to(torch.float64)
             moment = torch.einsum("nip,njp->pij", phi, phi) / len(phi)
             covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
             parts[factor.name] = facts.spread**2 * torch.einsum("pij,dij->dp", moment, covariance)
+        none = torch.zeros(n_draws, len(facts.columns), dtype=torch.float64)
+        totals = sum(parts.values(), none)
+        variances, means = _over_rows(model, rows, latents.get("fixed_effect"), totals)
     for column, label in enumerate(facts.columns):
         random = {name: part[:, column] for name, part in parts.items()}
-        total_random = sum(random.values(), torch.zeros(n_draws, dtype=torch.float64))
-        mean = _mean_outcome(fixed[..., column], total_random)
-        residual = model.family.residual_variance(dispersion, mean)
-        variance_fixed = (fixed[..., column] - offset).var(-1)
+        total_random, variance_fixed = totals[:, column], variances[:, column]
+        residual = model.family.residual_variance(dispersion, means[:, column])
         total = variance_fixed + total_random + residual
         for name, part in random.items():
             yield name, label, "icc", part / (total_random + residual)
@@ -208,9 +207,25 @@ def _shares(
         yield "", label, "r2_conditional", (variance_fixed + total_random) / total
 
 
-def _mean_outcome(fixed: Float[Tensor, "draws rows"], random: Float[Tensor, " draws"]) -> Tensor:
-    """Mean of a log-normal count, exp(eta + variance / 2), over the rows."""
-    return torch.exp(fixed.clamp(max=30) + random[:, None] / 2).mean(-1)
+def _over_rows(
+    model: MixedEffects,
+    rows: Rows,
+    weights: Float[Tensor, "draws 1 fixed_terms"] | None,
+    random: Float[Tensor, "draws columns"],
+) -> tuple[Float[Tensor, "draws columns"], Float[Tensor, "draws columns"]]:
+    """Variance of the fixed part, and mean of a log-normal count, exp(eta + variance / 2)."""
+    # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
+    offset = 0.0 if rows.offset is None else rows.offset.to(torch.float64)[:, None]
+    size = max(1, MOST_VALUES // max(1, len(rows) * random.shape[-1]))
+    variances, means = [], []
+    for start in range(0, len(random), size):
+        some = random[start : start + size]
+        own = {} if weights is None else {"fixed_effect": weights[start : start + size]}
+        fixed = model.predictor(rows, own).eta.to(torch.float64)
+        fixed = fixed if fixed.dim() == 3 else fixed.expand(len(some), *fixed.shape)
+        variances.append((fixed - offset).var(-2))
+        means.append(torch.exp(fixed.clamp(max=30) + some[:, None] / 2).mean(-2))
+    return torch.cat(variances), torch.cat(means)
 
 
 def _table(

@@ -345,6 +345,37 @@ def test_resumed_after_a_kill_is_as_if_unbroken(data, tmp_path):
 # -------------------------------------------------------------------------------------- predict
 
 
+def test_a_table_beyond_memory_is_streamed(tmp_path):
+    frame = table(sites=40, rows=30)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    command = fit(tmp_path / "rows.parquet", tmp_path / "new" / "run", "--memory", "100MB")
+    done = call(*command)
+    assert done.exit_code == 0, done.stderr
+    assert "of rows in temporary files in" in done.stdout
+    assert "Most memory held" in done.stdout
+    assert set(FILES) <= {path.name for path in (tmp_path / "new" / "run").iterdir()}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run"]
+    found = pd.read_csv(tmp_path / "new" / "run" / "variance_components.csv")
+    held = call(*fit(tmp_path / "rows.parquet", tmp_path / "held"))
+    assert held.exit_code == 0, held.stderr
+    other = pd.read_csv(tmp_path / "held" / "variance_components.csv")
+    sds = found.statistic == "sd"
+    assert (found["mean"] - other["mean"])[sds].abs().max() < 0.1
+    run, rows = tmp_path / "new" / "run", tmp_path / "rows.parquet"
+    new = call("predict", run, rows, "--out", tmp_path / "p.csv")
+    assert new.exit_code == 0, new.stderr
+    assert len(pd.read_csv(tmp_path / "p.csv")) == len(frame)
+
+
+def test_rows_cannot_be_held_out_of_a_streamed_table(tmp_path):
+    table().to_parquet(tmp_path / "rows.parquet")
+    command = fit(tmp_path / "rows.parquet", tmp_path / "run", "--memory", "1MB")
+    done = call(*command, "--validate-rows", 0.2)
+    assert done.exit_code == 2
+    assert "rows cannot be held out" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
 def test_predict_keeps_row_order_and_names_modes(run, tmp_path):
     new = table(seed=1).sample(frac=1, random_state=0).reset_index(drop=True)
     new.loc[5, "site"] = "new"

@@ -19,7 +19,7 @@ from armed_pyro import (
 )
 from armed_pyro.checkpoint import module_tensors
 from armed_pyro.fitting import fit_bound
-from armed_pyro.rows import RowSource
+from armed_pyro.rows import HeldRows
 from armed_pyro.training import Run
 
 SHORT = Schedule(steps=6, window=3, stages=0)
@@ -344,7 +344,7 @@ def larger_data(family="gaussian"):
 
 def limit_steps(monkeypatch, step, search):
     """At most so many log-likelihoods in one evaluation; the mini-batches that this makes."""
-    batches, whole = [], RowSource.whole_clusters
+    batches, whole = [], HeldRows.whole_clusters
 
     def recorded(self, factor, chosen):
         rows = whole(self, factor, chosen)
@@ -353,7 +353,7 @@ def limit_steps(monkeypatch, step, search):
 
     monkeypatch.setattr("armed_pyro.training.LARGEST_STEP", step)
     monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", search)
-    monkeypatch.setattr(RowSource, "whole_clusters", recorded)
+    monkeypatch.setattr(HeldRows, "whole_clusters", recorded)
     return batches
 
 

@@ -220,6 +220,25 @@ def test_rows_taken_in_pieces_have_the_same_mode(random, family, limit, monkeypa
     assert error.max() < slack + 1e-3
 
 
+def test_searched_among_some_clusters_it_is_that_of_all(monkeypatch):
+    data = make_data(per=10, clusters=300)
+    _, whole, _ = started("(1 + x0 | site)", data=data)
+    sizes = []
+    monkeypatch.setattr("armed_pyro.mode.SEARCHED", 1000)
+    monkeypatch.setattr("armed_pyro.mode.weigh", recorded(sizes))
+    _, some, _ = started("(1 + x0 | site)", data=data)
+    # A search among a third of the rows, and a few Newton steps with all (and a trial each).
+    assert sizes.count(1000) > 20
+    assert 2 <= sizes.count(3000) <= 10
+    assert set(sizes) == {1000, 3000}
+    one, other = whole.hyperparameters, some.hyperparameters
+    sd = np.sqrt(np.diag(covariance_of(whole)))
+    assert (np.abs((one.anchor - other.anchor).numpy()) < 0.1 * sd).all()
+    # The curvature is that of the sample, scaled up: 100 clusters tell it to some 10%.
+    ratio = np.sqrt(np.diag(covariance_of(some))) / sd
+    assert (np.abs(np.log(ratio)) < 0.4).all()
+
+
 def recorded(sizes):
     def wrapped(model, guide, rows, noise):
         sizes.append(len(rows))

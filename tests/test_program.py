@@ -24,7 +24,7 @@ from armed_pyro import (
     Priors,
     Slopes,
 )
-from armed_pyro.rows import RowSource
+from armed_pyro.rows import HeldRows
 
 N, K = 48, 6
 OUTCOMES = {
@@ -302,7 +302,7 @@ def test_weight_two_is_a_row_twice():
     model, weighted = bind("(1 + age | site)", data=data)
     twice = torch.cat([torch.arange(N), torch.arange(10)])
     rows = weighted.all()
-    copies = RowSource(
+    copies = HeldRows(
         rows.x[twice],
         rows.y[twice],
         {name: codes[twice] for name, codes in weighted.codes.items()},

@@ -147,7 +147,7 @@ def test_known_sds_are_refined():
 
 def test_where_the_weights_cannot_be_relied_upon_the_guide_is_kept(monkeypatch):
     monkeypatch.setattr(
-        "armed_pyro.refinement.pareto_smooth", lambda ratios: (ratios, np.full(len(ratios), 1.1))
+        "armed_pyro.proposals.pareto_smooth", lambda ratios: (ratios, np.full(len(ratios), 1.1))
     )
     model, data = make()
     result = fit(model, data, schedule=Schedule(steps=20), progress=False)

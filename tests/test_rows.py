@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from armed_pyro.rows import RowSource
+from armed_pyro.rows import HeldRows
 
 SITE = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3])
 DOSE = torch.tensor([0, 1] * 6)
@@ -15,7 +15,7 @@ def make_source(**roles):
     n = len(SITE)
     codes = {"site": SITE, "dose": DOSE}
     counts = {name: torch.bincount(one) for name, one in codes.items()}
-    return RowSource(torch.randn(n, 2), torch.arange(n * 1.0), codes, counts, **roles)
+    return HeldRows(torch.randn(n, 2), torch.arange(n * 1.0), codes, counts, **roles)
 
 
 def cluster_of(rows, factor):
@@ -122,7 +122,7 @@ def test_what_the_network_made_of_rows_goes_with_them():
 
 
 def test_rows_without_factors_or_outcome():
-    source = RowSource(torch.zeros(3, 1), None, {}, {})
+    source = HeldRows(torch.zeros(3, 1), None, {}, {})
     assert source.batch(torch.tensor([1])).y is None
     assert [len(rows) for rows in source.chunks(2)] == [2, 1]
     with pytest.raises(ValueError, match="no outcome"):

@@ -1,0 +1,243 @@
+"""How well probabilities discriminate and are calibrated, and whether two models differ in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from scipy.stats import norm, rankdata, t
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    brier_score_loss,
+    log_loss,
+    recall_score,
+    roc_auc_score,
+    roc_curve,
+)
+
+__all__ = [
+    "METRICS",
+    "DeLong",
+    "Estimate",
+    "binary_metrics",
+    "calibration_error",
+    "delong",
+    "resampled",
+    "youden_threshold",
+]
+
+METRICS = (
+    "auroc",
+    "balanced accuracy",
+    "sensitivity",
+    "specificity",
+    "brier",
+    "ece",
+    "log loss",
+)
+
+
+def youden_threshold(y: Float[np.ndarray, " rows"], p: Float[np.ndarray, " rows"]) -> float:
+    """The threshold with the highest sensitivity + specificity - 1; p at or above it is class 1.
+
+    Examples
+    --------
+    >>> youden_threshold(np.array([0, 0, 1, 1]), np.array([0.1, 0.3, 0.4, 0.9]))
+    0.4
+    """
+    false_positive, sensitivity, thresholds = roc_curve(y, p)
+    return float(thresholds[np.argmax(sensitivity - false_positive)])
+
+
+def calibration_error(
+    y: Float[np.ndarray, " rows"], p: Float[np.ndarray, " rows"], bins: int = 10
+) -> float:
+    r"""Expected calibration error.
+
+    .. math:: \sum_b \frac{n_b}{n} \, |\bar y_b - \bar p_b|
+
+    over bins of equal width.
+
+    References
+    ----------
+    Guo, Pleiss, Sun, Weinberger (2017), "On calibration of modern neural networks", ICML.
+
+    Examples
+    --------
+    >>> round(calibration_error(np.array([0, 1, 1, 1]), np.array([0.72, 0.72, 0.78, 0.78])), 6)
+    0.0
+    """
+    place = np.minimum((p * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(place, y - p)).sum() / len(y))
+
+
+def binary_metrics(
+    y: Float[np.ndarray, " rows"], p: Float[np.ndarray, " rows"], threshold: float
+) -> dict[str, float]:
+    """`METRICS` of probabilities of class 1, with this threshold between the classes.
+
+    The AUROC is missing where the rows are all of one class.
+
+    Examples
+    --------
+    >>> y, p = np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.4, 0.9])
+    >>> {k: binary_metrics(y, p, 0.5)[k] for k in ("auroc", "sensitivity", "specificity")}
+    {'auroc': 0.75, 'sensitivity': 0.5, 'specificity': 0.5}
+    """
+    both, chosen = len(np.unique(y)) == 2, p >= threshold
+    return {
+        "auroc": float(roc_auc_score(y, p)) if both else np.nan,
+        "balanced accuracy": float(balanced_accuracy_score(y, chosen)) if both else np.nan,
+        "sensitivity": float(recall_score(y, chosen, zero_division=np.nan)),
+        "specificity": float(recall_score(y, chosen, pos_label=0, zero_division=np.nan)),
+        "brier": float(brier_score_loss(y, p, pos_label=1)),
+        "ece": calibration_error(y, p),
+        "log loss": float(log_loss(y, p, labels=[0, 1])),
+    }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95% interval and the p-value of the hypothesis that it is zero."""
+
+    mean: float
+    lower: float
+    upper: float
+    p: float
+
+
+def resampled(values: Float[np.ndarray, " resamples"], ratio: float) -> Estimate:
+    r"""Mean over resamples, with the corrected resampled t test of Nadeau and Bengio.
+
+    .. math:: t = \bar d \, \big/ \sqrt{(1 / J + ratio) \, s^2}, \quad J - 1
+              \text{ degrees of freedom}
+
+    Folds share training rows, so the variance of their mean is larger than that of J independent
+    values: by about `ratio`, test rows over training rows. Data sets that were drawn apart have
+    the ratio 0, which is the ordinary paired t test. Values that are missing are left out; there
+    is no interval where fewer than two are left, or all are the same.
+
+    References
+    ----------
+    Nadeau, Bengio (2003), "Inference for the generalization error", Machine Learning 52.
+
+    Examples
+    --------
+    >>> one = resampled(np.array([0.1, 0.2, 0.3]), ratio=0.0)
+    >>> round(one.mean, 3), round(one.p, 3)
+    (0.2, 0.074)
+    """
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return Estimate(float(values.mean()) if len(values) else np.nan, np.nan, np.nan, np.nan)
+    mean, freedom = float(values.mean()), len(values) - 1
+    error = float(np.sqrt((1 / len(values) + ratio) * values.var(ddof=1)))
+    if np.ptp(values) < 1e-12:
+        # Two or three equal differences of a few rows are no proof, whatever t would say.
+        return Estimate(mean, np.nan, np.nan, 1.0 if abs(mean) < 1e-12 else np.nan)
+    half = float(t.ppf(0.975, freedom)) * error
+    p = float(2 * t.sf(abs(mean) / error, freedom))
+    return Estimate(mean, mean - half, mean + half, p)
+
+
+@dataclass(frozen=True, eq=False)
+class DeLong:
+    """AUROCs of models on the same rows, and their covariance matrix.
+
+    Attributes
+    ----------
+    auroc : Float[ndarray, "models"]
+    covariance : Float[ndarray, "models models"]
+    """
+
+    auroc: Float[np.ndarray, " models"]
+    covariance: Float[np.ndarray, "models models"]
+
+    def of(self, model: int) -> Estimate:
+        """One model's AUROC; its interval is symmetric on the logit scale; p of AUROC = 0.5."""
+        auroc, variance = float(self.auroc[model]), float(self.covariance[model, model])
+        if not 0 < auroc < 1 or variance == 0:
+            return Estimate(auroc, np.nan, np.nan, np.nan)
+        logit, error = np.log(auroc / (1 - auroc)), np.sqrt(variance) / (auroc * (1 - auroc))
+        lower, upper = (
+            1 / (1 + np.exp(-(logit + sign * norm.ppf(0.975) * error))) for sign in (-1, 1)
+        )
+        p = 2 * norm.sf(abs(auroc - 0.5) / np.sqrt(variance))
+        return Estimate(auroc, float(lower), float(upper), float(p))
+
+    def difference(self, model: int, other: int) -> Estimate:
+        """AUROC of one model minus that of another, and DeLong's test."""
+        contrast = np.zeros(len(self.auroc))
+        contrast[model] += 1
+        contrast[other] -= 1
+        mean = float(contrast @ self.auroc)
+        error = float(np.sqrt(max(contrast @ self.covariance @ contrast, 0.0)))
+        half = float(norm.ppf(0.975)) * error
+        p = float(2 * norm.sf(abs(mean) / error)) if error > 0 else 1.0
+        return Estimate(mean, mean - half, mean + half, p)
+
+
+def delong(
+    y: Float[np.ndarray, " rows"],
+    scores: Float[np.ndarray, "models rows"],
+    clusters: Shaped[np.ndarray, " rows"] | None = None,
+) -> DeLong:
+    r"""AUROCs and their covariance from structural components.
+
+    .. math:: V^{10}_i = \frac{1}{n} \sum_j \psi(s_i, s_j), \quad
+              V^{01}_j = \frac{1}{m} \sum_i \psi(s_i, s_j), \quad
+              \psi = 1[s_i > s_j] + \tfrac12 1[s_i = s_j]
+
+    with i over the m rows of class 1 and j over the n of class 0: DeLong's estimator. Rows of one
+    cluster may be dependent: of K clusters, :math:`(V^{10} - AUROC) / m` and :math:`(V^{01} -
+    AUROC) / n` are summed within each, and the covariance is K / (K - 1) times the sum of the
+    sums' products, which is Obuchowski's with one such factor for both classes, so that it cannot
+    become negative.
+
+    Parameters
+    ----------
+    y : Float[ndarray, "rows"]
+        0 and 1.
+    scores : Float[ndarray, "models rows"]
+        The higher, the more likely 1.
+    clusters : Shaped[ndarray, "rows"], optional
+        Labels of the rows' clusters.
+
+    Raises
+    ------
+    ValueError
+        If there are not both classes among the rows.
+
+    References
+    ----------
+    DeLong, DeLong, Clarke-Pearson (1988), Biometrics 44; Obuchowski (1997), Biometrics 53.
+
+    Examples
+    --------
+    >>> y, scores = np.array([0, 1, 0, 1]), np.array([[1.0, 2.0, 3.0, 4.0]])
+    >>> delong(y, scores).auroc
+    array([0.75])
+    """
+    positive = np.asarray(y) == 1
+    m, n = int(positive.sum()), int((~positive).sum())
+    if m == 0 or n == 0:
+        raise ValueError(f"an AUROC needs rows of both classes, found {m} of 1 and {n} of 0")
+    every = rankdata(scores, axis=1)
+    components = np.empty(scores.shape)
+    components[:, positive] = (every[:, positive] - rankdata(scores[:, positive], axis=1)) / n
+    components[:, ~positive] = (
+        1 - (every[:, ~positive] - rankdata(scores[:, ~positive], axis=1)) / m
+    )
+    auroc = components[:, positive].mean(1)
+    first, second = (
+        np.where(own, components - auroc[:, None], 0.0) / own.sum() for own in (positive, ~positive)
+    )
+    if clusters is None:
+        covariance = m / max(m - 1, 1) * first @ first.T + n / max(n - 1, 1) * second @ second.T
+    else:
+        _, codes = np.unique(clusters, return_inverse=True)
+        total = np.stack([np.bincount(codes, one) for one in first + second])
+        count = total.shape[1]
+        covariance = count / max(count - 1, 1) * total @ total.T
+    return DeLong(auroc, covariance)

@@ -1,0 +1,247 @@
+"""Proposals of a fit's guide with importance weights, nested by cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from rich.progress import Progress
+from torch import Tensor
+
+from armed_pyro.arvizstats import pareto_smooth
+from armed_pyro.guides import joined
+from armed_pyro.importance import Weighted, weigh
+from armed_pyro.modulations import modulates, row_cost
+from armed_pyro.noise import Noise, proposal_noise
+from armed_pyro.pieces import Pieces
+from armed_pyro.rows import RowSource
+
+if TYPE_CHECKING:
+    from armed_pyro.fitted import Fit
+
+__all__ = ["BLOCK", "ImportanceDraws", "affordable", "importance_draws", "refinable", "resampled"]
+
+# Log-likelihoods (rows times draws times particles): in all, in one block, and the number at
+# which even the fewest draws take too long.
+MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**32
+# Rows times particles beyond which rows are weighed in pieces, for all draws at once.
+MOST_AT_ONCE, PIECE = 2**21, 2**22
+MOST_VALUES = 2**24  # in the draws of all sites
+PARTICLES, MOST_CLUSTERS = 16, 500
+MOST_DRAWS, FEWEST_DRAWS = 4000, 200
+
+
+@dataclass(frozen=True, eq=False)
+class ImportanceDraws:
+    """Proposed draws with nested importance weights.
+
+    Attributes
+    ----------
+    latents : mapping of str to Tensor
+        All latent sites, nested effects already resampled within each draw.
+    log_weights : Float[ndarray, "draws"]
+        Pareto-smoothed, normalised.
+    k_hat : float
+        Shape of the weights' tail (Vehtari et al. 2024): below 0.7 they can be relied upon.
+    clusters : Float[ndarray, "draws clusters"]
+        log p(y_k | theta) of each nested cluster.
+    cluster_k_hat : Float[ndarray, "clusters"]
+        The same shape for the particles of each cluster, over all draws; missing (nan) in all
+        but 500 clusters, drawn at random, where there are more.
+    """
+
+    latents: Mapping[str, Tensor]
+    log_weights: Float[np.ndarray, " draws"]
+    k_hat: float
+    clusters: Float[np.ndarray, "draws clusters"]
+    cluster_k_hat: Float[np.ndarray, " clusters"]
+
+    @property
+    def weights(self) -> Float[np.ndarray, " draws"]:
+        """Normalised weights."""
+        return np.exp(self.log_weights)
+
+    @property
+    def effective(self) -> float:
+        """Effective sample size, 1 / sum of squared weights."""
+        return float(1 / np.sum(self.weights**2))
+
+    def resample(self, n: int) -> dict[str, Tensor]:
+        """n draws of equal weight."""
+        # Systematic: a draw of weight w comes floor(n w) or ceil(n w) times.
+        edges = (np.arange(n) + float(torch.rand(()))) / n
+        index = np.searchsorted(np.cumsum(self.weights), edges).clip(max=len(self.weights) - 1)
+        chosen = torch.as_tensor(index)
+        return {
+            name: value[chosen.to(value.device)] if value.dim() > 1 else value
+            for name, value in self.latents.items()
+        }
+
+
+def refinable(fit: Fit, source: RowSource | None = None) -> bool:
+    """Whether there is something latent, and rows, but not too many to weigh its draws.
+
+    `source` are the rows of a fit that only keeps a sample of them.
+    """
+    if "importance" in vars(fit):
+        return True
+    n = fit.model.data_facts().n_rows
+    if fit.sampled and source is None:
+        return False
+    per_draw = n * _particles(fit) * row_cost(fit.model)
+    many = per_draw > MOST_AT_ONCE and len(fit.model.factors) > 1
+    latent = bool(fit.guide.noise_shapes(fit.model.clusters()))
+    return latent and not many and FEWEST_DRAWS * per_draw < TOO_MANY
+
+
+def _particles(fit: Fit) -> int:
+    # One where the guide's conditional was found to be exact.
+    several = fit.guide.nested() is not None and fit.history.particles > 1
+    return max(PARTICLES, fit.history.particles) if several else 1
+
+
+def importance_draws(
+    fit: Fit, source: RowSource | None = None, *, seed: int | None = None, progress: bool = False
+) -> ImportanceDraws:
+    """Proposals made with the guide, and their importance weights, nested by cluster.
+
+    As many as 4,000, fewer where the data are large, of hyperparameters with tails heavier than
+    the guide's: then even of 200 weights no tail looks heavy by chance. `source` are the rows, if
+    they are at hand already.
+    """
+    model, guide = fit.model, fit.guide
+    source = model.compute(model.encode(fit.data)) if source is None else source
+    seed, particles = fit.seed if seed is None else seed, _particles(fit)
+    per_draw = max(1, len(source)) * particles * row_cost(model)
+    n = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_EVALUATIONS // per_draw, affordable(fit)))
+    size, rows_at_once = max(1, min(n, BLOCK // per_draw)), len(source)
+    if per_draw > MOST_AT_ONCE:
+        size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
+    pieces = Pieces.of(guide, source, rows_at_once)
+    blocks = []
+    kept = max(1, min(n, 4000 // particles))  # draws from which the clusters' tails are read
+    with model.seeded(seed + 4), Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("importance weights", total=n * len(pieces.shares))
+        for start in range(0, n, size):
+            step = partial(bar.advance, task, min(size, n - start))
+            blocks.append(_block(fit, pieces, min(size, n - start), particles, step))
+    totals = torch.cat([block.totals for block in blocks])
+    log_weights, k_hat = pareto_smooth(totals.double().cpu().numpy()[None])
+    # How clusters fare in draws that hardly count does not matter.
+    counts = torch.as_tensor(n * np.exp(log_weights[0, :kept]) > 0.3)
+    if not counts.any():
+        counts = torch.ones_like(counts)
+    nested, tails = guide.nested(), torch.cat([block.tails for block in blocks])[:kept]
+    return ImportanceDraws(
+        joined([block.latents for block in blocks]),
+        log_weights[0],
+        float(k_hat[0]),
+        torch.cat([block.clusters for block in blocks]).double().cpu().numpy(),
+        _cluster_k_hat(fit, tails[counts]) if nested is not None else np.zeros(0),
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some draws: log-weights, log p^(y_k | theta), log-ratios of watched clusters, and sites."""
+
+    totals: Float[Tensor, " draws"]
+    clusters: Float[Tensor, "draws clusters"]
+    tails: Float[Tensor, "draws particles watched"]
+    latents: dict[str, Tensor]
+
+
+def _block(
+    fit: Fit, pieces: Pieces, count: int, particles: int, advance: Callable[[], None]
+) -> _Block:
+    """Proposals, weighed by all pieces of the rows."""
+    model, guide = fit.model, fit.guide
+    nested = guide.nested()
+    site = "" if nested is None else nested.effect_site
+    watched = _watched(fit)
+    shared: dict[str, Tensor] = {}
+    outer: dict[str, Tensor] = {}
+    total, tails = model.reference().new_zeros(count), list[Tensor]()
+    latents: dict[str, Tensor] = {}
+    # Filled piece by piece: what is kept of each would otherwise lie between the large arrays that
+    # are freed, and keep their memory.
+    k = 0 if nested is None else len(model.data_facts().levels[nested.name])
+    clusters, effects = total.new_empty(count, k), total.new_empty(0)
+    for rows, chosen, share in zip(pieces.read(), pieces.clusters, pieces.shares, strict=True):
+        noise = proposal_noise(
+            guide, rows, count, particles, model.reference(), stretch=particles > 1
+        )
+        # The other sites' draws are the same for all pieces.
+        if not latents:
+            shared = {name: one for name, one in noise.values.items() if name != site}
+            outer = {name: one for name, one in noise.log_ratio.items() if name != site}
+        values = {**noise.values, **shared}
+        weighted = weigh(model, guide, rows, Noise(values, {**noise.log_ratio, **outer}))
+        total += share * weighted.total()
+        place = slice(None) if chosen is None else chosen
+        own = weighted.clusters()
+        clusters[:, place] = own
+        mine = watched if chosen is None else torch.isin(chosen.cpu(), watched).nonzero()[:, 0]
+        ratio = weighted.particles[..., mine.to(own.device)] - own[:, None, mine.to(own.device)]
+        if particles > 1 or not tails:
+            tails.append(ratio.cpu())
+        drawn = resampled(weighted, site)
+        if site:
+            if not len(effects):
+                effects = total.new_empty(count, k, drawn[site].shape[-1])
+            effects[:, place] = drawn[site].to(effects)
+        latents = latents or drawn
+        advance()
+    if site:
+        latents[site] = effects
+    return _Block(total, clusters, torch.cat(tails, 2), latents)
+
+
+def affordable(fit: Fit) -> int:
+    """Draws that fit into memory, with the random effects of all clusters."""
+    effects = [
+        len(factor.terms) * len(fit.model.data_facts().levels[factor.name])
+        for factor in fit.model.factors
+    ]
+    if modulates(fit.model):
+        return FEWEST_DRAWS
+    return max(FEWEST_DRAWS, MOST_VALUES // max(1, sum(effects)))
+
+
+def _watched(fit: Fit) -> Int[Tensor, " watched"]:
+    """Clusters of the nested factor whose particles are looked at: all, or 500 at random."""
+    nested = fit.guide.nested()
+    n = 0 if nested is None else len(fit.model.data_facts().levels[nested.name])
+    return torch.as_tensor(np.sort(np.random.default_rng(0).permutation(n)[:MOST_CLUSTERS]))
+
+
+def _cluster_k_hat(fit: Fit, log_ratios: Float[Tensor, "draws particles watched"]) -> np.ndarray:
+    # Normalised within a draw: only how the particles of one cluster compare matters.
+    nested, watched = fit.guide.nested(), _watched(fit).numpy()
+    clusters = 0 if nested is None else len(fit.model.data_facts().levels[nested.name])
+    k_hat = np.full(clusters, np.nan)
+    k_hat[watched] = -np.inf
+    if log_ratios.shape[1] > 1:
+        k_hat[watched] = pareto_smooth(log_ratios.flatten(0, 1).T.double().numpy())[1]
+    return k_hat
+
+
+def resampled(weighted: Weighted, site: str) -> dict[str, Tensor]:
+    """One particle of every cluster in every draw, and the draws' own dimensions "n 1 ..."."""
+    latents = {
+        name: value.squeeze(1) if value.dim() > 2 and value.shape[1] == 1 else value
+        for name, value in weighted.latents.items()
+    }
+    if site:
+        value = weighted.latents[site]  # draws particles clusters terms
+        gumbel = -torch.log(-torch.log(torch.rand_like(weighted.particles)))
+        index = (weighted.particles + gumbel).argmax(1)
+        value = value.expand(len(index), *value.shape[1:])
+        picked = index[:, None, :, None].expand(-1, 1, -1, value.shape[-1])
+        latents[site] = value.gather(1, picked)[:, 0]
+    return latents
