@@ -46,6 +46,10 @@ OTHER_FILE = (
     "only some of the processes find the checkpoint to resume from: put it on a file system that "
     "all their machines share"
 )
+NOT_FROM_FILES = (
+    "rows that are read from a file as they are needed cannot be shared by several processes yet: "
+    "read them into memory, as ClusteredData, or start one process"
+)
 
 GuideFactory = Callable[[MixedEffects, RowSource], Guide]
 
@@ -152,6 +156,8 @@ def fit(
         }
         if isinstance(data, ClusteredData):
             return fit_bound(model.bind(data).to(target), data, **settings)
+        if processes.several:
+            raise ValueError(NOT_FROM_FILES)
         with data.laid_out(model, seed, progress=progress) as files:
             bound = model.bind(files.facts).to(target)
             source = files.rows(bound.reference())
@@ -178,7 +184,7 @@ def fit_bound(
 
     The program is trained in place, where it is: on data drawn from its own prior, say, or in a
     worker that has its own generator. `source` is where the training rows are, if `data` are only
-    those that the fit keeps; `processes` are those that train it together.
+    those that the fit keeps; `processes` are those that fit together.
 
     Examples
     --------

@@ -128,6 +128,11 @@ class RowSource(ABC):
     """
 
     counts: Mapping[str, Int[Tensor, " clusters"]]
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+    def total(self, part: Tensor) -> Tensor:
+        """A sum over these rows, or the one over all rows where other processes hold the rest."""
+        return part if self.reduce is None else self.reduce(part)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -145,10 +150,6 @@ class RowSource(ABC):
     @abstractmethod
     def fingerprint(self) -> Iterator[bytes]:
         """What tells these rows from others."""
-
-    def total(self, part: Tensor) -> Tensor:
-        """A sum over these rows, or the one over all rows where other processes hold the rest."""
-        return part
 
     @abstractmethod
     def all(self) -> Rows:
@@ -240,9 +241,6 @@ class HeldRows(RowSource):
 
     def unit(self, size: int) -> int:
         return 1
-
-    def total(self, part: Tensor) -> Tensor:
-        return part if self.reduce is None else self.reduce(part)
 
     def all(self) -> Rows:
         memberships = {

@@ -52,7 +52,7 @@ class Share:
     rows : RowSource
         This process's rows, with the sizes that clusters have in all.
     places : tuple of Int[Tensor, "rows"]
-        Each process's rows; none if they are not shared.
+        Each process's rows; empty if they are not shared.
     """
 
     processes: Processes
@@ -70,15 +70,12 @@ class Share:
         Raises
         ------
         ValueError
-            If there are fewer rows than processes, or they are in files.
+            If there are fewer rows than processes.
         """
         if not processes.several or not trains_network(model):
             return cls(processes, source, ())
         if not isinstance(source, HeldRows):
-            raise ValueError(
-                "rows that are read from files cannot be shared by several processes: give more "
-                "memory (--memory), or start one process"
-            )
+            raise ValueError("rows in files cannot be shared by several processes: read them first")
         if len(source) < processes.size:
             raise ValueError(
                 f"{len(source)} rows cannot be shared by {processes.size} processes: start fewer"
@@ -105,11 +102,17 @@ class Share:
     @property
     def several(self) -> bool:
         """Whether the rows are shared."""
-        return len(self.places) > 1
+        return bool(self.places)
 
     def batch(self, size: int) -> int:
         """Rows that each process adds to a batch of `size` of all rows."""
-        return min([-(-size // max(1, len(self.places))), *map(len, self.places)])
+        if not self.several:
+            return size
+        return min([-(-size // len(self.places)), *map(len, self.places)])
+
+    def together(self, size: int) -> int:
+        """Rows in a batch of `size` rows, of all processes, whose parts are equal."""
+        return max(1, len(self.places)) * self.batch(size)
 
     def weigh(self, rows: Rows) -> Rows:
         """Rows of this process, so weighted that the average over processes is the objective.
@@ -166,6 +169,10 @@ class Share:
         if self.several:
             torch.manual_seed(mixed(*seed, 0))
 
+    def ended(self, rows: RowSource) -> Share:
+        """From here on no rows are shared: every process has these."""
+        return Share(self.processes, rows, ())
+
     def average_buffers(self, network: nn.Module) -> None:
         """Average running statistics over processes."""
         if self.several:
@@ -184,11 +191,12 @@ class Share:
     def compute(self, model: MixedEffects, source: RowSource) -> RowSource:
         """`MixedEffects.compute` of all rows, each process computing its own."""
         rows = self.rows
-        if not (isinstance(source, HeldRows) and isinstance(rows, HeldRows) and self.several):
+        if not (isinstance(rows, HeldRows) and isinstance(source, HeldRows) and self.several):
             return model.compute(source)
         if modulates(model):
             return source
-        own, joined, most = model.compute(rows).computed or {}, {}, max(map(len, self.places))
+        own, most = model.compute(rows).computed or {}, max(map(len, self.places))
+        joined = {}
         for name in sorted(own):
             whole = own[name].new_empty(len(source), *own[name].shape[1:])
             for place, piece in zip(

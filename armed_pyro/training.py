@@ -94,8 +94,7 @@ class Run:
         while not self.stopped and not self._kept():
             settled = self.settled is not None
             self.model.train(not settled)
-            if not settled:
-                self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
+            self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
             window = self.schedule.window_steps(len(self.source), settled=settled)
             count = min(window, self.schedule.steps - self.step)
             before = self._state()
@@ -176,20 +175,14 @@ class Run:
         return settled.whole_clusters(nested.name, chosen.to(settled.like.device))
 
     def _next_batch(self) -> Rows:
-        source = self.share.rows if self.settled is None else self.settled
+        source = self.share.rows
         size, n = self.schedule.batch(len(self.source)), len(self.source)
         if size == n:
             return source.all()
-        own = self.share.batch(size) if self.settled is None else size
-        index, following = self.shuffle.rows(source, own)
+        index, following = self.shuffle.rows(source, self.share.batch(size))
         # As many as `_prepare` makes room for.
-        dense = n if self.guide.every_cluster() else 4 * self._drawn(size)
+        dense = n if self.guide.every_cluster() else 4 * self.share.together(size)
         return source.batch(index, dense_up_to=dense, following=following)
-
-    def _drawn(self, size: int) -> int:
-        """Rows in a batch of that size, of all processes together."""
-        shared = len(self.share.places) if self.settled is None else 1
-        return shared * self.share.batch(size) if shared > 1 else size
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
@@ -200,8 +193,7 @@ class Run:
         if self.settled is not None and self.history.adversary_accuracy:
             accuracy = self.history.adversary_accuracy[-1]  # the game is over
         self.history.adversary_accuracy.append(accuracy)
-        if self.settled is None:
-            self.share.average_buffers(self.model.network)
+        self.share.average_buffers(self.model.network)
         if self.validation is not None:
             self.history.validation.append(self._validate(self.validation))
         if self.settled is not None:
@@ -225,7 +217,7 @@ class Run:
         if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
             # Later, at falling rates, the guide is left to settle.
             with self.share.common_numbers(self.seed, self.step):
-                self.guide.refresh(self.model, self.settled or self.share.rows)
+                self.guide.refresh(self.model, self.share.rows)
         if self.schedule.stages and self.plateau.cuts >= self.schedule.stages:
             if self.settled is None:
                 self._settle()
@@ -248,17 +240,15 @@ class Run:
         # Settled, nothing is trained of clusters whose effects follow from the hyperparameters.
         batches = self.settled is None or (self.guide.nested() is None and n > self._most_rows())
         size = schedule.batch(n) if batches else n
-        self.lazy = LazyAdam.of(self.guide, self.source, self._drawn(size), eps)
+        self.lazy = LazyAdam.of(self.guide, self.source, self.share.together(size), eps)
         guide = self.lazy.guide
+        self.objective = self.share.averaged(Objective(self.model, guide))
+        mode: CompileMode = "never" if self.share.several else self.compile
+        self.steps = Steps({"model": self.model, "guide": guide}, mode)
         if self.settled is not None and not batches and n > self._most_rows():
             # The noise of some clusters' gradient is not to move the guide away from the mode.
             share = self._most_rows() / (2 * n)
             schedule = replace(schedule, learning_rate=schedule.learning_rate * share**0.5)
-        objective = Objective(self.model, guide)
-        shared = self.share.several and self.settled is None
-        self.objective = self.share.averaged(objective) if shared else objective
-        mode: CompileMode = "never" if shared else self.compile
-        self.steps = Steps({"model": self.model, "guide": guide}, mode)
         self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
 
     def _settle(self) -> None:
@@ -286,6 +276,7 @@ class Run:
         self.model.requires_grad_(False)
         self.guide.settle()
         self.settled = self.share.compute(self.model, self.source)
+        self.share = self.share.ended(self.settled)
         return self.settled
 
     def _release(self) -> None:
@@ -388,7 +379,7 @@ class Run:
             "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
-            "processes": len(self.share.places),
+            "processes": self.share.processes.size,
         }
 
     def result(self) -> Fit:
