@@ -24,6 +24,7 @@ from armed_pyro.analysis import mci_conversion
 from armed_pyro.analysis.comparison import Comparison, Study, compare, joined, row_folds
 from armed_pyro.analysis.comparisonreport import write
 from armed_pyro.analysis.contenders import NAMES, contenders
+from armed_pyro.analysis.imagecontenders import ad_diagnosis_study
 from armed_pyro.analysis.rivals import Dense, Setting
 from armed_pyro.simulate import spirals
 
@@ -55,7 +56,10 @@ def spirals_study(seed: int, *, smoke: bool) -> Study:
 APPLICATIONS: Mapping[str, Callable[..., Study]] = {
     "spirals": spirals_study,
     "mci_conversion": mci_conversion.study,
+    "ad_diagnosis": ad_diagnosis_study,
 }
+# These take rows of a table.
+OF_TABLES = ("cluster input", "linear mixed model")
 
 
 def table_study(
@@ -113,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cluster", help="a table's column of clusters")
     parser.add_argument("--features", help="a table's columns, a,b,c (default: all others)")
     parser.add_argument("--held", type=float, default=0.2, help="share of clusters held out")
-    parser.add_argument("--models", default=",".join(NAMES), help="a,b,c (default: all)")
+    parser.add_argument("--models", help="a,b,c (default: all that take such data)")
     parser.add_argument("--mode", choices=MODES, help="of programs in unseen clusters")
     parser.add_argument("--folds", type=int, help="folds (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of data and fits (default: 0)")
@@ -135,12 +139,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = replace(study, setting=replace(study.setting, schedule=QUICK))
     if given.mode:
         study = replace(study, setting=replace(study.setting, unseen=given.mode))
+    images = not isinstance(study.setting.architecture, Dense)
+    models = [one for one in NAMES if not (images and one in OF_TABLES)]
+    models = models if given.models is None else given.models.split(",")
     folds = given.folds or (2 if given.smoke else 5)
     out = given.out or Path("results/compare") / study.name
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = run(study, given.models.split(","), folds, given.seed)
+        found = run(study, models, folds, given.seed)
     finally:
         torch.set_num_threads(threads)
     console = Console()
