@@ -32,6 +32,7 @@ MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**32
 # Rows times particles beyond which rows are weighed in pieces, for all draws at once.
 MOST_AT_ONCE, PIECE = 2**21, 2**22
 MOST_VALUES = 2**24  # in the draws of all sites
+MOST_WORK = 2**38  # multiplications of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 
@@ -118,7 +119,8 @@ def importance_draws(
     source = model.compute(model.encode(fit.data)) if source is None else source
     seed, particles = fit.seed if seed is None else seed, _particles(fit)
     per_draw = max(1, len(source)) * particles * row_cost(model)
-    n = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_EVALUATIONS // per_draw, affordable(fit)))
+    by_work = MOST_WORK // max(1, guide.work())
+    n = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_EVALUATIONS // per_draw, affordable(fit), by_work))
     size, rows_at_once = max(1, min(n, BLOCK // per_draw)), len(source)
     if per_draw > MOST_AT_ONCE:
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))

@@ -157,3 +157,24 @@ def test_some_clusters_have_the_conditionals_that_they_have_among_all() -> None:
     with Given({**noise.values, site: noise.values[site][..., chosen, :]}):
         drawn = guide(few)[site]
     torch.testing.assert_close(drawn, all_drawn[..., chosen, :])
+
+
+def test_where_steps_would_take_too_long_the_mode_is_kept(monkeypatch) -> None:
+    rng = np.random.default_rng(5)
+    a, b = np.arange(1200) % 60, rng.integers(0, 25, 1200)
+    x = rng.normal(size=(1200, 1))
+    y = x[:, 0] + rng.normal(0, 0.8, 60)[a] + rng.normal(0, 0.4, 25)[b] + rng.normal(size=1200)
+    data = ClusteredData.from_arrays(x, y, {"a": a, "b": b})
+    model = MixedEffects(nn.Linear(1, 1), "(1 | a) + (1 | b)", bayesian_head=True)
+    trained = fit(model, data, seed=1, progress=False)
+    assert trained.guide.work() == 60 * 25**2 + 25**3 // 3
+    monkeypatch.setattr("armed_pyro.training.MOST_WORK", 0)
+    kept = fit(model, data, seed=1, progress=False)
+    assert kept.stopped == "converged"
+    assert len(kept.history.loss) == 1 < len(trained.history.loss)
+    assert kept.importance.k_hat < 0.7
+    tables = [one.variance_components() for one in (kept, trained)]
+    found, expected = (one[one["statistic"] == "sd"].set_index("factor") for one in tables)
+    assert ((found["median"] - expected["median"]).abs() < 0.1 * expected["sd"]).all()
+    assert (found["sd"] / expected["sd"] - 1).abs().max() < 0.15
+    assert kept.diagnostics().verdict == trained.diagnostics().verdict
