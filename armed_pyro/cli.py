@@ -226,7 +226,7 @@ def fit_command(
         result.save(run, draws=draws, prob=prob)
         held_out = {"rows": seen, "clusters": unseen}
         _print_fit(result, {k: v for k, v in held_out.items() if v is not None}, run, prob)
-        if result.sampled:
+        if not isinstance(rows, ClusteredData):
             out.print(f"Most memory held: {most_held() / 1e9:.2f} GB", markup=False)
         (run / CHECKPOINT).unlink(missing_ok=True)
         (run / PARTIAL).unlink(missing_ok=True)

@@ -73,6 +73,10 @@ class Guide(nn.Module, ABC):
     def center(self, rows: Rows) -> dict[str, Tensor]:
         """The latent sites at the guide's centre, without randomness."""
 
+    def exact(self, model: MixedEffects) -> bool:
+        """Whether `refresh` has nothing more to take in once the network is held."""
+        return False
+
     def work(self) -> int:
         """Multiplications of a joint draw of all random effects, where it takes more than rows."""
         return 0
@@ -179,18 +183,20 @@ class StructuredGuide(Guide):
         last, self._last = self._last, None
         if not any(one.conjugate for one in self.pseudo):
             return
-        # With quadratic likelihoods where the latent sites are makes no difference; and neither
-        # does when, if the predictor is linear in them with a network that is held.
-        quadratic = model.family.dispersion_name == "residual_sd" and not modulates(model)
         held = model.linear or not any(one.requires_grad for one in model.parameters())
-        if quadratic and held:
+        if self.exact(model) and held:
             self._last = weakref.ref(source)
             if last is not None and last() is source:
                 return
         most = MOST_REFRESH_VALUES // max(one.base.numel() for one in self.pseudo)
         most = min(REFRESH_DRAWS, most, MOST_REFRESH_ROWS // len(source))
-        n = 1 if quadratic else max(FEWEST_REFRESH_DRAWS, most)
+        n = 1 if self.exact(model) else max(FEWEST_REFRESH_DRAWS, most)
         observe(model, self.pseudo, self.draws(model.clusters(), n), source)
+
+    def exact(self, model: MixedEffects) -> bool:
+        # With quadratic likelihoods where the latent sites are makes no difference; and neither
+        # does when, as the predictor is linear in them.
+        return model.family.dispersion_name == "residual_sd" and not modulates(model)
 
     def settle(self) -> None:
         super().settle()

@@ -113,11 +113,12 @@ class LazyAdam:
     Examples
     --------
     >>> from armed_pyro import ClusteredData, MixedEffects, StructuredGuide
-    >>> data = ClusteredData.from_arrays([[0.0]] * 40, [0.0, 1.0] * 20, {"g": range(40)})
+    >>> groups = [row % 20 for row in range(40)]
+    >>> data = ClusteredData.from_arrays([[0.0], [1.0]] * 20, [0.0, 1.0] * 20, {"g": groups})
     >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
     >>> source = model.encode(data)
     >>> lazy = LazyAdam(StructuredGuide(model, source), {"g": 5})
-    >>> batch = source.batch(torch.arange(5))
+    >>> batch = source.batch(torch.arange(5), dense_up_to=0)
     >>> lazy.read(batch).memberships["g"].index  # rows of the small guide, not clusters
     tensor([0, 1, 2, 3, 4])
     >>> sum(one.numel() for one in lazy.parameters)

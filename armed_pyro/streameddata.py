@@ -51,6 +51,7 @@ class StreamedData:
     Examples
     --------
     >>> import tempfile
+    >>> import pandas as pd
     >>> table = pd.DataFrame({"y": [0.0, 1, 2, 3], "x": [1.0, 3, 2, 5], "g": [0, 0, 1, 1]})
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     table.to_parquet(f"{folder}/rows.parquet")

@@ -214,7 +214,8 @@ class Run:
                 self.best = self._state()
             elif cut and self.best:
                 self._return_to(self.best)
-        if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1:
+        known = self.settled is not None and self.guide.exact(self.model)
+        if self.plateau.cuts == 0 and self.schedule.rate(self.step) == 1 and not known:
             # Later, at falling rates, the guide is left to settle.
             with self.share.common_numbers(self.seed, self.step):
                 self.guide.refresh(self.model, self.share.rows)

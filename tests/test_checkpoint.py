@@ -187,7 +187,7 @@ def counts():
 
 
 KNOWN = Priors(sd=Known(1.0), residual_sd=Known(1.0))
-WINDOWS = Schedule(steps=200, window=8, stages=2, net_learning_rate=0.03)
+WINDOWS = Schedule(steps=240, window=8, stages=2, net_learning_rate=0.03)
 SETTLED = {
     "linear": ({"model": linear("(1 + x0 | site)"), "data": counts()}, None),
     "crossed": ({"model": linear("(1 | site) + (1 | batch)"), "data": counts()}, None),

@@ -1,5 +1,7 @@
 """Variance components, ICC, R2 and fixed effects, against arithmetic on the draws by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -270,7 +272,7 @@ def moved(result, **changes):
     """The same posterior in internal units, of data in other units."""
     other = run(frame=FRAME.assign(**changes))
     other.guide.load_state_dict(result.guide.state_dict())
-    return other
+    return replace(other, refined=result.refined)
 
 
 def test_other_units_are_the_same_problem_inside(slope_fit):
