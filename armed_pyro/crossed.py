@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.conditionals import WhitenedNormal, precision_root
+from armed_pyro.conditionals import FEW, WhitenedNormal, precision_root, substitute
 from armed_pyro.factors import Factor, by_column
 from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide
 from armed_pyro.hyperparameters import Hyperparameters
@@ -24,6 +24,8 @@ __all__ = ["CrossedGuide", "choose_guide"]
 # Effects known jointly need a dense matrix over all factors but the largest, and its couplings.
 MOST_DENSE = 2_500
 MOST_COUPLINGS = 50_000_000
+# Multiplications of a matrix product in the time of one scattered sum.
+SPARSE = 30
 
 Latents = Mapping[str, Tensor]
 
@@ -78,6 +80,7 @@ class CrossedGuide(Guide):
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
+        self._pairs: tuple[Tensor, ...] | None = None
         like = model.reference()
         self.hyperparameters = Hyperparameters(model)
         self.model_precision = model.precision
@@ -102,7 +105,11 @@ class CrossedGuide(Guide):
             self._observe(model, latents, source)
 
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
-        self._observe(model, self.draws(model.clusters(), REFRESH_DRAWS), source)
+        n = 1 if self.exact(model) else REFRESH_DRAWS
+        self._observe(model, self.draws(model.clusters(), n), source)
+
+    def exact(self, model: MixedEffects) -> bool:
+        return model.family.dispersion_name == "residual_sd"
 
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
         k, t, m = self.between.shape
@@ -166,10 +173,10 @@ class CrossedGuide(Guide):
         p_between = scale.mT @ (tau * self._whiten(between, scales))
         right = self._whiten(self._whiten(rest, scales).mT, scales).mT
         p_rest = torch.eye(len(rest)).to(rest) + tau * right
-        y = torch.linalg.solve_triangular(root, p_between, upper=False)
-        r = torch.linalg.solve_triangular(root, scale.mT @ pull_largest[..., None], upper=False)
+        y = solve_block(root, p_between)
+        r = solve_block(root, scale.mT @ pull_largest[..., None])
         flat, flat_r = y.flatten(-3, -2), r.flatten(-3, -2)
-        schur = p_rest - (flat.mT @ flat).reshape(p_rest.shape)
+        schur = p_rest - self._gram(flat).reshape(p_rest.shape)
         # Where sds are drawn far too large, the difference of two large numbers is not positive.
         ridge = 1e3 * torch.finfo(schur.dtype).eps * p_rest.diagonal(dim1=-2, dim2=-1)
         rest_root = torch.linalg.cholesky(schur + torch.diag_embed(ridge))
@@ -180,6 +187,21 @@ class CrossedGuide(Guide):
             WhitenedNormal(identity, mean, rest_root, judges[0]),
             Conditional(scale, root, y, r, judges[1]),
         )
+
+    def _gram(
+        self, flat: Float[Tensor, "... rows effects"]
+    ) -> Float[Tensor, "... effects effects"]:
+        """flat' flat: by the pairs of effects that share a cluster, where these are few."""
+        if self._pairs is None:
+            self._pairs = _pairs(self.between)
+        places, one, other, cells = self._pairs
+        k, t, m = self.between.shape
+        if len(one) * SPARSE > k * t * m**2:
+            return flat.mT @ flat
+        values = flat.flatten(-2)[..., places]
+        product = values[..., one] * values[..., other]
+        gram = flat.new_zeros(*flat.shape[:-2], m * m).index_add(-1, cells, product)
+        return gram.unflatten(-1, (m, m))
 
     def _natural(self, fixed: Tensor | None, held: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A in its three blocks, and b."""
@@ -275,6 +297,7 @@ class CrossedGuide(Guide):
             ]
             most = max(float(excess.max()) for _, excess in moves)
             pulls = [pull - most * move for pull, (move, _) in zip(pulls, moves, strict=True)]
+        self._pairs = None
         for trained in (self.log_scale, self.shift, self.shift_slope):
             trained.zero_()
         self.within.copy_(within)
@@ -294,6 +317,33 @@ class CrossedGuide(Guide):
                 self.rest[columns_b, rows_a] = block.mT
 
 
+def _pairs(between: Float[Tensor, "clusters terms effects"]) -> tuple[Tensor, ...]:
+    """Places of couplings that are not zero, all pairs of those in one row, and their cells.
+
+    Whitening mixes the terms of a cluster, so that an effect coupled with one is with all.
+    """
+    k, t, m = between.shape
+    coupled = (between != 0).any(1, keepdim=True).expand(k, t, m).reshape(k * t, m)
+    places = coupled.flatten().nonzero()[:, 0]
+    counts = coupled.sum(1)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    sizes = counts.repeat_interleave(counts)
+    one = torch.arange(len(places), device=places.device).repeat_interleave(sizes)
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    within = torch.arange(len(one), device=places.device) - first
+    other, columns = starts[one] + within, places % m
+    return places, one, other, columns[one] * m + columns[other]
+
+
+def solve_block(
+    root: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"]
+) -> Float[Tensor, "... n columns"]:
+    """X with root X = right, for many small lower triangular matrices."""
+    if root.shape[-1] > FEW:
+        return torch.linalg.solve_triangular(root, right, upper=False)
+    return substitute(root, right, upper=False)
+
+
 class Conditional:
     """q(u of the largest factor | z of the others, theta): independent between clusters."""
 
@@ -309,6 +359,9 @@ class Conditional:
             of_rows = (root, coupling, pull)
             root, coupling, pull = (one[..., membership.index, :, :] for one in of_rows)
         moved = pull - coupling @ z[..., None]
-        mean = torch.linalg.solve_triangular(root.mT, moved, upper=True)[..., 0]
+        if root.shape[-1] > FEW:
+            mean = torch.linalg.solve_triangular(root.mT, moved, upper=True)[..., 0]
+        else:
+            mean = substitute(root.mT, moved, upper=True)[..., 0]
         held = None if self.held is None else self.held(z, membership)
         return WhitenedNormal(self.scale, mean, root, held)

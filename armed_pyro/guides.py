@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -74,7 +73,7 @@ class Guide(nn.Module, ABC):
         """The latent sites at the guide's centre, without randomness."""
 
     def exact(self, model: MixedEffects) -> bool:
-        """Whether `refresh` has nothing more to take in once the network is held."""
+        """Whether q(u | theta) is exact once the network is held and `refresh` was called."""
         return False
 
     def work(self) -> int:
@@ -159,7 +158,6 @@ class StructuredGuide(Guide):
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
-        self._last: weakref.ref[RowSource] | None = None
         facts = model.data_facts()
         self.hyperparameters = Hyperparameters(model)
         self.model_precision = model.precision
@@ -180,23 +178,18 @@ class StructuredGuide(Guide):
         return cast("tuple[PseudoObservations, ...]", tuple(self._pseudo))
 
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
-        last, self._last = self._last, None
         if not any(one.conjugate for one in self.pseudo):
             return
-        held = model.linear or not any(one.requires_grad for one in model.parameters())
-        if self.exact(model) and held:
-            self._last = weakref.ref(source)
-            if last is not None and last() is source:
-                return
         most = MOST_REFRESH_VALUES // max(one.base.numel() for one in self.pseudo)
         most = min(REFRESH_DRAWS, most, MOST_REFRESH_ROWS // len(source))
         n = 1 if self.exact(model) else max(FEWEST_REFRESH_DRAWS, most)
         observe(model, self.pseudo, self.draws(model.clusters(), n), source)
 
     def exact(self, model: MixedEffects) -> bool:
-        # With quadratic likelihoods where the latent sites are makes no difference; and neither
-        # does when, as the predictor is linear in them.
-        return model.family.dispersion_name == "residual_sd" and not modulates(model)
+        # With quadratic likelihoods and a linear predictor it makes no difference where the latent
+        # sites are, unless the effects of other factors are taken as known at their means.
+        quadratic = model.family.dispersion_name == "residual_sd" and not modulates(model)
+        return quadratic and len(self.factors) == 1
 
     def settle(self) -> None:
         super().settle()

@@ -66,8 +66,10 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
         some = _some_clusters(model, guide, source)
         searched = source if some is None else some.source
         _settle_effects(model, guide, searched)
+        exact = guide.exact(model)
         for _ in range(ROUNDS):
-            guide.refresh(model, searched)
+            if not exact:
+                guide.refresh(model, searched)
             before = _read(guide)
             hyper.set_normal(before, frame)
             posterior = _Posterior.of(model, guide, source, some)
@@ -79,9 +81,9 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
             moved = torch.linalg.solve_triangular(root, (best - before)[:, None], upper=False)
             if float(moved.detach().norm()) < 0.1:
                 break
-        if some is None:
+        if some is None and not exact:
             guide.refresh(model, source)
-        else:
+        elif some is not None:
             before = _to_all(model, guide, source, frame)
     except (torch.linalg.LinAlgError, ArithmeticError):  # type: ignore[attr-defined]
         hyper.set_normal(before, frame)
@@ -117,6 +119,8 @@ def _settle_effects(model: MixedEffects, guide: Guide, source: RowSource) -> Non
     before = model.predictor(rows, guide.center(rows)).eta
     for _ in range(MOST_REFRESHES):
         guide.refresh(model, source)
+        if guide.exact(model):
+            break
         after = model.predictor(rows, guide.center(rows)).eta
         if float((after - before).abs().max()) < 0.5 * model.data_facts().spread:
             break
@@ -160,8 +164,9 @@ def _to_all(
 ) -> Float[Tensor, " size"]:
     """Newton steps to the mode of all rows' posterior, in units of the frame."""
     best = _read(guide)
-    for _ in range(NEWTON_STEPS):
-        guide.refresh(model, source)
+    for round_ in range(NEWTON_STEPS):
+        if not round_ or not guide.exact(model):
+            guide.refresh(model, source)
         posterior = _Posterior.of(model, guide, source)
         point = posterior.point()
         step = torch.zeros_like(point)
@@ -190,8 +195,10 @@ class _Posterior:
         cls, model: MixedEffects, guide: Guide, source: RowSource, some: _Some | None = None
     ) -> _Posterior:
         like, nested = model.reference(), guide.nested()
-        # Draws are of use only to sites that are neither hyperparameters nor nested.
-        draws = 8 if nested is not None and len(model.factors) > 1 else 1
+        # Draws are of use only to sites that are neither hyperparameters nor nested, and where
+        # theirs is not the exact conditional, of which any draw tells the same.
+        several = nested is not None and len(model.factors) > 1
+        draws = 8 if several and not guide.exact(model) else 1
         n = len(source if some is None else some.source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
         if some is None:

@@ -178,3 +178,22 @@ def test_where_steps_would_take_too_long_the_mode_is_kept(monkeypatch) -> None:
     assert ((found["median"] - expected["median"]).abs() < 0.1 * expected["sd"]).all()
     assert (found["sd"] / expected["sd"] - 1).abs().max() < 0.15
     assert kept.diagnostics().verdict == trained.diagnostics().verdict
+
+
+def test_a_sum_over_pairs_is_the_matrix_product(monkeypatch) -> None:
+    """Of the same data, by either way: the joint conditional and its gradient."""
+    data = crossed_data(n=40)
+    model = bound(data)
+    source = model.encode(data)
+    found = []
+    for sparse in (0, 10**9):
+        monkeypatch.setattr("armed_pyro.crossed.SPARSE", sparse)
+        guide = CrossedGuide(model, source)
+        center = guide.center(source.all())
+        total = sum((value**2).sum() for value in center.values())
+        trained = [one for one in guide.parameters() if one.requires_grad]
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+        found.append([*center.values(), *(one for one in gradients if one is not None)])
+    assert (guide.between == 0).any()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -151,10 +151,11 @@ def full_batch():
 def test_mini_batches_reach_the_full_batch_optimum(full_batch, monkeypatch):
     unsettled(monkeypatch)
     schedule = Schedule(steps=500, window=50, stages=0, batch_size=10)
-    batches = run(linear(), make_data(), schedule=schedule)
-    assert batches.history.settled is None
+    # One run's sds end up to 1.4 times too small, by the noise of its gradients.
+    batches = [run(linear(), make_data(), schedule=schedule, seed=seed) for seed in range(3)]
+    assert all(one.history.settled is None for one in batches)
     # A likelihood without its factor of 4 would double the sds.
-    assert_same_posterior([full_batch], [batches], mean=0.5, sd=1.4)
+    assert_same_posterior([full_batch], batches, mean=0.5, sd=1.4)
 
 
 def test_training_raises_the_evidence_lower_bound(full_batch, monkeypatch):

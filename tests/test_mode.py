@@ -198,7 +198,7 @@ def test_without_random_effects_it_is_the_mode_of_the_posterior():
     ("random", "family", "limit"),
     [
         ("(1 + x0 | site)", "gaussian", 64),
-        ("(1 | site) + (1 | batch)", "gaussian", 512),
+        ("(1 | site) + (1 | batch)", "gaussian", 64),
         ("(1 | site)", "poisson", 71 * 16),
         ((), "poisson", 64),
     ],
