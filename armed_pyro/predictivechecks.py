@@ -152,11 +152,12 @@ def effect_normality(
     effects = latents[factor.effect_site]
     if effects.dim() < 3 or effects.shape[1] < 8:
         return {}
-    scale = factor.scale_matrix(latents).expand(len(effects), 1, -1, -1)
-    z = torch.linalg.solve_triangular(scale, effects[..., None], upper=False)[..., 0]
     generator = torch.Generator().manual_seed(seed)
-    clusters = torch.randperm(z.shape[1], generator=generator)[:MOST_CLUSTERS]
-    z = z[:PIVOTAL_DRAWS, clusters].double().cpu()
+    clusters = torch.randperm(effects.shape[1], generator=generator)[:MOST_CLUSTERS]
+    effects = effects[:PIVOTAL_DRAWS, clusters]
+    scale = factor.scale_matrix(_first(latents)).expand(len(effects), 1, -1, -1)
+    z = torch.linalg.solve_triangular(scale, effects[..., None], upper=False)[..., 0]
+    z = z.double().cpu()
     results = {}
     for place, term in enumerate(factor.terms):
         draws = z[..., place].numpy()
@@ -166,6 +167,11 @@ def effect_normality(
             p = min(p, float(np.median(stats.kurtosistest(draws, axis=1).pvalue)))
         results[term] = (min(1.0, 2 * p), float(np.mean([test.statistic for test in tests])))
     return results
+
+
+def _first(latents: Draws) -> dict[str, Tensor]:
+    """As many draws as a pivotal quantity takes."""
+    return {k: v[:PIVOTAL_DRAWS] if v.dim() > 1 else v for k, v in latents.items()}
 
 
 def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[float, float] | None:
@@ -189,7 +195,7 @@ def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[flo
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(source), generator=generator)[:MOST_ROWS]
     rows = source.batch(index, dense_up_to=max([0, *map(len, source.counts.values())]))
-    some = {k: v[:PIVOTAL_DRAWS] if v.dim() > 1 else v for k, v in latents.items()}
+    some = _first(latents)
     with torch.no_grad():
         eta = model.predictor(rows, some).eta
         mean = model.family.mean(eta, rows).double().cpu().numpy()

@@ -43,7 +43,7 @@ CHECKPOINTS = {"checkpoint.safetensors", "checkpoint.partial"}
 # Bytes beyond which a group of draws is left out of posterior.nc: it can be drawn again.
 LARGEST_GROUP = 200e6
 # Bytes of the posterior, of which fewer draws are written then.
-LARGEST_POSTERIOR = 400e6
+LARGEST_POSTERIOR = 100e6
 # Variational families by the name that the manifest gives them.
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
