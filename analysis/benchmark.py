@@ -4,7 +4,8 @@
     python -m armed_pyro.analysis.benchmark                 # simulated data of their shape
     python -m armed_pyro.analysis.benchmark --short         # under five minutes (make bench)
 
-Every ratio is of medians of turns taken in one run on one machine. Each part runs in a process of
+Every ratio is of medians of turns taken in one run on one machine, with one thread but for the
+crossed design. Each part runs in a process of
 its own, whose peak memory is reported. Writes `benchmark.csv` and `benchmark.json`.
 """
 
@@ -187,6 +188,9 @@ def crossed(options: Options) -> list[Figure]:
 
 
 def _measured(part: Callable[[Options], list[Figure]], options: Options) -> list[Figure]:
+    if part is not crossed:
+        # As `fit` itself sets for small steps: threads that wait for each other cost more.
+        torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = part(options)
