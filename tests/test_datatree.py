@@ -274,6 +274,7 @@ def test_a_plain_network_has_predictions_only(family):
     rng = np.random.default_rng(4)
     y = rng.integers(0, 2, 30) if family == "bernoulli" else rng.normal(size=30)
     data = ClusteredData.from_arrays(rng.normal(size=(30, 1)), y, {})
+    torch.manual_seed(0)
     tree = quick(MixedEffects(nn.Linear(1, 1), family=family), data).to_datatree(draws=10)
     latent = ["prior", "posterior"] if family == "gaussian" else []
     assert sorted(tree.children) == sorted({*GROUPS} - {"prior", "posterior"} | {*latent})
