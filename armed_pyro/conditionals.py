@@ -19,6 +19,7 @@ __all__ = [
     "WhitenedDiagonal",
     "WhitenedNormal",
     "precision_root",
+    "solve",
     "substitute",
     "sum_last",
 ]
@@ -206,9 +207,16 @@ def solve_lower(
     matrix: Float[Tensor, "... terms terms"], vector: Float[Tensor, "... terms"]
 ) -> Float[Tensor, "... terms"]:
     """x with matrix x = vector, for many small lower triangular matrices."""
-    if vector.shape[-1] > FEW:
-        return torch.linalg.solve_triangular(matrix, vector[..., None], upper=False)[..., 0]
-    return substitute(matrix, vector[..., None], upper=False)[..., 0]
+    return solve(matrix, vector[..., None], upper=False)[..., 0]
+
+
+def solve(
+    matrix: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"], *, upper: bool
+) -> Float[Tensor, "... n columns"]:
+    """X with matrix X = right, for many triangular matrices."""
+    if matrix.shape[-1] > FEW:
+        return torch.linalg.solve_triangular(matrix, right, upper=upper)
+    return substitute(matrix, right, upper=upper)
 
 
 def substitute(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.conditionals import FEW, WhitenedNormal, precision_root, substitute
+from armed_pyro.conditionals import WhitenedNormal, precision_root, solve
 from armed_pyro.factors import Factor, by_column
 from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide
 from armed_pyro.hyperparameters import Hyperparameters
@@ -173,8 +173,8 @@ class CrossedGuide(Guide):
         p_between = scale.mT @ (tau * self._whiten(between, scales))
         right = self._whiten(self._whiten(rest, scales).mT, scales).mT
         p_rest = torch.eye(len(rest)).to(rest) + tau * right
-        y = solve_block(root, p_between)
-        r = solve_block(root, scale.mT @ pull_largest[..., None])
+        y = solve(root, p_between, upper=False)
+        r = solve(root, scale.mT @ pull_largest[..., None], upper=False)
         flat, flat_r = y.flatten(-3, -2), r.flatten(-3, -2)
         schur = p_rest - self._gram(flat).reshape(p_rest.shape)
         # Where sds are drawn far too large, the difference of two large numbers is not positive.
@@ -194,10 +194,10 @@ class CrossedGuide(Guide):
         """flat' flat: by the pairs of effects that share a cluster, where these are few."""
         if self._pairs is None:
             self._pairs = _pairs(self.between)
-        places, one, other, cells = self._pairs
-        k, t, m = self.between.shape
-        if len(one) * SPARSE > k * t * m**2:
+        if not self._pairs:
             return flat.mT @ flat
+        places, one, other, cells = self._pairs
+        m = flat.shape[-1]
         values = flat.flatten(-2)[..., places]
         product = values[..., one] * values[..., other]
         gram = flat.new_zeros(*flat.shape[:-2], m * m).index_add(-1, cells, product)
@@ -320,12 +320,15 @@ class CrossedGuide(Guide):
 def _pairs(between: Float[Tensor, "clusters terms effects"]) -> tuple[Tensor, ...]:
     """Places of couplings that are not zero, all pairs of those in one row, and their cells.
 
-    Whitening mixes the terms of a cluster, so that an effect coupled with one is with all.
+    Whitening mixes the terms of a cluster, so that an effect coupled with one is with all. Nothing
+    where the pairs are not few.
     """
     k, t, m = between.shape
     coupled = (between != 0).any(1, keepdim=True).expand(k, t, m).reshape(k * t, m)
-    places = coupled.flatten().nonzero()[:, 0]
     counts = coupled.sum(1)
+    if int((counts**2).sum()) * SPARSE > k * t * m**2:
+        return ()
+    places = coupled.flatten().nonzero()[:, 0]
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     sizes = counts.repeat_interleave(counts)
     one = torch.arange(len(places), device=places.device).repeat_interleave(sizes)
@@ -333,15 +336,6 @@ def _pairs(between: Float[Tensor, "clusters terms effects"]) -> tuple[Tensor, ..
     within = torch.arange(len(one), device=places.device) - first
     other, columns = starts[one] + within, places % m
     return places, one, other, columns[one] * m + columns[other]
-
-
-def solve_block(
-    root: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"]
-) -> Float[Tensor, "... n columns"]:
-    """X with root X = right, for many small lower triangular matrices."""
-    if root.shape[-1] > FEW:
-        return torch.linalg.solve_triangular(root, right, upper=False)
-    return substitute(root, right, upper=False)
 
 
 class Conditional:
@@ -359,9 +353,6 @@ class Conditional:
             of_rows = (root, coupling, pull)
             root, coupling, pull = (one[..., membership.index, :, :] for one in of_rows)
         moved = pull - coupling @ z[..., None]
-        if root.shape[-1] > FEW:
-            mean = torch.linalg.solve_triangular(root.mT, moved, upper=True)[..., 0]
-        else:
-            mean = substitute(root.mT, moved, upper=True)[..., 0]
+        mean = solve(root.mT, moved, upper=True)[..., 0]
         held = None if self.held is None else self.held(z, membership)
         return WhitenedNormal(self.scale, mean, root, held)
