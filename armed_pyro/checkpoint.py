@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from armed_pyro.facts import Facts
 from armed_pyro.rows import Rows, RowSource
 
-__all__ = ["Checkpoint", "digest", "optimizer_tensors", "restore_optimizer"]
+__all__ = ["Checkpoint", "digest", "module_tensors", "restore_module"]
 
 
 @dataclass(frozen=True)
@@ -59,27 +58,6 @@ class Checkpoint:
             raise ValueError(
                 f"{path} is damaged or not a checkpoint ({error}): delete it and fit anew"
             ) from error
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's per-parameter state, flattened to named tensors."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{name}": torch.as_tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""One training step as a compiled graph: loss and gradients without Python in between."""
+"""One training step as a compiled graph: loss, gradients and update without Python in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from armed_pyro.decompositions import DECOMPOSITIONS
 from armed_pyro.objective import Loss
 from armed_pyro.skeletons import filled, skeleton
 
-__all__ = ["COMPILE_MODES", "CompileMode", "Steps", "capture", "compiler_problem"]
+__all__ = ["COMPILE_MODES", "CompileMode", "Steps", "Update", "capture", "compiler_problem"]
 
 CompileMode = Literal["auto", "always", "never"]
 COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
@@ -32,12 +32,28 @@ EXPECTED = 20.0
 WARM_UP = 3
 # Largest difference of a compiled loss from that of the same step run eagerly, beside 1.
 AGREEMENT = 1e-3
+UPDATE = "optimizer"
+# Random numbers are those of an eager step; and no Python between the kernels of a small one, whose
+# results share one piece of memory.
+SETTINGS = {"fallback_random": True, "cpp_wrapper": True, "memory_planning": True}
 
 Objective = Callable[..., Loss]
 
 
+class Update(Protocol):
+    """What a step makes of gradients: it changes parameters and its own buffers in place."""
+
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor | None],
+        factor: Tensor,
+    ) -> Tensor:
+        """The length of the gradient, after the parameters have changed."""
+
+
 class Steps:
-    """Takes an objective's steps: the loss, and its gradients in ``.grad`` of what is trained.
+    """Takes an objective's steps: the loss, its gradients, and what an optimizer makes of them.
 
     With "auto", steps run eagerly until they have taken as long as compiling is expected to take
     (20 seconds, a few if the compiler's cache holds it); if there are enough steps to come, the
@@ -51,16 +67,21 @@ class Steps:
     ----------
     modules : mapping of str to torch.nn.Module
         What the objective runs: their parameters and buffers are inputs of the graph.
+    update : torch.nn.Module
+        An `Update`: runs on all parameters that are trained, under their names in `modules`, as a
+        part of the step.
     mode : {"auto", "always", "never"}
         "always" compiles at the second step of a kind, "never" does not. Steps whose rows differ
         in number from one to the next stay eager.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], mode: CompileMode = "auto") -> None:
-        self.modules, self.mode = nn.ModuleDict(modules), mode
+    def __init__(
+        self, modules: Mapping[str, nn.Module], update: nn.Module, mode: CompileMode = "auto"
+    ) -> None:
+        self.modules, self.mode = nn.ModuleDict({**modules, UPDATE: update}), mode
         # Walking through modules in every step would take as long as a small step does.
         self._parts = list(self.modules.modules())
-        self._parameters = list(self.modules.parameters())
+        self._parameters = dict(self.modules.named_parameters())
         self._key: Any = None
         self._graph: _Graph | None = None
         self._seconds: list[float] = []
@@ -78,8 +99,10 @@ class Steps:
         """Median time of the latest steps of the kind that runs now."""
         return statistics.median(self._seconds[-100:]) if self._seconds else float("nan")
 
-    def __call__(self, objective: Objective, *inputs: Any, remaining: int = 0) -> Loss:
-        """One step.
+    def __call__(
+        self, objective: Objective, *inputs: Any, factor: float = 1.0, remaining: int = 0
+    ) -> tuple[Loss, Tensor]:
+        """One step: its loss, and the length of the gradient.
 
         Parameters
         ----------
@@ -88,6 +111,8 @@ class Steps:
         *inputs : Tensor, Rows or number
             Its arguments. Tensors may change from step to step, their shapes and all else only at
             the price of compiling anew.
+        factor : float
+            Of the update's rates.
         remaining : int
             Steps still to come.
         """
@@ -97,19 +122,32 @@ class Steps:
             self._key, self._graph, self._seconds, self._expected = key, None, [], None
         elif self._graph is None and self._due(key, remaining):
             self._graph, self._seconds = self._compile(key, tensors, inputs), []
-        start = time.perf_counter()
-        for one in self._parameters:
-            one.grad = None
-        loss = _eager(objective, inputs) if self._graph is None else self._graph(tensors)
+        start, rate = time.perf_counter(), torch.tensor(factor)
+        if self._graph is None:
+            taken = self._eager(objective, inputs, rate)
+        else:
+            taken = self._graph(tensors, rate)
         self._seconds.append(time.perf_counter() - start)
-        return loss
+        return taken
+
+    def _eager(
+        self, objective: Objective, inputs: Sequence[Any], factor: Tensor
+    ) -> tuple[Loss, Tensor]:
+        trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
+        for one in trained.values():
+            one.grad = None
+        loss = objective(*inputs)
+        if loss.total.requires_grad:  # there may be nothing to train once the network is settled
+            loss.total.backward()
+        gradients = {name: one.grad for name, one in trained.items()}
+        return loss, self.modules[UPDATE](trained, gradients, factor.to(loss.total.device))
 
     def _trained(self) -> tuple[bool, ...]:
         training = tuple(one.training for one in self._parts)
-        return training + tuple(one.requires_grad for one in self._parameters)
+        return training + tuple(one.requires_grad for one in self._parameters.values())
 
     def _due(self, key: Any, remaining: int) -> bool:
-        trains = any(one.requires_grad for one in self._parameters)
+        trains = any(one.requires_grad for one in self._parameters.values())
         if self.mode == "never" or self.problem or not trains:
             return False
         if self.mode == "always":
@@ -127,7 +165,8 @@ class Steps:
         try:
             if not self.problem:
                 graph = _Graph(self.modules, objective, skeletons, tensors)
-                self.problem = graph.disagreement(objective, inputs, tensors)
+                eager = partial(self._eager, objective, inputs)
+                self.problem = graph.disagreement(eager, tensors)
                 if not self.problem:
                     # The next time it comes from the compiler's cache, as fast as it is captured.
                     _Journal.of(self.modules, key).record(2 * graph.capture_seconds)
@@ -141,13 +180,6 @@ class Steps:
             stacklevel=4,
         )
         return None
-
-
-def _eager(objective: Objective, inputs: Sequence[Any]) -> Loss:
-    loss = objective(*inputs)
-    if loss.total.requires_grad:  # there may be nothing to train once the network is settled
-        loss.total.backward()
-    return loss
 
 
 def compiler_problem() -> str:
@@ -169,7 +201,7 @@ class _Graph:
 
     def __init__(
         self,
-        modules: nn.Module,
+        modules: nn.ModuleDict,
         objective: Objective,
         skeletons: Sequence[Any],
         tensors: Sequence[Tensor],
@@ -179,92 +211,78 @@ class _Graph:
         self.trained = {name: one for name, one in parameters.items() if one.requires_grad}
         self.held = {name: one for name, one in parameters.items() if not one.requires_grad}
         self.buffers = dict(modules.named_buffers())
-        self._reached: list[str] = []
-        self._changed: list[str] = []
         # Their memory stays the same, whatever is written into it.
         state = (*self.trained.values(), *self.held.values(), *self.buffers.values())
         self._state = [one.detach() for one in state]
 
-        def step(*flat: Tensor) -> list[Tensor]:
-            return self._step(objective, skeletons, flat)
+        def step(factor: Tensor, *flat: Tensor) -> list[Tensor]:
+            return self._step(objective, skeletons, factor, flat)
 
-        with self._buffers_kept(), _random_state_kept(tensors):
-            before = {name: one.clone() for name, one in self.buffers.items()}
-            objective(*(filled(one, tensors) for one in skeletons))
-            self._changed = [
-                name for name, one in self.buffers.items() if not torch.equal(one, before[name])
-            ]
-        with _random_state_kept(tensors):
+        example = [torch.ones(()), *self._state, *tensors]
+        with self._kept(tensors):
             start = time.perf_counter()
-            graph = capture(step, [*self._state, *tensors], trained=len(self.trained))
+            graph = capture(step, example, trained=range(1, 1 + len(self.trained)))
             self.capture_seconds = time.perf_counter() - start
-            self._run = _inductor(graph, [*self._state, *tensors])
+            self._run = _inductor(graph, example)
 
     def _step(
-        self, objective: Objective, skeletons: Sequence[Any], flat: Sequence[Tensor]
+        self,
+        objective: Objective,
+        skeletons: Sequence[Any],
+        factor: Tensor,
+        flat: Sequence[Tensor],
     ) -> list[Tensor]:
         from torch.nn.utils.stateless import _reparametrize_module
 
         given = iter(flat)
-        trained = {name: next(given) for name in self.trained}
-        held = {name: next(given) for name in self.held}
-        # Cloned, as running statistics are changed in place.
-        buffers = {name: next(given).clone() for name in self.buffers}
-        tensors = list(given)
-        state = trained | held | buffers
-        with _reparametrize_module(self.modules, state):
-            loss = objective(*(filled(one, tensors) for one in skeletons))
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(
-            loss.total, list(trained.values()), allow_unused=True
+        trained, held, buffers = (
+            {name: next(given) for name in some} for some in (self.trained, self.held, self.buffers)
         )
-        pairs = zip(trained, gradients, strict=True)
-        self._reached = [name for name, one in pairs if one is not None]
-        parts = [getattr(loss, field.name).detach() for field in fields(Loss)]
-        changed = [state[name].detach() for name in self._changed]
-        return parts + [one for one in gradients if one is not None] + changed
+        tensors = list(given)
+        with _reparametrize_module(self.modules, trained | held | buffers):
+            loss = objective(*(filled(one, tensors) for one in skeletons))
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                loss.total, list(trained.values()), allow_unused=True
+            )
+            gradients = dict(zip(trained, found, strict=True))
+            norm: Tensor = self.modules[UPDATE](trained, gradients, factor)
+        return [getattr(loss, field.name).detach() for field in fields(Loss)] + [norm]
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Loss:
+    def __call__(self, tensors: Sequence[Tensor], factor: Tensor) -> tuple[Loss, Tensor]:
         with torch.no_grad():
-            found = list(self._run(*self._state, *tensors))
-        size = len(fields(Loss))
-        rest = iter(found[size:])
-        for name in self._reached:
-            self.trained[name].grad = next(rest)
-        for name in self._changed:
-            self.buffers[name].copy_(next(rest))
-        return Loss(*found[:size])
+            *parts, norm = self._run(factor, *self._state, *tensors)
+        return Loss(*parts), norm
 
     def disagreement(
-        self, objective: Objective, inputs: Sequence[Any], tensors: Sequence[Tensor]
+        self, eager: Callable[[Tensor], tuple[Loss, Tensor]], tensors: Sequence[Tensor]
     ) -> str:
         """How a compiled step differs from an eager one from the same state; empty if not."""
-        losses = []
-        steps: list[Callable[[], Loss]] = [
-            partial(self, tensors),
-            partial(_eager, objective, inputs),
-        ]
-        for step in steps:
-            with self._buffers_kept(), _random_state_kept(tensors):
-                losses.append(float(step().total.detach()))
-        for one in self.trained.values():
-            one.grad = None
-        compiled, eager = losses
-        if abs(compiled - eager) <= AGREEMENT * (1 + abs(eager)):
-            return ""
-        return f"the compiled loss is {compiled:.6g}, the eager one {eager:.6g}"
+        found = []
+        for step in (partial(self, tensors), eager):
+            with self._kept(tensors):
+                loss, norm = step(torch.ones(()))
+                found.append((float(loss.total.detach()), float(norm)))
+        for what, mine, eagers in zip(("loss", "gradient's length"), *found, strict=True):
+            if not abs(mine - eagers) <= AGREEMENT * (1 + abs(eagers)):
+                return f"the compiled {what} is {mine:.6g}, the eager one {eagers:.6g}"
+        return ""
 
     @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        kept = {name: one.clone() for name, one in self.buffers.items()}
-        yield
-        for name, one in kept.items():
-            self.buffers[name].copy_(one)
+    def _kept(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Afterwards parameters, buffers and random numbers are what they were."""
+        before = [one.clone() for one in self._state]
+        with _random_state_kept(tensors):
+            yield
+        for one, value in zip(self._state, before, strict=True):
+            one.copy_(value)
 
 
 def capture(
-    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], *, trained: int = 0
+    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], *, trained: range = range(0)
 ) -> torch.fx.GraphModule:
-    """The operations on tensors that a function does, gradients by its first inputs included.
+    """The operations on tensors that a function does, gradients by some inputs included.
+
+    It may change inputs in place, as it does here in a first run.
 
     Parameters
     ----------
@@ -272,12 +290,12 @@ def capture(
         From tensors to tensors; it may not depend on their values otherwise than by operations.
     inputs : sequence of Tensor
         Inputs for a first run.
-    trained : int
-        Leading inputs by which the function takes gradients.
+    trained : range
+        Places of the inputs by which the function takes gradients.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    ready = [one.detach().requires_grad_(place < trained) for place, one in enumerate(inputs)]
+    ready = [one.detach().requires_grad_(place in trained) for place, one in enumerate(inputs)]
     with torch.enable_grad():
         graph = make_fx(function, decomposition_table=DECOMPOSITIONS)(*ready)
     graph.graph.eliminate_dead_code()
@@ -299,7 +317,7 @@ def _inductor(
     with (
         warnings.catch_warnings(),
         torch.no_grad(),
-        config.patch(fallback_random=True),
+        config.patch(SETTINGS),
         tracing(context),
     ):
         warnings.simplefilter("ignore")  # the compiler's, of itself

@@ -2,91 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.checkpoint import optimizer_tensors, restore_optimizer
 from armed_pyro.guides import Guide
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations
 from armed_pyro.rows import Membership, Rows, RowSource
 from armed_pyro.schedule import Schedule
 
-__all__ = ["LazyAdam", "Optimizers"]
+__all__ = ["Adam", "LazyAdam", "Optimizers"]
 
 BETAS = (0.9, 0.99)
 
+Gradients = Mapping[str, Tensor | None]
 
-class Optimizers:
-    """Adam of the network and of the guide, each at its own rate, with gradients clipped.
+
+class Optimizers(nn.Module):
+    r"""Adam of the network and of the guide, each at its own rate, with gradients clipped.
+
+    .. math:: g \leftarrow g \min(1, c / \lVert g \rVert), \quad
+        w \leftarrow w - \rho \, \mathrm{Adam}(g)
+
+    Operations on tensors and nothing else, so that a compiled step holds them too; apart for
+    network and guide, so that a strong adversary does not slow the guide down.
 
     Parameters
     ----------
     model, lazy : MixedEffects, LazyAdam
         The program, and the guide with what it keeps of clusters.
     schedule : Schedule
-        Rates, and where gradients are clipped.
+        Rates, and where gradients are clipped (c).
     eps : float
         Adam's epsilon for the guide.
-
-    Attributes
-    ----------
-    factor : float
-        Of the scheduled rates, in the last step.
     """
 
     def __init__(self, model: MixedEffects, lazy: LazyAdam, schedule: Schedule, eps: float) -> None:
-        self.lazy, self.schedule, self.factor = lazy, schedule, 1.0
-        apart = {id(one) for one in lazy.parameters}
-        self._guided = list(lazy.guide.parameters())
-        self._networks = list(model.parameters())
-        together = [one for one in self._guided if id(one) not in apart]
-        self._adam = torch.optim.Adam(
-            [
-                {"params": together, "base": schedule.learning_rate, "eps": eps},
-                {"params": self._networks, "base": schedule.net_learning_rate},
-            ],
-            lr=schedule.learning_rate,
-            betas=BETAS,
-            fused=True,
+        super().__init__()
+        self.clip = schedule.clip
+        apart = {name for one in lazy.adams for name in one.names}
+        guided = _trained("guide", lazy.guide)
+        together = {name: one for name, one in guided.items() if name not in apart}
+        self._groups = (
+            ([Adam(together, eps=eps), *lazy.adams], schedule.learning_rate),
+            ([Adam(_trained("model", model))], schedule.net_learning_rate),
         )
+        self.adams = nn.ModuleList(adam for group, _ in self._groups for adam in group)
 
-    def step(self, factor: float) -> bool:
-        """One step at so many times the scheduled rates; False, and no step, without a gradient.
+    @torch.no_grad()
+    def forward(
+        self, parameters: Mapping[str, Tensor], gradients: Gradients, factor: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        """One step at so many times the scheduled rates: the length of the gradient.
 
-        A gradient that is not finite is none.
+        If it is not finite, no parameter changes.
+
+        Parameters
+        ----------
+        parameters : mapping of str to Tensor
+            Those that are trained: "model." or "guide.", and the parameter's name there.
+        gradients : mapping of str to Tensor or None
+        factor : Float[Tensor, ""]
         """
-        # Apart, so that a strong adversary does not slow the guide down.
-        for parameters in (self._guided, self._networks):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.schedule.clip)
-            if not torch.isfinite(norm):
-                return False
-        self.factor = factor
-        for group in self._adam.param_groups:
-            group["lr"] = factor * group["base"]
-        self._adam.step()
-        self.lazy.step(factor * self.schedule.learning_rate)
-        return True
+        joined = [[one.joined(gradients) for one in group] for group, _ in self._groups]
+        squares = [torch.stack([one.square().sum() for one in some]).sum() for some in joined]
+        norm = torch.stack(squares).sum().sqrt()
+        finite = norm.isfinite()
+        for (group, rate), some, square in zip(self._groups, joined, squares, strict=True):
+            scale = (self.clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+            for adam, one in zip(group, some, strict=True):
+                gradient = torch.where(finite, scale * one, 0.0)
+                adam(parameters, gradient, torch.where(finite, rate * factor, 0.0))
+        return norm
 
-    def state(self) -> dict[str, Tensor]:
-        """Moments and numbers of steps, by name."""
-        return optimizer_tensors(self._adam) | self.lazy.state()
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave."""
-        restore_optimizer(self._adam, tensors)
-        self.lazy.restore(tensors)
+def _trained(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    named = module.named_parameters(prefix)
+    return {name: one for name, one in named if one.requires_grad}
+
+
+class Adam(nn.Module):
+    r"""Adam of some parameters, whose numbers are joined to rows: one row, or one a cluster.
+
+    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        w \leftarrow w - \rho \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    On joined numbers it takes a dozen operations, however many the parameters are.
+
+    Parameters
+    ----------
+    parameters : mapping of str to Tensor
+        By name; their leading dimension has `rows` entries if there are several rows.
+    rows : int
+        Rows, each with a number t of steps of its own.
+    eps : float
+
+    Attributes
+    ----------
+    state : Float[Tensor, "rows 2*width+1"]
+        m, v and t, row by row, so that what a step needs of one is found in one place.
+
+    Examples
+    --------
+    >>> w = {"w": torch.tensor([1.0, 2.0])}
+    >>> adam = Adam(w)
+    >>> adam(w, adam.joined({"w": torch.tensor([3.0, -1.0])}), torch.tensor(0.1))
+    >>> w["w"]
+    tensor([0.9000, 2.1000])
+    """
+
+    state: Tensor
+
+    def __init__(self, parameters: Mapping[str, Tensor], rows: int = 1, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.rows, self.eps = rows, eps
+        self.names = tuple(parameters)
+        self._widths = [one.numel() // rows for one in parameters.values()]
+        like = next(iter(parameters.values()), torch.empty(0)).detach()
+        self.register_buffer("state", like.new_zeros(rows, 2 * sum(self._widths) + 1))
+
+    def joined(self, gradients: Gradients) -> Float[Tensor, "rows width"]:
+        """Gradients row by row, side by side; zeros where there are none."""
+        found = [gradients[name] for name in self.names]
+        parts = [
+            self.state.new_zeros(self.rows, width) if one is None else one.reshape(self.rows, width)
+            for one, width in zip(found, self._widths, strict=True)
+        ]
+        return torch.cat(parts, 1) if parts else self.state.new_zeros(self.rows, 0)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradient: Float[Tensor, "rows width"],
+        rate: Float[Tensor, ""],
+    ) -> None:
+        """Change the parameters, and what is kept of their gradients."""
+        width = gradient.shape[1]
+        mean, square, steps = self.state.split([width, width, 1], 1)
+        mean = torch.lerp(mean, gradient, 1 - BETAS[0])
+        square = torch.lerp(square, gradient.square(), 1 - BETAS[1])
+        steps = steps + 1
+        self.state.copy_(torch.cat([mean, square, steps], 1))
+        first, second = (1 - beta**steps for beta in BETAS)
+        size = first * ((square / second).sqrt() + self.eps)
+        change = (-rate * mean / size).split(self._widths, 1)
+        for name, part in zip(self.names, change, strict=True):
+            parameters[name].add_(part.reshape(parameters[name].shape))
 
 
 class LazyAdam:
     r"""Adam of what a guide keeps of clusters, for the clusters in a mini-batch only.
 
-    A step reads its clusters' rows into a small guide, whose parameters stay where they are in
-    memory, and writes back what Adam makes of them. Time is O(clusters in the batch), whatever
-    their number K; memory stays O(K x terms).
+    What a step needs of its clusters is read into a small guide, whose parameters stay where they
+    are in memory; what the step makes of them is written back. Time is O(clusters in the batch),
+    whatever their number K; memory stays O(K x terms).
 
     A cluster's moments m_k, v_k, and the number of steps t_k by which their bias is corrected,
     change only when it is in the batch:
@@ -121,26 +196,28 @@ class LazyAdam:
     >>> batch = source.batch(torch.arange(5), dense_up_to=0)
     >>> lazy.read(batch).memberships["g"].index  # rows of the small guide, not clusters
     tensor([0, 1, 2, 3, 4])
-    >>> sum(one.numel() for one in lazy.parameters)
-    10
+    >>> lazy.adams[0].state.shape  # moments of two numbers a cluster, and its number of steps
+    torch.Size([5, 5])
     """
 
     def __init__(self, guide: Guide, sizes: Mapping[str, int], eps: float = 1e-8) -> None:
-        self.eps = eps
         self.guide = guide.narrowed(sizes) if sizes else guide
         whole, small = guide.clusterwise(), self.guide.clusterwise()
-        self._tables = {name: _Table(whole[name], small[name]) for name in sizes}
+        names = {id(one): f"guide.{name}" for name, one in self.guide.named_parameters()}
+        self._tables = {
+            name: _Table(whole[name], small[name], names, eps) for name in sorted(sizes)
+        }
 
     @classmethod
     def of(cls, guide: Guide, source: RowSource, size: int, eps: float) -> LazyAdam:
         """For mini-batches of `size` rows: of the factors whose clusters these do not all draw."""
         narrow = source.sampled(size) & guide.clusterwise().keys()
-        return cls(guide, dict.fromkeys(sorted(narrow), size), eps)
+        return cls(guide, dict.fromkeys(narrow, size), eps)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The small guide's parameters that belong to clusters."""
-        return [one for table in self._tables.values() for one in table.small.parameters()]
+    def adams(self) -> list[Adam]:
+        """What takes the steps of the small guide's parameters that belong to clusters."""
+        return [table.adam for table in self._tables.values()]
 
     def read(self, rows: Rows) -> Rows:
         """Read the batch's clusters into the small guide; the rows as that guide numbers them."""
@@ -149,11 +226,10 @@ class LazyAdam:
             memberships[name] = table.read(rows.memberships[name])
         return replace(rows, memberships=memberships)
 
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Change the clusters read last by the gradients of the small guide's parameters."""
+    def write(self) -> None:
+        """Write back what a step has made of the clusters read last."""
         for table in self._tables.values():
-            table.step(rate, self.eps)
+            table.write()
 
     def state(self) -> dict[str, Tensor]:
         """Moments and numbers of steps, by factor."""
@@ -168,23 +244,29 @@ class LazyAdam:
 class _Table:
     """One factor's parameters by cluster, those of a batch, and the optimizer's state."""
 
-    def __init__(self, whole: PseudoObservations, small: PseudoObservations) -> None:
-        self.whole, self.small = whole, small
-        pairs = list(zip(whole.parameters(), small.parameters(), strict=True))
-        self._parameters = [(one.detach(), mine) for one, mine in pairs]
-        buffers = zip(whole.buffers(), small.buffers(), strict=True)
-        self._tensors = [*((one, mine.detach()) for one, mine in self._parameters), *buffers]
-        self._widths = [one[0].numel() for one, _ in pairs]
-        # Cluster by cluster, so that what a step needs of one is found in one place.
-        clusters, width = len(whole.location), sum(self._widths)
-        self.state = whole.location.new_zeros(clusters, 2 * width + 1)
-        self._places = torch.arange(len(small.location), device=whole.location.device)
+    def __init__(
+        self,
+        whole: PseudoObservations,
+        small: PseudoObservations,
+        names: Mapping[int, str],
+        eps: float,
+    ) -> None:
+        parameters = list(zip(whole.parameters(), small.parameters(), strict=True))
+        rows = len(small.location)
+        trained = {names[id(mine)]: mine for _, mine in parameters if mine.requires_grad}
+        self.adam = Adam(trained, rows, eps)
+        clusters, width = len(whole.location), self.adam.state.shape[1]
+        self.state = whole.location.detach().new_zeros(clusters, width)
+        written = [(one.detach(), mine.detach()) for one, mine in parameters]
+        self._written = [*written, (self.state, self.adam.state)]
+        self._read = [*self._written, *zip(whole.buffers(), small.buffers(), strict=True)]
+        self._places = torch.arange(rows, device=whole.location.device)
         self._present = self._places[:0]
 
     @torch.no_grad()
     def read(self, membership: Membership) -> Membership:
         self._present = present = membership.index
-        for one, mine in self._tensors:
+        for one, mine in self._read:
             torch.index_select(one, 0, present, out=mine[: len(present)])
         # Those beyond the present clusters have no rows, and no weight.
         weight = self.state.new_zeros(len(self._places))
@@ -192,26 +274,6 @@ class _Table:
         labels = membership.clusters()
         return replace(membership, index=self._places, weight=weight, complete=True, labels=labels)
 
-    def step(self, rate: float, eps: float) -> None:
-        n, width = len(self._present), sum(self._widths)
-        gradient = self._joined([mine.grad for _, mine in self._parameters])
-        state = self.state.index_select(0, self._present)
-        mean, square, steps = state.split([width, width, 1], 1)
-        mean.lerp_(gradient, 1 - BETAS[0])
-        square.lerp_(gradient.square_(), 1 - BETAS[1])
-        steps += 1
-        self.state.index_copy_(0, self._present, state)
-        first, second = (1 - beta**steps for beta in BETAS)
-        size = (square / second).sqrt_().add_(eps).mul_(first)
-        change = (mean / size).mul_(-rate).split(self._widths, 1)
-        for (one, _), part in zip(self._parameters, change, strict=True):
-            one.index_add_(0, self._present, part.reshape(n, *one.shape[1:]))
-
-    def _joined(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Gradients by cluster, side by side; zeros where there are none."""
-        n = len(self._present)
-        parts = [
-            self.state.new_zeros(n, width) if one is None else one[:n].reshape(n, width)
-            for one, width in zip(gradients, self._widths, strict=True)
-        ]
-        return torch.cat(parts, 1)
+    def write(self) -> None:
+        for one, mine in self._written:
+            one.index_copy_(0, self._present, mine[: len(self._present)])

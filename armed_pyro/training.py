@@ -77,7 +77,7 @@ class Run:
         self.best: dict[str, Tensor] = {}
         # Where to return to from divergence: a state, and the mean loss of the window after it.
         self.good, self.good_loss = self._state(), math.inf
-        self.stopped = ""
+        self.stopped, self.factor = "", 1.0
         counts = [(game.factor, source.counts[game.factor]) for game in model.adversaries]
         self._chances = [(name, float(one.max() / one.sum())) for name, one in counts]
         self._prepare()
@@ -129,13 +129,15 @@ class Run:
         """One step of training: its loss, after what it changed."""
         rate = self.schedule.rate(self.step) * self.schedule.decay**self.plateau.cuts
         try:
-            loss = self._take()
+            loss, norm = self._take(rate)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise self._divergence("a covariance matrix is degenerate") from error
         if not torch.isfinite(loss.total):
             raise self._divergence(blame(loss))
-        if not self.optimizers.step(rate):
+        if not torch.isfinite(norm):
             raise self._divergence("its gradient is not finite")
+        self.lazy.write()
+        self.factor = rate
         if self.settled is not None:
             self.iterates.append(self.guide.hyperparameters.shift.detach().cpu().numpy().copy())
         self.history.loss.append(float(loss.total.detach()))
@@ -145,18 +147,21 @@ class Run:
             raise self._divergence(f"it grew from {first:.4g} to {last:.4g}")
         return loss
 
-    def _take(self) -> Loss:
-        """The loss of one step, and its gradients."""
+    def _take(self, rate: float) -> tuple[Loss, Tensor]:
+        """The loss of one step, and the length of its gradient, by which parameters changed."""
         remaining = self.schedule.steps - self.step
         if self.settled is None:
             progress = self.source.like.new_tensor(self.step / self.schedule.steps)
             rows = self.lazy.read(self.share.weigh(self._next_batch()))
-            return self.share.mean(self.steps(self.objective, rows, progress, remaining=remaining))
+            loss, norm = self.steps(
+                self.objective, rows, progress, factor=rate, remaining=remaining
+            )
+            return self.share.mean(loss), norm
         rows = self._settled_rows(self.settled)
         bound = NestedBound(self.model, self.lazy.guide, self.history.particles)
         wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
         draws = max(1, min(wanted, self._most_rows() // max(1, len(rows))))
-        return self.steps(bound, rows, draws, remaining=remaining)
+        return self.steps(bound, rows, draws, factor=rate, remaining=remaining)
 
     def _most_rows(self) -> int:
         """Rows in a step of the settled network."""
@@ -188,7 +193,7 @@ class Run:
         self.history.step.append(self.step)
         self.history.compiled.append(self.steps.compiled)
         self.history.seconds.append(self.steps.seconds)
-        self.history.rate.append(self.optimizers.factor)
+        self.history.rate.append(self.factor)
         accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0).tolist()
         if self.settled is not None and self.history.adversary_accuracy:
             accuracy = self.history.adversary_accuracy[-1]  # the game is over
@@ -245,12 +250,12 @@ class Run:
         guide = self.lazy.guide
         self.objective = self.share.averaged(Objective(self.model, guide))
         mode: CompileMode = "never" if self.share.several else self.compile
-        self.steps = Steps({"model": self.model, "guide": guide}, mode)
         if self.settled is not None and not batches and n > self._most_rows():
             # The noise of some clusters' gradient is not to move the guide away from the mode.
             share = self._most_rows() / (2 * n)
             schedule = replace(schedule, learning_rate=schedule.learning_rate * share**0.5)
         self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
+        self.steps = Steps({"model": self.model, "guide": guide}, self.optimizers, mode)
 
     def _settle(self) -> None:
         """Hold the network, and bring the guide to the posterior given it."""
@@ -323,7 +328,7 @@ class Run:
 
     def save(self) -> Checkpoint:
         """Everything needed to go on as if nothing had happened."""
-        tensors = self._state() | self.optimizers.state()
+        tensors = self._state() | module_tensors("optimizers", self.optimizers) | self.lazy.state()
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors["order"] = self.shuffle.order
         shape = len(self.iterates), self.guide.hyperparameters.size
@@ -355,7 +360,8 @@ class Run:
             self._hold_network()
             self._prepare()
         self.good = self._state()
-        self.optimizers.restore(tensors)
+        restore_module("optimizers", self.optimizers, tensors)
+        self.lazy.restore(tensors)
         self.iterates = list(tensors["iterates"].numpy())
         start = "best."
         self.best = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}

@@ -99,18 +99,38 @@ def program(name: str) -> tuple[MixedEffects, torch.nn.Module, object]:
     return model, choose_guide(model, source), source
 
 
+class Kept(nn.Module):
+    """An update that keeps the gradients and changes nothing."""
+
+    def __init__(self, model: nn.Module, guide: nn.Module) -> None:
+        super().__init__()
+        modules = nn.ModuleDict({"model": model, "guide": guide})
+        self.of = {name: name.replace(".", "-") for name, _ in modules.named_parameters()}
+        for name, one in modules.named_parameters():
+            self.register_buffer(self.of[name], one.detach().clone())
+
+    def forward(self, parameters, gradients, factor):
+        for name, one in gradients.items():
+            kept = getattr(self, self.of[name])
+            kept.copy_(torch.zeros_like(kept) if one is None else one)
+        return sum(getattr(self, name).square().sum() for name in self.of.values()).sqrt() * factor
+
+
+def steps_of(model, guide, mode):
+    return Steps({"model": model, "guide": guide}, Kept(model, guide), mode)
+
+
 def taken(steps, objective, *inputs, n=3):
     """Losses, gradients and buffers of a few steps from the same random state."""
     torch.manual_seed(1)
     losses, gradients = [], []
     for _ in range(n):
-        losses.append(steps(objective, *inputs, remaining=10))
-        gradients.append(
-            {
-                name: torch.zeros(()) if one.grad is None else one.grad.clone()
-                for name, one in steps.modules.named_parameters()
-            }
-        )
+        loss, norm = steps(objective, *inputs, factor=0.5, remaining=10)
+        losses.append(loss)
+        update = steps.modules["optimizer"]
+        gradients.append({name: one.clone() for name, one in update.named_buffers()})
+        length = sum(one.square().sum() for one in gradients[-1].values()).sqrt()
+        torch.testing.assert_close(norm.to(length), 0.5 * length)
     return losses, gradients, dict(steps.modules.named_buffers())
 
 
@@ -136,7 +156,7 @@ def test_a_compiled_step_is_the_eager_one(name):
     for mode in ("never", "always"):
         model, guide, source = program(name)
         model.train()
-        steps = Steps({"model": model, "guide": guide}, mode)
+        steps = steps_of(model, guide, mode)
         batch = source.batch(torch.arange(0, 96, 2))
         found[mode] = taken(steps, Objective(model, guide), batch, torch.tensor(0.05))
         assert steps.compiled is (mode == "always"), steps.problem
@@ -152,7 +172,7 @@ def test_a_compiled_step_of_a_settled_network_is_the_eager_one(name):
         model, guide, source = program(name)
         model.eval()
         guide.settle()
-        steps = Steps({"model": model, "guide": guide}, mode)
+        steps = steps_of(model, guide, mode)
         bound = NestedBound(model, guide, 4)
         found[mode] = taken(steps, bound, model.compute(source).all(), 3)
         assert steps.compiled is (mode == "always"), steps.problem
@@ -162,8 +182,8 @@ def test_a_compiled_step_of_a_settled_network_is_the_eager_one(name):
 @pytest.mark.usefixtures("graph_only")
 def test_a_graph_serves_other_values_and_no_other_shapes():
     model, guide, source = program("bernoulli")
-    steps = Steps({"model": model, "guide": guide}, "always")
-    eager = Steps({"model": model, "guide": guide}, "never")
+    steps = steps_of(model, guide, "always")
+    eager = steps_of(model, guide, "never")
     objective, progress = Objective(model, guide), torch.tensor(1.0)
     for _ in range(2):
         steps(objective, source.batch(torch.arange(10)), progress)
@@ -240,7 +260,7 @@ def test_a_graph_that_gives_something_else_is_not_used(monkeypatch):
 
     monkeypatch.setattr(compiled, "_inductor", wrong)
     model, guide, source = program("bernoulli")
-    steps = Steps({"model": model, "guide": guide}, "always")
+    steps = steps_of(model, guide, "always")
     steps(Objective(model, guide), source.all(), torch.tensor(1.0))
     with pytest.warns(UserWarning, match="the compiled loss is"):
         steps(Objective(model, guide), source.all(), torch.tensor(1.0))
@@ -273,7 +293,7 @@ def test_short_fits_are_not_compiled(monkeypatch):
 def test_steps_are_compiled_when_they_have_taken_as_long(monkeypatch, taken, remaining, due):
     monkeypatch.setattr(compiled._Journal, "expected", lambda self: 3.0)
     model, guide, source = program("gaussian")
-    steps = Steps({"model": model, "guide": guide}, "auto")
+    steps = steps_of(model, guide, "auto")
     objective = Objective(model, guide)
     steps(objective, source.all())
     steps._seconds = [9.0] * compiled.WARM_UP + [taken / 100] * 100
@@ -283,7 +303,7 @@ def test_steps_are_compiled_when_they_have_taken_as_long(monkeypatch, taken, rem
 def test_what_was_compiled_once_is_expected_to_be_fast(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, guide, source = program("bernoulli")
-    steps = Steps({"model": model, "guide": guide}, "never")
+    steps = steps_of(model, guide, "never")
     steps(Objective(model, guide), source.all())
     journal = compiled._Journal.of(steps.modules, steps._key)
     assert journal.expected() == compiled.EXPECTED

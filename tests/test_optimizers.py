@@ -19,7 +19,7 @@ from armed_pyro.compiled import Steps
 from armed_pyro.conditionals import Pushforward
 from armed_pyro.crossed import CrossedGuide
 from armed_pyro.objective import Objective
-from armed_pyro.optimizers import BETAS, LazyAdam, Optimizers
+from armed_pyro.optimizers import BETAS, Adam, LazyAdam, Optimizers
 from armed_pyro.skeletons import skeleton
 
 K, N = 60, 120
@@ -46,6 +46,74 @@ def bind(random="slopes", clusters=K, rows=2, seed=0, **settings):
     return data, model, source, StructuredGuide(model, source)
 
 
+def gradients_of(module, prefix):
+    return {f"{prefix}.{name}": one.grad for name, one in module.named_parameters()}
+
+
+def step(lazy, rate):
+    """What is made of the gradients of the clusters read last."""
+    parameters = dict(lazy.guide.named_parameters("guide"))
+    with torch.no_grad():
+        for adam in lazy.adams:
+            gradient = adam.joined(gradients_of(lazy.guide, "guide"))
+            adam(parameters, gradient, torch.tensor(rate))
+    lazy.write()
+
+
+def test_joined_parameters_see_the_adam_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"matrix": (3, 4), "vector": (5,), "number": (), "unused": (2,)}
+    expected = {
+        name: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.double))
+        for name, shape in shapes.items()
+    }
+    mine = {name: one.detach().clone() for name, one in expected.items()}
+    reference = torch.optim.Adam(expected.values(), lr=0.03, betas=BETAS)
+    adam = Adam(mine)
+    for _ in range(20):
+        for name, one in expected.items():
+            if name != "unused":
+                one.grad = torch.randn(one.shape, generator=generator, dtype=torch.double)
+        reference.step()
+        adam(mine, adam.joined({k: v.grad for k, v in expected.items()}), torch.tensor(0.03))
+    for name, one in expected.items():
+        torch.testing.assert_close(mine[name], one.detach())
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e6])
+def test_gradients_are_clipped_apart_for_network_and_guide(clip):
+    """Beside torch's own clipping and Adam."""
+    _, model, _, guide = bind("slopes")
+    schedule = Schedule(clip=clip, learning_rate=0.03, net_learning_rate=0.01)
+    optimizers = Optimizers(model, LazyAdam(guide, {}), schedule, 1e-4)
+    modules = {"guide": guide, "model": model}
+    groups, expected = [], {}
+    for (prefix, module), rate, eps in zip(
+        modules.items(), (0.03, 0.01), (1e-4, 1e-8), strict=True
+    ):
+        trained = [pair for pair in module.named_parameters(prefix) if pair[1].requires_grad]
+        copies = {name: nn.Parameter(one.detach().clone()) for name, one in trained}
+        groups.append({"params": list(copies.values()), "lr": 0.7 * rate, "eps": eps})
+        expected |= copies
+    reference = torch.optim.Adam(groups, betas=BETAS)
+    both = [m.named_parameters(p) for p, m in modules.items()]
+    parameters = {k: v for some in both for k, v in some if v.requires_grad}
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(4):
+        gradients = {
+            name: torch.randn(one.shape, generator=generator, dtype=one.dtype)
+            for name, one in parameters.items()
+        }
+        for name, one in expected.items():
+            one.grad = gradients[name].clone()
+        lengths = [nn.utils.clip_grad_norm_(group["params"], clip) for group in groups]
+        reference.step()
+        norm = optimizers(parameters, gradients, torch.tensor(0.7))
+        torch.testing.assert_close(norm, torch.stack(lengths).norm())
+    for name, one in expected.items():
+        torch.testing.assert_close(parameters[name].detach(), one.detach())
+
+
 @pytest.mark.parametrize("random", RANDOM)
 def test_with_every_cluster_in_every_batch_it_is_adam(random):
     _, _, _, guide = bind(random)
@@ -61,7 +129,7 @@ def test_with_every_cluster_in_every_batch_it_is_adam(random):
             torch.testing.assert_close(mine.detach(), expected[name].detach())
             mine.grad = torch.randn(mine.shape, generator=generator, dtype=mine.dtype)
             expected[name].grad = mine.grad.clone()
-        lazy.step(0.03)
+        step(lazy, 0.03)
         adam.step()
     for name, one in whole.named_parameters():
         torch.testing.assert_close(one, expected[name])
@@ -87,7 +155,7 @@ def test_each_cluster_sees_the_adam_of_its_own_gradients():
                     alone[key] = one, torch.optim.Adam([one], lr=0.03, betas=BETAS, eps=1e-4)
                 alone[key][0].grad = mine.grad[place].clone()
                 alone[key][1].step()
-        lazy.step(0.03)
+        step(lazy, 0.03)
     seen = {cluster for _, cluster in alone}
     assert 0 < len(seen) <= K
     for name, one in whole.named_parameters():
@@ -163,12 +231,12 @@ def test_small_parameters_stay_where_they_are():
     _, model, source, guide = bind("slopes")
     lazy = LazyAdam.of(guide, source, 12, 1e-4)
     optimizers = Optimizers(model, lazy, Schedule(), 1e-4)
-    steps = Steps({"model": model, "guide": lazy.guide}, "never")
+    steps = Steps({"model": model, "guide": lazy.guide}, optimizers, "never")
     where = [one.data_ptr() for one in lazy.guide.parameters()]
     with pyro.validation_enabled(False):
         for _ in range(3):
             steps(Objective(model, lazy.guide), lazy.read(source.batch(torch.randperm(N)[:12])))
-            assert optimizers.step(1.0)
+            lazy.write()
     assert [one.data_ptr() for one in lazy.guide.parameters()] == where
 
 
@@ -187,7 +255,7 @@ def test_guides_that_know_all_effects_jointly_are_left_as_they_are():
     guide = CrossedGuide(model, source)
     lazy = LazyAdam.of(guide, source, 12, 1e-4)
     assert lazy.guide is guide
-    assert not lazy.parameters
+    assert not lazy.adams
     rows = source.batch(torch.arange(12), dense_up_to=N)
     assert lazy.read(rows).memberships == rows.memberships
 
@@ -198,9 +266,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizers = Optimizers(model, lazy, Schedule(), 1e-4)
     lazy.read(source.batch(torch.arange(12)))
     before = [one.detach().clone() for one in guide.parameters()]
-    for one in lazy.guide.parameters():
-        one.grad = torch.full_like(one, torch.nan)
-    assert not optimizers.step(1.0)
+    parameters = dict(lazy.guide.named_parameters("guide")) | dict(model.named_parameters("model"))
+    gradients = {name: torch.ones_like(one) for name, one in parameters.items()}
+    gradients["guide.hyperparameters.shift"] *= torch.nan
+    assert not torch.isfinite(optimizers(parameters, gradients, torch.tensor(1.0)))
+    lazy.write()
     for one, expected in zip(guide.parameters(), before, strict=True):
         assert torch.equal(one, expected)
 
@@ -270,9 +340,9 @@ def test_state_is_that_of_every_factor_read_in_batches():
     _, _, source, guide = bind("slopes")
     lazy = LazyAdam.of(guide, source, 12, 1e-4)
     lazy.read(source.batch(torch.arange(12)))
-    for one in lazy.parameters:
+    for one in lazy.guide.parameters():
         one.grad = torch.ones_like(one)
-    lazy.step(0.1)
+    step(lazy, 0.1)
     other = LazyAdam.of(guide, source, 12, 1e-4)
     other.restore({name: one.clone() for name, one in lazy.state().items()})
     assert float(lazy.state()["lazy.site"][:, -1].sum()) == len(source.codes["site"][:12].unique())
