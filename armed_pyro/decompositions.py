@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,26 +18,19 @@ __all__ = ["DECOMPOSITIONS"]
 SMALL = 4096
 # Rows and columns of matrices of which any number are multiplied term by term.
 TINY = 4
-# Unknowns up to which triangular systems are written out.
+# Numbers up to which triangular systems and running sums are written out.
 FEW = 8
 
 
 def _product(a: Tensor, b: Tensor) -> Any:
     """a @ b."""
-    if a.numel() * b.shape[-1] > SMALL:
-        return NotImplemented
-    return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
-
-
-def _products(a: Tensor, b: Tensor) -> Any:
-    """a @ b of many small matrices, however many: term by term."""
-    if max(*a.shape[-2:], b.shape[-1]) > TINY:
-        return _product(a, b)
-    columns, rows = a.unbind(-1), b.unbind(-2)
-    terms = (
-        one[..., :, None] * other[..., None, :] for one, other in zip(columns, rows, strict=True)
-    )
-    return reduce(torch.add, terms)
+    rows, inner, columns = *a.shape[-2:], b.shape[-1]
+    if max(inner, columns) <= TINY:
+        pairs = zip(a.unbind(-1), b.unbind(-2), strict=True)
+        return reduce(torch.add, (one[..., :, None] * other[..., None, :] for one, other in pairs))
+    if a.numel() * columns <= SMALL or rows * columns <= TINY:
+        return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+    return NotImplemented
 
 
 def _sum_and_product(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -59,6 +53,19 @@ def _cholesky(b: Tensor, root: Tensor, upper: bool = False) -> Any:
     if root.shape[-1] > FEW or upper:
         return NotImplemented
     return substitute(root.mT, substitute(root, b, upper=False), upper=True)
+
+
+def _running(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def run(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+        """Sums or products of what comes up to each place."""
+        if x.dim() == 0 or not 0 < x.shape[dim] <= FEW:
+            return NotImplemented
+        parts = (x if dtype is None else x.to(dtype)).unbind(dim)
+        if not parts[0].is_floating_point():
+            return NotImplemented
+        return torch.stack(list(accumulate(parts, operation)), dim)
+
+    return run
 
 
 def _batch_norm(
@@ -86,9 +93,11 @@ def _batch_norm(
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.mm.default: _product,
-    torch.ops.aten.bmm.default: _products,
+    torch.ops.aten.bmm.default: _product,
     torch.ops.aten.addmm.default: _sum_and_product,
     torch.ops.aten.linalg_solve_triangular.default: _triangular,
+    torch.ops.aten.cumsum.default: _running(torch.add),
+    torch.ops.aten.cumprod.default: _running(torch.mul),
     torch.ops.aten.cholesky_solve.default: _cholesky,
     torch.ops.aten.native_batch_norm.default: _batch_norm,
 }

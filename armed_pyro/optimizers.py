@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -149,7 +150,7 @@ class Adam(nn.Module):
         square = torch.lerp(square, gradient.square(), 1 - BETAS[1])
         steps = steps + 1
         self.state.copy_(torch.cat([mean, square, steps], 1))
-        first, second = (1 - beta**steps for beta in BETAS)
+        first, second = (1 - torch.exp(math.log(beta) * steps) for beta in BETAS)
         size = first * ((square / second).sqrt() + self.eps)
         change = (-rate * mean / size).split(self._widths, 1)
         for name, part in zip(self.names, change, strict=True):
