@@ -12,7 +12,7 @@ from torch import Tensor
 from armed_pyro.guides import Guide
 from armed_pyro.importance import weigh
 from armed_pyro.modulations import modulates, row_cost
-from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
+from armed_pyro.noise import Noise, gaussian_noise, no_noise, proposal_noise
 from armed_pyro.pieces import Pieces
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import HeldRows, Rows, RowSource
@@ -102,8 +102,10 @@ def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> in
         rows = source.whole_clusters(nested.name, chosen)
     else:
         rows = source.all()
+    # What is exact for one draw of theta is for all.
+    draws, like = 1 if guide.exact(model) else 8, model.reference()
     with torch.no_grad():
-        noise = proposal_noise(guide, rows, 8, 16, model.reference(), stretch=False, heavy=False)
+        noise = proposal_noise(guide, rows, draws, 16, like, stretch=False, heavy=False)
         weighted = weigh(model, guide, rows, noise)
     # Half the variance of the log-weights is what a single particle loses.
     loss = 0.5 * weighted.particles.var(1).mean(0)
@@ -196,9 +198,9 @@ class _Posterior:
     ) -> _Posterior:
         like, nested = model.reference(), guide.nested()
         # Draws are of use only to sites that are neither hyperparameters nor nested, and where
-        # theirs is not the exact conditional, of which any draw tells the same.
-        several = nested is not None and len(model.factors) > 1
-        draws = 8 if several and not guide.exact(model) else 1
+        # theirs is not the exact conditional, of which its centre tells all.
+        exact = guide.exact(model)
+        draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
         n = len(source if some is None else some.source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
         if some is None:
@@ -207,6 +209,9 @@ class _Posterior:
         else:
             index = None if nested is None else some.rows.memberships[nested.name].index
             pieces = Pieces(lambda: iter([some.rows]), [index], [1.0])
+        if exact:
+            clusters = pieces.without_rows(model, guide)
+            return cls(model, guide, pieces, [no_noise(guide, one, like) for one in clusters])
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
             rows = next(pieces.read())

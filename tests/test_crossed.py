@@ -187,7 +187,7 @@ def test_a_sum_over_pairs_is_the_matrix_product(monkeypatch) -> None:
     source = model.encode(data)
     found = []
     for sparse in (0, 10**9):
-        monkeypatch.setattr("armed_pyro.crossed.SPARSE", sparse)
+        monkeypatch.setattr("armed_pyro.couplings.SPARSE", sparse)
         guide = CrossedGuide(model, source)
         center = guide.center(source.all())
         total = sum((value**2).sum() for value in center.values())
