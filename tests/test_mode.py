@@ -228,7 +228,7 @@ def test_searched_among_some_clusters_it_is_that_of_all(monkeypatch):
     monkeypatch.setattr("armed_pyro.mode.weigh", recorded(sizes))
     _, some, _ = started("(1 + x0 | site)", data=data)
     # A search among a third of the rows, and a few Newton steps with all.
-    assert sizes.count(1000) > 15
+    assert sizes.count(1000) > 8
     assert 1 <= sizes.count(3000) <= 10
     assert set(sizes) == {1000, 3000}
     one, other = whole.hyperparameters, some.hyperparameters
