@@ -57,7 +57,9 @@ class JointNormal(Whitened):
     ) -> Self:
         """That of a precision and its product with the mean."""
         root = torch.linalg.cholesky(precision)
-        mean = torch.cholesky_solve(pull[..., None], root)[..., 0]
+        # `cholesky_solve` would copy the matrix.
+        half = torch.linalg.solve_triangular(root, pull[..., None], upper=False)
+        mean = torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
         return cls(precision, pull, root, mean, held)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> JointNormal:
