@@ -240,21 +240,21 @@ def test_searched_among_some_clusters_it_is_that_of_all(monkeypatch):
 
 
 def test_what_is_known_well_is_searched_for_in_its_own_units(monkeypatch):
-    """Posterior sds from 0.01 to 0.4: in the same units for all the search takes twice as long."""
+    """Posterior sds from 0.005 to 0.1: in the same units for all the search takes twice as long."""
     rng = np.random.default_rng(0)
-    n = 6000
-    site, batch = rng.integers(400, size=n), rng.integers(5, size=n)
+    n = 20_000
+    site, batch = rng.integers(2000, size=n), rng.integers(40, size=n)
     x = rng.normal(size=(n, 2))
-    y = x[:, 0] + 0.4 * rng.normal(size=400)[site] + rng.normal(size=5)[batch]
+    y = x[:, 0] + 0.4 * rng.normal(size=2000)[site] + rng.normal(size=40)[batch]
     labels = {"site": site, "batch": batch}
     data = ClusteredData.from_arrays(x, y + rng.normal(size=n), labels)
     sizes = []
     monkeypatch.setattr("armed_pyro.mode.weigh", recorded(sizes))
     model, guide, source = started("(1 | site) + (1 | batch)", data=data)
-    assert len(sizes) <= 25
+    assert len(sizes) <= 13
     found = {name: one.clone() for name, one in guide.hyperparameters.named_buffers()}
     sd = np.sqrt(np.diag(covariance_of(guide)))
-    assert sd.max() / sd.min() > 20
+    assert sd.max() / sd.min() > 15
     monkeypatch.setattr("armed_pyro.mode.SEARCH_SCALE", 0.01)
     start_at_mode(model, guide, source)
     assert (np.abs((guide.hyperparameters.anchor - found["anchor"]).numpy()) < 0.02 * sd).all()
