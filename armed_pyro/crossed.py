@@ -62,8 +62,9 @@ class CrossedGuide(Guide):
     over the whitened effects z of all clusters of all factors. A_0, b_0 and H_0 are sums over all
     rows as in `armed_pyro.pseudo.observe`, so that the conditional is exact for gaussian outcomes
     with linear fixed effects; the diagonal e, delta and Gamma are trained. The factor with most
-    effects is eliminated cluster by cluster; the others share a dense Schur complement: memory is
-    O(effects of the largest factor x effects of the others).
+    effects is eliminated cluster by cluster; the others share a dense Schur complement, to which
+    every pair of effects that share a cluster adds, or a matrix product where nearly all do: see
+    `armed_pyro.couplings`. Memory is O(effects of the largest factor x effects of the others).
 
     All clusters are drawn in every step.
 
