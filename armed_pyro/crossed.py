@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -11,10 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.conditionals import WhitenedNormal, precision_root, solve
+from armed_pyro.blockscale import BlockScale
+from armed_pyro.conditionals import WhitenedNormal, multiply, precision_root, solve
+from armed_pyro.couplings import Couplings, Known, coupled
 from armed_pyro.factors import Factor, by_column
 from armed_pyro.guides import REFRESH_DRAWS, Guide, StructuredGuide
 from armed_pyro.hyperparameters import Hyperparameters
+from armed_pyro.jointnormal import JointNormal
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import FULL_TERMS, curvature, mean_draws, overshoot
 from armed_pyro.rows import Membership, Rows, RowSource
@@ -24,8 +28,7 @@ __all__ = ["CrossedGuide", "choose_guide"]
 # Effects known jointly need a dense matrix over all factors but the largest, and its couplings.
 MOST_DENSE = 2_500
 MOST_COUPLINGS = 50_000_000
-# Multiplications of a matrix product in the time of one scattered sum.
-SPARSE = 30
+MOST_VALUES = 4_000_000  # in the matrices of draws made at once
 
 Latents = Mapping[str, Tensor]
 
@@ -59,8 +62,9 @@ class CrossedGuide(Guide):
     over the whitened effects z of all clusters of all factors. A_0, b_0 and H_0 are sums over all
     rows as in `armed_pyro.pseudo.observe`, so that the conditional is exact for gaussian outcomes
     with linear fixed effects; the diagonal e, delta and Gamma are trained. The factor with most
-    effects is eliminated cluster by cluster; the others share a dense Schur complement: memory is
-    O(effects of the largest factor x effects of the others).
+    effects is eliminated cluster by cluster; the others share a dense Schur complement, to which
+    every pair of effects that share a cluster adds, or a matrix product where nearly all do: see
+    `armed_pyro.couplings`. Memory is O(effects of the largest factor x effects of the others).
 
     All clusters are drawn in every step.
 
@@ -80,7 +84,7 @@ class CrossedGuide(Guide):
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
-        self._pairs: tuple[Tensor, ...] | None = None
+        self._known: Known | None = None
         like = model.reference()
         self.hyperparameters = Hyperparameters(model)
         self.model_precision = model.precision
@@ -128,83 +132,84 @@ class CrossedGuide(Guide):
         return k * t * m**2 + m**3 // 3
 
     def most_draws(self) -> int:
-        return max(1, 20_000_000 // (self.between.numel() + self.rest.numel()))
+        # Matrices that do not fit into a processor's cache are slower one by one.
+        return max(1, MOST_VALUES // (self.between.numel() + self.rest.numel()))
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         latents = self.hyperparameters()
         rest, condition = self._joint(latents)
         z = pyro.sample("_crossed", rest, infer={"is_auxiliary": True})
-        for factor, effects in self._effects(latents, z).items():
+        effects = self._effects(latents, z)
+        for factor, own in effects.items():
             with factor.plate(rows.memberships[factor.name]):
-                log_det = -factor.log_det_scale(latents).expand(effects.shape[:-1])
-                point = dist.Delta(effects, log_det, event_dim=1)
+                log_det = -factor.log_det_scale(latents).expand(own.shape[:-1])
+                point = dist.Delta(own, log_det, event_dim=1)
                 latents[factor.effect_site] = pyro.sample(factor.effect_site, point)
         membership = rows.memberships[self.largest.name]
         with self.largest.plate(membership):
             site = self.largest.effect_site
-            latents[site] = pyro.sample(site, condition(z, membership))
+            latents[site] = pyro.sample(site, condition(_flat(effects), membership))
         return latents
 
     def center(self, rows: Rows) -> dict[str, Tensor]:
         latents = self.hyperparameters.center()
         rest, condition = self._joint(latents)
-        for factor, effects in self._effects(latents, rest.mean).items():
-            latents[factor.effect_site] = effects
+        effects = self._effects(latents, rest.mean)
+        for factor, own in effects.items():
+            latents[factor.effect_site] = own
         membership = rows.memberships[self.largest.name]
-        latents[self.largest.effect_site] = condition(rest.mean, membership).mean
+        latents[self.largest.effect_site] = condition(_flat(effects), membership).mean
         return latents
 
-    def _joint(self, latents: Latents, *, held: bool = False) -> tuple[WhitenedNormal, Conditional]:
-        """q(z of the dense factors | theta), and q(u of the largest | these z, theta)."""
-        judges: tuple[WhitenedNormal | None, Conditional | None] = (None, None)
+    def _joint(self, latents: Latents, *, held: bool = False) -> tuple[JointNormal, Conditional]:
+        """q(z of the dense factors | theta), and q(u of the largest | u of these, theta)."""
+        judges: tuple[JointNormal | None, Conditional | None] = (None, None)
         if torch.is_grad_enabled() and self.shift.requires_grad and not held:
             judges = self._joint(latents, held=True)
         tau = self.model_precision(latents)
-        within, between, rest, pull = self._natural(latents.get("fixed_effect"), held)
+        couplings = self._couplings()
+        largest, others, within, pull = self._natural(couplings, latents.get("fixed_effect"), held)
         scale = self.largest.scale_matrix(latents)
-        scales = [factor.scale_matrix(latents) for factor in self.dense]
         pull = tau[..., None] * pull
-        k, t, _ = between.shape
-        pull_largest = pull[..., : k * t].reshape(*pull.shape[:-2], k, t)
-        pull_rest = self._whiten(pull[..., None, k * t :], scales)[..., 0, :]
-        tau = tau[..., None, None]
-        root = precision_root(tau * (scale.mT @ within @ scale))
-        # Rows: (cluster, term) of the largest factor; columns: effects of the others.
-        p_between = scale.mT @ (tau * self._whiten(between, scales))
-        right = self._whiten(self._whiten(rest, scales).mT, scales).mT
-        p_rest = torch.eye(len(rest)).to(rest) + tau * right
-        y = solve(root, p_between, upper=False)
-        r = solve(root, scale.mT @ pull_largest[..., None], upper=False)
-        flat, flat_r = y.flatten(-3, -2), r.flatten(-3, -2)
-        schur = p_rest - self._gram(flat).reshape(p_rest.shape)
-        # Where sds are drawn far too large, the difference of two large numbers is not positive.
-        ridge = 1e3 * torch.finfo(schur.dtype).eps * p_rest.diagonal(dim1=-2, dim2=-1)
-        rest_root = torch.linalg.cholesky(schur + torch.diag_embed(ridge))
-        reduced = pull_rest - (flat.mT @ flat_r)[..., 0].reshape(pull_rest.shape)
-        mean = torch.cholesky_solve(reduced[..., None], rest_root)[..., 0]
-        identity = torch.eye(len(rest)).to(rest)
-        return (
-            WhitenedNormal(identity, mean, rest_root, judges[0]),
-            Conditional(scale, root, y, r, judges[1]),
+        k, t, _ = self.between.shape
+        own = pull[..., : k * t].reshape(*pull.shape[:-2], k, t)
+        size = tau.sqrt()[..., None]
+        root = precision_root(tau[..., None, None] * (scale.mT @ within @ scale))
+        r = solve(root, scale.mT @ own[..., None], upper=False)[..., 0]
+        # Of the largest factor's clusters, what is to be taken off the others' precision.
+        half = size[..., None] * solve(root, scale.mT * largest[..., None, :], upper=False)
+        taken = couplings.gram(half)
+        taken = taken.unsqueeze(-3) if taken.dim() > 2 else taken
+        moved = others * couplings.across(multiply(half.mT, r))
+        moved = moved.unsqueeze(-2) if moved.dim() > 1 else moved
+        blocks = BlockScale(
+            [factor.scale_matrix(latents) for factor in self.dense],
+            [self.clusters[factor.name] for factor in self.dense],
         )
+        reduced = blocks.right((pull[..., k * t :] - size * moved)[..., None, :])[..., 0, :]
+        blocks = replace(blocks, rows=size * others)
+        # Where sds are drawn far too large, the difference of two large numbers is not positive.
+        ridge = 1e3 * torch.finfo(taken.dtype).eps * (1 + blocks.largest(self.rest.diagonal()))
+        schur = blocks.both(self.rest - taken) + torch.diag_embed(1 + ridge)
+        along = size[..., None] * half
+        conditional = Conditional(scale, root, along, others, couplings, r, judges[1])
+        return JointNormal.of(schur, reduced, judges[0]), conditional
 
-    def _gram(
-        self, flat: Float[Tensor, "... rows effects"]
-    ) -> Float[Tensor, "... effects effects"]:
-        """flat' flat: by the pairs of effects that share a cluster, where these are few."""
-        if self._pairs is None:
-            self._pairs = _pairs(self.between)
-        if not self._pairs:
-            return flat.mT @ flat
-        places, one, other, cells = self._pairs
-        m = flat.shape[-1]
-        values = flat.flatten(-2)[..., places]
-        product = values[..., one] * values[..., other]
-        gram = flat.new_zeros(*flat.shape[:-2], m * m).index_add(-1, cells, product)
-        return gram.unflatten(-1, (m, m))
+    def _couplings(self) -> Couplings:
+        """Those of the rows, gathered anew whenever the rows have said something new."""
+        between, known = self.between, self._known
+        if known is not None and known.between is between and known.version == between._version:
+            return known.couplings
+        if known is not None and known.between is not between and known.on(between.device):
+            # An input of a step that is captured as a graph, whose values are not to be looked at.
+            return coupled(between, known.pattern)
+        self._known = Known.of(between)
+        return self._known.couplings
 
-    def _natural(self, fixed: Tensor | None, held: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A in its three blocks, and b."""
+    def _natural(
+        self, couplings: Couplings, fixed: Tensor | None, held: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """e of the largest factor's effects and of the others', A within the former, and b."""
         k, t, _ = self.between.shape
         e: Tensor = self.log_scale.exp()
         shift: Tensor = self.shift
@@ -213,30 +218,16 @@ class CrossedGuide(Guide):
             e, shift, shift_slope = e.detach(), shift.detach(), shift_slope.detach()
         largest, others = e[: k * t].reshape(k, t), e[k * t :]
         within = self.within * largest[:, :, None] * largest[:, None, :]
-        between = self.between * largest[:, :, None] * others
-        rest = self.rest * others[:, None] * others
         pull = self.pull
         if fixed is not None:
             shift = shift - (shift_slope @ fixed[..., None])[..., 0]
             pull = pull - (self.slope @ fixed[..., None])[..., 0]
         first = shift[..., : k * t].unflatten(-1, (k, t))
-        second = shift[..., k * t :]
+        second = others * shift[..., k * t :]
         along = torch.einsum("kts,...ks->...kt", within, first)
-        along = along + torch.einsum("ktm,...m->...kt", between, second)
-        across = torch.einsum("ktm,...kt->...m", between, first) + second @ rest
-        return within, between, rest, pull + torch.cat([along.flatten(-2), across], -1)
-
-    def _whiten(
-        self, matrix: Float[Tensor, "... rows effects"], scales: Sequence[Tensor]
-    ) -> Float[Tensor, "... rows effects"]:
-        """matrix @ L, over the effects of the dense factors."""
-        pieces, start = [], 0
-        for factor, scale in zip(self.dense, scales, strict=True):
-            k, t = self.clusters[factor.name], len(factor.terms)
-            piece = matrix[..., start : start + k * t].unflatten(-1, (k, t))
-            pieces.append((piece @ scale.unsqueeze(-3)).flatten(-2))
-            start += k * t
-        return torch.cat(pieces, -1)
+        along = along + largest * couplings.along(second)
+        across = others * (couplings.across(largest * first) + second @ self.rest)
+        return largest, others, within, pull + torch.cat([along.flatten(-2), across], -1)
 
     def _effects(self, latents: Latents, z: Float[Tensor, "... effects"]) -> dict[Factor, Tensor]:
         """u = L z of the dense factors."""
@@ -244,7 +235,7 @@ class CrossedGuide(Guide):
         for factor in self.dense:
             k, t = self.clusters[factor.name], len(factor.terms)
             own = z[..., start : start + k * t].reshape(*z.shape[:-2], k, t)
-            effects[factor] = (factor.scale_matrix(latents) @ own[..., None])[..., 0]
+            effects[factor] = multiply(factor.scale_matrix(latents), own)
             start += k * t
         return effects
 
@@ -297,7 +288,6 @@ class CrossedGuide(Guide):
             ]
             most = max(float(excess.max()) for _, excess in moves)
             pulls = [pull - most * move for pull, (move, _) in zip(pulls, moves, strict=True)]
-        self._pairs = None
         for trained in (self.log_scale, self.shift, self.shift_slope):
             trained.zero_()
         self.within.copy_(within)
@@ -317,42 +307,31 @@ class CrossedGuide(Guide):
                 self.rest[columns_b, rows_a] = block.mT
 
 
-def _pairs(between: Float[Tensor, "clusters terms effects"]) -> tuple[Tensor, ...]:
-    """Places of couplings that are not zero, all pairs of those in one row, and their cells.
-
-    Whitening mixes the terms of a cluster, so that an effect coupled with one is with all. Nothing
-    where the pairs are not few.
-    """
-    k, t, m = between.shape
-    coupled = (between != 0).any(1, keepdim=True).expand(k, t, m).reshape(k * t, m)
-    counts = coupled.sum(1)
-    if int((counts**2).sum()) * SPARSE > k * t * m**2:
-        return ()
-    places = coupled.flatten().nonzero()[:, 0]
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    sizes = counts.repeat_interleave(counts)
-    one = torch.arange(len(places), device=places.device).repeat_interleave(sizes)
-    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    within = torch.arange(len(one), device=places.device) - first
-    other, columns = starts[one] + within, places % m
-    return places, one, other, columns[one] * m + columns[other]
+def _flat(effects: Mapping[Factor, Tensor]) -> Float[Tensor, "... effects"]:
+    return torch.cat([own.flatten(-2) for own in effects.values()], -1)
 
 
 class Conditional:
-    """q(u of the largest factor | z of the others, theta): independent between clusters."""
+    """q(u of the largest factor | u of the others, theta): independent between clusters."""
 
     def __init__(
-        self, scale: Tensor, root: Tensor, coupling: Tensor, pull: Tensor, held: Conditional | None
+        self,
+        scale: Tensor,
+        root: Tensor,
+        half: Tensor,
+        others: Tensor,
+        couplings: Couplings,
+        pull: Tensor,
+        held: Conditional | None,
     ) -> None:
-        self.scale, self.root, self.coupling, self.pull = scale, root, coupling, pull
-        self.held = held
+        self.scale, self.root, self.half, self.others = scale, root, half, others
+        self.couplings, self.pull, self.held = couplings, pull, held
 
-    def __call__(self, z: Float[Tensor, "... effects"], membership: Membership) -> WhitenedNormal:
-        root, coupling, pull = self.root, self.coupling, self.pull
+    def __call__(self, effects: Float[Tensor, "... m"], membership: Membership) -> WhitenedNormal:
+        along = self.couplings.along(self.others * effects)
+        root, moved = self.root, self.pull - multiply(self.half, along)
         if not membership.complete:
-            of_rows = (root, coupling, pull)
-            root, coupling, pull = (one[..., membership.index, :, :] for one in of_rows)
-        moved = pull - coupling @ z[..., None]
-        mean = solve(root.mT, moved, upper=True)[..., 0]
-        held = None if self.held is None else self.held(z, membership)
+            root, moved = root[..., membership.index, :, :], moved[..., membership.index, :]
+        mean = solve(root.mT, moved[..., None], upper=True)[..., 0]
+        held = None if self.held is None else self.held(effects, membership)
         return WhitenedNormal(self.scale, mean, root, held)

@@ -84,7 +84,7 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
     """
     nested, outcome = guide.nested(), model.data_facts().outcome_name
     site = "" if nested is None else nested.effect_site
-    with Given(noise.values):
+    with Given(noise.values, held=noise.held):
         guide_trace = poutine.trace(guide).get_trace(rows)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(rows)
     inside = (site, outcome)

@@ -12,7 +12,7 @@ from torch import Tensor
 from armed_pyro.guides import Guide
 from armed_pyro.importance import weigh
 from armed_pyro.modulations import modulates, row_cost
-from armed_pyro.noise import Noise, gaussian_noise, proposal_noise
+from armed_pyro.noise import Noise, gaussian_noise, no_noise, proposal_noise
 from armed_pyro.pieces import Pieces
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import HeldRows, Rows, RowSource
@@ -22,6 +22,7 @@ __all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]
 # Log-likelihoods (rows times draws times particles) in one evaluation.
 LARGEST_STEP = 2**21
 ROUNDS = 6
+NEAR = 0.1  # posterior sds
 MOST_REFRESHES = 30
 # Largest sd of a hyperparameter (most of them are logs) that a start is given.
 WIDEST = 1.5
@@ -60,14 +61,15 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     affordable = not modulates(model) or len(source) * row_cost(model) <= LARGEST_STEP
     if not hyper.size or not searchable or not affordable:
         return
-    frame = SEARCH_SCALE * torch.eye(hyper.size).to(hyper.anchor)
+    frame = torch.diag(_first_scale(model, guide, source))
     before = _read(guide)
     try:
         some = _some_clusters(model, guide, source)
         searched = source if some is None else some.source
         _settle_effects(model, guide, searched)
         exact = guide.exact(model)
-        for _ in range(ROUNDS):
+        known = before
+        for round_ in range(ROUNDS):
             if not exact:
                 guide.refresh(model, searched)
             before = _read(guide)
@@ -75,11 +77,15 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
             posterior = _Posterior.of(model, guide, source, some)
             best = posterior.climb()
             hyper.set_normal(best, frame)
-            root = frame @ posterior.curvature_root()
-            hyper.set_normal(best, root)
-            frame = root
-            moved = torch.linalg.solve_triangular(root, (best - before)[:, None], upper=False)
-            if float(moved.detach().norm()) < 0.1:
+            if exact and round_ and _distance(known, best, frame) < NEAR:
+                break  # The curvature is that of this place.
+            known, (root, step) = best, posterior.curvature()
+            frame = frame @ root
+            if float(step.norm()) < 1:
+                best = best + frame @ step
+            hyper.set_normal(best, frame)
+            # The pseudo-observations may move on when the mode does.
+            if (float(step.norm()) if exact else _distance(before, best, frame)) < NEAR:
                 break
         if some is None and not exact:
             guide.refresh(model, source)
@@ -102,8 +108,10 @@ def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> in
         rows = source.whole_clusters(nested.name, chosen)
     else:
         rows = source.all()
+    # What is exact for one draw of theta is for all.
+    draws, like = 1 if guide.exact(model) else 8, model.reference()
     with torch.no_grad():
-        noise = proposal_noise(guide, rows, 8, 16, model.reference(), stretch=False, heavy=False)
+        noise = proposal_noise(guide, rows, draws, 16, like, stretch=False, heavy=False)
         weighted = weigh(model, guide, rows, noise)
     # Half the variance of the log-weights is what a single particle loses.
     loss = 0.5 * weighted.particles.var(1).mean(0)
@@ -125,6 +133,27 @@ def _settle_effects(model: MixedEffects, guide: Guide, source: RowSource) -> Non
         if float((after - before).abs().max()) < 0.5 * model.data_facts().spread:
             break
         before = after
+
+
+def _first_scale(model: MixedEffects, guide: Guide, source: RowSource) -> Float[Tensor, " size"]:
+    """What is known of n things is so to about n^-1/2: in such units the search is shorter."""
+    sizes = {f"{one.name}_sd": len(source.counts[one.name]) for one in model.factors}
+    fewest = min([len(source), *sizes.values()])
+    sizes |= {"fixed_effect": len(source), model.family.dispersion_name or "": len(source)}
+    scale = torch.ones_like(guide.hyperparameters.anchor)
+    for site in guide.hyperparameters.sites:
+        scale[site.start : site.stop] = sizes.get(site.name, 1) ** -0.5
+        if site.name == "fixed_effect":
+            # All clusters have it in common.
+            names = model.fixed_terms()
+            common = [site.start + i for i, one in enumerate(names) if one.startswith("Intercept")]
+            scale[common] = fewest**-0.5
+    return scale.clamp(max=SEARCH_SCALE)
+
+
+def _distance(one: Tensor, other: Tensor, frame: Tensor) -> float:
+    moved = torch.linalg.solve_triangular(frame, (other - one)[:, None], upper=False)
+    return float(moved.norm())
 
 
 def _read(guide: Guide) -> Float[Tensor, " size"]:
@@ -176,7 +205,7 @@ def _to_all(
         if not torch.isfinite(best).all():
             raise ArithmeticError("the marginal posterior has no finite mode")
         guide.hyperparameters.set_normal(best, frame)
-        if float(step.norm()) < 0.1:
+        if float(step.norm()) < NEAR:
             break
     return best
 
@@ -196,9 +225,9 @@ class _Posterior:
     ) -> _Posterior:
         like, nested = model.reference(), guide.nested()
         # Draws are of use only to sites that are neither hyperparameters nor nested, and where
-        # theirs is not the exact conditional, of which any draw tells the same.
-        several = nested is not None and len(model.factors) > 1
-        draws = 8 if several and not guide.exact(model) else 1
+        # theirs is not the exact conditional, of which its centre tells all.
+        exact = guide.exact(model)
+        draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
         n = len(source if some is None else some.source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
         if some is None:
@@ -207,6 +236,9 @@ class _Posterior:
         else:
             index = None if nested is None else some.rows.memberships[nested.name].index
             pieces = Pieces(lambda: iter([some.rows]), [index], [1.0])
+        if exact:
+            held = [no_noise(guide, one, like) for one in pieces.without_rows(model, guide)]
+            return cls(model, guide, pieces, held)
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
             rows = next(pieces.read())
@@ -246,8 +278,9 @@ class _Posterior:
     def climb(self) -> Float[Tensor, " size"]:
         """The theta with the highest density."""
         point = self.point()
+        # A Newton step follows.
         optimizer = torch.optim.LBFGS(
-            [point], max_iter=30, tolerance_change=1e-5, line_search_fn="strong_wolfe"
+            [point], max_iter=30, tolerance_change=1e-2, line_search_fn="strong_wolfe"
         )
 
         def loss() -> Tensor:
@@ -263,12 +296,16 @@ class _Posterior:
             raise ArithmeticError("the marginal posterior has no finite mode")
         return best
 
-    def curvature_root(self) -> Float[Tensor, "size size"]:
-        """Cholesky factor of the inverse of minus the Hessian, in units of the frame."""
+    def curvature(self) -> tuple[Float[Tensor, "size size"], Float[Tensor, " size"]]:
+        """Cholesky factor of minus the Hessian's inverse, in units of the frame; Newton's step.
+
+        The step is in units of the factor, posterior sds.
+        """
         point, hyper = self.point(), self.guide.hyperparameters
-        hessian = point.new_zeros(hyper.size, hyper.size)
+        hessian, gradient = point.new_zeros(hyper.size, hyper.size), point.new_zeros(hyper.size)
         for part in self.parts(point):
             (slope,) = torch.autograd.grad(part, point, create_graph=True)
+            gradient += slope.detach().flatten()
             hessian += torch.stack(
                 [
                     torch.autograd.grad(one, point, retain_graph=True)[0].flatten()
@@ -281,4 +318,5 @@ class _Posterior:
         widest = hyper.frame @ vectors
         least = (widest.norm(dim=0) / WIDEST) ** 2
         values = torch.maximum(values, least)
-        return torch.linalg.cholesky((vectors / values) @ vectors.mT)
+        root = torch.linalg.cholesky((vectors / values) @ vectors.mT)
+        return root, root.mT @ gradient

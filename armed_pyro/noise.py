@@ -23,6 +23,7 @@ __all__ = [
     "Noise",
     "gaussian_noise",
     "lattice",
+    "no_noise",
     "proposal_noise",
     "proposal_variance",
     "stretched",
@@ -40,7 +41,7 @@ STRETCH = (1.6, 1.4, 1.2)
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise for the sites of a guide, S draws of all and M particles of the nested effects.
+    r"""Noise for the sites of a guide, S draws of all and M particles of the nested effects.
 
     Attributes
     ----------
@@ -50,22 +51,34 @@ class Noise:
     log_ratio : mapping of str to Tensor
         log-density of a site's noise over that of standard normal noise, one value a draw (and
         particle and cluster); sites left out have standard normal noise.
+    held : bool
+        Whether random effects are held where this noise puts them: gradients by the
+        hyperparameters then go through densities alone. Where their conditional is exact,
+        :math:`p(y, u \mid \theta) / q(u \mid \theta)` is the same for all u, and so are
+        gradients, for less work.
     """
 
     values: Mapping[str, Tensor]
     log_ratio: Mapping[str, Tensor]
+    held: bool = False
 
 
 class Given(Messenger):
-    """Handler by which a guide makes its draws of given noise, however many draws that is."""
+    """Handler by which a guide makes its draws of given noise, however many draws that is.
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    Random effects are `held`, without gradients, if so wanted: see `Noise`.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], *, held: bool = False) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.held = values, held
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            msg["value"] = cast("Pushforward", msg["fn"]).push(self.values[msg["name"]])
+        name = msg["name"]
+        if name in self.values:
+            value = cast("Pushforward", msg["fn"]).push(self.values[name])
+            # Another tensor, so that its density is computed from the value, not from the noise.
+            msg["value"] = value.detach() if self.held and name != "_theta" else value
             msg["done"] = True
 
 
@@ -73,6 +86,12 @@ def gaussian_noise(guide: Guide, rows: Rows, draws: int, like: Tensor) -> Noise:
     """Standard normal noise, with a single particle a draw."""
     shapes = guide.noise_shapes(rows).items()
     return Noise({site: _normal(draws, 1, shape, like) for site, shape in shapes}, {})
+
+
+def no_noise(guide: Guide, rows: Rows, like: Tensor) -> Noise:
+    """One draw at the guide's centre, its random effects held."""
+    shapes = guide.noise_shapes(rows).items()
+    return Noise({site: like.new_zeros(1, 1, *_padded(shape)) for site, shape in shapes}, {}, True)
 
 
 def proposal_noise(
@@ -121,8 +140,13 @@ def proposal_variance(size: int) -> float:
 
 
 def _normal(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    whole = (draws, particles, *(shape if len(shape) > 1 else (1, *shape)))
+    whole = (draws, particles, *_padded(shape))
     return torch.randn(whole, dtype=like.dtype, device=like.device)
+
+
+def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """With a dimension in the place of clusters."""
+    return shape if len(shape) > 1 else (1, *shape)
 
 
 def _far_reaching(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:

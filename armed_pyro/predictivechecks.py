@@ -25,6 +25,8 @@ Draws = Mapping[str, Tensor]
 # Clusters are left out at random beyond these numbers: what only shows in more is no matter.
 MOST_ROWS, MOST_CLUSTERS = 50_000, 500
 PIVOTAL_DRAWS = 40
+# Rows times draws replicated at once: more do not fit into a processor's cache.
+MOST_VALUES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +70,20 @@ def cluster_checks(fit: Fit, factor: str, latents: Draws, *, seed: int = 0) -> C
     """
     model = fit.model
     rows, position, labels = _some_rows(fit, factor, seed)
+    y = rows.outcome()[None].to(model.reference())
+    counts = torch.bincount(position, minlength=len(labels)).to(y)
+    observed = _statistics(y, position, counts, model)
+    n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+    size = max(1, MOST_VALUES // max(1, len(rows)))
+    parts = []
     with model.seeded(seed + 7):
-        eta = model.predictor(rows, latents).eta
-        n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
-        replicated = model.density(eta.expand(n, *eta.shape[-2:]), latents, rows).sample()
-    counts = torch.bincount(position, minlength=len(labels)).to(replicated)
-    observed = _statistics(rows.outcome()[None].to(replicated), position, counts, model)
-    repeated = _statistics(replicated, position, counts, model)
+        for start in range(0, n, size):
+            some = {k: v[start : start + size] if v.dim() > 1 else v for k, v in latents.items()}
+            eta = model.predictor(rows, some).eta
+            eta = eta.expand(min(size, n - start), *eta.shape[-2:])
+            replicated = model.density(eta, some, rows).sample()
+            parts.append(_statistics(replicated, position, counts.to(replicated), model))
+    repeated = {name: torch.cat([one[name] for one in parts]) for name in observed}
     table: dict[str, Any] = {"cluster": labels, "rows": counts.long().numpy()}
     overall = {}
     for name, value in observed.items():

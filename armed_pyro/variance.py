@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.families import CountFamily
 from armed_pyro.modulations import sensitivities
 from armed_pyro.pseudo import mean_draws
 
@@ -193,7 +195,11 @@ def _shares(
             parts[factor.name] = facts.spread**2 * torch.einsum("pij,dij->dp", moment, covariance)
         none = torch.zeros(n_draws, len(facts.columns), dtype=torch.float64)
         totals = sum(parts.values(), none)
-        variances, means = _over_rows(model, rows, latents.get("fixed_effect"), totals)
+        weights = latents.get("fixed_effect")
+        variances = _fixed_variance(model, rows, activations, weights).expand_as(totals)
+        # Of no use to other families, whose residual variance does not depend on it.
+        counts = isinstance(model.family, CountFamily)
+        means = _mean_counts(model, rows, weights, totals) if counts else none
     for column, label in enumerate(facts.columns):
         random = {name: part[:, column] for name, part in parts.items()}
         total_random, variance_fixed = totals[:, column], variances[:, column]
@@ -207,25 +213,42 @@ def _shares(
         yield "", label, "r2_conditional", (variance_fixed + total_random) / total
 
 
-def _over_rows(
+def _fixed_variance(
+    model: MixedEffects,
+    rows: Rows,
+    activations: Mapping[str, Tensor],
+    weights: Float[Tensor, "draws 1 fixed_terms"] | None,
+) -> Float[Tensor, "draws_or_1 columns"]:
+    """Variance of the fixed part over the rows."""
+    if weights is None:
+        # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
+        fixed = model.predictor(replace(rows, offset=None), {}).eta.to(torch.float64)
+        return fixed.var(-2)[None]
+    facts = model.data_facts()
+    inputs = model.head_inputs(activations).to(torch.float64)
+    # w' Cov(x) w: no need of every row in every draw.
+    centred = inputs - inputs.mean(0)
+    covariance = centred.mT @ centred / max(1, len(rows) - 1)
+    by_column = _flat(weights, 1).to(torch.float64).unflatten(-1, (-1, len(facts.columns)))
+    return facts.spread**2 * (by_column * (covariance @ by_column)).sum(-2)
+
+
+def _mean_counts(
     model: MixedEffects,
     rows: Rows,
     weights: Float[Tensor, "draws 1 fixed_terms"] | None,
     random: Float[Tensor, "draws columns"],
-) -> tuple[Float[Tensor, "draws columns"], Float[Tensor, "draws columns"]]:
-    """Variance of the fixed part, and mean of a log-normal count, exp(eta + variance / 2)."""
-    # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
-    offset = 0.0 if rows.offset is None else rows.offset.to(torch.float64)[:, None]
+) -> Float[Tensor, "draws columns"]:
+    """Mean over the rows of a log-normal count, exp(eta + variance / 2)."""
     size = max(1, MOST_VALUES // max(1, len(rows) * random.shape[-1]))
-    variances, means = [], []
+    means = []
     for start in range(0, len(random), size):
         some = random[start : start + size]
         own = {} if weights is None else {"fixed_effect": weights[start : start + size]}
         fixed = model.predictor(rows, own).eta.to(torch.float64)
         fixed = fixed if fixed.dim() == 3 else fixed.expand(len(some), *fixed.shape)
-        variances.append((fixed - offset).var(-2))
         means.append(torch.exp(fixed.clamp(max=30) + some[:, None] / 2).mean(-2))
-    return torch.cat(variances), torch.cat(means)
+    return torch.cat(means)
 
 
 def _table(

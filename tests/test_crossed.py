@@ -9,6 +9,7 @@ from torch import nn
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Schedule, fit
 from armed_pyro.crossed import CrossedGuide, choose_guide
 from armed_pyro.guides import StructuredGuide
+from armed_pyro.importance import weigh
 from armed_pyro.noise import Given, gaussian_noise
 from armed_pyro.objective import Objective
 
@@ -187,7 +188,7 @@ def test_a_sum_over_pairs_is_the_matrix_product(monkeypatch) -> None:
     source = model.encode(data)
     found = []
     for sparse in (0, 10**9):
-        monkeypatch.setattr("armed_pyro.crossed.SPARSE", sparse)
+        monkeypatch.setattr("armed_pyro.couplings.SPARSE", sparse)
         guide = CrossedGuide(model, source)
         center = guide.center(source.all())
         total = sum((value**2).sum() for value in center.values())
@@ -197,3 +198,19 @@ def test_a_sum_over_pairs_is_the_matrix_product(monkeypatch) -> None:
     assert (guide.between == 0).any()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_no_more_draws_are_weighed_at_once_than_fit_into_memory(monkeypatch) -> None:
+    data = crossed_data()
+    model = MixedEffects(nn.Linear(2, 1).double(), TERMS, bayesian_head=True)
+    run = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
+    drawn = []
+
+    def recorded(model, guide, rows, noise):
+        drawn.append(len(noise.values["_theta"]))
+        return weigh(model, guide, rows, noise)
+
+    monkeypatch.setattr("armed_pyro.proposals.weigh", recorded)
+    monkeypatch.setattr(CrossedGuide, "most_draws", lambda self: 700)
+    assert len(run.importance.log_weights) == sum(drawn) == 4000
+    assert max(drawn) == 700

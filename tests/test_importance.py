@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -14,7 +15,7 @@ from torch.distributions import MultivariateNormal
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
 from armed_pyro.crossed import CrossedGuide, choose_guide
 from armed_pyro.importance import weigh
-from armed_pyro.noise import Given, Noise, gaussian_noise, proposal_noise
+from armed_pyro.noise import Given, Noise, gaussian_noise, no_noise, proposal_noise
 
 K = 6
 SIZES = [1, 2, 3, 9, 15, 30]
@@ -198,6 +199,43 @@ def test_a_few_particles_are_unbiased_for_the_likelihood_itself():
     ratio = (weighted.clusters() - expected).exp()
     assert ((ratio.mean(0) - 1).abs() < 4.5 * ratio.std(0) / math.sqrt(n)).all()
     assert (ratio.std(0) > 1e-3).all()
+
+
+# ----------------------------------------------------------------------- random effects held
+
+
+@pytest.mark.parametrize("sparse", [0, 10**9], ids=["pairs", "products"])
+@pytest.mark.parametrize("random", ["(1 | site)", "(1 + x0 | site)", CROSSED])
+def test_where_the_conditional_is_exact_they_may_be_held(random, sparse, monkeypatch):
+    """log p(y | theta), its gradient and curvature are the same wherever the effects are."""
+    monkeypatch.setattr("armed_pyro.couplings.SPARSE", sparse)
+    kind = CrossedGuide if random is CROSSED else StructuredGuide
+    model, source, guide = bind(random, guide=kind)
+    guide.settle()
+    guide.refresh(model, source)
+    assert guide.exact(model)
+    rows, size = source.all(), guide.hyperparameters.size
+    drawn = at_theta(guide, gaussian_noise(guide, rows, 1, model.reference()))
+
+    def derivatives(noise):
+        theta = drawn.values["_theta"].clone().requires_grad_(True)
+        given = replace(noise, values={**noise.values, "_theta": theta})
+        weighted = weigh(model, guide, rows, given)
+        total = (weighted.total() - weighted.hyper).sum()
+        (slope,) = torch.autograd.grad(total, theta, create_graph=True)
+        curves = [
+            torch.autograd.grad(one, theta, retain_graph=True)[0].flatten()
+            for one in slope.flatten()
+        ]
+        return total, slope, torch.stack(curves)
+
+    expected = derivatives(drawn)
+    assert (expected[1].abs() > 1e-3).any()
+    assert expected[2].shape == (size, size)
+    for noise in (replace(drawn, held=True), no_noise(guide, rows, model.reference())):
+        assert noise.held
+        for one, other in zip(derivatives(noise), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 # ---------------------------------------------------------------------------------- mini-batches
