@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import statistics
 import time
 import warnings
@@ -316,6 +317,7 @@ def _inductor(
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     with (
         warnings.catch_warnings(),
+        _silent("torch._inductor"),
         torch.no_grad(),
         config.patch(SETTINGS),
         tracing(context),
@@ -324,6 +326,17 @@ def _inductor(
         run: Any = compile_fx(graph, list(inputs))
         run(*inputs)
     return cast("Callable[..., Sequence[Tensor]]", run)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager
