@@ -111,9 +111,9 @@ def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, floa
     n = max([0, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     if not n:
         return {}
-    posterior = latent_dataset(fit.model, dict(latents), n)
-    effects = [name for name in posterior.data_vars if str(name).endswith("_effect")]
-    posterior = posterior.drop_vars([name for name in effects if name != "fixed_effect"])
+    effects = {factor.effect_site for factor in fit.model.factors}
+    some = {name: value for name, value in latents.items() if name not in effects}
+    posterior = latent_dataset(fit.model, some, n)
     if not posterior.data_vars:
         return {}
     values = log_prior(fit.model, latents).double().cpu().numpy()[None]

@@ -34,6 +34,7 @@ from armed_pyro.evaluation import evaluate
 from armed_pyro.families import FAMILIES, family_named
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
+from armed_pyro.memory import most_held
 from armed_pyro.networks import hidden_activations, is_file, network
 from armed_pyro.predictcommand import predict_command
 from armed_pyro.program import MixedEffects
@@ -42,7 +43,7 @@ from armed_pyro.schedule import Schedule
 from armed_pyro.streameddata import StreamedData
 from armed_pyro.tables import write_table
 from armed_pyro.terms import Slopes, Term, parse_terms
-from armed_pyro.trainingtable import TrainingTable, byte_size, most_held, outputs
+from armed_pyro.trainingtable import TrainingTable, byte_size, outputs
 
 __all__ = ["app"]
 

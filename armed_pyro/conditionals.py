@@ -143,8 +143,7 @@ class WhitenedNormal(Whitened):
         return solve_lower(self.scale, value)
 
     def _spread(self, noise: Tensor) -> Tensor:
-        # The transpose, read backwards, is lower triangular again.
-        return solve_lower(self.root.mT.flip(-1, -2), noise.flip(-1)).flip(-1)
+        return solve(self.root.mT, noise[..., None], upper=True)[..., 0]
 
 
 class WhitenedDiagonal(Whitened):

@@ -172,9 +172,8 @@ def _residuals(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
 
 def _left_out(weighted: ImportanceDraws) -> tuple[np.ndarray, np.ndarray]:
     """log p(y_k | y of the other clusters), and k-hat of its weights, of the clusters looked at."""
-    clusters = weighted.clusters.T
-    elpd, k_hat = np.full(len(clusters), np.nan), np.full(len(clusters), np.nan)
-    chosen = ~np.isnan(weighted.cluster_k_hat)
-    smoothed, k_hat[chosen] = pareto_smooth(weighted.log_weights - clusters[chosen])
-    elpd[chosen] = np.logaddexp.reduce(smoothed + clusters[chosen], axis=1)
+    clusters, watched = weighted.clusters.T, ~np.isnan(weighted.cluster_k_hat)
+    elpd, k_hat = np.full(len(watched), np.nan), np.full(len(watched), np.nan)
+    smoothed, k_hat[watched] = pareto_smooth(weighted.log_weights - clusters)
+    elpd[watched] = np.logaddexp.reduce(smoothed + clusters, axis=1)
     return elpd, k_hat

@@ -291,7 +291,10 @@ def _prior_draws(fit: Fit, draws: int, seed: int) -> Draws:
 
 
 def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
-    """Every latent site with labelled dimensions, on the original scale."""
+    """Every latent site with labelled dimensions, on the original scale.
+
+    Random effects may be left out of the draws.
+    """
     variables: Variables = {}
     coords: dict[str, Any] = {}
 
@@ -304,11 +307,12 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
     for factor in model.factors:
         base = factor.name.replace("/", "_")
         name, term = variable_name(base), f"{base}_term"
-        coords |= {name: label_values(model.data_facts().levels[factor.name])}
         coords |= {term: list(factor.terms)}
-        effects = latents[factor.effect_site].to(torch.float64)
-        matrix = factor.to_original.to(effects)
-        add(f"{base}_effect", (name, term), effects @ matrix.mT)
+        if factor.effect_site in latents:
+            coords |= {name: label_values(model.data_facts().levels[factor.name])}
+            effects = latents[factor.effect_site].to(torch.float64)
+            matrix = factor.to_original.to(effects)
+            add(f"{base}_effect", (name, term), effects @ matrix.mT)
         covariance = original_covariance(model, factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         add(f"{base}_sd", (term,), variance.sqrt())

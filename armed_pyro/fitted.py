@@ -118,9 +118,9 @@ class Fit:
         effects = {factor.effect_site for factor in self.model.factors}
         with self.model.seeded(self.seed if seed is None else seed):
             if self.refined is not None:
-                given = self.refined.latents.items()
+                given = self.refined.pool.items()
                 some = {name: one for name, one in given if name not in effects}
-                return replace(self.refined, latents=some).choose(n) if some else {}
+                return replace(self.refined, pool=some).choose(n) if some else {}
             clusters, nested = self.model.clusters(), self.guide.nested()
             if nested is not None:
                 first = clusters.memberships[nested.name].index[:1]

@@ -25,6 +25,7 @@ from armed_pyro.distributed import (
 )
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
+from armed_pyro.memory import release
 from armed_pyro.program import MixedEffects
 from armed_pyro.refinement import importance_draws, refinable
 from armed_pyro.rows import RowSource
@@ -218,11 +219,14 @@ def fit_bound(
         with _threads(size), _progress_bar(schedule.steps, shown) as report:
             run.train(path, report)
         processes.same(bound, family)
-    result = run.result()
-    if not refine or run.settled is None or not refinable(result, source):
+    result, settled = run.result(), run.settled
+    # Make room for draws: of its state there are copies.
+    del run
+    release()
+    if not refine or settled is None or not refinable(result, source):
         return result
     # While the rows are at hand.
-    vars(result)["importance"] = importance_draws(result, run.settled)
+    vars(result)["importance"] = importance_draws(result, settled)
     # Above 1 the weights have no mean; between 0.7 and 1 they improve on the guide, and the
     # diagnostics warn.
     return result.refine() if result.importance.k_hat < 1 else result

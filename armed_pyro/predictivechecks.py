@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
+
+from armed_pyro.modulations import modulates
 
 if TYPE_CHECKING:
     from armed_pyro.factors import Factor
@@ -25,8 +27,7 @@ Draws = Mapping[str, Tensor]
 # Clusters are left out at random beyond these numbers: what only shows in more is no matter.
 MOST_ROWS, MOST_CLUSTERS = 50_000, 500
 PIVOTAL_DRAWS = 40
-# Rows times draws replicated at once: more do not fit into a processor's cache.
-MOST_VALUES = 2**20
+BLOCK = 2**20  # rows times draws that are replicated at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,20 +71,23 @@ def cluster_checks(fit: Fit, factor: str, latents: Draws, *, seed: int = 0) -> C
     """
     model = fit.model
     rows, position, labels = _some_rows(fit, factor, seed)
-    y = rows.outcome()[None].to(model.reference())
-    counts = torch.bincount(position, minlength=len(labels)).to(y)
-    observed = _statistics(y, position, counts, model)
+    counts = torch.bincount(position, minlength=len(labels)).to(model.reference())
+    observed = _statistics(rows.outcome()[None], position, counts, model)
     n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
-    size = max(1, MOST_VALUES // max(1, len(rows)))
-    parts = []
-    with model.seeded(seed + 7):
+    # Random numbers are made 16 at a time: in such blocks those of most families (not of negative
+    # binomial and categorical outcomes, which take several passes) are those of all draws at once.
+    size = 16 * max(1, BLOCK // (16 * len(rows)))
+    blocks = list[dict[str, Tensor]]()
+    with model.seeded(seed + 7), torch.no_grad():
+        if not modulates(model):  # the network need not run in every block
+            rows = replace(rows, computed=model.run_network(rows)[1])
         for start in range(0, n, size):
-            some = {k: v[start : start + size] if v.dim() > 1 else v for k, v in latents.items()}
+            some = _part(latents, slice(start, min(start + size, n)))
             eta = model.predictor(rows, some).eta
             eta = eta.expand(min(size, n - start), *eta.shape[-2:])
             replicated = model.density(eta, some, rows).sample()
-            parts.append(_statistics(replicated, position, counts.to(replicated), model))
-    repeated = {name: torch.cat([one[name] for one in parts]) for name in observed}
+            blocks.append(_statistics(replicated, position, counts, model))
+    repeated = {name: torch.cat([block[name] for block in blocks]) for name in observed}
     table: dict[str, Any] = {"cluster": labels, "rows": counts.long().numpy()}
     overall = {}
     for name, value in observed.items():
@@ -164,7 +168,8 @@ def effect_normality(
     generator = torch.Generator().manual_seed(seed)
     clusters = torch.randperm(effects.shape[1], generator=generator)[:MOST_CLUSTERS]
     effects = effects[:PIVOTAL_DRAWS, clusters]
-    scale = factor.scale_matrix(_first(latents)).expand(len(effects), 1, -1, -1)
+    some = _part(latents, slice(PIVOTAL_DRAWS))
+    scale = factor.scale_matrix(some).expand(len(effects), 1, -1, -1)
     z = torch.linalg.solve_triangular(scale, effects[..., None], upper=False)[..., 0]
     z = z.double().cpu()
     results = {}
@@ -178,9 +183,9 @@ def effect_normality(
     return results
 
 
-def _first(latents: Draws) -> dict[str, Tensor]:
-    """As many draws as a pivotal quantity takes."""
-    return {k: v[:PIVOTAL_DRAWS] if v.dim() > 1 else v for k, v in latents.items()}
+def _part(latents: Draws, which: slice) -> dict[str, Tensor]:
+    """Some of the draws; quantities that are known have none."""
+    return {k: v[which] if v.dim() > 1 else v for k, v in latents.items()}
 
 
 def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[float, float] | None:
@@ -204,7 +209,7 @@ def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[flo
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(source), generator=generator)[:MOST_ROWS]
     rows = source.batch(index, dense_up_to=max([0, *map(len, source.counts.values())]))
-    some = _first(latents)
+    some = _part(latents, slice(PIVOTAL_DRAWS))
     with torch.no_grad():
         eta = model.predictor(rows, some).eta
         mean = model.family.mean(eta, rows).double().cpu().numpy()
@@ -213,15 +218,16 @@ def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[flo
         if dispersion is not None:
             spread = model.data_facts().spread
             dispersion = model.family.original_dispersion(dispersion, spread).double().cpu()
-    extra = {
-        "dispersion": 1.0 if dispersion is None else dispersion.numpy(),
-        "trials": 1.0 if rows.trials is None else rows.trials.double().cpu().numpy(),
-    }
-    upper = np.broadcast_to(_CDF[name](y, mean, extra), (*mean.shape[:-1], len(y)))
-    lower = upper if name == "gaussian" else _CDF[name](y - 1, mean, extra)
-    uniform = np.random.default_rng(seed).uniform(size=upper.shape)
-    quantiles = (lower + uniform * (upper - lower)).reshape(-1, len(y))
-    tests = [stats.kstest(draw, "uniform") for draw in quantiles]
+    mean = mean.reshape(-1, len(y))
+    dispersions = np.broadcast_to(1.0 if dispersion is None else dispersion.numpy(), (len(mean), 1))
+    trials = 1.0 if rows.trials is None else rows.trials.double().cpu().numpy()
+    rng, tests = np.random.default_rng(seed), []
+    for one, own in zip(mean, dispersions, strict=True):  # apart, as each takes several arrays
+        extra = {"dispersion": own, "trials": trials}
+        upper = _CDF[name](y, one, extra)
+        lower = upper if name == "gaussian" else _CDF[name](y - 1, one, extra)
+        quantiles = lower + rng.uniform(size=len(y)) * (upper - lower)
+        tests.append(stats.kstest(quantiles, "uniform"))
     p = float(np.median([test.pvalue for test in tests]))
     return p, float(np.mean([test.statistic for test in tests]))
 

@@ -14,7 +14,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro.arvizstats import pareto_smooth
-from armed_pyro.guides import joined
 from armed_pyro.importance import Weighted, weigh
 from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.noise import Noise, proposal_noise
@@ -30,7 +29,7 @@ __all__ = ["BLOCK", "ImportanceDraws", "affordable", "importance_draws", "refina
 # which even the fewest draws take too long.
 MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**32
 # Rows times particles beyond which rows are weighed in pieces, for all draws at once.
-MOST_AT_ONCE, PIECE = 2**21, 2**22
+MOST_AT_ONCE, PIECE = 2**21, 2**21
 MOST_VALUES = 2**24  # in the draws of all sites
 MOST_WORK = 2**38  # multiplications of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
@@ -49,8 +48,8 @@ class ImportanceDraws:
         Pareto-smoothed, normalised.
     k_hat : float
         Shape of the weights' tail (Vehtari et al. 2024): below 0.7 they can be relied upon.
-    clusters : Float[ndarray, "draws clusters"]
-        log p(y_k | theta) of each nested cluster.
+    clusters : Float[ndarray, "draws watched"]
+        log p(y_k | theta) of the nested clusters whose k-hat is not missing.
     cluster_k_hat : Float[ndarray, "clusters"]
         The same shape for the particles of each cluster, over all draws; missing (nan) in all
         but 500 clusters, drawn at random, where there are more.
@@ -59,7 +58,7 @@ class ImportanceDraws:
     latents: Mapping[str, Tensor]
     log_weights: Float[np.ndarray, " draws"]
     k_hat: float
-    clusters: Float[np.ndarray, "draws clusters"]
+    clusters: Float[np.ndarray, "draws watched"]
     cluster_k_hat: Float[np.ndarray, " clusters"]
 
     @property
@@ -72,16 +71,12 @@ class ImportanceDraws:
         """Effective sample size, 1 / sum of squared weights."""
         return float(1 / np.sum(self.weights**2))
 
-    def resample(self, n: int) -> dict[str, Tensor]:
-        """n draws of equal weight."""
+    def resample(self, n: int) -> Int[Tensor, " n"]:
+        """Which draws are n of equal weight."""
         # Systematic: a draw of weight w comes floor(n w) or ceil(n w) times.
         edges = (np.arange(n) + float(torch.rand(()))) / n
         index = np.searchsorted(np.cumsum(self.weights), edges).clip(max=len(self.weights) - 1)
-        chosen = torch.as_tensor(index)
-        return {
-            name: value[chosen.to(value.device)] if value.dim() > 1 else value
-            for name, value in self.latents.items()
-        }
+        return torch.as_tensor(index)
 
 
 def refinable(fit: Fit, source: RowSource | None = None) -> bool:
@@ -125,83 +120,101 @@ def importance_draws(
     if per_draw > MOST_AT_ONCE:
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
     pieces = Pieces.of(guide, source, rows_at_once)
-    blocks = []
-    kept = max(1, min(n, 4000 // particles))  # draws from which the clusters' tails are read
+    found = _Found.of(fit, n, particles)
     with model.seeded(seed + 4), Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("importance weights", total=n * len(pieces.shares))
         for start in range(0, n, size):
-            step = partial(bar.advance, task, min(size, n - start))
-            blocks.append(_block(fit, pieces, min(size, n - start), particles, step))
-    totals = torch.cat([block.totals for block in blocks])
-    log_weights, k_hat = pareto_smooth(totals.double().cpu().numpy()[None])
+            draws = slice(start, min(start + size, n))
+            step = partial(bar.advance, task, draws.stop - draws.start)
+            _weigh(fit, pieces, found, draws, particles, step)
+    log_weights, k_hat = pareto_smooth(found.totals.double().cpu().numpy()[None])
     # How clusters fare in draws that hardly count does not matter.
-    counts = torch.as_tensor(n * np.exp(log_weights[0, :kept]) > 0.3)
+    counts = torch.as_tensor(n * np.exp(log_weights[0, : len(found.tails)]) > 0.3)
     if not counts.any():
         counts = torch.ones_like(counts)
-    nested, tails = guide.nested(), torch.cat([block.tails for block in blocks])[:kept]
     return ImportanceDraws(
-        joined([block.latents for block in blocks]),
+        found.latents,
         log_weights[0],
         float(k_hat[0]),
-        torch.cat([block.clusters for block in blocks]).double().cpu().numpy(),
-        _cluster_k_hat(fit, tails[counts]) if nested is not None else np.zeros(0),
+        found.clusters.double().cpu().numpy(),
+        _cluster_k_hat(fit, found.tails[counts]) if guide.nested() is not None else np.zeros(0),
     )
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Some draws: log-weights, log p^(y_k | theta), log-ratios of watched clusters, and sites."""
+class _Found:
+    """Of all draws: log-weights, sites, and log p^(y_k | theta) and log-ratios of watched clusters.
 
+    Made at once and filled in block by block and piece by piece: joined, the blocks would take
+    their memory twice, and what is kept of each would lie between the large arrays that are freed,
+    and keep theirs.
+    """
+
+    site: str  # of the nested effects
+    n_clusters: int
+    watched: Int[Tensor, " watched"]
     totals: Float[Tensor, " draws"]
-    clusters: Float[Tensor, "draws clusters"]
-    tails: Float[Tensor, "draws particles watched"]
+    clusters: Float[Tensor, "draws watched"]
+    tails: Float[Tensor, "kept particles watched"]
     latents: dict[str, Tensor]
 
+    @classmethod
+    def of(cls, fit: Fit, draws: int, particles: int) -> _Found:
+        like, watched, nested = fit.model.reference(), _watched(fit), fit.guide.nested()
+        k = 0 if nested is None else len(fit.model.data_facts().levels[nested.name])
+        kept = max(1, min(draws, 4000 // particles))  # from which the clusters' tails are read
+        tails = torch.zeros(kept, particles, len(watched), dtype=like.dtype)
+        totals, clusters = like.new_zeros(draws), like.new_zeros(draws, len(watched))
+        site = "" if nested is None else nested.effect_site
+        return cls(site, k, watched, totals, clusters, tails, {})
 
-def _block(
-    fit: Fit, pieces: Pieces, count: int, particles: int, advance: Callable[[], None]
-) -> _Block:
-    """Proposals, weighed by all pieces of the rows."""
-    model, guide = fit.model, fit.guide
-    nested = guide.nested()
-    site = "" if nested is None else nested.effect_site
-    watched = _watched(fit)
+    def put(self, draws: slice, chosen: Int[Tensor, " chosen"] | None, weighted: Weighted) -> None:
+        """Fill in some draws of all clusters, or of those chosen, one particle drawn of each."""
+        here, mine = torch.arange(len(self.watched)), self.watched
+        if chosen is not None:
+            here = torch.isin(self.watched, chosen.cpu()).nonzero()[:, 0]
+            mine = torch.searchsorted(chosen.cpu(), self.watched[here])
+        place = slice(None) if chosen is None else chosen
+        own, tails = weighted.clusters()[:, mine], self.tails[draws]
+        self.clusters[draws, here] = own
+        tails[..., here] = (weighted.particles[..., mine] - own[:, None])[: len(tails)].cpu()
+        for name, value in resampled(weighted, self.site).items():
+            if value.dim() < 2:  # known
+                self.latents[name] = value
+                continue
+            nested = name == self.site
+            if name not in self.latents:
+                clusters = self.n_clusters if nested else value.shape[1]
+                shape = (len(self.totals), clusters, *value.shape[2:])
+                self.latents[name] = value.new_empty(shape)
+            self.latents[name][draws, place if nested else slice(None)] = value
+
+
+def _weigh(
+    fit: Fit,
+    pieces: Pieces,
+    found: _Found,
+    draws: slice,
+    particles: int,
+    advance: Callable[[], None],
+) -> None:
+    """Make these draws, and weigh them by all pieces of the rows."""
+    model, guide, count = fit.model, fit.guide, draws.stop - draws.start
     shared: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
-    total, tails = model.reference().new_zeros(count), list[Tensor]()
-    latents: dict[str, Tensor] = {}
-    # Filled piece by piece: what is kept of each would otherwise lie between the large arrays that
-    # are freed, and keep their memory.
-    k = 0 if nested is None else len(model.data_facts().levels[nested.name])
-    clusters, effects = total.new_empty(count, k), total.new_empty(0)
     for rows, chosen, share in zip(pieces.read(), pieces.clusters, pieces.shares, strict=True):
         noise = proposal_noise(
             guide, rows, count, particles, model.reference(), stretch=particles > 1
         )
         # The other sites' draws are the same for all pieces.
-        if not latents:
-            shared = {name: one for name, one in noise.values.items() if name != site}
-            outer = {name: one for name, one in noise.log_ratio.items() if name != site}
-        values = {**noise.values, **shared}
-        weighted = weigh(model, guide, rows, Noise(values, {**noise.log_ratio, **outer}))
-        total += share * weighted.total()
-        place = slice(None) if chosen is None else chosen
-        own = weighted.clusters()
-        clusters[:, place] = own
-        mine = watched if chosen is None else torch.isin(chosen.cpu(), watched).nonzero()[:, 0]
-        ratio = weighted.particles[..., mine.to(own.device)] - own[:, None, mine.to(own.device)]
-        if particles > 1 or not tails:
-            tails.append(ratio.cpu())
-        drawn = resampled(weighted, site)
-        if site:
-            if not len(effects):
-                effects = total.new_empty(count, k, drawn[site].shape[-1])
-            effects[:, place] = drawn[site].to(effects)
-        latents = latents or drawn
+        if not shared:
+            shared = {name: one for name, one in noise.values.items() if name != found.site}
+            outer = {name: one for name, one in noise.log_ratio.items() if name != found.site}
+        values, ratio = {**noise.values, **shared}, {**noise.log_ratio, **outer}
+        weighted = weigh(model, guide, rows, Noise(values, ratio))
+        found.totals[draws] += share * weighted.total()
+        found.put(draws, chosen, weighted)
         advance()
-    if site:
-        latents[site] = effects
-    return _Block(total, clusters, torch.cat(tails, 2), latents)
 
 
 def affordable(fit: Fit) -> int:

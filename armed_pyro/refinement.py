@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
+from jaxtyping import Int
 from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from rich.progress import Progress
@@ -53,26 +54,43 @@ class RefinedDraws:
     ----------
     method : str
         "psis" or "nuts".
-    latents : mapping of str to Tensor
-        Draws of all latent sites, shaped as a guide's.
+    pool : mapping of str to Tensor
+        Draws of all latent sites, shaped as a guide's, from which they are taken.
     quality : mapping of str to float
         k_hat and ess (psis); r_hat, ess and divergences (nuts): the worst over all sites.
+    index : Int[Tensor, "draws"], optional
+        Which of the pool they are, one by one; all of it by default.
     """
 
     method: str
-    latents: Mapping[str, Tensor]
+    pool: Mapping[str, Tensor]
     quality: Mapping[str, float] = field(default_factory=dict)
+    # Very many clusters' effects are not to be held twice, as they were proposed and resampled.
+    index: Int[Tensor, " draws"] | None = None
 
     def __len__(self) -> int:
-        return max(value.shape[0] for value in self.latents.values() if value.dim() > 1)
+        return len(self._index())
+
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        """Draws of all latent sites, shaped as a guide's."""
+        return self._taken(self._index())
 
     def choose(self, n: int) -> dict[str, Tensor]:
         """n of the draws, at random; without repeats where there are enough."""
         size = len(self)
-        index = torch.randperm(size)[:n] if n <= size else torch.randint(size, (n,))
+        chosen = torch.randperm(size)[:n] if n <= size else torch.randint(size, (n,))
+        return self._taken(self._index()[chosen])
+
+    def _index(self) -> Int[Tensor, " draws"]:
+        if self.index is not None:
+            return self.index
+        return torch.arange(max(one.shape[0] for one in self.pool.values() if one.dim() > 1))
+
+    def _taken(self, index: Int[Tensor, " n"]) -> dict[str, Tensor]:
         return {
             name: value[index.to(value.device)] if value.dim() > 1 else value
-            for name, value in self.latents.items()
+            for name, value in self.pool.items()
         }
 
 
@@ -147,11 +165,13 @@ def refine(
         same = seed == fit.seed
         weighted = fit.importance if same else importance_draws(fit, seed=seed, progress=progress)
         with fit.model.seeded(seed + 5):
-            latents = weighted.resample(min(draws, affordable(fit)))
+            index = weighted.resample(min(draws, affordable(fit)))
         quality = {"k_hat": weighted.k_hat, "ess": weighted.effective}
+        refined = RefinedDraws(method, weighted.latents, quality, index)
     else:
-        latents, quality = _nuts(fit, math.ceil(draws / chains), chains, warmup, seed, progress)
-    better = replace(fit, refined=RefinedDraws(method, latents, quality))
+        pool, quality = _nuts(fit, math.ceil(draws / chains), chains, warmup, seed, progress)
+        refined = RefinedDraws(method, pool, quality)
+    better = replace(fit, refined=refined)
     if "importance" in vars(fit):
         vars(better)["importance"] = fit.importance  # the guide is the same
     return better

@@ -14,18 +14,18 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from armed_pyro.checkpoint import module_tensors, restore_module
 from armed_pyro.crossed import CrossedGuide
 from armed_pyro.data import ClusteredData, Grouping
-from armed_pyro.datatree import GROUPS, label_values, to_datatree, variable_name
+from armed_pyro.datatree import GROUPS, label_values, variable_name
 from armed_pyro.facts import Facts
 from armed_pyro.guides import Guide, StructuredGuide
 from armed_pyro.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.membership import ClusterClassifier
+from armed_pyro.memory import release
 from armed_pyro.program import MixedEffects
 from armed_pyro.refinement import RefinedDraws
 from armed_pyro.schedule import History, Schedule
@@ -101,13 +101,12 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     partial.mkdir()
     try:
-        # save_file would make a file that only its owner can read.
-        content = to_bytes({name: one.cpu().contiguous() for name, one in tensors.items()})
-        (partial / MODEL).write_bytes(content)
         _write_json(partial / MANIFEST, manifest)
-        draws = _fewer(fit, draws)
-        tree = to_datatree(fit, draws=draws, groups=_groups(fit, draws))
-        tree.to_netcdf(partial / POSTERIOR, engine="h5netcdf")
+        save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, partial / MODEL)
+        del tensors
+        # save_file makes a file that only its owner can read.
+        shutil.copymode(partial / MANIFEST, partial / MODEL)
+        _write_groups(fit, partial / POSTERIOR, _fewer(fit, draws))
         fit.variance_components(prob=prob).to_csv(partial / VARIANCE, index=False)
         _write_json(partial / DIAGNOSTICS, _diagnostics(fit))
         _put(partial, target)
@@ -201,6 +200,16 @@ def _put(partial: Path, target: Path) -> None:
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_groups(fit: Fit, path: Path, draws: int) -> None:
+    """Write the groups of `Fit.to_datatree` one after the other: together they are large."""
+    for name in _groups(fit, draws):
+        group = GROUPS[name](fit, draws, fit.seed)
+        if group.data_vars:
+            group.to_netcdf(path, mode="a", group=name, engine="h5netcdf")
+        del group
+        release()
 
 
 # --- its contents -----------------------------------------------------------------------------

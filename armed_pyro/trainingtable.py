@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from armed_pyro.streameddata import StreamedData
 from armed_pyro.streams import TableBlocks
 from armed_pyro.tables import read_table
 
-__all__ = ["TrainingTable", "byte_size", "most_held", "outputs"]
+__all__ = ["TrainingTable", "byte_size", "outputs"]
 
 # Bytes of memory that the process takes without a table; and that a value of it takes until it
 # is trained on, in all copies together.
@@ -117,9 +115,3 @@ def byte_size(text: str | None) -> int:
     if not match or unit not in UNITS or match[1].count(".") > 1 or not float(match[1]) > 0:
         raise ValueError(f"expected a size such as 2GB or 500MB, found {text!r}")
     return int(float(match[1]) * UNITS[unit])
-
-
-def most_held() -> int:
-    """Bytes of memory that this process has held at its peak."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -28,7 +28,7 @@ __all__ = ["fixed_effects", "variance_components"]
 Draws = dict[str, Tensor]
 # Rows over which the variances of the fixed and random parts are averaged, at most.
 MOST_ROWS = 20_000
-MOST_VALUES = 2**24  # rows times draws at once
+MOST_VALUES = 2**20  # rows times draws at once
 
 
 def variance_components(

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
@@ -10,6 +11,7 @@ from armed_pyro.checks import Check, k_hat_threshold
 from armed_pyro.diagnostics import Diagnostics
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
+from armed_pyro.predictivechecks import cluster_checks
 
 
 def simulate(outcome, clusters=20, rows=10, effects=None, seed=0, **more):
@@ -211,3 +213,16 @@ def test_the_verdict_is_the_worst_of_the_checks():
 def test_the_threshold_of_k_hat():
     assert k_hat_threshold(10**4) == 0.7
     assert k_hat_threshold(200) == pytest.approx(1 - 1 / np.log10(200))
+
+
+@pytest.mark.parametrize(("family", "outcome"), [("gaussian", gaussian), ("poisson", poisson)])
+def test_replications_made_in_blocks_are_those_of_all_draws_at_once(family, outcome, monkeypatch):
+    data = simulate(outcome, clusters=12, rows=7)
+    model = MixedEffects(dense(1, hidden=(3,)), "(1 | site)", family)
+    result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
+    latents = result.draws(100)
+    whole = cluster_checks(result, "site", latents)
+    monkeypatch.setattr("armed_pyro.predictivechecks.BLOCK", 1)
+    blocks = cluster_checks(result, "site", latents)
+    pd.testing.assert_frame_equal(blocks.table, whole.table)
+    assert blocks.overall == whole.overall

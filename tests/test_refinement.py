@@ -66,7 +66,9 @@ def test_weights_correct_a_guide_that_is_wrong(gaussian):
         own = moments(wrong.draws(4000))
         weighted = importance_draws(wrong)
         with wrong.model.seeded(0):
-            corrected = moments(weighted.resample(4000))
+            corrected = moments(
+                RefinedDraws("psis", weighted.latents, {}, weighted.resample(4000)).latents
+            )
     finally:
         hyper.load_state_dict(before)
     right = moments(gaussian.draws(4000))
@@ -130,6 +132,35 @@ def test_draws_are_chosen_without_repeats_while_there_are_enough(gaussian):
     one, other = gaussian.draws(10, seed=1), gaussian.draws(10, seed=1)
     assert torch.equal(one["site_effect"], other["site_effect"])
     assert not torch.equal(one["site_effect"], gaussian.draws(10, seed=2)["site_effect"])
+
+
+def test_refined_draws_are_taken_from_the_proposals_and_hold_no_copy_of_them(gaussian):
+    refined, weighted = gaussian.refined, gaussian.importance
+    assert refined.pool is weighted.latents
+    times = np.bincount(refined.index, minlength=len(weighted.weights))
+    assert (np.abs(times - len(refined) * weighted.weights) < 1).all()
+    for name, value in refined.latents.items():
+        assert torch.equal(value, weighted.latents[name][refined.index]), name
+
+
+def test_rows_weighed_in_pieces_give_the_weights_of_all_at_once(gaussian, monkeypatch):
+    whole = importance_draws(gaussian)
+    monkeypatch.setattr("armed_pyro.proposals.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("armed_pyro.proposals.PIECE", len(whole.weights) * 20)
+    monkeypatch.setattr("armed_pyro.proposals.MOST_CLUSTERS", 5)
+    pieces = importance_draws(gaussian)
+    np.testing.assert_allclose(pieces.weights, whole.weights, rtol=1e-6)
+    watched = ~np.isnan(pieces.cluster_k_hat)
+    assert watched.sum() == 5
+    # The conditional is exact, so that every particle tells the same of a cluster.
+    np.testing.assert_allclose(pieces.clusters, whole.clusters[:, watched], atol=1e-8)
+    assert torch.equal(pieces.latents["site_sd"], whole.latents["site_sd"])
+    one, other = pieces.latents["site_effect"], whole.latents["site_effect"]
+    assert one.shape == other.shape
+    assert not torch.equal(one, other)
+    error = other.std(0) * math.sqrt(2 / len(other))
+    assert (((one.mean(0) - other.mean(0)) / error).abs() < 4).all()
+    assert ((one.std(0) / other.std(0)).log().abs() < 4 / math.sqrt(len(other))).all()
 
 
 def test_known_quantities_stay_single():

@@ -6,6 +6,7 @@ import os
 import stat
 import types
 import warnings
+import weakref
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -564,7 +565,7 @@ def test_a_file_is_not_a_folder(small, tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-@pytest.mark.parametrize("failing", ["to_datatree", "_diagnostics", "_put"])
+@pytest.mark.parametrize("failing", ["_write_groups", "_diagnostics", "_put"])
 def test_a_failed_save_leaves_the_old_fit_whole(small, run, monkeypatch, failing):
     before = contents(run)
 
@@ -611,6 +612,25 @@ def test_large_groups_are_left_out_with_a_warning(small, tmp_path, monkeypatch):
         assert {*tree.children} == groups
     read = Fit.load(tmp_path / "run", sequential())
     assert read.to_datatree(draws=5).identical(small.to_datatree(draws=5))
+
+
+def test_groups_are_written_one_after_the_other(small, tmp_path, monkeypatch):
+    """Of what was written nothing is held while the next group is made."""
+    made = []
+
+    def watched(make):
+        def group(*given):
+            assert all(one() is None for one in made)
+            found = make(*given)
+            made.extend(weakref.ref(one.data) for one in found.data_vars.values())
+            return found
+
+        return group
+
+    groups = {name: watched(make) for name, make in storage.GROUPS.items()}
+    monkeypatch.setattr(storage, "GROUPS", groups)
+    small.save(tmp_path / "run", draws=5)
+    assert len(made) > len(groups)
 
 
 class OwnTerm(RandomEffects):

@@ -6,7 +6,7 @@ import pytest
 from armed_pyro import ClusteredData
 from armed_pyro.families import family_named
 from armed_pyro.streameddata import StreamedData
-from armed_pyro.trainingtable import TrainingTable, byte_size, most_held, outputs
+from armed_pyro.trainingtable import TrainingTable, byte_size, outputs
 
 ROLES = {"outcome": "y", "clusters": ["g"]}
 
@@ -46,10 +46,6 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(ValueError, match="expected a size such as 2GB"):
         byte_size(text)
-
-
-def test_without_a_size_half_of_memory_and_the_peak_is_below_all_of_it():
-    assert 0 < most_held() < 2 * byte_size(None)
 
 
 def test_outputs_of_a_categorical_outcome(tmp_path):
