@@ -76,7 +76,7 @@ class Optimizers(nn.Module):
         for (group, rate), some, square in zip(self._groups, joined, squares, strict=True):
             scale = (self.clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
             for adam, one in zip(group, some, strict=True):
-                gradient = torch.where(finite, scale * one, 0.0)
+                gradient = one.mul_(scale).masked_fill_(~finite, 0.0)
                 adam(parameters, gradient, torch.where(finite, rate * factor, 0.0))
         return norm
 
@@ -146,13 +146,13 @@ class Adam(nn.Module):
         """Change the parameters, and what is kept of their gradients."""
         width = gradient.shape[1]
         mean, square, steps = self.state.split([width, width, 1], 1)
-        mean = torch.lerp(mean, gradient, 1 - BETAS[0])
-        square = torch.lerp(square, gradient.square(), 1 - BETAS[1])
-        steps = steps + 1
-        self.state.copy_(torch.cat([mean, square, steps], 1))
+        # In place: of large networks copies would take much memory.
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        steps.add_(1)
         first, second = (1 - torch.exp(math.log(beta) * steps) for beta in BETAS)
-        size = first * ((square / second).sqrt() + self.eps)
-        change = (-rate * mean / size).split(self._widths, 1)
+        size = (square / second).sqrt_().add_(self.eps).mul_(first)
+        change = (mean / size).mul_(-rate).split(self._widths, 1)
         for name, part in zip(self.names, change, strict=True):
             parameters[name].add_(part.reshape(parameters[name].shape))
 
