@@ -115,6 +115,7 @@ def _panels(axes: np.ndarray, block: pd.DataFrame, models: list[str], name: str)
         axis.scatter(rows[middle], place, c=colour, s=16, zorder=3)
         axis.set_xlabel(label)
         axis.set_yticks(place, models)
+        axis.set_ylim(-0.6, len(models) - 0.4)
         axis.tick_params(axis="y", length=0)
 
 

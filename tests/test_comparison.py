@@ -15,6 +15,7 @@ from armed_pyro import Schedule
 from armed_pyro.analysis import compare as command
 from armed_pyro.analysis import mci_conversion
 from armed_pyro.analysis.architectures import Dense
+from armed_pyro.analysis.claims import auroc_claims
 from armed_pyro.analysis.comparison import (
     RANDOMISED,
     SEEN,
@@ -315,6 +316,16 @@ def test_claims_are_judged_by_their_intervals():
     assert judged["AUROC, seen clusters: ARMED ahead of domain adversarial"] == "not shown"
     assert judged["correlation with true site intercepts at least 0.8: ARMED"] == "holds"
     assert judged["correlation with true site intercepts at least 0.8: MeNet"] == "not shown"
+
+
+def test_a_claim_does_not_hold_where_its_interval_lies_beyond_the_limit():
+    behind = {**SCORES, "ARMED": np.subtract(SCORES["conventional"], STEPS)}
+    judged = auroc_claims(made(behind, (SEEN, UNSEEN), data_sets=True))
+    assert list(judged["holds"]) == ["does not hold", "does not hold"]
+    level = {**SCORES, "ARMED": np.add(SCORES["conventional"], [0.001, 0, -0.002, 0, 0.001])}
+    judged = auroc_claims(made(level, (SEEN, UNSEEN), data_sets=True))
+    assert list(judged["holds"]) == ["not shown", "holds"]
+    assert not len(auroc_claims(made({"ARMED": SCORES["ARMED"]})))
 
 
 def test_probes_are_ranked_by_their_use():
