@@ -20,9 +20,9 @@ __all__ = ["draw", "write"]
 
 NOTES = """\
 [95% interval]: {unit}; of means symmetric on the logit scale of proportions, on the log scale of
-errors. Gain: over the conventional network, paired; * where its interval excludes 0; of randomised
-clusters, over the same model with the right ones. Thresholds by Youden's index of the training
-rows. Intervals of the other metrics are in comparison.csv."""
+errors. Gain, or difference: from the conventional network, paired; * where its interval excludes 0;
+of randomised clusters, from the same model with the right ones. Thresholds by Youden's index of the
+training rows. Intervals of the other metrics are in comparison.csv."""
 WIDTH = 132
 FOLDS = "over folds, t corrected for shared training rows (Nadeau, Bengio 2003)"
 DATA_SETS = "over data sets drawn apart, each the mean of its folds (paired t)"
@@ -137,7 +137,7 @@ def _images(block: pd.DataFrame, title: str) -> Table:
     """How images are rebuilt, and how far the latents keep the clusters apart."""
     shown = Table(title=title)
     shown.add_column("model")
-    for name in ("MSE", "gain", *(one.title() for one in list(IMAGE_METRICS)[1:])):
+    for name in ("MSE", "difference", *(one.title() for one in list(IMAGE_METRICS)[1:])):
         shown.add_column(name, justify="right")
     for model, rows in block.groupby("model", sort=False):
         by = rows.set_index("metric")
