@@ -27,7 +27,8 @@ OF_DECODERS = ("conventional", "domain adversarial", "ARMED", "without adversary
 
 
 # The digits have 8 x 8 pixels, so that no more is lost at 16 x 16 than at 32 x 32.
-SIZE = 16
+# Their grain makes the conventional network's AUROC about 0.8, as on the paper's images.
+SIZE, GRAIN = 16, 0.5
 SCHEDULE = Schedule(
     steps=700, batch_size=128, stages=2, net_learning_rate=0.005, patience=4, window=35
 )
@@ -50,7 +51,7 @@ def ad_diagnosis_study(seed: int, *, smoke: bool) -> Study:
         slopes=False,
         adversary_weight=0.03,
     )
-    folds = partial(_folds, partial(ad_diagnosis.study, size=SIZE), seed, smoke)
+    folds = partial(_folds, partial(ad_diagnosis.study, size=SIZE, grain=GRAIN), seed, smoke)
     return Study("ad_diagnosis", setting, folds, OF_IMAGES)
 
 
@@ -70,7 +71,7 @@ def melanoma_study(seed: int, *, smoke: bool) -> Study:
         adversary_weight=0.03,
         fixed_weight=0.1,
     )
-    folds = partial(_folds, partial(melanoma.study, size=SIZE), seed, smoke)
+    folds = partial(_folds, partial(melanoma.study, size=SIZE, grain=GRAIN), seed, smoke)
     return Study("melanoma", setting, folds, OF_DECODERS)
 
 
