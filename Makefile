@@ -3,7 +3,7 @@ PYTHON  ?= python3
 WORKERS ?= 2
 # Analyses that `make slow` runs after the slow tests and the accuracy analysis, by module name:
 # make slow ANALYSES="unseen_clusters spirals"
-ANALYSES ?= unseen_clusters mci_conversion ad_diagnosis melanoma
+ANALYSES ?= unseen_clusters mci_conversion ad_diagnosis melanoma compare
 # Folder with sleepstudy.csv, penicillin.csv and cbpp.csv, to compare with NUTS: make slow DATA=data
 DATA ?=
 

@@ -20,12 +20,12 @@ __all__ = ["APPLICATION", "main", "program", "study"]
 POSITIVE = (5, 6, 7, 8, 9)
 
 
-def study(seed: int = 0, small: bool = False) -> Study:
+def study(seed: int = 0, small: bool = False, size: int = 32, grain: float = 0.35) -> Study:
     """The stand-in's rows, and what its sites do."""
-    effects = {"contrast": 0.3, "brightness": 0.15, "blur": 0.8, "shift": 1.0, "grain": 0.35}
+    effects = {"contrast": 0.3, "brightness": 0.15, "blur": 0.8, "shift": 1.0, "grain": grain}
     if small:
         return digit_study(POSITIVE, seen=4, unseen=2, rows=16, size=16, seed=seed, **effects)
-    return digit_study(POSITIVE, size=32, seed=seed, **effects)
+    return digit_study(POSITIVE, size=size, seed=seed, **effects)
 
 
 def program(data: Study, small: bool = False) -> MixedEffects:

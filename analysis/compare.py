@@ -1,8 +1,8 @@
 """Models compared on one data set: discrimination, calibration, ablations, with intervals.
 
-``python -m armed_pyro.analysis.compare mci_conversion`` takes an application's stand-in data;
-``... compare rows.csv --outcome converted --cluster site`` a table of yours. ``--smoke`` takes
-seconds.
+``python -m armed_pyro.analysis.compare melanoma`` takes an application's stand-in data, or those of
+several, by default of all; ``... compare rows.csv --outcome converted --cluster site`` a table of
+yours. ``--smoke`` takes seconds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from rich.progress import track
 
 from armed_pyro import ClusteredData, Schedule, read_table
 from armed_pyro.analysis import mci_conversion
+from armed_pyro.analysis.architectures import Dense
 from armed_pyro.analysis.comparison import Comparison, Study, compare, joined, row_folds
 from armed_pyro.analysis.comparisonreport import write
-from armed_pyro.analysis.contenders import NAMES, contenders
-from armed_pyro.analysis.imagecontenders import ad_diagnosis_study
-from armed_pyro.analysis.rivals import Dense, Setting
+from armed_pyro.analysis.contenders import contenders
+from armed_pyro.analysis.imagecontenders import ad_diagnosis_study, melanoma_study
+from armed_pyro.analysis.rivals import Setting
 from armed_pyro.simulate import spirals
 
 __all__ = ["APPLICATIONS", "main", "table_study"]
@@ -57,9 +58,8 @@ APPLICATIONS: Mapping[str, Callable[..., Study]] = {
     "spirals": spirals_study,
     "mci_conversion": mci_conversion.study,
     "ad_diagnosis": ad_diagnosis_study,
+    "melanoma": melanoma_study,
 }
-# These take rows of a table.
-OF_TABLES = ("cluster input", "linear mixed model")
 
 
 def table_study(
@@ -112,47 +112,53 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m armed_pyro.analysis.compare", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("data", help=f"table, or one of {', '.join(APPLICATIONS)}")
+    known = ", ".join(APPLICATIONS)
+    parser.add_argument("data", nargs="*", help=f"tables, or some of {known} (default: these)")
     parser.add_argument("--outcome", help="a table's column of two values")
     parser.add_argument("--cluster", help="a table's column of clusters")
     parser.add_argument("--features", help="a table's columns, a,b,c (default: all others)")
     parser.add_argument("--held", type=float, default=0.2, help="share of clusters held out")
     parser.add_argument("--models", help="a,b,c (default: all that take such data)")
     parser.add_argument("--mode", choices=MODES, help="of programs in unseen clusters")
-    parser.add_argument("--folds", type=int, help="folds (default: 5)")
+    parser.add_argument("--folds", type=int, help="folds, of images data sets (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of data and fits (default: 0)")
     parser.add_argument("--smoke", action="store_true", help="small data and few steps: a trial")
-    parser.add_argument("--out", type=Path, help="folder (default: results/compare/DATA)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/compare"), help="folder, with one for each DATA"
+    )
     given = parser.parse_args(argv)
-    if given.data in APPLICATIONS:
-        study = APPLICATIONS[given.data](given.seed, smoke=given.smoke)
-    elif given.outcome is None or given.cluster is None:
+    names = given.data or list(APPLICATIONS)
+    strange = [name for name in names if name not in APPLICATIONS]
+    if strange and (given.outcome is None or given.cluster is None):
         parser.error(
-            f"{given.data} is no application ({', '.join(APPLICATIONS)}); of a table, name the "
-            "columns with --outcome and --cluster"
+            f"{strange[0]} is no application ({known}); of a table, name the columns with "
+            "--outcome and --cluster"
         )
-    else:
-        names = given.features and given.features.split(",")
-        path = Path(given.data)
-        study = table_study(path, given.outcome, given.cluster, names, given.held, given.seed)
-    if given.smoke:
-        study = replace(study, setting=replace(study.setting, schedule=QUICK))
-    if given.mode:
-        study = replace(study, setting=replace(study.setting, unseen=given.mode))
-    images = not isinstance(study.setting.architecture, Dense)
-    models = [one for one in NAMES if not (images and one in OF_TABLES)]
-    models = models if given.models is None else given.models.split(",")
     folds = given.folds or (2 if given.smoke else 5)
-    out = given.out or Path("results/compare") / study.name
-    threads = torch.get_num_threads()
+    console, threads = Console(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = run(study, models, folds, given.seed)
+        for name in names:
+            study = _study(name, given)
+            models = study.models if given.models is None else given.models.split(",")
+            found = run(study, models, folds, given.seed)
+            write(found, given.out / study.name, console, study.setting.title)
     finally:
         torch.set_num_threads(threads)
-    console = Console()
-    write(found, out, console, study.setting.title)
-    console.print(f"Tables and figure are in {out}")
+    console.print(f"Tables and figures are in {given.out}")
+
+
+def _study(name: str, given: argparse.Namespace) -> Study:
+    """An application's stand-in, or a table, with what the options change of its setting."""
+    if name in APPLICATIONS:
+        study = APPLICATIONS[name](given.seed, smoke=given.smoke)
+    else:
+        features = given.features and given.features.split(",")
+        study = table_study(
+            Path(name), given.outcome, given.cluster, features, given.held, given.seed
+        )
+    setting = replace(study.setting, schedule=QUICK) if given.smoke else study.setting
+    return replace(study, setting=replace(setting, unseen=given.mode or setting.unseen))
 
 
 def run(study: Study, models: Sequence[str], folds: int, seed: int) -> Comparison:

@@ -11,14 +11,17 @@ import numpy as np
 import pandas as pd
 
 from armed_pyro import ClusteredData, DivergenceError
+from armed_pyro.analysis.contenders import NAMES
 from armed_pyro.analysis.discrimination import (
     METRICS,
     Estimate,
     binary_metrics,
+    bounded,
     delong,
     resampled,
     youden_threshold,
 )
+from armed_pyro.analysis.rebuilt import IMAGE_METRICS, image_metrics
 from armed_pyro.analysis.rivals import Rival, Setting, Trained, feature_use, outcomes, shuffled
 
 __all__ = [
@@ -36,19 +39,24 @@ __all__ = [
 ]
 
 SEEN, UNSEEN, RANDOMISED = "seen", "unseen", "seen, clusters randomised"
+LIMITS = {**METRICS, **IMAGE_METRICS}
 # With an adversary, and the same model without.
 GAMES = (("ARMED", "without adversary"), ("domain adversarial", "conventional"))
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Rows of one fold: to train on, to stop and tune by, to test in seen and unseen clusters."""
+    """Rows of one fold: to train on, to stop and tune by, to test in seen and unseen clusters.
+
+    `data` is the label of the fold's data set, where each fold is one drawn apart.
+    """
 
     number: int
     train: ClusteredData
     validation: ClusteredData
     test: ClusteredData
     unseen: ClusteredData | None
+    data: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Study:
         Network and training that all models share.
     folds : callable
         Number of folds and seed to the folds.
+    models : tuple of str
+        Those that take such data.
 
     Examples
     --------
@@ -71,6 +81,7 @@ class Study:
     name: str
     setting: Setting
     folds: Callable[[int, int], Iterator[Fold]]
+    models: tuple[str, ...] = NAMES
 
 
 def row_folds(
@@ -89,8 +100,8 @@ class Comparison:
     Attributes
     ----------
     scores : pandas.DataFrame
-        One row a data set, fold, model and kind of rows: `METRICS`, ratio (test rows over
-        training rows), threshold, seconds.
+        One row a data set, fold, model and kind of rows: `METRICS`, of models that rebuild
+        images `IMAGE_METRICS`, ratio (test rows over training rows), threshold, seconds.
     predictions : pandas.DataFrame
         One row a test row of each: row, cluster, y, p.
     use : pandas.DataFrame
@@ -105,7 +116,8 @@ class Comparison:
         """Means with 95% intervals, and gains over a reference model, paired by fold.
 
         The unit is a fold, with Nadeau and Bengio's correction for shared training rows, or, where
-        there are several data sets, a data set's mean over folds.
+        there are several data sets, a data set's mean over folds. Intervals of means stay within
+        the metric's limits (`bounded`); those of gains are plain t intervals.
 
         Parameters
         ----------
@@ -121,7 +133,7 @@ class Comparison:
         """
         records = []
         for kind in self.scores["rows"].unique():
-            for metric in METRICS:
+            for metric in self.metrics:
                 units, ratio = self._units(kind, metric)
                 # Against the same model with the clusters known, where they are randomised.
                 known = self._units(SEEN, metric)[0] if kind == RANDOMISED else None
@@ -129,7 +141,7 @@ class Comparison:
                     other = units.get(reference) if known is None else known[model]
                     values = units[model].to_numpy()
                     row = {"rows": kind, "metric": metric, "model": model}
-                    row |= _columns(resampled(values, ratio), "")
+                    row |= _columns(bounded(values, ratio, LIMITS[metric]), "")
                     # Without the reference there is nothing to gain over.
                     gains = values * np.nan if other is None else values - other.to_numpy()
                     gain = resampled(gains, ratio)
@@ -140,6 +152,11 @@ class Comparison:
                         row["adversary"] = verdict(self.difference(model, str(without), kind))
                     records.append(row)
         return pd.DataFrame(records).rename(columns={"gain_mean": "gain"})
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that there are scores of."""
+        return tuple(name for name in LIMITS if name in self.scores)
 
     def difference(self, model: str, other: str, kind: str, metric: str = "auroc") -> Estimate:
         """One model's mean of a metric minus another's, paired by fold or data set."""
@@ -197,7 +214,7 @@ def compare(
     folds : iterator of Fold
     rivals : sequence of Rival
     data : str or int
-        Label of the data set.
+        Label of the data set, unless the folds have their own.
     seed : int
         Seed of networks and training; the fold's number is added.
     """
@@ -211,7 +228,8 @@ def compare(
                 warnings.warn(message, stacklevel=2)
                 continue
             seconds = time.perf_counter() - start
-            yield rival, fold, trained, _scored(rival, fold, trained, data, seconds)
+            label = data if fold.data is None else fold.data
+            yield rival, fold, trained, _scored(rival, fold, trained, label, seconds)
 
 
 def joined(parts: Sequence[Comparison]) -> Comparison:
@@ -288,7 +306,8 @@ def _scored(
     for kind, rows in kinds.items():
         y, p = outcomes(rows), trained.predict(rows)
         scores.append(
-            {**base, "rows": kind, **binary_metrics(y, p, threshold), "threshold": threshold,
+            {**base, "rows": kind, **binary_metrics(y, p, threshold),
+             **image_metrics(trained, rows, rival.setting), "threshold": threshold,
              "ratio": ratio, "seconds": seconds, "steps": trained.steps}
         )  # fmt: skip
         cluster = rows.grouping(factor).labels()

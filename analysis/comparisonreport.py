@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from armed_pyro.analysis import figures
+from armed_pyro.analysis.claims import auroc_claims
 from armed_pyro.analysis.comparison import RANDOMISED, Comparison, ablations
+from armed_pyro.analysis.rebuilt import IMAGE_METRICS
 
 __all__ = ["draw", "write"]
 
 NOTES = """\
-[95% interval]: {unit}.
-Gain: in AUROC, over the conventional network, paired; * where its interval excludes 0; of
-randomised clusters, over the same model with the right ones. Thresholds by Youden's index of the
+[95% interval]: {unit}; of means symmetric on the logit scale of proportions, on the log scale of
+errors. Gain, or difference: from the conventional network, paired; * where its interval excludes 0;
+of randomised clusters, from the same model with the right ones. Thresholds by Youden's index of the
 training rows. Intervals of the other metrics are in comparison.csv."""
 WIDTH = 132
 FOLDS = "over folds, t corrected for shared training rows (Nadeau, Bengio 2003)"
@@ -31,37 +33,45 @@ SHOWN = {
     "Brier": "brier",
     "ECE": "ece",
 }
+# Metrics that are drawn, where there are scores of them.
+DRAWN = {"auroc": "AUROC", "image mse": "image MSE"}
 
 
 def write(found: Comparison, out: Path, console: Console, title: str) -> None:
     """Print the tables, and write them and the figure into a folder.
 
     The files: scores.csv (every fit), comparison.csv (means, intervals, gains), delong.csv,
-    ablations.csv, feature_use.csv, predictions.csv, comparison.png.
+    ablations.csv, claims.csv, feature_use.csv, predictions.csv, comparison.png.
     """
     out.mkdir(parents=True, exist_ok=True)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
-    table, judged = found.table(), ablations(found)
+    table, judged, claimed = found.table(), ablations(found), auroc_claims(found)
     found.scores.to_csv(out / "scores.csv", index=False)
     found.predictions.to_csv(out / "predictions.csv", index=False)
     found.use.to_csv(out / "feature_use.csv", index=False)
     table.to_csv(out / "comparison.csv", index=False)
     found.delong().to_csv(out / "delong.csv", index=False)
     judged.to_csv(out / "ablations.csv", index=False)
+    claimed.to_csv(out / "claims.csv", index=False)
     with plt.rc_context(figures.STYLE):
         figure = draw(table, title)
         figure.savefig(out / "comparison.png")
         plt.close(figure)
     for kind in table["rows"].unique():
-        console.print(_metrics(table[table["rows"] == kind], f"{title}; test rows: {kind}"))
+        block, name = table[table["rows"] == kind], f"{title}; test rows: {kind}"
+        console.print(_metrics(block, name))
+        if "image mse" in found.metrics:
+            console.print(_images(block, f"{name}: images rebuilt"))
     several = len(found.scores["data"].unique()) > 1
     console.print(NOTES.format(unit=DATA_SETS if several else FOLDS), markup=False, soft_wrap=True)
-    console.print(_judged(judged))
+    console.print(_judged(judged, "Ablations: differences in AUROC"))
+    if len(claimed):
+        console.print(_judged(claimed, "Claims"))
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
-    """AUROC with its interval, and gain over the conventional network, one panel a kind of rows.
+    """AUROC, and the error of images, with intervals, and gains over the conventional network.
 
     Parameters
     ----------
@@ -69,33 +79,44 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         As `Comparison.table` makes it.
     title : str
     """
-    own = table[(table["metric"] == "auroc") & (table["rows"] != RANDOMISED)]
-    kinds, models = list(own["rows"].unique()), list(own["model"].unique())[::-1]
+    table = table[table["rows"] != RANDOMISED]
+    metrics = [name for name in DRAWN if name in set(table["metric"])]
+    kinds, models = list(table["rows"].unique()), list(table["model"].unique())[::-1]
     figure, axes = plt.subplots(
-        2, len(kinds), figsize=(3.6 * len(kinds) + 1.0, 0.6 * len(models) + 1.4), squeeze=False,
-        sharey=True,
+        2 * len(metrics), len(kinds), squeeze=False, sharey=True,
+        figsize=(3.6 * len(kinds) + 1.0, len(metrics) * (0.6 * len(models) + 1.2) + 0.2),
     )  # fmt: skip
-    for column, kind in enumerate(kinds):
-        block = own[own["rows"] == kind].set_index("model").reindex(models)
-        place = np.arange(len(models))
-        for axis, name, label in (
-            (axes[0, column], "", "AUROC"),
-            (axes[1, column], "gain", "gain in AUROC over conventional"),
-        ):
-            middle = block[name or "mean"]
-            lower, upper = (block[f"{name}_{end}" if name else end] for end in ("lower", "upper"))
-            colour = np.where(block.index == "ARMED", figures.ORANGE, figures.BLUE)
-            axis.hlines(place, lower, upper, colors=colour, linewidth=1.4)
-            axis.scatter(middle, place, c=colour, s=16, zorder=3)
-            axis.set_xlabel(label)
-            axis.set_yticks(place, models)
-            axis.tick_params(axis="y", length=0)
-        axes[0, column].set_title(f"{kind} clusters")
-        level = block["mean"].get("conventional", np.nan)
-        axes[0, column].axvline(level, color=figures.GREY, linewidth=0.7)
-        axes[1, column].axvline(0, color=figures.GREY, linewidth=0.7)
+    for above, metric in enumerate(metrics):
+        for column, kind in enumerate(kinds):
+            block = table[(table["rows"] == kind) & (table["metric"] == metric)]
+            _panels(axes[2 * above : 2 * above + 2, column], block, models, DRAWN[metric])
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        axis.set_title(f"{kind} clusters")
     figure.suptitle(f"{title}: means and 95% intervals", fontsize=10)
     return figure
+
+
+def _panels(axes: np.ndarray, block: pd.DataFrame, models: list[str], name: str) -> None:
+    """One metric and kind of rows: the means above, the gains below."""
+    rows = block.set_index("model").reindex(models)
+    place, colour = (
+        np.arange(len(models)),
+        np.where(rows.index == "ARMED", figures.ORANGE, figures.BLUE),
+    )
+    level = rows["mean"].get("conventional", np.nan)
+    for axis, middle, prefix, label, line in (
+        (axes[0], "mean", "", name, level),
+        (axes[1], "gain", "gain_", f"{name}: difference from conventional", 0.0),
+    ):
+        axis.axvline(line, color=figures.GREY, linewidth=0.7)
+        axis.hlines(
+            place, rows[f"{prefix}lower"], rows[f"{prefix}upper"], colors=colour, linewidth=1.4
+        )
+        axis.scatter(rows[middle], place, c=colour, s=16, zorder=3)
+        axis.set_xlabel(label)
+        axis.set_yticks(place, models)
+        axis.set_ylim(-0.6, len(models) - 0.4)
+        axis.tick_params(axis="y", length=0)
 
 
 def _metrics(block: pd.DataFrame, title: str) -> Table:
@@ -106,21 +127,44 @@ def _metrics(block: pd.DataFrame, title: str) -> Table:
     shown.add_column("adversary")
     for model, rows in block.groupby("model", sort=False):
         by = rows.set_index("metric")
-        one = by.loc["auroc"]
-        auroc = f"{one['mean']:.3f} [{one['lower']:.3f}, {one['upper']:.3f}]"
-        low, high = one["gain_lower"], one["gain_upper"]
-        gain = f"{one['gain']:+.3f} [{low:+.3f}, {high:+.3f}]{'*' if low > 0 or high < 0 else ' '}"
         means = [f"{by.loc[name, 'mean']:.3f}" for name in SHOWN.values()]
-        plain = model == "conventional"
-        shown.add_row(str(model), auroc, "" if plain else gain, *means, one["adversary"])
+        one = by.loc["auroc"]
+        shown.add_row(str(model), *_interval(one, 3), *means, one["adversary"])
     return shown
 
 
-def _judged(table: pd.DataFrame) -> Table:
-    shown = Table(title="Ablations: differences in AUROC")
-    for name in ("ablation", "rows", "difference", "p", "verdict"):
+def _images(block: pd.DataFrame, title: str) -> Table:
+    """How images are rebuilt, and how far the latents keep the clusters apart."""
+    shown = Table(title=title)
+    shown.add_column("model")
+    for name in ("MSE", "difference", *(one.title() for one in list(IMAGE_METRICS)[1:])):
+        shown.add_column(name, justify="right")
+    for model, rows in block.groupby("model", sort=False):
+        by = rows.set_index("metric")
+        mse, *indices = (by.loc[name] for name in IMAGE_METRICS)
+        shown.add_row(str(model), *_interval(mse, 4), *(_interval(one, 1)[0] for one in indices))
+    return shown
+
+
+def _interval(one: pd.Series, digits: int) -> tuple[str, str]:
+    """Mean and gain of one row of the table, with their intervals; no gain over itself."""
+    mean = f"{one['mean']:.{digits}f} [{one['lower']:.{digits}f}, {one['upper']:.{digits}f}]"
+    if one["model"] == "conventional":
+        return mean, ""
+    low, high = one["gain_lower"], one["gain_upper"]
+    sure = "*" if low > 0 or high < 0 else " "
+    return mean, f"{one['gain']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{sure}"
+
+
+def _judged(table: pd.DataFrame, title: str) -> Table:
+    """Differences and what they say."""
+    shown = Table(title=title)
+    named = table.rename(columns={"mean": "difference", "holds": "verdict"})
+    columns = [one for one in named if one not in ("lower", "upper")]
+    for name in columns:
         shown.add_column(name)
-    for row in table.itertuples():
-        text = f"{row.difference:+.3f} [{row.lower:+.3f}, {row.upper:+.3f}]"
-        shown.add_row(row.ablation, row.rows, text, f"{row.p:.3f}", row.verdict)
+    for row in named.to_dict("records"):
+        interval = f"{row['difference']:+.3f} [{row['lower']:+.3f}, {row['upper']:+.3f}]"
+        texts = {"difference": interval} | ({"p": f"{row['p']:.3f}"} if "p" in row else {})
+        shown.add_row(*(texts.get(name, str(row[name])) for name in columns))
     return shown

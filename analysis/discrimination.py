@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,21 +23,23 @@ __all__ = [
     "DeLong",
     "Estimate",
     "binary_metrics",
+    "bounded",
     "calibration_error",
     "delong",
     "resampled",
     "youden_threshold",
 ]
 
-METRICS = (
-    "auroc",
-    "balanced accuracy",
-    "sensitivity",
-    "specificity",
-    "brier",
-    "ece",
-    "log loss",
-)
+# Each with the largest value that it can have; the smallest is 0.
+METRICS: Mapping[str, float] = {
+    "auroc": 1.0,
+    "balanced accuracy": 1.0,
+    "sensitivity": 1.0,
+    "specificity": 1.0,
+    "brier": 1.0,
+    "ece": 1.0,
+    "log loss": math.inf,
+}
 
 
 def youden_threshold(y: Float[np.ndarray, " rows"], p: Float[np.ndarray, " rows"]) -> float:
@@ -139,6 +143,52 @@ def resampled(values: Float[np.ndarray, " resamples"], ratio: float) -> Estimate
     half = float(t.ppf(0.975, freedom)) * error
     p = float(2 * t.sf(abs(mean) / error, freedom))
     return Estimate(mean, mean - half, mean + half, p)
+
+
+def bounded(values: Float[np.ndarray, " resamples"], ratio: float, most: float = 1.0) -> Estimate:
+    r"""Mean over resamples of a quantity between 0 and `most`, with an interval between them.
+
+    .. math:: g(\bar v) \pm t_{J - 1} \, g'(\bar v) \, se, \quad
+              g(v) = \log v - \log (1 - v / most)
+
+    taken back to the quantity's scale, with the standard error of `resampled`: the delta method on
+    the logit scale of a proportion, such as an AUROC, and on the log scale of what has no upper
+    limit. The interval lies about the mean, which is that of the values themselves, and is the
+    plain t interval where they are far from the limits. There is none where `resampled` has none.
+    The p-value is of the mean being zero, as there.
+
+    Parameters
+    ----------
+    values : Float[ndarray, "resamples"]
+        Some of them may be 0 or `most`.
+    ratio : float
+        See `resampled`.
+    most : float
+        Largest possible value; infinity for none.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
+
+    Examples
+    --------
+    >>> one = bounded(np.array([0.9, 0.98, 0.99]), ratio=0.0)
+    >>> round(one.lower, 3), round(one.mean, 3), round(one.upper, 3)
+    (0.743, 0.957, 0.994)
+    """
+    out = values[(values < 0) | (values > most)]
+    if len(out):
+        raise ValueError(f"the values must lie between 0 and {most}, but there is {out[0]}")
+    plain = resampled(values, ratio)
+    mean, free = plain.mean, 1 - plain.mean / most
+    if math.isnan(plain.lower) or min(mean, free) <= 0:
+        return Estimate(mean, math.nan, math.nan, plain.p)
+    # On the scale of g; exp(g) = v / (1 - v / most).
+    half = (plain.upper - mean) / (mean * free)
+    odds = np.exp(np.log(mean / free) + np.array([-half, half]))
+    lower, upper = odds / (1 + odds / most)
+    return Estimate(mean, float(lower), float(upper), plain.p)
 
 
 @dataclass(frozen=True, eq=False)

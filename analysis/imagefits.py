@@ -82,14 +82,22 @@ def run(application: Application, doc: str | None, argv: Sequence[str] | None) -
     table = scores(result, study)
     table.to_csv(chosen.out / "scores.csv", index=False)
     print(table.to_string(index=False, float_format="{:.3f}".format))
+    _save(draw_attributions(result, study.unseen), chosen.out / "attributions.png")
+    if model.others:
+        # The image of the most contrast.
+        row = study.train.take([int(study.train.features.std((1, 2, 3)).argmax())])
+        result.decoded(row).plot().savefig(chosen.out / "decoded.png", dpi=150)
     if study.effects is None:
         return
     found = recovered(result, study)
     found.to_csv(chosen.out / "effects.csv", index=False)
     for effect, rows in found.groupby("effect", sort=False):
         print(f"{effect}: correlation of known and recovered {correlation(rows):.2f}")
-    figure = draw(study, found, application.title)
-    figure.savefig(chosen.out / "effects.png", dpi=150)
+    _save(draw(study, found, application.title), chosen.out / "effects.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -194,4 +202,33 @@ def draw(study: Study, found: pd.DataFrame, title: str) -> Figure:
         if effect == names[0]:
             axis.set_ylabel("recovered (posterior mean)")
     figure.suptitle(title)
+    return figure
+
+
+def draw_attributions(result: Fit, data: ClusteredData, count: int = 4) -> Figure:
+    """Images of either class, and which of their pixels speak for class 1 by the fixed effects.
+
+    By integrated gradients, from the mean training image, which belongs to neither class.
+    """
+    label = np.zeros(0) if data.outcome is None else data.outcome.numpy()
+    places = [np.flatnonzero(label == value)[:count] for value in (0, 1)]
+    rows = data.take(np.concatenate(places))
+    found = result.attribution("integrated", data=rows, draws=10).rows.to_numpy()
+    parts = found.reshape(len(rows), *rows.features.shape[1:]).sum(1)
+    images = rows.features.numpy().mean(1)
+    most = float(np.quantile(np.abs(parts), 0.999)) or 1.0
+    figure, axes = plt.subplots(
+        2, len(rows), figsize=(1.2 * len(rows) + 1, 3.2), layout="constrained", squeeze=False
+    )
+    drawn = None
+    for axis, image, part, one in zip(axes.T, images, parts, label[np.concatenate(places)],
+                                      strict=True):  # fmt: skip
+        axis[0].imshow(image, cmap="gray")
+        axis[0].set_title(f"class {one:.0f}", fontsize=9)
+        drawn = axis[1].imshow(part, cmap="RdBu_r", vmin=-most, vmax=most)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    if drawn is not None:
+        figure.colorbar(drawn, ax=axes[1], shrink=0.9, pad=0.01, label="part of the logit")
+    figure.suptitle("Which pixels speak for class 1, in clusters not seen in training", fontsize=10)
     return figure

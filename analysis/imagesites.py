@@ -116,7 +116,8 @@ def digit_study(
     blur : float
         Largest blur; sites' are evenly distributed from 0.
     grain : float
-        Sd of noise on the 8x8 originals, which makes digits hard to tell apart for anyone.
+        Sd of noise on the 8x8 originals, which makes digits hard to tell apart for anyone: at 0.5
+        a conventional network's AUROC is about 0.8, as on the paper's images.
     seed : int
         Seed of sites and images.
 

@@ -21,10 +21,10 @@ __all__ = ["APPLICATION", "main", "program", "study"]
 POSITIVE = (0, 2, 4, 6, 8)
 
 
-def study(seed: int = 0, small: bool = False) -> Study:
+def study(seed: int = 0, small: bool = False, size: int = 32, grain: float = 0.25) -> Study:
     """The stand-in's rows, and how its batches are lit."""
-    effects = {"contrast": 0.3, "brightness": 0.15, "light": 0.3, "shift": 1.0, "grain": 0.25}
-    sizes = {"seen": 4, "unseen": 2, "rows": 16, "size": 16} if small else {"size": 32}
+    effects = {"contrast": 0.3, "brightness": 0.15, "light": 0.3, "shift": 1.0, "grain": grain}
+    sizes = {"seen": 4, "unseen": 2, "rows": 16, "size": 16} if small else {"size": size}
     return digit_study(POSITIVE, factor="batch", seed=seed, **sizes, **effects)
 
 

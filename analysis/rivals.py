@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +13,14 @@ from jaxtyping import Float
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
+from armed_pyro.analysis.architectures import Architecture
 from armed_pyro.data import Grouping
 from armed_pyro.facts import Facts
+from armed_pyro.prediction import predict_chunks
 from armed_pyro.terms import Term
 
 __all__ = [
     "DRAWS",
-    "Architecture",
-    "Dense",
     "Program",
     "Rival",
     "Setting",
@@ -33,62 +32,8 @@ __all__ = [
     "shuffled",
 ]
 
-DRAWS = 200
-
-
-class Architecture(ABC):
-    """A network to be built for features of any shape, and the layers that models attach to."""
-
-    @property
-    @abstractmethod
-    def taps(self) -> tuple[str, ...]:
-        """Module paths that an adversary reads."""
-
-    @property
-    @abstractmethod
-    def last(self) -> str:
-        """Module path of the penultimate layer, whose activations random slopes multiply."""
-
-    @abstractmethod
-    def build(self, feature_shape: Sequence[int]) -> nn.Module:
-        """The network for one row's features of this shape; weights from torch's generator."""
-
-
-@dataclass(frozen=True)
-class Dense(Architecture):
-    """Hidden layers of ELU units and one output, with Glorot's weights and no biases at first.
-
-    Attributes
-    ----------
-    hidden : tuple of int
-        Widths; the layers' activations are the modules ``"1"``, ``"3"``, ...
-
-    Examples
-    --------
-    >>> Dense((8, 8)).taps
-    ('1', '3')
-    """
-
-    hidden: tuple[int, ...]
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        return tuple(str(2 * layer + 1) for layer in range(len(self.hidden)))
-
-    @property
-    def last(self) -> str:
-        return self.taps[-1]
-
-    def build(self, feature_shape: Sequence[int]) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise([*feature_shape, *self.hidden]):
-            layers += [nn.Linear(before, after), nn.ELU()]
-        net = nn.Sequential(*layers, nn.Linear(self.hidden[-1], 1))
-        for layer in net:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        return net
+# Of probabilities; and of images rebuilt, for each of which the decoder runs.
+DRAWS, IMAGE_DRAWS = 200, 20
 
 
 @dataclass(frozen=True)
@@ -151,6 +96,8 @@ class Trained:
         Their names and scales.
     steps : int
         Training steps taken.
+    rebuild : callable or None
+        Every row's features as the model rebuilds them; None of models that do not.
     """
 
     predict: Callable[[ClusteredData], Float[np.ndarray, " rows"]]
@@ -158,6 +105,7 @@ class Trained:
     data: ClusteredData
     facts: Facts
     steps: int
+    rebuild: Callable[[ClusteredData], Float[np.ndarray, "rows ..."]] | None = None
 
 
 class Rival(ABC):
@@ -187,13 +135,15 @@ class Rival(ABC):
 class Program(Rival):
     """A `MixedEffects` program around the setting's network.
 
-    Without random effects, an unseen cluster is predicted as any other; where the cluster is an
-    input, it has a 0 in every cluster's column. With them, it goes by the setting's mode.
+    If the network has a decoder, the features are a second outcome. Without random effects, an
+    unseen cluster is predicted as any other; where the cluster is an input, it has a 0 in every
+    cluster's column. With them, it goes by the setting's mode.
 
     Attributes
     ----------
     random : bool
-        Whether clusters have random effects: an intercept, and slopes on the penultimate layer.
+        Whether clusters have random effects: an intercept, slopes on the penultimate layer, and
+        scales and biases of a decoder's filters.
     adversary : bool
         Whether an adversary reads the taps.
     cluster_input : bool
@@ -201,6 +151,7 @@ class Program(Rival):
 
     Examples
     --------
+    >>> from armed_pyro.analysis.architectures import Dense
     >>> setting = Setting("s", "small", Dense((4,)), Schedule(steps=10))
     >>> [str(term) for term in Program("ARMED", setting, random=True).model((2,), seed=0).terms]
     ['(1 | site)', "Slopes('site', on='1')"]
@@ -232,20 +183,37 @@ class Program(Rival):
             progress=False,
         )
 
+        unseen = setting.unseen if self.random else None
+
         def predict(rows: ClusteredData) -> Float[np.ndarray, " rows"]:
-            unseen = setting.unseen if self.random else None
-            return result.predict(taken(rows), unseen=unseen, draws=DRAWS).mean
+            # Without the images, which would take the decoder as many runs as there are draws.
+            parts = predict_chunks(result, taken(rows), unseen=unseen, draws=DRAWS, outcomes=False)
+            return np.concatenate([part.mean for part in parts])
+
+        def rebuild(rows: ClusteredData) -> Float[np.ndarray, "rows ..."]:
+            made = result.predict(taken(rows), unseen=unseen, draws=IMAGE_DRAWS)
+            return made.others[result.model.others[0].name].mean
 
         model = result.model
         steps = len(result.history.loss)
-        return Trained(predict, model.network, result.data, model.data_facts(), steps)
+        return Trained(
+            predict,
+            model.network,
+            result.data,
+            model.data_facts(),
+            steps,
+            rebuild if model.others else None,
+        )
 
     def model(self, feature_shape: Sequence[int], seed: int) -> MixedEffects:
         """The program, with the network that this seed gives."""
         setting, architecture = self.setting, self.setting.architecture
+        decoder = architecture.decoder
         terms: list[str | Term] = [f"(1 | {setting.factor})"] if self.random else []
         if self.random and setting.slopes:
             terms.append(Slopes(setting.factor, on=architecture.last))
+        if self.random and decoder is not None:
+            terms += decoder.terms(setting.factor)
         game = Adversary(setting.factor, taps=architecture.taps, weight=setting.adversary_weight)
         return MixedEffects(
             setting.network(feature_shape, seed),
@@ -253,6 +221,7 @@ class Program(Rival):
             family=setting.family,
             adversary=game if self.adversary else (),
             fixed_weight=setting.fixed_weight if self.random else 0.0,
+            others=() if decoder is None else decoder.outcome(feature_shape),
         )
 
 
@@ -261,6 +230,7 @@ def programs(setting: Setting) -> tuple[Program, ...]:
 
     Examples
     --------
+    >>> from armed_pyro.analysis.architectures import Dense
     >>> [one.name for one in programs(Setting("s", "small", Dense((4,)), Schedule()))][:2]
     ['conventional', 'cluster input']
     """

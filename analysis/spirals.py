@@ -24,7 +24,8 @@ from rich.progress import track
 from rich.table import Table
 
 from armed_pyro import ClusteredData, Schedule
-from armed_pyro.analysis.rivals import Dense, Rival, Setting, outcomes
+from armed_pyro.analysis.architectures import Dense
+from armed_pyro.analysis.rivals import Rival, Setting, outcomes
 from armed_pyro.analysis.spiralscores import PAPER_ACCURACY, rivals, surface, train_and_score
 from armed_pyro.boundaries import draw_panel
 from armed_pyro.simulate import SpiralsTruth, spirals

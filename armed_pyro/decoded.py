@@ -38,7 +38,7 @@ MOST_CLUSTERS = 8
 
 @dataclass(frozen=True, eq=False)
 class DecodedEffects:
-    """What random effects do to one image, in units of the predictor.
+    """What random effects do to one image, in units of the predictor or of the other outcome.
 
     Attributes
     ----------
@@ -106,7 +106,7 @@ class DecodedEffects:
             _draw(axes[0, 0], data["fixed"], "fixed effects", **grey)
             rows = [
                 [
-                    _draw(axes[0, place], data["image"][k], f"{name} {labels[k]}", **grey)
+                    _draw(axes[0, place], data["image"][k], _named(name, labels[k]), **grey)
                     for place, k in enumerate(shown, 1)
                 ],
                 [_draw(axes[1, place], one, "", **signed) for place, one in enumerate(changes, 1)],
@@ -133,7 +133,8 @@ def decoded(
     fit: Fit,
     row: ClusteredData | pd.DataFrame,
     *,
-    shape: Sequence[int],
+    shape: Sequence[int] | None = None,
+    of: str | None = None,
     factor: str | None = None,
     columns: Sequence[str] | None = None,
     draws: int = 100,
@@ -152,11 +153,15 @@ def decoded(
     Parameters
     ----------
     fit : Fit
-        A fit whose predictor has a column for each pixel.
+        A fit that rebuilds images, or whose predictor has a column for each pixel.
     row : ClusteredData or table
         The image to decode: one row, whose cluster does not matter.
-    shape : sequence of int
-        (height, width), or (channels, height, width), of the pixels in their order.
+    shape : sequence of int, optional
+        (height, width), or (channels, height, width), of the pixels in their order. That of the
+        features, if not given, for an outcome that rebuilds them.
+    of : str, optional
+        The outcome that is an image: one beside the family's, such as "image", or the family's.
+        By default the first of the others or, if there is none, the family's.
     factor : str, optional
         Grouping factor; the first with random effects, if not given.
     columns : sequence of str, optional
@@ -169,8 +174,8 @@ def decoded(
     Raises
     ------
     ValueError
-        If there is more than one row, the shape does not fit, or there is no such factor or
-        column.
+        If there is more than one row, the shape is missing or does not fit, or there is no such
+        outcome, factor or column.
 
     References
     ----------
@@ -181,16 +186,8 @@ def decoded(
     if given.n_rows != 1:
         raise ValueError(f"give one row, the image to decode, not {given.n_rows}")
     own = factor_named(model.factors, factor)
-    names = model.data_facts().columns
-    for name in columns or ():
-        if name not in names:
-            raise unknown("column of the predictor", name, names)
-    pixels = list(range(len(names))) if columns is None else [names.index(one) for one in columns]
-    if len(shape) not in (2, 3) or math.prod(shape) != len(pixels):
-        raise ValueError(
-            f"`shape` must be (height, width) or (channels, height, width) of the {len(pixels)} "
-            f"pixels, not {tuple(shape)}; `columns` chooses those that are pixels"
-        )
+    source = _Images.of(model, own, of, columns)
+    shape = source.shape(shape)
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, not {draws}")
     latents = fit.draws(draws, seed=seed)
@@ -200,7 +197,7 @@ def decoded(
     head = {name: one for name, one in mean_draws(model, latents).items() if name in heads}
 
     def images(effects: Tensor, fixed: Mapping[str, Tensor]) -> Float[Tensor, "... pixels"]:
-        return _images(model, own, x, effects, fixed)[..., pixels]
+        return source(x, effects, fixed)
 
     with torch.no_grad():
         effects = latents[own.effect_site]
@@ -237,21 +234,81 @@ def decoded(
     return DecodedEffects(own.name, xr.Dataset(variables, coords, {"share": share}))
 
 
-def _images(
-    model: MixedEffects,
-    factor: Factor,
-    x: Float[Tensor, "1 ..."],
-    effects: Float[Tensor, "... clusters terms"],
-    fixed: Mapping[str, Tensor],
-) -> Float[Tensor, "... clusters columns"]:
-    """The predictor of one input under each of these random effects."""
-    everyone = torch.arange(effects.shape[-2], device=x.device)
-    rows = replace(
-        model.data_facts().one_row(model.reference()),
-        x=x.expand(len(everyone), *x.shape[1:]),
-        memberships={factor.name: Membership(everyone, everyone)},
-    )
-    return model.predictor(rows, {**fixed, factor.effect_site: effects}).eta
+@dataclass(frozen=True)
+class _Images:
+    """Where a program's images come from.
+
+    Attributes
+    ----------
+    outcome : str or None
+        Outcome beside the family's; None for the predictor.
+    pixels : tuple of int
+        Its values that are pixels.
+    """
+
+    model: MixedEffects
+    factor: Factor
+    outcome: str | None
+    pixels: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, model: MixedEffects, factor: Factor, name: str | None, columns: Sequence[str] | None
+    ) -> _Images:
+        """The outcome of this name, or the one that is most likely an image."""
+        facts, others = model.data_facts(), [one.name for one in model.others]
+        if name is None:
+            name = others[0] if others and columns is None else facts.outcome_name
+        if name not in (*others, facts.outcome_name):
+            raise unknown("outcome", name, (*others, facts.outcome_name))
+        if name in others and columns is not None:
+            raise ValueError(f"`columns` are of the predictor: leave them out, or of={name!r}")
+        for column in columns or ():
+            if column not in facts.columns:
+                raise unknown("column of the predictor", column, facts.columns)
+        if name in others:
+            return cls(model, factor, name, tuple(range(math.prod(facts.feature_shape))))
+        chosen = facts.columns if columns is None else columns
+        return cls(model, factor, None, tuple(facts.columns.index(one) for one in chosen))
+
+    def shape(self, given: Sequence[int] | None) -> tuple[int, ...]:
+        """The image's shape, checked; one channel is left out where it is that of the features."""
+        features = self.model.data_facts().feature_shape
+        if given is None and self.outcome is not None:
+            given = features[1:] if len(features) == 3 and features[0] == 1 else features
+        if given is None:
+            raise ValueError("give `shape`, (height, width) or (channels, height, width)")
+        if len(given) not in (2, 3) or math.prod(given) != len(self.pixels):
+            raise ValueError(
+                f"`shape` must be (height, width) or (channels, height, width) of the "
+                f"{len(self.pixels)} pixels, not {tuple(given)}; `columns` chooses those that are "
+                "pixels"
+            )
+        return tuple(given)
+
+    def __call__(
+        self,
+        x: Float[Tensor, "1 ..."],
+        effects: Float[Tensor, "... clusters terms"],
+        fixed: Mapping[str, Tensor],
+    ) -> Float[Tensor, "... clusters pixels"]:
+        """The images of one input under each of these random effects."""
+        everyone = torch.arange(effects.shape[-2], device=x.device)
+        rows = replace(
+            self.model.data_facts().one_row(self.model.reference()),
+            x=x.expand(len(everyone), *x.shape[1:]),
+            memberships={self.factor.name: Membership(everyone, everyone)},
+        )
+        latents = {**fixed, self.factor.effect_site: effects}
+        made = self.model.predictor(rows, latents, alone=False, others=self.outcome is not None)
+        if self.outcome is None:
+            return made.eta[..., list(self.pixels)]
+        return made.others[self.outcome].flatten(-x.dim() + 1)
+
+
+def _named(factor: str, label: Any) -> str:
+    """A cluster's label, with the factor's name unless it has that already."""
+    return str(label) if str(label).startswith(factor) else f"{factor} {label}"
 
 
 def _style(colours: str, *images: xr.DataArray) -> dict[str, Any]:

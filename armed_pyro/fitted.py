@@ -284,7 +284,8 @@ class Fit:
         self,
         row: ClusteredData | pd.DataFrame,
         *,
-        shape: Sequence[int],
+        shape: Sequence[int] | None = None,
+        of: str | None = None,
         factor: str | None = None,
         columns: Sequence[str] | None = None,
         draws: int = 100,
@@ -295,7 +296,7 @@ class Fit:
         See `armed_pyro.decoded.decoded`.
         """
         return decoded.decoded(
-            self, row, shape=shape, factor=factor, columns=columns, draws=draws, seed=seed
+            self, row, shape=shape, of=of, factor=factor, columns=columns, draws=draws, seed=seed
         )
 
     def boundaries(

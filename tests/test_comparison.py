@@ -14,6 +14,8 @@ pytest.importorskip("statsmodels")
 from armed_pyro import Schedule
 from armed_pyro.analysis import compare as command
 from armed_pyro.analysis import mci_conversion
+from armed_pyro.analysis.architectures import Dense
+from armed_pyro.analysis.claims import auroc_claims
 from armed_pyro.analysis.comparison import (
     RANDOMISED,
     SEEN,
@@ -29,7 +31,8 @@ from armed_pyro.analysis.contenders import NAMES, contenders
 from armed_pyro.analysis.discrimination import METRICS
 from armed_pyro.analysis.linearmixed import LinearMixed
 from armed_pyro.analysis.mcisimulation import TRUE_FEATURES, subjects
-from armed_pyro.analysis.rivals import Dense, Setting, outcomes, programs
+from armed_pyro.analysis.rebuilt import IMAGE_METRICS
+from armed_pyro.analysis.rivals import Setting, outcomes, programs
 from armed_pyro.analysis.tuned import Tuned
 from armed_pyro.simulate import mixed_model
 
@@ -96,6 +99,12 @@ def test_gains_of_randomised_clusters_are_over_the_right_ones():
     judged = ablations(found).set_index("ablation").loc["right clusters: ARMED"]
     assert judged["difference"] == pytest.approx(-row["gain"])
     assert judged["verdict"] == "helps"
+
+
+def test_intervals_of_means_stay_within_the_metrics_limits():
+    table = made({"conventional": [0.93, 1.0], "ARMED": [0.98, 0.99]}).table()
+    auroc = table[table["metric"] == "auroc"]
+    assert ((auroc["lower"] > 0) & (auroc["upper"] < 1)).all()
 
 
 def test_without_the_reference_there_are_no_gains():
@@ -180,22 +189,49 @@ def test_compare_runs_on_a_table(tmp_path):
     path = tmp_path / "rows.csv"
     table.to_csv(path, index=False)
     columns = ["--outcome", "ill", "--cluster", "site", "--features", "x"]
-    options = ["--models", "conventional,LMMNN", "--smoke", "--out", str(tmp_path / "out")]
+    options = ["--models", "conventional,LMMNN", "--smoke", "--out", str(tmp_path)]
     command.main([str(path), *columns, *options])
-    names = {one.name for one in (tmp_path / "out").iterdir()}
+    names = {one.name for one in (tmp_path / "rows").iterdir()}
     assert names == {
         "scores.csv", "comparison.csv", "delong.csv", "ablations.csv", "feature_use.csv",
-        "predictions.csv", "comparison.png",
+        "predictions.csv", "comparison.png", "claims.csv",
     }  # fmt: skip
-    scores = pd.read_csv(tmp_path / "out" / "scores.csv")
+    scores = pd.read_csv(tmp_path / "rows" / "scores.csv")
     assert set(scores["rows"]) == {SEEN, UNSEEN, RANDOMISED}
-    assert set(pd.read_csv(tmp_path / "out" / "feature_use.csv").columns) == {
+    assert set(pd.read_csv(tmp_path / "rows" / "feature_use.csv").columns) == {
         "data", "fold", "model", "x"
     }  # fmt: skip
     with pytest.raises(ValueError, match="outcome with two values"):
         command.table_study(path, "x", "site", None, 0.2, 0)
     with pytest.raises(SystemExit):
         command.main([str(path)])
+
+
+def test_several_applications_are_compared_in_turn(tmp_path, capsys):
+    """Of images the error of rebuilding is scored, where the network has a decoder."""
+    options = ["--smoke", "--models", "conventional,ARMED", "--out", str(tmp_path)]
+    command.main(["ad_diagnosis", "melanoma", *options])
+    assert {one.name for one in tmp_path.iterdir()} == {"ad_diagnosis", "melanoma"}
+    plain, rebuilt = (
+        pd.read_csv(tmp_path / name / "comparison.csv") for name in ("ad_diagnosis", "melanoma")
+    )
+    assert set(plain["metric"]) == set(METRICS)
+    assert set(rebuilt["metric"]) == {*METRICS, *IMAGE_METRICS}
+    mse = rebuilt[rebuilt["metric"] == "image mse"].set_index(["rows", "model"])
+    assert set(mse.index) == {
+        (SEEN, "conventional"), (SEEN, "ARMED"), (UNSEEN, "conventional"), (UNSEEN, "ARMED"),
+        (RANDOMISED, "ARMED"),
+    }  # fmt: skip
+    assert ((mse["lower"] > 0) & (mse["lower"] < mse["mean"])).all()
+    scores = pd.read_csv(tmp_path / "melanoma" / "scores.csv")
+    # Every fold is a data set of its own.
+    assert set(scores["data"]) == {0, 1}
+    claims = pd.read_csv(tmp_path / "melanoma" / "claims.csv")
+    assert list(claims["claim"]) == [
+        "AUROC, seen clusters: ARMED ahead of conventional",
+        "AUROC, unseen clusters: ARMED not behind conventional",
+    ]
+    assert "images rebuilt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", list(command.APPLICATIONS))
@@ -276,10 +312,20 @@ def test_claims_are_judged_by_their_intervals():
         + [{"data": k, **best} for k in range(3)]
     )
     judged = mci_conversion.claims(found, recovery).set_index("claim")["holds"]
-    assert judged["AUROC, seen sites: ARMED ahead of conventional"] == "holds"
-    assert judged["AUROC, seen sites: ARMED ahead of domain adversarial"] == "not shown"
+    assert judged["AUROC, seen clusters: ARMED ahead of conventional"] == "holds"
+    assert judged["AUROC, seen clusters: ARMED ahead of domain adversarial"] == "not shown"
     assert judged["correlation with true site intercepts at least 0.8: ARMED"] == "holds"
     assert judged["correlation with true site intercepts at least 0.8: MeNet"] == "not shown"
+
+
+def test_a_claim_does_not_hold_where_its_interval_lies_beyond_the_limit():
+    behind = {**SCORES, "ARMED": np.subtract(SCORES["conventional"], STEPS)}
+    judged = auroc_claims(made(behind, (SEEN, UNSEEN), data_sets=True))
+    assert list(judged["holds"]) == ["does not hold", "does not hold"]
+    level = {**SCORES, "ARMED": np.add(SCORES["conventional"], [0.001, 0, -0.002, 0, 0.001])}
+    judged = auroc_claims(made(level, (SEEN, UNSEEN), data_sets=True))
+    assert list(judged["holds"]) == ["not shown", "holds"]
+    assert not len(auroc_claims(made({"ARMED": SCORES["ARMED"]})))
 
 
 def test_probes_are_ranked_by_their_use():

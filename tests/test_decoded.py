@@ -10,6 +10,7 @@ from torch import nn
 
 from armed_pyro import ClusteredData, FilterScaleBias, MixedEffects, Schedule, fit
 from armed_pyro.families import Family
+from armed_pyro.models.autoencoder import autoencoder_program
 from armed_pyro.models.linear import linear
 from armed_pyro.simulate import mixed_model
 
@@ -173,9 +174,43 @@ def test_columns_choose_the_pixels(result):
     np.testing.assert_allclose(part["image"], whole["image"][:, :1], rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def rebuilt():
+    """An autoencoder-classifier, whose image is an outcome beside the label."""
+    rng = np.random.default_rng(0)
+    batch = np.repeat(["a", "b", "c"], 12)
+    images = rng.normal(size=(36, 1, 8, 8)).astype("float32")
+    data = ClusteredData.from_arrays(images, (images.mean((1, 2, 3)) > 0).astype(float),
+                                     {"batch": batch})  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = autoencoder_program("batch", (1, 8, 8), widths=(3, 2), latents=3, units=4)
+    return fit(model, data, schedule=BRIEF, seed=2, refine=False, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:there are fewer rows")
+def test_an_autoencoders_image_is_the_one_that_it_predicts(rebuilt):
+    """Its shape and outcome need not be named; effects on the label do nothing to it."""
+    row = rebuilt.data.take([20])
+    found = rebuilt.decoded(row, draws=30).images
+    assert found["image"].dims == ("batch", "y", "x")
+    assert found["fixed"].shape == (8, 8)
+    own = rebuilt.predict(row, draws=30).others["image"].mean[0, 0]
+    np.testing.assert_allclose(found["image"].sel(batch="b"), own, rtol=1e-4, atol=1e-5)
+    assert float(np.abs(found["difference"]).max()) > 1e-4
+    named = rebuilt.decoded(row, of="image", shape=(1, 8, 8), draws=30).images
+    assert named["image"].dims == ("batch", "channel", "y", "x")
+    np.testing.assert_allclose(named["image"][:, 0], found["image"])
+    with pytest.raises(ValueError, match=r"no outcome .imago.. Did you mean .image."):
+        rebuilt.decoded(row, of="imago")
+    with pytest.raises(ValueError, match="`columns` are of the predictor"):
+        rebuilt.decoded(row, of="image", columns=["y"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"shape": None}, "give `shape`"),
         ({"shape": (5, 5)}, "of the 36 pixels, not"),
         ({"shape": (36,)}, "of the 36 pixels, not"),
         ({"factor": "batch"}, "grouping factor"),

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy.special import expit, logit
 from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
 from armed_pyro.analysis.discrimination import (
     METRICS,
     binary_metrics,
+    bounded,
     calibration_error,
     delong,
     resampled,
@@ -116,6 +118,57 @@ def test_equal_differences_are_no_evidence():
         one = resampled(values, 0.25)
         assert one.mean == pytest.approx(values[-1])
         assert np.isnan([one.lower, one.upper, one.p]).all()
+
+
+def test_intervals_of_proportions_stay_between_zero_and_one():
+    values = np.array([0.93, 0.99, 1.0])
+    plain, one = resampled(values, 0.25), bounded(values, 0.25)
+    assert plain.upper > 1
+    assert 0 < one.lower < one.mean < one.upper < 1
+    assert (one.mean, one.p) == (plain.mean, plain.p)
+    # The delta method: the t interval's half-width over m (1 - m), about logit(m).
+    m = values.mean()
+    half = (plain.upper - m) / (m * (1 - m))
+    assert (one.lower, one.upper) == pytest.approx(
+        tuple(expit(logit(m) + half * np.array([-1, 1])))
+    )
+    mirrored = bounded(1 - values, 0.25)
+    assert (mirrored.lower, mirrored.upper) == pytest.approx((1 - one.upper, 1 - one.lower))
+
+
+def test_intervals_far_from_the_limits_are_those_of_t():
+    values = np.array([0.49, 0.52, 0.505, 0.51])
+    plain, one = resampled(values, 0.0), bounded(values, 0.0)
+    assert (one.lower, one.upper) == pytest.approx((plain.lower, plain.upper), abs=2e-4)
+
+
+def test_intervals_of_errors_are_positive_and_change_with_the_unit():
+    values = np.array([1e-4, 2e-3, 5e-4])
+    one, other = bounded(values, 0.3, np.inf), bounded(1000 * values, 0.3, np.inf)
+    assert resampled(values, 0.3).lower < 0 < one.lower < one.mean < one.upper
+    assert (other.lower, other.upper) == pytest.approx((1000 * one.lower, 1000 * one.upper))
+
+
+def test_without_spread_proportions_have_no_interval():
+    for values in ([1.0, 1.0], [0.0, 0.0, 0.0], [0.7], [np.nan, 0.7]):
+        one = bounded(np.array(values), 0.25)
+        assert one.mean == pytest.approx(values[-1])
+        assert np.isnan([one.lower, one.upper]).all()
+    with pytest.raises(ValueError, match=r"between 0 and 1.0, but there is 1.2"):
+        bounded(np.array([0.3, 1.2]), 0.0)
+
+
+def test_intervals_of_proportions_cover():
+    """Five AUROCs about 0.95: nearer to 95% than the t interval, within 4 standard errors."""
+    rng, n = np.random.default_rng(7), 4000
+    draws = rng.beta(0.95 * 60, 0.05 * 60, size=(n, 5))
+
+    def coverage(interval):
+        found = [interval(values, 0.0) for values in draws]
+        return np.mean([one.lower < 0.95 < one.upper for one in found])
+
+    assert coverage(bounded) == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / n))
+    assert coverage(bounded) > coverage(resampled)
 
 
 def test_metrics_of_a_known_table():

@@ -130,11 +130,9 @@ def test_what_is_no_file_of_images_is_said(tmp_path):
 @pytest.mark.parametrize("script", [ad_diagnosis, melanoma])
 def test_smoke_writes_every_file(script, tmp_path):
     script.main(["--smoke", "--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "scores.csv",
-        "effects.csv",
-        "effects.png",
-    }
+    files = {"scores.csv", "effects.csv", "effects.png", "attributions.png"}
+    files |= {"decoded.png"} if script is melanoma else set()
+    assert {path.name for path in tmp_path.iterdir()} == files
     table = pd.read_csv(tmp_path / "scores.csv")
     assert list(table["effects"]) == ["own", "none", "population", "marginal", "membership"]
     assert table["auroc"].between(0, 1).all()

@@ -8,17 +8,20 @@ import pytest
 import torch
 from scipy.integrate import quad
 from scipy.stats import multivariate_normal, norm
+from sklearn.metrics import davies_bouldin_score
 
 pytest.importorskip("statsmodels")
 
 from armed_pyro import ClusteredData, Schedule
+from armed_pyro.analysis import melanoma
+from armed_pyro.analysis.architectures import Autoencoder, Dense
 from armed_pyro.analysis.descent import FixedPredictor, descend
 from armed_pyro.analysis.linearmixed import LinearMixed
 from armed_pyro.analysis.lmmnn import LMMNN, intercepts, log_marginal
 from armed_pyro.analysis.menet import LastLayerEffects, MeNet
 from armed_pyro.analysis.metalearning import MetaLearning, meta_loss
+from armed_pyro.analysis.rebuilt import image_metrics, latents
 from armed_pyro.analysis.rivals import (
-    Dense,
     Rival,
     Setting,
     cluster_shifts,
@@ -81,6 +84,36 @@ def test_models_differ_only_in_their_parts():
             assert (value == first[name]).all()
     assert [len(model.terms) for model in models.values()] == [0, 0, 0, 2, 2]
     assert [len(model.adversaries) for model in models.values()] == [0, 0, 1, 1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:there are fewer rows")
+def test_programs_rebuild_images_where_the_network_can():
+    study = melanoma.study(0, small=True)
+    setting = replace(
+        SETTING, architecture=Autoencoder((3, 4), 4, 8), factor="batch", fixed_weight=0.5
+    )
+    by_name = {one.name: one for one in programs(setting)}
+    for name, effects in (("domain adversarial", 0), ("ARMED", 1)):
+        model = by_name[name].model(study.image, 0)
+        assert [one.at for one in model.others] == ["decoder"]
+        assert sum("FilterScaleBias" in str(term) for term in model.terms) == effects
+        trained = by_name[name].train(study.train, study.validation, seed=0)
+        assert trained.rebuild is not None
+        found = {
+            kind: image_metrics(trained, rows, setting)
+            for kind, rows in (("seen", study.validation), ("unseen", study.unseen))
+        }
+        rebuilt = trained.rebuild(study.unseen)
+        error = np.square(rebuilt - study.unseen.features.numpy()).mean()
+        assert found["unseen"]["image mse"] == pytest.approx(error)
+        place = latents(trained, study.validation, "latents")
+        codes = study.validation.grouping("batch").codes.numpy()
+        assert place.shape == (study.validation.n_rows, 4)
+        assert found["seen"]["davies-bouldin"] == pytest.approx(davies_bouldin_score(place, codes))
+    levels = study.train.grouping("batch").levels
+    moved = trained.rebuild(shuffled(study.validation, "batch", levels, 0))
+    assert np.abs(moved - trained.rebuild(study.validation)).max() > 1e-4
+    assert image_metrics(replace(trained, rebuild=None), study.validation, setting) == {}
 
 
 def test_predictors_of_rivals_refuse_other_outcomes(split):
