@@ -176,8 +176,11 @@ def draw(study: Study, found: pd.DataFrame, title: str) -> Figure:
     order = study.effects.table.loc[study.train.grouping(study.factor).levels, "shift"]
     sites = order.sort_values().index
     sites = sites[np.linspace(0, len(sites) - 1, min(6, len(sites))).astype(int)]
-    figure = plt.figure(figsize=(9, 5.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35])
+    # Squares beside each other, with room for what is written above and below: inches.
+    width = 9.0
+    heights = [width / len(sites) + 0.5, min(2.5, width / len(names)) + 0.8]
+    figure = plt.figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
     labels = study.train.grouping(study.factor).labels()
     for axis, site in zip(above.subplots(1, len(sites)), sites, strict=True):
         images = study.train.features[labels == site][:4, 0].numpy()

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import CorrCholeskyTransform
 
 from armed_pyro.correlations import CorrelationCholesky
@@ -35,11 +35,19 @@ class _GlobalSite:
     shape: torch.Size
     event_dim: int
     transform: Any
+    positive: bool
 
     def read(self, theta: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
         """The site's value, and minus the log-determinant of its transform."""
         free = theta[..., self.start : self.stop].reshape(theta.shape[:-1] + self.shape)
-        value = self.transform(free)
+        held = free
+        if self.positive:
+            # Where data say next to nothing of an sd its log goes anywhere; gradients hold fourth
+            # powers of sds, which must be numbers.
+            limits = torch.finfo(free.dtype)
+            least, most = 8 * limits.tiny**0.25, limits.max**0.25 / 8
+            held = free.clamp(math.log(least), math.log(most))
+        value = self.transform(held)
         log_det = self.transform.log_abs_det_jacobian(free, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + self.event_dim)
         return value, -log_det
@@ -152,9 +160,16 @@ def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
         free = transform.inv(node["value"])
         stop = start + free.numel()
         event_dim = distribution.event_dim
-        sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform))
+        positive = _is_positive(distribution.support)
+        sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform, positive))
         start = stop
     return tuple(sites)
+
+
+def _is_positive(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return bool(getattr(support, "lower_bound", None) == 0)
 
 
 def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:

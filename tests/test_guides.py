@@ -14,6 +14,7 @@ from torch import nn
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
 from armed_pyro.conditionals import WhitenedDiagonal, WhitenedNormal
 from armed_pyro.crossed import choose_guide
+from armed_pyro.objective import Objective
 from armed_pyro.pseudo import overshoot
 
 N, K = 60, 6
@@ -386,3 +387,26 @@ def test_the_center_is_where_the_draws_are():
     for name in ("fixed_effect", "site_effect"):
         error = draws[name].mean(0).squeeze() - center[name].squeeze()
         assert (error.abs() < 5 * draws[name].std(0).squeeze() / math.sqrt(4000)).all()
+
+
+@pytest.mark.parametrize("log_sd", [-70.0, -50.0, 50.0, 100.0])
+@pytest.mark.parametrize("random", [SLOPES, "(1 | site)", Slopes("site", on="1")])
+def test_draws_of_sds_beyond_all_measure_leave_gradients_finite(random, log_sd):
+    """In single precision; where data say next to nothing of an sd such draws do come."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 1))
+    model, source, guide = bind(random, "bernoulli", net=net)
+    hyper = guide.hyperparameters
+    (site,) = [one for one in hyper.sites if one.name == "site_sd"]
+    with torch.no_grad():
+        hyper.anchor[site.start] = log_sd
+    with pyro.validation_enabled(False):
+        loss = Objective(model, guide)(source.all())
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+    for name, one in [*model.named_parameters(), *guide.named_parameters()]:
+        assert one.grad is None or torch.isfinite(one.grad).all(), name
+    with torch.no_grad():
+        value, log_density = site.read(hyper.anchor)
+    assert (value > 0).all()
+    torch.testing.assert_close(-log_density, hyper.anchor[site.start : site.stop].sum())
