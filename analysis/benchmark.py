@@ -5,8 +5,8 @@
     python -m armed_pyro.analysis.benchmark --short         # under five minutes (make bench)
 
 Every ratio is of medians of turns taken in one run on one machine, with one thread but for the
-crossed design. Each part runs in a process of
-its own, whose peak memory is reported. Writes `benchmark.csv` and `benchmark.json`.
+crossed design. Each part runs in a process of its own, whose peak memory is reported. Writes
+`benchmark.csv` and `benchmark.json`.
 """
 
 from __future__ import annotations

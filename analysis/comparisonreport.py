@@ -99,10 +99,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 def _panels(axes: np.ndarray, block: pd.DataFrame, models: list[str], name: str) -> None:
     """One metric and kind of rows: the means above, the gains below."""
     rows = block.set_index("model").reindex(models)
-    place, colour = (
-        np.arange(len(models)),
-        np.where(rows.index == "ARMED", figures.ORANGE, figures.BLUE),
-    )
+    place = np.arange(len(models))
+    colour = np.where(rows.index == "ARMED", figures.ORANGE, figures.BLUE)
     level = rows["mean"].get("conventional", np.nan)
     for axis, middle, prefix, label, line in (
         (axes[0], "mean", "", name, level),

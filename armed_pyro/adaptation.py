@@ -15,6 +15,7 @@ from torch import Tensor
 from armed_pyro.arvizstats import pareto_smooth
 from armed_pyro.conditioning import condition
 from armed_pyro.data import ClusteredData
+from armed_pyro.guides import selected
 from armed_pyro.labels import Grouping, as_seen, listing
 from armed_pyro.predicted import Prediction, Rebuilt
 from armed_pyro.prediction import encoded, new_effects, predict_chunks
@@ -214,7 +215,7 @@ def adapt(
         weights = condition(fit, support, latents, effects, new, seed, update_seen, quality)
         index = _resampled(weights, seed, quality)
         if index is not None:
-            latents = {k: v[index] if v.dim() > 1 else v for k, v in latents.items()}
+            latents = selected(latents, index)
             effects = {k: v[index] for k, v in effects.items()}
     return Adapted(fit, support, latents, new, effects, quality, draws, seed, update_seen)
 

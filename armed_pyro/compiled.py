@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from armed_pyro.decompositions import DECOMPOSITIONS
 from armed_pyro.objective import Loss
 from armed_pyro.skeletons import filled, skeleton
 
-__all__ = ["COMPILE_MODES", "CompileMode", "Steps", "Update", "capture", "compiler_problem"]
+__all__ = ["COMPILE_MODES", "CompileMode", "Steps", "capture", "compiler_problem"]
 
 CompileMode = Literal["auto", "always", "never"]
 COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
@@ -41,18 +41,6 @@ SETTINGS = {"fallback_random": True, "cpp_wrapper": True, "memory_planning": Tru
 Objective = Callable[..., Loss]
 
 
-class Update(Protocol):
-    """What a step makes of gradients: it changes parameters and its own buffers in place."""
-
-    def __call__(
-        self,
-        parameters: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor | None],
-        factor: Tensor,
-    ) -> Tensor:
-        """The length of the gradient, after the parameters have changed."""
-
-
 class Steps:
     """Takes an objective's steps: the loss, its gradients, and what an optimizer makes of them.
 
@@ -69,8 +57,9 @@ class Steps:
     modules : mapping of str to torch.nn.Module
         What the objective runs: their parameters and buffers are inputs of the graph.
     update : torch.nn.Module
-        An `Update`: runs on all parameters that are trained, under their names in `modules`, as a
-        part of the step.
+        Takes what is trained, its gradients (tensor or None), both by name in `modules`, and a
+        factor; changes parameters and its own buffers in place, as a part of the step; gives the
+        length of the gradient.
     mode : {"auto", "always", "never"}
         "always" compiles at the second step of a kind, "never" does not. Steps whose rows differ
         in number from one to the next stay eager.
@@ -216,13 +205,13 @@ class _Graph:
         state = (*self.trained.values(), *self.held.values(), *self.buffers.values())
         self._state = [one.detach() for one in state]
 
-        def step(factor: Tensor, *flat: Tensor) -> list[Tensor]:
-            return self._step(objective, skeletons, factor, flat)
+        def step(*flat: Tensor) -> list[Tensor]:
+            return self._step(objective, skeletons, flat)
 
-        example = [torch.ones(()), *self._state, *tensors]
+        example = [*self._state, *tensors, torch.ones(())]
         with self._kept(tensors):
             start = time.perf_counter()
-            graph = capture(step, example, trained=range(1, 1 + len(self.trained)))
+            graph = capture(step, example, trained=len(self.trained))
             self.capture_seconds = time.perf_counter() - start
             self._run = _inductor(graph, example)
 
@@ -230,7 +219,6 @@ class _Graph:
         self,
         objective: Objective,
         skeletons: Sequence[Any],
-        factor: Tensor,
         flat: Sequence[Tensor],
     ) -> list[Tensor]:
         from torch.nn.utils.stateless import _reparametrize_module
@@ -239,7 +227,7 @@ class _Graph:
         trained, held, buffers = (
             {name: next(given) for name in some} for some in (self.trained, self.held, self.buffers)
         )
-        tensors = list(given)
+        *tensors, factor = given
         with _reparametrize_module(self.modules, trained | held | buffers):
             loss = objective(*(filled(one, tensors) for one in skeletons))
             found: Sequence[Tensor | None] = torch.autograd.grad(
@@ -251,7 +239,7 @@ class _Graph:
 
     def __call__(self, tensors: Sequence[Tensor], factor: Tensor) -> tuple[Loss, Tensor]:
         with torch.no_grad():
-            *parts, norm = self._run(factor, *self._state, *tensors)
+            *parts, norm = self._run(*self._state, *tensors, factor)
         return Loss(*parts), norm
 
     def disagreement(
@@ -279,9 +267,9 @@ class _Graph:
 
 
 def capture(
-    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], *, trained: range = range(0)
+    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], *, trained: int = 0
 ) -> torch.fx.GraphModule:
-    """The operations on tensors that a function does, gradients by some inputs included.
+    """The operations on tensors that a function does, gradients by its first inputs included.
 
     It may change inputs in place, as it does here in a first run.
 
@@ -291,12 +279,12 @@ def capture(
         From tensors to tensors; it may not depend on their values otherwise than by operations.
     inputs : sequence of Tensor
         Inputs for a first run.
-    trained : range
-        Places of the inputs by which the function takes gradients.
+    trained : int
+        Leading inputs by which the function takes gradients.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    ready = [one.detach().requires_grad_(place in trained) for place, one in enumerate(inputs)]
+    ready = [one.detach().requires_grad_(place < trained) for place, one in enumerate(inputs)]
     with torch.enable_grad():
         graph = make_fx(function, decomposition_table=DECOMPOSITIONS)(*ready)
     graph.graph.eliminate_dead_code()

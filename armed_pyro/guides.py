@@ -24,7 +24,7 @@ from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations, observe
 from armed_pyro.rows import Membership, Rows, RowSource
 
-__all__ = ["Guide", "StructuredGuide", "joined"]
+__all__ = ["Guide", "StructuredGuide", "joined", "selected"]
 
 
 # Draws over which the slope and curvature of the likelihood are averaged; fewer of very many
@@ -115,6 +115,11 @@ def joined(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         name: value if value.dim() < 2 else torch.cat([piece[name] for piece in pieces])
         for name, value in pieces[0].items()
     }
+
+
+def selected(latents: Mapping[str, Tensor], which: slice | Tensor) -> dict[str, Tensor]:
+    """Some of the draws; quantities that are known have none to select."""
+    return {name: one[which] if one.dim() > 1 else one for name, one in latents.items()}
 
 
 class StructuredGuide(Guide):

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
+from armed_pyro.guides import selected
 from armed_pyro.modulations import modulates
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def cluster_checks(fit: Fit, factor: str, latents: Draws, *, seed: int = 0) -> C
         if not modulates(model):  # the network need not run in every block
             rows = replace(rows, computed=model.run_network(rows)[1])
         for start in range(0, n, size):
-            some = _part(latents, slice(start, min(start + size, n)))
+            some = selected(latents, slice(start, min(start + size, n)))
             eta = model.predictor(rows, some).eta
             eta = eta.expand(min(size, n - start), *eta.shape[-2:])
             replicated = model.density(eta, some, rows).sample()
@@ -168,7 +169,7 @@ def effect_normality(
     generator = torch.Generator().manual_seed(seed)
     clusters = torch.randperm(effects.shape[1], generator=generator)[:MOST_CLUSTERS]
     effects = effects[:PIVOTAL_DRAWS, clusters]
-    some = _part(latents, slice(PIVOTAL_DRAWS))
+    some = selected(latents, slice(PIVOTAL_DRAWS))
     scale = factor.scale_matrix(some).expand(len(effects), 1, -1, -1)
     z = torch.linalg.solve_triangular(scale, effects[..., None], upper=False)[..., 0]
     z = z.double().cpu()
@@ -181,11 +182,6 @@ def effect_normality(
             p = min(p, float(np.median(stats.kurtosistest(draws, axis=1).pvalue)))
         results[term] = (min(1.0, 2 * p), float(np.mean([test.statistic for test in tests])))
     return results
-
-
-def _part(latents: Draws, which: slice) -> dict[str, Tensor]:
-    """Some of the draws; quantities that are known have none."""
-    return {k: v[which] if v.dim() > 1 else v for k, v in latents.items()}
 
 
 def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[float, float] | None:
@@ -209,7 +205,7 @@ def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[flo
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(source), generator=generator)[:MOST_ROWS]
     rows = source.batch(index, dense_up_to=max([0, *map(len, source.counts.values())]))
-    some = _part(latents, slice(PIVOTAL_DRAWS))
+    some = selected(latents, slice(PIVOTAL_DRAWS))
     with torch.no_grad():
         eta = model.predictor(rows, some).eta
         mean = model.family.mean(eta, rows).double().cpu().numpy()

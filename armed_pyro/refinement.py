@@ -15,7 +15,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from rich.progress import Progress
 from torch import Tensor
 
-from armed_pyro.guides import joined
+from armed_pyro.guides import joined, selected
 from armed_pyro.importance import weigh
 from armed_pyro.noise import Noise, gaussian_noise
 from armed_pyro.proposals import (
@@ -74,24 +74,18 @@ class RefinedDraws:
     @property
     def latents(self) -> dict[str, Tensor]:
         """Draws of all latent sites, shaped as a guide's."""
-        return self._taken(self._index())
+        return selected(self.pool, self._index())
 
     def choose(self, n: int) -> dict[str, Tensor]:
         """n of the draws, at random; without repeats where there are enough."""
         size = len(self)
         chosen = torch.randperm(size)[:n] if n <= size else torch.randint(size, (n,))
-        return self._taken(self._index()[chosen])
+        return selected(self.pool, self._index()[chosen])
 
     def _index(self) -> Int[Tensor, " draws"]:
         if self.index is not None:
             return self.index
         return torch.arange(max(one.shape[0] for one in self.pool.values() if one.dim() > 1))
-
-    def _taken(self, index: Int[Tensor, " n"]) -> dict[str, Tensor]:
-        return {
-            name: value[index.to(value.device)] if value.dim() > 1 else value
-            for name, value in self.pool.items()
-        }
 
 
 def refine(
