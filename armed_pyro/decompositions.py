@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import inductor_prims
 
 from armed_pyro.conditionals import substitute
 
@@ -91,6 +92,17 @@ def _batch_norm(
     return out, batch_mean, root
 
 
+def _clone(x: Tensor, *, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+    """A copy that is kept, and laid out as it was asked for.
+
+    The compiler's own follows what it reads, and is made anew wherever it is read.
+    """
+    if memory_format != torch.contiguous_format:
+        return NotImplemented
+    strides = torch.empty(x.shape, device="meta").stride()
+    return inductor_prims.force_stride_order(x, strides)
+
+
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.mm.default: _product,
     torch.ops.aten.bmm.default: _product,
@@ -100,4 +112,5 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.cumprod.default: _running(torch.mul),
     torch.ops.aten.cholesky_solve.default: _cholesky,
     torch.ops.aten.native_batch_norm.default: _batch_norm,
+    torch.ops.aten.clone.default: _clone,
 }

@@ -11,18 +11,14 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from armed_pyro.conditionals import (
-    Whitened,
-    WhitenedDiagonal,
-    WhitenedNormal,
-    precision_root,
-)
+from armed_pyro.conditionals import Whitened, WhitenedDiagonal
 from armed_pyro.factors import Factor, weighted
 from armed_pyro.hyperparameters import Hyperparameters
 from armed_pyro.modulations import modulates
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations, observe
 from armed_pyro.rows import Membership, Rows, RowSource
+from armed_pyro.tilted import TiltedNormal
 
 __all__ = ["Guide", "StructuredGuide", "joined", "selected"]
 
@@ -256,20 +252,24 @@ class StructuredGuide(Guide):
         membership: Membership,
         *,
         held: bool = False,
-    ) -> Whitened:
+    ) -> Whitened | TiltedNormal:
         """q(u | theta) for the clusters drawn."""
-        judge = None
-        if torch.is_grad_enabled() and pseudo.location.requires_grad and not held:
-            judge = self._conditional(factor, pseudo, latents, membership, held=True)
-        tau = self.model_precision(latents)
-        precision, pull = pseudo(membership, latents.get("fixed_effect"), held=held)
-        pull = tau[..., None] * pull
+        tau, fixed = self.model_precision(latents), latents.get("fixed_effect")
+        training = torch.is_grad_enabled() and pseudo.location.requires_grad
         if pseudo.full:
-            lower = factor.scale_matrix(latents)
-            whitened = lower.mT @ (tau[..., None, None] * precision) @ lower
-            root = precision_root(whitened)
-            mean = torch.cholesky_solve(lower.mT @ pull[..., None], root)[..., 0]
-            return WhitenedNormal(lower, mean, root, judge)
-        sd = factor.sd(latents)
+            scale = factor.scale_matrix(latents)
+            if not training:
+                return TiltedNormal(scale, tau, *pseudo(membership, fixed)).whitened
+            moving = None if fixed is None else pseudo(membership, fixed, held=True)[-1]
+            held_fixed = None if fixed is None else fixed.detach()
+            base, trained, location = pseudo(membership, held_fixed)
+            return TiltedNormal(scale, tau, base, trained, location, moving)
+        observed = pseudo(membership, fixed, held=held)
+        judge = None
+        if training and not held:
+            judge = self._conditional(factor, pseudo, latents, membership, held=True)
+        base, trained, location = observed
+        precision, sd = (base * trained) ** 2, factor.sd(latents)
         q = 1 + sd**2 * tau[..., None] * precision
-        return WhitenedDiagonal(sd, sd * pull / q, q.sqrt(), judge)
+        mean = sd * tau[..., None] * precision * location / q
+        return WhitenedDiagonal(sd, mean, q.sqrt(), judge)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from armed_pyro.guides import Guide
+from armed_pyro.objective import Loss
 from armed_pyro.program import MixedEffects
 from armed_pyro.pseudo import PseudoObservations
 from armed_pyro.rows import Membership, Rows, RowSource
@@ -53,6 +55,7 @@ class Optimizers(nn.Module):
             ([Adam(_trained("model", model))], schedule.net_learning_rate),
         )
         self.adams = nn.ModuleList(adam for group, _ in self._groups for adam in group)
+        self.tables, self._lazy = lazy.tables, lazy
 
     @torch.no_grad()
     def forward(
@@ -78,6 +81,7 @@ class Optimizers(nn.Module):
             for adam, one in zip(group, some, strict=True):
                 gradient = one.mul_(scale).masked_fill_(~finite, 0.0)
                 adam(parameters, gradient, torch.where(finite, rate * factor, 0.0))
+        self._lazy.write()
         return norm
 
 
@@ -87,7 +91,7 @@ def _trained(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 class Adam(nn.Module):
-    r"""Adam of some parameters, whose numbers are joined to rows: one row, or one a cluster.
+    r"""Adam of some parameters, whose numbers are joined: into one column, or one a cluster.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
@@ -98,15 +102,15 @@ class Adam(nn.Module):
     Parameters
     ----------
     parameters : mapping of str to Tensor
-        By name; their leading dimension has `rows` entries if there are several rows.
-    rows : int
-        Rows, each with a number t of steps of its own.
+        By name; their leading dimension has `columns` entries if there are several columns.
+    columns : int
+        Columns, each with a number t of steps of its own.
     eps : float
 
     Attributes
     ----------
-    state : Float[Tensor, "rows 2*width+1"]
-        m, v and t, row by row, so that what a step needs of one is found in one place.
+    state : Float[Tensor, "2*width+1 columns"]
+        m, v and t.
 
     Examples
     --------
@@ -119,50 +123,56 @@ class Adam(nn.Module):
 
     state: Tensor
 
-    def __init__(self, parameters: Mapping[str, Tensor], rows: int = 1, eps: float = 1e-8) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], columns: int = 1, eps: float = 1e-8
+    ) -> None:
         super().__init__()
-        self.rows, self.eps = rows, eps
+        self.columns, self.eps = columns, eps
         self.names = tuple(parameters)
-        self._widths = [one.numel() // rows for one in parameters.values()]
+        self._widths = [one.numel() // columns for one in parameters.values()]
         like = next(iter(parameters.values()), torch.empty(0)).detach()
-        self.register_buffer("state", like.new_zeros(rows, 2 * sum(self._widths) + 1))
+        self.register_buffer("state", like.new_zeros(2 * sum(self._widths) + 1, columns))
 
-    def joined(self, gradients: Gradients) -> Float[Tensor, "rows width"]:
-        """Gradients row by row, side by side; zeros where there are none."""
+    def joined(self, gradients: Gradients) -> Float[Tensor, "width columns"]:
+        """Gradients one below the other; zeros where there are none."""
         found = [gradients[name] for name in self.names]
         parts = [
-            self.state.new_zeros(self.rows, width) if one is None else one.reshape(self.rows, width)
+            self.state.new_zeros(width, self.columns) if one is None else self._column(one)
             for one, width in zip(found, self._widths, strict=True)
         ]
-        return torch.cat(parts, 1) if parts else self.state.new_zeros(self.rows, 0)
+        return torch.cat(parts) if parts else self.state.new_zeros(0, self.columns)
+
+    def _column(self, value: Tensor) -> Float[Tensor, "width columns"]:
+        return value.reshape(self.columns, -1).T
 
     @torch.no_grad()
     def forward(
         self,
         parameters: Mapping[str, Tensor],
-        gradient: Float[Tensor, "rows width"],
+        gradient: Float[Tensor, "width columns"],
         rate: Float[Tensor, ""],
     ) -> None:
         """Change the parameters, and what is kept of their gradients."""
-        width = gradient.shape[1]
-        mean, square, steps = self.state.split([width, width, 1], 1)
+        width = len(gradient)
+        mean, square, steps = self.state.split([width, width, 1])
         # In place: of large networks copies would take much memory.
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
         steps.add_(1)
         first, second = (1 - torch.exp(math.log(beta) * steps) for beta in BETAS)
         size = (square / second).sqrt_().add_(self.eps).mul_(first)
-        change = (mean / size).mul_(-rate).split(self._widths, 1)
+        change = (mean / size).mul_(-rate).split(self._widths)
         for name, part in zip(self.names, change, strict=True):
-            parameters[name].add_(part.reshape(parameters[name].shape))
+            parameters[name].add_(part.T.reshape(parameters[name].shape))
 
 
 class LazyAdam:
     r"""Adam of what a guide keeps of clusters, for the clusters in a mini-batch only.
 
     What a step needs of its clusters is read into a small guide, whose parameters stay where they
-    are in memory; what the step makes of them is written back. Time is O(clusters in the batch),
-    whatever their number K; memory stays O(K x terms).
+    are in memory; what the step makes of them is written back. Reading and writing are operations
+    on tensors, of one shape in all batches, so that a compiled step holds them too. Time is
+    O(clusters in the batch), whatever their number K; memory stays O(K x terms).
 
     A cluster's moments m_k, v_k, and the number of steps t_k by which their bias is corrected,
     change only when it is in the batch:
@@ -181,8 +191,10 @@ class LazyAdam:
     ----------
     guide : Guide
         The whole guide.
-    sizes : mapping of str to int
-        By factor, the most clusters that a batch holds.
+    counts : mapping of str to Int[Tensor, "clusters"]
+        Rows in each cluster, of the factors of which a batch's clusters are read.
+    room : int
+        Rows of a batch.
     eps : float
         Adam's; its betas are 0.9 and 0.99.
 
@@ -193,88 +205,173 @@ class LazyAdam:
     >>> data = ClusteredData.from_arrays([[0.0], [1.0]] * 20, [0.0, 1.0] * 20, {"g": groups})
     >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
     >>> source = model.encode(data)
-    >>> lazy = LazyAdam(StructuredGuide(model, source), {"g": 5})
-    >>> batch = source.batch(torch.arange(5), dense_up_to=0)
-    >>> lazy.read(batch).memberships["g"].index  # rows of the small guide, not clusters
-    tensor([0, 1, 2, 3, 4])
+    >>> lazy = LazyAdam(StructuredGuide(model, source), source.counts, room=5)
+    >>> batch = source.batch(torch.tensor([0, 1, 20, 21, 2]), dense_up_to=40)
+    >>> batch.memberships["g"].position  # in these five rows there are three clusters
+    tensor([0, 1, 0, 1, 2])
+    >>> lazy.read(batch).memberships["g"].weight  # the last row of a cluster stands for it
+    tensor([0., 0., 8., 8., 4.], dtype=torch.float64)
     >>> lazy.adams[0].state.shape  # moments of two numbers a cluster, and its number of steps
     torch.Size([5, 5])
     """
 
-    def __init__(self, guide: Guide, sizes: Mapping[str, int], eps: float = 1e-8) -> None:
-        self.guide = guide.narrowed(sizes) if sizes else guide
+    def __init__(
+        self, guide: Guide, counts: Mapping[str, Tensor], room: int, eps: float = 1e-8
+    ) -> None:
+        self.guide = guide.narrowed(dict.fromkeys(counts, room)) if counts else guide
         whole, small = guide.clusterwise(), self.guide.clusterwise()
         names = {id(one): f"guide.{name}" for name, one in self.guide.named_parameters()}
-        self._tables = {
-            name: _Table(whole[name], small[name], names, eps) for name in sorted(sizes)
-        }
+        self.tables = nn.ModuleDict(
+            {
+                name: _Table(whole[name], small[name], names, counts[name], eps)
+                for name in sorted(counts)
+            }
+        )
 
     @classmethod
     def of(cls, guide: Guide, source: RowSource, size: int, eps: float) -> LazyAdam:
         """For mini-batches of `size` rows: of the factors whose clusters these do not all draw."""
         narrow = source.sampled(size) & guide.clusterwise().keys()
-        return cls(guide, dict.fromkeys(narrow, size), eps)
+        return cls(guide, {name: source.counts[name] for name in narrow}, size, eps)
 
     @property
     def adams(self) -> list[Adam]:
         """What takes the steps of the small guide's parameters that belong to clusters."""
-        return [table.adam for table in self._tables.values()]
+        return [table.adam for table in self._named().values()]
+
+    def reading(self, objective: Callable[..., Loss]) -> Callable[..., Loss]:
+        """The small guide's objective, as one of the rows of a batch."""
+        return _Reading(self, objective) if self._named() else objective
 
     def read(self, rows: Rows) -> Rows:
-        """Read the batch's clusters into the small guide; the rows as that guide numbers them."""
+        """Read the clusters of some rows; the rows as the small guide numbers them.
+
+        They may be given with all clusters, or with those that they draw, no more than there is
+        room for.
+        """
         memberships = dict(rows.memberships)
-        for name, table in self._tables.items():
-            memberships[name] = table.read(rows.memberships[name])
+        for name, table in self._named().items():
+            memberships[name] = table.read(rows.memberships[name], rows.scale)
         return replace(rows, memberships=memberships)
 
     def write(self) -> None:
         """Write back what a step has made of the clusters read last."""
-        for table in self._tables.values():
+        for table in self._named().values():
             table.write()
 
     def state(self) -> dict[str, Tensor]:
         """Moments and numbers of steps, by factor."""
-        return {f"lazy.{factor}": table.state for factor, table in self._tables.items()}
+        return {f"lazy.{factor}": table.state for factor, table in self._named().items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
         for name, value in self.state().items():
             value.copy_(tensors[name])
 
+    def release(self) -> None:
+        """Give the whole guide memory of its own again; of no use from then on."""
+        for table in self._named().values():
+            table.release()
 
-class _Table:
-    """One factor's parameters by cluster, those of a batch, and the optimizer's state."""
+    def _named(self) -> Mapping[str, _Table]:
+        return cast("Mapping[str, _Table]", self.tables)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """An objective that reads the clusters it needs."""
+
+    lazy: LazyAdam
+    objective: Callable[..., Loss]
+
+    def __call__(self, rows: Rows, *rest: Any) -> Loss:
+        return self.objective(self.lazy.read(rows), *rest)
+
+
+class _Table(nn.Module):
+    """One factor's parameters by cluster, those of a batch, and the optimizer's state.
+
+    All that is kept of a cluster is one row of one tensor, so that it is found in one place; until
+    `release` the whole guide's parameters and buffers are views of it.
+    """
+
+    values: Tensor
+    rows: Tensor
+    places: Tensor
+    targets: Tensor
 
     def __init__(
         self,
         whole: PseudoObservations,
         small: PseudoObservations,
         names: Mapping[int, str],
+        counts: Int[Tensor, " clusters"],
         eps: float,
     ) -> None:
-        parameters = list(zip(whole.parameters(), small.parameters(), strict=True))
-        rows = len(small.location)
-        trained = {names[id(mine)]: mine for _, mine in parameters if mine.requires_grad}
-        self.adam = Adam(trained, rows, eps)
-        clusters, width = len(whole.location), self.adam.state.shape[1]
-        self.state = whole.location.detach().new_zeros(clusters, width)
-        written = [(one.detach(), mine.detach()) for one, mine in parameters]
-        self._written = [*written, (self.state, self.adam.state)]
-        self._read = [*self._written, *zip(whole.buffers(), small.buffers(), strict=True)]
-        self._places = torch.arange(rows, device=whole.location.device)
-        self._present = self._places[:0]
+        super().__init__()
+        room, like = len(small.location), whole.location.detach()
+        trained = {names[id(one)]: one for one in small.parameters() if one.requires_grad}
+        # Not parts of this module: they belong to the optimizers and the guide.
+        self._batch = Adam(trained, room, eps), small
+        self.register_buffer("rows", like.new_ones(1, room), persistent=False)
+        self._whole = [*whole.parameters(), *whole.buffers()]
+        self._widths = [len(one) for one in self._small()]
+        values = like.new_zeros(len(like) + 1, sum(self._widths))
+        rows, self.state, *views = values[:-1].split(self._widths, 1)
+        rows[:, 0] = counts
+        for one, view in zip(self._whole, views, strict=True):
+            one.data = view.unflatten(1, one.shape[1:]).copy_(one.detach())
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer(
+            "places", counts.new_zeros(len(like), dtype=torch.int32), persistent=False
+        )
+        self.register_buffer("targets", counts.new_zeros(room), persistent=False)
+
+    @property
+    def adam(self) -> Adam:
+        return self._batch[0]
+
+    def _small(self) -> list[Float[Tensor, "width room"]]:
+        adam, small = self._batch
+        kept = [*small.parameters(), *small.buffers()]
+        return [self.rows, adam.state, *(one.detach().flatten(1).T for one in kept)]
 
     @torch.no_grad()
-    def read(self, membership: Membership) -> Membership:
-        self._present = present = membership.index
-        for one, mine in self._read:
-            torch.index_select(one, 0, present, out=mine[: len(present)])
-        # Those beyond the present clusters have no rows, and no weight.
-        weight = self.state.new_zeros(len(self._places))
-        weight[: len(present)] = 1.0 if membership.weight is None else membership.weight
-        labels = membership.clusters()
-        return replace(membership, index=self._places, weight=weight, complete=True, labels=labels)
+    def read(self, membership: Membership, scale: float) -> Membership:
+        room = len(self.targets)
+        places = torch.arange(room, device=self.targets.device)
+        if membership.complete:
+            # A place for each row; of several rows of a cluster, one place stands for it.
+            index = labels = membership.position
+            self.places.index_copy_(0, index, places.int())
+            position = self.places.index_select(0, index).long()
+            stands = position == places
+        else:
+            position, labels = membership.position, membership.clusters()
+            known = len(membership.index)
+            index = torch.cat([membership.index, membership.index[:1].expand(room - known)])
+            stands = places < known
+        # All other places are written to where nobody looks.
+        targets = _kept(torch.where(stands, index, len(self.places)))
+        self.targets.copy_(targets)
+        # Row by row first, then as the small guide has it, clusters last.
+        rows = _kept(self.values.index_select(0, index))
+        columns = _kept(rows.T).split(self._widths)
+        for mine, part in zip(self._small(), columns, strict=True):
+            mine.copy_(part)
+        found = self.rows.new_zeros(room).index_add(0, position, self.rows.new_ones(len(position)))
+        weight = scale * found / self.rows[0]
+        return Membership(places, position, weight, complete=True, labels=labels)
 
+    @torch.no_grad()
     def write(self) -> None:
-        for one, mine in self._written:
-            one.index_copy_(0, self._present, mine[: len(self._present)])
+        self.values.index_copy_(0, self.targets, _kept(torch.cat(self._small()).T))
+
+    def release(self) -> None:
+        for one in self._whole:
+            one.data = one.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _kept(value: Tensor) -> Tensor:
+    """A copy that a compiled step keeps in memory as it is, for all that reads it."""
+    return value.clone(memory_format=torch.contiguous_format)

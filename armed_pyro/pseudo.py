@@ -65,11 +65,12 @@ class PseudoObservations(nn.Module):
         self.full = terms > 1 and self.conjugate
         shape = (n_clusters, terms, terms) if self.full else (n_clusters, terms)
         unit = torch.eye(terms) if self.full else torch.ones(terms)
-        self.register_buffer("base", like.new_zeros(shape))
-        self.root = nn.Parameter(unit.to(like).expand(shape).clone())
-        self.location = nn.Parameter(like.new_zeros(n_clusters, terms))
+        self.register_buffer("base", clusters_last(like.new_zeros(shape)))
+        self.root = nn.Parameter(clusters_last(unit.to(like).expand(shape)))
+        self.location = nn.Parameter(clusters_last(like.new_zeros(n_clusters, terms)))
         # Without the coupling to latent fixed effects, their sd would be far too small.
-        self.cross = nn.Parameter(like.new_zeros(n_clusters, terms, n_fixed)) if n_fixed else None
+        cross = clusters_last(like.new_zeros(n_clusters, terms, n_fixed))
+        self.cross = nn.Parameter(cross) if n_fixed else None
 
     def forward(
         self,
@@ -77,8 +78,8 @@ class PseudoObservations(nn.Module):
         fixed: Float[Tensor, "... 1 n_fixed"] | None,
         *,
         held: bool = False,
-    ) -> tuple[Tensor, Float[Tensor, "... clusters terms"]]:
-        """A_k (or its diagonal) and A_k (m_k - G_k beta) of the clusters drawn.
+    ) -> tuple[Tensor, Tensor, Float[Tensor, "... clusters terms"]]:
+        """R_k, C_k (or their diagonals) and m_k - G_k beta of the clusters drawn.
 
         Parameters
         ----------
@@ -98,12 +99,7 @@ class PseudoObservations(nn.Module):
             slope = cross.detach()[index] if held else cross[index]
             fixed = fixed.squeeze(-2) if fixed.dim() > 1 else fixed
             location = location - (fixed @ slope.flatten(0, 1).mT).unflatten(-1, slope.shape[:2])
-        if self.full:
-            root = self.base[index] @ trained
-            precision = root @ root.mT
-            return precision, (precision @ location[..., None])[..., 0]
-        precision = (self.base[index] * trained) ** 2
-        return precision, precision * location
+        return self.base[index], trained, location
 
     def narrowed(self, factor: Factor, clusters: int) -> PseudoObservations:
         """Room for the pseudo-observations of so many clusters."""
@@ -131,6 +127,11 @@ class PseudoObservations(nn.Module):
         self.location.copy_(inverse * pull)
         if self.cross is not None and cross is not None:
             self.cross.copy_(inverse[..., None] * cross)
+
+
+def clusters_last(values: Float[Tensor, "clusters ..."]) -> Float[Tensor, "clusters ..."]:
+    """A copy in which one number of all clusters is in one piece of memory."""
+    return values.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0)
 
 
 def overshoot(
@@ -280,9 +281,10 @@ def mean_draws(model: MixedEffects, latents: Mapping[str, Tensor]) -> dict[str, 
 def _sums(
     factor: Factor, pseudo: PseudoObservations, quadratic: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    precision = torch.zeros_like(pseudo.base)
-    cross = None if pseudo.cross is None else torch.zeros_like(pseudo.cross)
-    pull = torch.zeros_like(pseudo.location)
+    # Row-major, as sums over the rows of a cluster are written there.
+    precision = pseudo.base.new_zeros(pseudo.base.shape)
+    cross = None if pseudo.cross is None else pseudo.base.new_zeros(pseudo.cross.shape)
+    pull = pseudo.base.new_zeros(pseudo.location.shape)
     return precision, pull, cross, None if quadratic else torch.zeros_like(pull)
 
 

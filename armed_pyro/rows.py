@@ -137,6 +137,11 @@ class RowSource(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    @cached_property
+    def everyone(self) -> Mapping[str, Int[Tensor, " clusters"]]:
+        """0, 1, ..., K - 1 for every grouping factor."""
+        return {name: torch.arange(len(n), device=n.device) for name, n in self.counts.items()}
+
     @property
     @abstractmethod
     def like(self) -> Tensor:
@@ -244,8 +249,7 @@ class HeldRows(RowSource):
 
     def all(self) -> Rows:
         memberships = {
-            factor: Membership(torch.arange(len(self.counts[factor]), device=codes.device), codes)
-            for factor, codes in self.codes.items()
+            factor: Membership(self.everyone[factor], codes) for factor, codes in self.codes.items()
         }
         optional = (self.trials, self.offset, self.weights, self.computed)
         return Rows(self.x, self.y, memberships, 1.0, *optional)
@@ -264,7 +268,7 @@ class HeldRows(RowSource):
         scale = len(self) / len(index)
         codes = {factor: one.index_select(0, index) for factor, one in self.codes.items()}
         sampled = self.sampled(len(index), dense_up_to)
-        memberships = memberships_of(codes, self.counts, scale, sampled, self.x)
+        memberships = memberships_of(codes, self, scale, sampled)
         computed = self.computed and {
             name: one.index_select(0, index) for name, one in self.computed.items()
         }
@@ -300,10 +304,9 @@ class HeldRows(RowSource):
 
 def memberships_of(
     codes: Mapping[str, Int[Tensor, " rows"]],
-    counts: Mapping[str, Int[Tensor, " clusters"]],
+    source: RowSource,
     scale: float,
     sampled: Collection[str],
-    like: Tensor,
 ) -> dict[str, Membership]:
     """Clusters of a mini-batch's rows: all of a factor, or of `sampled` ones those it holds.
 
@@ -311,13 +314,12 @@ def memberships_of(
     """
     memberships = {}
     for factor, rows in codes.items():
-        every = counts[factor]
         if factor not in sampled:
-            everyone = torch.arange(len(every), device=rows.device)
-            memberships[factor] = Membership(everyone, rows)
+            memberships[factor] = Membership(source.everyone[factor], rows)
         else:
             present, position, found = torch.unique(rows, return_inverse=True, return_counts=True)
-            weight = (scale * found / every[present]).to(like.dtype)
+            every = source.counts[factor]
+            weight = (scale * found / every[present]).to(source.like.dtype)
             memberships[factor] = Membership(present, position, weight, complete=False)
     return memberships
 
@@ -344,10 +346,11 @@ class Shuffle:
 
     def rows(self, source: RowSource, size: int) -> tuple[Tensor, Tensor]:
         """Rows of the next mini-batch of `size`, and of the one after, if that is known yet."""
-        unit = source.unit(size)
+        unit, device = source.unit(size), source.like.device
         units, within = size // unit, torch.arange(unit)
+        taken = self.take(units, len(source) // unit)
         index, following = (
-            (unit * some[:, None] + within).flatten().to(source.like.device)
-            for some in (self.take(units, len(source) // unit), self.order[:units])
+            (some if unit == 1 else (unit * some[:, None] + within).flatten()).to(device)
+            for some in (taken, self.order[:units])
         )
         return index, following

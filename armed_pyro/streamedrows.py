@@ -87,7 +87,7 @@ class StreamedRows(RowSource):
         held = self._held(self._foreseen(index, following))
         scale = len(self) / len(index)
         sampled = self.sampled(len(index), dense_up_to)
-        memberships = memberships_of(held.codes, self.counts, scale, sampled, self.like)
+        memberships = memberships_of(held.codes, self, scale, sampled)
         return replace(held.all(), memberships=memberships, scale=scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
@@ -103,7 +103,7 @@ class StreamedRows(RowSource):
         place = torch.full((len(counts),), -1, device=chosen.device)
         place[chosen] = torch.arange(len(chosen), device=chosen.device)
         scale = len(counts) / len(chosen)
-        memberships = memberships_of(held.codes, self.counts, 1.0, (), self.like)
+        memberships = memberships_of(held.codes, self, 1.0, ())
         weight = self.like.new_full((len(chosen),), scale)
         own = Membership(chosen, place[held.codes[factor]], weight, complete=False)
         return replace(held.all(), memberships={**memberships, factor: own}, scale=scale)

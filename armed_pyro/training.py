@@ -132,15 +132,15 @@ class Run:
             loss, norm = self._take(rate)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise self._divergence("a covariance matrix is degenerate") from error
-        if not torch.isfinite(loss.total):
+        total = float(loss.total.detach())
+        if not math.isfinite(total):
             raise self._divergence(blame(loss))
-        if not torch.isfinite(norm):
+        if not math.isfinite(norm):
             raise self._divergence("its gradient is not finite")
-        self.lazy.write()
         self.factor = rate
         if self.settled is not None:
             self.iterates.append(self.guide.hyperparameters.shift.detach().cpu().numpy().copy())
-        self.history.loss.append(float(loss.total.detach()))
+        self.history.loss.append(total)
         self.history.elbo.append(float(loss.elbo))
         first, last = self.history.loss[0], self.history.loss[-1]
         if last > first + 1e4 * (1 + abs(first)):
@@ -152,13 +152,13 @@ class Run:
         remaining = self.schedule.steps - self.step
         if self.settled is None:
             progress = self.source.like.new_tensor(self.step / self.schedule.steps)
-            rows = self.lazy.read(self.share.weigh(self._next_batch()))
+            rows = self.share.weigh(self._next_batch())
             loss, norm = self.steps(
                 self.objective, rows, progress, factor=rate, remaining=remaining
             )
             return self.share.mean(loss), norm
         rows = self._settled_rows(self.settled)
-        bound = NestedBound(self.model, self.lazy.guide, self.history.particles)
+        bound = self.lazy.reading(NestedBound(self.model, self.lazy.guide, self.history.particles))
         wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
         draws = max(1, min(wanted, self._most_rows() // max(1, len(rows))))
         return self.steps(bound, rows, draws, factor=rate, remaining=remaining)
@@ -173,7 +173,7 @@ class Run:
         if len(settled) <= most:
             return settled.all()
         if nested is None:
-            return self.lazy.read(self._next_batch())
+            return self._next_batch()
         clusters = len(settled.counts[nested.name])
         share = max(1, clusters * most // (2 * len(settled)))
         chosen = self.shuffle.take(share, clusters)
@@ -185,8 +185,10 @@ class Run:
         if size == n:
             return source.all()
         index, following = self.shuffle.rows(source, self.share.batch(size))
-        # As many as `_prepare` makes room for.
-        dense = n if self.guide.every_cluster() else 4 * self.share.together(size)
+        # As many as `_prepare` makes room for, but where a step finds out itself which it needs.
+        sampled = source.sampled(self.share.together(size))
+        whole = self.lazy.tables.keys() >= sampled and not self.share.several
+        dense = n if whole or self.guide.every_cluster() else 4 * self.share.together(size)
         return source.batch(index, dense_up_to=dense, following=following)
 
     def _close_window(self, losses: list[Loss]) -> None:
@@ -248,7 +250,7 @@ class Run:
         size = schedule.batch(n) if batches else n
         self.lazy = LazyAdam.of(self.guide, self.source, self.share.together(size), eps)
         guide = self.lazy.guide
-        self.objective = self.share.averaged(Objective(self.model, guide))
+        self.objective = self.lazy.reading(self.share.averaged(Objective(self.model, guide)))
         mode: CompileMode = "never" if self.share.several else self.compile
         if self.settled is not None and not batches and n > self._most_rows():
             # The noise of some clusters' gradient is not to move the guide away from the mode.
@@ -276,6 +278,7 @@ class Run:
 
     def _hold_network(self) -> RowSource:
         """The rows as the network sees them from now on."""
+        self.lazy.release()
         self.model.eval()
         # Effects inside the network make it run on, but not learn.
         self.held = [one for one in self.model.parameters() if one.requires_grad]
@@ -287,6 +290,7 @@ class Run:
 
     def _release(self) -> None:
         """The network as it is given back: for evaluation, its weights free again."""
+        self.lazy.release()
         self.model.eval()
         for one in self.held:
             one.requires_grad_(True)

@@ -16,6 +16,7 @@ from armed_pyro.conditionals import WhitenedDiagonal, WhitenedNormal
 from armed_pyro.crossed import choose_guide
 from armed_pyro.objective import Objective
 from armed_pyro.pseudo import overshoot
+from armed_pyro.tilted import TiltedNormal
 
 N, K = 60, 6
 SLOPES = "(1 + x0 | site)"
@@ -55,7 +56,7 @@ def conditional(guide, rows, theta=None, site="site_effect"):
 
 def moments(q):
     """Mean and covariance matrices of q(u | theta)."""
-    if isinstance(q, WhitenedNormal):
+    if isinstance(q, WhitenedNormal | TiltedNormal):
         root = torch.linalg.solve_triangular(q.root, q.scale.mT, upper=False)
         return q.mean, root.mT @ root
     return q.mean, torch.diag_embed((q.scale / q.root) ** 2)
