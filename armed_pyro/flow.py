@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from armed_pyro.conditionals import LOG_SQRT_2PI, Pushforward
 
-__all__ = ["AutoregressiveNormal", "FlowParameters"]
+__all__ = ["AutoregressiveNormal", "CoupledNormal", "Flow", "FlowParameters"]
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,12 @@ class FlowParameters:
     log_tail: Float[Tensor, " size"]
 
 
-class AutoregressiveNormal(Pushforward):
-    r"""A normal distribution with skewness, tails, and scales that depend on earlier components.
-
-    .. math::
-        s_i &= \sinh(e^{t_i} \operatorname{asinh}(\epsilon_i) + k_i), \quad \epsilon \sim N(0, I) \\
-        x_i &= m_i + e^{l_i + \sum_{j<i} (C_{ij} t_j + B_{ij} t_j^2)}
-            \Big(s_i + \sum_{j<i} A_{ij} s_j\Big), \quad t_j = \tanh s_j, \quad \theta = a + F x
-
-    with frame F (lower triangular) and anchor a held fixed, so that what is trained is of order 1.
-    The scale of a fixed effect can thus follow the residual sd, and that of an sd near zero be
-    skewed.
+class Flow(Pushforward, ABC):
+    """A distribution of the hyperparameters, theta = a + F x, with x made of normal noise.
 
     The log-density of its own draw has the gradient along the draw only: the expectation of what
     is left out is zero, and so is the variance of what is left in where the density is that of
     the posterior (Roeder, Wu, Duvenaud 2017, sticking the landing).
-
-    References
-    ----------
-    Jones and Pewsey (2009), Biometrika 96(4): sinh-arcsinh distributions.
     """
 
     def __init__(
@@ -60,15 +48,12 @@ class AutoregressiveNormal(Pushforward):
         self._drawn: tuple[Tensor | None, Tensor | None] = (None, None)
         super().__init__(batch_shape, parameters.shift.shape, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> AutoregressiveNormal:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Flow:
         shape = torch.Size(batch_shape)
-        return self if shape == self.batch_shape else AutoregressiveNormal(self.parameters, shape)
+        return self if shape == self.batch_shape else type(self)(self.parameters, shape)
 
     def push(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        p = self.parameters
-        s = torch.sinh(p.log_tail.exp() * torch.asinh(noise) + p.skew)
-        x = p.shift + self._scale(s) * (s + s @ p.coupling.mT)
-        value = p.anchor + x @ p.frame.mT
+        value = self.parameters.anchor + self._framed(noise) @ self.parameters.frame.mT
         self._drawn = (value, noise)
         return value
 
@@ -80,6 +65,92 @@ class AutoregressiveNormal(Pushforward):
             density, slope = self._log_prob(noise), self._slope(noise)
         return density + (slope * (value - value.detach())).sum(-1)
 
+    def detached(self) -> Flow:
+        """The same distribution, its parameters without gradients."""
+        p = self.parameters
+        values = {name: value.detach() for name, value in vars(p).items()}
+        return type(self)(replace(p, **values), self.batch_shape)
+
+    @abstractmethod
+    def _framed(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        """x, which this noise becomes."""
+
+    @abstractmethod
+    def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
+        """log-density of the value that this noise becomes."""
+
+    @abstractmethod
+    def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        """d log-density / d theta there: the triangular Jacobian of the map, solved backwards."""
+
+    @abstractmethod
+    def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        """The noise that became this value."""
+
+    def _solved_frame(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        """x - m."""
+        p = self.parameters
+        x = torch.linalg.solve_triangular(p.frame, (value - p.anchor)[..., None], upper=False)
+        return x[..., 0] - p.shift
+
+    def _back(self, jacobian: Tensor, slope: Tensor) -> Tensor:
+        """The slope by theta, of one by what x is made of with this Jacobian."""
+        by_x = torch.linalg.solve_triangular(jacobian.mT, slope[..., None], upper=True)
+        frame = self.parameters.frame
+        return torch.linalg.solve_triangular(frame.mT, by_x, upper=True)[..., 0]
+
+    def _jacobian(self, scale: Float[Tensor, "... size"]) -> Float[Tensor, "... size size"]:
+        p = self.parameters
+        identity = torch.eye(len(p.shift), dtype=self.dtype, device=self.device)
+        return scale[..., None] * (identity + p.coupling)
+
+
+class CoupledNormal(Flow):
+    r"""The normal distribution among them: without twist, bow, skewness and tails.
+
+    .. math:: x_i = m_i + e^{l_i} \Big(\epsilon_i + \sum_{j<i} A_{ij} \epsilon_j\Big), \quad
+        \epsilon \sim N(0, I)
+    """
+
+    def _framed(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        p = self.parameters
+        return p.shift + p.log_scale.exp() * (noise + noise @ p.coupling.mT)
+
+    def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
+        p = self.parameters
+        log_det = p.log_scale + p.frame.diagonal().log()
+        return (-0.5 * noise**2 - LOG_SQRT_2PI - log_det).sum(-1)
+
+    def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        return self._back(self._jacobian(self.parameters.log_scale.exp()), -noise)
+
+    def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        jacobian, x = self._jacobian(self.parameters.log_scale.exp()), self._solved_frame(value)
+        return torch.linalg.solve_triangular(jacobian, x[..., None], upper=False)[..., 0]
+
+
+class AutoregressiveNormal(Flow):
+    r"""A normal distribution with skewness, tails, and scales that depend on earlier components.
+
+    .. math::
+        s_i &= \sinh(e^{t_i} \operatorname{asinh}(\epsilon_i) + k_i), \quad \epsilon \sim N(0, I) \\
+        x_i &= m_i + e^{l_i + \sum_{j<i} (C_{ij} t_j + B_{ij} t_j^2)}
+            \Big(s_i + \sum_{j<i} A_{ij} s_j\Big), \quad t_j = \tanh s_j, \quad \theta = a + F x
+
+    with frame F (lower triangular) and anchor a held fixed, so that what is trained is of order 1.
+    The scale of a fixed effect can thus follow the residual sd, and that of an sd near zero be
+    skewed.
+
+    References
+    ----------
+    Jones and Pewsey (2009), Biometrika 96(4): sinh-arcsinh distributions.
+    """
+
+    def _framed(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+        p = self.parameters
+        s = torch.sinh(p.log_tail.exp() * torch.asinh(noise) + p.skew)
+        return p.shift + self._scale(s) * (s + s @ p.coupling.mT)
+
     def _scale(self, s: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         # Bounded, or the scale would collapse in a tail.
         p = self.parameters
@@ -87,7 +158,6 @@ class AutoregressiveNormal(Pushforward):
         return (p.log_scale + t @ p.twist.mT + t**2 @ p.bow.mT).exp()
 
     def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
-        """log-density of the value that this noise becomes."""
         p = self.parameters
         inner = p.log_tail.exp() * torch.asinh(noise) + p.skew
         log_det = torch.log(torch.cosh(inner)) + p.log_tail - 0.5 * torch.log1p(noise**2)
@@ -96,7 +166,6 @@ class AutoregressiveNormal(Pushforward):
         return (-0.5 * noise**2 - LOG_SQRT_2PI - log_det).sum(-1)
 
     def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        """d log-density / d theta: the triangular Jacobian of the map, solved backwards."""
         p = self.parameters
         root, tail = torch.sqrt(1 + noise**2), p.log_tail.exp()
         inner = tail * torch.asinh(noise) + p.skew
@@ -107,26 +176,14 @@ class AutoregressiveNormal(Pushforward):
         bend = (p.twist + 2 * t[..., None, :] * p.bow) * (1 - t**2)[..., None, :]
         by_s = by_noise / stretch - bend.sum(-2)
         scale = self._scale(s)
-        identity = torch.eye(len(p.shift), dtype=self.dtype, device=self.device)
-        jacobian = scale[..., None] * (identity + p.coupling)
         moved = (scale * (s + s @ p.coupling.mT))[..., None]
-        jacobian = jacobian + moved * bend
-        by_x = torch.linalg.solve_triangular(jacobian.mT, by_s[..., None], upper=True)
-        return torch.linalg.solve_triangular(p.frame.mT, by_x, upper=True)[..., 0]
+        return self._back(self._jacobian(scale) + moved * bend, by_s)
 
     def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        """The noise that became this value, component by component."""
-        p = self.parameters
-        x = torch.linalg.solve_triangular(p.frame, (value - p.anchor)[..., None], upper=False)
-        x = x[..., 0] - p.shift
+        # Component by component.
+        p, x = self.parameters, self._solved_frame(value)
         s = torch.zeros_like(x)
         for i in range(x.shape[-1]):
             own = x[..., i] / self._scale(s)[..., i] - s @ p.coupling[i]
             s = torch.cat([s[..., :i], own[..., None], s[..., i + 1 :]], -1)
         return torch.sinh((torch.asinh(s) - p.skew) * (-p.log_tail).exp())
-
-    def detached(self) -> AutoregressiveNormal:
-        """The same distribution, its parameters without gradients."""
-        p = self.parameters
-        values = {name: value.detach() for name, value in vars(p).items()}
-        return AutoregressiveNormal(replace(p, **values), self.batch_shape)

@@ -87,7 +87,7 @@ class Guide(nn.Module, ABC):
     def settle(self) -> None:
         """From now on only the hyperparameters are trained; the rest follows by `refresh`."""
         self.requires_grad_(False)
-        self.hyperparameters.requires_grad_(True)
+        self.hyperparameters.settle()
 
     def draws(self, rows: Rows, n: int) -> dict[str, Tensor]:
         """n joint draws of all latent sites.

@@ -17,7 +17,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import CorrCholeskyTransform
 
 from armed_pyro.correlations import CorrelationCholesky
-from armed_pyro.flow import AutoregressiveNormal, FlowParameters
+from armed_pyro.flow import AutoregressiveNormal, CoupledNormal, Flow, FlowParameters
 
 if TYPE_CHECKING:
     from armed_pyro.program import MixedEffects
@@ -89,12 +89,13 @@ class Hyperparameters(nn.Module):
         self.log_scale = nn.Parameter(like.new_full((size,), math.log(0.1)))
         self.shift = nn.Parameter(like.new_zeros(size))
         self.coupling = nn.Parameter(like.new_zeros(size, size))
-        # Held at the normal distribution until `Guide.settle`: what a single draw says of a shape
+        # Held at the normal distribution until `settle`: what a single draw says of a shape
         # is noise, and a shape that wanders makes draws that overflow.
         self.twist = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
         self.bow = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
         self.skew = nn.Parameter(like.new_zeros(size), requires_grad=False)
         self.log_tail = nn.Parameter(like.new_zeros(size), requires_grad=False)
+        self.shaped = False
 
     def forward(self) -> dict[str, Tensor]:
         """Sample every hyperparameter's site."""
@@ -107,9 +108,14 @@ class Hyperparameters(nn.Module):
                 latents[site.name] = pyro.sample(site.name, point)
         return latents
 
-    def distribution(self) -> AutoregressiveNormal:
+    def settle(self) -> None:
+        """From now on its shape is trained, too."""
+        self.requires_grad_(True)
+        self.shaped = True
+
+    def distribution(self) -> Flow:
         """q(theta)."""
-        return AutoregressiveNormal(
+        return (AutoregressiveNormal if self.shaped else CoupledNormal)(
             FlowParameters(
                 anchor=self.anchor,
                 frame=self.frame,
@@ -127,6 +133,11 @@ class Hyperparameters(nn.Module):
         """The hyperparameters where the noise is zero."""
         theta = self.distribution().push(torch.zeros_like(self.anchor))
         return self.known | {site.name: site.read(theta)[0] for site in self.sites}
+
+    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
+        super()._load_from_state_dict(*args, **settings)
+        shape = (self.twist, self.bow, self.skew, self.log_tail)
+        self.shaped = self.shaped or any(bool(one.any()) for one in shape)
 
     @torch.no_grad()
     def set_normal(self, mean: Float[Tensor, " size"], root: Float[Tensor, "size size"]) -> None:

@@ -6,9 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributions import MultivariateNormal
 
-from armed_pyro.flow import AutoregressiveNormal, FlowParameters
+from armed_pyro import ClusteredData, MixedEffects
+from armed_pyro.flow import AutoregressiveNormal, CoupledNormal, FlowParameters
+from armed_pyro.hyperparameters import Hyperparameters
 
 VECTORS = ("anchor", "shift", "log_scale", "skew", "log_tail")
 NAMES = [one.name for one in dataclasses.fields(FlowParameters)]
@@ -226,3 +229,47 @@ def test_of_no_components_the_density_is_one():
     assert own.shape == (4, 0)
     assert torch.equal(q.log_prob(own), torch.zeros(4).double())
     assert torch.equal(q.log_prob(own.clone()), torch.zeros(4).double())
+
+
+# ------------------------------------------------------------------------- without shape
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_without_shape_it_is_the_coupled_normal(size):
+    """Values, densities and gradients, of own draws and of given values."""
+    zeros = {name: torch.zeros(size).double() for name in ("skew", "log_tail")}
+    zeros |= {name: torch.zeros(size, size).double() for name in ("twist", "bow")}
+    noise = torch.randn(5, size, generator=torch.Generator().manual_seed(2)).double()
+    found = []
+    for kind in (AutoregressiveNormal, CoupledNormal):
+        _, leaves = with_gradients(make(size, **zeros))
+        q = kind(FlowParameters(**leaves)).expand((5,))
+        value = q.push(noise)
+        own, given = q.log_prob(value), q.log_prob(value.detach())
+        trained = [leaves[name] for name in ("shift", "log_scale", "coupling")]
+        gradients = torch.autograd.grad(
+            (value**2).sum() + (own * torch.arange(5)).sum(), trained, retain_graph=True
+        )
+        scores = torch.autograd.grad(given.sum(), trained)
+        # What stands on and above the diagonal of A is not looked at.
+        below = [one.tril(-1) if one.dim() == 2 else one for one in (*gradients, *scores)]
+        found.append((value, own, given, *below))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_shape_that_was_saved_is_there_again():
+    data = ClusteredData.from_arrays([[0.0], [1.0]] * 10, [0.0, 1.0] * 10, {"g": [0, 1] * 10})
+    model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
+    first, second = (Hyperparameters(model) for _ in range(2))
+    assert isinstance(first.distribution(), CoupledNormal)
+    first.settle()
+    with torch.no_grad():
+        first.skew.fill_(0.2)
+    second.load_state_dict(first.state_dict())
+    q = second.distribution()
+    assert isinstance(q, AutoregressiveNormal)
+    assert torch.equal(q.parameters.skew, first.skew)
+    plain = Hyperparameters(model)
+    plain.load_state_dict(Hyperparameters(model).state_dict())
+    assert isinstance(plain.distribution(), CoupledNormal)
