@@ -35,7 +35,7 @@ class Flow(Pushforward, ABC):
 
     The log-density of its own draw has the gradient along the draw only: the expectation of what
     is left out is zero, and so is the variance of what is left in where the density is that of
-    the posterior (Roeder, Wu, Duvenaud 2017, sticking the landing).
+    the posterior (Roeder, Wu, Duvenaud 2017, sticking the landing). Frame and anchor are held.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Flow(Pushforward, ABC):
     ) -> None:
         self.parameters = parameters
         self.dtype, self.device = parameters.shift.dtype, parameters.shift.device
-        self._drawn: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
         super().__init__(batch_shape, parameters.shift.shape, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Flow:
@@ -53,17 +53,18 @@ class Flow(Pushforward, ABC):
         return self if shape == self.batch_shape else type(self)(self.parameters, shape)
 
     def push(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        value = self.parameters.anchor + self._framed(noise) @ self.parameters.frame.mT
-        self._drawn = (value, noise)
+        x = self._framed(noise)
+        value = self.parameters.anchor + x @ self.parameters.frame.mT
+        self._drawn = (value, x, noise)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
-        own, noise = self._drawn
-        if own is not value or noise is None:
+        if self._drawn is None or self._drawn[0] is not value:
             return self._log_prob(self._pull(value))
+        _, x, noise = self._drawn
         with torch.no_grad():
             density, slope = self._log_prob(noise), self._slope(noise)
-        return density + (slope * (value - value.detach())).sum(-1)
+        return density + (slope * (x - x.detach())).sum(-1)
 
     def detached(self) -> Flow:
         """The same distribution, its parameters without gradients."""
@@ -81,7 +82,7 @@ class Flow(Pushforward, ABC):
 
     @abstractmethod
     def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        """d log-density / d theta there: the triangular Jacobian of the map, solved backwards."""
+        """d log-density / d x there: the triangular Jacobian of the map, solved backwards."""
 
     @abstractmethod
     def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
@@ -90,19 +91,10 @@ class Flow(Pushforward, ABC):
     def _solved_frame(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         """x - m."""
         p = self.parameters
-        x = torch.linalg.solve_triangular(p.frame, (value - p.anchor)[..., None], upper=False)
-        return x[..., 0] - p.shift
+        return _solved(p.frame, value - p.anchor, upper=False) - p.shift
 
-    def _back(self, jacobian: Tensor, slope: Tensor) -> Tensor:
-        """The slope by theta, of one by what x is made of with this Jacobian."""
-        by_x = torch.linalg.solve_triangular(jacobian.mT, slope[..., None], upper=True)
-        frame = self.parameters.frame
-        return torch.linalg.solve_triangular(frame.mT, by_x, upper=True)[..., 0]
-
-    def _jacobian(self, scale: Float[Tensor, "... size"]) -> Float[Tensor, "... size size"]:
-        p = self.parameters
-        identity = torch.eye(len(p.shift), dtype=self.dtype, device=self.device)
-        return scale[..., None] * (identity + p.coupling)
+    def _identity(self) -> Float[Tensor, "size size"]:
+        return torch.eye(len(self.parameters.shift), dtype=self.dtype, device=self.device)
 
 
 class CoupledNormal(Flow):
@@ -122,11 +114,14 @@ class CoupledNormal(Flow):
         return (-0.5 * noise**2 - LOG_SQRT_2PI - log_det).sum(-1)
 
     def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        return self._back(self._jacobian(self.parameters.log_scale.exp()), -noise)
+        p = self.parameters
+        upper = (self._identity() + p.coupling).mT
+        return -_solved(upper, noise, upper=True) * (-p.log_scale).exp()
 
     def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        jacobian, x = self._jacobian(self.parameters.log_scale.exp()), self._solved_frame(value)
-        return torch.linalg.solve_triangular(jacobian, x[..., None], upper=False)[..., 0]
+        p = self.parameters
+        scaled = self._solved_frame(value) * (-p.log_scale).exp()
+        return _solved(self._identity() + p.coupling, scaled, upper=False)
 
 
 class AutoregressiveNormal(Flow):
@@ -177,7 +172,8 @@ class AutoregressiveNormal(Flow):
         by_s = by_noise / stretch - bend.sum(-2)
         scale = self._scale(s)
         moved = (scale * (s + s @ p.coupling.mT))[..., None]
-        return self._back(self._jacobian(scale) + moved * bend, by_s)
+        jacobian = scale[..., None] * (self._identity() + p.coupling) + moved * bend
+        return _solved(jacobian.mT, by_s, upper=True)
 
     def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         # Component by component.
@@ -187,3 +183,9 @@ class AutoregressiveNormal(Flow):
             own = x[..., i] / self._scale(s)[..., i] - s @ p.coupling[i]
             s = torch.cat([s[..., :i], own[..., None], s[..., i + 1 :]], -1)
         return torch.sinh((torch.asinh(s) - p.skew) * (-p.log_tail).exp())
+
+
+def _solved(
+    matrix: Float[Tensor, "... size size"], vector: Float[Tensor, "... size"], *, upper: bool
+) -> Float[Tensor, "... size"]:
+    return torch.linalg.solve_triangular(matrix, vector[..., None], upper=upper)[..., 0]
