@@ -248,11 +248,12 @@ class HeldRows(RowSource):
         return 1
 
     def all(self) -> Rows:
-        memberships = {
-            factor: Membership(self.everyone[factor], codes) for factor, codes in self.codes.items()
-        }
+        return self.of(memberships_of(self.codes, self, 1.0, ()), 1.0)
+
+    def of(self, memberships: Mapping[str, Membership], scale: float) -> Rows:
+        """All rows, with these memberships and this scale."""
         optional = (self.trials, self.offset, self.weights, self.computed)
-        return Rows(self.x, self.y, memberships, 1.0, *optional)
+        return Rows(self.x, self.y, memberships, scale, *optional)
 
     def batch(
         self,

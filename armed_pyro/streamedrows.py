@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -88,7 +88,7 @@ class StreamedRows(RowSource):
         scale = len(self) / len(index)
         sampled = self.sampled(len(index), dense_up_to)
         memberships = memberships_of(held.codes, self, scale, sampled)
-        return replace(held.all(), memberships=memberships, scale=scale)
+        return held.of(memberships, scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         if factor != self.factor:
@@ -106,12 +106,14 @@ class StreamedRows(RowSource):
         memberships = memberships_of(held.codes, self, 1.0, ())
         weight = self.like.new_full((len(chosen),), scale)
         own = Membership(chosen, place[held.codes[factor]], weight, complete=False)
-        return replace(held.all(), memberships={**memberships, factor: own}, scale=scale)
+        return held.of({**memberships, factor: own}, scale)
 
     def chunks(self, size: int) -> Iterator[Rows]:
         starts = range(0, len(self), size)
         for records in ahead(self._stretch(at, min(at + size, len(self))) for at in starts):
-            yield replace(self._held(records).all(), scale=len(self) / len(records))
+            held = self._held(records)
+            memberships = memberships_of(held.codes, self, 1.0, ())
+            yield held.of(memberships, len(self) / len(records))
 
     @cached_property
     def _edges(self) -> Int[np.ndarray, " clusters+1"]:
