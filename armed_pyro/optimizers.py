@@ -1,28 +1,23 @@
-"""Optimizers of a run: of network and guide, and of what a guide keeps of clusters."""
+"""Optimizers of a run: of network and guide, each at its own rate."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.guides import Guide
-from armed_pyro.objective import Loss
+from armed_pyro.adam import Adam, Gradients
+from armed_pyro.lazyadam import LazyAdam
 from armed_pyro.program import MixedEffects
-from armed_pyro.pseudo import PseudoObservations
-from armed_pyro.rows import Membership, Rows, RowSource
 from armed_pyro.schedule import Schedule
 
-__all__ = ["Adam", "LazyAdam", "Optimizers"]
+__all__ = ["Optimizers"]
 
-BETAS = (0.9, 0.99)
-
-Gradients = Mapping[str, Tensor | None]
+# Numbers from which on a parameter has steps of its own, and how many parameters have them at most:
+# each makes the graph larger.
+LARGE, MOST_APART = 2**14, 8
 
 
 class Optimizers(nn.Module):
@@ -52,7 +47,7 @@ class Optimizers(nn.Module):
         together = {name: one for name, one in guided.items() if name not in apart}
         self._groups = (
             ([Adam(together, eps=eps), *lazy.adams], schedule.learning_rate),
-            ([Adam(_trained("model", model))], schedule.net_learning_rate),
+            ([Adam(one) for one in _parts(_trained("model", model))], schedule.net_learning_rate),
         )
         self.adams = nn.ModuleList(adam for group, _ in self._groups for adam in group)
         self.tables, self._lazy = lazy.tables, lazy
@@ -90,288 +85,10 @@ def _trained(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     return {name: one for name, one in named if one.requires_grad}
 
 
-class Adam(nn.Module):
-    r"""Adam of some parameters, whose numbers are joined: into one column, or one a cluster.
-
-    .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
-        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-        w \leftarrow w - \rho \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
-
-    On joined numbers it takes a dozen operations, however many the parameters are.
-
-    Parameters
-    ----------
-    parameters : mapping of str to Tensor
-        By name; their leading dimension has `columns` entries if there are several columns.
-    columns : int
-        Columns, each with a number t of steps of its own.
-    eps : float
-
-    Attributes
-    ----------
-    state : Float[Tensor, "2*width+1 columns"]
-        m, v and t.
-
-    Examples
-    --------
-    >>> w = {"w": torch.tensor([1.0, 2.0])}
-    >>> adam = Adam(w)
-    >>> adam(w, adam.joined({"w": torch.tensor([3.0, -1.0])}), torch.tensor(0.1))
-    >>> w["w"]
-    tensor([0.9000, 2.1000])
-    """
-
-    state: Tensor
-
-    def __init__(
-        self, parameters: Mapping[str, Tensor], columns: int = 1, eps: float = 1e-8
-    ) -> None:
-        super().__init__()
-        self.columns, self.eps = columns, eps
-        self.names = tuple(parameters)
-        self._widths = [one.numel() // columns for one in parameters.values()]
-        like = next(iter(parameters.values()), torch.empty(0)).detach()
-        self.register_buffer("state", like.new_zeros(2 * sum(self._widths) + 1, columns))
-
-    def joined(self, gradients: Gradients) -> Float[Tensor, "width columns"]:
-        """Gradients one below the other; zeros where there are none."""
-        found = [gradients[name] for name in self.names]
-        parts = [
-            self.state.new_zeros(width, self.columns) if one is None else self._column(one)
-            for one, width in zip(found, self._widths, strict=True)
-        ]
-        return torch.cat(parts) if parts else self.state.new_zeros(0, self.columns)
-
-    def _column(self, value: Tensor) -> Float[Tensor, "width columns"]:
-        return value.reshape(self.columns, -1).T
-
-    @torch.no_grad()
-    def forward(
-        self,
-        parameters: Mapping[str, Tensor],
-        gradient: Float[Tensor, "width columns"],
-        rate: Float[Tensor, ""],
-    ) -> None:
-        """Change the parameters, and what is kept of their gradients."""
-        width = len(gradient)
-        mean, square, steps = self.state.split([width, width, 1])
-        # In place: of large networks copies would take much memory.
-        mean.lerp_(gradient, 1 - BETAS[0])
-        square.lerp_(gradient.square(), 1 - BETAS[1])
-        steps.add_(1)
-        first, second = (1 - torch.exp(math.log(beta) * steps) for beta in BETAS)
-        size = (square / second).sqrt_().add_(self.eps).mul_(first)
-        change = (mean / size).mul_(-rate).split(self._widths)
-        for name, part in zip(self.names, change, strict=True):
-            parameters[name].add_(part.T.reshape(parameters[name].shape))
-
-
-class LazyAdam:
-    r"""Adam of what a guide keeps of clusters, for the clusters in a mini-batch only.
-
-    What a step needs of its clusters is read into a small guide, whose parameters stay where they
-    are in memory; what the step makes of them is written back. Reading and writing are operations
-    on tensors, of one shape in all batches, so that a compiled step holds them too. Time is
-    O(clusters in the batch), whatever their number K; memory stays O(K x terms).
-
-    A cluster's moments m_k, v_k, and the number of steps t_k by which their bias is corrected,
-    change only when it is in the batch:
-
-    .. math:: m_k \leftarrow \beta_1 m_k + (1 - \beta_1) g_k, \quad
-        v_k \leftarrow \beta_2 v_k + (1 - \beta_2) g_k^2, \quad
-        w_k \leftarrow w_k - \rho \, \frac{m_k / (1 - \beta_1^{t_k})}
-        {\sqrt{v_k / (1 - \beta_2^{t_k})} + \epsilon}
-
-    So each cluster sees the Adam of its own gradients. With every cluster in every batch this is
-    Adam; otherwise Adam itself would go on moving absent clusters by their momentum, and would
-    average the zeros of their gradients into v, which makes its steps longer by about
-    1 / sqrt(share of batches with the cluster).
-
-    Parameters
-    ----------
-    guide : Guide
-        The whole guide.
-    counts : mapping of str to Int[Tensor, "clusters"]
-        Rows in each cluster, of the factors of which a batch's clusters are read.
-    room : int
-        Rows of a batch.
-    eps : float
-        Adam's; its betas are 0.9 and 0.99.
-
-    Examples
-    --------
-    >>> from armed_pyro import ClusteredData, MixedEffects, StructuredGuide
-    >>> groups = [row % 20 for row in range(40)]
-    >>> data = ClusteredData.from_arrays([[0.0], [1.0]] * 20, [0.0, 1.0] * 20, {"g": groups})
-    >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
-    >>> source = model.encode(data)
-    >>> lazy = LazyAdam(StructuredGuide(model, source), source.counts, room=5)
-    >>> batch = source.batch(torch.tensor([0, 1, 20, 21, 2]), dense_up_to=40)
-    >>> batch.memberships["g"].position  # in these five rows there are three clusters
-    tensor([0, 1, 0, 1, 2])
-    >>> lazy.read(batch).memberships["g"].weight  # the last row of a cluster stands for it
-    tensor([0., 0., 8., 8., 4.], dtype=torch.float64)
-    >>> lazy.adams[0].state.shape  # moments of two numbers a cluster, and its number of steps
-    torch.Size([5, 5])
-    """
-
-    def __init__(
-        self, guide: Guide, counts: Mapping[str, Tensor], room: int, eps: float = 1e-8
-    ) -> None:
-        self.guide = guide.narrowed(dict.fromkeys(counts, room)) if counts else guide
-        whole, small = guide.clusterwise(), self.guide.clusterwise()
-        names = {id(one): f"guide.{name}" for name, one in self.guide.named_parameters()}
-        self.tables = nn.ModuleDict(
-            {
-                name: _Table(whole[name], small[name], names, counts[name], eps)
-                for name in sorted(counts)
-            }
-        )
-
-    @classmethod
-    def of(cls, guide: Guide, source: RowSource, size: int, eps: float) -> LazyAdam:
-        """For mini-batches of `size` rows: of the factors whose clusters these do not all draw."""
-        narrow = source.sampled(size) & guide.clusterwise().keys()
-        return cls(guide, {name: source.counts[name] for name in narrow}, size, eps)
-
-    @property
-    def adams(self) -> list[Adam]:
-        """What takes the steps of the small guide's parameters that belong to clusters."""
-        return [table.adam for table in self._named().values()]
-
-    def reading(self, objective: Callable[..., Loss]) -> Callable[..., Loss]:
-        """The small guide's objective, as one of the rows of a batch."""
-        return _Reading(self, objective) if self._named() else objective
-
-    def read(self, rows: Rows) -> Rows:
-        """Read the clusters of some rows; the rows as the small guide numbers them.
-
-        They may be given with all clusters, or with those that they draw, no more than there is
-        room for.
-        """
-        memberships = dict(rows.memberships)
-        for name, table in self._named().items():
-            memberships[name] = table.read(rows.memberships[name], rows.scale)
-        return replace(rows, memberships=memberships)
-
-    def write(self) -> None:
-        """Write back what a step has made of the clusters read last."""
-        for table in self._named().values():
-            table.write()
-
-    def state(self) -> dict[str, Tensor]:
-        """Moments and numbers of steps, by factor."""
-        return {f"lazy.{factor}": table.state for factor, table in self._named().items()}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
-        for name, value in self.state().items():
-            value.copy_(tensors[name])
-
-    def release(self) -> None:
-        """Give the whole guide memory of its own again; of no use from then on."""
-        for table in self._named().values():
-            table.release()
-
-    def _named(self) -> Mapping[str, _Table]:
-        return cast("Mapping[str, _Table]", self.tables)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """An objective that reads the clusters it needs."""
-
-    lazy: LazyAdam
-    objective: Callable[..., Loss]
-
-    def __call__(self, rows: Rows, *rest: Any) -> Loss:
-        return self.objective(self.lazy.read(rows), *rest)
-
-
-class _Table(nn.Module):
-    """One factor's parameters by cluster, those of a batch, and the optimizer's state.
-
-    All that is kept of a cluster is one row of one tensor, so that it is found in one place; until
-    `release` the whole guide's parameters and buffers are views of it.
-    """
-
-    values: Tensor
-    rows: Tensor
-    places: Tensor
-    targets: Tensor
-
-    def __init__(
-        self,
-        whole: PseudoObservations,
-        small: PseudoObservations,
-        names: Mapping[int, str],
-        counts: Int[Tensor, " clusters"],
-        eps: float,
-    ) -> None:
-        super().__init__()
-        room, like = len(small.location), whole.location.detach()
-        trained = {names[id(one)]: one for one in small.parameters() if one.requires_grad}
-        # Not parts of this module: they belong to the optimizers and the guide.
-        self._batch = Adam(trained, room, eps), small
-        self.register_buffer("rows", like.new_ones(1, room), persistent=False)
-        self._whole = [*whole.parameters(), *whole.buffers()]
-        self._widths = [len(one) for one in self._small()]
-        values = like.new_zeros(len(like) + 1, sum(self._widths))
-        rows, self.state, *views = values[:-1].split(self._widths, 1)
-        rows[:, 0] = counts
-        for one, view in zip(self._whole, views, strict=True):
-            one.data = view.unflatten(1, one.shape[1:]).copy_(one.detach())
-        self.register_buffer("values", values, persistent=False)
-        self.register_buffer(
-            "places", counts.new_zeros(len(like), dtype=torch.int32), persistent=False
-        )
-        self.register_buffer("targets", counts.new_zeros(room), persistent=False)
-
-    @property
-    def adam(self) -> Adam:
-        return self._batch[0]
-
-    def _small(self) -> list[Float[Tensor, "width room"]]:
-        adam, small = self._batch
-        kept = [*small.parameters(), *small.buffers()]
-        return [self.rows, adam.state, *(one.detach().flatten(1).T for one in kept)]
-
-    @torch.no_grad()
-    def read(self, membership: Membership, scale: float) -> Membership:
-        room = len(self.targets)
-        places = torch.arange(room, device=self.targets.device)
-        if membership.complete:
-            # A place for each row; of several rows of a cluster, one place stands for it.
-            index = labels = membership.position
-            self.places.index_copy_(0, index, places.int())
-            position = self.places.index_select(0, index).long()
-            stands = position == places
-        else:
-            position, labels = membership.position, membership.clusters()
-            known = len(membership.index)
-            index = torch.cat([membership.index, membership.index[:1].expand(room - known)])
-            stands = places < known
-        # All other places are written to where nobody looks.
-        targets = _kept(torch.where(stands, index, len(self.places)))
-        self.targets.copy_(targets)
-        # Row by row first, then as the small guide has it, clusters last.
-        rows = _kept(self.values.index_select(0, index))
-        columns = _kept(rows.T).split(self._widths)
-        for mine, part in zip(self._small(), columns, strict=True):
-            mine.copy_(part)
-        found = self.rows.new_zeros(room).index_add(0, position, self.rows.new_ones(len(position)))
-        weight = scale * found / self.rows[0]
-        return Membership(places, position, weight, complete=True, labels=labels)
-
-    @torch.no_grad()
-    def write(self) -> None:
-        self.values.index_copy_(0, self.targets, _kept(torch.cat(self._small()).T))
-
-    def release(self) -> None:
-        for one in self._whole:
-            one.data = one.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _kept(value: Tensor) -> Tensor:
-    """A copy that a compiled step keeps in memory as it is, for all that reads it."""
-    return value.clone(memory_format=torch.contiguous_format)
+def _parts(parameters: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Parameters whose numbers are joined: the largest few are too large to be copied."""
+    large = sorted(parameters, key=lambda name: -parameters[name].numel())[:MOST_APART]
+    apart = [{name: parameters[name]} for name in large if parameters[name].numel() >= LARGE]
+    names = {name for part in apart for name in part}
+    rest = {name: one for name, one in parameters.items() if name not in names}
+    return [*apart, rest]

@@ -25,10 +25,11 @@ from armed_pyro.distributed import ALONE
 from armed_pyro.divergence import DivergenceError, blame, not_finite
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
+from armed_pyro.lazyadam import LazyAdam
 from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
-from armed_pyro.optimizers import LazyAdam, Optimizers
+from armed_pyro.optimizers import Optimizers
 from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import HeldRows, Rows, RowSource, Shuffle
@@ -36,7 +37,6 @@ from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 from armed_pyro.shares import Share
 
 __all__ = ["DivergenceError", "Run"]
-
 
 # Draws of the hyperparameters in a step once the network is settled.
 SETTLING_DRAWS = 8
@@ -161,7 +161,7 @@ class Run:
         bound = self.lazy.reading(NestedBound(self.model, self.lazy.guide, self.history.particles))
         wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
         draws = max(1, min(wanted, self._most_rows() // max(1, len(rows))))
-        return self.steps(bound, rows, draws, factor=rate, remaining=remaining)
+        return self.steps(self.lazy.reading(bound), rows, draws, factor=rate, remaining=remaining)
 
     def _most_rows(self) -> int:
         """Rows in a step of the settled network."""

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, Known, MixedEffects, Priors, Schedule, fit
+from armed_pyro.adam import Adam
 from armed_pyro.checkpoint import (
     Checkpoint,
     module_tensors,
     restore_module,
 )
-from armed_pyro.optimizers import Adam
 
 SCHEDULE = Schedule(steps=12, window=4, stages=0, batch_size=10)
 
