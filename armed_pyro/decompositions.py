@@ -19,6 +19,8 @@ __all__ = ["DECOMPOSITIONS"]
 SMALL = 4096
 # Rows and columns of matrices of which any number are multiplied term by term.
 TINY = 4
+# The same of many matrices, as a sum that no library does as fast: it is never laid out.
+MODEST = 16
 # Numbers up to which triangular systems and running sums are written out.
 FEW = 8
 
@@ -29,7 +31,8 @@ def _product(a: Tensor, b: Tensor) -> Any:
     if max(inner, columns) <= TINY:
         pairs = zip(a.unbind(-1), b.unbind(-2), strict=True)
         return reduce(torch.add, (one[..., :, None] * other[..., None, :] for one, other in pairs))
-    if a.numel() * columns <= SMALL or rows * columns <= TINY:
+    modest = a.dim() == 3 and max(rows, inner, columns) <= MODEST
+    if modest or a.numel() * columns <= SMALL or rows * columns <= TINY:
         return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
     return NotImplemented
 
