@@ -158,7 +158,7 @@ class Run:
             )
             return self.share.mean(loss), norm
         rows = self._settled_rows(self.settled)
-        bound = self.lazy.reading(NestedBound(self.model, self.lazy.guide, self.history.particles))
+        bound = NestedBound(self.model, self.lazy.guide, self.history.particles)
         wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
         draws = max(1, min(wanted, self._most_rows() // max(1, len(rows))))
         return self.steps(self.lazy.reading(bound), rows, draws, factor=rate, remaining=remaining)
