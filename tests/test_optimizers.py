@@ -23,6 +23,7 @@ from armed_pyro.lazyadam import LazyAdam
 from armed_pyro.objective import Objective
 from armed_pyro.optimizers import Optimizers
 from armed_pyro.skeletons import skeleton
+from armed_pyro.training import Run
 
 K, N = 60, 120
 pytestmark = pytest.mark.filterwarnings("ignore:there are fewer rows")
@@ -374,3 +375,26 @@ def test_state_is_that_of_every_factor_read_in_batches():
     assert float(lazy.state()["lazy.site.count"].sum()) == len(source.codes["site"][:12].unique())
     for one, expected in zip(other.state().values(), lazy.state().values(), strict=True):
         assert torch.equal(one, expected)
+
+
+def test_a_settled_step_reads_its_clusters_once(monkeypatch):
+    """Of a wide layer's effects those of a batch are trained on: read again, they are others'."""
+    monkeypatch.setattr("armed_pyro.training.LARGEST_STEP", 64)
+    data, calls, read = many(), [], LazyAdam.read
+
+    def counted(self, rows):
+        calls.append(rows.memberships["site"].complete)
+        return read(self, rows)
+
+    monkeypatch.setattr(LazyAdam, "read", counted)
+    net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1))
+    schedule = Schedule(batch_size=32, steps=6, stages=0)
+    model = MixedEffects(net, Slopes("site", on="1")).bind(data)
+    source = model.encode(data)
+    with pyro.validation_enabled(False):
+        run = Run(model, StructuredGuide(model, source), data, source, None, schedule, 0, "never")
+        run._settle()
+        assert run.lazy.tables
+        for _ in range(3):
+            run.take_step()
+    assert len(calls) == 3
