@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Hyperparameters"]
 
+# Hyperparameters up to which the guide's matrices take whole steps.
+FULL_STEPS = 6
+
 
 @dataclass(frozen=True)
 class _GlobalSite:
@@ -62,6 +65,10 @@ class Hyperparameters(nn.Module):
     in the order in which the program samples them, latent fixed effects last: their scale depends
     on the variances before them.
 
+    Where there are many, each row of its matrices is a sum of as many numbers, all of which an
+    optimizer moves at once: what is trained is in units that leave the sum's steps as they are for
+    few, or the noise of the gradients would add up.
+
     Parameters
     ----------
     model : MixedEffects
@@ -84,6 +91,7 @@ class Hyperparameters(nn.Module):
         self.known = model.known()
         self.sites = _global_sites(model)
         self.size = size = self.sites[-1].stop if self.sites else 0
+        self._reach = min(1.0, FULL_STEPS / max(1, size))
         self.register_buffer("anchor", like.new_tensor(_start(model, self.sites)))
         self.register_buffer("frame", torch.eye(size, dtype=like.dtype, device=like.device))
         self.log_scale = nn.Parameter(like.new_full((size,), math.log(0.1)))
@@ -121,9 +129,9 @@ class Hyperparameters(nn.Module):
                 frame=self.frame,
                 shift=self.shift,
                 log_scale=self.log_scale,
-                coupling=self.coupling.tril(-1),
-                twist=self.twist.tril(-1),
-                bow=self.bow.tril(-1),
+                coupling=self._reach * self.coupling.tril(-1),
+                twist=self._reach * self.twist.tril(-1),
+                bow=self._reach * self.bow.tril(-1),
                 skew=self.skew,
                 log_tail=self.log_tail,
             )

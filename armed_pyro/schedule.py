@@ -12,6 +12,8 @@ from jaxtyping import Float
 
 __all__ = ["History", "Plateau", "Schedule", "split_r_hat"]
 
+WANDERING = 20  # windows
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -111,9 +113,21 @@ class Plateau:
     best: float = math.inf
     waited: int = 0
 
-    def training(self, losses: np.ndarray) -> bool:
-        """Take in one window of training losses; True if the rates are to be cut."""
+    def training(self, losses: np.ndarray, *, moving: bool = False) -> bool:
+        """Take in one window of training losses; True if the rates are to be cut.
+
+        Parameters
+        ----------
+        losses : ndarray
+        moving : bool
+            The guide still moves; unless it only wanders, without a best window for long, that is
+            no reason to cut.
+        """
         mean, variance = float(losses.mean()), float(losses.var() / len(losses))
+        better = mean < self.best - self.tolerance
+        self.best, self.waited = (mean, 0) if better else (self.best, self.waited + 1)
+        if moving and self.waited < WANDERING:
+            return False
         last, self.previous = self.previous, (mean, variance)
         if last is None:
             return False

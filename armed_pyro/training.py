@@ -212,7 +212,7 @@ class Run:
         if self.validation is None or self.settled is not None:
             # The loss may stand still while the guide still moves.
             moving = self.settled is not None and self.history.r_hat[-1] >= MOVING
-            if not moving and self.plateau.training(np.array(self.history.loss[-len(losses) :])):
+            if self.plateau.training(np.array(self.history.loss[-len(losses) :]), moving=moving):
                 self.iterates = []
         else:
             value = self.history.validation[-1]

@@ -82,7 +82,8 @@ def test_density_of_the_hyperparameters():
     trace = poutine.trace(guide).get_trace(source.all())
     nodes = trace.nodes
     theta = nodes["_theta"]["value"]
-    L = hyper.log_scale.exp()[:, None] * (torch.eye(n) + hyper.coupling.tril(-1))
+    coupling = hyper.distribution().parameters.coupling
+    L = hyper.log_scale.exp()[:, None] * (torch.eye(n) + coupling)
     expected = dist.MultivariateNormal(hyper.anchor + hyper.shift, L @ L.mT).log_prob(theta)
     sds = [nodes["residual_sd"]["value"][None], nodes["site_sd"]["value"]]
     expected -= torch.cat(sds).log().sum()

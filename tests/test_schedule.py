@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from armed_pyro import Schedule
-from armed_pyro.schedule import History, Plateau, split_r_hat
+from armed_pyro.schedule import WANDERING, History, Plateau, split_r_hat
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,16 @@ def test_a_rising_loss_is_a_plateau():
     plateau = Plateau(tolerance=1e-6, patience=5)
     plateau.training(window(1.0))
     assert plateau.training(window(2.0))
+
+
+def test_a_guide_that_moves_is_given_time_and_one_that_only_wanders_is_not():
+    plateau = Plateau(tolerance=1e-6, patience=5)
+    assert not any(plateau.training(window(1.0), moving=True) for _ in range(WANDERING))
+    better = [plateau.training(window(0.9 - 0.1 * k), moving=True) for k in range(3)]
+    wandering = [plateau.training(window(0.9), moving=True) for _ in range(WANDERING + 1)]
+    assert not any(better + wandering[:-1]), "each new best starts the count again"
+    assert wandering[-1]
+    assert plateau.cuts == 1
 
 
 def test_validation_waits_for_patience_windows_since_the_best():
