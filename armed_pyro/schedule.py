@@ -35,7 +35,7 @@ class Schedule:
         Adam's rate for the network and the adversaries.
     window : int or None
         Steps over which the loss is averaged before it is compared with the window before; None
-        takes an epoch, but at least 100 steps, and 25 once the network is settled.
+        takes an epoch, but at least 100 steps, and 12 or 25 once the network is settled.
     decay : float
         Factor of the rates at each cut.
     stages : int
@@ -83,9 +83,9 @@ class Schedule:
             return n_rows if n_rows <= 4096 else 1024
         return min(self.batch_size, n_rows)
 
-    def window_steps(self, n_rows: int, *, settled: bool = False) -> int:
-        """Steps of one window for data of this size."""
-        return self.window or (25 if settled else max(100, n_rows // self.batch(n_rows)))
+    def window_steps(self, n_rows: int, settled: int | None = None) -> int:
+        """Steps of one window for data of this size, or for a settled network if given."""
+        return self.window or settled or max(100, n_rows // self.batch(n_rows))
 
     def rate(self, step: int) -> float:
         """Factor of the learning rates owed to the steps running out."""

@@ -31,6 +31,7 @@ from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.optimizers import Optimizers
 from armed_pyro.outcomes import log_likelihoods
+from armed_pyro.pace import Pace
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import HeldRows, Rows, RowSource, Shuffle
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
@@ -38,10 +39,6 @@ from armed_pyro.shares import Share
 
 __all__ = ["DivergenceError", "Run"]
 
-# Draws of the hyperparameters in a step once the network is settled.
-SETTLING_DRAWS = 8
-# Fewer where there are effects inside the network, which then runs once a draw.
-DRAWS_OF_FILTERS = 2
 # Multiplications of a draw of all random effects beyond which the guide is not trained further.
 MOST_WORK = 2**27
 MOST_READ = 2**18  # rows read from files for one step then
@@ -72,8 +69,7 @@ class Run:
         self.filters = modulates(model)
         self.trains, self.held = trains_network(model), list[torch.nn.Parameter]()
         self.iterates: list[np.ndarray] = []
-        self.history = History()
-        self.shuffle = Shuffle()
+        self.history, self.shuffle = History(), Shuffle()
         self.best: dict[str, Tensor] = {}
         # Where to return to from divergence: a state, and the mean loss of the window after it.
         self.good, self.good_loss = self._state(), math.inf
@@ -87,20 +83,24 @@ class Run:
         """Steps taken."""
         return len(self.history.loss)
 
+    @property
+    def pace(self) -> Pace:
+        """How the guide is trained once the network is settled."""
+        return Pace.of(len(self.source) * self.history.particles, network=self.filters)
+
     def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
         """Take steps until convergence or until they run out."""
         if not self.step and not self.trains:
             self._settle()
         while not self.stopped and not self._kept():
-            settled = self.settled is not None
-            self.model.train(not settled)
+            pace = None if self.settled is None else self.pace.window
+            self.model.train(pace is None)
             self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
-            window = self.schedule.window_steps(len(self.source), settled=settled)
-            count = min(window, self.schedule.steps - self.step)
+            window = self.schedule.window_steps(len(self.source), pace)
             before = self._state()
-            losses = [self.take_step() for _ in range(count)]
+            losses = [self.take_step() for _ in range(min(window, self.schedule.steps - self.step))]
             self._close_window(losses)
-            mean = float(np.mean(self.history.loss[-count:]))
+            mean = float(np.mean(self.history.loss[-len(losses) :]))
             if mean < self.good_loss:
                 self.good, self.good_loss = before, mean
             report(self.step, self.history.status(self._chances))
@@ -159,8 +159,7 @@ class Run:
             return self.share.mean(loss), norm
         rows = self._settled_rows(self.settled)
         bound = NestedBound(self.model, self.lazy.guide, self.history.particles)
-        wanted = DRAWS_OF_FILTERS if self.filters else SETTLING_DRAWS
-        draws = max(1, min(wanted, self._most_rows() // max(1, len(rows))))
+        draws = max(1, min(self.pace.draws, self._most_rows() // max(1, len(rows))))
         return self.steps(self.lazy.reading(bound), rows, draws, factor=rate, remaining=remaining)
 
     def _most_rows(self) -> int:
@@ -252,10 +251,11 @@ class Run:
         guide = self.lazy.guide
         self.objective = self.lazy.reading(self.share.averaged(Objective(self.model, guide)))
         mode: CompileMode = "never" if self.share.several else self.compile
+        rate = 1.0 if self.settled is None else self.pace.rate
         if self.settled is not None and not batches and n > self._most_rows():
             # The noise of some clusters' gradient is not to move the guide away from the mode.
-            share = self._most_rows() / (2 * n)
-            schedule = replace(schedule, learning_rate=schedule.learning_rate * share**0.5)
+            rate *= (self._most_rows() / (2 * n)) ** 0.5
+        schedule = replace(schedule, learning_rate=rate * schedule.learning_rate)
         self.optimizers = Optimizers(self.model, self.lazy, schedule, eps)
         self.steps = Steps({"model": self.model, "guide": guide}, self.optimizers, mode)
 

@@ -53,9 +53,9 @@ def test_a_window_is_an_epoch_but_at_least_a_hundred_steps(settings, n_rows, exp
 
 
 @pytest.mark.parametrize(("settings", "expected"), [({}, 25), ({"window": 7}, 7)])
-def test_once_settled_a_window_is_25_steps_however_many_rows(settings, expected):
+def test_once_settled_a_window_is_as_long_however_many_rows(settings, expected):
     for n_rows in (50, 500_000):
-        assert Schedule(**settings).window_steps(n_rows, settled=True) == expected
+        assert Schedule(**settings).window_steps(n_rows, 25) == expected
 
 
 def test_rates_fall_over_the_last_fifth_of_the_steps_and_stay_positive():
