@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-__all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson"]
+__all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson", "LogitBinomial"]
 
 
 class LogPoisson(dist.Poisson):
@@ -24,6 +25,22 @@ class LogPoisson(dist.Poisson):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return value * self.log_rate - self.rate - torch.lgamma(value + 1)
+
+
+class LogitBinomial(dist.Binomial):
+    """Binomial distribution of its probability's logit; its coefficient is computed once a row."""
+
+    def __init__(self, trials: Tensor, logit: Tensor) -> None:
+        self.trials, self.logit = trials, logit
+        super().__init__(trials, logits=logit, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LogitBinomial:
+        return LogitBinomial(self.trials, self.logit.expand(torch.Size(batch_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        constant = torch.lgamma(self.trials + 1) - torch.lgamma(value + 1)
+        constant = constant - torch.lgamma(self.trials - value + 1)
+        return constant + value * self.logit - self.trials * softplus(self.logit)
 
 
 class LogNegativeBinomial(dist.NegativeBinomial):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from armed_pyro.data import ClusteredData
-from armed_pyro.densities import LogNegativeBinomial, LogPoisson
+from armed_pyro.densities import LogitBinomial, LogNegativeBinomial, LogPoisson
 from armed_pyro.priors import Priors
 from armed_pyro.rows import Rows
 
@@ -277,7 +277,7 @@ class Binomial(LogitFamily):
     def distribution(
         self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
     ) -> dist.TorchDistribution:
-        return dist.Binomial(self._trials(rows.trials), logits=eta[..., 0])
+        return LogitBinomial(self._trials(rows.trials), eta[..., 0])
 
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return self._trials(rows.trials) * torch.sigmoid(eta[..., 0])

@@ -3,9 +3,9 @@
 import numpy as np
 import pyro.distributions as dist
 import torch
-from scipy import stats
+from scipy import special, stats
 
-from armed_pyro.densities import LogNegativeBinomial, LogPoisson
+from armed_pyro.densities import LogitBinomial, LogNegativeBinomial, LogPoisson
 
 Y = torch.tensor([0.0, 1.0, 3.0, 20.0], dtype=torch.float64)
 ETA = torch.linspace(-3, 4, 12, dtype=torch.float64).reshape(3, 1, 4)
@@ -17,6 +17,18 @@ def test_poisson():
     wide = LogPoisson(ETA[:, :, :1]).expand((3, 2, 4))
     assert wide.batch_shape == (3, 2, 4)
     np.testing.assert_allclose(wide.log_prob(Y), LogPoisson(wide.log_rate).log_prob(Y))
+
+
+def test_binomial():
+    trials = torch.tensor([1.0, 1.0, 7.0, 20.0], dtype=torch.float64)
+    expected = stats.binom.logpmf(Y.numpy(), trials.numpy(), special.expit(ETA.numpy()))
+    found = LogitBinomial(trials, ETA)
+    np.testing.assert_allclose(found.log_prob(Y), expected, rtol=1e-7)
+    assert found.expand((5, 3, 1, 4)).log_prob(Y).shape == (5, 3, 1, 4)
+    torch.manual_seed(0)
+    draws = found.sample((4000,))
+    spread = (found.variance / 4000).sqrt()
+    assert ((draws.mean(0) - found.mean).abs() < 5 * spread + 1e-12).all()
 
 
 def test_negative_binomial():
