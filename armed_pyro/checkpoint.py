@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from armed_pyro.facts import Facts
+from armed_pyro.manifest import VERSION
 from armed_pyro.rows import Rows, RowSource
 
 __all__ = ["Checkpoint", "digest", "module_tensors", "restore_module"]
@@ -38,7 +39,8 @@ class Checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         tensors = {name: one.detach().cpu().contiguous() for name, one in self.tensors.items()}
-        save_file(tensors, partial, metadata={"record": json.dumps(self.record)})
+        metadata = {"record": json.dumps(self.record), "version": str(VERSION)}
+        save_file(tensors, partial, metadata=metadata)
         partial.replace(path)
 
     @classmethod
@@ -48,11 +50,17 @@ class Checkpoint:
         Raises
         ------
         ValueError
-            If the file is damaged or not a checkpoint.
+            If the file is damaged, not a checkpoint, or of a guide of another version.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                record = json.loads((file.metadata() or {})["record"])
+                metadata = file.metadata() or {}
+                record, version = json.loads(metadata["record"]), metadata.get("version")
+                if version != str(VERSION):
+                    raise ValueError(
+                        f"{path} has the format's version {version}, this armed_pyro goes on from "
+                        f"version {VERSION}: delete it and fit anew"
+                    )
                 return cls({name: file.get_tensor(name) for name in file.keys()}, record)  # noqa: SIM118
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(

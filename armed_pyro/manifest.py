@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["MANIFEST", "describe", "program", "read_manifest", "reading"]
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "armed_pyro fit", 2
+FORMAT, VERSION = "armed_pyro fit", 3
 
 # What a manifest can name; nothing else is ever made from one.
 TERMS: Mapping[str, type[Term]] = {

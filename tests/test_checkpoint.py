@@ -19,6 +19,7 @@ from armed_pyro.checkpoint import (
     module_tensors,
     restore_module,
 )
+from armed_pyro.manifest import VERSION
 
 SCHEDULE = Schedule(steps=12, window=4, stages=0, batch_size=10)
 
@@ -93,6 +94,15 @@ def damage_foreign(path):
 def damage_header(path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"record", b"recorf", 1))
+
+
+def test_a_checkpoint_of_a_guide_of_another_version_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "run.checkpoint"
+    with monkeypatch.context() as patched:
+        patched.setattr("armed_pyro.checkpoint.VERSION", VERSION - 1)
+        Checkpoint({"weight": torch.ones(2)}, {}).write(path)
+    with pytest.raises(ValueError, match=rf"version {VERSION - 1}, .* version {VERSION}: delete"):
+        Checkpoint.read(path)
 
 
 @pytest.mark.parametrize(
