@@ -55,17 +55,18 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                record, version = json.loads(metadata["record"]), metadata.get("version")
-                if version != str(VERSION):
-                    raise ValueError(
-                        f"{path} has the format's version {version}, this armed_pyro goes on from "
-                        f"version {VERSION}: delete it and fit anew"
-                    )
-                return cls({name: file.get_tensor(name) for name in file.keys()}, record)  # noqa: SIM118
+                record = json.loads(metadata["record"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is damaged or not a checkpoint ({error}): delete it and fit anew"
             ) from error
+        if metadata.get("version") != str(VERSION):
+            raise ValueError(
+                f"{path} has the format's version {metadata.get('version')}, this armed_pyro goes "
+                f"on from version {VERSION}: delete it and fit anew"
+            )
+        return cls(tensors, record)
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

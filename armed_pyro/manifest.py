@@ -25,7 +25,7 @@ from armed_pyro.terms import FilterScaleBias, RandomEffects, Slopes, Term
 if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
 
-__all__ = ["MANIFEST", "describe", "program", "read_manifest", "reading"]
+__all__ = ["MANIFEST", "VERSION", "describe", "program", "read_manifest", "reading"]
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "armed_pyro fit", 3

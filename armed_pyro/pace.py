@@ -42,6 +42,5 @@ class Pace:
         """
         if network:
             return cls(draws=2, window=25, rate=1.0)
-        if likelihoods * 32 <= CHEAP:
-            return cls(draws=32, window=12, rate=2.0)
-        return cls(draws=8, window=25, rate=1.0)
+        many = cls(draws=32, window=12, rate=2.0)
+        return many if likelihoods * many.draws <= CHEAP else cls(draws=8, window=25, rate=1.0)

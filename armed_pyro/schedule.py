@@ -12,7 +12,9 @@ from jaxtyping import Float
 
 __all__ = ["History", "Plateau", "Schedule", "split_r_hat"]
 
-WANDERING = 20  # windows
+# Windows without a best one after which a guide that moves is taken to wander: at this rate it
+# would go on for ever.
+WANDERING = 20
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Schedule:
     batch_size : int or None
         Rows a step; None takes all rows up to 4,096, and 1,024 beyond.
     learning_rate : float
-        Adam's rate for the guide.
+        Adam's rate for the guide; twice that where rows are few and the network is settled.
     net_learning_rate : float
         Adam's rate for the network and the adversaries.
     window : int or None
@@ -84,7 +86,7 @@ class Schedule:
         return min(self.batch_size, n_rows)
 
     def window_steps(self, n_rows: int, settled: int | None = None) -> int:
-        """Steps of one window for data of this size, or for a settled network if given."""
+        """Steps of one window for data of this size; `settled` of them once the network is."""
         return self.window or settled or max(100, n_rows // self.batch(n_rows))
 
     def rate(self, step: int) -> float:

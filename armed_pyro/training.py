@@ -93,10 +93,10 @@ class Run:
         if not self.step and not self.trains:
             self._settle()
         while not self.stopped and not self._kept():
-            pace = None if self.settled is None else self.pace.window
-            self.model.train(pace is None)
+            settled = None if self.settled is None else self.pace.window
+            self.model.train(self.settled is None)
             self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
-            window = self.schedule.window_steps(len(self.source), pace)
+            window = self.schedule.window_steps(len(self.source), settled)
             before = self._state()
             losses = [self.take_step() for _ in range(min(window, self.schedule.steps - self.step))]
             self._close_window(losses)
