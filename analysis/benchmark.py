@@ -3,6 +3,7 @@
     python -m armed_pyro.analysis.benchmark --data FOLDER   # with sleepstudy.csv and cbpp.csv
     python -m armed_pyro.analysis.benchmark                 # simulated data of their shape
     python -m armed_pyro.analysis.benchmark --short         # under five minutes (make bench)
+    python -m armed_pyro.analysis.benchmark --device cuda --parts steps,growth
 
 Every ratio is of medians of turns taken in one run on one machine, with one thread but for the
 crossed design. Each part runs in a process of its own, whose peak memory is reported. Writes
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts: Mapping[str, Callable[[Options], list[Figure]]] = {
         "steps": steps, "fits": fits, "growth": curves, "crossed": crossed
     }  # fmt: skip
-    given = Options(options.short, None if options.data is None else str(options.data))
+    data = None if options.data is None else str(options.data)
+    given = Options(options.short, data, options.device)
     for name in options.parts.split(","):
         if name not in parts:
             raise SystemExit(f"unknown part {name!r}: choose among {', '.join(parts)}")
@@ -91,10 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What the parts are told: whether to be short, and the folder with data sets."""
+    """What the parts are told: to be short, the folder with data sets, where steps are taken."""
 
     short: bool
     data: str | None
+    device: str = "cpu"
 
 
 def write(figures: Sequence[Figure], out: Path) -> None:
@@ -121,7 +124,7 @@ def steps(options: Options) -> list[Figure]:
     targets = {"torch loop with adversary": 1.0, "conventional torch loop": 1.6, "Pyro": 0.15}
     found = []
     for width, batch in sizes:
-        task = trainingsteps.Task(width, batch, rows=max(1000, batch))
+        task = trainingsteps.Task(width, batch, rows=max(1000, batch), device=options.device)
         start = time.perf_counter()
         ours = trainingsteps.compiled(task)
         label = f"width {width}, batch {batch}"
@@ -157,7 +160,7 @@ def fits(options: Options) -> list[Figure]:
 def curves(options: Options) -> list[Figure]:
     """How a step grows with clusters, rows and terms, and predicting with draws."""
     found = []
-    for curve in growth.curves(short=options.short):
+    for curve in growth.curves(options.device, short=options.short):
         values = curve.measure()
         for size, value in values.items():
             found.append(
@@ -207,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder to write to [{OUT}]")
     parser.add_argument("--data", type=Path, help="folder with sleepstudy.csv and cbpp.csv")
     parser.add_argument("--parts", default="steps,fits,growth,crossed", help="parts to run")
+    parser.add_argument("--device", default="cpu", help="where single steps are taken [cpu]")
     parser.add_argument("--short", action="store_true", help="small sizes, under five minutes")
     return parser
 

@@ -49,15 +49,19 @@ class Curve:
         return {size: self.seconds(size) for size in self.sizes}
 
 
-def curves(*, short: bool) -> Iterator[Curve]:
+def curves(device: str, *, short: bool) -> Iterator[Curve]:
     """Steps by clusters, rows and terms; predictions by draws."""
+
+    def step(clusters: int, rows: int, terms: int) -> float:
+        return _step(clusters, rows, terms, device)
+
     clusters = [100, 10_000] if short else [100, 1_000, 10_000, 100_000, 1_000_000]
-    yield Curve("a step of 1,024 rows", "clusters", clusters, lambda k: _step(k, BATCH, 2), 1.5)
+    yield Curve("a step of 1,024 rows", "clusters", clusters, lambda k: step(k, BATCH, 2), 1.5)
     if short:
         return
     sizes = [256, 1024, 4096, 16_384]
-    yield Curve("a step", "rows in a batch", sizes, lambda rows: _step(1000, rows, 2))
-    yield Curve("a step of 1,024 rows", "terms", [1, 2, 4, 8, 16], lambda t: _step(1000, BATCH, t))
+    yield Curve("a step", "rows in a batch", sizes, lambda rows: step(1000, rows, 2))
+    yield Curve("a step of 1,024 rows", "terms", [1, 2, 4, 8, 16], lambda t: step(1000, BATCH, t))
     fitted = _spirals()
     draws = [100, 300, 1000, 3000]
     yield Curve("predicting 10,000 rows", "draws", draws, lambda n: _predict(fitted, n))
@@ -68,7 +72,7 @@ def predicting(*, short: bool) -> float:
     return _predict(_spirals(), 1000, 1 if short else 3)
 
 
-def _step(clusters: int, batch: int, terms: int) -> float:
+def _step(clusters: int, batch: int, terms: int, device: str) -> float:
     """Median seconds of a compiled step of a dense network with an intercept and slopes."""
     rng = np.random.default_rng(0)
     n = max(4 * batch, 2 * clusters)
@@ -78,11 +82,12 @@ def _step(clusters: int, batch: int, terms: int) -> float:
     data = ClusteredData.from_arrays(x, y, {"site": site})
     slopes = " + ".join(["1", *(f"x{place}" for place in range(terms - 1))])
     torch.manual_seed(0)
-    model = MixedEffects(dense(16, hidden=(32, 32)), f"({slopes} | site)").bind(data)
+    model = MixedEffects(dense(16, hidden=(32, 32)), f"({slopes} | site)")
+    model = model.bind(data).to(device)
     source, schedule = model.encode(data), Schedule(batch_size=batch)
     times = []
     with pyro.validation_enabled(False):
-        guide = choose_guide(model, source)
+        guide = choose_guide(model, source).to(device)
         run = Run(model, guide, data, source, None, schedule, 0, "always")
         model.train()
         for place in range(110):

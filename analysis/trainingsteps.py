@@ -40,12 +40,15 @@ class Task:
         Units in each hidden layer; rows a step.
     clusters, rows : int
         Clusters, and rows in each.
+    device : str
+        Where the steps are taken.
     """
 
     width: int
     batch: int
     clusters: int = 10
     rows: int = 1000
+    device: str = "cpu"
 
     def data(self) -> ClusteredData:
         """The spirals."""
@@ -83,11 +86,12 @@ def eager(task: Task) -> Step:
 def _run(task: Task, mode: CompileMode) -> Step:
     data = task.data()
     torch.manual_seed(0)
-    model = task.program().bind(data)
+    model = task.program().bind(data).to(task.device)
     source = model.encode(data)
     schedule = Schedule(batch_size=task.batch, net_learning_rate=RATE)
     with pyro.validation_enabled(False):
-        run = Run(model, choose_guide(model, source), data, source, None, schedule, 0, mode)
+        guide = choose_guide(model, source).to(task.device)
+        run = Run(model, guide, data, source, None, schedule, 0, mode)
     model.train()
 
     def step() -> object:
@@ -101,23 +105,23 @@ def _run(task: Task, mode: CompileMode) -> Step:
 
 def torch_loop(task: Task, *, game: bool) -> Step:
     """The network alone in a loop written by hand: with an adversary beside it, or conventional."""
-    data, net = task.data(), task.network()
-    x = torch.as_tensor(data.features, dtype=torch.float32)
+    data, net = task.data(), task.network().to(task.device)
+    x = torch.as_tensor(data.features, dtype=torch.float32, device=task.device)
     x = (x - x.mean(0)) / x.std(0)
     if data.outcome is None:
         raise ValueError("the spirals have no outcome")
-    y = data.outcome.float()
-    site = torch.as_tensor(data.grouping("site").codes)
+    y = data.outcome.float().to(task.device)
+    site = torch.as_tensor(data.grouping("site").codes, device=task.device)
     torch.manual_seed(0)
     classifier = nn.Sequential(
         nn.Linear(3 * task.width, 32), nn.ReLU(), nn.Linear(32, task.clusters)
-    )
+    ).to(task.device)
     parameters = [*net.parameters(), *(classifier.parameters() if game else ())]
     adam = torch.optim.Adam(parameters, lr=RATE, fused=True)
-    shuffle, strength = Shuffle(), torch.tensor(0.1)
+    shuffle, strength = Shuffle(), torch.tensor(0.1, device=task.device)
 
     def step() -> Tensor:
-        index = shuffle.take(task.batch, len(x))
+        index = shuffle.take(task.batch, len(x)).to(task.device)
         hidden, activations = x[index], []
         for layer in net:
             hidden = layer(hidden)
@@ -138,17 +142,17 @@ def torch_loop(task: Task, *, game: bool) -> Step:
 def stock(task: Task) -> Step:
     """Pyro's own SVI with AutoNormal on the same program, without an adversary."""
     data = task.data()
-    model = task.program(game=False).bind(data)
+    model = task.program(game=False).bind(data).to(task.device)
     source = model.encode(data)
     model.train()
     shuffle = Shuffle()
     with pyro.settings.context(module_local_params=True):
         loss = Trace_ELBO()(model, AutoNormal(model))
-        loss(source.batch(torch.arange(task.batch)))
+        loss(source.batch(torch.arange(task.batch, device=task.device)))
         adam = torch.optim.Adam(loss.parameters(), lr=RATE, fused=True)
 
     def step() -> Tensor:
-        rows = source.batch(shuffle.take(task.batch, len(source)))
+        rows = source.batch(shuffle.take(task.batch, len(source)).to(task.device))
         with pyro.settings.context(module_local_params=True):
             value: Tensor = loss(rows)
         adam.zero_grad()
@@ -185,5 +189,7 @@ def interleaved(
             start = time.perf_counter()
             for _ in range(counts[name]):
                 step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             found[name].append((time.perf_counter() - start) / counts[name])
     return {name: statistics.median(times) for name, times in found.items()}

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
-from unittest import mock
+from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.decompositions import DECOMPOSITIONS
+from armed_pyro.lowering import RECORDED, capture, compiler_problem, lower
 from armed_pyro.objective import Loss
+from armed_pyro.recording import Recording
 from armed_pyro.skeletons import filled, skeleton
 
-__all__ = ["COMPILE_MODES", "CompileMode", "Steps", "capture", "compiler_problem"]
+__all__ = ["COMPILE_MODES", "CompileMode", "Steps"]
 
 CompileMode = Literal["auto", "always", "never"]
 COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
@@ -35,17 +35,6 @@ WARM_UP = 3
 # Largest difference of a compiled loss from that of the same step run eagerly, beside 1.
 AGREEMENT = 1e-3
 UPDATE = "optimizer"
-# Random numbers are those of an eager step; and no Python between the kernels of a small one, whose
-# results share one piece of memory. To compile headers once for many graphs, and line numbers for
-# debuggers, takes longer than it saves where there is one graph.
-SETTINGS = {
-    "fallback_random": True,
-    "cpp_wrapper": True,
-    "memory_planning": True,
-    "cpp_cache_precompile_headers": False,
-    "aot_inductor.enable_line_tables": False,
-}
-
 Objective = Callable[..., Loss]
 
 
@@ -80,6 +69,7 @@ class Steps:
         # Walking through modules in every step would take as long as a small step does.
         self._parts = list(self.modules.modules())
         self._parameters = dict(self.modules.named_parameters())
+        self._device = next(iter(self._parameters.values())).device
         self._key: Any = None
         self._graph: _Graph | None = None
         self._seconds: list[float] = []
@@ -120,11 +110,13 @@ class Steps:
             self._key, self._graph, self._seconds, self._expected = key, None, [], None
         elif self._graph is None and self._due(key, remaining):
             self._graph, self._seconds = self._compile(key, tensors, inputs), []
-        start, rate = time.perf_counter(), torch.tensor(factor)
+        start, rate = time.perf_counter(), torch.full((), factor, device=self._device)
         if self._graph is None:
             taken = self._eager(objective, inputs, rate)
         else:
             taken = self._graph(tensors, rate)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._seconds.append(time.perf_counter() - start)
         return taken
 
@@ -138,7 +130,7 @@ class Steps:
         if loss.total.requires_grad:  # there may be nothing to train once the network is settled
             loss.total.backward()
         gradients = {name: one.grad for name, one in trained.items()}
-        return loss, self.modules[UPDATE](trained, gradients, factor.to(loss.total.device))
+        return loss, self.modules[UPDATE](trained, gradients, factor)
 
     def _trained(self) -> tuple[bool, ...]:
         training = tuple(one.training for one in self._parts)
@@ -180,17 +172,6 @@ class Steps:
         return None
 
 
-def compiler_problem() -> str:
-    """Why nothing can be compiled on this machine; empty if it can."""
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        get_cpp_compiler()
-    except Exception as error:
-        return f"no C++ compiler: {str(error).strip().split(chr(10))[0][:200]}"
-    return ""
-
-
 # --- the graph ------------------------------------------------------------------------------------
 
 
@@ -214,21 +195,29 @@ class _Graph:
         self._state = [one.detach() for one in state]
 
         def step(*flat: Tensor) -> list[Tensor]:
-            return self._step(objective, skeletons, flat)
+            return [self._step(objective, skeletons, flat)]
 
-        example = [*self._state, *tensors, torch.ones(())]
+        self._one = torch.ones((), device=self._state[0].device)
+        example = [*self._state, *tensors, self._one]
         with self._kept(tensors):
             start = time.perf_counter()
             graph = capture(step, example, trained=len(self.trained))
             self.capture_seconds = time.perf_counter() - start
-            self._run = _inductor(graph, example)
+            self._run = self._compiled(graph, example)
+
+    def _compiled(
+        self, graph: torch.fx.GraphModule, example: Sequence[Tensor]
+    ) -> Callable[..., Sequence[Tensor]]:
+        if not self._one.is_cuda:
+            return lower(graph, example)
+        return Recording(lower(graph, example, RECORDED), example, fixed=len(self._state))
 
     def _step(
         self,
         objective: Objective,
         skeletons: Sequence[Any],
         flat: Sequence[Tensor],
-    ) -> list[Tensor]:
+    ) -> Float[Tensor, " parts"]:
         from torch.nn.utils.stateless import _reparametrize_module
 
         given = iter(flat)
@@ -243,12 +232,15 @@ class _Graph:
             )
             gradients = dict(zip(trained, found, strict=True))
             norm: Tensor = self.modules[UPDATE](trained, gradients, factor)
-        return [getattr(loss, field.name).detach() for field in fields(Loss)] + [norm]
+        scalars = torch.stack([loss.total.detach(), loss.elbo, loss.fixed, loss.game, norm])
+        return torch.cat([scalars, loss.accuracy])
 
     def __call__(self, tensors: Sequence[Tensor], factor: Tensor) -> tuple[Loss, Tensor]:
         with torch.no_grad():
-            *parts, norm = self._run(*self._state, *tensors, factor)
-        return Loss(*parts), norm
+            (joined,) = self._run(*self._state, *tensors, factor)
+        parts = joined.cpu()  # to wait for a GPU once is enough
+        total, elbo, fixed, game, norm = parts[:5].unbind()
+        return Loss(total, elbo, fixed, game, parts[5:]), norm
 
     def disagreement(
         self, eager: Callable[[Tensor], tuple[Loss, Tensor]], tensors: Sequence[Tensor]
@@ -257,7 +249,7 @@ class _Graph:
         found = []
         for step in (partial(self, tensors), eager):
             with self._kept(tensors):
-                loss, norm = step(torch.ones(()))
+                loss, norm = step(self._one)
                 found.append((float(loss.total.detach()), float(norm)))
         for what, mine, eagers in zip(("loss", "gradient's length"), *found, strict=True):
             if not abs(mine - eagers) <= AGREEMENT * (1 + abs(eagers)):
@@ -272,84 +264,6 @@ class _Graph:
             yield
         for one, value in zip(self._state, before, strict=True):
             one.copy_(value)
-
-
-def capture(
-    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], *, trained: int = 0
-) -> torch.fx.GraphModule:
-    """The operations on tensors that a function does, gradients by its first inputs included.
-
-    It may change inputs in place, as it does here in a first run.
-
-    Parameters
-    ----------
-    function : callable
-        From tensors to tensors; it may not depend on their values otherwise than by operations.
-    inputs : sequence of Tensor
-        Inputs for a first run.
-    trained : int
-        Leading inputs by which the function takes gradients.
-    """
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    ready = [one.detach().requires_grad_(place < trained) for place, one in enumerate(inputs)]
-    with torch.enable_grad():
-        graph = make_fx(function, decomposition_table=DECOMPOSITIONS)(*ready)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-
-def _inductor(
-    graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
-) -> Callable[..., Sequence[Tensor]]:
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    # Without an environment of shapes what is compiled is not kept on disk.
-    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
-    with (
-        warnings.catch_warnings(),
-        _silent("torch._inductor"),
-        torch.no_grad(),
-        config.patch(SETTINGS),
-        _quick_indices(),
-        tracing(context),
-    ):
-        warnings.simplefilter("ignore")  # the compiler's, of itself
-        run: Any = compile_fx(graph, list(inputs))
-        run(*inputs)
-    return cast("Callable[..., Sequence[Tensor]]", run)
-
-
-@contextmanager
-def _quick_indices() -> Iterator[None]:
-    """Without simplifying indices that are simple: sums of multiples, a sixth of the time."""
-    from torch._inductor import sizevars
-    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
-
-    simplify: Any = sizevars.simplify_index_in_vec_range
-
-    def quick(index: Any, variable: Any, length: int) -> Any:
-        simple = not index.has(FloorDiv, ModularIndexing)
-        return index if simple else simplify(index, variable, length)
-
-    with mock.patch.object(sizevars, "simplify_index_in_vec_range", quick):
-        yield
-
-
-@contextmanager
-def _silent(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextmanager

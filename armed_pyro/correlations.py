@@ -42,7 +42,8 @@ class CorrelationCholesky(CorrCholeskyTransform):
         tanh = torch.tanh(x).clamp(-edge, edge)
         r = flat.index_copy(-1, _below(size, 1, x), tanh).unflatten(-1, (size, size))
         left = (1 - r**2).sqrt().cumprod(-1)[..., :-1]
-        return (r + torch.eye(size).to(x)) * pad(left, (1, 0), value=1.0)
+        unit = torch.eye(size, dtype=x.dtype, device=x.device)
+        return (r + unit) * pad(left, (1, 0), value=1.0)
 
     def log_abs_det_jacobian(
         self, x: Float[Tensor, "... pairs"], y: Tensor, intermediates: Any = None

@@ -164,7 +164,8 @@ class Factor(nn.Module):
                 prior = dist.Normal(torch.zeros_like(scale), scale).to_event(1)
             else:
                 zeros = scale.new_zeros(scale.shape[:-1])
-                prior = WhitenedNormal(scale, zeros, torch.eye(scale.shape[-1]).to(scale))
+                unit = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
+                prior = WhitenedNormal(scale, zeros, unit)
             return pyro.sample(self.effect_site, prior)
 
     def plate(self, membership: Membership) -> pyro.plate:

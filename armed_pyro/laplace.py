@@ -181,7 +181,8 @@ class _Problem:
             curve = curve * self._precision()[:, :, None, None]
         lower = self.lower[:, None]
         gradient = (lower.mT @ gradient[..., None])[..., 0] - z
-        return gradient, lower.mT @ curve @ lower + torch.eye(size).to(z)
+        unit = torch.eye(size, dtype=z.dtype, device=z.device)
+        return gradient, lower.mT @ curve @ lower + unit
 
     def _precision(self) -> Float[Tensor, "draws 1"]:
         """1 / Var(y | eta) of a gaussian outcome."""

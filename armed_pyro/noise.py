@@ -192,8 +192,10 @@ def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
 
 def lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Points of (0, 1)^terms that fill it evenly, shifted at random for every draw and cluster."""
-    steps = torch.tensor(_generator(particles, shape[-1]), dtype=torch.float64) / particles
-    points = torch.arange(particles, dtype=torch.float64)[:, None] * steps % 1
+    # Made where it is used: to copy it there would make a step wait.
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": like.device}
+    steps = torch.tensor(_generator(particles, shape[-1]), **exact) / particles
+    points = torch.arange(particles, **exact)[:, None] * steps % 1
     shift = torch.rand((draws, 1, *shape), dtype=like.dtype, device=like.device)
     edge = torch.finfo(like.dtype).eps
     return ((points.to(like)[:, None, :] + shift) % 1).clamp(edge, 1 - edge)

@@ -50,6 +50,7 @@ class Optimizers(nn.Module):
             ([Adam(one) for one in _parts(_trained("model", model))], schedule.net_learning_rate),
         )
         self.adams = nn.ModuleList(adam for group, _ in self._groups for adam in group)
+        self.adams.to(model.reference().device)  # where nothing is trained, too
         self.tables, self._lazy = lazy.tables, lazy
 
     @torch.no_grad()

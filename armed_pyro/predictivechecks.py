@@ -89,10 +89,10 @@ def cluster_checks(fit: Fit, factor: str, latents: Draws, *, seed: int = 0) -> C
             replicated = model.density(eta, some, rows).sample()
             blocks.append(_statistics(replicated, position, counts, model))
     repeated = {name: torch.cat([block[name] for block in blocks]) for name in observed}
-    table: dict[str, Any] = {"cluster": labels, "rows": counts.long().numpy()}
+    table: dict[str, Any] = {"cluster": labels, "rows": counts.long().cpu().numpy()}
     overall = {}
     for name, value in observed.items():
-        one, many = value[0].numpy(), repeated[name].numpy()
+        one, many = value[0].cpu().numpy(), repeated[name].cpu().numpy()
         below = (many < one).mean(0) + 0.5 * (many == one).mean(0)
         table |= {name: one, f"{name}_replicated": np.median(many, 0), f"{name}_p": below}
         overall[name] = _discrepancy(one, many)
@@ -204,6 +204,7 @@ def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[flo
     if len(source) > MOST_ROWS:
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(source), generator=generator)[:MOST_ROWS]
+    index = index.to(source.like.device)
     rows = source.batch(index, dense_up_to=max([0, *map(len, source.counts.values())]))
     some = selected(latents, slice(PIVOTAL_DRAWS))
     with torch.no_grad():

@@ -151,7 +151,7 @@ class Run:
         """The loss of one step, and the length of its gradient, by which parameters changed."""
         remaining = self.schedule.steps - self.step
         if self.settled is None:
-            progress = self.source.like.new_tensor(self.step / self.schedule.steps)
+            progress = self.source.like.new_full((), self.step / self.schedule.steps)
             rows = self.share.weigh(self._next_batch())
             loss, norm = self.steps(
                 self.objective, rows, progress, factor=rate, remaining=remaining
@@ -195,7 +195,7 @@ class Run:
         self.history.compiled.append(self.steps.compiled)
         self.history.seconds.append(self.steps.seconds)
         self.history.rate.append(self.factor)
-        accuracy = torch.stack([loss.accuracy for loss in losses]).mean(0).tolist()
+        accuracy = torch.stack([loss.accuracy.cpu() for loss in losses]).mean(0).tolist()
         if self.settled is not None and self.history.adversary_accuracy:
             accuracy = self.history.adversary_accuracy[-1]  # the game is over
         self.history.adversary_accuracy.append(accuracy)

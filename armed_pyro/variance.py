@@ -193,7 +193,7 @@ def _shares(
             moment = torch.einsum("nip,njp->pij", phi, phi) / len(phi)
             covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
             parts[factor.name] = facts.spread**2 * torch.einsum("pij,dij->dp", moment, covariance)
-        none = torch.zeros(n_draws, len(facts.columns), dtype=torch.float64)
+        none = rows.x.new_zeros(n_draws, len(facts.columns), dtype=torch.float64)
         totals = sum(parts.values(), none)
         weights = latents.get("fixed_effect")
         variances = _fixed_variance(model, rows, activations, weights).expand_as(totals)

@@ -24,6 +24,8 @@ from armed_pyro.simulate import mixed_model
 
 # Compiling takes half a minute a program: elsewhere the captured graph runs as it is.
 COMPILERS = ["graph", pytest.param("inductor", marks=pytest.mark.slow)]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +37,12 @@ def _unchecked():
 @pytest.fixture
 def compiler(request, monkeypatch):
     if request.param == "graph":
-        monkeypatch.setattr(compiled, "_inductor", lambda graph, inputs: graph)
+        monkeypatch.setattr(compiled, "lower", lambda graph, *_: graph)
 
 
 @pytest.fixture
 def graph_only(monkeypatch):
-    monkeypatch.setattr(compiled, "_inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr(compiled, "lower", lambda graph, *_: graph)
 
 
 def deep() -> nn.Module:
@@ -91,12 +93,12 @@ PROGRAMS = {
 }
 
 
-def program(name: str) -> tuple[MixedEffects, torch.nn.Module, object]:
+def program(name: str, device: str = "cpu") -> tuple[MixedEffects, torch.nn.Module, object]:
     make, random, family, data, settings = PROGRAMS[name]
     torch.manual_seed(0)
-    model = MixedEffects(make(), random, family, **settings).bind(data(family))
+    model = MixedEffects(make(), random, family, **settings).bind(data(family)).to(device)
     source = model.encode(data(family))
-    return model, choose_guide(model, source), source
+    return model, choose_guide(model, source).to(device), source
 
 
 class Kept(nn.Module):
@@ -138,7 +140,10 @@ def same(one, other):
     for a, b in zip(one[0], other[0], strict=True):
         for name in ("total", "elbo", "fixed", "game", "accuracy"):
             torch.testing.assert_close(
-                getattr(a, name).detach(), getattr(b, name).detach(), rtol=1e-4, atol=1e-5
+                getattr(a, name).detach().cpu(),
+                getattr(b, name).detach().cpu(),
+                rtol=1e-4,
+                atol=1e-5,
             )
     for a, b in zip(one[1], other[1], strict=True):
         largest = max(float(value.abs().max()) for value in b.values() if value.numel())
@@ -149,27 +154,30 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_step_is_the_eager_one(name):
+def test_a_compiled_step_is_the_eager_one(name, device):
     found = {}
     for mode in ("never", "always"):
-        model, guide, source = program(name)
+        model, guide, source = program(name, device)
         model.train()
         steps = steps_of(model, guide, mode)
-        batch = source.batch(torch.arange(0, 96, 2))
-        found[mode] = taken(steps, Objective(model, guide), batch, torch.tensor(0.05))
+        batch = source.batch(torch.arange(0, 96, 2, device=device))
+        progress = torch.tensor(0.05, device=device)
+        found[mode] = taken(steps, Objective(model, guide), batch, progress)
         assert steps.compiled is (mode == "always"), steps.problem
     same(found["always"], found["never"])
 
 
 @pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["gaussian", "bernoulli", "crossed factors"])
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_step_of_a_settled_network_is_the_eager_one(name):
+def test_a_compiled_step_of_a_settled_network_is_the_eager_one(name, device):
     found = {}
     for mode in ("never", "always"):
-        model, guide, source = program(name)
+        model, guide, source = program(name, device)
         model.eval()
         guide.settle()
         steps = steps_of(model, guide, mode)
@@ -200,13 +208,14 @@ def test_a_graph_serves_other_values_and_no_other_shapes():
     assert steps._graph is not graph
 
 
-def test_the_same_fit():
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_fit(device):
     """With the real compiler."""
     data, _ = mixed_model("gaussian", 12, 8, sd=(0.7,), coefficients=(0.3, 0.8), seed=2)
     model = MixedEffects(nn.Linear(1, 1), "(1 | site)", bayesian_head=True)
     tables = {}
     for mode in ("never", "always"):
-        found = fit(model, data, compile=mode, seed=3, progress=False)
+        found = fit(model, data, compile=mode, seed=3, device=device, progress=False)
         assert found.history.compiled[-1] is (mode == "always")
         tables[mode] = found.variance_components().set_index(["factor", "term", "statistic"])
         stats = found.to_datatree(groups=["sample_stats"])["sample_stats"]
@@ -255,10 +264,10 @@ def test_without_a_compiler_steps_run_eagerly(monkeypatch):
 
 
 def test_a_graph_that_gives_something_else_is_not_used(monkeypatch):
-    def wrong(graph, inputs):
+    def wrong(graph, *_):
         return lambda *given: [one + 1 for one in graph(*given)]
 
-    monkeypatch.setattr(compiled, "_inductor", wrong)
+    monkeypatch.setattr(compiled, "lower", wrong)
     model, guide, source = program("bernoulli")
     steps = steps_of(model, guide, "always")
     steps(Objective(model, guide), source.all(), torch.tensor(1.0))

@@ -5,9 +5,9 @@ import torch
 from torch.nn.utils.stateless import _reparametrize_module
 
 from armed_pyro import ClusteredData, MixedEffects
-from armed_pyro.compiled import capture
 from armed_pyro.couplings import DenseCouplings, Known, Pattern, SparseCouplings, coupled
 from armed_pyro.crossed import CrossedGuide
+from armed_pyro.lowering import capture
 
 K, M = 7, 5
 
