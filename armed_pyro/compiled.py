@@ -30,6 +30,8 @@ COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
 
 # Seconds that compiling is expected to take where nothing is known of it.
 EXPECTED = 20.0
+# The same of recording a step's kernels as they are, on a GPU.
+RECORDING = 2.0
 # Of the first steps some are slow for reasons of their own.
 WARM_UP = 3
 # Largest difference of a compiled loss from that of the same step run eagerly, beside 1.
@@ -45,6 +47,9 @@ class Steps:
     (20 seconds, a few if the compiler's cache holds it); if there are enough steps to come, the
     step is then captured as one graph, compiled, and compared with an eager one from the same
     random state. A step that cannot be compiled goes on eagerly, with one line that says why.
+
+    On a GPU the captured graph's kernels are recorded, to be launched together (`Recording`): at
+    first as they are, which takes two seconds, and compiled once that, too, is expected to pay.
 
     Program and guide stay ordinary Pyro: what is compiled is what they do to tensors. Random
     numbers, dropout and running statistics of batch normalisation are those of the eager step.
@@ -108,8 +113,9 @@ class Steps:
         key = (objective, tuple(skeleton(one, tensors) for one in inputs), self._trained())
         if key != self._key:
             self._key, self._graph, self._seconds, self._expected = key, None, [], None
-        elif self._graph is None and self._due(key, remaining):
-            self._graph, self._seconds = self._compile(key, tensors, inputs), []
+        elif self._due(key, remaining):
+            self._graph = self._compile(key, tensors, inputs)
+            self._seconds, self._expected = [], None
         start, rate = time.perf_counter(), torch.full((), factor, device=self._device)
         if self._graph is None:
             taken = self._eager(objective, inputs, rate)
@@ -138,7 +144,8 @@ class Steps:
 
     def _due(self, key: Any, remaining: int) -> bool:
         trains = any(one.requires_grad for one in self._parameters.values())
-        if self.mode == "never" or self.problem or not trains:
+        lowered = self._graph is not None and self._graph.lowered
+        if self.mode == "never" or self.problem or not trains or lowered:
             return False
         if self.mode == "always":
             return True
@@ -146,30 +153,37 @@ class Steps:
         if not steps or sum(steps) < 1.0:
             return False
         if self._expected is None:
-            self._expected = _Journal.of(self.modules, key).expected()
+            journal = _Journal.of(self.modules, key)
+            self._expected = RECORDING if self._records() else journal.expected()
         return sum(steps) >= self._expected and remaining * self.seconds > 2 * self._expected
+
+    def _records(self) -> bool:
+        """Whether the step is only to be recorded next, and not compiled."""
+        return self.mode == "auto" and self._device.type == "cuda" and self._graph is None
 
     def _compile(self, key: Any, tensors: list[Tensor], inputs: Sequence[Any]) -> _Graph | None:
         objective, skeletons, _ = key
-        self.problem = compiler_problem()
+        lowered = not self._records()
+        self.problem = compiler_problem() if lowered else ""
         try:
             if not self.problem:
-                graph = _Graph(self.modules, objective, skeletons, tensors)
+                graph = _Graph(self.modules, objective, skeletons, tensors, lowered=lowered)
                 eager = partial(self._eager, objective, inputs)
                 self.problem = graph.disagreement(eager, tensors)
                 if not self.problem:
-                    # The next time it comes from the compiler's cache, as fast as it is captured.
-                    _Journal.of(self.modules, key).record(2 * graph.capture_seconds)
+                    if lowered:  # next time from the compiler's cache, as fast as it is captured
+                        _Journal.of(self.modules, key).record(2 * graph.capture_seconds)
                     return graph
         except Exception as error:  # the compiler's own errors are of all kinds
             first = str(error).strip().split("\n")[0]
             self.problem = f"{type(error).__name__}: {first[:200]}"
         warnings.warn(
-            f"training steps are not compiled ({self.problem}); they run eagerly",
+            f"training steps are not compiled ({self.problem}); they run "
+            f"{'eagerly' if self._graph is None else 'as recorded'}",
             UserWarning,
             stacklevel=4,
         )
-        return None
+        return self._graph
 
 
 # --- the graph ------------------------------------------------------------------------------------
@@ -184,8 +198,10 @@ class _Graph:
         objective: Objective,
         skeletons: Sequence[Any],
         tensors: Sequence[Tensor],
+        *,
+        lowered: bool,
     ) -> None:
-        self.modules = modules
+        self.modules, self.lowered = modules, lowered
         parameters = dict(modules.named_parameters())
         self.trained = {name: one for name, one in parameters.items() if one.requires_grad}
         self.held = {name: one for name, one in parameters.items() if not one.requires_grad}
@@ -210,7 +226,11 @@ class _Graph:
     ) -> Callable[..., Sequence[Tensor]]:
         if not self._one.is_cuda:
             return lower(graph, example)
-        return Recording(lower(graph, example, RECORDED), example, fixed=len(self._state))
+        run = lower(graph, example, RECORDED) if self.lowered else graph
+        try:
+            return Recording(run, example, fixed=len(self._state))
+        except RuntimeError:  # something in it waits for values
+            return run
 
     def _step(
         self,

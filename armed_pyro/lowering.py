@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,9 +64,28 @@ def capture(
     # cuDNN's batch normalisation changes its running statistics without declaring it.
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
         graph = make_fx(function, decomposition_table=DECOMPOSITIONS)(*ready)
+    if any(one.is_cuda for one in inputs):
+        _mark_failures(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _mark_failures(graph: torch.fx.Graph) -> None:
+    """NaN for factors of matrices that have none: to raise an error, a GPU's step would wait."""
+    aten = torch.ops.aten
+    for check in graph.find_nodes(op="call_function", target=aten._linalg_check_errors.default):
+        info = check.args[0]
+        factor = next(one for one in info.args[0].users if one.args[1] == 0)
+        with graph.inserting_before(check):
+            failed = graph.call_function(aten.gt.Scalar, (info, 0))
+            for _ in range(2):
+                failed = graph.call_function(aten.unsqueeze.default, (failed, -1))
+            marked = graph.call_function(aten.masked_fill.Scalar, (factor, failed, math.nan))
+        factor.replace_all_uses_with(
+            marked, delete_user_cb=lambda user, marked=marked: user is not marked
+        )
+        graph.erase_node(check)
 
 
 def lower(

@@ -20,6 +20,7 @@ from armed_pyro import (
 from armed_pyro.compiled import Steps
 from armed_pyro.crossed import choose_guide
 from armed_pyro.objective import NestedBound, Objective
+from armed_pyro.recording import Recording
 from armed_pyro.simulate import mixed_model
 
 # Compiling takes half a minute a program: elsewhere the captured graph runs as it is.
@@ -93,6 +94,15 @@ PROGRAMS = {
 }
 
 
+@pytest.fixture
+def precise(device):
+    """In double precision on a GPU, where some sums are taken otherwise than in its graphs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if device == "cuda" else before)
+    yield
+    torch.set_default_dtype(before)
+
+
 def program(name: str, device: str = "cpu") -> tuple[MixedEffects, torch.nn.Module, object]:
     make, random, family, data, settings = PROGRAMS[name]
     torch.manual_seed(0)
@@ -156,7 +166,7 @@ def same(one, other):
 @pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("compiler", "precise")
 def test_a_compiled_step_is_the_eager_one(name, device):
     found = {}
     for mode in ("never", "always"):
@@ -173,7 +183,7 @@ def test_a_compiled_step_is_the_eager_one(name, device):
 @pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["gaussian", "bernoulli", "crossed factors"])
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("compiler", "precise")
 def test_a_compiled_step_of_a_settled_network_is_the_eager_one(name, device):
     found = {}
     for mode in ("never", "always"):
@@ -224,6 +234,22 @@ def test_the_same_fit(device):
     eager, graph = tables["never"], tables["always"]
     # Beyond rounding there is no difference; its tolerance is a tenth of a posterior sd.
     assert ((eager["mean"] - graph["mean"]).abs() < 0.1 * eager["sd"] + 1e-6).all()
+
+
+@NO_GPU
+def test_a_gpu_records_steps_first_and_compiles_them_where_that_pays(monkeypatch):
+    monkeypatch.setattr(compiled, "RECORDING", 0.0)
+    monkeypatch.setattr(compiled._Journal, "expected", lambda self: 0.5)
+    model, guide, source = program("bernoulli", "cuda")
+    steps = steps_of(model, guide, "auto")
+    objective, progress = Objective(model, guide), torch.tensor(1.0, device="cuda")
+    kinds = []
+    for remaining in (10, 10**6, 10**6, 0, 10**6):
+        steps._seconds = [*[9.0] * compiled.WARM_UP, 2.0] if steps._seconds else []
+        steps(objective, source.all(), progress, remaining=remaining)
+        kinds.append(steps._graph and steps._graph.lowered)
+    assert kinds == [None, False, True, True, True]
+    assert isinstance(steps._graph._run, Recording)
 
 
 # --- what cannot be compiled ----------------------------------------------------------------------

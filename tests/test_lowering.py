@@ -1,0 +1,30 @@
+"""Graphs of operations, and what becomes of errors that would make a GPU wait."""
+
+import pytest
+import torch
+
+from armed_pyro import lowering
+from armed_pyro.lowering import capture
+
+
+def solved(matrix: torch.Tensor) -> list[torch.Tensor]:
+    root = torch.linalg.cholesky(matrix)
+    return [torch.cholesky_inverse(root) @ matrix, root]
+
+
+def test_a_matrix_without_a_factor_gives_nan_where_an_error_would_make_a_gpu_wait():
+    definite, other = torch.eye(3) + 0.5, torch.diag(torch.tensor([1.0, -1.0, 1.0]))
+    graph = capture(solved, [torch.stack([definite, definite])])
+    with pytest.raises(torch.linalg.LinAlgError):
+        graph(torch.stack([definite, other]))
+    lowering._mark_failures(graph.graph)
+    graph.recompile()
+    both = graph(torch.stack([definite, other]))
+    for found, wanted in zip(both, solved(definite[None]), strict=True):
+        torch.testing.assert_close(found[0], wanted[0])
+        assert found[1].isnan().any()
+
+
+def test_settings_that_this_version_does_not_know_are_left_out():
+    run = lowering.lower(capture(solved, [torch.eye(3)]), [torch.eye(3)], {"of the future": 1})
+    torch.testing.assert_close(run(torch.eye(3))[0], torch.eye(3))
