@@ -37,7 +37,8 @@ class Recording:
         *,
         fixed: int,
     ) -> None:
-        self._fixed = fixed
+        # What it reads beside its inputs has to stay in memory.
+        self._function, self._fixed = function, fixed
         self._read = [one.clone() for one in inputs[fixed:]]
         given = (*inputs[:fixed], *self._read)
         device = inputs[0].device
