@@ -31,7 +31,7 @@ COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
 # Seconds that compiling is expected to take where nothing is known of it.
 EXPECTED = 20.0
 # The same of recording a step's kernels as they are, on a GPU.
-RECORDING = 2.0
+RECORDING = 1.0
 # Of the first steps some are slow for reasons of their own.
 WARM_UP = 3
 # Largest difference of a compiled loss from that of the same step run eagerly, beside 1.
@@ -49,7 +49,7 @@ class Steps:
     random state. A step that cannot be compiled goes on eagerly, with one line that says why.
 
     On a GPU the captured graph's kernels are recorded, to be launched together (`Recording`): at
-    first as they are, which takes two seconds, and compiled once that, too, is expected to pay.
+    first as they are, which takes a second, and compiled once that, too, is expected to pay.
 
     Program and guide stay ordinary Pyro: what is compiled is what they do to tensors. Random
     numbers, dropout and running statistics of batch normalisation are those of the eager step.

@@ -202,7 +202,10 @@ class _Table(nn.Module):
         if membership.complete:
             # A place for each row; of several rows of a cluster, one place stands for it.
             index = labels = membership.position
-            self.places.index_copy_(0, index, places.int())
+            if index.is_cuda:  # where any of several rows could be the last
+                self.places.scatter_reduce_(0, index, places.int(), "amax", include_self=False)
+            else:
+                self.places.index_copy_(0, index, places.int())
             position = self.places.index_select(0, index).long()
             stands = position == places
         else:

@@ -32,6 +32,8 @@ __all__ = [
 FULL_TERMS = 16
 # Units of the link by which one step may move a cluster's effects.
 LONGEST_STEP = 3.0
+# Matrices whose eigenvalues a GPU's library finds in one call.
+MOST_AT_ONCE = 2**13
 
 
 class PseudoObservations(nn.Module):
@@ -112,7 +114,8 @@ class PseudoObservations(nn.Module):
         unit = torch.eye(self.base.shape[-1]) if self.full else torch.ones(self.base.shape[-1])
         self.root.copy_(unit.to(self.root).expand(self.root.shape))
         if self.full:
-            values, vectors = torch.linalg.eigh(precision)
+            found = [torch.linalg.eigh(some) for some in precision.split(MOST_AT_ONCE)]
+            values, vectors = (torch.cat(parts) for parts in zip(*found, strict=True))
             known = values > 1e-8 * values.amax(-1, keepdim=True).clamp(min=1e-8)
             inverse = torch.where(known, values, torch.inf).reciprocal()
             solve = (vectors * inverse[..., None, :]) @ vectors.mT

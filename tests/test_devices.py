@@ -139,6 +139,14 @@ def test_new_clusters(name):
     assert found.adapt(support, draws=20, update_seen=name == "slopes") is not None
 
 
+def test_the_same_steps_as_elsewhere():
+    found, _ = fitted("many clusters", refine=False)
+    other, _ = fitted("many clusters", refine=False, device="cpu")
+    if not torch.cuda.is_available():  # a GPU draws other numbers
+        np.testing.assert_allclose(found.history.loss, other.history.loss, rtol=1e-5)
+    assert not other.model.reference().is_cuda
+
+
 def test_nuts():
     found, _ = fitted("slopes")
     exact = found.refine("nuts", draws=8, warmup=4, chains=1, progress=False)
