@@ -7,13 +7,15 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
+from threading import Thread
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from armed_pyro.decompositions import DECOMPOSITIONS
+from armed_pyro.shortcuts import shortcuts
 
 __all__ = ["capture", "compiler_problem", "lower"]
 
@@ -103,7 +105,7 @@ def lower(
         The compiler's.
     """
     from torch._guards import TracingContext, tracing
-    from torch._inductor import config
+    from torch._inductor import config, cpu_vec_isa
     from torch._inductor.compile_fx import compile_fx
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -116,33 +118,16 @@ def lower(
         _silent("torch._inductor"),
         torch.no_grad(),
         config.patch({name: one for name, one in settings.items() if name in known}),
-        _quick_indices(),
+        shortcuts(),
         tracing(context),
     ):
         warnings.simplefilter("ignore")  # the compiler's, of itself
+        # What the processor can do is found out by compiling, once a machine: at the same time.
+        probe = Thread(target=copy_context().run, args=(cpu_vec_isa.pick_vec_isa,), daemon=True)
+        probe.start()
         run: Any = compile_fx(graph, list(inputs))
         run(*inputs)
     return cast("Callable[..., Sequence[Tensor]]", run)
-
-
-@contextmanager
-def _quick_indices() -> Iterator[None]:
-    """Without simplifying indices that are simple: sums of multiples, a sixth of the time."""
-    from torch._inductor import sizevars
-    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
-
-    name = "simplify_index_in_vec_range"
-    simplify: Any = getattr(sizevars, name, None)
-    if simplify is None:  # older versions have it elsewhere
-        yield
-        return
-
-    def quick(index: Any, variable: Any, length: int) -> Any:
-        simple = not index.has(FloorDiv, ModularIndexing)
-        return index if simple else simplify(index, variable, length)
-
-    with mock.patch.object(sizevars, name, quick):
-        yield
 
 
 @contextmanager
