@@ -15,12 +15,14 @@ Change = Callable[[Any], Any]
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """The compiler inside takes half as long, and makes the same of a graph.
+    """The compiler inside takes half as long, and makes much the same of a graph.
 
     Examples
     --------
+    >>> import gc
     >>> with shortcuts():
-    ...     compiled = torch.compile(lambda x: x + 1)(torch.zeros(2))
+    ...     gc.isenabled()
+    False
     """
     from torch._inductor import cpp_builder, dtype_propagation, sizevars
 

@@ -150,7 +150,10 @@ def test_steps_are_timed():
 
 @pytest.mark.slow
 def test_known_effects_are_recovered():
-    """Issue: contrast, brightness and the sites' intercepts with a correlation of at least 0.8."""
+    """Contrast, brightness and the sites' intercepts, with a correlation of at least 0.8.
+
+    Of the mean of three fits: single ones end in different places, with rounding alone.
+    """
     from armed_pyro import fit
     from armed_pyro.analysis.imagefits import correlation, recovered
 
@@ -159,14 +162,21 @@ def test_known_effects_are_recovered():
         (melanoma, ["shift", "contrast", "brightness"]),
     ):
         study = script.study(1)
-        result = fit(
-            script.program(study),
-            study.train,
-            validation=study.validation,
-            schedule=script.APPLICATION.schedule,
-            progress=False,
-        )
-        found = recovered(result, study)
+        fits = [
+            fit(
+                script.program(study),
+                study.train,
+                validation=study.validation,
+                schedule=script.APPLICATION.schedule,
+                seed=seed,
+                compile="never",
+                progress=False,
+            )
+            for seed in range(3)
+        ]
+        tables = [recovered(one, study) for one in fits]
+        mean = sum(one["recovered"] for one in tables) / len(tables)
+        found = tables[0].assign(recovered=mean)
         for effect in effects:
             assert correlation(found[found["effect"] == effect]) >= 0.8, (script, effect)
 
