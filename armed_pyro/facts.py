@@ -14,6 +14,7 @@ from torch import Tensor
 from armed_pyro.data import ClusteredData
 from armed_pyro.families import Family
 from armed_pyro.labels import as_seen, listing
+from armed_pyro.memory import large_pages
 from armed_pyro.rows import HeldRows, Membership, Rows
 from armed_pyro.tables import Schema, index_from_json, index_to_json
 
@@ -141,8 +142,10 @@ class Facts:
         def tensor(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(like)
 
+        x = self.standardise(data.features).to(like)
+        large_pages(x, *codes.values())  # of which mini-batches read rows here and there
         return HeldRows(
-            self.standardise(data.features).to(like),
+            x,
             tensor(data.outcome),
             codes,
             counts,

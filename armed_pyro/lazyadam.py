@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from armed_pyro.adam import Adam
 from armed_pyro.guides import Guide
+from armed_pyro.memory import large_pages
 from armed_pyro.objective import Loss
 from armed_pyro.pseudo import PseudoObservations
 from armed_pyro.rows import Membership, Rows, RowSource
@@ -148,13 +149,13 @@ class _Reading:
 class _Table(nn.Module):
     """One factor's parameters by cluster, those of a batch, and the optimizer's state.
 
-    All that is kept of a cluster is one row of one tensor, so that it is found in one place; until
-    `release` the whole guide's parameters and buffers are views of it.
+    All that is kept of a cluster is one row of one tensor, so that it is found in one place: first
+    its number in the batch. Until `release` the whole guide's parameters and buffers are views.
     """
 
     values: Tensor
     rows: Tensor
-    places: Tensor
+    place: Tensor
     targets: Tensor
 
     def __init__(
@@ -170,19 +171,18 @@ class _Table(nn.Module):
         trained = {names[id(one)]: one for one in small.parameters() if one.requires_grad}
         # Not parts of this module: they belong to the optimizers and the guide.
         self._batch = Adam(trained, room, eps), small
-        self.register_buffer("rows", like.new_ones(1, room), persistent=False)
+        for name in ("place", "rows"):
+            self.register_buffer(name, like.new_ones(1, room), persistent=False)
         self._whole = [*whole.parameters(), *whole.buffers()]
         self._widths = [len(one) for one in self._small()]
         values = like.new_zeros(len(like) + 1, sum(self._widths))
-        rows, mean, square, count, *views = values[:-1].split(self._widths, 1)
+        _, rows, mean, square, count, *views = values[:-1].split(self._widths, 1)
         self.state = {"mean": mean, "square": square, "count": count}
         rows[:, 0] = counts
         for one, view in zip(self._whole, views, strict=True):
             one.data = view.unflatten(1, one.shape[1:]).copy_(one.detach())
+        large_pages(values)
         self.register_buffer("values", values, persistent=False)
-        self.register_buffer(
-            "places", counts.new_zeros(len(like), dtype=torch.int32), persistent=False
-        )
         self.register_buffer("targets", counts.new_zeros(room), persistent=False)
 
     @property
@@ -193,7 +193,7 @@ class _Table(nn.Module):
         adam, small = self._batch
         kept = [*small.parameters(), *small.buffers()]
         moments = [adam.mean, adam.square, adam.count]
-        return [self.rows, *moments, *(one.detach().flatten(1).T for one in kept)]
+        return [self.place, self.rows, *moments, *(one.detach().flatten(1).T for one in kept)]
 
     @torch.no_grad()
     def read(self, membership: Membership, scale: float) -> Membership:
@@ -202,22 +202,25 @@ class _Table(nn.Module):
         if membership.complete:
             # A place for each row; of several rows of a cluster, one place stands for it.
             index = labels = membership.position
+            numbers = places.to(self.values)
             if index.is_cuda:  # where any of several rows could be the last
-                self.places.scatter_reduce_(0, index, places.int(), "amax", include_self=False)
+                first = self.values[:, 0]
+                first.scatter_reduce_(0, index, numbers, "amax", include_self=False)
             else:
-                self.places.index_copy_(0, index, places.int())
-            position = self.places.index_select(0, index).long()
+                self.values.index_put_((index, torch.zeros_like(index)), numbers)
+            rows = _kept(self.values.index_select(0, index))
+            position = rows[:, 0].long()
             stands = position == places
         else:
             position, labels = membership.position, membership.clusters()
             known = len(membership.index)
             index = torch.cat([membership.index, membership.index[:1].expand(room - known)])
             stands = places < known
+            rows = _kept(self.values.index_select(0, index))
         # All other places are written to where nobody looks.
-        targets = _kept(torch.where(stands, index, len(self.places)))
+        targets = _kept(torch.where(stands, index, len(self.values) - 1))
         self.targets.copy_(targets)
         # Row by row first, then as the small guide has it, clusters last.
-        rows = _kept(self.values.index_select(0, index))
         columns = _kept(rows.T).split(self._widths)
         for mine, part in zip(self._small(), columns, strict=True):
             mine.copy_(part)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from pyro import poutine
 from torch import Tensor
 
+from armed_pyro.memory import large_pages
+
 __all__ = ["HeldRows", "Membership", "RowSource", "Rows", "Shuffle", "counted", "memberships_of"]
+
+# From so many rows on, of at most so many bytes, batches take consecutive ones together, and are
+# made of at least so many such units.
+MANY_ROWS, SMALL_ROW, TOGETHER, FEWEST_UNITS = 2**18, 256, 64, 16
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,8 @@ class RowSource(ABC):
 
     counts: Mapping[str, Int[Tensor, " clusters"]]
     reduce: Callable[[Tensor], Tensor] | None = None
+    # Whether it makes use of the rows that follow a batch.
+    reads_ahead: ClassVar[bool] = False
 
     def total(self, part: Tensor) -> Tensor:
         """A sum over these rows, or the one over all rows where other processes hold the rest."""
@@ -218,6 +227,8 @@ class HeldRows(RowSource):
         Rows in each cluster.
     reduce : callable, optional
         Where other processes hold the rest of the rows: turns sums over these into sums over all.
+    together : int
+        Consecutive rows that batches take together.
     """
 
     x: Tensor
@@ -229,6 +240,7 @@ class HeldRows(RowSource):
     weights: Float[Tensor, " rows"] | None = None
     computed: Mapping[str, Tensor] | None = None
     reduce: Callable[[Tensor], Tensor] | None = None
+    together: int = 1
 
     def __len__(self) -> int:
         return len(self.x)
@@ -245,7 +257,28 @@ class HeldRows(RowSource):
         return self.all().fingerprint()
 
     def unit(self, size: int) -> int:
-        return 1
+        # Not so many that batches would be made of a few units.
+        most = 1 << max(0, (size // FEWEST_UNITS).bit_length() - 1)
+        return math.gcd(self.together, size, most)
+
+    def mixed(self) -> HeldRows:
+        """The same rows, where they are many and small in an order drawn once, at random.
+
+        Batches then take consecutive ones together, which main memory gives as fast as one of them.
+        """
+        small = self.x[:1].numel() * self.x.element_size() <= SMALL_ROW
+        if len(self) < MANY_ROWS or not small or self.x.is_cuda:
+            return self
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.index_select(0, order)
+
+        codes = {factor: one.index_select(0, order) for factor, one in self.codes.items()}
+        optional = some(self.trials), some(self.offset), some(self.weights)
+        x = self.x.index_select(0, order)
+        large_pages(x, *codes.values())
+        return HeldRows(x, some(self.y), codes, self.counts, *optional, together=TOGETHER)
 
     def all(self) -> Rows:
         return self.of(memberships_of(self.codes, self, 1.0, ()), 1.0)
@@ -345,13 +378,14 @@ class Shuffle:
         taken, self.order = self.order[:size], self.order[size:]
         return taken
 
-    def rows(self, source: RowSource, size: int) -> tuple[Tensor, Tensor]:
-        """Rows of the next mini-batch of `size`, and of the one after, if that is known yet."""
+    def rows(self, source: RowSource, size: int) -> tuple[Tensor, Tensor | None]:
+        """Rows of the next mini-batch of `size`; of the one after, if it is known and of use."""
         unit, device = source.unit(size), source.like.device
-        units, within = size // unit, torch.arange(unit)
-        taken = self.take(units, len(source) // unit)
-        index, following = (
-            (some if unit == 1 else (unit * some[:, None] + within).flatten()).to(device)
-            for some in (taken, self.order[:units])
-        )
-        return index, following
+
+        def of(units: Tensor) -> Tensor:
+            if unit == 1:
+                return units
+            return torch.add(torch.arange(unit), units[:, None], alpha=unit).flatten()
+
+        index = of(self.take(size // unit, len(source) // unit)).to(device)
+        return index, of(self.order[: size // unit]).to(device) if source.reads_ahead else None

@@ -73,6 +73,8 @@ class Share:
             If there are fewer rows than processes.
         """
         if not processes.several or not trains_network(model):
+            if isinstance(source, HeldRows) and trains_network(model):
+                source = source.mixed()
             return cls(processes, source, ())
         if not isinstance(source, HeldRows):
             raise ValueError("rows in files cannot be shared by several processes: read them first")

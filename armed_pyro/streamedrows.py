@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class StreamedRows(RowSource):
     counts: Mapping[str, Int[Tensor, " clusters"]]
     reference: Tensor
     digest: bytes
+    reads_ahead: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.by_cluster)

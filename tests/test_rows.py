@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from armed_pyro.rows import HeldRows
+from armed_pyro import rows as rows_module
+from armed_pyro.rows import HeldRows, Shuffle
 
 SITE = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3])
 DOSE = torch.tensor([0, 1] * 6)
@@ -129,3 +130,42 @@ def test_rows_without_factors_or_outcome():
         source.all().outcome()
     known = dataclasses.replace(source, y=torch.ones(3)).all()
     assert torch.equal(known.outcome(), torch.ones(3))
+
+
+# --- rows that batches take together --------------------------------------------------------------
+
+
+def test_many_small_rows_are_mixed_once(monkeypatch):
+    source = make_source(weights=torch.rand(len(SITE)))
+    assert source.mixed() is source
+    monkeypatch.setattr(rows_module, "MANY_ROWS", 12)
+    mixed = source.mixed()
+    order = mixed.y.long()
+    assert not torch.equal(order, torch.arange(12))
+    assert torch.equal(order.sort().values, torch.arange(12))
+    for name in ("x", "weights"):
+        assert torch.equal(getattr(mixed, name), getattr(source, name)[order])
+    for name, codes in source.codes.items():
+        assert torch.equal(mixed.codes[name], codes[order])
+    wide = dataclasses.replace(source, x=torch.zeros(12, 65))
+    assert wide.mixed() is wide
+
+
+@pytest.mark.parametrize(
+    ("size", "unit"), [(1, 1), (8, 1), (32, 2), (33, 1), (100, 4), (1000, 8), (1024, 64)]
+)
+def test_batches_are_made_of_sixteen_units_at_least(size, unit):
+    assert make_source().unit(size) == 1
+    assert make_source(together=64).unit(size) == unit
+
+
+def test_a_pass_over_mixed_rows_sees_each_once():
+    n = 4096
+    codes = {"site": torch.zeros(n, dtype=torch.long)}
+    source = HeldRows(torch.zeros(n, 1), None, codes, {"site": torch.tensor([n])}, together=64)
+    torch.manual_seed(0)
+    shuffle, passes = Shuffle(), []
+    for _ in range(2):
+        passes.append(torch.cat([shuffle.rows(source, 256)[0] for _ in range(n // 256)]))
+        assert torch.equal(passes[-1].sort().values, torch.arange(n))
+    assert not torch.equal(*passes)
