@@ -84,7 +84,7 @@ class Steps:
 
     @property
     def compiled(self) -> bool:
-        """Whether the last step ran compiled."""
+        """Whether the last step ran as a graph, compiled or recorded."""
         return self._graph is not None
 
     @property

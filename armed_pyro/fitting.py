@@ -101,8 +101,8 @@ def fit(
         "auto" (CUDA if there is one), "cpu", "cuda", ...
     compile : {"auto", "always", "never"}
         Whether steps are compiled to one graph: "auto" where that is expected to pay, by the
-        time that steps take. What cannot be compiled runs as ordinary Pyro, and a warning says
-        why.
+        time that steps take; on a GPU they are recorded as a CUDA graph before that. What cannot
+        be compiled runs as ordinary Pyro, and a warning says why.
     distributed : {"auto", "never"}
         With "auto", processes that `torchrun` started train the network together; every one has
         to be given the same data, and gets the same fit. See `armed_pyro.distributed`. With

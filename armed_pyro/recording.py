@@ -50,7 +50,8 @@ class Recording:
                     function(*given)
             here.wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads may read ahead meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._written = tuple(function(*given))
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:

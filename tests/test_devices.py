@@ -106,6 +106,18 @@ def fitted(name: str, **settings) -> tuple[Fit, ClusteredData]:
     ), rows
 
 
+def test_what_stands_in_for_a_gpu_is_as_strict():
+    here, there = torch.zeros(3), torch.zeros(3, device="cuda")
+    assert there.is_cuda
+    assert (2 * there[:1] + here[0]).device.type == "cuda"
+    assert there.cpu().device.type == "cpu"
+    for wrong in (lambda: here + there, lambda: torch.stack([here[0], there[0]])):
+        with pytest.raises(RuntimeError, match=r"same device|two devices"):
+            wrong()
+    with pytest.raises(TypeError, match="can't convert cuda"):
+        there.numpy()
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_fit_its_tables_and_its_file(name, tmp_path):
     found, rows = fitted(name, checkpoint=tmp_path / "checkpoint")
