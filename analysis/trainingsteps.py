@@ -19,7 +19,7 @@ from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes
 from armed_pyro.adversary import reverse_gradient
 from armed_pyro.compiled import CompileMode
 from armed_pyro.crossed import choose_guide
-from armed_pyro.rows import Shuffle
+from armed_pyro.shuffle import Shuffle
 from armed_pyro.simulate import spirals
 from armed_pyro.terms import Term
 from armed_pyro.training import Run

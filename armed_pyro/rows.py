@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, cast
 
@@ -17,7 +17,15 @@ from torch import Tensor
 
 from armed_pyro.memory import large_pages
 
-__all__ = ["HeldRows", "Membership", "RowSource", "Rows", "Shuffle", "counted", "memberships_of"]
+__all__ = [
+    "HeldRows",
+    "Membership",
+    "RowSource",
+    "Rows",
+    "counted",
+    "memberships_of",
+    "rows_of",
+]
 
 # From so many rows on, of at most so many bytes, batches take consecutive ones together, and are
 # made of at least so many such units.
@@ -176,10 +184,11 @@ class RowSource(ABC):
     @abstractmethod
     def batch(
         self,
-        index: Int[Tensor, " batch"],
+        index: Int[Tensor, " units"],
         *,
+        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " batch"] | None = None,
+        following: Int[Tensor, " units"] | None = None,
     ) -> Rows:
         r"""Rows `index`, weighted so that the objective stays unbiased.
 
@@ -190,12 +199,14 @@ class RowSource(ABC):
 
         Parameters
         ----------
-        index : Int[Tensor, "batch"]
+        index : Int[Tensor, "units"]
             Rows of the batch, drawn without regard to the outcome.
+        unit : int
+            Consecutive rows for which a number of `index` stands: those from `unit` times it on.
         dense_up_to : int, optional
             Largest number of clusters that are all drawn in every batch.
-        following : Int[Tensor, "batch"], optional
-            Rows of the next batch, which may be read ahead.
+        following : Int[Tensor, "units"], optional
+            The same of the next batch, which may be read ahead.
         """
 
     def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
@@ -290,25 +301,29 @@ class HeldRows(RowSource):
 
     def batch(
         self,
-        index: Int[Tensor, " batch"],
+        index: Int[Tensor, " units"],
         *,
+        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " batch"] | None = None,
+        following: Int[Tensor, " units"] | None = None,
     ) -> Rows:
-        def some(values: Tensor | None) -> Tensor | None:
+        def taken(values: Tensor) -> Tensor:
             # Copies whole rows, which takes a fraction of what indexing takes.
-            return None if values is None else values.index_select(0, index)
+            if unit == 1:
+                return values.index_select(0, index)
+            units = values[: len(values) // unit * unit].unflatten(0, (-1, unit))
+            return units.index_select(0, index).flatten(0, 1)
 
-        scale = len(self) / len(index)
-        codes = {factor: one.index_select(0, index) for factor, one in self.codes.items()}
-        sampled = self.sampled(len(index), dense_up_to)
-        memberships = memberships_of(codes, self, scale, sampled)
-        computed = self.computed and {
-            name: one.index_select(0, index) for name, one in self.computed.items()
-        }
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else taken(values)
+
+        size = unit * len(index)
+        scale = len(self) / size
+        codes = {factor: taken(one) for factor, one in self.codes.items()}
+        memberships = memberships_of(codes, self, scale, self.sampled(size, dense_up_to))
+        computed = self.computed and {name: taken(one) for name, one in self.computed.items()}
         optional = some(self.trials), some(self.offset), some(self.weights)
-        x = self.x.index_select(0, index)
-        return Rows(x, some(self.y), memberships, scale, *optional, computed)
+        return Rows(taken(self.x), some(self.y), memberships, scale, *optional, computed)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         # In time and memory that do not depend on K.
@@ -358,34 +373,6 @@ def memberships_of(
     return memberships
 
 
-@dataclass
-class Shuffle:
-    """Numbers below n in random order, a few at a time; shuffled anew when they run out.
-
-    Attributes
-    ----------
-    order : Int[Tensor, "left"]
-        Those that are left of this pass.
-    """
-
-    order: Int[Tensor, " left"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-    def take(self, size: int, n: int) -> Int[Tensor, " size"]:
-        """The next `size` of n numbers."""
-        if len(self.order) < size:
-            # The few that are left over would make a batch of another size.
-            self.order = torch.randperm(n)
-        taken, self.order = self.order[:size], self.order[size:]
-        return taken
-
-    def rows(self, source: RowSource, size: int) -> tuple[Tensor, Tensor | None]:
-        """Rows of the next mini-batch of `size`; of the one after, if it is known and of use."""
-        unit, device = source.unit(size), source.like.device
-
-        def of(units: Tensor) -> Tensor:
-            if unit == 1:
-                return units
-            return torch.add(torch.arange(unit), units[:, None], alpha=unit).flatten()
-
-        index = of(self.take(size // unit, len(source) // unit)).to(device)
-        return index, of(self.order[: size // unit]).to(device) if source.reads_ahead else None
+def rows_of(units: Int[Tensor, " units"], unit: int) -> Int[Tensor, " rows"]:
+    """The consecutive rows of which units consist."""
+    return (unit * units[:, None] + torch.arange(unit, device=units.device)).flatten()

@@ -18,7 +18,8 @@ from armed_pyro.distributed import Processes, mixed
 from armed_pyro.modulations import modulates
 from armed_pyro.objective import Loss, Objective, trains_network
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import HeldRows, Membership, Rows, RowSource, Shuffle
+from armed_pyro.rows import HeldRows, Membership, Rows, RowSource
+from armed_pyro.shuffle import Shuffle
 
 __all__ = ["Share"]
 

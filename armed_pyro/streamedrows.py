@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armed_pyro.readahead import Foreseen, ahead
 from armed_pyro.rowfiles import Layout, Records, RowFile
-from armed_pyro.rows import HeldRows, Membership, Rows, RowSource, memberships_of
+from armed_pyro.rows import HeldRows, Membership, Rows, RowSource, memberships_of, rows_of
 
 __all__ = ["StreamedRows"]
 
@@ -81,11 +81,14 @@ class StreamedRows(RowSource):
 
     def batch(
         self,
-        index: Int[Tensor, " batch"],
+        index: Int[Tensor, " units"],
         *,
+        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " batch"] | None = None,
+        following: Int[Tensor, " units"] | None = None,
     ) -> Rows:
+        index = rows_of(index, unit)
+        following = None if following is None else rows_of(following, unit)
         held = self._held(self._foreseen(index, following))
         scale = len(self) / len(index)
         sampled = self.sampled(len(index), dense_up_to)

@@ -33,9 +33,10 @@ from armed_pyro.optimizers import Optimizers
 from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.pace import Pace
 from armed_pyro.program import MixedEffects
-from armed_pyro.rows import HeldRows, Rows, RowSource, Shuffle
+from armed_pyro.rows import HeldRows, Rows, RowSource
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 from armed_pyro.shares import Share
+from armed_pyro.shuffle import Shuffle
 
 __all__ = ["DivergenceError", "Run"]
 
@@ -183,12 +184,11 @@ class Run:
         size, n = self.schedule.batch(len(self.source)), len(self.source)
         if size == n:
             return source.all()
-        index, following = self.shuffle.rows(source, self.share.batch(size))
         # As many as `_prepare` makes room for, but where a step finds out itself which it needs.
         sampled = source.sampled(self.share.together(size))
         whole = self.lazy.tables.keys() >= sampled and not self.share.several
         dense = n if whole or self.guide.every_cluster() else 4 * self.share.together(size)
-        return source.batch(index, dense_up_to=dense, following=following)
+        return self.shuffle.batch(source, self.share.batch(size), dense)
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from armed_pyro import rows as rows_module
-from armed_pyro.rows import HeldRows, Shuffle
+from armed_pyro.rows import HeldRows
+from armed_pyro.shuffle import Shuffle
 
 SITE = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3])
 DOSE = torch.tensor([0, 1] * 6)
@@ -162,10 +163,13 @@ def test_batches_are_made_of_sixteen_units_at_least(size, unit):
 def test_a_pass_over_mixed_rows_sees_each_once():
     n = 4096
     codes = {"site": torch.zeros(n, dtype=torch.long)}
-    source = HeldRows(torch.zeros(n, 1), None, codes, {"site": torch.tensor([n])}, together=64)
+    x, y = torch.rand(n, 1), torch.arange(1.0 * n)
+    source = HeldRows(x, y, codes, {"site": torch.tensor([n])}, together=64)
     torch.manual_seed(0)
     shuffle, passes = Shuffle(), []
     for _ in range(2):
-        passes.append(torch.cat([shuffle.rows(source, 256)[0] for _ in range(n // 256)]))
+        batches = [shuffle.batch(source, 256, n) for _ in range(n // 256)]
+        passes.append(torch.cat([one.y for one in batches]).long())
+        assert torch.equal(torch.cat([one.x for one in batches]), x[passes[-1]])
         assert torch.equal(passes[-1].sort().values, torch.arange(n))
     assert not torch.equal(*passes)
