@@ -48,7 +48,10 @@ class Pushforward(dist.TorchDistribution, ABC):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
-        return self.push(torch.randn(shape, dtype=self.dtype, device=self.device))
+        noise = torch.randn(shape, dtype=self.dtype, device=self.device)
+        if noise.dim() > 1:  # one term of all clusters side by side, as they are computed
+            noise = noise.mT.clone(memory_format=torch.contiguous_format).mT
+        return self.push(noise)
 
 
 class Whitened(Pushforward, ABC):
