@@ -17,15 +17,7 @@ from torch import Tensor
 
 from armed_pyro.memory import large_pages
 
-__all__ = [
-    "HeldRows",
-    "Membership",
-    "RowSource",
-    "Rows",
-    "counted",
-    "memberships_of",
-    "rows_of",
-]
+__all__ = ["HeldRows", "Membership", "RowSource", "Rows", "counted", "memberships_of"]
 
 # From so many rows on, of at most so many bytes, batches take consecutive ones together, and are
 # made of at least so many such units.
@@ -281,15 +273,27 @@ class HeldRows(RowSource):
         if len(self) < MANY_ROWS or not small or self.x.is_cuda:
             return self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        found = replace(self.take(order), together=TOGETHER)
+        large_pages(found.x, *found.codes.values())
+        return found
+
+    def take(self, index: Int[Tensor, " taken"]) -> HeldRows:
+        """Some of the rows, as a source of their own that counts clusters as this one does."""
 
         def some(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.index_select(0, order)
+            return None if values is None else values.index_select(0, index)
 
-        codes = {factor: one.index_select(0, order) for factor, one in self.codes.items()}
-        optional = some(self.trials), some(self.offset), some(self.weights)
-        x = self.x.index_select(0, order)
-        large_pages(x, *codes.values())
-        return HeldRows(x, some(self.y), codes, self.counts, *optional, together=TOGETHER)
+        return replace(
+            self,
+            x=self.x.index_select(0, index),
+            y=some(self.y),
+            codes={factor: one.index_select(0, index) for factor, one in self.codes.items()},
+            trials=some(self.trials),
+            offset=some(self.offset),
+            weights=some(self.weights),
+            computed=self.computed
+            and {name: one.index_select(0, index) for name, one in self.computed.items()},
+        )
 
     def all(self) -> Rows:
         return self.of(memberships_of(self.codes, self, 1.0, ()), 1.0)
@@ -371,8 +375,3 @@ def memberships_of(
             weight = (scale * found / every[present]).to(source.like.dtype)
             memberships[factor] = Membership(present, position, weight, complete=False)
     return memberships
-
-
-def rows_of(units: Int[Tensor, " units"], unit: int) -> Int[Tensor, " rows"]:
-    """The consecutive rows of which units consist."""
-    return (unit * units[:, None] + torch.arange(unit, device=units.device)).flatten()

@@ -73,8 +73,9 @@ class Share:
         ValueError
             If there are fewer rows than processes.
         """
-        if not processes.several or not trains_network(model):
-            if isinstance(source, HeldRows) and trains_network(model):
+        trains = trains_network(model)
+        if not processes.several or not trains:
+            if trains and isinstance(source, HeldRows):
                 source = source.mixed()
             return cls(processes, source, ())
         if not isinstance(source, HeldRows):
@@ -86,21 +87,7 @@ class Share:
         whole = not any(isinstance(one, _BatchNorm) for one in model.network.modules())
         places = _places(source, processes.size, whole_clusters=whole)
         own = places[processes.rank].to(source.x.device)
-
-        def some(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[own]
-
-        rows = HeldRows(
-            source.x[own],
-            some(source.y),
-            {factor: codes[own] for factor, codes in source.codes.items()},
-            source.counts,
-            some(source.trials),
-            some(source.offset),
-            some(source.weights),
-            reduce=processes.total,
-        )
-        return cls(processes, rows, places)
+        return cls(processes, replace(source.take(own), reduce=processes.total), places)
 
     @property
     def several(self) -> bool:

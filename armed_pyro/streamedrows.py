@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armed_pyro.readahead import Foreseen, ahead
 from armed_pyro.rowfiles import Layout, Records, RowFile
-from armed_pyro.rows import HeldRows, Membership, Rows, RowSource, memberships_of, rows_of
+from armed_pyro.rows import HeldRows, Membership, Rows, RowSource, memberships_of
 
 __all__ = ["StreamedRows"]
 
@@ -87,8 +87,8 @@ class StreamedRows(RowSource):
         dense_up_to: int | None = None,
         following: Int[Tensor, " units"] | None = None,
     ) -> Rows:
-        index = rows_of(index, unit)
-        following = None if following is None else rows_of(following, unit)
+        index = _rows(index, unit)
+        following = None if following is None else _rows(following, unit)
         held = self._held(self._foreseen(index, following))
         scale = len(self) / len(index)
         sampled = self.sampled(len(index), dense_up_to)
@@ -140,3 +140,8 @@ class StreamedRows(RowSource):
 
     def _held(self, records: Records) -> HeldRows:
         return self.layout.rows(records, self.counts, self.like)
+
+
+def _rows(units: Int[Tensor, " units"], unit: int) -> Int[Tensor, " rows"]:
+    """The consecutive rows of which units consist."""
+    return (unit * units[:, None] + torch.arange(unit, device=units.device)).flatten()

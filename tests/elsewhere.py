@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 GPU = torch.device("cuda:0")
 # Functions that take tensors of several devices.
 MIXED = {torch.Tensor.copy_, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.to}
-MIXED |= {torch.Tensor.type_as, torch.Tensor.data.__set__, torch._foreach_copy_}
+MIXED |= {torch.Tensor.type_as, torch.Tensor.data.__set__}
 # Functions that do not even take single numbers of another one.
 STRICT = {torch.cat, torch.stack, torch.Tensor.index_copy_, torch.Tensor.index_add_}
 STRICT |= {torch.Tensor.index_add, torch.Tensor.index_select, torch.Tensor.index_copy}
