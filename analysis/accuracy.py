@@ -31,8 +31,8 @@ from armed_pyro import (
 )
 from armed_pyro.analysis import reference, replication
 from armed_pyro.families import FAMILIES
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.linear import linear
-from armed_pyro.simulate import mixed_model
 
 OUT = Path("results/accuracy")
 # Limits that the tables are held against.

@@ -9,11 +9,11 @@ from armed_pyro.checks import Check
 from armed_pyro.data import ClusteredData
 from armed_pyro.decoded import DecodedEffects
 from armed_pyro.diagnostics import Diagnostics
+from armed_pyro.families import Reconstruction
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.guides import Guide, StructuredGuide
 from armed_pyro.invariance import Invariance
-from armed_pyro.outcomes import Reconstruction
 from armed_pyro.prediction import Prediction
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
 from armed_pyro.probetest import ProbeTest, probe_test

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from armed_pyro.facts import Facts
 from armed_pyro.fitted import Fit
+from armed_pyro.manifest import read_family
 from armed_pyro.networks import network
 
 __all__ = [
@@ -79,7 +80,7 @@ def load_run(run: Path, net: str | None) -> Fit:
     """The fit in a folder; a network of the user's own is made with the sizes it had."""
     try:
         manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        facts, family = Facts.from_json(manifest["facts"]), manifest["model"]["family"]
+        facts, family = Facts.from_json(manifest["facts"]), read_family(manifest["model"]["family"])
         made_by = manifest["network"]["made_by"]
     except (OSError, ValueError, LookupError, TypeError):
         return Fit.load(run)  # which says what is wrong with the folder
@@ -87,5 +88,5 @@ def load_run(run: Path, net: str | None) -> Fit:
         raise ValueError(f"{run} has a network of your own: name it with --net FILE.py:NAME")
     if net is None:
         return Fit.load(run)
-    n_outputs = len(facts.columns) + (family == "categorical")
+    n_outputs = family.outputs(len(facts.columns))
     return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))

@@ -15,6 +15,7 @@ from armed_pyro.predictivechecks import cluster_checks, effect_normality, residu
 
 if TYPE_CHECKING:
     from armed_pyro.factors import Factor
+    from armed_pyro.families import Family
     from armed_pyro.fitted import Fit
     from armed_pyro.refinement import ImportanceDraws
 
@@ -155,19 +156,30 @@ def _normality(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
 
 
 def _residuals(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    found = residual_uniformity(fit, latents, seed=fit.seed)
+    family, found = fit.model.family, residual_uniformity(fit, latents, seed=fit.seed)
     if found is None:
+        yield _unchecked_residuals(family)
         return
     p, distance = found
     verdict = "pass"
     if p < 1e-3 and distance > 0.03:
         verdict = "fail" if p < 1e-6 and distance > 0.1 else "warn"
-    family = fit.model.family.name
     reason = (
-        f"quantile residuals of family {family!r} are {distance:.3f} from uniform (p = {p:.2g})"
+        f"quantile residuals of family {family.name!r} are {distance:.3f} from uniform "
+        f"(p = {p:.2g})"
     )
     advice = "" if verdict == "pass" else "try another family or a transformed outcome"
     yield Check("residuals", verdict, p, 1e-3, reason, advice)
+
+
+def _unchecked_residuals(family: Family) -> Check:
+    """A check that says aloud that residuals were not checked, and why."""
+    if family.no_residuals:
+        reason = f"not checked for family {family.name!r}: {family.no_residuals}"
+        return Check("residuals", "pass", None, None, reason)
+    reason = f"not checked: family {family.name!r} gives no distribution function"
+    advice = "add the method `cdf` to the family, so that its residuals can be checked"
+    return Check("residuals", "warn", None, None, reason, advice)
 
 
 def _left_out(weighted: ImportanceDraws) -> tuple[np.ndarray, np.ndarray]:

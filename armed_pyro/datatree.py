@@ -19,18 +19,17 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from armed_pyro.labels import unknown
-from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.prediction import BLOCK_VALUES, predict_chunks, width
+from armed_pyro.program import MixedEffects, log_likelihoods
 from armed_pyro.variance import (
     original_covariance,
-    original_dispersion,
     original_fixed_effects,
+    original_parameters,
     original_sd,
 )
 
 if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
-    from armed_pyro.program import MixedEffects
     from armed_pyro.rows import Rows
 
 __all__ = [
@@ -90,7 +89,8 @@ def to_datatree(
 
         - posterior: ``<factor>_effect`` (factor, term), ``<factor>_sd`` (term), ``<factor>_cor``
           (term, term_bis; where terms are correlated; zero where they are independent),
-          ``residual_sd`` or ``shape``, ``<other outcome>_sd``, ``fixed_effect`` (fixed_term).
+          the family's parameters (``residual_sd``, ``shape``), ``<other outcome>_sd``,
+          ``fixed_effect`` (fixed_term).
           Absent if nothing is latent.
         - posterior_predictive, log_likelihood: every outcome of the training rows, under its own
           name, given the same draws. Log-likelihoods include weights, of rows and outcomes.
@@ -320,9 +320,8 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             product = variance[..., :, None] * variance[..., None, :]
             coords[f"{term}_bis"] = list(factor.terms)
             add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
-    dispersion = original_dispersion(model, latents)
-    if dispersion is not None:
-        add(str(model.family.dispersion_name), (), dispersion)
+    for parameter, values in original_parameters(model, latents).items():
+        add(parameter, (), values)
     for one in model.others:
         add(one.sd_site, (), original_sd(model, one, latents))
     if model.bayesian_head:

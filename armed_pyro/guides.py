@@ -189,7 +189,7 @@ class StructuredGuide(Guide):
     def exact(self, model: MixedEffects) -> bool:
         # With quadratic likelihoods and a linear predictor it makes no difference where the latent
         # sites are, unless the effects of other factors are taken as known at their means.
-        quadratic = model.family.dispersion_name == "residual_sd" and not modulates(model)
+        quadratic = model.family.is_quadratic and not modulates(model)
         return quadratic and len(self.factors) == 1
 
     def settle(self) -> None:

@@ -196,7 +196,7 @@ def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:
     start: list[float] = []
     for site in sites:
         size = site.stop - site.start
-        if site.name == model.family.dispersion_name:
+        if site.name in {one.name for one in model.family.parameters}:
             start += [math.log(0.7)] * size
         elif site.name.endswith("_sd"):
             start += [math.log(0.5 / math.sqrt(max(1, size / 2)))] * size

@@ -171,7 +171,7 @@ def check_names(model: MixedEffects) -> None:
             if name not in factors:
                 raise unknown("grouping factor with random effects for the prior", name, factors)
     names = ["row", "draws", *["fixed_effect"] * model.bayesian_head]
-    names += [str(model.family.dispersion_name)] * (model.family.dispersion_name is not None)
+    names += [parameter.name for parameter in model.family.parameters]
     names += [name for one in model.others for name in (one.name, one.sd_site)]
     for factor in model.factors:
         own = ["_sd", "_cor", "_effect"]

@@ -139,7 +139,8 @@ def _first_scale(model: MixedEffects, guide: Guide, source: RowSource) -> Float[
     """What is known of n things is so to about n^-1/2: in such units the search is shorter."""
     sizes = {f"{one.name}_sd": len(source.counts[one.name]) for one in model.factors}
     fewest = min([len(source), *sizes.values()])
-    sizes |= {"fixed_effect": len(source), model.family.dispersion_name or "": len(source)}
+    of_rows = ["fixed_effect", *(parameter.name for parameter in model.family.parameters)]
+    sizes |= dict.fromkeys(of_rows, len(source))
     scale = torch.ones_like(guide.hyperparameters.anchor)
     for site in guide.hyperparameters.sites:
         scale[site.start : site.stop] = sizes.get(site.name, 1) ** -0.5

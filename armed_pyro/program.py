@@ -21,17 +21,18 @@ from armed_pyro.adversary import Adversary
 from armed_pyro.data import ClusteredData
 from armed_pyro.factors import Factor
 from armed_pyro.facts import Facts
-from armed_pyro.families import Family, family_named
+from armed_pyro.families.family import Family, Parameters
+from armed_pyro.families.reconstruction import Reconstruction
+from armed_pyro.families.registry import family_named
 from armed_pyro.local import LocalModule
 from armed_pyro.modulations import modulates, predict_rows
-from armed_pyro.outcomes import Reconstruction
 from armed_pyro.predictor import Predictor
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows import HeldRows, Rows, RowSource, counted
 from armed_pyro.taps import run
 from armed_pyro.terms import Term, parse_terms
 
-__all__ = ["MixedEffects"]
+__all__ = ["MixedEffects", "log_likelihoods"]
 
 Latents = Mapping[str, Tensor]
 Source = TypeVar("Source", bound=RowSource)
@@ -43,7 +44,7 @@ class MixedEffects(LocalModule):
     .. math::
         u_{mk} &\sim N(0, diag(sd_m) R_m diag(sd_m)) \\
         \eta_i &= c + s \, [f(x_i) + \sum_m \phi_m(x_i, h_i)^\top u_{m, g_m(i)}] + offset_i \\
-        y_i &\sim Family(\eta_i, dispersion)
+        y_i &\sim Family(\eta_i, parameters)
 
     with f a network (its last layer optionally with latent weights), h_i its tapped activations,
     and c, s the outcome's centre and spread. Latent sites are in standardised units, so that
@@ -259,9 +260,8 @@ class MixedEffects(LocalModule):
         facts = self.data_facts()
         unit = self.reference().new_tensor([1 / facts.spread])
         latents: dict[str, Tensor] = {}
-        dispersion = self.family.dispersion(self.priors, unit)
-        if self.family.dispersion_name is not None and dispersion is not None:
-            latents[self.family.dispersion_name] = dispersion
+        for parameter in self.family.parameters:
+            latents[parameter.name] = parameter.sample(self.priors, unit)
         if self.bayesian_head:
             zeros = unit.new_zeros(len(self.fixed_terms()))
             prior = dist.Normal(zeros, self.priors.fixed_sd).to_event(1)
@@ -286,11 +286,17 @@ class MixedEffects(LocalModule):
     def density(
         self, eta: Float[Tensor, "... rows columns"], latents: Latents, rows: Rows
     ) -> dist.TorchDistribution:
-        """p(y | eta, dispersion), on the outcome's scale."""
-        dispersion = latents.get(self.family.dispersion_name or "")
-        if dispersion is not None:
-            dispersion = self.family.original_dispersion(dispersion, self.data_facts().spread)
-        return self.family.distribution(eta, dispersion, rows)
+        """p(y | eta, parameters of the family), on the outcome's scale."""
+        return self.family.distribution(eta, self.family_parameters(latents), rows)
+
+    def family_parameters(self, latents: Latents) -> Parameters:
+        """The family's parameters among these latent sites, on the outcome's scale."""
+        spread = self.data_facts().spread
+        return {
+            parameter.name: parameter.original(latents[parameter.name], spread)
+            for parameter in self.family.parameters
+            if parameter.name in latents
+        }
 
     def other_densities(
         self, means: Mapping[str, Tensor], latents: Latents, rows: Rows
@@ -304,16 +310,18 @@ class MixedEffects(LocalModule):
 
     def precision(self, latents: Latents) -> Tensor:
         """tau = 1 / Var(y | eta) in standardised units; 1 where it depends on eta."""
-        tau = self.family.precision(latents.get(self.family.dispersion_name or ""))
+        names = [parameter.name for parameter in self.family.parameters]
+        tau = self.family.precision({name: latents[name] for name in names if name in latents})
         return self.reference().new_ones(()) if tau is None else tau
 
     def known(self) -> dict[str, Tensor]:
         """Latent quantities that are given by their priors, not estimated."""
         known = {site: value for factor in self.factors for site, value in factor.known().items()}
-        residual = self.priors.residual_sd
-        if self.family.dispersion_name == "residual_sd" and isinstance(residual, Known):
-            unit = self.reference().new_tensor([1 / self.data_facts().spread])
-            known["residual_sd"] = residual.scales([""], unit, 1.0)[0]
+        unit = self.reference().new_tensor([1 / self.data_facts().spread])
+        for parameter in self.family.parameters:
+            value = parameter.known(self.priors, unit)
+            if value is not None:
+                known[parameter.name] = value
         ones = self.reference().new_ones(1)
         given = [one for one in self.others if isinstance(one.prior, Known)]
         return known | {one.sd_site: one.prior.scales([""], ones, 1.0)[0] for one in given}
@@ -353,7 +361,7 @@ class MixedEffects(LocalModule):
         rows : Rows
             n rows.
         latents : mapping of str to Tensor
-            Random effects "... clusters terms"; dispersion and fixed effects, if latent, with a
+            Random effects "... clusters terms"; the family's parameters and fixed effects with a
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
         alone : bool
             Whether fixed effects and activations without effects inside are wanted, too.
@@ -394,3 +402,18 @@ class MixedEffects(LocalModule):
         if self.network.get_submodule(path).bias is None:
             return hidden
         return torch.cat([hidden.new_ones(len(hidden), 1), hidden], -1)
+
+
+def log_likelihoods(
+    model: MixedEffects, rows: Rows, latents: Latents, *, others: bool = True
+) -> dict[str, Float[Tensor, "... rows"]]:
+    """Log-likelihood of every row by name of the outcome, weights included."""
+    predictor = model.predictor(rows, latents, alone=False, others=others)
+    density = model.density(predictor.eta, latents, rows)
+    values = {model.data_facts().outcome_name: density.log_prob(rows.outcome())}
+    densities = model.other_densities(predictor.others, latents, rows) if others else {}
+    for other, rebuilt in densities.items():
+        values[other.name] = other.weight * rebuilt.log_prob(rows.x)
+    if rows.weights is None:
+        return values
+    return {name: rows.weights * value for name, value in values.items()}

@@ -47,8 +47,8 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
         net, model.terms, model.family, priors=model.priors, bayesian_head=model.bayesian_head
     )
     bound = plan.bind(data).cpu().eval()
-    dispersion = bound.family.dispersion_name
-    if not bound.factors and not bound.bayesian_head and dispersion in {None, *bound.known()}:
+    latent = {parameter.name for parameter in bound.family.parameters} - {*bound.known()}
+    if not bound.factors and not bound.bayesian_head and not latent:
         raise ValueError(
             "the model has no latent site, so there is no posterior to calibrate: give it random "
             "effects, or latent fixed effects with bayesian_head=True"
@@ -198,8 +198,8 @@ def quantities(
 ) -> dict[str, Float[Tensor, " draws"]]:
     """What is ranked, by name, in standardised units.
 
-    Every latent sd, correlation, dispersion and fixed effect; all random effects of the first,
-    middle and last cluster of each factor; and the log-likelihood of all rows.
+    Every latent sd, correlation, parameter of the family and fixed effect; all random effects of
+    the first, middle and last cluster of each factor; and the log-likelihood of all rows.
     """
     values: dict[str, Tensor] = {}
     known = model.known()
@@ -219,9 +219,8 @@ def quantities(
                 f"{factor.effect_site}[{levels[k]},{term}]": effects[:, k, i]
                 for i, term in enumerate(terms)
             }
-    dispersion = model.family.dispersion_name
-    if dispersion is not None and dispersion not in known:
-        values[dispersion] = latents[dispersion].flatten()
+    names = [parameter.name for parameter in model.family.parameters]
+    values |= {name: latents[name].flatten() for name in names if name not in known}
     if model.bayesian_head:
         fixed = latents["fixed_effect"].reshape(-1, len(model.fixed_terms()))
         values |= {f"fixed_effect[{t}]": fixed[:, i] for i, t in enumerate(model.fixed_terms())}

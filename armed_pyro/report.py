@@ -93,7 +93,7 @@ def _program(fit: Fit) -> dict[str, str]:
         for game in model.adversaries
     ]
     lines = {
-        "Outcome": f"{facts.outcome_name} ({model.family.name})",
+        "Outcome": f"{facts.outcome_name} ({model.family})",
         "Features": ", ".join(facts.feature_names) or "none",
         "Network": " → ".join(str(layer) for layer in _layers(model.net)),
         "Random effects": " + ".join(map(str, model.terms)) or "none",

@@ -30,9 +30,8 @@ from armed_pyro.mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.modulations import modulates, row_cost
 from armed_pyro.objective import Loss, NestedBound, Objective, trains_network
 from armed_pyro.optimizers import Optimizers
-from armed_pyro.outcomes import log_likelihoods
 from armed_pyro.pace import Pace
-from armed_pyro.program import MixedEffects
+from armed_pyro.program import MixedEffects, log_likelihoods
 from armed_pyro.rows import HeldRows, Rows, RowSource
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 from armed_pyro.shares import Share
@@ -383,7 +382,7 @@ class Run:
             "data": digest(self.source, facts),
             "validation": self.validation and digest(self.validation, facts),
             "terms": [str(term) for term in model.terms],
-            "family": model.family.name,
+            "family": str(model.family),
             "adversary": [game.settings() for game in model.adversaries],
             "priors": repr(model.priors),
             "weights": [model.fixed_weight, repr(model.others)],

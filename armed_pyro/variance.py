@@ -12,14 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro.families import CountFamily
 from armed_pyro.modulations import sensitivities
 from armed_pyro.pseudo import mean_draws
 
 if TYPE_CHECKING:
     from armed_pyro.factors import Factor
+    from armed_pyro.families.reconstruction import Reconstruction
     from armed_pyro.fitted import Fit
-    from armed_pyro.outcomes import Reconstruction
     from armed_pyro.program import MixedEffects
     from armed_pyro.rows import Rows
 
@@ -73,15 +72,12 @@ def variance_components(
     rows: list[tuple[str, str, str, Tensor]] = []
     for factor in model.factors:
         rows += list(_factor_rows(model, factor, latents))
-    dispersion = original_dispersion(model, latents)
-    if dispersion is not None:
-        name = str(model.family.dispersion_name)
-        if name == "residual_sd":
-            rows.append(("Residual", "", "sd", dispersion))
-            rows.append(("Residual", "", "variance", dispersion**2))
+    parameters = original_parameters(model, latents)
+    residual = model.family.residual_rows(parameters)
+    rows += [("Residual", "", statistic, values) for statistic, values in residual.items()]
     for one in model.others:
         rows.append(("Residual", one.name, "sd", original_sd(model, one, latents)))
-    rows += list(_shares(fit, latents, dispersion))
+    rows += list(_shares(fit, latents, parameters))
     return _table(rows, ["factor", "term", "statistic"], prob)
 
 
@@ -113,14 +109,12 @@ def original_covariance(
     return matrix @ covariance @ matrix.mT
 
 
-def original_dispersion(model: MixedEffects, latents: Draws) -> Float[Tensor, " draws"] | None:
-    """Dispersion on the original scale; None for families without one."""
-    name = model.family.dispersion_name
-    if name is None:
-        return None
-    spread = model.data_facts().spread
-    values = model.family.original_dispersion(_flat(latents[name], 0), spread)
-    return values.to(torch.float64)
+def original_parameters(
+    model: MixedEffects, latents: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, " draws"]]:
+    """The family's parameters on the outcome's scale; empty for families without any."""
+    values = model.family_parameters(latents)
+    return {name: _flat(value, 0).to(torch.float64) for name, value in values.items()}
 
 
 def original_sd(
@@ -177,7 +171,7 @@ def _factor_rows(
 
 
 def _shares(
-    fit: Fit, latents: Draws, dispersion: Tensor | None
+    fit: Fit, latents: Draws, parameters: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str, str, Tensor]]:
     """Variances averaged over rows, as shares of their totals, for every predictor column."""
     model, facts = fit.model, fit.model.data_facts()
@@ -197,13 +191,11 @@ def _shares(
         totals = sum(parts.values(), none)
         weights = latents.get("fixed_effect")
         variances = _fixed_variance(model, rows, activations, weights).expand_as(totals)
-        # Of no use to other families, whose residual variance does not depend on it.
-        counts = isinstance(model.family, CountFamily)
-        means = _mean_counts(model, rows, weights, totals) if counts else none
+        means = _means(model, rows, weights, totals) if model.family.needs_mean else none
     for column, label in enumerate(facts.columns):
         random = {name: part[:, column] for name, part in parts.items()}
         total_random, variance_fixed = totals[:, column], variances[:, column]
-        residual = model.family.residual_variance(dispersion, means[:, column])
+        residual = model.family.residual_variance(parameters, means[:, column])
         total = variance_fixed + total_random + residual
         for name, part in random.items():
             yield name, label, "icc", part / (total_random + residual)
@@ -233,13 +225,13 @@ def _fixed_variance(
     return facts.spread**2 * (by_column * (covariance @ by_column)).sum(-2)
 
 
-def _mean_counts(
+def _means(
     model: MixedEffects,
     rows: Rows,
     weights: Float[Tensor, "draws 1 fixed_terms"] | None,
     random: Float[Tensor, "draws columns"],
 ) -> Float[Tensor, "draws columns"]:
-    """Mean over the rows of a log-normal count, exp(eta + variance / 2)."""
+    """Mean outcome over the rows and over random effects with these variances."""
     size = max(1, MOST_VALUES // max(1, len(rows) * random.shape[-1]))
     means = []
     for start in range(0, len(random), size):
@@ -247,7 +239,7 @@ def _mean_counts(
         own = {} if weights is None else {"fixed_effect": weights[start : start + size]}
         fixed = model.predictor(rows, own).eta.to(torch.float64)
         fixed = fixed if fixed.dim() == 3 else fixed.expand(len(some), *fixed.shape)
-        means.append(torch.exp(fixed.clamp(max=30) + some[:, None] / 2).mean(-2))
+        means.append(model.family.marginal_mean(fixed, some))
     return torch.cat(means)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.adaptation import joined
 from armed_pyro.conditioning import condition
-from armed_pyro.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 
 SHORT = Schedule(steps=60, window=20, stages=0)
 

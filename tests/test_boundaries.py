@@ -8,9 +8,9 @@ import torch
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.boundaries import plane
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.simulate import mixed_model
 
 BRIEF = Schedule(steps=4, window=2, stages=0)
 FAMILIES = ["gaussian", "bernoulli", "binomial", "categorical", "poisson"]

@@ -19,9 +19,9 @@ from armed_pyro import (
 )
 from armed_pyro.compiled import Steps
 from armed_pyro.crossed import choose_guide
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.objective import NestedBound, Objective
 from armed_pyro.recording import Recording
-from armed_pyro.simulate import mixed_model
 
 # Compiling takes half a minute a program: elsewhere the captured graph runs as it is.
 COMPILERS = ["graph", pytest.param("inductor", marks=pytest.mark.slow)]

@@ -25,7 +25,7 @@ from armed_pyro.layout import needs_alone
 from armed_pyro.models.autoencoder import AutoencoderClassifier, autoencoder_program
 from armed_pyro.modulations import reaches_predictor, reconstruction_slopes
 from armed_pyro.objective import Objective
-from armed_pyro.outcomes import log_likelihoods
+from armed_pyro.program import log_likelihoods
 
 SITES = 4
 

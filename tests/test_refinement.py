@@ -9,9 +9,9 @@ from torch import nn
 
 from armed_pyro import ClusteredData, Fit, HalfNormal, Known, MixedEffects, Priors, Schedule, fit
 from armed_pyro.arvizstats import pareto_smooth
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.linear import linear
 from armed_pyro.refinement import RefinedDraws, importance_draws
-from armed_pyro.simulate import mixed_model
 
 
 def make(family="gaussian", clusters=12, rows=6, seed=2, random="(1 | site)", **settings):

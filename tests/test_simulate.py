@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from armed_pyro.families import FAMILIES
-from armed_pyro.simulate import mixed_model, spirals
+from armed_pyro.families.simulate import mixed_model
+from armed_pyro.simulate import spirals
 
 
 def z_score(draws: np.ndarray, mean: np.ndarray | float, variance: np.ndarray | float) -> float:

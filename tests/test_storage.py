@@ -36,7 +36,7 @@ from armed_pyro import (
     storage,
 )
 from armed_pyro.checkpoint import module_tensors
-from armed_pyro.families import Gaussian
+from armed_pyro.families.gaussian import Gaussian
 from armed_pyro.manifest import VERSION
 from armed_pyro.networks import network
 

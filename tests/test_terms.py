@@ -8,7 +8,7 @@ from torch import nn
 
 from armed_pyro import ClusteredData, RandomEffects, Slopes
 from armed_pyro.facts import Facts
-from armed_pyro.families import Gaussian
+from armed_pyro.families.gaussian import Gaussian
 from armed_pyro.taps import tapped
 from armed_pyro.terms import parse_terms
 

@@ -1,11 +1,9 @@
-"""Outcomes beside the one of the family: what else a network predicts, with a likelihood each."""
+"""The features as a second outcome, rebuilt by the network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -16,10 +14,7 @@ from armed_pyro.densities import IndependentNormal
 from armed_pyro.priors import HalfStudentT, ScalePrior
 from armed_pyro.rows import Rows
 
-if TYPE_CHECKING:
-    from armed_pyro.program import MixedEffects
-
-__all__ = ["Reconstruction", "log_likelihoods"]
+__all__ = ["Reconstruction"]
 
 
 @dataclass(frozen=True)
@@ -101,21 +96,3 @@ class Reconstruction:
         """Slope of the weighted log-likelihood by g, and root of minus its curvature."""
         precision = self.weight / sd**2
         return precision * (rows.x - mean), torch.sqrt(precision)
-
-
-def log_likelihoods(
-    model: MixedEffects, rows: Rows, latents: Mapping[str, Tensor], *, others: bool = True
-) -> dict[str, Float[Tensor, "... rows"]]:
-    """What every row and outcome adds to the log-density, by name, weights included."""
-    predictor = model.predictor(rows, latents, alone=False, others=others)
-    found = {
-        model.data_facts().outcome_name: model.density(predictor.eta, latents, rows).log_prob(
-            rows.outcome()
-        )
-    }
-    densities = model.other_densities(predictor.others, latents, rows) if others else {}
-    for one, density in densities.items():
-        found[one.name] = one.weight * density.log_prob(rows.x)
-    if rows.weights is None:
-        return found
-    return {name: rows.weights * one for name, one in found.items()}
