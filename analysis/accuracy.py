@@ -30,7 +30,7 @@ from armed_pyro import (
     simulation_calibration,
 )
 from armed_pyro.analysis import reference, replication
-from armed_pyro.families import FAMILIES
+from armed_pyro.families.registry import FAMILIES
 from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.linear import linear
 

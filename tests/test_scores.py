@@ -10,7 +10,7 @@ from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
 from armed_pyro.families.simulate import mixed_model
-from armed_pyro.scores import compare_modes, crps, score_mode
+from armed_pyro.prediction.scores import compare_modes, crps, score_mode
 
 SHORT = Schedule(steps=300, window=50)
 

@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
-from armed_pyro.data import ClusteredData
-from armed_pyro.densities import LogNegativeBinomial, LogPoisson
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.outcome_densities import LogNegativeBinomial, LogPoisson
 from armed_pyro.families.family import Family, Parameter, Parameters, arrays, outcome_of
 from armed_pyro.priors import Priors
-from armed_pyro.rows import Rows
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["CountFamily", "NegativeBinomial", "Poisson", "Shape"]
 

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
-from armed_pyro.data import ClusteredData
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Priors
-from armed_pyro.rows import Rows
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["Family", "Parameter", "Parameters", "arrays", "listed", "mean_offset", "outcome_of"]
 
@@ -119,7 +119,7 @@ class Family(ABC):
 
     Examples
     --------
-    >>> from armed_pyro.families import family_named
+    >>> from armed_pyro.families.registry import family_named
     >>> family = family_named("negative_binomial")
     >>> family.integer, family.is_quadratic, [one.name for one in family.parameters]
     (True, False, ['shape'])

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
-from armed_pyro.data import ClusteredData
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.families.family import Family, Parameter, Parameters, arrays, outcome_of
 from armed_pyro.priors import Known, Priors
-from armed_pyro.rows import Rows
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["Gaussian", "ResidualSd"]
 

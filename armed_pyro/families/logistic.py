@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
-from armed_pyro.data import ClusteredData
-from armed_pyro.densities import LogitBinomial
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.outcome_densities import LogitBinomial
 from armed_pyro.families.family import Family, Parameters, arrays, listed, mean_offset, outcome_of
-from armed_pyro.rows import Rows
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["Bernoulli", "Binomial", "Categorical", "LogitFamily"]
 

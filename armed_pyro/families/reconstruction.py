@@ -10,9 +10,9 @@ from jaxtyping import Float
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from armed_pyro.densities import IndependentNormal
+from armed_pyro.distributions.outcome_densities import IndependentNormal
 from armed_pyro.priors import HalfStudentT, ScalePrior
-from armed_pyro.rows import Rows
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["Reconstruction"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from armed_pyro.data import ClusteredData
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.simulate import check_sizes
 from armed_pyro.families.registry import family_named
-from armed_pyro.simulate import check_sizes
 
 __all__ = ["MixedModelTruth", "mixed_model"]
 

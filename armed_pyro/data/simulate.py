@@ -1,0 +1,169 @@
+"""Simulated data with known truth: the paper's spirals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from armed_pyro.data.clustered import ClusteredData
+
+__all__ = ["SpiralsTruth", "check_sizes", "spirals"]
+
+
+@dataclass(frozen=True, eq=False)
+class SpiralsTruth:
+    """What the spirals were drawn from.
+
+    Attributes
+    ----------
+    radius : Float[ndarray, "clusters"]
+        Radius of each cluster's spirals at the end of their turn.
+    ratio : Float[ndarray, "clusters"]
+        Share of each cluster's rows that are of class 1.
+    noise, probe_sd : float
+        Standard deviations of the coordinates and of the probes.
+    """
+
+    radius: Float[np.ndarray, " clusters"]
+    ratio: Float[np.ndarray, " clusters"]
+    noise: float
+    probe_sd: float
+
+    def probability(
+        self, data: ClusteredData, *, cluster_known: bool
+    ) -> Float[np.ndarray, " rows"]:
+        r"""P(y = 1 | x, cluster), or P(y = 1 | x) where the cluster is not known.
+
+        .. math:: P(y = 1 | x) \propto \sum_k P(k | probes) \, p_k \, p(x_1, x_2 | r_k, y = 1)
+
+        over equally frequent clusters. No classifier of these rows can expect to be more accurate
+        than the one that names the class with the higher probability.
+
+        Parameters
+        ----------
+        data : ClusteredData
+            Rows that `spirals` returned with this truth.
+        cluster_known : bool
+            Whether P(k | probes) is replaced by the row's own cluster.
+        """
+        x, probes = np.split(data.features.numpy(), [2], axis=1)
+        apart = ((probes[:, None] - self.ratio[:, None]) ** 2).sum(-1)
+        weight = np.exp(-0.5 * (apart - apart.min(1, keepdims=True)) / self.probe_sd**2)
+        if cluster_known:
+            weight = np.eye(len(self.ratio))[data.grouping("site").labels()]
+        turn = (np.arange(300) + 0.5) / 300 * 2 * np.pi
+        joint = np.zeros((2, len(x)))
+        for k, (radius, ratio) in enumerate(zip(self.radius, self.ratio, strict=True)):
+            for label, share in enumerate([1 - ratio, ratio]):
+                apart = ((x[:, None] - _spiral(radius, turn, label)) ** 2).sum(-1)
+                density = np.exp(-0.5 * apart / self.noise**2).mean(1)
+                joint[label] += weight[:, k] * share * density
+        # A row far from every arm has no density left: either class is as good.
+        return (joint[1] + 1e-300) / (joint.sum(0) + 2e-300)
+
+
+def spirals(
+    n_clusters: int = 10,
+    rows: int = 1000,
+    *,
+    radius_sd: float = 0.3,
+    noise: float = 0.1,
+    ratio_sd: float = 0.0,
+    probes: int = 0,
+    probe_sd: float = 0.2,
+    seed: int = 0,
+) -> tuple[ClusteredData, SpiralsTruth]:
+    r"""Two interleaved Archimedean spirals in every cluster, larger in some than in others.
+
+    .. math::
+        r_k &\sim N(1, radius\_sd^2), \quad
+            p_k \sim N(0.5, ratio\_sd^2) \text{ clipped to } [0.1, 0.9] \\
+        t_i &\sim U(0, 2 \pi), \quad P(y_i = 1) = p_k, \quad
+            \rho_i = r_k \, t_i / 2 \pi \\
+        x_i &\sim N\big(\rho_i (\cos(t_i + \pi y_i), \sin(t_i + \pi y_i)), noise^2 I\big), \quad
+            probe_i \sim N(p_k, probe\_sd^2)
+
+    so that a cluster of radius 1 fills the square from -1 to 1. With `ratio_sd`, the cluster
+    confounds: a probe tells how frequent class 1 is in a row's cluster, and nothing else.
+
+    Parameters
+    ----------
+    n_clusters, rows : int
+        Clusters, and rows in each. Exactly the share :math:`p_k` of them (rounded) is of class 1.
+    radius_sd, noise, ratio_sd, probe_sd : float
+        Standard deviations.
+    probes : int
+        Number of probe features.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    ClusteredData
+        Features x1, x2, probe1, ...; outcome ``label`` (0 or 1); grouping factor ``site``.
+    SpiralsTruth
+        The clusters' radii and class ratios.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than 2 clusters or than 10 rows in each, or a negative sd.
+
+    References
+    ----------
+    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 4.1.
+
+    Examples
+    --------
+    >>> data, truth = spirals(3, 50, ratio_sd=0.2, probes=1)
+    >>> data.feature_names, truth.radius.shape
+    (('x1', 'x2', 'probe1'), (3,))
+    """
+    check_sizes(n_clusters, [rows], least=10)
+    sds = {"radius_sd": radius_sd, "noise": noise, "ratio_sd": ratio_sd, "probe_sd": probe_sd}
+    for name, sd in sds.items():
+        if sd < 0:
+            raise ValueError(f"`{name}` is a standard deviation and must not be negative, not {sd}")
+    rng = np.random.default_rng(seed)
+    radius = rng.normal(1.0, radius_sd, n_clusters)
+    ratio = rng.normal(0.5, ratio_sd, n_clusters).clip(0.1, 0.9)
+    site = np.repeat(np.arange(n_clusters), rows)
+    label = np.arange(rows) < np.round(ratio * rows)[:, None]
+    turn = rng.uniform(0.0, 2 * np.pi, n_clusters * rows)
+    x = _spiral(radius[site], turn, label.ravel())
+    x += rng.normal(0.0, noise, x.shape)
+    probe = ratio[site][:, None] + rng.normal(0.0, probe_sd, (len(site), probes))
+    data = ClusteredData.from_arrays(
+        np.hstack([x, probe]),
+        label.ravel().astype(float),
+        {"site": site},
+        feature_names=["x1", "x2", *(f"probe{i + 1}" for i in range(probes))],
+        outcome_name="label",
+    )
+    return data, SpiralsTruth(radius, ratio, noise, probe_sd)
+
+
+def _spiral(
+    radius: float | np.ndarray, turn: np.ndarray, label: int | np.ndarray
+) -> Float[np.ndarray, "turns 2"]:
+    """Points of an arm of the spiral; that of class 1 is rotated by half a turn."""
+    angle = turn + np.pi * label
+    return (radius * turn / (2 * np.pi) * np.array([np.cos(angle), np.sin(angle)])).T
+
+
+def check_sizes(n_clusters: int, sizes: Sequence[int], least: int) -> None:
+    """Check that there are two clusters, of enough rows each.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer clusters or rows.
+    """
+    if n_clusters < 2 or min(sizes, default=0) < least:
+        raise ValueError(
+            f"clustered data need at least 2 clusters with at least {least} row(s) each, not "
+            f"{n_clusters} with {list(sizes)}"
+        )
