@@ -195,7 +195,7 @@ def test_slopes_on_a_layer_are_its_activations(facts, correlated):
     assert term.layers() == ("1",)
     block = term.block(facts, {"1": 3})
     assert block.names == ("1[0]", "1[1]", "1[2]")
-    assert block.correlated is correlated
+    assert block.covariance.diagonal is not correlated
     with tapped(net, term.layers()) as activations:
         net(x)
     torch.testing.assert_close(block.columns(x, activations), torch.relu(net[0](x)))
@@ -208,7 +208,7 @@ def test_slopes_on_feature_maps_are_pooled(facts):
 
 
 def test_one_column_has_no_correlations(facts):
-    assert not layout(facts, "(1 | site)").correlated
-    assert not layout(facts, "(0 + age | site)").correlated
-    assert layout(facts, "(age | site)").correlated
-    assert not layout(facts, "(age || site)").correlated
+    assert layout(facts, "(1 | site)").covariance.diagonal
+    assert layout(facts, "(0 + age | site)").covariance.diagonal
+    assert not layout(facts, "(age | site)").covariance.diagonal
+    assert layout(facts, "(age || site)").covariance.diagonal

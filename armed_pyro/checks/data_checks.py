@@ -75,7 +75,7 @@ def _units(factor: Factor) -> set[str]:
 
 def _boundary(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     for factor in fit.model.factors:
-        sd = latents[f"{factor.name}_sd"]
+        sd = factor.sd(latents)
         if sd.dim() < 3:
             continue  # known
         draws = sd[:, 0].double().cpu()

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -207,14 +206,12 @@ def quantities(
     known = model.known()
     for factor in model.factors:
         name, terms = factor.name, factor.terms
-        if f"{name}_sd" not in known:
-            sd = latents[f"{name}_sd"].reshape(-1, len(terms))
-            values |= {f"{name}_sd[{term}]": sd[:, i] for i, term in enumerate(terms)}
-        for site, group in zip(factor.cholesky_sites(), factor.groups, strict=True):
-            root = latents[site].reshape(-1, len(group), len(group))
-            for i, j in combinations(range(len(group)), 2):
-                pair = f"{terms[group[i]]},{terms[group[j]]}"
-                values[f"{name}_cor[{pair}]"] = (root[:, i] * root[:, j]).sum(-1)
+        covariance = factor.joint_covariance
+        if covariance.sd_site not in known:
+            sd = factor.sd(latents).reshape(-1, len(terms))
+            values |= {f"{covariance.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
+        values |= covariance.correlations(latents)
+        values |= {group.site(n): one for group, n, one in covariance.quantities(latents)}
         effects, levels = latents[factor.effect_site], model.data_facts().levels[name]
         for k in sorted({0, len(levels) // 2, len(levels) - 1}):
             values |= {
@@ -289,7 +286,7 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
     worst = max(parts, key=lambda name: float(_size(parts[name]).max()))
     for factor in model.factors:
         if factor.name == worst:
-            term = factor.terms[int(latents[f"{worst}_sd"].flatten().argmax())]
+            term = factor.terms[int(factor.sd(latents).flatten().argmax())]
             prior = factor.describe_priors()[f"{worst}_sd[{term}]"]
             return (
                 f"{worst}_sd[{term}] ~ {prior}: give it a tighter prior, such as "

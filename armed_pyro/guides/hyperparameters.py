@@ -194,14 +194,11 @@ def _is_positive(support: Any) -> bool:
 
 
 def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:
-    """Starting point of theta: moderate random effects, no correlation, null fixed effects."""
-    start: list[float] = []
+    """Starting point of theta: `MixedEffects.starts`, and 0 where that gives nothing."""
+    values, start = model.starts(), list[float]()
     for site in sites:
-        size = site.stop - site.start
-        if site.name in {one.name for one in model.family.parameters}:
-            start += [math.log(0.7)] * size
-        elif site.name.endswith("_sd"):
-            start += [math.log(0.5 / math.sqrt(max(1, size / 2)))] * size
+        if site.name in values:
+            start += site.transform.inv(values[site.name]).flatten().tolist()
         else:
-            start += [0.0] * size
+            start += [0.0] * (site.stop - site.start)
     return start

@@ -176,8 +176,7 @@ def check_names(model: MixedEffects) -> None:
     names += [parameter.name for parameter in model.family.parameters]
     names += [name for one in model.others for name in (one.name, one.sd_site)]
     for factor in model.factors:
-        own = ["_sd", "_cor", "_effect"]
-        names += [factor.name, *(factor.name + end for end in own), *factor.cholesky_sites()]
+        names += [factor.name, factor.effect_site, *factor.joint_covariance.sites()]
     names.append(outcome)
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ValueError(

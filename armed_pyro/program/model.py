@@ -177,9 +177,8 @@ class MixedEffects(LocalModule):
                 name,
                 [term.block(facts, widths) for term in terms],
                 facts.columns,
-                self.priors.of(name),
+                self.priors,
                 self.family.effect_scale(),
-                self.priors.cor,
                 facts.spread,
             )
             for name, terms in by_factor.items()
@@ -328,6 +327,18 @@ class MixedEffects(LocalModule):
         ones = self.reference().new_ones(1)
         given = [one for one in self.others if isinstance(one.prior, Known)]
         return known | {one.sd_site: one.prior.scales([""], ones, 1.0)[0] for one in given}
+
+    def starts(self) -> dict[str, Tensor]:
+        """Values from which the guide starts, by latent site, in double precision.
+
+        Sites that are left out, such as fixed effects, start at 0 in unconstrained coordinates.
+        """
+        numbers = {one.name: one.start for one in self.family.parameters}
+        numbers |= {other.sd_site: other.start for other in self.others}
+        values = {name: torch.tensor(one, dtype=torch.float64) for name, one in numbers.items()}
+        for factor in self.factors:
+            values |= factor.joint_covariance.starts()
+        return values
 
     @property
     def linear(self) -> bool:

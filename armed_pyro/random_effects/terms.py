@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.random_effects.covariance import (
+    Correlated,
+    Covariance,
+    Independent,
+    covariance_named,
+)
 from armed_pyro.random_effects.design import Block, FilterBlock, InputBlock, LayerBlock
 
 __all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
@@ -45,6 +51,9 @@ class RandomEffects(Term):
         Whether there is a random intercept.
     correlated : bool
         Whether the effects are correlated, lme4's ``|``, or independent, ``||``.
+    covariance : str, Covariance or None
+        Another kind of covariance, by name or with settings, in place of what `correlated` says;
+        see `armed_pyro.random_effects.covariance`.
 
     Examples
     --------
@@ -56,14 +65,19 @@ class RandomEffects(Term):
     slopes: tuple[str, ...] = ()
     intercept: bool = True
     correlated: bool = True
+    covariance: str | Covariance | None = None
 
     def __post_init__(self) -> None:
+        if self.covariance is not None:
+            covariance_named(self.covariance)
         if not self.intercept and not self.slopes:
             raise ValueError(f"the term {self} has neither an intercept nor a slope")
 
     def __str__(self) -> str:
-        bar = "|" if self.correlated else "||"
-        return f"({' + '.join(['1' if self.intercept else '0', *self.slopes])} {bar} {self.factor})"
+        bar = "|" if self.correlated or self.covariance is not None else "||"
+        kind = "" if self.covariance is None else str(covariance_named(self.covariance))
+        effects = " + ".join(["1" if self.intercept else "0", *self.slopes])
+        return f"{kind}({effects} {bar} {self.factor})"
 
     def layers(self) -> tuple[str, ...]:
         return ()
@@ -93,7 +107,7 @@ class RandomEffects(Term):
             mean=[facts.feature_mean[column] for column in columns],
             scale=[facts.feature_scale[column] for column in columns],
             intercept=self.intercept,
-            correlated=self.correlated,
+            covariance=_covariance(self),
         )
 
 
@@ -110,6 +124,8 @@ class Slopes(Term):
         over space.
     correlated : bool
         Whether the slopes are correlated; independent by default, as layers are wide.
+    covariance : str, Covariance or None
+        Another kind of covariance, by name or with settings, in place of what `correlated` says.
 
     References
     ----------
@@ -124,16 +140,23 @@ class Slopes(Term):
     factor: str
     on: str
     correlated: bool = False
+    covariance: str | Covariance | None = None
+
+    def __post_init__(self) -> None:
+        if self.covariance is not None:
+            covariance_named(self.covariance)
 
     def __str__(self) -> str:
         more = ", correlated=True" if self.correlated else ""
+        if self.covariance is not None:
+            more += f", covariance={self.covariance!r}"
         return f"Slopes({self.factor!r}, on={self.on!r}{more})"
 
     def layers(self) -> tuple[str, ...]:
         return (self.on,)
 
     def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
-        return LayerBlock(self.on, widths[self.on], self.correlated)
+        return LayerBlock(self.on, widths[self.on], _covariance(self))
 
 
 @dataclass(frozen=True)
@@ -175,3 +198,10 @@ class FilterScaleBias(Term):
 
     def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
         return FilterBlock(self.at, widths[self.at])
+
+
+def _covariance(term: RandomEffects | Slopes) -> Covariance:
+    """The term's kind of covariance."""
+    if term.covariance is not None:
+        return covariance_named(term.covariance)
+    return Correlated() if term.correlated else Independent()

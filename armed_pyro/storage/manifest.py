@@ -21,6 +21,7 @@ from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import is_file, network
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors, ScalePrior
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
 
 if TYPE_CHECKING:
@@ -229,6 +230,10 @@ def _fields(value: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, ScalePrior):
         return _named(value, PRIORS)
+    if isinstance(value, Covariance):
+        if COVARIANCES.get(value.name) is not type(value):
+            raise _not_saved("covariance", type(value), COVARIANCES)
+        return {"covariance": value.name, **_fields(value)}
     return dict(value) if isinstance(value, Mapping) else value
 
 
@@ -267,6 +272,9 @@ def _made(entry: Mapping[str, Any], kinds: Mapping[str, type[Kind]]) -> Kind:
 def _made_field(value: Any) -> Any:
     if isinstance(value, Mapping) and value.get("kind") in PRIORS:
         return _made(value, PRIORS)
+    if isinstance(value, Mapping) and value.get("covariance") in COVARIANCES:
+        fields = {name: _made_field(one) for name, one in value.items() if name != "covariance"}
+        return COVARIANCES[value["covariance"]](**fields)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -273,10 +273,12 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
         covariance = original_covariance(model, factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         add(f"{base}_sd", (term,), variance.sqrt())
-        if factor.groups:
+        if not factor.diagonal:
             product = variance[..., :, None] * variance[..., None, :]
             coords[f"{term}_bis"] = list(factor.terms)
             add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
+        for group, quantity, values in factor.joint_covariance.quantities(latents):
+            add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
     for parameter, values in original_parameters(model, latents).items():
         add(parameter, (), values)
     for one in model.others:

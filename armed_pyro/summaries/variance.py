@@ -115,12 +115,12 @@ def _factor_rows(
         yield factor.name, term, "sd", variance[:, position].sqrt()
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "variance", variance[:, position]
-    for group in factor.groups:
-        for place, one in enumerate(group):
-            for other in group[place + 1 :]:
-                name = f"{factor.terms[one]},{factor.terms[other]}"
-                product = (variance[:, one] * variance[:, other]).sqrt()
-                yield factor.name, name, "cor", covariance[:, one, other] / product
+    for one, other in factor.joint_covariance.pairs():
+        name = f"{factor.terms[one]},{factor.terms[other]}"
+        product = (variance[:, one] * variance[:, other]).sqrt()
+        yield factor.name, name, "cor", covariance[:, one, other] / product
+    for group, quantity, values in factor.joint_covariance.quantities(latents):
+        yield factor.name, ",".join(group.terms), quantity, values.to(torch.float64)
 
 
 def _shares(
