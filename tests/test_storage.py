@@ -303,6 +303,7 @@ def test_the_manifest_holds_what_it_should(small, pristine):
             "slopes": [],
             "intercept": True,
             "correlated": True,
+            "covariance": None,
         }
     ]
     assert manifest["guide"] == "StructuredGuide"

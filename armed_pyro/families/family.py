@@ -237,9 +237,11 @@ class Family(ABC):
         """E[y | eta]; the probability of every class where outcomes are classes."""
 
     def precision(self, parameters: Parameters) -> Tensor | None:
-        """1 / Var(y | eta) in the units of the parameters, or None where it depends on eta.
+        """Curvature of -log p(y | eta) in eta, or its mean, in the units of the parameters.
 
-        A quadratic family must return a value whenever its parameters are given.
+        The guide scales what it knows of the random effects by it, and so follows the parameters.
+        None, the default, where it depends on eta. A quadratic family, whose curvature is
+        1 / Var(y | eta), must return it whenever its parameters are given.
         """
         return None
 

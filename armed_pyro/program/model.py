@@ -311,7 +311,7 @@ class MixedEffects(LocalModule):
         }
 
     def precision(self, latents: Latents) -> Tensor:
-        """tau = 1 / Var(y | eta) in standardised units; 1 where it depends on eta."""
+        """tau, the family's precision in standardised units; 1 where it depends on eta."""
         names = [parameter.name for parameter in self.family.parameters]
         tau = self.family.precision({name: latents[name] for name in names if name in latents})
         return self.reference().new_ones(()) if tau is None else tau
