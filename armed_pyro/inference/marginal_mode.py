@@ -140,7 +140,7 @@ def _settle_effects(model: MixedEffects, guide: Guide, source: RowSource) -> Non
 
 def _first_scale(model: MixedEffects, guide: Guide, source: RowSource) -> Float[Tensor, " size"]:
     """What is known of n things is so to about n^-1/2: in such units the search is shorter."""
-    sizes = {f"{one.name}_sd": len(source.counts[one.name]) for one in model.factors}
+    sizes = {one.joint_covariance.sd_site: len(source.counts[one.name]) for one in model.factors}
     fewest = min([len(source), *sizes.values()])
     of_rows = ["fixed_effect", *(parameter.name for parameter in model.family.parameters)]
     sizes |= dict.fromkeys(of_rows, len(source))
