@@ -1,0 +1,35 @@
+"""Where the commands print, and how they end on an error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+__all__ = ["err", "messages", "out", "say"]
+
+# Names in the data may look like markup: [bold] and :school: are printed as they stand.
+out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Print the library's warnings and errors on stderr; an error ends the command with code 2."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}", "yellow")
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            say(f"Error: {error}", "red")
+            raise typer.Exit(2) from error
+
+
+def say(message: str, style: str) -> None:
+    """Print a message on stderr."""
+    err.print(message, style=style)
