@@ -37,9 +37,9 @@ class FilledInCommand(TyperCommand):
 
     def get_help(self, ctx: Any) -> str:
         """The help, with those lists filled in."""
-        from armed_pyro.families import FAMILIES
-        from armed_pyro.schedule import Schedule
-        from armed_pyro.unseen import MODES
+        from armed_pyro.engine.schedule import Schedule
+        from armed_pyro.families.registry import FAMILIES
+        from armed_pyro.prediction.unseen import MODES
 
         modes = "; ".join(f"{name}, {meaning}" for name, meaning in MODES.items())
         parameters: list[Any] = self.params
@@ -57,7 +57,7 @@ def fit_command(options: FitOptions) -> None:
 
     armed-pyro fit sleep.csv --outcome Reaction --random "(1 + Days | Subject)" --out run
 
-    Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli fit ...
+    Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli.app fit ...
     """
     from armed_pyro.cli.fit import fit_table
 

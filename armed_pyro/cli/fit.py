@@ -10,24 +10,26 @@ from pathlib import Path
 
 import typer
 
-from armed_pyro.adversary import Adversary
+from armed_pyro._memory import most_held
 from armed_pyro.cli.console import out, say
 from armed_pyro.cli.options import FitOptions, Missing
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
 from armed_pyro.cli.training_data import TrainingTable, byte_size, outputs
-from armed_pyro.data import ClusteredData
-from armed_pyro.distributed import first_process
-from armed_pyro.evaluation import evaluate
-from armed_pyro.families import Family, family_named
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.files import write_table
+from armed_pyro.engine.processes import first_process
+from armed_pyro.engine.schedule import Schedule
+from armed_pyro.families.family import Family
+from armed_pyro.families.registry import family_named
 from armed_pyro.fitted import Fit
 from armed_pyro.fitting import DivergenceError, fit
-from armed_pyro.memory import most_held
-from armed_pyro.networks import hidden_activations, is_file, network
-from armed_pyro.program import MixedEffects
-from armed_pyro.schedule import Schedule
-from armed_pyro.streameddata import StreamedData
-from armed_pyro.tables import write_table
-from armed_pyro.terms import Slopes, Term, parse_terms
+from armed_pyro.networks.adversary import Adversary
+from armed_pyro.networks.by_name import hidden_activations, is_file, network
+from armed_pyro.prediction.evaluation import evaluate
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.terms import Slopes, Term
+from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["fit_table"]
 
@@ -156,9 +158,7 @@ def _program(
     return MixedEffects(net, terms, family, games, bayesian_head=head)
 
 
-def _train(
-    options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule
-) -> Fit:
+def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:
     """Fit with a checkpoint in the run's folder; say what is left if it ends early."""
     run = options.run
     checkpoint = run / CHECKPOINT

@@ -122,13 +122,13 @@ class FitOptions:
     family: Annotated[str, option("Outcome model, one of {families}: --family bernoulli")] = (
         "gaussian"
     )
-    trials: Annotated[
-        str | None, column("Denominators of a binomial outcome: --trials size")
-    ] = None
+    trials: Annotated[str | None, column("Denominators of a binomial outcome: --trials size")] = (
+        None
+    )
     offset: Annotated[str | None, column("Known term of the predictor: --offset log_days")] = None
-    weights: Annotated[
-        str | None, column("Factors of the rows' log-likelihoods: --weights n")
-    ] = None
+    weights: Annotated[str | None, column("Factors of the rows' log-likelihoods: --weights n")] = (
+        None
+    )
     missing: Annotated[
         Missing, option("Rows with missing values; to leave them out: --missing drop")
     ] = Missing.error

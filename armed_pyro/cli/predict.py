@@ -13,11 +13,11 @@ from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import PredictOptions
 from armed_pyro.cli.prediction_file import write_predictions
 from armed_pyro.cli.saved_run import load_run
-from armed_pyro.files import read_table, write_table
+from armed_pyro.data.files import read_table, write_table
 from armed_pyro.fitted import Fit
-from armed_pyro.predicted import Prediction
-from armed_pyro.scores import compare_modes
-from armed_pyro.streams import TableBlocks, predict_table
+from armed_pyro.prediction.predict_table import TableBlocks, predict_table
+from armed_pyro.prediction.result import Prediction
+from armed_pyro.prediction.scores import compare_modes
 
 __all__ = ["predict_to_file"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from armed_pyro.prediction import Prediction
+from armed_pyro.prediction.result import Prediction
 
 __all__ = ["write_predictions"]
 

@@ -6,9 +6,9 @@ import json
 import math
 from pathlib import Path
 
-from armed_pyro.facts import Facts
 from armed_pyro.fitted import Fit
-from armed_pyro.networks import network
+from armed_pyro.networks.by_name import network
+from armed_pyro.program.data_spec import Facts
 
 __all__ = ["CHECKPOINT", "EVALUATION", "PARTIAL", "check_run_folder", "load_run"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from armed_pyro.data import ClusteredData
-from armed_pyro.families import Family
-from armed_pyro.streameddata import StreamedData
-from armed_pyro.streams import TableBlocks
-from armed_pyro.tables import read_table
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.files import read_table
+from armed_pyro.families.family import Family
+from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["TrainingTable", "byte_size", "outputs"]
 
