@@ -16,6 +16,7 @@ from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["TrainingTable", "byte_size", "outputs"]
 
+
 # Bytes of memory that the process takes without a table; and that a value of it takes until it
 # is trained on, in all copies together.
 BASE, BYTES_HELD = 500_000_000, 64
