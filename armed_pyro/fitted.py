@@ -32,7 +32,8 @@ from armed_pyro.prediction.adapt import Adapted
 from armed_pyro.prediction.cluster_classifier import ClusterClassifier
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.report import text as summary
+from armed_pyro.report.results import Results, Verdict
+from armed_pyro.report.text import summarize
 from armed_pyro.rows.batch import Membership
 from armed_pyro.storage import save as storage
 from armed_pyro.summaries import datatree, variance
@@ -332,11 +333,33 @@ class Fit:
 
     def summary(self, *, prob: float = 0.9) -> None:
         """Print the program, data, variance components, fixed effects and convergence."""
-        print(summary.text(self, prob=prob))
+        print(summarize(self.results(prob=prob)))
+
+    def results(self, *, prob: float = 0.9) -> Results:
+        """The finished tables and the verdict, from which texts and pages are made."""
+        verdict = self.diagnostics()
+        return Results(
+            program=self.model,
+            history=self.history,
+            stopped=self.stopped,
+            seed=self.seed,
+            refined=self.refined,
+            prob=prob,
+            variance_components=self.variance_components(prob=prob),
+            fixed_effects=self.fixed_effects(prob=prob),
+            verdict=Verdict(verdict.verdict, verdict.to_frame(), verdict.figures, verdict.brief()),
+        )
 
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
         """Write the fit to a folder; see `armed_pyro.storage.save.save`."""
-        storage.save(self, folder, draws=draws, prob=prob)
+        storage.check_saveable(self, folder)
+        storage.save(
+            self,
+            folder,
+            variance_components=self.variance_components(prob=prob),
+            verdict=self.diagnostics().to_json(),
+            draws=draws,
+        )
 
     @classmethod
     def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:

@@ -57,7 +57,7 @@ def fit_command(options: FitOptions) -> None:
 
     armed-pyro fit sleep.csv --outcome Reaction --random "(1 + Days | Subject)" --out run
 
-    Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli.app fit ...
+    Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli fit ...
     """
     from armed_pyro.cli.fit import fit_table
 

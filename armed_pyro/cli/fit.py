@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import typer
 
@@ -29,6 +30,7 @@ from armed_pyro.prediction.evaluation import evaluate
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.terms import Slopes, Term
+from armed_pyro.report.text import summarize
 from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["fit_table"]
@@ -172,7 +174,7 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
             schedule=schedule,
             seed=options.seed,
             device=options.device.value,
-            compile=options.compiled.value,
+            compile=cast(Any, options.compiled.value),
             checkpoint=checkpoint,
             resume=options.resume,
         )
@@ -220,7 +222,7 @@ def _widths(hidden: str | None, net: str) -> dict[str, list[int]]:
 
 def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, prob: float) -> None:
     """Print the summary, the evaluation and the files."""
-    out.print(result.summary_text(prob=prob))
+    out.print(summarize(result.results(prob=prob)))
     (run / EVALUATION).unlink(missing_ok=True)
     if held_out:
         table = evaluate(result, held_out, prob=prob)

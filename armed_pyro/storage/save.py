@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from armed_pyro.fitted import Fit
 
 
-__all__ = ["GUIDES", "load", "save"]
+__all__ = ["GUIDES", "check_saveable", "load", "save"]
 
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
@@ -55,7 +55,21 @@ GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
 }
 
 
-def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
+def check_saveable(fit: Fit, folder: str | Path) -> None:
+    """Raise the errors of `save` before its tables and the verdict are computed."""
+    _check_target(Path(folder).resolve())
+    _guide_name(fit)
+    describe(fit)
+
+
+def save(
+    fit: Fit,
+    folder: str | Path,
+    *,
+    variance_components: pd.DataFrame,
+    verdict: Mapping[str, Any],
+    draws: int = 1000,
+) -> None:
     """Write a fit to a folder, whole or not at all.
 
     The folder gets ``model.safetensors`` (weights of network, adversaries and guide),
@@ -69,10 +83,12 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
         The fit.
     folder : path
         Where to write; made if it does not exist.
+    variance_components : pandas.DataFrame
+        Table for ``variance_components.csv``.
+    verdict : mapping
+        Verdict and checks as JSON values, for ``diagnostics.json``.
     draws : int
         Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
-    prob : float
-        Probability of the intervals in ``variance_components.csv``.
 
     Raises
     ------
@@ -86,10 +102,7 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
     """
     target = Path(folder).resolve()
     _check_target(target)
-    guide = type(fit.guide).__name__
-    if GUIDES.get(guide) is not type(fit.guide):
-        raise ValueError(f"a fit with the guide {guide} cannot be saved: list it in storage.GUIDES")
-    manifest = {**describe(fit), "guide": guide, "data": _describe_data(fit.data)}
+    manifest = {**describe(fit), "guide": _guide_name(fit), "data": _describe_data(fit.data)}
     tensors = module_tensors("model", fit.model) | module_tensors("guide", fit.guide)
     if fit.refined is not None:
         refined = fit.refined
@@ -111,8 +124,8 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
         # save_file makes a file that only its owner can read.
         shutil.copymode(partial / MANIFEST, partial / MODEL)
         _write_groups(fit, partial / POSTERIOR, _fewer(fit, draws))
-        fit.variance_components(prob=prob).to_csv(partial / VARIANCE, index=False)
-        _write_json(partial / DIAGNOSTICS, _diagnostics(fit))
+        variance_components.to_csv(partial / VARIANCE, index=False)
+        _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(fit)})
         _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -182,6 +195,14 @@ def _check_target(target: Path) -> None:
             f"{target} holds other files ({', '.join(sorted(held)[:3])}) and no fit that could be "
             f"replaced: choose a new folder ({error})"
         ) from error
+
+
+def _guide_name(fit: Fit) -> str:
+    """Name of the guide's class, by which `load` finds it."""
+    name = type(fit.guide).__name__
+    if GUIDES.get(name) is not type(fit.guide):
+        raise ValueError(f"a fit with the guide {name} cannot be saved: list it in storage.GUIDES")
+    return name
 
 
 def _put(partial: Path, target: Path) -> None:
@@ -277,8 +298,8 @@ def _classifiers(
     return found
 
 
-def _diagnostics(fit: Fit) -> dict[str, Any]:
-    """Verdict and checks, and how the training ended; the lower bound is that of all rows."""
+def _training_end(fit: Fit) -> dict[str, Any]:
+    """How the training ended; the lower bound is that of all rows."""
     history, facts = fit.history, fit.model.data_facts()
     games = []
     for place, game in enumerate(fit.model.adversaries):
@@ -292,7 +313,6 @@ def _diagnostics(fit: Fit) -> dict[str, Any]:
             }
         )
     return {
-        **fit.diagnostics().to_json(),
         "converged": fit.converged,
         "stopped": fit.stopped,
         "steps": len(history.loss),
