@@ -100,4 +100,4 @@ if not TYPE_CHECKING:  # a type checker would take it for a promise that any nam
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODULES]
+    return sorted({*globals(), *_MODULES})
