@@ -323,7 +323,8 @@ def test_wheel_installs_nothing_but_armed_pyro(tmp_path):
 
     top = {name.partition("/")[0] for name in files}
     assert {name for name in top if not name.endswith(".dist-info")} == {"armed_pyro"}
-    assert {"armed_pyro/py.typed", "armed_pyro/models/__init__.py"} <= set(files)
+    needed = {"armed_pyro/py.typed", "armed_pyro/models/__init__.py"}
+    assert needed | {"armed_pyro/report/page.html.jinja"} <= set(files)
     expected = {f"armed_pyro/{path.relative_to(LIBRARY)}" for path in LIBRARY.rglob("*.py")}
     for folder in [MODELS, ANALYSIS]:
         expected |= {f"armed_pyro/{path.relative_to(ROOT)}" for path in folder.rglob("*.py")}
