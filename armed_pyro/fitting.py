@@ -44,7 +44,8 @@ from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassif
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.scores import ClusterScores
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.report import text
+from armed_pyro.report.results import Results, Verdict
+from armed_pyro.report.text import summarize
 from armed_pyro.storage import save
 from armed_pyro.streaming.streamed_data import StreamedData
 from armed_pyro.summaries import datatree, variance
@@ -410,14 +411,30 @@ class Fit:
 
     def summary(self, *, prob: float = 0.9) -> None:
         """Print the program, data, variance components, fixed effects and convergence."""
-        print(text.text(self, prob=prob))
+        print(summarize(self.results(prob=prob)))
+
+    def results(self, *, prob: float = 0.9) -> Results:
+        """The finished tables and the verdict, from which texts and pages are made."""
+        verdict = self.diagnostics()
+        return Results(
+            posterior=self.posterior,
+            prob=prob,
+            variance_components=self.variance_components(prob=prob),
+            fixed_effects=self.fixed_effects(prob=prob),
+            verdict=Verdict(verdict.verdict, verdict.to_frame(), verdict.figures, verdict.brief()),
+        )
 
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
         """Write the fit to a folder; see `armed_pyro.storage.save.save`."""
-        save.check_target(self.posterior, folder)
-        components = self.variance_components(prob=prob)
-        verdict = self.diagnostics().to_json()
-        save.save(self.posterior, folder, self.classifiers, components, verdict, draws=draws)
+        save.check_saveable(self.posterior, folder)
+        save.save(
+            self.posterior,
+            folder,
+            classifiers=self.classifiers,
+            variance_components=self.variance_components(prob=prob),
+            verdict=self.diagnostics().to_json(),
+            draws=draws,
+        )
 
     @classmethod
     def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
 from armed_pyro.guides.base import selected
@@ -179,10 +179,10 @@ def effect_normality(
     results = {}
     for place, term in enumerate(factor.terms):
         draws = z[..., place].numpy()
-        tests = [stats.shapiro(draw) for draw in draws]
+        tests = [scipy.stats.shapiro(draw) for draw in draws]
         p = float(np.median([test.pvalue for test in tests]))
         if draws.shape[1] >= 20:  # fewer are too few for the kurtosis test
-            p = min(p, float(np.median(stats.kurtosistest(draws, axis=1).pvalue)))
+            p = min(p, float(np.median(scipy.stats.kurtosistest(draws, axis=1).pvalue)))
         results[term] = (min(1.0, 2 * p), float(np.mean([test.statistic for test in tests])))
     return results
 
@@ -229,16 +229,18 @@ def residual_uniformity(
         upper = _CDF[name](y, one, extra)
         lower = upper if name == "gaussian" else _CDF[name](y - 1, one, extra)
         quantiles = lower + rng.uniform(size=len(y)) * (upper - lower)
-        tests.append(stats.kstest(quantiles, "uniform"))
+        tests.append(scipy.stats.kstest(quantiles, "uniform"))
     p = float(np.median([test.pvalue for test in tests]))
     return p, float(np.mean([test.statistic for test in tests]))
 
 
 _CDF: Mapping[str, Callable[[Any, Any, Mapping[str, Any]], Any]] = {
-    "gaussian": lambda y, mean, extra: stats.norm.cdf(y, mean, extra["dispersion"]),
-    "binomial": lambda y, mean, extra: stats.binom.cdf(y, extra["trials"], mean / extra["trials"]),
-    "poisson": lambda y, mean, extra: stats.poisson.cdf(y, mean),
-    "negative_binomial": lambda y, mean, extra: stats.nbinom.cdf(
+    "gaussian": lambda y, mean, extra: scipy.stats.norm.cdf(y, mean, extra["dispersion"]),
+    "binomial": lambda y, mean, extra: scipy.stats.binom.cdf(
+        y, extra["trials"], mean / extra["trials"]
+    ),
+    "poisson": lambda y, mean, extra: scipy.stats.poisson.cdf(y, mean),
+    "negative_binomial": lambda y, mean, extra: scipy.stats.nbinom.cdf(
         y, extra["dispersion"], extra["dispersion"] / (extra["dispersion"] + mean)
     ),
 }

@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from formulaic import Formula, SimpleFormula
-from formulaic.errors import FormulaicError
-from formulaic.parser.types import Factor, Term
 from torch import Tensor
 
 from armed_pyro._messages import listing
@@ -33,10 +30,6 @@ __all__ = ["Schema", "parse_terms"]
 
 
 Terms = tuple[tuple[str, ...], ...]
-
-# Formulaic caches factors by their text. "+1" is the intercept under a text that, unlike "1",
-# is not the name of a column in a table made from an unlabelled array.
-_INTERCEPT = Term([Factor("+1", eval_method="literal")])
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +178,9 @@ class Schema:
 
     def design(self, table: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], Terms]:
         """The design matrix without its intercept, the names of its columns, and their terms."""
+        from formulaic import SimpleFormula  # slow to import
+        from formulaic.parser.types import Factor, Term
+
         factors = {}
         for name in self.columns:
             if name in self.levels:
@@ -192,9 +188,12 @@ class Schema:
                 factors[name] = pd.Categorical.from_codes(codes, categories=self.levels[name])
             else:
                 factors[name] = as_numbers(table[name], "feature")
+        # Formulaic caches factors by their text. "+1" is the intercept under a text that, unlike
+        # "1", is not the name of a column in a table made from an unlabelled array.
+        intercept = Term([Factor("+1", eval_method="literal")])
         products = [Term([Factor(n, eval_method="lookup") for n in term]) for term in self.terms]
         # Every factor is looked up and never evaluated; the intercept gives treatment coding.
-        matrix = SimpleFormula([_INTERCEPT, *products], _ordering="none").get_model_matrix(
+        matrix = SimpleFormula([intercept, *products], _ordering="none").get_model_matrix(
             pd.DataFrame(factors, index=pd.RangeIndex(len(table))), context={}, output="numpy"
         )
         blocks = matrix.model_spec.structure[1:]
@@ -264,6 +263,10 @@ def parse_terms(features: Sequence[str] | str) -> Terms:
     """
     if not isinstance(features, str):
         return tuple((name,) for name in dict.fromkeys(column_names(features, "features")))
+    from formulaic import Formula, SimpleFormula  # slow to import
+    from formulaic.errors import FormulaicError
+    from formulaic.parser.types import Factor
+
     try:
         formula = Formula(features)
     except FormulaicError as error:

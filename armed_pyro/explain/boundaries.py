@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armed_pyro._messages import unknown
 from armed_pyro._optional import extra
-from armed_pyro._plotting import INK
+from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values
 from armed_pyro.inference.posterior import Posterior
@@ -106,7 +106,7 @@ class Boundaries:
         both = np.append(self.surface, self.fixed)
         low, high = (0.0, 1.0) if self.level is not None else (both.min(), both.max())
         style: dict[str, Any] = {"vmin": low, "vmax": high, "level": self.level}
-        with mpl.rc_context({"font.size": 9, "axes.titlesize": 9}):
+        with mpl.rc_context({**PLAIN, "axes.titlesize": 9}):
             figure = Figure(figsize=(2.1 * columns + 0.9, 2.1 * height + 0.5), layout="constrained")
             axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
             image = draw_panel(axes[0, 0], self.fixed.to_numpy(), (x, y), **style)

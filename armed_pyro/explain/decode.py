@@ -16,7 +16,7 @@ from torch import Tensor
 
 from armed_pyro._messages import unknown
 from armed_pyro._optional import extra
-from armed_pyro._plotting import INK
+from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values
 from armed_pyro.inference.posterior import Posterior
@@ -94,7 +94,7 @@ class DecodedEffects:
         shown = np.sort(np.argsort(-size, kind="stable")[:MOST_CLUSTERS])
         labels, steps = data[cluster].to_numpy(), data["step"].to_numpy()
         columns = 1 + max(len(shown), len(steps))
-        with mpl.rc_context({"font.size": 9, "axes.titlesize": 9}):
+        with mpl.rc_context({**PLAIN, "axes.titlesize": 9}):
             figure = Figure(figsize=(1.25 * columns + 1.2, 4.9), layout="constrained")
             axes = figure.subplots(3, columns, squeeze=False)
             grey = _style("gray", data["fixed"], data["image"][shown])

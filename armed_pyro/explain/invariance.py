@@ -11,13 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
-from sklearn.model_selection import StratifiedKFold
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
@@ -31,12 +24,22 @@ __all__ = ["Invariance", "invariance"]
 MOST_ROWS = 5000
 # Outcomes with more values than FEW are cut into so many groups of like outcomes.
 FEW, BINS = 10, 10
-PROBES: Mapping[str, Callable[[int], Any]] = {
-    "linear": lambda seed: LogisticRegression(max_iter=1000),
-    "network": lambda seed: MLPClassifier(
-        (32,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=seed
-    ),
-}
+
+
+# scikit-learn is imported where it is used, as it is slow to import.
+def _linear_probe(seed: int) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=1000)
+
+
+def _network_probe(seed: int) -> Any:
+    from sklearn.neural_network import MLPClassifier
+
+    return MLPClassifier((32,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=seed)
+
+
+PROBES: Mapping[str, Callable[[int], Any]] = {"linear": _linear_probe, "network": _network_probe}
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,6 +262,11 @@ class _Reading:
 
     def test(self, probe: Any, features: Float[np.ndarray, "rows width"]) -> dict[str, float]:
         """Cross-validated accuracy, its mean under permutation, and p-values."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.model_selection import StratifiedKFold
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         rng, codes = np.random.default_rng([self.seed, 23]), self.codes
         found = {"accuracy": 0.0}
         for name in ("", "_within"):
@@ -306,10 +314,12 @@ def _indices(
     features: Float[np.ndarray, "rows width"], labels: Int[np.ndarray, " rows"]
 ) -> dict[str, float]:
     """Both indices; missing where features or labels do not vary."""
+    from sklearn import metrics
+
     count = len(np.unique(labels))
     if not 1 < count < len(labels) or not features.std(0).any():
         return {"davies_bouldin": np.nan, "calinski_harabasz": np.nan}
     return {
-        "davies_bouldin": float(davies_bouldin_score(features, labels)),
-        "calinski_harabasz": float(calinski_harabasz_score(features, labels)),
+        "davies_bouldin": float(metrics.davies_bouldin_score(features, labels)),
+        "calinski_harabasz": float(metrics.calinski_harabasz_score(features, labels)),
     }

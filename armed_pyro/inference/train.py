@@ -142,7 +142,7 @@ def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]
         TextColumn("step {task.completed}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, disable=not show) as bar:
         task = bar.add_task("", total=total)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from armed_pyro.inference.posterior import Posterior
@@ -314,7 +314,7 @@ def _temperature(logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " ro
     def loss(log_temperature: float) -> float:
         return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), codes))
 
-    return math.exp(minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x)
+    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x)
 
 
 def _pooling(
@@ -335,7 +335,7 @@ def _pooling(
         logits = log_prior + sums * (1 + (counts - 1) * pooling) / counts
         return float(nn.functional.cross_entropy(logits, present))
 
-    found = float(minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded").x)
+    found = float(scipy.optimize.minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded").x)
     return min((0.0, found, 1.0), key=loss)
 
 

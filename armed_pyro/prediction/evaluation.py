@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn import metrics
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
@@ -57,13 +56,15 @@ def evaluate(
         else:
             limits = [part.interval(of="outcome") for part in parts]
             lower, upper = (np.concatenate(one) for one in zip(*limits, strict=True))
-            record["rmse"] = metrics.root_mean_squared_error(y, mean)
+            record["rmse"] = float(np.sqrt(((y - mean) ** 2).mean()))
             record["coverage"] = float(((lower <= y) & (y <= upper)).mean())
         records.append(record)
     return pd.DataFrame(records)
 
 
 def _class_scores(y: np.ndarray, mean: np.ndarray) -> dict[str, float]:
+    from sklearn import metrics  # slow to import
+
     probability = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
     # A class that does not occur, or occurs alone, cannot be ranked against the rest.
     areas = [

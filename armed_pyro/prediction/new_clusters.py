@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
@@ -148,8 +147,10 @@ def _components(
         pairs.append(torch.stack([row_node[both], node[both]]))
         row_node = torch.where(row_node >= 0, row_node, node)
     edges = torch.cat(pairs, 1).numpy()
-    graph = coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(start, start))
-    _, label = connected_components(graph, directed=False)
+    graph = scipy.sparse.coo_array(
+        (np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(start, start)
+    )
+    _, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
     members: dict[int, list[Node]] = defaultdict(list)
     present = np.unique(label[row_node[row_node >= 0].numpy()])
     for f, factor in enumerate(factors):

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from scipy import stats
-from scipy.special import logsumexp
-from sklearn import metrics
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
@@ -250,7 +248,7 @@ def _scored(
     def average(values: np.ndarray) -> np.ndarray:
         return np.bincount(codes, values, minlength=n) / np.maximum(counts, 1)
 
-    row_score = logsumexp(log_rows, axis=0) - np.log(len(log_rows))
+    row_score = scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows))
     table: dict[str, Any] = {"factor": factor, "cluster": labels.astype(object), "rows": counts}
     summary = {"clusters": float(n), "rows": float(len(y))}
     if mean.ndim == 1:
@@ -271,7 +269,7 @@ def _scored(
             "mean_coverage": float((np.abs(p_values["mean"] - 0.5) <= prob / 2).mean()),
             "width": float((upper - lower).mean()),
             "crps": float(ranked.mean()),
-            "pit_distance": float(stats.kstest(p_values["mean"], "uniform").statistic),
+            "pit_distance": float(scipy.stats.kstest(p_values["mean"], "uniform").statistic),
         }
     if mean.ndim == 2 or set(np.unique(y)) <= {0.0, 1.0}:
         chance = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
@@ -279,6 +277,8 @@ def _scored(
         table["accuracy"] = average(right)
         summary["accuracy"] = float(right.mean())
         if chance.shape[1] == 2 and 0 < y.mean() < 1:
+            from sklearn import metrics  # slow to import
+
             summary["auroc"] = float(metrics.roc_auc_score(y, chance[:, 1]))
     table |= {"log_score": average(row_score), "elpd": elpd}
     summary |= {"log_score": float(row_score.mean()), "elpd": float(elpd.sum())}
@@ -336,7 +336,7 @@ def _by_draws(
 ) -> Float[np.ndarray, " clusters"]:
     """log E[prod_i p(y_i | draw)] of each cluster, by the mean over draws."""
     sums = np.stack([np.bincount(codes, one) for one in log_rows])
-    return logsumexp(sums, axis=0) - np.log(len(sums))
+    return scipy.special.logsumexp(sums, axis=0) - np.log(len(sums))
 
 
 def _nested(
@@ -360,7 +360,8 @@ def _nested(
         [
             np.nan
             if str(label) not in whole
-            else logsumexp(whole[str(label)]) - logsumexp(part.get(str(label), nothing))
+            else scipy.special.logsumexp(whole[str(label)])
+            - scipy.special.logsumexp(part.get(str(label), nothing))
             for label in labels
         ]
     )

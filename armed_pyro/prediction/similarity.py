@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from armed_pyro._messages import listing
@@ -80,7 +80,7 @@ class FactorEvidence:
         seen = _nearest(centers, counts, centers, counts, exclude=True)
         k = len(seen)
         spread = np.sqrt(seen.var(ddof=1) * (1 + 1 / k) + 1 / self.rows)
-        p_value = stats.t.sf((new - seen.mean()) / spread, k - 1)
+        p_value = scipy.stats.t.sf((new - seen.mean()) / spread, k - 1)
         # Nearest distances have heavier tails than t: nothing is unusual that one cluster in k is.
         return new, np.where(new > seen.max(), p_value, np.maximum(p_value, 1 / (k + 1)))
 
@@ -112,7 +112,7 @@ class Evidence:
         for name, one in self.factors.items():
             chance = one.probability()
             distance, p_value = one.distance()
-            entropy = stats.entropy(chance, axis=1) if len(chance) else np.zeros(0)
+            entropy = scipy.stats.entropy(chance, axis=1) if len(chance) else np.zeros(0)
             parts.append(
                 pd.DataFrame(
                     {

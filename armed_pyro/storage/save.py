@@ -34,7 +34,7 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.summaries.datatree import GROUPS
 
-__all__ = ["GUIDES", "check_target", "load", "save"]
+__all__ = ["GUIDES", "check_saveable", "load", "save"]
 
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
@@ -52,31 +52,20 @@ GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
 }
 
 
-def check_target(posterior: Posterior, folder: str | Path) -> Path:
-    """The folder as an absolute path.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds other files but no fit, or the guide is of the user's own and could not
-        be read again.
-    """
-    target = Path(folder).resolve()
-    _check_target(target)
-    guide = type(posterior.guide).__name__
-    if GUIDES.get(guide) is not type(posterior.guide):
-        raise ValueError(f"a fit with the guide {guide} cannot be saved: list it in storage.GUIDES")
+def check_saveable(posterior: Posterior, folder: str | Path) -> None:
+    """Raise the errors of `save` before its tables and the verdict are computed."""
+    _check_target(Path(folder).resolve())
+    _guide_name(posterior)
     describe(posterior)
-    return target
 
 
 def save(
     posterior: Posterior,
     folder: str | Path,
-    classifiers: Classifiers,
-    components: pd.DataFrame,
-    diagnostics: Mapping[str, Any],
     *,
+    classifiers: Classifiers,
+    variance_components: pd.DataFrame,
+    verdict: Mapping[str, Any],
     draws: int = 1000,
 ) -> None:
     """Write a fit to a folder, whole or not at all.
@@ -94,10 +83,10 @@ def save(
         Where to write; made if it does not exist.
     classifiers : Classifiers
         The classifiers of clusters that have been trained.
-    components : pandas.DataFrame
-        The table of variance components.
-    diagnostics : mapping
-        The verdict and its checks, as JSON values.
+    variance_components : pandas.DataFrame
+        Table for ``variance_components.csv``.
+    verdict : mapping
+        Verdict and checks as JSON values, for ``diagnostics.json``.
     draws : int
         Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
 
@@ -111,7 +100,8 @@ def save(
     --------
     ``fit.save("run"); Fit.load("run").predict(new_rows)``
     """
-    target = check_target(posterior, folder)
+    check_saveable(posterior, folder)
+    target = Path(folder).resolve()
     manifest, tensors = _contents(posterior, classifiers)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target: renaming is atomic only within a file system.
@@ -124,8 +114,8 @@ def save(
         # save_file makes a file that only its owner can read.
         shutil.copymode(partial / MANIFEST, partial / MODEL)
         _write_groups(posterior, partial / POSTERIOR, _fewer(posterior, draws))
-        components.to_csv(partial / VARIANCE, index=False)
-        _write_json(partial / DIAGNOSTICS, {**diagnostics, **_training(posterior)})
+        variance_components.to_csv(partial / VARIANCE, index=False)
+        _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
         _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -135,8 +125,11 @@ def _contents(
     posterior: Posterior, classifiers: Classifiers
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest, and all tensors by name."""
-    guide = type(posterior.guide).__name__
-    manifest = {**describe(posterior), "guide": guide, "data": _describe_data(posterior.data)}
+    manifest = {
+        **describe(posterior),
+        "guide": _guide_name(posterior),
+        "data": _describe_data(posterior.data),
+    }
     tensors = module_tensors("model", posterior.model) | module_tensors("guide", posterior.guide)
     if posterior.refined is not None:
         refined = posterior.refined
@@ -221,6 +214,14 @@ def _check_target(target: Path) -> None:
             f"{target} holds other files ({', '.join(sorted(held)[:3])}) and no fit that could be "
             f"replaced: choose a new folder ({error})"
         ) from error
+
+
+def _guide_name(posterior: Posterior) -> str:
+    """Name of the guide's class, by which `load` finds it."""
+    name = type(posterior.guide).__name__
+    if GUIDES.get(name) is not type(posterior.guide):
+        raise ValueError(f"a fit with the guide {name} cannot be saved: list it in storage.GUIDES")
+    return name
 
 
 def _put(partial: Path, target: Path) -> None:
@@ -316,7 +317,7 @@ def _classifiers(
     return Classifiers(found)
 
 
-def _training(posterior: Posterior) -> dict[str, Any]:
+def _training_end(posterior: Posterior) -> dict[str, Any]:
     """How the training ended; the lower bound is that of all rows."""
     history, facts = posterior.history, posterior.model.data_facts()
     games = []
