@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -18,10 +18,7 @@ from torch.distributions.transforms import CorrCholeskyTransform
 
 from armed_pyro.distributions.cholesky_correlation import CorrelationCholesky
 from armed_pyro.distributions.flow import AutoregressiveNormal, CoupledNormal, Flow, FlowParameters
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
+from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Hyperparameters"]
 
@@ -62,7 +59,7 @@ class Hyperparameters(nn.Module):
     r"""Joint posterior of everything outside the plates over clusters.
 
     .. math:: \theta \sim \text{AutoregressiveNormal}, \quad
-        \theta = (\log \text{dispersion}, \log sd, \text{unconstrained } R, \dots, \beta)
+        \theta = (\log \text{family}, \log sd, \text{unconstrained } R, \dots, \beta)
 
     in the order in which the program samples them, latent fixed effects last: their scale depends
     on the variances before them.

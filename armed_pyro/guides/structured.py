@@ -35,7 +35,7 @@ class StructuredGuide(Guide):
 
     .. math::
         \theta &\sim \text{AutoregressiveNormal}, \quad
-            \theta = (\log sd, \text{unconstrained } R, \log \text{dispersion}, \beta) \\
+            \theta = (\log sd, \text{unconstrained } R, \log \text{family}, \beta) \\
         u_k \mid \theta &\sim N\big(L Q_k^{-1} L^\top \tau A_k (m_k - G_k \beta),
             L Q_k^{-1} L^\top\big), \quad Q_k = I + L^\top \tau A_k L
 
