@@ -114,5 +114,5 @@ def _joined(one: ClusteredData, other: ClusteredData) -> ClusteredData:
 
 
 def _design(facts: Facts, data: ClusteredData) -> Float[np.ndarray, "rows columns"]:
-    x = facts.standardise(data.features).numpy()
+    x = facts.scaling.standardise(data.features).numpy()
     return np.column_stack([np.ones(len(x)), x])

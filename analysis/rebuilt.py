@@ -57,5 +57,5 @@ def latents(trained: Trained, data: ClusteredData, layer: str) -> Float[np.ndarr
     """
     like = next(trained.net.parameters())
     with tapped(trained.net.eval(), [layer]) as record:
-        trained.net(trained.facts.standardise(data.features).to(like))
+        trained.net(trained.facts.scaling.standardise(data.features).to(like))
     return pooled(record[layer]).double().numpy()

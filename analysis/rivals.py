@@ -272,7 +272,7 @@ def feature_use(trained: Trained, names: Sequence[str]) -> dict[str, float]:
         The features; columns that say which cluster a row is in can be left out.
     """
     like = next(trained.net.parameters())
-    standardised = trained.facts.standardise(trained.data.features).to(like)
+    standardised = trained.facts.scaling.standardise(trained.data.features).to(like)
     x = standardised.mean(0, keepdim=True).requires_grad_(True)
     (gradient,) = torch.autograd.grad(trained.net.eval()(x).sum(), x)
     use = gradient[0].abs() * standardised.std(0)

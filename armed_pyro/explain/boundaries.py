@@ -175,7 +175,7 @@ def boundaries(
         posterior.data.features.mean(0).tolist() if posterior.data.n_rows else facts.feature_mean
     )
     centre = dict(zip(facts.feature_names, known, strict=True))
-    x = facts.standardise(plane(axes, centre).features).to(model.reference())
+    x = facts.scaling.standardise(plane(axes, centre).features).to(model.reference())
     latents = posterior.draws(draws, seed=seed)
     kept = {k: v for k, v in latents.items() if k in (own.effect_site, "fixed_effect")}
     levels = facts.levels[own.name]

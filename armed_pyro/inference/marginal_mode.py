@@ -236,12 +236,15 @@ class _Posterior:
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
         if some is None:
             size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
-            pieces = Pieces.of(guide, source, size, keep=isinstance(source, HeldRows))
+            pieces = Pieces.of(source, size, guide.nested_name(), keep=isinstance(source, HeldRows))
         else:
             index = None if nested is None else some.rows.memberships[nested.name].index
             pieces = Pieces(lambda: iter([some.rows]), [index], [1.0])
         if exact:
-            held = [no_noise(guide, one, like) for one in pieces.without_rows(model, guide)]
+            held = [
+                no_noise(guide, one, like)
+                for one in pieces.without_rows(model.clusters(), guide.nested_name())
+            ]
             return cls(model, guide, pieces, held)
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
@@ -252,7 +255,7 @@ class _Posterior:
             particles = 1 if float(spread.max()) < 1e-6 else particles
         noises: list[Noise] = []
         shared: dict[str, Tensor] = {}
-        for clusters in pieces.without_rows(model, guide):
+        for clusters in pieces.without_rows(model.clusters(), guide.nested_name()):
             if nested is None or particles == 1:
                 noise = gaussian_noise(guide, clusters, draws, like)
             else:

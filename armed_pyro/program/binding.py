@@ -87,7 +87,7 @@ def unreached(model: Plan) -> frozenset[str]:
     noise = torch.Generator().manual_seed(0)
     x = torch.randn(2, *facts.feature_shape, generator=noise).to(like)
     blocks = [
-        (block, torch.randn(2, len(block.names), generator=noise).to(like))
+        (block.path, torch.randn(2, len(block.names), generator=noise).to(like))
         for factor in model.factors
         for block in factor.filters
     ]

@@ -105,7 +105,7 @@ class MixedEffects(Plan):
         bound._factors = nn.ModuleList(
             Factor(
                 name,
-                [term.block(facts, widths) for term in terms],
+                [term.block(facts.scaling, widths) for term in terms],
                 facts.columns,
                 self.priors,
                 self.family.effect_scale(),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from armed_pyro.program.data_spec import Facts
+from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.random_effects.covariance import (
     Correlated,
     Covariance,
@@ -29,7 +29,7 @@ class Term(ABC):
         """Module paths whose activations the term needs."""
 
     @abstractmethod
-    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         """The term laid out for some data and a network with these activation widths."""
 
     @abstractmethod
@@ -82,30 +82,28 @@ class RandomEffects(Term):
     def layers(self) -> tuple[str, ...]:
         return ()
 
-    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         columns: list[int] = []
         for slope in self.slopes:
             found = [
                 position
-                for position, names in enumerate(
-                    zip(facts.feature_names, facts.sources, strict=True)
-                )
+                for position, names in enumerate(zip(features.names, features.sources, strict=True))
                 if slope in names
             ]
             if not found:
-                known = [*facts.feature_names, *facts.sources]
+                known = [*features.names, *features.sources]
                 near = get_close_matches(slope, known, n=1)
                 hint = f" (nearest: {near[0]!r})" if near else ""
                 raise ValueError(
                     f"{self} has a slope on {slope!r}, which is not among the features{hint}; "
-                    f"the features are: {', '.join(facts.feature_names) or 'none'}"
+                    f"the features are: {', '.join(features.names) or 'none'}"
                 )
             columns += [position for position in found if position not in columns]
         return InputBlock(
-            names=[facts.feature_names[column] for column in columns],
+            names=[features.names[column] for column in columns],
             columns=columns,
-            mean=[facts.feature_mean[column] for column in columns],
-            scale=[facts.feature_scale[column] for column in columns],
+            mean=[features.mean[column] for column in columns],
+            scale=[features.scale[column] for column in columns],
             intercept=self.intercept,
             covariance=_covariance(self),
         )
@@ -155,7 +153,7 @@ class Slopes(Term):
     def layers(self) -> tuple[str, ...]:
         return (self.on,)
 
-    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         return LayerBlock(self.on, widths[self.on], _covariance(self))
 
 
@@ -196,7 +194,7 @@ class FilterScaleBias(Term):
     def layers(self) -> tuple[str, ...]:
         return (self.at,)
 
-    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         return FilterBlock(self.at, widths[self.at])
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from armed_pyro.engine.checkpoint import VERSION
 from armed_pyro.families.family import Family
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import FAMILIES
@@ -29,7 +30,7 @@ __all__ = ["MANIFEST", "VERSION", "describe", "program", "read_family", "read_ma
 
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "armed_pyro fit", 3
+FORMAT = "armed_pyro fit"
 
 # What a manifest can name; nothing else is ever made from one.
 TERMS: Mapping[str, type[Term]] = {

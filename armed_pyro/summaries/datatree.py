@@ -192,7 +192,7 @@ def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     if posterior.data.outcome is not None:
         outcome = _counts(posterior.data.outcome.numpy(), posterior.model.family.integer)
         variables[variable_name(posterior.data.outcome_name)] = (("row",), outcome)
-    features = posterior.model.data_facts().standardise(posterior.data.features).numpy()
+    features = posterior.model.data_facts().scaling.standardise(posterior.data.features).numpy()
     for one in posterior.model.others:
         variables[variable_name(one.name)] = (("row", *_axes(features.ndim - 1)), features)
     return _dataset(posterior, variables)
