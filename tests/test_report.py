@@ -60,7 +60,7 @@ def result():
 def test_evaluation(family):
     train, unseen = clustered(family).hold_out_clusters("site<b>", fraction=0.3)
     scores = evaluate(
-        fitted(train, family).posterior.posterior, {"rows": train, "clusters": unseen}, draws=200
+        fitted(train, family).posterior, {"rows": train, "clusters": unseen}, draws=200
     )
     expected = ["rmse", "coverage"] if family == "gaussian" else ["auroc", "accuracy", "log_loss"]
     assert list(scores) == ["held_out", "rows", "unseen", *expected]
@@ -79,7 +79,7 @@ def test_evaluation_of_a_single_class_has_no_auroc():
     data = clustered("bernoulli")
     ones = data.take(data.outcome.numpy() == 1)
     assert np.isnan(
-        evaluate(fitted(data, "bernoulli").posterior.posterior, {"ones": ones}, draws=50).auroc[0]
+        evaluate(fitted(data, "bernoulli").posterior, {"ones": ones}, draws=50).auroc[0]
     )
 
 
