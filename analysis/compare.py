@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import track
 
 from armed_pyro import ClusteredData, Schedule, read_table
-from armed_pyro.analysis import mci_conversion
-from armed_pyro.analysis.architectures import Dense
-from armed_pyro.analysis.comparison import Comparison, Study, compare, joined, row_folds
-from armed_pyro.analysis.comparisonreport import write
-from armed_pyro.analysis.contenders import contenders
-from armed_pyro.analysis.imagecontenders import ad_diagnosis_study, melanoma_study
-from armed_pyro.analysis.rivals import Setting
+from armed_pyro.analysis.applications import mci_conversion
+from armed_pyro.analysis.applications.image_contenders import ad_diagnosis_study, melanoma_study
+from armed_pyro.analysis.rivals.architectures import Dense
+from armed_pyro.analysis.rivals.comparison import Comparison, Study, compare, joined, row_folds
+from armed_pyro.analysis.rivals.contenders import contenders
+from armed_pyro.analysis.rivals.report import write
+from armed_pyro.analysis.rivals.rival import Setting
 from armed_pyro.simulate import spirals
 
 __all__ = ["APPLICATIONS", "main", "table_study"]

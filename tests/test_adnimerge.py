@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from armed_pyro.analysis.adnimerge import (
+from armed_pyro.analysis.applications.mci_simulation import TRUE_FEATURES, subjects
+from armed_pyro.analysis.applications.mci_subjects import (
     CATEGORIES,
     NUMBERS,
     encoder,
@@ -12,7 +13,6 @@ from armed_pyro.analysis.adnimerge import (
     read_adnimerge,
     subject_folds,
 )
-from armed_pyro.analysis.mcisimulation import TRUE_FEATURES, subjects
 
 # By subject: the baseline's DX_bl, and the diagnoses at each month; what it is to become of it.
 VISITS = {

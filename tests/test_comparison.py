@@ -13,10 +13,11 @@ pytest.importorskip("statsmodels")
 
 from armed_pyro import Schedule
 from armed_pyro.analysis import compare as command
-from armed_pyro.analysis import mci_conversion
-from armed_pyro.analysis.architectures import Dense
-from armed_pyro.analysis.claims import auroc_claims
-from armed_pyro.analysis.comparison import (
+from armed_pyro.analysis.applications import mci_conversion
+from armed_pyro.analysis.applications.mci_simulation import TRUE_FEATURES, subjects
+from armed_pyro.analysis.rivals.architectures import Dense
+from armed_pyro.analysis.rivals.claims import auroc_claims
+from armed_pyro.analysis.rivals.comparison import (
     RANDOMISED,
     SEEN,
     UNSEEN,
@@ -27,13 +28,12 @@ from armed_pyro.analysis.comparison import (
     joined,
     row_folds,
 )
-from armed_pyro.analysis.contenders import NAMES, contenders
-from armed_pyro.analysis.discrimination import METRICS
-from armed_pyro.analysis.linearmixed import LinearMixed
-from armed_pyro.analysis.mcisimulation import TRUE_FEATURES, subjects
-from armed_pyro.analysis.rebuilt import IMAGE_METRICS
-from armed_pyro.analysis.rivals import Setting, outcomes, programs
-from armed_pyro.analysis.tuned import Tuned
+from armed_pyro.analysis.rivals.contenders import NAMES, contenders
+from armed_pyro.analysis.rivals.linear_mixed import LinearMixed
+from armed_pyro.analysis.rivals.rebuilt import IMAGE_METRICS
+from armed_pyro.analysis.rivals.rival import Setting, outcomes, programs
+from armed_pyro.analysis.rivals.scores import METRICS
+from armed_pyro.analysis.rivals.tuned import Tuned
 from armed_pyro.simulate import mixed_model
 
 SETTING = Setting("quick", "quick", Dense((4,)), Schedule(steps=60, batch_size=64, window=20))

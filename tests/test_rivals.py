@@ -13,15 +13,15 @@ from sklearn.metrics import davies_bouldin_score
 pytest.importorskip("statsmodels")
 
 from armed_pyro import ClusteredData, Schedule
-from armed_pyro.analysis import melanoma
-from armed_pyro.analysis.architectures import Autoencoder, Dense
-from armed_pyro.analysis.descent import FixedPredictor, descend
-from armed_pyro.analysis.linearmixed import LinearMixed
-from armed_pyro.analysis.lmmnn import LMMNN, intercepts, log_marginal
-from armed_pyro.analysis.menet import LastLayerEffects, MeNet
-from armed_pyro.analysis.metalearning import MetaLearning, meta_loss
-from armed_pyro.analysis.rebuilt import image_metrics, latents
-from armed_pyro.analysis.rivals import (
+from armed_pyro.analysis.applications import melanoma
+from armed_pyro.analysis.rivals.architectures import Autoencoder, Dense
+from armed_pyro.analysis.rivals.descent import FixedPredictor, descend
+from armed_pyro.analysis.rivals.linear_mixed import LinearMixed
+from armed_pyro.analysis.rivals.lmmnn import LMMNN, intercepts, log_marginal
+from armed_pyro.analysis.rivals.menet import LastLayerEffects, MeNet
+from armed_pyro.analysis.rivals.meta_learning import MetaLearning, meta_loss
+from armed_pyro.analysis.rivals.rebuilt import image_metrics, latents
+from armed_pyro.analysis.rivals.rival import (
     Rival,
     Setting,
     cluster_shifts,

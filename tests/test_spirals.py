@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from armed_pyro.analysis import spirals
-from armed_pyro.analysis.rivals import Setting
-from armed_pyro.analysis.spiralscores import PAPER_ACCURACY
+from armed_pyro.analysis.applications import spirals
+from armed_pyro.analysis.applications.spiral_scores import PAPER_ACCURACY
+from armed_pyro.analysis.rivals.rival import Setting
 
 MODELS = set(PAPER_ACCURACY)
 
