@@ -27,7 +27,7 @@ from armed_pyro.analysis.rivals.comparison import Comparison, Study, compare, jo
 from armed_pyro.analysis.rivals.contenders import contenders
 from armed_pyro.analysis.rivals.report import write
 from armed_pyro.analysis.rivals.rival import Setting
-from armed_pyro.simulate import spirals
+from armed_pyro.data.simulate import spirals
 
 __all__ = ["APPLICATIONS", "main", "table_study"]
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from armed_pyro.readahead import Foreseen, ahead
+from armed_pyro.rows.read_ahead import Foreseen, ahead
 
 
 def reading_threads():

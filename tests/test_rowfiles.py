@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from armed_pyro.rowfiles import Buckets, Layout, RowFile
+from armed_pyro.streaming.row_file import Buckets, Layout, RowFile
 
 LAYOUT = Layout(2, ("y", "weights"), ("site", "dose"))
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from armed_pyro import rows as rows_module
-from armed_pyro.rows import HeldRows
-from armed_pyro.shuffle import Shuffle
+from armed_pyro.rows import in_memory as rows_module
+from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.shuffle import Shuffle
 
 SITE = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3])
 DOSE = torch.tensor([0, 1] * 6)

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.facts import Facts
 from armed_pyro.fitted import Fit
-from armed_pyro.rows import HeldRows
-from armed_pyro.streameddata import StreamedData
-from armed_pyro.training import Run
+from armed_pyro.inference.training_run import Run
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.streaming.streamed_data import StreamedData
 
 MEMORY = 300_000  # so little that rows are sorted in several files
 N, K = 3000, 60
@@ -21,7 +21,7 @@ N, K = 3000, 60
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("armed_pyro.tablescan.BLOCK_ROWS", 271)
+    monkeypatch.setattr("armed_pyro.streaming.scan.BLOCK_ROWS", 271)
 
 
 def table(family="gaussian", n=N, clusters=K, seed=0):
@@ -140,7 +140,7 @@ def test_whole_clusters_are_those_of_the_rows_in_memory(both):
 def test_the_sample_is_whole_clusters(monkeypatch, tmp_path):
     with stream(table(), tmp_path).laid_out(linear(), seed=0) as files:
         assert files.sample.n_rows == N  # it is small enough to be kept whole
-    monkeypatch.setattr("armed_pyro.rowwriter.SAMPLE_ROWS", 1500)
+    monkeypatch.setattr("armed_pyro.streaming.sort_and_shuffle.SAMPLE_ROWS", 1500)
     with stream(table(), tmp_path).laid_out(linear(), seed=0) as smaller:
         sample = smaller.sample
         assert 1300 < sample.n_rows <= 1500
@@ -208,13 +208,13 @@ def test_only_parquet_is_streamed(tmp_path):
 
 def in_pieces(monkeypatch, n):
     """Neither the search for the mode nor the weights may see all n rows at once."""
-    monkeypatch.setattr("armed_pyro.mode.SEARCHED", n // 2)
-    monkeypatch.setattr("armed_pyro.mode.FEWEST_SEARCHED", 10)
-    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", n - 1)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_AT_ONCE", n // 3)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_DRAWS", 1000)
-    monkeypatch.setattr("armed_pyro.proposals.PIECE", 1000 * n // 4)
-    monkeypatch.setattr("armed_pyro.rowwriter.SAMPLE_ROWS", n // 2)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.SEARCHED", n // 2)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.FEWEST_SEARCHED", 10)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.LARGEST_STEP", n - 1)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", n // 3)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_DRAWS", 1000)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", 1000 * n // 4)
+    monkeypatch.setattr("armed_pyro.streaming.sort_and_shuffle.SAMPLE_ROWS", n // 2)
 
 
 @pytest.mark.parametrize(

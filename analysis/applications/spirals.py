@@ -32,8 +32,8 @@ from armed_pyro.analysis.applications.spiral_scores import (
 )
 from armed_pyro.analysis.rivals.architectures import Dense
 from armed_pyro.analysis.rivals.rival import Rival, Setting, outcomes
-from armed_pyro.boundaries import draw_panel
-from armed_pyro.simulate import SpiralsTruth, spirals
+from armed_pyro.data.simulate import SpiralsTruth, spirals
+from armed_pyro.explain.boundaries import draw_panel
 
 __all__ = ["Plan", "Task", "main"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from armed_pyro._messages import unknown
 from armed_pyro.analysis.rivals.linear_mixed import LinearMixed
 from armed_pyro.analysis.rivals.lmmnn import LMMNN
 from armed_pyro.analysis.rivals.menet import MeNet
 from armed_pyro.analysis.rivals.meta_learning import MetaLearning
 from armed_pyro.analysis.rivals.rival import Rival, Setting, programs
-from armed_pyro.labels import unknown
 
 __all__ = ["NAMES", "contenders"]
 

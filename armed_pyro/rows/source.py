@@ -1,0 +1,131 @@
+"""Where batches of rows come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from armed_pyro.rows.batch import Membership, Rows
+
+__all__ = ["RowSource", "memberships_of"]
+
+
+class RowSource(ABC):
+    """All N rows a program is fitted to, wherever they are: in memory, or in files.
+
+    Attributes
+    ----------
+    counts : mapping of str to Int[Tensor, "clusters"]
+        Rows in each cluster, for every grouping factor.
+    """
+
+    counts: Mapping[str, Int[Tensor, " clusters"]]
+    reduce: Callable[[Tensor], Tensor] | None = None
+    # Whether it makes use of the rows that follow a batch.
+    reads_ahead: ClassVar[bool] = False
+
+    def total(self, part: Tensor) -> Tensor:
+        """A sum over these rows, or the one over all rows where other processes hold the rest."""
+        return part if self.reduce is None else self.reduce(part)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @cached_property
+    def everyone(self) -> Mapping[str, Int[Tensor, " clusters"]]:
+        """0, 1, ..., K - 1 for every grouping factor."""
+        return {name: torch.arange(len(n), device=n.device) for name, n in self.counts.items()}
+
+    @property
+    @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor of the rows' precision, on their device."""
+
+    @property
+    @abstractmethod
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row's features."""
+
+    @abstractmethod
+    def fingerprint(self) -> Iterator[bytes]:
+        """What tells these rows from others."""
+
+    @abstractmethod
+    def all(self) -> Rows:
+        """Every row and every cluster, each with weight 1."""
+
+    @abstractmethod
+    def unit(self, size: int) -> int:
+        """Consecutive rows that batches of this size take together; a divisor of it."""
+
+    @abstractmethod
+    def batch(
+        self,
+        index: Int[Tensor, " units"],
+        *,
+        unit: int = 1,
+        dense_up_to: int | None = None,
+        following: Int[Tensor, " units"] | None = None,
+    ) -> Rows:
+        r"""Rows `index`, weighted so that the objective stays unbiased.
+
+        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
+        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
+        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
+        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
+
+        Parameters
+        ----------
+        index : Int[Tensor, "units"]
+            Rows of the batch, drawn without regard to the outcome.
+        unit : int
+            Consecutive rows for which a number of `index` stands: those from `unit` times it on.
+        dense_up_to : int, optional
+            Largest number of clusters that are all drawn in every batch.
+        following : Int[Tensor, "units"], optional
+            The same of the next batch, which may be read ahead.
+        """
+
+    def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
+        """Factors of which a mini-batch of `size` rows draws its own clusters only."""
+        limit = 4 * size if dense_up_to is None else dense_up_to
+        return {factor for factor, counts in self.counts.items() if len(counts) > limit}
+
+    @abstractmethod
+    def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
+        """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
+
+        The clusters of other factors are all drawn, each with weight 1.
+        """
+
+    @abstractmethod
+    def chunks(self, size: int) -> Iterator[Rows]:
+        """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""
+
+
+def memberships_of(
+    codes: Mapping[str, Int[Tensor, " rows"]],
+    source: RowSource,
+    scale: float,
+    sampled: Collection[str],
+) -> dict[str, Membership]:
+    """Clusters of a mini-batch's rows: all of a factor, or of `sampled` ones those it holds.
+
+    See `RowSource.batch` for their weights.
+    """
+    memberships = {}
+    for factor, rows in codes.items():
+        if factor not in sampled:
+            memberships[factor] = Membership(source.everyone[factor], rows)
+        else:
+            present, position, found = torch.unique(rows, return_inverse=True, return_counts=True)
+            every = source.counts[factor]
+            weight = (scale * found / every[present]).to(source.like.dtype)
+            memberships[factor] = Membership(present, position, weight, complete=False)
+    return memberships
