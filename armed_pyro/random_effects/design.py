@@ -14,6 +14,14 @@ from armed_pyro.networks.taps import pooled
 __all__ = ["Block", "FilterBlock", "LinearBlock", "by_column"]
 
 
+def by_column(
+    phi: Float[Tensor, "rows q"], columns: int
+) -> Float[Tensor, "rows q*columns columns"]:
+    """Z: from a cluster's terms, each a column of phi and one of the predictor, to the latter."""
+    identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
+    return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)
+
+
 class Block(nn.Module, ABC):
     """Effects of one term, laid out for given data.
 
@@ -126,11 +134,3 @@ class FilterBlock(Block):
         super().__init__(names, False, torch.eye(2 * filters, dtype=torch.float64))
         self.path = path
         self.width = 2 * filters
-
-
-def by_column(
-    phi: Float[Tensor, "rows q"], columns: int
-) -> Float[Tensor, "rows q*columns columns"]:
-    """Z: from a cluster's terms, each a column of phi and one of the predictor, to the latter."""
-    identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
-    return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)
