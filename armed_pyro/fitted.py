@@ -177,6 +177,7 @@ class Fit:
         draws: int = 1000,
         prob: float = 0.9,
         seed: int | None = None,
+        others: bool = True,
     ) -> Prediction:
         """E[y | x, cluster] and y for new rows, with their posterior uncertainty.
 
@@ -191,6 +192,7 @@ class Fit:
             draws=draws,
             prob=prob,
             seed=seed,
+            others=others,
         )
 
     def adapt(

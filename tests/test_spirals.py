@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 
 from armed_pyro.analysis.applications import spirals
-from armed_pyro.analysis.applications.spiral_scores import PAPER_ACCURACY
 from armed_pyro.analysis.rivals.rival import Setting
 
-MODELS = set(PAPER_ACCURACY)
+MODELS = set(spirals.PAPER_ACCURACY)
 
 
 @pytest.fixture(scope="module")

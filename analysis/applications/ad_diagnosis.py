@@ -1,4 +1,4 @@
-"""Alzheimer's disease from images of several sites: the convolutional program.
+"""Diagnosis of Alzheimer's disease from images of several sites, by the convolutional program.
 
 Run with ``python -m armed_pyro.analysis.applications.ad_diagnosis``; ``--smoke`` takes seconds.
 ``--data scans.npz`` reads your images (arrays images, labels, sites). Without it, real digits stand
@@ -22,7 +22,7 @@ POSITIVE = (5, 6, 7, 8, 9)
 
 
 def study(seed: int = 0, small: bool = False, size: int = 32, grain: float = 0.35) -> Study:
-    """The stand-in's rows, and what its sites do."""
+    """The stand-in's rows, and the effects of its sites."""
     effects = {"contrast": 0.3, "brightness": 0.15, "blur": 0.8, "shift": 1.0, "grain": grain}
     if small:
         return digit_study(POSITIVE, seen=4, unseen=2, rows=16, size=16, seed=seed, **effects)
@@ -30,7 +30,7 @@ def study(seed: int = 0, small: bool = False, size: int = 32, grain: float = 0.3
 
 
 def program(data: Study, small: bool = False) -> MixedEffects:
-    """The paper's network; one fitting to smaller images and fewer rows for the stand-in."""
+    """The paper's network for a user's images, and a smaller network for the stand-in."""
     if data.effects is None:
         return convolutional_program(data.factor, data.image, widths=WIDTHS)
     widths, units = ((3, 4), 6) if small else ((8, 16, 32), 32)
@@ -39,7 +39,7 @@ def program(data: Study, small: bool = False) -> MixedEffects:
 
 APPLICATION = Application(
     "ad_diagnosis",
-    "Digits of 12 sites: what the sites do to labels, known and recovered",
+    "Digits at 12 sites: effects of the sites on labels, known and recovered",
     "site",
     study,
     program,
@@ -48,7 +48,7 @@ APPLICATION = Application(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fit, print the tables and write them with the figure."""
+    """Fit the program, print the tables and write them with the figures."""
     run(APPLICATION, __doc__, argv)
 
 

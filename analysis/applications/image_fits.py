@@ -1,11 +1,12 @@
-"""A program fitted to images by site: its scores, and known effects beside recovered ones."""
+"""A program fitted to images by site: its scores, and recovered effects beside known ones."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,16 +15,11 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
-from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.analysis.applications.image_sites import (
-    Study,
-    file_study,
-    recovered_appearance,
-    recovered_shifts,
-)
-from armed_pyro.fitted import Fit
+from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
+from armed_pyro.analysis.applications.image_sites import Study, file_study
+from armed_pyro.analysis.rivals.rival import in_clusters, outcomes
 
-__all__ = ["Application", "draw", "recovered", "run", "scores"]
+__all__ = ["Application", "correlation", "draw", "recovered", "run", "scores"]
 
 DRAWS = 100
 MODES = ("population", "marginal", "membership")
@@ -31,18 +27,18 @@ MODES = ("population", "marginal", "membership")
 
 @dataclass(frozen=True)
 class Application:
-    """One of the paper's applications to images.
+    """An application of the paper to images.
 
     Attributes
     ----------
     name, title, factor : str
-        Of its folder of results, of its figure, and its grouping factor.
+        Name of its folder of results, title of its figure, and grouping factor.
     study : callable
-        The stand-in with this seed; small, if asked for.
+        Takes a seed and whether to be small, and gives the stand-in.
     program : callable
-        The ARMED program for a study; small, if asked for.
+        Takes a study and whether to be small, and gives the ARMED program.
     schedule : Schedule
-        Length and rates of training.
+        Length and learning rates of the training.
     """
 
     name: str
@@ -54,46 +50,47 @@ class Application:
 
 
 def run(application: Application, doc: str | None, argv: Sequence[str] | None) -> None:
-    """Fit the program to the user's images or the stand-in, print and write tables and figure."""
+    """Fit the program to the user's images or the stand-in; print and write tables and figures."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--smoke", action="store_true", help="a tiny run, in seconds")
-    parser.add_argument("--data", type=Path, help="an .npz file: see imagesites.read_images")
+    parser.add_argument("--data", type=Path, help="an .npz file: see image_sites.read_images")
     parser.add_argument("--unseen", nargs="+", help="with --data: labels of the clusters held out")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and fit (default: 0)")
     folder = Path("results") / application.name
     parser.add_argument("--out", type=Path, default=folder, help="folder")
-    chosen = parser.parse_args(argv)
-    if chosen.data is None:
-        study = application.study(chosen.seed, chosen.smoke)
+    options = parser.parse_args(argv)
+    out: Path = options.out
+    if options.data is None:
+        study = application.study(options.seed, options.smoke)
     else:
-        held = 1 / 3 if chosen.unseen is None else chosen.unseen
-        study = file_study(chosen.data, factor=application.factor, unseen=held, seed=chosen.seed)
-    torch.manual_seed(chosen.seed)
-    model = application.program(study, chosen.smoke)
-    steps = Schedule(steps=6, window=3, batch_size=16, stages=0)
+        held = 1 / 3 if options.unseen is None else options.unseen
+        study = file_study(options.data, factor=application.factor, unseen=held, seed=options.seed)
+    torch.manual_seed(options.seed)
+    model = application.program(study, options.smoke)
+    quick = Schedule(steps=6, window=3, batch_size=16, stages=0)
     result = fit(
         model,
         study.train,
         validation=study.validation,
-        schedule=steps if chosen.smoke else application.schedule,
-        seed=chosen.seed,
+        schedule=quick if options.smoke else application.schedule,
+        seed=options.seed,
     )
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     table = scores(result, study)
-    table.to_csv(chosen.out / "scores.csv", index=False)
+    table.to_csv(out / "scores.csv", index=False)
     print(table.to_string(index=False, float_format="{:.3f}".format))
-    _save(draw_attributions(result, study.unseen), chosen.out / "attributions.png")
+    _save(draw_attributions(result, study.unseen), out / "attributions.png")
     if model.others:
-        # The image of the most contrast.
+        # The image with the highest contrast shows the effects best.
         row = study.train.take([int(study.train.features.std((1, 2, 3)).argmax())])
-        result.decoded(row).plot().savefig(chosen.out / "decoded.png", dpi=150)
+        result.decoded(row).plot().savefig(out / "decoded.png", dpi=150)
     if study.effects is None:
         return
-    found = recovered(result, study)
-    found.to_csv(chosen.out / "effects.csv", index=False)
-    for effect, rows in found.groupby("effect", sort=False):
+    effects = recovered(result, study)
+    effects.to_csv(out / "effects.csv", index=False)
+    for effect, rows in effects.groupby("effect", sort=False):
         print(f"{effect}: correlation of known and recovered {correlation(rows):.2f}")
-    _save(draw(study, found, application.title), chosen.out / "effects.png")
+    _save(draw(study, effects, application.title), out / "effects.png")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -107,61 +104,106 @@ def scores(result: Fit, study: Study) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Columns rows, effects (the cluster's own, or the mode), auroc, accuracy, and image_mse
-        where images are rebuilt.
+        Columns rows, effects ("own" for the cluster's, "none" for the fixed effects alone, or the
+        mode), auroc, accuracy, and image_mse if images are rebuilt.
     """
-    records = [_score(result, study.validation, "seen", "own", None)]
-    records.append(_score(result, study.validation, "seen", "none", {}))
-    records += [_score(result, study.unseen, "unseen", mode, None) for mode in MODES]
+    records = [_score(result, study.validation, "seen", "own")]
+    records.append(_score(result, study.validation, "seen", "none"))
+    records += [_score(result, study.unseen, "unseen", mode) for mode in MODES]
     return pd.DataFrame(records)
 
 
-def _score(
-    result: Fit, data: ClusteredData, rows: str, effects: str, none: dict[str, torch.Tensor] | None
-) -> dict[str, str | float]:
-    assert data.outcome is not None  # for mypy: read_images and digit_study give labels
-    label, record = data.outcome.numpy(), dict[str, str | float](rows=rows, effects=effects)
-    images = {}
-    if none is None:
-        mode = None if effects == "own" else effects
-        made = result.predict(data, unseen=mode, draws=DRAWS)
-        chance, images = made.mean, {name: one.mean for name, one in made.others.items()}
-    else:
+def _score(result: Fit, data: ClusteredData, rows: str, effects: str) -> dict[str, str | float]:
+    label, record = outcomes(data), dict[str, str | float](rows=rows, effects=effects)
+    images: Mapping[str, Any] = {}
+    if effects == "none":
         encoded = result.model.encode(data).all()
         with torch.no_grad():
-            eta = result.model.predictor(encoded, none).eta
+            eta = result.model.predictor(encoded, {}).eta
             chance = result.model.family.mean(eta, encoded).numpy()
+    else:
+        mode = None if effects == "own" else effects
+        made = result.predict(data, unseen=mode, draws=DRAWS)
+        chance, images = made.mean, made.others
     record["auroc"] = float(roc_auc_score(label, chance))
     record["accuracy"] = float(((chance > 0.5) == label).mean())
-    for name, one in images.items():
-        record[f"{name}_mse"] = float(((one - data.features.numpy()) ** 2).mean())
+    for name, image in images.items():
+        record[f"{name}_mse"] = float(((image.mean - data.features.numpy()) ** 2).mean())
     return record
 
 
 def recovered(result: Fit, study: Study) -> pd.DataFrame:
-    """Known and recovered effects of the seen clusters: columns effect, cluster, known, recovered.
+    """Known and recovered effects of the seen clusters.
 
-    The shift of the logit; and, where images are rebuilt, contrast, brightness and light of the
-    same images under every cluster's effects.
+    The effects are the shift of the logit and, if images are rebuilt, contrast, brightness and
+    light of the same images under the effects of each cluster.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns effect, cluster, known, recovered.
+
+    Raises
+    ------
+    ValueError
+        If the study's effects are not known.
     """
-    assert study.effects is not None  # for mypy: see `run`
-    found = pd.DataFrame({"shift": recovered_shifts(result, study)})
+    table = pd.DataFrame({"shift": recovered_shifts(result, study)})
     if result.model.others:
-        found = found.join(recovered_appearance(result, study))
-    truth = study.effects.table.loc[found.index]
+        table = table.join(recovered_appearance(result, study))
+    truth = _known_effects(study).loc[table.index]
     pieces = [
         pd.DataFrame(
             {
                 "effect": effect,
-                "cluster": found.index,
+                "cluster": table.index,
                 "known": truth[effect].to_numpy(),
-                "recovered": found[effect].to_numpy(),
+                "recovered": table[effect].to_numpy(),
             }
         )
-        for effect in found
+        for effect in table
         if truth[effect].std() > 0
     ]
     return pd.concat(pieces, ignore_index=True)
+
+
+def recovered_shifts(result: Fit, study: Study, *, draws: int = 200) -> pd.Series:
+    """Mean shift of the logit by the random effects of each seen site (posterior mean)."""
+    model = result.model
+    rows = model.encode(study.train).all()
+    latents = result.draws(draws)
+    with torch.no_grad():
+        whole = model.predictor(rows, latents).eta[..., 0]
+        fixed = model.predictor(rows, {}).eta[..., 0]
+    added = pd.Series((whole - fixed).reshape(-1, len(rows)).mean(0).cpu().numpy())
+    return added.groupby(study.train.grouping(study.factor).labels()).mean()
+
+
+def recovered_appearance(
+    result: Fit, study: Study, *, images: int = 40, draws: int = 50
+) -> pd.DataFrame:
+    """Contrast, brightness and light of the same images under the effects of each seen site.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by site, as in `SiteEffects.table`. Contrast is the sd of the rebuilt images over
+        its mean among the sites, less 1; brightness is their mean, less the sites' mean; light is
+        the slope from left to right, relative to the mean.
+    """
+    data, sites = study.train.take(slice(0, images)), study.train.grouping(study.factor).levels
+    records = []
+    for site in sites:
+        rows = in_clusters(data, study.factor, [site] * len(data))
+        rebuilt = result.predict(rows, draws=draws).others["image"].mean
+        across = np.linspace(-1, 1, rebuilt.shape[-1])
+        light = (rebuilt.mean((0, 1, 2)) * across).mean() / (across**2).mean()
+        means = {"contrast": rebuilt.std((1, 2, 3)).mean(), "brightness": rebuilt.mean()}
+        records.append(means | {"light": light / rebuilt.mean()})
+    table = pd.DataFrame(records, index=pd.Index(sites, name=study.factor))
+    table["contrast"] = table["contrast"] / table["contrast"].mean() - 1
+    table["brightness"] -= table["brightness"].mean()
+    return table
 
 
 def correlation(rows: pd.DataFrame) -> float:
@@ -169,14 +211,28 @@ def correlation(rows: pd.DataFrame) -> float:
     return float(np.corrcoef(rows["known"], rows["recovered"])[0, 1])
 
 
-def draw(study: Study, found: pd.DataFrame, title: str) -> Figure:
-    """Images of clusters from the lowest shift to the highest, over known and recovered effects."""
-    assert study.effects is not None  # for mypy: see `run`
-    names = list(dict.fromkeys(found["effect"]))
-    order = study.effects.table.loc[study.train.grouping(study.factor).levels, "shift"]
+def _known_effects(study: Study) -> pd.DataFrame:
+    if study.effects is None:
+        raise ValueError("the effects of the study's sites are not known")
+    return study.effects.table
+
+
+def draw(study: Study, effects: pd.DataFrame, title: str) -> Figure:
+    """Images of clusters from the lowest to the highest shift, above known and recovered effects.
+
+    Parameters
+    ----------
+    study : Study
+        A study with known effects.
+    effects : pandas.DataFrame
+        Table that `recovered` gives.
+    title : str
+    """
+    names = list(dict.fromkeys(effects["effect"]))
+    order = _known_effects(study).loc[study.train.grouping(study.factor).levels, "shift"]
     sites = order.sort_values().index
     sites = sites[np.linspace(0, len(sites) - 1, min(6, len(sites))).astype(int)]
-    # Squares beside each other, with room for what is written above and below: inches.
+    # In inches: squares side by side, with room for titles above and labels below.
     width = 9.0
     heights = [width / len(sites) + 0.5, min(2.5, width / len(names)) + 0.8]
     figure = plt.figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
@@ -190,7 +246,7 @@ def draw(study: Study, found: pd.DataFrame, title: str) -> Figure:
         axis.set_title(f"{site}\nshift {order[site]:+.1f}", fontsize=9)
         axis.set_axis_off()
     for axis, effect in zip(np.atleast_1d(below.subplots(1, len(names))), names, strict=True):
-        rows = found[found["effect"] == effect]
+        rows = effects[effects["effect"] == effect]
         axis.scatter(rows["known"], rows["recovered"], s=22, color="#2166ac")
         limits = [
             rows[["known", "recovered"]].min().min(),
@@ -209,29 +265,30 @@ def draw(study: Study, found: pd.DataFrame, title: str) -> Figure:
 
 
 def draw_attributions(result: Fit, data: ClusteredData, count: int = 4) -> Figure:
-    """Images of either class, and which of their pixels speak for class 1 by the fixed effects.
+    """Images of both classes, and the pixels by which the fixed effects favour class 1.
 
-    By integrated gradients, from the mean training image, which belongs to neither class.
+    The attribution is by integrated gradients from the mean training image, which belongs to
+    neither class.
     """
     label = np.zeros(0) if data.outcome is None else data.outcome.numpy()
     places = [np.flatnonzero(label == value)[:count] for value in (0, 1)]
     rows = data.take(np.concatenate(places))
-    found = result.attribution("integrated", data=rows, draws=10).rows.to_numpy()
-    parts = found.reshape(len(rows), *rows.features.shape[1:]).sum(1)
+    attribution = result.attribution("integrated", data=rows, draws=10).rows.to_numpy()
+    parts = attribution.reshape(len(rows), *rows.features.shape[1:]).sum(1)
     images = rows.features.numpy().mean(1)
     most = float(np.quantile(np.abs(parts), 0.999)) or 1.0
     figure, axes = plt.subplots(
         2, len(rows), figsize=(1.2 * len(rows) + 1, 3.2), layout="constrained", squeeze=False
     )
     drawn = None
-    for axis, image, part, one in zip(axes.T, images, parts, label[np.concatenate(places)],
+    for axis, image, part, klass in zip(axes.T, images, parts, label[np.concatenate(places)],
                                       strict=True):  # fmt: skip
         axis[0].imshow(image, cmap="gray")
-        axis[0].set_title(f"class {one:.0f}", fontsize=9)
+        axis[0].set_title(f"class {klass:.0f}", fontsize=9)
         drawn = axis[1].imshow(part, cmap="RdBu_r", vmin=-most, vmax=most)
     for axis in axes.flat:
         axis.set_axis_off()
     if drawn is not None:
         figure.colorbar(drawn, ax=axes[1], shrink=0.9, pad=0.01, label="part of the logit")
-    figure.suptitle("Which pixels speak for class 1, in clusters not seen in training", fontsize=10)
+    figure.suptitle("Pixels that speak for class 1, in clusters not seen in training", fontsize=10)
     return figure

@@ -1,9 +1,9 @@
-"""Images by site: a file of the user's, or real digits seen through sites of known effects.
+"""Images by site: a user's file, or real digits seen through sites with known effects.
 
-The stand-in takes scikit-learn's real 8x8 images of digits, upsampled. Every image is used once. A
-site changes contrast, brightness and blur of its images, lights them from one side, and sees one
-class more often than another: a network that reads the site off an image knows something of the
-label that does not hold elsewhere.
+The stand-in uses each of scikit-learn's real 8x8 images of digits once, upsampled. A site changes
+contrast, brightness and blur of its images, lights them from one side, and sees one class more
+often than another. A network that recognises the site in an image therefore learns something about
+the label that does not hold at other sites.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
 from armed_pyro import ClusteredData
-from armed_pyro._messages import unknown
-from armed_pyro.fitted import Fit
 
 __all__ = [
     "SiteEffects",
@@ -30,8 +28,6 @@ __all__ = [
     "digit_study",
     "file_study",
     "read_images",
-    "recovered_appearance",
-    "recovered_shifts",
 ]
 
 # Sd of the pixels' noise; grey levels lie between 0 and 1.
@@ -41,16 +37,16 @@ SHARE_VALIDATION = 0.25
 
 @dataclass(frozen=True)
 class SiteEffects:
-    """What the sites do to their images and labels; one row a site.
+    """Effects of the sites on their images and labels.
 
-    An image z becomes ``(1 + contrast) blur(z) (1 + light w) + brightness`` plus noise, with w
-    from -1 on the left to 1 on the right.
+    An image z becomes ``(1 + contrast) blur(z) (1 + light w) + brightness`` plus noise, where w
+    goes from -1 on the left to 1 on the right.
 
     Attributes
     ----------
     table : pandas.DataFrame
-        Indexed by site, with the columns contrast, brightness, blur (sd of a Gaussian, in pixels
-        of the 8x8 original), light, and shift: the logit of the share of class 1.
+        One row per site, indexed by site, with the columns contrast, brightness, blur (sd of a
+        Gaussian, in pixels of the 8x8 original), light, and shift (logit of the share of class 1).
     """
 
     table: pd.DataFrame
@@ -58,7 +54,7 @@ class SiteEffects:
 
 @dataclass(frozen=True)
 class Study:
-    """Rows for training, validation rows of the same sites, and rows of sites never seen.
+    """Rows for training, validation rows of the same sites, and rows of unseen sites.
 
     Attributes
     ----------
@@ -67,7 +63,7 @@ class Study:
     train, validation, unseen : ClusteredData
         Images "rows channels height width" and labels.
     effects : SiteEffects or None
-        The truth, where it is known.
+        The truth, if it is known.
     """
 
     factor: str
@@ -99,7 +95,7 @@ def digit_study(
     grain: float = 0.0,
     seed: int = 0,
 ) -> Study:
-    """Digits in sites of known effects; class 1 are the digits of `positive`.
+    """Digits at sites with known effects, as images of two classes.
 
     Parameters
     ----------
@@ -108,16 +104,16 @@ def digit_study(
     factor : str
         Name of the grouping factor.
     seen, unseen, rows : int
-        Sites of either kind, and images in each.
+        Number of seen and of unseen sites, and images at each.
     size : int
         Height and width of the images.
     contrast, brightness, light, shift : float
         Sds of the effects over sites.
     blur : float
-        Largest blur; sites' are evenly distributed from 0.
+        Largest blur; the sites' blurs are evenly spread from 0 to it.
     grain : float
-        Sd of noise on the 8x8 originals, which makes digits hard to tell apart for anyone: at 0.5
-        a conventional network's AUROC is about 0.8, as on the paper's images.
+        Sd of noise on the 8x8 originals, which makes the classes hard to tell apart. At 0.5 the
+        AUROC of a conventional network is about 0.8, as on the paper's images.
     seed : int
         Seed of sites and images.
 
@@ -173,6 +169,13 @@ def file_study(
         Grouping factor, as in the file's array ``<factor>s``.
     unseen : sequence of str, or float
         Sites to hold out, or their share.
+    seed : int
+        Seed of the sites that are held out, if they are not named, and of the validation rows.
+
+    Raises
+    ------
+    ValueError
+        If there is no site of a name; and as `read_images` does.
     """
     data = read_images(path, factor=factor)
     levels = data.grouping(factor).levels
@@ -182,7 +185,8 @@ def file_study(
     else:
         for label in unseen:
             if label not in levels.astype(str):
-                raise unknown(f"{factor} called", label, levels)
+                listed = ", ".join(map(repr, levels.astype(str)))
+                raise ValueError(f"{path} has no {factor} called {label!r}; it has {listed}")
         held = levels[levels.astype(str).isin(list(unseen))].to_numpy()
     return _split(data, factor, held, seed, None)
 
@@ -196,14 +200,14 @@ def read_images(path: str | Path, *, factor: str) -> ClusteredData:
     - ``labels``: 0 and 1, or two texts, of shape "rows";
     - ``<factor>s`` (``sites``, ``batches``): text or whole numbers of shape "rows".
 
-    ``numpy.savez_compressed("scans.npz", images=..., labels=..., sites=...)`` writes one. Object
-    arrays are not read, as that could execute code.
+    ``numpy.savez_compressed("scans.npz", images=..., labels=..., sites=...)`` writes such a file.
+    Object arrays are refused, because reading them could execute code.
 
     Raises
     ------
     ValueError
-        If the file is no .npz file, an array is missing, or shapes or values are wrong; the
-        message says which and what was expected.
+        If the file is not an .npz file, an array is missing, or shapes or values are wrong. The
+        message names the array and what was expected.
     """
     path, name = Path(path), "batches" if factor == "batch" else f"{factor}s"
     if not path.is_file():
@@ -228,84 +232,45 @@ def read_images(path: str | Path, *, factor: str) -> ClusteredData:
             f"'images' in {path} must be numbers of shape (rows, height, width) or (rows, "
             f"channels, height, width), not {images.dtype} of shape {images.shape}"
         )
-    for key, one in (("labels", labels), (name, sites)):
-        if one.shape != (len(images),):
+    for key, values in (("labels", labels), (name, sites)):
+        if values.shape != (len(images),):
             raise ValueError(
-                f"{key!r} in {path} must have the shape ({len(images)},), one value an image, not "
-                f"{one.shape}"
+                f"{key!r} in {path} must have the shape ({len(images)},), one value per image, not "
+                f"{values.shape}"
             )
-    found = np.unique(labels)
-    if len(found) != 2:
-        raise ValueError(f"'labels' in {path} must have two values, not {found[:5].tolist()}")
-    values = images if images.ndim == 4 else images[:, None]
+    classes = np.unique(labels)
+    if len(classes) != 2:
+        raise ValueError(f"'labels' in {path} must have two values, not {classes[:5].tolist()}")
+    pixels = images if images.ndim == 4 else images[:, None]
     scale = 255 if images.dtype == np.uint8 else 1
     return ClusteredData.from_arrays(
-        (values / scale).astype("float32"),
-        labels if labels.dtype.kind in "US" else (labels == found[1]).astype(float),
+        (pixels / scale).astype("float32"),
+        labels if labels.dtype.kind in "US" else (labels == classes[1]).astype(float),
         {factor: sites},
         outcome_name="label",
     )
 
 
-def recovered_shifts(fit: Fit, study: Study, *, draws: int = 200) -> pd.Series:
-    """Every seen site's mean shift of the logit by its random effects, posterior mean."""
-    model = fit.model
-    rows = model.encode(study.train).all()
-    latents = fit.draws(draws)
-    with torch.no_grad():
-        whole = model.predictor(rows, latents).eta[..., 0]
-        fixed = model.predictor(rows, {}).eta[..., 0]
-    added = pd.Series((whole - fixed).reshape(-1, len(rows)).mean(0).cpu().numpy())
-    return added.groupby(study.train.grouping(study.factor).labels()).mean()
-
-
-def recovered_appearance(
-    fit: Fit, study: Study, *, images: int = 40, draws: int = 50
-) -> pd.DataFrame:
-    """What each seen site's effects make of the same images: their contrast, brightness, light.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by site, like `SiteEffects.table`: the ratio of the rebuilt images' sd to their
-        mean over sites, less 1; the difference of their means; the slope from left to right
-        relative to the mean.
-    """
-    data, sites = study.train.take(slice(0, images)), study.train.grouping(study.factor).levels
-    records = []
-    for site in sites:
-        rows = ClusteredData.from_arrays(
-            data.features, None, {study.factor: [site] * len(data)}, outcome_name="label"
-        )
-        rebuilt = fit.predict(rows, draws=draws).others["image"].mean
-        across = np.linspace(-1, 1, rebuilt.shape[-1])
-        light = (rebuilt.mean((0, 1, 2)) * across).mean() / (across**2).mean()
-        means = {"contrast": rebuilt.std((1, 2, 3)).mean(), "brightness": rebuilt.mean()}
-        records.append(means | {"light": light / rebuilt.mean()})
-    table = pd.DataFrame(records, index=pd.Index(sites, name=study.factor))
-    table["contrast"] = table["contrast"] / table["contrast"].mean() - 1
-    table["brightness"] -= table["brightness"].mean()
-    return table
-
-
 def _centred(values: np.ndarray, seen: int) -> np.ndarray:
-    """Values with mean 0 among the seen sites, and among the others."""
+    """Values with mean 0 among the seen sites, and mean 0 among the others."""
     parts = (values[:seen], values[seen:])
-    return np.concatenate([one - one.mean() if len(one) else one for one in parts])
+    return np.concatenate([part - part.mean() if len(part) else part for part in parts])
 
 
 def _shares(
     label: Int[np.ndarray, " images"], shift: np.ndarray, rows: int, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
-    """Which image goes where, so that a site's share of class 1 has this logit."""
+    """Positions of the images and the site of each, where `shift` is the logit of class 1's share.
+
+    A site gets a different share if too few images of a class are left.
+    """
     pools = [list(rng.permutation(np.flatnonzero(label == c))) for c in (0, 1)]
     chosen: list[int] = []
-    for one in shift:
-        wanted = round(rows / (1 + np.exp(-one)))
-        # As many as there are left of either class.
-        ones = int(np.clip(wanted, rows - len(pools[0]), len(pools[1])))
-        chosen += [pools[1].pop() for _ in range(ones)]
-        chosen += [pools[0].pop() for _ in range(rows - ones)]
+    for logit in shift:
+        wanted = round(rows / (1 + np.exp(-logit)))
+        positive = int(np.clip(wanted, rows - len(pools[0]), len(pools[1])))
+        chosen += [pools[1].pop() for _ in range(positive)]
+        chosen += [pools[0].pop() for _ in range(rows - positive)]
     return np.array(chosen), np.repeat(np.arange(len(shift)), rows)
 
 

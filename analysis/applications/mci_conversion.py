@@ -1,7 +1,7 @@
 """Conversion from mild cognitive impairment to dementia within 24 months, at many sites.
 
-By default on simulated subjects whose site effects are known, without and with confounded probe
-features. ``--data ADNIMERGE.csv`` takes ADNI's file. Run with
+The subjects are simulated, with known site effects, first without and then with confounded probe
+features. ``--data ADNIMERGE.csv`` reads ADNI's file instead. Run with
 ``python -m armed_pyro.analysis.applications.mci_conversion``; ``--smoke`` takes half a minute.
 """
 
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,26 +24,30 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from armed_pyro import Schedule
-from armed_pyro.analysis.applications.mci_simulation import TRUE_FEATURES, SubjectsTruth, subjects
-from armed_pyro.analysis.applications.mci_subjects import read_adnimerge, subject_folds
+from armed_pyro.analysis.applications.mci_subjects import (
+    TRUE_FEATURES,
+    SubjectsTruth,
+    read_adnimerge,
+    simulated_subjects,
+    subject_folds,
+)
 from armed_pyro.analysis.rivals.architectures import Dense
-from armed_pyro.analysis.rivals.claims import auroc_claims, claim
 from armed_pyro.analysis.rivals.comparison import (
     SEEN,
     UNSEEN,
     Comparison,
     Fold,
-    Study,
+    auroc_claims,
+    claim,
     compare,
     joined,
 )
-from armed_pyro.analysis.rivals.contenders import NAMES, contenders
+from armed_pyro.analysis.rivals.contenders import NAMES, Program, Tuned, contenders
 from armed_pyro.analysis.rivals.report import write
-from armed_pyro.analysis.rivals.rival import Program, Rival, Setting, cluster_shifts
+from armed_pyro.analysis.rivals.rival import Rival, Setting, cluster_shifts
 from armed_pyro.analysis.rivals.scores import bounded, resampled
-from armed_pyro.analysis.rivals.tuned import Tuned
 
-__all__ = ["CONFOUNDED", "SETTING", "Plan", "claims", "main", "probe_table", "study", "tuned"]
+__all__ = ["CONFOUNDED", "SETTING", "Plan", "claims", "main", "probe_table", "tuned"]
 
 SETTING = Setting(
     "mci",
@@ -54,7 +57,7 @@ SETTING = Setting(
     adversary_weight=0.3,
     fixed_weight=0.1,
 )
-# Validation rows are of seen sites, where probes do predict: the weight cannot be tuned on them.
+# The weight cannot be tuned on validation rows: they are at seen sites, where probes do predict.
 CONFOUNDED = replace(SETTING, title="MCI conversion, with probes", adversary_weight=3.0)
 QUICK = Schedule(steps=60, batch_size=64, stages=0, net_learning_rate=0.02)
 WIDTHS: tuple[tuple[int, ...], ...] = ((8, 8), (16,))
@@ -64,20 +67,20 @@ BEST = "best possible"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run on simulated subjects.
+    """Data sets and folds to run on simulated subjects.
 
     Attributes
     ----------
     data_sets, folds : int
-        Data sets drawn apart, and folds of each.
+        Number of independent data sets, and of folds in each.
     seed : int
-        Of the first data set; the others follow.
+        Seed of the first data set; the others have the seeds that follow.
     tune : bool
         Whether widths and adversary weights are chosen by validation rows.
     probes : int
-        Probe features of the confounded variant; it is left out if there are none.
+        Probe features of the confounded variant, which is left out if there are none.
     n_seen, n_unseen : int
-        Subjects.
+        Subjects at the sites for training, and at the others.
     """
 
     data_sets: int
@@ -89,25 +92,13 @@ class Plan:
     n_unseen: int = 300
 
     def draw(self, probes: int) -> Iterator[tuple[int, pd.DataFrame, SubjectsTruth]]:
-        """Every data set with its seed and truth."""
+        """Each data set with its seed and its truth."""
         for seed in range(self.seed, self.seed + self.data_sets):
-            yield seed, *subjects(self.n_seen, self.n_unseen, probes=probes, seed=seed)
-
-
-def study(seed: int, *, smoke: bool) -> Study:
-    """Simulated subjects, for `armed_pyro.analysis.compare`.
-
-    Examples
-    --------
-    >>> study(0, smoke=True).name
-    'mci_conversion'
-    """
-    table, _ = subjects(*((200, 100) if smoke else (392, 300)), seed=seed)
-    return Study("mci_conversion", SETTING, partial(subject_folds, table))
+            yield seed, *simulated_subjects(self.n_seen, self.n_unseen, probes=probes, seed=seed)
 
 
 def tuned(rival: Rival) -> Rival:
-    """The model with its width, and its adversary's weight, chosen by validation rows.
+    """The model with its width, and the weight of its adversary, chosen by validation rows.
 
     Examples
     --------
@@ -121,7 +112,7 @@ def tuned(rival: Rival) -> Rival:
         replace(rival.setting, architecture=Dense(hidden), adversary_weight=weight)
         for hidden, weight in itertools.product(WIDTHS, WEIGHTS if plays else WEIGHTS[:1])
     ]
-    return Tuned(tuple(replace(rival, setting=one) for one in settings))
+    return Tuned(tuple(replace(rival, setting=setting) for setting in settings))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,48 +130,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--untuned", action="store_true", help="no tuning by validation rows")
     parser.add_argument("--smoke", action="store_true", help="small data and few steps: a trial")
     parser.add_argument("--out", type=Path, default=Path("results/mci_conversion"), metavar="DIR")
-    given = parser.parse_args(argv)
-    console, models = Console(), given.models.split(",")
+    options = parser.parse_args(argv)
+    console, models = Console(), options.models.split(",")
     setting, confounded = SETTING, CONFOUNDED
-    tune = not given.untuned
-    plan = Plan(given.data_sets, given.folds, given.seed, tune, given.probes)
-    if given.smoke:
-        plan = Plan(min(given.data_sets, 2), 2, given.seed, False, given.probes, 150, 80)
-        setting, confounded = (replace(one, schedule=QUICK) for one in (setting, confounded))
+    tune = not options.untuned
+    plan = Plan(options.data_sets, options.folds, options.seed, tune, options.probes)
+    if options.smoke:
+        plan = Plan(min(options.data_sets, 2), 2, options.seed, False, options.probes, 150, 80)
+        setting, confounded = (replace(full, schedule=QUICK) for full in (setting, confounded))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
-            # Few sites, and small ones: the tables show what comes of it.
+            # Sites are few and small, which the fits warn of and the tables show.
             warnings.simplefilter("ignore", UserWarning)
-            if given.data is not None:
-                real(given.data, contenders(setting, models), plan, given.out, console)
+            if options.data is not None:
+                real(options.data, contenders(setting, models), plan, options.out, console)
             else:
-                simulated(contenders(setting, models), plan, given.out, console)
+                simulated(contenders(setting, models), plan, options.out, console)
                 if plan.probes:
-                    probed(contenders(confounded, models), plan, given.out / "probes", console)
+                    probed(contenders(confounded, models), plan, options.out / "probes", console)
     finally:
         torch.set_num_threads(threads)
-    console.print(f"Tables and figures are in {given.out}")
+    console.print(f"Tables and figures are in {options.out}")
 
 
 def real(path: Path, rivals: Sequence[Rival], plan: Plan, out: Path, console: Console) -> None:
-    """ADNI's subjects, in nested cross-validation."""
-    found = read_adnimerge(path)
-    large = found.table["large"]
+    """Compare the models on ADNI's subjects, by nested cross-validation."""
+    adni = read_adnimerge(path)
+    large = adni.table["large"]
     console.print(
-        f"{int(large.sum())} subjects at {found.table['SITE'][large].nunique()} sites for "
-        f"training, {int((~large).sum())} at others; {found.table['converted'].mean():.0%} "
-        f"converted; left out: {dict(found.excluded)}"
+        f"{int(large.sum())} subjects at {adni.table['SITE'][large].nunique()} sites for "
+        f"training, {int((~large).sum())} at others; {adni.table['converted'].mean():.0%} "
+        f"converted; left out: {dict(adni.excluded)}"
     )
     rivals = [tuned(rival) for rival in rivals] if plan.tune else rivals
-    folds = subject_folds(found.table, plan.folds, plan.seed)
+    folds = subject_folds(adni.table, plan.folds, plan.seed)
     fits = track(compare(folds, rivals, data=path.stem), total=plan.folds * len(rivals))
     write(joined([part for *_, part in fits]), out, console, SETTING.title)
 
 
 def simulated(rivals: Sequence[Rival], plan: Plan, out: Path, console: Console) -> None:
-    """Simulated subjects: the comparison, the best possible, and whether intercepts are found."""
+    """Compare the models on simulated subjects, and their intercepts with the known ones."""
     parts: list[Comparison] = []
     known: list[dict[str, str | int | float]] = []
     rivals = [tuned(rival) for rival in rivals] if plan.tune else rivals
@@ -197,51 +188,51 @@ def simulated(rivals: Sequence[Rival], plan: Plan, out: Path, console: Console) 
                     known.append({"data": seed, "fold": fold.number, "model": rival.name,
                                   "correlation": cor, "sd": float(shift.std())})  # fmt: skip
             known += [_best(seed, fold, table, truth) for fold in folds]
-            # At once, so that an interrupted run leaves what it has.
+            # Written after each data set, so that an interrupted run leaves its results.
             joined(parts).scores.to_csv(_made(out) / "scores.csv", index=False)
-    found, recovery = joined(parts), pd.DataFrame(known)
-    write(found, out, console, SETTING.title)
+    comparison, recovery = joined(parts), pd.DataFrame(known)
+    write(comparison, out, console, SETTING.title)
     recovery.to_csv(out / "recovery.csv", index=False)
-    judged = claims(found, recovery)
+    judged = claims(comparison, recovery)
     judged.to_csv(out / "claims.csv", index=False)
-    _print(judged, "Claims, and what the simulated subjects say of them", console)
+    _print(judged, "Claims, judged by the simulated subjects", console)
 
 
 def probed(rivals: Sequence[Rival], plan: Plan, out: Path, console: Console) -> None:
-    """Simulated subjects with probe features: which models rank a probe above a true feature."""
-    chosen, parts = [one for one in rivals if isinstance(one, Program)], []
-    with _bar(plan.data_sets * plan.folds * len(chosen), console) as advance:
+    """Compare the programs on simulated subjects with probes, by the features that they use."""
+    compared, parts = [rival for rival in rivals if isinstance(rival, Program)], []
+    with _bar(plan.data_sets * plan.folds * len(compared), console) as advance:
         for seed, table, _ in plan.draw(plan.probes):
             folds = subject_folds(table, plan.folds, seed)
-            for *_, part in compare(folds, chosen, data=seed, seed=seed):
+            for *_, part in compare(folds, compared, data=seed, seed=seed):
                 parts.append(part)
                 advance()
             joined(parts).use.to_csv(_made(out) / "feature_use.csv", index=False)
-    found = joined(parts)
-    write(found, out, console, CONFOUNDED.title)
-    table = probe_table(found)
+    comparison = joined(parts)
+    write(comparison, out, console, CONFOUNDED.title)
+    table = probe_table(comparison)
     table.to_csv(out / "probes.csv", index=False)
     _print(table, "Use of features: |gradient at the mean|, per sd", console)
 
 
-def claims(found: Comparison, recovery: pd.DataFrame) -> pd.DataFrame:
-    """What must be true of ARMED on simulated subjects, and whether it is.
+def claims(comparison: Comparison, recovery: pd.DataFrame) -> pd.DataFrame:
+    """Claims about ARMED on simulated subjects, with their verdicts.
 
-    Beside `auroc_claims`, that the mean correlation of intercepts with the true ones is at least
-    0.8 over data sets.
+    Beside `auroc_claims`, the claim for each model with clusters is that its intercepts correlate
+    with the true ones by at least 0.8, on average over data sets.
 
     Returns
     -------
     pandas.DataFrame
         Columns claim, mean, lower, upper, holds.
     """
-    records = auroc_claims(found).to_dict("records")
+    records = auroc_claims(comparison).to_dict("records")
     means = recovery.groupby(["model", "data"])[["correlation", "seen", "unseen"]].mean()
     for model in means.index.unique("model"):
         if model != BEST:
-            one = resampled(means.loc[model, "correlation"].to_numpy(), 0.0)
+            correlation = resampled(means.loc[model, "correlation"].to_numpy(), 0.0)
             name = f"correlation with true site intercepts at least 0.8: {model}"
-            records.append(claim(name, one, 0.8))
+            records.append(claim(name, correlation, 0.8))
     for kind in (SEEN, UNSEEN):
         best = bounded(means.loc[BEST, kind].to_numpy(), 0.0)
         name = f"AUROC, {kind} clusters: best possible"
@@ -249,28 +240,29 @@ def claims(found: Comparison, recovery: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def probe_table(found: Comparison) -> pd.DataFrame:
-    """Whether every true feature is used more than every probe.
+def probe_table(comparison: Comparison) -> pd.DataFrame:
+    """Use of the least used true feature beside use of the most used probe.
 
     Returns
     -------
     pandas.DataFrame
-        One row a model: mean use of the least used true feature and of the most used probe, by
-        their means over all fits; true_first, whether the former is larger; fits_true_first, the
-        share of fits in which that is so; p, of the least used true feature against the most
-        used probe, paired by data set.
+        One row per model: the mean use of the two over all fits; their difference with its interval
+        and p-value, paired by data set; true_first, whether the true feature is used more; and
+        fits_true_first, the share of fits in which every true feature is used more than every
+        probe.
     """
-    true, probes = list(TRUE_FEATURES), [name for name in found.use if name.startswith("probe")]
+    use, true = comparison.use, list(TRUE_FEATURES)
+    probes = [name for name in use if name.startswith("probe")]
     records = []
-    for model, block in found.use.groupby("model", sort=False):
+    for model, block in use.groupby("model", sort=False):
         mean = block[[*true, *probes]].mean()
         least, most = mean[true].idxmin(), mean[probes].idxmax()
         by_data = block.groupby("data")[[least, most]].mean()
-        one = resampled((by_data[least] - by_data[most]).to_numpy(), 0.0)
+        gap = resampled((by_data[least] - by_data[most]).to_numpy(), 0.0)
         first = block[true].min(axis=1) > block[probes].max(axis=1)
         records.append(
             {"model": model, "least used true feature": mean[least], "most used probe": mean[most],
-             "difference": one.mean, "lower": one.lower, "upper": one.upper, "p": one.p,
+             "difference": gap.mean, "lower": gap.lower, "upper": gap.upper, "p": gap.p,
              "true_first": bool(mean[least] > mean[most]), "fits_true_first": first.mean()}
         )  # fmt: skip
     return pd.DataFrame(records)
@@ -279,7 +271,7 @@ def probe_table(found: Comparison) -> pd.DataFrame:
 def _best(
     seed: int, fold: Fold, table: pd.DataFrame, truth: SubjectsTruth
 ) -> dict[str, str | int | float]:
-    """AUROCs of the rule that knows how the rows were drawn, but no unseen site's intercept."""
+    """AUROCs of the rule that knows the truth, except for the intercepts of unseen sites."""
     row: dict[str, str | int | float] = {"data": seed, "fold": fold.number, "model": BEST}
     y = table["converted"].to_numpy()
     unseen = np.flatnonzero(~table["large"].to_numpy())
@@ -298,7 +290,7 @@ def _made(folder: Path) -> Path:
 
 @contextmanager
 def _bar(total: int, console: Console) -> Iterator[Callable[[], None]]:
-    """A progress bar, and what moves it on by one fit."""
+    """A progress bar; the yielded function advances it by one fit."""
     with Progress(console=console) as bar:
         task = bar.add_task("fits", total=total)
         yield lambda: bar.advance(task)

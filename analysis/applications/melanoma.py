@@ -1,4 +1,4 @@
-"""Melanoma cells of several batches: images rebuilt and labelled by the autoencoder-classifier.
+"""Melanoma cells in several batches, labelled and rebuilt by the autoencoder-classifier.
 
 Run with ``python -m armed_pyro.analysis.applications.melanoma``; ``--smoke`` takes seconds.
 ``--data cells.npz`` reads your images (arrays images, labels, batches). Without it, real digits
@@ -23,14 +23,14 @@ POSITIVE = (0, 2, 4, 6, 8)
 
 
 def study(seed: int = 0, small: bool = False, size: int = 32, grain: float = 0.25) -> Study:
-    """The stand-in's rows, and how its batches are lit."""
+    """The stand-in's rows, and the illumination of its batches."""
     effects = {"contrast": 0.3, "brightness": 0.15, "light": 0.3, "shift": 1.0, "grain": grain}
     sizes = {"seen": 4, "unseen": 2, "rows": 16, "size": 16} if small else {"size": size}
     return digit_study(POSITIVE, factor="batch", seed=seed, **sizes, **effects)
 
 
 def program(data: Study, small: bool = False) -> MixedEffects:
-    """The paper's network; one fitting to smaller images and fewer rows for the stand-in."""
+    """The paper's network for a user's images, and a smaller network for the stand-in."""
     if data.effects is None:
         return autoencoder_program(data.factor, data.image)
     widths, latents = ((3, 4), 4) if small else ((8, 16, 32), 16)
@@ -39,7 +39,7 @@ def program(data: Study, small: bool = False) -> MixedEffects:
 
 APPLICATION = Application(
     "melanoma",
-    "Digits of 12 batches: what the batches do to labels and images, known and recovered",
+    "Digits in 12 batches: effects of the batches on labels and images, known and recovered",
     "batch",
     study,
     program,
@@ -48,7 +48,7 @@ APPLICATION = Application(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fit, print the tables and write them with the figure."""
+    """Fit the program, print the tables and write them with the figures."""
     run(APPLICATION, __doc__, argv)
 
 

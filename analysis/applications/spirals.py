@@ -1,4 +1,4 @@
-"""The paper's simulation: two spirals in clusters of different size, six models compared.
+"""The paper's simulation: two spirals in clusters of different size, and six models compared.
 
 Run with ``python -m armed_pyro.analysis.applications.spirals``; ``--smoke`` takes seconds.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -18,24 +19,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from armed_pyro import ClusteredData, Schedule
-from armed_pyro.analysis.applications.spiral_scores import (
-    PAPER_ACCURACY,
-    rivals,
-    surface,
-    train_and_score,
-)
 from armed_pyro.analysis.rivals.architectures import Dense
-from armed_pyro.analysis.rivals.rival import Rival, Setting, outcomes
+from armed_pyro.analysis.rivals.contenders import contenders
+from armed_pyro.analysis.rivals.rival import (
+    Rival,
+    Setting,
+    Trained,
+    feature_use,
+    outcomes,
+    shuffled,
+)
 from armed_pyro.data.simulate import SpiralsTruth, spirals
-from armed_pyro.explain.boundaries import draw_panel
 
-__all__ = ["Plan", "Task", "main"]
+__all__ = ["PAPER_ACCURACY", "Plan", "Score", "Task", "main", "train_and_score"]
 
 # Ten epochs of 9,000 rows in batches of 32.
 EPOCHS = Schedule(steps=2812, batch_size=32, stages=0, net_learning_rate=0.001)
@@ -58,6 +63,15 @@ SMOKE = Setting(
     Dense((8, 8, 8)),
     Schedule(steps=80, batch_size=64, stages=0, net_learning_rate=0.05),
 )
+# Accuracy that the paper reports for its simulation.
+PAPER_ACCURACY: Mapping[str, float] = {
+    "conventional": 0.764,
+    "cluster input": 0.676,
+    "meta-learning": 0.633,
+    "domain adversarial": 0.753,
+    "ARMED": 0.788,
+    "without adversary": 0.793,
+}
 PLAIN, CONFOUNDED = "spirals", "confounded"
 VARIANTS: Mapping[str, Mapping[str, float]] = {
     PLAIN: {},
@@ -72,14 +86,14 @@ BLOCKS = (
     (CONFOUNDED, CONVERGED),
 )
 NOTES = """\
-± standard error over folds; gain: over the conventional model, with the standard
-error of the folds' differences. All models share network, batches, steps and the
-network's learning rate: Adam's usual 0.001, or one tuned for all of them together
-on data of other seeds. The paper's figures come from its own data. Best possible:
-the rule that knows how the rows were drawn. Probe share: of all four features'
-use. x1, x2 first: folds in which both true features are used more than both probes.
-With probes, ten epochs at rate 0.001 can be too few to train any model, and then
-random effects gain nothing: compare the tuned rate, and convergence."""
+± is the standard error over folds. The gain is over the conventional model, with the
+standard error of the folds' differences. All models share the network, the batches, the
+steps and the network's learning rate, which is Adam's usual 0.001 or a rate tuned for all
+models together on data of other seeds. The paper's figures come from other data. The best
+possible rule knows how the rows were drawn. The probe share is the probes' share in the use
+of all four features. "x1, x2 first" counts the folds in which both true features are used
+more than both probes. With probes, ten epochs at rate 0.001 can be too few to train any
+model, and then random effects gain nothing: look at the tuned rate and at convergence."""
 RANDOMISED = "cluster randomised"
 SHOWN_ACCURACY = {**PAPER_ACCURACY, RANDOMISED: 0.767}
 DRAWN = ("conventional", "cluster input", "ARMED")
@@ -88,7 +102,7 @@ SURFACE = 60
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: the data's size, folds, seed, and blocks of a variant and a setting."""
+    """The simulation to run: size of the data, folds, seed, and pairs of variant and setting."""
 
     n_clusters: int
     rows: int
@@ -97,12 +111,12 @@ class Plan:
     blocks: tuple[tuple[str, Setting], ...]
 
     def data(self, variant: str) -> tuple[ClusteredData, SpiralsTruth]:
-        """The variant's rows; both variants have the same radii."""
+        """Rows and truth of a variant; both variants have the same radii."""
         options: dict[str, float] = dict(VARIANTS[variant])
         return spirals(self.n_clusters, self.rows, seed=self.seed, **options)  # type: ignore[arg-type]
 
     def tasks(self) -> list[Task]:
-        """Every fit."""
+        """All fits of the simulation."""
         return [
             Task(self, variant, rival, fold)
             for variant, setting in self.blocks
@@ -113,7 +127,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Task:
-    """One fit: a model in its setting, on a variant's training rows of one fold."""
+    """A fit: a model in its setting, on the training rows of a variant's fold."""
 
     plan: Plan
     variant: str
@@ -121,7 +135,7 @@ class Task:
     fold: int
 
     def run(self) -> tuple[dict[str, str | float], np.ndarray | None]:
-        """The fit's row of the results, and the surface to draw, if this is a fit to draw."""
+        """The fit's row in the results, and its surface if the figure shows this fit."""
         data, truth = self.plan.data(self.variant)
         train, test = list(data.folds(self.plan.folds, seed=self.plan.seed))[self.fold]
         trained, score = train_and_score(
@@ -138,6 +152,71 @@ class Task:
         return record, surface(trained, levels, _extent(truth), SURFACE)
 
 
+def rivals(setting: Setting) -> tuple[Rival, ...]:
+    """The six models of the paper's simulation, in its order."""
+    return contenders(setting, list(PAPER_ACCURACY))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of a fit on its test rows.
+
+    Attributes
+    ----------
+    accuracy : float
+        Share of test rows whose class has the higher predicted probability.
+    randomised : float
+        The same share after the test rows were moved to random clusters.
+    use : mapping of str to float
+        |d f / d x_j| of the fixed effects f at the mean input, per standard deviation of the
+        feature.
+    seconds : float
+        Duration of the fit.
+    steps : int
+        Steps taken.
+    """
+
+    accuracy: float
+    randomised: float
+    use: Mapping[str, float]
+    seconds: float
+    steps: int
+
+
+def train_and_score(
+    rival: Rival, train: ClusteredData, test: ClusteredData, seed: int
+) -> tuple[Trained, Score]:
+    """Train a model on the training rows and score it on the test rows."""
+    factor = rival.setting.factor
+    start = time.perf_counter()
+    trained = rival.train(train, None, seed)
+    seconds = time.perf_counter() - start
+    moved = shuffled(test, factor, train.grouping(factor).levels, seed)
+    score = Score(
+        accuracy=_accuracy(trained, test),
+        randomised=_accuracy(trained, moved),
+        use=feature_use(trained, train.feature_names),
+        seconds=seconds,
+        steps=trained.steps,
+    )
+    return trained, score
+
+
+def surface(
+    trained: Trained, levels: pd.Index, extent: float, size: int
+) -> Float[np.ndarray, "clusters size size"]:
+    """P(class 1) on a square grid of (x1, x2) from -extent to extent, in each cluster."""
+    line = np.linspace(-extent, extent, size)
+    grid = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+    rows = ClusteredData.from_arrays(
+        np.tile(grid, (len(levels), 1)),
+        None,
+        {"site": np.repeat(levels.to_numpy(), len(grid))},
+        feature_names=["x1", "x2"],
+    )
+    return trained.predict(rows).reshape(len(levels), size, size)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the simulation, print its tables and write them with the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -146,45 +225,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and fits (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("results/spirals"), help="folder")
-    chosen = parser.parse_args(argv)
-    if chosen.smoke:
+    options = parser.parse_args(argv)
+    out: Path = options.out
+    if options.smoke:
         blocks = ((PLAIN, SMOKE), (CONFOUNDED, SMOKE))
-        plan = Plan(4, 150, chosen.folds or 2, chosen.seed, blocks)
+        plan = Plan(4, 150, options.folds or 2, options.seed, blocks)
     else:
-        plan = Plan(10, 1000, chosen.folds or 10, chosen.seed, BLOCKS)
-    chosen.out.mkdir(parents=True, exist_ok=True)
+        plan = Plan(10, 1000, options.folds or 10, options.seed, BLOCKS)
+    out.mkdir(parents=True, exist_ok=True)
     console, tasks = Console(), plan.tasks()
     records: dict[int, dict[str, str | float]] = {}
     surfaces: dict[str, dict[str, np.ndarray]] = {}
-    results = _results(tasks, chosen.jobs)
+    results = _results(tasks, options.jobs)
     for place, record, drawing in track(results, "fits", total=len(tasks), console=console):
         records[place] = record
-        # Written at once, so that an interrupted run leaves what it has.
-        _in_order(records).to_csv(chosen.out / "fits.csv", index=False)
+        # Written after each fit, so that an interrupted run leaves its results.
+        _in_order(records).to_csv(out / "fits.csv", index=False)
         if drawing is not None:
             task = tasks[place]
             surfaces.setdefault(task.rival.setting.name, {})[task.rival.name] = drawing
     fits = _in_order(records)
     accuracy, use = accuracy_table(fits, plan), use_table(fits)
-    accuracy.to_csv(chosen.out / "accuracy.csv", index=False)
-    use.to_csv(chosen.out / "feature_use.csv", index=False)
+    accuracy.to_csv(out / "accuracy.csv", index=False)
+    use.to_csv(out / "feature_use.csv", index=False)
     settings = asdict(plan) | {
-        "variants": {name: dict(options) for name, options in VARIANTS.items()},
+        "variants": {name: dict(variant) for name, variant in VARIANTS.items()},
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    (chosen.out / "settings.json").write_text(json.dumps(settings, indent=2))
+    (out / "settings.json").write_text(json.dumps(settings, indent=2))
     for variant, setting in plan.blocks:
         if variant == PLAIN:
             figure = draw(surfaces[setting.name], plan, setting)
-            figure.savefig(chosen.out / f"boundaries_{setting.name}.png", dpi=150)
+            figure.savefig(out / f"boundaries_{setting.name}.png", dpi=150)
             plt.close(figure)
     _show(accuracy, use, plan, console)
-    console.print(f"Tables and figure are in {chosen.out}")
+    console.print(f"Tables and figure are in {out}")
 
 
 def draw(surfaces: Mapping[str, np.ndarray], plan: Plan, setting: Setting) -> Figure:
-    """Decision boundaries of three models in clusters from the smallest spirals to the largest."""
+    """Decision boundaries of three models, in clusters from the smallest spirals to the largest."""
     data, truth = plan.data(PLAIN)
     _, test = next(iter(data.folds(plan.folds, seed=plan.seed)))
     count = min(5, plan.n_clusters)
@@ -204,8 +284,7 @@ def draw(surfaces: Mapping[str, np.ndarray], plan: Plan, setting: Setting) -> Fi
             chance = surfaces[name][cluster]
             inside = test.grouping("site").labels() == cluster
             x, label = test.features[inside].numpy(), outcomes(test)[inside]
-            line = np.linspace(-extent, extent, SURFACE)
-            image = draw_panel(axis, chance, (line, line), (x, label))
+            image = _panel(axis, chance, extent, x, label)
             axis.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal")
         row[0].set_ylabel(name, fontsize=11)
     for axis, cluster in zip(axes[0], shown, strict=True):
@@ -218,22 +297,41 @@ def draw(surfaces: Mapping[str, np.ndarray], plan: Plan, setting: Setting) -> Fi
     return figure
 
 
+def _panel(
+    axis: Axes, chance: np.ndarray, extent: float, x: np.ndarray, label: np.ndarray
+) -> AxesImage:
+    """P(class 1) as colours, its boundary as a line, and rows as points coloured by class."""
+    image = axis.imshow(
+        chance, extent=(-extent, extent, -extent, extent), origin="lower", aspect="auto",
+        alpha=0.55, cmap="RdBu_r", vmin=0.0, vmax=1.0,
+    )  # fmt: skip
+    line = np.linspace(-extent, extent, len(chance))
+    if chance.min() < 0.5 < chance.max():
+        axis.contour(line, line, chance, levels=[0.5], colors="black", linewidths=1.2)
+    colours = np.where(label > 0.5, "#b2182b", "#2166ac")
+    axis.scatter(x[:, 0], x[:, 1], s=7, c=colours, edgecolors="white", linewidths=0.25)
+    axis.set(xlim=(-extent, extent), ylim=(-extent, extent))
+    axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axis.tick_params(length=0, labelsize=8)
+    return image
+
+
 def _show(accuracy: pd.DataFrame, use: pd.DataFrame, plan: Plan, console: Console) -> None:
     """Print both tables."""
     for variant in VARIANTS:
         block = accuracy[accuracy.variant == variant]
         table = Table(title=f"Accuracy in {plan.folds}-fold cross-validation: {variant}")
         table.add_column("model")
-        for one, setting in plan.blocks:
-            if one == variant:
+        for shown, setting in plan.blocks:
+            if shown == variant:
                 table.add_column(setting.title, justify="right", max_width=15)
                 table.add_column("gain", justify="right")
         if variant == PLAIN:
             table.add_column("paper", justify="right")
         for model, rows in block.groupby("model", sort=False):
             cells = [str(model)]
-            for one in rows.itertuples():
-                cells += [_with_error(one.accuracy, one.se), _with_error(one.gain, one.gain_se)]
+            for row in rows.itertuples():
+                cells += [_with_error(row.accuracy, row.se), _with_error(row.gain, row.gain_se)]
             if variant == PLAIN:
                 cells.append(_with_error(rows.paper.iloc[0], np.nan))
             table.add_row(*cells)
@@ -244,10 +342,10 @@ def _show(accuracy: pd.DataFrame, use: pd.DataFrame, plan: Plan, console: Consol
         table.add_column(column)
     table.add_column("probe share", justify="right")
     table.add_column("x1, x2 first", justify="right")
-    for one in use.to_dict("records"):
-        cells = [f"{one[name]:.2f}" for name in names]
-        cells.append(_with_error(one["probe_share"], one["probe_share_se"]))
-        table.add_row(one["model"], one["setting"], *cells, f"{one['true_first']:.0%}")
+    for row in use.to_dict("records"):
+        cells = [f"{row[name]:.2f}" for name in names]
+        cells.append(_with_error(row["probe_share"], row["probe_share_se"]))
+        table.add_row(row["model"], row["setting"], *cells, f"{row['true_first']:.0%}")
     console.print(table)
     console.print(NOTES, soft_wrap=True)
 
@@ -263,14 +361,14 @@ def _with_error(value: float, error: float) -> str:
 
 
 def _extent(truth: SpiralsTruth) -> float:
-    """Half the side of a square that holds every cluster's spirals."""
+    """Half the side of a square that holds the spirals of all clusters."""
     return float(1.1 * np.abs(truth.radius).max())
 
 
 def _results(
     tasks: Sequence[Task], jobs: int
 ) -> Iterator[tuple[int, dict[str, str | float], np.ndarray | None]]:
-    """Every task's place and result, in the order in which they end."""
+    """Place and result of each task, in the order in which they end."""
     if jobs == 1:
         yield from ((place, *task.run()) for place, task in enumerate(tasks))
         return
@@ -289,7 +387,7 @@ def accuracy_table(fits: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Columns variant, setting, model, accuracy, se, gain, gain_se (of the folds' differences),
-        paper. The last two models of each block are the best that any could do.
+        paper. Each block ends with two rows for the best possible rule.
     """
     randomised = fits[fits.model == "ARMED"].assign(
         model=RANDOMISED, accuracy=lambda frame: frame.randomised
@@ -324,14 +422,14 @@ def accuracy_table(fits: pd.DataFrame, plan: Plan) -> pd.DataFrame:
 
 
 def use_table(fits: pd.DataFrame) -> pd.DataFrame:
-    """Mean use of each feature in the confounded variant, and how much of it goes to the probes.
+    """Mean use of each feature in the confounded variant, and the probes' share in it.
 
     Returns
     -------
     pandas.DataFrame
         Columns setting, model, use_x1, use_x2, use_probe1, use_probe2; probe_share, the probes'
-        share of the four, with its standard error probe_share_se; true_first, the share of folds
-        in which both true features come before both probes.
+        share in the use of all four, and its standard error probe_share_se; true_first, the share
+        of folds in which both true features are used more than both probes.
     """
     probed = fits[fits.variant == CONFOUNDED]
     use = probed.filter(like="use_")
@@ -344,6 +442,10 @@ def use_table(fits: pd.DataFrame) -> pd.DataFrame:
     means = blocks.mean().assign(probe_share_se=blocks.probe_share.sem()).reset_index()
     order = list(PAPER_ACCURACY)
     return means.sort_values("model", key=lambda names: names.map(order.index), kind="stable")
+
+
+def _accuracy(trained: Trained, test: ClusteredData) -> float:
+    return float(((trained.predict(test) > 0.5) == outcomes(test)).mean())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The networks that models are compared around, and the layers that models attach to."""
+"""Networks that models are compared around, and the layers that models attach to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import nn
 from armed_pyro import FilterScaleBias, Reconstruction
 from armed_pyro.models.autoencoder import AutoencoderClassifier
 from armed_pyro.models.convolutional import convolutional
-from armed_pyro.random_effects.terms import Term
 
 __all__ = ["Architecture", "Autoencoder", "Convolution", "Decoder", "Dense"]
 
@@ -39,16 +38,16 @@ class Decoder:
     filters: tuple[str, ...] = ()
 
     def outcome(self, feature_shape: Sequence[int]) -> Reconstruction:
-        """The features as a second outcome, which counts as much as one label."""
+        """The features as a second outcome that weighs as much as the label."""
         return Reconstruction(self.at, weight=1 / math.prod(feature_shape))
 
-    def terms(self, factor: str) -> tuple[Term, ...]:
-        """The random effects on the filters."""
+    def terms(self, factor: str) -> tuple[FilterScaleBias, ...]:
+        """Random effects on the filters."""
         return tuple(FilterScaleBias(factor, at=path) for path in self.filters)
 
 
 class Architecture(ABC):
-    """A network to be built for features of any shape, and the layers that models attach to."""
+    """A recipe for a network, for features of any shape, and the layers that models attach to."""
 
     @property
     @abstractmethod
@@ -63,16 +62,16 @@ class Architecture(ABC):
     @property
     @abstractmethod
     def decoder(self) -> Decoder | None:
-        """What rebuilds the features; None if nothing does."""
+        """The part that rebuilds the features; None if there is none."""
 
     @abstractmethod
     def build(self, feature_shape: Sequence[int]) -> nn.Module:
-        """The network for one row's features of this shape; weights from torch's generator."""
+        """The network for features of this shape per row; weights come from torch's generator."""
 
 
 @dataclass(frozen=True)
 class Dense(Architecture):
-    """Hidden layers of ELU units and one output, with Glorot's weights and no biases at first.
+    """Hidden layers of ELU units and one output; Glorot's first weights, first biases of zero.
 
     Attributes
     ----------
@@ -113,12 +112,12 @@ class Dense(Architecture):
 
 @dataclass(frozen=True)
 class Convolution(Architecture):
-    """The paper's convolutional network; see `convolutional`.
+    """The paper's convolutional network; see `armed_pyro.models.convolutional`.
 
     Attributes
     ----------
     widths : tuple of int
-        Filters of every block.
+        Filters of each block.
     units : int
         Width of the dense layer.
 
@@ -149,7 +148,7 @@ class Convolution(Architecture):
 
 @dataclass(frozen=True)
 class Autoencoder(Architecture):
-    """The paper's autoencoder-classifier; see `AutoencoderClassifier`.
+    """The paper's autoencoder-classifier; see `armed_pyro.models.autoencoder`.
 
     Attributes
     ----------
@@ -180,7 +179,7 @@ class Autoencoder(Architecture):
 
     @property
     def decoder(self) -> Decoder:
-        # Every convolution but the last, which makes the image, is normalised.
+        # The last convolution makes the image and has no normalisation.
         return Decoder("decoder", tuple(f"decoder.norm{k}" for k in range(1, len(self.widths))))
 
     def build(self, feature_shape: Sequence[int]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Models compared on the same folds: records of every fit, and the tables made of them."""
+"""Models compared on the same folds: the record of every fit, and tables and claims from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pandas as pd
 
 from armed_pyro import ClusteredData, DivergenceError
 from armed_pyro.analysis.rivals.contenders import NAMES
-from armed_pyro.analysis.rivals.rebuilt import IMAGE_METRICS, image_metrics
 from armed_pyro.analysis.rivals.rival import (
     Rival,
     Setting,
@@ -22,16 +21,19 @@ from armed_pyro.analysis.rivals.rival import (
     shuffled,
 )
 from armed_pyro.analysis.rivals.scores import (
+    IMAGE_METRICS,
     METRICS,
     Estimate,
     binary_metrics,
     bounded,
     delong,
+    image_metrics,
     resampled,
     youden_threshold,
 )
 
 __all__ = [
+    "MARGIN",
     "RANDOMISED",
     "SEEN",
     "UNSEEN",
@@ -39,6 +41,8 @@ __all__ = [
     "Fold",
     "Study",
     "ablations",
+    "auroc_claims",
+    "claim",
     "compare",
     "joined",
     "row_folds",
@@ -47,15 +51,23 @@ __all__ = [
 
 SEEN, UNSEEN, RANDOMISED = "seen", "unseen", "seen, clusters randomised"
 LIMITS = {**METRICS, **IMAGE_METRICS}
-# With an adversary, and the same model without.
+# Models with an adversary, each beside the same model without it.
 GAMES = (("ARMED", "without adversary"), ("domain adversarial", "conventional"))
+# A difference in AUROC that is too small to matter.
+MARGIN = 0.01
+# Claims about ARMED's AUROC: rows, wording, other model, limit of the difference.
+CLAIMS = (
+    (SEEN, "ahead of", "conventional", 0.0),
+    (SEEN, "ahead of", "domain adversarial", 0.0),
+    (UNSEEN, "not behind", "conventional", -MARGIN),
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Rows of one fold: to train on, to stop and tune by, to test in seen and unseen clusters.
+    """Rows of a fold: for training, for stopping and tuning, for tests in seen and unseen clusters.
 
-    `data` is the label of the fold's data set, where each fold is one drawn apart.
+    `data` is the label of the fold's data set, if each fold is a data set drawn independently.
     """
 
     number: int
@@ -76,9 +88,9 @@ class Study:
     setting : Setting
         Network and training that all models share.
     folds : callable
-        Number of folds and seed to the folds.
+        Takes the number of folds and a seed, and gives the folds.
     models : tuple of str
-        Those that take such data.
+        Models that can take such data.
 
     Examples
     --------
@@ -107,12 +119,12 @@ class Comparison:
     Attributes
     ----------
     scores : pandas.DataFrame
-        One row a data set, fold, model and kind of rows: `METRICS`, of models that rebuild
-        images `IMAGE_METRICS`, ratio (test rows over training rows), threshold, seconds.
+        One row per data set, fold, model and kind of rows: `METRICS`; `IMAGE_METRICS` of models
+        that rebuild images; ratio (test rows over training rows), threshold, seconds and steps.
     predictions : pandas.DataFrame
-        One row a test row of each: row, cluster, y, p.
+        One row per test row of each of them: row, cluster, y, p.
     use : pandas.DataFrame
-        |gradient at the mean| of every feature, one row a data set, fold and model.
+        |gradient at the mean| of every feature; one row per data set, fold and model.
     """
 
     scores: pd.DataFrame
@@ -122,34 +134,34 @@ class Comparison:
     def table(self, reference: str = "conventional") -> pd.DataFrame:
         """Means with 95% intervals, and gains over a reference model, paired by fold.
 
-        The unit is a fold, with Nadeau and Bengio's correction for shared training rows, or, where
-        there are several data sets, a data set's mean over folds. Intervals of means stay within
-        the metric's limits (`bounded`); those of gains are plain t intervals.
+        The unit is a fold, with Nadeau and Bengio's correction for shared training rows. With
+        several data sets, the unit is the mean of a data set over its folds. Intervals of means
+        stay within the metric's limits (`bounded`); those of gains are plain t intervals.
 
         Parameters
         ----------
         reference : str
-            Model that gains are over.
+            The model over which gains are taken.
 
         Returns
         -------
         pandas.DataFrame
-            Columns rows, metric, model, mean, lower, upper, gain, gain_lower, gain_upper, gain_p;
-            and adversary, the verdict (see `ablations`) on the adversary of a model that has one.
-            Of randomised clusters the gain is over the same model with the right ones.
+            Columns rows, metric, model, mean, lower, upper, gain, gain_lower, gain_upper, gain_p,
+            adversary. The last is the verdict (see `ablations`) on the adversary of a model that
+            has one. For randomised clusters, the gain is over the same model with the right ones.
         """
         records = []
         for kind in self.scores["rows"].unique():
             for metric in self.metrics:
                 units, ratio = self._units(kind, metric)
-                # Against the same model with the clusters known, where they are randomised.
+                # Randomised clusters are set against the same model with the right ones.
                 known = self._units(SEEN, metric)[0] if kind == RANDOMISED else None
                 for model in units:
                     other = units.get(reference) if known is None else known[model]
                     values = units[model].to_numpy()
                     row = {"rows": kind, "metric": metric, "model": model}
                     row |= _columns(bounded(values, ratio, LIMITS[metric]), "")
-                    # Without the reference there is nothing to gain over.
+                    # Without the reference model there are no gains.
                     gains = values * np.nan if other is None else values - other.to_numpy()
                     gain = resampled(gains, ratio)
                     row |= _columns(gain, "gain_") | {"gain_p": gain.p}
@@ -162,19 +174,19 @@ class Comparison:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Those that there are scores of."""
+        """The metrics that were scored."""
         return tuple(name for name in LIMITS if name in self.scores)
 
     def difference(self, model: str, other: str, kind: str, metric: str = "auroc") -> Estimate:
-        """One model's mean of a metric minus another's, paired by fold or data set."""
+        """Mean of a metric for the first model minus the second, paired by fold or data set."""
         units, ratio = self._units(kind, metric)
         return resampled((units[model] - units[other]).to_numpy(), ratio)
 
     def delong(self, reference: str = "conventional") -> pd.DataFrame:
-        """AUROCs over all test rows, with intervals and tests for rows dependent within clusters.
+        """AUROCs over all test rows, with intervals and tests that allow dependence in clusters.
 
-        Each seen row was predicted by the one fit that it was held out of, each unseen row by
-        every fold's, of which the mean is taken.
+        A row of a seen cluster is predicted by the fit that held it out. A row of an unseen cluster
+        is predicted by the fits of all folds, and the mean is taken.
 
         Returns
         -------
@@ -189,19 +201,19 @@ class Comparison:
             y = chance.index.get_level_values("y").to_numpy()
             if len(np.unique(y)) < 2:
                 continue
-            found = delong(y, chance.to_numpy().T, chance.index.get_level_values("cluster"))
+            aurocs = delong(y, chance.to_numpy().T, chance.index.get_level_values("cluster"))
             names = list(chance)
             for place, model in enumerate(names):
                 row = {"data": data, "rows": kind, "model": model}
-                row |= _columns(found.of(place), "")
+                row |= _columns(aurocs.of(place), "")
                 if reference in names and kind != RANDOMISED:
-                    gain = found.difference(place, names.index(reference))
+                    gain = aurocs.difference(place, names.index(reference))
                     row |= _columns(gain, "gain_") | {"gain_p": gain.p}
                 records.append(row)
         return pd.DataFrame(records).rename(columns={"gain_mean": "gain", "mean": "auroc"})
 
     def _units(self, kind: str, metric: str) -> tuple[pd.DataFrame, float]:
-        """A metric by fold or data set, one column a model; and the correction's ratio."""
+        """A metric by fold or data set, with one column per model; and the correction's ratio."""
         block = self.scores[self.scores["rows"] == kind]
         several = len(block["data"].unique()) > 1
         index = ["data"] if several else ["data", "fold"]
@@ -214,16 +226,16 @@ def compare(
 ) -> Iterator[tuple[Rival, Fold, Trained, Comparison]]:
     """Train every model on every fold, and score each as soon as it is trained.
 
-    A model that diverges leaves no scores, and a warning.
+    A model that diverges leaves a warning and no scores.
 
     Parameters
     ----------
     folds : iterator of Fold
     rivals : sequence of Rival
     data : str or int
-        Label of the data set, unless the folds have their own.
+        Label of the data set, unless the folds carry labels.
     seed : int
-        Seed of networks and training; the fold's number is added.
+        Seed of networks and training, to which the fold's number is added.
     """
     for fold in folds:
         for rival in rivals:
@@ -240,7 +252,7 @@ def compare(
 
 
 def joined(parts: Sequence[Comparison]) -> Comparison:
-    """Comparisons as one.
+    """Several comparisons as one.
 
     Examples
     --------
@@ -252,48 +264,93 @@ def joined(parts: Sequence[Comparison]) -> Comparison:
     )
 
 
-def ablations(found: Comparison) -> pd.DataFrame:
-    """Does the adversary help, and do the clusters: the paired differences that say so.
+def ablations(comparison: Comparison) -> pd.DataFrame:
+    """Paired differences in AUROC that show whether the adversary and the clusters help.
 
-    Verdicts are "helps" or "harms" where the 95% interval of the difference in AUROC excludes
-    zero, otherwise "no evidence".
+    The verdict is "helps" or "harms" if the 95% interval of the difference excludes zero, and
+    "no evidence" otherwise.
 
     Returns
     -------
     pandas.DataFrame
         Columns ablation, rows, difference, lower, upper, p, verdict.
     """
-    models, records = set(found.scores["model"]), []
+    models, records = set(comparison.scores["model"]), []
     pairs = [("adversary: " + a, a, b) for a, b in GAMES if {a, b} <= models]
     if {"ARMED", "conventional"} <= models:
         pairs.append(("ARMED over conventional", "ARMED", "conventional"))
     for name, model, other in pairs:
         for kind in (SEEN, UNSEEN):
-            if kind in set(found.scores["rows"]):
-                records.append(_judged(name, kind, found.difference(model, other, kind)))
-    table = found.table()
+            if kind in set(comparison.scores["rows"]):
+                records.append(_judged(name, kind, comparison.difference(model, other, kind)))
+    table = comparison.table()
     randomised = table[(table["rows"] == RANDOMISED) & (table["metric"] == "auroc")]
     for row in randomised.itertuples():
-        # The other way round: what knowing the right cluster brings.
+        # The loss by randomising is the gain by knowing the right cluster.
         known = Estimate(-row.gain, -row.gain_upper, -row.gain_lower, row.gain_p)
         records.append(_judged(f"right clusters: {row.model}", SEEN, known))
     return pd.DataFrame(records)
 
 
-def verdict(one: Estimate) -> str:
-    """What a difference says of the better being higher.
+def verdict(difference: Estimate) -> str:
+    """Verdict on a difference that is positive if something helps.
 
     Examples
     --------
     >>> verdict(Estimate(0.02, -0.01, 0.05, 0.2))
     'no evidence'
     """
-    return "helps" if one.lower > 0 else "harms" if one.upper < 0 else "no evidence"
+    return "helps" if difference.lower > 0 else "harms" if difference.upper < 0 else "no evidence"
 
 
-def _judged(name: str, kind: str, one: Estimate) -> dict[str, str | float]:
-    row = {"ablation": name, "rows": kind, "difference": one.mean}
-    return row | {"lower": one.lower, "upper": one.upper, "p": one.p, "verdict": verdict(one)}
+def auroc_claims(comparison: Comparison) -> pd.DataFrame:
+    """Claims that ARMED's AUROC is ahead in seen clusters, and not behind in unseen ones.
+
+    Ahead means that the 95% interval of the paired difference lies above 0; not behind, that it
+    lies above `-MARGIN`. See `claim` for the verdicts.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns claim, mean, lower, upper, holds; no row for a claim whose model is missing.
+
+    Examples
+    --------
+    ``auroc_claims(joined(parts))``
+    """
+    models, kinds = set(comparison.scores["model"]), set(comparison.scores["rows"])
+    records = [
+        claim(
+            f"AUROC, {kind} clusters: ARMED {word} {other}",
+            comparison.difference("ARMED", other, kind),
+            limit,
+        )
+        for kind, word, other, limit in CLAIMS
+        if {"ARMED", other} <= models and kind in kinds
+    ]
+    return pd.DataFrame(records, columns=["claim", "mean", "lower", "upper", "holds"])
+
+
+def claim(name: str, estimate: Estimate, limit: float) -> dict[str, str | float]:
+    """A claim that a quantity is above a limit, judged by its 95% interval.
+
+    The claim holds if the interval lies above the limit, does not hold if it lies below, and is not
+    shown otherwise.
+
+    Examples
+    --------
+    >>> claim("more than half", Estimate(0.7, 0.6, 0.8, 0.0), 0.5)["holds"]
+    'holds'
+    """
+    below = "does not hold" if estimate.upper < limit else "not shown"
+    holds = "holds" if estimate.lower > limit else below
+    return {"claim": name} | _columns(estimate, "") | {"holds": holds}
+
+
+def _judged(name: str, kind: str, difference: Estimate) -> dict[str, str | float]:
+    row = {"ablation": name, "rows": kind, "difference": difference.mean}
+    interval = {"lower": difference.lower, "upper": difference.upper, "p": difference.p}
+    return row | interval | {"verdict": verdict(difference)}
 
 
 def _scored(
@@ -324,5 +381,5 @@ def _scored(
     return Comparison(pd.DataFrame(scores), pd.concat(predictions), pd.DataFrame([base | use]))
 
 
-def _columns(one: Estimate, prefix: str) -> dict[str, float]:
-    return {f"{prefix}mean": one.mean, f"{prefix}lower": one.lower, f"{prefix}upper": one.upper}
+def _columns(estimate: Estimate, prefix: str) -> dict[str, float]:
+    return {f"{prefix}{name}": getattr(estimate, name) for name in ("mean", "lower", "upper")}

@@ -1,4 +1,4 @@
-"""The linear mixed model with a random intercept, by statsmodels."""
+"""The linear mixed model with a random intercept, fitted by statsmodels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from armed_pyro import ClusteredData
+from armed_pyro.analysis.rivals.descent import Scaling
 from armed_pyro.analysis.rivals.rival import Rival, Setting, Trained, outcomes
-from armed_pyro.families.registry import family_named
-from armed_pyro.program.data_spec import Facts
 
 __all__ = ["LinearMixed"]
 
@@ -27,17 +26,18 @@ class LinearMixed(Rival):
 
     .. math:: \eta_i = \beta_0 + x_i^\top \beta + b_{k(i)}, \quad b_k \sim N(0, \sigma_b^2)
 
-    by statsmodels: MixedLM (REML) of a gaussian outcome, BinomialBayesMixedGLM of a binary one
+    A gaussian outcome is fitted by MixedLM (REML), a binary one by BinomialBayesMixedGLM
     (variational Bayes with :math:`\beta_j \sim N(0, prior\_sd^2)` and :math:`\log \sigma_b \sim
-    N(0, 0.5^2)`). There is nothing to stop early, so validation rows are trained on, too.
+    N(0, 0.5^2)`). Neither stops early, so the validation rows are training rows too.
 
-    Seen clusters are predicted with their intercept's estimated posterior mean, unseen ones with
-    zero, its population mean.
+    Seen clusters are predicted with the estimated posterior mean of their intercept, unseen ones
+    with zero, the population mean.
 
     Attributes
     ----------
     prior_sd : float
-        Of the coefficients of a binary outcome: small data with many features need some.
+        Prior sd of a binary outcome's coefficients. Without such a prior, small data with many
+        features separate the classes and the estimates diverge.
 
     Examples
     --------
@@ -57,9 +57,9 @@ class LinearMixed(Rival):
         rows = data if validation is None else _joined(data, validation)
         if len(rows.features.shape) != 2:
             raise ValueError("the linear mixed model takes tabular features, not images")
-        facts = Facts.of(rows, family_named(setting.family), (setting.factor,))
+        scaling = Scaling.of(rows)
         levels, codes = rows.grouping(setting.factor).levels, rows.grouping(setting.factor).codes
-        X = _design(facts, rows)
+        X = _design(scaling, rows)
         if setting.family == "bernoulli":
             beta, effects = self._logistic(outcomes(rows), X, codes.numpy(), len(levels))
         elif setting.family == "gaussian":
@@ -81,10 +81,10 @@ class LinearMixed(Rival):
 
         def predict(new: ClusteredData) -> Float[np.ndarray, " rows"]:
             shift = known.reindex(new.grouping(setting.factor).labels()).fillna(0.0).to_numpy()
-            eta = _design(facts, new) @ beta + shift
+            eta = _design(scaling, new) @ beta + shift
             return 1 / (1 + np.exp(-eta)) if setting.family == "bernoulli" else eta
 
-        return Trained(predict, net, rows, facts, 0)
+        return Trained(predict, net, rows, scaling.standardise, 0)
 
     def _logistic(
         self, y: np.ndarray, X: np.ndarray, codes: np.ndarray, n_clusters: int
@@ -93,26 +93,26 @@ class LinearMixed(Rival):
         Z = np.eye(n_clusters)[codes]
         ident = np.zeros(n_clusters, dtype=int)
         model = BinomialBayesMixedGLM(y, X, Z, ident, vcp_p=0.5, fe_p=self.prior_sd)
-        # From zero, where statsmodels would start at random.
+        # statsmodels would start at random; zero makes the fit reproducible.
         size = X.shape[1] + 1 + n_clusters
         result = model.fit_vb(mean=np.zeros(size), sd=np.full(size, 0.5))
         return np.asarray(result.fe_mean), np.asarray(result.vc_mean)
 
 
-def _joined(one: ClusteredData, other: ClusteredData) -> ClusteredData:
+def _joined(first: ClusteredData, second: ClusteredData) -> ClusteredData:
     """The rows of both, with their grouping factors."""
     return ClusteredData.from_arrays(
-        torch.cat([one.features, other.features]),
-        np.concatenate([outcomes(one), outcomes(other)]),
+        torch.cat([first.features, second.features]),
+        np.concatenate([outcomes(first), outcomes(second)]),
         {
-            name: np.concatenate([grouping.labels(), other.grouping(name).labels()])
-            for name, grouping in one.groupings.items()
+            name: np.concatenate([grouping.labels(), second.grouping(name).labels()])
+            for name, grouping in first.groupings.items()
         },
-        feature_names=one.feature_names or None,
-        outcome_name=one.outcome_name,
+        feature_names=first.feature_names or None,
+        outcome_name=first.outcome_name,
     )
 
 
-def _design(facts: Facts, data: ClusteredData) -> Float[np.ndarray, "rows columns"]:
-    x = facts.standardise(data.features).numpy()
+def _design(scaling: Scaling, data: ClusteredData) -> Float[np.ndarray, "rows columns"]:
+    x = scaling.standardise(data.features).numpy()
     return np.column_stack([np.ones(len(x)), x])

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from armed_pyro import ClusteredData
-from armed_pyro.analysis.rivals.descent import FixedPredictor, descend
+from armed_pyro.analysis.rivals.descent import FixedPredictor, Rows, descend
 from armed_pyro.analysis.rivals.rival import Rival, Setting, Trained
-from armed_pyro.rows.batch import Rows
 
 __all__ = ["LMMNN", "InterceptPosterior", "intercepts", "log_marginal"]
 
@@ -25,19 +24,19 @@ NEWTON_STEPS = 8
 
 @dataclass(frozen=True)
 class LMMNN(Rival):
-    r"""Network trained on the negative log-likelihood with the random intercept integrated out.
+    r"""A network trained on the negative log-likelihood with the random intercept integrated out.
 
     .. math:: \eta_i = f(x_i) + b_{k(i)}, \quad b_k \sim N(0, \sigma_b^2), \quad
               -\log p(y) = -\sum_k \log \int \prod_{i \in k} p(y_i | \eta_i) \, p(b_k) \, db_k
 
-    in closed form for a gaussian outcome (the multivariate normal with covariance
-    :math:`\sigma_b^2 Z Z^\top + \sigma^2 I`), by adaptive Gauss-Hermite quadrature over each
-    cluster's intercept for a binary one. As in the paper, a mini-batch's loss is the likelihood of
-    its own rows, with their part of the covariance matrix.
+    The integral has a closed form for a gaussian outcome (the multivariate normal with covariance
+    :math:`\sigma_b^2 Z Z^\top + \sigma^2 I`). For a binary outcome it is computed by adaptive
+    Gauss-Hermite quadrature over each cluster's intercept. As in the paper, a mini-batch's loss
+    is the likelihood of its rows alone, with their part of the covariance matrix.
 
     Rows of seen clusters are predicted with the posterior of their intercept given all training
-    rows: its mean (the BLUP) for gaussian outcomes, P(y = 1) averaged over it for binary ones. In
-    unseen clusters the intercept's prior takes the posterior's place.
+    rows: with its mean (the BLUP) for gaussian outcomes, and with P(y = 1) averaged over it for
+    binary ones. In unseen clusters the prior of the intercept takes the place of the posterior.
 
     References
     ----------
@@ -58,12 +57,11 @@ class LMMNN(Rival):
 
     def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
         module = _Marginal(FixedPredictor(self.setting, data, seed))
-        source = module.predictor.encode(data)
-        rows = source.all()
-        held = None if validation is None else module.predictor.encode(validation).all()
+        rows = module.predictor.encode(data)
+        held = None if validation is None else module.predictor.encode(validation)
         steps = descend(
             module,
-            source,
+            rows,
             module.loss,
             self.setting.schedule,
             seed,
@@ -73,14 +71,15 @@ class LMMNN(Rival):
 
         def predict(new: ClusteredData) -> Float[np.ndarray, " rows"]:
             with torch.no_grad():
-                return module.expected(module.predictor.encode(new).all(), rows).numpy()
+                return module.expected(module.predictor.encode(new), rows).numpy()
 
-        return Trained(predict, module.predictor.net, data, module.predictor.facts, steps)
+        standardise = module.predictor.scaling.standardise
+        return Trained(predict, module.predictor.net, data, standardise, steps)
 
 
 @dataclass(frozen=True)
 class InterceptPosterior:
-    """Mode (of a gaussian outcome also mean) and sd of every cluster's intercept, given its rows.
+    """Mode and sd of each cluster's intercept given its rows; the mode of a gaussian is its mean.
 
     Attributes
     ----------
@@ -99,27 +98,26 @@ def intercepts(
     sd: Tensor,
     residual: Tensor | None,
 ) -> InterceptPosterior:
-    r"""The posterior of b_k given the cluster's rows, by Newton's method where y is binary.
+    r"""Posterior of b_k given the cluster's rows, found by Newton's method if y is binary.
 
     .. math:: \hat b_k = \arg\max_b \sum_{i \in k} \log p(y_i | \eta_i + b) - b^2 / 2 \sigma_b^2
 
     Parameters
     ----------
     eta, y : Float[Tensor, "rows"]
-        FixedPredictor of the fixed effects, and outcome.
+        Predictor of the fixed effects, and outcome.
     codes : Int[Tensor, "rows"]
         Cluster of each row.
     n_clusters : int
     sd : Float[Tensor, ""]
         :math:`\sigma_b`.
     residual : Float[Tensor, ""] or None
-        Residual sd of a gaussian outcome; None for a binary one.
+        Residual sd of a gaussian outcome; None for a binary outcome.
 
     Examples
     --------
-    >>> y = torch.tensor([1.0, 1.0, 4.0])
-    >>> one = torch.tensor(1.0)
-    >>> intercepts(torch.zeros(3), y, torch.tensor([0, 0, 1]), 2, one, one).center
+    >>> y, unit = torch.tensor([1.0, 1.0, 4.0]), torch.tensor(1.0)
+    >>> intercepts(torch.zeros(3), y, torch.tensor([0, 0, 1]), 2, unit, unit).center
     tensor([0.6667, 2.0000])
     """
     b, curvature = eta.new_zeros(n_clusters), eta.new_zeros(n_clusters)
@@ -150,23 +148,22 @@ def log_marginal(
 ) -> Float[Tensor, ""]:
     r"""log p(y) with the random intercepts integrated out.
 
-    Of a gaussian outcome, cluster by cluster, with residuals r and :math:`v = \sigma^2 + n
+    A gaussian outcome has, for each cluster, with residuals r and :math:`v = \sigma^2 + n
     \sigma_b^2`,
 
     .. math:: \log p(y_k) = -\tfrac12 \big[n \log 2 \pi + (n - 1) \log \sigma^2 + \log v +
               (r^\top r - (1^\top r)^2 \sigma_b^2 / v) / \sigma^2 \big]
 
-    and of a binary one, with quadrature nodes at the mode :math:`\hat b` plus the posterior sd s
+    A binary outcome has, with quadrature nodes at the mode :math:`\hat b` plus the posterior sd s
     times x,
 
     .. math:: \log p(y_k) = \log \sum_q w_q \, s \, e^{x_q^2 / 2}
               N(\hat b + s x_q; 0, \sigma_b^2) \prod_i p(y_i | \eta_i + \hat b + s x_q) \sqrt{2 \pi}
 
-    Parameters are those of `intercepts`.
+    The parameters are those of `intercepts`.
 
     Examples
     --------
-    >>> none = torch.zeros(2)
     >>> eta, codes, sd = torch.zeros(1), torch.tensor([0]), torch.tensor(1.0)
     >>> float(log_marginal(eta, torch.ones(1), codes, 1, sd, None).exp().round(decimals=4))
     0.5
@@ -186,7 +183,7 @@ def log_marginal(
         return -0.5 * logs.sum()
     with torch.no_grad():
         known = intercepts(eta, y, codes, n_clusters, sd, None)
-    nodes, weights = (torch.as_tensor(one).to(eta)[:, None] for one in hermegauss(NODES))
+    nodes, weights = (torch.as_tensor(part).to(eta)[:, None] for part in hermegauss(NODES))
     b = known.center + known.sd * nodes
     likelihood = total(logsigmoid((2 * y - 1) * (eta + b[:, codes])))
     prior = -0.5 * (b[:, present] / sd) ** 2 - sd.log()
@@ -204,34 +201,33 @@ class _Marginal(nn.Module):
         self.log_residual = nn.Parameter(torch.zeros(()), requires_grad=not predictor.binary)
 
     def sds(self) -> tuple[Tensor, Tensor | None]:
-        """Of the intercept, and of a gaussian outcome's residual."""
+        """Sd of the intercept, and of a gaussian outcome's residual."""
         return self.log_sd.exp(), None if self.predictor.binary else self.log_residual.exp()
 
     def loss(self, rows: Rows) -> Float[Tensor, ""]:
         """-log p(y) of a mini-batch, per row."""
         eta, _ = self.predictor(rows)
-        y, codes = self.predictor.target(rows), self.predictor.codes(rows)
-        return -log_marginal(eta, y, codes, self.predictor.n_clusters, *self.sds()) / len(rows)
+        y, n_clusters = self.predictor.target(rows), self.predictor.n_clusters
+        return -log_marginal(eta, y, rows.codes, n_clusters, *self.sds()) / len(rows)
 
     def expected(self, new: Rows, training: Rows) -> Float[Tensor, " rows"]:
         """E[y | x, cluster, training rows], on the outcome's scale."""
         predictor = self.predictor
         sd, residual = self.sds()
         eta, _ = predictor(training)
-        y, codes = predictor.target(training), predictor.codes(training)
-        known = intercepts(eta, y, codes, predictor.n_clusters, sd, residual)
-        place = predictor.codes(new).clamp(max=predictor.n_clusters)
-        center = torch.cat([known.center, known.center.new_zeros(1)])[place]
-        spread = torch.cat([known.sd, sd[None]])[place]
+        y = predictor.target(training)
+        known = intercepts(eta, y, training.codes, predictor.n_clusters, sd, residual)
+        center = torch.cat([known.center, known.center.new_zeros(1)])[new.codes]
+        spread = torch.cat([known.sd, sd[None]])[new.codes]
         eta = predictor(new)[0] + center
         if not predictor.binary:
             return torch.as_tensor(predictor.mean(eta))
-        nodes, weights = (torch.as_tensor(one).to(eta)[:, None] for one in hermegauss(NODES))
+        nodes, weights = (torch.as_tensor(part).to(eta)[:, None] for part in hermegauss(NODES))
         chance = torch.sigmoid(eta + spread * nodes)
         return (weights * chance).sum(0) / math.sqrt(2 * math.pi)
 
     def predictive_loss(self, held: Rows, training: Rows) -> Float[Tensor, ""]:
-        """Loss of held-out rows given the training rows' intercepts."""
+        """Loss of held-out rows given the intercepts' posterior from the training rows."""
         expected, y = self.expected(held, training), held.outcome()
         if not self.predictor.binary:
             return (y - expected).square().mean()

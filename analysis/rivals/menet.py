@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro import ClusteredData
-from armed_pyro.analysis.rivals.descent import FixedPredictor, descend
+from armed_pyro.analysis.rivals.descent import FixedPredictor, Rows, descend
 from armed_pyro.analysis.rivals.rival import Rival, Setting, Trained
-from armed_pyro.rows.batch import Rows
 
 __all__ = ["LastLayerEffects", "MeNet"]
 
@@ -25,19 +24,20 @@ class MeNet(Rival):
 
     .. math:: \eta_i = f(x_i) + (1, h_i)^\top u_{k(i)}, \quad u_k \sim N(0, \Sigma)
 
-    with h the penultimate layer's activations. E step, for each cluster with design
-    :math:`Z_k = (1, h)`, weights W and residuals r of its rows,
+    h are the penultimate layer's activations. The E step, for each cluster with design
+    :math:`Z_k = (1, h)`, weights W and residuals r of its rows, is
 
     .. math:: \hat u_k = (I + \Sigma Z_k^\top W Z_k)^{-1} \Sigma Z_k^\top (W Z_k \hat u_k + r),
               \quad C_k = (I + \Sigma Z_k^\top W Z_k)^{-1} \Sigma
 
-    :math:`W = I / \sigma^2` and :math:`r = (y - \eta) / \sigma^2` of a gaussian outcome, which is
-    the paper's posterior; of a binary one, which the paper leaves open, the mode of the posterior
-    by Newton's method with :math:`W = p (1 - p)`, r = y - p. M step:
-    :math:`\Sigma = \overline{\hat u \hat u^\top + C}`, :math:`\sigma^2 = \overline{(y - \eta)^2 +
-    z^\top C z}`, and a window of gradient steps of the network with :math:`\hat u` held.
+    For a gaussian outcome, :math:`W = I / \sigma^2` and :math:`r = (y - \eta) / \sigma^2`, which
+    gives the paper's posterior. The paper leaves binary outcomes open; here the E step finds the
+    mode of the posterior by Newton's method, with :math:`W = p (1 - p)` and r = y - p. The M step
+    sets :math:`\Sigma = \overline{\hat u \hat u^\top + C}` and :math:`\sigma^2 = \overline{(y -
+    \eta)^2 + z^\top C z}`, and takes a window of gradient steps of the network with
+    :math:`\hat u` held fixed.
 
-    An unseen cluster has the random effects' mean, zero.
+    Unseen clusters get the random effects' mean, zero.
 
     References
     ----------
@@ -58,12 +58,11 @@ class MeNet(Rival):
 
     def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
         module = LastLayerEffects(FixedPredictor(self.setting, data, seed))
-        source = module.predictor.encode(data)
-        rows = source.all()
-        held = None if validation is None else module.predictor.encode(validation).all()
+        rows = module.predictor.encode(data)
+        held = None if validation is None else module.predictor.encode(validation)
         steps = descend(
             module,
-            source,
+            rows,
             module.loss,
             self.setting.schedule,
             seed,
@@ -73,10 +72,11 @@ class MeNet(Rival):
 
         def predict(new: ClusteredData) -> Float[np.ndarray, " rows"]:
             with torch.no_grad():
-                eta = module(module.predictor.encode(new).all())
+                eta = module(module.predictor.encode(new))
             return module.predictor.mean(eta)
 
-        return Trained(predict, module.predictor.net, data, module.predictor.facts, steps)
+        standardise = module.predictor.scaling.standardise
+        return Trained(predict, module.predictor.net, data, standardise, steps)
 
 
 class LastLayerEffects(nn.Module):
@@ -85,11 +85,11 @@ class LastLayerEffects(nn.Module):
     Attributes
     ----------
     effects : Float[Tensor, "clusters units+1"]
-        Posterior means (or modes) of the random effects of bias and weights.
+        Posterior means (or modes) of the random effects on bias and weights.
     covariance : Float[Tensor, "units+1 units+1"]
-        Of the random effects.
+        Covariance of the random effects.
     residual : Float[Tensor, ""]
-        Variance of a gaussian outcome's residual, in the outcome's standard units.
+        Residual variance of a gaussian outcome, in the outcome's standard units.
 
     Examples
     --------
@@ -103,43 +103,42 @@ class LastLayerEffects(nn.Module):
     def __init__(self, predictor: FixedPredictor) -> None:
         super().__init__()
         self.predictor = predictor
-        with torch.no_grad():
-            width = predictor(predictor.facts.one_row(next(predictor.parameters())))[1].shape[1]
-        self.register_buffer("effects", torch.zeros(predictor.n_clusters, width + 1))
-        self.register_buffer("covariance", 0.1 * torch.eye(width + 1))
+        size = predictor.units + 1
+        self.register_buffer("effects", torch.zeros(predictor.n_clusters, size))
+        self.register_buffer("covariance", 0.1 * torch.eye(size))
         self.register_buffer("residual", torch.ones(()))
 
     def forward(self, rows: Rows) -> Float[Tensor, " rows"]:
         """The predictor with the random effects' posterior means; zeros for unseen clusters."""
         fixed, hidden = self.predictor(rows)
-        codes, none = self.predictor.codes(rows), self.effects.new_zeros(1, self.effects.shape[1])
-        mine = torch.cat([self.effects, none])[codes.clamp(max=len(self.effects))]
-        return fixed + (_design(hidden) * mine).sum(-1)
+        unseen = self.effects.new_zeros(1, self.effects.shape[1])
+        effects = torch.cat([self.effects, unseen])[rows.codes]
+        return fixed + (_design(hidden) * effects).sum(-1)
 
     def loss(self, rows: Rows) -> Float[Tensor, ""]:
-        """Of a mini-batch, random effects held."""
+        """Loss of a mini-batch, with the random effects held fixed."""
         return self.predictor.loss(self(rows), rows)
 
     @torch.no_grad()
     def expect(self, rows: Rows) -> None:
         """The E step, and the M step of the variances."""
         fixed, hidden = self.predictor(rows)
-        target, codes, Z = self.predictor.target(rows), self.predictor.codes(rows), _design(hidden)
+        target, Z = self.predictor.target(rows), _design(hidden)
         second, squares = torch.zeros_like(self.covariance), torch.zeros_like(target)
         for k in range(len(self.effects)):
-            own = codes == k
-            z, f, y = Z[own], fixed[own], target[own]
+            inside = rows.codes == k
+            z, f, y = Z[inside], fixed[inside], target[inside]
             u, C = self._posterior(z, f, y, self.effects[k])
             self.effects[k] = u
             second += torch.outer(u, u) + C
-            squares[own] = (y - f - z @ u).square() + ((z @ C) * z).sum(-1)
+            squares[inside] = (y - f - z @ u).square() + ((z @ C) * z).sum(-1)
         self.covariance.copy_(second / len(self.effects))
         self.residual.copy_(squares.mean())
 
     def _posterior(self, z: Tensor, f: Tensor, y: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (or mode) and covariance of one cluster's random effects."""
         D, gram = self.covariance, torch.zeros_like(self.covariance)
-        one = torch.eye(len(D)).to(D)
+        identity = torch.eye(len(D)).to(D)
         for _ in range(NEWTON_STEPS if self.predictor.binary else 1):
             eta = f + z @ u
             if self.predictor.binary:
@@ -148,8 +147,8 @@ class LastLayerEffects(nn.Module):
             else:
                 w, r = torch.ones_like(eta) / self.residual, (y - eta) / self.residual
             gram = (z.T * w) @ z
-            u = torch.linalg.solve(one + D @ gram, D @ (gram @ u + z.T @ r))
-        C = torch.linalg.solve(one + D @ gram, D)
+            u = torch.linalg.solve(identity + D @ gram, D @ (gram @ u + z.T @ r))
+        C = torch.linalg.solve(identity + D @ gram, D)
         return u, (C + C.T) / 2
 
 

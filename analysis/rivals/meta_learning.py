@@ -1,4 +1,4 @@
-"""Meta-learning for domain generalisation: steps that also help clusters left out of them."""
+"""Meta-learning for domain generalisation: each step should also help clusters left out of it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from torch import Tensor
 from torch.func import functional_call
 
 from armed_pyro import ClusteredData
-from armed_pyro.analysis.rivals.descent import FixedPredictor, descend
+from armed_pyro.analysis.rivals.descent import FixedPredictor, Rows, descend
 from armed_pyro.analysis.rivals.rival import Rival, Setting, Trained
-from armed_pyro.rows.batch import Rows
 
 __all__ = ["MetaLearning", "meta_loss"]
 
 
 @dataclass(frozen=True)
 class MetaLearning(Rival):
-    r"""MLDG: a gradient step on some clusters is to lower the loss of the others, too.
+    r"""MLDG: a gradient step on some of the clusters has to lower the loss of the others too.
 
     .. math:: L(\theta) = F(\theta) + \beta \, G(\theta - \alpha \nabla F(\theta))
 
-    where F is the mean loss of a batch's meta-train clusters and G that of its meta-test clusters,
-    drawn anew each step. The gradient goes through the inner step (second order) unless
+    F is the mean loss of a batch's meta-train clusters and G that of its meta-test clusters, which
+    are drawn anew in each step. The gradient passes through the inner step (second order), unless
     `second_order` is False, which treats :math:`\nabla F` as a constant.
 
-    The trained network does not know of clusters: seen and unseen ones are predicted alike.
+    The trained network takes no cluster, so seen and unseen clusters are predicted alike.
 
     Attributes
     ----------
     inner_rate, test_weight, test_share : float
-        :math:`\alpha`, :math:`\beta`, and the share of the clusters that are meta-test.
+        :math:`\alpha`, :math:`\beta`, and the share of the clusters that is meta-test.
     second_order : bool
 
     References
@@ -60,7 +59,7 @@ class MetaLearning(Rival):
 
     def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
         predictor = FixedPredictor(self.setting, data, seed)
-        held = None if validation is None else predictor.encode(validation).all()
+        held = None if validation is None else predictor.encode(validation)
         steps = descend(
             predictor,
             predictor.encode(data),
@@ -73,27 +72,26 @@ class MetaLearning(Rival):
 
         def predict(new: ClusteredData) -> Float[np.ndarray, " rows"]:
             with torch.no_grad():
-                return predictor.mean(predictor(predictor.encode(new).all())[0])
+                return predictor.mean(predictor(predictor.encode(new))[0])
 
-        return Trained(predict, predictor.net, data, predictor.facts, steps)
+        return Trained(predict, predictor.net, data, predictor.scaling.standardise, steps)
 
 
 def meta_loss(predictor: FixedPredictor, rows: Rows, how: MetaLearning) -> Float[Tensor, ""]:
-    """Loss of one step: of the meta-train clusters, and of the others after a step on those.
+    """F + beta G: the meta-train clusters' loss, and the others' loss after a step on F.
 
-    Which clusters are which is drawn from torch's generator; a batch of a single cluster has its
+    The meta-test clusters are drawn from torch's generator. A batch of a single cluster has its
     plain loss.
 
     Examples
     --------
-    ``meta_loss(predictor, source.batch(index), MetaLearning(setting))``
+    ``meta_loss(predictor, rows.take(index), MetaLearning(setting))``
     """
-    codes = predictor.codes(rows)
-    present = torch.unique(codes)
+    present = torch.unique(rows.codes)
     if len(present) < 2:
         return predictor.loss(predictor(rows)[0], rows)
     n_test = min(max(1, round(how.test_share * len(present))), len(present) - 1)
-    test = torch.isin(codes, present[torch.randperm(len(present))[:n_test]])
+    test = torch.isin(rows.codes, present[torch.randperm(len(present))[:n_test]])
     weights = dict(predictor.named_parameters())
 
     def losses(parameters: Mapping[str, Tensor]) -> Tensor:

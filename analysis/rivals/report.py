@@ -1,4 +1,4 @@
-"""A comparison's tables and figure, in files and on the console."""
+"""Tables and figure of a comparison, in files and on the console."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from rich.console import Console
 from rich.table import Table
 
 from armed_pyro.analysis import figures
-from armed_pyro.analysis.rivals.claims import auroc_claims
-from armed_pyro.analysis.rivals.comparison import RANDOMISED, Comparison, ablations
-from armed_pyro.analysis.rivals.rebuilt import IMAGE_METRICS
+from armed_pyro.analysis.rivals.comparison import (
+    RANDOMISED,
+    Comparison,
+    ablations,
+    auroc_claims,
+)
+from armed_pyro.analysis.rivals.scores import IMAGE_METRICS
 
 __all__ = ["draw", "write"]
 
 NOTES = """\
-[95% interval]: {unit}; of means symmetric on the logit scale of proportions, on the log scale of
-errors. Gain, or difference: from the conventional network, paired; * where its interval excludes 0;
-of randomised clusters, from the same model with the right ones. Thresholds by Youden's index of the
-training rows. Intervals of the other metrics are in comparison.csv."""
+[95% interval]: {unit}. Intervals of means are symmetric on the logit scale for proportions and on
+the log scale for errors. Gain, or difference: paired, from the conventional network; for randomised
+clusters, from the same model with the right ones; * if its interval excludes 0. Thresholds maximise
+Youden's index on the training rows. Intervals of the other metrics are in comparison.csv."""
 WIDTH = 132
 FOLDS = "over folds, t corrected for shared training rows (Nadeau, Bengio 2003)"
-DATA_SETS = "over data sets drawn apart, each the mean of its folds (paired t)"
+DATA_SETS = "over data sets drawn independently, each by the mean of its folds (paired t)"
 SHOWN = {
     "bal. acc.": "balanced accuracy",
     "sens.": "sensitivity",
@@ -33,25 +37,26 @@ SHOWN = {
     "Brier": "brier",
     "ECE": "ece",
 }
-# Metrics that are drawn, where there are scores of them.
+# Metrics in the figure, if they were scored.
 DRAWN = {"auroc": "AUROC", "image mse": "image MSE"}
 
 
-def write(found: Comparison, out: Path, console: Console, title: str) -> None:
+def write(comparison: Comparison, out: Path, console: Console, title: str) -> None:
     """Print the tables, and write them and the figure into a folder.
 
-    The files: scores.csv (every fit), comparison.csv (means, intervals, gains), delong.csv,
-    ablations.csv, claims.csv, feature_use.csv, predictions.csv, comparison.png.
+    The files are scores.csv (every fit), comparison.csv (means, intervals, gains), delong.csv,
+    ablations.csv, claims.csv, feature_use.csv, predictions.csv and comparison.png.
     """
     out.mkdir(parents=True, exist_ok=True)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
-    table, judged, claimed = found.table(), ablations(found), auroc_claims(found)
-    found.scores.to_csv(out / "scores.csv", index=False)
-    found.predictions.to_csv(out / "predictions.csv", index=False)
-    found.use.to_csv(out / "feature_use.csv", index=False)
+    table, judged = comparison.table(), ablations(comparison)
+    claimed = auroc_claims(comparison)
+    comparison.scores.to_csv(out / "scores.csv", index=False)
+    comparison.predictions.to_csv(out / "predictions.csv", index=False)
+    comparison.use.to_csv(out / "feature_use.csv", index=False)
     table.to_csv(out / "comparison.csv", index=False)
-    found.delong().to_csv(out / "delong.csv", index=False)
+    comparison.delong().to_csv(out / "delong.csv", index=False)
     judged.to_csv(out / "ablations.csv", index=False)
     claimed.to_csv(out / "claims.csv", index=False)
     with plt.rc_context(figures.STYLE):
@@ -61,9 +66,9 @@ def write(found: Comparison, out: Path, console: Console, title: str) -> None:
     for kind in table["rows"].unique():
         block, name = table[table["rows"] == kind], f"{title}; test rows: {kind}"
         console.print(_metrics(block, name))
-        if "image mse" in found.metrics:
+        if "image mse" in comparison.metrics:
             console.print(_images(block, f"{name}: images rebuilt"))
-    several = len(found.scores["data"].unique()) > 1
+    several = len(comparison.scores["data"].unique()) > 1
     console.print(NOTES.format(unit=DATA_SETS if several else FOLDS), markup=False, soft_wrap=True)
     console.print(_judged(judged, "Ablations: differences in AUROC"))
     if len(claimed):
@@ -71,12 +76,12 @@ def write(found: Comparison, out: Path, console: Console, title: str) -> None:
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
-    """AUROC, and the error of images, with intervals, and gains over the conventional network.
+    """AUROC and error of images with intervals, and gains over the conventional network.
 
     Parameters
     ----------
     table : pandas.DataFrame
-        As `Comparison.table` makes it.
+        Table that `Comparison.table` gives.
     title : str
     """
     table = table[table["rows"] != RANDOMISED]
@@ -97,7 +102,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 
 
 def _panels(axes: np.ndarray, block: pd.DataFrame, models: list[str], name: str) -> None:
-    """One metric and kind of rows: the means above, the gains below."""
+    """One metric for one kind of rows, with means above and gains below."""
     rows = block.set_index("model").reindex(models)
     place = np.arange(len(models))
     colour = np.where(rows.index == "ARMED", figures.ORANGE, figures.BLUE)
@@ -126,39 +131,40 @@ def _metrics(block: pd.DataFrame, title: str) -> Table:
     for model, rows in block.groupby("model", sort=False):
         by = rows.set_index("metric")
         means = [f"{by.loc[name, 'mean']:.3f}" for name in SHOWN.values()]
-        one = by.loc["auroc"]
-        shown.add_row(str(model), *_interval(one, 3), *means, one["adversary"])
+        auroc = by.loc["auroc"]
+        shown.add_row(str(model), *_interval(auroc, 3), *means, auroc["adversary"])
     return shown
 
 
 def _images(block: pd.DataFrame, title: str) -> Table:
-    """How images are rebuilt, and how far the latents keep the clusters apart."""
+    """Error of the rebuilt images, and how far the latents separate the clusters."""
     shown = Table(title=title)
     shown.add_column("model")
-    for name in ("MSE", "difference", *(one.title() for one in list(IMAGE_METRICS)[1:])):
+    for name in ("MSE", "difference", *(name.title() for name in list(IMAGE_METRICS)[1:])):
         shown.add_column(name, justify="right")
     for model, rows in block.groupby("model", sort=False):
         by = rows.set_index("metric")
         mse, *indices = (by.loc[name] for name in IMAGE_METRICS)
-        shown.add_row(str(model), *_interval(mse, 4), *(_interval(one, 1)[0] for one in indices))
+        means = [_interval(index, 1)[0] for index in indices]
+        shown.add_row(str(model), *_interval(mse, 4), *means)
     return shown
 
 
-def _interval(one: pd.Series, digits: int) -> tuple[str, str]:
-    """Mean and gain of one row of the table, with their intervals; no gain over itself."""
-    mean = f"{one['mean']:.{digits}f} [{one['lower']:.{digits}f}, {one['upper']:.{digits}f}]"
-    if one["model"] == "conventional":
+def _interval(row: pd.Series, digits: int) -> tuple[str, str]:
+    """Mean and gain in a row of the table, with intervals; the reference model has no gain."""
+    mean = f"{row['mean']:.{digits}f} [{row['lower']:.{digits}f}, {row['upper']:.{digits}f}]"
+    if row["model"] == "conventional":
         return mean, ""
-    low, high = one["gain_lower"], one["gain_upper"]
+    low, high = row["gain_lower"], row["gain_upper"]
     sure = "*" if low > 0 or high < 0 else " "
-    return mean, f"{one['gain']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{sure}"
+    return mean, f"{row['gain']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{sure}"
 
 
 def _judged(table: pd.DataFrame, title: str) -> Table:
-    """Differences and what they say."""
+    """Differences with their verdicts."""
     shown = Table(title=title)
     named = table.rename(columns={"mean": "difference", "holds": "verdict"})
-    columns = [one for one in named if one not in ("lower", "upper")]
+    columns = [name for name in named if name not in ("lower", "upper")]
     for name in columns:
         shown.add_column(name)
     for row in named.to_dict("records"):

@@ -1,39 +1,32 @@
-"""The models that are compared: one interface, and those that are programs around one network."""
+"""What every rival is: a setting it shares with the others, and a trained model that predicts."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 
-from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
+from armed_pyro import ClusteredData, Schedule
 from armed_pyro.analysis.rivals.architectures import Architecture
-from armed_pyro.data.grouping import Grouping
-from armed_pyro.prediction.chunks import predict_chunks
-from armed_pyro.program.data_spec import Facts
-from armed_pyro.random_effects.terms import Term
 
 __all__ = [
-    "DRAWS",
-    "Program",
     "Rival",
     "Setting",
     "Trained",
     "cluster_shifts",
     "feature_use",
+    "in_clusters",
     "outcomes",
-    "programs",
+    "run_to_layer",
     "shuffled",
 ]
-
-# Of probabilities; and of images rebuilt, for each of which the decoder runs.
-DRAWS, IMAGE_DRAWS = 200, 20
 
 
 @dataclass(frozen=True)
@@ -43,19 +36,19 @@ class Setting:
     Attributes
     ----------
     name, title : str
-        In files, and in tables and figures.
+        The setting's name in files, and in tables and figures.
     architecture : Architecture
         The network.
     schedule : Schedule
-        Length and rates.
+        Length and learning rates of the training.
     factor : str
         Grouping factor.
     family : str
-        Of the outcome.
+        Family of the outcome.
     slopes : bool
         Whether random effects include slopes on the penultimate layer beside the intercept.
     adversary_weight, fixed_weight : float
-        lambda_A, of the models with an adversary; lambda_F, of those with random effects.
+        lambda_A of models with an adversary; lambda_F of models with random effects.
     unseen : str
         Mode in which programs with random effects predict clusters not seen in training.
     """
@@ -72,7 +65,7 @@ class Setting:
     unseen: str = "marginal"
 
     def network(self, feature_shape: Sequence[int], seed: int) -> nn.Module:
-        """The network with weights drawn from this seed."""
+        """The network, with weights drawn from this seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.architecture.build(feature_shape)
@@ -85,31 +78,30 @@ class Trained:
     Attributes
     ----------
     predict : callable
-        E[y | x, cluster] of every row, P(y = 1) of a binary outcome; outcomes are not used.
-        Clusters that were not in training are dealt with in the model's own way, which its
-        `Rival` states.
+        E[y | x, cluster] of every row; P(y = 1) for a binary outcome. The rows' outcomes are not
+        used. The model's `Rival` says how it predicts clusters that were not in training.
     net : torch.nn.Module
         Fixed effects: standardised features to the linear predictor.
     data : ClusteredData
         Training rows as the network takes them.
-    facts : Facts
-        Their names and scales.
+    standardise : callable
+        Features as in `data` to standardised features.
     steps : int
         Training steps taken.
     rebuild : callable or None
-        Every row's features as the model rebuilds them; None of models that do not.
+        The features of every row as the model rebuilds them; None if the model does not.
     """
 
     predict: Callable[[ClusteredData], Float[np.ndarray, " rows"]]
     net: nn.Module
     data: ClusteredData
-    facts: Facts
+    standardise: Callable[[Tensor], Tensor]
     steps: int
     rebuild: Callable[[ClusteredData], Float[np.ndarray, "rows ..."]] | None = None
 
 
 class Rival(ABC):
-    """One of the models compared.
+    """A model that is compared with others.
 
     Attributes
     ----------
@@ -128,132 +120,37 @@ class Rival(ABC):
 
     @abstractmethod
     def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
-        """Train on these rows; the validation rows, if any, decide when to stop."""
-
-
-@dataclass(frozen=True)
-class Program(Rival):
-    """A `MixedEffects` program around the setting's network.
-
-    If the network has a decoder, the features are a second outcome. Without random effects, an
-    unseen cluster is predicted as any other; where the cluster is an input, it has a 0 in every
-    cluster's column. With them, it goes by the setting's mode.
-
-    Attributes
-    ----------
-    random : bool
-        Whether clusters have random effects: an intercept, slopes on the penultimate layer, and
-        scales and biases of a decoder's filters.
-    adversary : bool
-        Whether an adversary reads the taps.
-    cluster_input : bool
-        Whether the cluster, as a row of 0 and 1, is appended to the features.
-
-    Examples
-    --------
-    >>> from armed_pyro.analysis.rivals.architectures import Dense
-    >>> setting = Setting("s", "small", Dense((4,)), Schedule(steps=10))
-    >>> [str(term) for term in Program("ARMED", setting, random=True).model((2,), seed=0).terms]
-    ['(1 | site)', "Slopes('site', on='1')"]
-    """
-
-    name: str
-    setting: Setting
-    random: bool = False
-    adversary: bool = False
-    cluster_input: bool = False
-
-    @property
-    def clustered(self) -> bool:
-        return self.random or self.cluster_input
-
-    def train(self, data: ClusteredData, validation: ClusteredData | None, seed: int) -> Trained:
-        setting, levels = self.setting, data.grouping(self.setting.factor).levels
-
-        def taken(rows: ClusteredData) -> ClusteredData:
-            return _with_clusters(rows, setting.factor, levels) if self.cluster_input else rows
-
-        result = fit(
-            self.model(taken(data).features.shape[1:], seed),
-            taken(data),
-            validation=None if validation is None else taken(validation),
-            schedule=setting.schedule,
-            refine=False,  # point predictions gain nothing from weighted draws
-            seed=seed,
-            progress=False,
-        )
-
-        unseen = setting.unseen if self.random else None
-
-        def predict(rows: ClusteredData) -> Float[np.ndarray, " rows"]:
-            # Without the images, which would take the decoder as many runs as there are draws.
-            parts = predict_chunks(result, taken(rows), unseen=unseen, draws=DRAWS, outcomes=False)
-            return np.concatenate([part.mean for part in parts])
-
-        def rebuild(rows: ClusteredData) -> Float[np.ndarray, "rows ..."]:
-            made = result.predict(taken(rows), unseen=unseen, draws=IMAGE_DRAWS)
-            return made.others[result.model.others[0].name].mean
-
-        model = result.model
-        steps = len(result.history.loss)
-        return Trained(
-            predict,
-            model.network,
-            result.data,
-            model.data_facts(),
-            steps,
-            rebuild if model.others else None,
-        )
-
-    def model(self, feature_shape: Sequence[int], seed: int) -> MixedEffects:
-        """The program, with the network that this seed gives."""
-        setting, architecture = self.setting, self.setting.architecture
-        decoder = architecture.decoder
-        terms: list[str | Term] = [f"(1 | {setting.factor})"] if self.random else []
-        if self.random and setting.slopes:
-            terms.append(Slopes(setting.factor, on=architecture.last))
-        if self.random and decoder is not None:
-            terms += decoder.terms(setting.factor)
-        game = Adversary(setting.factor, taps=architecture.taps, weight=setting.adversary_weight)
-        return MixedEffects(
-            setting.network(feature_shape, seed),
-            random=terms,
-            family=setting.family,
-            adversary=game if self.adversary else (),
-            fixed_weight=setting.fixed_weight if self.random else 0.0,
-            others=() if decoder is None else decoder.outcome(feature_shape),
-        )
-
-
-def programs(setting: Setting) -> tuple[Program, ...]:
-    """The five models that are programs around one network.
-
-    Examples
-    --------
-    >>> from armed_pyro.analysis.rivals.architectures import Dense
-    >>> [one.name for one in programs(Setting("s", "small", Dense((4,)), Schedule()))][:2]
-    ['conventional', 'cluster input']
-    """
-    return (
-        Program("conventional", setting),
-        Program("cluster input", setting, cluster_input=True),
-        Program("domain adversarial", setting, adversary=True),
-        Program("ARMED", setting, random=True, adversary=True),
-        Program("without adversary", setting, random=True),
-    )
+        """Train on these rows; validation rows, if there are any, decide when to stop."""
 
 
 def outcomes(data: ClusteredData) -> Float[np.ndarray, " rows"]:
-    """The rows' outcomes; classes as 0 or 1.
+    """The rows' outcomes, with classes as 0 and 1.
 
     Raises
     ------
     ValueError
-        If they are not known.
+        If the rows have no outcome.
     """
     if data.outcome is None:
         raise ValueError("the rows have no outcome to compare predictions with")
     return data.outcome.numpy()
+
+
+def run_to_layer(
+    net: nn.Module, x: Float[Tensor, "rows ..."], path: str
+) -> tuple[Tensor, Float[Tensor, "rows units"]]:
+    """The network's output, and the activations of the module at a path.
+
+    Feature maps are averaged over space.
+    """
+    seen: list[Tensor] = []
+    hook = net.get_submodule(path).register_forward_hook(lambda *call: seen.append(call[2]))
+    try:
+        output = net(x)
+    finally:
+        hook.remove()
+    layer = seen[-1]
+    return output, layer if layer.dim() == 2 else layer.flatten(2).mean(-1)
 
 
 def feature_use(trained: Trained, names: Sequence[str]) -> dict[str, float]:
@@ -262,12 +159,12 @@ def feature_use(trained: Trained, names: Sequence[str]) -> dict[str, float]:
     Parameters
     ----------
     trained : Trained
-        Of which f is the network of fixed effects.
+        The model whose fixed effects are f.
     names : sequence of str
-        The features; columns that say which cluster a row is in can be left out.
+        The features to report, so that columns that encode the cluster can be left out.
     """
     like = next(trained.net.parameters())
-    standardised = trained.facts.standardise(trained.data.features).to(like)
+    standardised = trained.standardise(trained.data.features).to(like)
     x = standardised.mean(0, keepdim=True).requires_grad_(True)
     (gradient,) = torch.autograd.grad(trained.net.eval()(x).sum(), x)
     use = gradient[0].abs() * standardised.std(0)
@@ -275,18 +172,18 @@ def feature_use(trained: Trained, names: Sequence[str]) -> dict[str, float]:
 
 
 def cluster_shifts(trained: Trained, data: ClusteredData, factor: str) -> pd.Series:
-    r"""What a cluster adds to the linear predictor of all rows, on average.
+    r"""Mean shift of the linear predictor by each cluster, over all rows.
 
     .. math:: \hat b_k = \frac{1}{n} \sum_i logit \, p(y = 1 | x_i, k)
               - \frac{1}{n K} \sum_{i, l} logit \, p(y = 1 | x_i, l)
 
-    the random intercept and the slopes' effect together, by predicting every row as if it were
-    of every cluster.
+    Every row is predicted as if it were in each of the clusters, so the shift is the effect of the
+    random intercept and of the slopes together.
 
     Parameters
     ----------
     trained : Trained
-        Trained on these rows, with a binary outcome.
+        A model trained on these rows, which have a binary outcome.
     data : ClusteredData
         Rows of the clusters.
     factor : str
@@ -295,13 +192,7 @@ def cluster_shifts(trained: Trained, data: ClusteredData, factor: str) -> pd.Ser
     levels = data.grouping(factor).levels
     shifts = []
     for level in levels:
-        moved = ClusteredData.from_arrays(
-            data.features,
-            None,
-            {factor: np.full(data.n_rows, level)},
-            feature_names=data.feature_names,
-            outcome_name=data.outcome_name,
-        )
+        moved = in_clusters(data, factor, np.full(data.n_rows, level))
         chance = trained.predict(moved).clip(1e-6, 1 - 1e-6)
         shifts.append(np.log(chance / (1 - chance)).mean())
     return pd.Series(np.array(shifts) - np.mean(shifts), index=levels)
@@ -310,22 +201,10 @@ def cluster_shifts(trained: Trained, data: ClusteredData, factor: str) -> pd.Ser
 def shuffled(data: ClusteredData, factor: str, levels: pd.Index, seed: int) -> ClusteredData:
     """The rows with clusters drawn at random from the levels, each equally likely."""
     labels = np.random.default_rng(seed).choice(levels.to_numpy(), data.n_rows)
-    return replace(data, groupings={**data.groupings, factor: Grouping.from_labels(labels)})
+    return in_clusters(data, factor, labels)
 
 
-def _with_clusters(data: ClusteredData, factor: str, levels: pd.Index) -> ClusteredData:
-    """The rows with a column of 0 and 1 for every cluster appended to the features."""
-    if data.features.dim() != 2:
-        raise ValueError(
-            f"the cluster can be an input beside a table's features only, not beside features of "
-            f"shape {tuple(data.features.shape)}: leave out 'cluster input'"
-        )
-    labels = data.grouping(factor).labels()
-    columns = (labels[:, None] == levels.to_numpy()).astype(float)
-    return ClusteredData.from_arrays(
-        np.hstack([data.features.numpy(), columns]),
-        data.outcome,
-        {factor: labels},
-        feature_names=[*data.feature_names, *(f"{factor}[{level}]" for level in levels)],
-        outcome_name=data.outcome_name,
-    )
+def in_clusters(data: ClusteredData, factor: str, labels: Any) -> ClusteredData:
+    """The same rows, moved to the clusters with these labels."""
+    moved = ClusteredData.from_arrays(np.zeros((data.n_rows, 1)), None, {factor: labels})
+    return replace(data, groupings={**data.groupings, **moved.groupings})

@@ -1,4 +1,4 @@
-"""How well probabilities discriminate and are calibrated, and whether two models differ in it."""
+"""Scores of predicted probabilities and of rebuilt images, with intervals and tests."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float, Shaped
 from scipy.stats import norm, rankdata, t
 from sklearn.metrics import (
     balanced_accuracy_score,
     brier_score_loss,
+    calinski_harabasz_score,
+    davies_bouldin_score,
     log_loss,
     recall_score,
     roc_auc_score,
     roc_curve,
 )
 
+from armed_pyro import ClusteredData
+from armed_pyro.analysis.rivals.rival import Setting, Trained, run_to_layer
+
 __all__ = [
+    "IMAGE_METRICS",
     "METRICS",
     "DeLong",
     "Estimate",
@@ -26,11 +33,13 @@ __all__ = [
     "bounded",
     "calibration_error",
     "delong",
+    "image_metrics",
+    "latents",
     "resampled",
     "youden_threshold",
 ]
 
-# Each with the largest value that it can have; the smallest is 0.
+# Each metric with its largest possible value; the smallest is 0.
 METRICS: Mapping[str, float] = {
     "auroc": 1.0,
     "balanced accuracy": 1.0,
@@ -40,10 +49,13 @@ METRICS: Mapping[str, float] = {
     "ece": 1.0,
     "log loss": math.inf,
 }
+IMAGE_METRICS: Mapping[str, float] = dict.fromkeys(
+    ("image mse", "davies-bouldin", "calinski-harabasz"), math.inf
+)
 
 
 def youden_threshold(y: Float[np.ndarray, " rows"], p: Float[np.ndarray, " rows"]) -> float:
-    """The threshold with the highest sensitivity + specificity - 1; p at or above it is class 1.
+    """The threshold with the highest sensitivity + specificity - 1; class 1 is p at or above it.
 
     Examples
     --------
@@ -81,7 +93,7 @@ def binary_metrics(
 ) -> dict[str, float]:
     """`METRICS` of probabilities of class 1, with this threshold between the classes.
 
-    The AUROC is missing where the rows are all of one class.
+    The AUROC is missing if all rows are of one class.
 
     Examples
     --------
@@ -101,9 +113,47 @@ def binary_metrics(
     }
 
 
+def image_metrics(trained: Trained, data: ClusteredData, setting: Setting) -> dict[str, float]:
+    """`IMAGE_METRICS` of a model that rebuilds its features; empty for any other model.
+
+    The mean squared error is per value, in the features' units. The two indices describe how the
+    latents are grouped by cluster. Latents that do not tell the clusters apart have a large
+    Davies-Bouldin and a small Calinski-Harabasz index; rows whose clusters are randomised show how
+    large and how small these can be.
+
+    Examples
+    --------
+    ``image_metrics(trained, fold.test, rival.setting)["image mse"]``
+    """
+    if trained.rebuild is None:
+        return {}
+    error = trained.rebuild(data) - data.features.numpy()
+    place = latents(trained, data, setting.architecture.last)
+    codes = data.grouping(setting.factor).codes.numpy()
+    apart = 1 < len(np.unique(codes)) < len(codes)
+    return {
+        "image mse": float(np.square(error).mean()),
+        "davies-bouldin": float(davies_bouldin_score(place, codes)) if apart else math.nan,
+        "calinski-harabasz": float(calinski_harabasz_score(place, codes)) if apart else math.nan,
+    }
+
+
+@torch.no_grad()
+def latents(trained: Trained, data: ClusteredData, layer: str) -> Float[np.ndarray, "rows width"]:
+    """Activations of a module of the network, for the rows.
+
+    Examples
+    --------
+    ``latents(trained, fold.test, "latents")``
+    """
+    like = next(trained.net.parameters())
+    x = trained.standardise(data.features).to(like)
+    return run_to_layer(trained.net.eval(), x, layer)[1].double().numpy()
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95% interval and the p-value of the hypothesis that it is zero."""
+    """A mean with its 95% interval, and the p-value of the hypothesis that it is zero."""
 
     mean: float
     lower: float
@@ -117,10 +167,10 @@ def resampled(values: Float[np.ndarray, " resamples"], ratio: float) -> Estimate
     .. math:: t = \bar d \, \big/ \sqrt{(1 / J + ratio) \, s^2}, \quad J - 1
               \text{ degrees of freedom}
 
-    Folds share training rows, so the variance of their mean is larger than that of J independent
-    values: by about `ratio`, test rows over training rows. Data sets that were drawn apart have
-    the ratio 0, which is the ordinary paired t test. Values that are missing are left out; there
-    is no interval where fewer than two are left, or all are the same.
+    Folds share training rows, so the variance of their mean exceeds that of J independent values
+    by about `ratio`, the test rows over the training rows. Data sets that were drawn independently
+    have the ratio 0, which gives the ordinary paired t test. Missing values are left out. There is
+    no interval if fewer than two values are left, or if all are equal.
 
     References
     ----------
@@ -128,8 +178,8 @@ def resampled(values: Float[np.ndarray, " resamples"], ratio: float) -> Estimate
 
     Examples
     --------
-    >>> one = resampled(np.array([0.1, 0.2, 0.3]), ratio=0.0)
-    >>> round(one.mean, 3), round(one.p, 3)
+    >>> gain = resampled(np.array([0.1, 0.2, 0.3]), ratio=0.0)
+    >>> round(gain.mean, 3), round(gain.p, 3)
     (0.2, 0.074)
     """
     values = values[~np.isnan(values)]
@@ -146,25 +196,25 @@ def resampled(values: Float[np.ndarray, " resamples"], ratio: float) -> Estimate
 
 
 def bounded(values: Float[np.ndarray, " resamples"], ratio: float, most: float = 1.0) -> Estimate:
-    r"""Mean over resamples of a quantity between 0 and `most`, with an interval between them.
+    r"""Mean over resamples of a quantity between 0 and `most`, with an interval in this range.
 
     .. math:: g(\bar v) \pm t_{J - 1} \, g'(\bar v) \, se, \quad
               g(v) = \log v - \log (1 - v / most)
 
-    taken back to the quantity's scale, with the standard error of `resampled`: the delta method on
-    the logit scale of a proportion, such as an AUROC, and on the log scale of what has no upper
-    limit. The interval lies about the mean, which is that of the values themselves, and is the
-    plain t interval where they are far from the limits. There is none where `resampled` has none.
-    The p-value is of the mean being zero, as there.
+    The ends are taken back to the quantity's scale, and se is the standard error of `resampled`.
+    This is the delta method, on the logit scale for a proportion such as an AUROC, and on the log
+    scale for a quantity without an upper limit. The mean is the plain mean of the values. Far from
+    the limits, the interval is the plain t interval; there is none where `resampled` has none. The
+    p-value, as in `resampled`, is for a mean of zero.
 
     Parameters
     ----------
     values : Float[ndarray, "resamples"]
-        Some of them may be 0 or `most`.
+        Values from 0 to `most`, both included.
     ratio : float
         See `resampled`.
     most : float
-        Largest possible value; infinity for none.
+        Largest possible value; infinity if there is no limit.
 
     Raises
     ------
@@ -173,8 +223,8 @@ def bounded(values: Float[np.ndarray, " resamples"], ratio: float, most: float =
 
     Examples
     --------
-    >>> one = bounded(np.array([0.9, 0.98, 0.99]), ratio=0.0)
-    >>> round(one.lower, 3), round(one.mean, 3), round(one.upper, 3)
+    >>> auroc = bounded(np.array([0.9, 0.98, 0.99]), ratio=0.0)
+    >>> round(auroc.lower, 3), round(auroc.mean, 3), round(auroc.upper, 3)
     (0.743, 0.957, 0.994)
     """
     out = values[(values < 0) | (values > most)]
@@ -193,7 +243,7 @@ def bounded(values: Float[np.ndarray, " resamples"], ratio: float, most: float =
 
 @dataclass(frozen=True, eq=False)
 class DeLong:
-    """AUROCs of models on the same rows, and their covariance matrix.
+    """AUROCs of several models on the same rows, and their covariance matrix.
 
     Attributes
     ----------
@@ -205,7 +255,7 @@ class DeLong:
     covariance: Float[np.ndarray, "models models"]
 
     def of(self, model: int) -> Estimate:
-        """One model's AUROC; its interval is symmetric on the logit scale; p of AUROC = 0.5."""
+        """AUROC of a model, with an interval symmetric on the logit scale and p for AUROC = 0.5."""
         auroc, variance = float(self.auroc[model]), float(self.covariance[model, model])
         if not 0 < auroc < 1 or variance == 0:
             return Estimate(auroc, np.nan, np.nan, np.nan)
@@ -217,7 +267,7 @@ class DeLong:
         return Estimate(auroc, float(lower), float(upper), float(p))
 
     def difference(self, model: int, other: int) -> Estimate:
-        """AUROC of one model minus that of another, and DeLong's test."""
+        """AUROC of the first model minus that of the second, with DeLong's test."""
         contrast = np.zeros(len(self.auroc))
         contrast[model] += 1
         contrast[other] -= 1
@@ -239,18 +289,18 @@ def delong(
               V^{01}_j = \frac{1}{m} \sum_i \psi(s_i, s_j), \quad
               \psi = 1[s_i > s_j] + \tfrac12 1[s_i = s_j]
 
-    with i over the m rows of class 1 and j over the n of class 0: DeLong's estimator. Rows of one
-    cluster may be dependent: of K clusters, :math:`(V^{10} - AUROC) / m` and :math:`(V^{01} -
-    AUROC) / n` are summed within each, and the covariance is K / (K - 1) times the sum of the
-    sums' products, which is Obuchowski's with one such factor for both classes, so that it cannot
-    become negative.
+    i runs over the m rows of class 1 and j over the n rows of class 0; this is DeLong's estimator.
+    Rows within a cluster may be dependent. Therefore, with K clusters, :math:`(V^{10} - AUROC) / m`
+    and :math:`(V^{01} - AUROC) / n` are summed within each cluster, and the covariance is
+    K / (K - 1) times the sum of the products of these sums. This is Obuchowski's estimator with the
+    same factor for both classes, so that no variance can become negative.
 
     Parameters
     ----------
     y : Float[ndarray, "rows"]
-        0 and 1.
+        Classes, 0 and 1.
     scores : Float[ndarray, "models rows"]
-        The higher, the more likely 1.
+        Higher scores say that class 1 is more likely.
     clusters : Shaped[ndarray, "rows"], optional
         Labels of the rows' clusters.
 
@@ -273,21 +323,20 @@ def delong(
     m, n = int(positive.sum()), int((~positive).sum())
     if m == 0 or n == 0:
         raise ValueError(f"an AUROC needs rows of both classes, found {m} of 1 and {n} of 0")
-    every = rankdata(scores, axis=1)
+    rank = rankdata(scores, axis=1)
     components = np.empty(scores.shape)
-    components[:, positive] = (every[:, positive] - rankdata(scores[:, positive], axis=1)) / n
-    components[:, ~positive] = (
-        1 - (every[:, ~positive] - rankdata(scores[:, ~positive], axis=1)) / m
-    )
+    components[:, positive] = (rank[:, positive] - rankdata(scores[:, positive], axis=1)) / n
+    components[:, ~positive] = 1 - (rank[:, ~positive] - rankdata(scores[:, ~positive], axis=1)) / m
     auroc = components[:, positive].mean(1)
     first, second = (
-        np.where(own, components - auroc[:, None], 0.0) / own.sum() for own in (positive, ~positive)
+        np.where(rows, components - auroc[:, None], 0.0) / rows.sum()
+        for rows in (positive, ~positive)
     )
     if clusters is None:
         covariance = m / max(m - 1, 1) * first @ first.T + n / max(n - 1, 1) * second @ second.T
     else:
         _, codes = np.unique(clusters, return_inverse=True)
-        total = np.stack([np.bincount(codes, one) for one in first + second])
+        total = np.stack([np.bincount(codes, component) for component in first + second])
         count = total.shape[1]
         covariance = count / max(count - 1, 1) * total @ total.T
     return DeLong(auroc, covariance)

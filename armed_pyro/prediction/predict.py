@@ -36,6 +36,7 @@ def predict(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    others: bool = True,
 ) -> Prediction:
     r"""E[y | x, cluster] and y of new rows given every posterior draw.
 
@@ -59,6 +60,9 @@ def predict(
         Probability of the intervals.
     seed : int, optional
         Seed of the draws; the fit's own by default.
+    others : bool
+        Whether the program's other outcomes are predicted too. Rebuilt images cost a decoder pass
+        for each draw.
 
     Raises
     ------
@@ -73,7 +77,9 @@ def predict(
         fit, data, unseen, support=support, pooled=pooled, draws=draws, seed=seed
     )
     given = apart(fit.model, data) if _by_row(unseen, pooled) else data
-    parts = list(predict_chunks(fit, given, source=source, unseen=unseen, **settings))
+    parts = list(
+        predict_chunks(fit, given, source=source, unseen=unseen, others=others, **settings)
+    )
     new = {} if given is not data else new_effects(fit.model, source, data)
     first = parts[0]
     return Prediction(
