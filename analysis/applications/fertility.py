@@ -30,7 +30,7 @@ from armed_pyro.models.linear import linear
 
 __all__ = ["AGGREGATES", "Split", "load", "main", "split"]
 
-# What the file holds besides economies: regions, groups of states and the OECD.
+# Entries of the file that are no economies: regions, groups of states and the OECD.
 AGGREGATES: Mapping[str, str] = {
     "CAA": "Sub-Saharan Africa (IFC classification)",
     "LCN": "Latin America & Caribbean (all income levels)",
@@ -38,8 +38,8 @@ AGGREGATES: Mapping[str, str] = {
     "OSS": "Other small states",
     "PSS": "Pacific island small states",
 }
-ORIGIN = 1990  # year at which decade = 0, to which the sd of the intercept refers
-HELD_OUT = 8  # last years, held out of the countries that are seen in training
+ORIGIN = 1990  # the year in which decade = 0, to which the sd of the intercept refers
+HELD_OUT = 8  # number of last years that are held out of the training countries
 SHOWN = ("Brazil", "China", "Iran, Islamic Rep.", "Kenya", "Sweden", "Bangladesh", "Nigeria",
          "Korea, Rep.", "Mexico", "India", "Rwanda", "Poland", "Egypt, Arab Rep.")  # fmt: skip
 SLOPE = "(1 + decade | country)"
@@ -58,7 +58,7 @@ class Split:
     unseen: pd.DataFrame
 
     def tests(self) -> Iterator[tuple[dict[str, str], pd.Index]]:
-        """Labels (countries, years, mode for unseen clusters) and rows of every test."""
+        """Labels (countries, years, mode for unseen clusters) and rows of each test."""
         first, last = self.train["year"].min(), self.train["year"].max()
         early = self.unseen["year"] <= last
         spans = f"{first}-{last}", f"{last + 1}-{self.later['year'].max()}"
@@ -73,12 +73,12 @@ def load() -> pd.DataFrame:
     """One row per country and year: country, year, decade, period, fertility.
 
     Aggregates and country-years without a value are left out. `decade` is (year - 1990) / 10;
-    `period` numbers blocks of eight years, such that the held-out years are one.
+    `period` names blocks of eight years, the last of which is the held-out years.
 
     Raises
     ------
     ValueError
-        If an aggregate is not in the file, which then is another edition of the panel.
+        If an aggregate is missing, as in another edition of the panel.
     """
     wide = panel.load_pandas().data.set_index("Country Code")
     missing = [
@@ -87,7 +87,7 @@ def load() -> pd.DataFrame:
     if missing:
         raise ValueError(
             f"the panel in this statsmodels lacks the aggregates {missing}: it is another edition; "
-            "look through its country names and bring AGGREGATES up to date"
+            "check its country names and bring AGGREGATES up to date"
         )
     wide = wide.drop(index=list(AGGREGATES))
     years = [column for column in wide if str(column).isdigit()]
@@ -107,14 +107,17 @@ def split(table: pd.DataFrame, seed: int) -> Split:
     is_unseen = table["country"].isin(unseen)
     is_late = table["year"] > table["year"].max() - HELD_OUT
     train, later = table[~is_unseen & ~is_late], table[~is_unseen & is_late]
-    # A country whose every value is late is neither forecast nor drawn as unseen.
+    # A country that has only late values cannot be forecast, and is not among the unseen.
     return Split(train, later[later["country"].isin(train["country"])], table[is_unseen])
 
 
 def train_program(
     train: pd.DataFrame, random: Sequence[str], schedule: Schedule, seed: int, hidden: Sequence[int]
 ) -> Fit:
-    """Fit a program: a network of the decade (linear without hidden layers), latent last layer."""
+    """Fit a program with a network of the decade, whose last layer is latent.
+
+    Without hidden layers the network is linear.
+    """
     torch.manual_seed(seed)
     net = dense(1, hidden=hidden) if hidden else linear(1)
     clusters = ["country", "period"] if "period" in "".join(random) else ["country"]
@@ -136,9 +139,9 @@ def forecast_with(result: Fit, draws: int = 1000) -> Forecast:
 
 
 def score(rows: pd.DataFrame) -> dict[str, float]:
-    """Number of rows, RMSE of the mean; coverage, mean width and mean score of the intervals.
+    """Number of rows, RMSE of the mean, and coverage, mean width and mean score of the intervals.
 
-    The interval score, (u - l) + 2 / alpha * distance outside, is lower for better intervals
+    The interval score is (u - l) + 2 / alpha * distance of y from the interval; lower is better
     (Gneiting and Raftery 2007).
     """
     y, lower, upper = rows["fertility"], rows["lower"], rows["upper"]
@@ -153,7 +156,7 @@ def score(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def components(model: str, result: Fit | MixedModel, draws: int = 1000) -> pd.DataFrame:
-    """Variance components of one model, a row each."""
+    """Variance components of a model, one row per component."""
     if isinstance(result, MixedModel):
         estimates = result.components().items()
         return pd.DataFrame(
@@ -172,7 +175,7 @@ def components(model: str, result: Fit | MixedModel, draws: int = 1000) -> pd.Da
 def evaluate(
     model: str, forecast: Forecast, parts: Split
 ) -> tuple[pd.DataFrame, pd.DataFrame, float]:
-    """Scores of every test; of forecasts by years ahead; autocorrelation of the residuals."""
+    """Scores of each test, scores of forecasts by years ahead, autocorrelation of residuals."""
     rows = pd.concat([parts.train, parts.later, parts.unseen])
     made = {mode: forecast(rows, mode) for mode in ("marginal", "population")}
     tests = pd.DataFrame(
@@ -181,8 +184,8 @@ def evaluate(
     )
     last = parts.train["year"].max()
     ahead = pd.DataFrame(
-        {"model": model, "horizon": year - last, **score(one)}
-        for year, one in made["marginal"].loc[parts.later.index].groupby("year")
+        {"model": model, "horizon": year - last, **score(block)}
+        for year, block in made["marginal"].loc[parts.later.index].groupby("year")
     )
     fitted = made["marginal"].loc[parts.train.index]
     lag1 = float(autocorrelation(fitted, (fitted["fertility"] - fitted["mean"]).to_numpy()))
@@ -190,7 +193,7 @@ def evaluate(
 
 
 def autocorrelation(rows: pd.DataFrame, values: np.ndarray) -> np.ndarray:
-    """Correlation of values "... rows" with those of the country's next year, over all pairs."""
+    """Correlation of values "... rows" with those of the next year in the same country."""
     country, year = rows["country"].to_numpy(), rows["year"].to_numpy()
     pair = (country[1:] == country[:-1]) & (year[1:] == year[:-1] + 1)
     values = values - values.mean(-1, keepdims=True)
@@ -202,7 +205,7 @@ def autocorrelation(rows: pd.DataFrame, values: np.ndarray) -> np.ndarray:
 def draw_figures(
     result: Fit, parts: Split, table: pd.DataFrame, draws: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Name and figure: country effects, curves of six countries, predictive check."""
+    """Names and figures: country effects, curves of six countries, predictive check."""
     tree = result.to_datatree(draws=draws, groups=["posterior", "posterior_predictive"])
     unit = "births per woman"
     yield (
@@ -231,7 +234,7 @@ def draw_figures(
 
 
 def curve_table(result: Fit, parts: Split, table: pd.DataFrame, draws: int) -> pd.DataFrame:
-    """Predictions for four seen and two unseen countries, every year."""
+    """Predictions for four seen and two unseen countries, in every year."""
     counts = table.groupby("country").size()
     full = set(counts.index[counts == counts.max()])
     known = [*SHOWN, *sorted(full)]
@@ -241,27 +244,27 @@ def curve_table(result: Fit, parts: Split, table: pd.DataFrame, draws: int) -> p
     rows = forecast_with(result, draws)(rows, "marginal")
     rows["unseen"] = rows["country"].isin(unseen)
     rows["held_out"] = rows["unseen"] | (rows["year"] > parts.train["year"].max())
-    # A country of no name is unseen: its prediction under `population` is the population curve.
+    # A country that does not exist is unseen, so its `population` prediction is the curve.
     nobody = rows.assign(country="(population)", period=rows["period"].iloc[0])
     rows["population"] = result.predict(nobody, unseen="population", draws=draws).mean
     return rows
 
 
 def show(console: Console, title: str, table: pd.DataFrame, index: list[str], value: str) -> None:
-    """Print one column of a long table, with a column for every model."""
+    """Print a column of a long table, with one column per model."""
     wide = table.set_index([*index, "model"])[value].unstack("model", sort=False)  # noqa: PD010
     view = Table(title=title, title_justify="left", title_style="bold")
     view.add_column(", ".join(index), no_wrap=True)
     for name in wide:
         view.add_column(str(name).replace(" ", "\n", 1), justify="right")
     for label, row in wide.iterrows():
-        cells = ["" if np.isnan(one) else f"{one:.3f}" for one in row]
+        cells = ["" if np.isnan(cell) else f"{cell:.3f}" for cell in row]
         view.add_row(label if isinstance(label, str) else " ".join(label), *cells)
     console.print(view)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fit, compare with MixedLM, check, draw; writes tables, figures and the fit."""
+    """Fit, compare with MixedLM and check; write tables, figures and the fit."""
     parser = argparse.ArgumentParser(
         prog="python -m armed_pyro.analysis.applications.fertility", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -270,18 +273,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000, help="most steps of a fit")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split, nets and draws")
     parser.add_argument("--smoke", action="store_true", help="few countries and steps: a trial")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     threads = torch.get_num_threads()
-    # Steps of some milliseconds: threads wait for each other longer than they compute.
+    # In steps of a few milliseconds, threads wait for each other longer than they compute.
     torch.set_num_threads(1)
     try:
-        analyse(given.out, given.seed, given.steps, smoke=given.smoke)
+        analyse(options.out, options.seed, options.steps, smoke=options.smoke)
     finally:
         torch.set_num_threads(threads)
 
 
 def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
-    """Fit every model, print and write what they say."""
+    """Fit all models, and print and write their results."""
     console, draws = Console(), 100 if smoke else 1000
     out.mkdir(parents=True, exist_ok=True)
 
@@ -291,13 +294,13 @@ def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
     parts = split(table, seed)
     introduce(console, table, parts)
 
-    # All rows at every step: cheaper here than the noise of mini-batches.
+    # All rows in each step: for so few rows that is cheaper than the noise of mini-batches.
     steps = min(steps, 60) if smoke else steps
     schedule = Schedule(steps=steps, batch_size=len(parts.train))
     plans = {
         "network": ([SLOPE], (16, 8), schedule, draws),
         "linear": ([SLOPE], (), schedule, draws),
-        # The effects of two factors are known jointly: dear, so fewer steps and draws.
+        # The joint posterior of two factors is expensive, hence fewer steps and draws.
         "linear + periods": (
             [SLOPE, "(1 | country:period)"], (),
             replace(schedule, steps=min(steps, 500)), draws // 4,
@@ -309,17 +312,17 @@ def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
         fits[name] = train_program(parts.train, random, how, seed, hidden)
         forecasts[name] = forecast_with(fits[name], n)
         spread.append(components(name, fits[name], n))
-    # Natural cubic: linear beyond the data, where a B-spline goes on as a cubic.
+    # A natural cubic spline is linear beyond the data, where a B-spline would stay cubic.
     for name, mean in (("MixedLM linear", "decade"), ("MixedLM spline", "0 + cr(decade, df=5)")):
         console.print(f"\n[bold]{name}[/bold]: {mean}")
         classical = MixedModel(parts.train, "fertility", "country", mean, "decade", prob=PROB)
         forecasts[name] = classical.forecast
         spread.append(components(name, classical))
 
-    found = track(forecasts.items(), "evaluating", console=console)
-    scores = {name: evaluate(name, forecast, parts) for name, forecast in found}
+    progress = track(forecasts.items(), "evaluating", console=console)
+    scores = {name: evaluate(name, forecast, parts) for name, forecast in progress}
     evaluation, ahead = (
-        pd.concat([one[place] for one in scores.values()], ignore_index=True) for place in (0, 1)
+        pd.concat([part[place] for part in scores.values()], ignore_index=True) for place in (0, 1)
     )
     tables = {
         "variance_components": pd.concat(spread, ignore_index=True),
@@ -331,11 +334,11 @@ def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
     tests = ["countries", "years", "mode"]
     show(console, "RMSE of held-out rows (births per woman)", evaluation, tests, "rmse")
     show(console, f"Coverage of their {PROB:.0%} intervals", evaluation, tests, "coverage")
-    residual = {name: one[2] for name, one in scores.items()}
+    residual = {name: part[2] for name, part in scores.items()}
     console.print(note(evaluation, ahead, residual))
 
-    for name, one in tables.items():
-        one.to_csv(out / f"{name}.csv", index=False)
+    for name, written in tables.items():
+        written.to_csv(out / f"{name}.csv", index=False)
     fits["network"].save(out / "run")
     with plt.rc_context(figures.STYLE):
         drawn = dict(draw_figures(fits["network"], parts, table, draws))
@@ -349,17 +352,17 @@ def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
 
 
 def introduce(console: Console, table: pd.DataFrame, parts: Split) -> None:
-    """Say what the data are, what was left out and what is held out."""
+    """Print what the data are, what was left out and what is held out."""
     years = table["year"]
     cells = table["country"].nunique() * years.nunique()
     console.print(
-        f"Total fertility rate, births per woman, {years.min()}-{years.max()}; the years after "
-        f"have no value.\nLeft out as aggregates: {'; '.join(AGGREGATES.values())}.\n"
-        f"{table['country'].nunique()} countries have values: {len(table)} country-years. "
+        f"Total fertility rate, births per woman, {years.min()}-{years.max()}; later years have "
+        f"no value.\nLeft out as aggregates: {'; '.join(AGGREGATES.values())}.\n"
+        f"{table['country'].nunique()} countries have values, in {len(table)} country-years. "
         f"{cells - len(table)} others are missing\n"
         "and left out, which a mixed model allows if they are missing at random.\n"
-        f"Time is in decades since {ORIGIN}: the intercept's sd is that between countries in "
-        f"{ORIGIN}, not in the year 0.\n"
+        f"Time is in decades since {ORIGIN}, so the sd of the intercept is that between countries "
+        f"in {ORIGIN}, not in the year 0.\n"
         f"Training: {parts.train['country'].nunique()} countries to {parts.train['year'].max()}, "
         f"{len(parts.train)} rows. Held out: their later years ({len(parts.later)} rows), and "
         f"{parts.unseen['country'].nunique()} whole countries ({len(parts.unseen)} rows).",
@@ -368,7 +371,7 @@ def introduce(console: Console, table: pd.DataFrame, parts: Split) -> None:
 
 
 def note(evaluation: pd.DataFrame, ahead: pd.DataFrame, residual: Mapping[str, float]) -> str:
-    """What the checks say about the assumptions, in words."""
+    """The assumptions that the checks find to fail, in words."""
     seen = evaluation[evaluation["countries"] == "seen"].set_index("model")["coverage"]
     by = ahead.set_index(["model", "horizon"])["coverage"]
     error = evaluation[evaluation["countries"] == "seen"].set_index("model")["rmse"]
@@ -377,20 +380,21 @@ def note(evaluation: pd.DataFrame, ahead: pd.DataFrame, residual: Mapping[str, f
     held = ", ".join(f"{value:.0%} ({years})" for years, value in new["network"].items())
     return (
         "\n[bold]Where the assumptions fail.[/bold] The model takes the residuals of a country to "
-        f"be independent. Their autocorrelation at lag 1 is instead {residual['network']:.2f}, "
-        "as countries leave their straight lines for decades, and as many values were interpolated "
+        f"be independent, but their autocorrelation at lag 1 is {residual['network']:.2f}: "
+        "countries leave their straight lines for decades, and many values were interpolated "
         "between surveys before they were published. The posterior of a country's line is then "
         f"too certain: {PROB:.0%} intervals of forecasts hold {seen['network']:.0%} "
         f"({by['network', 1]:.0%} one year ahead, {by['network', far]:.0%} after {far}). MixedLM "
-        f"shares the fault: {seen['MixedLM linear']:.0%} (linear) and {seen['MixedLM spline']:.0%} "
-        "(spline).\nA random intercept for every eight years of a country, (1 | country:period), "
-        f"takes up dependence within periods: {seen[periods]:.0%}, with an RMSE of "
-        f"{error[periods]:.2f} against {error['linear']:.2f}; the autocorrelation left is "
+        f"has the same fault: {seen['MixedLM linear']:.0%} (linear) and "
+        f"{seen['MixedLM spline']:.0%} (spline).\n"
+        "A random intercept for every eight years of a country, (1 | country:period), absorbs "
+        f"dependence within periods. Coverage is then {seen[periods]:.0%}, with an RMSE of "
+        f"{error[periods]:.2f} against {error['linear']:.2f} and a remaining autocorrelation of "
         f"{residual[periods]:.2f}. It is a remedy, not a model of how fertility changes.\n"
         "For an unseen country the variance between countries dominates: `marginal` intervals hold "
         f"{held}, as far as so few countries can tell. But births cannot be negative and their "
-        "spread changes over time, which a gaussian outcome does not know. `population` intervals "
-        "are those of an average country, and no forecast for a new one."
+        "spread changes over time, which a gaussian outcome ignores. `population` intervals are "
+        "those of an average country, not a forecast for a new one."
     )
 
 

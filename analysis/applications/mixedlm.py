@@ -1,4 +1,4 @@
-"""The classical mixed model, by REML, with the predictive distribution that statsmodels lacks."""
+"""The classical mixed model by REML, with the predictive distribution that statsmodels lacks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["MixedModel"]
 
 
 class MixedModel:
-    r"""statsmodels' MixedLM with random intercept and slope, and its predictions.
+    r"""statsmodels' MixedLM with a random intercept and slope, and its predictions.
 
     .. math:: y^* \mid y \sim N(X^*\hat\beta + K (y - X\hat\beta), \;
               Z^* C Z^{*\top} + \sigma^2 I + A \, Var(\hat\beta) A^\top)
 
-    with :math:`V = Z D Z^\top + \sigma^2 I` of the cluster's training rows,
+    :math:`V = Z D Z^\top + \sigma^2 I` is the covariance of the cluster's known rows,
     :math:`K = Z^* D Z^\top V^{-1}`, :math:`C = D - D Z^\top V^{-1} Z D` and
-    :math:`A = X^* - K X`: the BLUP of a seen cluster and, as it has no training rows, the
-    population mean and the marginal variance of an unseen one.
+    :math:`A = X^* - K X`. For a seen cluster this is the BLUP. An unseen cluster has no known rows,
+    so it gets the population mean and the marginal variance.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class MixedModel:
     outcome, group, slope : str
         Columns of the outcome, of the clusters, and of the random slope.
     fixed : str
-        Formula of the fixed effects; its spline columns are computed beforehand.
+        Formula of the fixed effects. Spline columns are computed from the training rows.
     prob : float
         Probability of the predictive intervals.
     """
@@ -69,13 +69,27 @@ class MixedModel:
             "residual sd": float(np.sqrt(self.result.scale)),
         }
 
-    def forecast(self, table: pd.DataFrame, unseen: str) -> pd.DataFrame:
-        """The rows with mean, lower and upper; `unseen` as in `armed_pyro.Fit.predict`."""
+    def forecast(
+        self, table: pd.DataFrame, unseen: str, support: pd.DataFrame | None = None
+    ) -> pd.DataFrame:
+        """The rows with columns mean, lower and upper, in the order of their clusters.
+
+        Parameters
+        ----------
+        table : pandas.DataFrame
+            Rows to predict.
+        unseen : {"marginal", "population"}
+            Mode for clusters without known rows, as in `armed_pyro.Fit.predict`.
+        support : pandas.DataFrame, optional
+            Rows with outcomes that are known beside the training rows. They update the predictions
+            of their clusters, and not the estimates.
+        """
+        known_rows = self.train if support is None else pd.concat([self.train, support])
         beta, scale = self.result.fe_params, self.result.scale
         of_beta = np.asarray(self.result.cov_params())[: len(beta), : len(beta)]
         parts = []
         for name, rows in table.groupby(self.group, sort=False):
-            known = self.train[self.train[self.group] == name]
+            known = known_rows[known_rows[self.group] == name]
             D = self.covariance * (len(known) > 0 or unseen != "population")
             x, z, X, Z = self._x(rows), self._z(rows), self._x(known), self._z(known)
             K = np.linalg.solve(Z @ D @ Z.T + scale * np.eye(len(Z)), Z @ D @ z.T).T
