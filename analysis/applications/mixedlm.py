@@ -72,7 +72,7 @@ class MixedModel:
     def forecast(
         self, table: pd.DataFrame, unseen: str, support: pd.DataFrame | None = None
     ) -> pd.DataFrame:
-        """The rows with columns mean, lower and upper, in the order of their clusters.
+        """The rows, cluster by cluster, with their predictions in columns mean, lower and upper.
 
         Parameters
         ----------

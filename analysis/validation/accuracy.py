@@ -18,11 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from rich.console import Console
 
 from armed_pyro import (
+    FAMILIES,
     ClusteredData,
     HalfNormal,
     MixedEffects,
@@ -33,17 +35,16 @@ from armed_pyro import (
 )
 from armed_pyro.analysis.validation import reference, replication
 from armed_pyro.data.simulate import mixed_model
-from armed_pyro.families.registry import FAMILIES
 from armed_pyro.models.linear import linear
 
 OUT = Path("results/accuracy")
-# Limits that the tables are held against.
+# Limits of the claims: |z|, ratio of sds, relative bias, coverage, and time over that of NUTS.
 Z, RATIO, BIAS, COVERAGE = 0.1, (0.9, 1.1), 0.05, (0.85, 0.95)
 TIME = 1 / 5
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all parts, print the table of claims and write everything."""
+    """Run all parts, print the table of claims and write all tables and figures."""
     options = _parser().parse_args(arguments)
     out, console = Path(options.out), Console(width=120)
     out.mkdir(parents=True, exist_ok=True)
@@ -62,20 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def claim(
-    what: str, value: float, limit: str, met: bool, error: float = float("nan")
+    name: str, value: float, limit: str, met: bool, error: float = float("nan")
 ) -> dict[str, Any]:
-    """One line of the table: a figure, its standard error, its limit, and whether it is met."""
-    return {"claim": what, "value": value, "se": error, "limit": limit, "met": bool(met)}
+    """A line of the table: a value, its standard error, its limit, and whether it keeps it."""
+    return {"claim": name, "value": value, "se": error, "limit": limit, "met": bool(met)}
 
 
 def against_nuts(folder: Path, out: Path, workers: int, *, smoke: bool) -> Iterator[dict[str, Any]]:
-    """Means, sds and random effects beside NUTS; the time both took to the same error."""
+    """Means, sds and random effects beside NUTS, and the time of both to the same error."""
     path = out / "reference_summary.csv"
     if not path.exists():
         sizes = {"draws": 40, "warmup": 40} if smoke else {"draws": 4000, "warmup": 400}
-        found = reference.compare_all(folder, workers=workers, **sizes)
-        pd.concat([one.table for one in found]).to_csv(out / "reference.csv", index=False)
-        pd.DataFrame([one.summary for one in found]).to_csv(path, index=False)
+        compared = reference.compare_all(folder, workers=workers, **sizes)
+        pd.concat([part.table for part in compared]).to_csv(out / "reference.csv", index=False)
+        pd.DataFrame([part.summary for part in compared]).to_csv(path, index=False)
     for row in pd.read_csv(path).to_dict("records"):
         data, low, high = row["data"], *RATIO
         yield claim(f"{data}: NUTS R-hat", row["nuts_r_hat"], "< 1.01", row["nuts_r_hat"] < 1.01)
@@ -85,10 +86,10 @@ def against_nuts(folder: Path, out: Path, workers: int, *, smoke: bool) -> Itera
             f"<= {Z}",
             row["max_z"] <= Z,
         )
-        for name, what in (("sd_ratio", "posterior sds"), ("effects_ratio", "random effects' sds")):
-            worst = max((row[f"{name}_low"], row[f"{name}_high"]), key=lambda one: abs(one - 1))
-            met = low <= row[f"{name}_low"] and row[f"{name}_high"] <= high
-            yield claim(f"{data}: {what}, worst ratio to NUTS", worst, f"{low} to {high}", met)
+        for key, name in (("sd_ratio", "posterior sds"), ("effects_ratio", "random effects' sds")):
+            worst = max((row[f"{key}_low"], row[f"{key}_high"]), key=lambda ratio: abs(ratio - 1))
+            met = low <= row[f"{key}_low"] and row[f"{key}_high"] <= high
+            yield claim(f"{data}: {name}, worst ratio to NUTS", worst, f"{low} to {high}", met)
         rms = row["effects_rms_z"]
         yield claim(f"{data}: random effects, rms z", rms, f"<= {Z}", rms <= Z)
         yield claim(f"{data}: k-hat", row["k_hat"], "< 0.7", row["k_hat"] < 0.7)
@@ -109,29 +110,27 @@ def against_truth(out: Path, n: int, workers: int, *, smoke: bool) -> Iterator[d
     table = replication.summary(pd.concat(tables))
     table.to_csv(out / "replications.csv", index=False)
     for row in table.to_dict("records"):
-        what, low, high = f"{row['design']}: {row['parameter']}", *COVERAGE
-        # Judged beyond two standard errors: of 100 replications, exact 90% intervals hold fewer
-        # than 85 once in twenty times.
+        name, low, high = f"{row['design']}: {row['parameter']}", *COVERAGE
+        # The limits are relaxed by two standard errors: with 100 replications, exact 90% intervals
+        # hold fewer than 85 truths once in twenty times.
         if str(row["parameter"]).startswith("sd["):
             met = abs(row["bias"]) - 2 * row["bias_se"] <= BIAS
-            yield claim(f"{what}, bias of the median", row["bias"], "<= 5%", met, row["bias_se"])
+            yield claim(f"{name}, bias of the median", row["bias"], "<= 5%", met, row["bias_se"])
         exact = (0.9 * 0.1 / row["replications"]) ** 0.5
         met = low - 2 * exact <= row["coverage"] <= high + 2 * exact
         limit = f"{low} to {high}"
-        yield claim(f"{what}, 90% interval holds", row["coverage"], limit, met, row["coverage_se"])
+        yield claim(f"{name}, 90% interval holds", row["coverage"], limit, met, row["coverage_se"])
 
 
 def calibrated(out: Path, simulations: int, workers: int) -> Iterator[dict[str, Any]]:
-    """Simulation-based calibration of every family, with a figure of its rank histograms."""
-    import matplotlib.pyplot as plt
-
+    """Simulation-based calibration of each family, with a figure of its rank histograms."""
     for family in FAMILIES:
         path = out / f"calibration_{family}.json"
         if path.exists():
-            found = SimulationCalibration.from_json(json.loads(path.read_text("utf-8")))
+            calibration = SimulationCalibration.from_json(json.loads(path.read_text("utf-8")))
         else:
             model, data = program(family)
-            found = simulation_calibration(
+            calibration = simulation_calibration(
                 model,
                 data,
                 simulations=simulations,
@@ -139,17 +138,17 @@ def calibrated(out: Path, simulations: int, workers: int) -> Iterator[dict[str, 
                 workers=workers,
                 seed=1,
             )
-            path.write_text(json.dumps(found.to_json()), encoding="utf-8")
-        found.table().to_csv(out / f"calibration_{family}.csv")
-        figure = found.plot()
+            path.write_text(json.dumps(calibration.to_json()), encoding="utf-8")
+        calibration.table().to_csv(out / f"calibration_{family}.csv")
+        figure = calibration.plot()
         figure.savefig(out / f"calibration_{family}.png", dpi=120)
         plt.close(figure)
-        worst = float(found.table()["p_adjusted"].min())
-        yield claim(f"calibration of {family}: adjusted p", worst, "> 0.01", found.passed)
+        worst = float(calibration.table()["p_adjusted"].min())
+        yield claim(f"calibration of {family}: adjusted p", worst, "> 0.01", calibration.passed)
 
 
 def program(family: str) -> tuple[MixedEffects, ClusteredData]:
-    """The program that is calibrated, and the rows whose outcomes are drawn from it."""
+    """The program to calibrate, and rows whose outcomes are drawn from it."""
     coefficients = np.zeros((2, 2)) if family == "categorical" else (0.0, 0.0)
     data, _ = mixed_model(family, 12, 6, sd=(0.5,), coefficients=coefficients, seed=3)
     counts = family in ("poisson", "negative_binomial")
@@ -159,7 +158,7 @@ def program(family: str) -> tuple[MixedEffects, ClusteredData]:
 
 
 def warned(out: Path, n: int) -> Iterator[dict[str, Any]]:
-    """Fits that cannot be trusted must not pass."""
+    """The share of untrustworthy fits that do not pass, by case."""
     path = out / "verdicts.csv"
     if not path.exists():
         replication.verdicts(replication.BAD, n).to_csv(path, index=False)

@@ -1,4 +1,4 @@
-"""Posteriors of known data sets beside NUTS on the same program, and lme4's estimates."""
+"""Posteriors of well-known data sets, beside NUTS on the same program and lme4's estimates."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ DRAWS = 4000
 
 @dataclass(frozen=True)
 class Reference:
-    """A data set, its model, and what lme4 1.1-31 estimates (REML; Laplace for binomial).
+    """A data set, its model, and the estimates of lme4 1.1-31 (REML; Laplace for binomial).
 
     Attributes
     ----------
     estimates : mapping of (str, str, str) to float
-        By factor, term and statistic (sd, cor).
+        lme4's estimates by factor, term and statistic (sd, cor).
     """
 
     name: str
@@ -103,16 +103,16 @@ REFERENCES = (
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """One reference: tables of quantities and of their agreement, and the time both took.
+    """A reference's quantities by the fit and by NUTS, their agreement, and the time of both.
 
     Attributes
     ----------
     table : pandas.DataFrame
-        By data set, quantity: mean, sd and median of the fit, of its guide alone and of NUTS,
-        lme4's estimate, z (difference of means in NUTS' posterior sds) and ratio (of sds).
+        One row per quantity: mean, sd and median by the fit, by its guide alone and by NUTS; lme4's
+        estimate; z (difference of the means in posterior sds of NUTS) and ratio of the sds.
     summary : dict of str to float or str
-        Worst z and ratio, those of the random effects, k-hat, verdict, NUTS' R-hat and ESS, and
-        the seconds each took, NUTS' also scaled to the fit's Monte Carlo error.
+        Worst z and ratio, those of the random effects, k-hat, verdict, R-hat and ESS of NUTS, and
+        the seconds of both. Those of NUTS are also scaled to the fit's Monte Carlo error.
     """
 
     table: pd.DataFrame
@@ -120,7 +120,7 @@ class Comparison:
 
 
 def compare(reference: Reference, folder: Path, *, draws: int, warmup: int) -> Comparison:
-    """The fit beside four chains of NUTS, of `draws` in all."""
+    """The fit beside four chains of NUTS with `draws` draws in total."""
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,16 +133,16 @@ def compare(reference: Reference, folder: Path, *, draws: int, warmup: int) -> C
     if exact.refined is None:
         raise RuntimeError("NUTS left no draws")
     quality, size = exact.refined.quality, len(exact.refined)
-    table, best = _quantities(fitted, DRAWS), _quantities(exact, size)
-    own = _quantities(replace(fitted, refined=None), DRAWS)
-    table = table.join(own, rsuffix="_guide").join(best, rsuffix="_nuts")
+    table, by_nuts = _quantities(fitted, DRAWS), _quantities(exact, size)
+    by_guide = _quantities(replace(fitted, refined=None), DRAWS)
+    table = table.join(by_guide, rsuffix="_guide").join(by_nuts, rsuffix="_nuts")
     table["z"] = (table["mean"] - table["mean_nuts"]) / table["sd_nuts"]
     table["ratio"] = table["sd"] / table["sd_nuts"]
     keys = [reference.estimates.get(key, np.nan) for key in table.index]
     table.insert(0, "lme4", keys)
     effects = agreement(fitted, exact)
     worst = table.loc[table.index.get_level_values("statistic") != "fixed"]
-    # NUTS' warm-up is paid once; its draws are scaled to the fit's effective sample size.
+    # The warm-up of NUTS is paid once; its draws are scaled to the fit's effective sample size.
     per_draw = nuts_seconds / (draws + 4 * warmup)
     wanted = fitted.importance.effective
     same_error = per_draw * (4 * warmup + draws * wanted / quality["ess"])
@@ -166,7 +166,7 @@ def compare(reference: Reference, folder: Path, *, draws: int, warmup: int) -> C
 
 
 def _quantities(fitted: Fit, draws: int) -> pd.DataFrame:
-    """Mean, median and sd of sds, correlations and fixed effects, by factor, term, statistic."""
+    """Mean, median and sd of sds, correlations and fixed effects by factor, term and statistic."""
     components = fitted.variance_components(draws=draws)
     components = components[components["statistic"].isin(["sd", "cor"])]
     fixed = fitted.fixed_effects(draws=draws).assign(factor="Fixed", statistic="fixed")
@@ -180,25 +180,25 @@ def agreement(fitted: Fit, exact: Fit) -> dict[str, float]:
     Parameters
     ----------
     fitted, exact : Fit
-        The fit, and the same with draws that are taken for the truth.
+        The fit, and the same fit with draws that count as the truth.
     """
     z, ratios = [], []
     size = DRAWS if exact.refined is None else len(exact.refined)
-    own, best = fitted.draws(DRAWS), exact.draws(size)
+    drawn, truth = fitted.draws(DRAWS), exact.draws(size)
     for factor in fitted.model.factors:
-        one, other = own[factor.effect_site], best[factor.effect_site]
-        z.append(((one.mean(0) - other.mean(0)) / other.std(0)).flatten())
-        ratios.append((one.std(0) / other.std(0)).flatten())
-    every, ratio = torch.cat(z), torch.cat(ratios)
+        effects, exactly = drawn[factor.effect_site], truth[factor.effect_site]
+        z.append(((effects.mean(0) - exactly.mean(0)) / exactly.std(0)).flatten())
+        ratios.append((effects.std(0) / exactly.std(0)).flatten())
+    ratio = torch.cat(ratios)
     return {
-        "effects_rms_z": float((every**2).mean().sqrt()),
+        "effects_rms_z": float((torch.cat(z) ** 2).mean().sqrt()),
         "effects_ratio_low": float(ratio.min()),
         "effects_ratio_high": float(ratio.max()),
     }
 
 
 def compare_all(folder: Path, *, draws: int, warmup: int, workers: int) -> list[Comparison]:
-    """All references, in parallel."""
+    """`compare` for all references, in parallel."""
     return list(
         Parallel(n_jobs=workers)(
             delayed(compare)(reference, folder, draws=draws, warmup=warmup)

@@ -1,4 +1,4 @@
-"""Designs with known truth, fitted again and again: bias and coverage of variance components."""
+"""Replications of designs with known truth: bias and coverage of the variance components."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from armed_pyro.models.linear import linear
 __all__ = ["BAD", "DESIGNS", "Design", "replications", "summary", "verdicts"]
 
 PROB = 0.9
-# A small network on a few thousand rows needs no longer, and is fitted hundreds of times.
+# Small networks are fitted hundreds of times to a few thousand rows, for which this is enough.
 QUICK = Schedule(window=40, net_learning_rate=0.01)
-# In every design the posterior median of an sd is compared with the truth: the mean of a skewed
-# posterior is above it where clusters are few, as it should be.
+# Bias is that of the posterior median. With few clusters, the posterior of an sd is skewed and its
+# mean rightly lies above the truth.
 COLUMNS = ["design", "seed", "parameter", "truth", "mean", "median", "sd", "lower", "upper"]
 
 
@@ -40,9 +40,9 @@ class Design:
     family : str
         gaussian, bernoulli or poisson.
     clusters, rows : int
-        Clusters, and rows in each.
+        Number of clusters, and of rows in each.
     sd : tuple of float
-        Standard deviations of the random intercept and, if there is one, the slope on x0.
+        Standard deviation of the random intercept, and of the slope on x0 if there is one.
     network : bool
         Whether the fixed effects are nonlinear, and fitted by a network.
     """
@@ -62,7 +62,7 @@ class Design:
         return f"{self.family} {self.clusters}x{self.rows} {kind}, {effects}, {variance}"
 
     def simulate(self, seed: int) -> tuple[ClusteredData, dict[str, float]]:
-        """Data, and the truth by parameter."""
+        """A data set, and the truth by parameter."""
         truth = {f"sd[{term}]": sd for term, sd in zip(["Intercept", "x0"], self.sd, strict=False)}
         if len(self.sd) > 1:
             truth["cor[Intercept,x0]"] = 0.3
@@ -109,8 +109,8 @@ class Design:
         return fit(model, train, validation=validation, schedule=QUICK, seed=seed, progress=False)
 
 
-# 20 to 10,000 clusters of 2 to 50 rows. The last linear one is that for which LMMNN, lme4 and
-# MC-GMENN give variances of 5.4, 5.8 and 6.2 where the truth is 10.
+# 20 to 10,000 clusters of 2 to 50 rows. In the last design the true variance is 10, and LMMNN, lme4
+# and MC-GMENN give 5.4, 5.8 and 6.2.
 DESIGNS = (
     Design("gaussian", 20, 50),
     Design("gaussian", 100, 5, (1.0, 0.5)),
@@ -128,18 +128,19 @@ DESIGNS = (
 
 
 def replications(design: Design, folder: Path, n: int, *, workers: int = 1) -> pd.DataFrame:
-    """Estimates of n simulated data sets, one row a parameter; those in the folder are kept.
+    """Estimates from n simulated data sets, one row per data set and parameter.
 
     Parameters
     ----------
     design : Design
-        What to simulate.
+        The design to simulate.
     folder : path
-        Where the estimates are written as they come, so that a killed run goes on.
+        Folder for the estimates of each data set. Those that it already holds are not computed
+        again, so a run that was killed continues.
     n : int
-        Data sets.
+        Number of data sets.
     workers : int
-        Processes.
+        Number of processes.
     """
     path = folder / f"{design.name.replace(' ', '_').replace(',', '')}.csv"
     done = set(pd.read_csv(path)["seed"]) if path.exists() else set()
@@ -162,14 +163,16 @@ def _estimate(design: Design, seed: int) -> pd.DataFrame:
         fitted = design.fit(data, seed)
         seconds = time.perf_counter() - start
         estimates = dict(_parameters(fitted))
-        found = fitted.diagnostics()
+        diagnostics = fitted.diagnostics()
     rows = [
         {"design": design.name, "seed": seed, "parameter": name, "truth": truth[name], **values}
         for name, values in estimates.items()
         if name in truth
     ]
-    extra = {"seconds": seconds, "verdict": found.verdict, "k_hat": found.figures.get("k_hat")}
-    return pd.DataFrame(rows)[COLUMNS].assign(**extra, reasons="; ".join(found.reasons))
+    k_hat, verdict = diagnostics.figures.get("k_hat"), diagnostics.verdict
+    return pd.DataFrame(rows)[COLUMNS].assign(
+        seconds=seconds, verdict=verdict, k_hat=k_hat, reasons="; ".join(diagnostics.reasons)
+    )
 
 
 def _parameters(fitted: Fit) -> Iterator[tuple[str, dict[str, float]]]:
@@ -183,12 +186,12 @@ def _parameters(fitted: Fit) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def summary(estimates: pd.DataFrame) -> pd.DataFrame:
-    """By design and parameter: relative bias and coverage, each with its standard error.
+    """Relative bias and coverage by design and parameter, each with its standard error.
 
     Parameters
     ----------
     estimates : pandas.DataFrame
-        What `replications` returned, of one design or several.
+        Table that `replications` gives, for one design or several.
     """
     records = []
     for (design, parameter), part in estimates.groupby(["design", "parameter"], sort=False):
@@ -222,7 +225,7 @@ def _bimodal(rng: np.random.Generator, clusters: int) -> Any:
 
 @dataclass(frozen=True)
 class Bad:
-    """A case in which a fit must not pass: what is wrong, and the data and settings."""
+    """A case in which a fit must not pass: its defect, its data and its settings."""
 
     name: str
     family: str
@@ -231,7 +234,7 @@ class Bad:
     steps: int = 20_000
 
     def fit(self, seed: int) -> Fit:
-        """The fit."""
+        """The fit to data with this seed."""
         rng = np.random.default_rng(seed)
         site = np.repeat(np.arange(self.clusters), self.rows)
         x = rng.normal(size=(len(site), 1))
@@ -262,11 +265,11 @@ BAD = (
 
 
 def verdicts(cases: Sequence[Bad], n: int) -> pd.DataFrame:
-    """Verdict and first reason of every case, n times."""
+    """Verdict and first reason for each case, n times."""
     records = []
     for case in track(cases, description="bad cases"):
         for seed in range(n):
-            found = case.fit(seed).diagnostics()
-            reason = found.reasons[0] if found.reasons else ""
-            records.append([case.name, seed, found.verdict, reason])
+            diagnostics = case.fit(seed).diagnostics()
+            reason = diagnostics.reasons[0] if diagnostics.reasons else ""
+            records.append([case.name, seed, diagnostics.verdict, reason])
     return pd.DataFrame(records, columns=["case", "seed", "verdict", "reason"])

@@ -31,11 +31,13 @@ from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
 from armed_pyro.analysis import figures
 from armed_pyro.analysis.validation.new_clusters import (
     FAMILIES,
+    YEARS,
+    Countries,
     Simulation,
     coverage_rows,
     learning_rows,
+    spiral_rows,
 )
-from armed_pyro.analysis.validation.new_countries import YEARS, Countries, spiral_rows
 from armed_pyro.models.linear import linear
 
 __all__ = ["main"]
@@ -52,21 +54,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/unseen_clusters"), metavar="DIR")
     parser.add_argument(
-        "--parts", default=PARTS, help=f"parts to run, '' to draw anew (default: {PARTS})"
+        "--parts", default=PARTS, help=f"parts to run; '' redraws the figures (default: {PARTS})"
     )
     parser.add_argument("--seeds", type=int, default=4, help="simulated data sets of each kind")
     parser.add_argument("--smoke", action="store_true", help="small data and few steps: a trial")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run(given.out, given.parts, 1 if given.smoke else given.seeds, smoke=given.smoke)
+        seeds = 1 if options.smoke else options.seeds
+        run(options.out, options.parts, seeds, smoke=options.smoke)
     finally:
         torch.set_num_threads(threads)
 
 
 def run(out: Path, parts: str, seeds: int, *, smoke: bool) -> None:
-    """Run the parts, each kept as soon as it is done."""
+    """Run the parts, and keep the rows of each as they come."""
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
@@ -82,13 +85,13 @@ def run(out: Path, parts: str, seeds: int, *, smoke: bool) -> None:
             records.append(record)
             pd.DataFrame(records).to_csv(out / f"part_{part}.csv", index=False)
         console.print(f"part {part}: {time.perf_counter() - start:.0f} s")
-    # With those of parts run before into the same folder.
+    # The table includes parts that earlier runs left in the folder.
     rows = pd.concat([pd.read_csv(path) for path in sorted(out.glob("part_?.csv"))])
     table = summarise(rows.reset_index(drop=True))
     table.to_csv(out / "unseen_clusters.csv", index=False)
-    for part, own in table.groupby("part"):
+    for part, block in table.groupby("part"):
         console.print(f"\n{part}", style="bold")
-        shown = own.drop(columns="part").dropna(axis=1, how="all")
+        shown = block.drop(columns="part").dropna(axis=1, how="all")
         console.print(shown.to_string(index=False, float_format="{:.3f}".format), markup=False)
     for name, figure in draw(rows):
         figure.savefig(out / f"{name}.png", dpi=150)
@@ -97,11 +100,11 @@ def run(out: Path, parts: str, seeds: int, *, smoke: bool) -> None:
 
 
 def simulated(seeds: int, *, smoke: bool, learning: bool) -> Iterator[dict[str, Any]]:
-    """Parts 1 and 2: coverage of the modes; learning from k rows."""
+    """Part 1, coverage of the modes, or part 2, learning from k rows."""
     size: dict[str, Any] = {"seen": 15, "unseen": 20, "steps": 60} if smoke else {}
     make = learning_rows if learning else coverage_rows
     with warnings.catch_warnings():
-        # That the support says too much of the hyperparameters: ess is in the table.
+        # Adapting warns where the support changes the hyperparameters much; the table has its ess.
         warnings.simplefilter("ignore")
         for network in (False,) if learning else (False, True):
             for family in FAMILIES:
@@ -111,7 +114,7 @@ def simulated(seeds: int, *, smoke: bool, learning: bool) -> Iterator[dict[str, 
 
 
 def countries(out: Path, *, smoke: bool) -> Iterator[dict[str, Any]]:
-    """Part 3, and the figure of six countries' curves."""
+    """Part 3, with figures of six countries' curves."""
     made = Countries(0, 60 if smoke else 1500, every=6 if smoke else 1)
     draws = 100 if smoke else 1000
     yield from made.rows(draws)
@@ -127,14 +130,14 @@ def countries(out: Path, *, smoke: bool) -> Iterator[dict[str, Any]]:
 
 
 def spiral(seeds: int, *, smoke: bool) -> Iterator[dict[str, Any]]:
-    """Part 4."""
+    """Part 4, spirals of unseen radius."""
     size: dict[str, Any] = {"seen": 4, "unseen": 5, "rows": 100, "steps": 60} if smoke else {}
     for seed in range(seeds):
         yield from spiral_rows(seed, **size)
 
 
 def stream(out: Path, rows: int, *, smoke: bool) -> Iterator[dict[str, Any]]:
-    """Part 5: new rows in 10,000 unseen clusters, in no order, from Parquet to Parquet."""
+    """Part 5, unsorted rows of 10,000 unseen clusters predicted from Parquet to Parquet."""
     rng, new = np.random.default_rng(0), 200 if smoke else 10_000
     site, x, effect = rng.integers(0, 50, 4000), rng.normal(size=(4000, 2)), rng.normal(size=50)
     y = x[:, 0] + effect[site] + rng.normal(size=4000)
@@ -152,11 +155,11 @@ def stream(out: Path, rows: int, *, smoke: bool) -> Iterator[dict[str, Any]]:
             columns = [rng.normal(size=n), rng.normal(size=n), names.take(rng.integers(0, new, n))]
             writer.write_table(pa.table(columns, schema=schema))
     start_time = time.perf_counter()
-    command = ["predict", str(out / "run"), str(source), "--unseen", "marginal", "--draws", "200"]
-    code = "from armed_pyro.cli import app; app()"
-    subprocess.run([sys.executable, "-c", code, *command, "--out", str(target)], check=True)
+    command = [sys.executable, "-m", "armed_pyro.cli", "predict", str(out / "run"), str(source)]
+    settings = ["--unseen", "marginal", "--draws", "200", "--out", str(target)]
+    subprocess.run([*command, *settings], check=True)
     seconds = time.perf_counter() - start_time
-    # The largest of all child processes so far, of which this is the only one.
+    # The peak of all child processes so far; this is the only child.
     rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     written = pq.ParquetFile(target).metadata.num_rows
     source.unlink()
@@ -175,8 +178,8 @@ def summarise(records: pd.DataFrame) -> pd.DataFrame:
     table.insert(4, "sets", sizes)
     if "coverage_mean" in records:
         spread = records.groupby(keys, sort=False, dropna=False)["coverage_mean"].sem().to_numpy()
-        own = table["coverage_mean_se"]
-        table["coverage_mean_se"] = np.where(np.isnan(spread), own, spread)
+        within = table["coverage_mean_se"]
+        table["coverage_mean_se"] = np.where(np.isnan(spread), within, spread)
     if "rmse" in records and (records["mode"] == "refit").any():
         refit = table[table["mode"] == "refit"].set_index("case")["rmse"]
         same = (table["k"] == 20) & table["case"].isin(refit.index)
@@ -187,55 +190,55 @@ def summarise(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gains(records: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy less the conventional network's: mean and standard error over data sets.
+    """Gain in accuracy over the conventional network: mean and standard error over data sets.
 
-    Clusters of one data set share its two fits, so that the data sets count.
+    The unit is a data set, because its clusters share two fits.
     """
     spirals = records[records["part"] == "4 spirals"]
     wide = spirals.pivot_table("accuracy", "seed", "mode", sort=False)
     gain = wide.sub(wide["conventional"], axis=0)
-    if len(gain) == 1:  # one data set: over its clusters
+    if len(gain) == 1:  # with a single data set, the unit is a cluster
         by_cluster = spirals.pivot_table("accuracy", "radius", "mode", sort=False)
         gain = by_cluster.sub(by_cluster["conventional"], axis=0)
     claim = np.where(gain.mean() > 2 * gain.sem(), "holds", "does not hold")
-    found = pd.DataFrame({"mode": gain.columns, "gain": gain.mean(), "gain_se": gain.sem()})
-    found["better_than_conventional"] = np.where(found["mode"] == "conventional", "", claim)
-    return found.assign(part="4 spirals").reset_index(drop=True)
+    table = pd.DataFrame({"mode": gain.columns, "gain": gain.mean(), "gain_se": gain.sem()})
+    table["better_than_conventional"] = np.where(table["mode"] == "conventional", "", claim)
+    return table.assign(part="4 spirals").reset_index(drop=True)
 
 
 def draw(records: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
-    """Learning curves, fertility by years known, and spirals by radius, of the parts that ran."""
-    found = set(records["part"])
+    """Learning curves, fertility by years known, and spirals by radius, for parts that ran."""
+    parts = set(records["part"])
     with plt.rc_context(figures.STYLE):
-        if "2 learning" in found:
+        if "2 learning" in parts:
             yield "learning", _learning(summarise(records[records["part"] == "2 learning"]))
-        if "3 fertility" in found:
+        if "3 fertility" in parts:
             yield "fertility", _fertility(records[records["part"] == "3 fertility"])
-        if "4 spirals" in found:
+        if "4 spirals" in parts:
             yield "spirals", _spirals(records[records["part"] == "4 spirals"])
 
 
 def _learning(rows: pd.DataFrame) -> Figure:
-    """Means over data sets by case, mode and k, as `summarise` gives them."""
+    """Learning curves from the means that `summarise` gives by case, mode and k."""
     cases = list(dict.fromkeys(rows["case"]))
     figure, axes = plt.subplots(2, len(cases), figsize=(2.6 * len(cases), 4.6), squeeze=False)
     for (upper, lower), case in zip(axes.T, cases, strict=True):
-        one = rows[(rows["case"] == case) & (rows["mode"] == "adapt")]
+        adapted = rows[(rows["case"] == case) & (rows["mode"] == "adapt")]
         refit = rows[(rows["case"] == case) & (rows["mode"] == "refit")]
-        place = np.arange(len(one))
-        upper.plot(place, one["rmse"], "o-", color=figures.BLUE, label="adapt")
-        at = place[(one["k"] == 20).to_numpy()]
-        at = at[: len(refit)]  # none yet in a run that was stopped
+        place = np.arange(len(adapted))
+        upper.plot(place, adapted["rmse"], "o-", color=figures.BLUE, label="adapt")
+        at = place[(adapted["k"] == 20).to_numpy()]
+        at = at[: len(refit)]  # an interrupted run has no refit yet
         upper.plot(at, refit["rmse"], "D", color=figures.ORANGE, label="full refit")
-        lower.errorbar(place, one["coverage_mean"], 2 * one["coverage_mean_se"], fmt="o-",
-                       color=figures.BLUE)  # fmt: skip
+        error = 2 * adapted["coverage_mean_se"]
+        lower.errorbar(place, adapted["coverage_mean"], error, fmt="o-", color=figures.BLUE)
         lower.plot(at, refit["coverage_mean"], "D", color=figures.ORANGE)
         lower.axhspan(0.85, 0.95, color="0.92", zorder=-2)
         lower.axhline(0.9, color="k", linewidth=0.9, linestyle=":")
         upper.set(title=case, ylim=(0, None))
         lower.set(ylim=(0.7, 1))
         for axis in (upper, lower):
-            axis.set_xticks(place, one["k"].astype(int))
+            axis.set_xticks(place, adapted["k"].astype(int))
     axes[0, 0].set_ylabel("error of E[y]\n(root mean square)")
     axes[1, 0].set_ylabel("coverage of E[y] by\n90% intervals (± 2 se)")
     axes[0, -1].legend()
@@ -251,12 +254,12 @@ def _fertility(rows: pd.DataFrame) -> Figure:
     place = {k: number for number, k in enumerate(YEARS)}
     for axis, (name, label) in zip(axes, labels.items(), strict=True):
         for mode, colour, mark in (("adapt", figures.BLUE, "o"), ("MixedLM", figures.ORANGE, "s")):
-            one = curves[curves["mode"] == mode]
+            line = curves[curves["mode"] == mode]
             style: dict[str, Any] = {"color": colour, "marker": mark, "label": mode}
-            axis.plot([place[int(k)] for k in one["k"]], one[name], linewidth=1.2, **style)
+            axis.plot([place[int(k)] for k in line["k"]], line[name], linewidth=1.2, **style)
         for mode, mark in (("population", "v"), ("membership", "^"), ("nearest", "x")):
-            one = rows[rows["mode"] == mode]
-            axis.plot([0], one[name], mark, color=figures.GREY, label=mode, markersize=5)
+            point = rows[rows["mode"] == mode]
+            axis.plot([0], point[name], mark, color=figures.GREY, label=mode, markersize=5)
         axis.set_xticks(range(len(YEARS)), YEARS)
         axis.set(xlabel="first years known", ylabel=label, ylim=(0, None))
     axes[2].axhline(0.9, color="k", linewidth=0.9, linestyle=":")
@@ -271,10 +274,10 @@ def _spirals(rows: pd.DataFrame) -> Figure:
                "membership": figures.BLUE}  # fmt: skip
     edges = np.quantile(rows["radius"], np.linspace(0, 1, 7))
     for mode, colour in colours.items():
-        one = rows[rows["mode"] == mode]
-        cell = np.clip(np.searchsorted(edges, one["radius"]) - 1, 0, len(edges) - 2)
-        means = one.groupby(cell)[["radius", "accuracy"]].mean()
-        axis.plot(one["radius"], one["accuracy"], ".", color=colour, alpha=0.25, markersize=4)
+        points = rows[rows["mode"] == mode]
+        cell = np.clip(np.searchsorted(edges, points["radius"]) - 1, 0, len(edges) - 2)
+        means = points.groupby(cell)[["radius", "accuracy"]].mean()
+        axis.plot(points["radius"], points["accuracy"], ".", color=colour, alpha=0.25, markersize=4)
         axis.plot(means["radius"], means["accuracy"], "o-", color=colour, label=mode)
     axis.set(xlabel="radius of the unseen cluster's spirals", ylabel="accuracy")
     axis.legend(loc="lower right")
