@@ -1,4 +1,4 @@
-"""REML of a linear mixed model with random intercepts of several crossed factors."""
+"""REML for a linear mixed model with random intercepts of several crossed factors."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ def crossed_reml(
     x: Float[np.ndarray, "rows features"],
     codes: Sequence[Int[np.ndarray, " rows"]],
 ) -> Float[np.ndarray, " factors_and_residual"]:
-    r"""sd of each factor's intercepts and of the residual, by restricted maximum likelihood.
+    r"""Sds of each factor's intercepts and of the residual, by restricted maximum likelihood.
 
     .. math:: d(\lambda) = \log |\Lambda Z^\top Z \Lambda + I| + \log |X^\top V_\lambda^{-1} X|
         + (n - p) \log y^\top P_\lambda y, \quad V_\lambda = I + Z \Lambda^2 Z^\top
 
-    minimised over the ratios lambda of the sds to the residual's. The factor with most levels is
-    eliminated level by level, as its block of Z'Z is diagonal; the rest is dense.
+    d is minimised over the ratios lambda of the factors' sds to the residual sd. The block of Z'Z
+    for the factor with most levels is diagonal, so that factor is eliminated level by level. The
+    rest is dense.
 
     Parameters
     ----------
     y, x : ndarray
-        Outcome, and fixed effects beside the intercept.
+        Outcome, and columns of the fixed effects without the intercept.
     codes : sequence of ndarray
-        Level of each row, by factor.
+        Level of each row, for each factor.
 
     References
     ----------
@@ -46,30 +47,30 @@ def crossed_reml(
     >>> crossed_reml(y, np.zeros((2000, 0)), [a, b]).round(1)
     array([1. , 1.9, 0.5])
     """
-    n, sizes = len(y), [int(one.max()) + 1 for one in codes]
+    n, sizes = len(y), [int(levels.max()) + 1 for levels in codes]
     order = np.argsort(sizes)[::-1]
     fixed = np.column_stack([np.ones(n), x])
-    designs = [sp.csr_matrix((np.ones(n), (np.arange(n), one))) for one in codes]
+    designs = [sp.csr_matrix((np.ones(n), (np.arange(n), levels))) for levels in codes]
     first, rest = designs[order[0]], sp.hstack([designs[place] for place in order[1:]]).tocsr()
     data = np.column_stack([fixed, y])
     counts = np.asarray(first.sum(0)).ravel()
     between = (first.T @ rest).tocsr()
     within = (rest.T @ rest).toarray()
     first_data, rest_data, cross = first.T @ data, rest.T @ data, data.T @ data
-    levels = np.repeat(np.arange(len(order) - 1), [sizes[place] for place in order[1:]])
+    factor = np.repeat(np.arange(len(order) - 1), [sizes[place] for place in order[1:]])
 
     def solved(ratios: np.ndarray) -> tuple[float, np.ndarray]:
-        """log-determinant of the random effects' system, and data' V^-1 data."""
-        one, others = ratios[0], ratios[1:][levels]
-        pivot = one**2 * counts + 1
-        scaled = sp.diags(one / np.sqrt(pivot)) @ between @ sp.diags(others)
+        """Log-determinant of the random effects' system, and data' V^-1 data."""
+        largest, others = ratios[0], ratios[1:][factor]
+        pivot = largest**2 * counts + 1
+        scaled = sp.diags(largest / np.sqrt(pivot)) @ between @ sp.diags(others)
         schur = others[:, None] * within * others + np.eye(len(others))
         schur -= (scaled.T @ scaled).toarray()
-        factor = cho_factor(schur, lower=True, overwrite_a=True)
-        top = (one / np.sqrt(pivot))[:, None] * first_data
+        root = cho_factor(schur, lower=True, overwrite_a=True)
+        top = (largest / np.sqrt(pivot))[:, None] * first_data
         bottom = others[:, None] * rest_data - scaled.T @ top
-        log_det = np.log(pivot).sum() + 2 * np.log(np.diag(factor[0])).sum()
-        return float(log_det), cross - top.T @ top - bottom.T @ cho_solve(factor, bottom)
+        log_det = np.log(pivot).sum() + 2 * np.log(np.diag(root[0])).sum()
+        return float(log_det), cross - top.T @ top - bottom.T @ cho_solve(root, bottom)
 
     def deviance(log_ratios: np.ndarray) -> float:
         log_det, reduced = solved(np.exp(log_ratios))
@@ -87,6 +88,6 @@ def crossed_reml(
 
 
 def _residual(reduced: np.ndarray) -> float:
-    """y' P y: what the fixed effects leave of y' V^-1 y."""
+    """y' P y, the part of y' V^-1 y that the fixed effects leave."""
     along = np.linalg.solve(reduced[:-1, :-1], reduced[:-1, -1])
     return float(reduced[-1, -1] - reduced[:-1, -1] @ along)

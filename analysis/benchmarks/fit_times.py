@@ -1,4 +1,4 @@
-"""Time to a converged fit, beside stock Pyro and NUTS on the same program."""
+"""Time to a converged fit, beside Pyro's AutoNormal and NUTS on the same program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from armed_pyro import ClusteredData, MixedEffects, Schedule, fit, read_table
 from armed_pyro.analysis.benchmarks.crossed_reml import crossed_reml
 from armed_pyro.analysis.benchmarks.training_steps import Task
 from armed_pyro.data.simulate import mixed_model
-from armed_pyro.engine.schedule import MOVING, Plateau, split_r_hat
+from armed_pyro.engine.schedule import MOVING, split_r_hat
 from armed_pyro.models.linear import linear
 from armed_pyro.rows.shuffle import Shuffle
 
@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the fit, of stock Pyro, and of NUTS to the fit's Monte Carlo error."""
+    """Seconds of the fit, of Pyro's AutoNormal, and of NUTS to the fit's Monte Carlo error."""
 
     ours: float
     stock: float
@@ -48,7 +48,7 @@ class Times:
 
 
 def jobs(folder: str | None, *, short: bool) -> Iterator[Job]:
-    """Data of the shape of sleepstudy and cbpp, or these themselves, and the spirals."""
+    """Jobs on the folder's sleepstudy and cbpp, or on data of their shape, and on the spirals."""
     plain = Schedule()
     if folder is None:
         slopes, _ = mixed_model("gaussian", 18, 10, sd=(1.0, 0.3), seed=1)
@@ -77,10 +77,11 @@ def _linear(data: ClusteredData, random: str, family: str = "gaussian") -> Mixed
 
 
 def compare(job: Job, *, short: bool) -> Times:
-    """The three, one after the other, in this process.
+    """Time the fit, Pyro's AutoNormal and NUTS one after the other, in this process.
 
-    NUTS starts from the fit and runs in its coordinates, its network held: that flatters it. Its
-    draws are counted as independent where they are too few to tell.
+    NUTS starts from the fit and runs in its coordinates with the network held fixed, which favours
+    NUTS. Its draws count as independent if there are too few of them to estimate their effective
+    number.
     """
     start = time.perf_counter()
     fitted = fit(job.model, job.data, schedule=job.schedule, progress=False)
@@ -97,16 +98,16 @@ def compare(job: Job, *, short: bool) -> Times:
 
 
 def _stock(job: Job) -> float:
-    """Seconds until Pyro's SVI with AutoNormal has converged, by the rule that `fit` goes by.
+    """Seconds until Pyro's SVI with AutoNormal has converged, by the stopping rule of `fit`.
 
-    The rates fall once the loss stands still and the hyperparameters do.
+    Learning rates fall once neither the loss nor the hyperparameters move.
     """
     torch.manual_seed(0)
     bound = job.model.bind(job.data)
     source, schedule = bound.encode(job.data), job.schedule
     size, shuffle = schedule.batch(len(source)), Shuffle()
-    plateau = Plateau(tolerance=0.01 / len(source), patience=schedule.patience)
-    rate = min(schedule.learning_rate, 0.01)  # at the guide's 0.03 AutoNormal is not stable
+    plateau = schedule.plateau(len(source))
+    rate = min(schedule.learning_rate, 0.01)  # AutoNormal is unstable at the guide's rate of 0.03
     start = time.perf_counter()
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         guide = AutoNormal(bound)
@@ -119,8 +120,10 @@ def _stock(job: Job) -> float:
         for _ in range(schedule.steps // 100):
             losses = []
             for _ in range(100):
-                every = size == len(source)
-                rows = source.all() if every else source.batch(shuffle.take(size, len(source)))
+                if size == len(source):
+                    rows = source.all()
+                else:
+                    rows = source.batch(shuffle.take(size, len(source)))
                 value = loss(rows)
                 adam.zero_grad()
                 value.backward()
@@ -139,25 +142,25 @@ def _stock(job: Job) -> float:
 
 
 def _flat(module: nn.Module, sites: Sequence[str]) -> np.ndarray:
-    """What AutoNormal holds of some sites, in a row."""
+    """AutoNormal's parameters of these sites, as one vector."""
     with torch.no_grad():
         return np.concatenate([getattr(module, name).flatten().numpy() for name in sites])
 
 
 def insteval(shrink: int) -> tuple[float, pd.DataFrame]:
-    """Seconds to fit a design of InstEval's size, and its sds beside REML's.
+    """Seconds to fit a design of InstEval's size, and its sds beside those of REML.
 
     Parameters
     ----------
     shrink : int
-        The design's rows, students and lecturers are divided by it.
+        Divisor of the design's rows, students and lecturers.
 
     Returns
     -------
     float
         Seconds.
-    DataFrame
-        By factor: truth, REML's estimate, the posterior's median and sd.
+    pandas.DataFrame
+        One row per factor: truth, REML estimate, posterior median and sd.
     """
     rng = np.random.default_rng(0)
     n, students, lecturers, departments = 73_421 // shrink, 2972 // shrink, 1128 // shrink, 14
@@ -174,10 +177,10 @@ def insteval(shrink: int) -> tuple[float, pd.DataFrame]:
     fitted = fit(model, data, progress=False)
     table = fitted.variance_components()
     seconds = time.perf_counter() - start
-    found = table[table["statistic"] == "sd"].set_index("factor")[["median", "sd"]]
+    posterior = table[table["statistic"] == "sd"].set_index("factor")[["median", "sd"]]
     reml = crossed_reml(y, x, codes)
     rows = {
-        name: {"truth": truth, "reml": estimate, **found.loc[name].to_dict()}
+        name: {"truth": truth, "reml": estimate, **posterior.loc[name].to_dict()}
         for name, truth, estimate in zip([*names, "Residual"], sds, reml, strict=True)
     }
     return seconds, pd.DataFrame(rows).T

@@ -1,4 +1,4 @@
-"""How the cost of a step grows with clusters, rows and terms, and of predicting with draws."""
+"""Growth of the cost of a step with clusters, rows and terms, and of predictions with draws."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyro
 import torch
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
-from armed_pyro.analysis.benchmarks.training_steps import Task
-from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.training_run import Run
+from armed_pyro.analysis.benchmarks.training_steps import Task, program_step
 from armed_pyro.models.dense import dense
 
 __all__ = ["Curve", "curves", "predicting"]
@@ -29,13 +26,13 @@ class Curve:
     Attributes
     ----------
     what, name : str
-        What is timed, and what grows.
+        The operation that is timed, and the quantity that grows.
     sizes : sequence of int
         Sizes, ascending.
     seconds : callable
         Median seconds at a size.
     most : float or None
-        The most that the largest should take over the smallest.
+        Upper limit for the time at the largest size over that at the smallest.
     """
 
     what: str
@@ -45,12 +42,12 @@ class Curve:
     most: float | None = None
 
     def measure(self) -> Mapping[int, float]:
-        """Seconds at every size."""
+        """Seconds at each size."""
         return {size: self.seconds(size) for size in self.sizes}
 
 
 def curves(device: str, *, short: bool) -> Iterator[Curve]:
-    """Steps by clusters, rows and terms; predictions by draws."""
+    """Curves of steps by clusters, rows and terms, and of predictions by draws."""
 
     def step(clusters: int, rows: int, terms: int) -> float:
         return _step(clusters, rows, terms, device)
@@ -68,7 +65,7 @@ def curves(device: str, *, short: bool) -> Iterator[Curve]:
 
 
 def predicting(*, short: bool) -> float:
-    """Seconds of 1,000 draws for the 10,000 rows of the spirals."""
+    """Seconds for 1,000 draws of the 10,000 rows of the spirals."""
     return _predict(_spirals(), 1000, 1 if short else 3)
 
 
@@ -83,18 +80,13 @@ def _step(clusters: int, batch: int, terms: int, device: str) -> float:
     slopes = " + ".join(["1", *(f"x{place}" for place in range(terms - 1))])
     torch.manual_seed(0)
     model = MixedEffects(dense(16, hidden=(32, 32)), f"({slopes} | site)")
-    model = model.bind(data).to(device)
-    source, schedule = model.encode(data), Schedule(batch_size=batch)
+    step = program_step(model, data, Schedule(batch_size=batch), "always", device)
     times = []
-    with pyro.validation_enabled(False):
-        guide = choose_guide(model, source).to(device)
-        run = Run(model, guide, data, source, None, schedule, 0, "always")
-        model.train()
-        for place in range(110):
-            start = time.perf_counter()
-            run.take_step()
-            if place >= 10:
-                times.append(time.perf_counter() - start)
+    for place in range(110):
+        start = time.perf_counter()
+        step()
+        if place >= 10:
+            times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 

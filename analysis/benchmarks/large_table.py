@@ -1,7 +1,7 @@
 """A table larger than memory: rows in many clusters with known sds, written to Parquet in chunks.
 
-Make it, fit it within 2 GB, and compare with the truth printed here; then see whether the rows of
-some of its clusters give the same posterior streamed and in memory:
+The first command writes the table and prints the truth. The second fits it within 2 GB. The third
+compares the posteriors of a streamed fit and of a fit in memory to the rows of 2000 clusters:
 
     python -m armed_pyro.analysis.benchmarks.large_table --rows 20000000 --out rows.parquet
     armed-pyro fit rows.parquet --outcome y --random "(1 + x0 | g)" --memory 2GB --out run
@@ -20,14 +20,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from armed_pyro import ClusteredData, Fit, MixedEffects, fit
+from armed_pyro import ClusteredData, Fit, MixedEffects, StreamedData, fit
 from armed_pyro.models.linear import linear
-from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["agreement", "coefficients", "write"]
 
 CHUNK = 500_000
-SORTED_AT_ONCE = 2**24  # bytes of memory that a streamed fit is told of: files are sorted in parts
+SORTED_AT_ONCE = 2**24  # bytes of memory for a streamed fit, few enough that it sorts in parts
 INTERCEPT_SD, SLOPE_SD, CORRELATION, RESIDUAL_SD = 0.8, 0.4, 0.3, 1.0
 
 
@@ -39,8 +38,8 @@ def write(
     .. math:: u_g \sim N(0, D), \quad sd = (0.8, 0.4), \quad cor = 0.3, \quad
         \beta_j = j / F - 1 / 2
 
-    with standard normal features, of which x1 has mean 50 and sd 10 (and beta a tenth), and
-    noise of sd 1 or, for "bernoulli", the logistic distribution's. The same seed gives the same
+    The features are standard normal, except that x1 has mean 50 and sd 10 and a tenth of the beta.
+    The noise has sd 1, or the logistic distribution for "bernoulli". The same seed gives the same
     file.
     """
     rng = np.random.default_rng([seed, 0])
@@ -65,11 +64,11 @@ def write(
             else:
                 y = (rng.random(n) < 1 / (1 + np.exp(-(eta - 50 * beta[1])))).astype(np.float32)
             columns = [y.astype(np.float32), g, *x.T]
-            writer.write_table(pa.table([pa.array(one) for one in columns], schema=schema))
+            writer.write_table(pa.table([pa.array(column) for column in columns], schema=schema))
 
 
 def coefficients(features: int) -> np.ndarray:
-    """The fixed effects, of features on their original scale."""
+    """Fixed effects of the features on their original scale."""
     beta = np.arange(features) / features - 0.5
     if features > 1:
         beta[1] /= 10
@@ -79,21 +78,21 @@ def coefficients(features: int) -> np.ndarray:
 def agreement(
     path: Path, clusters: int, *, family: str = "gaussian", seed: int = 0
 ) -> pd.DataFrame:
-    r"""Posterior means of a streamed fit beside those of a fit in memory, of the same rows.
+    r"""Posterior means of a streamed fit beside those of a fit in memory to the same rows.
 
     .. math:: z = \frac{m_1 - m_2}{\sqrt{s_1^2 / n_1 + s_2^2 / n_2}}
 
-    with posterior means m and sds s, and effective numbers of draws n: of order 1 if nothing but
-    Monte Carlo error tells the fits apart.
+    m and s are posterior means and sds, and n the effective numbers of draws. z is of order 1 if
+    the fits differ by Monte Carlo error alone.
 
     Parameters
     ----------
     path : Path
         A table that `write` made.
     clusters : int
-        The first clusters of it, whose rows are fitted: in the order of the file, which is random.
+        Number of clusters whose rows are fitted, in the file's random order.
     family, seed : str, int
-        Of the fits; the streamed one has the next seed.
+        Family and seed of the fits; the streamed fit has the next seed.
 
     Returns
     -------
@@ -104,17 +103,25 @@ def agreement(
     frame = pd.read_parquet(path, filters=[("g", "<", clusters)])
     model = MixedEffects(linear(frame.shape[1] - 2), "(1 + x0 | g)", family, bayesian_head=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        some = Path(folder) / "rows.parquet"
-        frame.to_parquet(some)
+        part = Path(folder) / "rows.parquet"
+        frame.to_parquet(part)
         rows = StreamedData.scan(
-            some, outcome="y", clusters=["g"], memory=SORTED_AT_ONCE, folder=folder
+            part, outcome="y", clusters=["g"], memory=SORTED_AT_ONCE, folder=folder
         )
         streamed = fit(model, rows, seed=seed + 1, progress=False)
     held = ClusteredData.from_frame(frame, outcome="y", clusters=["g"])
-    one, other = _posterior(streamed), _posterior(fit(model, held, seed=seed, progress=False))
-    z = (one["mean"] - other["mean"]) / np.hypot(one["error"], other["error"])
-    table = pd.DataFrame({"streamed": one["mean"], "in_memory": other["mean"], "sd": other["sd"]})
-    table["z"] = z
+    in_memory = _posterior(fit(model, held, seed=seed, progress=False))
+    by_stream = _posterior(streamed)
+    error = np.hypot(by_stream["error"], in_memory["error"])
+    z = (by_stream["mean"] - in_memory["mean"]) / error
+    table = pd.DataFrame(
+        {
+            "streamed": by_stream["mean"],
+            "in_memory": in_memory["mean"],
+            "sd": in_memory["sd"],
+            "z": z,
+        }
+    )
     effects = table.index.str.startswith("effect")
     table = table[~effects].rename_axis("quantity").reset_index()
     table.loc[len(table), ["quantity", "z"]] = ["effects", float((z[effects] ** 2).mean() ** 0.5)]
@@ -133,12 +140,12 @@ def _posterior(result: Fit) -> pd.DataFrame:
         cells = [f"{label}[{place}]" for place in range(values.shape[1])]
         parts.append(pd.DataFrame({"mean": values.mean(0), "sd": values.std(0)}, index=cells))
     table = pd.concat(parts)
-    table = table[table.sd > 1e-9]  # a correlation's Cholesky factor has cells that are known
+    table = table[table.sd > 1e-9]  # cells of a correlation's Cholesky factor can be constant
     return table.assign(error=table.sd / n**0.5)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the table and print the truth, or compare two fits of some of its rows."""
+    """Write the table and print the truth, or compare two fits to a part of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--rows", type=int, default=20_000_000)
     parser.add_argument("--clusters", type=int, default=100_000)
@@ -146,21 +153,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--family", choices=["gaussian", "bernoulli"], default="gaussian")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/largetable/rows.parquet"))
-    parser.add_argument("--compare", type=int, help="clusters of the table to fit in two ways")
-    parser.add_argument("--smoke", action="store_true", help="few rows, to see whether it runs")
-    given = parser.parse_args(argv)
-    if given.compare:
-        table = agreement(given.out, given.compare, family=given.family, seed=given.seed)
+    parser.add_argument("--compare", type=int, help="number of clusters to fit in two ways")
+    parser.add_argument("--smoke", action="store_true", help="few rows: a trial")
+    settings = parser.parse_args(argv)
+    if settings.compare:
+        table = agreement(
+            settings.out, settings.compare, family=settings.family, seed=settings.seed
+        )
         print(table.to_string(index=False, float_format="{:.4g}".format))
         return
-    rows, clusters = (10_000, 100) if given.smoke else (given.rows, given.clusters)
-    options = {"features": given.features, "family": given.family, "seed": given.seed}
-    write(given.out, rows, clusters, **options)
-    size = given.out.stat().st_size / 1e9
-    print(f"{rows} rows x {given.features} features in {clusters} clusters: {size:.2f} GB")
+    rows, clusters = (10_000, 100) if settings.smoke else (settings.rows, settings.clusters)
+    options = {"features": settings.features, "family": settings.family, "seed": settings.seed}
+    write(settings.out, rows, clusters, **options)
+    size = settings.out.stat().st_size / 1e9
+    print(f"{rows} rows x {settings.features} features in {clusters} clusters: {size:.2f} GB")
     print(f"sds {INTERCEPT_SD} (intercept), {SLOPE_SD} (x0), correlation {CORRELATION}", end="")
-    print(f", residual sd {RESIDUAL_SD}" if given.family == "gaussian" else "")
-    print("fixed effects", np.array2string(coefficients(given.features), precision=3))
+    print(f", residual sd {RESIDUAL_SD}" if settings.family == "gaussian" else "")
+    print("fixed effects", np.array2string(coefficients(settings.features), precision=3))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What random effects and an adversary cost: a training step, beside the conventional network's.
+"""Cost of random effects and an adversary: a training step beside the conventional network's.
 
 Run with ``python -m armed_pyro.analysis.benchmarks.step_time``; ``--smoke`` takes seconds.
 """
@@ -13,12 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule
-from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.training_run import Run
+from armed_pyro.analysis.benchmarks.training_steps import program_step
 from armed_pyro.models.autoencoder import autoencoder_program
 from armed_pyro.models.convolutional import convolutional_program
 
@@ -30,15 +28,15 @@ BATCH, CLUSTERS, WARM_UP = 32, 12, 3
 def step_times(size: int = 64, *, steps: int = 30, seed: int = 0) -> pd.DataFrame:
     """Median duration of a training step of the paper's image programs and of their networks.
 
-    The steps of the program and of its network alone alternate, so that whatever else the machine
-    does slows both down.
+    Steps of the program and of its network alone alternate, so that other load on the machine slows
+    both down.
 
     Parameters
     ----------
     size : int
         Height and width of the images; a multiple of 8.
     steps : int
-        Steps of each.
+        Number of steps of each.
     seed : int
         Seed of images and weights.
 
@@ -72,40 +70,36 @@ def step_times(size: int = 64, *, steps: int = 30, seed: int = 0) -> pd.DataFram
 def _medians(
     models: Mapping[str, MixedEffects], data: ClusteredData, steps: int, seed: int
 ) -> dict[str, float]:
-    runs, seconds = {}, {name: list[float]() for name in models}
-    with pyro.validation_enabled(False), torch.random.fork_rng(devices=[]):
+    kinds, seconds = {}, {name: list[float]() for name in models}
+    schedule = Schedule(steps=1000, batch_size=BATCH)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, model in models.items():
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="there are fewer rows")
-                bound = model.bind(data)
-            source = bound.encode(data)
-            schedule = Schedule(steps=1000, batch_size=BATCH)
-            guide = choose_guide(bound, source)
-            runs[name] = Run(bound.train(), guide, data, source, None, schedule, seed, "never")
+                kinds[name] = program_step(model, data, schedule, "never")
         for _ in range(WARM_UP + steps):
-            for name, run in runs.items():
+            for name, step in kinds.items():
                 start = time.perf_counter()
-                run.take_step()
+                step()
                 seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * float(np.median(one[WARM_UP:])) for name, one in seconds.items()}
+    return {name: 1e3 * float(np.median(times[WARM_UP:])) for name, times in seconds.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write it."""
+    """Measure the steps, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="small images, few steps")
     parser.add_argument("--size", type=int, default=64, help="height and width (default: 64)")
     parser.add_argument("--steps", type=int, default=30, help="steps of each (default: 30)")
-    parser.add_argument("--out", type=Path, default=Path("results/steptime"), help="folder")
-    chosen = parser.parse_args(argv)
-    size, steps = (16, 3) if chosen.smoke else (chosen.size, chosen.steps)
+    parser.add_argument("--out", type=Path, default=Path("results/step_time"), help="folder")
+    options = parser.parse_args(argv)
+    size, steps = (16, 3) if options.smoke else (options.size, options.steps)
     table = step_times(size, steps=steps)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(chosen.out / "steptime.csv", index=False)
-    print(
-        f"{size}x{size} images, batches of {BATCH}, {torch.get_num_threads()} thread(s), ms a step"
-    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(options.out / "step_time.csv", index=False)
+    threads = torch.get_num_threads()
+    print(f"{size}x{size} images, batches of {BATCH}, {threads} thread(s), ms per step")
     print(table.to_string(index=False, float_format="{:.2f}".format))
 
 

@@ -1,4 +1,4 @@
-"""One training step of the spirals' network, written in four ways, to be timed side by side."""
+"""A training step of the spirals' network, written in several ways to be timed side by side."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ from armed_pyro.networks.adversary import reverse_gradient
 from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.shuffle import Shuffle
 
-__all__ = ["Step", "Task", "compiled", "eager", "interleaved", "stock", "torch_loop"]
+__all__ = [
+    "Step",
+    "Task",
+    "compiled",
+    "eager",
+    "interleaved",
+    "program_step",
+    "stock",
+    "torch_loop",
+]
 
 Step = Callable[[], object]
 RATE = 0.005
@@ -37,9 +46,9 @@ class Task:
     Attributes
     ----------
     width, batch : int
-        Units in each hidden layer; rows a step.
+        Units in each hidden layer, and rows per step.
     clusters, rows : int
-        Clusters, and rows in each.
+        Number of clusters, and of rows in each.
     device : str
         Where the steps are taken.
     """
@@ -51,21 +60,21 @@ class Task:
     device: str = "cpu"
 
     def data(self) -> ClusteredData:
-        """The spirals."""
+        """Rows of the spirals."""
         return spirals(self.clusters, self.rows, seed=0)[0]
 
     def network(self) -> nn.Sequential:
-        """Three hidden layers, "1", "3", "5"."""
+        """Three hidden layers with the module paths "1", "3", "5"."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             sizes = [2, self.width, self.width, self.width]
             layers: list[nn.Module] = []
-            for one, other in itertools.pairwise(sizes):
-                layers += [nn.Linear(one, other), nn.ELU()]
+            for before, after in itertools.pairwise(sizes):
+                layers += [nn.Linear(before, after), nn.ELU()]
             return nn.Sequential(*layers, nn.Linear(self.width, 1))
 
     def program(self, *, game: bool = True) -> MixedEffects:
-        """The program, with its adversary or without."""
+        """The program, with or without its adversary."""
         adversary = Adversary("site", taps=["1", "3", "5"], weight=0.1)
         random: list[str | Term] = ["(1 | site)", Slopes("site", on="5")]
         return MixedEffects(
@@ -75,22 +84,36 @@ class Task:
 
 def compiled(task: Task) -> Step:
     """The program's step as `fit` takes it, compiled."""
-    return _run(task, "always")
+    return _task_step(task, "always")
 
 
 def eager(task: Task) -> Step:
-    """The same without compiling."""
-    return _run(task, "never")
+    """The program's step as `fit` takes it, not compiled."""
+    return _task_step(task, "never")
 
 
-def _run(task: Task, mode: CompileMode) -> Step:
+def _task_step(task: Task, mode: CompileMode) -> Step:
     data = task.data()
     torch.manual_seed(0)
-    model = task.program().bind(data).to(task.device)
-    source = model.encode(data)
     schedule = Schedule(batch_size=task.batch, net_learning_rate=RATE)
+    step = program_step(task.program(), data, schedule, mode, task.device)
+    for _ in range(3):  # compiling happens in the second step
+        step()
+    return step
+
+
+def program_step(
+    model: MixedEffects,
+    data: ClusteredData,
+    schedule: Schedule,
+    mode: CompileMode,
+    device: str = "cpu",
+) -> Step:
+    """A training step of a program as `fit` takes it."""
+    model = model.bind(data).to(device)
+    source = model.encode(data)
     with pyro.validation_enabled(False):
-        guide = choose_guide(model, source).to(task.device)
+        guide = choose_guide(model, source).to(device)
         run = Run(model, guide, data, source, None, schedule, 0, mode)
     model.train()
 
@@ -98,13 +121,11 @@ def _run(task: Task, mode: CompileMode) -> Step:
         with pyro.validation_enabled(False):
             return run.take_step()
 
-    for _ in range(3):  # the second step of a kind is compiled
-        step()
     return step
 
 
 def torch_loop(task: Task, *, game: bool) -> Step:
-    """The network alone in a loop written by hand: with an adversary beside it, or conventional."""
+    """A step of a hand-written loop for the network, with an adversary (`game`) or without."""
     data, net = task.data(), task.network().to(task.device)
     x = torch.as_tensor(data.features, dtype=torch.float32, device=task.device)
     x = (x - x.mean(0)) / x.std(0)
@@ -140,7 +161,7 @@ def torch_loop(task: Task, *, game: bool) -> Step:
 
 
 def stock(task: Task) -> Step:
-    """Pyro's own SVI with AutoNormal on the same program, without an adversary."""
+    """A step of Pyro's SVI with AutoNormal, on the same program without an adversary."""
     data = task.data()
     model = task.program(game=False).bind(data).to(task.device)
     source = model.encode(data)
@@ -166,14 +187,14 @@ def stock(task: Task) -> Step:
 def interleaved(
     steps: Mapping[str, Step], rounds: int = 15, seconds: float = 0.05
 ) -> dict[str, float]:
-    """Median seconds of each kind of step, timed in turns so that all see the same machine.
+    """Median seconds of each kind of step, timed in turns so that all share the machine's load.
 
     Parameters
     ----------
     rounds : int
-        Turns of each kind.
+        Number of turns for each kind.
     seconds : float
-        Least duration of a turn.
+        Shortest duration of a turn.
     """
     counts = {}
     for name, step in steps.items():
@@ -183,7 +204,7 @@ def interleaved(
             step()
             count += 1
         counts[name] = count
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    durations: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             start = time.perf_counter()
@@ -191,5 +212,5 @@ def interleaved(
                 step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            found[name].append((time.perf_counter() - start) / counts[name])
-    return {name: statistics.median(times) for name, times in found.items()}
+            durations[name].append((time.perf_counter() - start) / counts[name])
+    return {name: statistics.median(times) for name, times in durations.items()}
