@@ -1,4 +1,4 @@
-"""What every rival is: a setting it shares with the others, and a trained model that predicts."""
+"""The interface of rivals: the setting that they share, and the trained model that each returns."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Rival(ABC):
     ----------
     name : str
     setting : Setting
-        What it shares with the others.
+        Network, outcome and training that it shares with the others.
     """
 
     name: str
