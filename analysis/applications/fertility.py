@@ -294,43 +294,15 @@ def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
     parts = split(table, seed)
     introduce(console, table, parts)
 
-    # All rows in each step: for so few rows that is cheaper than the noise of mini-batches.
-    steps = min(steps, 60) if smoke else steps
-    schedule = Schedule(steps=steps, batch_size=len(parts.train))
-    plans = {
-        "network": ([SLOPE], (16, 8), schedule, draws),
-        "linear": ([SLOPE], (), schedule, draws),
-        # The joint posterior of two factors is expensive, hence fewer steps and draws.
-        "linear + periods": (
-            [SLOPE, "(1 | country:period)"], (),
-            replace(schedule, steps=min(steps, 500)), draws // 4,
-        ),
-    }  # fmt: skip
-    fits, forecasts, spread = {}, {}, []
-    for name, (random, hidden, how, n) in plans.items():
-        console.print(f"\n[bold]{name}[/bold]: {' + '.join(random)}")
-        fits[name] = train_program(parts.train, random, how, seed, hidden)
-        forecasts[name] = forecast_with(fits[name], n)
-        spread.append(components(name, fits[name], n))
-    # A natural cubic spline is linear beyond the data, where a B-spline would stay cubic.
-    for name, mean in (("MixedLM linear", "decade"), ("MixedLM spline", "0 + cr(decade, df=5)")):
-        console.print(f"\n[bold]{name}[/bold]: {mean}")
-        classical = MixedModel(parts.train, "fertility", "country", mean, "decade", prob=PROB)
-        forecasts[name] = classical.forecast
-        spread.append(components(name, classical))
-
+    fits, forecasts, spread = fit_models(parts, min(steps, 60) if smoke else steps, draws, seed)
     progress = track(forecasts.items(), "evaluating", console=console)
     scores = {name: evaluate(name, forecast, parts) for name, forecast in progress}
     evaluation, ahead = (
         pd.concat([part[place] for part in scores.values()], ignore_index=True) for place in (0, 1)
     )
-    tables = {
-        "variance_components": pd.concat(spread, ignore_index=True),
-        "evaluation": evaluation,
-        "horizons": ahead,
-    }
+    tables = {"variance_components": spread, "evaluation": evaluation, "horizons": ahead}
     show(console, "Variance components (births per woman, per decade; posterior means or REML)",
-         tables["variance_components"], ["statistic"], "estimate")  # fmt: skip
+         spread, ["statistic"], "estimate")  # fmt: skip
     tests = ["countries", "years", "mode"]
     show(console, "RMSE of held-out rows (births per woman)", evaluation, tests, "rmse")
     show(console, f"Coverage of their {PROB:.0%} intervals", evaluation, tests, "coverage")
@@ -349,6 +321,39 @@ def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
     console.print("\nWritten:")
     for path in sorted(out.iterdir()):
         console.print(f"  {path}{'/' if path.is_dir() else ''}", soft_wrap=True, highlight=False)
+
+
+def fit_models(
+    parts: Split, steps: int, draws: int, seed: int
+) -> tuple[dict[str, Fit], dict[str, Forecast], pd.DataFrame]:
+    """Fits of three programs; forecasts and variance components of these and of two MixedLMs."""
+    console = Console()
+    # All rows in each step: for so few rows that is cheaper than the noise of mini-batches.
+    schedule = Schedule(steps=steps, batch_size=len(parts.train))
+    plans = {
+        "network": ([SLOPE], (16, 8), schedule, draws),
+        "linear": ([SLOPE], (), schedule, draws),
+        # The joint posterior of two factors is expensive, hence fewer steps and draws.
+        "linear + periods": (
+            [SLOPE, "(1 | country:period)"], (),
+            replace(schedule, steps=min(steps, 500)), draws // 4,
+        ),
+    }  # fmt: skip
+    fits: dict[str, Fit] = {}
+    forecasts: dict[str, Forecast] = {}
+    spread = []
+    for name, (random, hidden, how, n) in plans.items():
+        console.print(f"\n[bold]{name}[/bold]: {' + '.join(random)}")
+        fits[name] = train_program(parts.train, random, how, seed, hidden)
+        forecasts[name] = forecast_with(fits[name], n)
+        spread.append(components(name, fits[name], n))
+    # A natural cubic spline is linear beyond the data, where a B-spline would stay cubic.
+    for name, mean in (("MixedLM linear", "decade"), ("MixedLM spline", "0 + cr(decade, df=5)")):
+        console.print(f"\n[bold]{name}[/bold]: {mean}")
+        classical = MixedModel(parts.train, "fertility", "country", mean, "decade", prob=PROB)
+        forecasts[name] = classical.forecast
+        spread.append(components(name, classical))
+    return fits, forecasts, pd.concat(spread, ignore_index=True)
 
 
 def introduce(console: Console, table: pd.DataFrame, parts: Split) -> None:
