@@ -229,17 +229,69 @@ def test_every_analysis_explains_itself(module, capsys):
     assert "--smoke" in capsys.readouterr().out or module == "benchmarks.benchmark"
 
 
-def test_importing_the_library_imports_neither_arviz_nor_matplotlib():
-    code = (
-        "import sys, armed_pyro\n"
-        "heavy = {'arviz', 'arviz_base', 'arviz_stats', 'arviz_plots', 'matplotlib'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
+# ------------------------------------------------------------------------- cheap imports
+
+HELP = (
+    "sys.argv = ['armed-pyro', '--help']; "
+    "from armed_pyro.cli import app; app(standalone_mode=False)"
+)
+COMPILER = {"torch._dynamo", "torch._inductor", "triton", "sympy"}
+SLOW = {
+    "arviz",
+    "arviz_base",
+    "arviz_plots",
+    "arviz_stats",
+    "captum",
+    "formulaic",
+    "jinja2",
+    "joblib",
+    "matplotlib",
+    "scipy.optimize",
+    "scipy.sparse",
+    "scipy.stats",
+    "sklearn",
+    "statsmodels",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "not_loaded"),
+    [
+        ("import armed_pyro", {"torch", "pyro", "numpy", "pandas"} | COMPILER | SLOW),
+        (HELP, {"torch", "pyro", "numpy", "pandas"} | COMPILER | SLOW),
+        ("import torch, pyro; from armed_pyro import *", COMPILER | SLOW),
+    ],
+    ids=["import", "help", "every name"],
+)
+def test_slow_packages_are_imported_when_they_are_used(code, not_loaded):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", f"import sys; {code}; print(*sys.modules, file=sys.stderr)"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    loaded = set(done.stderr.split())
+    assert "armed_pyro" in loaded
+    assert sorted(loaded & not_loaded) == []
+
+
+def test_public_names_are_those_that_a_type_checker_sees():
+    source = ast.parse((LIBRARY / "__init__.py").read_text("utf-8"))
+    seen = {
+        alias.asname: statement.module
+        for node in source.body
+        if isinstance(node, ast.If)
+        for statement in node.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    library = importlib.import_module("armed_pyro")
+    assert seen == {name: f"armed_pyro.{home}" for name, home in library._MODULES.items()}
+    assert set(library.__all__) <= set(dir(library))
+    with pytest.raises(ImportError, match="cannot import name 'Fitt'"):
+        exec("from armed_pyro import Fitt")
 
 
 # -------------------------------------------------------------------------------- file length
@@ -357,7 +409,8 @@ def test_wheel_installs_nothing_but_armed_pyro(tmp_path):
 
     top = {name.partition("/")[0] for name in files}
     assert {name for name in top if not name.endswith(".dist-info")} == {"armed_pyro"}
-    assert {"armed_pyro/py.typed", "armed_pyro/models/__init__.py"} <= set(files)
+    needed = {"armed_pyro/py.typed", "armed_pyro/models/__init__.py"}
+    assert needed | {"armed_pyro/report/page.html.jinja"} <= set(files)
     expected = {f"armed_pyro/{path.relative_to(LIBRARY)}" for path in LIBRARY.rglob("*.py")}
     for folder in [MODELS, ANALYSIS]:
         expected |= {f"armed_pyro/{path.relative_to(ROOT)}" for path in folder.rglob("*.py")}

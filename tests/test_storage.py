@@ -565,7 +565,7 @@ def test_a_file_is_not_a_folder(small, tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-@pytest.mark.parametrize("failing", ["_write_groups", "_diagnostics", "_put"])
+@pytest.mark.parametrize("failing", ["_write_groups", "_training_end", "_put"])
 def test_a_failed_save_leaves_the_old_fit_whole(small, run, monkeypatch, failing):
     before = contents(run)
 
@@ -577,6 +577,13 @@ def test_a_failed_save_leaves_the_old_fit_whole(small, run, monkeypatch, failing
         small.save(run)
     assert contents(run) == before
     assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_what_cannot_be_saved_is_said_before_the_checks(small, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(type(small), "diagnostics", lambda _: pytest.fail("checks were made"))
+    with pytest.raises(ValueError, match="holds other files"):
+        small.save(tmp_path)
 
 
 def test_a_failed_rename_puts_the_old_fit_back(small, run, monkeypatch):

@@ -134,7 +134,9 @@ def compare(reference: Reference, folder: Path, *, draws: int, warmup: int) -> C
         raise RuntimeError("NUTS left no draws")
     quality, size = exact.refined.quality, len(exact.refined)
     table, by_nuts = _quantities(fitted, DRAWS), _quantities(exact, size)
-    by_guide = _quantities(replace(fitted, refined=None), DRAWS)
+    by_guide = _quantities(
+        replace(fitted, posterior=replace(fitted.posterior, refined=None)), DRAWS
+    )
     table = table.join(by_guide, rsuffix="_guide").join(by_nuts, rsuffix="_nuts")
     table["z"] = (table["mean"] - table["mean_nuts"]) / table["sd_nuts"]
     table["ratio"] = table["sd"] / table["sd_nuts"]

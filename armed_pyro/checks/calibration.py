@@ -11,7 +11,7 @@ import pandas as pd
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from armed_pyro._optional import extra
-from armed_pyro._plotting import ACCENT, FAINT, INK
+from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.checks import rank_tests as uniformity
 from armed_pyro.checks.simulation import Recovered, Recovery, check_outcomes, held, one_thread
 from armed_pyro.data.clustered import ClusteredData
@@ -161,7 +161,7 @@ class SimulationCalibration:
         edges = uniformity.bin_edges(len(self.ranks), self.draws)
         low, high = uniformity.bin_band(len(self.ranks), self.draws, prob)
         expected = np.diff(edges) * len(self.ranks) / (self.draws + 1)
-        with mpl.rc_context({"font.size": 9, "axes.edgecolor": FAINT}):
+        with mpl.rc_context({**PLAIN, "axes.edgecolor": FAINT}):
             size = (2.4 * columns + 0.6, 1.6 * height + 0.8)
             figure = Figure(figsize=size, layout="constrained")
             grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
@@ -176,8 +176,7 @@ class SimulationCalibration:
                 axes.set_title(_short(quantity), fontsize=8.5, color=INK if fine else ALARM)
                 axes.set(xlim=(0, self.draws + 1), xticks=[0, self.draws + 1])
                 axes.margins(y=0.08)
-                axes.spines[["top", "right"]].set_visible(False)
-                axes.tick_params(color=FAINT, labelcolor=INK)
+                tidy(axes)
             for axes in grid.flat[len(shown) :]:
                 axes.set_visible(False)
             grid[0, 0].set_ylim(bottom=0)
@@ -340,7 +339,7 @@ def _collect(recovery: Recovery, simulations: int, workers: int, progress: bool)
         TextColumn("fit {task.completed}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     results: list[Recovered] = []
     with Progress(*columns, disable=not progress) as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
 
 __all__ = ["bias", "bin_band", "bin_edges", "chi_square", "coverage", "ecdf", "holm", "rank"]
@@ -49,13 +50,11 @@ def chi_square(ranks: Ranks, draws: int) -> float:
     >>> round(chi_square(np.arange(100), draws=99), 3)
     1.0
     """
-    from scipy import stats
-
     edges = bin_edges(len(ranks), draws)
     expected = np.diff(edges) * len(ranks) / (draws + 1)
     found = np.histogram(ranks, edges)[0]
     statistic = ((found - expected) ** 2 / expected).sum()
-    return float(stats.chi2.sf(statistic, len(expected) - 1))
+    return float(scipy.stats.chi2.sf(statistic, len(expected) - 1))
 
 
 def bin_band(n: int, draws: int, prob: float) -> tuple[np.ndarray, np.ndarray]:
@@ -63,12 +62,10 @@ def bin_band(n: int, draws: int, prob: float) -> tuple[np.ndarray, np.ndarray]:
 
     The binomial quantiles at (1 - prob) / bins (Bonferroni).
     """
-    from scipy import stats
-
     edges = bin_edges(n, draws)
     share = np.diff(edges) / (draws + 1)
     tail = (1 - prob) / len(share) / 2
-    return stats.binom.ppf(tail, n, share), stats.binom.ppf(1 - tail, n, share)
+    return scipy.stats.binom.ppf(tail, n, share), scipy.stats.binom.ppf(1 - tail, n, share)
 
 
 def ecdf(ranks: Ranks, draws: int) -> float:
@@ -105,11 +102,11 @@ def _points(draws: int) -> Int[np.ndarray, " points"]:
 @lru_cache(maxsize=8)
 def _tails(n: int, draws: int) -> Float[np.ndarray, "points counts"]:
     """Smaller of P(X <= count) and P(X >= count) for every point and count from 0 to n."""
-    from scipy import stats
-
     share = _points(draws)[:, None] / (draws + 1)
     counts = np.arange(n + 1)
-    return np.minimum(stats.binom.cdf(counts, n, share), stats.binom.sf(counts - 1, n, share))
+    return np.minimum(
+        scipy.stats.binom.cdf(counts, n, share), scipy.stats.binom.sf(counts - 1, n, share)
+    )
 
 
 def _gamma(

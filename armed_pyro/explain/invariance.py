@@ -5,30 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
-from sklearn.model_selection import StratifiedKFold
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.networks.taps import pooled, tapped
-from armed_pyro.prediction.chunks import encoded
-from armed_pyro.program.binding import head_path
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.networks.taps import head_path, pooled, tapped
+from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Invariance", "invariance"]
 
@@ -36,12 +24,22 @@ __all__ = ["Invariance", "invariance"]
 MOST_ROWS = 5000
 # Outcomes with more values than FEW are cut into so many groups of like outcomes.
 FEW, BINS = 10, 10
-PROBES: Mapping[str, Callable[[int], Any]] = {
-    "linear": lambda seed: LogisticRegression(max_iter=1000),
-    "network": lambda seed: MLPClassifier(
-        (32,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=seed
-    ),
-}
+
+
+# scikit-learn is imported where it is used, as it is slow to import.
+def _linear_probe(seed: int) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=1000)
+
+
+def _network_probe(seed: int) -> Any:
+    from sklearn.neural_network import MLPClassifier
+
+    return MLPClassifier((32,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=seed)
+
+
+PROBES: Mapping[str, Callable[[int], Any]] = {"linear": _linear_probe, "network": _network_probe}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +87,7 @@ class Invariance:
 
 
 def invariance(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame | None = None,
     *,
     factor: str | None = None,
@@ -114,8 +112,8 @@ def invariance(
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     data : ClusteredData or table, optional
         Rows, of seen or unseen clusters; by default the training rows. Of more than 5,000, a
         random sample is used.
@@ -147,8 +145,8 @@ def invariance(
     --------
     ``print(fit.invariance())``
     """
-    model, seed = fit.model, fit.seed if seed is None else seed
-    given = fit.data if data is None else encoded(fit, data)
+    model, seed = posterior.model, posterior.seed if seed is None else seed
+    given = posterior.data if data is None else posterior.encode(data)
     if permutations < 1:
         raise ValueError(f"`permutations` must be at least 1, not {permutations}")
     if given.n_rows > MOST_ROWS:
@@ -264,6 +262,11 @@ class _Reading:
 
     def test(self, probe: Any, features: Float[np.ndarray, "rows width"]) -> dict[str, float]:
         """Cross-validated accuracy, its mean under permutation, and p-values."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.model_selection import StratifiedKFold
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         rng, codes = np.random.default_rng([self.seed, 23]), self.codes
         found = {"accuracy": 0.0}
         for name in ("", "_within"):
@@ -311,10 +314,12 @@ def _indices(
     features: Float[np.ndarray, "rows width"], labels: Int[np.ndarray, " rows"]
 ) -> dict[str, float]:
     """Both indices; missing where features or labels do not vary."""
+    from sklearn import metrics
+
     count = len(np.unique(labels))
     if not 1 < count < len(labels) or not features.std(0).any():
         return {"davies_bouldin": np.nan, "calinski_harabasz": np.nan}
     return {
-        "davies_bouldin": float(davies_bouldin_score(features, labels)),
-        "calinski_harabasz": float(calinski_harabasz_score(features, labels)),
+        "davies_bouldin": float(metrics.davies_bouldin_score(features, labels)),
+        "calinski_harabasz": float(metrics.calinski_harabasz_score(features, labels)),
     }

@@ -8,8 +8,8 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float
-from scipy import stats
 
 from armed_pyro._messages import unknown
 from armed_pyro.explain.attributed import Attribution
@@ -196,4 +196,4 @@ def _by_feature(one: Attribution | Mapping[str, float]) -> Mapping[str, float]:
 def _signed_rank(differences: Float[np.ndarray, " fits"], alternative: str) -> float:
     if not differences.any():
         return 1.0
-    return float(stats.wilcoxon(differences, alternative=alternative).pvalue)
+    return float(scipy.stats.wilcoxon(differences, alternative=alternative).pvalue)

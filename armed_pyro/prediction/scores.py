@@ -5,29 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from scipy import stats
-from scipy.special import logsumexp
-from sklearn import metrics
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support, joined
-from armed_pyro.prediction.chunks import effect_source, encoded, extended, predict_chunks
+from armed_pyro.prediction.chunks import extended, predict_chunks
+from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction
+from armed_pyro.prediction.sources import effect_source
 from armed_pyro.prediction.unseen import EffectSource, apart, new_clusters
 from armed_pyro.program.blocks import BLOCK_VALUES
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
 
 __all__ = ["ClusterScores", "compare_modes", "crps", "score_mode"]
 
@@ -84,7 +81,7 @@ class ClusterScores:
 
 
 def compare_modes(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
     *,
     modes: Sequence[str] | None = None,
@@ -93,13 +90,14 @@ def compare_modes(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    classifiers: Classifiers | None = None,
 ) -> pd.DataFrame:
     """One row for each mode: how well it predicts the new clusters' outcomes.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     data : ClusteredData or table
         Rows with outcomes; those of new clusters are scored. The support's should not be among
         them.
@@ -128,17 +126,20 @@ def compare_modes(
     --------
     ``compare_modes(fit, held_out)``
     """
-    rows = encoded(fit, data)
+    rows = posterior.encode(data)
     if modes is None:
         modes = ["population", "marginal"]
         modes += ["membership", BY_ROW, "nearest"] if rows.n_features else []
         modes += ["adapt"] if support is not None else []
     settings: dict[str, Any] = {"factor": factor, "draws": draws, "prob": prob, "seed": seed}
+    settings["classifiers"] = Classifiers() if classifiers is None else classifiers
     with warnings.catch_warnings():
         # Of clusters like no seen one: the table shows what membership is worth.
         warnings.filterwarnings("ignore", message="no cluster of")
         made = [
-            score_mode(fit, rows, mode, support=support if mode == "adapt" else None, **settings)
+            score_mode(
+                posterior, rows, mode, support=support if mode == "adapt" else None, **settings
+            )
             for mode in modes
         ]
     table = pd.DataFrame([{"mode": one.mode, **one.summary} for one in made])
@@ -150,7 +151,7 @@ def compare_modes(
 
 
 def score_mode(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
     mode: str,
     *,
@@ -159,10 +160,11 @@ def score_mode(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    classifiers: Classifiers | None = None,
 ) -> ClusterScores:
     """Scores of one mode; see `compare_modes` for the parameters."""
-    model, facts = fit.model, fit.model.data_facts()
-    rows = encoded(fit, data)
+    model, facts = posterior.model, posterior.model.data_facts()
+    rows = posterior.encode(data)
     if rows.outcome is None:
         raise ValueError(
             f"scores compare predictions with outcomes, but the rows have no {facts.outcome_name!r}"
@@ -181,21 +183,29 @@ def score_mode(
     rows = rows.take(codes >= seen)
     codes = codes[codes >= seen] - seen
     unseen, pooled = ("membership", False) if mode == BY_ROW else (mode, True)
-    seed = fit.seed if seed is None else seed
+    seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
-        given = encoded(fit, support)
-        check_support(fit, given)
-        source: EffectSource = adapt(fit, given, draws=draws, seed=seed).source()
+        given = posterior.encode(support)
+        check_support(posterior, given)
+        source: EffectSource = adapt(posterior, given, draws=draws, seed=seed).source()
     else:
         given = None
-        source, _ = effect_source(fit, rows, unseen, pooled=pooled, draws=draws, seed=seed)
+        source, _ = effect_source(
+            posterior,
+            rows,
+            unseen,
+            pooled=pooled,
+            draws=draws,
+            seed=seed,
+            classifiers=classifiers,
+        )
     used = rows if pooled else apart(model, rows)
-    parts = predict_chunks(fit, used, source=source, draws=draws, prob=prob, seed=seed)
-    log_rows = _log_densities(fit, used, source, draws)
+    parts = predict_chunks(posterior, used, source, draws=draws, prob=prob, seed=seed)
+    log_rows = _log_densities(posterior, used, source, draws)
     made = list(parts)
     elpd = _by_draws(log_rows, codes)
     if unseen in ("marginal", "adapt"):
-        exact = _nested(fit, rows, given, factor, new[factor], draws, seed)
+        exact = _nested(posterior, rows, given, factor, new[factor], draws, seed)
         elpd = np.where(np.isnan(exact), elpd, exact)
     return _scored(mode, factor, new[factor], codes, rows, made, log_rows, elpd, prob, seed)
 
@@ -238,7 +248,7 @@ def _scored(
     def average(values: np.ndarray) -> np.ndarray:
         return np.bincount(codes, values, minlength=n) / np.maximum(counts, 1)
 
-    row_score = logsumexp(log_rows, axis=0) - np.log(len(log_rows))
+    row_score = scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows))
     table: dict[str, Any] = {"factor": factor, "cluster": labels.astype(object), "rows": counts}
     summary = {"clusters": float(n), "rows": float(len(y))}
     if mean.ndim == 1:
@@ -259,7 +269,7 @@ def _scored(
             "mean_coverage": float((np.abs(p_values["mean"] - 0.5) <= prob / 2).mean()),
             "width": float((upper - lower).mean()),
             "crps": float(ranked.mean()),
-            "pit_distance": float(stats.kstest(p_values["mean"], "uniform").statistic),
+            "pit_distance": float(scipy.stats.kstest(p_values["mean"], "uniform").statistic),
         }
     if mean.ndim == 2 or set(np.unique(y)) <= {0.0, 1.0}:
         chance = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
@@ -267,6 +277,8 @@ def _scored(
         table["accuracy"] = average(right)
         summary["accuracy"] = float(right.mean())
         if chance.shape[1] == 2 and 0 < y.mean() < 1:
+            from sklearn import metrics  # slow to import
+
             summary["auroc"] = float(metrics.roc_auc_score(y, chance[:, 1]))
     table |= {"log_score": average(row_score), "elpd": elpd}
     summary |= {"log_score": float(row_score.mean()), "elpd": float(elpd.sum())}
@@ -303,10 +315,10 @@ def _replicated(
 
 @torch.no_grad()
 def _log_densities(
-    fit: Fit, data: ClusteredData, source: EffectSource, draws: int
+    posterior: Posterior, data: ClusteredData, source: EffectSource, draws: int
 ) -> Float[np.ndarray, "draws rows"]:
     """log p(y_i | draw)."""
-    model = fit.model
+    model = posterior.model
     levels = model.data_facts().levels_with(data)
     rows = model.encode(data, levels)
     latents, _ = extended(model, source, levels, rows)
@@ -324,11 +336,11 @@ def _by_draws(
 ) -> Float[np.ndarray, " clusters"]:
     """log E[prod_i p(y_i | draw)] of each cluster, by the mean over draws."""
     sums = np.stack([np.bincount(codes, one) for one in log_rows])
-    return logsumexp(sums, axis=0) - np.log(len(sums))
+    return scipy.special.logsumexp(sums, axis=0) - np.log(len(sums))
 
 
 def _nested(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData,
     support: ClusteredData | None,
     factor: str,
@@ -340,26 +352,27 @@ def _nested(
 
     The mean over draws alone would need very many draws where a cluster has many rows.
     """
-    both = data if support is None else joined(fit, support, data)
-    whole = _evidence(fit, both, factor, draws, seed)
-    part = {} if support is None else _evidence(fit, support, factor, draws, seed)
+    both = data if support is None else joined(posterior, support, data)
+    whole = _evidence(posterior, both, factor, draws, seed)
+    part = {} if support is None else _evidence(posterior, support, factor, draws, seed)
     nothing = np.zeros(draws)
     return np.array(
         [
             np.nan
             if str(label) not in whole
-            else logsumexp(whole[str(label)]) - logsumexp(part.get(str(label), nothing))
+            else scipy.special.logsumexp(whole[str(label)])
+            - scipy.special.logsumexp(part.get(str(label), nothing))
             for label in labels
         ]
     )
 
 
 def _evidence(
-    fit: Fit, data: ClusteredData, factor: str, draws: int, seed: int
+    posterior: Posterior, data: ClusteredData, factor: str, draws: int, seed: int
 ) -> dict[str, Float[np.ndarray, " draws"]]:
     """log p(y_k | draw) of each new cluster that shares no row with others of its factor."""
-    model, facts = fit.model, fit.model.data_facts()
-    latents = dict(fit.draws(draws, seed=seed))
+    model, facts = posterior.model, posterior.model.data_facts()
+    latents = dict(posterior.draws(draws, seed=seed))
     if not model.factors:
         return {}
     new = new_clusters(facts, model, data)
@@ -368,7 +381,7 @@ def _evidence(
         for one in model.factors
     }
     parts: list[Any] = []
-    condition(fit, data, latents, effects, new, seed, False, {"efficiency": 1.0}, parts)
+    condition(posterior, data, latents, effects, new, seed, False, {"efficiency": 1.0}, parts)
     names, found = [one.name for one in model.factors], {}
     number, seen = names.index(factor), len(facts.levels[factor])
     for groups, evidence in parts:

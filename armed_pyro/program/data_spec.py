@@ -129,7 +129,7 @@ class Facts:
             raise ValueError(
                 f"the data have the features {list(data.feature_names)}, but the model was laid "
                 f"out for {list(self.feature_names)} (missing: {missing or 'none'}); encode new "
-                "tables with the training data's schema: data.schema.encode(table)"
+                "tables with the training data's schema: ClusteredData.encode(table, data.schema)"
             )
         codes, counts = {}, {}
         for factor, index in levels.items():

@@ -1,39 +1,27 @@
-"""What a fit prints: program, data, variance components, fixed effects, verdict."""
+"""The summary of a fit in text: program, data, variance components, fixed effects, verdict."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from armed_pyro.inference.draws import METHODS
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.report.results import Results
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-
-
-__all__ = ["priors", "text"]
+__all__ = ["priors", "summarize"]
 
 
-def text(fit: Fit, *, prob: float = 0.9) -> str:
-    """The summary, laid out as lme4's and brms' are.
-
-    Parameters
-    ----------
-    fit : Fit
-        The fit.
-    prob : float
-        Probability of the equal-tailed intervals.
-    """
+def summarize(results: Results) -> str:
+    """The summary of a fit, laid out as lme4's and brms' are."""
+    lines = (f"  {site}: {prior}" for site, prior in priors(results.posterior.model).items())
     return "\n\n".join(
         [
-            _head(fit),
-            _section("Priors", "\n".join(f"  {k}: {v}" for k, v in priors(fit.model).items())),
-            _random(fit, prob),
-            _fixed(fit, prob),
-            _convergence(fit),
-            _section("Verdict", fit.diagnostics().brief()),
+            _head(results.posterior.model),
+            _section("Priors", "\n".join(lines)),
+            _random(results),
+            _fixed(results),
+            _convergence(results),
+            _section("Verdict", results.verdict.brief),
         ]
     )
 
@@ -64,8 +52,8 @@ def _section(title: str, body: str) -> str:
     return f"{title}:\n{body}"
 
 
-def _head(fit: Fit) -> str:
-    model, facts = fit.model, fit.model.data_facts()
+def _head(model: MixedEffects) -> str:
+    facts = model.data_facts()
     weights = sum(p.numel() for p in model.net.parameters())
     fixed = "linear, latent coefficients" if model.linear else f"network of {weights} weights"
     if model.bayesian_head and not model.linear:
@@ -91,46 +79,48 @@ def _head(fit: Fit) -> str:
     return "\n".join(lines)
 
 
-def _random(fit: Fit, prob: float) -> str:
-    table = fit.variance_components(prob=prob)
+def _random(results: Results) -> str:
+    table = results.variance_components
     spreads = table[table.statistic.isin(["sd", "cor"])].drop(columns="mean")
-    other = table[table.statistic.isin(["icc", "r2_marginal", "r2_conditional"])]
-    title = f"Variance components (posterior median, {prob:.0%} equal-tailed interval)"
-    return "\n".join([_section(title, _frame(spreads)), "", _frame(other.drop(columns="mean"))])
+    shares = table[table.statistic.isin(["icc", "r2_marginal", "r2_conditional"])]
+    interval = f"{results.prob:.0%} equal-tailed interval"
+    title = f"Variance components (posterior median, {interval})"
+    return "\n".join([_section(title, _frame(spreads)), "", _frame(shares.drop(columns="mean"))])
 
 
-def _fixed(fit: Fit, prob: float) -> str:
-    table = fit.fixed_effects(prob=prob)
+def _fixed(results: Results) -> str:
+    table = results.fixed_effects
     if table.empty:
         return "Fixed effects: weights of a network, without uncertainty"
     body = _frame(table)
-    if not fit.model.linear:
+    if not results.posterior.model.linear:
         body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
-    return _section(f"Fixed effects (posterior mean, {prob:.0%} equal-tailed interval)", body)
+    interval = f"{results.prob:.0%} equal-tailed interval"
+    return _section(f"Fixed effects (posterior mean, {interval})", body)
 
 
-def _convergence(fit: Fit) -> str:
+def _convergence(results: Results) -> str:
     reasons = {
         "converged": "converged: the evidence lower bound has stopped improving",
         "validation": "converged: the validation loss has stopped improving",
         "steps": "NOT CONVERGED: the steps ran out; allow more with Schedule(steps=...)",
         "diverged": "DIVERGED: these are the last good parameters",
     }
-    history = fit.history
-    lines = [f"  {reasons[fit.stopped]} ({len(history.loss)} steps)"]
+    history, facts = results.posterior.history, results.posterior.model.data_facts()
+    lines = [f"  {reasons[results.posterior.stopped]} ({len(history.loss)} steps)"]
     if history.elbo:
         last = history.elbo[-min(len(history.elbo), 100) :]
-        n = fit.model.data_facts().n_rows
-        lines.append(f"  Evidence lower bound: {sum(last) / len(last) * n:.2f}")
+        lines.append(f"  Evidence lower bound: {sum(last) / len(last) * facts.n_rows:.2f}")
     draws = "the guide's own"
-    if fit.refined is not None:
-        quality = ", ".join(f"{name} {value:.3g}" for name, value in fit.refined.quality.items())
-        draws = f"{METHODS[fit.refined.method]} ({quality})"
+    if results.posterior.refined is not None:
+        qualities = results.posterior.refined.quality.items()
+        quality = ", ".join(f"{name} {value:.3g}" for name, value in qualities)
+        draws = f"{METHODS[results.posterior.refined.method]} ({quality})"
     lines.append(f"  Posterior draws: {draws}")
     # No window of steps has been closed if the first one diverged.
     accuracies = history.adversary_accuracy[-1] if history.adversary_accuracy else []
-    for game, accuracy in zip(fit.model.adversaries, accuracies, strict=False):
-        counts = fit.model.data_facts().counts[game.factor]
+    for game, accuracy in zip(results.posterior.model.adversaries, accuracies, strict=False):
+        counts = facts.counts[game.factor]
         lines.append(
             f"  Adversary of {game.factor}: accuracy {accuracy:.3f}, "
             f"chance {float(counts.max() / counts.sum()):.3f}"

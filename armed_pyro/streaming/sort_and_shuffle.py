@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,14 +20,11 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import check_varying
 from armed_pyro.data.grouping import check_informative
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.terms import RandomEffects
 from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.row_file import Buckets, Layout, Records, RowFile
 from armed_pyro.streaming.scan import TableScan
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
 
 __all__ = ["RowFiles", "RowWriter"]
 
@@ -124,7 +121,7 @@ class RowWriter:
 
     def add(self, frame: pd.DataFrame) -> None:
         """Take in the next rows of the table, without missing values."""
-        rows = self.scanned.schema.encode(frame, outcome_required=True)
+        rows = ClusteredData.encode(frame, self.scanned.schema, outcome_required=True)
         x = rows.features.numpy()
         if not self.done:
             self._start(rows)
@@ -163,7 +160,9 @@ class RowWriter:
         """
         facts = self._facts()
         self.numbers, self.places = {}, np.empty(0, np.int64)
-        sample = self.scanned.schema.encode(pd.concat(self.kept), outcome_required=True)
+        sample = ClusteredData.encode(
+            pd.concat(self.kept), self.scanned.schema, outcome_required=True
+        )
         files = [self.sorting.join(self.folder / "sorted", lambda one: self._sorted(facts, one))]
         if self.shuffling is not None:
             shuffled = self.folder / "shuffled"

@@ -8,19 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing
 from armed_pyro.data.schema import Schema
 from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.streaming.scan import TableScan, complete_blocks, scan
 from armed_pyro.streaming.sort_and_shuffle import RowFiles, RowWriter
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
 
 __all__ = ["StreamedData"]
 
@@ -102,7 +99,7 @@ class StreamedData:
             table, outcome=outcome, clusters=clusters, features=features, missing=missing, **roles
         )
         columns = encoded_columns(scanned.schema)
-        first = scanned.schema.encode(next(complete_blocks(table, columns, missing)))
+        first = ClusteredData.encode(next(complete_blocks(table, columns, missing)), scanned.schema)
         return cls(table, scanned, first.feature_names, memory, folder, missing)
 
     @property

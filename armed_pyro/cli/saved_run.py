@@ -1,0 +1,58 @@
+"""The folder of a run: the files in it, and the fit that it holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from armed_pyro.fitting import Fit
+from armed_pyro.networks.by_name import network
+from armed_pyro.program.data_spec import Facts
+
+__all__ = ["CHECKPOINT", "EVALUATION", "PARTIAL", "check_run_folder", "load_run"]
+
+EVALUATION = "evaluation.csv"
+CHECKPOINT = "checkpoint.safetensors"
+# A kill may leave this half of a checkpoint.
+PARTIAL = "checkpoint.partial"
+
+
+def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError if a fit cannot be written to this folder."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--out {run} is a file, expected a folder to write the fit to")
+    names = {path.name for path in run.iterdir()} - {PARTIAL} if run.exists() else set()
+    if not names or (resume and CHECKPOINT in names):
+        return
+    if not names & {CHECKPOINT, "manifest.json"}:
+        raise ValueError(f"--out {run} is a folder with other files: choose a new one")
+    if not overwrite:
+        if CHECKPOINT in names:
+            raise ValueError(f"{run} holds an unfinished run: add --resume, or --overwrite")
+        content = "nothing to resume, as the run in it is finished" if resume else "a fit"
+        raise ValueError(
+            f"{run} holds {content}: choose another folder, or replace it: --overwrite"
+        )
+
+
+def load_run(run: Path, net: str | None) -> Fit:
+    """The fit in a folder; `net` names the user's network, which is made with the fit's sizes.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no fit, or one of a user's network and `net` is None.
+    """
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        facts, family = Facts.from_json(manifest["facts"]), manifest["model"]["family"]
+        made_by = manifest["network"]["made_by"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return Fit.load(run)  # raises an error that says what is wrong with the folder
+    if net is None and made_by is None:
+        raise ValueError(f"{run} has a network of your own: name it with --net FILE.py:NAME")
+    if net is None:
+        return Fit.load(run)
+    n_outputs = len(facts.columns) + (family == "categorical")
+    return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))
