@@ -32,7 +32,7 @@ from armed_pyro.analysis.rivals.contenders import NAMES, Tuned, contenders, prog
 from armed_pyro.analysis.rivals.linear_mixed import LinearMixed
 from armed_pyro.analysis.rivals.rival import Setting, outcomes
 from armed_pyro.analysis.rivals.scores import IMAGE_METRICS, METRICS
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 
 SETTING = Setting("quick", "quick", Dense((4,)), Schedule(steps=60, batch_size=64, window=20))
 

@@ -82,7 +82,7 @@ def test_all_kinds_of_layers_can_be_modulated():
     for shape in [(4, 3), (4, 3, 7), (4, 3, 5, 5), (4, 3, 2, 2, 2)]:
         block = FilterScaleBias("g", at="").block(None, {"": 3})
         effects, h = torch.randn(4, 6), torch.randn(shape)
-        with modulated(net := nn.Identity(), [(block, effects)]):
+        with modulated(net := nn.Identity(), [(block.path, effects)]):
             out = net(h)
         over = (...,) + (None,) * (len(shape) - 2)
         torch.testing.assert_close(out, (1 + effects[:, :3][over]) * h + effects[:, 3:][over])

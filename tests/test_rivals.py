@@ -29,7 +29,7 @@ from armed_pyro.analysis.rivals.rival import (
     shuffled,
 )
 from armed_pyro.analysis.rivals.scores import image_metrics, latents
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 
 SETTING = Setting("quick", "quick", Dense((6, 5)), Schedule(steps=60, batch_size=64, window=20))
 RIVALS: tuple[Rival, ...] = (

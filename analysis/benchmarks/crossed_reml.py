@@ -45,7 +45,7 @@ def crossed_reml(
     >>> a, b = np.arange(2000) % 100, rng.integers(0, 40, 2000)
     >>> y = rng.normal(0, 1, 100)[a] + rng.normal(0, 2, 40)[b] + rng.normal(0, 0.5, 2000)
     >>> crossed_reml(y, np.zeros((2000, 0)), [a, b]).round(1)
-    array([1. , 1.9, 0.5])
+    array([1. , 2.1, 0.5])
     """
     n, sizes = len(y), [int(levels.max()) + 1 for levels in codes]
     order = np.argsort(sizes)[::-1]

@@ -18,8 +18,8 @@ from torch import nn
 from armed_pyro import ClusteredData, MixedEffects, Schedule, fit, read_table
 from armed_pyro.analysis.benchmarks.crossed_reml import crossed_reml
 from armed_pyro.analysis.benchmarks.training_steps import Task
-from armed_pyro.data.simulate import mixed_model
 from armed_pyro.engine.schedule import MOVING, split_r_hat
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.linear import linear
 from armed_pyro.rows.shuffle import Shuffle
 

@@ -100,7 +100,7 @@ class Program(Rival):
             predict,
             model.network,
             result.data,
-            model.data_facts().standardise,
+            model.data_facts().scaling.standardise,
             len(result.history.loss),
             rebuild if model.others else None,
         )

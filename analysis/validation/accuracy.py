@@ -34,7 +34,7 @@ from armed_pyro import (
     simulation_calibration,
 )
 from armed_pyro.analysis.validation import reference, replication
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.linear import linear
 
 OUT = Path("results/accuracy")
@@ -149,11 +149,12 @@ def calibrated(out: Path, simulations: int, workers: int) -> Iterator[dict[str, 
 
 def program(family: str) -> tuple[MixedEffects, ClusteredData]:
     """The program to calibrate, and rows whose outcomes are drawn from it."""
-    coefficients = np.zeros((2, 2)) if family == "categorical" else (0.0, 0.0)
+    outcome = FAMILIES[family]()
+    coefficients = np.zeros((2, 2)) if outcome.multiclass else (0.0, 0.0)
     data, _ = mixed_model(family, 12, 6, sd=(0.5,), coefficients=coefficients, seed=3)
-    counts = family in ("poisson", "negative_binomial")
+    counts = outcome.integer and not outcome.is_probability
     priors = Priors(sd=HalfNormal(0.5 if counts else 1.0), fixed_sd=0.5 if counts else 1.0)
-    net = linear(1, 3 if family == "categorical" else 1)
+    net = linear(1, outcome.outputs(len(outcome.columns(data))))
     return MixedEffects(net, "(1 | site)", family, priors=priors, bayesian_head=True), data
 
 

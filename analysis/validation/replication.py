@@ -17,7 +17,7 @@ from rich.progress import track
 from scipy.special import expit
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 

@@ -248,10 +248,10 @@ def simulation_calibration(
     so that, with :math:`\tilde\theta` from the prior, y from the program given it, and
     :math:`\theta_1, \dots, \theta_L` from the exact posterior, the number of
     :math:`f(\theta_l) < f(\tilde\theta)` is uniform on 0, ..., L for every quantity f. Quantities
-    are, in standardised units: every sd, correlation, dispersion and latent fixed effect, the
-    random effects of the first, middle and last cluster of each factor, and the log-likelihood
-    of the data, which also sees what no marginal does (a posterior that ignores the data has
-    uniform ranks in all of them).
+    are, in standardised units: every sd, correlation, parameter of the family and latent fixed
+    effect, the random effects of the first, middle and last cluster of each factor, and the
+    log-likelihood of the data, which also sees what no marginal does (a posterior that ignores
+    the data has uniform ranks in all of them).
 
     The program is laid out for `data` once: its centre, spread and priors are the same in all
     simulations, and so are features, clusters, trials and offset. What weights of the network

@@ -14,6 +14,7 @@ from armed_pyro.checks.predictive_checks import (
     effect_normality,
     residual_uniformity,
 )
+from armed_pyro.families.family import Family
 from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
@@ -70,7 +71,7 @@ def _units(factor: Factor) -> set[str]:
 
 def _boundary(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     for factor in posterior.model.factors:
-        sd = latents[f"{factor.name}_sd"]
+        sd = factor.sd(latents)
         if sd.dim() < 3:
             continue  # known
         draws = sd[:, 0].double().cpu()
@@ -160,19 +161,31 @@ def _normality(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[
 
 
 def _residuals(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    family = posterior.model.family
     found = residual_uniformity(posterior, latents, seed=posterior.seed)
     if found is None:
+        yield _unchecked_residuals(family)
         return
     p, distance = found
     verdict = "pass"
     if p < 1e-3 and distance > 0.03:
         verdict = "fail" if p < 1e-6 and distance > 0.1 else "warn"
-    family = posterior.model.family.name
     reason = (
-        f"quantile residuals of family {family!r} are {distance:.3f} from uniform (p = {p:.2g})"
+        f"quantile residuals of family {family.name!r} are {distance:.3f} from uniform "
+        f"(p = {p:.2g})"
     )
     advice = "" if verdict == "pass" else "try another family or a transformed outcome"
     yield Check("residuals", verdict, p, 1e-3, reason, advice)
+
+
+def _unchecked_residuals(family: Family) -> Check:
+    """A check that says aloud that residuals were not checked, and why."""
+    if family.no_residuals:
+        reason = f"not checked for family {family.name!r}: {family.no_residuals}"
+        return Check("residuals", "pass", None, None, reason)
+    reason = f"not checked: family {family.name!r} gives no distribution function"
+    advice = "add the method `cdf` to the family, so that its residuals can be checked"
+    return Check("residuals", "warn", None, None, reason, advice)
 
 
 def _left_out(weighted: ImportanceDraws) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,15 +123,15 @@ def _statistics(
         sums = values.new_zeros(len(values), len(counts)).index_add_(1, position, values)
         return sums / counts
 
-    name, first = model.family.name, mean(y)
-    statistics = {"mean": first}
-    several = (counts > 1).to(y)
-    if name not in ("bernoulli", "categorical"):
-        centred = y - first[:, position]
-        statistics["sd"] = several * mean(centred**2).sqrt()
-    if name in ("poisson", "negative_binomial", "binomial"):
-        statistics["zeros"] = mean((y == 0).to(y))
-    return statistics
+    def sd(values: Tensor) -> Tensor:
+        centred = values - mean(values)[:, position]
+        return (counts > 1).to(values) * mean(centred**2).sqrt()
+
+    def zeros(values: Tensor) -> Tensor:
+        return mean((values == 0).to(values))
+
+    compute = {"mean": mean, "sd": sd, "zeros": zeros}
+    return {name: compute[name](y) for name in model.family.statistics}
 
 
 def _some_rows(
@@ -194,15 +194,14 @@ def residual_uniformity(
 
     Randomised quantile residuals :math:`F(y_i \mid \eta_i)` of one posterior draw are uniform and
     independent if the program is right. Kolmogorov-Smirnov's p-value (median over draws) and
-    distance (mean); None for categorical outcomes, whose distribution has no order, and for
-    single trials, which any probability fits.
+    distance (mean); None where the family gives no distribution function (`Family.cdf`).
 
     References
     ----------
     Dunn and Smyth (1996), JCGS 5(3): randomized quantile residuals.
     """
-    model, name = posterior.model, posterior.model.family.name
-    if name not in _CDF:
+    model, family = posterior.model, posterior.model.family
+    if family.no_residuals:
         return None
     source = model.encode(posterior.data)
     index = torch.arange(len(source))
@@ -214,33 +213,23 @@ def residual_uniformity(
     some = selected(latents, slice(PIVOTAL_DRAWS))
     with torch.no_grad():
         eta = model.predictor(rows, some).eta
-        mean = model.family.mean(eta, rows).double().cpu().numpy()
-        y = rows.outcome().double().cpu().numpy()
-        dispersion = some.get(model.family.dispersion_name or "")
-        if dispersion is not None:
-            spread = model.data_facts().spread
-            dispersion = model.family.original_dispersion(dispersion, spread).double().cpu()
-    mean = mean.reshape(-1, len(y))
-    dispersions = np.broadcast_to(1.0 if dispersion is None else dispersion.numpy(), (len(mean), 1))
-    trials = 1.0 if rows.trials is None else rows.trials.double().cpu().numpy()
-    rng, tests = np.random.default_rng(seed), []
-    for one, own in zip(mean, dispersions, strict=True):  # apart, as each takes several arrays
-        extra = {"dispersion": own, "trials": trials}
-        upper = _CDF[name](y, one, extra)
-        lower = upper if name == "gaussian" else _CDF[name](y - 1, one, extra)
-        quantiles = lower + rng.uniform(size=len(y)) * (upper - lower)
-        tests.append(scipy.stats.kstest(quantiles, "uniform"))
+        parameters = {
+            name: value.reshape(-1, 1) for name, value in model.family_parameters(some).items()
+        }
+        y = rows.outcome().double()
+        eta = eta.reshape(-1, *eta.shape[-2:])
+        draws = max([len(eta), *map(len, parameters.values())])
+        rng, tests = np.random.default_rng(seed), []
+        for draw in range(draws):  # one at a time, as each takes several arrays
+            drawn = {name: one[min(draw, len(one) - 1)] for name, one in parameters.items()}
+            predictor = eta[min(draw, len(eta) - 1)]
+            upper = family.cdf(y, predictor, drawn, rows)
+            if upper is None:
+                return None
+            lower = family.cdf(y - 1, predictor, drawn, rows) if family.integer else upper
+            assert lower is not None  # for mypy: the same function gave `upper`
+            noise = rng.uniform(size=len(y))
+            quantiles = lower.numpy() + noise * (upper - lower).numpy()
+            tests.append(scipy.stats.kstest(quantiles, "uniform"))
     p = float(np.median([test.pvalue for test in tests]))
     return p, float(np.mean([test.statistic for test in tests]))
-
-
-_CDF: Mapping[str, Callable[[Any, Any, Mapping[str, Any]], Any]] = {
-    "gaussian": lambda y, mean, extra: scipy.stats.norm.cdf(y, mean, extra["dispersion"]),
-    "binomial": lambda y, mean, extra: scipy.stats.binom.cdf(
-        y, extra["trials"], mean / extra["trials"]
-    ),
-    "poisson": lambda y, mean, extra: scipy.stats.poisson.cdf(y, mean),
-    "negative_binomial": lambda y, mean, extra: scipy.stats.nbinom.cdf(
-        y, extra["dispersion"], extra["dispersion"] / (extra["dispersion"] + mean)
-    ),
-}

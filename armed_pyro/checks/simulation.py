@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -49,8 +48,8 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
         net, model.terms, model.family, priors=model.priors, bayesian_head=model.bayesian_head
     )
     bound = plan.bind(data).cpu().eval()
-    dispersion = bound.family.dispersion_name
-    if not bound.factors and not bound.bayesian_head and dispersion in {None, *bound.known()}:
+    latent = {parameter.name for parameter in bound.family.parameters} - {*bound.known()}
+    if not bound.factors and not bound.bayesian_head and not latent:
         raise ValueError(
             "the model has no latent site, so there is no posterior to calibrate: give it random "
             "effects, or latent fixed effects with bayesian_head=True"
@@ -200,30 +199,27 @@ def quantities(
 ) -> dict[str, Float[Tensor, " draws"]]:
     """What is ranked, by name, in standardised units.
 
-    Every latent sd, correlation, dispersion and fixed effect; all random effects of the first,
-    middle and last cluster of each factor; and the log-likelihood of all rows.
+    Every latent sd, correlation, parameter of the family and fixed effect; all random effects of
+    the first, middle and last cluster of each factor; and the log-likelihood of all rows.
     """
     values: dict[str, Tensor] = {}
     known = model.known()
     for factor in model.factors:
         name, terms = factor.name, factor.terms
-        if f"{name}_sd" not in known:
-            sd = latents[f"{name}_sd"].reshape(-1, len(terms))
-            values |= {f"{name}_sd[{term}]": sd[:, i] for i, term in enumerate(terms)}
-        for site, group in zip(factor.cholesky_sites(), factor.groups, strict=True):
-            root = latents[site].reshape(-1, len(group), len(group))
-            for i, j in combinations(range(len(group)), 2):
-                pair = f"{terms[group[i]]},{terms[group[j]]}"
-                values[f"{name}_cor[{pair}]"] = (root[:, i] * root[:, j]).sum(-1)
+        covariance = factor.joint_covariance
+        if covariance.sd_site not in known:
+            sd = factor.sd(latents).reshape(-1, len(terms))
+            values |= {f"{covariance.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
+        values |= covariance.correlations(latents)
+        values |= {group.site(n): one for group, n, one in covariance.quantities(latents)}
         effects, levels = latents[factor.effect_site], model.data_facts().levels[name]
         for k in sorted({0, len(levels) // 2, len(levels) - 1}):
             values |= {
                 f"{factor.effect_site}[{levels[k]},{term}]": effects[:, k, i]
                 for i, term in enumerate(terms)
             }
-    dispersion = model.family.dispersion_name
-    if dispersion is not None and dispersion not in known:
-        values[dispersion] = latents[dispersion].flatten()
+    names = [parameter.name for parameter in model.family.parameters]
+    values |= {name: latents[name].flatten() for name in names if name not in known}
     if model.bayesian_head:
         fixed = latents["fixed_effect"].reshape(-1, len(model.fixed_terms()))
         values |= {f"fixed_effect[{t}]": fixed[:, i] for i, t in enumerate(model.fixed_terms())}
@@ -290,7 +286,7 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
     worst = max(parts, key=lambda name: float(_size(parts[name]).max()))
     for factor in model.factors:
         if factor.name == worst:
-            term = factor.terms[int(latents[f"{worst}_sd"].flatten().argmax())]
+            term = factor.terms[int(factor.sd(latents).flatten().argmax())]
             prior = factor.describe_priors()[f"{worst}_sd[{term}]"]
             return (
                 f"{worst}_sd[{term}] ~ {prior}: give it a tighter prior, such as "

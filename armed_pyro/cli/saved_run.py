@@ -9,6 +9,7 @@ from pathlib import Path
 from armed_pyro.fitting import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.storage.manifest import read_family
 
 __all__ = ["CHECKPOINT", "EVALUATION", "PARTIAL", "check_run_folder", "load_run"]
 
@@ -46,7 +47,7 @@ def load_run(run: Path, net: str | None) -> Fit:
     """
     try:
         manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        facts, family = Facts.from_json(manifest["facts"]), manifest["model"]["family"]
+        facts, family = Facts.from_json(manifest["facts"]), read_family(manifest["model"]["family"])
         made_by = manifest["network"]["made_by"]
     except (OSError, ValueError, LookupError, TypeError):
         return Fit.load(run)  # raises an error that says what is wrong with the folder
@@ -54,5 +55,5 @@ def load_run(run: Path, net: str | None) -> Fit:
         raise ValueError(f"{run} has a network of your own: name it with --net FILE.py:NAME")
     if net is None:
         return Fit.load(run)
-    n_outputs = len(facts.columns) + (family == "categorical")
+    n_outputs = family.outputs(len(facts.columns))
     return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))

@@ -88,17 +88,17 @@ class TrainingTable:
 
 def outputs(rows: ClusteredData | StreamedData, family: Family) -> int:
     """Outputs that a network needs for this outcome."""
-    if family.name != "categorical":
-        return 1
     if isinstance(rows, ClusteredData):
-        return len(family.columns(rows)) + 1
+        return family.outputs(len(family.columns(rows)))
+    if not family.multiclass:
+        return family.outputs(1)
     classes = rows.scanned.schema.classes
     if classes is None:
         raise ValueError(
             "the classes of a streamed outcome must be text or categories, not numbers: write "
             "them to the table as text"
         )
-    return len(classes)
+    return family.outputs(len(classes) - 1)
 
 
 def byte_size(text: str | None) -> int:

@@ -49,7 +49,7 @@ class Attribution:
     --------
     >>> from torch import nn
     >>> from armed_pyro import Attribution, MixedEffects, Schedule, fit
-    >>> from armed_pyro.data.simulate import mixed_model
+    >>> from armed_pyro.families.simulate import mixed_model
     >>> data, _ = mixed_model("gaussian", 8, 10, sd=[1.0, 0.5], coefficients=[0.0, 2.0, 0.1])
     >>> model = MixedEffects(nn.Linear(2, 1), "(1 + x0 | site)", bayesian_head=True)
     >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)

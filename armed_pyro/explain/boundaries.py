@@ -29,7 +29,6 @@ __all__ = ["Boundaries", "boundaries", "draw_panel", "plane"]
 
 
 Extent = Sequence[tuple[float, float]]
-PROBABILITIES = ("bernoulli", "binomial", "categorical")
 MOST_CLUSTERS = 8
 BLUE, RED = "#2166ac", "#b2182b"
 
@@ -56,7 +55,7 @@ class Boundaries:
     --------
     >>> from torch import nn
     >>> from armed_pyro import Boundaries, MixedEffects, Schedule, fit
-    >>> from armed_pyro.data.simulate import mixed_model
+    >>> from armed_pyro.families.simulate import mixed_model
     >>> data, _ = mixed_model("bernoulli", 5, 40, coefficients=[0.0, 2.0, 1.0])
     >>> model = MixedEffects(nn.Linear(2, 1), "(1 | site)", "bernoulli", bayesian_head=True)
     >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
@@ -176,7 +175,7 @@ def boundaries(
         posterior.data.features.mean(0).tolist() if posterior.data.n_rows else facts.feature_mean
     )
     centre = dict(zip(facts.feature_names, known, strict=True))
-    x = facts.standardise(plane(axes, centre).features).to(model.reference())
+    x = facts.scaling.standardise(plane(axes, centre).features).to(model.reference())
     latents = posterior.draws(draws, seed=seed)
     kept = {k: v for k, v in latents.items() if k in (own.effect_site, "fixed_effect")}
     levels = facts.levels[own.name]
@@ -195,7 +194,7 @@ def boundaries(
         values = torch.stack([surface(k) for k in [*range(len(levels)), None]]).cpu().numpy()
     second, first = features[1], features[0]
     of = facts.classes[1] if classes is None and facts.classes is not None else of
-    probability = model.family.name in PROBABILITIES
+    probability = model.family.is_probability
     event = facts.outcome_name if of is None else f"{facts.outcome_name} = {of}"
     title = f"P({event})" if probability else f"E({event})"
     coords = {own.name: label_values(levels), second: axes[second], first: axes[first]}

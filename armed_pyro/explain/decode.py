@@ -60,7 +60,7 @@ class DecodedEffects:
     --------
     >>> from torch import nn
     >>> from armed_pyro import DecodedEffects, MixedEffects, Schedule, fit
-    >>> from armed_pyro.data.simulate import mixed_model
+    >>> from armed_pyro.families.simulate import mixed_model
     >>> beta = [[0.0] * 4, [1.0] * 4]  # as many columns as an image of 2 x 2 pixels
     >>> data, _ = mixed_model("categorical", 5, 8, coefficients=beta)
     >>> model = MixedEffects(nn.Linear(1, 5), "(1 | site)", "categorical", bayesian_head=True)

@@ -63,7 +63,7 @@ class Invariance:
     --------
     >>> from torch import nn
     >>> from armed_pyro import Invariance, MixedEffects, Schedule, fit
-    >>> from armed_pyro.data.simulate import mixed_model
+    >>> from armed_pyro.families.simulate import mixed_model
     >>> data, _ = mixed_model()
     >>> model = MixedEffects(nn.Linear(1, 1), "(1 | site)", bayesian_head=True)
     >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)

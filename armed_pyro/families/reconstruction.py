@@ -1,9 +1,10 @@
-"""Outcomes beside the one of the family: what else a network predicts, with a likelihood each."""
+"""The features as a second outcome, rebuilt by the network."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -59,6 +60,8 @@ class Reconstruction:
     name: str = "image"
     weight: float = 1.0
     prior: ScalePrior = field(default_factory=HalfStudentT)
+    # sd from which the guide starts, in units of the features' sd.
+    start: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):

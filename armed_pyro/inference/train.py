@@ -24,7 +24,7 @@ from armed_pyro.inference.importance_sampling import importance_draws, refinable
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.refine import refine as refined_by
 from armed_pyro.inference.training_run import Run
-from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.model import MixedEffects, trains_network
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["GuideFactory", "train"]
@@ -94,12 +94,12 @@ def train(
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
         if processes.several:
-            given = [digest(rows, bound.data_facts()), schedule, seed]
+            given = [digest(rows, bound.data_facts().to_json()), schedule, seed]
             processes.check_same(given, OTHER_RUN)
             processes.check_same(resume, OTHER_FILE)
         target = bound.reference().device
         processes.same(bound)
-        share = Share.of(processes, bound, rows)
+        share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
         family = guide(bound, share.rows).to(target)
         run = Run(bound, family, data, rows, held_out, schedule, seed, compile, share)
         if resume and path is not None:

@@ -58,7 +58,11 @@ class Run:
         share: Share | None = None,
     ) -> None:
         self.model, self.guide, self.data, self.source = model, guide, data, source
-        self.share = Share.of(ALONE, model, source) if share is None else share
+        self.share = (
+            Share.of(ALONE, source, model.network if trains_network(model) else None)
+            if share is None
+            else share
+        )
         self.validation, self.schedule, self.seed = validation, schedule, seed
         self.compile: CompileMode = compile
         self.plateau = self._new_plateau()
@@ -246,7 +250,11 @@ class Run:
         size = schedule.batch(n) if batches else n
         self.lazy = LazyAdam.of(self.guide, self.source, self.share.together(size), eps)
         guide = self.lazy.guide
-        self.objective = self.lazy.reading(self.share.averaged(Objective(self.model, guide)))
+        modules = {"model": self.model, "guide": guide}
+        objective = self.share.averaged(
+            Objective(self.model, guide), modules, len(self.model.adversaries)
+        )
+        self.objective = self.lazy.reading(objective)
         mode: CompileMode = "never" if self.share.several else self.compile
         rate = 1.0 if self.settled is None else self.pace.rate
         if self.settled is not None and not batches and n > self._most_rows():
@@ -281,7 +289,7 @@ class Run:
         self.held = [one for one in self.model.parameters() if one.requires_grad]
         self.model.requires_grad_(False)
         self.guide.settle()
-        self.settled = self.share.compute(self.model, self.source)
+        self.settled = self.share.compute(self.model.compute, self.source)
         self.share = self.share.ended(self.settled)
         return self.settled
 
@@ -374,13 +382,13 @@ class Run:
         self.stopped = record["stopped"]
 
     def _identity(self) -> dict[str, Any]:
-        model, facts = self.model, self.model.data_facts()
+        model, encoding = self.model, self.model.data_facts().to_json()
         shapes = {name: list(one.shape) for name, one in self._state().items()}
         return {
-            "data": digest(self.source, facts),
-            "validation": self.validation and digest(self.validation, facts),
+            "data": digest(self.source, encoding),
+            "validation": self.validation and digest(self.validation, encoding),
             "terms": [str(term) for term in model.terms],
-            "family": model.family.name,
+            "family": str(model.family),
             "adversary": [game.settings() for game in model.adversaries],
             "priors": repr(model.priors),
             "weights": [model.fixed_weight, repr(model.others)],

@@ -10,18 +10,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.networks.taps import module_at
-from armed_pyro.random_effects.design import FilterBlock
 
 __all__ = ["modulated"]
 
 
 @contextmanager
 def modulated(
-    net: nn.Module, blocks: Sequence[tuple[FilterBlock, Float[Tensor, "rows 2*filters"]]]
+    net: nn.Module, effects_at: Sequence[tuple[str, Float[Tensor, "rows 2*filters"]]]
 ) -> Iterator[None]:
     r"""The network's filters scaled and shifted, :math:`(1 + a_{ic}) h_{ic} + b_{ic}`, row by row.
 
     Hooks are removed on leaving.
+
+    Parameters
+    ----------
+    effects_at : sequence of (str, Float[Tensor, "rows 2*filters"])
+        Module paths of layers, with the scales a and the biases b of their filters.
     """
 
     def changed(effects: Tensor) -> Any:
@@ -33,7 +37,7 @@ def modulated(
         return hook
 
     with ExitStack() as hooks:
-        for block, effects in blocks:
-            handle = module_at(net, block.path).register_forward_hook(changed(effects))
+        for path, effects in effects_at:
+            handle = module_at(net, path).register_forward_hook(changed(effects))
             hooks.callback(handle.remove)
         yield

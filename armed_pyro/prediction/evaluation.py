@@ -51,7 +51,7 @@ def evaluate(
         mean = np.concatenate([part.mean for part in parts])
         unseen = sum(int((part.unseen != "").sum()) for part in parts)
         record: dict[str, Any] = {"held_out": name, "rows": len(y), "unseen": unseen}
-        if posterior.model.family.name in ("bernoulli", "categorical"):
+        if posterior.model.family.is_class:
             record |= _class_scores(y.astype(int), mean)
         else:
             limits = [part.interval(of="outcome") for part in parts]

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.distributions.quasi_random import lattice, stretched
+from armed_pyro.families.family import Parameters
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 
@@ -64,14 +65,14 @@ def conditionals(
 
     .. math:: \eta_i = base_i + s \, Z_i^\top L z_{c(i)}, \quad z_c \sim N(0, I)
 
-    Newton's method finds the mode of z in every draw. For gaussian outcomes that gives the exact
+    Newton's method finds the mode of z in every draw. For quadratic families that gives the exact
     posterior, :math:`N(m, Q^{-1})` with :math:`Q = I + L^\top Z^\top W Z L`; for others particles
     about it, on lattices with stretched tails, are weighted by the likelihood and one is picked.
 
     Parameters
     ----------
     latents : mapping of str to Tensor
-        Posterior draws, for the dispersion.
+        Posterior draws, for the family's parameters.
     rows : Rows
         The rows, with outcomes.
     base : Tensor
@@ -87,12 +88,12 @@ def conditionals(
     noise : Tensor, optional
         Standard normal noise for exact draws.
     """
-    model_draws = _dispersion(model, latents)
-    n = max(len(base), len(lower), 1 if model_draws is None else len(model_draws))
+    parameters = _parameters(model, latents)
+    n = max([len(base), len(lower), *map(len, parameters.values())])
     if noise is not None:
         n = max(n, len(noise))
     size, columns = design.shape[1:]
-    exact = model.family.name == "gaussian"
+    exact = model.family.is_quadratic
     particles = 1 if exact else PARTICLES[min(size, len(PARTICLES)) - 1]
     width = max(size * size + size * columns, particles * columns)
     step = max(1, BLOCK // (max(1, len(rows), groups) * width))
@@ -100,7 +101,7 @@ def conditionals(
     if not exact:  # from the mode at the mean of all draws, a few steps are left in each
         middle = _Problem(
             model,
-            None if model_draws is None else model_draws.mean(0, keepdim=True),
+            {name: value.mean(0, keepdim=True) for name, value in parameters.items()},
             rows,
             base.mean(0, keepdim=True),
             design,
@@ -113,19 +114,17 @@ def conditionals(
     for first in range(0, n, step):
         part = slice(first, min(first + step, n))
 
-        def some(values: Tensor | None, part: slice = part) -> Tensor | None:
-            return values if values is None or len(values) == 1 else values[part]
+        def some(values: Tensor, part: slice = part) -> Tensor:
+            return values if len(values) == 1 else values[part]
 
         count = part.stop - part.start
-        bases, scales = some(base), some(lower)
-        assert bases is not None  # for mypy: neither is None
-        assert scales is not None
-        problem = _Problem(model, some(model_draws), rows, bases, design, scales, place, groups)
+        values = {name: some(value) for name, value in parameters.items()}
+        problem = _Problem(model, values, rows, some(base), design, some(lower), place, groups)
         begin = (
             base.new_zeros(count, groups, size) if start is None else start.expand(count, -1, -1)
         )
         mode, root = problem.mode(begin.clone(), 1 if exact else STEPS)
-        pieces.append(problem.draw(mode, root, particles, some(noise)))
+        pieces.append(problem.draw(mode, root, particles, None if noise is None else some(noise)))
     effects, evidence, share = (torch.cat(one) for one in zip(*pieces, strict=True))
     return Conditionals(effects, evidence, share.mean(0))
 
@@ -135,7 +134,7 @@ class _Problem:
     """The rows in one block of draws."""
 
     model: MixedEffects
-    dispersion: Tensor | None
+    parameters: Parameters  # as latent sites, in standardised units
     rows: Rows
     base: Tensor
     design: Tensor
@@ -144,11 +143,9 @@ class _Problem:
     groups: int
 
     def log_likelihood(self, eta: Float[Tensor, "... rows columns"]) -> Float[Tensor, "... rows"]:
-        known: dict[str, Tensor] = {}
-        if self.dispersion is not None:
-            shape = (-1, *(1,) * (eta.dim() - 2))
-            known = {str(self.model.family.dispersion_name): self.dispersion.reshape(shape)}
-        value = self.model.density(eta, known, self.rows).log_prob(self.rows.outcome())
+        shape = (-1, *(1,) * (eta.dim() - 2))
+        latents = {name: value.reshape(shape) for name, value in self.parameters.items()}
+        value = self.model.density(eta, latents, self.rows).log_prob(self.rows.outcome())
         if self.rows.weights is None:
             return value
         counted = value.new_zeros(()).where(self.rows.weights == 0, value)
@@ -167,15 +164,15 @@ class _Problem:
     def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of log p(y, z) by z, and Q, minus the second derivative."""
         size = z.shape[-1]
-        if self.model.family.name == "gaussian":
-            pull, square = self._gaussian(z)
+        if self.model.family.is_quadratic:
+            pull, square = self._quadratic(z)
         else:
             pull, square = self._by_autograd(z)
         zero = z.new_zeros(len(z), self.groups, size)
         gradient = zero.index_add(1, self.place, pull)
         curve = z.new_zeros(len(square), self.groups, size, size)
         curve = curve.index_add(1, self.place, square)
-        if self.model.family.name == "gaussian":
+        if self.model.family.is_quadratic:
             curve = curve * self._precision()[:, :, None, None]
         lower = self.lower[:, None]
         gradient = (lower.mT @ gradient[..., None])[..., 0] - z
@@ -183,12 +180,14 @@ class _Problem:
         return gradient, lower.mT @ curve @ lower + unit
 
     def _precision(self) -> Float[Tensor, "draws 1"]:
-        """1 / Var(y | eta) of a gaussian outcome."""
-        assert self.dispersion is not None  # for mypy: the family has one
-        facts = self.model.data_facts()
-        return self.model.family.original_dispersion(self.dispersion, facts.spread) ** -2
+        """1 / Var(y | eta) of a quadratic family, on the outcome's scale."""
+        family = self.model.family
+        precision = family.precision(self.model.family_parameters(self.parameters))
+        if precision is None:
+            raise ValueError(f"family {family.name!r} is quadratic, but gives no precision")
+        return precision.reshape(-1, 1)
 
-    def _gaussian(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _quadratic(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's part in the gradient, and in the curvature but for the precision."""
         spread, design = self.model.data_facts().spread, self.design[..., 0]
         weight = self.rows.weights
@@ -267,6 +266,6 @@ class _Problem:
         return zero.index_add(-1, self.place, values)
 
 
-def _dispersion(model: MixedEffects, latents: Latents) -> Float[Tensor, "draws 1"] | None:
-    found = latents.get(model.family.dispersion_name or "")
-    return None if found is None else found.reshape(-1, 1)
+def _parameters(model: MixedEffects, latents: Latents) -> dict[str, Float[Tensor, "draws 1"]]:
+    names = [parameter.name for parameter in model.family.parameters]
+    return {name: latents[name].reshape(-1, 1) for name in names if name in latents}

@@ -99,8 +99,7 @@ class Marginal(EffectSource):
 
 def scaled(factor: Factor, latents: Latents, z: Float[Tensor, "draws new terms"]) -> Tensor:
     """u = L z, with L of the same draw."""
-    scale = factor.scale(latents)  # which has a 1 in the clusters' place
-    return scale * z if factor.diagonal else z @ scale.squeeze(-3).mT
+    return factor.joint_covariance.effects(latents, z)
 
 
 def label_noise(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.networks.taps import pooled
+from armed_pyro.random_effects.covariance import Covariance, Independent
 
 __all__ = ["Block", "FilterBlock", "LinearBlock", "by_column"]
 
@@ -29,8 +30,8 @@ class Block(nn.Module, ABC):
     ----------
     names : tuple of str
         One an effect.
-    correlated : bool
-        Whether the effects are correlated.
+    covariance : Covariance
+        Kind of covariance of the effects; independent for a single effect.
     width : int
         Effects that stand for one thing together: those of the units of a hidden layer.
     to_original : Float[Tensor, "columns columns"]
@@ -38,16 +39,16 @@ class Block(nn.Module, ABC):
     """
 
     names: tuple[str, ...]
-    correlated: bool
+    covariance: Covariance
     width: int = 1
     to_original: Tensor
 
     def __init__(
-        self, names: Iterable[str], correlated: bool, to_original: Float[Tensor, "q q"]
+        self, names: Iterable[str], covariance: Covariance, to_original: Float[Tensor, "q q"]
     ) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.correlated = correlated and len(self.names) > 1
+        self.covariance = covariance if len(self.names) > 1 else Independent()
         self.register_buffer("to_original", to_original, persistent=False)
 
 
@@ -68,9 +69,9 @@ class LinearBlock(Block, ABC):
 class InputBlock(LinearBlock):
     """Intercept and (standardised) input features.
 
-    In a correlated block with an intercept the features are centred: the model is the same, as
-    the covariance matrix is full, and inference is easier. Otherwise they are only scaled,
-    because independence of intercept and slope holds at x = 0, as in lme4.
+    With an intercept and an unrestricted covariance matrix the features are centred: the model is
+    the same, and inference is easier. Otherwise they are only scaled, because what a kind of
+    covariance says of intercept and slope, such as their independence, holds at x = 0, as in lme4.
     """
 
     shift: Tensor
@@ -83,9 +84,9 @@ class InputBlock(LinearBlock):
         mean: list[float],
         scale: list[float],
         intercept: bool,
-        correlated: bool,
+        covariance: Covariance,
     ) -> None:
-        centred = intercept and correlated
+        centred = intercept and covariance.any_origin
         slope = torch.diag(1 / torch.tensor(scale, dtype=torch.float64))
         if intercept:
             size = len(names) + 1
@@ -95,7 +96,7 @@ class InputBlock(LinearBlock):
                 to_original[0, 1:] = -torch.tensor(mean, dtype=torch.float64) @ slope
         else:
             to_original = slope
-        super().__init__(["Intercept"] * intercept + names, correlated, to_original)
+        super().__init__(["Intercept"] * intercept + names, covariance, to_original)
         self.intercept = intercept
         shift = torch.tensor(mean, dtype=torch.float64) @ slope
         self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
@@ -111,9 +112,9 @@ class InputBlock(LinearBlock):
 class LayerBlock(LinearBlock):
     """Activations of a hidden layer."""
 
-    def __init__(self, path: str, width: int, correlated: bool) -> None:
+    def __init__(self, path: str, width: int, covariance: Covariance) -> None:
         names = [f"{path}[{unit}]" for unit in range(width)]
-        super().__init__(names, correlated, torch.eye(width, dtype=torch.float64))
+        super().__init__(names, covariance, torch.eye(width, dtype=torch.float64))
         self.path = path
         self.width = width
 
@@ -131,6 +132,6 @@ class FilterBlock(Block):
 
     def __init__(self, path: str, filters: int) -> None:
         names = [f"{path}.{kind}[{c}]" for kind in ("scale", "bias") for c in range(filters)]
-        super().__init__(names, False, torch.eye(2 * filters, dtype=torch.float64))
+        super().__init__(names, Independent(), torch.eye(2 * filters, dtype=torch.float64))
         self.path = path
         self.width = 2 * filters

@@ -126,7 +126,7 @@ def _program(results: Results) -> dict[str, str]:
         for game in model.adversaries
     ]
     lines = {
-        "Outcome": f"{facts.outcome_name} ({model.family.name})",
+        "Outcome": f"{facts.outcome_name} ({model.family})",
         "Features": ", ".join(facts.feature_names) or "none",
         "Network": " → ".join(map(str, layers)),
         "Random effects": " + ".join(map(str, model.terms)) or "none",

@@ -35,12 +35,8 @@ def priors(model: MixedEffects) -> dict[str, str]:
     if model.bayesian_head:
         unit = "sd of the outcome" if facts.spread != 1 else "link scale"
         lines["fixed_effect"] = f"Normal(0, {given.fixed_sd:.4g}) ({unit}, per sd of the feature)"
-    if model.family.dispersion_name == "residual_sd":
-        scale = given.residual_sd.scale
-        number = scale if isinstance(scale, float | int) else facts.spread
-        lines["residual_sd"] = given.residual_sd.describe(float(number))
-    elif model.family.dispersion_name == "shape":
-        lines["shape"] = "InverseGamma(0.4, 0.3)"
+    for parameter in model.family.parameters:
+        lines[parameter.name] = parameter.describe(given, facts.spread)
     for one in model.others:
         scale = one.prior.scale
         number = scale if isinstance(scale, float | int) else 1.0
@@ -63,7 +59,7 @@ def _head(model: MixedEffects) -> str:
     sizes = ", ".join(f"{name}: {len(levels)}" for name, levels in facts.levels.items()) or "none"
     lines = [
         "Mixed-effects network fitted by stochastic variational inference",
-        f"  Outcome: {facts.outcome_name} ({model.family.name})",
+        f"  Outcome: {facts.outcome_name} ({model.family})",
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",

@@ -8,8 +8,6 @@ from functools import partial
 
 from torch import Tensor
 
-from armed_pyro.guides.base import Guide
-from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.read_ahead import ahead
 from armed_pyro.rows.source import RowSource
@@ -38,22 +36,28 @@ class Pieces:
     shares: list[float]
 
     @classmethod
-    def of(cls, guide: Guide, source: RowSource, size: int, *, keep: bool = False) -> Pieces:
-        """Pieces of about `size` rows, made whenever they are read, or once and kept."""
-        nested, n = guide.nested(), len(source)
+    def of(cls, source: RowSource, size: int, factor: str | None, *, keep: bool = False) -> Pieces:
+        """Pieces of about `size` rows, made whenever they are read, or once and kept.
+
+        Parameters
+        ----------
+        factor : str, optional
+            The grouping factor whose clusters stay whole.
+        """
+        n = len(source)
         read: Callable[[], Iterator[Rows]]
         if n <= size:
             every = source.all()
             return cls(lambda: iter([every]), [None], [1.0])
-        if nested is None:
+        if factor is None:
             starts = range(0, n, size)
             shares = [min(size, n - start) / n for start in starts]
             read, clusters = partial(source.chunks, size), [None for _ in starts]
             return cls(read, list(clusters), shares)
-        counts = source.counts[nested.name]
+        counts = source.counts[factor]
         place = (counts.cumsum(0) - 1) // size
         chosen = [(place == piece).nonzero()[:, 0] for piece in place.unique()]
-        whole = partial(source.whole_clusters, nested.name)
+        whole = partial(source.whole_clusters, factor)
         if keep:
             held = [whole(one) for one in chosen]
             read = partial(iter, held)
@@ -61,12 +65,17 @@ class Pieces:
             read = lambda: ahead(whole(one) for one in chosen)  # noqa: E731
         return cls(read, list(chosen), [len(one) / len(counts) for one in chosen])
 
-    def without_rows(self, model: MixedEffects, guide: Guide) -> Iterator[Rows]:
-        """The clusters of each piece without its rows, for which noise is drawn."""
-        every, nested = model.clusters(), guide.nested()
+    def without_rows(self, every: Rows, factor: str | None) -> Iterator[Rows]:
+        """The clusters of each piece without its rows, for which noise is drawn.
+
+        Parameters
+        ----------
+        every : Rows
+            No rows, but every cluster of every factor.
+        """
         for chosen in self.clusters:
-            if chosen is None or nested is None:
+            if chosen is None or factor is None:
                 yield every
                 continue
             own = Membership(chosen, chosen[:0], complete=False)
-            yield replace(every, memberships={**every.memberships, nested.name: own})
+            yield replace(every, memberships={**every.memberships, factor: own})

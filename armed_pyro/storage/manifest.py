@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from armed_pyro.engine.checkpoint import VERSION
+from armed_pyro.families.family import Family
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import FAMILIES
 from armed_pyro.inference.posterior import Posterior
@@ -21,13 +23,14 @@ from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import is_file, network
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors, ScalePrior
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
 
-__all__ = ["MANIFEST", "VERSION", "describe", "program", "read_manifest", "reading"]
+__all__ = ["MANIFEST", "VERSION", "describe", "program", "read_family", "read_manifest", "reading"]
 
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "armed_pyro fit", 3
+FORMAT = "armed_pyro fit"
 
 # What a manifest can name; nothing else is ever made from one.
 TERMS: Mapping[str, type[Term]] = {
@@ -50,10 +53,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         If the program has a family, term or prior of the user's own, which could not be read, or
         another precision than single or double.
     """
-    model, net = posterior.model, posterior.model.net
-    family, priors = model.family, model.priors
-    if FAMILIES.get(family.name) is not type(family):
-        raise _not_saved("family", type(family), FAMILIES)
+    model, net, priors = posterior.model, posterior.model.net, posterior.model.priors
     dtype = str(model.reference().dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"a network in {dtype} cannot be saved: convert it, to {list(DTYPES)}")
@@ -65,7 +65,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         "armed_pyro": version("armed_pyro"),
         "model": {
             "random": [_named(term, TERMS) for term in model.terms],
-            "family": family.name,
+            "family": _family(model.family),
             "priors": {
                 "sd": each,
                 "cor": priors.cor,
@@ -175,7 +175,7 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
             Reconstruction(**{**one, "prior": _made(one["prior"], PRIORS)})
             for one in plan.get("others", [])
         ]
-        family = FAMILIES[plan["family"]]()
+        family = read_family(plan["family"])
         options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
         made_by = settings["made_by"]
@@ -217,8 +217,44 @@ def _named(value: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
     kind = type(value).__name__
     if kinds.get(kind) is not type(value):
         raise _not_saved("term or prior", type(value), kinds)
-    fields = {k: dict(v) if isinstance(v, Mapping) else v for k, v in vars(value).items()}
-    return {"kind": kind, **fields}
+    return {"kind": kind, **_fields(value)}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a setting as JSON values."""
+    return {name: _plain(field) for name, field in vars(value).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ScalePrior):
+        return _named(value, PRIORS)
+    if isinstance(value, Covariance):
+        if COVARIANCES.get(value.name) is not type(value):
+            raise _not_saved("covariance", type(value), COVARIANCES)
+        return {"covariance": value.name, **_fields(value)}
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _family(family: Family) -> str | dict[str, Any]:
+    """A family as its name, with its fields if it has any."""
+    if FAMILIES.get(family.name) is not type(family):
+        raise _not_saved("family", type(family), FAMILIES)
+    fields = _fields(family)
+    return {"name": family.name, **fields} if fields else family.name
+
+
+def read_family(entry: str | Mapping[str, Any]) -> Family:
+    """The family that a manifest names.
+
+    Raises
+    ------
+    KeyError
+        If there is no such family.
+    """
+    if isinstance(entry, str):
+        return FAMILIES[entry]()
+    fields = {name: _made_field(value) for name, value in entry.items() if name != "name"}
+    return FAMILIES[str(entry["name"])](**fields)
 
 
 def _map(values: Mapping[str, ScalePrior]) -> dict[str, Any]:
@@ -227,8 +263,17 @@ def _map(values: Mapping[str, ScalePrior]) -> dict[str, Any]:
 
 def _made(entry: Mapping[str, Any], kinds: Mapping[str, type[Kind]]) -> Kind:
     """The setting that `_named` took apart."""
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
-    return kinds[str(fields.pop("kind"))](**fields)
+    fields = {name: _made_field(value) for name, value in entry.items() if name != "kind"}
+    return kinds[str(entry["kind"])](**fields)
+
+
+def _made_field(value: Any) -> Any:
+    if isinstance(value, Mapping) and value.get("kind") in PRIORS:
+        return _made(value, PRIORS)
+    if isinstance(value, Mapping) and value.get("covariance") in COVARIANCES:
+        fields = {name: _made_field(one) for name, one in value.items() if name != "covariance"}
+        return COVARIANCES[value["covariance"]](**fields)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _not_saved(what: str, kind: type, known: Mapping[str, Any]) -> ValueError:

@@ -25,8 +25,8 @@ from armed_pyro.program.blocks import BLOCK_VALUES, width
 from armed_pyro.program.model import MixedEffects, log_likelihoods
 from armed_pyro.program.units import (
     original_covariance,
-    original_dispersion,
     original_fixed_effects,
+    original_parameters,
     original_sd,
 )
 from armed_pyro.rows.batch import Rows
@@ -82,7 +82,8 @@ def to_datatree(
 
         - posterior: ``<factor>_effect`` (factor, term), ``<factor>_sd`` (term), ``<factor>_cor``
           (term, term_bis; where terms are correlated; zero where they are independent),
-          ``residual_sd`` or ``shape``, ``<other outcome>_sd``, ``fixed_effect`` (fixed_term).
+          the family's parameters (``residual_sd``, ``shape``), ``<other outcome>_sd``,
+          ``fixed_effect`` (fixed_term).
           Absent if nothing is latent.
         - posterior_predictive, log_likelihood: every outcome of the training rows, under its own
           name, given the same draws. Log-likelihoods include weights, of rows and outcomes.
@@ -191,7 +192,7 @@ def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     if posterior.data.outcome is not None:
         outcome = _counts(posterior.data.outcome.numpy(), posterior.model.family.integer)
         variables[variable_name(posterior.data.outcome_name)] = (("row",), outcome)
-    features = posterior.model.data_facts().standardise(posterior.data.features).numpy()
+    features = posterior.model.data_facts().scaling.standardise(posterior.data.features).numpy()
     for one in posterior.model.others:
         variables[variable_name(one.name)] = (("row", *_axes(features.ndim - 1)), features)
     return _dataset(posterior, variables)
@@ -290,13 +291,14 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
         covariance = original_covariance(model, factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         add(f"{base}_sd", (term,), variance.sqrt())
-        if factor.groups:
+        if not factor.diagonal:
             product = variance[..., :, None] * variance[..., None, :]
             coords[f"{term}_bis"] = list(factor.terms)
             add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
-    dispersion = original_dispersion(model, latents)
-    if dispersion is not None:
-        add(str(model.family.dispersion_name), (), dispersion)
+        for group, quantity, values in factor.joint_covariance.quantities(latents):
+            add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
+    for parameter, values in original_parameters(model, latents).items():
+        add(parameter, (), values)
     for one in model.others:
         add(one.sd_site, (), original_sd(model, one, latents))
     if model.bayesian_head:

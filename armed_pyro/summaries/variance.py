@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro.families.counts import CountFamily
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.model import MixedEffects
@@ -19,8 +18,8 @@ from armed_pyro.program.units import (
     Draws,
     _flat,
     original_covariance,
-    original_dispersion,
     original_fixed_effects,
+    original_parameters,
     original_sd,
 )
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -76,15 +75,12 @@ def variance_components(
     rows: list[tuple[str, str, str, Tensor]] = []
     for factor in model.factors:
         rows += list(_factor_rows(model, factor, latents))
-    dispersion = original_dispersion(model, latents)
-    if dispersion is not None:
-        name = str(model.family.dispersion_name)
-        if name == "residual_sd":
-            rows.append(("Residual", "", "sd", dispersion))
-            rows.append(("Residual", "", "variance", dispersion**2))
+    parameters = original_parameters(model, latents)
+    residual = model.family.residual_rows(parameters)
+    rows += [("Residual", "", statistic, values) for statistic, values in residual.items()]
     for one in model.others:
         rows.append(("Residual", one.name, "sd", original_sd(model, one, latents)))
-    rows += list(_shares(posterior, latents, dispersion))
+    rows += list(_shares(posterior, latents, parameters))
     return _table(rows, ["factor", "term", "statistic"], prob)
 
 
@@ -116,16 +112,16 @@ def _factor_rows(
         yield factor.name, term, "sd", variance[:, position].sqrt()
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "variance", variance[:, position]
-    for group in factor.groups:
-        for place, one in enumerate(group):
-            for other in group[place + 1 :]:
-                name = f"{factor.terms[one]},{factor.terms[other]}"
-                product = (variance[:, one] * variance[:, other]).sqrt()
-                yield factor.name, name, "cor", covariance[:, one, other] / product
+    for one, other in factor.joint_covariance.pairs():
+        name = f"{factor.terms[one]},{factor.terms[other]}"
+        product = (variance[:, one] * variance[:, other]).sqrt()
+        yield factor.name, name, "cor", covariance[:, one, other] / product
+    for group, quantity, values in factor.joint_covariance.quantities(latents):
+        yield factor.name, ",".join(group.terms), quantity, values.to(torch.float64)
 
 
 def _shares(
-    posterior: Posterior, latents: Draws, dispersion: Tensor | None
+    posterior: Posterior, latents: Draws, parameters: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str, str, Tensor]]:
     """Variances averaged over rows, as shares of their totals, for every predictor column."""
     model, facts = posterior.model, posterior.model.data_facts()
@@ -145,13 +141,11 @@ def _shares(
         totals = sum(parts.values(), none)
         weights = latents.get("fixed_effect")
         variances = _fixed_variance(model, rows, activations, weights).expand_as(totals)
-        # Of no use to other families, whose residual variance does not depend on it.
-        counts = isinstance(model.family, CountFamily)
-        means = _mean_counts(model, rows, weights, totals) if counts else none
+        means = _means(model, rows, weights, totals) if model.family.needs_mean else none
     for column, label in enumerate(facts.columns):
         random = {name: part[:, column] for name, part in parts.items()}
         total_random, variance_fixed = totals[:, column], variances[:, column]
-        residual = model.family.residual_variance(dispersion, means[:, column])
+        residual = model.family.residual_variance(parameters, means[:, column])
         total = variance_fixed + total_random + residual
         for name, part in random.items():
             yield name, label, "icc", part / (total_random + residual)
@@ -181,13 +175,13 @@ def _fixed_variance(
     return facts.spread**2 * (by_column * (covariance @ by_column)).sum(-2)
 
 
-def _mean_counts(
+def _means(
     model: MixedEffects,
     rows: Rows,
     weights: Float[Tensor, "draws 1 fixed_terms"] | None,
     random: Float[Tensor, "draws columns"],
 ) -> Float[Tensor, "draws columns"]:
-    """Mean over the rows of a log-normal count, exp(eta + variance / 2)."""
+    """Mean outcome over the rows and over random effects with these variances."""
     size = max(1, MOST_VALUES // max(1, len(rows) * random.shape[-1]))
     means = []
     for start in range(0, len(random), size):
@@ -195,7 +189,7 @@ def _mean_counts(
         own = {} if weights is None else {"fixed_effect": weights[start : start + size]}
         fixed = model.predictor(rows, own).eta.to(torch.float64)
         fixed = fixed if fixed.dim() == 3 else fixed.expand(len(some), *fixed.shape)
-        means.append(torch.exp(fixed.clamp(max=30) + some[:, None] / 2).mean(-2))
+        means.append(model.family.marginal_mean(fixed, some))
     return torch.cat(means)
 
 
