@@ -241,7 +241,7 @@ def record_networks(monkeypatch):
     networks, close = [], Run.close_window
 
     def recorded(self, losses):
-        networks.append(module_tensors("", self.model.network))
+        networks.append(module_tensors("", self.task.model.network))
         close(self, losses)
 
     monkeypatch.setattr(Run, "close_window", recorded)
