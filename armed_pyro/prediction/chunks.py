@@ -35,6 +35,7 @@ def predict_chunks(
     seed: int | None = None,
     chunk: int | None = None,
     outcomes: bool = True,
+    others: bool = True,
 ) -> Iterator[Prediction]:
     """The same as `predict`, in blocks of consecutive rows, so that memory stays bounded.
 
@@ -50,7 +51,10 @@ def predict_chunks(
     outcomes : bool
         Whether the outcome is drawn and other outcomes are predicted, which tables of expected
         outcomes do not need.
+    others : bool
+        Whether other outcomes are predicted, if `outcomes` is true.
     """
+    rebuild = outcomes and others
     check_settings(draws, prob)
     model, facts = posterior.model, posterior.model.data_facts()
     data = posterior.encode(data)
@@ -59,14 +63,14 @@ def predict_chunks(
     levels = facts.levels_with(data)
     rows_of = model.encode(data, levels)
     n = max([0, *(one.shape[0] for one in source.latents.values() if one.dim() > 1)]) or draws
-    size = chunk or max(1, BLOCK_VALUES // (n * width(model, others=outcomes)))
+    size = chunk or max(1, BLOCK_VALUES // (n * width(model, others=rebuild)))
     base = (posterior.seed if seed is None else seed) + 1
     latents, used = extended(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
         stop = start + len(rows)
         # Not around the yield: the caller's own random numbers and gradients go on in between.
         with model.seeded(base + stop):
-            predictor = model.predictor(rows, latents, alone=False, others=outcomes)
+            predictor = model.predictor(rows, latents, alone=False, others=rebuild)
             # Without latent sites all draws have the same predictor.
             eta = predictor.eta.expand(n, *predictor.eta.shape[-2:])
             expected = model.family.mean(eta, rows)

@@ -30,6 +30,7 @@ def predict(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    others: bool = True,
     classifiers: Classifiers | None = None,
 ) -> Prediction:
     r"""E[y | x, cluster] and y of new rows given every posterior draw.
@@ -54,6 +55,9 @@ def predict(
         Probability of the intervals.
     seed : int, optional
         Seed of the draws; the posterior's own by default.
+    others : bool
+        Whether the program's other outcomes are predicted too. Rebuilt images cost a decoder pass
+        for each draw.
     classifiers : Classifiers, optional
         For "membership" and "nearest"; those that are missing are trained.
 
@@ -77,7 +81,7 @@ def predict(
         classifiers=classifiers,
     )
     given = apart(posterior.model, data) if _by_row(unseen, pooled) else data
-    parts = list(predict_chunks(posterior, given, source, **settings))
+    parts = list(predict_chunks(posterior, given, source, others=others, **settings))
     new = {} if given is not data else new_effects(posterior.model, source, data)
     first = parts[0]
     return Prediction(
