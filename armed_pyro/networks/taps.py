@@ -104,7 +104,7 @@ def run(
     outputs, inputs : sequence of str
         Module paths.
     whole : bool
-        Whether all rows must run at once, as batch statistics need.
+        Whether all rows must run at once, as hooks with one value per row need.
     """
     size = min(MOST_ROWS, max(1, MOST_VALUES // max(1, x[:1].numel())))
     blocks = [x] if whole or torch.is_grad_enabled() or len(x) <= size else x.split(size)
