@@ -1,4 +1,4 @@
-"""The options of every command, each declared once as a field of a frozen dataclass."""
+"""The options of every command, as fields of a frozen dataclass per command."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
         def called(**values: Any) -> None:
             command(options(**values))
 
-        # Typer reads a command's options from here.
+        # Typer reads a command's options from its annotations and signature.
         called.__annotations__ = hints
         vars(called)["__signature__"] = inspect.Signature(parameters)
         return called
@@ -63,8 +63,8 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
 def option(text: str, *names: str, metavar: str | None = None) -> Any:
     """An option of the command line, with its help text.
 
-    ``{families}``, ``{modes}`` and ``{steps}`` in the text are filled in when help is shown: the
-    library's own lists are slow to import.
+    ``{families}``, ``{modes}`` and ``{steps}`` in the text are filled in when help is shown,
+    because the library's lists are slow to import.
     """
     return typer.Option(*names, metavar=metavar, help=text)
 
