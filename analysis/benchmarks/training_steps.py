@@ -19,6 +19,7 @@ from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes
 from armed_pyro.data.simulate import spirals
 from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.task import TrainingTask
 from armed_pyro.inference.training_run import Run
 from armed_pyro.networks.adversary import reverse_gradient
 from armed_pyro.random_effects.terms import Term
@@ -114,7 +115,7 @@ def program_step(
     source = model.encode(data)
     with pyro.validation_enabled(False):
         guide = choose_guide(model, source).to(device)
-        run = Run(model, guide, data, source, None, schedule, 0, mode)
+        run = Run(TrainingTask.single(model, guide, data, schedule, compile=mode))
     model.train()
 
     def step() -> object:

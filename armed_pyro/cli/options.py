@@ -54,7 +54,7 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
 
         # Typer reads a command's options from its annotations and signature.
         called.__annotations__ = hints
-        vars(called)["__signature__"] = inspect.Signature(parameters)
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return called
 
     return decorate
