@@ -141,7 +141,7 @@ def _statistics(
 def _sampled_rows(
     posterior: Posterior, factor: str, seed: int
 ) -> tuple[Rows, Int[Tensor, " rows"], pd.Index]:
-    """All rows, or those of randomly drawn clusters; the position of each row's cluster; labels."""
+    """Rows of all clusters, or of a random sample; each row's position among them; their labels."""
     model = posterior.model
     source = model.encode(posterior.data)
     codes, levels = source.codes[factor], model.data_facts().levels[factor]

@@ -110,7 +110,7 @@ class FitOptions:
     net: Annotated[
         str,
         option(
-            "Fixed effects: linear, dense, or a network (or what makes it) in a file of yours, "
+            "Fixed effects: linear, dense, or a network (or its class) in a file of yours, "
             "which is executed: --net my_net.py:MyNet",
             metavar="NET",
         ),
@@ -189,7 +189,7 @@ class FitOptions:
         str | None,
         option(
             "Memory to stay within: a Parquet table that would take more is streamed from disk "
-            "(temporary files beside RUN): --memory 2GB [default: half of what there is]",
+            "(temporary files beside RUN): --memory 2GB [default: half of the machine's]",
             metavar="SIZE",
         ),
     ] = None
@@ -209,7 +209,7 @@ class PredictOptions:
     unseen: Annotated[
         str | None,
         option(
-            "What to assume of clusters not seen in training, required if there are any: {modes}",
+            "Assumption on clusters not seen in training, required if there are any: {modes}",
             metavar="MODE",
         ),
     ] = None
