@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from armed_pyro.explain.invariance import Invariance as Invariance
     from armed_pyro.explain.probe_test import ProbeTest as ProbeTest, probe_test as probe_test
     from armed_pyro.families.reconstruction import Reconstruction as Reconstruction
+    from armed_pyro.families.registry import FAMILIES as FAMILIES
     from armed_pyro.fitting import (
         DivergenceError as DivergenceError,
         Fit as Fit,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from armed_pyro.networks.adversary import Adversary as Adversary
     from armed_pyro.prediction.adapt import Adapted as Adapted
     from armed_pyro.prediction.result import Prediction as Prediction
+    from armed_pyro.prediction.scores import crps as crps
     from armed_pyro.priors import (
         Exponential as Exponential,
         HalfNormal as HalfNormal,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 # Every public name and the module that defines it. The module is imported when the name is first
 # asked for, so that `import armed_pyro` and the command line's help do not wait for torch.
 _MODULES = {
+    "FAMILIES": "families.registry",
     "Adapted": "prediction.adapt",
     "Adversary": "networks.adversary",
     "Attribution": "explain.attributed",
@@ -80,6 +83,7 @@ _MODULES = {
     "StreamedData": "streaming.streamed_data",
     "StructuredGuide": "guides.structured",
     "compare_modes": "fitting",
+    "crps": "prediction.scores",
     "fit": "fitting",
     "probe_test": "explain.probe_test",
     "read_table": "data.files",

@@ -199,6 +199,7 @@ class Fit:
         draws: int = 1000,
         prob: float = 0.9,
         seed: int | None = None,
+        others: bool = True,
     ) -> Prediction:
         """E[y | x, cluster] and y for new rows, with their posterior uncertainty.
 
@@ -213,6 +214,7 @@ class Fit:
             draws=draws,
             prob=prob,
             seed=seed,
+            others=others,
             classifiers=self.classifiers,
         )
 

@@ -101,7 +101,7 @@ def test_imports_go_from_analysis_to_models_to_library():
         ("models/x.py", "from armed_pyro import MixedEffects", False),
         ("models/x.py", "from .dense import dense", False),
         ("models/x.py", "from ..analysis import fertility", True),
-        ("models/x.py", "from armed_pyro.analysis import fertility", True),
+        ("models/x.py", "from armed_pyro.analysis.applications import fertility", True),
         ("analysis/x.py", "from armed_pyro.models.dense import dense", False),
         ("analysis/x.py", "import arviz as az", False),
         ("analysis/x.py", "from models.dense import dense", True),
@@ -119,12 +119,12 @@ def test_forbidden_imports_are_seen(folder, statement, caught):
         ("armed_pyro/x.py", "from armed_pyro.models import dense", True),
         ("armed_pyro/x.py", "from armed_pyro import models", True),
         ("armed_pyro/x.py", "import models", True),
-        ("armed_pyro/x.py", "from armed_pyro.analysis import fertility", True),
+        ("armed_pyro/x.py", "from armed_pyro.analysis.applications import fertility", True),
         ("armed_pyro/x.py", "import pickle", True),
         ("armed_pyro/x.py", "import arviz as az", True),
         ("armed_pyro/x.py", "from armed_pyro.terms import Slopes", False),
         ("armed_pyro/summaries/datatree.py", "import arviz as az", False),
-        ("models/x.py", "from armed_pyro.analysis import fertility", True),
+        ("models/x.py", "from armed_pyro.analysis.applications import fertility", True),
         ("models/x.py", "import arviz as az", True),
         ("models/x.py", "from armed_pyro.models import dense", False),
         ("analysis/x.py", "from armed_pyro.models import dense", False),
@@ -144,6 +144,97 @@ def test_lint_catches_forbidden_imports(path, statement, caught):
     assert done.returncode == int(caught), done.stdout + done.stderr
     assert ("TID251" in done.stdout) is caught
 
+
+# ------------------------------------------------------------------- analyses: the public face
+
+# Modules of the library that an analysis may import beside the names of `armed_pyro.__all__`.
+FACE = (
+    "armed_pyro.models",
+    "armed_pyro.data.simulate",
+    "armed_pyro.families.simulate",
+    "armed_pyro.analysis",
+)
+# Parts of analysis/ in import order: each imports itself and the parts before it.
+ANALYSES = ("figures", "rivals", "applications", "compare", "validation", "benchmarks")
+
+
+def past_the_face(source: str, package: str) -> list[str]:
+    """Imports of the library that are not public."""
+    public = {f"armed_pyro.{name}" for name in public_names()}
+    return [
+        f"line {line}: {name}"
+        for line, name in imported_names(source, package)
+        if name.partition(".")[0] == "armed_pyro"
+        and name not in public
+        and not any(name == face or name.startswith(f"{face}.") for face in FACE)
+    ]
+
+
+def analyses() -> dict[str, Path]:
+    """Files of analysis/ by their module's name, packages left out."""
+    return {
+        ".".join(path.relative_to(ANALYSIS).with_suffix("").parts): path
+        for path in sorted(ANALYSIS.rglob("*.py"))
+        if path.name != "__init__.py"
+    }
+
+
+def package_of(module: str) -> str:
+    return ".".join(["armed_pyro.analysis", *module.split(".")[:-1]])
+
+
+def test_analyses_import_the_public_face_alone():
+    wrong = {
+        module: past_the_face(path.read_text("utf-8"), package_of(module))
+        for module, path in analyses().items()
+        if not module.startswith("benchmarks.")  # these time parts of the library
+    }
+    assert {module: names for module, names in wrong.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("statement", "caught"),
+    [
+        ("from armed_pyro import Fit, fit", False),
+        ("from armed_pyro.models.dense import dense", False),
+        ("from armed_pyro.data.simulate import spirals", False),
+        ("from armed_pyro.analysis import figures", False),
+        ("import pandas", False),
+        ("from armed_pyro import taps", True),
+        ("from armed_pyro.data.clustered import ClusteredData", True),
+        ("import armed_pyro.rows", True),
+        ("def f():\n    from armed_pyro.engine.schedule import Plateau", True),
+    ],
+)
+def test_imports_past_the_public_face_are_seen(statement, caught):
+    assert bool(past_the_face(statement, "armed_pyro.analysis.rivals")) is caught
+
+
+def test_parts_of_the_analyses_import_in_one_order():
+    wrong = []
+    for module, path in analyses().items():
+        floor = ANALYSES.index(module.partition(".")[0])
+        for _, name in imported_names(path.read_text("utf-8"), package_of(module)):
+            part = name.removeprefix("armed_pyro.analysis.").partition(".")[0]
+            if name.startswith("armed_pyro.analysis.") and ANALYSES.index(part) > floor:
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+COMMANDS = [name for name, path in analyses().items() if "__main__" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_analysis_explains_itself(module, capsys):
+    pytest.importorskip("statsmodels")
+    main = importlib.import_module(f"armed_pyro.analysis.{module}").main
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "--smoke" in capsys.readouterr().out or module == "benchmarks.benchmark"
+
+
+# ------------------------------------------------------------------------- cheap imports
 
 HELP = (
     "sys.argv = ['armed-pyro', '--help']; "

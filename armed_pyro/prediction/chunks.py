@@ -32,6 +32,7 @@ def predict_chunks(
     seed: int | None = None,
     chunk: int | None = None,
     outcomes: bool = True,
+    others: bool = True,
 ) -> Iterator[Prediction]:
     """Yield the predictions of `predict` in blocks of consecutive rows, in bounded memory.
 
@@ -57,6 +58,8 @@ def predict_chunks(
     outcomes : bool
         Whether to draw the outcome and to predict other outcomes. Tables of expected outcomes need
         neither.
+    others : bool
+        Whether other outcomes are predicted, if `outcomes` is true.
 
     Raises
     ------
@@ -67,6 +70,7 @@ def predict_chunks(
     --------
     ``for part in predict_chunks(fit.posterior, rows, source): part.to_frame()``
     """
+    reconstruct = outcomes and others
     check_settings(draws, prob)
     model, facts = posterior.model, posterior.model.data_facts()
     data = posterior.encode(data)
@@ -75,14 +79,14 @@ def predict_chunks(
     levels = facts.levels_with(data)
     rows_of = model.encode(data, levels)
     n = max([0, *(site.shape[0] for site in source.latents.values() if site.dim() > 1)]) or draws
-    size = chunk or max(1, BLOCK_VALUES // (n * width(model, others=outcomes)))
+    size = chunk or max(1, BLOCK_VALUES // (n * width(model, others=reconstruct)))
     base = (posterior.seed if seed is None else seed) + 1
     latents, used = with_new_effects(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
         stop = start + len(rows)
         # The seed must not be set around the yield: the caller's code runs there.
         with model.seeded(base + stop):
-            predictor = model.predictor(rows, latents, alone=False, others=outcomes)
+            predictor = model.predictor(rows, latents, alone=False, others=reconstruct)
             # Without latent sites the predictor has a single draw.
             eta = predictor.eta.expand(n, *predictor.eta.shape[-2:])
             expected = model.family.mean(eta, rows)

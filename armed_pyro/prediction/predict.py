@@ -28,6 +28,7 @@ def predict(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    others: bool = True,
     classifiers: Classifiers | None = None,
 ) -> Prediction:
     r"""E[y | x, cluster] and y of new rows, under every posterior draw.
@@ -53,6 +54,9 @@ def predict(
         Probability of the intervals.
     seed : int, optional
         Seed of the draws; by default that of the posterior.
+    others : bool
+        Whether to predict the program's other outcomes, too. Reconstructed images cost a pass of
+        the decoder for each draw.
     classifiers : Classifiers, optional
         Classifiers for "membership" and "nearest"; a missing one is trained.
 
@@ -81,7 +85,7 @@ def predict(
     )
     by_row = unseen in ("membership", "nearest") and not pooled
     rows = one_cluster_per_row(posterior.model, data) if by_row else data
-    parts = list(predict_chunks(posterior, rows, source, **settings))
+    parts = list(predict_chunks(posterior, rows, source, others=others, **settings))
     new = {} if by_row else new_effects(posterior.model, source, data)
     first = parts[0]
     return Prediction(
