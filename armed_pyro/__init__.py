@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from armed_pyro.data.clustered import ClusteredData as ClusteredData
     from armed_pyro.data.files import read_table as read_table, write_table as write_table
     from armed_pyro.engine.schedule import Schedule as Schedule
-    from armed_pyro.explain.attributed import Attribution as Attribution
+    from armed_pyro.explain.attribution import Attribution as Attribution
     from armed_pyro.explain.boundaries import Boundaries as Boundaries
     from armed_pyro.explain.decode import DecodedEffects as DecodedEffects
     from armed_pyro.explain.invariance import Invariance as Invariance
@@ -56,7 +56,7 @@ _MODULES = {
     "FAMILIES": "families.registry",
     "Adapted": "prediction.adapt",
     "Adversary": "networks.adversary",
-    "Attribution": "explain.attributed",
+    "Attribution": "explain.attribution",
     "Boundaries": "explain.boundaries",
     "Check": "checks.inference_checks",
     "ClusteredData": "data.clustered",

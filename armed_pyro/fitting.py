@@ -26,7 +26,7 @@ from armed_pyro.engine.processes import (
 )
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.explain import attribution, boundaries, decode, invariance
-from armed_pyro.explain.attributed import Attribution
+from armed_pyro.explain.attribution import Attribution
 from armed_pyro.explain.boundaries import Boundaries, Extent
 from armed_pyro.explain.decode import DecodedEffects
 from armed_pyro.explain.invariance import Invariance
