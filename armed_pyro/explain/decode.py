@@ -150,9 +150,9 @@ def decoded(
     be centred at zero.
 
     Let :math:`S S^\top = D` be the posterior mean of the covariance matrix, :math:`S_j` the columns
-    of S, and :math:`Z_j = (\eta(S_j) - \eta(-S_j)) / 2`. The walk is :math:`\eta(t S v)`, where v is
-    the first right singular vector of Z: the direction of the effects' distribution in which images
-    differ most. This is exact if eta is linear in the effects.
+    of S, and :math:`Z_j = (\eta(S_j) - \eta(-S_j)) / 2`. The walk is :math:`\eta(t S v)`, where v
+    is the first right singular vector of Z: the direction of the effects' distribution in which
+    images differ most. This is exact if eta is linear in the effects.
 
     Parameters
     ----------
