@@ -192,7 +192,7 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
         )
         random = [_made(term, TERMS) for term in plan["random"]]
         adversaries = [Adversary(**entry) for entry in plan["adversaries"]]
-        # Early manifests of this version have no other outcomes.
+        # Manifests from before there were other outcomes lack the entry.
         others = [
             Reconstruction(**{**entry, "prior": _made(entry["prior"], PRIORS)})
             for entry in plan.get("others", [])
