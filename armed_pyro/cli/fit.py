@@ -22,7 +22,8 @@ from armed_pyro.engine.processes import first_process
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.family import Family
 from armed_pyro.families.registry import family_named
-from armed_pyro.fitting import DivergenceError, Fit, fit
+from armed_pyro.fit_result import Fit
+from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.evaluation import evaluate

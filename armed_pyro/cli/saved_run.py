@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from armed_pyro.fitting import Fit
+from armed_pyro.fit_result import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.storage.manifest import read_family
