@@ -151,7 +151,7 @@ FLOORS: list[set[str]] = [
     {"inference"},
     {"explain", "prediction", "report", "summaries"},
     {"checks", "storage"},
-    {"fitting"},
+    {"fit_result", "fitting"},
     {"cli"},
 ]
 
