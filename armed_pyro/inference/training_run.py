@@ -387,6 +387,7 @@ class Run:
             "network or guide": shapes,
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
+            "layout of the optimizers' state": 2,
             "processes": self.share.processes.size,
         }
 
