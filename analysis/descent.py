@@ -17,6 +17,7 @@ from armed_pyro.facts import Facts
 from armed_pyro.families import family_named
 from armed_pyro.rows import Rows, RowSource
 from armed_pyro.schedule import Plateau
+from armed_pyro.shuffle import Passes
 from armed_pyro.taps import pooled, tapped
 
 __all__ = ["FixedPredictor", "descend"]
@@ -139,7 +140,8 @@ def descend(
     window, plateau = schedule.window_steps(n), Plateau(0.01 / n, schedule.patience)
     parameters = [one for one in module.parameters() if one.requires_grad]
     optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
-    best, losses, order = copy.deepcopy(module.state_dict()), list[float](), torch.empty(0).long()
+    best, losses = copy.deepcopy(module.state_dict()), list[float]()
+    batches = Passes(lambda generator: rows.batches(size, generator))
     step, found = 0, False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,11 +149,8 @@ def descend(
             module.train()
             rate = schedule.rate(step) * schedule.decay**plateau.cuts
             optimizer.param_groups[0]["lr"] = schedule.net_learning_rate * rate
-            if len(order) < size:
-                order = torch.randperm(n)
-            index, order = order[:size], order[size:]
             optimizer.zero_grad()
-            value = loss(rows.batch(index))
+            value = loss(next(batches))
             value.backward()
             nn.utils.clip_grad_norm_(parameters, schedule.clip)
             optimizer.step()

@@ -21,7 +21,7 @@ from armed_pyro.analysis.trainingsteps import Task
 from armed_pyro.checks import MOVING
 from armed_pyro.models.linear import linear
 from armed_pyro.schedule import Plateau, split_r_hat
-from armed_pyro.shuffle import Shuffle
+from armed_pyro.shuffle import Passes
 from armed_pyro.simulate import mixed_model
 
 __all__ = ["Job", "Times", "compare", "insteval", "jobs"]
@@ -105,7 +105,8 @@ def _stock(job: Job) -> float:
     torch.manual_seed(0)
     bound = job.model.bind(job.data)
     source, schedule = bound.encode(job.data), job.schedule
-    size, shuffle = schedule.batch(len(source)), Shuffle()
+    size = schedule.batch(len(source))
+    batches = Passes(lambda generator: source.batches(size, generator))
     plateau = Plateau(tolerance=0.01 / len(source), patience=schedule.patience)
     rate = min(schedule.learning_rate, 0.01)  # at the guide's 0.03 AutoNormal is not stable
     start = time.perf_counter()
@@ -121,7 +122,7 @@ def _stock(job: Job) -> float:
             losses = []
             for _ in range(100):
                 every = size == len(source)
-                rows = source.all() if every else source.batch(shuffle.take(size, len(source)))
+                rows = source.all() if every else next(batches)
                 value = loss(rows)
                 adam.zero_grad()
                 value.backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -14,8 +14,8 @@ from torch import Tensor
 from armed_pyro.data import ClusteredData
 from armed_pyro.families import Family
 from armed_pyro.labels import as_seen, listing
-from armed_pyro.memory import large_pages
 from armed_pyro.rows import HeldRows, Membership, Rows
+from armed_pyro.rowwriter import EncodedTable
 from armed_pyro.tables import Schema, index_from_json, index_to_json
 
 __all__ = ["Facts"]
@@ -96,6 +96,26 @@ class Facts:
             feature_spread=1.0 if len(continuous) else _spread(data.features),
         )
 
+    @classmethod
+    def of_encoded(cls, table: EncodedTable, family: Family) -> Facts:
+        """Facts of a table's rows in a file, after the same checks.
+
+        Raises
+        ------
+        ValueError
+            If the outcome is none of the family's: see `Family.check`.
+        """
+        return replace(
+            cls.of(table.outcomes(), family, ()),
+            feature_names=table.first.feature_names,
+            sources=table.first.sources,
+            feature_shape=(len(table.first.feature_names),),
+            feature_mean=tuple(table.feature_mean.tolist()),
+            feature_scale=tuple(table.feature_scale.tolist()),
+            levels=table.levels,
+            counts=table.counts,
+        )
+
     def standardise(self, features: Tensor) -> Tensor:
         """Features of the network: ``(x - mean) / scale``; images are left as they are."""
         if not self.feature_mean:
@@ -142,10 +162,8 @@ class Facts:
         def tensor(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(like)
 
-        x = self.standardise(data.features).to(like)
-        large_pages(x, *codes.values())  # of which mini-batches read rows here and there
         return HeldRows(
-            x,
+            self.standardise(data.features).to(like),
             tensor(data.outcome),
             codes,
             counts,

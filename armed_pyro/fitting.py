@@ -23,6 +23,7 @@ from armed_pyro.distributed import (
     join,
     local_device,
 )
+from armed_pyro.facts import Facts
 from armed_pyro.fitted import Fit
 from armed_pyro.guides import Guide
 from armed_pyro.memory import release
@@ -159,10 +160,10 @@ def fit(
             return fit_bound(model.bind(data).to(target), data, **settings)
         if processes.several:
             raise ValueError(NOT_FROM_FILES)
-        with data.laid_out(model, seed, progress=progress) as files:
-            bound = model.bind(files.facts).to(target)
-            source = files.rows(bound.reference())
-            return fit_bound(bound, files.sample, source=source, **settings)
+        with data.encoded(model.factor_names(), seed, progress=progress) as table:
+            bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
+            sample, source = table.sample(bound.largest_factor()), table.rows(bound.reference())
+            return fit_bound(bound, sample, source=source, **settings)
 
 
 def fit_bound(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from armed_pyro.adam import Adam
 from armed_pyro.guides import Guide
-from armed_pyro.memory import large_pages
 from armed_pyro.objective import Loss
 from armed_pyro.pseudo import PseudoObservations
 from armed_pyro.rows import Membership, Rows, RowSource
@@ -181,7 +180,6 @@ class _Table(nn.Module):
         rows[:, 0] = counts
         for one, view in zip(self._whole, views, strict=True):
             one.data = view.unflatten(1, one.shape[1:]).copy_(one.detach())
-        large_pages(values)
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("targets", counts.new_zeros(room), persistent=False)
 

@@ -230,14 +230,16 @@ class _Posterior:
         draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
         n = len(source if some is None else some.source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
+        factor = None if nested is None else nested.name
         if some is None:
             size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
-            pieces = Pieces.of(guide, source, size, keep=isinstance(source, HeldRows))
+            pieces = Pieces.of(source, size, factor, keep=isinstance(source, HeldRows))
         else:
             index = None if nested is None else some.rows.memberships[nested.name].index
-            pieces = Pieces(lambda: iter([some.rows]), [index], [1.0])
+            pieces = Pieces(lambda: iter([some.rows]), [index], [1.0], factor)
+        every = model.clusters()
         if exact:
-            held = [no_noise(guide, one, like) for one in pieces.without_rows(model, guide)]
+            held = [no_noise(guide, clusters, like) for clusters in pieces.without_rows(every)]
             return cls(model, guide, pieces, held)
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
@@ -248,7 +250,7 @@ class _Posterior:
             particles = 1 if float(spread.max()) < 1e-6 else particles
         noises: list[Noise] = []
         shared: dict[str, Tensor] = {}
-        for clusters in pieces.without_rows(model, guide):
+        for clusters in pieces.without_rows(every):
             if nested is None or particles == 1:
                 noise = gaussian_noise(guide, clusters, draws, like)
             else:

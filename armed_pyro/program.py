@@ -143,6 +143,12 @@ class MixedEffects(LocalModule):
         games = [game.factor for game in self.adversaries]
         return tuple(dict.fromkeys([term.factor for term in self.terms] + games))
 
+    def largest_factor(self) -> str | None:
+        """The grouping factor with the most random effects; None without random effects."""
+        levels = self.data_facts().levels
+        sizes = {one.name: len(levels[one.name]) * len(one.terms) for one in self.factors}
+        return max(sizes, key=lambda name: sizes[name], default=None)
+
     def layers(self) -> tuple[str, ...]:
         """Module paths whose activations terms or adversaries need."""
         paths = [path for term in self.terms for path in term.layers()]

@@ -119,7 +119,8 @@ def importance_draws(
     size, rows_at_once = max(1, min(n, BLOCK // per_draw, guide.most_draws())), len(source)
     if per_draw > MOST_AT_ONCE:
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
-    pieces = Pieces.of(guide, source, rows_at_once)
+    nested = guide.nested()
+    pieces = Pieces.of(source, rows_at_once, None if nested is None else nested.name)
     found = _Found.of(fit, n, particles)
     with model.seeded(seed + 4), Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("importance weights", total=n * len(pieces.shares))

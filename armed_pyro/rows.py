@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from pyro import poutine
 from torch import Tensor
 
-from armed_pyro.memory import large_pages
-
 __all__ = ["HeldRows", "Membership", "RowSource", "Rows", "counted", "memberships_of"]
-
-# From so many rows on, of at most so many bytes, batches take consecutive ones together, and are
-# made of at least so many such units.
-MANY_ROWS, SMALL_ROW, TOGETHER, FEWEST_UNITS = 2**18, 256, 64, 16
 
 
 @dataclass(frozen=True)
@@ -126,18 +119,22 @@ def counted(rows: Rows) -> Iterator[None]:
 
 
 class RowSource(ABC):
-    """All N rows a program is fitted to, wherever they are: in memory, or in files.
+    r"""All N rows that a program is fitted to: where they are, and how they are read.
+
+    A source gives random mini-batches of rows (`batches`), all rows of chosen clusters
+    (`whole_clusters`, and `cluster_batches` of random ones), and every row once (`all`, and
+    `chunks` in the order of the table). How it keeps the rows is its own business.
 
     Attributes
     ----------
     counts : mapping of str to Int[Tensor, "clusters"]
         Rows in each cluster, for every grouping factor.
+    reduce : callable, optional
+        Where other processes hold the rest of the rows: turns sums over these into sums over all.
     """
 
     counts: Mapping[str, Int[Tensor, " clusters"]]
     reduce: Callable[[Tensor], Tensor] | None = None
-    # Whether it makes use of the rows that follow a batch.
-    reads_ahead: ClassVar[bool] = False
 
     def total(self, part: Tensor) -> Tensor:
         """A sum over these rows, or the one over all rows where other processes hold the rest."""
@@ -170,35 +167,32 @@ class RowSource(ABC):
         """Every row and every cluster, each with weight 1."""
 
     @abstractmethod
-    def unit(self, size: int) -> int:
-        """Consecutive rows that batches of this size take together; a divisor of it."""
-
-    @abstractmethod
-    def batch(
+    def batches(
         self,
-        index: Int[Tensor, " units"],
+        size: int,
+        generator: torch.Generator | None = None,
         *,
-        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " units"] | None = None,
-    ) -> Rows:
-        r"""Rows `index`, weighted so that the objective stays unbiased.
+    ) -> Iterator[Rows]:
+        r"""One pass in mini-batches of `size` rows in random order, no row twice.
 
-        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
-        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
-        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
-        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
+        Up to ``size - 1`` rows are left out: they would make a batch of another size.
+
+        The likelihood is multiplied by N / size, so that the objective stays unbiased. Where a
+        factor has at most `dense_up_to` clusters (default: four times the batch), all of them are
+        drawn with weight 1. Otherwise only the batch's clusters are drawn, and each row brings
+        1 / n_k of its cluster's prior and entropy: cluster k, with m_k of its n_k rows in the
+        batch, gets the weight (N / size) m_k / n_k.
 
         Parameters
         ----------
-        index : Int[Tensor, "units"]
-            Rows of the batch, drawn without regard to the outcome.
-        unit : int
-            Consecutive rows for which a number of `index` stands: those from `unit` times it on.
+        size : int
+            Rows of a batch.
+        generator : torch.Generator, optional
+            Draws the order of the rows; torch's global generator by default. Everything is drawn
+            before the first batch, so that a generator in the same state gives the same pass.
         dense_up_to : int, optional
             Largest number of clusters that are all drawn in every batch.
-        following : Int[Tensor, "units"], optional
-            The same of the next batch, which may be read ahead.
         """
 
     def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
@@ -212,6 +206,20 @@ class RowSource(ABC):
 
         The clusters of other factors are all drawn, each with weight 1.
         """
+
+    def cluster_order(self, factor: str) -> Int[Tensor, " clusters"]:
+        """A factor's clusters in the order in which their rows are read fastest."""
+        return self.everyone[factor]
+
+    def cluster_batches(
+        self, factor: str, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Rows]:
+        """One pass in `whole_clusters`, `size` random ones at a time, no cluster twice.
+
+        Up to ``size - 1`` clusters are left out; `generator` is used as in `batches`.
+        """
+        for chosen in _whole_splits(len(self.counts[factor]), size, generator):
+            yield self.whole_clusters(factor, chosen.to(self.like.device))
 
     @abstractmethod
     def chunks(self, size: int) -> Iterator[Rows]:
@@ -228,10 +236,6 @@ class HeldRows(RowSource):
         Cluster of each row, for every grouping factor.
     counts : mapping of str to Int[Tensor, "clusters"]
         Rows in each cluster.
-    reduce : callable, optional
-        Where other processes hold the rest of the rows: turns sums over these into sums over all.
-    together : int
-        Consecutive rows that batches take together.
     """
 
     x: Tensor
@@ -243,7 +247,6 @@ class HeldRows(RowSource):
     weights: Float[Tensor, " rows"] | None = None
     computed: Mapping[str, Tensor] | None = None
     reduce: Callable[[Tensor], Tensor] | None = None
-    together: int = 1
 
     def __len__(self) -> int:
         return len(self.x)
@@ -258,24 +261,6 @@ class HeldRows(RowSource):
 
     def fingerprint(self) -> Iterator[bytes]:
         return self.all().fingerprint()
-
-    def unit(self, size: int) -> int:
-        # Not so many that batches would be made of a few units.
-        most = 1 << max(0, (size // FEWEST_UNITS).bit_length() - 1)
-        return math.gcd(self.together, size, most)
-
-    def mixed(self) -> HeldRows:
-        """The same rows, where they are many and small in an order drawn once, at random.
-
-        Batches then take consecutive ones together, which main memory gives as fast as one of them.
-        """
-        small = self.x[:1].numel() * self.x.element_size() <= SMALL_ROW
-        if len(self) < MANY_ROWS or not small or self.x.is_cuda:
-            return self
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        found = replace(self.take(order), together=TOGETHER)
-        large_pages(found.x, *found.codes.values())
-        return found
 
     def take(self, index: Int[Tensor, " taken"]) -> HeldRows:
         """Some of the rows, as a source of their own that counts clusters as this one does."""
@@ -303,31 +288,23 @@ class HeldRows(RowSource):
         optional = (self.trials, self.offset, self.weights, self.computed)
         return Rows(self.x, self.y, memberships, scale, *optional)
 
-    def batch(
+    def batches(
         self,
-        index: Int[Tensor, " units"],
+        size: int,
+        generator: torch.Generator | None = None,
         *,
-        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " units"] | None = None,
-    ) -> Rows:
-        def taken(values: Tensor) -> Tensor:
-            # Copies whole rows, which takes a fraction of what indexing takes.
-            if unit == 1:
-                return values.index_select(0, index)
-            units = values[: len(values) // unit * unit].unflatten(0, (-1, unit))
-            return units.index_select(0, index).flatten(0, 1)
+    ) -> Iterator[Rows]:
+        for index in _whole_splits(len(self), size, generator):
+            yield self.batch(index.to(self.x.device), dense_up_to=dense_up_to)
 
-        def some(values: Tensor | None) -> Tensor | None:
-            return None if values is None else taken(values)
-
-        size = unit * len(index)
-        scale = len(self) / size
-        codes = {factor: taken(one) for factor, one in self.codes.items()}
-        memberships = memberships_of(codes, self, scale, self.sampled(size, dense_up_to))
-        computed = self.computed and {name: taken(one) for name, one in self.computed.items()}
-        optional = some(self.trials), some(self.offset), some(self.weights)
-        return Rows(taken(self.x), some(self.y), memberships, scale, *optional, computed)
+    def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
+        """Rows `index`, drawn without regard to the outcome, weighted as in `batches`."""
+        scale = len(self) / len(index)
+        # Copies whole rows, which takes a fraction of what indexing takes.
+        taken = self.take(index)
+        sampled = self.sampled(len(index), dense_up_to)
+        return taken.of(memberships_of(taken.codes, self, scale, sampled), scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         # In time and memory that do not depend on K.
@@ -375,3 +352,12 @@ def memberships_of(
             weight = (scale * found / every[present]).to(source.like.dtype)
             memberships[factor] = Membership(present, position, weight, complete=False)
     return memberships
+
+
+def _whole_splits(
+    n: int, size: int, generator: torch.Generator | None
+) -> Iterator[Int[Tensor, " size"]]:
+    """0, 1, ..., n - 1 in random order, `size` at a time, without a shorter rest."""
+    order = torch.randperm(n, generator=generator)
+    for start in range(0, n - size + 1, size):
+        yield order[start : start + size]

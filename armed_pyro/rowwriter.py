@@ -1,258 +1,244 @@
-"""From a table's blocks to files of encoded rows: checked, dealt out, then sorted and shuffled."""
+"""From a table's blocks to one file of encoded rows, and what is known of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from armed_pyro.columns import check_varying
 from armed_pyro.data import ClusteredData
-from armed_pyro.facts import Facts
 from armed_pyro.labels import check_informative
-from armed_pyro.rowfiles import Buckets, Layout, Records, RowFile
+from armed_pyro.rowfiles import Layout
 from armed_pyro.streamedrows import StreamedRows
-from armed_pyro.tablescan import TableScan
-from armed_pyro.terms import RandomEffects
+from armed_pyro.streams import TableBlocks
+from armed_pyro.tables import Schema
+from armed_pyro.tablescan import TableScan, complete_blocks
 
-if TYPE_CHECKING:
-    from armed_pyro.program import MixedEffects
-
-__all__ = ["RowFiles", "RowWriter"]
+__all__ = ["EncodedTable", "encode", "encoded_columns"]
 
 # Rows that a fit keeps to be checked and saved with; fewest clusters to take them in whole.
 SAMPLE_ROWS, FEWEST_CLUSTERS = 50_000, 20
-# Files among which rows are dealt out; the share of memory that one's content may take.
-MOST_BUCKETS, BUCKET_SHARE = 256, 1 / 32
 
 
 @dataclass(frozen=True, eq=False)
-class RowFiles:
-    """The rows of a table in files, and what is known of them.
+class EncodedTable:
+    """A table's rows, encoded in a file, and what is known of them.
 
     Attributes
     ----------
-    facts : Facts
-        Those of all rows.
-    sample : ClusteredData
-        At most about 50,000 of the rows, in whole clusters where that makes 20 or more.
-    rows : callable
-        The rows with the precision and device of a tensor.
-    files : tuple of RowFile
-        The files.
+    table : TableBlocks
+        The table.
+    scanned : TableScan
+        What a first pass over it told.
+    path : Path
+        The file of encoded rows.
+    layout : Layout
+        Its columns.
+    first : ClusteredData
+        The table's first rows.
+    feature_mean, feature_scale : Float[ndarray, "features"]
+        Means and sds of the features of all rows; 0 and 1 of indicators.
+    scaling : (Float[ndarray, "features"], Float[ndarray, "features"])
+        Factors and shifts that make the file's features those of the network.
+    memory : int
+        Bytes that the fit's process is to stay within.
+    seed : int
+        Seed of the sample that is kept.
+    digest : bytes
+        What tells the rows from others.
     """
 
-    facts: Facts
-    sample: ClusteredData
-    rows: Callable[[Tensor], StreamedRows]
-    files: tuple[RowFile, ...]
+    table: TableBlocks
+    scanned: TableScan
+    path: Path
+    layout: Layout
+    first: ClusteredData
+    feature_mean: Float[np.ndarray, " features"]
+    feature_scale: Float[np.ndarray, " features"]
+    scaling: tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]
+    memory: int
+    seed: int
+    digest: bytes
 
     @property
-    def n_bytes(self) -> int:
-        """Size of the files."""
-        return sum(4 * file.width * len(file) for file in self.files)
+    def levels(self) -> dict[str, pd.Index]:
+        """Labels of the clusters of the factors that the program needs."""
+        return {name: self.scanned.levels[name] for name in self.layout.factors}
 
-    def close(self) -> None:
-        """Close the files."""
-        for file in self.files:
-            file.close()
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """Rows of each of these clusters."""
+        return {name: self.scanned.counts[name] for name in self.layout.factors}
+
+    def outcomes(self) -> ClusteredData:
+        """All rows without features and clusters: outcome, trials, offset and weights."""
+        columns = pq.read_table(self.path, columns=[*self.layout.numbers, "row"])
+        numbers: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
+        for name in self.layout.numbers:
+            numbers[name] = torch.tensor(columns[name].to_numpy())
+        complete = self.table.n_rows == self.scanned.n_rows
+        return ClusteredData(
+            features=torch.zeros(len(columns), 0),
+            feature_names=(),
+            sources=(),
+            continuous=(),
+            outcome_name=self.scanned.schema.outcome,
+            outcome=numbers.pop("y"),
+            classes=self.first.classes,
+            groupings={},
+            row_labels=(
+                pd.RangeIndex(len(columns)) if complete else pd.Index(columns["row"].to_numpy())
+            ),
+            schema=self.scanned.schema,
+            **numbers,
+        )
+
+    def sample(self, factor: str | None) -> ClusteredData:
+        """At most about 50,000 of the rows, in whole clusters of a factor if that makes 20."""
+        rng = np.random.default_rng([self.seed, 12])
+        wanted = None if factor is None else self._some_clusters(factor, rng)
+        columns = ["row"] if factor is None else ["row", self.layout.cluster(factor)]
+        share, rows = SAMPLE_ROWS / self.scanned.n_rows, []
+        with pq.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(columns=columns):
+                place, *codes = (column.to_numpy() for column in batch.columns)
+                taken = rng.random(len(place)) < share if wanted is None else wanted[codes[0]]
+                rows.append(place[taken])
+        schema = self.scanned.schema
+        frame = self.table.take(np.concatenate(rows), encoded_columns(schema))
+        return schema.encode(frame, outcome_required=True)
+
+    def rows(self, like: Tensor) -> StreamedRows:
+        """The rows with the precision and device of a tensor."""
+        return StreamedRows(
+            self.path,
+            self.layout,
+            {name: one.to(like.device) for name, one in self.counts.items()},
+            like.new_zeros(0),
+            self.scaling,
+            self.scanned.n_rows,
+            self.memory,
+            self.digest,
+        )
+
+    def _some_clusters(
+        self, factor: str, rng: np.random.Generator
+    ) -> Bool[np.ndarray, " clusters"] | None:
+        """Clusters of about 50,000 rows, if they are enough of them."""
+        counts = self.scanned.counts[factor].numpy()
+        order = rng.permutation(len(counts))
+        n_taken = max(1, int(np.searchsorted(np.cumsum(counts[order]), SAMPLE_ROWS, "right")))
+        if n_taken < min(FEWEST_CLUSTERS, len(counts)):
+            return None
+        wanted = np.zeros(len(counts), dtype=bool)
+        wanted[order[:n_taken]] = True
+        return wanted
 
 
-class RowWriter:
-    """Writes a table's rows as one program needs them.
+def encode(
+    table: TableBlocks,
+    scanned: TableScan,
+    factors: Sequence[str],
+    path: Path,
+    *,
+    memory: int,
+    seed: int,
+    report: Callable[[int], Any] = lambda done: None,
+) -> EncodedTable:
+    """Read a table once more and write its rows, encoded, to a file.
 
     Parameters
     ----------
-    folder : Path
+    table, scanned : TableBlocks, TableScan
+        The table, and what a first pass over it told.
+    factors : sequence of str
+        Grouping factors that the program needs.
+    path : Path
         Where to.
-    scanned : TableScan
-        What a first pass over the table told.
-    model : MixedEffects
-        The program, which need not be bound.
-    memory : int
-        Bytes of memory, of which the rows sorted at once take a thirty-second.
-    seed : int
-        Seed of the shuffle and of the sample that is kept.
+    memory, seed : int
+        See `EncodedTable`.
+    report : callable, optional
+        Told how many rows have been written since it was told last.
 
     Raises
     ------
     ValueError
-        If a grouping factor cannot be fitted, or is one of cells.
+        If a grouping factor is one of cells or cannot be fitted, or a feature is constant.
     """
+    schema = scanned.schema
+    _check_factors(scanned, factors)
+    schema = scanned.schema
+    blocks = complete_blocks(table, encoded_columns(schema))
+    frame = next(blocks)
+    first = schema.encode(frame, outcome_required=True)
+    roles = {"y": schema.outcome, "trials": schema.trials, "offset": schema.offset}
+    roles["weights"] = schema.weights
+    numbers = tuple(name for name, column in roles.items() if column is not None)
+    layout = Layout(len(first.feature_names), numbers, tuple(factors))
+    rng, digest, moments = np.random.default_rng([seed, 13]), hashlib.blake2b(), _Moments()
+    # Means and sds of all rows are not known yet; single precision needs something near them.
+    x, continuous = first.features.numpy(), np.asarray(first.continuous, dtype=bool)
+    shift, spread = np.where(continuous, x.mean(0), 0.0), x.std(0)
+    unit = np.where(continuous & (spread > 0), spread, 1.0)
+    with pq.ParquetWriter(path, layout.schema, compression="NONE", use_dictionary=False) as writer:
+        for block in chain([frame], blocks):
+            rows = schema.encode(block, outcome_required=True)
+            x = rows.features.numpy()
+            moments.add(x)
+            arrays = [*((x - shift) / unit).astype(np.float32).T, *_others(rows, scanned, layout)]
+            arrays.append(block.index.to_numpy())
+            for array in arrays:
+                digest.update(np.ascontiguousarray(array).data)
+            arrays.append(rng.integers(2**63, size=len(rows)))
+            encoded = pa.table([pa.array(array) for array in arrays], schema=layout.schema)
+            writer.write_table(encoded, row_group_size=layout.group_rows)
+            report(len(rows))
+    check_varying(first.feature_names, torch.from_numpy(moments.varying))
+    mean = np.where(continuous, moments.mean, 0.0)
+    scale = np.where(continuous, moments.sds(), 1.0)
+    scaling = (unit / scale, (shift - mean) / scale)
+    return EncodedTable(
+        table, scanned, path, layout, first, mean, scale, scaling, memory, seed, digest.digest()
+    )
 
-    def __init__(
-        self, folder: Path, scanned: TableScan, model: MixedEffects, memory: int, seed: int
-    ) -> None:
-        self.folder, self.scanned, self.model, self.memory = folder, scanned, model, memory
-        self.by = _sorting_factor(scanned, model)
-        self.rng = np.random.default_rng([seed, 12])
-        self.digest, self.moments = hashlib.blake2b(), _Moments()
-        schema = scanned.schema
-        given = {"y": schema.outcome, "trials": schema.trials, "offset": schema.offset}
-        given["weights"] = schema.weights
-        names = [name for name, column in given.items() if column is not None]
-        self.numbers = {name: np.empty(scanned.n_rows) for name in names}
-        # In the file, where rows of it are left out.
-        self.places = np.empty(0 if scanned.complete else scanned.n_rows, np.int64)
-        self.kept: list[pd.DataFrame] = []
-        self.chosen = _some_clusters(scanned, self.by, self.rng)
-        self.done = 0
 
-    def __enter__(self) -> RowWriter:
-        self._open = ExitStack()
-        return self
+def encoded_columns(schema: Schema) -> tuple[str, ...]:
+    """The table's columns that a schema reads, each once."""
+    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
+    return tuple(dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.close()
 
-    def add(self, frame: pd.DataFrame) -> None:
-        """Take in the next rows of the table, without missing values."""
-        rows = self.scanned.schema.encode(frame, outcome_required=True)
-        x = rows.features.numpy()
-        if not self.done:
-            self._start(rows)
-        self.moments.add(x)
-        codes = {
-            name: self.scanned.levels[name].get_indexer(one.levels)[one.codes.numpy()]
-            for name, one in rows.groupings.items()
-        }
-        numbers = {
-            name: getattr(rows, "outcome" if name == "y" else name).numpy() for name in self.numbers
-        }
-        place = slice(self.done, self.done + len(rows))
-        for name, one in numbers.items():
-            self.numbers[name][place] = one
-        if not self.scanned.complete:
-            self.places[place] = frame.index
-        records = self.layout.records((x - self.shift) / self.unit, numbers, codes)
-        self.digest.update(records.data)
-        own = codes[self.by] if self.by else np.zeros(len(rows), np.int64)
-        self.sorting.add(records, self.ranges[own])
-        if self.shuffling is not None:
-            bucket = self.rng.integers(len(self.shuffling), size=len(rows))
-            self.shuffling.add(records, bucket)
-        mask = self.chosen(own)
-        if mask.any():
-            self.kept.append(frame[mask])
-        self.done += len(rows)
-
-    def finish(self) -> RowFiles:
-        """The files, once all rows have been added.
-
-        Raises
-        ------
-        ValueError
-            If the rows cannot be fitted: see `Facts.of`.
-        """
-        facts = self._facts()
-        self.numbers, self.places = {}, np.empty(0, np.int64)
-        sample = self.scanned.schema.encode(pd.concat(self.kept), outcome_required=True)
-        files = [self.sorting.join(self.folder / "sorted", lambda one: self._sorted(facts, one))]
-        if self.shuffling is not None:
-            shuffled = self.folder / "shuffled"
-            files.append(self.shuffling.join(shuffled, lambda one: self._shuffled(facts, one)))
-
-        def rows(like: Tensor) -> StreamedRows:
-            counts = {name: one.to(like.device) for name, one in facts.counts.items()}
-            return StreamedRows(
-                self.layout,
-                self.by,
-                files[0],
-                files[1] if len(files) > 1 else None,
-                counts,
-                like.new_zeros(0),
-                self.digest.digest(),
+def _check_factors(scanned: TableScan, factors: Sequence[str]) -> None:
+    """Raise ValueError for a factor that cannot be streamed, or cannot be fitted."""
+    for name in factors:
+        if name not in scanned.levels:
+            raise ValueError(
+                f"the cells of {name!r} cannot be streamed: write their labels to a column of the "
+                "table, and name that column in the random effects"
             )
+        check_informative(name, scanned.levels[name], scanned.counts[name])
 
-        return RowFiles(facts, sample, rows, tuple(files))
 
-    def _start(self, rows: ClusteredData) -> None:
-        """Lay out records and files by the first rows."""
-        self.first, width = rows, len(rows.feature_names)
-        self.layout = Layout(width, tuple(self.numbers), self.model.factor_names())
-        # Means and sds of all rows are not known yet; single precision needs something near them.
-        x, continuous = rows.features.numpy(), np.asarray(rows.continuous, dtype=bool)
-        self.shift = np.where(continuous, x.mean(0), 0.0)
-        spread = x.std(0)
-        self.unit = np.where(continuous & (spread > 0), spread, 1.0)
-        size = 4 * self.layout.width * self.scanned.n_rows
-        count = int(np.clip(size / (BUCKET_SHARE * self.memory), 1, MOST_BUCKETS))
-        self.ranges = np.zeros(1, np.int64)
-        if self.by:
-            before = np.cumsum(self.scanned.counts[self.by].numpy()) - 1
-            self.ranges = before * count // self.scanned.n_rows
-        self.sorting = self._buckets("sorting", count)
-        self.shuffling = self._buckets("shuffling", count) if _shuffles(self.model) else None
-
-    def _buckets(self, name: str, count: int) -> Buckets:
-        made = Buckets(self.folder, name, count, self.layout.width)
-        return self._open.enter_context(made)
-
-    def _facts(self) -> Facts:
-        schema, first, scanned = self.scanned.schema, self.first, self.scanned
-        optional = dict.fromkeys(("trials", "offset", "weights"))
-        numbers = {name: torch.from_numpy(one) for name, one in self.numbers.items()}
-        every = pd.RangeIndex(self.done)
-        outline = ClusteredData(
-            features=torch.zeros(self.done, 0),
-            feature_names=(),
-            sources=(),
-            continuous=(),
-            outcome_name=schema.outcome,
-            outcome=numbers.pop("y"),
-            classes=first.classes,
-            groupings={},
-            row_labels=every if scanned.complete else pd.Index(self.places),
-            schema=schema,
-            **{**optional, **numbers},
-        )
-        factors = self.model.factor_names()
-        for name in factors:
-            check_informative(name, scanned.levels[name], scanned.counts[name])
-        facts = Facts.of(outline, self.model.family, ())
-        check_varying(first.feature_names, torch.from_numpy(self.moments.varying))
-        continuous = np.asarray(first.continuous, dtype=bool)
-        return replace(
-            facts,
-            feature_names=first.feature_names,
-            sources=first.sources,
-            feature_shape=(len(first.feature_names),),
-            feature_mean=tuple(np.where(continuous, self.moments.mean, 0.0).tolist()),
-            feature_scale=tuple(np.where(continuous, self.moments.sds(), 1.0).tolist()),
-            levels={name: scanned.levels[name] for name in factors},
-            counts={name: scanned.counts[name] for name in factors},
-        )
-
-    def _sorted(self, facts: Facts, records: Records) -> Records:
-        if self.by:
-            records = records[np.argsort(self.layout.codes(records, self.by), kind="stable")]
-        return self._standardised(facts, records)
-
-    def _shuffled(self, facts: Facts, records: Records) -> Records:
-        return self._standardised(facts, records[self.rng.permutation(len(records))])
-
-    def _standardised(self, facts: Facts, records: Records) -> Records:
-        """The records with features in units of all rows' sds from all rows' means."""
-        mean, scale = np.array(facts.feature_mean), np.array(facts.feature_scale)
-        features = records[:, : self.layout.n_features]
-        features *= (self.unit / scale).astype(np.float32)
-        features += ((self.shift - mean) / scale).astype(np.float32)
-        return records
+def _others(rows: ClusteredData, scanned: TableScan, layout: Layout) -> list[np.ndarray]:
+    """Values of the columns of encoded rows that are no features: numbers and clusters."""
+    arrays = [getattr(rows, "outcome" if n == "y" else n).numpy() for n in layout.numbers]
+    for name in layout.factors:
+        grouping = rows.groupings[name]
+        codes = scanned.levels[name].get_indexer(grouping.levels).astype(np.int32)
+        arrays.append(codes[grouping.codes.numpy()])
+    return arrays
 
 
 class _Moments:
@@ -278,40 +264,3 @@ class _Moments:
     def sds(self) -> Float[np.ndarray, " columns"]:
         """Standard deviations."""
         return np.asarray(np.sqrt(self.squares / max(1, self.n - 1)))
-
-
-def _sorting_factor(scanned: TableScan, model: MixedEffects) -> str:
-    """The factor with most random effects, whose whole clusters training will ask for."""
-    for name in model.factor_names():
-        if name not in scanned.levels:
-            raise ValueError(
-                f"the cells of {name!r} cannot be streamed: write their labels to a column of the "
-                "table, and name that column in the random effects"
-            )
-    effects: dict[str, int] = {}
-    for term in model.terms:
-        width = len(term.slopes) + term.intercept if isinstance(term, RandomEffects) else 1
-        effects[term.factor] = effects.get(term.factor, 0) + width
-    return max(effects, key=lambda one: effects[one] * len(scanned.levels[one]), default="")
-
-
-def _shuffles(model: MixedEffects) -> bool:
-    """Whether mini-batches of rows are needed: where there is a network to train, or no factor."""
-    linear = model.bayesian_head and isinstance(model.network, nn.Linear)
-    return not linear or bool(model.adversaries) or not model.terms
-
-
-def _some_clusters(
-    scanned: TableScan, by: str, rng: np.random.Generator
-) -> Callable[[Int[np.ndarray, " rows"]], Bool[np.ndarray, " rows"]]:
-    """Tells by their clusters which rows to keep as a sample of all."""
-    if by:
-        counts = scanned.counts[by].numpy()
-        order = rng.permutation(len(counts))
-        taken = order[: max(1, np.searchsorted(np.cumsum(counts[order]), SAMPLE_ROWS, "right"))]
-        if len(taken) >= min(FEWEST_CLUSTERS, len(counts)):
-            wanted = np.zeros(len(counts), dtype=bool)
-            wanted[taken] = True
-            return lambda codes: wanted[codes]
-    share = SAMPLE_ROWS / scanned.n_rows
-    return lambda codes: rng.random(len(codes)) < share

@@ -19,7 +19,7 @@ from armed_pyro.modulations import modulates
 from armed_pyro.objective import Loss, Objective, trains_network
 from armed_pyro.program import MixedEffects
 from armed_pyro.rows import HeldRows, Membership, Rows, RowSource
-from armed_pyro.shuffle import Shuffle
+from armed_pyro.shuffle import Passes
 
 __all__ = ["Share"]
 
@@ -73,10 +73,7 @@ class Share:
         ValueError
             If there are fewer rows than processes.
         """
-        trains = trains_network(model)
-        if not processes.several or not trains:
-            if trains and isinstance(source, HeldRows):
-                source = source.mixed()
+        if not processes.several or not trains_network(model):
             return cls(processes, source, ())
         if not isinstance(source, HeldRows):
             raise ValueError("rows in files cannot be shared by several processes: read them first")
@@ -140,15 +137,15 @@ class Share:
         total, elbo, fixed, game = means[: len(parts) - 1]
         return Loss(total, elbo, fixed, game, means[len(parts) - 1 :])
 
-    def reshuffled(self, shuffle: Shuffle, *seed: int) -> Shuffle:
+    def reshuffled(self, passes: Passes, *seed: int) -> Passes:
         """From here on each process has random numbers of its own, which follow from the seed.
 
         So the first process's checkpoint is enough to go on from.
         """
         if not self.several:
-            return shuffle
+            return passes
         torch.manual_seed(mixed(*seed, 1 + self.processes.rank))
-        return Shuffle()
+        return Passes(passes.begin)
 
     def common_numbers(self, *seed: int) -> AbstractContextManager[None]:
         """Random numbers inside are the same in every process."""

@@ -1,4 +1,4 @@
-"""Tables too large for memory: scanned once, then fitted from sorted and shuffled files."""
+"""Tables too large for memory: scanned once, then fitted from files sorted and shuffled."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
 from armed_pyro.columns import Missing
-from armed_pyro.rowwriter import RowFiles, RowWriter
+from armed_pyro.rowwriter import EncodedTable, encode, encoded_columns
 from armed_pyro.streams import TableBlocks
-from armed_pyro.tables import Schema
 from armed_pyro.tablescan import TableScan, complete_blocks, scan
-
-if TYPE_CHECKING:
-    from armed_pyro.program import MixedEffects
 
 __all__ = ["StreamedData"]
 
@@ -28,10 +24,10 @@ __all__ = ["StreamedData"]
 class StreamedData:
     """Rows of a Parquet file that `armed_pyro.fit` reads from disk instead of holding them.
 
-    The fit reads the file once more, and writes its rows, encoded, to temporary files: sorted by
-    cluster, and shuffled if mini-batches of rows are needed. Training then reads what it needs
-    ahead of time. Held are O(clusters) numbers, blocks of rows, and while the files are written
-    the outcome (8 bytes a row).
+    The fit reads the file once more, and writes its rows, encoded, to a temporary file. Where
+    whole clusters or mini-batches of rows are needed, DuckDB makes copies that are sorted by
+    cluster or shuffled. Training then reads what it needs ahead of time. In memory are O(clusters)
+    numbers, blocks of rows, and before training the outcome (8 bytes per row).
 
     Attributes
     ----------
@@ -42,11 +38,10 @@ class StreamedData:
     feature_names : tuple of str
         Names of the encoded feature columns.
     memory : int
-        Bytes that a fit's process is to stay within; it sets the size of what is sorted at once.
+        Bytes that a fit's process is to stay within. DuckDB gets an eighth of it, at least 64 MB
+        and 1 MB per column.
     folder : path, optional
-        Where the temporary files go; they take up to three times 4 bytes a row and column.
-    missing : {"error", "drop"}
-        What to do about rows with missing values.
+        Where the temporary files go; they take up to four times 4 bytes per row and column.
 
     Examples
     --------
@@ -65,7 +60,6 @@ class StreamedData:
     feature_names: tuple[str, ...]
     memory: int
     folder: str | os.PathLike[str] | None = None
-    missing: Missing = "error"
 
     @classmethod
     def scan(
@@ -98,11 +92,18 @@ class StreamedData:
             )
         roles = {"trials": trials, "offset": offset, "weights": weights}
         scanned = scan(
-            table, outcome=outcome, clusters=clusters, features=features, missing=missing, **roles
+            table,
+            outcome=outcome,
+            clusters=clusters,
+            features=features,
+            missing=missing,
+            memory=memory,
+            folder=folder,
+            **roles,
         )
         columns = encoded_columns(scanned.schema)
-        first = scanned.schema.encode(next(complete_blocks(table, columns, missing)))
-        return cls(table, scanned, first.feature_names, memory, folder, missing)
+        first = scanned.schema.encode(next(complete_blocks(table, columns)))
+        return cls(table, scanned, first.feature_names, memory, folder)
 
     @property
     def n_rows(self) -> int:
@@ -115,41 +116,44 @@ class StreamedData:
         return len(self.feature_names)
 
     @contextmanager
-    def laid_out(
-        self, model: MixedEffects, seed: int, *, progress: bool = False
-    ) -> Iterator[RowFiles]:
-        """The rows in files that are deleted afterwards, as this program needs them.
+    def encoded(
+        self, factors: Sequence[str], seed: int, *, progress: bool = False
+    ) -> Iterator[EncodedTable]:
+        """The rows, encoded, in a file that is deleted afterwards, as are copies made of it.
+
+        Parameters
+        ----------
+        factors : sequence of str
+            Grouping factors whose clusters are needed.
+        seed : int
+            Seed of the shuffle and of the sample that a fit keeps.
+        progress : bool
+            Whether to show a progress bar.
 
         Raises
         ------
         ValueError
-            If the data cannot be fitted: see `Facts.of`.
+            If the rows cannot be streamed or used: see `encode`.
         """
-        with tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder:
-            columns = encoded_columns(self.scanned.schema)
-            blocks = complete_blocks(self.table, columns, self.missing)
-            with (
-                Progress(disable=not progress, transient=True) as bar,
-                RowWriter(Path(folder), self.scanned, model, self.memory, seed) as writer,
-            ):
-                task = bar.add_task("writing rows to sort", total=self.n_rows)
-                for frame in blocks:
-                    writer.add(frame)
-                    bar.update(task, completed=writer.done)
-                bar.update(task, description="sorting rows")
-                files = writer.finish()
-                bar.console.print(
-                    f"{files.n_bytes / 1e9:.2f} GB of rows in temporary files in {folder}, removed "
-                    "at the end",
-                    markup=False,
-                )
-            try:
-                yield files
-            finally:
-                files.close()
-
-
-def encoded_columns(schema: Schema) -> tuple[str, ...]:
-    """The table's columns that a schema reads, each once."""
-    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
-    return tuple(dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None))
+        with (
+            tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder,
+            Progress(disable=not progress, transient=True) as bar,
+        ):
+            task = bar.add_task("encoding rows", total=self.n_rows)
+            path = Path(folder) / "rows.parquet"
+            table = encode(
+                self.table,
+                self.scanned,
+                factors,
+                path,
+                memory=self.memory,
+                seed=seed,
+                report=partial(bar.advance, task),
+            )
+            bar.stop()
+            bar.console.print(
+                f"{path.stat().st_size / 1e9:.2f} GB of rows in temporary files in {folder}, "
+                "removed at the end",
+                markup=False,
+            )
+            yield table

@@ -1,66 +1,72 @@
-"""Rows in files, of which what is needed is read, and read ahead."""
+"""Rows in Parquet files, of which what is needed is read, and read ahead."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from armed_pyro.readahead import Foreseen, ahead
-from armed_pyro.rowfiles import Layout, Records, RowFile
+from armed_pyro.readahead import ahead
+from armed_pyro.rowfiles import Layout, put_in_order
 from armed_pyro.rows import HeldRows, Membership, Rows, RowSource, memberships_of
 
 __all__ = ["StreamedRows"]
 
-# Rows that mini-batches take together, a tenth of a megabyte on disk.
-UNIT = 32
+# Row groups of about a megabyte that are mixed at once into mini-batches.
+MIXED = 8
+# Seed of the order of clusters in a file; any will do.
+ORDER_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedRows(RowSource):
-    """Rows in two files: sorted by the clusters of one factor, and shuffled.
+    """Rows in a file, of which copies are made in the order in which rows are asked for.
 
-    Mini-batches of rows come from the shuffled file, whose order is drawn uniformly from all:
-    32 consecutive rows of it at a time, anew in every epoch, so that each batch is a random
-    sample. Whole clusters and passes over all rows come from the sorted one. Nothing is held but
-    what was read last and what is read ahead.
+    Mini-batches of rows come from a copy that is shuffled once: eight of its row groups, drawn
+    anew in every pass, are mixed at a time. Whole clusters come from a copy that is sorted by
+    their factor, the clusters in an order drawn once: those beside each other are random ones,
+    so that a batch of clusters is read in one stretch. DuckDB makes a copy when it is first
+    needed. Nothing is held but what was read last and what is read ahead.
 
     Attributes
     ----------
+    path : Path
+        The file, in the order of the table; copies are made beside it.
     layout : Layout
-        What the columns of the files are.
-    factor : str
-        Grouping factor by which the one file is sorted; empty if there is none.
-    by_cluster : RowFile
-        The rows sorted by that factor's clusters.
-    shuffled : RowFile or None
-        The rows in random order, where mini-batches of rows are needed.
+        What its columns are.
     counts : mapping of str to Int[Tensor, "clusters"]
         Rows in each cluster, for every grouping factor.
     reference : Tensor
         A tensor of the wanted precision and device.
+    scaling : (Float[ndarray, "features"], Float[ndarray, "features"])
+        Factors and shifts that make the file's features those of the network.
+    n_rows : int
+        Number of rows.
+    memory : int
+        Bytes that the process is to stay within.
     digest : bytes
         What tells the rows from others.
     """
 
+    path: Path
     layout: Layout
-    factor: str
-    by_cluster: RowFile
-    shuffled: RowFile | None
     counts: Mapping[str, Int[Tensor, " clusters"]]
     reference: Tensor
+    scaling: tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]
+    n_rows: int
+    memory: int
     digest: bytes
-    reads_ahead: ClassVar[bool] = True
 
     def __len__(self) -> int:
-        return len(self.by_cluster)
+        return self.n_rows
 
     @property
     def like(self) -> Tensor:
@@ -73,75 +79,128 @@ class StreamedRows(RowSource):
     def fingerprint(self) -> Iterator[bytes]:
         yield self.digest
 
-    def unit(self, size: int) -> int:
-        return math.gcd(size, UNIT)
-
     def all(self) -> Rows:
-        return self._held(self._stretch(0, len(self))).all()
+        return self._held(pq.read_table(self.path)).all()
 
-    def batch(
+    def batches(
         self,
-        index: Int[Tensor, " units"],
+        size: int,
+        generator: torch.Generator | None = None,
         *,
-        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " units"] | None = None,
-    ) -> Rows:
-        index = _rows(index, unit)
-        following = None if following is None else _rows(following, unit)
-        held = self._held(self._foreseen(index, following))
-        scale = len(self) / len(index)
-        sampled = self.sampled(len(index), dense_up_to)
-        memberships = memberships_of(held.codes, self, scale, sampled)
-        return held.of(memberships, scale)
+    ) -> Iterator[Rows]:
+        # The generator of a thread that reads ahead must not be used by anything else.
+        seed = int(torch.randint(2**62, (), generator=generator))
+        scale, sampled = len(self) / size, self.sampled(size, dense_up_to)
+        for held, order in ahead(self._mixed(self._shuffled, size, seed)):
+            for start in range(0, len(order) - size + 1, size):
+                taken = held.take(order[start : start + size])
+                yield taken.of(memberships_of(taken.codes, self, scale, sampled), scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
-        if factor != self.factor:
-            raise ValueError(
-                f"the streamed rows are sorted by {self.factor!r}, but whole clusters of "
-                f"{factor!r} are needed: fit a table of so many rows in memory, or leave the "
-                "random effects of one factor out"
-            )
         counts = self.counts[factor]
-        wanted = chosen.sort().values.cpu().numpy()
-        held = self._held(self.by_cluster.read(self._edges[wanted], self._edges[wanted + 1]))
+        held = self._held(self._by_cluster(factor).read(chosen.cpu().numpy()))
         place = torch.full((len(counts),), -1, device=chosen.device)
         place[chosen] = torch.arange(len(chosen), device=chosen.device)
         scale = len(counts) / len(chosen)
         memberships = memberships_of(held.codes, self, 1.0, ())
         weight = self.like.new_full((len(chosen),), scale)
-        own = Membership(chosen, place[held.codes[factor]], weight, complete=False)
-        return held.of({**memberships, factor: own}, scale)
+        membership = Membership(chosen, place[held.codes[factor]], weight, complete=False)
+        return held.of({**memberships, factor: membership}, scale)
+
+    def cluster_order(self, factor: str) -> Int[Tensor, " clusters"]:
+        return torch.from_numpy(self._by_cluster(factor).order).to(self.like.device)
+
+    def cluster_batches(
+        self, factor: str, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Rows]:
+        # Stretches of the file in random order; where they begin differs between passes.
+        order = self.cluster_order(factor)
+        order = order.roll(int(torch.randint(len(order), (), generator=generator)))
+        places = torch.randperm(len(order) // size, generator=generator)
+        yield from ahead(
+            self.whole_clusters(factor, order[size * place : size * (place + 1)])
+            for place in places.tolist()
+        )
 
     def chunks(self, size: int) -> Iterator[Rows]:
-        starts = range(0, len(self), size)
-        for records in ahead(self._stretch(at, min(at + size, len(self))) for at in starts):
-            held = self._held(records)
-            memberships = memberships_of(held.codes, self, 1.0, ())
-            yield held.of(memberships, len(self) / len(records))
+        with pq.ParquetFile(self.path) as file:
+            for batch in ahead(file.iter_batches(size, use_threads=False)):
+                held = self._held(pa.Table.from_batches([batch]))
+                memberships = memberships_of(held.codes, self, 1.0, ())
+                yield held.of(memberships, len(self) / len(held))
 
     @cached_property
-    def _edges(self) -> Int[np.ndarray, " clusters+1"]:
-        """First row of each cluster, and the number of rows."""
-        return np.concatenate([[0], np.cumsum(self.counts[self.factor].cpu().numpy())])
+    def _shuffled(self) -> Path:
+        """The shuffled copy."""
+        path = self.path.with_name("shuffled.parquet")
+        put_in_order(self.path, path, self.layout, self.memory)
+        return path
 
     @cached_property
-    def _foreseen(self) -> Foreseen[Records]:
-        return Foreseen(self._shuffled_rows)
+    def _sorted(self) -> dict[str, _SortedFile]:
+        return {}
 
-    def _shuffled_rows(self, index: Int[Tensor, " batch"]) -> Records:
-        if self.shuffled is None:
-            raise ValueError("no mini-batches of rows were foreseen for this program")
-        rows = index.cpu().numpy()
-        return self.shuffled.read(rows, rows + 1)
+    def _by_cluster(self, factor: str) -> _SortedFile:
+        """The copy sorted by a factor's clusters."""
+        if factor not in self._sorted:
+            path = self.path.with_name(f"{self.layout.cluster(factor)}.parquet")
+            counts = self.counts[factor].cpu().numpy()
+            order = np.random.default_rng(ORDER_SEED).permutation(len(counts))
+            ranks = np.argsort(order)
+            put_in_order(self.path, path, self.layout, self.memory, factor=factor, ranks=ranks)
+            self._sorted[factor] = _SortedFile(path, order, ranks, counts)
+        return self._sorted[factor]
 
-    def _stretch(self, start: int, stop: int) -> Records:
-        return self.by_cluster.read(np.array([start]), np.array([stop]))
+    def _mixed(self, path: Path, size: int, seed: int) -> Iterator[tuple[HeldRows, Tensor]]:
+        """Random row groups, some at a time with what was left of those before, and an order."""
+        generator = torch.Generator().manual_seed(seed)
+        with pq.ParquetFile(path) as file:
+            groups = torch.randperm(file.num_row_groups, generator=generator)
+            left: list[pa.Table] = []
+            for some in groups.split(max(MIXED, 1 + size // self.layout.group_rows)):
+                read = file.read_row_groups(some.tolist(), use_threads=False)
+                table = pa.concat_tables([*left, read])
+                order = torch.randperm(len(table), generator=generator)
+                yield self._held(table), order.to(self.like.device)
+                left = [table.take(order[len(order) // size * size :].numpy())]
 
-    def _held(self, records: Records) -> HeldRows:
-        return self.layout.rows(records, self.counts, self.like)
+    def _held(self, table: pa.Table) -> HeldRows:
+        return self.layout.held(table, self.counts, self.like, self.scaling)
 
 
-def _rows(units: Int[Tensor, " units"], unit: int) -> Int[Tensor, " rows"]:
-    """The consecutive rows of which units consist."""
-    return (unit * units[:, None] + torch.arange(unit, device=units.device)).flatten()
+class _SortedFile:
+    """Rows sorted by clusters, of which whole ones are read.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    order, ranks : Int[ndarray, "clusters"]
+        The clusters in the order in which they lie, and each one's place.
+    counts : Int[ndarray, "clusters"]
+        Rows of each.
+    """
+
+    def __init__(self, path: Path, order: np.ndarray, ranks: np.ndarray, counts: np.ndarray):
+        self.path, self.order, self.ranks = path, order, ranks
+        self._edges = np.concatenate([[0], np.cumsum(counts[order])])
+        self._metadata = pq.read_metadata(path)
+        groups = range(self._metadata.num_row_groups)
+        sizes = [self._metadata.row_group(group).num_rows for group in groups]
+        self._groups = np.concatenate([[0], np.cumsum(sizes)])
+
+    def read(self, chosen: Int[np.ndarray, " chosen"]) -> pa.Table:
+        """All rows of these clusters, of the row groups that hold them."""
+        ranks = np.sort(self.ranks[chosen])
+        firsts, lengths = self._edges[ranks], np.diff(self._edges)[ranks]
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rows = np.repeat(firsts, lengths) + within
+        groups = np.searchsorted(self._groups, rows, "right") - 1
+        parts = []
+        with pq.ParquetFile(self.path, metadata=self._metadata) as file:
+            for group in np.unique(groups):
+                low, high = np.searchsorted(groups, [group, group + 1])
+                table = file.read_row_group(group, use_threads=False)
+                parts.append(table.take(rows[low:high] - self._groups[group]))
+        return pa.concat_tables(parts)

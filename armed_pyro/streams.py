@@ -8,9 +8,11 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
 from armed_pyro.evidence import Evidence, gather, merge, warn_if_alien
 from armed_pyro.files import read_table
@@ -85,6 +87,34 @@ class TableBlocks:
         with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
             for batch in file.iter_batches(size, columns=wanted):
                 yield batch.to_pandas()
+
+    def take(
+        self, rows: Int[np.ndarray, " taken"], columns: tuple[str, ...] | None = None
+    ) -> pd.DataFrame:
+        """The rows with these numbers, which increase, read from the row groups that hold them."""
+        wanted = [name for name in self.columns if columns is None or name in columns]
+        if self.frame is not None:
+            return self.frame[wanted].iloc[rows]
+        parts = []
+        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
+            sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+            starts = np.cumsum([0, *sizes])
+            groups = np.unique(np.searchsorted(starts, rows, "right") - 1)
+            for group in groups:
+                start = starts[group]
+                for batch in file.iter_batches(row_groups=[int(group)], columns=wanted):
+                    low, high = np.searchsorted(rows, [start, start + batch.num_rows])
+                    parts.append(pa.Table.from_batches([batch]).take(rows[low:high] - start))
+                    start += batch.num_rows
+        found = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+        found.index = pd.Index(rows)
+        return found
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Arrow's types of the columns of a Parquet file."""
+        schema = pq.read_schema(self.path)
+        return dict(zip(schema.names, schema.types, strict=True))
 
 
 def predict_table(

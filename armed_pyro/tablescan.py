@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from armed_pyro.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.labels import code_labels, count_rows, listing
 from armed_pyro.readahead import ahead
+from armed_pyro.rowfiles import database
 from armed_pyro.streams import TableBlocks
 from armed_pyro.tables import Schema, parse_terms
 
@@ -38,15 +43,12 @@ class TableScan:
         Rows of each.
     n_rows : int
         Rows without missing values.
-    complete : bool
-        Whether there are no others.
     """
 
     schema: Schema
     levels: dict[str, pd.Index]
     counts: dict[str, Tensor]
     n_rows: int
-    complete: bool
 
 
 def scan(
@@ -59,14 +61,20 @@ def scan(
     offset: str | None = None,
     weights: str | None = None,
     missing: Missing = "error",
+    memory: int,
+    folder: str | os.PathLike[str] | None = None,
 ) -> TableScan:
-    """Read a table once, block by block; see `ClusteredData.from_frame` for the parameters.
+    """Read a table once, by DuckDB; see `ClusteredData.from_frame` for the parameters.
+
+    DuckDB tells rows by their number; their values, and so all labels, are read by pyarrow.
 
     Raises
     ------
     ValueError
         As `Schema.infer`; or for missing or infinite values, with the first such row of the file.
     """
+    if missing not in ("error", "drop"):
+        raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
     roles = {"trials": trials, "offset": offset, "weights": weights}
     clusters = column_names(clusters, "clusters")
     reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
@@ -75,127 +83,127 @@ def scan(
     else:
         columns = [name for term in parse_terms(features) for name in term]
     pick(pd.DataFrame(columns=list(table.columns)), [*reserved, *columns])
-    witnesses = _Witnesses([*columns, outcome])
-    found = {name: _Clusters() for name in clusters}
-    n_rows = 0
-    for frame in complete_blocks(table, [*reserved, *columns], missing):
-        witnesses.add(frame)
-        for name, one in found.items():
-            one.add(frame[name])
-        n_rows += len(frame)
-    if not n_rows:
-        raise ValueError(f"Every row of {table.path} has missing values. Leave columns out.")
+    with database(memory, folder) as connection:
+        rows = _Query(connection, table, tuple(dict.fromkeys([*reserved, *columns])))
+        n_rows = rows.check(missing)
+        # These rows show all that a schema depends on: every category of a categorical column,
+        # and of a numeric one that it holds something else than 0 and 1.
+        shown = rows.witnesses([*columns, outcome])
+        schema = Schema.infer(
+            table.take(shown), outcome=outcome, clusters=clusters, features=features, **roles
+        )
+        found = {name: rows.clusters(name) for name in clusters}
     if n_rows < table.n_rows:
         dropped = f"{table.n_rows - n_rows} of {count_rows(table.n_rows)}"
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
-    schema = Schema.infer(
-        pd.concat(witnesses.frames), outcome=outcome, clusters=clusters, features=features, **roles
-    )
-    sorted_ = {name: one.sorted(f"cluster column {name!r}") for name, one in found.items()}
-    levels = {name: one for name, (one, _) in sorted_.items()}
-    counts = {name: one for name, (_, one) in sorted_.items()}
-    return TableScan(schema, levels, counts, n_rows, n_rows == table.n_rows)
+    levels = {name: index for name, (index, _) in found.items()}
+    counts = {name: count for name, (_, count) in found.items()}
+    return TableScan(schema, levels, counts, n_rows)
 
 
-def complete_blocks(
-    table: TableBlocks, columns: Sequence[str], missing: Missing
-) -> Iterator[pd.DataFrame]:
-    """The rows without missing values in blocks read ahead; their index counts the file's rows.
+class _Query:
+    """Questions to DuckDB about a table's rows, which it tells by their numbers.
 
-    Raises
-    ------
-    ValueError
-        For a missing value, unless they are to be dropped, and for an infinite one.
+    Columns are named by their place in the file: DuckDB does not tell "x" from "X".
     """
-    if missing not in ("error", "drop"):
-        raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
+
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, table: TableBlocks, used: tuple[str, ...]
+    ) -> None:
+        self.connection, self.table, self.used = connection, table, used
+        places = {name: f"c{place}" for place, name in enumerate(table.columns)}
+        self.columns = {name: places[name] for name in used}
+        self.path = glob.escape(str(table.path))
+        self.names = ", ".join([*places.values(), "place"])
+        types = {name: table.types[name] for name in used}
+        self.floating = [self.columns[name] for name in used if pa.types.is_floating(types[name])]
+        self.numeric = [*(name for name in used if pa.types.is_integer(types[name])),
+                        *(name for name in used if pa.types.is_floating(types[name]))]  # fmt: skip
+        holes = [f"{column} IS NULL" for column in self.columns.values()]
+        holes += [f"isnan({column})" for column in self.floating]
+        self.hole = "(" + " OR ".join(holes) + ")"
+        self.where = ""
+
+    def rows(self, what: str, more: str = "") -> list[tuple[Any, ...]]:
+        """Results of a query."""
+        source = f"read_parquet($path, file_row_number = true) AS t({self.names})"
+        query = f"SELECT {what} FROM {source} {self.where} {more}"
+        try:
+            return self.connection.execute(query, {"path": self.path}).fetchall()
+        except duckdb.Error as error:
+            raise ValueError(f"{self.table.path} cannot be read: {error}") from error
+
+    def check(self, missing: Missing) -> int:
+        """Number of complete rows; from here on the others are left out."""
+        infinite = " OR ".join(f"isinf({column})" for column in self.floating) or "false"
+        ((complete, hole, infinity),) = self.rows(
+            f"count(*) FILTER (NOT {self.hole}), min(place) FILTER ({self.hole}), "
+            f"min(place) FILTER ({infinite})"
+        )
+        if infinity is not None:
+            numbers = self.table.take(np.array([infinity]), self.used).select_dtypes("number")
+            wrong = np.isinf(numbers.to_numpy(dtype=float, na_value=np.nan))[0]
+            raise ValueError(
+                f"Infinite values in {numbers.columns[wrong.argmax()]!r}, first in row {infinity} "
+                f"of {self.table.path}, counted from 0. Replace them by finite ones, or by missing "
+                "values and pass missing='drop' (command line: --missing drop)."
+            )
+        if hole is not None and missing == "error":
+            row = self.table.take(np.array([hole]), self.used)
+            names = listing(row.columns[row.isna().to_numpy()[0]])
+            raise ValueError(
+                f"Missing values in {names}, first in row {hole} of {self.table.path}, "
+                "counted from 0. Fill them in, or leave such rows out with missing='drop' "
+                "(command line: --missing drop)."
+            )
+        if not complete:
+            raise ValueError(
+                f"Every row of {self.table.path} has missing values. Leave columns out."
+            )
+        self.where = f"WHERE NOT {self.hole}" if hole is not None else ""
+        return complete
+
+    def groups(self, name: str) -> list[tuple[int, ...]]:
+        """First row and number of rows of every value in a column, in order of appearance."""
+        return self.rows("min(place), count(*)", f"GROUP BY {self.columns[name]} ORDER BY 1")
+
+    def witnesses(self, names: Sequence[str]) -> np.ndarray:
+        """Numbers of rows that hold every category, and a number other than 0 and 1."""
+        ((first, *others),) = self.rows(
+            ", ".join(
+                ["min(place)"]
+                + [
+                    f"min(place) FILTER ({self.columns[name]} NOT IN (0, 1))"
+                    for name in names
+                    if name in self.numeric
+                ]
+            )
+        )
+        row = self.table.take(np.array([first]), self.used)
+        wanted = {first, *(place for place in others if place is not None)}
+        for name in names:
+            if is_categorical(row[name]):
+                wanted |= {place for place, _ in self.groups(name)}
+        return np.array(sorted(wanted))
+
+    def clusters(self, name: str) -> tuple[pd.Index, Tensor]:
+        """Labels in the order that a table in memory would give them, and their rows."""
+        firsts, sizes = np.array(self.groups(name), np.int64).T
+        labels = self.table.take(firsts, (name,))[name]
+        if isinstance(labels.dtype, pd.CategoricalDtype):
+            labels = labels.astype(labels.cat.categories.dtype)
+        codes, levels = code_labels(labels, f"cluster column {name!r}")
+        counts = np.empty_like(sizes)
+        counts[codes] = sizes
+        return levels, torch.from_numpy(counts)
+
+
+def complete_blocks(table: TableBlocks, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+    """The rows without missing values in blocks read ahead; their index counts the file's rows."""
     start = 0
     for frame in ahead(table.blocks(BLOCK_ROWS, tuple(columns))):
         frame.index = pd.RangeIndex(start, start + len(frame))
         start += len(frame)
-        numbers = frame.select_dtypes("number")
-        infinite = np.isinf(numbers.to_numpy(dtype=float, na_value=np.nan))
-        if infinite.any():
-            row, place = np.argwhere(infinite)[0]
-            raise ValueError(
-                f"Infinite values in {numbers.columns[place]!r}, first in row {frame.index[row]} "
-                f"of {table.path}, counted from 0. Replace them by finite ones, or by missing "
-                "values and pass missing='drop' (command line: --missing drop)."
-            )
-        holes = frame.isna().to_numpy()
-        if holes.any():
-            row = int(holes.any(axis=1).argmax())
-            if missing == "error":
-                names = listing(frame.columns[holes[row]])
-                raise ValueError(
-                    f"Missing values in {names}, first in row {frame.index[row]} of {table.path}, "
-                    "counted from 0. Fill them in, or leave such rows out with missing='drop' "
-                    "(command line: --missing drop)."
-                )
-            frame = frame[~holes.any(axis=1)]
-        if len(frame):
-            yield frame.infer_objects()
-
-
-@dataclass
-class _Witnesses:
-    """The few rows that show all that a schema depends on.
-
-    Of a categorical column that is every category; of a numeric one, that it holds something
-    else than 0 and 1.
-    """
-
-    columns: Sequence[str]
-    frames: list[pd.DataFrame] = field(default_factory=list)
-    seen: dict[str, pd.Index] = field(default_factory=dict)
-    fractional: set[str] = field(default_factory=set)
-
-    def add(self, frame: pd.DataFrame) -> None:
-        """Keep the rows of this block that show something new."""
-        wanted = {0} if not self.frames else set[int]()
-        for name in self.columns:
-            column = frame[name]
-            if is_categorical(column):
-                labels = column.drop_duplicates()
-                new = pd.Index(labels)
-                if name in self.seen:
-                    labels = labels[~new.isin(self.seen[name])]
-                    new = self.seen[name].append(pd.Index(labels))
-                self.seen[name] = new
-                wanted |= set(frame.index.get_indexer(labels.index).tolist())
-            elif name not in self.fractional:
-                other = ~column.isin([0, 1]).to_numpy()
-                if other.any():
-                    self.fractional.add(name)
-                    wanted.add(int(other.argmax()))
-        if wanted:
-            self.frames.append(frame.iloc[sorted(wanted)])
-
-
-class _Clusters:
-    """Labels in order of appearance, and how many rows have each."""
-
-    def __init__(self) -> None:
-        self.labels: pd.Index | None = None
-        self.counts: Int[np.ndarray, " clusters"] = np.zeros(0, np.int64)
-
-    def add(self, column: pd.Series) -> None:
-        """Count the labels of one block."""
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            column = column.astype(column.cat.categories.dtype)
-        counts = column.value_counts(sort=False)
-        here = pd.Index(counts.index)
-        if self.labels is None:
-            self.labels = here[:0]
-        new = here[self.labels.get_indexer(here) < 0]
-        if len(new):
-            self.labels = self.labels.append(new)
-            self.counts = np.append(self.counts, np.zeros(len(new), np.int64))
-        self.counts[self.labels.get_indexer(here)] += counts.to_numpy()
-
-    def sorted(self, what: str) -> tuple[pd.Index, Tensor]:
-        """Labels in the order that a table in memory would give them, and their rows."""
-        codes, levels = code_labels(pd.Series(self.labels), what)
-        counts = np.empty_like(self.counts)
-        counts[codes] = self.counts
-        return levels, torch.from_numpy(counts)
+        complete = frame.dropna()
+        if len(complete):
+            yield complete.infer_objects()

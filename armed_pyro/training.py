@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from armed_pyro.program import MixedEffects
 from armed_pyro.rows import HeldRows, Rows, RowSource
 from armed_pyro.schedule import History, Plateau, Schedule, split_r_hat
 from armed_pyro.shares import Share
-from armed_pyro.shuffle import Shuffle
+from armed_pyro.shuffle import Passes
 
 __all__ = ["DivergenceError", "Run"]
 
@@ -70,7 +70,7 @@ class Run:
         self.filters = modulates(model)
         self.trains, self.held = trains_network(model), list[torch.nn.Parameter]()
         self.iterates: list[np.ndarray] = []
-        self.history, self.shuffle = History(), Shuffle()
+        self.history, self.passes = History(), Passes(self._pass)
         self.best: dict[str, Tensor] = {}
         # Where to return to from divergence: a state, and the mean loss of the window after it.
         self.good, self.good_loss = self._state(), math.inf
@@ -96,7 +96,7 @@ class Run:
         while not self.stopped and not self._kept():
             settled = None if self.settled is None else self.pace.window
             self.model.train(self.settled is None)
-            self.shuffle = self.share.reshuffled(self.shuffle, self.seed, self.step)
+            self.passes = self.share.reshuffled(self.passes, self.seed, self.step)
             window = self.schedule.window_steps(len(self.source), settled)
             before = self._state()
             losses = [self.take_step() for _ in range(min(window, self.schedule.steps - self.step))]
@@ -169,26 +169,27 @@ class Run:
         return most if isinstance(self.settled, HeldRows) else min(most, MOST_READ)
 
     def _settled_rows(self, settled: RowSource) -> Rows:
-        most, nested = self._most_rows(), self.guide.nested()
-        if len(settled) <= most:
+        if len(settled) <= self._most_rows():
             return settled.all()
-        if nested is None:
-            return self._next_batch()
-        clusters = len(settled.counts[nested.name])
-        share = max(1, clusters * most // (2 * len(settled)))
-        chosen = self.shuffle.take(share, clusters)
-        return settled.whole_clusters(nested.name, chosen.to(settled.like.device))
+        return self._next_batch() if self.guide.nested() is None else next(self.passes)
 
     def _next_batch(self) -> Rows:
-        source = self.share.rows
-        size, n = self.schedule.batch(len(self.source)), len(self.source)
-        if size == n:
-            return source.all()
+        n = len(self.source)
+        return self.share.rows.all() if self.schedule.batch(n) == n else next(self.passes)
+
+    def _pass(self, generator: torch.Generator) -> Iterator[Rows]:
+        """One pass in mini-batches: of rows, or with a settled network of whole clusters."""
+        source, nested, n = self.share.rows, self.guide.nested(), len(self.source)
+        if self.settled is not None and nested is not None:
+            clusters = len(source.counts[nested.name])
+            size = max(1, clusters * self._most_rows() // (2 * n))
+            return source.cluster_batches(nested.name, size, generator)
+        size = self.schedule.batch(n)
         # As many as `_prepare` makes room for, but where a step finds out itself which it needs.
         sampled = source.sampled(self.share.together(size))
         whole = self.lazy.tables.keys() >= sampled and not self.share.several
         dense = n if whole or self.guide.every_cluster() else 4 * self.share.together(size)
-        return self.shuffle.batch(source, self.share.batch(size), dense)
+        return source.batches(self.share.batch(size), generator, dense_up_to=dense)
 
     def _close_window(self, losses: list[Loss]) -> None:
         self.history.step.append(self.step)
@@ -286,6 +287,7 @@ class Run:
         self.guide.settle()
         self.settled = self.share.compute(self.model, self.source)
         self.share = self.share.ended(self.settled)
+        self.passes = Passes(self._pass)
         return self.settled
 
     def _release(self) -> None:
@@ -334,7 +336,7 @@ class Run:
         """Everything needed to go on as if nothing had happened."""
         tensors = self._state() | module_tensors("optimizers", self.optimizers) | self.lazy.state()
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors["order"] = self.shuffle.order
+        tensors |= self.passes.state()
         shape = len(self.iterates), self.guide.hyperparameters.size
         tensors["iterates"] = torch.tensor(np.array(self.iterates).reshape(shape))
         tensors["random"] = torch.get_rng_state()
@@ -369,7 +371,7 @@ class Run:
         self.iterates = list(tensors["iterates"].numpy())
         start = "best."
         self.best = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
-        self.shuffle.order = tensors["order"]
+        self.passes.restore(tensors)
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.source.like.device)
