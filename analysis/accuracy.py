@@ -30,9 +30,9 @@ from armed_pyro import (
     simulation_calibration,
 )
 from armed_pyro.analysis import reference, replication
-from armed_pyro.families import FAMILIES
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.registry import FAMILIES
 from armed_pyro.models.linear import linear
-from armed_pyro.simulate import mixed_model
 
 OUT = Path("results/accuracy")
 # Limits that the tables are held against.

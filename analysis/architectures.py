@@ -13,7 +13,7 @@ from torch import nn
 from armed_pyro import FilterScaleBias, Reconstruction
 from armed_pyro.models.autoencoder import AutoencoderClassifier
 from armed_pyro.models.convolutional import convolutional
-from armed_pyro.terms import Term
+from armed_pyro.random_effects.terms import Term
 
 __all__ = ["Architecture", "Autoencoder", "Convolution", "Decoder", "Dense"]
 

@@ -27,7 +27,7 @@ from armed_pyro.analysis.comparisonreport import write
 from armed_pyro.analysis.contenders import contenders
 from armed_pyro.analysis.imagecontenders import ad_diagnosis_study, melanoma_study
 from armed_pyro.analysis.rivals import Setting
-from armed_pyro.simulate import spirals
+from armed_pyro.data.simulate import spirals
 
 __all__ = ["APPLICATIONS", "main", "table_study"]
 

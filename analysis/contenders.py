@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from armed_pyro._messages import unknown
 from armed_pyro.analysis.linearmixed import LinearMixed
 from armed_pyro.analysis.lmmnn import LMMNN
 from armed_pyro.analysis.menet import MeNet
 from armed_pyro.analysis.metalearning import MetaLearning
 from armed_pyro.analysis.rivals import Rival, Setting, programs
-from armed_pyro.labels import unknown
 
 __all__ = ["NAMES", "contenders"]
 

@@ -13,12 +13,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from armed_pyro import ClusteredData, Schedule
 from armed_pyro.analysis.rivals import Setting
-from armed_pyro.facts import Facts
-from armed_pyro.families import family_named
-from armed_pyro.rows import Rows, RowSource
-from armed_pyro.schedule import Plateau
-from armed_pyro.shuffle import Passes
-from armed_pyro.taps import pooled, tapped
+from armed_pyro.engine.schedule import Plateau
+from armed_pyro.families.registry import family_named
+from armed_pyro.networks.taps import pooled, tapped
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.shuffle import Passes
+from armed_pyro.rows.source import RowSource
 
 __all__ = ["FixedPredictor", "descend"]
 

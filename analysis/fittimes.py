@@ -18,11 +18,10 @@ from torch import nn
 from armed_pyro import ClusteredData, MixedEffects, Schedule, fit, read_table
 from armed_pyro.analysis.crossedreml import crossed_reml
 from armed_pyro.analysis.trainingsteps import Task
-from armed_pyro.checks import MOVING
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.engine.schedule import MOVING, Plateau, split_r_hat
 from armed_pyro.models.linear import linear
-from armed_pyro.schedule import Plateau, split_r_hat
-from armed_pyro.shuffle import Passes
-from armed_pyro.simulate import mixed_model
+from armed_pyro.rows.shuffle import Passes
 
 __all__ = ["Job", "Times", "compare", "insteval", "jobs"]
 

@@ -13,9 +13,9 @@ import torch
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
 from armed_pyro.analysis.trainingsteps import Task
-from armed_pyro.crossed import choose_guide
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.training_run import Run
 from armed_pyro.models.dense import dense
-from armed_pyro.training import Run
 
 __all__ = ["Curve", "curves", "predicting"]
 

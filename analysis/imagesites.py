@@ -21,8 +21,8 @@ from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
 from armed_pyro import ClusteredData
+from armed_pyro._messages import unknown
 from armed_pyro.fitted import Fit
-from armed_pyro.labels import unknown
 
 __all__ = [
     "SiteEffects",

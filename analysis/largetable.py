@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, fit
 from armed_pyro.models.linear import linear
-from armed_pyro.streameddata import StreamedData
+from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["agreement", "coefficients", "write"]
 

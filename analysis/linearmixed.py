@@ -15,8 +15,8 @@ from torch.nn.utils import skip_init
 
 from armed_pyro import ClusteredData
 from armed_pyro.analysis.rivals import Rival, Setting, Trained, outcomes
-from armed_pyro.facts import Facts
-from armed_pyro.families import family_named
+from armed_pyro.families.registry import family_named
+from armed_pyro.program.data_spec import Facts
 
 __all__ = ["LinearMixed"]
 

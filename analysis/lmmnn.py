@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from armed_pyro import ClusteredData
 from armed_pyro.analysis.descent import FixedPredictor, descend
 from armed_pyro.analysis.rivals import Rival, Setting, Trained
-from armed_pyro.rows import Rows
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["LMMNN", "InterceptPosterior", "intercepts", "log_marginal"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from armed_pyro import ClusteredData
 from armed_pyro.analysis.descent import FixedPredictor, descend
 from armed_pyro.analysis.rivals import Rival, Setting, Trained
-from armed_pyro.rows import Rows
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["LastLayerEffects", "MeNet"]
 

@@ -15,9 +15,9 @@ import torch
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, Slopes, fit, score_mode
 from armed_pyro.analysis.classical import MixedModel
 from armed_pyro.analysis.fertility import load, split
+from armed_pyro.data.simulate import spirals
 from armed_pyro.models.linear import linear
-from armed_pyro.scores import crps
-from armed_pyro.simulate import spirals
+from armed_pyro.prediction.scores import crps
 
 __all__ = ["YEARS", "Countries", "spiral_rows"]
 

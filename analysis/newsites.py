@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
-from armed_pyro.adaptation import joined
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.predicted import Prediction
+from armed_pyro.prediction.adapt import joined
+from armed_pyro.prediction.result import Prediction
 
 __all__ = ["FAMILIES", "KS", "Simulation", "coverage_rows", "learning_rows"]
 

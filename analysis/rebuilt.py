@@ -12,7 +12,7 @@ from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
 
 from armed_pyro import ClusteredData
 from armed_pyro.analysis.rivals import Setting, Trained
-from armed_pyro.taps import pooled, tapped
+from armed_pyro.networks.taps import pooled, tapped
 
 __all__ = ["IMAGE_METRICS", "image_metrics", "latents"]
 

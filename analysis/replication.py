@@ -17,9 +17,9 @@ from rich.progress import track
 from scipy.special import expit
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
+from armed_pyro.data.simulate import mixed_model
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.simulate import mixed_model
 
 __all__ = ["BAD", "DESIGNS", "Design", "replications", "summary", "verdicts"]
 

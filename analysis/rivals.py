@@ -14,10 +14,10 @@ from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.analysis.architectures import Architecture
-from armed_pyro.data import Grouping
-from armed_pyro.facts import Facts
-from armed_pyro.prediction import predict_chunks
-from armed_pyro.terms import Term
+from armed_pyro.data.grouping import Grouping
+from armed_pyro.prediction.chunks import predict_chunks
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.random_effects.terms import Term
 
 __all__ = [
     "DRAWS",

@@ -27,8 +27,8 @@ from armed_pyro import ClusteredData, Schedule
 from armed_pyro.analysis.architectures import Dense
 from armed_pyro.analysis.rivals import Rival, Setting, outcomes
 from armed_pyro.analysis.spiralscores import PAPER_ACCURACY, rivals, surface, train_and_score
-from armed_pyro.boundaries import draw_panel
-from armed_pyro.simulate import SpiralsTruth, spirals
+from armed_pyro.data.simulate import SpiralsTruth, spirals
+from armed_pyro.explain.boundaries import draw_panel
 
 __all__ = ["Plan", "Task", "main"]
 

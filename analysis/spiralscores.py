@@ -21,7 +21,7 @@ from armed_pyro.analysis.rivals import (
     programs,
     shuffled,
 )
-from armed_pyro.boundaries import plane
+from armed_pyro.explain.boundaries import plane
 
 __all__ = ["PAPER_ACCURACY", "Score", "rivals", "surface", "train_and_score"]
 

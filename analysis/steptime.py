@@ -17,10 +17,10 @@ import pyro
 import torch
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule
-from armed_pyro.crossed import choose_guide
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.training_run import Run
 from armed_pyro.models.autoencoder import autoencoder_program
 from armed_pyro.models.convolutional import convolutional_program
-from armed_pyro.training import Run
 
 __all__ = ["main", "step_times"]
 

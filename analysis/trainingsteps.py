@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes
-from armed_pyro.adversary import reverse_gradient
-from armed_pyro.compiled import CompileMode
-from armed_pyro.crossed import choose_guide
-from armed_pyro.shuffle import Passes
-from armed_pyro.simulate import spirals
-from armed_pyro.terms import Term
-from armed_pyro.training import Run
+from armed_pyro.data.simulate import spirals
+from armed_pyro.engine.compiled_step import CompileMode
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.training_run import Run
+from armed_pyro.networks.adversary import reverse_gradient
+from armed_pyro.random_effects.terms import Term
+from armed_pyro.rows.shuffle import Passes
 
 __all__ = ["Step", "Task", "compiled", "eager", "interleaved", "stock", "torch_loop"]
 

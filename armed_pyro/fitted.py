@@ -11,35 +11,31 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import Tensor, nn
 
-from armed_pyro import (
-    adaptation,
-    attribution,
-    boundaries,
-    datatree,
-    decoded,
-    diagnostics,
-    invariance,
-    membership,
-    prediction,
-    refinement,
-    storage,
-    summary,
-    variance,
-)
-from armed_pyro.adaptation import Adapted
-from armed_pyro.attributed import Attribution
-from armed_pyro.boundaries import Boundaries, Extent
-from armed_pyro.data import ClusteredData
-from armed_pyro.decoded import DecodedEffects
-from armed_pyro.diagnostics import Diagnostics
-from armed_pyro.guides import Guide
-from armed_pyro.invariance import Invariance
-from armed_pyro.membership import ClusterClassifier
-from armed_pyro.prediction import Prediction
-from armed_pyro.program import MixedEffects
-from armed_pyro.refinement import ImportanceDraws, RefinedDraws
-from armed_pyro.rows import Membership
-from armed_pyro.schedule import History, Schedule
+from armed_pyro.checks import diagnostics
+from armed_pyro.checks.diagnostics import Diagnostics
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.engine.schedule import History, Schedule
+from armed_pyro.explain import attribution, boundaries, invariance
+from armed_pyro.explain import decode as decoded
+from armed_pyro.explain.attributed import Attribution
+from armed_pyro.explain.boundaries import Boundaries, Extent
+from armed_pyro.explain.decode import DecodedEffects
+from armed_pyro.explain.invariance import Invariance
+from armed_pyro.guides.base import Guide
+from armed_pyro.inference import refine as refinement
+from armed_pyro.inference.draws import ImportanceDraws, RefinedDraws
+from armed_pyro.inference.importance_sampling import importance_draws
+from armed_pyro.prediction import adapt as adaptation
+from armed_pyro.prediction import cluster_classifier as membership
+from armed_pyro.prediction import predict
+from armed_pyro.prediction.adapt import Adapted
+from armed_pyro.prediction.cluster_classifier import ClusterClassifier
+from armed_pyro.prediction.result import Prediction
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.report import text as summary
+from armed_pyro.rows.batch import Membership
+from armed_pyro.storage import save as storage
+from armed_pyro.summaries import datatree, variance
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -131,15 +127,15 @@ class Fit:
 
     @cached_property
     def importance(self) -> ImportanceDraws:
-        """The guide's draws with their importance weights; see `armed_pyro.refinement`."""
+        """The guide's draws with their importance weights; see `armed_pyro.inference.refine`."""
         if self.sampled:
             raise ValueError("the fit keeps only a sample of its rows: fit with refine=True")
-        return refinement.importance_draws(self)
+        return importance_draws(self)
 
     def diagnostics(self) -> Diagnostics:
         """Verdict on the fit, pass, warn or fail, with reasons and next steps.
 
-        See `armed_pyro.diagnostics.diagnose`.
+        See `armed_pyro.checks.diagnostics.diagnose`.
         """
         return self._verdict
 
@@ -159,7 +155,7 @@ class Fit:
     ) -> Fit:
         """The fit with better posterior draws: importance weighted, or by NUTS.
 
-        See `armed_pyro.refinement.refine`.
+        See `armed_pyro.inference.refine.refine`.
         """
         return refinement.refine(
             self,
@@ -184,9 +180,9 @@ class Fit:
     ) -> Prediction:
         """E[y | x, cluster] and y for new rows, with their posterior uncertainty.
 
-        See `armed_pyro.prediction.predict`.
+        See `armed_pyro.prediction.predict.predict`.
         """
-        return prediction.predict(
+        return predict.predict(
             self,
             data,
             unseen=unseen,
@@ -207,14 +203,14 @@ class Fit:
     ) -> Adapted:
         """The fit with the posterior of new clusters given a few labelled rows; no training.
 
-        See `armed_pyro.adaptation.adapt`.
+        See `armed_pyro.prediction.adapt.adapt`.
         """
         return adaptation.adapt(self, support, draws=draws, seed=seed, update_seen=update_seen)
 
     def classifier(self, factor: str) -> ClusterClassifier:
         """The classifier p(cluster | features) of a factor; trained at the first call.
 
-        See `armed_pyro.membership.train_classifier`.
+        See `armed_pyro.prediction.cluster_classifier.train_classifier`.
         """
         if factor not in self.classifiers:
             self.classifiers[factor] = membership.train_classifier(self, factor)
@@ -225,7 +221,7 @@ class Fit:
     ) -> pd.DataFrame:
         """Table of sds, correlations, variances, shares, ICCs and R2.
 
-        See `armed_pyro.variance.variance_components`.
+        See `armed_pyro.summaries.variance.variance_components`.
         """
         return variance.variance_components(self, draws=draws, prob=prob, seed=seed)
 
@@ -234,7 +230,7 @@ class Fit:
     ) -> pd.DataFrame:
         """Table of the latent fixed effects on the original scale; empty for a plain network.
 
-        See `armed_pyro.variance.fixed_effects`.
+        See `armed_pyro.summaries.variance.fixed_effects`.
         """
         return variance.fixed_effects(self, draws=draws, prob=prob, seed=seed)
 
@@ -250,7 +246,7 @@ class Fit:
     ) -> Attribution:
         """Which features the fixed effects use, and how far clusters differ in their use.
 
-        See `armed_pyro.attribution.attribution`.
+        See `armed_pyro.explain.attribution.attribution`.
         """
         return attribution.attribution(
             self, method, data=data, layer=layer, columns=columns, draws=draws, seed=seed
@@ -268,7 +264,7 @@ class Fit:
     ) -> Invariance:
         """Whether fresh probes can read the cluster from the network's features.
 
-        See `armed_pyro.invariance.invariance`.
+        See `armed_pyro.explain.invariance.invariance`.
         """
         return invariance.invariance(
             self,
@@ -293,7 +289,7 @@ class Fit:
     ) -> DecodedEffects:
         """One image under every cluster's random effects, and along their largest component.
 
-        See `armed_pyro.decoded.decoded`.
+        See `armed_pyro.explain.decode.decoded`.
         """
         return decoded.decoded(
             self, row, shape=shape, of=of, factor=factor, columns=columns, draws=draws, seed=seed
@@ -312,7 +308,7 @@ class Fit:
     ) -> Boundaries:
         """E[y | x, cluster] over two features, cluster by cluster.
 
-        See `armed_pyro.boundaries.boundaries`.
+        See `armed_pyro.explain.boundaries.boundaries`.
         """
         return boundaries.boundaries(
             self,
@@ -330,7 +326,7 @@ class Fit:
     ) -> xr.DataTree:
         """Everything as labelled ArviZ data, on the original scale.
 
-        See `armed_pyro.datatree.to_datatree`.
+        See `armed_pyro.summaries.datatree.to_datatree`.
         """
         return datatree.to_datatree(self, draws=draws, groups=groups, seed=seed)
 
@@ -339,10 +335,10 @@ class Fit:
         print(summary.text(self, prob=prob))
 
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
-        """Write the fit to a folder; see `armed_pyro.storage.save`."""
+        """Write the fit to a folder; see `armed_pyro.storage.save.save`."""
         storage.save(self, folder, draws=draws, prob=prob)
 
     @classmethod
     def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:
-        """Read a fit from a folder; see `armed_pyro.storage.load`."""
+        """Read a fit from a folder; see `armed_pyro.storage.save.load`."""
         return storage.load(folder, net)

@@ -11,11 +11,11 @@ import pyro
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from armed_pyro.checkpoint import Checkpoint, digest
-from armed_pyro.compiled import COMPILE_MODES, CompileMode
-from armed_pyro.crossed import choose_guide
-from armed_pyro.data import ClusteredData
-from armed_pyro.distributed import (
+from armed_pyro._memory import release
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.engine.checkpoint import Checkpoint, digest
+from armed_pyro.engine.compiled_step import COMPILE_MODES, CompileMode
+from armed_pyro.engine.processes import (
     ALONE,
     DISTRIBUTED_MODES,
     DistributedMode,
@@ -23,17 +23,18 @@ from armed_pyro.distributed import (
     join,
     local_device,
 )
-from armed_pyro.facts import Facts
+from armed_pyro.engine.schedule import Schedule
+from armed_pyro.engine.shards import Share
 from armed_pyro.fitted import Fit
-from armed_pyro.guides import Guide
-from armed_pyro.memory import release
-from armed_pyro.program import MixedEffects
-from armed_pyro.refinement import importance_draws, refinable
-from armed_pyro.rows import RowSource
-from armed_pyro.schedule import Schedule
-from armed_pyro.shares import Share
-from armed_pyro.streameddata import StreamedData
-from armed_pyro.training import DivergenceError, Run
+from armed_pyro.guides.base import Guide
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.divergence import DivergenceError
+from armed_pyro.inference.importance_sampling import importance_draws, refinable
+from armed_pyro.inference.training_run import Run
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.rows.source import RowSource
+from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["DivergenceError", "fit", "fit_bound"]
 
@@ -106,7 +107,7 @@ def fit(
         be compiled runs as ordinary Pyro, and a warning says why.
     distributed : {"auto", "never"}
         With "auto", processes that `torchrun` started train the network together; every one has
-        to be given the same data, and gets the same fit. See `armed_pyro.distributed`. With
+        to be given the same data, and gets the same fit. See `armed_pyro.engine.processes`. With
         "never", each fits on its own.
     checkpoint : path, optional
         File to which the state is written after every window of steps.

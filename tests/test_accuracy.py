@@ -58,7 +58,7 @@ def exact_posterior(frame, sd, residual_sd, fixed_sd):
 def test_random_intercepts_have_their_exact_posterior(batch_size, monkeypatch):
     if batch_size is not None:
         # As a network is trained: a linear program is settled, and takes all rows.
-        monkeypatch.setattr("armed_pyro.training.trains_network", lambda model: True)
+        monkeypatch.setattr("armed_pyro.inference.training_run.trains_network", lambda model: True)
     frame, sd, residual_sd, n = unbalanced(), 2.0, 1.5, 8000
     priors = Priors(sd=Known(sd), residual_sd=Known(residual_sd))
     model = MixedEffects(linear(0), "(1 | site)", priors=priors, bayesian_head=True)

@@ -11,9 +11,9 @@ from scipy import stats
 from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.adaptation import joined
-from armed_pyro.conditioning import condition
-from armed_pyro.simulate import mixed_model
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.prediction.adapt import joined
+from armed_pyro.prediction.new_clusters import condition
 
 SHORT = Schedule(steps=60, window=20, stages=0)
 

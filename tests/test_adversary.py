@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, StructuredGuide
-from armed_pyro.adversary import reverse_gradient
-from armed_pyro.objective import Objective
+from armed_pyro.inference.objective import Objective
+from armed_pyro.networks.adversary import reverse_gradient
 
 N, FEATURES = 60, 3
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, FilterScaleBias, Fit, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.attribution import attribution
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.explain.attribution import attribution
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.rows import Membership, Rows
-from armed_pyro.simulate import mixed_model
+from armed_pyro.rows.batch import Membership, Rows
 
 SHORT = Schedule(steps=40, window=20, stages=0)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.boundaries import plane
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.explain.boundaries import plane
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.simulate import mixed_model
 
 BRIEF = Schedule(steps=4, window=2, stages=0)
 FAMILIES = ["gaussian", "bernoulli", "binomial", "categorical", "poisson"]

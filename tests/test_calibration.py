@@ -22,10 +22,10 @@ from armed_pyro import (
     Priors,
     Schedule,
     fitting,
-    uniformity,
 )
-from armed_pyro.calibration import SimulationCalibration, simulation_calibration
-from armed_pyro.recovery import held
+from armed_pyro.checks import rank_tests as uniformity
+from armed_pyro.checks.calibration import SimulationCalibration, simulation_calibration
+from armed_pyro.checks.simulation import held
 
 SITES, PER_SITE, NOISE, EFFECT = 7, 4, 0.8, 1.1
 TINY = Schedule(steps=3, window=3, stages=0)

@@ -13,13 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, Known, MixedEffects, Priors, Schedule, fit
-from armed_pyro.adam import Adam
-from armed_pyro.checkpoint import (
-    Checkpoint,
-    module_tensors,
-    restore_module,
-)
-from armed_pyro.manifest import VERSION
+from armed_pyro.engine.adam import Adam
+from armed_pyro.engine.checkpoint import Checkpoint, module_tensors, restore_module
+from armed_pyro.storage.manifest import VERSION
 
 SCHEDULE = Schedule(steps=12, window=4, stages=0, batch_size=10)
 
@@ -99,7 +95,7 @@ def damage_header(path):
 def test_a_checkpoint_of_a_guide_of_another_version_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "run.checkpoint"
     with monkeypatch.context() as patched:
-        patched.setattr("armed_pyro.checkpoint.VERSION", VERSION - 1)
+        patched.setattr("armed_pyro.engine.checkpoint.VERSION", VERSION - 1)
         Checkpoint({"weight": torch.ones(2)}, {}).write(path)
     with pytest.raises(ValueError, match=rf"version {VERSION - 1}, .* version {VERSION}: delete"):
         Checkpoint.read(path)
@@ -123,7 +119,7 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError("disk full")
 
-    monkeypatch.setattr("armed_pyro.checkpoint.save_file", fail)
+    monkeypatch.setattr("armed_pyro.engine.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         Checkpoint({"a": torch.zeros(1)}, {}).write(path)
     assert Checkpoint.read(path).tensors["a"] == 1
@@ -223,7 +219,7 @@ def test_a_run_cut_short_once_settled_goes_on_to_the_same_parameters(
 ):
     options, largest = SETTLED[name]
     if largest is not None:
-        monkeypatch.setattr("armed_pyro.training.LARGEST_STEP", largest)
+        monkeypatch.setattr("armed_pyro.inference.training_run.LARGEST_STEP", largest)
     whole = run(schedule=WINDOWS, refine=False, **options)
     history, path = whole.history, tmp_path / "run.checkpoint"
     windows = after + (history.step.index(history.settled) + 1 if history.settled else 0)

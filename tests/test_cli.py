@@ -13,8 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from armed_pyro import DivergenceError, Fit, cli
-from armed_pyro.cli import app
+from armed_pyro import DivergenceError, Fit
+from armed_pyro.cli import app as cli
+from armed_pyro.cli.app import app
 
 FILES = {
     "model.safetensors",

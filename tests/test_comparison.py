@@ -34,7 +34,7 @@ from armed_pyro.analysis.mcisimulation import TRUE_FEATURES, subjects
 from armed_pyro.analysis.rebuilt import IMAGE_METRICS
 from armed_pyro.analysis.rivals import Setting, outcomes, programs
 from armed_pyro.analysis.tuned import Tuned
-from armed_pyro.simulate import mixed_model
+from armed_pyro.data.simulate import mixed_model
 
 SETTING = Setting("quick", "quick", Dense((4,)), Schedule(steps=60, batch_size=64, window=20))
 

@@ -8,20 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from armed_pyro import (
-    Adversary,
-    ClusteredData,
-    MixedEffects,
-    Schedule,
-    Slopes,
-    compiled,
-    fit,
-)
-from armed_pyro.compiled import Steps
-from armed_pyro.crossed import choose_guide
-from armed_pyro.objective import NestedBound, Objective
-from armed_pyro.recording import Recording
-from armed_pyro.simulate import mixed_model
+from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.engine import compiled_step as compiled
+from armed_pyro.engine.compiled_step import Steps
+from armed_pyro.engine.cuda_graph import Recording
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.objective import NestedBound, Objective
 
 # Compiling takes half a minute a program: elsewhere the captured graph runs as it is.
 COMPILERS = ["graph", pytest.param("inductor", marks=pytest.mark.slow)]

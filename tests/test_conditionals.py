@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from armed_pyro.conditionals import (
-    Pushforward,
-    WhitenedDiagonal,
-    WhitenedNormal,
-    multiply,
-    precision_root,
-    solve_lower,
-    sum_last,
-)
+from armed_pyro.distributions.small_matrices import multiply, precision_root, solve_lower, sum_last
+from armed_pyro.distributions.whitened import Pushforward, WhitenedDiagonal, WhitenedNormal
 
 SIZES = [1, 2, 3, 4, 5, 7]
 KINDS = ["full", "diagonal"]

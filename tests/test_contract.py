@@ -25,12 +25,12 @@ from armed_pyro import (
     Slopes,
     fit,
 )
-from armed_pyro.families import FAMILIES
+from armed_pyro.families.registry import FAMILIES
+from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.models.autoencoder import autoencoder_program
 from armed_pyro.models.convolutional import convolutional_program
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.objective import NestedBound, Objective
 
 # Random effects, and the number of terms of each factor.
 KINDS = {
@@ -281,7 +281,7 @@ def test_what_is_saved_is_loaded(case, tmp_path, monkeypatch):
     if case.family != "gaussian":
         # Draws take most of the time, and are stored alike for every family.
         needed = ["observed_data", "constant_data"]
-        monkeypatch.setattr("armed_pyro.storage._groups", lambda fit, draws: needed)
+        monkeypatch.setattr("armed_pyro.storage.save._groups", lambda fit, draws: needed)
     case.result.save(tmp_path / "run", draws=2)
     loaded = Fit.load(tmp_path / "run", case.net)
     rows = FRAME.assign(site=FRAME["site"].replace("s0", "new"))
@@ -401,7 +401,9 @@ def test_image_programs_predict_seen_and_unseen_clusters(image_case):
 
 def test_image_programs_are_saved_and_loaded(image_case, tmp_path, monkeypatch):
     result, net = image_case
-    monkeypatch.setattr("armed_pyro.storage._diagnostics", lambda fit: {})  # takes most of the time
+    monkeypatch.setattr(
+        "armed_pyro.storage.save._diagnostics", lambda fit: {}
+    )  # takes most of the time
     result.save(tmp_path / "run", draws=2)
     loaded = Fit.load(tmp_path / "run", net)
     new = make_images(np.arange(8) % 4 + 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions.transforms import CorrCholeskyTransform
 
-from armed_pyro.correlations import CorrelationCholesky
+from armed_pyro.distributions.cholesky_correlation import CorrelationCholesky
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

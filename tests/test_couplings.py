@@ -5,16 +5,22 @@ import torch
 from torch.nn.utils.stateless import _reparametrize_module
 
 from armed_pyro import ClusteredData, MixedEffects
-from armed_pyro.couplings import DenseCouplings, Known, Pattern, SparseCouplings, coupled
-from armed_pyro.crossed import CrossedGuide
-from armed_pyro.lowering import capture
+from armed_pyro.engine.compiler import capture
+from armed_pyro.guides.cross_products import (
+    DenseCouplings,
+    Known,
+    Pattern,
+    SparseCouplings,
+    coupled,
+)
+from armed_pyro.guides.crossed import CrossedGuide
 
 K, M = 7, 5
 
 
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch):
-    monkeypatch.setattr("armed_pyro.couplings.SPARSE", 0)
+    monkeypatch.setattr("armed_pyro.guides.cross_products.SPARSE", 0)
 
 
 def matrix(terms=2, seed=0):
@@ -65,7 +71,7 @@ def test_a_pattern_holds_every_pair_once():
 
 
 def test_there_is_none_where_pairs_are_many(monkeypatch):
-    monkeypatch.setattr("armed_pyro.couplings.SPARSE", 30)
+    monkeypatch.setattr("armed_pyro.guides.cross_products.SPARSE", 30)
     assert Pattern.of(torch.ones(K, 1, M)) is None
     assert Pattern.of(torch.eye(200)[:, None]) is not None
 

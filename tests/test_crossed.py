@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Schedule, fit
-from armed_pyro.crossed import CrossedGuide, choose_guide
-from armed_pyro.guides import StructuredGuide
-from armed_pyro.importance import weigh
-from armed_pyro.noise import Given, gaussian_noise
-from armed_pyro.objective import Objective
+from armed_pyro.guides.crossed import CrossedGuide, choose_guide
+from armed_pyro.guides.noise import Given, gaussian_noise
+from armed_pyro.guides.structured import StructuredGuide
+from armed_pyro.inference.nested_weights import weigh
+from armed_pyro.inference.objective import Objective
 
 TERMS = ["(1 + x0 | item)", "(1 | person)", "(0 + x1 || school)"]
 
@@ -169,7 +169,7 @@ def test_where_steps_would_take_too_long_the_mode_is_kept(monkeypatch) -> None:
     model = MixedEffects(nn.Linear(1, 1), "(1 | a) + (1 | b)", bayesian_head=True)
     trained = fit(model, data, seed=1, progress=False)
     assert trained.guide.work() == 60 * 25**2 + 25**3 // 3
-    monkeypatch.setattr("armed_pyro.training.MOST_WORK", 0)
+    monkeypatch.setattr("armed_pyro.inference.training_run.MOST_WORK", 0)
     kept = fit(model, data, seed=1, progress=False)
     assert kept.stopped == "converged"
     assert len(kept.history.loss) == 1 < len(trained.history.loss)
@@ -188,7 +188,7 @@ def test_a_sum_over_pairs_is_the_matrix_product(monkeypatch) -> None:
     source = model.encode(data)
     found = []
     for sparse in (0, 10**9):
-        monkeypatch.setattr("armed_pyro.couplings.SPARSE", sparse)
+        monkeypatch.setattr("armed_pyro.guides.cross_products.SPARSE", sparse)
         guide = CrossedGuide(model, source)
         center = guide.center(source.all())
         total = sum((value**2).sum() for value in center.values())
@@ -210,7 +210,7 @@ def test_no_more_draws_are_weighed_at_once_than_fit_into_memory(monkeypatch) -> 
         drawn.append(len(noise.values["_theta"]))
         return weigh(model, guide, rows, noise)
 
-    monkeypatch.setattr("armed_pyro.proposals.weigh", recorded)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.weigh", recorded)
     monkeypatch.setattr(CrossedGuide, "most_draws", lambda self: 700)
     assert len(run.importance.log_weights) == sum(drawn) == 4000
     assert max(drawn) == 700

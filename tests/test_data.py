@@ -10,7 +10,8 @@ import pytest
 import torch
 import xarray as xr
 
-from armed_pyro.data import ClusteredData, Grouping
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.grouping import Grouping
 
 
 def make_frame(n=60, n_sites=6, seed=0):

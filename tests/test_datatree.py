@@ -21,10 +21,11 @@ from armed_pyro import (
     RandomEffects,
     Schedule,
     Slopes,
-    datatree,
     fit,
 )
-from armed_pyro.datatree import GROUPS, arviz_api, label_values, to_datatree, variable_name
+from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.summaries import datatree
+from armed_pyro.summaries.datatree import GROUPS, arviz_api, to_datatree
 
 SCHEDULE = Schedule(steps=30)
 DRAWS = 300

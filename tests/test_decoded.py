@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, FilterScaleBias, MixedEffects, Schedule, fit
-from armed_pyro.families import Family
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.family import Family
 from armed_pyro.models.autoencoder import autoencoder_program
 from armed_pyro.models.linear import linear
-from armed_pyro.simulate import mixed_model
 
 SITES, SIDE, NOISE = 6, 6, 0.1
 BRIEF = Schedule(steps=4, window=2, stages=0)

@@ -5,7 +5,11 @@ import pyro.distributions as dist
 import torch
 from scipy import special, stats
 
-from armed_pyro.densities import LogitBinomial, LogNegativeBinomial, LogPoisson
+from armed_pyro.distributions.outcome_densities import (
+    LogitBinomial,
+    LogNegativeBinomial,
+    LogPoisson,
+)
 
 Y = torch.tensor([0.0, 1.0, 3.0, 20.0], dtype=torch.float64)
 ETA = torch.linspace(-3, 4, 12, dtype=torch.float64).reshape(3, 1, 4)

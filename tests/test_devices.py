@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, Fit, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.labels import Grouping
+from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.simulate import mixed_model
 from armed_pyro.models.autoencoder import autoencoder_program
 from armed_pyro.models.convolutional import convolutional_program
 from armed_pyro.models.dense import dense
-from armed_pyro.simulate import mixed_model
 from elsewhere import a_gpu
 
 SHORT = Schedule(steps=60, window=10, stages=1)

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.checks import Check, k_hat_threshold
-from armed_pyro.diagnostics import Diagnostics
+from armed_pyro.checks.diagnostics import Diagnostics
+from armed_pyro.checks.inference_checks import Check, k_hat_threshold
+from armed_pyro.checks.predictive_checks import cluster_checks
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.predictivechecks import cluster_checks
 
 
 def simulate(outcome, clusters=20, rows=10, effects=None, seed=0, **more):
@@ -222,7 +222,7 @@ def test_replications_made_in_blocks_are_those_of_all_draws_at_once(family, outc
     result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
     latents = result.draws(100)
     whole = cluster_checks(result, "site", latents)
-    monkeypatch.setattr("armed_pyro.predictivechecks.BLOCK", 1)
+    monkeypatch.setattr("armed_pyro.checks.predictive_checks.BLOCK", 1)
     blocks = cluster_checks(result, "site", latents)
     pd.testing.assert_frame_equal(blocks.table, whole.table)
     assert blocks.overall == whole.overall

@@ -25,10 +25,10 @@ from armed_pyro import (
     Slopes,
     fit,
 )
-from armed_pyro.checkpoint import Checkpoint, module_tensors
-from armed_pyro.distributed import ALONE, Processes, join
-from armed_pyro.objective import Objective
-from armed_pyro.shares import Share
+from armed_pyro.engine.checkpoint import Checkpoint, module_tensors
+from armed_pyro.engine.processes import ALONE, Processes, join
+from armed_pyro.engine.shards import Share
+from armed_pyro.inference.objective import Objective
 from test_objective import BATCH, CommonNoise, bind, deep, disturb, gradients, make_data
 
 HERE = Path(__file__).parent
@@ -407,7 +407,7 @@ def test_the_command_line_under_torchrun_writes_one_fit(tmp_path):
     site = np.repeat(np.arange(12), 20)
     frame.assign(y=data.outcome.numpy().astype(int), site=site).to_csv(table, index=False)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), "-m", "armed_pyro.cli", "fit", str(table)]
+    command += ["--master-port", str(free_port()), "-m", "armed_pyro.cli.app", "fit", str(table)]
     command += ["--outcome", "y", "--random", "(1 | site)", "--family", "bernoulli"]
     command += ["--net", "dense", "--hidden", "4", "--steps", "300", "--draws", "50"]
     command += ["--adversary", "site", "--validate-rows", "0.2", "--out", str(tmp_path / "run")]

@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import nn
 
 from armed_pyro import ClusteredData, HalfNormal, Known, MixedEffects, Priors, Slopes
-from armed_pyro.rows import Membership
+from armed_pyro.rows.batch import Membership
 
 F64 = torch.float64
 

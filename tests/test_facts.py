@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from armed_pyro import ClusteredData
-from armed_pyro.facts import Facts
-from armed_pyro.families import family_named
+from armed_pyro.families.registry import family_named
+from armed_pyro.program.data_spec import Facts
 
 
 def make_frame(n=40, seed=0):

@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 
 from armed_pyro import ClusteredData, Priors
-from armed_pyro.families import FAMILIES, Gaussian, family_named
-from armed_pyro.rows import Rows
+from armed_pyro.families.gaussian import Gaussian
+from armed_pyro.families.registry import FAMILIES, family_named
+from armed_pyro.rows.batch import Rows
 
 F64 = torch.float64
 TRIALS = torch.tensor([3.0, 8, 1, 20], dtype=F64)

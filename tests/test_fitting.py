@@ -17,10 +17,10 @@ from armed_pyro import (
     Schedule,
     fit,
 )
-from armed_pyro.checkpoint import module_tensors
+from armed_pyro.engine.checkpoint import module_tensors
 from armed_pyro.fitting import fit_bound
-from armed_pyro.rows import HeldRows
-from armed_pyro.training import Run
+from armed_pyro.inference.training_run import Run
+from armed_pyro.rows.in_memory import HeldRows
 
 SHORT = Schedule(steps=6, window=3, stages=0)
 
@@ -129,7 +129,7 @@ def linear(random="(1 | site)", family="gaussian", **options):
 
 def unsettled(monkeypatch):
     """Linear programs are trained as networks are, on mini-batches of rows."""
-    monkeypatch.setattr("armed_pyro.training.trains_network", lambda model: True)
+    monkeypatch.setattr("armed_pyro.inference.training_run.trains_network", lambda model: True)
 
 
 def assert_same_posterior(fits, others, *, mean, sd):
@@ -293,7 +293,7 @@ def test_a_program_with_an_adversary_settles_only_after_the_game():
 def test_iterates_that_still_move_are_told_from_those_that_rest(monkeypatch):
     schedule = Schedule(steps=150, window=50, stages=0, learning_rate=0.01)
     rests = run(linear(), schedule=schedule).history
-    monkeypatch.setattr("armed_pyro.training.start_at_mode", lambda *arguments: None)
+    monkeypatch.setattr("armed_pyro.inference.training_run.start_at_mode", lambda *arguments: None)
     moves = run(linear(), schedule=schedule).history
     assert moves.drift[0] > 0.5 > 0.2 > max(rests.drift[1:])
     assert moves.r_hat[0] > 1.05 > max(rests.r_hat[1:])
@@ -352,8 +352,8 @@ def limit_steps(monkeypatch, step, search):
         batches.append(rows)
         return rows
 
-    monkeypatch.setattr("armed_pyro.training.LARGEST_STEP", step)
-    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", search)
+    monkeypatch.setattr("armed_pyro.inference.training_run.LARGEST_STEP", step)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.LARGEST_STEP", search)
     monkeypatch.setattr(HeldRows, "whole_clusters", recorded)
     return batches
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from armed_pyro import ClusteredData, MixedEffects
-from armed_pyro.flow import AutoregressiveNormal, CoupledNormal, FlowParameters
-from armed_pyro.hyperparameters import Hyperparameters
+from armed_pyro.distributions.flow import AutoregressiveNormal, CoupledNormal, FlowParameters
+from armed_pyro.guides.hyperparameters import Hyperparameters
 
 VECTORS = ("anchor", "shift", "log_scale", "skew", "log_tail")
 NAMES = [one.name for one in dataclasses.fields(FlowParameters)]

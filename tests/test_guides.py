@@ -12,11 +12,11 @@ from pyro import poutine
 from torch import nn
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
-from armed_pyro.conditionals import WhitenedDiagonal, WhitenedNormal
-from armed_pyro.crossed import choose_guide
-from armed_pyro.objective import Objective
-from armed_pyro.pseudo import overshoot
-from armed_pyro.tilted import TiltedNormal
+from armed_pyro.distributions.observed_normal import TiltedNormal
+from armed_pyro.distributions.whitened import WhitenedDiagonal, WhitenedNormal
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.guides.pseudo_observations import overshoot
+from armed_pyro.inference.objective import Objective
 
 N, K = 60, 6
 SLOPES = "(1 + x0 | site)"
@@ -294,7 +294,7 @@ def test_steps_towards_large_counts_are_short_but_lead_to_the_same_place(random,
     moves = [(b - a).abs().max() for a, b in itertools.pairwise(steps)]
     assert max(moves) < 4
     assert max(moves[-10:]) < 0.5, "what 32 draws leave open"
-    monkeypatch.setattr("armed_pyro.pseudo.LONGEST_STEP", 1e9)
+    monkeypatch.setattr("armed_pyro.guides.pseudo_observations.LONGEST_STEP", 1e9)
     long = settled()
     assert long[0].abs().max() > 3.5
     one, other = (torch.stack(each[-10:]).mean(0) for each in (long, steps))

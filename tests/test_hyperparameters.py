@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Slopes
-from armed_pyro.adam import Adam
-from armed_pyro.hyperparameters import Hyperparameters
+from armed_pyro.engine.adam import Adam
+from armed_pyro.guides.hyperparameters import Hyperparameters
 
 DRAWS, RATE = 8, 0.03  # of a step once the network is settled
 

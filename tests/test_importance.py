@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
-from armed_pyro.crossed import CrossedGuide, choose_guide
-from armed_pyro.importance import weigh
-from armed_pyro.noise import Given, Noise, gaussian_noise, no_noise, proposal_noise
+from armed_pyro.guides.crossed import CrossedGuide, choose_guide
+from armed_pyro.guides.noise import Given, Noise, gaussian_noise, no_noise, proposal_noise
+from armed_pyro.inference.nested_weights import weigh
 
 K = 6
 SIZES = [1, 2, 3, 9, 15, 30]
@@ -208,7 +208,7 @@ def test_a_few_particles_are_unbiased_for_the_likelihood_itself():
 @pytest.mark.parametrize("random", ["(1 | site)", "(1 + x0 | site)", CROSSED])
 def test_where_the_conditional_is_exact_they_may_be_held(random, sparse, monkeypatch):
     """log p(y | theta), its gradient and curvature are the same wherever the effects are."""
-    monkeypatch.setattr("armed_pyro.couplings.SPARSE", sparse)
+    monkeypatch.setattr("armed_pyro.guides.cross_products.SPARSE", sparse)
     kind = CrossedGuide if random is CROSSED else StructuredGuide
     model, source, guide = bind(random, guide=kind)
     guide.settle()

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.invariance import MOST_ROWS, _Reading, activations
+from armed_pyro.explain.invariance import MOST_ROWS, _Reading, activations
 
 BRIEF = Schedule(steps=5, window=5, stages=0)
 N, SITES = 400, 5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from armed_pyro.jointnormal import JointNormal
+from armed_pyro.distributions.precision_normal import JointNormal
 
 SIZE = 4
 

@@ -25,10 +25,10 @@ def test_the_same_seed_gives_the_same_rows_in_random_order(path, tmp_path):
 
 def test_streamed_and_in_memory_only_monte_carlo_error_tells_fits_apart(path, monkeypatch):
     monkeypatch.setattr(largetable, "SORTED_AT_ONCE", 100_000)  # many files
-    monkeypatch.setattr("armed_pyro.tablescan.BLOCK_ROWS", 500)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_AT_ONCE", 1000)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_DRAWS", 1000)
-    monkeypatch.setattr("armed_pyro.proposals.PIECE", 1000 * 1000)
+    monkeypatch.setattr("armed_pyro.streaming.scan.BLOCK_ROWS", 500)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", 1000)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_DRAWS", 1000)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", 1000 * 1000)
     table = largetable.agreement(path, 100).set_index("quantity")
     assert {"g_sd[0]", "g_sd[1]", "residual_sd[0]", "fixed_effect[3]"} <= set(table.index)
     single = table.drop(index="effects")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from armed_pyro import lowering
-from armed_pyro.lowering import capture
+from armed_pyro.engine import compiler as lowering
+from armed_pyro.engine.compiler import capture
 
 
 def solved(matrix: torch.Tensor) -> list[torch.Tensor]:

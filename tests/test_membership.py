@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
-from armed_pyro.evidence import gather, merge
-from armed_pyro.membership import (
+from armed_pyro.prediction.cluster_classifier import (
     _architecture,
     _pooling,
     _temperature,
     calibration_error,
     train_classifier,
 )
-from armed_pyro.unseen import apart
+from armed_pyro.prediction.similarity import gather, merge
+from armed_pyro.prediction.unseen import apart
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 CENTERS = np.array([-3.0, -1.0, 1.0, 3.0])

@@ -10,10 +10,10 @@ from scipy import optimize, stats
 from torch import nn
 
 from armed_pyro import ClusteredData, HalfNormal, Known, MixedEffects, Priors, Slopes
-from armed_pyro.crossed import choose_guide
-from armed_pyro.importance import weigh
-from armed_pyro.mode import WIDEST, particles_needed, start_at_mode
-from armed_pyro.noise import gaussian_noise
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.guides.noise import gaussian_noise
+from armed_pyro.inference.marginal_mode import WIDEST, particles_needed, start_at_mode
+from armed_pyro.inference.nested_weights import weigh
 
 K, PER = 12, 6
 N = K * PER
@@ -206,8 +206,8 @@ def test_without_random_effects_it_is_the_mode_of_the_posterior():
 def test_rows_taken_in_pieces_have_the_same_mode(random, family, limit, monkeypatch):
     _, whole, _ = started(random, family)
     sizes = []
-    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", limit)
-    monkeypatch.setattr("armed_pyro.mode.weigh", recorded(sizes))
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.LARGEST_STEP", limit)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.weigh", recorded(sizes))
     _, pieces, _ = started(random, family)
     if family == "gaussian" or not random:
         assert max(sizes) < N / 2, "some pieces are needed"
@@ -224,8 +224,8 @@ def test_searched_among_some_clusters_it_is_that_of_all(monkeypatch):
     data = make_data(per=10, clusters=300)
     _, whole, _ = started("(1 + x0 | site)", data=data)
     sizes = []
-    monkeypatch.setattr("armed_pyro.mode.SEARCHED", 1000)
-    monkeypatch.setattr("armed_pyro.mode.weigh", recorded(sizes))
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.SEARCHED", 1000)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.weigh", recorded(sizes))
     _, some, _ = started("(1 + x0 | site)", data=data)
     # A search among a third of the rows, and a few Newton steps with all.
     assert sizes.count(1000) > 8
@@ -249,13 +249,13 @@ def test_what_is_known_well_is_searched_for_in_its_own_units(monkeypatch):
     labels = {"site": site, "batch": batch}
     data = ClusteredData.from_arrays(x, y + rng.normal(size=n), labels)
     sizes = []
-    monkeypatch.setattr("armed_pyro.mode.weigh", recorded(sizes))
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.weigh", recorded(sizes))
     model, guide, source = started("(1 | site) + (1 | batch)", data=data)
     assert len(sizes) <= 13
     found = {name: one.clone() for name, one in guide.hyperparameters.named_buffers()}
     sd = np.sqrt(np.diag(covariance_of(guide)))
     assert sd.max() / sd.min() > 15
-    monkeypatch.setattr("armed_pyro.mode.SEARCH_SCALE", 0.01)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.SEARCH_SCALE", 0.01)
     start_at_mode(model, guide, source)
     assert (np.abs((guide.hyperparameters.anchor - found["anchor"]).numpy()) < 0.02 * sd).all()
     assert (np.abs(np.sqrt(np.diag(covariance_of(guide))) / sd - 1) < 0.02).all()
@@ -375,7 +375,7 @@ def test_a_search_that_fails_leaves_a_guide_that_can_be_trained(error, monkeypat
     def fail(*arguments):
         raise error("a matrix is degenerate")
 
-    monkeypatch.setattr("armed_pyro.mode.weigh", fail)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.weigh", fail)
     _, guide, source = started("(1 | site)")
     hyper = guide.hyperparameters
     torch.testing.assert_close(hyper.frame, 0.1 * torch.eye(hyper.size).double())
@@ -397,8 +397,8 @@ def test_one_particle_is_enough_where_the_conditional_is_exact(random, dtype):
 def test_that_takes_a_look_at_some_of_many_clusters_only(random, expected, monkeypatch):
     model, guide, source = started(random)
     sizes = []
-    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", 256 * N // 3)
-    monkeypatch.setattr("armed_pyro.mode.weigh", recorded(sizes))
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.LARGEST_STEP", 256 * N // 3)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.weigh", recorded(sizes))
     assert particles_needed(model, guide, source) == expected
     assert sizes == [N // 3] * bool(random), "a third of the rows, in whole clusters"
 
@@ -408,5 +408,5 @@ def test_binary_outcomes_of_few_rows_need_many(random, expected, monkeypatch):
     data = make_data("bernoulli", per=3, clusters=40)
     model, guide, source = started(random, "bernoulli", data)
     assert particles_needed(model, guide, source) == expected
-    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", 256 * 60)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.LARGEST_STEP", 256 * 60)
     assert particles_needed(model, guide, source) == expected

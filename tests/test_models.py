@@ -8,7 +8,7 @@ from armed_pyro.models.autoencoder import AutoencoderClassifier, autoencoder_pro
 from armed_pyro.models.convolutional import block_paths, convolutional, convolutional_program
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.networks import hidden_activations, network
+from armed_pyro.networks.by_name import hidden_activations, network
 
 
 def test_linear_is_float64_and_starts_at_zero():

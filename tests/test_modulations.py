@@ -19,10 +19,11 @@ from armed_pyro import (
     Slopes,
     fit,
 )
-from armed_pyro.crossed import choose_guide
 from armed_pyro.fitting import fit_bound
-from armed_pyro.modulations import modulated, sensitivities
-from armed_pyro.objective import Objective
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.objective import Objective
+from armed_pyro.networks.filters import modulated
+from armed_pyro.program.linearize import sensitivities
 
 SITES, FILTERS = 5, 3
 

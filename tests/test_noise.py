@@ -10,8 +10,8 @@ from pyro import poutine
 from torch import nn
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, StructuredGuide
-from armed_pyro.crossed import CrossedGuide
-from armed_pyro.noise import (
+from armed_pyro.guides.crossed import CrossedGuide
+from armed_pyro.guides.noise import (
     ALONG_ONE,
     PROPOSAL_DF,
     SHARE_ALONG_ONE,

@@ -19,9 +19,9 @@ from armed_pyro import (
     Slopes,
     StructuredGuide,
 )
-from armed_pyro.conditionals import Pushforward
-from armed_pyro.noise import Given, gaussian_noise, proposal_noise
-from armed_pyro.objective import NestedBound, Objective
+from armed_pyro.distributions.whitened import Pushforward
+from armed_pyro.guides.noise import Given, gaussian_noise, proposal_noise
+from armed_pyro.inference.objective import NestedBound, Objective
 
 N, K, BATCH = 48, 6, 8
 SIZES = {"balanced": [8] * K, "unbalanced": [33, 9, 3, 1, 1, 1]}
@@ -363,7 +363,7 @@ def settled(random, family="gaussian", **options):
 
 
 def shared_noise(monkeypatch, noise):
-    monkeypatch.setattr("armed_pyro.objective.gaussian_noise", lambda *arguments: noise)
+    monkeypatch.setattr("armed_pyro.inference.objective.gaussian_noise", lambda *arguments: noise)
 
 
 def given(guide, values, rows):
@@ -427,7 +427,8 @@ def test_at_the_posterior_the_bound_is_the_log_marginal_likelihood(particles, mo
     if particles > 1:
         plain = partial(proposal_noise, stretch=False, heavy=False)
         monkeypatch.setattr(
-            "armed_pyro.objective.proposal_noise", lambda *arguments, heavy: plain(*arguments)
+            "armed_pyro.inference.objective.proposal_noise",
+            lambda *arguments, heavy: plain(*arguments),
         )
     for _ in range(3):
         loss = NestedBound(model, guide, particles)(source.all(), 1)

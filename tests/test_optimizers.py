@@ -15,15 +15,15 @@ from armed_pyro import (
     StructuredGuide,
     fit,
 )
-from armed_pyro.adam import BETAS, Adam
-from armed_pyro.compiled import Steps
-from armed_pyro.conditionals import Pushforward
-from armed_pyro.crossed import CrossedGuide
-from armed_pyro.lazyadam import LazyAdam
-from armed_pyro.objective import Objective
-from armed_pyro.optimizers import Optimizers
-from armed_pyro.skeletons import skeleton
-from armed_pyro.training import Run
+from armed_pyro.distributions.whitened import Pushforward
+from armed_pyro.engine.adam import BETAS, Adam
+from armed_pyro.engine.compiled_step import Steps
+from armed_pyro.engine.skeletons import skeleton
+from armed_pyro.guides.crossed import CrossedGuide
+from armed_pyro.inference.cluster_adam import LazyAdam
+from armed_pyro.inference.objective import Objective
+from armed_pyro.inference.optimizers import Optimizers
+from armed_pyro.inference.training_run import Run
 
 K, N = 60, 120
 pytestmark = pytest.mark.filterwarnings("ignore:there are fewer rows")
@@ -87,7 +87,7 @@ def test_joined_parameters_see_the_adam_of_torch():
 @pytest.mark.parametrize("clip", [0.5, 1e6])
 def test_gradients_are_clipped_apart_for_network_and_guide(clip, large, monkeypatch):
     """Beside torch's own clipping and Adam, also where parameters have steps of their own."""
-    monkeypatch.setattr("armed_pyro.optimizers.LARGE", large)
+    monkeypatch.setattr("armed_pyro.inference.optimizers.LARGE", large)
     _, model, _, guide = bind("slopes")
     schedule = Schedule(clip=clip, learning_rate=0.03, net_learning_rate=0.01)
     optimizers = Optimizers(model, LazyAdam(guide, {}, 0), schedule, 1e-4)
@@ -344,7 +344,7 @@ def test_a_run_with_lazy_clusters_goes_on_from_its_checkpoint(tmp_path):
 
     whole = run()
     with pytest.MonkeyPatch.context() as patch:
-        from armed_pyro.training import Run
+        from armed_pyro.inference.training_run import Run
 
         original = Run._close_window
 
@@ -379,7 +379,7 @@ def test_state_is_that_of_every_factor_read_in_batches():
 
 def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     """Of a wide layer's effects those of a batch are trained on: read again, they are others'."""
-    monkeypatch.setattr("armed_pyro.training.LARGEST_STEP", 64)
+    monkeypatch.setattr("armed_pyro.inference.training_run.LARGEST_STEP", 64)
     data, calls, read = many(), [], LazyAdam.read
 
     def counted(self, rows):

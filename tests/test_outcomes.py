@@ -20,12 +20,13 @@ from armed_pyro import (
     Schedule,
     fit,
 )
-from armed_pyro.crossed import choose_guide
-from armed_pyro.layout import needs_alone
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.objective import Objective
 from armed_pyro.models.autoencoder import AutoencoderClassifier, autoencoder_program
-from armed_pyro.modulations import reaches_predictor, reconstruction_slopes
-from armed_pyro.objective import Objective
-from armed_pyro.outcomes import log_likelihoods
+from armed_pyro.program.binding import needs_alone
+from armed_pyro.program.linearize import reconstruction_slopes
+from armed_pyro.program.model import log_likelihoods
+from armed_pyro.program.predictor import reaches_predictor
 
 SITES = 4
 
@@ -163,7 +164,7 @@ def test_the_fixed_effects_rebuild_images_on_their_own():
 
 @pytest.mark.parametrize("exact", [16, 0])
 def test_slopes_and_curvature_are_those_of_the_likelihood(exact, monkeypatch):
-    monkeypatch.setattr("armed_pyro.modulations.MOST_EXACT", exact)
+    monkeypatch.setattr("armed_pyro.program.linearize.MOST_EXACT", exact)
     data = images(n=8)
     model = small(image_weight=0.7).bind(data).eval()
     rows = model.encode(data).all()
@@ -295,7 +296,7 @@ def test_every_outcome_has_its_own_name(fitted, tmp_path):
 
 
 def test_what_is_too_large_is_left_out_and_said(fitted, monkeypatch):
-    monkeypatch.setattr("armed_pyro.datatree.LARGEST_OTHER", 10.0)
+    monkeypatch.setattr("armed_pyro.summaries.datatree.LARGEST_OTHER", 10.0)
     with pytest.warns(UserWarning, match="draws of image would take"):
         tree = fitted[0].to_datatree(draws=5, groups=["posterior_predictive"])
     assert list(tree["posterior_predictive"].data_vars) == ["outcome"]

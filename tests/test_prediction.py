@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.prediction import MODES, predict_chunks
+from armed_pyro.prediction.chunks import predict_chunks
+from armed_pyro.prediction.unseen import MODES
 
 PLAIN = ("population", "marginal")  # the others are in test_membership and test_adaptation
 SHORT = Schedule(steps=4, window=2, stages=0)
@@ -261,7 +262,7 @@ def test_blocks_of_rows_give_the_same_expected_outcomes(crossed_fit, mode, chunk
 
 
 def test_many_rows_are_joined_from_blocks(site_fit, monkeypatch):
-    monkeypatch.setattr("armed_pyro.prediction.BLOCK_VALUES", 9 * 10)
+    monkeypatch.setattr("armed_pyro.program.blocks.BLOCK_VALUES", 9 * 10)
     blocks = site_fit.predict(FRAME, draws=9)
     monkeypatch.undo()
     whole = site_fit.predict(FRAME, draws=9)

@@ -24,7 +24,7 @@ from armed_pyro import (
     Priors,
     Slopes,
 )
-from armed_pyro.rows import HeldRows
+from armed_pyro.rows.in_memory import HeldRows
 
 N, K = 48, 6
 OUTCOMES = {

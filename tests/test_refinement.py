@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, Fit, HalfNormal, Known, MixedEffects, Priors, Schedule, fit
-from armed_pyro.arvizstats import pareto_smooth
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.inference.draws import RefinedDraws
+from armed_pyro.inference.importance_sampling import importance_draws
+from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.models.linear import linear
-from armed_pyro.refinement import RefinedDraws, importance_draws
-from armed_pyro.simulate import mixed_model
 
 
 def make(family="gaussian", clusters=12, rows=6, seed=2, random="(1 | site)", **settings):
@@ -145,9 +146,9 @@ def test_refined_draws_are_taken_from_the_proposals_and_hold_no_copy_of_them(gau
 
 def test_rows_weighed_in_pieces_give_the_weights_of_all_at_once(gaussian, monkeypatch):
     whole = importance_draws(gaussian)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_AT_ONCE", 1)
-    monkeypatch.setattr("armed_pyro.proposals.PIECE", len(whole.weights) * 20)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_CLUSTERS", 5)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", len(whole.weights) * 20)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_CLUSTERS", 5)
     pieces = importance_draws(gaussian)
     np.testing.assert_allclose(pieces.weights, whole.weights, rtol=1e-6)
     watched = ~np.isnan(pieces.cluster_k_hat)
@@ -178,7 +179,8 @@ def test_known_sds_are_refined():
 
 def test_where_the_weights_cannot_be_relied_upon_the_guide_is_kept(monkeypatch):
     monkeypatch.setattr(
-        "armed_pyro.proposals.pareto_smooth", lambda ratios: (ratios, np.full(len(ratios), 1.1))
+        "armed_pyro.inference.importance_sampling.pareto_smooth",
+        lambda ratios: (ratios, np.full(len(ratios), 1.1)),
     )
     model, data = make()
     result = fit(model, data, schedule=Schedule(steps=20), progress=False)

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.evaluation import evaluate
+from armed_pyro.cli.prediction_file import write_predictions
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
-from armed_pyro.prediction import predict_chunks
-from armed_pyro.predictionfile import write_predictions
-from armed_pyro.report import page
+from armed_pyro.prediction.chunks import predict_chunks
+from armed_pyro.prediction.evaluation import evaluate
+from armed_pyro.report.html import page
 
 
 def clustered(outcome: str = "gaussian", clusters: int = 6) -> ClusteredData:

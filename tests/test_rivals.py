@@ -29,7 +29,7 @@ from armed_pyro.analysis.rivals import (
     programs,
     shuffled,
 )
-from armed_pyro.simulate import mixed_model
+from armed_pyro.data.simulate import mixed_model
 
 SETTING = Setting("quick", "quick", Dense((6, 5)), Schedule(steps=60, batch_size=64, window=20))
 RIVALS: tuple[Rival, ...] = (

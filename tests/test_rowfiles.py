@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from armed_pyro.rowfiles import Layout, database, put_in_order
+from armed_pyro.streaming.row_file import Layout, database, put_in_order
 
 LAYOUT = Layout(2, ("y", "weights"), ("site", "dose"))
 MEMORY = 10**6

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from armed_pyro.rows import HeldRows
-from armed_pyro.shuffle import Passes
+from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.shuffle import Passes
 
 SITE = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3])
 DOSE = torch.tensor([0, 1] * 6)

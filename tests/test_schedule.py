@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from armed_pyro import Schedule
-from armed_pyro.schedule import WANDERING, History, Plateau, split_r_hat
+from armed_pyro.engine.schedule import WANDERING, History, Plateau, split_r_hat
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from scipy import stats
 from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.scores import compare_modes, crps, score_mode
-from armed_pyro.simulate import mixed_model
+from armed_pyro.data.simulate import mixed_model
+from armed_pyro.prediction.scores import compare_modes, crps, score_mode
 
 SHORT = Schedule(steps=300, window=50)
 

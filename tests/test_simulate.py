@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from armed_pyro.families import FAMILIES
-from armed_pyro.simulate import mixed_model, spirals
+from armed_pyro.data.simulate import mixed_model, spirals
+from armed_pyro.families.registry import FAMILIES
 
 
 def z_score(draws: np.ndarray, mean: np.ndarray | float, variance: np.ndarray | float) -> float:

@@ -33,12 +33,12 @@ from armed_pyro import (
     Slopes,
     StructuredGuide,
     fit,
-    storage,
 )
-from armed_pyro.checkpoint import module_tensors
-from armed_pyro.families import Gaussian
-from armed_pyro.manifest import VERSION
-from armed_pyro.networks import network
+from armed_pyro.engine.checkpoint import module_tensors
+from armed_pyro.families.gaussian import Gaussian
+from armed_pyro.networks.by_name import network
+from armed_pyro.storage import save as storage
+from armed_pyro.storage.manifest import VERSION
 
 SCHEDULE = Schedule(steps=30, batch_size=16)
 FILES = {

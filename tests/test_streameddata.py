@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.facts import Facts
 from armed_pyro.fitted import Fit
-from armed_pyro.rows import HeldRows
-from armed_pyro.streameddata import StreamedData
-from armed_pyro.streamedrows import StreamedRows
-from armed_pyro.training import Run
+from armed_pyro.inference.training_run import Run
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.streaming.on_disk import StreamedRows
+from armed_pyro.streaming.streamed_data import StreamedData
 
 MEMORY = 300_000
 N, K = 3000, 60
@@ -22,7 +22,7 @@ N, K = 3000, 60
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("armed_pyro.tablescan.BLOCK_ROWS", 271)
+    monkeypatch.setattr("armed_pyro.streaming.scan.BLOCK_ROWS", 271)
 
 
 def table(family="gaussian", n=N, clusters=K, seed=0):
@@ -161,8 +161,8 @@ def test_passes_differ_and_follow_from_the_generator(kind, both):
 
 def test_a_pass_mixes_row_groups_and_has_no_row_twice(tmp_path, monkeypatch):
     n = 12_000
-    monkeypatch.setattr("armed_pyro.rowfiles.GROUP_BYTES", 1)  # 2,048 rows
-    monkeypatch.setattr("armed_pyro.streamedrows.MIXED", 2)
+    monkeypatch.setattr("armed_pyro.streaming.row_file.GROUP_BYTES", 1)  # 2,048 rows
+    monkeypatch.setattr("armed_pyro.streaming.on_disk.MIXED", 2)
     frame = table(n=n).assign(y=np.arange(n))
     with stream(frame, tmp_path).encoded(["site"], seed=0) as encoded:
         source = encoded.rows(torch.zeros(0))
@@ -190,7 +190,7 @@ def test_the_sample_is_whole_clusters(monkeypatch, tmp_path):
         assert encoded.sample("site").n_rows == N  # it is small enough to be kept whole
         assert encoded.sample(None).n_rows == N
         assert encoded.sample("site").row_labels.tolist() == list(range(N))
-        monkeypatch.setattr("armed_pyro.rowwriter.SAMPLE_ROWS", 1500)
+        monkeypatch.setattr("armed_pyro.streaming.sort_and_shuffle.SAMPLE_ROWS", 1500)
         sample = encoded.sample("site")
         assert 1300 < sample.n_rows <= 1500
         assert 1300 < encoded.sample(None).n_rows < 1700
@@ -258,13 +258,13 @@ def test_only_parquet_is_streamed(tmp_path):
 
 def in_pieces(monkeypatch, n):
     """Neither the search for the mode nor the weights may see all n rows at once."""
-    monkeypatch.setattr("armed_pyro.mode.SEARCHED", n // 2)
-    monkeypatch.setattr("armed_pyro.mode.FEWEST_SEARCHED", 10)
-    monkeypatch.setattr("armed_pyro.mode.LARGEST_STEP", n - 1)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_AT_ONCE", n // 3)
-    monkeypatch.setattr("armed_pyro.proposals.MOST_DRAWS", 1000)
-    monkeypatch.setattr("armed_pyro.proposals.PIECE", 1000 * n // 4)
-    monkeypatch.setattr("armed_pyro.rowwriter.SAMPLE_ROWS", n // 2)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.SEARCHED", n // 2)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.FEWEST_SEARCHED", 10)
+    monkeypatch.setattr("armed_pyro.inference.marginal_mode.LARGEST_STEP", n - 1)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", n // 3)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_DRAWS", 1000)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", 1000 * n // 4)
+    monkeypatch.setattr("armed_pyro.streaming.sort_and_shuffle.SAMPLE_ROWS", n // 2)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_factor_with_few_clusters_but_most_effects_is_taken_whole(tmp_path, mo
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
     model = MixedEffects(net, ["(1 | a)", Slopes("b", on="1")])
     data = stream(two_factors(), tmp_path, clusters=["a", "b"])
-    monkeypatch.setattr("armed_pyro.training.LARGEST_STEP", 2 * 600)
+    monkeypatch.setattr("armed_pyro.inference.training_run.LARGEST_STEP", 2 * 600)
     whole, asked = StreamedRows.whole_clusters, []
 
     def recorded(self, factor, chosen):

@@ -20,7 +20,7 @@ from armed_pyro import (
     Schedule,
     fit,
 )
-from armed_pyro.summary import priors, text
+from armed_pyro.report.text import priors, text
 
 SHORT = Schedule(steps=4, window=2, stages=3)
 

@@ -10,16 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from armed_pyro.tables import (
-    Schema,
-    as_pandas,
-    index_from_json,
-    index_to_json,
-    parse_terms,
-    read_table,
-    unknown,
-    write_table,
-)
+from armed_pyro._messages import unknown
+from armed_pyro.data.files import as_pandas, read_table, write_table
+from armed_pyro.data.grouping import index_from_json, index_to_json
+from armed_pyro.data.schema import Schema, parse_terms
 
 
 def make_frame():

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from armed_pyro import ClusteredData
-from armed_pyro.streams import TableBlocks
-from armed_pyro.tablescan import complete_blocks, scan
+from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.scan import complete_blocks, scan
 
 ROLES = {"outcome": "y", "clusters": ["site", "ward"], "features": "age * sex + flag"}
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("armed_pyro.tablescan.BLOCK_ROWS", 7)
+    monkeypatch.setattr("armed_pyro.streaming.scan.BLOCK_ROWS", 7)
 
 
 def table(n=100):

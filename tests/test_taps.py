@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from armed_pyro.taps import module_at, pooled, tapped
+from armed_pyro.networks.taps import module_at, pooled, tapped
 
 
 def make_net():

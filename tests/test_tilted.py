@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from armed_pyro.conditionals import WhitenedNormal
-from armed_pyro.tilted import TiltedNormal
+from armed_pyro.distributions.observed_normal import TiltedNormal
+from armed_pyro.distributions.whitened import WhitenedNormal
 
 CLUSTERS = 6
 # Beyond eight terms products are the library's.

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 from armed_pyro import ClusteredData
-from armed_pyro.families import family_named
-from armed_pyro.streameddata import StreamedData
-from armed_pyro.trainingtable import TrainingTable, byte_size, outputs
+from armed_pyro.cli.training_data import TrainingTable, byte_size, outputs
+from armed_pyro.families.registry import family_named
+from armed_pyro.streaming.streamed_data import StreamedData
 
 ROLES = {"outcome": "y", "clusters": ["g"]}
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.prediction import effect_source, predict_chunks
-from armed_pyro.unseen import MODES, apart, check_mode, label_noise
+from armed_pyro.prediction.chunks import effect_source, predict_chunks
+from armed_pyro.prediction.unseen import MODES, apart, check_mode, label_noise
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Schedule, fit
-from armed_pyro.variance import original_covariance
+from armed_pyro.program.units import original_covariance
 
 SHORT = Schedule(steps=4, window=2, stages=0)
 COLUMNS = ["factor", "term", "statistic", "mean", "median", "sd", "lower", "upper"]
@@ -255,7 +255,7 @@ def test_a_network_without_latent_sites_has_shares():
 
 
 def test_many_rows_are_thinned(slope_fit, monkeypatch):
-    monkeypatch.setattr("armed_pyro.variance.MOST_ROWS", 20)
+    monkeypatch.setattr("armed_pyro.summaries.variance.MOST_ROWS", 20)
     table = slope_fit.variance_components(draws=DRAWS)
     covariance, _, residual = by_hand(slope_fit)
     # Drawn at random: every k-th row of a periodic table would not be like the others.

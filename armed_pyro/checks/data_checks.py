@@ -1,0 +1,186 @@
+"""Checks of a fit's data and model: clusters, priors, predictions, random effects, residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from armed_pyro.checks.inference_checks import Check
+from armed_pyro.checks.predictive_checks import (
+    cluster_checks,
+    effect_normality,
+    residual_uniformity,
+)
+from armed_pyro.inference.psis import pareto_smooth
+from armed_pyro.summaries.arviz_stats import prior_sensitivity
+
+if TYPE_CHECKING:
+    from armed_pyro.fitted import Fit
+    from armed_pyro.inference.draws import ImportanceDraws
+    from armed_pyro.random_effects.grouping_factor import Factor
+
+
+__all__ = ["data_checks", "effective_clusters", "predictive_checks"]
+
+
+FEW_CLUSTERS, TOO_FEW_CLUSTERS = 5.0, 3.0
+SENSITIVE = 0.2
+NEAR_ZERO = 0.1
+
+
+def data_checks(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    """Whether the data tell enough, and random effects and residuals are what the program says."""
+    yield from _clusters(fit)
+    yield from _boundary(fit, latents)
+    yield from _priors(fit, latents)
+    yield from _normality(fit, latents)
+    yield from _residuals(fit, latents)
+
+
+def effective_clusters(fit: Fit) -> dict[str, float]:
+    """(sum n_k)^2 / sum n_k^2, by factor: as many clusters of equal size weigh the same."""
+    counts = fit.model.data_facts().counts
+    names = [factor.name for factor in fit.model.factors]
+    return {
+        name: float(counts[name].sum() ** 2 / (counts[name].double() ** 2).sum()) for name in names
+    }
+
+
+def _clusters(fit: Fit) -> Iterator[Check]:
+    for name, effective in effective_clusters(fit).items():
+        total = len(fit.model.data_facts().levels[name])
+        verdict = "pass" if effective >= FEW_CLUSTERS else "warn"
+        verdict = "fail" if effective < TOO_FEW_CLUSTERS else verdict
+        reason = f"{name!r} has {total} clusters, as informative as {effective:.1f} of equal size"
+        advice = (
+            ""
+            if verdict == "pass"
+            else (
+                f"its variance is a guess from the prior: more clusters, or {name!r} as a feature"
+            )
+        )
+        yield Check(f"clusters of {name}", verdict, effective, FEW_CLUSTERS, reason, advice)
+
+
+def _units(factor: Factor) -> set[str]:
+    """Terms of a hidden layer's units or filters: of interest together, not one by one."""
+    names = [name for block in factor.blocks if block.width > 1 for name in block.names]
+    return {term for term in factor.terms if any(term.startswith(name) for name in names)}
+
+
+def _boundary(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    for factor in fit.model.factors:
+        sd = latents[f"{factor.name}_sd"]
+        if sd.dim() < 3:
+            continue  # known
+        draws = sd[:, 0].double().cpu()
+        # A posterior as high at zero as elsewhere has a fifth of its mass there.
+        near = (draws < 0.2 * draws.quantile(0.9, dim=0)).double().mean(0)
+        for term, share in zip(factor.terms, near.tolist(), strict=True):
+            if share <= NEAR_ZERO or term in _units(factor):
+                continue
+            reason = (
+                f"the sd of {factor.name}[{term}] cannot be told from zero: {share:.0%} of its "
+                "posterior lies below a fifth of its 90% quantile"
+            )
+            advice = "leave the term out, or report the interval, not the estimate"
+            yield Check(
+                f"boundary of {factor.name}[{term}]", "warn", share, NEAR_ZERO, reason, advice
+            )
+
+
+def _priors(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    units = {f"{factor.name}_sd[{term}]" for factor in fit.model.factors for term in _units(factor)}
+    found = prior_sensitivity(fit, latents)
+    sensitivity = {name: value for name, value in found.items() if name not in units}
+    if not sensitivity:
+        return
+    worst = max(sensitivity, key=lambda name: sensitivity[name])
+    value = sensitivity[worst]
+    many = [name for name, one in sensitivity.items() if one > SENSITIVE]
+    reason = f"power-scaling the priors moves {worst} most: sensitivity {value:.2f}"
+    if not many:
+        yield Check("prior sensitivity", "pass", value, SENSITIVE, reason)
+        return
+    shown = ", ".join(many[:3]) + (", ..." if len(many) > 3 else "")
+    reason = f"the prior says much of {shown}: sensitivity up to {value:.2f}"
+    advice = "the data say little of it, or contradict the prior: justify the prior, or change it"
+    yield Check("prior sensitivity", "warn", value, SENSITIVE, reason, advice)
+
+
+def predictive_checks(
+    fit: Fit, latents: Mapping[str, Tensor], weighted: ImportanceDraws | None
+) -> tuple[pd.DataFrame, list[Check]]:
+    """Outcomes of every cluster beside their replications, as a table, and the checks of them."""
+    tables, checks = [], []
+    for factor in fit.model.factors:
+        found = cluster_checks(fit, factor.name, latents, seed=fit.seed)
+        table = found.table.assign(factor=factor.name)
+        nested = fit.guide.nested()
+        if weighted is not None and nested is factor and len(table) == len(weighted.cluster_k_hat):
+            elpd, bad = _left_out(weighted)
+            table = table.assign(k_hat=weighted.cluster_k_hat, elpd=elpd, elpd_k_hat=bad)
+        tables.append(table)
+        for name, (p, ratio) in found.overall.items():
+            checks.append(_discrepancy(factor.name, name, p, ratio))
+    whole = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    first = [name for name in ("factor", "cluster", "rows") if name in whole]
+    return whole[[*first, *(name for name in whole if name not in first)]], checks
+
+
+def _discrepancy(factor: str, statistic: str, p: float, ratio: float) -> Check:
+    verdict = "pass"
+    if p < 0.01 and ratio > 1.2:
+        verdict = "fail" if p < 0.0025 and ratio > 1.5 else "warn"
+    reason = (
+        f"the {statistic} of the outcome in each cluster deviates {ratio:.2f} times as much as "
+        f"replications do (p = {p:.3f})"
+    )
+    advice = "" if verdict == "pass" else "another family (overdispersion?), or more random effects"
+    return Check(f"predictive {statistic} by {factor}", verdict, p, 0.01, reason, advice)
+
+
+def _normality(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    for factor in fit.model.factors:
+        found = effect_normality(factor, latents, seed=fit.seed)
+        if not found:
+            continue
+        worst = min(found, key=lambda term: found[term][0])
+        p, w = min(1.0, found[worst][0] * len(found)), found[worst][1]  # Bonferroni
+        verdict = "pass" if p > 0.01 else "warn" if p > 1e-5 else "fail"
+        not_ = "not " if verdict != "pass" else ""
+        reason = (
+            f"random effects of {factor.name} are {not_}compatible with a normal distribution "
+            f"(least {worst}: Shapiro-Wilk W {w:.3f}, p = {p:.2g})"
+        )
+        advice = "look at their histogram: groups of clusters (a missing feature), or outliers"
+        yield Check(f"normality of {factor.name}", verdict, p, 0.01, reason, advice if not_ else "")
+
+
+def _residuals(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    found = residual_uniformity(fit, latents, seed=fit.seed)
+    if found is None:
+        return
+    p, distance = found
+    verdict = "pass"
+    if p < 1e-3 and distance > 0.03:
+        verdict = "fail" if p < 1e-6 and distance > 0.1 else "warn"
+    family = fit.model.family.name
+    reason = (
+        f"quantile residuals of family {family!r} are {distance:.3f} from uniform (p = {p:.2g})"
+    )
+    advice = "" if verdict == "pass" else "try another family or a transformed outcome"
+    yield Check("residuals", verdict, p, 1e-3, reason, advice)
+
+
+def _left_out(weighted: ImportanceDraws) -> tuple[np.ndarray, np.ndarray]:
+    """log p(y_k | y of the other clusters), and k-hat of its weights, of the clusters looked at."""
+    clusters, watched = weighted.clusters.T, ~np.isnan(weighted.cluster_k_hat)
+    elpd, k_hat = np.full(len(watched), np.nan), np.full(len(watched), np.nan)
+    smoothed, k_hat[watched] = pareto_smooth(weighted.log_weights - clusters)
+    elpd[watched] = np.logaddexp.reduce(smoothed + clusters, axis=1)
+    return elpd, k_hat

@@ -1,0 +1,154 @@
+"""Can a fit be trusted? A verdict, with reasons and next steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from armed_pyro.checks.data_checks import data_checks, effective_clusters, predictive_checks
+from armed_pyro.checks.inference_checks import ORDER, Check, inference_checks
+from armed_pyro.inference.importance_sampling import affordable, refinable
+from armed_pyro.summaries.arviz_stats import leave_one_out
+
+if TYPE_CHECKING:
+    from armed_pyro.fitted import Fit
+    from armed_pyro.inference.draws import ImportanceDraws
+
+
+__all__ = ["Diagnostics", "diagnose"]
+
+
+# Posterior draws that the checks are made of.
+DRAWS = 1000
+MOST_ROWS_LOO = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnostics:
+    """Verdict on a fit.
+
+    Attributes
+    ----------
+    checks : tuple of Check
+        All checks made, those that failed first.
+    clusters : pandas.DataFrame
+        By cluster: factor, cluster, rows, posterior predictive checks (statistic, replicated
+        median and p-value of mean, sd, zeros), and for the nested factor k_hat, elpd (expected
+        log density when the cluster is left out) and elpd_k_hat.
+    figures : mapping of str to float or None
+        k_hat, ess, elpd_loo, elpd_loo_se, p_loo, elpd_loo_bad (rows with k-hat above 0.7),
+        elpd_loco, elpd_loco_se, elpd_loco_bad (clusters likewise), and the effective number of
+        clusters of each factor.
+
+    Examples
+    --------
+    >>> found = Check("steps", "warn", 200, None, "the steps ran out", "allow more steps")
+    >>> print(Diagnostics((found,), pd.DataFrame(), {}))
+    Verdict: WARN
+      warn  steps: the steps ran out
+            -> allow more steps
+    """
+
+    checks: tuple[Check, ...]
+    clusters: pd.DataFrame
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """The worst verdict of all checks: "pass", "warn" or "fail"."""
+        return max((check.verdict for check in self.checks), key=ORDER.index, default="pass")
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the verdict is not "pass"."""
+        return tuple(check.reason for check in self.checks if check.verdict != "pass")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a check."""
+        return pd.DataFrame([asdict(check) for check in self.checks])
+
+    def to_json(self) -> dict[str, Any]:
+        """Verdict, checks and figures as JSON values."""
+        checks = [{k: _finite(v) for k, v in asdict(check).items()} for check in self.checks]
+        figures = {name: _finite(value) for name, value in self.figures.items()}
+        return {"verdict": self.verdict, "checks": checks, "figures": figures}
+
+    def __str__(self) -> str:
+        return "\n".join([f"Verdict: {self.verdict.upper()}", *_lines(self.checks)])
+
+    def brief(self) -> str:
+        """The verdict, and the checks that did not pass."""
+        open_ones = [check for check in self.checks if check.verdict != "pass"]
+        passed = f"{len(self.checks) - len(open_ones)} of {len(self.checks)} checks passed"
+        return "\n".join([f"  {self.verdict.upper()}: {passed}", *_lines(open_ones)])
+
+
+def diagnose(fit: Fit) -> Diagnostics:
+    """All checks of a fit.
+
+    Inference: end of the training, iterates of q(theta) (drift and R-hat; Dhaka et al. 2020),
+    Pareto k-hat over all and by cluster, or R-hat, ESS and divergences of NUTS. Data: effective
+    number of clusters, sds that cannot be told from zero, sensitivity to the priors (power
+    scaling; Kallioinen et al. 2024). Model: posterior predictive checks by cluster, normality of
+    the random effects, distribution of the residuals. PSIS-LOO and leave-one-cluster-out are
+    reported without a verdict.
+
+    Examples
+    --------
+    ``print(fit.diagnostics())``
+    """
+    latents = fit.draws(min(DRAWS, affordable(fit)))
+    weighted = fit.importance if refinable(fit) else None
+    clusters, predictive = predictive_checks(fit, latents, weighted)
+    checks = [
+        *_rows(fit),
+        *inference_checks(fit, weighted),
+        *data_checks(fit, latents),
+        *predictive,
+    ]
+    checks.sort(key=lambda check: -ORDER.index(check.verdict))
+    return Diagnostics(tuple(checks), clusters, _figures(fit, weighted, clusters))
+
+
+def _rows(fit: Fit) -> Iterator[Check]:
+    if fit.sampled:
+        n, kept = fit.model.data_facts().n_rows, fit.data.n_rows
+        sizes = [f"{one.n_clusters} clusters of {name}" for name, one in fit.data.groupings.items()]
+        reason = f"of {n} rows {kept}, in {', '.join(sizes) or 'no clusters'}, were kept at random"
+        reason += "; outcomes and residuals are checked in these"
+        yield Check("rows", "pass", float(kept), None, reason)
+
+
+def _figures(
+    fit: Fit, weighted: ImportanceDraws | None, clusters: pd.DataFrame
+) -> dict[str, float | None]:
+    figures: dict[str, float | None] = {}
+    if weighted is not None:
+        figures |= {"k_hat": weighted.k_hat, "ess": weighted.effective}
+    if fit.data.n_rows <= MOST_ROWS_LOO and not fit.sampled:
+        figures |= leave_one_out(fit)
+    if "elpd" in clusters:
+        left_out = clusters.elpd.dropna()
+        figures |= {
+            "elpd_loco": float(left_out.mean() * len(clusters.elpd)),
+            "elpd_loco_se": float(left_out.std() * len(clusters.elpd) / len(left_out) ** 0.5),
+            "elpd_loco_bad": float((clusters.elpd_k_hat > 0.7).sum()),
+        }
+    sizes = effective_clusters(fit)
+    return figures | {f"effective_clusters[{name}]": value for name, value in sizes.items()}
+
+
+def _lines(checks: Iterable[Check]) -> Iterator[str]:
+    for check in checks:
+        yield f"  {check.verdict:4}  {check.name}: {check.reason}"
+        if check.advice:
+            yield f"        -> {check.advice}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,180 @@
+"""Whether ranks are uniform: chi-square, simultaneous bands of the ECDF, coverage and bias."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float, Int
+
+__all__ = ["bias", "bin_band", "bin_edges", "chi_square", "coverage", "ecdf", "holm", "rank"]
+
+
+MOST_BINS = 20
+MOST_POINTS = 100  # at which an ECDF is compared with the diagonal
+NULL_SETS = 20_000  # of uniform ranks, from which the ECDF's p-values come
+NULL_BLOCK = 2_000
+
+Ranks = Int[np.ndarray, " simulations"]
+
+
+def rank(
+    truth: Float[np.ndarray, " quantities"],
+    draws: Float[np.ndarray, "draws quantities"],
+    rng: np.random.Generator,
+) -> Int[np.ndarray, " quantities"]:
+    """Number of draws below the truth, 0 to L; among draws equal to it, its place is random.
+
+    Examples
+    --------
+    >>> draws = np.array([[1.0], [2.0], [3.0]])
+    >>> rank(np.array([2.5]), draws, np.random.default_rng(0))
+    array([2])
+    """
+    below, equal = (draws < truth).sum(0), (draws == truth).sum(0)
+    return below + rng.integers(equal, endpoint=True)
+
+
+def bin_edges(n: int, draws: int) -> Int[np.ndarray, " edges"]:
+    """First rank of each bin, and L + 1: at most 20 bins, of about ten ranks or more each."""
+    count = max(2, min(MOST_BINS, draws + 1, n // 10))
+    return np.linspace(0, draws + 1, count + 1).round().astype(int)
+
+
+def chi_square(ranks: Ranks, draws: int) -> float:
+    r"""P-value of :math:`\sum_b (O_b - E_b)^2 / E_b` over bins of ranks.
+
+    Examples
+    --------
+    >>> round(chi_square(np.arange(100), draws=99), 3)
+    1.0
+    """
+    from scipy import stats
+
+    edges = bin_edges(len(ranks), draws)
+    expected = np.diff(edges) * len(ranks) / (draws + 1)
+    found = np.histogram(ranks, edges)[0]
+    statistic = ((found - expected) ** 2 / expected).sum()
+    return float(stats.chi2.sf(statistic, len(expected) - 1))
+
+
+def bin_band(n: int, draws: int, prob: float) -> tuple[np.ndarray, np.ndarray]:
+    """Fewest and most of n uniform ranks in every bin, in all bins at once with probability prob.
+
+    The binomial quantiles at (1 - prob) / bins (Bonferroni).
+    """
+    from scipy import stats
+
+    edges = bin_edges(n, draws)
+    share = np.diff(edges) / (draws + 1)
+    tail = (1 - prob) / len(share) / 2
+    return stats.binom.ppf(tail, n, share), stats.binom.ppf(1 - tail, n, share)
+
+
+def ecdf(ranks: Ranks, draws: int) -> float:
+    r"""P-value of the ECDF's distance from that of uniform ranks, over all ranks at once.
+
+    .. math:: \gamma = 2 \min_j \min\{P(X_j \le O_j), P(X_j \ge O_j)\}, \quad
+              X_j \sim Binomial(n, j / (L + 1)),
+
+    with :math:`O_j` the number of ranks below j: the smallest pointwise probability. Its
+    distribution comes from 20,000 sets of n uniform ranks; where the p-value is at most
+    :math:`\alpha`, the ECDF leaves its simultaneous band of probability :math:`1 - \alpha`.
+
+    Examples
+    --------
+    >>> ranks = np.arange(100)
+    >>> ecdf(ranks, draws=99) > 0.9, ecdf(ranks // 2, draws=99) < 0.001
+    (True, True)
+
+    References
+    ----------
+    Säilynoja, Bürkner, Vehtari (2022), Statistics and Computing 32, algorithm 1.
+    """
+    found = (np.sort(ranks).searchsorted(_points(draws)))[None]
+    gamma = _gamma(found, _tails(len(ranks), draws))[0]
+    null = _null(len(ranks), draws)
+    return float((1 + null.searchsorted(gamma, "right")) / (1 + len(null)))
+
+
+def _points(draws: int) -> Int[np.ndarray, " points"]:
+    """Ranks j below which the ECDF counts."""
+    return np.unique(np.linspace(1, draws, min(draws, MOST_POINTS)).round().astype(int))
+
+
+@lru_cache(maxsize=8)
+def _tails(n: int, draws: int) -> Float[np.ndarray, "points counts"]:
+    """Smaller of P(X <= count) and P(X >= count) for every point and count from 0 to n."""
+    from scipy import stats
+
+    share = _points(draws)[:, None] / (draws + 1)
+    counts = np.arange(n + 1)
+    return np.minimum(stats.binom.cdf(counts, n, share), stats.binom.sf(counts - 1, n, share))
+
+
+def _gamma(
+    found: Int[np.ndarray, "sets points"], tails: Float[np.ndarray, "points counts"]
+) -> Float[np.ndarray, " sets"]:
+    return 2 * tails[np.arange(len(tails)), found].min(1)
+
+
+@lru_cache(maxsize=8)
+def _null(n: int, draws: int) -> Float[np.ndarray, " sets"]:
+    """Gamma of sets of n uniform ranks, sorted."""
+    rng = np.random.default_rng(0)
+    edges = np.concatenate([[0], _points(draws), [draws + 1]])
+    share = np.diff(edges) / (draws + 1)
+    blocks = [
+        _gamma(rng.multinomial(n, share, NULL_BLOCK)[:, :-1].cumsum(1), _tails(n, draws))
+        for _ in range(NULL_SETS // NULL_BLOCK)
+    ]
+    return np.sort(np.concatenate(blocks))
+
+
+def coverage(ranks: Ranks, draws: int, prob: float) -> tuple[float, float]:
+    r"""Share of truths in the central interval of the posterior, and its standard error.
+
+    A rank r stands for the stretch from r / (L + 1) to (r + 1) / (L + 1), and counts by how much
+    of it lies in the interval, so that uniform ranks give `prob` for any number of draws. The
+    Monte Carlo standard error, :math:`\sqrt{prob (1 - prob) / n}`, is that of uniform ranks.
+
+    Examples
+    --------
+    >>> round(coverage(np.arange(10), draws=9, prob=0.5)[0], 3)
+    0.5
+    """
+    low, high = (draws + 1) * (1 - prob) / 2, (draws + 1) * (1 + prob) / 2
+    inside = np.minimum(ranks + 1, high) - np.maximum(ranks, low)
+    error = np.sqrt(prob * (1 - prob) / len(ranks))
+    return float(inside.clip(0, 1).mean()), float(error)
+
+
+def bias(ranks: Ranks, draws: int) -> float:
+    r"""Z-score of the mean rank, :math:`(\bar r - L/2) / \sqrt{((L+1)^2 - 1) / (12 n)}`.
+
+    Positive where truths lie above the draws: the posterior is too low.
+
+    Examples
+    --------
+    >>> bias(np.arange(100), draws=99)
+    0.0
+    """
+    error = np.sqrt(((draws + 1) ** 2 - 1) / 12 / len(ranks))
+    return float((ranks.mean() - draws / 2) / error)
+
+
+def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+    """P-values that, compared with alpha, make one or more false alarms with probability <= alpha.
+
+    Holm (1979): valid whatever the tests have to do with each other.
+
+    Examples
+    --------
+    >>> holm(np.array([0.01, 0.04, 0.03]))
+    array([0.03, 0.06, 0.06])
+    """
+    order = np.argsort(p_values)
+    steps = np.arange(len(p_values), 0, -1) * p_values[order]
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
+    return adjusted

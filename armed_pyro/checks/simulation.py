@@ -1,0 +1,307 @@
+"""One simulation of a calibration: draw everything from the prior, fit, and rank the truth."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from torch import Tensor, nn
+
+from armed_pyro import fitting
+from armed_pyro.checks import rank_tests as uniformity
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.engine.schedule import Schedule
+from armed_pyro.fitting import DivergenceError
+from armed_pyro.program.blocks import BLOCK_VALUES
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.rows.source import RowSource
+
+__all__ = ["Recovered", "Recovery", "check_outcomes", "held", "one_thread", "quantities"]
+
+
+LARGEST_COUNT = 1e9
+
+Latents = dict[str, Tensor]
+
+
+def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
+    """The program laid out for these data, its network held as it is, without adversaries.
+
+    Raises
+    ------
+    ValueError
+        If model and data do not fit together, or nothing in the program is latent.
+    """
+    net = copy.deepcopy(model.network).requires_grad_(False)
+    net.register_forward_pre_hook(_evaluate)
+    plan = MixedEffects(
+        net, model.terms, model.family, priors=model.priors, bayesian_head=model.bayesian_head
+    )
+    bound = plan.bind(data).cpu().eval()
+    dispersion = bound.family.dispersion_name
+    if not bound.factors and not bound.bayesian_head and dispersion in {None, *bound.known()}:
+        raise ValueError(
+            "the model has no latent site, so there is no posterior to calibrate: give it random "
+            "effects, or latent fixed effects with bayesian_head=True"
+        )
+    return bound
+
+
+def _evaluate(net: nn.Module, args: tuple[Any, ...]) -> None:
+    """Training would switch the layers of a network that is held to their training mode."""
+    net.eval()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch with one thread, as sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """A draw of the whole program.
+
+    Attributes
+    ----------
+    latents : dict of str to Tensor
+        Latent sites and known quantities, shaped like one draw of `Fit.draws`.
+    eta : Float[Tensor, "rows columns"]
+        Linear predictor.
+    outcome : Float64[Tensor, "rows"]
+        On its original scale; NaN where the predictor is not finite.
+    """
+
+    latents: Latents
+    eta: Float[Tensor, "rows columns"]
+    outcome: Float[Tensor, " rows"]
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Ranks of one truth, by quantity; or what went wrong, and no ranks."""
+
+    ranks: Mapping[str, int]
+    converged: bool
+    error: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """Settings of simulations, of which each depends on its number alone.
+
+    Attributes
+    ----------
+    bound : MixedEffects
+        What `held` returned.
+    data : ClusteredData
+        Everything but the outcome.
+    n_draws : int
+        Posterior draws of each fit.
+    schedule : Schedule
+        Length and rates of each fit's training.
+    refine : bool
+        Whether the guide's draws are importance weighted.
+    seed : int
+        Seed from which each simulation has its own.
+    """
+
+    bound: MixedEffects
+    data: ClusteredData
+    n_draws: int
+    schedule: Schedule
+    refine: bool
+    seed: int
+
+    def truth(self, number: int) -> Truth:
+        """The draw of the program with this number."""
+        bound, rows = self.bound, self.bound.encode(self.data).all()
+        with bound.seeded(self._seeds(number)[0]), pyro.validation_enabled(False):
+            # The data's own outcome is observed, which leaves the prior draws as they are.
+            trace = poutine.trace(bound).get_trace(rows)
+            nodes: Mapping[str, Any] = trace.nodes
+            latents: Latents = {
+                name: site["value"]
+                for name, site in nodes.items()
+                if site["type"] == "sample"
+                and not site["is_observed"]
+                and type(site["fn"]).__name__ != "_Subsample"
+            }
+            eta = nodes["_RETURN"]["value"].eta
+            if torch.isfinite(eta).all():
+                outcome = bound.density(eta, bound.known() | latents, rows).sample()
+            else:
+                outcome = torch.full((len(rows),), torch.nan)
+        effects = {factor.effect_site for factor in bound.factors}
+        latents = {
+            name: value[None] if name in effects else value[None, None]
+            for name, value in latents.items()
+        }
+        return Truth(bound.known() | latents, eta, outcome.to(torch.float64))
+
+    def run(self, number: int) -> Recovered:
+        """Fit the outcome drawn with this number, and rank the truth among posterior draws."""
+        with one_thread():
+            return self._run(number)
+
+    def _run(self, number: int) -> Recovered:
+        _, training, posterior, ties = self._seeds(number)
+        truth = self.truth(number)
+        data = replace(self.data, outcome=truth.outcome)
+        bound = copy.deepcopy(self.bound)
+        source = bound.encode(data)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(training)
+                fit = fitting.fit_bound(
+                    bound,
+                    data,
+                    schedule=self.schedule,
+                    refine=self.refine,
+                    seed=training,
+                    progress=False,
+                )
+                draws = fit.draws(self.n_draws, seed=posterior)
+        except (DivergenceError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            return Recovered({}, False, str(error))
+        values = quantities(bound, source, draws)
+        found = np.stack([one.cpu().numpy() for one in values.values()], -1)
+        if not np.isfinite(found).all():
+            wrong = [name for name, one in values.items() if not torch.isfinite(one).all()]
+            return Recovered({}, False, f"posterior draws of {', '.join(wrong[:3])} are not finite")
+        true = quantities(bound, source, truth.latents)
+        target = np.stack([one.cpu().numpy() for one in true.values()], -1)
+        ranks = uniformity.rank(target, found, np.random.default_rng(ties))
+        return Recovered(dict(zip(values, ranks.tolist(), strict=True)), bool(fit.converged))
+
+    def _seeds(self, number: int) -> list[int]:
+        """Seeds of the truth, the training, the posterior draws and the order of ties."""
+        return [int(one) for one in np.random.SeedSequence([self.seed, number]).generate_state(4)]
+
+
+def quantities(
+    model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, " draws"]]:
+    """What is ranked, by name, in standardised units.
+
+    Every latent sd, correlation, dispersion and fixed effect; all random effects of the first,
+    middle and last cluster of each factor; and the log-likelihood of all rows.
+    """
+    values: dict[str, Tensor] = {}
+    known = model.known()
+    for factor in model.factors:
+        name, terms = factor.name, factor.terms
+        if f"{name}_sd" not in known:
+            sd = latents[f"{name}_sd"].reshape(-1, len(terms))
+            values |= {f"{name}_sd[{term}]": sd[:, i] for i, term in enumerate(terms)}
+        for site, group in zip(factor.cholesky_sites(), factor.groups, strict=True):
+            root = latents[site].reshape(-1, len(group), len(group))
+            for i, j in combinations(range(len(group)), 2):
+                pair = f"{terms[group[i]]},{terms[group[j]]}"
+                values[f"{name}_cor[{pair}]"] = (root[:, i] * root[:, j]).sum(-1)
+        effects, levels = latents[factor.effect_site], model.data_facts().levels[name]
+        for k in sorted({0, len(levels) // 2, len(levels) - 1}):
+            values |= {
+                f"{factor.effect_site}[{levels[k]},{term}]": effects[:, k, i]
+                for i, term in enumerate(terms)
+            }
+    dispersion = model.family.dispersion_name
+    if dispersion is not None and dispersion not in known:
+        values[dispersion] = latents[dispersion].flatten()
+    if model.bayesian_head:
+        fixed = latents["fixed_effect"].reshape(-1, len(model.fixed_terms()))
+        values |= {f"fixed_effect[{t}]": fixed[:, i] for i, t in enumerate(model.fixed_terms())}
+    values["log_likelihood"] = _log_likelihood(model, source, latents)
+    return values
+
+
+def _log_likelihood(
+    model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor]
+) -> Float[Tensor, " draws"]:
+    """log p(y | latent sites) of all rows together."""
+    n = max(len(value) for name, value in latents.items() if name not in model.known())
+    width = sum(len(factor.terms) for factor in model.factors) + len(model.data_facts().columns)
+    total = torch.zeros(n, dtype=torch.float64)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        for rows in source.chunks(max(1, BLOCK_VALUES // (n * width))):
+            total += model.log_likelihood(rows, latents).to(torch.float64).sum(-1)
+    return total
+
+
+# --- absurd priors ----------------------------------------------------------------------------
+
+
+def check_outcomes(recovery: Recovery, simulations: int) -> None:
+    """Draw every data set once, before the first is fitted.
+
+    Raises
+    ------
+    ValueError
+        If outcomes are not finite, or are counts above 1e9; the message says whose prior is the
+        most to blame.
+    """
+    limit = LARGEST_COUNT if recovery.bound.family.integer else sys.float_info.max
+    blame: Counter[str] = Counter()
+    for number in range(simulations):
+        truth = recovery.truth(number)
+        if float(_size(truth.outcome).max()) > limit:
+            blame[_culprit(recovery, truth)] += 1
+    if blame:
+        raise ValueError(
+            f"the prior draws outcomes that are not finite or above {LARGEST_COUNT:.0e} in "
+            f"{blame.total()} of {simulations} simulations, mostly through "
+            f"{blame.most_common(1)[0][0]}"
+        )
+
+
+def _size(values: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(values), values.abs(), torch.inf)
+
+
+def _culprit(recovery: Recovery, truth: Truth) -> str:
+    """The part of the worst row's predictor that is largest, and what to do about it."""
+    model, latents = recovery.bound, truth.latents
+    row = int(_size(truth.eta).amax(-1).argmax())
+    source = model.encode(recovery.data)
+    rows = source.batch(torch.tensor([row]), dense_up_to=len(source))
+    fixed = {name: value for name, value in latents.items() if name == "fixed_effect"}
+    with torch.no_grad():
+        base = model.predictor(rows, fixed).eta
+        parts = {"": base}
+        for factor in model.factors:
+            own = fixed | {factor.effect_site: latents[factor.effect_site]}
+            parts[factor.name] = model.predictor(rows, own).eta - base
+    worst = max(parts, key=lambda name: float(_size(parts[name]).max()))
+    for factor in model.factors:
+        if factor.name == worst:
+            term = factor.terms[int(latents[f"{worst}_sd"].flatten().argmax())]
+            prior = factor.describe_priors()[f"{worst}_sd[{term}]"]
+            return (
+                f"{worst}_sd[{term}] ~ {prior}: give it a tighter prior, such as "
+                f"Priors(sd={{{worst!r}: HalfNormal(0.5)}})"
+            )
+    if model.bayesian_head:
+        return (
+            f"fixed_effect ~ Normal(0, {model.priors.fixed_sd:.4g}): give it a tighter prior, such "
+            "as Priors(fixed_sd=0.5), or look for a large offset"
+        )
+    return (
+        "the output of the network, whose weights are held, or the offset: calibrate the program "
+        "of a fit (fit.model), or look for a large offset"
+    )

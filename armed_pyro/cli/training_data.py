@@ -1,0 +1,118 @@
+"""The table that the command line fits: held in memory, or streamed where it would not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.files import read_table
+from armed_pyro.families.family import Family
+from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.streamed_data import StreamedData
+
+__all__ = ["TrainingTable", "byte_size", "outputs"]
+
+
+# Bytes of memory that the process takes without a table; and that a value of it takes until it
+# is trained on, in all copies together.
+BASE, BYTES_HELD = 500_000_000, 64
+UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingTable:
+    """A table in a file, and the memory that there is for it.
+
+    Attributes
+    ----------
+    table : TableBlocks
+        The file.
+    memory : int
+        Bytes to stay within.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pd.DataFrame({"x": range(1000)}).to_parquet(f"{folder}/t.parquet")
+    ...     table = TrainingTable.open(Path(f"{folder}/t.parquet"), 10_000)
+    >>> table.need, table.streamed
+    (500064000, True)
+    """
+
+    table: TableBlocks
+    memory: int
+
+    @classmethod
+    def open(cls, path: Path, memory: int) -> TrainingTable:
+        """The table in a file; CSV is read at once."""
+        return cls(TableBlocks.open(path), memory)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its columns."""
+        return self.table.columns
+
+    @property
+    def need(self) -> int:
+        """Bytes of memory that it would take."""
+        return BASE + BYTES_HELD * self.table.n_rows * len(self.columns)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it is too large for memory, and Parquet."""
+        return self.table.frame is None and self.need > self.memory
+
+    def rows(self, folder: Path, **roles: Any) -> ClusteredData | StreamedData:
+        """Its rows; `folder` is where temporary files go, `roles` are those of the columns.
+
+        Raises
+        ------
+        ValueError
+            The table cannot be used as asked; see `ClusteredData.from_frame`.
+        """
+        if self.streamed:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = self.table.path
+            return StreamedData.scan(path, memory=self.memory, folder=folder, **roles)
+        frame = self.table.frame
+        return ClusteredData.from_frame(
+            read_table(self.table.path) if frame is None else frame, **roles
+        )
+
+
+def outputs(rows: ClusteredData | StreamedData, family: Family) -> int:
+    """Outputs that a network needs for this outcome."""
+    if family.name != "categorical":
+        return 1
+    if isinstance(rows, ClusteredData):
+        return len(family.columns(rows)) + 1
+    classes = rows.scanned.schema.classes
+    if classes is None:
+        raise ValueError(
+            "the classes of a streamed outcome must be text or categories, not numbers: write "
+            "them to the table as text"
+        )
+    return len(classes)
+
+
+def byte_size(text: str | None) -> int:
+    """Bytes from text such as 2GB or 500 MB; half of the machine's memory if None.
+
+    Examples
+    --------
+    >>> byte_size("1.5 GB")
+    1500000000
+    """
+    if text is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?b?)\s*", text.lower())
+    unit = match and (match[2] if match[2] in UNITS else match[2] + "b")
+    if not match or unit not in UNITS or match[1].count(".") > 1 or not float(match[1]) > 0:
+        raise ValueError(f"expected a size such as 2GB or 500MB, found {text!r}")
+    return int(float(match[1]) * UNITS[unit])

@@ -1,0 +1,1 @@
+"""A table, arrays or xarray become `ClusteredData`."""

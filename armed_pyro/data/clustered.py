@@ -1,0 +1,383 @@
+"""Clustered data: features and outcome as tensors, the clusters of each row with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+
+from armed_pyro._messages import unknown
+from armed_pyro.data.columns import Missing, check_rows, check_varying, code_outcome, finite_tensor
+from armed_pyro.data.files import as_pandas
+from armed_pyro.data.grouping import Grouping, check_informative
+from armed_pyro.data.schema import Schema
+from armed_pyro.data.splits import check_fraction, stratified_order
+
+__all__ = ["ClusteredData"]
+
+
+@dataclass(frozen=True, eq=False)
+class ClusteredData:
+    """Rows of features x_i and outcome y_i, each in one cluster of every grouping factor.
+
+    Make it with `from_frame`, `from_arrays` or `from_xarray`; of a new table, with the schema
+    of the training data: ``data.schema.encode(new_table)``.
+
+    Attributes
+    ----------
+    features : Float64[Tensor, "rows features"] or Float[Tensor, "rows ..."]
+        On the original scale, after categorical encoding; the latter for images and the like.
+    feature_names : tuple of str
+        Names of the encoded columns (``"age"``, ``"sex[T.male]"``); empty for images.
+    sources : tuple of str
+        Table column that each encoded column came from (``"sex"``; ``"age:sex"``).
+    continuous : tuple of bool
+        Which encoded columns are to be standardised: not dummies, nor columns of 0 and 1.
+    outcome_name : str
+    outcome : Float64[Tensor, "rows"], Float[Tensor, "rows ..."] or None
+        Positions in `classes`, if there are any; None where it is to be predicted.
+    classes : tuple or None
+        Labels of an outcome that was boolean, text or categorical.
+    groupings : mapping of str to Grouping
+    trials, offset, weights : Float64[Tensor, "rows"] or None
+        Binomial denominators; a term of the predictor; factors of the rows' log-likelihoods.
+    row_labels : pd.Index
+        Index of the table that the rows came from.
+    schema : Schema or None
+        How the table was encoded; None for arrays.
+    """
+
+    features: Tensor
+    feature_names: tuple[str, ...]
+    sources: tuple[str, ...]
+    continuous: tuple[bool, ...]
+    outcome_name: str
+    outcome: Tensor | None
+    classes: tuple[Any, ...] | None
+    groupings: Mapping[str, Grouping]
+    trials: Tensor | None
+    offset: Tensor | None
+    weights: Tensor | None
+    row_labels: pd.Index
+    schema: Schema | None
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
+        lengths |= {name: len(tensor) for name, tensor in self._row_tensors().items()}
+        for name, length in lengths.items():
+            if length != self.n_rows:
+                raise ValueError(f"{name!r} has {length} rows, the features have {self.n_rows}.")
+        if self.trials is not None:
+            fine = (self.trials >= 1) & (self.trials % 1 == 0)
+            check_rows(self.trials, fine, "trials", "positive whole numbers", self.row_labels)
+        if self.weights is not None:
+            check_rows(self.weights, self.weights >= 0, "weights", "at least 0", self.row_labels)
+
+    def _row_tensors(self) -> dict[str, Tensor]:
+        names = ("features", "outcome", "trials", "offset", "weights")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        *,
+        outcome: str,
+        clusters: Sequence[str],
+        features: Sequence[str] | str | None = None,
+        trials: str | None = None,
+        offset: str | None = None,
+        weights: str | None = None,
+        missing: Missing = "error",
+    ) -> ClusteredData:
+        """Encode a table: numbers as they are, categories by treatment coding.
+
+        Boolean, text and categorical columns are categories, in sorted order or in that of the
+        categorical; the first is the reference. The intercept is never a feature.
+
+        Parameters
+        ----------
+        frame
+            A pandas, polars or pyarrow table; the other parameters name its columns.
+        outcome
+            Column of the outcome; a categorical one becomes codes into `classes`.
+        clusters
+            Columns of the grouping factors; row-wise splits go by the first.
+        features
+            Columns, or a formula of columns with ``+ : * ^``, such as ``"age * sex"``; None for
+            every column that is not named in another role.
+        trials, offset, weights
+            Columns of row-wise numbers.
+        missing
+            What to do about rows with missing values: ``"error"``, or ``"drop"`` with a warning.
+
+        Raises
+        ------
+        ValueError
+            The table cannot be used as asked; see `Schema.infer` and `Schema.encode`.
+        """
+        frame = as_pandas(frame)
+        roles = {"trials": trials, "offset": offset, "weights": weights}
+        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+        return schema.encode(frame, outcome_required=True, missing=missing)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        features: Any,
+        outcome: Any,
+        clusters: Mapping[str, Any],
+        *,
+        feature_names: Sequence[str] | None = None,
+        outcome_name: str = "outcome",
+        classes: Sequence[Any] | None = None,
+        trials: Any = None,
+        offset: Any = None,
+        weights: Any = None,
+        row_labels: pd.Index | None = None,
+    ) -> ClusteredData:
+        """Take arrays or tensors of numbers as they are, and code the clusters' labels.
+
+        Parameters
+        ----------
+        features
+            Shape "rows features", to become float64; or "rows ..." with more dimensions, to
+            stay of a floating type or become float32.
+        outcome
+            Shape "rows" of numbers, booleans or text; or "rows ..." of numbers; or None.
+        clusters
+            Labels of shape "rows" for each grouping factor.
+        feature_names
+            Names of the feature columns; ``x0``, ``x1``, ... if not given.
+        classes
+            Labels of a categorical outcome in order, where those that occur are not all.
+        trials, offset, weights
+            Numbers of shape "rows".
+
+        Raises
+        ------
+        ValueError
+            Lengths differ, a shape is wrong, or a value is missing or infinite.
+        """
+        x = finite_tensor(features, "features")
+        if x.ndim < 2:
+            raise ValueError(
+                f"features must have the shape (rows, features) or more dimensions, found "
+                f"{tuple(x.shape)}. A single feature is x[:, None]."
+            )
+        width = x.shape[1] if x.ndim == 2 else 0
+        feature_names = tuple(feature_names or (f"x{i}" for i in range(width)))
+        if len(feature_names) != width or len(set(feature_names)) != width:
+            raise ValueError(
+                f"feature_names must be {width} distinct names for features of shape "
+                f"{tuple(x.shape)}, found {list(feature_names)}."
+            )
+        y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
+        roles = {"trials": trials, "offset": offset, "weights": weights}
+        per_row = {
+            k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
+        }
+        fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if width else ()
+        return cls(
+            features=x,
+            feature_names=feature_names,
+            sources=feature_names,
+            continuous=tuple(fractional),
+            outcome_name=outcome_name,
+            outcome=y,
+            classes=classes,
+            groupings={
+                k: Grouping.from_labels(v, f"grouping factor {k!r}") for k, v in clusters.items()
+            },
+            **per_row,
+            row_labels=pd.RangeIndex(len(x)) if row_labels is None else row_labels,
+            schema=None,
+        )
+
+    @classmethod
+    def from_xarray(
+        cls,
+        dataset: xr.Dataset,
+        *,
+        outcome: str,
+        clusters: Sequence[str],
+        features: Sequence[str] | str | None = None,
+        row_dim: str = "row",
+        missing: Missing = "error",
+        **roles: str | None,
+    ) -> ClusteredData:
+        """Encode an xarray dataset whose variables share the dimension `row_dim`.
+
+        One-dimensional variables are the columns of a table, as in `from_frame`, which has the
+        other parameters (`trials`, `offset` and `weights` among them). A feature variable with
+        more dimensions is an array, as in `from_arrays`: of two, the second's coordinate names
+        the features. The coordinate of `row_dim` labels the rows.
+        """
+        if row_dim not in dataset.dims:
+            raise unknown("dimension", row_dim, dataset.dims)
+        along = {
+            str(name): variable.transpose(row_dim, ...)
+            for name, variable in dataset.variables.items()
+            if row_dim in variable.dims
+        }
+        taken = [outcome, *clusters, *(name for name in roles.values() if name)]
+        if features is None:
+            features = [n for n in along if n in dataset.data_vars and n not in taken]
+        chosen = [features] if isinstance(features, str) and features in along else features
+        names = [] if isinstance(chosen, str) else list(chosen)
+        for name in [*taken, *names]:
+            if name not in along:
+                raise unknown(f"variable along {row_dim!r} called", name, along)
+        rows = dataset.indexes.get(row_dim, pd.RangeIndex(dataset.sizes[row_dim]))
+
+        if all(along[name].ndim == 1 for name in names):
+            columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
+            table = pd.DataFrame(columns, index=rows)
+            return cls.from_frame(
+                table, outcome=outcome, clusters=clusters, features=chosen, missing=missing, **roles
+            )
+        if len(names) > 1:
+            raise ValueError(
+                f"An array must be the only feature, found {names}. Name one with features=."
+            )
+        array, feature_names = along[names[0]], None
+        if array.ndim == 2:
+            labels = dataset.indexes.get(array.dims[1], range(array.shape[1]))
+            feature_names = [v if isinstance(v, str) else f"{names[0]}[{v}]" for v in labels]
+        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in roles.items() if v}
+        return cls.from_arrays(
+            array.to_numpy(),
+            along[outcome].to_numpy(),
+            {name: along[name].to_numpy() for name in clusters},
+            feature_names=feature_names,
+            outcome_name=outcome,
+            row_labels=rows,
+            **per_row,
+        )
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.features)
+
+    @property
+    def n_features(self) -> int:
+        """Number of encoded feature columns; for images, of values per row."""
+        return int(np.prod(self.features.shape[1:]))
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def take(self, rows: Any) -> ClusteredData:
+        """Some of the rows, by position, mask or slice, with the clusters that occur in them."""
+        if not isinstance(rows, slice):
+            rows = np.asarray(rows)
+            rows = rows if rows.size else rows.astype(np.int64)
+        chosen = np.arange(self.n_rows)[rows]
+        tensors: dict[str, Any] = {k: v[chosen] for k, v in self._row_tensors().items()}
+        return replace(
+            self,
+            groupings={name: grouping.take(chosen) for name, grouping in self.groupings.items()},
+            row_labels=self.row_labels.take(chosen),
+            **tensors,
+        )
+
+    def grouping(self, factor: str) -> Grouping:
+        """The grouping of a factor, ``"site"``, or of the cells of several, ``"school:class"``."""
+        if factor in self.groupings:
+            return self.groupings[factor]
+        outer, _, inner = factor.rpartition(":")
+        if not outer:
+            raise unknown("grouping factor", factor, self.groupings)
+        return self.grouping(outer).cross(self.grouping(inner))
+
+    def split_rows(
+        self, fraction: float, *, by: str | None = None, seed: int
+    ) -> tuple[ClusteredData, ClusteredData]:
+        """Training and validation rows, stratified by cluster and outcome.
+
+        Every cluster of the factor `by` (the first, if not given) sends its share of rows to
+        validation, to within one, spread over the classes of the outcome, or over its values if
+        there are at most ten. Every cluster of every factor keeps a row in training.
+
+        Raises ValueError if `fraction` is not between 0 and 1, or leaves no validation rows.
+        """
+        check_fraction(fraction)
+        rng = np.random.default_rng([seed, 1])
+        steps = np.floor(np.arange(self.n_rows + 1) * fraction + rng.random())
+        held = np.zeros(self.n_rows, dtype=bool)
+        held[self._order(by, seed)] = np.diff(steps) > 0
+        for grouping in self.groupings.values():
+            codes = grouping.codes.numpy()
+            emptied = np.bincount(codes[~held], minlength=grouping.n_clusters) == 0
+            shuffled = rng.permutation(self.n_rows)
+            _, first = np.unique(codes[shuffled], return_index=True)
+            held[shuffled[first[emptied]]] = False
+        if not held.any():
+            raise ValueError(
+                f"A fraction of {fraction} leaves no rows for validation once every cluster keeps "
+                "one in training. Raise it, or hold out whole clusters (hold_out_clusters)."
+            )
+        return self.take(~held), self.take(held)
+
+    def folds(self, n: int, *, seed: int) -> Iterator[tuple[ClusteredData, ClusteredData]]:
+        """Training and test rows of n-fold cross-validation, stratified as in `split_rows`.
+
+        Every row is tested once; a cluster with a single row is unseen in that fold.
+        """
+        if not 2 <= n <= self.n_rows:
+            raise ValueError(f"n must be between 2 and the {self.n_rows} rows, found {n}.")
+        fold = np.empty(self.n_rows, dtype=np.int64)
+        fold[self._order(None, seed)] = np.arange(self.n_rows) % n
+        return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
+
+    def _order(self, by: str | None, seed: int) -> np.ndarray:
+        factor = by or next(iter(self.groupings), None)
+        clusters = torch.zeros(len(self)).long() if factor is None else self.grouping(factor).codes
+        categorical = self.classes is not None
+        return stratified_order(clusters, self.outcome, seed, categorical=categorical)
+
+    def hold_out_clusters(
+        self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0
+    ) -> tuple[ClusteredData, ClusteredData]:
+        """Rows of seen and of unseen clusters: a random fraction, or the labels given.
+
+        Raises ValueError if a label is unknown, or either side would have no rows.
+        """
+        grouping = self.grouping(factor)
+        if (fraction is None) == (labels is None):
+            raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
+        if labels is not None:
+            positions = grouping.levels.get_indexer(pd.Index(labels))
+            for position, label in zip(positions, labels, strict=True):
+                if position < 0:
+                    raise unknown(f"cluster of {factor!r} called", label, grouping.levels)
+        else:
+            n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
+            positions = np.random.default_rng(seed).permutation(grouping.n_clusters)[:n_held]
+        held = np.isin(grouping.codes.numpy(), positions)
+        if held.all() or not held.any():
+            raise ValueError(
+                f"Holding out {len(positions)} of the {grouping.n_clusters} clusters of "
+                f"{factor!r} leaves no rows on one side; each needs at least one cluster."
+            )
+        return self.take(~held), self.take(held)
+
+    def check_training(self) -> None:
+        """Raise ValueError unless there is what training needs: rows, an outcome, variation."""
+        if self.n_rows == 0:
+            raise ValueError("There are no rows to train on.")
+        if self.outcome is None:
+            raise ValueError(f"Training needs the outcome {self.outcome_name!r}; there is none.")
+        if self.trials is None and bool((self.outcome == self.outcome[0]).all()):
+            raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
+        for name, grouping in self.groupings.items():
+            check_informative(name, grouping.levels, grouping.counts)
+        if self.feature_names:
+            check_varying(self.feature_names, (self.features != self.features[0]).any(dim=0))

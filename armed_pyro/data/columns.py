@@ -1,0 +1,164 @@
+"""Values of columns and arrays: checked, and turned into numbers or codes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pandas.api import types as dtypes
+from torch import Tensor
+
+from armed_pyro._messages import count_rows, listing, unknown
+from armed_pyro.data.grouping import code_labels
+
+Missing = Literal["error", "drop"]
+
+
+def code_outcome(
+    outcome: Any, classes: Sequence[Any] | None, what: str
+) -> tuple[Tensor | None, tuple[Any, ...] | None]:
+    """An outcome as numbers, or as codes into its classes if it is boolean, text or has some."""
+    if outcome is None:
+        return None, None if classes is None else tuple(classes)
+    values = np.asarray(outcome)
+    if classes is None and (values.ndim != 1 or values.dtype.kind in "iuf"):
+        return finite_tensor(outcome, what), None
+    codes, levels = code_labels(outcome, what)
+    known = tuple(levels.tolist() if classes is None else classes)
+    for level in levels:
+        if level not in known:
+            raise unknown(f"class of the {what} called", level, known)
+    positions = [known.index(level) for level in levels]
+    return torch.tensor(positions, dtype=torch.float64)[codes], known
+
+
+def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
+    """Float[Tensor, "rows ..."] of finite numbers; of up to two dimensions, in float64.
+
+    With more, floating types are kept and others become float32.
+    """
+    try:
+        # NumPy first: torch would read a list of numbers in single precision.
+        tensor = torch.as_tensor(np.asarray(values) if isinstance(values, list) else values)
+    except (TypeError, ValueError) as error:
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise ValueError(f"The {what} must be numbers, found {kind}; encode them first.") from error
+    if per_row and tensor.ndim != 1:
+        raise ValueError(f"The {what} must be one number per row, found {tuple(tensor.shape)}.")
+    if tensor.is_complex():
+        raise ValueError(f"The {what} must be real numbers, found {tensor.dtype}.")
+    if tensor.ndim <= 2:
+        tensor = tensor.to(torch.float64)
+    elif tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.to(torch.float32)
+    if wrong := int((~torch.isfinite(tensor)).sum()):
+        raise ValueError(
+            f"The {what} has {wrong} missing or infinite values; fill them in, or leave those "
+            "rows out."
+        )
+    return tensor
+
+
+def check_rows(values: Tensor, fine: Tensor, what: str, expected: str, labels: pd.Index) -> None:
+    """Raise ValueError if any row's value is not fine, with the first of them."""
+    if not bool(fine.all()):
+        row = int((~fine).nonzero()[0])
+        raise ValueError(
+            f"The {what} must be {expected}; {int((~fine).sum())} of {count_rows(len(fine))} are "
+            f"not, such as {values[row].item()} in row {listing(labels[[row]])}. Correct them, or "
+            "leave those rows out."
+        )
+
+
+def check_varying(names: Sequence[str], varying: Tensor) -> None:
+    """Raise ValueError if a feature is the same in all training rows."""
+    if constant := ", ".join(repr(names[int(i)]) for i in (~varying).nonzero()):
+        raise ValueError(f"Constant in all training rows: {constant}. Leave them out.")
+
+
+def column_names(names: Sequence[str], what: str) -> tuple[str, ...]:
+    """A list of column names as a tuple."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{what} must be a list of column names, found {names!r}.")
+    return tuple(names)
+
+
+def pick(table: pd.DataFrame, names: Collection[str]) -> pd.DataFrame:
+    """The named columns of a table, each once."""
+    for name in names:
+        if name not in table:
+            raise unknown("column", name, table.columns)
+    return table[list(dict.fromkeys(names))]
+
+
+def complete_rows(table: pd.DataFrame, missing: Missing) -> pd.DataFrame:
+    """The rows without missing values; that there are others is an error, or a warning."""
+    if missing not in ("error", "drop"):
+        raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
+    holes = table.isna()
+    if not (affected := int(holes.any(axis=1).sum())):
+        return table
+    counts = holes.sum()
+    found = ", ".join(f"{name!r} ({count_rows(int(n))})" for name, n in counts[counts > 0].items())
+    share = f"{affected} of {count_rows(len(table))}"
+    if affected == len(table):
+        raise ValueError(f"Every row has missing values, in {found}. Leave those columns out.")
+    if missing == "error":
+        raise ValueError(
+            f"Missing values in {found}: {share}. Fill them in, or leave those rows out with "
+            "missing='drop' (command line: --missing drop)."
+        )
+    warnings.warn(f"Dropped {share} for missing values in {found}.", stacklevel=4)
+    return table[~holes.any(axis=1)]
+
+
+def check_finite(table: pd.DataFrame) -> None:
+    """Raise ValueError if a numeric column has infinite values."""
+    numeric = table.select_dtypes("number")
+    counts = numeric.apply(lambda column: int(np.isinf(column.to_numpy(dtype=float)).sum()))
+    if found := ", ".join(f"{n!r} ({count_rows(c)})" for n, c in counts.items() if c):
+        raise ValueError(
+            f"Infinite values in {found}. Replace them by finite ones, or by missing values and "
+            "pass missing='drop' (command line: --missing drop)."
+        )
+
+
+def is_categorical(column: pd.Series) -> bool:
+    """Whether a column is boolean, text or categorical, and so no numbers."""
+    return (
+        isinstance(column.dtype, pd.CategoricalDtype)
+        or dtypes.is_bool_dtype(column.dtype)
+        or dtypes.is_object_dtype(column.dtype)
+        or dtypes.is_string_dtype(column.dtype)
+    )
+
+
+def as_numbers(column: pd.Series, role: str) -> np.ndarray:
+    """Float64[ndarray, "rows"] of a column that must hold numbers."""
+    if dtypes.is_numeric_dtype(column.dtype) and not dtypes.is_complex_dtype(column.dtype):
+        return column.to_numpy(dtype=np.float64, copy=True)
+    advice = "Convert it to numbers first."
+    if dtypes.is_datetime64_any_dtype(column.dtype):
+        advice = "Compute a number first, such as the days since a fixed date."
+    raise ValueError(
+        f"The {role} column {column.name!r} holds {column.dtype}, such as {listing(column[:1])}; "
+        f"expected numbers. {advice}"
+    )
+
+
+def known_codes(column: pd.Series, levels: pd.Index, what: str) -> np.ndarray:
+    """Int64[ndarray, "rows"]: the position of each label in `levels`, which must hold it."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(column.cat.categories.dtype)
+    codes = levels.get_indexer(pd.Index(column))
+    if (new := codes < 0).any():
+        raise ValueError(
+            f"The {what} has categories that training did not: "
+            f"{listing(column[new].unique())}, in {count_rows(int(new.sum()))}. Known: "
+            f"{listing(levels)}. Recode these rows, or leave them out."
+        )
+    return codes.astype(np.int64)

@@ -1,0 +1,191 @@
+"""Labels of clusters and classes: their codes, their JSON form, and the nearest name."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """One grouping factor: which cluster each row belongs to.
+
+    Parameters
+    ----------
+    codes
+        Int64[Tensor, "rows"], the position of each row's cluster in `levels`.
+    levels
+        Labels of the clusters, of the type they came in, sorted where they can be.
+    """
+
+    codes: Tensor
+    levels: pd.Index
+
+    @classmethod
+    def from_labels(cls, labels: Any, what: str = "grouping factor") -> Grouping:
+        """The grouping of one label per row; `what` names the labels in messages."""
+        codes, levels = code_labels(labels, what)
+        return cls(torch.from_numpy(codes), levels)
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of clusters."""
+        return len(self.levels)
+
+    @property
+    def counts(self) -> Tensor:
+        """Int64[Tensor, "clusters"], the number of rows of each cluster."""
+        return torch.bincount(self.codes, minlength=self.n_clusters)
+
+    def labels(self) -> np.ndarray:
+        """Shape "rows", the label of each row's cluster."""
+        return self.levels.take(self.codes.numpy()).to_numpy()
+
+    def take(self, rows: np.ndarray) -> Grouping:
+        """The grouping of some rows, with the levels that occur in them."""
+        present, codes = np.unique(self.codes.numpy()[rows], return_inverse=True)
+        return Grouping(torch.from_numpy(codes.astype(np.int64)), self.levels.take(present))
+
+    def cross(self, other: Grouping) -> Grouping:
+        """The cells of two factors, crossed or nested: one cluster per pair that occurs.
+
+        Levels are text, ``"a1:b1"``, in the order of this factor's levels, then the other's.
+
+        Raises
+        ------
+        ValueError
+            Two cells have the same text.
+        """
+        pairs, codes = np.unique(
+            self.codes.numpy() * other.n_clusters + other.codes.numpy(), return_inverse=True
+        )
+        first, second = np.divmod(pairs, other.n_clusters)
+        levels = pd.Index(
+            [f"{self.levels[a]}:{other.levels[b]}" for a, b in zip(first, second, strict=True)]
+        )
+        if not levels.is_unique:
+            raise ValueError(
+                f"Two different cells are both called {levels[levels.duplicated()][0]!r}: labels "
+                "that hold ':' make the names of cells ambiguous. Rename those labels."
+            )
+        return Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
+
+
+def check_informative(factor: str, levels: pd.Index, counts: Tensor) -> None:
+    """Raise ValueError if a factor's clusters, of so many rows, say nothing of their variance."""
+    if len(levels) == 1:
+        raise ValueError(
+            f"Grouping factor {factor!r} has a single level, {levels[0]}: "
+            "it tells nothing of the variance between clusters. Leave it out."
+        )
+    if int(counts.max()) == 1:
+        raise ValueError(
+            f"Every cluster of {factor!r} has one row, so its effects cannot be told from "
+            "the residual. Choose a factor whose clusters have several rows."
+        )
+
+
+def as_seen(levels: pd.Index, seen: pd.Index) -> pd.Index:
+    """Levels under the labels by which they were seen: "308" as 308, or the other way round.
+
+    A column of numbers becomes text in a table where one label is a word.
+    """
+    is_text = [isinstance(index.dtype, pd.StringDtype) or index.dtype == object
+               for index in (levels, seen)]  # fmt: skip
+    if is_text[0] == is_text[1]:
+        return levels
+    by_text = {str(label): label for label in seen}
+    return pd.Index([by_text.get(str(label), label) for label in levels])
+
+
+def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
+    """Codes of row labels, and the levels they index: sorted, or a categorical's own order.
+
+    Parameters
+    ----------
+    labels
+        Shape "rows": labels of one type, or of a mixture that need not be sortable.
+    what
+        What the labels are, for messages: ``"cluster column 'site'"``.
+
+    Returns
+    -------
+    codes : Int64[ndarray, "rows"]
+    levels : pd.Index of the labels that occur, of the type they came in
+
+    Raises
+    ------
+    ValueError
+        A label is missing, or of a type that cannot be saved.
+    """
+    series = pd.Series(labels.numpy() if isinstance(labels, Tensor) else labels)
+    if n_missing := int(series.isna().sum()):
+        raise ValueError(
+            f"The {what} has {n_missing} missing labels among {len(series)}; leave those rows "
+            "out, or give them a label of their own."
+        )
+    try:
+        if isinstance(series.dtype, pd.CategoricalDtype):
+            kept = series.cat.remove_unused_categories()
+            codes, levels = kept.cat.codes.to_numpy(), kept.cat.categories
+        else:
+            try:
+                codes, levels = pd.factorize(series, sort=True)
+            except TypeError:  # labels with no common order
+                codes, levels = pd.factorize(series)
+        index_to_json(levels)
+    except TypeError as error:
+        raise ValueError(f"The {what} cannot serve as labels: {error}") from error
+    return codes.astype(np.int64), levels.rename(None)
+
+
+def index_to_json(index: pd.Index) -> dict[str, Any]:
+    """Labels as ``{"dtype", "values"}`` that JSON can hold; `index_from_json` reads it back.
+
+    Raises
+    ------
+    TypeError
+        Labels other than integers, floats, booleans, text, dates and timestamps.
+    """
+    dtype, values = str(index.dtype), list(index.tolist())
+    if isinstance(index, pd.DatetimeIndex):
+        return {"dtype": dtype, "values": [value.isoformat() for value in values]}
+    if all(type(value) is datetime.date for value in values) and values:
+        return {"dtype": "date", "values": [value.isoformat() for value in values]}
+    values = [value.item() if isinstance(value, np.generic) else value for value in values]
+    for value in values:
+        if not isinstance(value, bool | int | float | str):
+            raise TypeError(
+                f"label {value!r} is a {type(value).__name__}, expected numbers, text, dates or "
+                "timestamps. Turn the labels into text: column.astype(str)."
+            )
+    return {"dtype": dtype, "values": values}
+
+
+def index_from_json(content: Mapping[str, Any]) -> pd.Index:
+    """Read labels that `index_to_json` wrote, with their dtype.
+
+    Raises
+    ------
+    ValueError
+        The content is of another form.
+    """
+    try:
+        dtype, values = content["dtype"], content["values"]
+        if dtype == "date":
+            dates = [datetime.date.fromisoformat(value) for value in values]
+            return pd.Index(dates, dtype=object)
+        if dtype.startswith("datetime64"):
+            return pd.to_datetime(values, utc="," in dtype, format="ISO8601").astype(dtype)
+        return pd.Index(values, dtype=dtype)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"Expected labels as written by index_to_json, found {str(content)[:80]} ({error!r})."
+        ) from error

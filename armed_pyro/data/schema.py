@@ -1,0 +1,342 @@
+"""The schema of a table: how its columns become tensors, the same for every table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from formulaic import Formula, SimpleFormula
+from formulaic.errors import FormulaicError
+from formulaic.parser.types import Factor, Term
+from torch import Tensor
+
+from armed_pyro._messages import listing
+from armed_pyro.data.columns import (
+    Missing,
+    as_numbers,
+    check_finite,
+    column_names,
+    complete_rows,
+    is_categorical,
+    known_codes,
+    pick,
+)
+from armed_pyro.data.files import as_pandas
+from armed_pyro.data.grouping import Grouping, code_labels, index_from_json, index_to_json
+
+if TYPE_CHECKING:
+    from armed_pyro.data.clustered import ClusteredData
+
+
+__all__ = ["Schema", "parse_terms"]
+
+
+Terms = tuple[tuple[str, ...], ...]
+
+# Formulaic caches factors by their text. "+1" is the intercept under a text that, unlike "1",
+# is not the name of a column in a table made from an unlabelled array.
+_INTERCEPT = Term([Factor("+1", eval_method="literal")])
+
+
+@dataclass(frozen=True, eq=False)
+class Schema:
+    """How the columns of a table become tensors, fixed once on the training table.
+
+    Encoding a second table with the same schema gives the same feature columns, in the same
+    order, with the same meaning.
+
+    Parameters
+    ----------
+    outcome
+        Column of the outcome.
+    terms
+        Feature terms, each the columns whose product it is: ``(("age",), ("age", "sex"))``.
+    levels
+        Categories of each categorical feature column; the first is the reference.
+    indicators
+        Numeric feature columns that hold nothing but 0 and 1, and so are not standardised.
+    clusters
+        Columns of the grouping factors.
+    trials, offset, weights
+        Columns of these row-wise numbers, where there are any.
+    classes
+        Labels of a categorical outcome; None for a numeric one.
+    """
+
+    outcome: str
+    terms: Terms
+    levels: Mapping[str, pd.Index]
+    indicators: tuple[str, ...]
+    clusters: tuple[str, ...]
+    trials: str | None = None
+    offset: str | None = None
+    weights: str | None = None
+    classes: pd.Index | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The table columns that the features are made from, each once."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in term))
+
+    @classmethod
+    def infer(
+        cls,
+        frame: Any,
+        *,
+        outcome: str,
+        clusters: Sequence[str],
+        features: Sequence[str] | str | None = None,
+        trials: str | None = None,
+        offset: str | None = None,
+        weights: str | None = None,
+    ) -> Schema:
+        """Read categories, classes and kinds of columns off a training table.
+
+        Rows with missing values are left out of account: whether they are an error is for
+        `encode` to say. See `ClusteredData.from_frame` for the parameters.
+
+        Raises
+        ------
+        ValueError
+            A column is missing, listed in two roles, of a kind that cannot be used, or a
+            categorical feature with a single level; or a formula that is more than products
+            of columns.
+        """
+        table = as_pandas(frame)
+        clusters = column_names(clusters, "clusters")
+        roles = {"trials": trials, "offset": offset, "weights": weights}
+        reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
+        if features is None:
+            terms: Terms = tuple((str(name),) for name in table.columns if name not in reserved)
+        else:
+            terms = parse_terms(features)
+        columns = list(dict.fromkeys(name for term in terms for name in term))
+        for role, members in [("feature", columns), ("cluster", clusters)]:
+            if outcome in members:
+                raise ValueError(
+                    f"The outcome {outcome!r} is also listed as a {role}; take it off that list."
+                )
+        table = pick(table, [*reserved, *columns]).dropna().infer_objects()
+
+        levels = {}
+        for name in columns:
+            if not is_categorical(table[name]):
+                as_numbers(table[name], "feature")
+                continue
+            levels[name] = code_labels(table[name], f"feature {name!r}")[1]
+            if len(levels[name]) == 1:
+                raise ValueError(
+                    f"Feature {name!r} has a single level, {listing(levels[name])}, in the "
+                    f"{len(table)} rows without missing values: nothing can be learned from it. "
+                    "Leave it out."
+                )
+        target = table[outcome]
+        return cls(
+            outcome=outcome,
+            terms=terms,
+            levels=levels,
+            indicators=tuple(
+                name for name in columns if name not in levels and table[name].isin([0, 1]).all()
+            ),
+            clusters=clusters,
+            **roles,
+            classes=(
+                code_labels(target, f"outcome {outcome!r}")[1] if is_categorical(target) else None
+            ),
+        )
+
+    def encode(
+        self, frame: Any, *, outcome_required: bool = False, missing: Missing = "error"
+    ) -> ClusteredData:
+        """Encode a table's rows as tensors and labelled levels.
+
+        Parameters
+        ----------
+        frame
+            A pandas, polars or pyarrow table with the columns of this schema.
+        outcome_required
+            If False, a table whose outcome column is absent, or has missing values, is encoded
+            without an outcome, and weights may be absent too.
+        missing
+            What to do about rows with missing values: ``"error"``, or ``"drop"`` with a warning.
+
+        Returns
+        -------
+        ClusteredData
+            Features as Float64[Tensor, "rows features"], on their original scale.
+
+        Raises
+        ------
+        ValueError
+            A column is missing, or holds missing or infinite values, text in place of numbers,
+            or categories that this schema does not know; or the table has no rows.
+        """
+        from armed_pyro.data.clustered import ClusteredData
+
+        table = as_pandas(frame)
+        optional = set() if outcome_required else {self.outcome, self.weights}
+        if not outcome_required and self.outcome in table and table[self.outcome].isna().any():
+            table = table.drop(columns=self.outcome)
+        wanted = [self.outcome, *self.clusters, self.trials, self.offset, self.weights]
+        wanted += self.columns
+        table = pick(
+            table,
+            [name for name in wanted if name and (name in table or name not in optional)],
+        )
+        if table.empty:
+            raise ValueError("The table has no rows; at least one is needed.")
+        table = complete_rows(table, missing).infer_objects()
+        check_finite(table)
+
+        design, names, sources = self._design(table)
+        numeric = set(self.columns) - set(self.levels) - set(self.indicators)
+        outcome = None
+        if self.outcome in table:
+            what = f"outcome {self.outcome!r}"
+            outcome = (
+                as_numbers(table[self.outcome], "outcome")
+                if self.classes is None
+                else known_codes(table[self.outcome], self.classes, what).astype(np.float64)
+            )
+
+        def role(name: str | None, what: str) -> Tensor | None:
+            if name is None or name not in table:
+                return None
+            return torch.from_numpy(as_numbers(table[name], what))
+
+        return ClusteredData(
+            features=torch.from_numpy(design),
+            feature_names=names,
+            sources=tuple(":".join(source) for source in sources),
+            continuous=tuple(not numeric.isdisjoint(source) for source in sources),
+            outcome_name=self.outcome,
+            outcome=None if outcome is None else torch.from_numpy(outcome),
+            classes=None if self.classes is None else tuple(self.classes.tolist()),
+            groupings={
+                name: Grouping.from_labels(table[name], f"cluster column {name!r}")
+                for name in self.clusters
+            },
+            trials=role(self.trials, "trials"),
+            offset=role(self.offset, "offset"),
+            weights=role(self.weights, "weights"),
+            row_labels=table.index,
+            schema=self,
+        )
+
+    def _design(self, table: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], Terms]:
+        """The design matrix without its intercept, its column names, and each one's term."""
+        factors = {}
+        for name in self.columns:
+            if name in self.levels:
+                codes = known_codes(table[name], self.levels[name], f"feature {name!r}")
+                factors[name] = pd.Categorical.from_codes(codes, categories=self.levels[name])
+            else:
+                factors[name] = as_numbers(table[name], "feature")
+        products = [Term([Factor(n, eval_method="lookup") for n in term]) for term in self.terms]
+        # Every factor is looked up and never evaluated; the intercept gives treatment coding.
+        matrix = SimpleFormula([_INTERCEPT, *products], _ordering="none").get_model_matrix(
+            pd.DataFrame(factors, index=pd.RangeIndex(len(table))), context={}, output="numpy"
+        )
+        blocks = matrix.model_spec.structure[1:]
+        names = tuple(name for block in blocks for name in block.columns)
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(
+                f"Two features would both be called {listing(repeated)}: a column has the name "
+                "of an interaction. Rename that column."
+            )
+        sources = tuple(
+            term for term, block in zip(self.terms, blocks, strict=True) for _ in block.columns
+        )
+        return np.ascontiguousarray(matrix, dtype=np.float64)[:, 1:].copy(), names, sources
+
+    def to_json(self) -> dict[str, Any]:
+        """The schema as what JSON can hold; `from_json` reads it back."""
+        return {
+            "outcome": self.outcome,
+            "terms": [list(term) for term in self.terms],
+            "levels": {name: index_to_json(index) for name, index in self.levels.items()},
+            "indicators": list(self.indicators),
+            "clusters": list(self.clusters),
+            "trials": self.trials,
+            "offset": self.offset,
+            "weights": self.weights,
+            "classes": None if self.classes is None else index_to_json(self.classes),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Schema:
+        """Read a schema that `to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            An entry is missing or of the wrong kind.
+        """
+        try:
+            classes = content["classes"]
+            return cls(
+                outcome=content["outcome"],
+                terms=tuple(tuple(term) for term in content["terms"]),
+                levels={name: index_from_json(e) for name, e in content["levels"].items()},
+                indicators=tuple(content["indicators"]),
+                clusters=tuple(content["clusters"]),
+                trials=content["trials"],
+                offset=content["offset"],
+                weights=content["weights"],
+                classes=None if classes is None else index_from_json(classes),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"This is not a schema written by Schema.to_json ({error!r}); save the fit again."
+            ) from error
+
+
+def parse_terms(features: Sequence[str] | str) -> Terms:
+    """Feature terms of a list of columns, or of a formula with the operators ``+ : * ^``.
+
+    Only plain column names are accepted as factors: a formula is stored with a fit, and loading
+    one must never execute code.
+
+    Raises
+    ------
+    ValueError
+        The formula cannot be parsed, or has a left-hand side, a ``|`` or a function call.
+    """
+    if not isinstance(features, str):
+        return tuple((name,) for name in dict.fromkeys(column_names(features, "features")))
+    try:
+        formula = Formula(features)
+    except FormulaicError as error:
+        raise ValueError(
+            f"Cannot read features={features!r}: {str(error).splitlines()[0]} Expected column "
+            "names joined by + : * ^, such as 'age + sex:dose' (names with spaces in `backticks`),"
+            " or a list of names."
+        ) from error
+    if not isinstance(formula, SimpleFormula):
+        raise ValueError(
+            f"features={features!r} has a '~' or '|'. Give only what stands right of '~'; random "
+            "effects such as (1 | site) belong to the model's random=[...]."
+        )
+    terms = []
+    for term in formula:
+        for factor in term.factors:
+            if factor.eval_method is Factor.EvalMethod.PYTHON:
+                raise ValueError(
+                    f"features={features!r} would evaluate {factor.expr!r}; only plain column "
+                    "names are allowed, because a saved fit must never execute code. Compute the "
+                    "column first, and name it here (a name with odd characters in `backticks`)."
+                )
+        names = [f.expr for f in term.factors if f.eval_method is Factor.EvalMethod.LOOKUP]
+        if names and len(names) < len(term.factors):
+            raise ValueError(
+                f"features={features!r} scales a column by a number, in {str(term)!r}. Features "
+                "are standardised anyway: name the column alone."
+            )
+        if names:  # a lone literal is the intercept, which is never a feature
+            terms.append(tuple(names))
+    return tuple(terms)

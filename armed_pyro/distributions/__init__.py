@@ -1,0 +1,1 @@
+"""Densities, transforms and small linear algebra that know nothing of mixed models."""

@@ -1,0 +1,82 @@
+"""Linear algebra of many small matrices, one per cluster."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["precision_root", "solve", "substitute", "sum_last"]
+
+
+# Up to so many terms, element by element is several times faster than batched linear algebra.
+FEW = 4
+
+
+def precision_root(whitened: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+    """Cholesky factor of I + L'AL, also where an sd was drawn so large that rounding spoils it.
+
+    Column by column for all matrices at once: they are many and small. What is left of the
+    diagonal is at least 1, as L'AL is positive semi-definite, and is held there, and above what
+    rounding leaves of a large one.
+    """
+    n = whitened.shape[-1]
+    rest = whitened + torch.eye(n, dtype=whitened.dtype, device=whitened.device)
+    rounding = 8 * torch.finfo(rest.dtype).eps
+    least = (rounding * rest.diagonal(dim1=-2, dim2=-1)).detach().clamp(min=1)
+    columns: list[Tensor] = []
+    for j in range(n):
+        pivot = torch.maximum(rest[..., :1, 0], least[..., j, None]).sqrt()
+        below = rest[..., 1:, 0] / pivot
+        columns.append(pad(torch.cat([pivot, below], -1), (j, 0)))
+        rest = rest[..., 1:, 1:] - below[..., :, None] * below[..., None, :]
+    return torch.stack(columns, -1)
+
+
+def sum_last(values: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:
+    """Sum over the last dimension."""
+    if not 0 < values.shape[-1] <= FEW:
+        return values.sum(-1)
+    return reduce(torch.add, values.unbind(-1))
+
+
+def multiply(
+    matrix: Float[Tensor, "... terms terms"], vector: Float[Tensor, "... terms"]
+) -> Float[Tensor, "... terms"]:
+    """Matrix times vector, for many small ones."""
+    if vector.shape[-1] > FEW:
+        return (matrix @ vector[..., None])[..., 0]
+    columns = zip(matrix.unbind(-1), vector.unbind(-1), strict=True)
+    return reduce(torch.add, (column * one[..., None] for column, one in columns))
+
+
+def solve_lower(
+    matrix: Float[Tensor, "... terms terms"], vector: Float[Tensor, "... terms"]
+) -> Float[Tensor, "... terms"]:
+    """x with matrix x = vector, for many small lower triangular matrices."""
+    return solve(matrix, vector[..., None], upper=False)[..., 0]
+
+
+def solve(
+    matrix: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"], *, upper: bool
+) -> Float[Tensor, "... n columns"]:
+    """X with matrix X = right, for many triangular matrices."""
+    if matrix.shape[-1] > FEW:
+        return torch.linalg.solve_triangular(matrix, right, upper=upper)
+    return substitute(matrix, right, upper=upper)
+
+
+def substitute(
+    matrix: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"], *, upper: bool
+) -> Float[Tensor, "... n columns"]:
+    """X with matrix X = right, for triangular matrices, unknown by unknown."""
+    n = matrix.shape[-1]
+    solved: dict[int, Tensor] = {}
+    for i in reversed(range(n)) if upper else range(n):
+        known = (matrix[..., i, j, None] * one for j, one in solved.items())
+        rest = reduce(torch.sub, known, right[..., i, :])
+        solved[i] = rest / matrix[..., i, i, None]
+    return torch.stack([solved[i] for i in range(n)], -2)

@@ -1,0 +1,1 @@
+"""Training steps of any loss: taken, compiled, shared, scheduled and checkpointed."""

@@ -1,0 +1,1 @@
+"""What a fitted network uses: features, layers, images."""

@@ -1,0 +1,312 @@
+"""Which features the fixed effects use, and how far their use differs between clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from armed_pyro._messages import unknown
+from armed_pyro._optional import extra
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.explain.attributed import METHODS, Attribution
+from armed_pyro.networks.taps import module_at, tapped
+from armed_pyro.prediction.chunks import encoded
+from armed_pyro.program.linearize import mean_draws, sensitivities
+from armed_pyro.random_effects.design import InputBlock
+
+if TYPE_CHECKING:
+    from armed_pyro.fitted import Fit
+    from armed_pyro.program.model import MixedEffects
+    from armed_pyro.random_effects.grouping_factor import Factor
+
+
+__all__ = ["attribution"]
+
+
+# Rows that integrated gradients and Grad-CAM explain, at most; nodes of the path's quadrature.
+MOST_ROWS, NODES = 1000, 50
+
+
+def attribution(
+    fit: Fit,
+    method: str = "gradient",
+    *,
+    data: ClusteredData | pd.DataFrame | None = None,
+    layer: str | None = None,
+    columns: Sequence[str] | None = None,
+    draws: int = 1000,
+    seed: int | None = None,
+) -> Attribution:
+    r"""Which features the fixed effects f use, and how far clusters differ in their use.
+
+    With :math:`\bar x` the mean input and x in standardised units,
+
+    .. math::
+        gradient_j = \partial f / \partial x_j (\bar x), \quad
+        integrated_{ij} = (x_{ij} - \bar x_j) \int_0^1
+            \frac{\partial f}{\partial x_j}(\bar x + t (x_i - \bar x)) \, dt
+
+    so that the latter sum to :math:`f(x_i) - f(\bar x)`. Grad-CAM weighs a layer's feature maps
+    by their mean gradients, and keeps the positive part.
+
+    Cluster k adds :math:`J_j^\top u_k` to the slope of feature j, with
+    :math:`J = \partial \phi / \partial x (\bar x)` (phi is the predictor's gradient by effects on
+    filters). Where all of a factor's effects are intercepts and slopes on features, its sd over
+    clusters is that of the population, :math:`\sqrt{J_j^\top D J_j}`: for ``(1 + x | site)`` the
+    sd of the random slope. Otherwise it is the sd over the clusters in the data, draw by draw:
+    the prior of a hidden layer's slopes does not know in which direction clusters differ, and
+    spreads their variance over all features.
+
+    Parameters
+    ----------
+    fit : Fit
+        The fit.
+    method : str
+        "gradient" (as in the paper), "integrated", or "grad_cam" (for networks of images). The
+        last two need captum.
+    data : ClusteredData or table, optional
+        Rows to explain, whose mean input is meant; by default the training rows. Of more than
+        1,000, a random sample is explained.
+    layer : str, optional
+        Module path of the feature maps, for Grad-CAM.
+    columns : sequence of str, optional
+        Columns of the predictor, by default all: classes of the outcome.
+    draws : int
+        Posterior draws.
+    seed : int, optional
+        Seed of the draws; the fit's own by default.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method, layer or column, no features, or no rows.
+    ImportError
+        If captum is needed and not installed.
+
+    Examples
+    --------
+    ``fit.attribution("integrated", data=held_out).table()``
+
+    References
+    ----------
+    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7): gradients at the mean.
+    Sundararajan, Taly, Yan (2017), "Axiomatic attribution for deep networks", ICML.
+    Selvaraju et al. (2017), "Grad-CAM", ICCV.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if (method == "grad_cam") != (layer is not None):
+        raise ValueError(
+            "Grad-CAM, and no other method, needs `layer`, the module path of feature maps: choose "
+            'method="grad_cam" with a layer, or neither'
+        )
+    if draws < 2:
+        raise ValueError(f"`draws` must be at least 2, not {draws}")
+    model, seed = fit.model, fit.seed if seed is None else seed
+    chosen = _chosen(model.data_facts().columns, columns)
+    given = fit.data if data is None else encoded(fit, data)
+    x = _inputs(model, given)
+    mean, sample = x.mean(0, keepdim=True), _sample(x, seed)
+    labels = pd.Index(["mean"]) if method == "gradient" else given.row_labels.take(sample.tolist())
+    if method == "gradient":
+        at = mean.clone().requires_grad_(True)
+        parts = jacobian(_basis(model, at, chosen)[0], at)[None]
+    elif layer is None:
+        parts = _integrated(model, x[sample], mean, chosen)
+    else:
+        parts = _maps(model, x[sample], chosen, layer)
+    latents = fit.draws(draws, seed=seed)
+    weights = _weights(model, latents, chosen)
+    # Linear in what the last layer multiplies, apart from Grad-CAM's positive part.
+    by_draw = (torch.einsum("rb...,bp->rp...", parts, one) for one in weights)
+    if layer is not None:
+        by_draw = (_positive(values, x.shape[2:]) for values in by_draw)
+    importance, rows = [], torch.zeros(()).to(x)
+    for values in by_draw:
+        importance.append(values.abs().mean(0))
+        rows = rows + values / len(weights)
+    fixed = {"importance": torch.stack(importance)}
+    if method == "gradient":
+        fixed["slope"] = torch.einsum("b...,dbp->dp...", parts[0], weights)
+    random: dict[str, Tensor] = {}
+    if model.data_facts().feature_names:
+        for factor in model.factors:
+            random |= _between(model, factor, latents, mean, chosen)
+    posterior = _labelled(model, fixed, random, chosen, draws)
+    inner = [dim for dim in posterior["importance"].dims if dim not in ("chain", "draw")]
+    coords = {dim: posterior[dim].to_numpy() for dim in inner if dim in posterior.coords}
+    coords["row"] = label_values(labels)
+    array = _column_last(rows, 1, "column" not in inner).cpu().numpy()
+    return Attribution(method, posterior, xr.DataArray(array, coords, ["row", *inner]))
+
+
+def jacobian(
+    values: Float[Tensor, " outputs"], x: Float[Tensor, "1 ..."]
+) -> Float[Tensor, "outputs ..."]:
+    """d values / d x of a single row."""
+    depending = values + 0 * x.sum()  # constants, such as an intercept's column, have slope 0
+    slopes = [torch.autograd.grad(one, x, retain_graph=True)[0][0] for one in depending]
+    return torch.stack(slopes)
+
+
+def _inputs(model: MixedEffects, data: ClusteredData) -> Tensor:
+    """Standardised features of the rows to explain."""
+    if not data.n_rows:
+        raise ValueError(
+            "there are no rows to explain: the fit was kept without its training rows, so pass "
+            "some as `data`"
+        )
+    if not data.n_features:
+        raise ValueError("the model has no features, so there is nothing to attribute to")
+    return model.encode(data, model.data_facts().levels_with(data)).x
+
+
+def _sample(x: Tensor, seed: int) -> Tensor:
+    chosen = np.random.default_rng([seed, 17]).permutation(len(x))[:MOST_ROWS]
+    return torch.as_tensor(np.sort(chosen), device=x.device)
+
+
+def _chosen(names: Sequence[str], columns: Sequence[str] | None) -> list[int]:
+    wanted = list(names) if columns is None else list(columns)
+    for name in wanted:
+        if name not in names:
+            raise unknown("column of the predictor", name, names)
+    return [list(names).index(name) for name in wanted]
+
+
+def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "rows basis"]:
+    """What `_weights` multiply: inputs of the latent last layer, or columns of the output."""
+    rows = replace(model.data_facts().one_row(model.reference()), x=x)
+    output, activations = model.run_network(rows)
+    if model.bayesian_head:
+        return model.head_inputs(activations)
+    return model.family.contrasts(output.reshape(len(x), -1))[:, chosen]
+
+
+def _weights(
+    model: MixedEffects, latents: Mapping[str, Tensor], chosen: list[int]
+) -> Float[Tensor, "draws basis columns"]:
+    """Weights of the basis, in units of the predictor; a single draw if they are not latent."""
+    spread, columns = model.data_facts().spread, len(model.data_facts().columns)
+    if not model.bayesian_head:
+        return spread * torch.eye(len(chosen)).to(model.reference())[None]
+    fixed = latents["fixed_effect"]
+    return spread * fixed.reshape(-1, fixed.shape[-1] // columns, columns)[..., chosen]
+
+
+def _between(
+    model: MixedEffects,
+    factor: Factor,
+    latents: Mapping[str, Tensor],
+    mean: Float[Tensor, "1 features"],
+    chosen: list[int],
+) -> dict[str, Tensor]:
+    """Draws of a factor's sd of every slope, and of what its clusters add to it."""
+    x = mean.clone().requires_grad_(True)
+    rows = replace(model.data_facts().one_row(model.reference()), x=x)
+    _, activations = model.run_network(rows)
+    point = {k: v for k, v in mean_draws(model, latents).items() if k == "fixed_effect"}
+    phi = sensitivities(model, rows, factor, activations, point)[0][:, chosen]
+    J = jacobian(phi.flatten(), x).detach().unflatten(0, phi.shape)  # terms columns features
+    J = J * model.data_facts().spread
+    effects = latents[factor.effect_site].reshape(-1, *latents[factor.effect_site].shape[-2:])
+    slopes = torch.einsum("dkt,tpj->dkpj", effects, J)
+    sd = slopes.std(1)
+    if all(isinstance(block, InputBlock) for block in factor.blocks):
+        root = factor.scale_matrix(latents).reshape(-1, *2 * effects.shape[-1:])
+        sd = torch.einsum("dts,tpj->dspj", root, J).square().sum(1).sqrt()
+    return {f"{factor.name}_sd": sd, f"{factor.name}_slope": slopes}
+
+
+def _integrated(
+    model: MixedEffects, x: Tensor, mean: Tensor, chosen: list[int]
+) -> Float[Tensor, "rows basis ..."]:
+    captum = extra("captum.attr", "an attribution by integrated gradients")
+    method = captum.IntegratedGradients(lambda given: _basis(model, given, chosen))
+    size = _basis(model, mean, chosen).shape[1]
+    options: dict[str, Any] = {"n_steps": NODES, "internal_batch_size": max(NODES, 4096)}
+    return torch.stack(
+        [method.attribute(x, mean, target=one, **options).detach() for one in range(size)], 1
+    )
+
+
+def _maps(
+    model: MixedEffects, x: Tensor, chosen: list[int], layer: str
+) -> Float[Tensor, "rows basis ..."]:
+    """A layer's feature maps weighed by their mean gradients."""
+    module = module_at(model.network, layer)
+    with torch.no_grad(), tapped(model.network, [layer]) as record:
+        size = _basis(model, x[:1], chosen).shape[1]
+    if layer not in record or record[layer].dim() != x.dim() or x.dim() < 3:
+        found = tuple(record[layer].shape[1:]) if layer in record else "nothing"
+        raise ValueError(
+            f"Grad-CAM needs images and a layer of feature maps with as many dimensions, but the "
+            f"features have the shape {tuple(x.shape[1:])} and the layer {layer!r} gives {found}: "
+            "name a convolution"
+        )
+    captum = extra("captum.attr", "Grad-CAM")
+    method = captum.LayerGradCam(lambda given: _basis(model, given, chosen), module)
+    pieces = [
+        torch.stack([method.attribute(part, target=one).detach()[:, 0] for one in range(size)], 1)
+        for part in x.clone().requires_grad_(True).split(64)
+    ]
+    return torch.cat(pieces)
+
+
+def _positive(maps: Float[Tensor, "rows columns ..."], shape: tuple[int, ...]) -> Tensor:
+    """The positive part of maps, at the size of the images."""
+    captum = extra("captum.attr", "Grad-CAM")
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(shape)]
+    return captum.LayerAttribution.interpolate(maps.clamp(min=0), shape, mode)
+
+
+def _column_last(values: Tensor, lead: int, single: bool) -> Tensor:
+    """The predictor's columns, in dimension `lead`, after the features; or left out."""
+    return values.select(lead, 0) if single else values.movedim(lead, -1)
+
+
+def _labelled(
+    model: MixedEffects,
+    fixed: Mapping[str, Tensor],
+    random: Mapping[str, Tensor],
+    chosen: list[int],
+    draws: int,
+) -> xr.Dataset:
+    """Draws with labelled dimensions."""
+    facts = model.data_facts()
+    coords: dict[str, Any] = {"chain": [0], "draw": np.arange(draws), "scale": 1.0}
+    axes = fixed["importance"].dim() - 2
+    inner: tuple[str, ...] = tuple(f"axis_{axis}" for axis in range(1, axes + 1))
+    if facts.feature_names:
+        inner = ("feature",)
+        coords["feature"] = list(facts.feature_names)
+        coords["scale"] = ("feature", list(facts.feature_scale))
+    single = len(facts.columns) == 1
+    if not single:
+        inner = (*inner, "column")
+        coords["column"] = [facts.columns[column] for column in chosen]
+    variables: dict[str, Any] = {}
+    for name, values in fixed.items():
+        array = _column_last(values, 1, single).cpu().numpy()
+        latent = model.bayesian_head
+        variables[name] = (("chain", "draw", *inner), array[None]) if latent else (inner, array[0])
+    for name, values in random.items():
+        factor = name.rpartition("_")[0]
+        by_cluster = name.endswith("_slope")
+        own = (variable_name(factor),) if by_cluster else ()
+        coords |= {one: label_values(facts.levels[factor]) for one in own}
+        array = _column_last(values, 2 if by_cluster else 1, single).cpu().numpy()
+        # Known sds have a single draw.
+        shape = (1, draws, *array.shape[1:])
+        dims = ("chain", "draw", *own, *inner)
+        variables[variable_name(name)] = (dims, np.broadcast_to(array, shape))
+    return xr.Dataset(variables, coords)

@@ -1,0 +1,296 @@
+"""Expected outcomes over two features, cluster by cluster: decision boundaries and surfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from armed_pyro._messages import unknown
+from armed_pyro._optional import extra
+from armed_pyro._plotting import INK
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.xarray_names import label_values
+from armed_pyro.random_effects.grouping_factor import factor_named
+from armed_pyro.rows.batch import Membership, Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from armed_pyro.fitted import Fit
+
+
+__all__ = ["Boundaries", "boundaries", "draw_panel", "plane"]
+
+
+Extent = Sequence[tuple[float, float]]
+PROBABILITIES = ("bernoulli", "binomial", "categorical")
+MOST_CLUSTERS = 8
+BLUE, RED = "#2166ac", "#b2182b"
+
+
+@dataclass(frozen=True, eq=False)
+class Boundaries:
+    """Expected outcome over a grid of two features, by cluster.
+
+    Attributes
+    ----------
+    factor : str
+        The grouping factor.
+    surface : xarray.DataArray
+        Posterior mean of E[y | x, cluster], (cluster, second feature, first feature): of binary
+        outcomes the probability of class 1, of classes that of the class asked for.
+    fixed : xarray.DataArray
+        The same of the fixed effects alone.
+    level : float or None
+        Where the boundary is drawn: 0.5 for probabilities.
+    of : optional
+        The class meant, where the outcome has classes.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from armed_pyro import Boundaries, MixedEffects, Schedule, fit
+    >>> from armed_pyro.data.simulate import mixed_model
+    >>> data, _ = mixed_model("bernoulli", 5, 40, coefficients=[0.0, 2.0, 1.0])
+    >>> model = MixedEffects(nn.Linear(2, 1), "(1 | site)", "bernoulli", bayesian_head=True)
+    >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
+    >>> found: Boundaries = result.boundaries(("x0", "x1"), size=20)
+    >>> found.surface.name, found.surface.shape
+    ('P(y)', (5, 20, 20))
+    >>> found.plot(data).savefig("boundaries.png")  # doctest: +SKIP
+    """
+
+    factor: str
+    surface: xr.DataArray
+    fixed: xr.DataArray
+    level: float | None
+    of: Any = None
+
+    def plot(self, data: ClusteredData | None = None, *, clusters: Sequence[Any] = ()) -> Figure:
+        """One panel for the fixed effects and one a cluster, with the clusters' rows as points.
+
+        Parameters
+        ----------
+        data : ClusteredData, optional
+            Rows to draw.
+        clusters : sequence, optional
+            Labels of the clusters to draw; by default the first eight.
+
+        Raises
+        ------
+        ValueError
+            If there is no such cluster.
+        ImportError
+            If matplotlib is not installed.
+        """
+        mpl = extra("matplotlib", "plotting")
+        from matplotlib.figure import Figure
+
+        name, second, first = (str(dim) for dim in self.surface.dims)
+        known = self.surface[name].to_numpy().tolist()
+        for label in clusters:
+            if label not in known:
+                raise unknown(f"cluster of {self.factor!r}", label, known)
+        shown = [known.index(label) for label in clusters] or list(range(len(known)))[
+            :MOST_CLUSTERS
+        ]
+        columns = min(5, len(shown) + 1)
+        height = -(-(len(shown) + 1) // columns)
+        x, y = self.surface[first].to_numpy(), self.surface[second].to_numpy()
+        both = np.append(self.surface, self.fixed)
+        low, high = (0.0, 1.0) if self.level is not None else (both.min(), both.max())
+        style: dict[str, Any] = {"vmin": low, "vmax": high, "level": self.level}
+        with mpl.rc_context({"font.size": 9, "axes.titlesize": 9}):
+            figure = Figure(figsize=(2.1 * columns + 0.9, 2.1 * height + 0.5), layout="constrained")
+            axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
+            image = draw_panel(axes[0, 0], self.fixed.to_numpy(), (x, y), **style)
+            axes[0, 0].set_title("fixed effects", color=INK)
+            for axis, k in zip(axes.flat[1:], shown, strict=False):
+                points = None if data is None else _points(data, self, known[k])
+                draw_panel(axis, self.surface[k].to_numpy(), (x, y), points, **style)
+                axis.set_title(f"{self.factor} {known[k]}", color=INK)
+            for number, axis in enumerate(axes.flat):
+                axis.set_visible(number <= len(shown))
+                axis.tick_params(labelbottom=number + columns > len(shown))
+            figure.supxlabel(first, fontsize=9)
+            figure.supylabel(second, fontsize=9)
+            figure.colorbar(image, ax=axes, shrink=0.7, pad=0.01, label=self.surface.name)
+        return figure
+
+
+def boundaries(
+    fit: Fit,
+    features: tuple[str, str],
+    *,
+    factor: str | None = None,
+    of: Any = None,
+    extent: Extent | None = None,
+    size: int = 60,
+    draws: int = 200,
+    seed: int | None = None,
+) -> Boundaries:
+    """E[y | x, cluster] over two features, the others at their training means.
+
+    Effects of other grouping factors are zero. Of counts out of trials, it is the share.
+
+    Parameters
+    ----------
+    fit : Fit
+        A fit to feature columns.
+    features : tuple of str
+        Two of them: the horizontal and the vertical axis.
+    factor : str, optional
+        Grouping factor; the first with random effects, if not given.
+    of : optional
+        The class whose probability is meant, where the outcome has several.
+    extent : tuple, optional
+        Lowest and highest value of each feature; by default those of the training rows.
+    size : int
+        Points on each axis.
+    draws : int
+        Posterior draws.
+    seed : int, optional
+        Seed of the draws; the fit's own by default.
+
+    Raises
+    ------
+    ValueError
+        If there are no two such features, no such factor, or no class is named where one is needed.
+    """
+    model, facts = fit.model, fit.model.data_facts()
+    _check_features(fit, features, extent)
+    own = factor_named(model.factors, factor)
+    classes = facts.classes if len(facts.columns) > 1 else None
+    if classes is not None and of not in classes:
+        raise ValueError(f"name one of the classes as `of`: {', '.join(map(str, classes))}")
+    if draws < 2 or size < 2:
+        raise ValueError(f"`draws` and `size` must be at least 2, not {draws} and {size}")
+    axes = _axes(fit, features, extent, size)
+    known = fit.data.features.mean(0).tolist() if fit.data.n_rows else facts.feature_mean
+    centre = dict(zip(facts.feature_names, known, strict=True))
+    x = facts.standardise(plane(axes, centre).features).to(model.reference())
+    latents = fit.draws(draws, seed=seed)
+    kept = {k: v for k, v in latents.items() if k in (own.effect_site, "fixed_effect")}
+    levels = facts.levels[own.name]
+    everyone = torch.arange(len(levels), device=x.device)
+
+    def surface(cluster: int | None) -> Tensor:
+        membership = Membership(everyone, torch.full((len(x),), cluster or 0, device=x.device))
+        rows = Rows(x, None, {own.name: membership}, trials=torch.ones_like(x[:, 0]))
+        predictor = model.predictor(rows, kept)
+        assert predictor.fixed is not None  # for mypy: it was asked for
+        mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)
+        mean = mean if classes is None else mean[..., classes.index(of)]
+        return mean.reshape(-1, size, size).mean(0)
+
+    with torch.no_grad():
+        values = torch.stack([surface(k) for k in [*range(len(levels)), None]]).cpu().numpy()
+    second, first = features[1], features[0]
+    of = facts.classes[1] if classes is None and facts.classes is not None else of
+    probability = model.family.name in PROBABILITIES
+    event = facts.outcome_name if of is None else f"{facts.outcome_name} = {of}"
+    title = f"P({event})" if probability else f"E({event})"
+    coords = {own.name: label_values(levels), second: axes[second], first: axes[first]}
+    by_cluster = xr.DataArray(values[:-1], coords, [own.name, second, first], name=title)
+    fixed = by_cluster[0].copy(data=values[-1])
+    return Boundaries(own.name, by_cluster, fixed, 0.5 if probability else None, of)
+
+
+def _check_features(fit: Fit, features: tuple[str, str], extent: Extent | None) -> None:
+    names = fit.model.data_facts().feature_names
+    for name in features:
+        if name not in names:
+            raise unknown("feature", name, names)
+    if len(set(features)) != 2:
+        raise ValueError(f"give two different features, not {features}")
+    if extent is None and not fit.data.n_rows:
+        raise ValueError("the fit was kept without its training rows: give an `extent`")
+
+
+def _axes(
+    fit: Fit, features: tuple[str, str], extent: Extent | None, size: int
+) -> dict[str, Float[np.ndarray, " points"]]:
+    if extent is None:
+        columns = [fit.model.data_facts().feature_names.index(name) for name in features]
+        given = fit.data.features[:, columns].numpy()
+        extent = tuple(zip(given.min(0), given.max(0), strict=True))
+    return {name: np.linspace(*ends, size) for name, ends in zip(features, extent, strict=True)}
+
+
+def _points(
+    data: ClusteredData, found: Boundaries, cluster: Any
+) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " rows"]]:
+    """Features and outcomes of a cluster's rows."""
+    if data.outcome is None:
+        raise ValueError("rows are coloured by their outcome, and these have none")
+    own, second, first = (str(dim) for dim in found.surface.dims)
+    inside = data.grouping(own).labels() == cluster
+    columns = [data.feature_names.index(name) for name in (first, second)]
+    outcome = data.outcome if data.trials is None else data.outcome / data.trials
+    if data.classes is not None:
+        outcome = (outcome == data.classes.index(found.of)).double()
+    return data.features.numpy()[inside][:, columns], outcome.numpy()[inside]
+
+
+def plane(
+    axes: Mapping[str, Float[np.ndarray, " points"]],
+    centre: Mapping[str, float],
+    clusters: Mapping[str, Shaped[np.ndarray, " clusters"]] | None = None,
+) -> ClusteredData:
+    """Rows over a grid of two features, the others at `centre`; once for each cluster.
+
+    The first feature varies fastest, clusters slowest.
+
+    Examples
+    --------
+    >>> rows = plane({"x": np.arange(3.0), "y": np.arange(2.0)}, {"x": 0, "y": 0, "z": 7})
+    >>> rows.features[:4].tolist()
+    [[0.0, 0.0, 7.0], [1.0, 0.0, 7.0], [2.0, 0.0, 7.0], [0.0, 1.0, 7.0]]
+    """
+    grid = np.stack(np.meshgrid(*axes.values()), -1).reshape(-1, 2)
+    features = np.tile(np.array(list(centre.values()), dtype=float), (len(grid), 1))
+    features[:, [list(centre).index(name) for name in axes]] = grid
+    count = max([1, *(len(labels) for labels in (clusters or {}).values())])
+    return ClusteredData.from_arrays(
+        np.tile(features, (count, 1)),
+        None,
+        {name: np.repeat(labels, len(grid)) for name, labels in (clusters or {}).items()},
+        feature_names=list(centre),
+    )
+
+
+def draw_panel(
+    axis: Any,
+    surface: Float[np.ndarray, "y x"],
+    grid: tuple[np.ndarray, np.ndarray],
+    points: tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " rows"]] | None = None,
+    *,
+    vmin: float = 0.0,
+    vmax: float = 1.0,
+    level: float | None = 0.5,
+) -> Any:
+    """A surface as colours, its boundary as a line, and rows as points coloured by outcome."""
+    x, y = grid
+    ends = (x[0], x[-1], y[0], y[-1])
+    shades: dict[str, Any] = {"cmap": "RdBu_r", "vmin": vmin, "vmax": vmax}
+    image = axis.imshow(surface, extent=ends, origin="lower", aspect="auto", alpha=0.55, **shades)
+    if level is not None and surface.min() < level < surface.max():
+        axis.contour(x, y, surface, levels=[level], colors="black", linewidths=1.2)
+    if points is not None:
+        colours = (
+            {"c": points[1], **shades}
+            if level is None
+            else {"c": [RED if one > level else BLUE for one in points[1]]}
+        )
+        axis.scatter(*points[0].T, s=7, edgecolors="white", linewidths=0.25, **colours)
+        axis.set(xlim=ends[:2], ylim=ends[2:])
+    axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axis.tick_params(length=0, labelsize=8)
+    return image

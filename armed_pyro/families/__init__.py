@@ -1,0 +1,1 @@
+"""p(y given its parameters), one file for each kind of outcome."""

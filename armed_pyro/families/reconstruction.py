@@ -1,0 +1,103 @@
+"""Outcomes beside the one of the family: what else a network predicts, with a likelihood each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from armed_pyro.distributions.outcome_densities import IndependentNormal
+from armed_pyro.priors import HalfStudentT, ScalePrior
+from armed_pyro.rows.batch import Rows
+
+if TYPE_CHECKING:
+    pass
+
+
+__all__ = ["Reconstruction"]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    r"""The features as a second outcome, rebuilt by a module of the network.
+
+    .. math:: \log p(x_i, y_i \mid \cdot) = \log p(y_i \mid \eta_i)
+        + w \sum_j \log N(x_{ij}; g_j(x_i), sd^2)
+
+    with g the output of a module, such as a decoder's last layer, effects on filters before it
+    included. All values of a row have the same residual sd, the latent site ``<name>_sd``.
+
+    The likelihood takes the values of a row as independent given g. Neighbouring pixels are not,
+    and with weight 1 an image of 4,096 pixels outweighs a label by far and makes effects on
+    filters look better known than they are: a weight of 1 over the number of values counts a row
+    as one observation.
+
+    `Fit.adapt` learns of new clusters by the family's outcome alone.
+
+    Attributes
+    ----------
+    at : str
+        Module path of the layer whose output has the features' shape.
+    name : str
+        The outcome's name, in results.
+    weight : float
+        w, the likelihood's weight beside that of the family's outcome.
+    prior : ScalePrior
+        Prior of the residual sd, in units of the features' sd.
+
+    References
+    ----------
+    Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 3.4: image and label together.
+
+    Examples
+    --------
+    >>> Reconstruction(at="decoder", weight=1 / 4096).sd_site
+    'image_sd'
+    """
+
+    at: str
+    name: str = "image"
+    weight: float = 1.0
+    prior: ScalePrior = field(default_factory=HalfStudentT)
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"the weight of {self.name!r} must be positive, not {self.weight}")
+        if not self.name:
+            raise ValueError("a reconstruction needs a name, such as 'image'")
+
+    @property
+    def sd_site(self) -> str:
+        """Name of the residual sd's site."""
+        return f"{self.name}_sd"
+
+    def sample_sd(self, like: Tensor) -> Tensor:
+        """Sample the residual sd, in units of the features' sd."""
+        scale = self.prior.scales([""], like.new_ones(1), 1.0)
+        return self.prior.sample(self.sd_site, scale[0])
+
+    def distribution(
+        self, mean: Float[Tensor, "... rows ..."], sd: Float[Tensor, "..."], rows: Rows
+    ) -> TorchDistribution:
+        """p(x | g), with batch shape "... rows".
+
+        Parameters
+        ----------
+        mean : Float[Tensor, "... rows ..."]
+            g.
+        sd : Float[Tensor, "..."]
+            Residual sd, in the features' units; a 1 in the place of the rows.
+        """
+        return IndependentNormal(mean, sd, rows.x.dim() - 1)
+
+    def information(
+        self, mean: Float[Tensor, "rows ..."], sd: Float[Tensor, ""], rows: Rows
+    ) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, ""]]:
+        """Slope of the weighted log-likelihood by g, and root of minus its curvature."""
+        precision = self.weight / sd**2
+        return precision * (rows.x - mean), torch.sqrt(precision)

@@ -1,0 +1,1 @@
+"""q, the approximate posterior."""

@@ -1,0 +1,207 @@
+"""The hyperparameters' part of a guide: one joint distribution in unconstrained coordinates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import CorrCholeskyTransform
+
+from armed_pyro.distributions.cholesky_correlation import CorrelationCholesky
+from armed_pyro.distributions.flow import AutoregressiveNormal, CoupledNormal, Flow, FlowParameters
+
+if TYPE_CHECKING:
+    from armed_pyro.program.model import MixedEffects
+
+
+__all__ = ["Hyperparameters"]
+
+
+# Hyperparameters up to which the guide's matrices take whole steps.
+FULL_STEPS = 6
+
+
+@dataclass(frozen=True)
+class _GlobalSite:
+    """A hyperparameter's place in the vector theta."""
+
+    name: str
+    start: int
+    stop: int
+    shape: torch.Size
+    event_dim: int
+    transform: Any
+    positive: bool
+
+    def read(self, theta: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
+        """The site's value, and minus the log-determinant of its transform."""
+        free = theta[..., self.start : self.stop].reshape(theta.shape[:-1] + self.shape)
+        held = free
+        if self.positive:
+            # Where data say next to nothing of an sd its log goes anywhere; gradients hold fourth
+            # powers of sds, which must be numbers.
+            limits = torch.finfo(free.dtype)
+            least, most = 8 * limits.tiny**0.25, limits.max**0.25 / 8
+            held = free.clamp(math.log(least), math.log(most))
+        value = self.transform(held)
+        log_det = self.transform.log_abs_det_jacobian(free, value)
+        log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + self.event_dim)
+        return value, -log_det
+
+
+class Hyperparameters(nn.Module):
+    r"""Joint posterior of everything outside the plates over clusters.
+
+    .. math:: \theta \sim \text{AutoregressiveNormal}, \quad
+        \theta = (\log \text{dispersion}, \log sd, \text{unconstrained } R, \dots, \beta)
+
+    in the order in which the program samples them, latent fixed effects last: their scale depends
+    on the variances before them.
+
+    Where there are many, each row of its matrices is a sum of as many numbers, all of which an
+    optimizer moves at once: what is trained is in units that leave the sum's steps as they are for
+    few, or the noise of the gradients would add up.
+
+    Parameters
+    ----------
+    model : MixedEffects
+        A bound program.
+    """
+
+    anchor: Tensor
+    frame: Tensor
+    shift: nn.Parameter
+    log_scale: nn.Parameter
+    coupling: nn.Parameter
+    twist: nn.Parameter
+    bow: nn.Parameter
+    skew: nn.Parameter
+    log_tail: nn.Parameter
+
+    def __init__(self, model: MixedEffects) -> None:
+        super().__init__()
+        like = model.reference()
+        self.known = model.known()
+        self.sites = _global_sites(model)
+        self.size = size = self.sites[-1].stop if self.sites else 0
+        self._reach = min(1.0, FULL_STEPS / max(1, size))
+        self.register_buffer("anchor", like.new_tensor(_start(model, self.sites)))
+        self.register_buffer("frame", torch.eye(size, dtype=like.dtype, device=like.device))
+        self.log_scale = nn.Parameter(like.new_full((size,), math.log(0.1)))
+        self.shift = nn.Parameter(like.new_zeros(size))
+        self.coupling = nn.Parameter(like.new_zeros(size, size))
+        # Held at the normal distribution until `settle`: what a single draw says of a shape
+        # is noise, and a shape that wanders makes draws that overflow.
+        self.twist = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
+        self.bow = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
+        self.skew = nn.Parameter(like.new_zeros(size), requires_grad=False)
+        self.log_tail = nn.Parameter(like.new_zeros(size), requires_grad=False)
+        self.shaped = False
+
+    def forward(self) -> dict[str, Tensor]:
+        """Sample every hyperparameter's site."""
+        latents = dict(self.known)
+        if self.sites:
+            theta = pyro.sample("_theta", self.distribution(), infer={"is_auxiliary": True})
+            for site in self.sites:
+                value, log_density = site.read(theta)
+                point = dist.Delta(value, log_density, event_dim=site.event_dim)
+                latents[site.name] = pyro.sample(site.name, point)
+        return latents
+
+    def settle(self) -> None:
+        """From now on its shape is trained, too."""
+        self.requires_grad_(True)
+        self.shaped = True
+
+    def distribution(self) -> Flow:
+        """q(theta)."""
+        return (AutoregressiveNormal if self.shaped else CoupledNormal)(
+            FlowParameters(
+                anchor=self.anchor,
+                frame=self.frame,
+                shift=self.shift,
+                log_scale=self.log_scale,
+                coupling=self._reach * self.coupling.tril(-1),
+                twist=self._reach * self.twist.tril(-1),
+                bow=self._reach * self.bow.tril(-1),
+                skew=self.skew,
+                log_tail=self.log_tail,
+            )
+        )
+
+    def center(self) -> dict[str, Tensor]:
+        """The hyperparameters where the noise is zero."""
+        theta = self.distribution().push(torch.zeros_like(self.anchor))
+        return self.known | {site.name: site.read(theta)[0] for site in self.sites}
+
+    def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
+        super()._load_from_state_dict(*args, **settings)
+        shape = (self.twist, self.bow, self.skew, self.log_tail)
+        self.shaped = self.shaped or any(bool(one.any()) for one in shape)
+
+    @torch.no_grad()
+    def set_normal(self, mean: Float[Tensor, " size"], root: Float[Tensor, "size size"]) -> None:
+        """Make q(theta) the normal distribution N(mean, root root'), root lower triangular."""
+        self.anchor.copy_(mean)
+        self.frame.copy_(root)
+        for parameter in self.parameters():
+            parameter.zero_()
+
+
+def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
+    """The program's latent sites outside the plates, in order of appearance."""
+    facts, like = model.data_facts(), model.reference()
+    training = model.training
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trace = poutine.trace(model).get_trace(facts.one_row(like))
+    model.train(training)
+    effects = {factor.effect_site for factor in model.factors}
+    sites, start = [], 0
+    for name, node in sorted(trace.nodes.items(), key=lambda item: item[0] == "fixed_effect"):
+        outside = name in effects or name == facts.outcome_name
+        if node["type"] != "sample" or node["is_observed"] or outside:
+            continue
+        if type(node["fn"]).__name__ == "_Subsample":
+            continue
+        distribution = cast("dist.TorchDistribution", node["fn"])
+        transform = biject_to(distribution.support)
+        if isinstance(transform, CorrCholeskyTransform):
+            transform = CorrelationCholesky()
+        free = transform.inv(node["value"])
+        stop = start + free.numel()
+        event_dim = distribution.event_dim
+        positive = _is_positive(distribution.support)
+        sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform, positive))
+        start = stop
+    return tuple(sites)
+
+
+def _is_positive(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return bool(getattr(support, "lower_bound", None) == 0)
+
+
+def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:
+    """Starting point of theta: moderate random effects, no correlation, null fixed effects."""
+    start: list[float] = []
+    for site in sites:
+        size = site.stop - site.start
+        if site.name == model.family.dispersion_name:
+            start += [math.log(0.7)] * size
+        elif site.name.endswith("_sd"):
+            start += [math.log(0.5 / math.sqrt(max(1, size / 2)))] * size
+        else:
+            start += [0.0] * size
+    return start

@@ -1,0 +1,1 @@
+"""From a bound program and rows to posterior draws."""

@@ -1,0 +1,161 @@
+"""Importance weights of a guide's draws, nested: of each cluster's effects within each draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from torch import Tensor
+
+from armed_pyro.guides.base import Guide
+from armed_pyro.guides.noise import Given, Noise
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.rows.batch import Rows
+
+__all__ = ["Weighted", "log_prior", "weigh"]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    r"""S draws of all latent sites with M particles each of the nested factor's effects.
+
+    Given theta (all sites but the nested effects) the clusters are independent, so that a few
+    particles estimate each cluster's likelihood:
+
+    .. math:: \hat p(y_k \mid \theta) = \frac{1}{M} \sum_m
+        \frac{p(y_k \mid u_{km}, \theta) \, p(u_{km} \mid \theta)}{r(u_{km} \mid \theta)}
+
+    Attributes
+    ----------
+    latents : mapping of str to Tensor
+        As a guide returns them: "draws 1 ...", nested effects "draws particles clusters terms".
+    outer : Float[Tensor, "draws"]
+        log p(theta) minus its log-density under the proposal, and the log-likelihood of rows that
+        belong to no nested cluster.
+    hyper : Float[Tensor, "draws"]
+        The part of `outer` that is minus the guide's own log q of its ``_theta``.
+    particles : Float[Tensor, "draws particles clusters"]
+        log-weights of the particles.
+    cluster_weight : Float[Tensor, "clusters"] or float
+        Weight of each cluster in a mini-batch.
+
+    References
+    ----------
+    Geffner and Domke (2022), "Variational inference with locally enhanced bounds for
+    hierarchical models", ICML.
+    """
+
+    latents: dict[str, Tensor]
+    outer: Float[Tensor, " draws"]
+    hyper: Float[Tensor, " draws"]
+    particles: Float[Tensor, "draws particles clusters"]
+    cluster_weight: Tensor | float
+
+    def clusters(self) -> Float[Tensor, "draws clusters"]:
+        """log p^(y_k | theta) of every nested cluster."""
+        m = self.particles.shape[1]
+        if m == 1:
+            return self.particles[:, 0]
+        return torch.logsumexp(self.particles, 1) - math.log(m)
+
+    def total(self) -> Float[Tensor, " draws"]:
+        """log-weight of every draw; its mean is a lower bound of the log evidence."""
+        return self.outer + (self.cluster_weight * self.clusters()).sum(-1)
+
+
+def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weighted:
+    """The guide's draws from this noise, with their log-weights.
+
+    Parameters
+    ----------
+    model, guide : MixedEffects, Guide
+        The program and its approximate posterior.
+    rows : Rows
+        All rows; or a mini-batch, of whole clusters if there are several particles.
+    noise : Noise
+        The guide's random numbers, and how their density differs from the standard normal one.
+    """
+    nested, outcome = guide.nested(), model.data_facts().outcome_name
+    site = "" if nested is None else nested.effect_site
+    with Given(noise.values, held=noise.held):
+        guide_trace = poutine.trace(guide).get_trace(rows)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(rows)
+    inside = (site, outcome)
+    guide_trace.compute_log_prob(lambda name, _: name not in inside)
+    model_trace.compute_log_prob(lambda name, node: name not in inside and not node["is_observed"])
+    draws = max(one.shape[0] for one in noise.values.values()) if noise.values else 1
+    zero = model.reference().new_zeros(draws)
+    outer, hyper = zero, zero
+    for name, node in model_trace.nodes.items():
+        if _counts(node, name, inside):
+            outer = outer + _by_draw(node["log_prob"])
+    for name, node in guide_trace.nodes.items():
+        if _counts(node, name, inside):
+            outer = outer - _by_draw(node["log_prob"])
+            if name == "_theta":
+                hyper = hyper - _by_draw(node["log_prob"])
+    for name, ratio in noise.log_ratio.items():
+        if name != site:
+            outer = outer - ratio.reshape(draws, -1).sum(-1)
+    log_likelihood = _density(model_trace, outcome).log_prob(rows.outcome())
+    for one in model.others:
+        rebuilt = _density(model_trace, one.name).log_prob(rows.x)
+        log_likelihood = log_likelihood + one.weight * rebuilt
+    if rows.weights is not None:
+        counted = log_likelihood.new_zeros(()).where(rows.weights == 0, log_likelihood)
+        log_likelihood = rows.weights * counted
+    latents = cast("dict[str, Tensor]", guide_trace.nodes["_RETURN"]["value"])
+    if nested is None:
+        # A program without latent sites has no dimension of draws.
+        outer = outer + rows.scale * log_likelihood.sum(-1).reshape(-1)
+        none = zero.new_zeros(draws, 1, 0)
+        return Weighted(latents, outer, hyper, none, 1.0)
+    value = cast("Tensor", guide_trace.nodes[site]["value"])
+    particles = _density(model_trace, site).log_prob(value)
+    particles = particles - _density(guide_trace, site).log_prob(value)
+    if site in noise.log_ratio:
+        particles = particles - noise.log_ratio[site]
+    membership = rows.memberships[nested.name]
+    weight = membership.weight
+    # Divided by the cluster's weight, with which it is multiplied in the end.
+    scale = rows.scale if weight is None else rows.scale / weight[membership.position]
+    log_likelihood = (scale * log_likelihood).expand(*particles.shape[:-1], -1)
+    particles = particles.index_add(-1, membership.position, log_likelihood.to(particles))
+    return Weighted(latents, outer, hyper, particles, 1.0 if weight is None else weight)
+
+
+def log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tensor, " draws"]:
+    """Joint log-density of all sites outside the plates over clusters, for each draw."""
+    effects = {factor.effect_site for factor in model.factors}
+    given = {name: value for name, value in latents.items() if name not in effects}
+    with model.seeded(0), pyro.validation_enabled(False):
+        row = model.data_facts().one_row(model.reference())
+        trace = poutine.trace(poutine.condition(model, data=given)).get_trace(row)
+        trace.compute_log_prob(lambda name, _: name in given)
+    n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+    total = model.reference().new_zeros(n)
+    for node in trace.nodes.values():
+        if "log_prob" in node:
+            total = total + node["log_prob"].reshape(-1)
+    return total
+
+
+def _density(trace: poutine.Trace, name: str) -> dist.TorchDistribution:
+    return cast("dist.TorchDistribution", trace.nodes[name]["fn"])
+
+
+def _counts(node: Any, name: str, inside: tuple[str, str]) -> bool:
+    known = node["type"] != "sample" or node["is_observed"] or name in inside
+    return not known and type(node["fn"]).__name__ != "_Subsample"
+
+
+def _by_draw(log_prob: Tensor) -> Tensor:
+    """Summed over all dimensions but that of the draws, if there is one."""
+    return log_prob if log_prob.dim() == 0 else log_prob.flatten(1).sum(-1)

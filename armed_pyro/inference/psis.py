@@ -1,0 +1,49 @@
+"""Pareto smoothed importance weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+if TYPE_CHECKING:
+    pass
+
+
+__all__ = ["pareto_smooth"]
+
+
+def pareto_smooth(
+    log_ratios: Float[np.ndarray, "sets draws"],
+) -> tuple[Float[np.ndarray, "sets draws"], Float[np.ndarray, " sets"]]:
+    """Pareto-smoothed, normalised log-weights of several sets of draws, and k-hat of each.
+
+    References
+    ----------
+    Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
+
+    Examples
+    --------
+    >>> weights, k_hat = pareto_smooth(np.zeros((1, 100)))
+    >>> np.exp(weights[0, 0]).round(3).item(), k_hat.item() < 0.5
+    (0.01, True)
+    """
+    from arviz_stats.base import array_stats  # type: ignore[attr-defined]
+
+    if len(log_ratios) == 0:
+        return log_ratios, np.zeros(0)
+    spread = np.ptp(log_ratios, axis=1)
+    # Equal weights have no tail to fit.
+    flat = spread < 1e-10
+    safe = np.where(flat[:, None], np.linspace(-1e-3, 0, log_ratios.shape[1]), log_ratios)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_weights, k_hat = array_stats.psislw(-safe, axis=-1)
+    # Where one draw outweighs all others by hundreds of nats no tail can be fitted either.
+    alone = np.isnan(log_weights).any(axis=1) | np.isnan(k_hat)
+    log_weights = np.where(alone[:, None], np.nan_to_num(safe, nan=-np.inf), log_weights)
+    k_hat = np.where(alone, np.inf, k_hat)
+    even = np.full(log_ratios.shape[1], -np.log(log_ratios.shape[1]))
+    log_weights = np.where(flat[:, None], even, log_weights)
+    log_weights = log_weights - np.logaddexp.reduce(log_weights, axis=1, keepdims=True)
+    return log_weights, np.where(flat, -np.inf, k_hat)

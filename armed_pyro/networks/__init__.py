@@ -1,0 +1,1 @@
+"""Torch networks read and changed by hook, the adversary, networks by name."""

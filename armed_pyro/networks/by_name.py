@@ -1,0 +1,199 @@
+"""Networks by name, or from a user's file, and the hidden layers found in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from armed_pyro._messages import listing, unknown
+
+__all__ = ["GROUP", "hidden_activations", "is_file", "network"]
+
+
+# Entry points by which the library, which never imports a concrete program, finds one.
+GROUP = "armed_pyro.models"
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh),
+)
+
+
+def network(
+    name: str, n_features: int, n_outputs: int = 1, *, seed: int = 0, **arguments: Any
+) -> nn.Module:
+    """The network called `name`, for features "rows n_features" and outputs "rows n_outputs".
+
+    Parameters
+    ----------
+    name : str
+        A name in the entry-point group ``armed_pyro.models``, such as ``linear`` or ``dense``; or
+        ``FILE.py:NAME``. The file is executed. NAME is a network, or a class or function that
+        makes one when called with ``(n_features, n_outputs)`` or with nothing.
+    n_features, n_outputs : int
+        Widths.
+    seed : int
+        Seed of the initial weights; torch's global generator is left as it was.
+    **arguments
+        Further arguments of a network found by its entry point.
+
+    Raises
+    ------
+    ValueError
+        If there is no such network, or making it fails.
+
+    Examples
+    --------
+    >>> network("dense", n_features=3, hidden=(8,))[1]
+    ReLU()
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if is_file(name):
+            return _from_file(name, n_features, n_outputs)
+        found = {point.name: point for point in entry_points(group=GROUP)}
+        if name not in found:
+            raise ValueError(
+                f"{unknown('network', name, sorted(found))} A network of your own is "
+                "FILE.py:NAME, such as my_net.py:MyNet."
+            )
+        make = found[name].load()
+        try:
+            return _module(make(n_features, n_outputs, **arguments), name)
+        except TypeError as error:
+            raise ValueError(f"the network {name!r} cannot be made: {error}") from error
+
+
+def is_file(name: str) -> bool:
+    """Whether a network's name is a user's ``FILE.py:NAME``."""
+    return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
+
+
+def hidden_activations(net: nn.Module) -> tuple[str, ...]:
+    """Module paths of a network's hidden activations, in order; for an adversary to tap.
+
+    These are its activation modules (ReLU and the like); of a network that has none, because it
+    calls functions instead, its linear layers but the last.
+
+    Raises
+    ------
+    ValueError
+        If the network has no hidden layer.
+
+    Examples
+    --------
+    >>> hidden_activations(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
+    ('1',)
+    """
+    modules = dict(net.named_modules())
+    linear = [path for path, one in modules.items() if isinstance(one, nn.Linear)]
+    hidden = list(modules)
+    if linear:  # what follows the last linear layer is the output, not hidden
+        hidden = hidden[: hidden.index(linear[-1])]
+    paths = [path for path in hidden if isinstance(modules[path], _ACTIVATIONS)] or linear[:-1]
+    if not paths:
+        raise ValueError(
+            "an adversary needs a network with hidden layers, whose activations it reads; this "
+            f"one ({type(net).__name__}) has none: use --net dense, or leave the adversary out"
+        )
+    return tuple(paths)
+
+
+def _from_file(name: str, n_features: int, n_outputs: int) -> nn.Module:
+    file, colon, attribute = name.rpartition(":")
+    if not colon or not attribute or name.endswith(".py"):
+        raise ValueError(
+            f"{name!r} names a file but not what to take from it: expected FILE.py:NAME, such as "
+            "my_net.py:MyNet"
+        )
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"there is no file {file!r} (from {name!r}): check the path")
+    module = _execute(path)
+    if not hasattr(module, attribute):
+        own = [
+            key
+            for key, value in vars(module).items()
+            if getattr(value, "__module__", None) == module.__name__ or isinstance(value, nn.Module)
+        ]
+        raise unknown(f"name in {file}", attribute, own)
+    found = getattr(module, attribute)
+    if callable(found) and not isinstance(found, nn.Module):
+        sizes = _sizes(found, name, n_features, n_outputs)
+        with _explained(path, f"calling {name} failed"):
+            found = found(**sizes)
+    return _module(found, name)
+
+
+def _execute(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_armed_pyro_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # As for a script: dataclasses look their module up, and a file may import its neighbours.
+    sys.modules[spec.name] = module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        with _explained(path, f"{path} cannot be loaded"):
+            spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _sizes(make: Any, name: str, n_features: int, n_outputs: int) -> dict[str, int]:
+    """Keywords to call a user's class or function with."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # written in C
+        return {}
+    named = {"n_features": n_features, "n_outputs": n_outputs}
+    free = [key for key, one in parameters.items() if one.default is one.empty]
+    free = [key for key in free if parameters[key].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    given = {key: value for key, value in named.items() if key in parameters}
+    if not given and len(free) == 2:
+        given = dict(zip(free, named.values(), strict=True))
+    if missing := [key for key in free if key not in given]:
+        raise ValueError(
+            f"{name} takes the arguments {listing(parameters)}, and {listing(missing)} cannot be "
+            "filled in: expected none, or (n_features, n_outputs). Give the others defaults."
+        )
+    return given
+
+
+def _module(found: Any, name: str) -> nn.Module:
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            f"{name} gives a {type(found).__name__}, expected a torch.nn.Module, or a class or "
+            "function that makes one"
+        )
+    return found
+
+
+@contextmanager
+def _explained(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a user's code raises into a ValueError with the line that raised it."""
+    try:
+        yield
+    except Exception as error:
+        kind = type(error).__name__
+        raise ValueError(f"{what}{_line(error, path)}: {kind}: {error}") from error
+
+
+def _line(error: Exception, path: Path) -> str:
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return "" if line is None else f" in line {line}"

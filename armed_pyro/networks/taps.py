@@ -1,0 +1,114 @@
+"""Activations of a network read off by module path, without editing the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["module_at", "pooled", "run", "tapped"]
+
+
+# Rows, and values of all their features, that run through a network at once where no gradients are
+# wanted of them: the feature maps of thousands of images would take gigabytes.
+MOST_ROWS, MOST_VALUES = 4096, 2**21
+
+
+def module_at(net: nn.Module, path: str) -> nn.Module:
+    """The sub-module of `net` at a dotted path, such as ``"encoder.3"``; ``""`` is the network.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message names the nearest path.
+    """
+    try:
+        return net.get_submodule(path)
+    except AttributeError as error:
+        paths = [name for name, _ in net.named_modules() if name]
+        near = get_close_matches(path, paths, n=1)
+        hint = f" (nearest: {near[0]!r})" if near else ""
+        raise ValueError(
+            f"the network has no module {path!r}{hint}; its module paths are: "
+            f"{', '.join(paths) or 'none, as it is a single module'}"
+        ) from error
+
+
+def pooled(activation: Float[Tensor, "rows width ..."]) -> Float[Tensor, "rows width"]:
+    """Activations as vectors: feature maps are averaged over space."""
+    return activation if activation.dim() == 2 else activation.flatten(2).mean(-1)
+
+
+@contextmanager
+def tapped(
+    net: nn.Module, outputs: Sequence[str] = (), inputs: Sequence[str] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs (or inputs) of modules while the network runs inside this context.
+
+    The yielded mapping fills as the network runs: key ``path`` for an output, ``"<path"`` for an
+    input. Hooks are removed on leaving.
+
+    Raises
+    ------
+    ValueError
+        If the network has no module at one of the paths.
+    """
+    record: dict[str, Tensor] = {}
+
+    def keep_output(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            record[path] = output
+
+        return hook
+
+    def keep_input(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            record[f"<{path}"] = args[0]
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path in dict.fromkeys(outputs):
+            handle = module_at(net, path).register_forward_hook(keep_output(path))
+            hooks.callback(handle.remove)
+        for path in dict.fromkeys(inputs):
+            handle = module_at(net, path).register_forward_pre_hook(keep_input(path))
+            hooks.callback(handle.remove)
+        yield record
+
+
+def run(
+    net: nn.Module,
+    x: Float[Tensor, "rows ..."],
+    outputs: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+    *,
+    whole: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The network's output, and outputs (or inputs) of its modules, as `tapped` records them.
+
+    The output is among them, under the empty path.
+
+    Many rows run a block at a time where no gradients are wanted of them.
+
+    Parameters
+    ----------
+    whole : bool
+        Whether all rows have to run at once.
+    """
+    size = min(MOST_ROWS, max(1, MOST_VALUES // max(1, x[:1].numel())))
+    blocks = [x] if whole or torch.is_grad_enabled() or len(x) <= size else x.split(size)
+    pieces = []
+    for block in blocks:
+        with tapped(net, outputs, inputs) as record:
+            output = net(block)
+        pieces.append({**record, "": output})
+    joined = pieces[0]
+    if len(pieces) > 1:
+        joined = {name: torch.cat([piece[name] for piece in pieces]) for name in joined}
+    return joined[""], joined

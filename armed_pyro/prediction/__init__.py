@@ -1,0 +1,1 @@
+"""Predictions for rows of seen and new clusters."""

@@ -1,0 +1,313 @@
+"""Effects of the clusters of some labelled rows, given all else in every posterior draw."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.prediction.laplace import Conditionals, conditionals
+from armed_pyro.prediction.unseen import label_noise
+from armed_pyro.program.linearize import mean_draws, sensitivities
+from armed_pyro.program.predictor import modulates
+from armed_pyro.rows.in_memory import HeldRows
+
+if TYPE_CHECKING:
+    from armed_pyro.fitted import Fit
+    from armed_pyro.random_effects.grouping_factor import Factor
+
+
+__all__ = ["condition"]
+
+
+Latents = Mapping[str, Tensor]
+Node = tuple[int, int]  # factor, cluster
+# Effects that can be known jointly; values of the rows' predictors in all draws.
+MOST_EFFECTS, MOST_VALUES = 500, 2**25
+# Times that the predictor is linearised anew where there are effects on filters.
+LINEARISED = 3
+
+
+def condition(
+    fit: Fit,
+    support: ClusteredData,
+    latents: dict[str, Tensor],
+    effects: dict[str, Tensor],
+    new: Mapping[str, pd.Index],
+    seed: int,
+    update_seen: bool,
+    quality: dict[str, float],
+    evidence: list[tuple[list[list[Node]], Tensor]] | None = None,
+) -> Tensor:
+    """Draw the effects of all clusters of the support given each posterior draw.
+
+    Parameters
+    ----------
+    latents, effects : dict of str to Tensor
+        Draws of the fit, and effects of the new clusters; those known better now are replaced.
+    new : mapping of str to pandas.Index
+        Labels of the new clusters.
+    quality : dict of str to float
+        Its efficiency is lowered to that of the worst particles.
+    evidence : list, optional
+        Gets groups of clusters, as numbers of factor and cluster, and log p(y of the group | draw).
+
+    Returns
+    -------
+    Float[Tensor, "draws"]
+        log p(y_support | draw), the draws' log-weights.
+
+    Examples
+    --------
+    ``fit.adapt(rows)`` calls it.
+    """
+    model, facts = fit.model, fit.model.data_facts()
+    levels = facts.levels_with(support)
+    source = model.encode(support, levels)
+    first_new = {f.name: len(facts.levels[f.name]) for f in model.factors}
+    free = {
+        f.name: torch.arange(len(levels[f.name])) >= (0 if update_seen else first_new[f.name])
+        for f in model.factors
+    }
+    if update_seen:
+        for name, one in free.items():
+            one &= source.counts[name].cpu() > 0
+        source = _with_training(fit, source, levels, free)
+    source = model.compute(source)
+    trained = torch.arange(len(source)) >= support.n_rows
+    extended = dict(latents)
+    for f in model.factors:
+        zero = latents[f.effect_site]
+        both = torch.cat([zero, zero.new_zeros(len(zero), len(new[f.name]), zero.shape[-1])], -2)
+        both[:, free[f.name].to(both.device)] = 0.0
+        extended[f.effect_site] = both
+    total = torch.zeros(())
+    noise = {f.name: _noise(f, levels[f.name], latents, seed) for f in model.factors}
+    most = max(1, MOST_VALUES // max(one.shape[0] for one in latents.values()))
+    for nodes, rows in _in_batches(_components(model.factors, source, free), most):
+        found = _solve(fit, extended, source, nodes, rows, noise, seed)
+        total = total + found.evidence.sum(1).double().cpu()
+        if evidence is not None:
+            evidence.append((nodes, found.evidence))
+        quality["efficiency"] = min(quality["efficiency"], float(found.efficiency.min()))
+        old = [index[trained[index]] for index in rows]
+        if any(map(len, old)):  # the fit knows these rows already
+            before = _solve(fit, extended, source, nodes, old, noise, seed)
+            total = total - before.evidence.sum(1).double().cpu()
+        for group, members in enumerate(nodes):
+            start = 0
+            for number, cluster in members:
+                factor = model.factors[number]
+                stop = start + len(factor.terms)
+                value, k = found.effects[:, group, start:stop], first_new[factor.name]
+                if cluster >= k:
+                    effects[factor.name][:, cluster - k] = value
+                else:
+                    updated = latents[factor.effect_site].clone()
+                    updated[:, cluster] = value
+                    latents[factor.effect_site] = updated
+                start = stop
+    return total
+
+
+def _noise(factor: Factor, labels: pd.Index, latents: Latents, seed: int) -> Any:
+    def of(clusters: list[int]) -> Tensor:
+        return label_noise(seed, factor.name, labels[clusters], latents[factor.effect_site])
+
+    return of
+
+
+def _components(
+    factors: tuple[Factor, ...], source: HeldRows, free: Mapping[str, Tensor]
+) -> Iterator[tuple[list[list[Node]], list[Tensor]]]:
+    """Free clusters that share rows, as groups: those of the same make-up together.
+
+    Yields
+    ------
+    list of list of Node
+        Clusters of every group.
+    list of Tensor
+        Rows of every group.
+    """
+    offset, start = {}, 0
+    for f, factor in enumerate(factors):
+        offset[f] = start
+        start += len(free[factor.name])
+    pairs = []
+    row_node = torch.full((len(source),), -1)
+    for f, factor in enumerate(factors):
+        codes = source.codes[factor.name].cpu()
+        node = torch.where(free[factor.name][codes], codes + offset[f], -1)
+        both = (node >= 0) & (row_node >= 0)
+        pairs.append(torch.stack([row_node[both], node[both]]))
+        row_node = torch.where(row_node >= 0, row_node, node)
+    edges = torch.cat(pairs, 1).numpy()
+    graph = coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(start, start))
+    _, label = connected_components(graph, directed=False)
+    members: dict[int, list[Node]] = defaultdict(list)
+    present = np.unique(label[row_node[row_node >= 0].numpy()])
+    for f, factor in enumerate(factors):
+        for cluster in free[factor.name].nonzero()[:, 0].tolist():
+            component = int(label[offset[f] + cluster])
+            members[component].append((f, cluster))
+    row_label = np.where(row_node.numpy() >= 0, label[row_node.numpy()], -1)
+    order = np.argsort(row_label, kind="stable")
+    left = np.searchsorted(row_label[order], present)
+    right = np.searchsorted(row_label[order], present, side="right")
+    alike: dict[tuple[int, ...], tuple[list[list[Node]], list[Tensor]]] = {}
+    for component, begin, end in zip(present, left, right, strict=True):
+        nodes = members[int(component)]
+        kind = tuple(f for f, _ in nodes)
+        size = sum(len(factors[f].terms) for f in kind)
+        if size > MOST_EFFECTS and len(kind) > 1:
+            raise ValueError(
+                f"the support ties {len(kind)} clusters of {len(set(kind))} factors together, with "
+                f"{size} effects to be known jointly; at most {MOST_EFFECTS} can: adapt to fewer "
+                "clusters at a time, or fit again with these rows"
+            )
+        groups, rows = alike.setdefault(kind, ([], []))
+        groups.append(nodes)
+        rows.append(torch.from_numpy(order[begin:end].copy()))
+    yield from alike.values()
+
+
+def _in_batches(
+    alike: Iterator[tuple[list[list[Node]], list[Tensor]]], most: int
+) -> Iterator[tuple[list[list[Node]], list[Tensor]]]:
+    """The same groups, with at most so many rows (or one group) at a time."""
+    for nodes, rows in alike:
+        start, held = 0, 0
+        for place, index in enumerate(rows):
+            if held and held + len(index) > most:
+                yield nodes[start:place], rows[start:place]
+                start, held = place, 0
+            held += len(index)
+        yield nodes[start:], rows[start:]
+
+
+def _solve(
+    fit: Fit,
+    latents: Latents,
+    source: HeldRows,
+    nodes: list[list[Node]],
+    rows: list[Tensor],
+    noise: Mapping[str, Any],
+    seed: int,
+) -> Conditionals:
+    """The conditionals of groups of clusters of the same make-up."""
+    found = _linearised(fit, latents, source, nodes, rows, noise, seed)
+    if modulates(fit.model):
+        # The predictor is linear in the effects on filters only near where they are.
+        for _ in range(LINEARISED):
+            around = found.effects.mean(0)
+            found = _linearised(fit, latents, source, nodes, rows, noise, seed, around)
+    return found
+
+
+def _linearised(
+    fit: Fit,
+    latents: Latents,
+    source: HeldRows,
+    nodes: list[list[Node]],
+    rows: list[Tensor],
+    noise: Mapping[str, Any],
+    seed: int,
+    around: Float[Tensor, "groups terms"] | None = None,
+) -> Conditionals:
+    """The conditionals given a predictor that is linear in the effects.
+
+    Parameters
+    ----------
+    around : Float[Tensor, "groups terms"], optional
+        Effects near which it is taken as linear; by default near zero.
+    """
+    model = fit.model
+    spread = model.data_facts().spread
+    index = torch.cat(rows).to(source.x.device)
+    place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
+    place = place.to(index)
+    some = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
+    point = mean_draws(model, latents) if modulates(model) else {}
+    if around is not None:
+        latents = dict(latents)
+        sizes = [len(model.factors[f].terms) for f, _ in nodes[0]]
+        for slot, (value, (f, _)) in enumerate(zip(around.split(sizes, -1), nodes[0], strict=True)):
+            site, where = model.factors[f].effect_site, [group[slot][1] for group in nodes]
+            latents[site] = latents[site].clone()
+            latents[site][:, where] = value
+            point[site] = latents[site].mean(0)
+    base = model.predictor(some, latents)
+    pieces, normal = [], []
+    for slot, (f, _) in enumerate(nodes[0]):
+        factor = model.factors[f]
+        own: Int[Tensor, " groups"] = torch.tensor([group[slot][1] for group in nodes]).to(index)
+        mine = source.codes[factor.name][index] == own[place]
+        z = sensitivities(model, some, factor, base.activations, point)
+        pieces.append(z * mine[:, None, None])
+        normal.append(noise[factor.name](own.tolist()))
+    lower = [model.factors[f].scale_matrix(latents) for f, _ in nodes[0]]
+    lower = [one.reshape(-1, *one.shape[-2:]) for one in lower]
+    eta = base.eta if base.eta.dim() == 3 else base.eta[None]
+    z = torch.cat(pieces, 1)
+    if around is not None:
+        eta = eta - spread * torch.einsum("ntc,nt->nc", z, around[place])
+    with model.seeded(seed + 13):
+        return conditionals(
+            model,
+            latents,
+            some,
+            eta,
+            z,
+            _block_diagonal(lower),
+            place,
+            len(nodes),
+            torch.cat(normal, -1),
+        )
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    draws, size = max(map(len, blocks)), sum(one.shape[-1] for one in blocks)
+    matrix, start = blocks[0].new_zeros(draws, size, size), 0
+    for one in blocks:
+        stop = start + one.shape[-1]
+        matrix[:, start:stop, start:stop] = one
+        start = stop
+    return matrix
+
+
+def _with_training(
+    fit: Fit, source: HeldRows, levels: Mapping[str, pd.Index], free: Mapping[str, Tensor]
+) -> HeldRows:
+    """The rows, followed by the training rows of the free clusters."""
+    if fit.sampled:
+        raise ValueError(
+            "seen clusters cannot be updated: the fit keeps only a sample of its training rows"
+        )
+    every = fit.model.encode(fit.data, levels)
+    wanted = torch.zeros(len(every), dtype=torch.bool)
+    for name, one in free.items():
+        wanted |= one[every.codes[name].cpu()]
+    index = wanted.nonzero()[:, 0].to(every.x.device)
+
+    def both(name: str) -> Tensor | None:
+        ours, theirs = getattr(source, name), getattr(every, name)
+        if ours is None and theirs is None:
+            return None
+        ours = theirs.new_ones(len(source)) if ours is None else ours
+        theirs = ours.new_ones(len(every)) if theirs is None else theirs
+        return torch.cat([ours, theirs[index]])
+
+    codes = {name: torch.cat([one, every.codes[name][index]]) for name, one in source.codes.items()}
+    counts = {name: torch.bincount(one, minlength=len(levels[name])) for name, one in codes.items()}
+    x = torch.cat([source.x, every.x[index]])
+    y, trials, offset, weights = (both(name) for name in ("y", "trials", "offset", "weights"))
+    return HeldRows(x, y, codes, counts, trials, offset, weights)

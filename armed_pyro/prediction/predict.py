@@ -1,0 +1,94 @@
+"""predict(): E[y | x, cluster] and y for rows of seen and new clusters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.prediction.result import Prediction, Rebuilt
+from armed_pyro.prediction.unseen import (
+    apart,
+)
+
+if TYPE_CHECKING:
+    from armed_pyro.fitted import Fit
+from armed_pyro.prediction.chunks import (
+    _check_settings,
+    effect_source,
+    encoded,
+    new_effects,
+    predict_chunks,
+)
+
+__all__ = ["predict"]
+
+
+def predict(
+    fit: Fit,
+    data: ClusteredData | pd.DataFrame,
+    *,
+    unseen: str | None = None,
+    support: ClusteredData | pd.DataFrame | None = None,
+    pooled: bool = True,
+    draws: int = 1000,
+    prob: float = 0.9,
+    seed: int | None = None,
+) -> Prediction:
+    r"""E[y | x, cluster] and y of new rows given every posterior draw.
+
+    Parameters
+    ----------
+    fit : Fit
+        The fit.
+    data : ClusteredData or table
+        New rows; a table is encoded as the training table was. The outcome is not needed.
+    unseen : {"population", "marginal", "membership", "nearest", "adapt"}, optional
+        What random effects clusters get that were not seen in training; see `MODES`. Required if
+        there are such clusters. All rows of one new cluster share its draw.
+    support : ClusteredData or table, optional
+        Labelled rows of the new clusters, for "adapt"; see `armed_pyro.prediction.adapt.adapt`.
+    pooled : bool
+        For "membership" and "nearest", whether the features of all rows of a new cluster are
+        evidence together; otherwise each row is a cluster of its own, as in the ARMED paper.
+    draws : int
+        Posterior draws.
+    prob : float
+        Probability of the intervals.
+    seed : int, optional
+        Seed of the draws; the fit's own by default.
+
+    Raises
+    ------
+    ValueError
+        If there are unseen clusters and no mode for them, or the rows do not match the training
+        data, or support rows lack outcomes or are of clusters that the data do not have.
+    """
+    settings: dict[str, Any] = {"draws": draws, "prob": prob, "seed": seed}
+    _check_settings(draws, prob)
+    data = encoded(fit, data)
+    source, membership = effect_source(
+        fit, data, unseen, support=support, pooled=pooled, draws=draws, seed=seed
+    )
+    given = apart(fit.model, data) if _by_row(unseen, pooled) else data
+    parts = list(predict_chunks(fit, given, source=source, unseen=unseen, **settings))
+    new = {} if given is not data else new_effects(fit.model, source, data)
+    first = parts[0]
+    return Prediction(
+        np.concatenate([part.expected for part in parts], 1),
+        np.concatenate([part.outcome for part in parts], 1),
+        np.concatenate([part.unseen for part in parts]),
+        data.row_labels,
+        first.outcome_name,
+        first.classes,
+        prob,
+        new,
+        membership,
+        Rebuilt.joined(parts),
+    )
+
+
+def _by_row(unseen: str | None, pooled: bool) -> bool:
+    return unseen in ("membership", "nearest") and not pooled

@@ -1,0 +1,245 @@
+"""Prediction: posterior draws for new rows, as tables and labelled ArviZ data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Shaped
+
+from armed_pyro.data.clustered import ClusteredData
+
+__all__ = ["NewEffects", "Prediction", "Rebuilt"]
+
+
+@dataclass(frozen=True, eq=False)
+class NewEffects:
+    """Random effects of the clusters of one factor that were not seen in training.
+
+    Attributes
+    ----------
+    labels : pandas.Index
+        The clusters.
+    terms : tuple of str
+        Names of the effects.
+    values : Float[ndarray, "draws new terms"]
+        Draws, on the original scale.
+    modes : tuple of str
+        Mode used for each cluster.
+
+    Examples
+    --------
+    ``fit.predict(rows, unseen="marginal").new["site"].values``
+    """
+
+    labels: pd.Index
+    terms: tuple[str, ...]
+    values: Float[np.ndarray, "draws new terms"]
+    modes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rebuilt:
+    """Posterior of the mean of another outcome: of every row's features, rebuilt.
+
+    Draws of it would take a network's output a row and draw.
+
+    Attributes
+    ----------
+    mean, sd : Float[ndarray, "rows ..."]
+        Posterior mean and standard deviation of every value.
+
+    Examples
+    --------
+    ``fit.predict(rows).others["image"].mean``
+    """
+
+    mean: Float[np.ndarray, "rows ..."]
+    sd: Float[np.ndarray, "rows ..."]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Prediction]) -> dict[str, Rebuilt]:
+        """The other outcomes of consecutive blocks of rows."""
+        return {
+            name: cls(
+                np.concatenate([part.others[name].mean for part in parts]),
+                np.concatenate([part.others[name].sd for part in parts]),
+            )
+            for name in parts[0].others
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Posterior draws of the expected outcome and of the outcome, one column a row.
+
+    Rows of one cluster share its random effects in every draw, so their joint distribution is
+    the predictive one.
+
+    Attributes
+    ----------
+    expected : Float[ndarray, "draws rows"] or Float[ndarray, "draws rows classes"]
+        E[y | draw]: means, counts, or the probability of every class.
+    outcome : Float[ndarray, "draws rows"]
+        Draws of y itself; class codes for categorical outcomes.
+    unseen : Shaped[ndarray, "rows"]
+        Mode used for rows in clusters not seen in training; empty for seen ones.
+    row_labels : pandas.Index
+        Labels of the rows.
+    classes : tuple or None
+        Labels of the classes.
+    prob : float
+        Probability of the (equal-tailed) intervals.
+    new : mapping of str to NewEffects
+        Random effects of the new clusters, by factor; none where each row was one of its own.
+    membership : pandas.DataFrame or None
+        For the modes membership and nearest, which seen cluster each new one resembles, how sure
+        that is, and whether none is like it: see `armed_pyro.prediction.similarity.Evidence.table`.
+    others : mapping of str to Rebuilt
+        The program's other outcomes, by name.
+
+    Examples
+    --------
+    >>> draws = np.array([[1.0, 4.0], [3.0, 6.0]])
+    >>> modes = np.array(["", "marginal"])
+    >>> prediction = Prediction(draws, draws, modes, pd.Index(["a", "b"]), "y", None, 0.5)
+    >>> prediction.to_frame()[["mean", "lower", "upper"]]
+       mean  lower  upper
+    a   2.0    1.5    2.5
+    b   5.0    4.5    5.5
+    """
+
+    expected: Float[np.ndarray, "draws rows ..."]
+    outcome: Float[np.ndarray, "draws rows"]
+    unseen: Shaped[np.ndarray, " rows"]
+    row_labels: pd.Index
+    outcome_name: str
+    classes: tuple[str, ...] | None
+    prob: float
+    new: Mapping[str, NewEffects] = field(default_factory=dict)
+    membership: pd.DataFrame | None = None
+    others: Mapping[str, Rebuilt] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Float[np.ndarray, "rows ..."]:
+        """Posterior mean of the expected outcome."""
+        return self.expected.mean(0)
+
+    @property
+    def sd(self) -> Float[np.ndarray, "rows ..."]:
+        """Posterior standard deviation of the expected outcome."""
+        return self.expected.std(0, ddof=1)
+
+    def interval(
+        self, prob: float | None = None, *, of: str = "expected"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Equal-tailed interval of the expected outcome, or of the outcome itself.
+
+        Parameters
+        ----------
+        prob : float, optional
+            Probability it holds; by default the prediction's own.
+        of : {"expected", "outcome"}
+            Credible interval of E[y], or predictive interval of y.
+        """
+        if of not in ("expected", "outcome"):
+            raise ValueError(f"`of` is 'expected' or 'outcome', not {of!r}")
+        tail = (1 - (self.prob if prob is None else prob)) / 2
+        draws = self.expected if of == "expected" else self.outcome
+        lower, upper = np.quantile(draws, [tail, 1 - tail], axis=0)
+        return lower, upper
+
+    def to_frame(self) -> pd.DataFrame:
+        """Table with mean, sd, lower, upper (by class for categorical outcomes) and unseen."""
+        lower, upper = self.interval()
+        columns = {"mean": self.mean, "sd": self.sd, "lower": lower, "upper": upper}
+        if self.expected.ndim == 3:
+            names = self.classes or tuple(map(str, range(self.expected.shape[2])))
+            columns = {
+                f"{column}[{name}]": values[:, code]
+                for code, name in enumerate(names)
+                for column, values in columns.items()
+            }
+        return pd.DataFrame({**columns, "unseen": self.unseen}, index=self.row_labels)
+
+    def to_dataset(self) -> xr.Dataset:
+        """Draws with dimensions chain, draw, row (and class); other outcomes without draws.
+
+        Of an outcome ``image`` there is ``image_expected``, the posterior mean of every value of
+        a row, and ``image_expected_sd``.
+        """
+        dims = ("chain", "draw", "row")
+        coords: dict[str, object] = {"row": self.row_labels.to_numpy()}
+        expected_dims: tuple[str, ...] = dims
+        if self.expected.ndim == 3:
+            expected_dims = (*dims, "class")
+            coords["class"] = list(self.classes or range(self.expected.shape[2]))
+        rebuilt = {}
+        for name, one in self.others.items():
+            axes = ("row", *(f"axis_{i}" for i in range(1, one.mean.ndim)))
+            rebuilt[f"{name}_expected"] = (axes, one.mean)
+            rebuilt[f"{name}_expected_sd"] = (axes, one.sd)
+        return xr.Dataset(
+            {
+                self.outcome_name: (dims, self.outcome[None]),
+                f"{self.outcome_name}_expected": (expected_dims, self.expected[None]),
+                "unseen": ("row", self.unseen),
+                **rebuilt,
+            },
+            coords,
+        )
+
+    def to_datatree(self, observed: ClusteredData | None = None) -> xr.DataTree:
+        """Draws in ArviZ's schema: the groups predictions and predictions_constant_data.
+
+        ``predictions`` has what `to_dataset` has, and the new clusters' random effects as
+        ``<factor>_effect`` with the dimensions (chain, draw, <factor>, <factor>_term), and the mode
+        used for each in ``<factor>_mode``.
+
+        Parameters
+        ----------
+        observed : ClusteredData, optional
+            The same rows; their clusters go to ``predictions_constant_data`` and their outcomes, if
+            known, to ``observed_data``, for ArviZ's predictive checks
+            (``group="predictions"``).
+
+        Examples
+        --------
+        ``fit.predict(rows, unseen="marginal").to_datatree()["predictions"]``
+        """
+        return _tree(self, observed)
+
+
+def _tree(made: Prediction, observed: ClusteredData | None) -> xr.DataTree:
+    """See `Prediction.to_datatree`."""
+    from armed_pyro.data.xarray_names import label_values, variable_name
+
+    outcome = variable_name(made.outcome_name)
+    predictions = made.to_dataset()
+    if outcome != made.outcome_name:
+        predictions = predictions.rename({made.outcome_name: outcome})
+    row = label_values(made.row_labels)
+    predictions = predictions.assign_coords(chain=[0], draw=np.arange(len(made.expected)), row=row)
+    for name, one in made.new.items():
+        base = name.replace("/", "_")
+        cluster, term = variable_name(base), f"{base}_term"
+        dims = ("chain", "draw", cluster, term)
+        predictions[f"{base}_effect"] = (dims, one.values[None])
+        predictions[f"{base}_mode"] = (cluster, np.array(one.modes, dtype=np.str_))
+        coords = {cluster: label_values(one.labels), term: list(one.terms)}
+        predictions = predictions.assign_coords(coords)
+    predictions.attrs = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
+    groups = {"predictions": predictions}
+    if observed is not None:
+        clusters = {
+            variable_name(name): ("row", label_values(grouping.levels)[grouping.codes.numpy()])
+            for name, grouping in observed.groupings.items()
+        }
+        groups["predictions_constant_data"] = xr.Dataset(clusters, {"row": row})
+        if observed.outcome is not None:
+            values = {outcome: ("row", observed.outcome.numpy())}
+            groups["observed_data"] = xr.Dataset(values, {"row": row})
+    return xr.DataTree.from_dict(groups)

@@ -1,0 +1,1 @@
+"""`MixedEffects`: the joint density, its predictor and its units."""

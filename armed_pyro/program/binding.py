@@ -1,0 +1,200 @@
+"""How a network, terms and adversaries fit together, found by running the network once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from armed_pyro._messages import unknown
+from armed_pyro.networks.filters import modulated
+from armed_pyro.networks.taps import pooled, tapped
+from armed_pyro.program.predictor import modulates
+
+if TYPE_CHECKING:
+    from armed_pyro.program.model import MixedEffects
+
+
+__all__ = [
+    "activation_widths",
+    "check_names",
+    "head_path",
+    "needs_alone",
+    "unreached",
+    "warn_if_small",
+]
+
+
+def activation_widths(model: MixedEffects) -> dict[str, int]:
+    """Widths of the layers that terms and adversaries tap, from one run on two rows of zeros.
+
+    Raises
+    ------
+    ValueError
+        If the network does not take the features, does not give one output for every column of
+        the predictor, or never runs a tapped layer; or if its last linear layer is to be Bayesian
+        but does not give the output.
+    """
+    facts, like, net = model.data_facts(), model.reference(), model.net
+    x = torch.zeros(2, *facts.feature_shape, dtype=like.dtype, device=like.device)
+    head = [head_path(net)] if model.bayesian_head else []
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad(), tapped(net, model.layers(), head) as record:
+            output = net(x)
+        if head:
+            _check_head(net, head[0], record.get(f"<{head[0]}"), x)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network cannot take the features, of shape "
+            f"(rows, {', '.join(map(str, facts.feature_shape))}) "
+            f"({', '.join(facts.feature_names) or 'unnamed'}): {error}"
+        ) from error
+    finally:
+        net.train(training)
+    output = output.reshape(2, -1)
+    columns = model.family.contrasts(output).shape[-1]
+    if columns != len(facts.columns):
+        raise ValueError(
+            f"the network has {output.shape[-1]} output(s), but the outcome "
+            f"{facts.outcome_name!r} of family {model.family.name!r} needs "
+            f"{output.shape[-1] - columns + len(facts.columns)}"
+        )
+    missing = [path for path in model.layers() if path not in record]
+    if missing:
+        raise ValueError(f"the network never runs its module {missing[0]!r}: nothing to tap")
+    for one in model.others:
+        if record[one.at].shape[1:] != facts.feature_shape:
+            raise ValueError(
+                f"{one.name!r} is the features rebuilt, of shape (rows, "
+                f"{', '.join(map(str, facts.feature_shape))}), but the module {one.at!r} gives "
+                f"{tuple(record[one.at].shape)} for two rows: name the layer whose output has the "
+                "features' shape, or change the network"
+            )
+    paths = dict.fromkeys(path for term in model.terms for path in term.layers())
+    paths |= dict.fromkeys(path for game in model.adversaries for path in game.taps)
+    return {path: pooled(record[path]).shape[-1] for path in paths}
+
+
+def unreached(model: MixedEffects) -> frozenset[str]:
+    """Tapped layers, and "" for the output, that are the same whatever the effects inside.
+
+    Found by running the network on noise, without effects and with random ones.
+    """
+    paths = ["", *model.layers()]
+    if not modulates(model):
+        return frozenset(paths)
+    facts, like, net = model.data_facts(), model.reference(), model.net
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *facts.feature_shape, generator=noise).to(like)
+    blocks = [
+        (block, torch.randn(2, len(block.names), generator=noise).to(like))
+        for factor in model.factors
+        for block in factor.filters
+    ]
+    runs = []
+    training = net.training
+    net.eval()
+    try:
+        for given in ([], blocks):
+            # Taps see a layer's output after effects on it.
+            with torch.no_grad(), modulated(net, given), tapped(net, model.layers()) as record:
+                output = net(x)
+            runs.append({**record, "": output})
+    finally:
+        net.train(training)
+    without, within = runs
+    return frozenset(path for path in paths if torch.equal(without[path], within[path]))
+
+
+def needs_alone(model: MixedEffects) -> bool:
+    """Whether training needs a run of the network without effects inside, beside that with them."""
+    wanted = {path for game in model.adversaries for path in game.taps}
+    if model.fixed_weight:
+        wanted |= {"", *(one.at for one in model.others)}
+    return not wanted <= model.unreached
+
+
+def head_path(net: nn.Module) -> str:
+    """Module path of the network's last linear layer; empty if it is the network itself.
+
+    Raises
+    ------
+    ValueError
+        If the network has no linear layer.
+    """
+    paths = [path for path, one in net.named_modules() if isinstance(one, nn.Linear)]
+    if not paths:
+        raise ValueError("a Bayesian head needs a network with a torch.nn.Linear layer")
+    return paths[-1]
+
+
+def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> None:
+    """Whatever the head gives must come out of the network, unchanged."""
+    noise = torch.Generator().manual_seed(0)
+    given: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        given.append(torch.linspace(-3, 3, output.numel()).to(output).view_as(output))
+        return given[-1]
+
+    hook = net.get_submodule(path).register_forward_hook(replace)
+    try:
+        with torch.no_grad():
+            output = net(torch.randn(x.shape, generator=noise).to(x))
+    finally:
+        hook.remove()
+    vectors = hidden is not None and hidden.dim() == 2 and len(given) == 1
+    if not vectors or not torch.equal(given[0].reshape(-1), output.reshape(-1)):
+        raise ValueError(
+            f"a Bayesian head needs the last linear layer ({path or 'the network'}) to give the "
+            "network's output, but something follows it: move it to the end, or leave "
+            "bayesian_head off"
+        )
+
+
+def check_names(model: MixedEffects) -> None:
+    """Check that no two sites or plates have the same name, and that priors name real factors.
+
+    Raises
+    ------
+    ValueError
+        If the outcome or a grouping factor is called what the program calls something else, or
+        a prior is given for a factor that has no random effects.
+    """
+    outcome, priors = model.data_facts().outcome_name, model.priors.sd
+    factors = [factor.name for factor in model.factors]
+    if isinstance(priors, Mapping):
+        for name in priors:
+            if name not in factors:
+                raise unknown("grouping factor with random effects for the prior", name, factors)
+    names = ["row", "draws", *["fixed_effect"] * model.bayesian_head]
+    names += [str(model.family.dispersion_name)] * (model.family.dispersion_name is not None)
+    names += [name for one in model.others for name in (one.name, one.sd_site)]
+    for factor in model.factors:
+        own = ["_sd", "_cor", "_effect"]
+        names += [factor.name, *(factor.name + end for end in own), *factor.cholesky_sites()]
+    names.append(outcome)
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise ValueError(
+            f"two quantities of the program would be called {twice[0]!r}: give the column of the "
+            f"outcome ({outcome!r}) or of the grouping factor ({', '.join(factors)}) another name"
+        )
+
+
+def warn_if_small(model: MixedEffects) -> None:
+    """Warn where there are fewer rows than parameters."""
+    count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
+    count += sum(len(factor.terms) for factor in model.factors)
+    rows = model.data_facts().n_rows
+    if rows < count:
+        warnings.warn(
+            f"there are fewer rows ({rows}) than parameters ({count}): expect overfitting; use a "
+            "smaller network, or stop by validation",
+            UserWarning,
+            stacklevel=4,
+        )

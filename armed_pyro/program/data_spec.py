@@ -1,0 +1,248 @@
+"""What a program knows of the data it is fitted to: sizes, names, scales and cluster labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from armed_pyro._messages import listing
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.grouping import as_seen, index_from_json, index_to_json
+from armed_pyro.data.schema import Schema
+from armed_pyro.families.family import Family
+from armed_pyro.rows.batch import Membership, Rows
+from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.streaming.sort_and_shuffle import EncodedTable
+
+__all__ = ["Facts"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Sizes, names, scales and labels of the training data.
+
+    A feature enters the network as ``(x - feature_mean) / feature_scale``; the linear predictor
+    is ``center + spread * (f + phi' u)`` with f and u in standardised units.
+
+    Attributes
+    ----------
+    feature_shape : tuple of int
+        Shape of one row's features.
+    columns : tuple of str
+        Names of the predictor's columns, one empty name unless the outcome has classes.
+    feature_spread : float
+        sd of all values of the features as they enter the network, taken together.
+    levels : mapping of str to pandas.Index
+        Labels of the clusters seen in training, by grouping factor.
+    counts : mapping of str to Int[Tensor, "clusters"]
+        Training rows in each cluster.
+    """
+
+    n_rows: int
+    feature_names: tuple[str, ...]
+    sources: tuple[str, ...]
+    feature_shape: tuple[int, ...]
+    feature_mean: tuple[float, ...]
+    feature_scale: tuple[float, ...]
+    outcome_name: str
+    classes: tuple[Any, ...] | None
+    columns: tuple[str, ...]
+    center: tuple[float, ...]
+    spread: float
+    levels: Mapping[str, pd.Index]
+    counts: Mapping[str, Int[Tensor, " clusters"]]
+    schema: Schema | None
+    feature_spread: float = 1.0
+
+    @classmethod
+    def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
+        """Facts of the data, after the checks that need no network.
+
+        Raises
+        ------
+        ValueError
+            If the data cannot be fitted: see `ClusteredData.check_training` and `Family.check`.
+        """
+        data.check_training()
+        family.check(data)
+        continuous = torch.tensor(data.continuous, dtype=torch.bool)
+        if len(continuous):
+            mean, scale = data.features.mean(0), data.features.std(0)
+            mean = torch.where(continuous, mean, torch.zeros_like(mean))
+            scale = torch.where(continuous, scale, torch.ones_like(scale))
+        else:
+            mean = scale = torch.zeros(0)
+        groupings = {factor: data.grouping(factor) for factor in factors}
+        return cls(
+            n_rows=data.n_rows,
+            feature_names=data.feature_names,
+            sources=data.sources,
+            feature_shape=tuple(data.features.shape[1:]),
+            feature_mean=tuple(mean.tolist()),
+            feature_scale=tuple(scale.tolist()),
+            outcome_name=data.outcome_name,
+            classes=data.classes,
+            columns=family.columns(data),
+            center=tuple(family.center(data).tolist()),
+            spread=family.spread(data),
+            levels={factor: grouping.levels for factor, grouping in groupings.items()},
+            counts={factor: grouping.counts for factor, grouping in groupings.items()},
+            schema=data.schema,
+            # Features of a table are standardised.
+            feature_spread=1.0 if len(continuous) else _spread(data.features),
+        )
+
+    @classmethod
+    def of_encoded(cls, table: EncodedTable, family: Family) -> Facts:
+        """Facts of a table's rows in a file, after the same checks.
+
+        Raises
+        ------
+        ValueError
+            If the outcome is none of the family's: see `Family.check`.
+        """
+        return replace(
+            cls.of(table.outcomes(), family, ()),
+            feature_names=table.first.feature_names,
+            sources=table.first.sources,
+            feature_shape=(len(table.first.feature_names),),
+            feature_mean=tuple(table.feature_mean.tolist()),
+            feature_scale=tuple(table.feature_scale.tolist()),
+            levels=table.levels,
+            counts=table.counts,
+        )
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """Features of the network: ``(x - mean) / scale``; images are left as they are."""
+        if not self.feature_mean:
+            return features
+        mean = torch.tensor(self.feature_mean, dtype=torch.float64)
+        scale = torch.tensor(self.feature_scale, dtype=torch.float64)
+        return (features.to(torch.float64) - mean) / scale
+
+    def encode(
+        self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
+    ) -> HeldRows:
+        """Rows as tensors with the precision and device of `like`.
+
+        Parameters
+        ----------
+        data : ClusteredData
+            Data with the training data's features.
+        levels : mapping of str to pandas.Index, optional
+            Cluster labels that codes refer to; by default those seen in training.
+
+        Raises
+        ------
+        ValueError
+            If features are missing, or clusters are not among `levels`.
+        """
+        levels = self.levels if levels is None else levels
+        if data.feature_names != self.feature_names:
+            missing = [name for name in self.feature_names if name not in data.feature_names]
+            raise ValueError(
+                f"the data have the features {list(data.feature_names)}, but the model was laid "
+                f"out for {list(self.feature_names)} (missing: {missing or 'none'}); encode new "
+                "tables with the training data's schema: data.schema.encode(table)"
+            )
+        codes, counts = {}, {}
+        for factor, index in levels.items():
+            grouping = data.grouping(factor)
+            found = index.get_indexer(as_seen(grouping.levels, self.levels[factor]))
+            if (found < 0).any():
+                label = listing(grouping.levels[found < 0][:1])
+                raise ValueError(f"cluster {label} of {factor!r} was not seen in training")
+            codes[factor] = torch.as_tensor(found)[grouping.codes].to(like.device, torch.long)
+            counts[factor] = torch.bincount(codes[factor], minlength=len(index))
+
+        def tensor(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(like)
+
+        return HeldRows(
+            self.standardise(data.features).to(like),
+            tensor(data.outcome),
+            codes,
+            counts,
+            tensor(data.trials),
+            tensor(data.offset),
+            tensor(data.weights),
+        )
+
+    def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
+        """Labels of the clusters seen in training, followed by those only these data have."""
+        extended = {}
+        for factor, seen in self.levels.items():
+            own = as_seen(data.grouping(factor).levels, seen)
+            extended[factor] = seen.append(own[~own.isin(seen)])
+        return extended
+
+    def clusters(self, like: Tensor) -> Rows:
+        """No rows, but every cluster of every factor."""
+        none = torch.zeros(0, dtype=torch.long, device=like.device)
+        memberships = {
+            name: Membership(torch.arange(len(levels), device=like.device), none)
+            for name, levels in self.levels.items()
+        }
+        return Rows(like.new_zeros(0, *self.feature_shape), None, memberships)
+
+    def one_row(self, like: Tensor) -> Rows:
+        """A row of zeros without an outcome, in the first cluster of every factor."""
+        one = torch.zeros(1, dtype=torch.long, device=like.device)
+        memberships = {name: Membership(one, one) for name in self.levels}
+        return Rows(
+            like.new_zeros(1, *self.feature_shape), None, memberships, trials=like.new_ones(1)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as JSON values."""
+        return {
+            "n_rows": self.n_rows,
+            "feature_names": list(self.feature_names),
+            "sources": list(self.sources),
+            "feature_shape": list(self.feature_shape),
+            "feature_mean": list(self.feature_mean),
+            "feature_scale": list(self.feature_scale),
+            "outcome_name": self.outcome_name,
+            "classes": None if self.classes is None else index_to_json(pd.Index(self.classes)),
+            "columns": list(self.columns),
+            "center": list(self.center),
+            "spread": self.spread,
+            "levels": {factor: index_to_json(levels) for factor, levels in self.levels.items()},
+            "counts": {factor: counts.tolist() for factor, counts in self.counts.items()},
+            "schema": None if self.schema is None else self.schema.to_json(),
+            "feature_spread": self.feature_spread,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Facts:
+        """The facts that `to_json` wrote."""
+        classes, schema = values["classes"], values["schema"]
+        return cls(
+            n_rows=int(values["n_rows"]),
+            feature_names=tuple(values["feature_names"]),
+            sources=tuple(values["sources"]),
+            feature_shape=tuple(values["feature_shape"]),
+            feature_mean=tuple(values["feature_mean"]),
+            feature_scale=tuple(values["feature_scale"]),
+            outcome_name=values["outcome_name"],
+            classes=None if classes is None else tuple(index_from_json(classes)),
+            columns=tuple(values["columns"]),
+            center=tuple(values["center"]),
+            spread=float(values["spread"]),
+            levels={factor: index_from_json(one) for factor, one in values["levels"].items()},
+            counts={factor: torch.tensor(one) for factor, one in values["counts"].items()},
+            schema=None if schema is None else Schema.from_json(schema),
+            # Of manifests written before there were other outcomes.
+            feature_spread=float(values.get("feature_spread", 1.0)),
+        )
+
+
+def _spread(features: Tensor) -> float:
+    """sd of all values; 1 where there are none, or all are the same."""
+    return float(features.double().std()) or 1.0 if features.numel() > 1 else 1.0

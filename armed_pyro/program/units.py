@@ -1,0 +1,72 @@
+"""Latent sites on the outcome's original scale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from armed_pyro.families.reconstruction import Reconstruction
+    from armed_pyro.program.model import MixedEffects
+    from armed_pyro.random_effects.grouping_factor import Factor
+
+
+Draws = dict[str, Tensor]
+
+
+def original_covariance(
+    model: MixedEffects, factor: Factor, latents: Draws
+) -> Float[Tensor, "draws terms terms"]:
+    """M D M': covariance matrix of the random effects on the original scale."""
+    covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
+    matrix = factor.to_original.to(covariance)
+    return matrix @ covariance @ matrix.mT
+
+
+def original_dispersion(model: MixedEffects, latents: Draws) -> Float[Tensor, " draws"] | None:
+    """Dispersion on the original scale; None for families without one."""
+    name = model.family.dispersion_name
+    if name is None:
+        return None
+    spread = model.data_facts().spread
+    values = model.family.original_dispersion(_flat(latents[name], 0), spread)
+    return values.to(torch.float64)
+
+
+def original_sd(
+    model: MixedEffects, other: Reconstruction, latents: Draws
+) -> Float[Tensor, " draws"]:
+    """Residual sd of another outcome, in its own units."""
+    return _flat(latents[other.sd_site], 0).to(torch.float64) * model.data_facts().feature_spread
+
+
+def original_fixed_effects(
+    model: MixedEffects, latents: Draws
+) -> Float[Tensor, "draws fixed_terms"]:
+    """Latent fixed effects per original unit, the intercept at x = 0 and with the centre added.
+
+    Coefficients of a deep network's last layer refer to its activations and only get the
+    outcome's spread.
+    """
+    facts = model.data_facts()
+    columns = len(facts.columns)
+    values = _flat(latents["fixed_effect"], 1).to(torch.float64) * facts.spread
+    values = values.unflatten(-1, (-1, columns)).clone()
+    intercept = model.fixed_terms()[0].startswith("Intercept")
+    if model.linear:
+        scale = torch.tensor(facts.feature_scale).to(values)[:, None]
+        mean = torch.tensor(facts.feature_mean).to(values)[:, None]
+        values[:, int(intercept) :] /= scale
+        if intercept:
+            values[:, 0] -= (values[:, 1:] * mean).sum(1)
+    if intercept:
+        values[:, 0] += torch.tensor(facts.center).to(values)
+    return values.flatten(1)
+
+
+def _flat(values: Tensor, event_dim: int) -> Tensor:
+    """Draws first, then the site's own dimensions."""
+    return values.reshape(-1, *values.shape[values.dim() - event_dim :])

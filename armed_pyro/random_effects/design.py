@@ -1,0 +1,136 @@
+"""Columns of the random effects' design: one block for each term."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from armed_pyro.networks.taps import pooled
+
+__all__ = ["Block", "FilterBlock", "LinearBlock", "by_column"]
+
+
+def by_column(
+    phi: Float[Tensor, "rows q"], columns: int
+) -> Float[Tensor, "rows q*columns columns"]:
+    """Z: from a cluster's terms, each a column of phi and one of the predictor, to the latter."""
+    identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
+    return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)
+
+
+class Block(nn.Module, ABC):
+    """Effects of one term, laid out for given data.
+
+    Attributes
+    ----------
+    names : tuple of str
+        One an effect.
+    correlated : bool
+        Whether the effects are correlated.
+    width : int
+        Effects that stand for one thing together: those of the units of a hidden layer.
+    to_original : Float[Tensor, "columns columns"]
+        u_original = to_original @ u_internal, apart from the outcome's spread.
+    """
+
+    names: tuple[str, ...]
+    correlated: bool
+    width: int = 1
+    to_original: Tensor
+
+    def __init__(
+        self, names: Iterable[str], correlated: bool, to_original: Float[Tensor, "q q"]
+    ) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.correlated = correlated and len(self.names) > 1
+        self.register_buffer("to_original", to_original, persistent=False)
+
+
+class LinearBlock(Block, ABC):
+    """Columns phi, which effects multiply in the linear predictor."""
+
+    @abstractmethod
+    def columns(
+        self, x: Tensor, activations: Mapping[str, Tensor]
+    ) -> Float[Tensor, "rows columns"]:
+        """phi of some rows with standardised features x."""
+
+    def paths(self) -> tuple[str, ...]:
+        """Module paths of the activations that it reads."""
+        return ()
+
+
+class InputBlock(LinearBlock):
+    """Intercept and (standardised) input features.
+
+    In a correlated block with an intercept the features are centred: the model is the same, as
+    the covariance matrix is full, and inference is easier. Otherwise they are only scaled,
+    because independence of intercept and slope holds at x = 0, as in lme4.
+    """
+
+    shift: Tensor
+    index: Tensor
+
+    def __init__(
+        self,
+        names: list[str],
+        columns: list[int],
+        mean: list[float],
+        scale: list[float],
+        intercept: bool,
+        correlated: bool,
+    ) -> None:
+        centred = intercept and correlated
+        slope = torch.diag(1 / torch.tensor(scale, dtype=torch.float64))
+        if intercept:
+            size = len(names) + 1
+            to_original = torch.eye(size, dtype=torch.float64)
+            to_original[1:, 1:] = slope
+            if centred:
+                to_original[0, 1:] = -torch.tensor(mean, dtype=torch.float64) @ slope
+        else:
+            to_original = slope
+        super().__init__(["Intercept"] * intercept + names, correlated, to_original)
+        self.intercept = intercept
+        shift = torch.tensor(mean, dtype=torch.float64) @ slope
+        self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
+        self.register_buffer("index", torch.tensor(columns, dtype=torch.long), False)
+
+    def columns(
+        self, x: Tensor, activations: Mapping[str, Tensor]
+    ) -> Float[Tensor, "rows columns"]:
+        slopes = [x[:, self.index] + self.shift] if len(self.index) else []
+        return torch.cat([x.new_ones(len(x), 1)] * self.intercept + slopes, -1)
+
+
+class LayerBlock(LinearBlock):
+    """Activations of a hidden layer."""
+
+    def __init__(self, path: str, width: int, correlated: bool) -> None:
+        names = [f"{path}[{unit}]" for unit in range(width)]
+        super().__init__(names, correlated, torch.eye(width, dtype=torch.float64))
+        self.path = path
+        self.width = width
+
+    def columns(
+        self, x: Tensor, activations: Mapping[str, Tensor]
+    ) -> Float[Tensor, "rows columns"]:
+        return pooled(activations[self.path])
+
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,)
+
+
+class FilterBlock(Block):
+    """Scales, then biases, of a layer's filters."""
+
+    def __init__(self, path: str, filters: int) -> None:
+        names = [f"{path}.{kind}[{c}]" for kind in ("scale", "bias") for c in range(filters)]
+        super().__init__(names, False, torch.eye(2 * filters, dtype=torch.float64))
+        self.path = path
+        self.width = 2 * filters

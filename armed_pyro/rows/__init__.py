@@ -1,0 +1,1 @@
+"""Rows as tensors: one batch, and the sources that batches come from."""

@@ -1,0 +1,159 @@
+"""Tables too large for memory: scanned once, then fitted from files sorted and shuffled."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.progress import Progress
+
+from armed_pyro.data.columns import Missing
+from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.scan import TableScan, complete_blocks, scan
+from armed_pyro.streaming.sort_and_shuffle import EncodedTable, encode, encoded_columns
+
+__all__ = ["StreamedData"]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedData:
+    """Rows of a Parquet file that `armed_pyro.fit` reads from disk instead of holding them.
+
+    The fit reads the file once more, and writes its rows, encoded, to a temporary file. Where
+    whole clusters or mini-batches of rows are needed, DuckDB makes copies that are sorted by
+    cluster or shuffled. Training then reads what it needs ahead of time. In memory are O(clusters)
+    numbers, blocks of rows, and before training the outcome (8 bytes per row).
+
+    Attributes
+    ----------
+    table : TableBlocks
+        The file.
+    scanned : TableScan
+        Schema, and labels and sizes of the clusters.
+    feature_names : tuple of str
+        Names of the encoded feature columns.
+    memory : int
+        Bytes that a fit's process is to stay within. DuckDB gets an eighth of it, at least 64 MB
+        and 1 MB per column.
+    folder : path, optional
+        Where the temporary files go; they take up to four times 4 bytes per row and column.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> table = pd.DataFrame({"y": [0.0, 1, 2, 3], "x": [1.0, 3, 2, 5], "g": [0, 0, 1, 1]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table.to_parquet(f"{folder}/rows.parquet")
+    ...     data = StreamedData.scan(f"{folder}/rows.parquet", outcome="y", clusters=["g"])
+    ...     data.n_rows, data.feature_names
+    (4, ('x',))
+    """
+
+    table: TableBlocks
+    scanned: TableScan
+    feature_names: tuple[str, ...]
+    memory: int
+    folder: str | os.PathLike[str] | None = None
+
+    @classmethod
+    def scan(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        outcome: str,
+        clusters: Sequence[str],
+        features: Sequence[str] | str | None = None,
+        trials: str | None = None,
+        offset: str | None = None,
+        weights: str | None = None,
+        missing: Missing = "error",
+        memory: int = 2 * 10**9,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> StreamedData:
+        """Read a Parquet file once; `ClusteredData.from_frame` has the other parameters.
+
+        Raises
+        ------
+        ValueError
+            The file is not a readable Parquet table, or cannot be used as asked; the message names
+            the first row at fault.
+        """
+        table = TableBlocks.open(Path(path))
+        if table.frame is not None:
+            raise ValueError(
+                f"{path} is not a Parquet file, the only kind that is streamed: convert it, for "
+                "example with pandas.read_csv(path).to_parquet('rows.parquet')"
+            )
+        roles = {"trials": trials, "offset": offset, "weights": weights}
+        scanned = scan(
+            table,
+            outcome=outcome,
+            clusters=clusters,
+            features=features,
+            missing=missing,
+            memory=memory,
+            folder=folder,
+            **roles,
+        )
+        columns = encoded_columns(scanned.schema)
+        first = scanned.schema.encode(next(complete_blocks(table, columns)))
+        return cls(table, scanned, first.feature_names, memory, folder)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.scanned.n_rows
+
+    @property
+    def n_features(self) -> int:
+        """Number of encoded feature columns."""
+        return len(self.feature_names)
+
+    @contextmanager
+    def encoded(
+        self, factors: Sequence[str], seed: int, *, progress: bool = False
+    ) -> Iterator[EncodedTable]:
+        """The rows, encoded, in a file that is deleted afterwards, as are copies made of it.
+
+        Parameters
+        ----------
+        factors : sequence of str
+            Grouping factors whose clusters are needed.
+        seed : int
+            Seed of the shuffle and of the sample that a fit keeps.
+        progress : bool
+            Whether to show a progress bar.
+
+        Raises
+        ------
+        ValueError
+            If the rows cannot be streamed or used: see `encode`.
+        """
+        with (
+            tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder,
+            Progress(disable=not progress, transient=True) as bar,
+        ):
+            task = bar.add_task("encoding rows", total=self.n_rows)
+            path = Path(folder) / "rows.parquet"
+            table = encode(
+                self.table,
+                self.scanned,
+                factors,
+                path,
+                memory=self.memory,
+                seed=seed,
+                report=partial(bar.advance, task),
+            )
+            bar.stop()
+            bar.console.print(
+                f"{path.stat().st_size / 1e9:.2f} GB of rows in temporary files in {folder}, "
+                "removed at the end",
+                markup=False,
+            )
+            yield table
