@@ -23,7 +23,7 @@ PACKAGES = {"armed_pyro": LIBRARY, "armed_pyro.models": MODELS, "armed_pyro.anal
 PICKLES = {"pickle", "cloudpickle", "dill", "shelve"}
 TO_ANALYSIS = {"armed_pyro.analysis", "analysis"}
 TO_MODELS = {"armed_pyro.models", "models"}
-LONGEST = 400
+LONGEST = 500
 
 
 # ---------------------------------------------------------------------------- import direction
@@ -60,7 +60,7 @@ def forbidden_imports(source: str, package: str, banned: set[str]) -> list[str]:
 
 def banned_in(path: Path) -> set[str]:
     if LIBRARY in path.parents:
-        arviz = set() if path.name == "datatree.py" else {"arviz"}
+        arviz = set() if path == LIBRARY / "summaries/datatree.py" else {"arviz"}
         return PICKLES | TO_MODELS | TO_ANALYSIS | arviz
     if MODELS in path.parents:
         return PICKLES | TO_ANALYSIS | {"models", "arviz"}
@@ -96,8 +96,8 @@ def test_imports_go_from_analysis_to_models_to_library():
         ("armed_pyro/x.py", "import arviz.preview as az", True),
         ("armed_pyro/x.py", "import armed_pyro.modelscope", False),
         ("armed_pyro/x.py", "from .datatree import to_datatree", False),
-        ("armed_pyro/datatree.py", "import arviz.preview as az", False),
-        ("armed_pyro/datatree.py", "from .models import dense", True),
+        ("armed_pyro/summaries/datatree.py", "import arviz.preview as az", False),
+        ("armed_pyro/summaries/datatree.py", "from .models import dense", True),
         ("models/x.py", "from armed_pyro import MixedEffects", False),
         ("models/x.py", "from .dense import dense", False),
         ("models/x.py", "from ..analysis import fertility", True),
@@ -123,7 +123,7 @@ def test_forbidden_imports_are_seen(folder, statement, caught):
         ("armed_pyro/x.py", "import pickle", True),
         ("armed_pyro/x.py", "import arviz as az", True),
         ("armed_pyro/x.py", "from armed_pyro.terms import Slopes", False),
-        ("armed_pyro/datatree.py", "import arviz as az", False),
+        ("armed_pyro/summaries/datatree.py", "import arviz as az", False),
         ("models/x.py", "from armed_pyro.analysis import fertility", True),
         ("models/x.py", "import arviz as az", True),
         ("models/x.py", "from armed_pyro.models import dense", False),

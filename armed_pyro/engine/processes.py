@@ -1,6 +1,7 @@
 """Processes that fit one model together, started by torchrun: who they are, and what they agree on.
 
-Each process is given the same data. The network is trained on shares of them (`armed_pyro.engine.shards`):
+Each process is given the same data. The network is trained on shares of them
+(`armed_pyro.engine.shards`):
 mini-batches, validation and pseudo-observations. What comes after it, when the network's outputs
 are computed once and held, is a small part of the work of a network worth sharing, and each process
 does all of it, with the same random numbers: nothing has to be exchanged, but it takes no less time

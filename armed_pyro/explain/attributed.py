@@ -37,7 +37,8 @@ class Attribution:
           unless the network's last layer is latent: other weights are point estimates.
         - slope: the signed gradient; for the method "gradient" only.
         - ``<factor>_slope`` (..., cluster, feature): what each cluster adds to the slope.
-        - ``<factor>_sd``: sd of that over clusters; see `armed_pyro.explain.attribution.attribution`.
+        - ``<factor>_sd``: sd of that over clusters; see
+          `armed_pyro.explain.attribution.attribution`.
 
         The coordinate ``scale`` holds the features' sds (1 for 0/1 columns). Features of images
         have the dimensions axis_1, axis_2, ... instead.

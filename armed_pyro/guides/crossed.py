@@ -66,11 +66,13 @@ class CrossedGuide(Guide):
         b = b_0 - H_0 \beta + A (\delta - \Gamma \beta), \quad A = e A_0 e, \quad u = L z
 
     over the whitened effects z of all clusters of all factors. A_0, b_0 and H_0 are sums over all
-    rows as in `armed_pyro.guides.pseudo_observations.observe`, so that the conditional is exact for gaussian outcomes
+    rows as in `armed_pyro.guides.pseudo_observations.observe`, so that the conditional is exact
+    for gaussian outcomes
     with linear fixed effects; the diagonal e, delta and Gamma are trained. The factor with most
     effects is eliminated cluster by cluster; the others share a dense Schur complement, to which
     every pair of effects that share a cluster adds, or a matrix product where nearly all do: see
-    `armed_pyro.guides.cross_products`. Memory is O(effects of the largest factor x effects of the others).
+    `armed_pyro.guides.cross_products`. Memory is O(effects of the largest factor x effects of the
+    others).
 
     All clusters are drawn in every step.
 

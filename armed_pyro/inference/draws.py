@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-
-from armed_pyro.inference.nested_weights import Weighted
-
-if TYPE_CHECKING:
-    pass
-
-
-from dataclasses import field
-from typing import TYPE_CHECKING
 
 from armed_pyro.guides.base import selected
 
@@ -26,7 +16,66 @@ if TYPE_CHECKING:
     pass
 
 
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from armed_pyro.inference.nested_weights import Weighted
+
+if TYPE_CHECKING:
+    pass
+
+
 __all__ = ["METHODS", "ImportanceDraws", "RefinedDraws", "resampled"]
+
+
+METHODS: Mapping[str, str] = {
+    "psis": "importance-weighted draws of the guide, Pareto smoothed",
+    "nuts": "Hamiltonian Monte Carlo in the guide's coordinates, the network held",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RefinedDraws:
+    """Posterior draws that replace the guide's.
+
+    Attributes
+    ----------
+    method : str
+        "psis" or "nuts".
+    pool : mapping of str to Tensor
+        Draws of all latent sites, shaped as a guide's, from which they are taken.
+    quality : mapping of str to float
+        k_hat and ess (psis); r_hat, ess and divergences (nuts): the worst over all sites.
+    index : Int[Tensor, "draws"], optional
+        Which of the pool they are, one by one; all of it by default.
+    """
+
+    method: str
+    pool: Mapping[str, Tensor]
+    quality: Mapping[str, float] = field(default_factory=dict)
+    # Very many clusters' effects are not to be held twice, as they were proposed and resampled.
+    index: Int[Tensor, " draws"] | None = None
+
+    def __len__(self) -> int:
+        return len(self._index())
+
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        """Draws of all latent sites, shaped as a guide's."""
+        return selected(self.pool, self._index())
+
+    def choose(self, n: int) -> dict[str, Tensor]:
+        """n of the draws, at random; without repeats where there are enough."""
+        size = len(self)
+        chosen = torch.randperm(size)[:n] if n <= size else torch.randint(size, (n,))
+        return selected(self.pool, self._index()[chosen])
+
+    def _index(self) -> Int[Tensor, " draws"]:
+        if self.index is not None:
+            return self.index
+        return torch.arange(max(one.shape[0] for one in self.pool.values() if one.dim() > 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,51 +135,3 @@ def resampled(weighted: Weighted, site: str) -> dict[str, Tensor]:
         picked = index[:, None, :, None].expand(-1, 1, -1, value.shape[-1])
         latents[site] = value.gather(1, picked)[:, 0]
     return latents
-
-
-METHODS: Mapping[str, str] = {
-    "psis": "importance-weighted draws of the guide, Pareto smoothed",
-    "nuts": "Hamiltonian Monte Carlo in the guide's coordinates, the network held",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class RefinedDraws:
-    """Posterior draws that replace the guide's.
-
-    Attributes
-    ----------
-    method : str
-        "psis" or "nuts".
-    pool : mapping of str to Tensor
-        Draws of all latent sites, shaped as a guide's, from which they are taken.
-    quality : mapping of str to float
-        k_hat and ess (psis); r_hat, ess and divergences (nuts): the worst over all sites.
-    index : Int[Tensor, "draws"], optional
-        Which of the pool they are, one by one; all of it by default.
-    """
-
-    method: str
-    pool: Mapping[str, Tensor]
-    quality: Mapping[str, float] = field(default_factory=dict)
-    # Very many clusters' effects are not to be held twice, as they were proposed and resampled.
-    index: Int[Tensor, " draws"] | None = None
-
-    def __len__(self) -> int:
-        return len(self._index())
-
-    @property
-    def latents(self) -> dict[str, Tensor]:
-        """Draws of all latent sites, shaped as a guide's."""
-        return selected(self.pool, self._index())
-
-    def choose(self, n: int) -> dict[str, Tensor]:
-        """n of the draws, at random; without repeats where there are enough."""
-        size = len(self)
-        chosen = torch.randperm(size)[:n] if n <= size else torch.randint(size, (n,))
-        return selected(self.pool, self._index()[chosen])
-
-    def _index(self) -> Int[Tensor, " draws"]:
-        if self.index is not None:
-            return self.index
-        return torch.arange(max(one.shape[0] for one in self.pool.values() if one.dim() > 1))

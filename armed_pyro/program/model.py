@@ -412,6 +412,21 @@ def trains_network(model: MixedEffects) -> bool:
     return bool(model.adversaries) or (weights and not model.linear)
 
 
+@contextmanager
+def counted(rows: Rows) -> Iterator[None]:
+    """Handlers under which the log-likelihood of each row counts its weight times the scale."""
+    with ExitStack() as handlers:
+        if rows.weights is None:
+            handlers.enter_context(poutine.scale(scale=rows.scale))
+        else:
+            # Pyro's scales are positive: rows of weight 0 are masked.
+            counts = cast("torch.BoolTensor", rows.weights > 0)
+            weights = torch.where(counts, rows.weights, 1)
+            handlers.enter_context(poutine.scale(scale=rows.scale * weights))
+            handlers.enter_context(poutine.mask(mask=counts))
+        yield
+
+
 def log_likelihoods(
     model: MixedEffects, rows: Rows, latents: Mapping[str, Tensor], *, others: bool = True
 ) -> dict[str, Float[Tensor, "... rows"]]:
@@ -428,18 +443,3 @@ def log_likelihoods(
     if rows.weights is None:
         return found
     return {name: rows.weights * one for name, one in found.items()}
-
-
-@contextmanager
-def counted(rows: Rows) -> Iterator[None]:
-    """Handlers under which the log-likelihood of each row counts its weight times the scale."""
-    with ExitStack() as handlers:
-        if rows.weights is None:
-            handlers.enter_context(poutine.scale(scale=rows.scale))
-        else:
-            # Pyro's scales are positive: rows of weight 0 are masked.
-            counts = cast("torch.BoolTensor", rows.weights > 0)
-            weights = torch.where(counts, rows.weights, 1)
-            handlers.enter_context(poutine.scale(scale=rows.scale * weights))
-            handlers.enter_context(poutine.mask(mask=counts))
-        yield

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
-from armed_pyro.rows.source import RowSource, memberships_of
+from armed_pyro.rows.source import RowSource, memberships_of, whole_splits
 
 __all__ = ["HeldRows"]
 
@@ -85,7 +85,7 @@ class HeldRows(RowSource):
         *,
         dense_up_to: int | None = None,
     ) -> Iterator[Rows]:
-        for index in _whole_splits(len(self), size, generator):
+        for index in whole_splits(len(self), size, generator):
             yield self.batch(index.to(self.x.device), dense_up_to=dense_up_to)
 
     def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
@@ -120,12 +120,3 @@ class HeldRows(RowSource):
         for start in range(0, len(self), size):
             index = torch.arange(start, min(start + size, len(self)), device=self.x.device)
             yield self.batch(index, dense_up_to=max(map(len, self.counts.values()), default=0))
-
-
-def _whole_splits(
-    n: int, size: int, generator: torch.Generator | None
-) -> Iterator[Int[Tensor, " size"]]:
-    """0, 1, ..., n - 1 in random order, `size` at a time, without a shorter rest."""
-    order = torch.randperm(n, generator=generator)
-    for start in range(0, n - size + 1, size):
-        yield order[start : start + size]

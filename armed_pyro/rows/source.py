@@ -11,9 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
-from armed_pyro.rows.in_memory import _whole_splits
 
-__all__ = ["RowSource", "memberships_of"]
+__all__ = ["RowSource", "memberships_of", "whole_splits"]
 
 
 class RowSource(ABC):
@@ -116,7 +115,7 @@ class RowSource(ABC):
 
         Up to ``size - 1`` clusters are left out; `generator` is used as in `batches`.
         """
-        for chosen in _whole_splits(len(self.counts[factor]), size, generator):
+        for chosen in whole_splits(len(self.counts[factor]), size, generator):
             yield self.whole_clusters(factor, chosen.to(self.like.device))
 
     @abstractmethod
@@ -144,3 +143,12 @@ def memberships_of(
             weight = (scale * found / every[present]).to(source.like.dtype)
             memberships[factor] = Membership(present, position, weight, complete=False)
     return memberships
+
+
+def whole_splits(
+    n: int, size: int, generator: torch.Generator | None
+) -> Iterator[Int[Tensor, " size"]]:
+    """0, 1, ..., n - 1 in random order, `size` at a time, without a shorter rest."""
+    order = torch.randperm(n, generator=generator)
+    for start in range(0, n - size + 1, size):
+        yield order[start : start + size]
