@@ -21,7 +21,7 @@ from armed_pyro.analysis.imagesites import (
     recovered_appearance,
     recovered_shifts,
 )
-from armed_pyro.fitted import Fit
+from armed_pyro.fitting import Fit
 
 __all__ = ["Application", "draw", "recovered", "run", "scores"]
 

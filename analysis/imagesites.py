@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 
 from armed_pyro import ClusteredData
 from armed_pyro._messages import unknown
-from armed_pyro.fitted import Fit
+from armed_pyro.fitting import Fit
 
 __all__ = [
     "SiteEffects",

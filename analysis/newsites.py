@@ -128,7 +128,7 @@ def learning_rows(case: Simulation, draws: int = 1000) -> Iterator[dict[str, Any
         yield common | row | {"ess": adapted.quality["ess"]} | scores(made, test, truth)
     support = new.take(within < 20)
     start = time.perf_counter()
-    refit = case.fit(joined(result, train, support), case.seed)
+    refit = case.fit(joined(result.posterior, train, support), case.seed)
     seconds = time.perf_counter() - start
     made = refit.predict(test, draws=draws, prob=PROB)
     yield common | {"mode": "refit", "k": 20, "seconds": seconds} | scores(made, test, truth)

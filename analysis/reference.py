@@ -134,7 +134,7 @@ def compare(reference: Reference, folder: Path, *, draws: int, warmup: int) -> C
         raise RuntimeError("NUTS left no draws")
     quality, size = exact.refined.quality, len(exact.refined)
     table, best = _quantities(fitted, DRAWS), _quantities(exact, size)
-    own = _quantities(replace(fitted, refined=None), DRAWS)
+    own = _quantities(replace(fitted, posterior=replace(fitted.posterior, refined=None)), DRAWS)
     table = table.join(own, rsuffix="_guide").join(best, rsuffix="_nuts")
     table["z"] = (table["mean"] - table["mean_nuts"]) / table["sd_nuts"]
     table["ratio"] = table["sd"] / table["sd_nuts"]

@@ -16,6 +16,7 @@ from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes,
 from armed_pyro.analysis.architectures import Architecture
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.prediction.chunks import predict_chunks
+from armed_pyro.prediction.sources import effect_source
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.random_effects.terms import Term
 
@@ -187,7 +188,11 @@ class Program(Rival):
 
         def predict(rows: ClusteredData) -> Float[np.ndarray, " rows"]:
             # Without the images, which would take the decoder as many runs as there are draws.
-            parts = predict_chunks(result, taken(rows), unseen=unseen, draws=DRAWS, outcomes=False)
+            posterior, wanted = result.posterior, taken(rows)
+            source, _ = effect_source(
+                posterior, wanted, unseen, draws=DRAWS, classifiers=result.classifiers
+            )
+            parts = predict_chunks(posterior, wanted, source, draws=DRAWS, outcomes=False)
             return np.concatenate([part.mean for part in parts])
 
         def rebuild(rows: ClusteredData) -> Float[np.ndarray, "rows ..."]:

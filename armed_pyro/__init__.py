@@ -12,14 +12,12 @@ from armed_pyro.explain.decode import DecodedEffects
 from armed_pyro.explain.invariance import Invariance
 from armed_pyro.explain.probe_test import ProbeTest, probe_test
 from armed_pyro.families.reconstruction import Reconstruction
-from armed_pyro.fitted import Fit
-from armed_pyro.fitting import DivergenceError, fit
+from armed_pyro.fitting import DivergenceError, Fit, compare_modes, fit, score_mode
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.prediction.adapt import Adapted
 from armed_pyro.prediction.result import Prediction
-from armed_pyro.prediction.scores import compare_modes, score_mode
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 INK, ACCENT, FAINT = "#1f2933", "#2b6cb0", "#a0aec0"
 

@@ -1,20 +1,21 @@
-"""fit(): the training loop, from a model and data to a Fit."""
+"""fit(), and Fit: a fitted model with one verb for each result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyro
+import pandas as pd
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
-from armed_pyro._memory import release
+from armed_pyro.checks import diagnostics
+from armed_pyro.checks.diagnostics import Diagnostics
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.engine.checkpoint import Checkpoint, digest
-from armed_pyro.engine.compiled_step import COMPILE_MODES, CompileMode
+from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import (
     ALONE,
     DISTRIBUTED_MODES,
@@ -23,38 +24,433 @@ from armed_pyro.engine.processes import (
     join,
     local_device,
 )
-from armed_pyro.engine.schedule import Schedule
-from armed_pyro.engine.shards import Share
-from armed_pyro.fitted import Fit
+from armed_pyro.engine.schedule import History, Schedule
+from armed_pyro.explain import attribution, boundaries, decode, invariance
+from armed_pyro.explain.attributed import Attribution
+from armed_pyro.explain.boundaries import Boundaries, Extent
+from armed_pyro.explain.decode import DecodedEffects
+from armed_pyro.explain.invariance import Invariance
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.divergence import DivergenceError
-from armed_pyro.inference.importance_sampling import importance_draws, refinable
-from armed_pyro.inference.training_run import Run
+from armed_pyro.inference import refine
+from armed_pyro.inference.divergence import TrainingDiverged
+from armed_pyro.inference.draws import ImportanceDraws, RefinedDraws
+from armed_pyro.inference.importance_sampling import importance_draws, weighed
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.train import GuideFactory, train
+from armed_pyro.prediction import adapt, predict, scores
+from armed_pyro.prediction.adapt import Adapted
+from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
+from armed_pyro.prediction.result import Prediction
+from armed_pyro.prediction.scores import ClusterScores
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.rows.source import RowSource
+from armed_pyro.report import text
+from armed_pyro.storage import save
 from armed_pyro.streaming.streamed_data import StreamedData
+from armed_pyro.summaries import datatree, variance
 
-__all__ = ["DivergenceError", "fit", "fit_bound"]
+if TYPE_CHECKING:
+    import xarray as xr
 
-# Multiplications a step, as rows times weights, below which one thread is fastest.
-SMALL_STEP = 2**24
+__all__ = ["DivergenceError", "Fit", "compare_modes", "fit", "score_mode"]
 
-OTHER_RUN = (
-    "the processes that torchrun started were given other rows, schedules or seeds: give all the "
-    "same, or let each fit its own with distributed='never'"
-)
-OTHER_FILE = (
-    "only some of the processes find the checkpoint to resume from: put it on a file system that "
-    "all their machines share"
-)
 NOT_FROM_FILES = (
     "rows that are read from a file as they are needed cannot be shared by several processes yet: "
     "read them into memory, as ClusteredData, or start one process"
 )
 
-GuideFactory = Callable[[MixedEffects, RowSource], Guide]
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted model.
+
+    Attributes
+    ----------
+    posterior : Posterior
+        The program, its guide, the training rows and the draws, from which every verb reads.
+    classifiers : Classifiers
+        Classifiers of the clusters by factor; see `classifier`.
+
+    Examples
+    --------
+    ``fit(model, data).variance_components()``
+    """
+
+    posterior: Posterior
+    classifiers: Classifiers = field(default_factory=Classifiers)
+
+    @property
+    def model(self) -> MixedEffects:
+        """The bound program with its trained network and adversaries."""
+        return self.posterior.model
+
+    @property
+    def guide(self) -> Guide:
+        """The approximate posterior."""
+        return self.posterior.guide
+
+    @property
+    def data(self) -> ClusteredData:
+        """The training rows, or a sample of them: see `sampled`."""
+        return self.posterior.data
+
+    @property
+    def history(self) -> History:
+        """Record of the training."""
+        return self.posterior.history
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the model was trained."""
+        return self.posterior.schedule
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training, and of the draws unless another is given."""
+        return self.posterior.seed
+
+    @property
+    def stopped(self) -> str:
+        """Why training ended: "converged", "validation" (both good), "steps" or "diverged"."""
+        return self.posterior.stopped
+
+    @property
+    def refined(self) -> RefinedDraws | None:
+        """Draws that replace the guide's: see `refine`."""
+        return self.posterior.refined
+
+    @property
+    def sampled(self) -> bool:
+        """Whether `data` is a sample of the training rows, as of those of a `StreamedData`."""
+        return self.posterior.sampled
+
+    @property
+    def converged(self) -> bool:
+        """Whether the loss had stopped improving when training ended."""
+        return self.posterior.converged
+
+    def draws(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """n joint posterior draws of all latent sites; see `Posterior.draws`."""
+        return self.posterior.draws(n, seed=seed)
+
+    def hyperparameters(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """As `draws`, without the random effects; see `Posterior.hyperparameters`."""
+        return self.posterior.hyperparameters(n, seed=seed)
+
+    @property
+    def importance(self) -> ImportanceDraws:
+        """The guide's draws with their importance weights.
+
+        Raises
+        ------
+        ValueError
+            If the fit keeps only a sample of its rows, and they were not weighed during the fit.
+        """
+        return self._weighed.importance or importance_draws(self.posterior)
+
+    @cached_property
+    def _weighed(self) -> Posterior:
+        return weighed(self.posterior)
+
+    def diagnostics(self) -> Diagnostics:
+        """Verdict on the fit, pass, warn or fail, with reasons and next steps.
+
+        See `armed_pyro.checks.diagnostics.diagnose`.
+        """
+        return self._verdict
+
+    @cached_property
+    def _verdict(self) -> Diagnostics:
+        return diagnostics.diagnose(self._weighed)
+
+    def refine(
+        self,
+        method: str = "psis",
+        *,
+        draws: int = 4000,
+        chains: int = 4,
+        warmup: int = 500,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> Fit:
+        """The fit with better posterior draws: importance weighted, or by NUTS.
+
+        See `armed_pyro.inference.refine.refine`.
+        """
+        better = refine.refine(
+            self.posterior,
+            method,
+            draws=draws,
+            chains=chains,
+            warmup=warmup,
+            seed=seed,
+            progress=progress,
+        )
+        return replace(self, posterior=better)
+
+    def predict(
+        self,
+        data: ClusteredData | pd.DataFrame,
+        *,
+        unseen: str | None = None,
+        support: ClusteredData | pd.DataFrame | None = None,
+        pooled: bool = True,
+        draws: int = 1000,
+        prob: float = 0.9,
+        seed: int | None = None,
+    ) -> Prediction:
+        """E[y | x, cluster] and y for new rows, with their posterior uncertainty.
+
+        See `armed_pyro.prediction.predict.predict`.
+        """
+        return predict.predict(
+            self.posterior,
+            data,
+            unseen=unseen,
+            support=support,
+            pooled=pooled,
+            draws=draws,
+            prob=prob,
+            seed=seed,
+            classifiers=self.classifiers,
+        )
+
+    def compare_modes(
+        self,
+        data: ClusteredData | pd.DataFrame,
+        *,
+        modes: Sequence[str] | None = None,
+        support: ClusteredData | pd.DataFrame | None = None,
+        factor: str | None = None,
+        draws: int = 1000,
+        prob: float = 0.9,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        """One row for each mode: how well it predicts new clusters' outcomes.
+
+        See `armed_pyro.prediction.scores.compare_modes`.
+        """
+        return scores.compare_modes(
+            self.posterior,
+            data,
+            modes=modes,
+            support=support,
+            factor=factor,
+            draws=draws,
+            prob=prob,
+            seed=seed,
+            classifiers=self.classifiers,
+        )
+
+    def score_mode(
+        self,
+        data: ClusteredData | pd.DataFrame,
+        mode: str,
+        *,
+        support: ClusteredData | pd.DataFrame | None = None,
+        factor: str | None = None,
+        draws: int = 1000,
+        prob: float = 0.9,
+        seed: int | None = None,
+    ) -> ClusterScores:
+        """Scores of one mode by cluster; see `armed_pyro.prediction.scores.score_mode`."""
+        return scores.score_mode(
+            self.posterior,
+            data,
+            mode,
+            support=support,
+            factor=factor,
+            draws=draws,
+            prob=prob,
+            seed=seed,
+            classifiers=self.classifiers,
+        )
+
+    def adapt(
+        self,
+        support: ClusteredData | pd.DataFrame,
+        *,
+        draws: int = 1000,
+        seed: int | None = None,
+        update_seen: bool = False,
+    ) -> Adapted:
+        """The fit with the posterior of new clusters given a few labelled rows; no training.
+
+        See `armed_pyro.prediction.adapt.adapt`.
+        """
+        return adapt.adapt(self.posterior, support, draws=draws, seed=seed, update_seen=update_seen)
+
+    def classifier(self, factor: str) -> ClusterClassifier:
+        """The classifier p(cluster | features) of a factor; trained at the first call.
+
+        See `armed_pyro.prediction.cluster_classifier.train_classifier`.
+        """
+        return self.classifiers.of(self.posterior, factor)
+
+    def variance_components(
+        self, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    ) -> pd.DataFrame:
+        """Table of sds, correlations, variances, shares, ICCs and R2.
+
+        See `armed_pyro.summaries.variance.variance_components`.
+        """
+        return variance.variance_components(self.posterior, draws=draws, prob=prob, seed=seed)
+
+    def fixed_effects(
+        self, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    ) -> pd.DataFrame:
+        """Table of the latent fixed effects on the original scale; empty for a plain network.
+
+        See `armed_pyro.summaries.variance.fixed_effects`.
+        """
+        return variance.fixed_effects(self.posterior, draws=draws, prob=prob, seed=seed)
+
+    def attribution(
+        self,
+        method: str = "gradient",
+        *,
+        data: ClusteredData | pd.DataFrame | None = None,
+        layer: str | None = None,
+        columns: Sequence[str] | None = None,
+        draws: int = 1000,
+        seed: int | None = None,
+    ) -> Attribution:
+        """Which features the fixed effects use, and how far clusters differ in their use.
+
+        See `armed_pyro.explain.attribution.attribution`.
+        """
+        return attribution.attribution(
+            self.posterior, method, data=data, layer=layer, columns=columns, draws=draws, seed=seed
+        )
+
+    def invariance(
+        self,
+        data: ClusteredData | pd.DataFrame | None = None,
+        *,
+        factor: str | None = None,
+        layers: Sequence[str] | None = None,
+        folds: int = 2,
+        permutations: int = 999,
+        seed: int | None = None,
+    ) -> Invariance:
+        """Whether fresh probes can read the cluster from the network's features.
+
+        See `armed_pyro.explain.invariance.invariance`.
+        """
+        return invariance.invariance(
+            self.posterior,
+            data,
+            factor=factor,
+            layers=layers,
+            folds=folds,
+            permutations=permutations,
+            seed=seed,
+        )
+
+    def decoded(
+        self,
+        row: ClusteredData | pd.DataFrame,
+        *,
+        shape: Sequence[int] | None = None,
+        of: str | None = None,
+        factor: str | None = None,
+        columns: Sequence[str] | None = None,
+        draws: int = 100,
+        seed: int | None = None,
+    ) -> DecodedEffects:
+        """One image under every cluster's random effects, and along their largest component.
+
+        See `armed_pyro.explain.decode.decoded`.
+        """
+        return decode.decoded(
+            self.posterior,
+            row,
+            shape=shape,
+            of=of,
+            factor=factor,
+            columns=columns,
+            draws=draws,
+            seed=seed,
+        )
+
+    def boundaries(
+        self,
+        features: tuple[str, str],
+        *,
+        factor: str | None = None,
+        of: Any = None,
+        extent: Extent | None = None,
+        size: int = 60,
+        draws: int = 200,
+        seed: int | None = None,
+    ) -> Boundaries:
+        """E[y | x, cluster] over two features, cluster by cluster.
+
+        See `armed_pyro.explain.boundaries.boundaries`.
+        """
+        return boundaries.boundaries(
+            self.posterior,
+            features,
+            factor=factor,
+            of=of,
+            extent=extent,
+            size=size,
+            draws=draws,
+            seed=seed,
+        )
+
+    def to_datatree(
+        self, *, draws: int = 1000, groups: Sequence[str] | None = None, seed: int | None = None
+    ) -> xr.DataTree:
+        """Everything as labelled ArviZ data, on the original scale.
+
+        See `armed_pyro.summaries.datatree.to_datatree`.
+        """
+        return datatree.to_datatree(self.posterior, draws=draws, groups=groups, seed=seed)
+
+    def summary(self, *, prob: float = 0.9) -> None:
+        """Print the program, data, variance components, fixed effects and convergence."""
+        print(text.text(self, prob=prob))
+
+    def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
+        """Write the fit to a folder; see `armed_pyro.storage.save.save`."""
+        save.check_target(self.posterior, folder)
+        components = self.variance_components(prob=prob)
+        verdict = self.diagnostics().to_json()
+        save.save(self.posterior, folder, self.classifiers, components, verdict, draws=draws)
+
+    @classmethod
+    def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:
+        """Read a fit from a folder; see `armed_pyro.storage.save.load`."""
+        return cls(*save.load(folder, net))
+
+
+# As functions: ``compare_modes(fit, held_out)``.
+compare_modes = Fit.compare_modes
+score_mode = Fit.score_mode
+
+
+class DivergenceError(RuntimeError):
+    """The loss or its gradient is no longer finite, or has run away.
+
+    Attributes
+    ----------
+    fit : Fit
+        The fit at the start of the window of steps with the lowest mean loss.
+
+    Examples
+    --------
+    >>> def fitted_or_last_good_state(model, data):
+    ...     try:
+    ...         return fit(model, data)
+    ...     except DivergenceError as error:
+    ...         return error.fit
+    """
+
+    def __init__(self, message: str, fit: Fit) -> None:
+        super().__init__(message)
+        self.fit = fit
 
 
 def fit(
@@ -157,81 +553,30 @@ def fit(
             "resume": resume,
             "progress": progress,
         }
-        if isinstance(data, ClusteredData):
-            return fit_bound(model.bind(data).to(target), data, **settings)
-        if processes.several:
-            raise ValueError(NOT_FROM_FILES)
-        with data.encoded(model.factor_names(), seed, progress=progress) as table:
-            bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
-            sample, source = table.sample(bound.largest_factor()), table.rows(bound.reference())
-            return fit_bound(bound, sample, source=source, **settings)
+        try:
+            return Fit(_train(model, data, target, processes, settings, progress=progress))
+        except TrainingDiverged as error:
+            raise DivergenceError(str(error), Fit(error.posterior)) from error
 
 
-def fit_bound(
-    bound: MixedEffects,
-    data: ClusteredData,
+def _train(
+    model: MixedEffects,
+    data: ClusteredData | StreamedData,
+    target: torch.device,
+    processes: Processes,
+    settings: Mapping[str, Any],
     *,
-    source: RowSource | None = None,
-    validation: ClusteredData | None = None,
-    schedule: Schedule | None = None,
-    guide: GuideFactory = choose_guide,
-    refine: bool = True,
-    seed: int = 0,
-    compile: CompileMode = "auto",  # noqa: A002
-    processes: Processes = ALONE,
-    checkpoint: str | Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-) -> Fit:
-    """`fit` of a program that is laid out already, whose scales and priors stay as they are.
-
-    The program is trained in place, where it is: on data drawn from its own prior, say, or in a
-    worker that has its own generator. `source` is where the training rows are, if `data` are only
-    those that the fit keeps; `processes` are those that fit together.
-
-    Examples
-    --------
-    ``fit_bound(model.bind(data), replace(data, outcome=y_drawn_from_the_prior))``
-    """
-    schedule = Schedule() if schedule is None else schedule
-    if compile not in COMPILE_MODES:
-        raise ValueError(f"`compile` is {compile!r}, but must be one of {', '.join(COMPILE_MODES)}")
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
-    rows = bound.encode(data) if source is None else source
-    held_out = None
-    if validation is not None:
-        held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
-    path = None if checkpoint is None else Path(checkpoint)
-    resume = resume and path is not None and path.exists()
-    with pyro.validation_enabled(False), processes.together():
-        if processes.several:
-            given = [digest(rows, bound.data_facts()), schedule, seed]
-            processes.check_same(given, OTHER_RUN)
-            processes.check_same(resume, OTHER_FILE)
-        target = bound.reference().device
-        processes.same(bound)
-        share = Share.of(processes, bound, rows)
-        family = guide(bound, share.rows).to(target)
-        run = Run(bound, family, data, rows, held_out, schedule, seed, compile, share)
-        if resume and path is not None:
-            run.restore(Checkpoint.read(path))
-        size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
-        shown = progress and processes.first
-        with _threads(size), _progress_bar(schedule.steps, shown) as report:
-            run.train(path, report)
-        processes.same(bound, family)
-    result, settled = run.result(), run.settled
-    # Make room for draws: of its state there are copies.
-    del run
-    release()
-    if not refine or settled is None or not refinable(result, source):
-        return result
-    # While the rows are at hand.
-    vars(result)["importance"] = importance_draws(result, settled)
-    # Above 1 the weights have no mean; between 0.7 and 1 they improve on the guide, and the
-    # diagnostics warn.
-    return result.refine() if result.importance.k_hat < 1 else result
+    progress: bool,
+) -> Posterior:
+    """Bind a copy of the model to the rows, and train it."""
+    if isinstance(data, ClusteredData):
+        return train(model.bind(data).to(target), data, **settings)
+    if processes.several:
+        raise ValueError(NOT_FROM_FILES)
+    with data.encoded(model.factor_names(), settings["seed"], progress=progress) as table:
+        bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
+        sample, source = table.sample(bound.largest_factor()), table.rows(bound.reference())
+        return train(bound, sample, source=source, **settings)
 
 
 def _device(name: str) -> str:
@@ -240,29 +585,3 @@ def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but torch finds no CUDA device here")
     return name
-
-
-@contextmanager
-def _threads(size: int) -> Iterator[None]:
-    """One thread for steps too small to share: waiting for another costs more than it brings."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if size < SMALL_STEP else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]]:
-    columns = (
-        TextColumn("fitting"),
-        BarColumn(),
-        TextColumn("step {task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda step, text: bar.update(task, completed=step, description=text)

@@ -45,7 +45,7 @@ def weights_of(result, support, draws, seed=0, update=False):
         for f in result.model.factors
     }
     quality = {"efficiency": 1.0}
-    total = condition(result, support, latents, effects, new, seed, update, quality)
+    total = condition(result.posterior, support, latents, effects, new, seed, update, quality)
     return latents, total, effects, quality
 
 
@@ -154,7 +154,7 @@ def test_a_refit_with_the_rows_agrees(gaussian):
     result, unseen = gaussian
     few = np.flatnonzero(np.arange(unseen.n_rows) % 12 < 6)
     support, rest = unseen.take(few), unseen.take(np.setdiff1d(np.arange(unseen.n_rows), few))
-    both = joined(result, result.data, support)
+    both = joined(result.posterior, result.data, support)
     settings = {"schedule": Schedule(steps=400), "refine": False, "progress": False}
     again, converged = (fit(_plan(), data, **settings) for data in (both, result.data))
     adapted = converged.adapt(support, draws=1000)
@@ -177,7 +177,7 @@ def test_seen_clusters_are_updated_by_their_old_and_new_rows():
     extra = of_cluster(more, 3)
     adapted = result.adapt(extra, draws=400, update_seen=True)
     assert adapted.quality["reweighted"] == 1.0
-    both = joined(result, of_cluster(result.data, 3), extra)
+    both = joined(result.posterior, of_cluster(result.data, 3), extra)
     place = result.model.facts.levels["site"].get_loc(3)
     drawn = adapted.latents["site_effect"][:, place].numpy()
     white = []
@@ -270,7 +270,7 @@ def test_weights_and_offsets_of_the_support_count():
     seen, unseen = data.hold_out_clusters("site", labels=[10, 11])
     model = MixedEffects(nn.Linear(1, 1).double(), "(1 | site)", "poisson", bayesian_head=True)
     result = fit(model, seen, schedule=SHORT, refine=False, progress=False)
-    twice = joined(result, unseen, unseen)
+    twice = joined(result.posterior, unseen, unseen)
     heavy = replace(unseen, weights=2 * unseen.weights)
     none = replace(twice, weights=torch.cat([unseen.weights, 0 * unseen.weights]))
     tables = [result.adapt(one, draws=500).table() for one in (twice, heavy, unseen, none)]

@@ -25,6 +25,7 @@ from armed_pyro import (
     Slopes,
     fit,
 )
+from armed_pyro.checks.diagnostics import Diagnostics
 from armed_pyro.families.registry import FAMILIES
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.models.autoencoder import autoencoder_program
@@ -401,9 +402,8 @@ def test_image_programs_predict_seen_and_unseen_clusters(image_case):
 
 def test_image_programs_are_saved_and_loaded(image_case, tmp_path, monkeypatch):
     result, net = image_case
-    monkeypatch.setattr(
-        "armed_pyro.storage.save._diagnostics", lambda fit: {}
-    )  # takes most of the time
+    nothing = Diagnostics((), pd.DataFrame())  # the checks take most of the time
+    monkeypatch.setattr("armed_pyro.checks.diagnostics.diagnose", lambda posterior: nothing)
     result.save(tmp_path / "run", draws=2)
     loaded = Fit.load(tmp_path / "run", net)
     new = make_images(np.arange(8) % 4 + 2)

@@ -417,9 +417,9 @@ def test_names_that_the_schema_reserves_are_changed():
 
 
 def test_a_choice_of_groups_comes_alone(gaussian):
-    tree = to_datatree(gaussian, draws=2, groups=["observed_data", "posterior"])
+    tree = to_datatree(gaussian.posterior, draws=2, groups=["observed_data", "posterior"])
     assert sorted(tree.children) == ["observed_data", "posterior"]
-    assert list(to_datatree(gaussian, draws=2, groups="prior").children) == ["prior"]
+    assert list(to_datatree(gaussian.posterior, draws=2, groups="prior").children) == ["prior"]
 
 
 def test_an_unknown_group_is_refused_with_the_known_ones(gaussian):

@@ -89,7 +89,7 @@ def test_rows_get_the_networks_precision(like):
 
 def test_new_rows_keep_the_training_codes_and_scales():
     facts, frame = make_facts(), make_frame()
-    new = make_data().schema.encode(frame[frame.site > 1])
+    new = ClusteredData.encode(frame[frame.site > 1], make_data().schema)
     source = facts.encode(new, torch.zeros(()).double())
     assert source.codes["site"].unique().tolist() == [2, 3]
     assert source.counts["site"].tolist() == [0, 0, 10, 10]
@@ -100,7 +100,7 @@ def test_new_rows_keep_the_training_codes_and_scales():
 
 def test_new_clusters_are_coded_after_the_known_ones():
     facts, frame = make_facts(), make_frame()
-    new = make_data().schema.encode(frame.assign(site=frame.site + 2))
+    new = ClusteredData.encode(frame.assign(site=frame.site + 2), make_data().schema)
     with pytest.raises(ValueError, match="cluster 4 of 'site' was not seen in training"):
         facts.encode(new, torch.zeros(()))
     levels = facts.levels_with(new)
@@ -148,7 +148,7 @@ def test_labels_that_became_text_are_still_those_seen():
     train = pd.DataFrame({"y": [1.0, 2, 3, 5], "site": [308, 308, 309, 309]})
     data = ClusteredData.from_frame(train, outcome="y", clusters=["site"])
     facts = Facts.of(data, family_named("gaussian"), ["site"])
-    new = data.schema.encode(pd.DataFrame({"site": ["309", "new", "308", "309"]}))
+    new = ClusteredData.encode(pd.DataFrame({"site": ["309", "new", "308", "309"]}), data.schema)
     levels = facts.levels_with(new)
     assert list(levels["site"]) == [308, 309, "new"]
     assert facts.encode(new, torch.zeros(()), levels).codes["site"].tolist() == [1, 2, 0, 1]

@@ -18,7 +18,7 @@ from armed_pyro import (
     fit,
 )
 from armed_pyro.engine.checkpoint import module_tensors
-from armed_pyro.fitting import fit_bound
+from armed_pyro.inference.train import train
 from armed_pyro.inference.training_run import Run
 from armed_pyro.rows.in_memory import HeldRows
 
@@ -323,7 +323,7 @@ def test_what_was_fitted_can_be_fitted_again(model, monkeypatch):
     first = run(model, schedule=QUICK)
     assert first.history.settled is not None
     assert all(one.requires_grad for one in first.model.parameters())
-    again = fit_bound(first.model, first.data, schedule=QUICK, progress=False)
+    again = train(first.model, first.data, schedule=QUICK, progress=False)
     assert again.history.settled is not None
     if first.model.linear:
         assert_same_posterior([first], [again], mean=0.5, sd=1.5)

@@ -19,7 +19,6 @@ from armed_pyro import (
     Slopes,
     fit,
 )
-from armed_pyro.fitting import fit_bound
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.objective import Objective
 from armed_pyro.networks.filters import modulated
@@ -187,7 +186,7 @@ def fitted():
         y = eta + NOISE * torch.tensor(rng.normal(size=len(eta)))
         drawn.append(dataclasses.replace(part, outcome=y.double()))
     schedule = Schedule(steps=1500)
-    result = fit_bound(model, drawn[0], schedule=schedule, seed=1, progress=False)
+    result = train(model, drawn[0], schedule=schedule, seed=1, progress=False)
     return result, effects.numpy(), drawn[1]
 
 

@@ -16,6 +16,7 @@ from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 from armed_pyro.prediction.chunks import predict_chunks
 from armed_pyro.prediction.evaluation import evaluate
+from armed_pyro.prediction.unseen import Marginal
 from armed_pyro.report.html import page
 
 
@@ -49,7 +50,9 @@ def result():
 @pytest.mark.parametrize("family", ["gaussian", "bernoulli", "categorical"])
 def test_evaluation(family):
     train, unseen = clustered(family).hold_out_clusters("site<b>", fraction=0.3)
-    scores = evaluate(fitted(train, family), {"rows": train, "clusters": unseen}, draws=200)
+    scores = evaluate(
+        fitted(train, family).posterior.posterior, {"rows": train, "clusters": unseen}, draws=200
+    )
     expected = ["rmse", "coverage"] if family == "gaussian" else ["auroc", "accuracy", "log_loss"]
     assert list(scores) == ["held_out", "rows", "unseen", *expected]
     assert scores.rows.tolist() == [40, 20]
@@ -66,20 +69,26 @@ def test_evaluation(family):
 def test_evaluation_of_a_single_class_has_no_auroc():
     data = clustered("bernoulli")
     ones = data.take(data.outcome.numpy() == 1)
-    assert np.isnan(evaluate(fitted(data, "bernoulli"), {"ones": ones}, draws=50).auroc[0])
+    assert np.isnan(
+        evaluate(fitted(data, "bernoulli").posterior.posterior, {"ones": ones}, draws=50).auroc[0]
+    )
 
 
 def test_evaluation_needs_outcomes(result):
     x = clustered().features
     data = ClusteredData.from_arrays(x, None, {"site<b>": ["a"] * len(x)}, feature_names=["a", "b"])
     with pytest.raises(ValueError, match="no outcome"):
-        evaluate(result, {"rows": data})
+        evaluate(result.posterior, {"rows": data})
+
+
+def marginal(result):
+    return Marginal(result.draws(30), result.seed)
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.csv.gz", "p.parquet"])
 def test_predictions_in_blocks_are_those_at_once(result, tmp_path, name):
     data, path = clustered(), tmp_path / name
-    parts = predict_chunks(result, data, draws=30, chunk=7)
+    parts = predict_chunks(result.posterior, data, marginal(result), draws=30, chunk=7)
     assert list(write_predictions(parts, path)) == [7] * 8 + [4]
     written = (
         pd.read_parquet(path)
@@ -92,7 +101,9 @@ def test_predictions_in_blocks_are_those_at_once(result, tmp_path, name):
 
 def test_broken_off_predictions_leave_nothing(result, tmp_path):
     def parts():
-        yield from predict_chunks(result, clustered().take(slice(0, 7)), draws=30)
+        yield from predict_chunks(
+            result.posterior, clustered().take(slice(0, 7)), marginal(result), draws=30
+        )
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

@@ -565,7 +565,7 @@ def test_a_file_is_not_a_folder(small, tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-@pytest.mark.parametrize("failing", ["_write_groups", "_diagnostics", "_put"])
+@pytest.mark.parametrize("failing", ["_write_groups", "_training", "_put"])
 def test_a_failed_save_leaves_the_old_fit_whole(small, run, monkeypatch, failing):
     before = contents(run)
 

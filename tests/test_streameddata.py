@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.fitted import Fit
+from armed_pyro.fitting import Fit
 from armed_pyro.inference.training_run import Run
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.rows.in_memory import HeldRows
@@ -190,7 +190,7 @@ def test_the_sample_is_whole_clusters(monkeypatch, tmp_path):
         assert encoded.sample("site").n_rows == N  # it is small enough to be kept whole
         assert encoded.sample(None).n_rows == N
         assert encoded.sample("site").row_labels.tolist() == list(range(N))
-        monkeypatch.setattr("armed_pyro.streaming.sort_and_shuffle.SAMPLE_ROWS", 1500)
+        monkeypatch.setattr("armed_pyro.streaming.encode.SAMPLE_ROWS", 1500)
         sample = encoded.sample("site")
         assert 1300 < sample.n_rows <= 1500
         assert 1300 < encoded.sample(None).n_rows < 1700
@@ -264,7 +264,7 @@ def in_pieces(monkeypatch, n):
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", n // 3)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_DRAWS", 1000)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", 1000 * n // 4)
-    monkeypatch.setattr("armed_pyro.streaming.sort_and_shuffle.SAMPLE_ROWS", n // 2)
+    monkeypatch.setattr("armed_pyro.streaming.encode.SAMPLE_ROWS", n // 2)
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ def test_a_schema_survives_json_and_encodes_alike():
 
 def test_a_new_table_is_encoded_as_the_training_table_was():
     schema = infer()
-    whole = schema.encode(make_frame())
+    whole = ClusteredData.encode(make_frame(), schema)
     part = make_frame().iloc[[4, 0]].astype({"age": int, "sex": "str"})
     part = part[["site", "drug", "sex", "age", "smoker"]].assign(other=1)
-    data = schema.encode(part)
+    data = ClusteredData.encode(part, schema)
     assert data.outcome is None
     assert data.classes == ("no", "yes")
     assert data.feature_names == whole.feature_names
@@ -66,7 +66,7 @@ def test_a_new_table_is_encoded_as_the_training_table_was():
     torch.testing.assert_close(data.features, whole.features[[4, 0]])
     assert data.row_labels.tolist() == [4, 0]
     assert data.groupings["site"].levels.tolist() == ["a", "c"]
-    unseen = schema.encode(part.assign(site="z"))
+    unseen = ClusteredData.encode(part.assign(site="z"), schema)
     assert unseen.groupings["site"].levels.tolist() == ["z"]
 
 
@@ -90,14 +90,14 @@ def test_categories_never_seen_are_listed():
 def test_what_a_new_table_may_lack():
     frame = make_frame().assign(n=2, w=1.0)
     schema = infer(frame, trials="n", weights="w")
-    assert schema.encode(frame.drop(columns=["y", "w"])).weights is None
-    assert schema.encode(frame.assign(y=[None, *frame["y"][1:]])).outcome is None
+    assert ClusteredData.encode(frame.drop(columns=["y", "w"]), schema).weights is None
+    assert ClusteredData.encode(frame.assign(y=[None, *frame["y"][1:]]), schema).outcome is None
     for column in ["n", "age", "site"]:
         with pytest.raises(ValueError, match=f"no column '{column}'"):
-            schema.encode(frame.drop(columns=column))
+            ClusteredData.encode(frame.drop(columns=column), schema)
     for column in ["y", "w"]:
         with pytest.raises(ValueError, match=f"no column '{column}'"):
-            schema.encode(frame.drop(columns=column), outcome_required=True)
+            ClusteredData.encode(frame.drop(columns=column), schema, outcome_required=True)
 
 
 @pytest.mark.parametrize(
@@ -168,15 +168,15 @@ def test_missing_values_are_an_error_or_dropped_aloud():
         r"\(command line: --missing drop\)"
     )
     with pytest.raises(ValueError, match=message):
-        schema.encode(frame)
+        ClusteredData.encode(frame, schema)
     with pytest.warns(UserWarning, match=r"Dropped 2 of 6 rows .*'age' \(2 rows\)") as caught:
-        data = schema.encode(frame, missing="drop")
+        data = ClusteredData.encode(frame, schema, missing="drop")
     assert len(caught) == 1
     assert data.row_labels.tolist() == [1, 3, 4, 5]
     with pytest.raises(ValueError, match="missing must be 'error' or 'drop', found 'ignore'"):
-        schema.encode(frame, missing="ignore")
+        ClusteredData.encode(frame, schema, missing="ignore")
     with pytest.raises(ValueError, match=r"Every row has missing values.*'age' \(6 rows\)"):
-        schema.encode(frame.assign(age=np.nan), missing="drop")
+        ClusteredData.encode(frame.assign(age=np.nan), schema, missing="drop")
 
 
 def test_categories_of_dropped_rows_are_not_levels():
@@ -224,7 +224,7 @@ def test_a_column_named_like_an_interaction():
     frame = make_frame().assign(**{"age:smoker": 2.0})
     schema = infer(frame, features="age:smoker + `age:smoker`")
     with pytest.raises(ValueError, match="would both be called 'age:smoker'"):
-        schema.encode(frame)
+        ClusteredData.encode(frame, schema)
 
 
 # ----------------------------------------------------------------------------------- formulas

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from armed_pyro import ClusteredData
-from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import complete_blocks, scan
 
 ROLES = {"outcome": "y", "clusters": ["site", "ward"], "features": "age * sex + flag"}

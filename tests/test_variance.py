@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Schedule, fit
+from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, Schedule, fit
 from armed_pyro.program.units import original_covariance
 
 SHORT = Schedule(steps=4, window=2, stages=0)
@@ -272,7 +272,7 @@ def moved(result, **changes):
     """The same posterior in internal units, of data in other units."""
     other = run(frame=FRAME.assign(**changes))
     other.guide.load_state_dict(result.guide.state_dict())
-    return replace(other, refined=result.refined)
+    return Fit(replace(other.posterior, refined=result.refined))
 
 
 def test_other_units_are_the_same_problem_inside(slope_fit):

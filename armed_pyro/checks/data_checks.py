@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,14 +14,11 @@ from armed_pyro.checks.predictive_checks import (
     effect_normality,
     residual_uniformity,
 )
+from armed_pyro.inference.draws import ImportanceDraws
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
+from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.summaries.arviz_stats import prior_sensitivity
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.inference.draws import ImportanceDraws
-    from armed_pyro.random_effects.grouping_factor import Factor
-
 
 __all__ = ["data_checks", "effective_clusters", "predictive_checks"]
 
@@ -32,27 +28,27 @@ SENSITIVE = 0.2
 NEAR_ZERO = 0.1
 
 
-def data_checks(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+def data_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     """Whether the data tell enough, and random effects and residuals are what the program says."""
-    yield from _clusters(fit)
-    yield from _boundary(fit, latents)
-    yield from _priors(fit, latents)
-    yield from _normality(fit, latents)
-    yield from _residuals(fit, latents)
+    yield from _clusters(posterior)
+    yield from _boundary(posterior, latents)
+    yield from _priors(posterior, latents)
+    yield from _normality(posterior, latents)
+    yield from _residuals(posterior, latents)
 
 
-def effective_clusters(fit: Fit) -> dict[str, float]:
+def effective_clusters(posterior: Posterior) -> dict[str, float]:
     """(sum n_k)^2 / sum n_k^2, by factor: as many clusters of equal size weigh the same."""
-    counts = fit.model.data_facts().counts
-    names = [factor.name for factor in fit.model.factors]
+    counts = posterior.model.data_facts().counts
+    names = [factor.name for factor in posterior.model.factors]
     return {
         name: float(counts[name].sum() ** 2 / (counts[name].double() ** 2).sum()) for name in names
     }
 
 
-def _clusters(fit: Fit) -> Iterator[Check]:
-    for name, effective in effective_clusters(fit).items():
-        total = len(fit.model.data_facts().levels[name])
+def _clusters(posterior: Posterior) -> Iterator[Check]:
+    for name, effective in effective_clusters(posterior).items():
+        total = len(posterior.model.data_facts().levels[name])
         verdict = "pass" if effective >= FEW_CLUSTERS else "warn"
         verdict = "fail" if effective < TOO_FEW_CLUSTERS else verdict
         reason = f"{name!r} has {total} clusters, as informative as {effective:.1f} of equal size"
@@ -72,8 +68,8 @@ def _units(factor: Factor) -> set[str]:
     return {term for term in factor.terms if any(term.startswith(name) for name in names)}
 
 
-def _boundary(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    for factor in fit.model.factors:
+def _boundary(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    for factor in posterior.model.factors:
         sd = latents[f"{factor.name}_sd"]
         if sd.dim() < 3:
             continue  # known
@@ -93,9 +89,11 @@ def _boundary(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
             )
 
 
-def _priors(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    units = {f"{factor.name}_sd[{term}]" for factor in fit.model.factors for term in _units(factor)}
-    found = prior_sensitivity(fit, latents)
+def _priors(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    units = {
+        f"{factor.name}_sd[{term}]" for factor in posterior.model.factors for term in _units(factor)
+    }
+    found = prior_sensitivity(posterior, latents)
     sensitivity = {name: value for name, value in found.items() if name not in units}
     if not sensitivity:
         return
@@ -113,14 +111,14 @@ def _priors(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
 
 
 def predictive_checks(
-    fit: Fit, latents: Mapping[str, Tensor], weighted: ImportanceDraws | None
+    posterior: Posterior, latents: Mapping[str, Tensor], weighted: ImportanceDraws | None
 ) -> tuple[pd.DataFrame, list[Check]]:
     """Outcomes of every cluster beside their replications, as a table, and the checks of them."""
     tables, checks = [], []
-    for factor in fit.model.factors:
-        found = cluster_checks(fit, factor.name, latents, seed=fit.seed)
+    for factor in posterior.model.factors:
+        found = cluster_checks(posterior, factor.name, latents, seed=posterior.seed)
         table = found.table.assign(factor=factor.name)
-        nested = fit.guide.nested()
+        nested = posterior.guide.nested()
         if weighted is not None and nested is factor and len(table) == len(weighted.cluster_k_hat):
             elpd, bad = _left_out(weighted)
             table = table.assign(k_hat=weighted.cluster_k_hat, elpd=elpd, elpd_k_hat=bad)
@@ -144,9 +142,9 @@ def _discrepancy(factor: str, statistic: str, p: float, ratio: float) -> Check:
     return Check(f"predictive {statistic} by {factor}", verdict, p, 0.01, reason, advice)
 
 
-def _normality(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    for factor in fit.model.factors:
-        found = effect_normality(factor, latents, seed=fit.seed)
+def _normality(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    for factor in posterior.model.factors:
+        found = effect_normality(factor, latents, seed=posterior.seed)
         if not found:
             continue
         worst = min(found, key=lambda term: found[term][0])
@@ -161,15 +159,15 @@ def _normality(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
         yield Check(f"normality of {factor.name}", verdict, p, 0.01, reason, advice if not_ else "")
 
 
-def _residuals(fit: Fit, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    found = residual_uniformity(fit, latents, seed=fit.seed)
+def _residuals(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    found = residual_uniformity(posterior, latents, seed=posterior.seed)
     if found is None:
         return
     p, distance = found
     verdict = "pass"
     if p < 1e-3 and distance > 0.03:
         verdict = "fail" if p < 1e-6 and distance > 0.1 else "warn"
-    family = fit.model.family.name
+    family = posterior.model.family.name
     reason = (
         f"quantile residuals of family {family!r} are {distance:.3f} from uniform (p = {p:.2g})"
     )

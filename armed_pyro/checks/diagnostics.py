@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from armed_pyro.checks.data_checks import data_checks, effective_clusters, predictive_checks
 from armed_pyro.checks.inference_checks import ORDER, Check, inference_checks
-from armed_pyro.inference.importance_sampling import affordable, refinable
+from armed_pyro.inference.draws import ImportanceDraws
+from armed_pyro.inference.importance_sampling import affordable, weighed
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.summaries.arviz_stats import leave_one_out
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.inference.draws import ImportanceDraws
-
 
 __all__ = ["Diagnostics", "diagnose"]
 
@@ -87,7 +84,7 @@ class Diagnostics:
         return "\n".join([f"  {self.verdict.upper()}: {passed}", *_lines(open_ones)])
 
 
-def diagnose(fit: Fit) -> Diagnostics:
+def diagnose(posterior: Posterior) -> Diagnostics:
     """All checks of a fit.
 
     Inference: end of the training, iterates of q(theta) (drift and R-hat; Dhaka et al. 2020),
@@ -101,36 +98,39 @@ def diagnose(fit: Fit) -> Diagnostics:
     --------
     ``print(fit.diagnostics())``
     """
-    latents = fit.draws(min(DRAWS, affordable(fit)))
-    weighted = fit.importance if refinable(fit) else None
-    clusters, predictive = predictive_checks(fit, latents, weighted)
+    latents = posterior.draws(min(DRAWS, affordable(posterior)))
+    posterior = weighed(posterior)
+    weighted = posterior.importance
+    clusters, predictive = predictive_checks(posterior, latents, weighted)
     checks = [
-        *_rows(fit),
-        *inference_checks(fit, weighted),
-        *data_checks(fit, latents),
+        *_rows(posterior),
+        *inference_checks(posterior, weighted),
+        *data_checks(posterior, latents),
         *predictive,
     ]
     checks.sort(key=lambda check: -ORDER.index(check.verdict))
-    return Diagnostics(tuple(checks), clusters, _figures(fit, weighted, clusters))
+    return Diagnostics(tuple(checks), clusters, _figures(posterior, weighted, clusters))
 
 
-def _rows(fit: Fit) -> Iterator[Check]:
-    if fit.sampled:
-        n, kept = fit.model.data_facts().n_rows, fit.data.n_rows
-        sizes = [f"{one.n_clusters} clusters of {name}" for name, one in fit.data.groupings.items()]
+def _rows(posterior: Posterior) -> Iterator[Check]:
+    if posterior.sampled:
+        n, kept = posterior.model.data_facts().n_rows, posterior.data.n_rows
+        sizes = [
+            f"{one.n_clusters} clusters of {name}" for name, one in posterior.data.groupings.items()
+        ]
         reason = f"of {n} rows {kept}, in {', '.join(sizes) or 'no clusters'}, were kept at random"
         reason += "; outcomes and residuals are checked in these"
         yield Check("rows", "pass", float(kept), None, reason)
 
 
 def _figures(
-    fit: Fit, weighted: ImportanceDraws | None, clusters: pd.DataFrame
+    posterior: Posterior, weighted: ImportanceDraws | None, clusters: pd.DataFrame
 ) -> dict[str, float | None]:
     figures: dict[str, float | None] = {}
     if weighted is not None:
         figures |= {"k_hat": weighted.k_hat, "ess": weighted.effective}
-    if fit.data.n_rows <= MOST_ROWS_LOO and not fit.sampled:
-        figures |= leave_one_out(fit)
+    if posterior.data.n_rows <= MOST_ROWS_LOO and not posterior.sampled:
+        figures |= leave_one_out(posterior)
     if "elpd" in clusters:
         left_out = clusters.elpd.dropna()
         figures |= {
@@ -138,7 +138,7 @@ def _figures(
             "elpd_loco_se": float(left_out.std() * len(clusters.elpd) / len(left_out) ** 0.5),
             "elpd_loco_bad": float((clusters.elpd_k_hat > 0.7).sum()),
         }
-    sizes = effective_clusters(fit)
+    sizes = effective_clusters(posterior)
     return figures | {f"effective_clusters[{name}]": value for name, value in sizes.items()}
 
 

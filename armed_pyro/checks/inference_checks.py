@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from armed_pyro.guides.noise import proposal_variance
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.engine.schedule import MOVING
+from armed_pyro.guides.noise import proposal_variance
+from armed_pyro.inference.draws import ImportanceDraws
+from armed_pyro.inference.posterior import Posterior
 
 __all__ = ["ORDER", "Check", "inference_checks", "k_hat_threshold"]
 
@@ -63,14 +60,14 @@ def k_hat_threshold(draws: int) -> float:
     return min(1 - 1 / math.log10(draws), 0.7)
 
 
-def inference_checks(fit: Fit, weighted: ImportanceDraws | None) -> Iterator[Check]:
+def inference_checks(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterator[Check]:
     """Whether the training ended well, and the draws are those of the posterior."""
-    yield from _training(fit)
-    yield from _sampling(fit, weighted)
+    yield from _training(posterior)
+    yield from _sampling(posterior, weighted)
 
 
-def _training(fit: Fit) -> Iterator[Check]:
-    steps, history = len(fit.history.loss), fit.history
+def _training(posterior: Posterior) -> Iterator[Check]:
+    steps, history = len(posterior.history.loss), posterior.history
     more = "allow more steps: Schedule(steps=...), --steps"
     reasons = {
         "converged": ("pass", f"converged after {steps} steps", ""),
@@ -78,10 +75,10 @@ def _training(fit: Fit) -> Iterator[Check]:
         "steps": ("warn", f"the steps ran out after {steps}", more),
         "diverged": ("fail", "the loss diverged: these are the last good parameters", "see fit"),
     }
-    verdict, reason, advice = reasons[fit.stopped]
-    if fit.stopped == "steps" and history.settled is None:
+    verdict, reason, advice = reasons[posterior.stopped]
+    if posterior.stopped == "steps" and history.settled is None:
         reason += ", before the guide was settled at the network's final weights"
-        verdict = "fail" if fit.schedule.stages else "warn"
+        verdict = "fail" if posterior.schedule.stages else "warn"
     yield Check("training", verdict, steps, None, reason, advice)
     at_full_rate = [
         place
@@ -99,26 +96,26 @@ def _training(fit: Fit) -> Iterator[Check]:
         yield Check("iterates", "pass" if good else "warn", r_hat, MOVING, reason, advice)
 
 
-def _sampling(fit: Fit, weighted: ImportanceDraws | None) -> Iterator[Check]:
+def _sampling(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterator[Check]:
     if weighted is None:
-        if fit.model.factors:
+        if posterior.model.factors:
             reason = "not computed: there are too many rows to weigh hundreds of draws"
             yield Check("k-hat", "pass", None, None, reason)
         return
-    if fit.refined is not None and fit.refined.method == "nuts":
-        yield from _nuts(fit.refined.quality)
+    if posterior.refined is not None and posterior.refined.method == "nuts":
+        yield from _nuts(posterior.refined.quality)
         return
     limit = k_hat_threshold(len(weighted.log_weights))
     k_hat, share = weighted.k_hat, weighted.effective / len(weighted.log_weights)
     reason = f"Pareto k-hat {k_hat:.2f}, effective share of the draws {share:.0%}"
     nuts = 'the guide misses part of the posterior: use fit.refine("nuts")'
     verdict = "pass" if k_hat < limit else "warn" if k_hat < 1 else "fail"
-    if verdict == "fail" and fit.model.factors and fit.guide.nested() is None:
+    if verdict == "fail" and posterior.model.factors and posterior.guide.nested() is None:
         # In so many dimensions weights degenerate whatever the guide: nothing is proven.
         verdict = "warn"
         reason += "; many effects a cluster are known as if independent, which cannot be verified"
     yield Check("k-hat", verdict, k_hat, limit, reason, "" if verdict == "pass" else nuts)
-    if fit.refined is None and verdict == "pass":
+    if posterior.refined is None and verdict == "pass":
         bias, ratio = _guide_error(weighted)
         good = bias < 0.25 and ratio < 1.3
         reason = (

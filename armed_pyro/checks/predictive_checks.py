@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,14 +14,11 @@ from scipy import stats
 from torch import Tensor
 
 from armed_pyro.guides.base import selected
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-    from armed_pyro.rows.batch import Rows
-
+from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["ClusterChecks", "cluster_checks", "effect_normality", "residual_uniformity"]
 
@@ -51,7 +48,9 @@ class ClusterChecks:
     overall: Mapping[str, tuple[float, float]]
 
 
-def cluster_checks(fit: Fit, factor: str, latents: Draws, *, seed: int = 0) -> ClusterChecks:
+def cluster_checks(
+    posterior: Posterior, factor: str, latents: Draws, *, seed: int = 0
+) -> ClusterChecks:
     r"""Compare the outcomes of every cluster with replications of them.
 
     .. math:: D(y) = \sum_k \frac{(T_k(y) - E[T_k(y^{rep})])^2}{Var(T_k(y^{rep}))}, \quad
@@ -61,8 +60,8 @@ def cluster_checks(fit: Fit, factor: str, latents: Draws, *, seed: int = 0) -> C
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     factor : str
         Grouping factor whose clusters are compared.
     latents : mapping of str to Tensor
@@ -72,8 +71,8 @@ def cluster_checks(fit: Fit, factor: str, latents: Draws, *, seed: int = 0) -> C
     ----------
     Gelman, Meng, Stern (1996), Statistica Sinica 6: posterior predictive assessment.
     """
-    model = fit.model
-    rows, position, labels = _some_rows(fit, factor, seed)
+    model = posterior.model
+    rows, position, labels = _some_rows(posterior, factor, seed)
     counts = torch.bincount(position, minlength=len(labels)).to(model.reference())
     observed = _statistics(rows.outcome()[None], position, counts, model)
     n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
@@ -135,10 +134,12 @@ def _statistics(
     return statistics
 
 
-def _some_rows(fit: Fit, factor: str, seed: int) -> tuple[Rows, Int[Tensor, " rows"], pd.Index]:
+def _some_rows(
+    posterior: Posterior, factor: str, seed: int
+) -> tuple[Rows, Int[Tensor, " rows"], pd.Index]:
     """All rows, or those of some clusters drawn at random; each one's cluster, and its label."""
-    model = fit.model
-    source = model.encode(fit.data)
+    model = posterior.model
+    source = model.encode(posterior.data)
     codes, levels = source.codes[factor], model.data_facts().levels[factor]
     chosen = source.counts[factor].cpu().nonzero()[:, 0]  # a sample has not all of them
     if len(source) > MOST_ROWS:
@@ -186,7 +187,9 @@ def effect_normality(
     return results
 
 
-def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[float, float] | None:
+def residual_uniformity(
+    posterior: Posterior, latents: Draws, *, seed: int = 0
+) -> tuple[float, float] | None:
     r"""Has the outcome the family's distribution? A p-value, and the distance from it.
 
     Randomised quantile residuals :math:`F(y_i \mid \eta_i)` of one posterior draw are uniform and
@@ -198,10 +201,10 @@ def residual_uniformity(fit: Fit, latents: Draws, *, seed: int = 0) -> tuple[flo
     ----------
     Dunn and Smyth (1996), JCGS 5(3): randomized quantile residuals.
     """
-    model, name = fit.model, fit.model.family.name
+    model, name = posterior.model, posterior.model.family.name
     if name not in _CDF:
         return None
-    source = model.encode(fit.data)
+    source = model.encode(posterior.data)
     index = torch.arange(len(source))
     if len(source) > MOST_ROWS:
         generator = torch.Generator().manual_seed(seed)

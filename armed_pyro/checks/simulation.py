@@ -18,11 +18,11 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
 
-from armed_pyro import fitting
 from armed_pyro.checks import rank_tests as uniformity
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
-from armed_pyro.fitting import DivergenceError
+from armed_pyro.inference.divergence import TrainingDiverged
+from armed_pyro.inference.train import train
 from armed_pyro.program.blocks import BLOCK_VALUES
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.source import RowSource
@@ -169,7 +169,7 @@ class Recovery:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(training)
-                fit = fitting.fit_bound(
+                fitted = train(
                     bound,
                     data,
                     schedule=self.schedule,
@@ -177,8 +177,8 @@ class Recovery:
                     seed=training,
                     progress=False,
                 )
-                draws = fit.draws(self.n_draws, seed=posterior)
-        except (DivergenceError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+                draws = fitted.draws(self.n_draws, seed=posterior)
+        except (TrainingDiverged, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return Recovered({}, False, str(error))
         values = quantities(bound, source, draws)
         found = np.stack([one.cpu().numpy() for one in values.values()], -1)
@@ -188,7 +188,7 @@ class Recovery:
         true = quantities(bound, source, truth.latents)
         target = np.stack([one.cpu().numpy() for one in true.values()], -1)
         ranks = uniformity.rank(target, found, np.random.default_rng(ties))
-        return Recovered(dict(zip(values, ranks.tolist(), strict=True)), bool(fit.converged))
+        return Recovered(dict(zip(values, ranks.tolist(), strict=True)), bool(fitted.converged))
 
     def _seeds(self, number: int) -> list[int]:
         """Seeds of the truth, the training, the posterior draws and the order of ties."""

@@ -34,8 +34,7 @@ from armed_pyro.data.files import write_table
 from armed_pyro.engine.processes import first_process
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.registry import FAMILIES, family_named
-from armed_pyro.fitted import Fit
-from armed_pyro.fitting import DivergenceError, fit
+from armed_pyro.fitting import DivergenceError, Fit, fit
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.evaluation import evaluate
@@ -351,7 +350,7 @@ def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, pr
     out.print(summary.text(result, prob=prob), markup=False)
     (run / EVALUATION).unlink(missing_ok=True)
     if held_out:
-        table = evaluate(result, held_out, prob=prob)
+        table = evaluate(result.posterior, held_out, prob=prob)
         write_table(table, run / EVALUATION)
         out.print("\nPredictions of held-out rows:")
         out.print(table.to_string(index=False, float_format="{:.4g}".format), markup=False)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from armed_pyro.fitted import Fit
+from armed_pyro.fitting import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
 

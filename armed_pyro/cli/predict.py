@@ -12,11 +12,11 @@ from rich.progress import Progress, TaskID
 from armed_pyro.cli.console import OwnNet, Prob, Run, Table, err, load_run, messages, option, out
 from armed_pyro.cli.prediction_file import write_predictions
 from armed_pyro.data.files import read_table, write_table
-from armed_pyro.fitted import Fit
-from armed_pyro.prediction.predict_table import TableBlocks, predict_table
+from armed_pyro.fitting import Fit
+from armed_pyro.prediction.predict_table import predict_table
 from armed_pyro.prediction.result import Prediction
-from armed_pyro.prediction.scores import compare_modes
 from armed_pyro.prediction.unseen import MODES
+from armed_pyro.streaming.parquet_table import TableBlocks
 
 __all__ = ["predict_command"]
 
@@ -80,7 +80,7 @@ def predict_command(
                 bar.update(tasks[what], completed=done)
 
             parts, membership = predict_table(
-                fitted,
+                fitted.posterior,
                 table,
                 unseen=unseen,
                 support=labelled,
@@ -88,6 +88,7 @@ def predict_command(
                 draws=draws,
                 prob=prob,
                 seed=seed,
+                classifiers=fitted.classifiers,
                 report=report,
             )
             # Before anything is written: a comparison that cannot be made is an error.
@@ -121,7 +122,7 @@ def _compared(
     seed: int | None,
 ) -> pd.DataFrame:
     frame = pd.concat(table.blocks(2**18)) if table.frame is None else table.frame
-    return compare_modes(fit, frame, support=support, draws=draws, prob=prob, seed=seed)
+    return fit.compare_modes(frame, support=support, draws=draws, prob=prob, seed=seed)
 
 
 def _print(name: str, table: pd.DataFrame, path: Path) -> None:

@@ -13,7 +13,14 @@ import xarray as xr
 from torch import Tensor
 
 from armed_pyro._messages import unknown
-from armed_pyro.data.columns import Missing, check_rows, check_varying, code_outcome, finite_tensor
+from armed_pyro.data.columns import (
+    Missing,
+    as_numbers,
+    check_rows,
+    check_varying,
+    code_outcome,
+    finite_tensor,
+)
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
 from armed_pyro.data.schema import Schema
@@ -27,7 +34,7 @@ class ClusteredData:
     """Rows of features x_i and outcome y_i, each in one cluster of every grouping factor.
 
     Make it with `from_frame`, `from_arrays` or `from_xarray`; of a new table, with the schema
-    of the training data: ``data.schema.encode(new_table)``.
+    of the training data: ``ClusteredData.encode(new_table, data.schema)``.
 
     Attributes
     ----------
@@ -120,12 +127,81 @@ class ClusteredData:
         Raises
         ------
         ValueError
-            The table cannot be used as asked; see `Schema.infer` and `Schema.encode`.
+            The table cannot be used as asked; see `Schema.infer` and `encode`.
         """
         frame = as_pandas(frame)
         roles = {"trials": trials, "offset": offset, "weights": weights}
         schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
-        return schema.encode(frame, outcome_required=True, missing=missing)
+        return cls.encode(frame, schema, outcome_required=True, missing=missing)
+
+    @classmethod
+    def encode(
+        cls,
+        frame: Any,
+        schema: Schema,
+        *,
+        outcome_required: bool = False,
+        missing: Missing = "error",
+    ) -> ClusteredData:
+        """Encode a table's rows as tensors and labelled levels, as a schema says.
+
+        Parameters
+        ----------
+        frame
+            A pandas, polars or pyarrow table with the columns of the schema.
+        schema
+            How the training table was encoded.
+        outcome_required
+            If False, a table whose outcome column is absent, or has missing values, is encoded
+            without an outcome, and weights may be absent too.
+        missing
+            What to do about rows with missing values: ``"error"``, or ``"drop"`` with a warning.
+
+        Returns
+        -------
+        ClusteredData
+            Features as Float64[Tensor, "rows features"], on their original scale.
+
+        Raises
+        ------
+        ValueError
+            A column is missing, or holds missing or infinite values, text in place of numbers,
+            or categories that the schema does not know; or the table has no rows.
+
+        Examples
+        --------
+        >>> table = pd.DataFrame({"y": [1.0, 2.0], "x": [0.5, 0.7], "site": ["a", "b"]})
+        >>> schema = Schema.infer(table, outcome="y", clusters=["site"])
+        >>> ClusteredData.encode(table, schema).feature_names
+        ('x',)
+        """
+        table = schema.select(frame, outcome_required=outcome_required, missing=missing)
+        design, names, sources = schema.design(table)
+        numeric = schema.numeric
+
+        def role(name: str | None, what: str) -> Tensor | None:
+            if name is None or name not in table:
+                return None
+            return torch.from_numpy(as_numbers(table[name], what))
+
+        return cls(
+            features=torch.from_numpy(design),
+            feature_names=names,
+            sources=tuple(":".join(source) for source in sources),
+            continuous=tuple(not numeric.isdisjoint(source) for source in sources),
+            outcome_name=schema.outcome,
+            outcome=schema.outcomes(table),
+            classes=None if schema.classes is None else tuple(schema.classes.tolist()),
+            groupings={
+                name: Grouping.from_labels(table[name], f"cluster column {name!r}")
+                for name in schema.clusters
+            },
+            trials=role(schema.trials, "trials"),
+            offset=role(schema.offset, "offset"),
+            weights=role(schema.weights, "weights"),
+            row_labels=table.index,
+            schema=schema,
+        )
 
     @classmethod
     def from_arrays(

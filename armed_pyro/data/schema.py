@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,11 +27,7 @@ from armed_pyro.data.columns import (
     pick,
 )
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import Grouping, code_labels, index_from_json, index_to_json
-
-if TYPE_CHECKING:
-    from armed_pyro.data.clustered import ClusteredData
-
+from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
 
 __all__ = ["Schema", "parse_terms"]
 
@@ -98,7 +94,7 @@ class Schema:
         """Read categories, classes and kinds of columns off a training table.
 
         Rows with missing values are left out of account: whether they are an error is for
-        `encode` to say. See `ClusteredData.from_frame` for the parameters.
+        `ClusteredData.encode` to say. See `ClusteredData.from_frame` for the parameters.
 
         Raises
         ------
@@ -150,34 +146,18 @@ class Schema:
             ),
         )
 
-    def encode(
+    @property
+    def numeric(self) -> set[str]:
+        """Feature columns of numbers other than 0 and 1."""
+        return set(self.columns) - set(self.levels) - set(self.indicators)
+
+    def select(
         self, frame: Any, *, outcome_required: bool = False, missing: Missing = "error"
-    ) -> ClusteredData:
-        """Encode a table's rows as tensors and labelled levels.
+    ) -> pd.DataFrame:
+        """The columns of this schema and the rows without missing values, checked.
 
-        Parameters
-        ----------
-        frame
-            A pandas, polars or pyarrow table with the columns of this schema.
-        outcome_required
-            If False, a table whose outcome column is absent, or has missing values, is encoded
-            without an outcome, and weights may be absent too.
-        missing
-            What to do about rows with missing values: ``"error"``, or ``"drop"`` with a warning.
-
-        Returns
-        -------
-        ClusteredData
-            Features as Float64[Tensor, "rows features"], on their original scale.
-
-        Raises
-        ------
-        ValueError
-            A column is missing, or holds missing or infinite values, text in place of numbers,
-            or categories that this schema does not know; or the table has no rows.
+        See `ClusteredData.encode` for the parameters.
         """
-        from armed_pyro.data.clustered import ClusteredData
-
         table = as_pandas(frame)
         optional = set() if outcome_required else {self.outcome, self.weights}
         if not outcome_required and self.outcome in table and table[self.outcome].isna().any():
@@ -192,44 +172,19 @@ class Schema:
             raise ValueError("The table has no rows; at least one is needed.")
         table = complete_rows(table, missing).infer_objects()
         check_finite(table)
+        return table
 
-        design, names, sources = self._design(table)
-        numeric = set(self.columns) - set(self.levels) - set(self.indicators)
-        outcome = None
-        if self.outcome in table:
-            what = f"outcome {self.outcome!r}"
-            outcome = (
-                as_numbers(table[self.outcome], "outcome")
-                if self.classes is None
-                else known_codes(table[self.outcome], self.classes, what).astype(np.float64)
-            )
+    def outcomes(self, table: pd.DataFrame) -> Tensor | None:
+        """Outcomes as numbers, classes as their codes; None if the table has none."""
+        if self.outcome not in table:
+            return None
+        if self.classes is None:
+            return torch.from_numpy(as_numbers(table[self.outcome], "outcome"))
+        codes = known_codes(table[self.outcome], self.classes, f"outcome {self.outcome!r}")
+        return torch.from_numpy(codes.astype(np.float64))
 
-        def role(name: str | None, what: str) -> Tensor | None:
-            if name is None or name not in table:
-                return None
-            return torch.from_numpy(as_numbers(table[name], what))
-
-        return ClusteredData(
-            features=torch.from_numpy(design),
-            feature_names=names,
-            sources=tuple(":".join(source) for source in sources),
-            continuous=tuple(not numeric.isdisjoint(source) for source in sources),
-            outcome_name=self.outcome,
-            outcome=None if outcome is None else torch.from_numpy(outcome),
-            classes=None if self.classes is None else tuple(self.classes.tolist()),
-            groupings={
-                name: Grouping.from_labels(table[name], f"cluster column {name!r}")
-                for name in self.clusters
-            },
-            trials=role(self.trials, "trials"),
-            offset=role(self.offset, "offset"),
-            weights=role(self.weights, "weights"),
-            row_labels=table.index,
-            schema=self,
-        )
-
-    def _design(self, table: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], Terms]:
-        """The design matrix without its intercept, its column names, and each one's term."""
+    def design(self, table: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], Terms]:
+        """The design matrix without its intercept, the names of its columns, and their terms."""
         factors = {}
         for name in self.columns:
             if name in self.levels:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 from jaxtyping import Shaped
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["label_values", "variable_name"]
 

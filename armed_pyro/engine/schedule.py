@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["MOVING", "History", "Plateau", "Schedule", "split_r_hat"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,16 +18,12 @@ from armed_pyro._optional import extra
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.explain.attributed import METHODS, Attribution
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.taps import module_at, tapped
-from armed_pyro.prediction.chunks import encoded
 from armed_pyro.program.linearize import mean_draws, sensitivities
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.design import InputBlock
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-
+from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["attribution"]
 
@@ -37,7 +33,7 @@ MOST_ROWS, NODES = 1000, 50
 
 
 def attribution(
-    fit: Fit,
+    posterior: Posterior,
     method: str = "gradient",
     *,
     data: ClusteredData | pd.DataFrame | None = None,
@@ -68,8 +64,8 @@ def attribution(
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     method : str
         "gradient" (as in the paper), "integrated", or "grad_cam" (for networks of images). The
         last two need captum.
@@ -111,9 +107,9 @@ def attribution(
         )
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, not {draws}")
-    model, seed = fit.model, fit.seed if seed is None else seed
+    model, seed = posterior.model, posterior.seed if seed is None else seed
     chosen = _chosen(model.data_facts().columns, columns)
-    given = fit.data if data is None else encoded(fit, data)
+    given = posterior.data if data is None else posterior.encode(data)
     x = _inputs(model, given)
     mean, sample = x.mean(0, keepdim=True), _sample(x, seed)
     labels = pd.Index(["mean"]) if method == "gradient" else given.row_labels.take(sample.tolist())
@@ -124,7 +120,7 @@ def attribution(
         parts = _integrated(model, x[sample], mean, chosen)
     else:
         parts = _maps(model, x[sample], chosen, layer)
-    latents = fit.draws(draws, seed=seed)
+    latents = posterior.draws(draws, seed=seed)
     weights = _weights(model, latents, chosen)
     # Linear in what the last layer multiplies, apart from Grad-CAM's positive part.
     by_draw = (torch.einsum("rb...,bp->rp...", parts, one) for one in weights)
@@ -141,12 +137,12 @@ def attribution(
     if model.data_facts().feature_names:
         for factor in model.factors:
             random |= _between(model, factor, latents, mean, chosen)
-    posterior = _labelled(model, fixed, random, chosen, draws)
-    inner = [dim for dim in posterior["importance"].dims if dim not in ("chain", "draw")]
-    coords = {dim: posterior[dim].to_numpy() for dim in inner if dim in posterior.coords}
+    labelled = _labelled(model, fixed, random, chosen, draws)
+    inner = [dim for dim in labelled["importance"].dims if dim not in ("chain", "draw")]
+    coords = {dim: labelled[dim].to_numpy() for dim in inner if dim in labelled.coords}
     coords["row"] = label_values(labels)
     array = _column_last(rows, 1, "column" not in inner).cpu().numpy()
-    return Attribution(method, posterior, xr.DataArray(array, coords, ["row", *inner]))
+    return Attribution(method, labelled, xr.DataArray(array, coords, ["row", *inner]))
 
 
 def jacobian(

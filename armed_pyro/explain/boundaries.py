@@ -17,13 +17,12 @@ from armed_pyro._optional import extra
 from armed_pyro._plotting import INK
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.random_effects.grouping_factor import factor_named
 from armed_pyro.rows.batch import Membership, Rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from armed_pyro.fitted import Fit
 
 
 __all__ = ["Boundaries", "boundaries", "draw_panel", "plane"]
@@ -126,7 +125,7 @@ class Boundaries:
 
 
 def boundaries(
-    fit: Fit,
+    posterior: Posterior,
     features: tuple[str, str],
     *,
     factor: str | None = None,
@@ -142,7 +141,7 @@ def boundaries(
 
     Parameters
     ----------
-    fit : Fit
+    posterior : Posterior
         A fit to feature columns.
     features : tuple of str
         Two of them: the horizontal and the vertical axis.
@@ -164,19 +163,21 @@ def boundaries(
     ValueError
         If there are no two such features, no such factor, or no class is named where one is needed.
     """
-    model, facts = fit.model, fit.model.data_facts()
-    _check_features(fit, features, extent)
+    model, facts = posterior.model, posterior.model.data_facts()
+    _check_features(posterior, features, extent)
     own = factor_named(model.factors, factor)
     classes = facts.classes if len(facts.columns) > 1 else None
     if classes is not None and of not in classes:
         raise ValueError(f"name one of the classes as `of`: {', '.join(map(str, classes))}")
     if draws < 2 or size < 2:
         raise ValueError(f"`draws` and `size` must be at least 2, not {draws} and {size}")
-    axes = _axes(fit, features, extent, size)
-    known = fit.data.features.mean(0).tolist() if fit.data.n_rows else facts.feature_mean
+    axes = _axes(posterior, features, extent, size)
+    known = (
+        posterior.data.features.mean(0).tolist() if posterior.data.n_rows else facts.feature_mean
+    )
     centre = dict(zip(facts.feature_names, known, strict=True))
     x = facts.standardise(plane(axes, centre).features).to(model.reference())
-    latents = fit.draws(draws, seed=seed)
+    latents = posterior.draws(draws, seed=seed)
     kept = {k: v for k, v in latents.items() if k in (own.effect_site, "fixed_effect")}
     levels = facts.levels[own.name]
     everyone = torch.arange(len(levels), device=x.device)
@@ -203,23 +204,23 @@ def boundaries(
     return Boundaries(own.name, by_cluster, fixed, 0.5 if probability else None, of)
 
 
-def _check_features(fit: Fit, features: tuple[str, str], extent: Extent | None) -> None:
-    names = fit.model.data_facts().feature_names
+def _check_features(posterior: Posterior, features: tuple[str, str], extent: Extent | None) -> None:
+    names = posterior.model.data_facts().feature_names
     for name in features:
         if name not in names:
             raise unknown("feature", name, names)
     if len(set(features)) != 2:
         raise ValueError(f"give two different features, not {features}")
-    if extent is None and not fit.data.n_rows:
+    if extent is None and not posterior.data.n_rows:
         raise ValueError("the fit was kept without its training rows: give an `extent`")
 
 
 def _axes(
-    fit: Fit, features: tuple[str, str], extent: Extent | None, size: int
+    posterior: Posterior, features: tuple[str, str], extent: Extent | None, size: int
 ) -> dict[str, Float[np.ndarray, " points"]]:
     if extent is None:
-        columns = [fit.model.data_facts().feature_names.index(name) for name in features]
-        given = fit.data.features[:, columns].numpy()
+        columns = [posterior.model.data_facts().feature_names.index(name) for name in features]
+        given = posterior.data.features[:, columns].numpy()
         extent = tuple(zip(given.min(0), given.max(0), strict=True))
     return {name: np.linspace(*ends, size) for name, ends in zip(features, extent, strict=True)}
 

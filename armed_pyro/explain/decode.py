@@ -19,16 +19,14 @@ from armed_pyro._optional import extra
 from armed_pyro._plotting import INK
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values
-from armed_pyro.prediction.chunks import encoded
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.linearize import mean_draws
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.grouping_factor import Factor, factor_named
 from armed_pyro.rows.batch import Membership
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
 
 
 __all__ = ["DecodedEffects", "decoded"]
@@ -132,7 +130,7 @@ class DecodedEffects:
 
 
 def decoded(
-    fit: Fit,
+    posterior: Posterior,
     row: ClusteredData | pd.DataFrame,
     *,
     shape: Sequence[int] | None = None,
@@ -154,7 +152,7 @@ def decoded(
 
     Parameters
     ----------
-    fit : Fit
+    posterior : Posterior
         A fit that rebuilds images, or whose predictor has a column for each pixel.
     row : ClusteredData or table
         The image to decode: one row, whose cluster does not matter.
@@ -183,8 +181,8 @@ def decoded(
     ----------
     Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7).
     """
-    model = fit.model
-    given = encoded(fit, row)
+    model = posterior.model
+    given = posterior.encode(row)
     if given.n_rows != 1:
         raise ValueError(f"give one row, the image to decode, not {given.n_rows}")
     own = factor_named(model.factors, factor)
@@ -192,7 +190,7 @@ def decoded(
     shape = source.shape(shape)
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, not {draws}")
-    latents = fit.draws(draws, seed=seed)
+    latents = posterior.draws(draws, seed=seed)
     x = model.encode(given, model.data_facts().levels_with(given)).x
 
     heads = {name: one for name, one in latents.items() if name == "fixed_effect"}

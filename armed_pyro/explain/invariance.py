@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,14 +21,9 @@ from sklearn.preprocessing import StandardScaler
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.networks.taps import pooled, tapped
-from armed_pyro.prediction.chunks import encoded
-from armed_pyro.program.binding import head_path
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.networks.taps import head_path, pooled, tapped
+from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Invariance", "invariance"]
 
@@ -89,7 +84,7 @@ class Invariance:
 
 
 def invariance(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame | None = None,
     *,
     factor: str | None = None,
@@ -114,8 +109,8 @@ def invariance(
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     data : ClusteredData or table, optional
         Rows, of seen or unseen clusters; by default the training rows. Of more than 5,000, a
         random sample is used.
@@ -147,8 +142,8 @@ def invariance(
     --------
     ``print(fit.invariance())``
     """
-    model, seed = fit.model, fit.seed if seed is None else seed
-    given = fit.data if data is None else encoded(fit, data)
+    model, seed = posterior.model, posterior.seed if seed is None else seed
+    given = posterior.data if data is None else posterior.encode(data)
     if permutations < 1:
         raise ValueError(f"`permutations` must be at least 1, not {permutations}")
     if given.n_rows > MOST_ROWS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,10 +13,6 @@ from torch import Tensor
 from armed_pyro.distributions.outcome_densities import IndependentNormal
 from armed_pyro.priors import HalfStudentT, ScalePrior
 from armed_pyro.rows.batch import Rows
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["Reconstruction"]
 

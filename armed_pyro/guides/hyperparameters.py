@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -18,10 +18,7 @@ from torch.distributions.transforms import CorrCholeskyTransform
 
 from armed_pyro.distributions.cholesky_correlation import CorrelationCholesky
 from armed_pyro.distributions.flow import AutoregressiveNormal, CoupledNormal, Flow, FlowParameters
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
+from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Hyperparameters"]
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.program.linearize import reconstruction_slopes, sensitivities
+from armed_pyro.program.linearize import curvature, mean_draws, reconstruction_slopes, sensitivities
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
 from armed_pyro.random_effects.design import LayerBlock, by_column
 from armed_pyro.random_effects.grouping_factor import Factor
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Membership
-    from armed_pyro.rows.source import RowSource
-from armed_pyro.program.linearize import curvature, mean_draws
+from armed_pyro.rows.batch import Membership
+from armed_pyro.rows.source import RowSource
 
 __all__ = ["FULL_TERMS", "PseudoObservations", "observe", "overshoot"]
 

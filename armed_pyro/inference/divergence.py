@@ -9,31 +9,23 @@ import torch
 from torch import Tensor
 
 from armed_pyro.engine.loss import Loss
-from armed_pyro.fitted import Fit
+from armed_pyro.inference.posterior import Posterior
 
-__all__ = ["DivergenceError", "blame", "not_finite"]
+__all__ = ["TrainingDiverged", "blame", "not_finite"]
 
 
-class DivergenceError(RuntimeError):
+class TrainingDiverged(RuntimeError):  # noqa: N818
     """The loss or its gradient is no longer finite, or has run away.
 
     Attributes
     ----------
-    fit : Fit
-        The fit at the start of the window of steps with the lowest mean loss.
-
-    Examples
-    --------
-    >>> def fitted_or_last_good_state(model, data):
-    ...     try:
-    ...         return fit(model, data)
-    ...     except DivergenceError as error:
-    ...         return error.fit
+    posterior : Posterior
+        What was known at the start of the window of steps with the lowest mean loss.
     """
 
-    def __init__(self, message: str, fit: Fit) -> None:
+    def __init__(self, message: str, posterior: Posterior) -> None:
         super().__init__(message)
-        self.fit = fit
+        self.posterior = posterior
 
 
 def blame(loss: Loss) -> str:

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.guides.base import selected
-
-if TYPE_CHECKING:
-    pass
-
-
-from typing import TYPE_CHECKING
-
-import numpy as np
-from jaxtyping import Float
-
 from armed_pyro.inference.nested_weights import Weighted
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["METHODS", "ImportanceDraws", "RefinedDraws", "resampled"]
 

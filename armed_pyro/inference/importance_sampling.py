@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,17 +13,15 @@ from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro.guides.noise import Noise, proposal_noise
+from armed_pyro.inference.draws import ImportanceDraws, resampled
 from armed_pyro.inference.nested_weights import Weighted, weigh
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.cluster_chunks import Pieces
 from armed_pyro.rows.source import RowSource
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-from armed_pyro.inference.draws import ImportanceDraws, resampled
-
-__all__ = ["BLOCK", "affordable", "importance_draws", "refinable"]
+__all__ = ["BLOCK", "affordable", "importance_draws", "refinable", "weighed"]
 
 
 # Log-likelihoods (rows times draws times particles): in all, in one block, and the number at
@@ -38,30 +35,41 @@ PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 
 
-def refinable(fit: Fit, source: RowSource | None = None) -> bool:
+def refinable(posterior: Posterior, source: RowSource | None = None) -> bool:
     """Whether there is something latent, and rows, but not too many to weigh its draws.
 
     `source` are the rows of a fit that only keeps a sample of them.
     """
-    if "importance" in vars(fit):
+    if posterior.importance is not None:
         return True
-    n = fit.model.data_facts().n_rows
-    if fit.sampled and source is None:
+    n = posterior.model.data_facts().n_rows
+    if posterior.sampled and source is None:
         return False
-    per_draw = n * _particles(fit) * row_cost(fit.model)
-    many = per_draw > MOST_AT_ONCE and len(fit.model.factors) > 1
-    latent = bool(fit.guide.noise_shapes(fit.model.clusters()))
+    per_draw = n * _particles(posterior) * row_cost(posterior.model)
+    many = per_draw > MOST_AT_ONCE and len(posterior.model.factors) > 1
+    latent = bool(posterior.guide.noise_shapes(posterior.model.clusters()))
     return latent and not many and FEWEST_DRAWS * per_draw < TOO_MANY
 
 
-def _particles(fit: Fit) -> int:
+def weighed(posterior: Posterior) -> Posterior:
+    """The posterior with the importance weights of its guide's draws, where they can be had."""
+    if posterior.importance is not None or not refinable(posterior):
+        return posterior
+    return replace(posterior, importance=importance_draws(posterior))
+
+
+def _particles(posterior: Posterior) -> int:
     # One where the guide's conditional was found to be exact.
-    several = fit.guide.nested() is not None and fit.history.particles > 1
-    return max(PARTICLES, fit.history.particles) if several else 1
+    several = posterior.guide.nested() is not None and posterior.history.particles > 1
+    return max(PARTICLES, posterior.history.particles) if several else 1
 
 
 def importance_draws(
-    fit: Fit, source: RowSource | None = None, *, seed: int | None = None, progress: bool = False
+    posterior: Posterior,
+    source: RowSource | None = None,
+    *,
+    seed: int | None = None,
+    progress: bool = False,
 ) -> ImportanceDraws:
     """Proposals made with the guide, and their importance weights, nested by cluster.
 
@@ -69,24 +77,26 @@ def importance_draws(
     the guide's: then even of 200 weights no tail looks heavy by chance. `source` are the rows, if
     they are at hand already.
     """
-    model, guide = fit.model, fit.guide
-    source = model.compute(model.encode(fit.data)) if source is None else source
-    seed, particles = fit.seed if seed is None else seed, _particles(fit)
+    model, guide = posterior.model, posterior.guide
+    source = model.compute(model.encode(posterior.data)) if source is None else source
+    seed, particles = posterior.seed if seed is None else seed, _particles(posterior)
     per_draw = max(1, len(source)) * particles * row_cost(model)
     by_work = MOST_WORK // max(1, guide.work())
-    n = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_EVALUATIONS // per_draw, affordable(fit), by_work))
+    n = max(
+        FEWEST_DRAWS, min(MOST_DRAWS, MOST_EVALUATIONS // per_draw, affordable(posterior), by_work)
+    )
     size, rows_at_once = max(1, min(n, BLOCK // per_draw, guide.most_draws())), len(source)
     if per_draw > MOST_AT_ONCE:
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
     nested = guide.nested()
     pieces = Pieces.of(source, rows_at_once, None if nested is None else nested.name)
-    found = _Found.of(fit, n, particles)
+    found = _Found.of(posterior, n, particles)
     with model.seeded(seed + 4), Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("importance weights", total=n * len(pieces.shares))
         for start in range(0, n, size):
             draws = slice(start, min(start + size, n))
             step = partial(bar.advance, task, draws.stop - draws.start)
-            _weigh(fit, pieces, found, draws, particles, step)
+            _weigh(posterior, pieces, found, draws, particles, step)
     log_weights, k_hat = pareto_smooth(found.totals.double().cpu().numpy()[None])
     # How clusters fare in draws that hardly count does not matter.
     counts = torch.as_tensor(n * np.exp(log_weights[0, : len(found.tails)]) > 0.3)
@@ -97,7 +107,9 @@ def importance_draws(
         log_weights[0],
         float(k_hat[0]),
         found.clusters.double().cpu().numpy(),
-        _cluster_k_hat(fit, found.tails[counts]) if guide.nested() is not None else np.zeros(0),
+        _cluster_k_hat(posterior, found.tails[counts])
+        if guide.nested() is not None
+        else np.zeros(0),
     )
 
 
@@ -119,9 +131,13 @@ class _Found:
     latents: dict[str, Tensor]
 
     @classmethod
-    def of(cls, fit: Fit, draws: int, particles: int) -> _Found:
-        like, watched, nested = fit.model.reference(), _watched(fit), fit.guide.nested()
-        k = 0 if nested is None else len(fit.model.data_facts().levels[nested.name])
+    def of(cls, posterior: Posterior, draws: int, particles: int) -> _Found:
+        like, watched, nested = (
+            posterior.model.reference(),
+            _watched(posterior),
+            posterior.guide.nested(),
+        )
+        k = 0 if nested is None else len(posterior.model.data_facts().levels[nested.name])
         kept = max(1, min(draws, 4000 // particles))  # from which the clusters' tails are read
         tails = torch.zeros(kept, particles, len(watched), dtype=like.dtype)
         totals, clusters = like.new_zeros(draws), like.new_zeros(draws, len(watched))
@@ -151,7 +167,7 @@ class _Found:
 
 
 def _weigh(
-    fit: Fit,
+    posterior: Posterior,
     pieces: Pieces,
     found: _Found,
     draws: slice,
@@ -159,7 +175,7 @@ def _weigh(
     advance: Callable[[], None],
 ) -> None:
     """Make these draws, and weigh them by all pieces of the rows."""
-    model, guide, count = fit.model, fit.guide, draws.stop - draws.start
+    model, guide, count = posterior.model, posterior.guide, draws.stop - draws.start
     shared: dict[str, Tensor] = {}
     outer: dict[str, Tensor] = {}
     for rows, chosen, share in zip(pieces.read(), pieces.clusters, pieces.shares, strict=True):
@@ -177,28 +193,30 @@ def _weigh(
         advance()
 
 
-def affordable(fit: Fit) -> int:
+def affordable(posterior: Posterior) -> int:
     """Draws that fit into memory, with the random effects of all clusters."""
     effects = [
-        len(factor.terms) * len(fit.model.data_facts().levels[factor.name])
-        for factor in fit.model.factors
+        len(factor.terms) * len(posterior.model.data_facts().levels[factor.name])
+        for factor in posterior.model.factors
     ]
-    if modulates(fit.model):
+    if modulates(posterior.model):
         return FEWEST_DRAWS
     return max(FEWEST_DRAWS, MOST_VALUES // max(1, sum(effects)))
 
 
-def _watched(fit: Fit) -> Int[Tensor, " watched"]:
+def _watched(posterior: Posterior) -> Int[Tensor, " watched"]:
     """Clusters of the nested factor whose particles are looked at: all, or 500 at random."""
-    nested = fit.guide.nested()
-    n = 0 if nested is None else len(fit.model.data_facts().levels[nested.name])
+    nested = posterior.guide.nested()
+    n = 0 if nested is None else len(posterior.model.data_facts().levels[nested.name])
     return torch.as_tensor(np.sort(np.random.default_rng(0).permutation(n)[:MOST_CLUSTERS]))
 
 
-def _cluster_k_hat(fit: Fit, log_ratios: Float[Tensor, "draws particles watched"]) -> np.ndarray:
+def _cluster_k_hat(
+    posterior: Posterior, log_ratios: Float[Tensor, "draws particles watched"]
+) -> np.ndarray:
     # Normalised within a draw: only how the particles of one cluster compare matters.
-    nested, watched = fit.guide.nested(), _watched(fit).numpy()
-    clusters = 0 if nested is None else len(fit.model.data_facts().levels[nested.name])
+    nested, watched = posterior.guide.nested(), _watched(posterior).numpy()
+    clusters = 0 if nested is None else len(posterior.model.data_facts().levels[nested.name])
     k_hat = np.full(clusters, np.nan)
     k_hat[watched] = -np.inf
     if log_ratios.shape[1] > 1:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from jaxtyping import Float
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["pareto_smooth"]
 

@@ -20,13 +20,13 @@ from armed_pyro.engine.pace import Pace
 from armed_pyro.engine.processes import ALONE
 from armed_pyro.engine.schedule import MOVING, History, Plateau, Schedule, split_r_hat
 from armed_pyro.engine.shards import Share
-from armed_pyro.fitted import Fit
 from armed_pyro.guides.base import Guide
 from armed_pyro.inference.cluster_adam import LazyAdam
-from armed_pyro.inference.divergence import DivergenceError, blame, not_finite
+from armed_pyro.inference.divergence import TrainingDiverged, blame, not_finite
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.inference.optimizers import Optimizers
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.model import MixedEffects, log_likelihoods, trains_network
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
@@ -308,13 +308,13 @@ class Run:
         self.model.train()
         return -mean
 
-    def _divergence(self, cause: str) -> DivergenceError:
+    def _divergence(self, cause: str) -> TrainingDiverged:
         """The error to raise, after going back to the last good state."""
         cause += not_finite(self._state())
         self._return_to(self.best or self.good)
         self._release()
         self.stopped = "diverged"
-        return DivergenceError(
+        return TrainingDiverged(
             f"the loss diverged at step {self.step + 1}: {cause}. Try a lower learning rate "
             f"(now {self.schedule.learning_rate} for the guide, "
             f"{self.schedule.net_learning_rate} for the network), and look for extreme values "
@@ -392,8 +392,8 @@ class Run:
             "processes": self.share.processes.size,
         }
 
-    def result(self) -> Fit:
-        """The fit in its present state."""
-        return Fit(
+    def result(self) -> Posterior:
+        """The posterior as far as it is known."""
+        return Posterior(
             self.model, self.guide, self.data, self.history, self.schedule, self.seed, self.stopped
         )

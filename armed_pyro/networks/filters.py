@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.networks.taps import module_at
 from armed_pyro.random_effects.design import FilterBlock
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["modulated"]
 

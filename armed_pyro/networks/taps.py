@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["module_at", "pooled", "run", "tapped"]
+__all__ = ["head_path", "module_at", "pooled", "run", "tapped"]
 
 
 # Rows, and values of all their features, that run through a network at once where no gradients are
@@ -112,3 +112,17 @@ def run(
     if len(pieces) > 1:
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in joined}
     return joined[""], joined
+
+
+def head_path(net: nn.Module) -> str:
+    """Module path of the network's last linear layer; empty if it is the network itself.
+
+    Raises
+    ------
+    ValueError
+        If the network has no linear layer.
+    """
+    paths = [path for path, one in net.named_modules() if isinstance(one, nn.Linear)]
+    if not paths:
+        raise ValueError("a Bayesian head needs a network with a torch.nn.Linear layer")
+    return paths[-1]

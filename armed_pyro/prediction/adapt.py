@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,16 +16,13 @@ from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.guides.base import selected
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
-from armed_pyro.prediction.chunks import encoded, new_effects, predict_chunks
+from armed_pyro.prediction.chunks import new_effects, predict_chunks
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction, Rebuilt
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.random_effects.grouping_factor import Factor
-
+from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["Adapted", "adapt", "check_support"]
 
@@ -41,8 +38,8 @@ class Adapted:
 
     Attributes
     ----------
-    fit : Fit
-        The fit, unchanged.
+    posterior : Posterior
+        The fitted program.
     support : ClusteredData
         All labelled rows so far.
     latents : mapping of str to Tensor
@@ -65,7 +62,7 @@ class Adapted:
     ``adapted.adapt(more_rows).predict(later_rows)``
     """
 
-    fit: Fit
+    posterior: Posterior
     support: ClusteredData
     latents: Latents
     labels: Mapping[str, pd.Index]
@@ -77,10 +74,10 @@ class Adapted:
 
     def adapt(self, support: ClusteredData | pd.DataFrame) -> Adapted:
         """The posterior given these rows as well; the same as given all rows at once."""
-        more = encoded(self.fit, support)
+        more = self.posterior.encode(support)
         return adapt(
-            self.fit,
-            joined(self.fit, self.support, more),
+            self.posterior,
+            joined(self.posterior, self.support, more),
             draws=self.draws,
             seed=self.seed,
             update_seen=self.update_seen,
@@ -91,9 +88,9 @@ class Adapted:
 
         Clusters without labelled rows are drawn from N(0, D), as under "marginal", and rows say so.
         """
-        rows, source = encoded(self.fit, data), self.source()
+        rows, source = self.posterior.encode(data), self.source()
         settings: dict[str, Any] = {"draws": self.draws, "prob": prob, "seed": self.seed}
-        parts = list(predict_chunks(self.fit, rows, source=source, **settings))
+        parts = list(predict_chunks(self.posterior, rows, source, **settings))
         joint = [np.concatenate([getattr(part, name) for part in parts], 1)
                  for name in ("expected", "outcome")]  # fmt: skip
         return replace(
@@ -102,7 +99,7 @@ class Adapted:
             outcome=joint[1],
             unseen=np.concatenate([part.unseen for part in parts]),
             row_labels=rows.row_labels,
-            new=new_effects(self.fit.model, source, rows),
+            new=new_effects(self.posterior.model, source, rows),
             others=Rebuilt.joined(parts),
         )
 
@@ -122,7 +119,7 @@ class Adapted:
         """
         records: list[dict[str, Any]] = []
         tail = (1 - prob) / 2
-        for factor in self.fit.model.factors:
+        for factor in self.posterior.model.factors:
             grouping = self.support.grouping(factor.name)
             counts = pd.Series(grouping.counts.numpy(), index=grouping.levels)
             matrix = factor.to_original.double()
@@ -162,7 +159,7 @@ class _Posterior(EffectSource):
 
 
 def adapt(
-    fit: Fit,
+    posterior: Posterior,
     support: ClusteredData | pd.DataFrame,
     *,
     draws: int = 1000,
@@ -182,8 +179,8 @@ def adapt(
 
     Parameters
     ----------
-    fit : Fit
-        The fit; its network is not trained.
+    posterior : Posterior
+        The fitted program.
     support : ClusteredData or table
         Rows with outcomes, of clusters not seen in training; none is fine.
     draws : int
@@ -203,28 +200,28 @@ def adapt(
     --------
     ``fit.adapt(rows_with_outcomes).predict(rows_to_come)``
     """
-    model, facts = fit.model, fit.model.data_facts()
-    seed = fit.seed if seed is None else seed
+    model, facts = posterior.model, posterior.model.data_facts()
+    seed = posterior.seed if seed is None else seed
     if isinstance(support, pd.DataFrame) and support.empty:
-        support = fit.data.take([])
-    support = encoded(fit, support)
-    check_support(fit, support, update_seen=update_seen)
-    latents = dict(fit.draws(draws, seed=seed))
+        support = posterior.data.take([])
+    support = posterior.encode(support)
+    check_support(posterior, support, update_seen=update_seen)
+    latents = dict(posterior.draws(draws, seed=seed))
     new = new_clusters(facts, model, support)
     marginal = Marginal(latents, seed)
     effects = {f.name: marginal.effects(f, new[f.name])[0].clone() for f in model.factors}
     quality = {"ess": float(draws), "k_hat": -np.inf, "reweighted": 1.0, "efficiency": 1.0}
     if support.n_rows and model.factors:
-        weights = condition(fit, support, latents, effects, new, seed, update_seen, quality)
+        weights = condition(posterior, support, latents, effects, new, seed, update_seen, quality)
         index = _resampled(weights, seed, quality)
         if index is not None:
             latents = selected(latents, index)
             effects = {k: v[index] for k, v in effects.items()}
-    return Adapted(fit, support, latents, new, effects, quality, draws, seed, update_seen)
+    return Adapted(posterior, support, latents, new, effects, quality, draws, seed, update_seen)
 
 
 def check_support(
-    fit: Fit,
+    posterior: Posterior,
     support: ClusteredData,
     there: Mapping[str, pd.Index] | None = None,
     *,
@@ -237,7 +234,7 @@ def check_support(
     there : mapping of str to pandas.Index, optional
         New clusters among the rows to be predicted.
     """
-    model, facts = fit.model, fit.model.data_facts()
+    model, facts = posterior.model, posterior.model.data_facts()
     if support.outcome is None:
         raise ValueError(
             f"the support rows have no outcome {facts.outcome_name!r} in at least one of their "
@@ -272,7 +269,7 @@ def check_support(
                 )
 
 
-def joined(fit: Fit, first: ClusteredData, second: ClusteredData) -> ClusteredData:
+def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) -> ClusteredData:
     """The rows of both."""
     if not first.n_rows or not second.n_rows:
         return first if first.n_rows else second
@@ -284,7 +281,7 @@ def joined(fit: Fit, first: ClusteredData, second: ClusteredData) -> ClusteredDa
             raise ValueError(f"one set of support rows has {role}, another has none")
         optional[role] = None if pair[0] is None else torch.cat(pair)
     groupings = {}
-    for name in dict.fromkeys([*first.groupings, *fit.model.factor_names()]):
+    for name in dict.fromkeys([*first.groupings, *posterior.model.factor_names()]):
         one, two = first.grouping(name), second.grouping(name)
         two = Grouping(two.codes, as_seen(two.levels, one.levels))
         labels = np.concatenate([one.labels().astype(object), two.labels().astype(object)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,37 +11,29 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.result import NewEffects, Prediction, Rebuilt
 from armed_pyro.prediction.unseen import (
     EffectSource,
-    Marginal,
-    Population,
-    apart,
-    check_mode,
     new_clusters,
 )
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.prediction.similarity import Evidence
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Rows
-    from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.program.blocks import BLOCK_VALUES, width
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.in_memory import HeldRows
 
-__all__ = ["effect_source", "encoded", "predict_chunks"]
+__all__ = ["check_settings", "extended", "new_effects", "predict_chunks"]
 
 
 def predict_chunks(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
+    source: EffectSource,
     *,
-    unseen: str | None = None,
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
     chunk: int | None = None,
-    source: EffectSource | None = None,
     outcomes: bool = True,
 ) -> Iterator[Prediction]:
     """The same as `predict`, in blocks of consecutive rows, so that memory stays bounded.
@@ -52,26 +43,24 @@ def predict_chunks(
 
     Parameters
     ----------
+    source : EffectSource
+        The posterior draws, and where new clusters get their random effects from.
     chunk : int, optional
-        Rows a block; by default so many that a block's arrays take about 100 MB.
-    source : EffectSource, optional
-        Where new clusters get their random effects from, if not by `unseen`.
+        Rows per block; by default a block's arrays take about 100 MB.
     outcomes : bool
         Whether the outcome is drawn and other outcomes are predicted, which tables of expected
         outcomes do not need.
     """
-    _check_settings(draws, prob)
-    model, facts = fit.model, fit.model.data_facts()
-    data = encoded(fit, data)
+    check_settings(draws, prob)
+    model, facts = posterior.model, posterior.model.data_facts()
+    data = posterior.encode(data)
     if not data.n_rows:
         raise ValueError("there are no rows to predict")
-    if source is None:
-        source, _ = effect_source(fit, data, unseen, draws=draws, seed=seed)
     levels = facts.levels_with(data)
     rows_of = model.encode(data, levels)
     n = max([0, *(one.shape[0] for one in source.latents.values() if one.dim() > 1)]) or draws
     size = chunk or max(1, BLOCK_VALUES // (n * width(model, others=outcomes)))
-    base = (fit.seed if seed is None else seed) + 1
+    base = (posterior.seed if seed is None else seed) + 1
     latents, used = extended(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
         stop = start + len(rows)
@@ -123,63 +112,6 @@ def extended(
     return latents, used
 
 
-def effect_source(
-    fit: Fit,
-    data: ClusteredData,
-    unseen: str | None,
-    *,
-    support: ClusteredData | pd.DataFrame | None = None,
-    pooled: bool = True,
-    draws: int = 1000,
-    seed: int | None = None,
-) -> tuple[EffectSource, pd.DataFrame | None]:
-    """What gives the new clusters of these rows their effects, and the membership table."""
-    new = new_clusters(fit.model.data_facts(), fit.model, data)
-    check_mode(unseen, new, support=support is not None)
-    evidence = None
-    if unseen in ("membership", "nearest") and any(map(len, new.values())):
-        from armed_pyro.prediction.similarity import gather, warn_if_alien
-
-        evidence = gather(fit, data if pooled else apart(fit.model, data))
-        warn_if_alien(evidence.table())
-    source = source_of(fit, unseen, new, support, evidence, draws=draws, seed=seed)
-    return source, None if evidence is None else evidence.table()
-
-
-def source_of(
-    fit: Fit,
-    unseen: str | None,
-    new: Mapping[str, pd.Index],
-    support: ClusteredData | pd.DataFrame | None = None,
-    evidence: Evidence | None = None,
-    *,
-    draws: int = 1000,
-    seed: int | None = None,
-) -> EffectSource:
-    """What gives new clusters their effects under a mode that has been checked.
-
-    Parameters
-    ----------
-    new : mapping of str to pandas.Index
-        Labels of all new clusters.
-    support, evidence
-        For the modes that need them.
-    """
-    seed = fit.seed if seed is None else seed
-    if unseen == "adapt" and support is not None:
-        from armed_pyro.prediction.adapt import adapt, check_support
-
-        rows = encoded(fit, support)
-        check_support(fit, rows, new)
-        return adapt(fit, rows, draws=draws, seed=seed).source()
-    latents = fit.draws(draws, seed=seed)
-    if evidence is not None:
-        from armed_pyro.prediction.similarity import Resembling
-
-        return Resembling(latents, seed, evidence, nearest=unseen == "nearest")
-    return Population(latents) if unseen == "population" else Marginal(latents, seed)
-
-
 def new_effects(
     model: MixedEffects, source: EffectSource, data: ClusteredData
 ) -> dict[str, NewEffects]:
@@ -196,26 +128,8 @@ def new_effects(
     return found
 
 
-def encoded(fit: Fit, data: ClusteredData | pd.DataFrame) -> ClusteredData:
-    """New rows as the training table was encoded.
-
-    Raises
-    ------
-    ValueError
-        If a table is given but the model was fitted to arrays.
-    """
-    if isinstance(data, ClusteredData):
-        return data
-    schema = fit.model.data_facts().schema
-    if schema is None:
-        raise ValueError(
-            "the model was fitted to arrays, so it cannot read a table: pass "
-            "ClusteredData.from_arrays(...) with the same features"
-        )
-    return schema.encode(data)
-
-
-def _check_settings(draws: int, prob: float) -> None:
+def check_settings(draws: int, prob: float) -> None:
+    """Raise ValueError unless there are draws enough, and `prob` is a probability."""
     if not 0 < prob < 1:
         raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
     if draws < 2:

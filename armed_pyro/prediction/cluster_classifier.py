@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,15 +13,11 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from armed_pyro.networks.taps import tapped
-from armed_pyro.program.binding import head_path
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.networks.taps import head_path, tapped
+from armed_pyro.program.model import MixedEffects
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-
-
-__all__ = ["ClusterClassifier", "calibration_error", "train_classifier"]
+__all__ = ["Classifiers", "ClusterClassifier", "calibration_error", "train_classifier"]
 
 
 STEPS, BATCH, EVERY, PATIENCE, RATE = 1500, 256, 25, 6, 0.01
@@ -121,7 +116,40 @@ class ClusterClassifier:
         return cls(*settings, log_prior, centers, whiten, counts, dict(report))
 
 
-def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
+class Classifiers(Mapping[str, ClusterClassifier]):
+    """Trained classifiers by factor; `of` trains those that are still missing.
+
+    Parameters
+    ----------
+    trained : mapping of str to ClusterClassifier, optional
+        Those of a saved fit.
+
+    Examples
+    --------
+    >>> len(Classifiers())
+    0
+    """
+
+    def __init__(self, trained: Mapping[str, ClusterClassifier] | None = None) -> None:
+        self._trained = dict(trained or {})
+
+    def __getitem__(self, factor: str) -> ClusterClassifier:
+        return self._trained[factor]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trained)
+
+    def __len__(self) -> int:
+        return len(self._trained)
+
+    def of(self, posterior: Posterior, factor: str) -> ClusterClassifier:
+        """The classifier of a factor's clusters; it is trained when it is first asked for."""
+        if factor not in self._trained:
+            self._trained[factor] = train_classifier(posterior, factor)
+        return self._trained[factor]
+
+
+def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
     """Train p(k | x) on most of the training rows; stop, calibrate and judge by the others.
 
     Raises
@@ -130,7 +158,7 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
         If the factor has no random effects, there are no features, or the fit was kept without its
         training rows.
     """
-    model, data = fit.model, fit.data
+    model, data = posterior.model, posterior.data
     facts = model.data_facts()
     if factor not in facts.levels:
         raise ValueError(f"there is no grouping factor {factor!r}: {', '.join(facts.levels)}")
@@ -140,7 +168,7 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
             "holds neither one nor the training rows to train it on: fit the model again, call "
             f"fit.classifier({factor!r}) and save it, or choose 'marginal'"
         )
-    if fit.sampled:
+    if posterior.sampled:
         raise ValueError(
             f"the modes 'membership' and 'nearest' need rows of every cluster of {factor!r}, and "
             "the fit keeps only a sample of its training rows: choose 'marginal'"
@@ -153,8 +181,8 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
     source, like = model.encode(data), model.reference()
     x, codes = source.x, source.codes[factor]
     shares = source.counts[factor].to(like)
-    train, tune, judge = _parts(codes, fit.seed)
-    with model.seeded(fit.seed + 11), torch.enable_grad():
+    train, tune, judge = _parts(codes, posterior.seed)
+    with model.seeded(posterior.seed + 11), torch.enable_grad():
         net = _architecture(model, len(shares))
         _train(net, x[train], codes[train], x[tune], codes[tune])
     with torch.no_grad():

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from sklearn import metrics
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import predict_chunks
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
+from armed_pyro.prediction.unseen import Marginal
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    fit: Fit, held_out: Mapping[str, ClusteredData], *, prob: float = 0.9, draws: int = 1000
+    posterior: Posterior,
+    held_out: Mapping[str, ClusteredData],
+    *,
+    prob: float = 0.9,
+    draws: int = 1000,
 ) -> pd.DataFrame:
     """How well held-out rows are predicted; clusters among them that are new are marginal.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     held_out : mapping of str to ClusteredData
         Sets of rows that were not trained on, with their outcomes.
     prob : float
@@ -41,15 +43,16 @@ def evaluate(
         for others rmse and coverage (share of the outcomes inside their predictive intervals).
     """
     records = []
+    source = Marginal(posterior.draws(draws), posterior.seed)
     for name, data in held_out.items():
         if data.outcome is None:
             raise ValueError(f"the held-out rows {name!r} have no outcome to compare with")
-        parts = list(predict_chunks(fit, data, unseen="marginal", prob=prob, draws=draws))
+        parts = list(predict_chunks(posterior, data, source, prob=prob, draws=draws))
         y = data.outcome.numpy()
         mean = np.concatenate([part.mean for part in parts])
         unseen = sum(int((part.unseen != "").sum()) for part in parts)
         record: dict[str, Any] = {"held_out": name, "rows": len(y), "unseen": unseen}
-        if fit.model.family.name in ("bernoulli", "categorical"):
+        if posterior.model.family.name in ("bernoulli", "categorical"):
             record |= _class_scores(y.astype(int), mean)
         else:
             limits = [part.interval(of="outcome") for part in parts]

@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.distributions.quasi_random import lattice, stretched
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Rows
-
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["Conditionals", "conditionals"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,16 +15,13 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.laplace import Conditionals, conditionals
 from armed_pyro.prediction.unseen import label_noise
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.predictor import modulates
+from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.in_memory import HeldRows
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.random_effects.grouping_factor import Factor
-
 
 __all__ = ["condition"]
 
@@ -38,7 +35,7 @@ LINEARISED = 3
 
 
 def condition(
-    fit: Fit,
+    posterior: Posterior,
     support: ClusteredData,
     latents: dict[str, Tensor],
     effects: dict[str, Tensor],
@@ -70,7 +67,7 @@ def condition(
     --------
     ``fit.adapt(rows)`` calls it.
     """
-    model, facts = fit.model, fit.model.data_facts()
+    model, facts = posterior.model, posterior.model.data_facts()
     levels = facts.levels_with(support)
     source = model.encode(support, levels)
     first_new = {f.name: len(facts.levels[f.name]) for f in model.factors}
@@ -81,7 +78,7 @@ def condition(
     if update_seen:
         for name, one in free.items():
             one &= source.counts[name].cpu() > 0
-        source = _with_training(fit, source, levels, free)
+        source = _with_training(posterior, source, levels, free)
     source = model.compute(source)
     trained = torch.arange(len(source)) >= support.n_rows
     extended = dict(latents)
@@ -94,14 +91,14 @@ def condition(
     noise = {f.name: _noise(f, levels[f.name], latents, seed) for f in model.factors}
     most = max(1, MOST_VALUES // max(one.shape[0] for one in latents.values()))
     for nodes, rows in _in_batches(_components(model.factors, source, free), most):
-        found = _solve(fit, extended, source, nodes, rows, noise, seed)
+        found = _solve(posterior, extended, source, nodes, rows, noise, seed)
         total = total + found.evidence.sum(1).double().cpu()
         if evidence is not None:
             evidence.append((nodes, found.evidence))
         quality["efficiency"] = min(quality["efficiency"], float(found.efficiency.min()))
         old = [index[trained[index]] for index in rows]
         if any(map(len, old)):  # the fit knows these rows already
-            before = _solve(fit, extended, source, nodes, old, noise, seed)
+            before = _solve(posterior, extended, source, nodes, old, noise, seed)
             total = total - before.evidence.sum(1).double().cpu()
         for group, members in enumerate(nodes):
             start = 0
@@ -195,7 +192,7 @@ def _in_batches(
 
 
 def _solve(
-    fit: Fit,
+    posterior: Posterior,
     latents: Latents,
     source: HeldRows,
     nodes: list[list[Node]],
@@ -204,17 +201,17 @@ def _solve(
     seed: int,
 ) -> Conditionals:
     """The conditionals of groups of clusters of the same make-up."""
-    found = _linearised(fit, latents, source, nodes, rows, noise, seed)
-    if modulates(fit.model):
+    found = _linearised(posterior, latents, source, nodes, rows, noise, seed)
+    if modulates(posterior.model):
         # The predictor is linear in the effects on filters only near where they are.
         for _ in range(LINEARISED):
             around = found.effects.mean(0)
-            found = _linearised(fit, latents, source, nodes, rows, noise, seed, around)
+            found = _linearised(posterior, latents, source, nodes, rows, noise, seed, around)
     return found
 
 
 def _linearised(
-    fit: Fit,
+    posterior: Posterior,
     latents: Latents,
     source: HeldRows,
     nodes: list[list[Node]],
@@ -230,7 +227,7 @@ def _linearised(
     around : Float[Tensor, "groups terms"], optional
         Effects near which it is taken as linear; by default near zero.
     """
-    model = fit.model
+    model = posterior.model
     spread = model.data_facts().spread
     index = torch.cat(rows).to(source.x.device)
     place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
@@ -285,14 +282,17 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
 
 
 def _with_training(
-    fit: Fit, source: HeldRows, levels: Mapping[str, pd.Index], free: Mapping[str, Tensor]
+    posterior: Posterior,
+    source: HeldRows,
+    levels: Mapping[str, pd.Index],
+    free: Mapping[str, Tensor],
 ) -> HeldRows:
     """The rows, followed by the training rows of the free clusters."""
-    if fit.sampled:
+    if posterior.sampled:
         raise ValueError(
             "seen clusters cannot be updated: the fit keeps only a sample of its training rows"
         )
-    every = fit.model.encode(fit.data, levels)
+    every = posterior.model.encode(posterior.data, levels)
     wanted = torch.zeros(len(every), dtype=torch.bool)
     for name, one in free.items():
         wanted |= one[every.codes[name].cpu()]

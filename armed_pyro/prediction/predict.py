@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.prediction.chunks import check_settings, new_effects, predict_chunks
+from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.result import Prediction, Rebuilt
+from armed_pyro.prediction.sources import effect_source
 from armed_pyro.prediction.unseen import (
     apart,
-)
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-from armed_pyro.prediction.chunks import (
-    _check_settings,
-    effect_source,
-    encoded,
-    new_effects,
-    predict_chunks,
 )
 
 __all__ = ["predict"]
 
 
 def predict(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
     *,
     unseen: str | None = None,
@@ -36,13 +30,14 @@ def predict(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    classifiers: Classifiers | None = None,
 ) -> Prediction:
     r"""E[y | x, cluster] and y of new rows given every posterior draw.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     data : ClusteredData or table
         New rows; a table is encoded as the training table was. The outcome is not needed.
     unseen : {"population", "marginal", "membership", "nearest", "adapt"}, optional
@@ -58,7 +53,9 @@ def predict(
     prob : float
         Probability of the intervals.
     seed : int, optional
-        Seed of the draws; the fit's own by default.
+        Seed of the draws; the posterior's own by default.
+    classifiers : Classifiers, optional
+        For "membership" and "nearest"; those that are missing are trained.
 
     Raises
     ------
@@ -67,14 +64,21 @@ def predict(
         data, or support rows lack outcomes or are of clusters that the data do not have.
     """
     settings: dict[str, Any] = {"draws": draws, "prob": prob, "seed": seed}
-    _check_settings(draws, prob)
-    data = encoded(fit, data)
+    check_settings(draws, prob)
+    data = posterior.encode(data)
     source, membership = effect_source(
-        fit, data, unseen, support=support, pooled=pooled, draws=draws, seed=seed
+        posterior,
+        data,
+        unseen,
+        support=support,
+        pooled=pooled,
+        draws=draws,
+        seed=seed,
+        classifiers=classifiers,
     )
-    given = apart(fit.model, data) if _by_row(unseen, pooled) else data
-    parts = list(predict_chunks(fit, given, source=source, unseen=unseen, **settings))
-    new = {} if given is not data else new_effects(fit.model, source, data)
+    given = apart(posterior.model, data) if _by_row(unseen, pooled) else data
+    parts = list(predict_chunks(posterior, given, source, **settings))
+    new = {} if given is not data else new_effects(posterior.model, source, data)
     first = parts[0]
     return Prediction(
         np.concatenate([part.expected for part in parts], 1),

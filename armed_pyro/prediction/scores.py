@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,16 +18,15 @@ from sklearn import metrics
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support, joined
-from armed_pyro.prediction.chunks import effect_source, encoded, extended, predict_chunks
+from armed_pyro.prediction.chunks import extended, predict_chunks
+from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction
+from armed_pyro.prediction.sources import effect_source
 from armed_pyro.prediction.unseen import EffectSource, apart, new_clusters
 from armed_pyro.program.blocks import BLOCK_VALUES
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
 
 __all__ = ["ClusterScores", "compare_modes", "crps", "score_mode"]
 
@@ -84,7 +83,7 @@ class ClusterScores:
 
 
 def compare_modes(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
     *,
     modes: Sequence[str] | None = None,
@@ -93,13 +92,14 @@ def compare_modes(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    classifiers: Classifiers | None = None,
 ) -> pd.DataFrame:
     """One row for each mode: how well it predicts the new clusters' outcomes.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     data : ClusteredData or table
         Rows with outcomes; those of new clusters are scored. The support's should not be among
         them.
@@ -128,17 +128,20 @@ def compare_modes(
     --------
     ``compare_modes(fit, held_out)``
     """
-    rows = encoded(fit, data)
+    rows = posterior.encode(data)
     if modes is None:
         modes = ["population", "marginal"]
         modes += ["membership", BY_ROW, "nearest"] if rows.n_features else []
         modes += ["adapt"] if support is not None else []
     settings: dict[str, Any] = {"factor": factor, "draws": draws, "prob": prob, "seed": seed}
+    settings["classifiers"] = Classifiers() if classifiers is None else classifiers
     with warnings.catch_warnings():
         # Of clusters like no seen one: the table shows what membership is worth.
         warnings.filterwarnings("ignore", message="no cluster of")
         made = [
-            score_mode(fit, rows, mode, support=support if mode == "adapt" else None, **settings)
+            score_mode(
+                posterior, rows, mode, support=support if mode == "adapt" else None, **settings
+            )
             for mode in modes
         ]
     table = pd.DataFrame([{"mode": one.mode, **one.summary} for one in made])
@@ -150,7 +153,7 @@ def compare_modes(
 
 
 def score_mode(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
     mode: str,
     *,
@@ -159,10 +162,11 @@ def score_mode(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    classifiers: Classifiers | None = None,
 ) -> ClusterScores:
     """Scores of one mode; see `compare_modes` for the parameters."""
-    model, facts = fit.model, fit.model.data_facts()
-    rows = encoded(fit, data)
+    model, facts = posterior.model, posterior.model.data_facts()
+    rows = posterior.encode(data)
     if rows.outcome is None:
         raise ValueError(
             f"scores compare predictions with outcomes, but the rows have no {facts.outcome_name!r}"
@@ -181,21 +185,29 @@ def score_mode(
     rows = rows.take(codes >= seen)
     codes = codes[codes >= seen] - seen
     unseen, pooled = ("membership", False) if mode == BY_ROW else (mode, True)
-    seed = fit.seed if seed is None else seed
+    seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
-        given = encoded(fit, support)
-        check_support(fit, given)
-        source: EffectSource = adapt(fit, given, draws=draws, seed=seed).source()
+        given = posterior.encode(support)
+        check_support(posterior, given)
+        source: EffectSource = adapt(posterior, given, draws=draws, seed=seed).source()
     else:
         given = None
-        source, _ = effect_source(fit, rows, unseen, pooled=pooled, draws=draws, seed=seed)
+        source, _ = effect_source(
+            posterior,
+            rows,
+            unseen,
+            pooled=pooled,
+            draws=draws,
+            seed=seed,
+            classifiers=classifiers,
+        )
     used = rows if pooled else apart(model, rows)
-    parts = predict_chunks(fit, used, source=source, draws=draws, prob=prob, seed=seed)
-    log_rows = _log_densities(fit, used, source, draws)
+    parts = predict_chunks(posterior, used, source, draws=draws, prob=prob, seed=seed)
+    log_rows = _log_densities(posterior, used, source, draws)
     made = list(parts)
     elpd = _by_draws(log_rows, codes)
     if unseen in ("marginal", "adapt"):
-        exact = _nested(fit, rows, given, factor, new[factor], draws, seed)
+        exact = _nested(posterior, rows, given, factor, new[factor], draws, seed)
         elpd = np.where(np.isnan(exact), elpd, exact)
     return _scored(mode, factor, new[factor], codes, rows, made, log_rows, elpd, prob, seed)
 
@@ -303,10 +315,10 @@ def _replicated(
 
 @torch.no_grad()
 def _log_densities(
-    fit: Fit, data: ClusteredData, source: EffectSource, draws: int
+    posterior: Posterior, data: ClusteredData, source: EffectSource, draws: int
 ) -> Float[np.ndarray, "draws rows"]:
     """log p(y_i | draw)."""
-    model = fit.model
+    model = posterior.model
     levels = model.data_facts().levels_with(data)
     rows = model.encode(data, levels)
     latents, _ = extended(model, source, levels, rows)
@@ -328,7 +340,7 @@ def _by_draws(
 
 
 def _nested(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData,
     support: ClusteredData | None,
     factor: str,
@@ -340,9 +352,9 @@ def _nested(
 
     The mean over draws alone would need very many draws where a cluster has many rows.
     """
-    both = data if support is None else joined(fit, support, data)
-    whole = _evidence(fit, both, factor, draws, seed)
-    part = {} if support is None else _evidence(fit, support, factor, draws, seed)
+    both = data if support is None else joined(posterior, support, data)
+    whole = _evidence(posterior, both, factor, draws, seed)
+    part = {} if support is None else _evidence(posterior, support, factor, draws, seed)
     nothing = np.zeros(draws)
     return np.array(
         [
@@ -355,11 +367,11 @@ def _nested(
 
 
 def _evidence(
-    fit: Fit, data: ClusteredData, factor: str, draws: int, seed: int
+    posterior: Posterior, data: ClusteredData, factor: str, draws: int, seed: int
 ) -> dict[str, Float[np.ndarray, " draws"]]:
     """log p(y_k | draw) of each new cluster that shares no row with others of its factor."""
-    model, facts = fit.model, fit.model.data_facts()
-    latents = dict(fit.draws(draws, seed=seed))
+    model, facts = posterior.model, posterior.model.data_facts()
+    latents = dict(posterior.draws(draws, seed=seed))
     if not model.factors:
         return {}
     new = new_clusters(facts, model, data)
@@ -368,7 +380,7 @@ def _evidence(
         for one in model.factors
     }
     parts: list[Any] = []
-    condition(fit, data, latents, effects, new, seed, False, {"efficiency": 1.0}, parts)
+    condition(posterior, data, latents, effects, new, seed, False, {"efficiency": 1.0}, parts)
     names, found = [one.name for one in model.factors], {}
     number, seen = names.index(factor), len(facts.levels[factor])
     for groups, evidence in parts:

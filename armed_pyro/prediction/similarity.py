@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,13 +15,10 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.prediction.unseen import EffectSource, generator
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.prediction.cluster_classifier import ClusterClassifier
-    from armed_pyro.random_effects.grouping_factor import Factor
-
+from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["Evidence", "FactorEvidence", "Resembling", "gather", "merge", "warn_if_alien"]
 
@@ -181,9 +177,9 @@ class Resembling(EffectSource):
         return seen.gather(1, picked), [mode] * len(labels)
 
 
-def gather(fit: Fit, data: ClusteredData) -> Evidence:
-    """Evidence of the features of these rows; the classifiers are trained if there are none yet."""
-    model, facts = fit.model, fit.model.data_facts()
+def gather(posterior: Posterior, data: ClusteredData, classifiers: Classifiers) -> Evidence:
+    """Evidence of the features of these rows; classifiers that are missing are trained."""
+    model, facts = posterior.model, posterior.model.data_facts()
     levels = facts.levels_with(data)
     source = model.encode(data, levels)
     found = {}
@@ -193,7 +189,7 @@ def gather(fit: Fit, data: ClusteredData) -> Evidence:
         index = (source.codes[name] >= seen).nonzero()[:, 0]
         if not len(labels):
             continue
-        classifier = fit.classifier(name)
+        classifier = classifiers.of(posterior, name)
         codes, x = source.codes[name][index] - seen, source.x[index]
         ratio = classifier.log_prob(x) - classifier.log_prior
         position = classifier.position(x).double()

@@ -6,7 +6,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,14 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
-
-if TYPE_CHECKING:
-    from armed_pyro.data.clustered import ClusteredData
-    from armed_pyro.program.data_spec import Facts
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["MODES", "EffectSource", "Marginal", "Population", "apart", "check_mode", "label_noise"]
 

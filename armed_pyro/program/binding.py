@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
 from armed_pyro.networks.filters import modulated
-from armed_pyro.networks.taps import pooled, tapped
+from armed_pyro.networks.taps import head_path, pooled, tapped
+from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
 
 __all__ = [
     "activation_widths",
     "check_names",
-    "head_path",
     "needs_alone",
     "unreached",
     "warn_if_small",
 ]
 
 
-def activation_widths(model: MixedEffects) -> dict[str, int]:
+def activation_widths(model: Plan) -> dict[str, int]:
     """Widths of the layers that terms and adversaries tap, from one run on two rows of zeros.
 
     Raises
@@ -80,7 +75,7 @@ def activation_widths(model: MixedEffects) -> dict[str, int]:
     return {path: pooled(record[path]).shape[-1] for path in paths}
 
 
-def unreached(model: MixedEffects) -> frozenset[str]:
+def unreached(model: Plan) -> frozenset[str]:
     """Tapped layers, and "" for the output, that are the same whatever the effects inside.
 
     Found by running the network on noise, without effects and with random ones.
@@ -111,26 +106,12 @@ def unreached(model: MixedEffects) -> frozenset[str]:
     return frozenset(path for path in paths if torch.equal(without[path], within[path]))
 
 
-def needs_alone(model: MixedEffects) -> bool:
+def needs_alone(model: Plan) -> bool:
     """Whether training needs a run of the network without effects inside, beside that with them."""
     wanted = {path for game in model.adversaries for path in game.taps}
     if model.fixed_weight:
         wanted |= {"", *(one.at for one in model.others)}
     return not wanted <= model.unreached
-
-
-def head_path(net: nn.Module) -> str:
-    """Module path of the network's last linear layer; empty if it is the network itself.
-
-    Raises
-    ------
-    ValueError
-        If the network has no linear layer.
-    """
-    paths = [path for path, one in net.named_modules() if isinstance(one, nn.Linear)]
-    if not paths:
-        raise ValueError("a Bayesian head needs a network with a torch.nn.Linear layer")
-    return paths[-1]
 
 
 def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> None:
@@ -157,7 +138,7 @@ def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> 
         )
 
 
-def check_names(model: MixedEffects) -> None:
+def check_names(model: Plan) -> None:
     """Check that no two sites or plates have the same name, and that priors name real factors.
 
     Raises
@@ -186,7 +167,7 @@ def check_names(model: MixedEffects) -> None:
         )
 
 
-def warn_if_small(model: MixedEffects) -> None:
+def warn_if_small(model: Plan) -> None:
     """Warn where there are fewer rows than parameters."""
     count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
     count += sum(len(factor.terms) for factor in model.factors)

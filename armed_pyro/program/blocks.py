@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
+from armed_pyro.program.model import MixedEffects
 
 __all__ = ["width"]
 

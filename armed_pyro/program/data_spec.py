@@ -18,7 +18,7 @@ from armed_pyro.data.schema import Schema
 from armed_pyro.families.family import Family
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.streaming.sort_and_shuffle import EncodedTable
+from armed_pyro.streaming.encode import EncodedTable
 
 __all__ = ["Facts"]
 
@@ -149,7 +149,7 @@ class Facts:
             raise ValueError(
                 f"the data have the features {list(data.feature_names)}, but the model was laid "
                 f"out for {list(self.feature_names)} (missing: {missing or 'none'}); encode new "
-                "tables with the training data's schema: data.schema.encode(table)"
+                "tables with the training data's schema: ClusteredData.encode(table, data.schema)"
             )
         codes, counts = {}, {}
         for factor, index in levels.items():

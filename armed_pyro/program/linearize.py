@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from armed_pyro.program.predictor import linear_predictor
-from armed_pyro.random_effects.design import by_column
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-    from armed_pyro.rows.batch import Rows
-from typing import TYPE_CHECKING
-
 from armed_pyro.networks.filters import modulated
-from armed_pyro.program.predictor import Latents, _by_block, _by_row, reaches_predictor
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.predictor import (
+    Latents,
+    _by_block,
+    _by_row,
+    linear_predictor,
+    reaches_predictor,
+)
+from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Rows
-    from armed_pyro.rows.source import RowSource
-
+from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.source import RowSource
 
 __all__ = ["curvature", "mean_draws", "reconstruction_slopes", "sensitivities"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -16,18 +16,11 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
 
-from armed_pyro._pyro_module import LocalModule
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.families.family import Family
-from armed_pyro.families.reconstruction import Reconstruction
-from armed_pyro.families.registry import family_named
-from armed_pyro.networks.adversary import Adversary
-from armed_pyro.networks.taps import run
-from armed_pyro.priors import Known, Priors
 from armed_pyro.program import binding as layout
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import Predictor, modulates, predict_rows
-from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.batch import Rows
@@ -41,7 +34,7 @@ Latents = Mapping[str, Tensor]
 Source = TypeVar("Source", bound=RowSource)
 
 
-class MixedEffects(LocalModule):
+class MixedEffects(Plan):
     r"""Mixed-effects network as a probabilistic program.
 
     .. math::
@@ -91,75 +84,6 @@ class MixedEffects(LocalModule):
     Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 3.
     """
 
-    facts: Facts | None
-
-    def __init__(
-        self,
-        net: nn.Module,
-        random: str | Term | Iterable[str | Term] = (),
-        family: str | Family = "gaussian",
-        adversary: Adversary | Sequence[Adversary] = (),
-        *,
-        priors: Priors | None = None,
-        bayesian_head: bool = False,
-        fixed_weight: float = 0.0,
-        others: Reconstruction | Sequence[Reconstruction] = (),
-    ) -> None:
-        super().__init__("program")
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"the network must be a torch.nn.Module, not {type(net).__name__}")
-        if fixed_weight < 0:
-            raise ValueError(f"`fixed_weight` must not be negative, not {fixed_weight}")
-        self.net = net
-        self.terms = parse_terms(random)
-        self.family = family_named(family)
-        given = [adversary] if isinstance(adversary, Adversary) else list(adversary)
-        self._adversaries = nn.ModuleList(given)
-        self.priors = Priors() if priors is None else priors
-        self.bayesian_head = bayesian_head
-        self.fixed_weight = float(fixed_weight)
-        self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
-        self._factors = nn.ModuleList()
-        self.facts = None
-        # Layers ("" for the output) that effects inside do not reach.
-        self.unreached: frozenset[str] = frozenset()
-
-    @property
-    def network(self) -> nn.Module:
-        """The network, read without telling Pyro."""
-        return cast("nn.Module", self._modules["net"])
-
-    @property
-    def adversaries(self) -> tuple[Adversary, ...]:
-        """The adversaries, one a grouping factor or several."""
-        # Read past PyroModule's attributes: an adversary's weights are no sites of the density.
-        return cast(
-            "tuple[Adversary, ...]", tuple(cast("nn.ModuleList", self._modules["_adversaries"]))
-        )
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """The grouping factors with random effects; none before the model is bound."""
-        return cast("tuple[Factor, ...]", tuple(cast("nn.ModuleList", self._modules["_factors"])))
-
-    def factor_names(self) -> tuple[str, ...]:
-        """Grouping factors of the terms and adversaries, in order of appearance."""
-        games = [game.factor for game in self.adversaries]
-        return tuple(dict.fromkeys([term.factor for term in self.terms] + games))
-
-    def largest_factor(self) -> str | None:
-        """The grouping factor with the most random effects; None without random effects."""
-        levels = self.data_facts().levels
-        sizes = {one.name: len(levels[one.name]) * len(one.terms) for one in self.factors}
-        return max(sizes, key=lambda name: sizes[name], default=None)
-
-    def layers(self) -> tuple[str, ...]:
-        """Module paths whose activations terms or adversaries need."""
-        paths = [path for term in self.terms for path in term.layers()]
-        paths += [path for game in self.adversaries for path in game.taps]
-        paths += [one.at for one in self.others]
-        return tuple(dict.fromkeys(paths))
-
     def bind(self, data: ClusteredData | Facts) -> MixedEffects:
         """A copy laid out for these data: factors, priors and adversaries sized and scaled.
 
@@ -198,35 +122,17 @@ class MixedEffects(LocalModule):
         layout.warn_if_small(bound)
         return bound
 
-    def reference(self) -> Tensor:
-        """A tensor of the program's precision and device."""
-        parameters = self.network.parameters()
-        return next((p for p in parameters if p.is_floating_point()), torch.zeros(()))
-
-    @contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
-        """Draws without gradients inside come from this seed; generators are left as they were."""
-        device = self.reference().device
-        devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-
-    def data_facts(self) -> Facts:
-        """What the program knows of its data.
-
-        Raises
-        ------
-        ValueError
-            If the model has not been bound.
-        """
-        if self.facts is None:
-            raise ValueError("the model is not laid out yet: call model.bind(data), or fit it")
-        return self.facts
-
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
         """Tensors in the program's precision, on its device; see `Facts.encode`."""
         return self.data_facts().encode(data, self.reference(), levels)
+
+    def largest_factor(self) -> str | None:
+        """The grouping factor with the most random effects; None without random effects."""
+        levels = self.data_facts().levels
+        sizes = {
+            factor.name: len(levels[factor.name]) * len(factor.terms) for factor in self.factors
+        }
+        return max(sizes, key=lambda name: sizes[name], default=None)
 
     @torch.no_grad()
     def compute(self, source: Source) -> Source:
@@ -238,10 +144,6 @@ class MixedEffects(LocalModule):
             return source
         _, activations = self.run_network(replace(source.all(), computed=None))
         return cast("Source", replace(source, computed=activations))
-
-    def clusters(self) -> Rows:
-        """No rows, but every cluster of every factor: for drawing random effects only."""
-        return self.data_facts().clusters(self.reference())
 
     def extend(
         self, latents: Latents, counts: Mapping[str, int], *, population: bool
@@ -293,66 +195,6 @@ class MixedEffects(LocalModule):
         log_prob = self.density(eta, latents, rows).log_prob(rows.outcome())
         return log_prob if rows.weights is None else rows.weights * log_prob
 
-    def density(
-        self, eta: Float[Tensor, "... rows columns"], latents: Latents, rows: Rows
-    ) -> dist.TorchDistribution:
-        """p(y | eta, dispersion), on the outcome's scale."""
-        dispersion = latents.get(self.family.dispersion_name or "")
-        if dispersion is not None:
-            dispersion = self.family.original_dispersion(dispersion, self.data_facts().spread)
-        return self.family.distribution(eta, dispersion, rows)
-
-    def other_densities(
-        self, means: Mapping[str, Tensor], latents: Latents, rows: Rows
-    ) -> dict[Reconstruction, dist.TorchDistribution]:
-        """Densities of the other outcomes, without their weights."""
-        spread = self.data_facts().feature_spread
-        return {
-            one: one.distribution(means[one.name], spread * latents[one.sd_site], rows)
-            for one in self.others
-        }
-
-    def precision(self, latents: Latents) -> Tensor:
-        """tau = 1 / Var(y | eta) in standardised units; 1 where it depends on eta."""
-        tau = self.family.precision(latents.get(self.family.dispersion_name or ""))
-        return self.reference().new_ones(()) if tau is None else tau
-
-    def known(self) -> dict[str, Tensor]:
-        """Latent quantities that are given by their priors, not estimated."""
-        known = {site: value for factor in self.factors for site, value in factor.known().items()}
-        residual = self.priors.residual_sd
-        if self.family.dispersion_name == "residual_sd" and isinstance(residual, Known):
-            unit = self.reference().new_tensor([1 / self.data_facts().spread])
-            known["residual_sd"] = residual.scales([""], unit, 1.0)[0]
-        ones = self.reference().new_ones(1)
-        given = [one for one in self.others if isinstance(one.prior, Known)]
-        return known | {one.sd_site: one.prior.scales([""], ones, 1.0)[0] for one in given}
-
-    @property
-    def linear(self) -> bool:
-        """Whether the fixed effects are latent coefficients of the input features."""
-        facts = self.data_facts()
-        return (
-            self.bayesian_head
-            and isinstance(self.network, nn.Linear)
-            and self.network.in_features == len(facts.feature_names)
-        )
-
-    def head_path(self) -> str:
-        """Module path of the network's last linear layer; empty if it is the network itself."""
-        return layout.head_path(self.network)
-
-    def fixed_terms(self) -> tuple[str, ...]:
-        """Names of the latent fixed effects: the inputs of the last linear layer, by column."""
-        facts, path = self.data_facts(), self.head_path()
-        head = self.network.get_submodule(path)
-        width = int(head.in_features)  # type: ignore[arg-type]
-        names = [f"{path or 'input'}[{unit}]" for unit in range(width)]
-        if self.linear:
-            names = list(facts.feature_names)
-        names = ["Intercept"] * (head.bias is not None) + names
-        return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
-
     def predictor(
         self, rows: Rows, latents: Latents, *, alone: bool = True, others: bool = False
     ) -> Predictor:
@@ -371,39 +213,6 @@ class MixedEffects(LocalModule):
             Whether the means of the other outcomes are.
         """
         return predict_rows(self, rows, latents, alone=alone, others=others)
-
-    def run_network(
-        self, rows: Rows, *, whole: bool = False
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The network's output, and its tapped activations by module path; see `taps.run`."""
-        if rows.computed is not None:
-            return rows.computed[""], rows.computed
-        head = [self.head_path()] if self.bayesian_head else []
-        # The one place where the network's weights become Pyro's parameters.
-        return run(self.net, rows.x, self.layers(), head, whole=whole)
-
-    def fixed_predictor(
-        self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents
-    ) -> Float[Tensor, "... rows columns"]:
-        """Linear predictor without random effects, from the network's output and activations."""
-        facts = self.data_facts()
-        base = rows.x.new_tensor(facts.center)
-        if rows.offset is not None:
-            base = base + rows.offset[:, None]
-        if not self.bayesian_head:
-            return base + facts.spread * self.family.contrasts(output.reshape(len(rows), -1))
-        weights = latents["fixed_effect"].unflatten(-1, (-1, len(facts.columns)))
-        if weights.dim() > 2:
-            weights = weights.squeeze(-3)
-        return base + facts.spread * (self.head_inputs(activations) @ weights)
-
-    def head_inputs(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "rows inputs"]:
-        """What latent fixed effects multiply: a 1, if there is an intercept, and activations."""
-        path = self.head_path()
-        hidden = activations[f"<{path}"]
-        if self.network.get_submodule(path).bias is None:
-            return hidden
-        return torch.cat([hidden.new_ones(len(hidden), 1), hidden], -1)
 
 
 def trains_network(model: MixedEffects) -> bool:

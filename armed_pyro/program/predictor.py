@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Rows
-
-
-import math
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
-from typing import TYPE_CHECKING
-
-import torch
-
-from armed_pyro.random_effects.design import FilterBlock
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-    from armed_pyro.rows.batch import Rows
 from armed_pyro.networks.filters import modulated
+from armed_pyro.program.plan import Plan
+from armed_pyro.random_effects.design import FilterBlock
+from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["Predictor", "linear_predictor", "modulates", "predict_rows", "row_cost"]
 
@@ -63,7 +50,7 @@ class Predictor:
 
 
 def linear_predictor(
-    model: MixedEffects,
+    model: Plan,
     rows: Rows,
     output: Tensor,
     activations: Mapping[str, Tensor],
@@ -80,24 +67,24 @@ def linear_predictor(
     return eta
 
 
-def modulates(model: MixedEffects) -> bool:
+def modulates(model: Plan) -> bool:
     """Whether there are effects inside the network, so that it runs once a draw."""
     return any(factor.filters for factor in model.factors)
 
 
-def reaches_predictor(model: MixedEffects) -> bool:
+def reaches_predictor(model: Plan) -> bool:
     """Whether the linear predictor is another with effects inside the network."""
     read = {"", *(path for f in model.factors for one in f.linear for path in one.paths())}
     return modulates(model) and not read <= model.unreached
 
 
-def row_cost(model: MixedEffects) -> int:
+def row_cost(model: Plan) -> int:
     """Values of a row that are worked on in every draw: of its features, where the network runs."""
     return max(1, math.prod(model.data_facts().feature_shape)) if modulates(model) else 1
 
 
 def predict_rows(
-    model: MixedEffects, rows: Rows, latents: Latents, *, alone: bool, others: bool
+    model: Plan, rows: Rows, latents: Latents, *, alone: bool, others: bool
 ) -> Predictor:
     """See `MixedEffects.predictor`; the network runs as rarely as it can.
 
@@ -135,7 +122,7 @@ class _Runs:
 
 
 def _modulated_runs(
-    model: MixedEffects, rows: Rows, latents: Latents, own: Sequence[Factor], others: bool
+    model: Plan, rows: Rows, latents: Latents, own: Sequence[Factor], others: bool
 ) -> _Runs:
     """The network runs once a draw."""
     effects = {one.effect_site: latents[one.effect_site] for one in own}

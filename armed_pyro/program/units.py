@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from armed_pyro.families.reconstruction import Reconstruction
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-
+from armed_pyro.families.reconstruction import Reconstruction
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.grouping_factor import Factor
 
 Draws = dict[str, Tensor]
 

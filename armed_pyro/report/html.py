@@ -13,14 +13,16 @@ import numpy as np
 import pandas as pd
 
 from armed_pyro._optional import extra
+from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.report import text as summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from armed_pyro.fitted import Fit
-    from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro._plotting import ACCENT, FAINT, INK, _clean
+
+if TYPE_CHECKING:
+    from armed_pyro.fitting import Fit
 
 __all__ = ["page"]
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from armed_pyro.inference.draws import METHODS
+from armed_pyro.program.model import MixedEffects
 
 if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-
+    from armed_pyro.fitting import Fit
 
 __all__ = ["priors", "text"]
 

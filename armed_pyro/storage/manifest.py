@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,15 +16,12 @@ from torch import nn
 
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import FAMILIES
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import is_file, network
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors, ScalePrior
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
 
 __all__ = ["MANIFEST", "VERSION", "describe", "program", "read_manifest", "reading"]
 
@@ -44,7 +41,7 @@ DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.
 Kind = TypeVar("Kind")
 
 
-def describe(fit: Fit) -> dict[str, Any]:
+def describe(posterior: Posterior) -> dict[str, Any]:
     """The program, the training and the network's parameters, as JSON values.
 
     Raises
@@ -53,7 +50,7 @@ def describe(fit: Fit) -> dict[str, Any]:
         If the program has a family, term or prior of the user's own, which could not be read, or
         another precision than single or double.
     """
-    model, net = fit.model, fit.model.net
+    model, net = posterior.model, posterior.model.net
     family, priors = model.family, model.priors
     if FAMILIES.get(family.name) is not type(family):
         raise _not_saved("family", type(family), FAMILIES)
@@ -90,10 +87,10 @@ def describe(fit: Fit) -> dict[str, Any]:
             "parameters": {name: list(one.shape) for name, one in net.state_dict().items()},
         },
         "training": {
-            "schedule": fit.schedule.to_json(),
-            "history": fit.history.to_json(),
-            "seed": fit.seed,
-            "stopped": fit.stopped,
+            "schedule": posterior.schedule.to_json(),
+            "history": posterior.history.to_json(),
+            "seed": posterior.seed,
+            "stopped": posterior.stopped,
         },
         "facts": model.data_facts().to_json(),
     }

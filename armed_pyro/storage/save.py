@@ -8,7 +8,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,17 +27,14 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.draws import RefinedDraws
-from armed_pyro.prediction.cluster_classifier import ClusterClassifier
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.summaries.datatree import GROUPS
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
-
-__all__ = ["GUIDES", "load", "save"]
+__all__ = ["GUIDES", "check_target", "load", "save"]
 
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
@@ -55,7 +52,33 @@ GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
 }
 
 
-def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
+def check_target(posterior: Posterior, folder: str | Path) -> Path:
+    """The folder as an absolute path.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds other files but no fit, or the guide is of the user's own and could not
+        be read again.
+    """
+    target = Path(folder).resolve()
+    _check_target(target)
+    guide = type(posterior.guide).__name__
+    if GUIDES.get(guide) is not type(posterior.guide):
+        raise ValueError(f"a fit with the guide {guide} cannot be saved: list it in storage.GUIDES")
+    describe(posterior)
+    return target
+
+
+def save(
+    posterior: Posterior,
+    folder: str | Path,
+    classifiers: Classifiers,
+    components: pd.DataFrame,
+    diagnostics: Mapping[str, Any],
+    *,
+    draws: int = 1000,
+) -> None:
     """Write a fit to a folder, whole or not at all.
 
     The folder gets ``model.safetensors`` (weights of network, adversaries and guide),
@@ -65,60 +88,75 @@ def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) 
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The posterior.
     folder : path
         Where to write; made if it does not exist.
+    classifiers : Classifiers
+        The classifiers of clusters that have been trained.
+    components : pandas.DataFrame
+        The table of variance components.
+    diagnostics : mapping
+        The verdict and its checks, as JSON values.
     draws : int
         Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
-    prob : float
-        Probability of the intervals in ``variance_components.csv``.
 
     Raises
     ------
     ValueError
-        If the folder holds other files but no fit, or the fit has a part (a guide, term, family
-        or prior of the user's own) that could not be read again. Nothing is written then.
+        If the folder holds other files but no fit, or the program has a part (a guide, term,
+        family or prior of the user's own) that could not be read again. Nothing is written then.
 
     Examples
     --------
     ``fit.save("run"); Fit.load("run").predict(new_rows)``
     """
-    target = Path(folder).resolve()
-    _check_target(target)
-    guide = type(fit.guide).__name__
-    if GUIDES.get(guide) is not type(fit.guide):
-        raise ValueError(f"a fit with the guide {guide} cannot be saved: list it in storage.GUIDES")
-    manifest = {**describe(fit), "guide": guide, "data": _describe_data(fit.data)}
-    tensors = module_tensors("model", fit.model) | module_tensors("guide", fit.guide)
-    if fit.refined is not None:
-        refined = fit.refined
-        manifest["refined"] = {"method": refined.method, "quality": dict(refined.quality)}
-        tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
-    manifest["classifiers"] = []
-    for number, one in enumerate(fit.classifiers.values()):
-        record = {"factor": one.factor, "temperature": one.temperature, "pooling": one.pooling}
-        manifest["classifiers"].append({**record, "report": one.report})
-        tensors |= {f"classifier{number}.{name}": t for name, t in one.tensors().items()}
+    target = check_target(posterior, folder)
+    manifest, tensors = _contents(posterior, classifiers)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, as renaming is atomic only within a file system.
+    # Beside the target: renaming is atomic only within a file system.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     partial.mkdir()
     try:
         _write_json(partial / MANIFEST, manifest)
-        save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, partial / MODEL)
+        save_file({k: tensor.cpu().contiguous() for k, tensor in tensors.items()}, partial / MODEL)
         del tensors
         # save_file makes a file that only its owner can read.
         shutil.copymode(partial / MANIFEST, partial / MODEL)
-        _write_groups(fit, partial / POSTERIOR, _fewer(fit, draws))
-        fit.variance_components(prob=prob).to_csv(partial / VARIANCE, index=False)
-        _write_json(partial / DIAGNOSTICS, _diagnostics(fit))
+        _write_groups(posterior, partial / POSTERIOR, _fewer(posterior, draws))
+        components.to_csv(partial / VARIANCE, index=False)
+        _write_json(partial / DIAGNOSTICS, {**diagnostics, **_training(posterior)})
         _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
+def _contents(
+    posterior: Posterior, classifiers: Classifiers
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest, and all tensors by name."""
+    guide = type(posterior.guide).__name__
+    manifest = {**describe(posterior), "guide": guide, "data": _describe_data(posterior.data)}
+    tensors = module_tensors("model", posterior.model) | module_tensors("guide", posterior.guide)
+    if posterior.refined is not None:
+        refined = posterior.refined
+        manifest["refined"] = {"method": refined.method, "quality": dict(refined.quality)}
+        tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
+    manifest["classifiers"] = []
+    for number, classifier in enumerate(classifiers.values()):
+        manifest["classifiers"].append(
+            {
+                "factor": classifier.factor,
+                "temperature": classifier.temperature,
+                "pooling": classifier.pooling,
+                "report": classifier.report,
+            }
+        )
+        tensors |= {f"classifier{number}.{k}": v for k, v in classifier.tensors().items()}
+    return manifest, tensors
+
+
+def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, Classifiers]:
     """Read a fit that `save` wrote; on the CPU it predicts what that one did, to the bit.
 
     Parameters
@@ -136,8 +174,6 @@ def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
         If the folder holds no fit, a file is missing, damaged or of a newer version, or the
         network is unknown or has other parameters.
     """
-    from armed_pyro.fitted import Fit  # which imports this module
-
     path = Path(folder)
     manifest = read_manifest(path)
     for name in (MODEL, POSTERIOR):
@@ -162,7 +198,10 @@ def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
         classifiers = _classifiers(model, manifest.get("classifiers", []), tensors)
     with reading(path / POSTERIOR):
         data = _data(path / POSTERIOR, manifest["data"], facts)
-    return Fit(model.eval(), guide, data, history, schedule, seed, stopped, refined, classifiers)
+    posterior = Posterior(
+        model.eval(), guide, data, history, schedule, seed, stopped, refined=refined
+    )
+    return posterior, classifiers
 
 
 # --- the folder -------------------------------------------------------------------------------
@@ -206,10 +245,10 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_groups(fit: Fit, path: Path, draws: int) -> None:
+def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
     """Write the groups of `Fit.to_datatree` one after the other: together they are large."""
-    for name in _groups(fit, draws):
-        group = GROUPS[name](fit, draws, fit.seed)
+    for name in _groups(posterior, draws):
+        group = GROUPS[name](posterior, draws, posterior.seed)
         if group.data_vars:
             group.to_netcdf(path, mode="a", group=name, engine="h5netcdf")
         del group
@@ -219,10 +258,10 @@ def _write_groups(fit: Fit, path: Path, draws: int) -> None:
 # --- its contents -----------------------------------------------------------------------------
 
 
-def _fewer(fit: Fit, draws: int) -> int:
+def _fewer(posterior: Posterior, draws: int) -> int:
     """As many draws as the random effects leave room for; the fit's own are saved beside them."""
-    facts = fit.model.data_facts()
-    effects = sum(len(one.terms) * len(facts.levels[one.name]) for one in fit.model.factors)
+    facts = posterior.model.data_facts()
+    effects = sum(len(one.terms) * len(facts.levels[one.name]) for one in posterior.model.factors)
     most = max(2, int(LARGEST_POSTERIOR / (8 * max(1, effects))))
     if draws > most:
         warnings.warn(
@@ -234,14 +273,14 @@ def _fewer(fit: Fit, draws: int) -> int:
     return min(draws, most)
 
 
-def _groups(fit: Fit, draws: int) -> list[str]:
+def _groups(posterior: Posterior, draws: int) -> list[str]:
     """Groups of the tree that are not too large for the file."""
     effects = [
-        len(factor.terms) * len(fit.model.data_facts().levels[factor.name])
-        for factor in fit.model.factors
+        len(factor.terms) * len(posterior.model.data_facts().levels[factor.name])
+        for factor in posterior.model.factors
     ]
     by_row = ("posterior_predictive", "log_likelihood", "prior_predictive")
-    numbers = {**dict.fromkeys(by_row, fit.data.n_rows), "prior": sum(effects)}
+    numbers = {**dict.fromkeys(by_row, posterior.data.n_rows), "prior": sum(effects)}
     left_out = [name for name, n in numbers.items() if 8 * draws * n > LARGEST_GROUP]
     if left_out:
         warnings.warn(
@@ -266,7 +305,7 @@ def _refined(
 
 def _classifiers(
     model: MixedEffects, records: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
-) -> dict[str, ClusterClassifier]:
+) -> Classifiers:
     found = {}
     for number, record in enumerate(records):
         start = f"classifier{number}."
@@ -274,14 +313,14 @@ def _classifiers(
         names = ("factor", "temperature", "pooling", "report")
         settings = {name: record[name] for name in names}
         found[record["factor"]] = ClusterClassifier.restore(model, tensors=own, **settings)
-    return found
+    return Classifiers(found)
 
 
-def _diagnostics(fit: Fit) -> dict[str, Any]:
-    """Verdict and checks, and how the training ended; the lower bound is that of all rows."""
-    history, facts = fit.history, fit.model.data_facts()
+def _training(posterior: Posterior) -> dict[str, Any]:
+    """How the training ended; the lower bound is that of all rows."""
+    history, facts = posterior.history, posterior.model.data_facts()
     games = []
-    for place, game in enumerate(fit.model.adversaries):
+    for place, game in enumerate(posterior.model.adversaries):
         counts = facts.counts[game.factor]
         accuracy = [window[place] for window in history.adversary_accuracy[-1:]]
         games.append(
@@ -292,9 +331,8 @@ def _diagnostics(fit: Fit) -> dict[str, Any]:
             }
         )
     return {
-        **fit.diagnostics().to_json(),
-        "converged": fit.converged,
-        "stopped": fit.stopped,
+        "converged": posterior.converged,
+        "stopped": posterior.stopped,
         "steps": len(history.loss),
         "elbo": float(np.mean(history.elbo[-100:])) * facts.n_rows if history.elbo else None,
         "adversaries": games,

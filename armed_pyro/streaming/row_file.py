@@ -117,15 +117,15 @@ def database(
         Columns of the tables to be sorted.
     """
     limit = max(int(SHARE * memory), LEAST + columns * LEAST_COLUMN)
-    with tempfile.TemporaryDirectory(prefix=".armed_pyro-sort-", dir=folder) as spill:
-        with duckdb.connect(
-            config={
-                "memory_limit": f"{limit}B",
-                "threads": torch.get_num_threads(),
-                "temp_directory": spill,
-            }
-        ) as connection:
-            yield connection
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": f"{limit}B",
+        "threads": torch.get_num_threads(),
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix=".armed_pyro-sort-", dir=folder) as spill,
+        duckdb.connect(config={**settings, "temp_directory": spill}) as connection,
+    ):
+        yield connection
 
 
 def put_in_order(

@@ -20,8 +20,8 @@ from armed_pyro._messages import count_rows, listing
 from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.schema import Schema, parse_terms
-from armed_pyro.prediction.predict_table import TableBlocks
 from armed_pyro.rows.read_ahead import ahead
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.row_file import database
 
 __all__ = ["TableScan", "complete_blocks", "scan"]

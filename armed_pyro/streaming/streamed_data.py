@@ -12,10 +12,11 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing
-from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.encode import EncodedTable, encode, encoded_columns
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import TableScan, complete_blocks, scan
-from armed_pyro.streaming.sort_and_shuffle import EncodedTable, encode, encoded_columns
 
 __all__ = ["StreamedData"]
 
@@ -102,7 +103,7 @@ class StreamedData:
             **roles,
         )
         columns = encoded_columns(scanned.schema)
-        first = scanned.schema.encode(next(complete_blocks(table, columns)))
+        first = ClusteredData.encode(next(complete_blocks(table, columns)), scanned.schema)
         return cls(table, scanned, first.feature_names, memory, folder)
 
     @property

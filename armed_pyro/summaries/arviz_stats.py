@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 from torch import Tensor
 
 from armed_pyro.inference.nested_weights import log_prior
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.summaries.datatree import arviz_api, latent_dataset, log_likelihood, to_datatree
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
 
 __all__ = ["leave_one_out", "prior_sensitivity"]
 
@@ -24,7 +20,7 @@ __all__ = ["leave_one_out", "prior_sensitivity"]
 MOST_LEFT_OUT = 4000
 
 
-def leave_one_out(fit: Fit) -> dict[str, float]:
+def leave_one_out(posterior: Posterior) -> dict[str, float]:
     """PSIS-LOO of the rows: elpd_loo, elpd_loo_se, p_loo and the rows with k-hat above 0.7.
 
     Of more than 4,000 rows so many are left out, drawn at random, and the rest is estimated by
@@ -37,17 +33,21 @@ def leave_one_out(fit: Fit) -> dict[str, float]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of rows with a high k-hat, which are counted below
-        tree = to_datatree(fit, groups=["posterior"])
+        tree = to_datatree(posterior, groups=["posterior"])
         if "posterior" not in tree:
             return {}
         # Of the family's outcome: a row's features are no outcome to be left out.
-        own = log_likelihood(fit, tree["posterior"].sizes["draw"], fit.seed, others=False)
+        own = log_likelihood(
+            posterior, tree["posterior"].sizes["draw"], posterior.seed, others=False
+        )
         tree["log_likelihood"] = xr.DataTree(own.map(_tilted))
-        n = len(fit.data)
+        n = len(posterior.data)
         if n <= MOST_LEFT_OUT:
             found, error = arviz_api().loo(tree, pointwise=True), 0.0
         else:
-            found = arviz_api().loo_subsample(tree, MOST_LEFT_OUT, pointwise=True, seed=fit.seed)
+            found = arviz_api().loo_subsample(
+                tree, MOST_LEFT_OUT, pointwise=True, seed=posterior.seed
+            )
             error = float(found.subsampling_se)
     share = min(1.0, MOST_LEFT_OUT / n)
     return {
@@ -64,7 +64,7 @@ def _tilted(values: xr.DataArray) -> xr.DataArray:
     return values + xr.DataArray(np.linspace(0, 1e-6, values.sizes["draw"]), dims="draw")
 
 
-def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, float]:
+def prior_sensitivity(posterior: Posterior, latents: Mapping[str, Tensor]) -> dict[str, float]:
     """Power-scaling sensitivity to the priors of all hyperparameters, by quantity reported.
 
     How far the posterior of a quantity moves (its cumulative Jensen-Shannon distance a log2 unit)
@@ -77,16 +77,16 @@ def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, floa
     n = max([0, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     if not n:
         return {}
-    effects = {factor.effect_site for factor in fit.model.factors}
+    effects = {factor.effect_site for factor in posterior.model.factors}
     some = {name: value for name, value in latents.items() if name not in effects}
-    posterior = latent_dataset(fit.model, some, n)
-    if not posterior.data_vars:
+    labelled = latent_dataset(posterior.model, some, n)
+    if not labelled.data_vars:
         return {}
-    values = log_prior(fit.model, latents).double().cpu().numpy()[None]
+    values = log_prior(posterior.model, latents).double().cpu().numpy()[None]
     if np.ptp(values) == 0:  # every sd is known: there is no prior to scale
         return {}
     prior = xr.Dataset({"prior": (("chain", "draw"), values)})
-    tree = xr.DataTree.from_dict({"posterior": posterior, "log_prior": prior})
+    tree = xr.DataTree.from_dict({"posterior": labelled, "log_prior": prior})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from arviz_stats import psense  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,13 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.families.counts import CountFamily
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.linearize import mean_draws, sensitivities
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-    from armed_pyro.rows.batch import Rows
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.units import (
     Draws,
     _flat,
@@ -28,6 +23,8 @@ from armed_pyro.program.units import (
     original_fixed_effects,
     original_sd,
 )
+from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["fixed_effects", "variance_components"]
 
@@ -38,7 +35,7 @@ MOST_VALUES = 2**20  # rows times draws at once
 
 
 def variance_components(
-    fit: Fit, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    posterior: Posterior, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
 ) -> pd.DataFrame:
     r"""Posterior of sds, correlations, variances, shares, ICCs and R2, on the original scale.
 
@@ -58,8 +55,8 @@ def variance_components(
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     draws : int
         Posterior draws.
     prob : float
@@ -75,7 +72,7 @@ def variance_components(
         as factors ``Residual`` and ``Fixed``; with several columns of the predictor, their terms
         name the column.
     """
-    model, latents = fit.model, fit.hyperparameters(draws, seed=seed)
+    model, latents = posterior.model, posterior.hyperparameters(draws, seed=seed)
     rows: list[tuple[str, str, str, Tensor]] = []
     for factor in model.factors:
         rows += list(_factor_rows(model, factor, latents))
@@ -87,12 +84,12 @@ def variance_components(
             rows.append(("Residual", "", "variance", dispersion**2))
     for one in model.others:
         rows.append(("Residual", one.name, "sd", original_sd(model, one, latents)))
-    rows += list(_shares(fit, latents, dispersion))
+    rows += list(_shares(posterior, latents, dispersion))
     return _table(rows, ["factor", "term", "statistic"], prob)
 
 
 def fixed_effects(
-    fit: Fit, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    posterior: Posterior, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
 ) -> pd.DataFrame:
     """Posterior of the latent fixed effects on the original scale.
 
@@ -102,10 +99,10 @@ def fixed_effects(
         Columns term, mean, median, sd, lower, upper; no rows for a network without latent
         weights.
     """
-    model = fit.model
+    model = posterior.model
     if not model.bayesian_head:
         return _table([], ["term"], prob)
-    values = original_fixed_effects(model, fit.hyperparameters(draws, seed=seed))
+    values = original_fixed_effects(model, posterior.hyperparameters(draws, seed=seed))
     terms = model.fixed_terms()
     return _table([(term, values[:, i]) for i, term in enumerate(terms)], ["term"], prob)
 
@@ -128,12 +125,12 @@ def _factor_rows(
 
 
 def _shares(
-    fit: Fit, latents: Draws, dispersion: Tensor | None
+    posterior: Posterior, latents: Draws, dispersion: Tensor | None
 ) -> Iterator[tuple[str, str, str, Tensor]]:
     """Variances averaged over rows, as shares of their totals, for every predictor column."""
-    model, facts = fit.model, fit.model.data_facts()
-    chosen = np.random.default_rng(0).permutation(fit.data.n_rows)[:MOST_ROWS]
-    rows = model.encode(fit.data.take(np.sort(chosen))).all()
+    model, facts = posterior.model, posterior.model.data_facts()
+    chosen = np.random.default_rng(0).permutation(posterior.data.n_rows)[:MOST_ROWS]
+    rows = model.encode(posterior.data.take(np.sort(chosen))).all()
     n_draws = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     with torch.no_grad():
         _, activations = model.run_network(rows)

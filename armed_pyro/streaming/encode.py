@@ -21,8 +21,8 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import check_varying
 from armed_pyro.data.grouping import check_informative
 from armed_pyro.data.schema import Schema
-from armed_pyro.prediction.predict_table import TableBlocks
 from armed_pyro.streaming.on_disk import StreamedRows
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.row_file import Layout
 from armed_pyro.streaming.scan import TableScan, complete_blocks
 
@@ -119,7 +119,7 @@ class EncodedTable:
                 rows.append(place[taken])
         schema = self.scanned.schema
         frame = self.table.take(np.concatenate(rows), encoded_columns(schema))
-        return schema.encode(frame, outcome_required=True)
+        return ClusteredData.encode(frame, schema, outcome_required=True)
 
     def rows(self, like: Tensor) -> StreamedRows:
         """The rows with the precision and device of a tensor."""
@@ -183,7 +183,7 @@ def encode(
     schema = scanned.schema
     blocks = complete_blocks(table, encoded_columns(schema))
     frame = next(blocks)
-    first = schema.encode(frame, outcome_required=True)
+    first = ClusteredData.encode(frame, schema, outcome_required=True)
     roles = {"y": schema.outcome, "trials": schema.trials, "offset": schema.offset}
     roles["weights"] = schema.weights
     numbers = tuple(name for name, column in roles.items() if column is not None)
@@ -195,7 +195,7 @@ def encode(
     unit = np.where(continuous & (spread > 0), spread, 1.0)
     with pq.ParquetWriter(path, layout.schema, compression="NONE", use_dictionary=False) as writer:
         for block in chain([frame], blocks):
-            rows = schema.encode(block, outcome_required=True)
+            rows = ClusteredData.encode(block, schema, outcome_required=True)
             x = rows.features.numpy()
             moments.add(x)
             arrays = [*((x - shift) / unit).astype(np.float32).T, *_others(rows, scanned, layout)]
