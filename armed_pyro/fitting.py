@@ -47,6 +47,7 @@ from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report import text
 from armed_pyro.storage import save
+from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
 from armed_pyro.summaries import datatree, variance
 
@@ -575,7 +576,8 @@ def _train(
         raise ValueError(NOT_FROM_FILES)
     with data.encoded(model.factor_names(), settings["seed"], progress=progress) as table:
         bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
-        sample, source = table.sample(bound.largest_factor()), table.rows(bound.reference())
+        source = StreamedRows(table, bound.reference())
+        sample = table.sample(bound.largest_factor())
         return train(bound, sample, source=source, **settings)
 
 

@@ -75,7 +75,7 @@ def both(tmp_path):
     data = ClusteredData.from_frame(frame, **roles)
     bound = model.bind(data)
     with stream(frame, tmp_path, weights="w").encoded(["site"], seed=3) as encoded:
-        yield encoded, encoded.rows(bound.reference()), bound.encode(data)
+        yield encoded, StreamedRows(encoded, bound.reference()), bound.encode(data)
     assert left_in(tmp_path) == ["rows.parquet"]
 
 
@@ -161,11 +161,11 @@ def test_passes_differ_and_follow_from_the_generator(kind, both):
 
 def test_a_pass_mixes_row_groups_and_has_no_row_twice(tmp_path, monkeypatch):
     n = 12_000
-    monkeypatch.setattr("armed_pyro.streaming.row_file.GROUP_BYTES", 1)  # 2,048 rows
+    monkeypatch.setattr("armed_pyro.streaming.encoded_table.GROUP_BYTES", 1)  # 2,048 rows
     monkeypatch.setattr("armed_pyro.streaming.on_disk.MIXED", 2)
     frame = table(n=n).assign(y=np.arange(n))
     with stream(frame, tmp_path).encoded(["site"], seed=0) as encoded:
-        source = encoded.rows(torch.zeros(0))
+        source = StreamedRows(encoded, torch.zeros(0))
         batches = [rows.y.long() for rows in source.batches(500)]
         assert [len(one) for one in batches] == [500] * (n // 500)
         assert torch.equal(torch.cat(batches).sort().values, torch.arange(n))
@@ -174,7 +174,7 @@ def test_a_pass_mixes_row_groups_and_has_no_row_twice(tmp_path, monkeypatch):
         assert torch.equal(source.all().y, torch.arange(n).float())
         chosen = torch.tensor([7, 3])
         rows = source.whole_clusters("site", chosen)
-        wanted = frame.y[frame.site.isin(encoded.levels["site"][[7, 3]])]
+        wanted = frame.y[frame.site.isin(encoded.scanned.levels["site"][[7, 3]])]
         assert sorted(rows.y.tolist()) == wanted.tolist()
 
 
@@ -190,11 +190,15 @@ def test_the_sample_is_whole_clusters(monkeypatch, tmp_path):
         assert encoded.sample("site").n_rows == N  # it is small enough to be kept whole
         assert encoded.sample(None).n_rows == N
         assert encoded.sample("site").row_labels.tolist() == list(range(N))
-        monkeypatch.setattr("armed_pyro.streaming.encode.SAMPLE_ROWS", 1500)
+        monkeypatch.setattr("armed_pyro.streaming.encoded_table.SAMPLE_ROWS", 1500)
         sample = encoded.sample("site")
         assert 1300 < sample.n_rows <= 1500
         assert 1300 < encoded.sample(None).n_rows < 1700
-        whole = dict(zip(encoded.levels["site"], encoded.counts["site"].tolist(), strict=True))
+        whole = dict(
+            zip(
+                encoded.scanned.levels["site"], encoded.scanned.counts["site"].tolist(), strict=True
+            )
+        )
         for label, count in zip(
             sample.groupings["site"].levels, sample.groupings["site"].counts.tolist(), strict=True
         ):
@@ -204,7 +208,7 @@ def test_the_sample_is_whole_clusters(monkeypatch, tmp_path):
 def test_large_means_lose_nothing_in_single_precision(tmp_path):
     frame = table().assign(age=lambda t: 1e9 + t.age)
     with stream(frame, tmp_path).encoded(["site"], seed=0) as encoded:
-        x = encoded.rows(torch.zeros(0)).all().x[:, 0].double()
+        x = StreamedRows(encoded, torch.zeros(0)).all().x[:, 0].double()
         assert abs(float(x.mean())) < 1e-3
         assert abs(float(x.std()) - 1) < 1e-3
 
@@ -218,8 +222,9 @@ def test_files_are_removed_after_errors(tmp_path):
     def fail_within():
         with data.encoded(["site"], seed=0) as encoded:
             assert len(left_in(tmp_path)) == 2
-            assert len(encoded.rows(torch.zeros(0))) == N
-            next(encoded.rows(torch.zeros(0)).batches(100))
+            source = StreamedRows(encoded, torch.zeros(0))
+            assert len(source) == N
+            next(source.batches(100))
             raise RuntimeError("from within")
 
     with pytest.raises(RuntimeError, match="from within"):
@@ -264,7 +269,7 @@ def in_pieces(monkeypatch, n):
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", n // 3)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_DRAWS", 1000)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", 1000 * n // 4)
-    monkeypatch.setattr("armed_pyro.streaming.encode.SAMPLE_ROWS", n // 2)
+    monkeypatch.setattr("armed_pyro.streaming.encoded_table.SAMPLE_ROWS", n // 2)
 
 
 @pytest.mark.parametrize(

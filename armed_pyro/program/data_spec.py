@@ -18,7 +18,7 @@ from armed_pyro.data.schema import Schema
 from armed_pyro.families.family import Family
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.streaming.encode import EncodedTable
+from armed_pyro.streaming.encoded_table import EncodedTable
 
 __all__ = ["Facts"]
 
@@ -100,22 +100,16 @@ class Facts:
 
     @classmethod
     def of_encoded(cls, table: EncodedTable, family: Family) -> Facts:
-        """Facts of a table's rows in a file, after the same checks.
-
-        Raises
-        ------
-        ValueError
-            If the outcome is none of the family's: see `Family.check`.
-        """
+        """Facts of a table's rows in a file, after the same checks."""
         return replace(
             cls.of(table.outcomes(), family, ()),
             feature_names=table.first.feature_names,
             sources=table.first.sources,
-            feature_shape=(len(table.first.feature_names),),
+            feature_shape=(table.first.n_features,),
             feature_mean=tuple(table.feature_mean.tolist()),
             feature_scale=tuple(table.feature_scale.tolist()),
-            levels=table.levels,
-            counts=table.counts,
+            levels={name: table.scanned.levels[name] for name in table.factors},
+            counts={name: table.scanned.counts[name] for name in table.factors},
         )
 
     def standardise(self, features: Tensor) -> Tensor:

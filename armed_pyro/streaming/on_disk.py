@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import glob
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -11,79 +11,60 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.read_ahead import ahead
 from armed_pyro.rows.source import RowSource, memberships_of
-from armed_pyro.streaming.row_file import Layout, put_in_order
+from armed_pyro.streaming.database import database
+from armed_pyro.streaming.encoded_table import EncodedTable, group_rows
 
 __all__ = ["StreamedRows"]
 
-
 # Row groups of about a megabyte that are mixed at once into mini-batches.
 MIXED = 8
-# Seed of the order of clusters in a file; any will do.
-ORDER_SEED = 0
 
 
-@dataclass(frozen=True, eq=False)
 class StreamedRows(RowSource):
-    """Rows in a file, of which copies are made in the order in which rows are asked for.
+    """Rows in a file, of which DuckDB makes copies in the order in which rows are asked for.
 
     Mini-batches of rows come from a copy that is shuffled once: eight of its row groups, drawn
     anew in every pass, are mixed at a time. Whole clusters come from a copy that is sorted by
     their factor, the clusters in an order drawn once: those beside each other are random ones,
-    so that a batch of clusters is read in one stretch. DuckDB makes a copy when it is first
-    needed. Nothing is held but what was read last and what is read ahead.
+    so that a batch of clusters is read in one stretch. A copy is made when it is first needed.
+    In memory is only what was read last and what is read ahead.
 
-    Attributes
+    Parameters
     ----------
-    path : Path
-        The file, in the order of the table; copies are made beside it.
-    layout : Layout
-        What its columns are.
-    counts : mapping of str to Int[Tensor, "clusters"]
-        Rows in each cluster, for every grouping factor.
-    reference : Tensor
+    table : EncodedTable
+        The rows, in the order of the table; copies are made beside its file.
+    like : Tensor
         A tensor of the wanted precision and device.
-    scaling : (Float[ndarray, "features"], Float[ndarray, "features"])
-        Factors and shifts that make the file's features those of the network.
-    n_rows : int
-        Number of rows.
-    memory : int
-        Bytes that the process is to stay within.
-    digest : bytes
-        What tells the rows from others.
     """
 
-    path: Path
-    layout: Layout
-    counts: Mapping[str, Int[Tensor, " clusters"]]
-    reference: Tensor
-    scaling: tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]
-    n_rows: int
-    memory: int
-    digest: bytes
+    def __init__(self, table: EncodedTable, like: Tensor) -> None:
+        self.table, self._like = table, like.new_zeros(0)
+        self.counts = {name: table.scanned.counts[name].to(like.device) for name in table.factors}
+        self._sorted: dict[str, _SortedFile] = {}
 
     def __len__(self) -> int:
-        return self.n_rows
+        return self.table.scanned.n_rows
 
     @property
     def like(self) -> Tensor:
-        return self.reference
+        return self._like
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        return (self.layout.n_features,)
+        return (len(self.table.features),)
 
     def fingerprint(self) -> Iterator[bytes]:
-        yield self.digest
+        yield self.table.digest
 
     def all(self) -> Rows:
-        return self._held(pq.read_table(self.path)).all()
+        return self._held(pq.read_table(self.table.path), encoded=True).all()
 
     def batches(
         self,
@@ -106,10 +87,9 @@ class StreamedRows(RowSource):
         place = torch.full((len(counts),), -1, device=chosen.device)
         place[chosen] = torch.arange(len(chosen), device=chosen.device)
         scale = len(counts) / len(chosen)
-        memberships = memberships_of(held.codes, self, 1.0, ())
         weight = self.like.new_full((len(chosen),), scale)
         membership = Membership(chosen, place[held.codes[factor]], weight, complete=False)
-        return held.of({**memberships, factor: membership}, scale)
+        return held.of({**memberships_of(held.codes, self, 1.0, ()), factor: membership}, scale)
 
     def cluster_order(self, factor: str) -> Int[Tensor, " clusters"]:
         return torch.from_numpy(self._by_cluster(factor).order).to(self.like.device)
@@ -127,49 +107,87 @@ class StreamedRows(RowSource):
         )
 
     def chunks(self, size: int) -> Iterator[Rows]:
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(self.table.path) as file:
             for batch in ahead(file.iter_batches(size, use_threads=False)):
-                held = self._held(pa.Table.from_batches([batch]))
-                memberships = memberships_of(held.codes, self, 1.0, ())
-                yield held.of(memberships, len(self) / len(held))
+                held = self._held(pa.Table.from_batches([batch]), encoded=True)
+                yield held.of(memberships_of(held.codes, self, 1.0, ()), len(self) / len(held))
 
     @cached_property
     def _shuffled(self) -> Path:
         """The shuffled copy."""
-        path = self.path.with_name("shuffled.parquet")
-        put_in_order(self.path, path, self.layout, self.memory)
-        return path
-
-    @cached_property
-    def _sorted(self) -> dict[str, _SortedFile]:
-        return {}
+        return self._copy("shuffled", "read_parquet($path)", "key, row")
 
     def _by_cluster(self, factor: str) -> _SortedFile:
         """The copy sorted by a factor's clusters."""
         if factor not in self._sorted:
-            path = self.path.with_name(f"{self.layout.cluster(factor)}.parquet")
-            counts = self.counts[factor].cpu().numpy()
-            order = np.random.default_rng(ORDER_SEED).permutation(len(counts))
-            ranks = np.argsort(order)
-            put_in_order(self.path, path, self.layout, self.memory, factor=factor, ranks=ranks)
-            self._sorted[factor] = _SortedFile(path, order, ranks, counts)
+            counts, column = self.counts[factor].cpu().numpy(), self.table.cluster(factor)
+            order = np.random.default_rng(self.table.seed).permutation(len(counts))
+            ranks = pa.table({"code": order, "rank": np.arange(len(order))})
+            tables = f"read_parquet($path) JOIN ranks ON {column} = code"
+            path = self._copy(column, tables, "rank, row", ranks=ranks)
+            self._sorted[factor] = _SortedFile(path, order, counts[order])
         return self._sorted[factor]
+
+    def _copy(self, name: str, tables: str, order: str, **views: pa.Table) -> Path:
+        """Standardised rows in another order, in a file beside the encoded ones."""
+        table, path = self.table, self.table.path.with_name(f"{name}.parquet")
+        scaling = zip(table.feature_mean.tolist(), table.feature_scale.tolist(), strict=True)
+        # As text, since DuckDB reads a number with a point as a decimal one.
+        columns = [
+            f"((x{place} - '{mean!r}'::DOUBLE) / '{scale!r}'::DOUBLE)::FLOAT AS x{place}"
+            for place, (mean, scale) in enumerate(scaling)
+        ]
+        columns += [*table.numbers, *map(table.cluster, table.scanned.levels)]
+        with database(table.memory, path.parent, len(columns)) as connection:
+            for view, contents in views.items():
+                connection.register(view, contents)
+            connection.execute(
+                f"COPY (SELECT {', '.join(columns)} FROM {tables} ORDER BY {order}) TO $target "
+                f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {group_rows(len(columns))})",
+                {"path": glob.escape(str(table.path)), "target": str(path)},
+            )
+        return path
 
     def _mixed(self, path: Path, size: int, seed: int) -> Iterator[tuple[HeldRows, Tensor]]:
         """Random row groups, some at a time with what was left of those before, and an order."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, left = torch.Generator().manual_seed(seed), list[pa.Table]()
         with pq.ParquetFile(path) as file:
             groups = torch.randperm(file.num_row_groups, generator=generator)
-            left: list[pa.Table] = []
-            for some in groups.split(max(MIXED, 1 + size // self.layout.group_rows)):
+            largest = file.metadata.row_group(0).num_rows
+            for some in groups.split(max(MIXED, 1 + size // largest)):
                 read = file.read_row_groups(some.tolist(), use_threads=False)
                 table = pa.concat_tables([*left, read])
                 order = torch.randperm(len(table), generator=generator)
                 yield self._held(table), order.to(self.like.device)
                 left = [table.take(order[len(order) // size * size :].numpy())]
 
-    def _held(self, table: pa.Table) -> HeldRows:
-        return self.layout.held(table, self.counts, self.like, self.scaling)
+    def _held(self, table: pa.Table, *, encoded: bool = False) -> HeldRows:
+        """Rows of a file as tensors; features of the encoded file are standardised."""
+        x = np.empty((len(table), len(self.table.features)), np.float32)
+        for place, name in enumerate(self.table.features):
+            values = table[name].to_numpy()
+            if encoded:
+                mean, scale = self.table.feature_mean[place], self.table.feature_scale[place]
+                values = (values - float(mean)) / float(scale)
+            x[:, place] = values
+
+        def tensor(name: str) -> Tensor | None:
+            held = name in self.table.numbers
+            return torch.tensor(table[name].to_numpy()).to(self.like) if held else None
+
+        codes = {}
+        for factor in self.counts:
+            column = torch.tensor(table[self.table.cluster(factor)].to_numpy())
+            codes[factor] = column.to(self.like.device, torch.long)
+        return HeldRows(
+            torch.from_numpy(x).to(self.like),
+            tensor("outcome"),
+            codes,
+            self.counts,
+            tensor("trials"),
+            tensor("offset"),
+            tensor("weights"),
+        )
 
 
 class _SortedFile:
@@ -179,31 +197,28 @@ class _SortedFile:
     ----------
     path : Path
         The file.
-    order, ranks : Int[ndarray, "clusters"]
-        The clusters in the order in which they lie, and each one's place.
-    counts : Int[ndarray, "clusters"]
-        Rows of each.
+    order, counts : Int[ndarray, "clusters"]
+        The clusters in the order in which they lie, and how many rows each has.
     """
 
-    def __init__(self, path: Path, order: np.ndarray, ranks: np.ndarray, counts: np.ndarray):
-        self.path, self.order, self.ranks = path, order, ranks
-        self._edges = np.concatenate([[0], np.cumsum(counts[order])])
-        self._metadata = pq.read_metadata(path)
-        groups = range(self._metadata.num_row_groups)
-        sizes = [self._metadata.row_group(group).num_rows for group in groups]
-        self._groups = np.concatenate([[0], np.cumsum(sizes)])
+    def __init__(self, path: Path, order: np.ndarray, counts: np.ndarray) -> None:
+        self.path, self.order, self.ranks = path, order, np.argsort(order)
+        self.starts = np.cumsum([0, *counts])
+        self.metadata = pq.read_metadata(path)
+        sizes = [self.metadata.row_group(k).num_rows for k in range(self.metadata.num_row_groups)]
+        self.group_starts = np.cumsum([0, *sizes])
 
     def read(self, chosen: Int[np.ndarray, " chosen"]) -> pa.Table:
-        """All rows of these clusters, of the row groups that hold them."""
+        """All rows of these clusters, from the row groups that hold them."""
         ranks = np.sort(self.ranks[chosen])
-        firsts, lengths = self._edges[ranks], np.diff(self._edges)[ranks]
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        rows = np.repeat(firsts, lengths) + within
-        groups = np.searchsorted(self._groups, rows, "right") - 1
+        sizes = np.diff(self.starts)[ranks]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows = np.repeat(self.starts[ranks], sizes) + within
+        groups = np.searchsorted(self.group_starts, rows, "right") - 1
         parts = []
-        with pq.ParquetFile(self.path, metadata=self._metadata) as file:
+        with pq.ParquetFile(self.path, metadata=self.metadata) as file:
             for group in np.unique(groups):
                 low, high = np.searchsorted(groups, [group, group + 1])
                 table = file.read_row_group(group, use_threads=False)
-                parts.append(table.take(rows[low:high] - self._groups[group]))
+                parts.append(table.take(rows[low:high] - self.group_starts[group]))
         return pa.concat_tables(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class TableBlocks:
                 yield batch.to_pandas()
 
     def take(
-        self, rows: Int[np.ndarray, " taken"], columns: tuple[str, ...] | None = None
+        self, rows: Int[np.ndarray, " taken"], columns: Sequence[str] | None = None
     ) -> pd.DataFrame:
         """The rows with these numbers, which increase, read from the row groups that hold them."""
         wanted = [name for name in self.columns if columns is None or name in columns]

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from rich.progress import Progress
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing
-from armed_pyro.streaming.encode import EncodedTable, encode, encoded_columns
+from armed_pyro.data.grouping import check_informative
+from armed_pyro.streaming.encoded_table import EncodedTable, encode, encoded_columns
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import TableScan, complete_blocks, scan
 
@@ -42,7 +43,8 @@ class StreamedData:
         Bytes that a fit's process is to stay within. DuckDB gets an eighth of it, at least 64 MB
         and 1 MB per column.
     folder : path, optional
-        Where the temporary files go; they take up to four times 4 bytes per row and column.
+        Where the temporary files go; they take 8 bytes per row and column for the
+        encoded rows, and as much for every copy while it is made.
 
     Examples
     --------
@@ -125,7 +127,7 @@ class StreamedData:
         Parameters
         ----------
         factors : sequence of str
-            Grouping factors whose clusters are needed.
+            Grouping factors that the program needs.
         seed : int
             Seed of the shuffle and of the sample that a fit keeps.
         progress : bool
@@ -134,27 +136,23 @@ class StreamedData:
         Raises
         ------
         ValueError
-            If the rows cannot be streamed or used: see `encode`.
+            If a factor is one of cells, or it or a feature does not vary.
         """
-        with (
-            tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder,
-            Progress(disable=not progress, transient=True) as bar,
-        ):
-            task = bar.add_task("encoding rows", total=self.n_rows)
+        for name in factors:
+            if name not in self.scanned.levels:
+                raise ValueError(
+                    f"the cells of {name!r} cannot be streamed: write their labels to a column of "
+                    "the table, and name that column in the random effects"
+                )
+            check_informative(name, self.scanned.levels[name], self.scanned.counts[name])
+        with tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder:
             path = Path(folder) / "rows.parquet"
-            table = encode(
-                self.table,
-                self.scanned,
-                factors,
-                path,
-                memory=self.memory,
-                seed=seed,
-                report=partial(bar.advance, task),
-            )
-            bar.stop()
+            with Progress(disable=not progress, transient=True) as bar:
+                report = partial(bar.advance, bar.add_task("encoding rows", total=self.n_rows))
+                table = encode(self.table, self.scanned, path, self.memory, seed, report)
             bar.console.print(
                 f"{path.stat().st_size / 1e9:.2f} GB of rows in temporary files in {folder}, "
                 "removed at the end",
                 markup=False,
             )
-            yield table
+            yield replace(table, factors=tuple(factors))
