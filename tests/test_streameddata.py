@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
@@ -159,23 +160,75 @@ def test_passes_differ_and_follow_from_the_generator(kind, both):
     assert not set(together) & {frozenset(batch.y.tolist()) for batch in other}
 
 
-def test_a_pass_mixes_row_groups_and_has_no_row_twice(tmp_path, monkeypatch):
-    n = 12_000
+@pytest.fixture
+def numbered(tmp_path, monkeypatch):
+    """12,000 streamed rows in six row groups, of which two are mixed; the outcome counts them."""
     monkeypatch.setattr("armed_pyro.streaming.encoded_table.GROUP_BYTES", 1)  # 2,048 rows
     monkeypatch.setattr("armed_pyro.streaming.on_disk.MIXED", 2)
-    frame = table(n=n).assign(y=np.arange(n))
+    frame = table(n=12_000).assign(y=np.arange(12_000))
     with stream(frame, tmp_path).encoded(["site"], seed=0) as encoded:
-        source = StreamedRows(encoded, torch.zeros(0))
-        batches = [rows.y.long() for rows in source.batches(500)]
-        assert [len(one) for one in batches] == [500] * (n // 500)
-        assert torch.equal(torch.cat(batches).sort().values, torch.arange(n))
-        large = list(source.batches(7000))
-        assert [len(rows.y.unique()) for rows in large] == [7000]
-        assert torch.equal(source.all().y, torch.arange(n).float())
-        chosen = torch.tensor([7, 3])
-        rows = source.whole_clusters("site", chosen)
-        wanted = frame.y[frame.site.isin(encoded.scanned.levels["site"][[7, 3]])]
+        yield frame, StreamedRows(encoded, torch.zeros(0))
+
+
+def test_a_pass_over_several_row_groups_has_no_row_twice(numbered):
+    frame, source = numbered
+    batches = [rows.y.long() for rows in source.batches(500)]
+    assert [len(one) for one in batches] == [500] * 24
+    assert torch.equal(torch.cat(batches).sort().values, torch.arange(12_000))
+    large = list(source.batches(7000))
+    assert [len(rows.y.unique()) for rows in large] == [7000]
+    assert torch.equal(source.all().y, torch.arange(12_000).float())
+    levels = source.table.scanned.levels["site"]
+    for chosen in ([7, 3], [59], list(range(K))):
+        rows = source.whole_clusters("site", torch.tensor(chosen))
+        wanted = frame.y[frame.site.isin(levels[chosen])]
         assert sorted(rows.y.tolist()) == wanted.tolist()
+
+
+def uniformity(values, n):
+    """p-value of the means of batches of 100 of the numbers below n as those of random samples."""
+    spread = np.sqrt((n**2 - 1) / 12 / 100 * (1 - 100 / n))
+    means = (np.reshape(values, (-1, 100)).mean(1) - (n - 1) / 2) / spread
+    return stats.kstest(means, "norm").pvalue
+
+
+def test_mini_batches_are_random_samples_of_all_rows(numbered):
+    n, (_, source) = 12_000, numbered
+    drawn = np.concatenate([rows.y.numpy() for rows in source.batches(100)])
+    # Of a random order neither neighbours nor place and value are correlated.
+    for one, other in [(drawn[1:], drawn[:-1]), (drawn, np.arange(n))]:
+        assert abs(np.corrcoef(one, other)[0, 1]) * np.sqrt(n) < 4
+    assert uniformity(drawn, n) > 0.001
+    groups = np.random.default_rng(0).permuted(np.arange(n).reshape(6, -1), axis=1)
+    assert uniformity(groups, n) < 1e-6  # rows mixed within row groups of the table alone
+
+
+@pytest.mark.parametrize("name", ["rows[1]*.parquet", "it's ?.parquet"])
+def test_odd_characters_in_paths_are_no_patterns(name, tmp_path):
+    folder = tmp_path / "a[b]*?'"
+    folder.mkdir()
+    table().to_parquet(folder / name)
+    data = StreamedData.scan(folder / name, folder=folder, **ROLES)
+    with data.encoded(["site"], seed=0) as encoded:
+        source = StreamedRows(encoded, torch.zeros(0))
+        assert len(next(source.batches(100))) == 100
+        assert len(source.whole_clusters("site", torch.arange(K))) == N
+    assert left_in(folder) == [name]
+
+
+def test_columns_that_differ_by_case_are_told_apart(tmp_path):
+    frame = table().rename(columns={"dose": "Age"})
+    roles = {**ROLES, "features": ["age", "Age", "sex"]}
+    frame.to_parquet(tmp_path / "rows.parquet")
+    data = StreamedData.scan(tmp_path / "rows.parquet", folder=tmp_path, **roles)
+    held = ClusteredData.from_frame(frame, **roles)
+    with data.encoded(["site"], seed=0) as encoded:
+        found = encoded.sample("site")
+    assert found.feature_names == held.feature_names
+    assert torch.equal(found.features, held.features)
+    assert torch.equal(found.outcome, held.outcome)
+    assert found.groupings["site"].levels.equals(held.groupings["site"].levels)
+    assert torch.equal(found.groupings["site"].codes, held.groupings["site"].codes)
 
 
 def test_clusters_that_lie_beside_each_other_are_random_ones(both):

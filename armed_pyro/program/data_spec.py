@@ -101,11 +101,12 @@ class Facts:
     @classmethod
     def of_encoded(cls, table: EncodedTable, family: Family) -> Facts:
         """Facts of a table's rows in a file, after the same checks."""
+        first = table.scanned.first
         return replace(
             cls.of(table.outcomes(), family, ()),
-            feature_names=table.first.feature_names,
-            sources=table.first.sources,
-            feature_shape=(table.first.n_features,),
+            feature_names=first.feature_names,
+            sources=first.sources,
+            feature_shape=(first.n_features,),
             feature_mean=tuple(table.feature_mean.tolist()),
             feature_scale=tuple(table.feature_scale.tolist()),
             levels={name: table.scanned.levels[name] for name in table.factors},

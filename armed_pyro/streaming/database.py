@@ -34,4 +34,6 @@ def database(
         tempfile.TemporaryDirectory(prefix=".armed_pyro-sort-", dir=folder) as spill,
         duckdb.connect(config={**settings, "temp_directory": spill}) as connection,
     ):
+        # Else a whole row group of the table may be read at once.
+        connection.execute("LOAD parquet; SET disable_parquet_prefetching = true")
         yield connection

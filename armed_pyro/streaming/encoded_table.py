@@ -6,14 +6,12 @@ import glob
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
@@ -42,7 +40,7 @@ class EncodedTable:
 
     Its columns are the features ``x0, x1, ...``, those of ``outcome``, ``trials``, ``offset`` and
     ``weights`` that there are, the clusters ``cluster0, ...`` as positions among the levels of
-    each cluster column, ``row`` (in the table), and random numbers ``key`` by which rows are shuffled.
+    each cluster column, ``row`` (in the table), and a random ``key`` by which rows are shuffled.
 
     Attributes
     ----------
@@ -50,8 +48,6 @@ class EncodedTable:
         The file.
     scanned : TableScan
         What a first pass over the table told.
-    first : ClusteredData
-        The first rows.
     feature_mean, feature_scale : Float[Tensor, "features"]
         Means and sds of the features of all rows; 0 and 1 of indicators.
     digest : bytes
@@ -64,7 +60,6 @@ class EncodedTable:
 
     path: Path
     scanned: TableScan
-    first: ClusteredData
     feature_mean: Float[Tensor, " features"]
     feature_scale: Float[Tensor, " features"]
     digest: bytes
@@ -75,12 +70,12 @@ class EncodedTable:
     @property
     def features(self) -> list[str]:
         """Columns of features."""
-        return _features(self.first)
+        return _features(self.scanned.first)
 
     @property
     def numbers(self) -> list[str]:
         """Columns of row-wise numbers."""
-        return _numbers(self.first)
+        return _numbers(self.scanned.first)
 
     def cluster(self, factor: str) -> str:
         """The column with the clusters of a factor."""
@@ -88,38 +83,42 @@ class EncodedTable:
 
     def outcomes(self) -> ClusteredData:
         """All rows without features and clusters."""
-        table = pq.read_table(self.path, columns=[*self.numbers, "row"])
+        rows = self._rows([*self.numbers, "row"], "true")
         nothing: dict[str, Any] = dict.fromkeys(("feature_names", "sources", "continuous"), ())
-        features = torch.zeros(len(table), 0)
-        return replace(self._data(table), features=features, groupings={}, **nothing)
+        return replace(rows, features=torch.zeros(len(rows), 0), groupings={}, **nothing)
 
     def sample(self, factor: str | None) -> ClusteredData:
         """At most about 50,000 of the rows, in whole clusters of a factor if that makes 20."""
-        some = pc.field("key") < SAMPLE_ROWS / self.scanned.n_rows
+        where, given = f"key < {SAMPLE_ROWS} / {self.scanned.n_rows}::DOUBLE", {}
         if factor is not None:
             counts = self.scanned.counts[factor].numpy()
             order = np.random.default_rng([self.seed, 12]).permutation(len(counts))
             n = max(1, int(np.searchsorted(np.cumsum(counts[order]), SAMPLE_ROWS, "right")))
             if n >= min(FEWEST_CLUSTERS, len(counts)):
-                some = pc.field(self.cluster(factor)).isin(order[:n])
-        table = pq.read_table(self.path, filters=some, use_threads=False, pre_buffer=False)
-        return self._data(table).take(slice(None))
+                given = {"chosen": order[:n].tolist()}
+                where = f"{self.cluster(factor)} IN (SELECT unnest($chosen))"
+        names = [*self.features, *self.numbers, *map(self.cluster, self.scanned.levels), "row"]
+        return self._rows(names, where, **given).take(slice(None))
 
-    def _data(self, table: pa.Table) -> ClusteredData:
-        """Rows of the file as a table in memory would give them."""
-        columns = {name: torch.tensor(table[name].to_numpy()) for name in table.column_names}
-        features = [column for name, column in columns.items() if name.startswith("x")]
-        groupings = {
-            factor: Grouping(columns[self.cluster(factor)].long(), levels)
-            for factor, levels in self.scanned.levels.items()
-            if self.cluster(factor) in columns
-        }
-        numbers: dict[str, Any] = {name: columns[name] for name in self.numbers}
+    def _rows(self, names: list[str], where: str, **given: Any) -> ClusteredData:
+        """Columns of some rows as a table in memory would give them."""
+        with database(self.memory, self.path.parent, len(names)) as connection:
+            query = f"SELECT {', '.join(names)} FROM read_parquet($path) WHERE {where}"
+            given["path"] = glob.escape(str(self.path))
+            columns = connection.execute(query, given).fetchnumpy()
+        tensors = {name: torch.from_numpy(np.asarray(values)) for name, values in columns.items()}
+        features = [tensors[name] for name in self.features if name in tensors]
+        none = torch.zeros(len(columns["row"]), 0, dtype=torch.float64)
+        numbers: dict[str, Any] = {name: tensors[name] for name in self.numbers}
         return replace(
-            self.first,
-            features=torch.stack(features, 1) if features else torch.zeros(len(table), 0).double(),
-            groupings=groupings,
-            row_labels=pd.Index(columns["row"].numpy()),
+            self.scanned.first,
+            features=torch.stack(features, 1) if features else none,
+            groupings={
+                factor: Grouping(tensors[self.cluster(factor)].long(), levels)
+                for factor, levels in self.scanned.levels.items()
+                if self.cluster(factor) in tensors
+            },
+            row_labels=pd.Index(columns["row"]),
             **numbers,
         )
 
@@ -141,16 +140,20 @@ def encode(
     ValueError
         If a feature is constant.
     """
-    schema, digest, rng = scanned.schema, hashlib.blake2b(), np.random.default_rng([seed, 13])
-    blocks = complete_blocks(table, encoded_columns(schema))
-    frame = next(blocks)
-    first = ClusteredData.encode(frame, schema, outcome_required=True)
+    schema, first = scanned.schema, scanned.first
+    digest, rng = hashlib.blake2b(), np.random.default_rng([seed, 13])
     names = [*_features(first), *_numbers(first)]
     fields: dict[str, pa.DataType] = dict.fromkeys(names, pa.float64())
     fields |= {f"cluster{place}": pa.int32() for place in range(len(scanned.levels))}
     columns_of = pa.schema({**fields, "row": pa.int64(), "key": pa.float64()})
-    with pq.ParquetWriter(path, columns_of, compression="zstd", use_dictionary=False) as writer:
-        for block in chain([frame], blocks):
+    # A table in single precision takes half of its size in double precision.
+    settings = {
+        "compression": "lz4",
+        "use_dictionary": False,
+        "use_byte_stream_split": [*names, "key"],
+    }
+    with pq.ParquetWriter(path, columns_of, **settings) as writer:
+        for block in complete_blocks(table, encoded_columns(schema)):
             rows = ClusteredData.encode(block, schema, outcome_required=True)
             columns = [*rows.features.numpy().T]
             columns += [getattr(rows, name).numpy() for name in _numbers(rows)]
@@ -165,7 +168,7 @@ def encode(
             writer.write_table(encoded.cast(columns_of), group_rows(len(columns)))
             report(len(rows))
     mean, scale = _scaling(path, first, memory)
-    return EncodedTable(path, scanned, first, mean, scale, digest.digest(), memory, seed)
+    return EncodedTable(path, scanned, mean, scale, digest.digest(), memory, seed)
 
 
 def encoded_columns(schema: Schema) -> tuple[str, ...]:

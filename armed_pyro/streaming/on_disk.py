@@ -64,7 +64,8 @@ class StreamedRows(RowSource):
         yield self.table.digest
 
     def all(self) -> Rows:
-        return self._held(pq.read_table(self.table.path), encoded=True).all()
+        table = pq.read_table(self.table.path, columns=self._columns, pre_buffer=False)
+        return self._held(table, encoded=True).all()
 
     def batches(
         self,
@@ -107,10 +108,15 @@ class StreamedRows(RowSource):
         )
 
     def chunks(self, size: int) -> Iterator[Rows]:
-        with pq.ParquetFile(self.table.path) as file:
-            for batch in ahead(file.iter_batches(size, use_threads=False)):
+        with pq.ParquetFile(self.table.path, pre_buffer=False) as file:
+            for batch in ahead(file.iter_batches(size, None, self._columns, use_threads=False)):
                 held = self._held(pa.Table.from_batches([batch]), encoded=True)
                 yield held.of(memberships_of(held.codes, self, 1.0, ()), len(self) / len(held))
+
+    @property
+    def _columns(self) -> list[str]:
+        """Columns of the encoded file that become tensors."""
+        return [*self.table.features, *self.table.numbers, *map(self.table.cluster, self.counts)]
 
     @cached_property
     def _shuffled(self) -> Path:
@@ -137,13 +143,13 @@ class StreamedRows(RowSource):
             f"((x{place} - '{mean!r}'::DOUBLE) / '{scale!r}'::DOUBLE)::FLOAT AS x{place}"
             for place, (mean, scale) in enumerate(scaling)
         ]
-        columns += [*table.numbers, *map(table.cluster, table.scanned.levels)]
+        columns += self._columns[len(columns) :]
         with database(table.memory, path.parent, len(columns)) as connection:
             for view, contents in views.items():
                 connection.register(view, contents)
             connection.execute(
                 f"COPY (SELECT {', '.join(columns)} FROM {tables} ORDER BY {order}) TO $target "
-                f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {group_rows(len(columns))})",
+                f"(FORMAT parquet, COMPRESSION lz4_raw, ROW_GROUP_SIZE {group_rows(len(columns))})",
                 {"path": glob.escape(str(table.path)), "target": str(path)},
             )
         return path
@@ -151,7 +157,7 @@ class StreamedRows(RowSource):
     def _mixed(self, path: Path, size: int, seed: int) -> Iterator[tuple[HeldRows, Tensor]]:
         """Random row groups, some at a time with what was left of those before, and an order."""
         generator, left = torch.Generator().manual_seed(seed), list[pa.Table]()
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
             groups = torch.randperm(file.num_row_groups, generator=generator)
             largest = file.metadata.row_group(0).num_rows
             for some in groups.split(max(MIXED, 1 + size // largest)):
@@ -216,7 +222,7 @@ class _SortedFile:
         rows = np.repeat(self.starts[ranks], sizes) + within
         groups = np.searchsorted(self.group_starts, rows, "right") - 1
         parts = []
-        with pq.ParquetFile(self.path, metadata=self.metadata) as file:
+        with pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False) as file:
             for group in np.unique(groups):
                 low, high = np.searchsorted(groups, [group, group + 1])
                 table = file.read_row_group(group, use_threads=False)

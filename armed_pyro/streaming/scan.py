@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from armed_pyro._messages import count_rows, listing
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.schema import Schema, parse_terms
@@ -32,9 +33,22 @@ BLOCK_ROWS = 65_536
 
 @dataclass(frozen=True, eq=False)
 class TableScan:
-    """The schema of a table, labels and sizes of its clusters, and its number of complete rows."""
+    """What one pass over a table tells.
+
+    Attributes
+    ----------
+    schema : Schema
+        How its rows become tensors.
+    first : ClusteredData
+        Its first complete row.
+    levels, counts : dict of str to pandas.Index, Int64[Tensor, "clusters"]
+        Labels of the clusters in every cluster column, and rows of each.
+    n_rows : int
+        Rows without missing values.
+    """
 
     schema: Schema
+    first: ClusteredData
     levels: dict[str, pd.Index]
     counts: dict[str, Tensor]
     n_rows: int
@@ -83,11 +97,12 @@ def scan(
     if n_rows < table.n_rows:
         dropped = f"{table.n_rows - n_rows} of {count_rows(table.n_rows)}"
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
-    schema = Schema.infer(
-        table.take(shown), outcome=outcome, clusters=clusters, features=features, **roles
-    )
+    frame = table.take(shown)
+    schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+    first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: index for name, (index, _) in found.items()}
-    return TableScan(schema, levels, {name: size for name, (_, size) in found.items()}, n_rows)
+    counts = {name: size for name, (_, size) in found.items()}
+    return TableScan(schema, first, levels, counts, n_rows)
 
 
 def _number_rows(connection: duckdb.DuckDBPyConnection, table: TableBlocks) -> dict[str, str]:

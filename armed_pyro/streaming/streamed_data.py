@@ -12,12 +12,11 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing
 from armed_pyro.data.grouping import check_informative
-from armed_pyro.streaming.encoded_table import EncodedTable, encode, encoded_columns
+from armed_pyro.streaming.encoded_table import EncodedTable, encode
 from armed_pyro.streaming.parquet_table import TableBlocks
-from armed_pyro.streaming.scan import TableScan, complete_blocks, scan
+from armed_pyro.streaming.scan import TableScan, scan
 
 __all__ = ["StreamedData"]
 
@@ -104,9 +103,7 @@ class StreamedData:
             folder=folder,
             **roles,
         )
-        columns = encoded_columns(scanned.schema)
-        first = ClusteredData.encode(next(complete_blocks(table, columns)), scanned.schema)
-        return cls(table, scanned, first.feature_names, memory, folder)
+        return cls(table, scanned, scanned.first.feature_names, memory, folder)
 
     @property
     def n_rows(self) -> int:
