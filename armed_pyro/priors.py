@@ -1,4 +1,4 @@
-"""Prior distributions of variance components, fixed effects and dispersions."""
+"""Prior distributions of variance components, fixed effects and residual sds."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.prediction.adapt import joined
 from armed_pyro.prediction.new_clusters import condition
 
@@ -57,7 +57,7 @@ def of_cluster(data, cluster, n=None):
 def by_hand(result, rows, latents, draw):
     """Mean and covariance of u, and log p(y), of one cluster of a gaussian program."""
     model, facts = result.model, result.model.data_facts()
-    x = facts.standardise(rows.features).numpy()
+    x = facts.scaling.standardise(rows.features).numpy()
     z = np.column_stack([np.ones(len(x)), x])
     y = (rows.outcome.numpy() - facts.center[0]) / facts.spread
     residual = y - z @ latents["fixed_effect"][draw, 0].numpy()
@@ -217,7 +217,7 @@ def test_new_clusters_of_two_factors_are_known_jointly():
     latents, total, effects, _ = weights_of(result, unseen, draws)
     facts = result.model.data_facts()
     school, district = (unseen.grouping(name).labels() for name in ("school", "district"))
-    x = facts.standardise(unseen.features).numpy()[:, 0]
+    x = facts.scaling.standardise(unseen.features).numpy()[:, 0]
     y = (unseen.outcome.numpy() - facts.center[0]) / facts.spread
     for s in range(draws):
         beta = latents["fixed_effect"][s, 0].numpy()

@@ -402,8 +402,8 @@ def test_image_programs_predict_seen_and_unseen_clusters(image_case):
 
 def test_image_programs_are_saved_and_loaded(image_case, tmp_path, monkeypatch):
     result, net = image_case
-    nothing = Diagnostics((), pd.DataFrame())  # the checks take most of the time
-    monkeypatch.setattr("armed_pyro.checks.diagnostics.diagnose", lambda posterior: nothing)
+    # The checks take most of the time.
+    monkeypatch.setattr(Fit, "diagnostics", lambda fit: Diagnostics((), pd.DataFrame()))
     result.save(tmp_path / "run", draws=2)
     loaded = Fit.load(tmp_path / "run", net)
     new = make_images(np.arange(8) % 4 + 2)

@@ -44,7 +44,7 @@ def make_facts(outcome="y", family="gaussian"):
 
 def test_only_continuous_features_are_standardised():
     data, facts = make_data(), make_facts()
-    x = facts.standardise(data.features)
+    x = facts.scaling.standardise(data.features)
     assert facts.feature_names == ("age", "sex[T.m]", "smoker")
     assert x[:, 0].mean() == pytest.approx(0, abs=1e-12)
     assert x[:, 0].std() == pytest.approx(1)
@@ -113,7 +113,9 @@ def test_other_features_are_refused():
     other = ClusteredData.from_frame(
         make_frame(), outcome="y", clusters=["site", "ward"], features=["age", "smoker"]
     )
-    with pytest.raises(ValueError, match=r"missing: \['sex\[T.m\]'\].*data\.schema\.encode"):
+    with pytest.raises(
+        ValueError, match=r"missing: \['sex\[T.m\]'\].*ClusteredData\.encode\(table, data\.schema\)"
+    ):
         make_facts().encode(other, torch.zeros(()))
 
 
@@ -128,7 +130,7 @@ def test_images_are_left_as_they_are():
     data = ClusteredData.from_arrays(images, np.arange(12.0), {"site": np.arange(12) % 3})
     facts = Facts.of(data, family_named("gaussian"), ["site"])
     assert facts.feature_shape == (1, 4, 4)
-    torch.testing.assert_close(facts.standardise(data.features), torch.from_numpy(images))
+    torch.testing.assert_close(facts.scaling.standardise(data.features), torch.from_numpy(images))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
+from armed_pyro import (
+    Adversary,
+    ClusteredData,
+    MixedEffects,
+    RandomEffects,
+    Schedule,
+    Slopes,
+    fit,
+)
 from armed_pyro.cli.prediction_file import write_predictions
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
@@ -18,6 +26,7 @@ from armed_pyro.prediction.chunks import predict_chunks
 from armed_pyro.prediction.evaluation import evaluate
 from armed_pyro.prediction.unseen import Marginal
 from armed_pyro.report.html import page
+from armed_pyro.summaries.random_effects import random_effects
 
 
 def clustered(outcome: str = "gaussian", clusters: int = 6) -> ClusteredData:
@@ -51,7 +60,7 @@ def result():
 def test_evaluation(family):
     train, unseen = clustered(family).hold_out_clusters("site<b>", fraction=0.3)
     scores = evaluate(
-        fitted(train, family).posterior.posterior, {"rows": train, "clusters": unseen}, draws=200
+        fitted(train, family).posterior, {"rows": train, "clusters": unseen}, draws=200
     )
     expected = ["rmse", "coverage"] if family == "gaussian" else ["auroc", "accuracy", "log_loss"]
     assert list(scores) == ["held_out", "rows", "unseen", *expected]
@@ -70,7 +79,7 @@ def test_evaluation_of_a_single_class_has_no_auroc():
     data = clustered("bernoulli")
     ones = data.take(data.outcome.numpy() == 1)
     assert np.isnan(
-        evaluate(fitted(data, "bernoulli").posterior.posterior, {"ones": ones}, draws=50).auroc[0]
+        evaluate(fitted(data, "bernoulli").posterior, {"ones": ones}, draws=50).auroc[0]
     )
 
 
@@ -111,6 +120,10 @@ def test_broken_off_predictions_leave_nothing(result, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def shown(result, prob=0.9, **more):
+    return page(result.results(prob=prob), random_effects(result.posterior, prob=prob), **more)
+
+
 class Checker(HTMLParser):
     """Collects what a page refers to, and that every element is closed."""
 
@@ -140,7 +153,7 @@ def checked(text):
 
 def test_page_is_whole_and_self_contained(result):
     scores = pd.DataFrame({"held_out": ["rows"], "rmse": [0.12345]})
-    text = page(result, title="A & B <i>", prob=0.8, evaluation=scores)
+    text = shown(result, title="A & B <i>", prob=0.8, evaluation=scores)
     checker = checked(text)
     assert checker.headings[0] == "A & B <i>"
     for heading in ["Program and data", "Convergence", "Priors", "Predictions of held-out rows"]:
@@ -159,7 +172,7 @@ def test_page_is_whole_and_self_contained(result):
 
 
 def test_page_is_the_same_each_time(result):
-    assert page(result) == page(result)
+    assert shown(result) == shown(result)
 
 
 def test_page_of_many_clusters_terms_and_an_adversary():
@@ -167,7 +180,7 @@ def test_page_of_many_clusters_terms_and_an_adversary():
     terms = ["(1 | site<b>)", Slopes("site<b>", on="1")]
     model = MixedEffects(dense(2, 1, (5,)), terms, adversary=Adversary("site<b>", ["1"]))
     result = fit(model, data, schedule=Schedule(steps=30), progress=False, device="cpu")
-    text = page(result)
+    text = shown(result)
     assert "Not converged" in text
     assert "without uncertainty of their own" in text
     assert "weight 1" in text
@@ -178,4 +191,37 @@ def test_page_of_many_clusters_terms_and_an_adversary():
 def test_page_without_matplotlib(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"needs matplotlib.*armed_pyro\[analysis\]"):
-        page(result)
+        shown(result)
+
+
+def test_page_escapes_everything_that_comes_from_the_data():
+    bad = "<script>alert('&')</script>{{ 'exe' ~ 'cuted' }}"
+    rng = np.random.default_rng(0)
+    # An open brace: as a formula, which matplotlib makes of dollar signs, it would be an error.
+    site = np.repeat([f"$x_{{{k}$ {bad}" for k in range(4)], 8)
+    x = rng.normal(size=(32, 1))
+    data = ClusteredData.from_arrays(
+        x, x[:, 0], {bad: site}, feature_names=["<b>"], outcome_name="<i>"
+    )
+    model = MixedEffects(linear(1, 1), RandomEffects(bad), "gaussian")
+    result = fit(model, data, schedule=Schedule(steps=5), progress=False, device="cpu")
+    scores = pd.DataFrame({bad: [bad]})
+    text = shown(result, title=bad, evaluation=scores)
+    assert not re.search("<(script|b|i)>", text)
+    assert "executed" not in text
+    checker = checked(text)
+    assert checker.headings.count(bad) == 2  # title and factor
+
+
+def test_random_effects_are_those_of_the_draws(result):
+    table = random_effects(result.posterior, draws=50, prob=0.8)
+    assert list(table) == ["factor", "term", "cluster", "mean", "lower", "upper"]
+    factor = result.model.factors[0]
+    draws = result.draws(50)[factor.effect_site].to(factor.to_original) @ factor.to_original.mT
+    for place, term in enumerate(["Intercept", "a"]):
+        part = table[table.term == term]
+        assert part.cluster.tolist() == [f"s&{k}" for k in range(6)]
+        expected = draws[:, :, place].numpy()
+        np.testing.assert_allclose(part["mean"], expected.mean(0))
+        np.testing.assert_allclose(part["lower"], np.quantile(expected, 0.1, axis=0))
+        np.testing.assert_allclose(part["upper"], np.quantile(expected, 0.9, axis=0))

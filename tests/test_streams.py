@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
-from armed_pyro.cli.app import app
+from armed_pyro.cli import app
 from armed_pyro.models.linear import linear
 from armed_pyro.prediction.predict_table import predict_table
 from armed_pyro.prediction.unseen import MODES

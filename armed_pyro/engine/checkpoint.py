@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from armed_pyro.program.data_spec import Facts
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
-from armed_pyro.storage.manifest import VERSION
 
-__all__ = ["Checkpoint", "digest", "module_tensors", "restore_module"]
+__all__ = ["VERSION", "Checkpoint", "digest", "module_tensors", "restore_module"]
+
+
+# Version of the guide's parameters in checkpoints and saved fits.
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ def restore_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -
     module.load_state_dict(own)
 
 
-def digest(rows: Rows | RowSource, facts: Facts) -> str:
-    """Hash of rows, with the scales and labels they were encoded by."""
-    found = hashlib.sha256(json.dumps(facts.to_json(), default=str).encode())
-    for one in rows.fingerprint():
-        found.update(one)
-    return found.hexdigest()
+def digest(rows: Rows | RowSource, encoding: Mapping[str, Any]) -> str:
+    """Hash of rows and of the scales and labels by which they were encoded, as JSON values."""
+    hashed = hashlib.sha256(json.dumps(encoding, default=str).encode())
+    for part in rows.fingerprint():
+        hashed.update(part)
+    return hashed.hexdigest()

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from armed_pyro.engine.decompositions import DECOMPOSITIONS
 from armed_pyro.engine.shortcuts import shortcuts
 
 __all__ = ["capture", "compiler_problem", "lower"]
@@ -63,6 +62,8 @@ def capture(
         Leading inputs by which the function takes gradients.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
+
+    from armed_pyro.engine.decompositions import DECOMPOSITIONS  # imports the compiler
 
     ready = [one.detach().requires_grad_(place < trained) for place, one in enumerate(inputs)]
     # cuDNN's batch normalisation changes its running statistics without declaring it.

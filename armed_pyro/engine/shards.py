@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -16,9 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from armed_pyro.engine.loss import Loss
 from armed_pyro.engine.processes import Processes, mixed
-from armed_pyro.inference.objective import Objective
-from armed_pyro.program.model import MixedEffects, trains_network
-from armed_pyro.program.predictor import modulates
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.shuffle import Passes
@@ -65,19 +62,24 @@ class Share:
     places: tuple[Int[Tensor, " rows"], ...]
 
     @classmethod
-    def of(cls, processes: Processes, model: MixedEffects, source: RowSource) -> Share:
+    def of(cls, processes: Processes, source: RowSource, network: nn.Module | None) -> Share:
         """What this process gets: whole clusters, of the factor with most of them, if it can be.
 
         It cannot where one cluster is so large that shares would be uneven, or where batch
         normalisation would take what is common to a process's clusters out of the activations:
         then rows are shared at random. Without a network to train every process keeps all rows.
 
+        Parameters
+        ----------
+        network : torch.nn.Module, optional
+            The network, if it is to be trained.
+
         Raises
         ------
         ValueError
             If there are fewer rows than processes.
         """
-        if not processes.several or not trains_network(model):
+        if network is None or not processes.several:
             return cls(processes, source, ())
         if not isinstance(source, HeldRows):
             raise ValueError("rows in files cannot be shared by several processes: read them first")
@@ -85,7 +87,7 @@ class Share:
             raise ValueError(
                 f"{len(source)} rows cannot be shared by {processes.size} processes: start fewer"
             )
-        whole = not any(isinstance(one, _BatchNorm) for one in model.network.modules())
+        whole = not any(isinstance(one, _BatchNorm) for one in network.modules())
         places = _places(source, processes.size, whole_clusters=whole)
         own = places[processes.rank].to(source.x.device)
         return cls(processes, replace(source.take(own), reduce=processes.total), places)
@@ -128,9 +130,19 @@ class Share:
         weight[place] = len(self.places) * (torch.ones_like(weight[place]) if own is None else own)
         return replace(membership, index=every, position=place[membership.position], weight=weight)
 
-    def averaged(self, objective: Objective) -> Callable[..., Loss]:
-        """The objective, its gradients averaged over processes by DistributedDataParallel."""
-        return _Averaged(objective) if self.several else objective
+    def averaged(
+        self, objective: Callable[..., Loss], modules: Mapping[str, nn.Module], games: int
+    ) -> Callable[..., Loss]:
+        """The objective, its gradients averaged over processes by DistributedDataParallel.
+
+        Parameters
+        ----------
+        modules : mapping of str to torch.nn.Module
+            The modules whose parameters the objective reads.
+        games : int
+            Number of accuracies in its `Loss`.
+        """
+        return _Averaged(objective, modules, games) if self.several else objective
 
     def mean(self, loss: Loss) -> Loss:
         """The loss, after its gradients have been taken, averaged over processes."""
@@ -179,15 +191,16 @@ class Share:
             return float(self.processes.total(log_prob(rows).sum())) / n
         return float(log_prob(rows).mean())
 
-    def compute(self, model: MixedEffects, source: RowSource) -> RowSource:
-        """`MixedEffects.compute` of all rows, each process computing its own."""
+    def compute(self, compute: Callable[[RowSource], RowSource], source: RowSource) -> RowSource:
+        """`compute` of all rows, each process computing its own."""
         rows = self.rows
         if not (isinstance(rows, HeldRows) and isinstance(source, HeldRows) and self.several):
-            return model.compute(source)
-        if modulates(model):
+            return compute(source)
+        done = compute(rows)
+        own = done.computed if isinstance(done, HeldRows) else None
+        if own is None:
             return source
-        own, most = model.compute(rows).computed or {}, max(map(len, self.places))
-        joined = {}
+        most, joined = max(map(len, self.places)), {}
         for name in sorted(own):
             whole = own[name].new_empty(len(source), *own[name].shape[1:])
             for place, piece in zip(
@@ -237,11 +250,15 @@ def _balanced(counts: list[int], size: int) -> tuple[list[int], list[int]]:
 class _Averaged:
     """An objective run by DistributedDataParallel."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(
+        self, objective: Callable[..., Loss], modules: Mapping[str, nn.Module], games: int
+    ) -> None:
         with warnings.catch_warnings():
             # The argument's new name is not known to all versions.
             warnings.simplefilter("ignore", FutureWarning)
-            self._run = DistributedDataParallel(_Module(objective), broadcast_buffers=False)
+            self._run = DistributedDataParallel(
+                _Module(objective, modules, games), broadcast_buffers=False
+            )
 
     def __call__(self, *inputs: object) -> Loss:
         return Loss(*self._run(*inputs))
@@ -250,19 +267,21 @@ class _Averaged:
 class _Module(nn.Module):
     """An objective as a module, from its inputs to the parts of the loss."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(
+        self, objective: Callable[..., Loss], modules: Mapping[str, nn.Module], games: int
+    ) -> None:
         super().__init__()
-        self.objective = objective
-        self.parts = nn.ModuleDict({"model": objective.model, "guide": objective.guide})
+        self.objective, self.games = objective, games
+        self.parts = nn.ModuleDict(dict(modules))
 
     def forward(self, *inputs: object) -> tuple[Tensor, ...]:
         # A part for every parameter, as the processes wait for the gradients of all.
         trained = torch.stack([one.sum() for one in self.parameters() if one.requires_grad]).sum()
         try:
-            loss = self.objective(*inputs)  # type: ignore[arg-type]
+            loss = self.objective(*inputs)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             # The others wait, too: no number for an answer, which all of them see.
             nan = torch.full_like(trained.detach(), torch.nan)
-            loss = Loss(nan, nan, nan, nan, nan.expand(len(self.objective.model.adversaries)))
+            loss = Loss(nan, nan, nan, nan, nan.expand(self.games))
         loss = replace(loss, total=loss.total + 0 * trained)
         return tuple(getattr(loss, field.name) for field in fields(Loss))

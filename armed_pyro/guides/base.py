@@ -46,6 +46,11 @@ class Guide(nn.Module, ABC):
     def nested(self) -> Factor | None:
         """The factor whose clusters are independent given all other sites, if it has sites."""
 
+    def nested_name(self) -> str | None:
+        """Name of the `nested` factor."""
+        nested = self.nested()
+        return None if nested is None else nested.name
+
     @abstractmethod
     def every_cluster(self) -> bool:
         """Whether every cluster has to be drawn with every mini-batch."""

@@ -121,7 +121,7 @@ class CrossedGuide(Guide):
         self._observe(model, self.draws(model.clusters(), n), source)
 
     def exact(self, model: MixedEffects) -> bool:
-        return model.family.dispersion_name == "residual_sd"
+        return model.family.is_quadratic
 
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
         k, t, m = self.between.shape
@@ -287,7 +287,7 @@ class CrossedGuide(Guide):
                 push.index_add_(0, position, (one * residual[:, None, :]).sum(-1))
         within, squares = source.total(within), {k: source.total(v) for k, v in squares.items()}
         pulls, pushes, slopes = ([source.total(one) for one in s] for s in (pulls, pushes, slopes))
-        if model.family.dispersion_name != "residual_sd":
+        if not model.family.is_quadratic:
             # Of all clusters together: parts of a joint step would not lead in its direction.
             own = [within, *(squares[a, a][:: k + 1] for a, (k, _) in enumerate(counts) if a)]
             moves = [

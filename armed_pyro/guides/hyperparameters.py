@@ -59,7 +59,7 @@ class Hyperparameters(nn.Module):
     r"""Joint posterior of everything outside the plates over clusters.
 
     .. math:: \theta \sim \text{AutoregressiveNormal}, \quad
-        \theta = (\log \text{dispersion}, \log sd, \text{unconstrained } R, \dots, \beta)
+        \theta = (\log \text{family}, \log sd, \text{unconstrained } R, \dots, \beta)
 
     in the order in which the program samples them, latent fixed effects last: their scale depends
     on the variances before them.
@@ -191,14 +191,11 @@ def _is_positive(support: Any) -> bool:
 
 
 def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:
-    """Starting point of theta: moderate random effects, no correlation, null fixed effects."""
-    start: list[float] = []
+    """Starting point of theta: `MixedEffects.starts`, and 0 where that gives nothing."""
+    values, start = model.starts(), list[float]()
     for site in sites:
-        size = site.stop - site.start
-        if site.name == model.family.dispersion_name:
-            start += [math.log(0.7)] * size
-        elif site.name.endswith("_sd"):
-            start += [math.log(0.5 / math.sqrt(max(1, size / 2)))] * size
+        if site.name in values:
+            start += site.transform.inv(values[site.name]).flatten().tolist()
         else:
-            start += [0.0] * size
+            start += [0.0] * (site.stop - site.start)
     return start

@@ -199,7 +199,7 @@ def observe(
     source : RowSource
         All training rows.
     """
-    quadratic = model.family.dispersion_name == "residual_sd"
+    quadratic = model.family.is_quadratic
     sums = [
         _sums(factor, one, quadratic and not factor.filters)
         for factor, one in zip(model.factors, pseudo, strict=True)

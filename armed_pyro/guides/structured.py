@@ -35,7 +35,7 @@ class StructuredGuide(Guide):
 
     .. math::
         \theta &\sim \text{AutoregressiveNormal}, \quad
-            \theta = (\log sd, \text{unconstrained } R, \log \text{dispersion}, \beta) \\
+            \theta = (\log sd, \text{unconstrained } R, \log \text{family}, \beta) \\
         u_k \mid \theta &\sim N\big(L Q_k^{-1} L^\top \tau A_k (m_k - G_k \beta),
             L Q_k^{-1} L^\top\big), \quad Q_k = I + L^\top \tau A_k L
 
@@ -101,7 +101,7 @@ class StructuredGuide(Guide):
     def exact(self, model: MixedEffects) -> bool:
         # With quadratic likelihoods and a linear predictor it makes no difference where the latent
         # sites are, unless the effects of other factors are taken as known at their means.
-        quadratic = model.family.dispersion_name == "residual_sd" and not modulates(model)
+        quadratic = model.family.is_quadratic and not modulates(model)
         return quadratic and len(self.factors) == 1
 
     def settle(self) -> None:

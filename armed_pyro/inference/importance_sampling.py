@@ -88,8 +88,7 @@ def importance_draws(
     size, rows_at_once = max(1, min(n, BLOCK // per_draw, guide.most_draws())), len(source)
     if per_draw > MOST_AT_ONCE:
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
-    nested = guide.nested()
-    pieces = Pieces.of(source, rows_at_once, None if nested is None else nested.name)
+    pieces = Pieces.of(source, rows_at_once, guide.nested_name())
     found = _Found.of(posterior, n, particles)
     with model.seeded(seed + 4), Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("importance weights", total=n * len(pieces.shares))

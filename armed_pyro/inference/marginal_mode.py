@@ -140,9 +140,10 @@ def _settle_effects(model: MixedEffects, guide: Guide, source: RowSource) -> Non
 
 def _first_scale(model: MixedEffects, guide: Guide, source: RowSource) -> Float[Tensor, " size"]:
     """What is known of n things is so to about n^-1/2: in such units the search is shorter."""
-    sizes = {f"{one.name}_sd": len(source.counts[one.name]) for one in model.factors}
+    sizes = {one.joint_covariance.sd_site: len(source.counts[one.name]) for one in model.factors}
     fewest = min([len(source), *sizes.values()])
-    sizes |= {"fixed_effect": len(source), model.family.dispersion_name or "": len(source)}
+    of_rows = ["fixed_effect", *(parameter.name for parameter in model.family.parameters)]
+    sizes |= dict.fromkeys(of_rows, len(source))
     scale = torch.ones_like(guide.hyperparameters.anchor)
     for site in guide.hyperparameters.sites:
         scale[site.start : site.stop] = sizes.get(site.name, 1) ** -0.5
@@ -233,16 +234,17 @@ class _Posterior:
         draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
         n = len(source if some is None else some.source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
-        factor = None if nested is None else nested.name
         if some is None:
             size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
-            pieces = Pieces.of(source, size, factor, keep=isinstance(source, HeldRows))
+            pieces = Pieces.of(source, size, guide.nested_name(), keep=isinstance(source, HeldRows))
         else:
             index = None if nested is None else some.rows.memberships[nested.name].index
-            pieces = Pieces(lambda: iter([some.rows]), [index], [1.0], factor)
-        every = model.clusters()
+            pieces = Pieces(lambda: iter([some.rows]), [index], [1.0])
         if exact:
-            held = [no_noise(guide, clusters, like) for clusters in pieces.without_rows(every)]
+            held = [
+                no_noise(guide, one, like)
+                for one in pieces.without_rows(model.clusters(), guide.nested_name())
+            ]
             return cls(model, guide, pieces, held)
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
@@ -253,7 +255,7 @@ class _Posterior:
             particles = 1 if float(spread.max()) < 1e-6 else particles
         noises: list[Noise] = []
         shared: dict[str, Tensor] = {}
-        for clusters in pieces.without_rows(every):
+        for clusters in pieces.without_rows(model.clusters(), guide.nested_name()):
             if nested is None or particles == 1:
                 noise = gaussian_noise(guide, clusters, draws, like)
             else:

@@ -30,7 +30,7 @@ class Objective:
     with one draw of q, and gradients that stick the landing: a guide's density of its own draw
     holds its parameters fixed, which leaves the gradient unbiased and takes its noise to zero as
     q approaches the posterior (Roeder, Wu, Duvenaud 2017). The second term trains the network,
-    not the dispersion or latent fixed effects, which it would otherwise count twice. The
+    not the family's parameters or latent fixed effects, which it would otherwise count twice. The
     adversaries' gradients reach the network reversed. The Pyro model and guide enter unchanged.
 
     Parameters

@@ -87,7 +87,7 @@ def unreached(model: Plan) -> frozenset[str]:
     noise = torch.Generator().manual_seed(0)
     x = torch.randn(2, *facts.feature_shape, generator=noise).to(like)
     blocks = [
-        (block, torch.randn(2, len(block.names), generator=noise).to(like))
+        (block.path, torch.randn(2, len(block.names), generator=noise).to(like))
         for factor in model.factors
         for block in factor.filters
     ]
@@ -154,11 +154,10 @@ def check_names(model: Plan) -> None:
             if name not in factors:
                 raise unknown("grouping factor with random effects for the prior", name, factors)
     names = ["row", "draws", *["fixed_effect"] * model.bayesian_head]
-    names += [str(model.family.dispersion_name)] * (model.family.dispersion_name is not None)
+    names += [parameter.name for parameter in model.family.parameters]
     names += [name for one in model.others for name in (one.name, one.sd_site)]
     for factor in model.factors:
-        own = ["_sd", "_cor", "_effect"]
-        names += [factor.name, *(factor.name + end for end in own), *factor.cholesky_sites()]
+        names += [factor.name, factor.effect_site, *factor.joint_covariance.sites()]
     names.append(outcome)
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.data.grouping import as_seen, index_from_json, index_to_json
 from armed_pyro.data.schema import Schema
 from armed_pyro.families.family import Family
@@ -71,21 +72,15 @@ class Facts:
         """
         data.check_training()
         family.check(data)
-        continuous = torch.tensor(data.continuous, dtype=torch.bool)
-        if len(continuous):
-            mean, scale = data.features.mean(0), data.features.std(0)
-            mean = torch.where(continuous, mean, torch.zeros_like(mean))
-            scale = torch.where(continuous, scale, torch.ones_like(scale))
-        else:
-            mean = scale = torch.zeros(0)
+        scaling = FeatureScaling.of(data)
         groupings = {factor: data.grouping(factor) for factor in factors}
         return cls(
             n_rows=data.n_rows,
             feature_names=data.feature_names,
             sources=data.sources,
             feature_shape=tuple(data.features.shape[1:]),
-            feature_mean=tuple(mean.tolist()),
-            feature_scale=tuple(scale.tolist()),
+            feature_mean=scaling.mean,
+            feature_scale=scaling.scale,
             outcome_name=data.outcome_name,
             classes=data.classes,
             columns=family.columns(data),
@@ -95,7 +90,7 @@ class Facts:
             counts={factor: grouping.counts for factor, grouping in groupings.items()},
             schema=data.schema,
             # Features of a table are standardised.
-            feature_spread=1.0 if len(continuous) else _spread(data.features),
+            feature_spread=1.0 if scaling.mean else _spread(data.features),
         )
 
     @classmethod
@@ -113,13 +108,12 @@ class Facts:
             counts={name: table.scanned.counts[name] for name in table.factors},
         )
 
-    def standardise(self, features: Tensor) -> Tensor:
-        """Features of the network: ``(x - mean) / scale``; images are left as they are."""
-        if not self.feature_mean:
-            return features
-        mean = torch.tensor(self.feature_mean, dtype=torch.float64)
-        scale = torch.tensor(self.feature_scale, dtype=torch.float64)
-        return (features.to(torch.float64) - mean) / scale
+    @property
+    def scaling(self) -> FeatureScaling:
+        """Names and scales of the features."""
+        return FeatureScaling(
+            self.feature_names, self.sources, self.feature_mean, self.feature_scale
+        )
 
     def encode(
         self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
@@ -160,7 +154,7 @@ class Facts:
             return None if values is None else values.to(like)
 
         return HeldRows(
-            self.standardise(data.features).to(like),
+            self.scaling.standardise(data.features).to(like),
             tensor(data.outcome),
             codes,
             counts,

@@ -14,8 +14,8 @@ from armed_pyro.networks.filters import modulated
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import (
     Latents,
-    _by_block,
-    _by_row,
+    effects_at,
+    filter_effects,
     linear_predictor,
     reaches_predictor,
 )
@@ -53,11 +53,11 @@ def sensitivities(
         return pad(linear, (0, 0, 0, len(factor.terms) - factor.n_linear))
     mine = linear.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
     if factor.effect_site in point:
-        mine = _by_row(factor, point[factor.effect_site], rows)
+        mine = filter_effects(factor, point[factor.effect_site], rows)
     fixed = {name: value for name, value in point.items() if name == "fixed_effect"}
     with torch.enable_grad():
         mine = mine.detach().clone().requires_grad_(True)
-        with modulated(model.network, _by_block(factor, mine)):
+        with modulated(model.network, effects_at(factor, mine)):
             ran = model.run_network(replace(rows, computed=None), whole=True)
             eta = linear_predictor(model, rows, *ran, fixed)
         slopes = [
@@ -88,14 +88,14 @@ def reconstruction_slopes(
     counts = rows.x.new_ones(len(rows)) if rows.weights is None else rows.weights
     with torch.enable_grad():
         mine = [
-            _by_row(factor, point[factor.effect_site], rows)
+            filter_effects(factor, point[factor.effect_site], rows)
             if factor.effect_site in point
             else rows.x.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
             for factor in own
         ]
         mine = [one.detach().clone().requires_grad_(True) for one in mine]
         pairs = zip(own, mine, strict=True)
-        blocks = [pair for factor, one in pairs for pair in _by_block(factor, one)]
+        blocks = [pair for factor, one in pairs for pair in effects_at(factor, one)]
         with modulated(model.network, blocks):
             _, activations = model.run_network(replace(rows, computed=None), whole=True)
         # Side by side: those of every factor.

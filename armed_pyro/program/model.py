@@ -40,7 +40,7 @@ class MixedEffects(Plan):
     .. math::
         u_{mk} &\sim N(0, diag(sd_m) R_m diag(sd_m)) \\
         \eta_i &= c + s \, [f(x_i) + \sum_m \phi_m(x_i, h_i)^\top u_{m, g_m(i)}] + offset_i \\
-        y_i &\sim Family(\eta_i, dispersion)
+        y_i &\sim Family(\eta_i, parameters)
 
     with f a network (its last layer optionally with latent weights), h_i its tapped activations,
     and c, s the outcome's centre and spread. Latent sites are in standardised units, so that
@@ -105,11 +105,10 @@ class MixedEffects(Plan):
         bound._factors = nn.ModuleList(
             Factor(
                 name,
-                [term.block(facts, widths) for term in terms],
+                [term.block(facts.scaling, widths) for term in terms],
                 facts.columns,
-                self.priors.of(name),
+                self.priors,
                 self.family.effect_scale(),
-                self.priors.cor,
                 facts.spread,
             )
             for name, terms in by_factor.items()
@@ -171,9 +170,8 @@ class MixedEffects(Plan):
         facts = self.data_facts()
         unit = self.reference().new_tensor([1 / facts.spread])
         latents: dict[str, Tensor] = {}
-        dispersion = self.family.dispersion(self.priors, unit)
-        if self.family.dispersion_name is not None and dispersion is not None:
-            latents[self.family.dispersion_name] = dispersion
+        for parameter in self.family.parameters:
+            latents[parameter.name] = parameter.sample(self.priors, unit)
         if self.bayesian_head:
             zeros = unit.new_zeros(len(self.fixed_terms()))
             prior = dist.Normal(zeros, self.priors.fixed_sd).to_event(1)
@@ -205,7 +203,7 @@ class MixedEffects(Plan):
         rows : Rows
             n rows.
         latents : mapping of str to Tensor
-            Random effects "... clusters terms"; dispersion and fixed effects, if latent, with a
+            Random effects "... clusters terms"; the family's parameters and fixed effects with a
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
         alone : bool
             Whether fixed effects and activations without effects inside are wanted, too.
@@ -215,10 +213,19 @@ class MixedEffects(Plan):
         return predict_rows(self, rows, latents, alone=alone, others=others)
 
 
-def trains_network(model: MixedEffects) -> bool:
-    """Whether there is more to train than the posterior of the latent sites."""
-    weights = any(one.requires_grad for one in model.network.parameters())
-    return bool(model.adversaries) or (weights and not model.linear)
+def log_likelihoods(
+    model: MixedEffects, rows: Rows, latents: Latents, *, others: bool = True
+) -> dict[str, Float[Tensor, "... rows"]]:
+    """Log-likelihood of every row by name of the outcome, weights included."""
+    predictor = model.predictor(rows, latents, alone=False, others=others)
+    density = model.density(predictor.eta, latents, rows)
+    values = {model.data_facts().outcome_name: density.log_prob(rows.outcome())}
+    densities = model.other_densities(predictor.others, latents, rows) if others else {}
+    for other, rebuilt in densities.items():
+        values[other.name] = other.weight * rebuilt.log_prob(rows.x)
+    if rows.weights is None:
+        return values
+    return {name: rows.weights * value for name, value in values.items()}
 
 
 @contextmanager
@@ -236,19 +243,7 @@ def counted(rows: Rows) -> Iterator[None]:
         yield
 
 
-def log_likelihoods(
-    model: MixedEffects, rows: Rows, latents: Mapping[str, Tensor], *, others: bool = True
-) -> dict[str, Float[Tensor, "... rows"]]:
-    """What every row and outcome adds to the log-density, by name, weights included."""
-    predictor = model.predictor(rows, latents, alone=False, others=others)
-    found = {
-        model.data_facts().outcome_name: model.density(predictor.eta, latents, rows).log_prob(
-            rows.outcome()
-        )
-    }
-    densities = model.other_densities(predictor.others, latents, rows) if others else {}
-    for one, density in densities.items():
-        found[one.name] = one.weight * density.log_prob(rows.x)
-    if rows.weights is None:
-        return found
-    return {name: rows.weights * one for name, one in found.items()}
+def trains_network(model: MixedEffects) -> bool:
+    """Whether there is more to train than the posterior of the latent sites."""
+    weights = any(one.requires_grad for one in model.network.parameters())
+    return bool(model.adversaries) or (weights and not model.linear)

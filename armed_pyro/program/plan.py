@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro._pyro_module import LocalModule
-from armed_pyro.families.family import Family
+from armed_pyro.families.family import Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import family_named
 from armed_pyro.networks.adversary import Adversary
@@ -157,27 +157,47 @@ class Plan(LocalModule):
     def known(self) -> dict[str, Tensor]:
         """Latent quantities that are given by their priors, not estimated."""
         known = {site: value for factor in self.factors for site, value in factor.known().items()}
-        residual = self.priors.residual_sd
-        if self.family.dispersion_name == "residual_sd" and isinstance(residual, Known):
-            unit = self.reference().new_tensor([1 / self.data_facts().spread])
-            known["residual_sd"] = residual.scales([""], unit, 1.0)[0]
+        unit = self.reference().new_tensor([1 / self.data_facts().spread])
+        for parameter in self.family.parameters:
+            value = parameter.known(self.priors, unit)
+            if value is not None:
+                known[parameter.name] = value
         ones = self.reference().new_ones(1)
         given = [one for one in self.others if isinstance(one.prior, Known)]
         return known | {one.sd_site: one.prior.scales([""], ones, 1.0)[0] for one in given}
 
+    def starts(self) -> dict[str, Tensor]:
+        """Values from which the guide starts, by latent site, in double precision.
+
+        Sites that are left out, such as fixed effects, start at 0 in unconstrained coordinates.
+        """
+        numbers = {one.name: one.start for one in self.family.parameters}
+        numbers |= {other.sd_site: other.start for other in self.others}
+        values = {name: torch.tensor(one, dtype=torch.float64) for name, one in numbers.items()}
+        for factor in self.factors:
+            values |= factor.joint_covariance.starts()
+        return values
+
     def precision(self, latents: Latents) -> Tensor:
-        """tau = 1 / Var(y | eta) in standardised units; 1 where it depends on eta."""
-        tau = self.family.precision(latents.get(self.family.dispersion_name or ""))
+        """tau, the family's precision in standardised units; 1 where it depends on eta."""
+        names = [parameter.name for parameter in self.family.parameters]
+        tau = self.family.precision({name: latents[name] for name in names if name in latents})
         return self.reference().new_ones(()) if tau is None else tau
 
     def density(
         self, eta: Float[Tensor, "... rows columns"], latents: Latents, rows: Rows
     ) -> dist.TorchDistribution:
-        """p(y | eta, dispersion), on the outcome's scale."""
-        dispersion = latents.get(self.family.dispersion_name or "")
-        if dispersion is not None:
-            dispersion = self.family.original_dispersion(dispersion, self.data_facts().spread)
-        return self.family.distribution(eta, dispersion, rows)
+        """p(y | eta, parameters of the family), on the outcome's scale."""
+        return self.family.distribution(eta, self.family_parameters(latents), rows)
+
+    def family_parameters(self, latents: Latents) -> Parameters:
+        """The family's parameters among these latent sites, on the outcome's scale."""
+        spread = self.data_facts().spread
+        return {
+            parameter.name: parameter.original(latents[parameter.name], spread)
+            for parameter in self.family.parameters
+            if parameter.name in latents
+        }
 
     def other_densities(
         self, means: Mapping[str, Tensor], latents: Latents, rows: Rows

@@ -13,11 +13,18 @@ from torch import Tensor
 
 from armed_pyro.networks.filters import modulated
 from armed_pyro.program.plan import Plan
-from armed_pyro.random_effects.design import FilterBlock
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Predictor", "linear_predictor", "modulates", "predict_rows", "row_cost"]
+__all__ = [
+    "Predictor",
+    "effects_at",
+    "filter_effects",
+    "linear_predictor",
+    "modulates",
+    "predict_rows",
+    "row_cost",
+]
 
 
 Latents = Mapping[str, Tensor]
@@ -140,7 +147,7 @@ def _modulated_runs(
         blocks = [
             pair
             for factor in own
-            for pair in _by_block(factor, _by_row(factor, drawn[factor.effect_site], rows))
+            for pair in effects_at(factor, filter_effects(factor, drawn[factor.effect_site], rows))
         ]
         with modulated(model.network, blocks):
             output, found = model.run_network(rows, whole=True)
@@ -164,16 +171,17 @@ def _at(value: Tensor, index: tuple[int, ...]) -> Tensor:
     return value[tuple(min(i, size - 1) for i, size in zip(index, value.shape, strict=False))]
 
 
-def _by_row(
+def filter_effects(
     factor: Factor, effects: Float[Tensor, "clusters terms"], rows: Rows
 ) -> Float[Tensor, "rows filter_terms"]:
     """The effects on filters of every row's cluster."""
     return effects[rows.memberships[factor.name].position, factor.n_linear :]
 
 
-def _by_block(
-    factor: Factor, mine: Float[Tensor, "rows filter_terms"]
-) -> list[tuple[FilterBlock, Tensor]]:
-    """Every filter block with its effects."""
+def effects_at(
+    factor: Factor, effects: Float[Tensor, "rows filter_terms"]
+) -> list[tuple[str, Tensor]]:
+    """Module paths of the layers that the factor's effects change, with the effects there."""
     widths = [len(block.names) for block in factor.filters]
-    return list(zip(factor.filters, mine.split(widths, -1), strict=True))
+    paths = [block.path for block in factor.filters]
+    return list(zip(paths, effects.split(widths, -1), strict=True))

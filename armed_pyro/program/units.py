@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,14 +24,12 @@ def original_covariance(
     return matrix @ covariance @ matrix.mT
 
 
-def original_dispersion(model: MixedEffects, latents: Draws) -> Float[Tensor, " draws"] | None:
-    """Dispersion on the original scale; None for families without one."""
-    name = model.family.dispersion_name
-    if name is None:
-        return None
-    spread = model.data_facts().spread
-    values = model.family.original_dispersion(_flat(latents[name], 0), spread)
-    return values.to(torch.float64)
+def original_parameters(
+    model: MixedEffects, latents: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, " draws"]]:
+    """The family's parameters on the outcome's scale; empty for families without any."""
+    values = model.family_parameters(latents)
+    return {name: _flat(value, 0).to(torch.float64) for name, value in values.items()}
 
 
 def original_sd(

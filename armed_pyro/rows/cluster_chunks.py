@@ -17,7 +17,7 @@ __all__ = ["Pieces"]
 
 @dataclass(frozen=True)
 class Pieces:
-    """All rows, in pieces of whole clusters of one factor where there is one.
+    """All rows, in pieces of whole clusters where there are any.
 
     A piece counts 1 / share times in the program, and its log-weights share times in the sum.
 
@@ -26,23 +26,24 @@ class Pieces:
     read : callable
         Gives the pieces, one after the other.
     clusters : list of (Tensor or None)
-        The factor's clusters in each piece; None for all.
+        The nested factor's clusters in each; None for all.
     shares : list of float
-        Each piece's share of all clusters, or of all rows without a factor.
-    factor : str or None
-        The factor whose clusters are kept whole.
+        Each piece's share of all.
     """
 
     read: Callable[[], Iterator[Rows]]
     clusters: list[Tensor | None]
     shares: list[float]
-    factor: str | None = None
 
     @classmethod
-    def of(
-        cls, source: RowSource, size: int, factor: str | None = None, *, keep: bool = False
-    ) -> Pieces:
-        """Pieces of about `size` rows, made whenever they are read, or once and kept."""
+    def of(cls, source: RowSource, size: int, factor: str | None, *, keep: bool = False) -> Pieces:
+        """Pieces of about `size` rows, made whenever they are read, or once and kept.
+
+        Parameters
+        ----------
+        factor : str, optional
+            The grouping factor whose clusters stay whole.
+        """
         n = len(source)
         read: Callable[[], Iterator[Rows]]
         if n <= size:
@@ -51,23 +52,30 @@ class Pieces:
         if factor is None:
             starts = range(0, n, size)
             shares = [min(size, n - start) / n for start in starts]
-            return cls(partial(source.chunks, size), [None for _ in starts], shares)
+            read, clusters = partial(source.chunks, size), [None for _ in starts]
+            return cls(read, list(clusters), shares)
         order = source.cluster_order(factor)
         place = (source.counts[factor][order].cumsum(0) - 1) // size
         chosen = [order[place == piece].sort().values for piece in place.unique()]
         whole = partial(source.whole_clusters, factor)
         if keep:
-            held = [whole(clusters) for clusters in chosen]
+            held = [whole(one) for one in chosen]
             read = partial(iter, held)
         else:
-            read = lambda: ahead(whole(clusters) for clusters in chosen)  # noqa: E731
-        return cls(read, list(chosen), [len(clusters) / len(order) for clusters in chosen], factor)
+            read = lambda: ahead(whole(one) for one in chosen)  # noqa: E731
+        return cls(read, list(chosen), [len(one) / len(order) for one in chosen])
 
-    def without_rows(self, every: Rows) -> Iterator[Rows]:
-        """The clusters of each piece without its rows; `every` has all clusters and no rows."""
+    def without_rows(self, every: Rows, factor: str | None) -> Iterator[Rows]:
+        """The clusters of each piece without its rows, for which noise is drawn.
+
+        Parameters
+        ----------
+        every : Rows
+            No rows, but every cluster of every factor.
+        """
         for chosen in self.clusters:
-            if chosen is None or self.factor is None:
+            if chosen is None or factor is None:
                 yield every
                 continue
-            membership = Membership(chosen, chosen[:0], complete=False)
-            yield replace(every, memberships={**every.memberships, self.factor: membership})
+            own = Membership(chosen, chosen[:0], complete=False)
+            yield replace(every, memberships={**every.memberships, factor: own})

@@ -19,22 +19,25 @@ __all__ = ["TableBlocks"]
 
 @dataclass(frozen=True, eq=False)
 class TableBlocks:
-    """Rows of a file, in blocks; Parquet is streamed, CSV is held in memory.
+    """The rows of a file in blocks; Parquet is streamed, CSV is held in memory.
 
     Attributes
     ----------
     path : Path
+        The file.
     frame : pandas.DataFrame or None
-        The table, if it is held.
+        The table, if it is held in memory.
     n_rows : int
+        Number of rows.
     columns : tuple of str
+        Names of the columns.
 
     Examples
     --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     pd.DataFrame({"x": range(5)}).to_parquet(f"{folder}/t.parquet")
-    ...     [len(one) for one in TableBlocks.open(Path(f"{folder}/t.parquet")).blocks(2)]
+    ...     [len(block) for block in TableBlocks.open(Path(f"{folder}/t.parquet")).blocks(2)]
     [2, 2, 1]
     """
 
@@ -60,17 +63,25 @@ class TableBlocks:
             names = tuple(file.schema_arrow.names)
             if file.metadata.num_rows:
                 return cls(path, None, file.metadata.num_rows, names)
-        frame = read_table(path)  # which says what is wrong with the path
+        frame = read_table(path)  # its error names what is wrong with the path
         return cls(path, frame, len(frame), tuple(frame.columns))
 
     def blocks(self, size: int, columns: tuple[str, ...] | None = None) -> Iterator[pd.DataFrame]:
-        """The rows in order, at most `size` at a time; only some columns, where they exist."""
+        """Yield the rows in order, at most `size` at a time.
+
+        Parameters
+        ----------
+        size : int
+            Rows per block.
+        columns : tuple of str, optional
+            Columns to read, by default all. Names that the table lacks are ignored.
+        """
         wanted = [name for name in self.columns if columns is None or name in columns]
         if self.frame is not None:
             for start in range(0, self.n_rows, size):
                 yield self.frame[wanted].iloc[start : start + size]
             return
-        # Buffered by column: reading whole row groups ahead would keep the file in memory.
+        # Without buffer_size and pre_buffer=False, whole row groups are held in memory.
         with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
             for batch in file.iter_batches(size, columns=wanted):
                 yield batch.to_pandas()
