@@ -191,7 +191,7 @@ def boundaries(
         membership = Membership(all_clusters, torch.full((len(x),), cluster or 0, device=x.device))
         rows = Rows(x, None, {chosen.name: membership}, trials=torch.ones_like(x[:, 0]))
         predictor = model.predictor(rows, kept)
-        assert predictor.fixed is not None  # for mypy: `return_fixed` is true by default
+        assert predictor.fixed is not None  # for mypy: the fixed part is returned by default
         mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)
         mean = mean if classes is None else mean[..., classes.index(of)]
         return mean.reshape(-1, size, size).mean(0)
