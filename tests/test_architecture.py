@@ -343,7 +343,7 @@ ANALYSES = ("figures", "rivals", "applications", "compare", "validation", "bench
 
 def past_the_face(source: str, package: str) -> list[str]:
     """Imports of the library that are not public."""
-    public = {f"armed_pyro.{name}" for name in public_names()}
+    public = {f"armed_pyro.{name}" for name in importlib.import_module("armed_pyro").__all__}
     return [
         f"line {line}: {name}"
         for line, name in imported_names(source, package)
