@@ -84,7 +84,7 @@ class Run:
         while not self.stopped and not self._stops_at_mode():
             phase = self.phase
             task.model.train(phase.trains_network)
-            phase.shuffle = phase.share.reshuffled(phase.shuffle, task.seed, self.step)
+            phase.passes = phase.share.reshuffled(phase.passes, task.seed, self.step)
             before, steps = task.state(), min(phase.window(), task.schedule.steps - self.step)
             losses = [self.take_step() for _ in range(steps)]
             self.close_window(losses)
