@@ -268,7 +268,7 @@ def test_a_shape_that_was_saved_is_there_again():
     model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
     first, second = (Hyperparameters(model) for _ in range(2))
     assert isinstance(first.distribution(), CoupledNormal)
-    first.settle()
+    first.train_shape()
     with torch.no_grad():
         first.skew.fill_(0.2)
     second.load_state_dict(first.state_dict())

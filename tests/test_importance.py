@@ -14,7 +14,7 @@ from torch.distributions import MultivariateNormal
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
 from armed_pyro.guides.crossed import CrossedGuide, choose_guide
-from armed_pyro.guides.noise import Given, Noise, gaussian_noise, no_noise, proposal_noise
+from armed_pyro.guides.noise import Noise, NoiseMessenger, gaussian_noise, no_noise, proposal_noise
 from armed_pyro.inference.nested_weights import weigh
 
 K = 6
@@ -211,7 +211,7 @@ def test_where_the_conditional_is_exact_they_may_be_held(random, sparse, monkeyp
     monkeypatch.setattr("armed_pyro.guides.cross_products.SPARSE", sparse)
     kind = CrossedGuide if random is CROSSED else StructuredGuide
     model, source, guide = bind(random, guide=kind)
-    guide.settle()
+    guide.train_hyperparameters_only()
     guide.refresh(model, source)
     assert guide.exact(model)
     rows, size = source.all(), guide.hyperparameters.size
@@ -269,7 +269,7 @@ def test_totals_of_whole_clusters_average_to_that_of_all_rows(random, size):
 
 def test_gradients_of_whole_clusters_average_to_that_of_all_rows():
     model, source, guide = bind("(1 + x0 | site)", "bernoulli")
-    guide.settle()
+    guide.train_hyperparameters_only()
     torch.manual_seed(0)
     noise = proposal_noise(guide, source.all(), 2, 8, model.reference(), heavy=False)
     parameters = list(guide.hyperparameters.parameters())
@@ -318,7 +318,7 @@ def test_with_one_particle_the_total_is_the_programs_density_over_the_guides(nam
     model, source, guide = bind(random, family, data, **options)
     rows = source.all()
     if batch == "rows":
-        dense = N if guide.every_cluster() else 0
+        dense = N if guide.needs_all_clusters() else 0
         rows = source.batch(torch.arange(5, 60, 3), dense_up_to=dense)
     elif batch == "whole" and guide.nested() is not None:
         rows = source.whole_clusters("site", torch.tensor([1, 4]))
@@ -327,7 +327,7 @@ def test_with_one_particle_the_total_is_the_programs_density_over_the_guides(nam
     single = {site: one.reshape(shapes[site]) for site, one in noise.values.items()}
     with torch.no_grad():
         weighted = weigh(model, guide, rows, noise)
-        with Given(single):
+        with NoiseMessenger(single):
             given = poutine.trace(guide).get_trace(rows)
         trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(rows)
         expected = trace.log_prob_sum() - given.log_prob_sum()

@@ -20,7 +20,7 @@ from armed_pyro import (
     StructuredGuide,
 )
 from armed_pyro.distributions.whitened import Pushforward
-from armed_pyro.guides.noise import Given, gaussian_noise, proposal_noise
+from armed_pyro.guides.noise import NoiseMessenger, gaussian_noise, proposal_noise
 from armed_pyro.inference.objective import NestedBound, Objective
 
 N, K, BATCH = 48, 6, 8
@@ -357,7 +357,7 @@ def test_nothing_latent_is_maximum_likelihood():
 
 def settled(random, family="gaussian", **options):
     model, source, guide = bind(random, make_data(family=family), family, **options)
-    guide.settle()
+    guide.train_hyperparameters_only()
     model.eval()
     return model, model.compute(source), guide
 
@@ -368,7 +368,7 @@ def shared_noise(monkeypatch, noise):
 
 def given(guide, values, rows):
     """The guide's draw of this noise; the program's sites have the same names."""
-    with Given(values):
+    with NoiseMessenger(values):
         return guide(rows)
 
 
@@ -416,7 +416,7 @@ def test_more_particles_make_the_bound_tighter():
 def test_at_the_posterior_the_bound_is_the_log_marginal_likelihood(particles, monkeypatch):
     """In every draw, and without a gradient. Stretched particles have weights, but no bias."""
     model, source, guide, (y, X, V) = all_known("(1 + x0 || site)", bayesian_head=True)
-    guide.settle()
+    guide.train_hyperparameters_only()
     prior = model.priors.fixed_sd**2
     covariance = torch.linalg.inv(torch.eye(3) / prior + X.T @ torch.linalg.solve(V, X))
     mean = covariance @ X.T @ torch.linalg.solve(V, y)

@@ -13,14 +13,14 @@ from torch.autograd.function import once_differentiable
 from armed_pyro.distributions.small_matrices import precision_root
 from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Pushforward, WhitenedNormal
 
-__all__ = ["TiltedNormal"]
+__all__ = ["ObservedNormal"]
 
 
 # Products of matrices up to this size are sums written out: the matrices are many and small.
 SMALL = 8
 
 
-class TiltedNormal(Pushforward):
+class ObservedNormal(Pushforward):
     r"""Effects with a normal prior of which there is one observation each.
 
     .. math:: q(u) \propto N(u; 0, L L^\top) \, N(m; u, (\tau A)^{-1}), \quad A = F F^\top, \quad
@@ -66,10 +66,10 @@ class TiltedNormal(Pushforward):
         own = torch.broadcast_shapes(scale.shape[:-2], tau.shape, location.shape[:-1])
         super().__init__(batch or own, location.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> TiltedNormal:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ObservedNormal:
         shape = torch.Size(batch_shape)
         given = (self.scale, self.tau, self.base, self.trained, self.location, self.moving)
-        return self if shape == self.batch_shape else TiltedNormal(*given, shape)
+        return self if shape == self.batch_shape else ObservedNormal(*given, shape)
 
     @cached_property
     def whitened(self) -> WhitenedNormal:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Whitened
 
-__all__ = ["JointNormal"]
+__all__ = ["PrecisionNormal"]
 
 
-class JointNormal(Whitened):
+class PrecisionNormal(Whitened):
     r"""z ~ N(P^{-1} r, P^{-1}), drawn as :math:`P^{-1} r + C^{-\top} noise` with C C' = P.
 
     The gradient of the density of a value that was not drawn here needs no more than P^{-1}:
@@ -33,7 +33,7 @@ class JointNormal(Whitened):
         C, lower triangular.
     mean : Float[Tensor, "... size"]
         P^{-1} r.
-    held : JointNormal, optional
+    held : PrecisionNormal, optional
         As of `Whitened`.
     """
 
@@ -62,13 +62,13 @@ class JointNormal(Whitened):
         mean = torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
         return cls(precision, pull, root, mean, held)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> JointNormal:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PrecisionNormal:
         shape = torch.Size(batch_shape)
         if shape == self.batch_shape:
             return self
         pull, mean = (one.expand(shape + self.event_shape) for one in (self.pull, self.mean))
         held = None if self.held is None else self.held.expand(shape)
-        return JointNormal(self.precision, pull, self.root, mean, held)
+        return PrecisionNormal(self.precision, pull, self.root, mean, held)
 
     def log_prob(self, value: Tensor) -> Tensor:
         drawn = self._drawn is not None and self._drawn[0] is value

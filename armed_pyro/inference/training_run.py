@@ -114,7 +114,7 @@ class Run:
 
     def _kept(self) -> bool:
         """Stop at the mode, where steps would take too long: importance weights do the rest."""
-        dear = self.guide.work() > MOST_WORK and self.schedule.stages > 0
+        dear = self.guide.draw_cost() > MOST_WORK and self.schedule.stages > 0
         if self.settled is None or not dear:
             return False
         with torch.no_grad():
@@ -188,7 +188,7 @@ class Run:
         # As many as `_prepare` makes room for, but where a step finds out itself which it needs.
         sampled = source.sampled(self.share.together(size))
         whole = self.lazy.tables.keys() >= sampled and not self.share.several
-        dense = n if whole or self.guide.every_cluster() else 4 * self.share.together(size)
+        dense = n if whole or self.guide.needs_all_clusters() else 4 * self.share.together(size)
         return self.shuffle.batch(source, self.share.batch(size), dense)
 
     def _close_window(self, losses: list[Loss]) -> None:
@@ -288,7 +288,7 @@ class Run:
         # Effects inside the network make it run on, but not learn.
         self.held = [one for one in self.model.parameters() if one.requires_grad]
         self.model.requires_grad_(False)
-        self.guide.settle()
+        self.guide.train_hyperparameters_only()
         self.settled = self.share.compute(self.model.compute, self.source)
         self.share = self.share.ended(self.settled)
         return self.settled
