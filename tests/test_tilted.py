@@ -70,7 +70,7 @@ def test_gradients_are_those_of_a_draw_judged_by_one_that_is_held(terms, draws):
     fixed, noise = location.detach(), noise_for(terms, draws)
     q = ObservedNormal(scale, tau, base, trained, location, fixed + moved)
     first = automatic(scale, tau, base, trained, location + moved)
-    first.held = automatic(scale, tau, base, trained.detach(), fixed + moved)
+    first.detached = automatic(scale, tau, base, trained.detach(), fixed + moved)
     found = []
     for one in (q, first):
         value = one.push(noise)

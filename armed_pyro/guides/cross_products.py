@@ -115,7 +115,7 @@ class SparsityPattern:
 
     @classmethod
     def of(cls, between: Float[Tensor, "clusters terms effects"]) -> SparsityPattern | None:
-        """The pattern of a matrix; None where its pairs are so numerous that the dense form is faster."""
+        """The pattern of a matrix; None if the dense form is faster, with its many pairs."""
         k, t, m = between.shape
         nonzero = (between != 0).any(1)
         counts = nonzero.sum(1)

@@ -82,7 +82,7 @@ class Hyperparameters(nn.Module):
     `CoupledNormal`.
 
     With many hyperparameters, each row of the flow's matrices is a sum of many trained numbers,
-    all of which Adam moves at once, and the noise of their gradients would add up. Beyond
+    all moved at once by Adam, and the noise of their gradients would add up. Beyond
     `FULL_STEPS` hyperparameters the matrices are therefore trained in smaller units.
 
     Parameters

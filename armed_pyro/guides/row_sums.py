@@ -130,8 +130,8 @@ class RowSums:
     def shortened(self, latents: Latents, means: Latents) -> list[Tensor]:
         """`pulls`, so that a Newton step from the means moves no effect too far.
 
-        The step is shortened by the same fraction for all clusters: a joint step of which only
-        parts are shortened would not lead in its own direction.
+        All clusters share one fraction: shortening parts of a joint step would change its
+        direction.
         """
         precisions = [self.within]
         precisions += [self.cells[a, a][:: k + 1] for a, (k, _) in enumerate(self.sizes) if a]
