@@ -235,11 +235,11 @@ class CrossedGuide(Guide):
             detached = self._joint(latents, detach=True)
         k, t, _ = self.between.shape
         products, tau = self._cross_products(), self.model_precision(latents)
-        sqrt_tau = tau.sqrt()[..., None]
         e1, e2, within, b = self._natural(products, latents.get("fixed_effect"), detach)
+        scale = self.largest.scale_matrix(latents)
         tau_b = tau[..., None] * b
         tau_b1 = tau_b[..., : k * t].reshape(*tau_b.shape[:-2], k, t)
-        scale = self.largest.scale_matrix(latents)
+        sqrt_tau = tau.sqrt()[..., None]
         root = precision_root(tau[..., None, None] * (scale.mT @ within @ scale))
         r = solve(root, scale.mT @ tau_b1[..., None], upper=False)[..., 0]
         # Times sqrt(tau), so that the Gram matrix is tau times the sum in S.
