@@ -17,7 +17,7 @@ from armed_pyro.prediction.unseen import (
     EffectSource,
     new_clusters,
 )
-from armed_pyro.program.blocks import BLOCK_VALUES, width
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
@@ -59,14 +59,14 @@ def predict_chunks(
     levels = facts.levels_with(data)
     rows_of = model.encode(data, levels)
     n = max([0, *(one.shape[0] for one in source.latents.values() if one.dim() > 1)]) or draws
-    size = chunk or max(1, BLOCK_VALUES // (n * width(model, others=outcomes)))
+    size = chunk or max(1, BLOCK_VALUES // (n * values_per_row(model, others=outcomes)))
     base = (posterior.seed if seed is None else seed) + 1
     latents, used = extended(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
         stop = start + len(rows)
         # Not around the yield: the caller's own random numbers and gradients go on in between.
         with model.seeded(base + stop):
-            predictor = model.predictor(rows, latents, alone=False, others=outcomes)
+            predictor = model.predictor(rows, latents, return_fixed=False, others=outcomes)
             # Without latent sites all draws have the same predictor.
             eta = predictor.eta.expand(n, *predictor.eta.shape[-2:])
             expected = model.family.mean(eta, rows)

@@ -106,7 +106,7 @@ def fixed_effects(
 def _factor_rows(
     model: MixedEffects, factor: Factor, latents: Draws
 ) -> Iterator[tuple[str, str, str, Tensor]]:
-    covariance = original_covariance(model, factor, latents)
+    covariance = original_covariance(factor, latents)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "sd", variance[:, position].sqrt()
