@@ -15,24 +15,25 @@ if TYPE_CHECKING:
     from armed_pyro.data.clustered import ClusteredData as ClusteredData
     from armed_pyro.data.files import read_table as read_table, write_table as write_table
     from armed_pyro.engine.schedule import Schedule as Schedule
-    from armed_pyro.explain.attributed import Attribution as Attribution
+    from armed_pyro.explain.attribution import Attribution as Attribution
     from armed_pyro.explain.boundaries import Boundaries as Boundaries
     from armed_pyro.explain.decode import DecodedEffects as DecodedEffects
     from armed_pyro.explain.invariance import Invariance as Invariance
     from armed_pyro.explain.probe_test import ProbeTest as ProbeTest, probe_test as probe_test
     from armed_pyro.families.reconstruction import Reconstruction as Reconstruction
-    from armed_pyro.fitting import (
-        DivergenceError as DivergenceError,
+    from armed_pyro.families.registry import FAMILIES as FAMILIES
+    from armed_pyro.fit_result import (
         Fit as Fit,
         compare_modes as compare_modes,
-        fit as fit,
         score_mode as score_mode,
     )
+    from armed_pyro.fitting import DivergenceError as DivergenceError, fit as fit
     from armed_pyro.guides.base import Guide as Guide
     from armed_pyro.guides.structured import StructuredGuide as StructuredGuide
     from armed_pyro.networks.adversary import Adversary as Adversary
     from armed_pyro.prediction.adapt import Adapted as Adapted
     from armed_pyro.prediction.result import Prediction as Prediction
+    from armed_pyro.prediction.scores import crps as crps
     from armed_pyro.priors import (
         Exponential as Exponential,
         HalfNormal as HalfNormal,
@@ -51,9 +52,10 @@ if TYPE_CHECKING:
 # Every public name and the module that defines it. The module is imported when the name is first
 # asked for, so that `import armed_pyro` and the command line's help do not wait for torch.
 _MODULES = {
+    "FAMILIES": "families.registry",
     "Adapted": "prediction.adapt",
     "Adversary": "networks.adversary",
-    "Attribution": "explain.attributed",
+    "Attribution": "explain.attribution",
     "Boundaries": "explain.boundaries",
     "Check": "checks.inference_checks",
     "ClusteredData": "data.clustered",
@@ -62,7 +64,7 @@ _MODULES = {
     "DivergenceError": "fitting",
     "Exponential": "priors",
     "FilterScaleBias": "random_effects.terms",
-    "Fit": "fitting",
+    "Fit": "fit_result",
     "Guide": "guides.base",
     "HalfNormal": "priors",
     "HalfStudentT": "priors",
@@ -79,11 +81,12 @@ _MODULES = {
     "Slopes": "random_effects.terms",
     "StreamedData": "streaming.streamed_data",
     "StructuredGuide": "guides.structured",
-    "compare_modes": "fitting",
+    "compare_modes": "fit_result",
+    "crps": "prediction.scores",
     "fit": "fitting",
     "probe_test": "explain.probe_test",
     "read_table": "data.files",
-    "score_mode": "fitting",
+    "score_mode": "fit_result",
     "simulation_calibration": "checks.calibration",
     "write_table": "data.files",
 }

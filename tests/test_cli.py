@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -289,8 +290,8 @@ def test_divergence_keeps_the_last_good_state(data, tmp_path, monkeypatch):
 
     def diverge(*arguments, **settings):
         result = real(*arguments, **settings)
-        object.__setattr__(result, "stopped", "diverged")
-        raise DivergenceError("the loss diverged at step 7", result)
+        last = Fit(replace(result.posterior, stopped="diverged"))
+        raise DivergenceError("the loss diverged at step 7", last)
 
     monkeypatch.setattr(fit_module, "fit", diverge)
     run = tmp_path / "run"

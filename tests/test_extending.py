@@ -210,7 +210,7 @@ def test_residuals_are_checked_by_the_familys_distribution_function(result):
     assert check.verdict == "pass"
     assert check.value > 0.01
     skewed = dataclasses.replace(result.data, outcome=result.data.outcome.exp())
-    wrong = dataclasses.replace(result, data=skewed)
+    wrong = Fit(dataclasses.replace(result.posterior, data=skewed))
     assert residuals(wrong).verdict == "fail"
 
 

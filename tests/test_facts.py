@@ -113,7 +113,9 @@ def test_other_features_are_refused():
     other = ClusteredData.from_frame(
         make_frame(), outcome="y", clusters=["site", "ward"], features=["age", "smoker"]
     )
-    with pytest.raises(ValueError, match=r"missing: \['sex\[T.m\]'\].*ClusteredData\.encode"):
+    with pytest.raises(
+        ValueError, match=r"missing: \['sex\[T.m\]'\].*ClusteredData\.encode\(table, data\.schema\)"
+    ):
         make_facts().encode(other, torch.zeros(()))
 
 

@@ -173,12 +173,12 @@ def fitted():
     data = ClusteredData.from_arrays(
         x.astype("float32"), rng.normal(size=len(site)), {"site": site}
     )
-    train, new = data.take(np.flatnonzero(site < 20)), data.take(np.flatnonzero(site >= 20))
+    training, new = data.take(np.flatnonzero(site < 20)), data.take(np.flatnonzero(site >= 20))
     # The outcome is drawn from the program that is fitted, laid out for a placeholder.
-    model = MixedEffects(net, FilterScaleBias("site", at="0"), "gaussian").bind(train)
+    model = MixedEffects(net, FilterScaleBias("site", at="0"), "gaussian").bind(training)
     effects = torch.tensor(TRUE_SD * rng.normal(size=(sites, 2))).float()
     drawn = []
-    for part, own in ((train, effects[:20]), (new, effects[20:])):
+    for part, own in ((training, effects[:20]), (new, effects[20:])):
         rows = model.encode(part, model.data_facts().levels_with(part)).all()
         known = torch.cat([torch.zeros(20, 2), own]) if part is new else own
         with torch.no_grad():

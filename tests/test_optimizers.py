@@ -23,6 +23,7 @@ from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.inference.cluster_adam import LazyAdam
 from armed_pyro.inference.objective import Objective
 from armed_pyro.inference.optimizers import Optimizers
+from armed_pyro.inference.task import TrainingTask
 from armed_pyro.inference.training_run import Run
 
 K, N = 60, 120
@@ -346,14 +347,14 @@ def test_a_run_with_lazy_clusters_goes_on_from_its_checkpoint(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         from armed_pyro.inference.training_run import Run
 
-        original = Run._close_window
+        original = Run.close_window
 
         def closing(self, losses):
             original(self, losses)
             if self.step > 4:
                 raise KilledError
 
-        patch.setattr(Run, "_close_window", closing)
+        patch.setattr(Run, "close_window", closing)
         with pytest.raises(KilledError):
             run(checkpoint=path)
     resumed = run(checkpoint=path, resume=True)
@@ -379,7 +380,7 @@ def test_state_is_that_of_every_factor_read_in_batches():
 
 def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     """Of a wide layer's effects those of a batch are trained on: read again, they are others'."""
-    monkeypatch.setattr("armed_pyro.inference.training_run.LARGEST_STEP", 64)
+    monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", 64)
     data, calls, read = many(), [], LazyAdam.read
 
     def counted(self, rows):
@@ -392,9 +393,10 @@ def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     model = MixedEffects(net, Slopes("site", on="1")).bind(data)
     source = model.encode(data)
     with pyro.validation_enabled(False):
-        run = Run(model, StructuredGuide(model, source), data, source, None, schedule, 0, "never")
-        run._settle()
-        assert run.lazy.tables
+        guide = StructuredGuide(model, source)
+        run = Run(TrainingTask.single(model, guide, data, schedule, compile="never"))
+        run._freeze()
+        assert run.phase.lazy.tables
         for _ in range(3):
             run.take_step()
     assert len(calls) == 3

@@ -248,7 +248,11 @@ def test_effects_are_those_of_least_squares(fitted):
 
 def test_images_are_predicted_under_every_sites_effects(fitted):
     result, effects, (_, pattern, site) = fitted
-    found = result.predict(result.data, draws=200).others["image"]
+    prediction = result.predict(result.data, draws=200)
+    without = result.predict(result.data, draws=200, others=False)
+    assert without.others == {}
+    np.testing.assert_allclose(without.expected, prediction.expected)
+    found = prediction.others["image"]
     expected = (1 + effects[site][:, :1]) * pattern + effects[site][:, 1:]
     assert found.mean.shape == (len(site), 1, 4, 4)
     # The sd of a site's mean is that of 48 values each; sds say so.

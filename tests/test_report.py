@@ -121,7 +121,7 @@ def test_broken_off_predictions_leave_nothing(result, tmp_path):
 
 
 def shown(result, prob=0.9, **more):
-    return page(result.results(prob=prob), random_effects(result, prob=prob), **more)
+    return page(result.results(prob=prob), random_effects(result.posterior, prob=prob), **more)
 
 
 class Checker(HTMLParser):
@@ -214,7 +214,7 @@ def test_page_escapes_everything_that_comes_from_the_data():
 
 
 def test_random_effects_are_those_of_the_draws(result):
-    table = random_effects(result, draws=50, prob=0.8)
+    table = random_effects(result.posterior, draws=50, prob=0.8)
     assert list(table) == ["factor", "term", "cluster", "mean", "lower", "upper"]
     factor = result.model.factors[0]
     draws = result.draws(50)[factor.effect_site].to(factor.to_original) @ factor.to_original.mT

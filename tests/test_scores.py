@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
+from armed_pyro import ClusteredData, MixedEffects, Schedule, compare_modes, fit, score_mode
 from armed_pyro.families.simulate import mixed_model
-from armed_pyro.prediction.scores import compare_modes, crps, score_mode
+from armed_pyro.prediction.scores import crps
 
 SHORT = Schedule(steps=300, window=50)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.fitting import Fit
+from armed_pyro.fit_result import Fit
 from armed_pyro.inference.training_run import Run
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.rows.in_memory import HeldRows

@@ -9,7 +9,7 @@ from torch import nn
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.prediction.chunks import predict_chunks
 from armed_pyro.prediction.sources import effect_source
-from armed_pyro.prediction.unseen import MODES, apart, check_mode, label_noise
+from armed_pyro.prediction.unseen import MODES, check_mode, label_noise, one_cluster_per_row
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 
@@ -186,7 +186,7 @@ def test_blocks_and_order_do_not_matter(nested, mode):
 
 def test_rows_apart_are_clusters_of_their_own(nested):
     data = ClusteredData.encode(rows(school=["new", "new", "s1"]), nested.data.schema)
-    labels = apart(nested.model, data, start=7).grouping("school").labels()
+    labels = one_cluster_per_row(nested.model, data, start=7).grouping("school").labels()
     assert list(labels) == ["new (row 7)", "new (row 8)", "s1"]
 
 

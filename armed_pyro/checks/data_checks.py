@@ -24,13 +24,13 @@ from armed_pyro.summaries.arviz_stats import prior_sensitivity
 __all__ = ["data_checks", "effective_clusters", "predictive_checks"]
 
 
-FEW_CLUSTERS, TOO_FEW_CLUSTERS = 5.0, 3.0
-SENSITIVE = 0.2
-NEAR_ZERO = 0.1
+FEW_CLUSTERS, TOO_FEW_CLUSTERS = 5.0, 3.0  # effective clusters below which a check warns, fails
+SENSITIVE = 0.2  # sensitivity to the prior's scale above which a check warns
+NEAR_ZERO = 0.1  # posterior share of an sd near zero above which a check warns
 
 
 def data_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    """Whether the data tell enough, and random effects and residuals are what the program says."""
+    """Checks of the data's information, the priors, and the random effects' and residuals' laws."""
     yield from _clusters(posterior)
     yield from _boundary(posterior, latents)
     yield from _priors(posterior, latents)
@@ -39,7 +39,7 @@ def data_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator
 
 
 def effective_clusters(posterior: Posterior) -> dict[str, float]:
-    """(sum n_k)^2 / sum n_k^2, by factor: as many clusters of equal size weigh the same."""
+    """(sum n_k)^2 / sum n_k^2 by factor: the equivalent number of clusters of equal size."""
     counts = posterior.model.data_facts().counts
     names = [factor.name for factor in posterior.model.factors]
     return {
@@ -64,7 +64,7 @@ def _clusters(posterior: Posterior) -> Iterator[Check]:
 
 
 def _units(factor: Factor) -> set[str]:
-    """Terms of a hidden layer's units or filters: of interest together, not one by one."""
+    """Terms of a hidden layer's units or filters, which are interpreted together, not singly."""
     names = [name for block in factor.blocks if block.width > 1 for name in block.names]
     return {term for term in factor.terms if any(term.startswith(name) for name in names)}
 
@@ -73,9 +73,9 @@ def _boundary(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[C
     for factor in posterior.model.factors:
         sd = factor.sd(latents)
         if sd.dim() < 3:
-            continue  # known
+            continue  # fixed by the prior
         draws = sd[:, 0].double().cpu()
-        # A posterior as high at zero as elsewhere has a fifth of its mass there.
+        # A uniform posterior on (0, a) has 18% of its mass below a fifth of its 90% quantile.
         near = (draws < 0.2 * draws.quantile(0.9, dim=0)).double().mean(0)
         for term, share in zip(factor.terms, near.tolist(), strict=True):
             if share <= NEAR_ZERO or term in _units(factor):
@@ -94,19 +94,19 @@ def _priors(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Che
     units = {
         f"{factor.name}_sd[{term}]" for factor in posterior.model.factors for term in _units(factor)
     }
-    found = prior_sensitivity(posterior, latents)
-    sensitivity = {name: value for name, value in found.items() if name not in units}
+    all_sensitivities = prior_sensitivity(posterior, latents)
+    sensitivity = {name: value for name, value in all_sensitivities.items() if name not in units}
     if not sensitivity:
         return
     worst = max(sensitivity, key=lambda name: sensitivity[name])
     value = sensitivity[worst]
-    many = [name for name, one in sensitivity.items() if one > SENSITIVE]
+    sensitive = [name for name, size in sensitivity.items() if size > SENSITIVE]
     reason = f"power-scaling the priors moves {worst} most: sensitivity {value:.2f}"
-    if not many:
+    if not sensitive:
         yield Check("prior sensitivity", "pass", value, SENSITIVE, reason)
         return
-    shown = ", ".join(many[:3]) + (", ..." if len(many) > 3 else "")
-    reason = f"the prior says much of {shown}: sensitivity up to {value:.2f}"
+    shown = ", ".join(sensitive[:3]) + (", ..." if len(sensitive) > 3 else "")
+    reason = f"the prior influences {shown} strongly: sensitivity up to {value:.2f}"
     advice = "the data say little of it, or contradict the prior: justify the prior, or change it"
     yield Check("prior sensitivity", "warn", value, SENSITIVE, reason, advice)
 
@@ -114,17 +114,17 @@ def _priors(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Che
 def predictive_checks(
     posterior: Posterior, latents: Mapping[str, Tensor], weighted: ImportanceDraws | None
 ) -> tuple[pd.DataFrame, list[Check]]:
-    """Outcomes of every cluster beside their replications, as a table, and the checks of them."""
+    """Posterior predictive checks: a table with one row per cluster, and the verdicts."""
     tables, checks = [], []
     for factor in posterior.model.factors:
-        found = cluster_checks(posterior, factor.name, latents, seed=posterior.seed)
-        table = found.table.assign(factor=factor.name)
+        compared = cluster_checks(posterior, factor.name, latents, seed=posterior.seed)
+        table = compared.table.assign(factor=factor.name)
         nested = posterior.guide.nested()
         if weighted is not None and nested is factor and len(table) == len(weighted.cluster_k_hat):
             elpd, bad = _left_out(weighted)
             table = table.assign(k_hat=weighted.cluster_k_hat, elpd=elpd, elpd_k_hat=bad)
         tables.append(table)
-        for name, (p, ratio) in found.overall.items():
+        for name, (p, ratio) in compared.overall.items():
             checks.append(_discrepancy(factor.name, name, p, ratio))
     whole = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     first = [name for name in ("factor", "cluster", "rows") if name in whole]
@@ -145,11 +145,11 @@ def _discrepancy(factor: str, statistic: str, p: float, ratio: float) -> Check:
 
 def _normality(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     for factor in posterior.model.factors:
-        found = effect_normality(factor, latents, seed=posterior.seed)
-        if not found:
+        tests = effect_normality(factor, latents, seed=posterior.seed)
+        if not tests:
             continue
-        worst = min(found, key=lambda term: found[term][0])
-        p, w = min(1.0, found[worst][0] * len(found)), found[worst][1]  # Bonferroni
+        worst = min(tests, key=lambda term: tests[term][0])
+        p, w = min(1.0, tests[worst][0] * len(tests)), tests[worst][1]  # Bonferroni
         verdict = "pass" if p > 0.01 else "warn" if p > 1e-5 else "fail"
         not_ = "not " if verdict != "pass" else ""
         reason = (
@@ -162,11 +162,11 @@ def _normality(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[
 
 def _residuals(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     family = posterior.model.family
-    found = residual_uniformity(posterior, latents, seed=posterior.seed)
-    if found is None:
+    uniformity = residual_uniformity(posterior, latents, seed=posterior.seed)
+    if uniformity is None:
         yield _unchecked_residuals(family)
         return
-    p, distance = found
+    p, distance = uniformity
     verdict = "pass"
     if p < 1e-3 and distance > 0.03:
         verdict = "fail" if p < 1e-6 and distance > 0.1 else "warn"
@@ -179,7 +179,7 @@ def _residuals(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[
 
 
 def _unchecked_residuals(family: Family) -> Check:
-    """A check that says aloud that residuals were not checked, and why."""
+    """The check that reports that residuals were not checked, and why."""
     if family.no_residuals:
         reason = f"not checked for family {family.name!r}: {family.no_residuals}"
         return Check("residuals", "pass", None, None, reason)
@@ -189,9 +189,9 @@ def _unchecked_residuals(family: Family) -> Check:
 
 
 def _left_out(weighted: ImportanceDraws) -> tuple[np.ndarray, np.ndarray]:
-    """log p(y_k | y of the other clusters), and k-hat of its weights, of the clusters looked at."""
-    clusters, watched = weighted.clusters.T, ~np.isnan(weighted.cluster_k_hat)
-    elpd, k_hat = np.full(len(watched), np.nan), np.full(len(watched), np.nan)
-    smoothed, k_hat[watched] = pareto_smooth(weighted.log_weights - clusters)
-    elpd[watched] = np.logaddexp.reduce(smoothed + clusters, axis=1)
+    """log p(y_k | y of the other clusters) and k-hat of its weights; NaN if not computed."""
+    clusters, weighed = weighted.clusters.T, ~np.isnan(weighted.cluster_k_hat)
+    elpd, k_hat = np.full(len(weighed), np.nan), np.full(len(weighed), np.nan)
+    smoothed, k_hat[weighed] = pareto_smooth(weighted.log_weights - clusters)
+    elpd[weighed] = np.logaddexp.reduce(smoothed + clusters, axis=1)
     return elpd, k_hat

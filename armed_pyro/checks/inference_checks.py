@@ -21,20 +21,25 @@ ORDER = ("pass", "warn", "fail")
 
 @dataclass(frozen=True)
 class Check:
-    """One question asked of a fit.
+    """The result of one check of a fit.
 
     Attributes
     ----------
     name : str
-        What is checked.
+        Name of the check.
     verdict : {"pass", "warn", "fail"}
-        The answer.
+        Result.
     value, threshold : float or None
-        What was found, and where it stops being good.
+        Measured value, and the threshold for passing.
     reason : str
-        What was found, in words.
+        Result in words.
     advice : str
-        What to do; empty where the check passed.
+        Next step for the user; empty if the check passed.
+
+    Examples
+    --------
+    >>> Check("k-hat", "pass", 0.31, 0.7, "Pareto k-hat 0.31").verdict
+    'pass'
     """
 
     name: str
@@ -46,7 +51,7 @@ class Check:
 
 
 def k_hat_threshold(draws: int) -> float:
-    """min(1 - 1 / log10(S), 0.7): below it importance weights can be relied upon.
+    """min(1 - 1 / log10(S), 0.7), below which importance weights of S draws are reliable.
 
     Examples
     --------
@@ -61,7 +66,7 @@ def k_hat_threshold(draws: int) -> float:
 
 
 def inference_checks(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterator[Check]:
-    """Whether the training ended well, and the draws are those of the posterior."""
+    """Checks of the training, and of the importance weights or chains."""
     yield from _training(posterior)
     yield from _sampling(posterior, weighted)
 
@@ -111,7 +116,7 @@ def _sampling(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterato
     nuts = 'the guide misses part of the posterior: use fit.refine("nuts")'
     verdict = "pass" if k_hat < limit else "warn" if k_hat < 1 else "fail"
     if verdict == "fail" and posterior.model.factors and posterior.guide.nested() is None:
-        # In so many dimensions weights degenerate whatever the guide: nothing is proven.
+        # Weights of this many effects at once degenerate with any guide: k-hat proves nothing.
         verdict = "warn"
         reason += "; many effects a cluster are known as if independent, which cannot be verified"
     yield Check("k-hat", verdict, k_hat, limit, reason, "" if verdict == "pass" else nuts)
@@ -125,13 +130,13 @@ def _sampling(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterato
         advice = "" if good else "use fit.refine(), which corrects this"
         yield Check("guide", "pass" if good else "warn", bias, 0.25, reason, advice)
     if len(weighted.cluster_k_hat):
-        found = weighted.cluster_k_hat[~np.isnan(weighted.cluster_k_hat)]
-        high = int((found > 0.7).sum())
-        bad = high / len(found)
-        # One cluster's k-hat may be high by chance.
+        k_hats = weighted.cluster_k_hat[~np.isnan(weighted.cluster_k_hat)]
+        high = int((k_hats > 0.7).sum())
+        bad = high / len(k_hats)
+        # The k-hat of a single cluster may be high by chance.
         good = high < 2 or bad < 0.05
         verdict = "pass" if good else "warn" if bad < 0.3 else "fail"
-        reason = f"k-hat above 0.7 in {high} of {len(found)} clusters"
+        reason = f"k-hat above 0.7 in {high} of {len(k_hats)} clusters"
         yield Check("k-hat by cluster", verdict, bad, 0.05, reason, "" if good else nuts)
 
 
@@ -149,9 +154,12 @@ def _nuts(quality: Mapping[str, float]) -> Iterator[Check]:
 
 
 def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
-    """Largest difference of means, in posterior sds, and factor of sds, draws over weighted."""
+    """Largest error of the guide's means, in posterior sds, and largest ratio of sds, either way.
+
+    The weighted draws stand for the posterior.
+    """
     worst, factor = 0.0, 1.0
-    # The proposals' sds are larger than the guide's.
+    # Proposals are wider than the guide: dividing by `inflation` gives the guide's sds.
     size = sum(
         value[0].numel()
         for value in weighted.latents.values()
@@ -160,13 +168,12 @@ def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
     inflation = math.sqrt(proposal_variance(max(1, size)))
     for name, value in weighted.latents.items():
         if value.dim() < 2 or value.shape[1] != 1:
-            continue  # known, or effects of clusters
+            continue  # fixed by the prior, or effects of clusters
         draws = value.reshape(len(value), -1).double().cpu().numpy()
         mean = weighted.weights @ draws
         sd = np.sqrt(weighted.weights @ (draws - mean) ** 2)
         moves = sd > 1e-12
-        own = draws.std(0)[moves] / inflation
-        if name.endswith("_sd"):  # skewed: on the scale on which the guide is nearly normal
+        if name.endswith("_sd"):  # skewed; the guide is nearly normal in their logarithms
             logs = np.log(draws[:, moves])
             mean_log = weighted.weights @ logs
             sd_log = np.sqrt(weighted.weights @ (logs - mean_log) ** 2)
@@ -174,7 +181,7 @@ def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
             ratio = logs.std(0) / inflation / sd_log
         else:
             shift = np.abs(draws.mean(0) - mean)[moves] / sd[moves]
-            ratio = own / sd[moves]
+            ratio = draws.std(0)[moves] / inflation / sd[moves]
         worst = max(worst, float(shift.max(initial=0)))
         factor = max(factor, float(np.maximum(ratio, 1 / ratio).max(initial=1)))
     return worst, factor

@@ -1,4 +1,4 @@
-"""One simulation of a calibration: draw everything from the prior, fit, and rank the truth."""
+"""One simulation of a calibration: draw from the prior, fit, and rank the truth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
 
-from armed_pyro.checks import rank_tests as uniformity
+from armed_pyro.checks import rank_tests
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.inference.divergence import TrainingDiverged
@@ -35,7 +35,7 @@ Latents = dict[str, Tensor]
 
 
 def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
-    """The program laid out for these data, its network held as it is, without adversaries.
+    """The program bound to the data, with a frozen network and without adversaries.
 
     Raises
     ------
@@ -58,13 +58,13 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
 
 
 def _evaluate(net: nn.Module, args: tuple[Any, ...]) -> None:
-    """Training would switch the layers of a network that is held to their training mode."""
+    """Put the frozen network in evaluation mode, because training puts it in training mode."""
     net.eval()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch with one thread, as sums depend on their number."""
+    """Torch with one thread, because rounding of sums depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,16 +75,16 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """A draw of the whole program.
+    """One draw of the whole program from its prior.
 
     Attributes
     ----------
     latents : dict of str to Tensor
-        Latent sites and known quantities, shaped like one draw of `Fit.draws`.
+        Latent sites and known quantities, with the shapes of one draw of `Fit.draws`.
     eta : Float[Tensor, "rows columns"]
         Linear predictor.
     outcome : Float64[Tensor, "rows"]
-        On its original scale; NaN where the predictor is not finite.
+        Outcome on its original scale; NaN if the predictor is not finite.
     """
 
     latents: Latents
@@ -94,7 +94,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Recovered:
-    """Ranks of one truth, by quantity; or what went wrong, and no ranks."""
+    """Ranks of one truth, by quantity; or the error of the fit, and no ranks."""
 
     ranks: Mapping[str, int]
     converged: bool
@@ -103,22 +103,22 @@ class Recovered:
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """Settings of simulations, of which each depends on its number alone.
+    """Settings of the simulations; a simulation depends on these and on its number.
 
     Attributes
     ----------
     bound : MixedEffects
-        What `held` returned.
+        Program returned by `held`.
     data : ClusteredData
-        Everything but the outcome.
+        Rows, whose outcome is replaced.
     n_draws : int
-        Posterior draws of each fit.
+        Number of posterior draws of each fit.
     schedule : Schedule
         Length and rates of each fit's training.
     refine : bool
         Whether the guide's draws are importance weighted.
     seed : int
-        Seed from which each simulation has its own.
+        Seed from which the simulations' seeds are derived.
     """
 
     bound: MixedEffects
@@ -132,7 +132,7 @@ class Recovery:
         """The draw of the program with this number."""
         bound, rows = self.bound, self.bound.encode(self.data).all()
         with bound.seeded(self._seeds(number)[0]), pyro.validation_enabled(False):
-            # The data's own outcome is observed, which leaves the prior draws as they are.
+            # The data's outcome is observed in this trace, which does not affect the prior draws.
             trace = poutine.trace(bound).get_trace(rows)
             nodes: Mapping[str, Any] = trace.nodes
             latents: Latents = {
@@ -180,27 +180,27 @@ class Recovery:
         except (TrainingDiverged, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return Recovered({}, False, str(error))
         values = quantities(bound, source, draws)
-        found = np.stack([one.cpu().numpy() for one in values.values()], -1)
-        if not np.isfinite(found).all():
-            wrong = [name for name, one in values.items() if not torch.isfinite(one).all()]
+        posterior_draws = np.stack([draw.cpu().numpy() for draw in values.values()], -1)
+        if not np.isfinite(posterior_draws).all():
+            wrong = [name for name, value in values.items() if not torch.isfinite(value).all()]
             return Recovered({}, False, f"posterior draws of {', '.join(wrong[:3])} are not finite")
         true = quantities(bound, source, truth.latents)
-        target = np.stack([one.cpu().numpy() for one in true.values()], -1)
-        ranks = uniformity.rank(target, found, np.random.default_rng(ties))
+        target = np.stack([value.cpu().numpy() for value in true.values()], -1)
+        ranks = rank_tests.rank(target, posterior_draws, np.random.default_rng(ties))
         return Recovered(dict(zip(values, ranks.tolist(), strict=True)), bool(fitted.converged))
 
     def _seeds(self, number: int) -> list[int]:
         """Seeds of the truth, the training, the posterior draws and the order of ties."""
-        return [int(one) for one in np.random.SeedSequence([self.seed, number]).generate_state(4)]
+        return np.random.SeedSequence([self.seed, number]).generate_state(4).tolist()
 
 
 def quantities(
     model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, " draws"]]:
-    """What is ranked, by name, in standardised units.
+    """The quantities that are ranked, by name, in standardised units.
 
-    Every latent sd, correlation, parameter of the family and fixed effect; all random effects of
-    the first, middle and last cluster of each factor; and the log-likelihood of all rows.
+    These are every latent sd, correlation, parameter of the family and fixed effect; all random
+    effects of the first, middle and last cluster of each factor; and the log-likelihood.
     """
     values: dict[str, Tensor] = {}
     known = model.known()
@@ -211,7 +211,7 @@ def quantities(
             sd = factor.sd(latents).reshape(-1, len(terms))
             values |= {f"{covariance.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
         values |= covariance.correlations(latents)
-        values |= {group.site(n): one for group, n, one in covariance.quantities(latents)}
+        values |= {group.site(n): value for group, n, value in covariance.quantities(latents)}
         effects, levels = latents[factor.effect_site], model.data_facts().levels[name]
         for k in sorted({0, len(levels) // 2, len(levels) - 1}):
             values |= {
@@ -230,7 +230,7 @@ def quantities(
 def _log_likelihood(
     model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor]
 ) -> Float[Tensor, " draws"]:
-    """log p(y | latent sites) of all rows together."""
+    """Sum over all rows of log p(y_i | latent sites)."""
     n = max(len(value) for name, value in latents.items() if name not in model.known())
     width = sum(len(factor.terms) for factor in model.factors) + len(model.data_facts().columns)
     total = torch.zeros(n, dtype=torch.float64)
@@ -240,7 +240,7 @@ def _log_likelihood(
     return total
 
 
-# --- absurd priors ----------------------------------------------------------------------------
+# --- priors too wide to simulate from -------------------------------------------------------
 
 
 def check_outcomes(recovery: Recovery, simulations: int) -> None:
@@ -249,8 +249,8 @@ def check_outcomes(recovery: Recovery, simulations: int) -> None:
     Raises
     ------
     ValueError
-        If outcomes are not finite, or are counts above 1e9; the message says whose prior is the
-        most to blame.
+        If outcomes are not finite, or are counts above 1e9; the message names the parameter whose
+        prior is responsible most often.
     """
     limit = LARGEST_COUNT if recovery.bound.family.integer else sys.float_info.max
     blame: Counter[str] = Counter()
@@ -271,7 +271,7 @@ def _size(values: Tensor) -> Tensor:
 
 
 def _culprit(recovery: Recovery, truth: Truth) -> str:
-    """The part of the worst row's predictor that is largest, and what to do about it."""
+    """The largest part of the worst row's predictor, with advice."""
     model, latents = recovery.bound, truth.latents
     row = int(_size(truth.eta).amax(-1).argmax())
     source = model.encode(recovery.data)
@@ -281,8 +281,8 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
         base = model.predictor(rows, fixed).eta
         parts = {"": base}
         for factor in model.factors:
-            own = fixed | {factor.effect_site: latents[factor.effect_site]}
-            parts[factor.name] = model.predictor(rows, own).eta - base
+            effects = fixed | {factor.effect_site: latents[factor.effect_site]}
+            parts[factor.name] = model.predictor(rows, effects).eta - base
     worst = max(parts, key=lambda name: float(_size(parts[name]).max()))
     for factor in model.factors:
         if factor.name == worst:
@@ -298,6 +298,6 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
             "as Priors(fixed_sd=0.5), or look for a large offset"
         )
     return (
-        "the output of the network, whose weights are held, or the offset: calibrate the program "
+        "the output of the network, whose weights are fixed, or the offset: calibrate the program "
         "of a fit (fit.model), or look for a large offset"
     )

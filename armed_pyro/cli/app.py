@@ -1,7 +1,7 @@
 """The commands fit, predict, report and demo.
 
-A command imports its work when it runs: torch, pyro and pandas take seconds, which ``--help`` and a
-mistyped option need not wait for.
+Each command imports its work when it runs. Torch, pyro and pandas take seconds to import, and
+``--help`` or a mistyped option should not wait for them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ app = typer.Typer(
 
 @final
 class FilledInCommand(TyperCommand):
-    """A command whose help lists families, modes or the number of steps; see `option`."""
+    """A command whose help names families, modes or the number of steps; see `option`."""
 
     def get_help(self, ctx: Any) -> str:
-        """The help, with those lists filled in."""
+        """The help text, with these names filled in."""
         from armed_pyro.engine.schedule import Schedule
         from armed_pyro.families.registry import FAMILIES
         from armed_pyro.prediction.unseen import MODES

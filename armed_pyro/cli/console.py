@@ -1,4 +1,4 @@
-"""Where the commands print, and how they end on an error."""
+"""The commands' output, and their exit on an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 __all__ = ["err", "messages", "out", "say"]
 
-# Names in the data may look like markup: [bold] and :school: are printed as they stand.
+# Markup and emoji codes are off, because names in the data may look like them: [bold], :school:.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
 

@@ -1,4 +1,4 @@
-"""``armed-pyro demo``: a demonstration that an installed package registers."""
+"""``armed-pyro demo``: a demonstration registered by an installed package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run_demo(options: DemoOptions) -> None:
     Raises
     ------
     ValueError
-        If no such demonstration, or a package that it needs, is installed.
+        If the demonstration, or a package that it needs, is not installed.
     """
     registered = list(entry_points(group="armed_pyro.demos", name="fertility"))
     if not registered:

@@ -1,4 +1,4 @@
-"""``armed-pyro fit``: from a table to a folder with a fit."""
+"""``armed-pyro fit``: fit a table, and save the fit to a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from armed_pyro.engine.processes import first_process
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.family import Family
 from armed_pyro.families.registry import family_named
-from armed_pyro.fitting import DivergenceError, Fit, fit
+from armed_pyro.fit_result import Fit
+from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.evaluation import evaluate
@@ -42,11 +43,11 @@ class SplitRows:
     Attributes
     ----------
     training : ClusteredData or StreamedData
-        Rows that the steps draw from.
+        Rows that the program is trained on.
     validation : ClusteredData, optional
-        Rows of clusters that are trained on; training stops by them.
+        Rows of training clusters, whose loss decides when training stops.
     held_out : dict of str to ClusteredData
-        Rows to judge the predictions by, under the name that the evaluation gives them.
+        Rows that the predictions are evaluated on, by name in the evaluation.
     """
 
     training: ClusteredData | StreamedData
@@ -60,9 +61,10 @@ def fit_table(options: FitOptions) -> None:
     Raises
     ------
     ValueError
-        If the options, the table and the folder do not go together. Nothing is trained then.
+        Before training, if an option does not fit the table, the folder or another option.
     typer.Exit
-        With code 1 if the loss diverged, and 130 after an interrupt; a message says what is left.
+        With code 1 if the loss diverged, and 130 after an interrupt. A message says which state
+        was saved.
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
@@ -99,7 +101,7 @@ def _schedule(options: FitOptions) -> Schedule:
 
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
-    """The table's rows, split as asked; a streamed table cannot be split."""
+    """The table's rows, split as the options say; a streamed table cannot be split."""
     table = TrainingTable.open(options.data, byte_size(options.memory))
     rows = table.rows(
         options.run.parent,
@@ -120,7 +122,7 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
             f"{table.need / 1e9:.1f} GB of memory. Keep them in a file of their own, or raise "
             "--memory"
         )
-    # SystemExit unwinds a run that is told to end, so that its temporary files are deleted.
+    # On SIGTERM, SystemExit unwinds the run, so that its temporary files are deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return SplitRows(rows)
 
@@ -151,16 +153,16 @@ def _program(
         seed=options.seed,
         **_widths(options.hidden, options.net),
     )
-    games = []
+    adversaries = []
     if options.adversary is not None:
         weight = 1.0 if options.adversary_weight is None else options.adversary_weight
-        games = [Adversary(options.adversary, hidden_activations(net), weight=weight)]
+        adversaries = [Adversary(options.adversary, hidden_activations(net), weight=weight)]
     head = options.net == "linear" if options.bayesian_head is None else options.bayesian_head
-    return MixedEffects(net, terms, family, games, bayesian_head=head)
+    return MixedEffects(net, terms, family, adversaries, bayesian_head=head)
 
 
 def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:
-    """Fit with a checkpoint in the run's folder; say what is left if it ends early."""
+    """Fit with a checkpoint in the run's folder; if training ends early, say what was saved."""
     run = options.run
     checkpoint = run / CHECKPOINT
     if first_process() and not options.resume:
@@ -202,14 +204,14 @@ def _cluster_columns(
 
 
 def _features(text: str | None, table: Collection[str]) -> list[str] | str | None:
-    """Columns listed with commas, or a formula."""
+    """Columns from a list with commas, or a formula."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
     formula = len(names) == 1 and names[0] not in table and any(c in names[0] for c in "+:*^`")
     return None if text is None else names[0] if formula else names
 
 
 def _widths(hidden: str | None, net: str) -> dict[str, list[int]]:
-    """Arguments of the network for --hidden."""
+    """The network's arguments for --hidden."""
     if hidden is None:
         return {}
     if net == "linear" or is_file(net):

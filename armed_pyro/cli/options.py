@@ -1,4 +1,4 @@
-"""The options of every command, each declared once as a field of a frozen dataclass."""
+"""The options of every command, as fields of a frozen dataclass per command."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
         def called(**values: Any) -> None:
             command(options(**values))
 
-        # Typer reads a command's options from here.
+        # Typer reads a command's options from its annotations and signature.
         called.__annotations__ = hints
-        vars(called)["__signature__"] = inspect.Signature(parameters)
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return called
 
     return decorate
@@ -63,8 +63,8 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
 def option(text: str, *names: str, metavar: str | None = None) -> Any:
     """An option of the command line, with its help text.
 
-    ``{families}``, ``{modes}`` and ``{steps}`` in the text are filled in when help is shown: the
-    library's own lists are slow to import.
+    ``{families}``, ``{modes}`` and ``{steps}`` in the text are filled in when help is shown,
+    because the library's lists are slow to import.
     """
     return typer.Option(*names, metavar=metavar, help=text)
 
@@ -110,7 +110,7 @@ class FitOptions:
     net: Annotated[
         str,
         option(
-            "Fixed effects: linear, dense, or a network (or what makes it) in a file of yours, "
+            "Fixed effects: linear, dense, or a network (or its class) in a file of yours, "
             "which is executed: --net my_net.py:MyNet",
             metavar="NET",
         ),
@@ -189,7 +189,7 @@ class FitOptions:
         str | None,
         option(
             "Memory to stay within: a Parquet table that would take more is streamed from disk "
-            "(temporary files beside RUN): --memory 2GB [default: half of what there is]",
+            "(temporary files beside RUN): --memory 2GB [default: half of the machine's]",
             metavar="SIZE",
         ),
     ] = None
@@ -209,7 +209,7 @@ class PredictOptions:
     unseen: Annotated[
         str | None,
         option(
-            "What to assume of clusters not seen in training, required if there are any: {modes}",
+            "Assumption on clusters not seen in training, required if there are any: {modes}",
             metavar="MODE",
         ),
     ] = None

@@ -1,4 +1,4 @@
-"""``armed-pyro predict``: new rows of a table, predicted to a file."""
+"""``armed-pyro predict``: predict the rows of a table, and write the predictions to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from armed_pyro.cli.options import PredictOptions
 from armed_pyro.cli.prediction_file import write_predictions
 from armed_pyro.cli.saved_run import load_run
 from armed_pyro.data.files import read_table, write_table
-from armed_pyro.fitting import Fit
+from armed_pyro.fit_result import Fit
 from armed_pyro.prediction.predict_table import TableBlocks, predict_table
 from armed_pyro.prediction.result import Prediction
 
@@ -24,12 +24,12 @@ Report = Callable[[str, int, int], None]
 
 
 def predict_to_file(options: PredictOptions) -> None:
-    """Predict the rows of a table, write them to a file, and print where they are.
+    """Predict the rows of a table, write the predictions, and print the path of the file.
 
     Raises
     ------
     ValueError
-        If the options, the table and the fit do not go together. Nothing is written then.
+        Before anything is written, if an option does not fit the table, the fit or another option.
     """
     _check(options)
     table = TableBlocks.open(options.data)
@@ -48,7 +48,7 @@ def predict_to_file(options: PredictOptions) -> None:
             classifiers=fitted.classifiers,
             report=report,
         )
-        # Before anything is written: a comparison that cannot be made is an error.
+        # The comparison comes before the writing, so that its errors leave no file.
         modes = _compared(fitted, table, support, options) if options.compare else None
         _write(parts, options.pred, report, table.n_rows)
     out.print(f"{table.n_rows} predictions are in {options.pred}")
@@ -69,7 +69,7 @@ def _check(options: PredictOptions) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Report]:
-    """A bar on a terminal for each task; it is told the task, how much is done and of how much."""
+    """A progress bar for each task on a terminal, updated by ``report(task, done, total)``."""
     with Progress(console=err, disable=not err.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
 

@@ -14,7 +14,7 @@ __all__ = ["write_report"]
 
 
 def write_report(options: ReportOptions) -> None:
-    """Write the page of the fit in a folder, with the evaluation that `fit` left there."""
+    """Write the report of a saved fit, with the evaluation that ``armed-pyro fit`` saved."""
     evaluation = options.run / EVALUATION
     held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
     fitted = load_run(options.run, options.net)

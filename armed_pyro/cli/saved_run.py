@@ -1,4 +1,4 @@
-"""The folder of a run: the files in it, and the fit that it holds."""
+"""The folder of a run: its files, and the fit that it holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from armed_pyro.fitting import Fit
+from armed_pyro.fit_result import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.storage.manifest import read_family
@@ -15,7 +15,7 @@ __all__ = ["CHECKPOINT", "EVALUATION", "PARTIAL", "check_run_folder", "load_run"
 
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.safetensors"
-# A kill may leave this half of a checkpoint.
+# A killed process may leave this incomplete checkpoint.
 PARTIAL = "checkpoint.partial"
 
 
@@ -38,19 +38,27 @@ def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def load_run(run: Path, net: str | None) -> Fit:
-    """The fit in a folder; `net` names the user's network, which is made with the fit's sizes.
+    """The fit in a folder.
+
+    Parameters
+    ----------
+    run : Path
+        The folder.
+    net : str or None
+        Name of the user's network, ``FILE.py:NAME``, which is made with the fit's sizes; None for
+        a network of the library.
 
     Raises
     ------
     ValueError
-        If the folder holds no fit, or one of a user's network and `net` is None.
+        If the folder holds no fit, or the fit needs the user's network and `net` is None.
     """
     try:
         manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
         facts, family = Facts.from_json(manifest["facts"]), read_family(manifest["model"]["family"])
         made_by = manifest["network"]["made_by"]
     except (OSError, ValueError, LookupError, TypeError):
-        return Fit.load(run)  # raises an error that says what is wrong with the folder
+        return Fit.load(run)  # raises an error that explains the fault of the folder
     if net is None and made_by is None:
         raise ValueError(f"{run} has a network of your own: name it with --net FILE.py:NAME")
     if net is None:

@@ -22,9 +22,9 @@ class FeatureScaling:
     names : tuple of str
         Encoded columns (``"age"``, ``"sex[T.male]"``); empty for images.
     sources : tuple of str
-        The table's column that each was made from.
+        Table column that each encoded column was made from.
     mean, scale : tuple of float
-        Of the training rows; empty for images, which are left as they are.
+        Mean and standard deviation over the training rows; empty for images, which are not scaled.
 
     Examples
     --------
@@ -50,7 +50,7 @@ class FeatureScaling:
         return cls(data.feature_names, data.sources, tuple(mean.tolist()), tuple(scale.tolist()))
 
     def standardise(self, features: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
-        """Features of the network, in double precision; images are left as they are."""
+        """(x - mean) / scale, in double precision; images are returned as they are."""
         if not self.mean:
             return features
         mean = torch.tensor(self.mean, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The schema of a table: how its columns become tensors, the same for every table."""
+"""The schema of a table: how columns become tensors, the same way for every table."""
 
 from __future__ import annotations
 
@@ -39,22 +39,29 @@ class Schema:
     Encoding a second table with the same schema gives the same feature columns, in the same
     order, with the same meaning.
 
-    Parameters
+    Attributes
     ----------
-    outcome
+    outcome : str
         Column of the outcome.
-    terms
-        Feature terms, each the columns whose product it is: ``(("age",), ("age", "sex"))``.
-    levels
+    terms : tuple of tuple of str
+        Feature terms, each a product of columns: ``(("age",), ("age", "sex"))``.
+    levels : mapping of str to pd.Index
         Categories of each categorical feature column; the first is the reference.
-    indicators
-        Numeric feature columns that hold nothing but 0 and 1, and so are not standardised.
-    clusters
+    indicators : tuple of str
+        Numeric feature columns that hold only 0 and 1, and are therefore not standardised.
+    clusters : tuple of str
         Columns of the grouping factors.
-    trials, offset, weights
-        Columns of these row-wise numbers, where there are any.
-    classes
-        Labels of a categorical outcome; None for a numeric one.
+    trials, offset, weights : str or None
+        Columns of these row-wise numbers.
+    classes : pd.Index or None
+        Labels of a categorical outcome; None for a numeric outcome.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"y": [1.0, 2.0], "sex": ["f", "m"], "site": ["a", "b"]})
+    >>> schema = Schema.infer(table, outcome="y", clusters=["site"])
+    >>> schema.design(table)[1]
+    ('sex[T.m]',)
     """
 
     outcome: str
@@ -86,15 +93,15 @@ class Schema:
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
 
-        Rows with missing values are left out of account: whether they are an error is for
-        `ClusteredData.encode` to say. See `ClusteredData.from_frame` for the parameters.
+        Rows with missing values are ignored here; `ClusteredData.encode` decides whether they are
+        an error. `ClusteredData.from_frame` documents the parameters.
 
         Raises
         ------
         ValueError
-            A column is missing, listed in two roles, of a kind that cannot be used, or a
-            categorical feature with a single level; or a formula that is more than products
-            of columns.
+            If a column is missing, has two roles, or is of a kind that cannot be used; if a
+            categorical feature has a single level; or if the formula is more than products of
+            columns.
         """
         table = as_pandas(frame)
         clusters = column_names(clusters, "clusters")
@@ -141,7 +148,7 @@ class Schema:
 
     @property
     def numeric(self) -> set[str]:
-        """Feature columns of numbers other than 0 and 1."""
+        """Numeric feature columns that hold other values than 0 and 1."""
         return set(self.columns) - set(self.levels) - set(self.indicators)
 
     def select(
@@ -149,7 +156,7 @@ class Schema:
     ) -> pd.DataFrame:
         """The columns of this schema and the rows without missing values, checked.
 
-        See `ClusteredData.encode` for the parameters.
+        `ClusteredData.encode` documents the parameters.
         """
         table = as_pandas(frame)
         optional = set() if outcome_required else {self.outcome, self.weights}
@@ -168,7 +175,7 @@ class Schema:
         return table
 
     def outcomes(self, table: pd.DataFrame) -> Tensor | None:
-        """Outcomes as numbers, classes as their codes; None if the table has none."""
+        """Outcomes as numbers, with classes as codes; None if the table has no outcome."""
         if self.outcome not in table:
             return None
         if self.classes is None:
@@ -192,7 +199,8 @@ class Schema:
         # "1", is not the name of a column in a table made from an unlabelled array.
         intercept = Term([Factor("+1", eval_method="literal")])
         products = [Term([Factor(n, eval_method="lookup") for n in term]) for term in self.terms]
-        # Every factor is looked up and never evaluated; the intercept gives treatment coding.
+        # Factors are looked up, never evaluated: a saved formula must not execute code. The
+        # intercept gives treatment coding; without it, the first factor would get all levels.
         matrix = SimpleFormula([intercept, *products], _ordering="none").get_model_matrix(
             pd.DataFrame(factors, index=pd.RangeIndex(len(table))), context={}, output="numpy"
         )
@@ -209,7 +217,7 @@ class Schema:
         return np.ascontiguousarray(matrix, dtype=np.float64)[:, 1:].copy(), names, sources
 
     def to_json(self) -> dict[str, Any]:
-        """The schema as what JSON can hold; `from_json` reads it back."""
+        """The schema in JSON's types; `from_json` reads it back."""
         return {
             "outcome": self.outcome,
             "terms": [list(term) for term in self.terms],
@@ -229,7 +237,7 @@ class Schema:
         Raises
         ------
         ValueError
-            An entry is missing or of the wrong kind.
+            If an entry is missing or of the wrong kind.
         """
         try:
             classes = content["classes"]
@@ -259,7 +267,12 @@ def parse_terms(features: Sequence[str] | str) -> Terms:
     Raises
     ------
     ValueError
-        The formula cannot be parsed, or has a left-hand side, a ``|`` or a function call.
+        If the formula cannot be parsed, or has a left-hand side, a ``|`` or a function call.
+
+    Examples
+    --------
+    >>> parse_terms("age * sex")
+    (('age',), ('sex',), ('age', 'sex'))
     """
     if not isinstance(features, str):
         return tuple((name,) for name in dict.fromkeys(column_names(features, "features")))

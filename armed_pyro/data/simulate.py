@@ -1,4 +1,4 @@
-"""Simulated data with known truth: the paper's spirals."""
+"""Simulated spirals with known truth, as in the ARMED paper."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SpiralsTruth", "check_sizes", "spirals"]
 
 @dataclass(frozen=True, eq=False)
 class SpiralsTruth:
-    """What the spirals were drawn from.
+    """Parameters from which the spirals were drawn.
 
     Attributes
     ----------
@@ -39,29 +39,29 @@ class SpiralsTruth:
 
         .. math:: P(y = 1 | x) \propto \sum_k P(k | probes) \, p_k \, p(x_1, x_2 | r_k, y = 1)
 
-        over equally frequent clusters. No classifier of these rows can expect to be more accurate
-        than the one that names the class with the higher probability.
+        The sum is over equally frequent clusters. Choosing the class with the higher probability
+        gives the highest expected accuracy that any classifier of these rows can reach.
 
         Parameters
         ----------
         data : ClusteredData
             Rows that `spirals` returned with this truth.
         cluster_known : bool
-            Whether P(k | probes) is replaced by the row's own cluster.
+            Whether the row's cluster is known, and replaces P(k | probes).
         """
         x, probes = np.split(data.features.numpy(), [2], axis=1)
-        apart = ((probes[:, None] - self.ratio[:, None]) ** 2).sum(-1)
-        weight = np.exp(-0.5 * (apart - apart.min(1, keepdims=True)) / self.probe_sd**2)
+        distance = ((probes[:, None] - self.ratio[:, None]) ** 2).sum(-1)
+        weight = np.exp(-0.5 * (distance - distance.min(1, keepdims=True)) / self.probe_sd**2)
         if cluster_known:
             weight = np.eye(len(self.ratio))[data.grouping("site").labels()]
         turn = (np.arange(300) + 0.5) / 300 * 2 * np.pi
         joint = np.zeros((2, len(x)))
         for k, (radius, ratio) in enumerate(zip(self.radius, self.ratio, strict=True)):
             for label, share in enumerate([1 - ratio, ratio]):
-                apart = ((x[:, None] - _spiral(radius, turn, label)) ** 2).sum(-1)
-                density = np.exp(-0.5 * apart / self.noise**2).mean(1)
+                distance = ((x[:, None] - _spiral(radius, turn, label)) ** 2).sum(-1)
+                density = np.exp(-0.5 * distance / self.noise**2).mean(1)
                 joint[label] += weight[:, k] * share * density
-        # A row far from every arm has no density left: either class is as good.
+        # The density of a row far from both arms underflows to 0: its probability is then 1/2.
         return (joint[1] + 1e-300) / (joint.sum(0) + 2e-300)
 
 
@@ -76,7 +76,7 @@ def spirals(
     probe_sd: float = 0.2,
     seed: int = 0,
 ) -> tuple[ClusteredData, SpiralsTruth]:
-    r"""Two interleaved Archimedean spirals in every cluster, larger in some than in others.
+    r"""Two interleaved Archimedean spirals in every cluster, of a radius that varies by cluster.
 
     .. math::
         r_k &\sim N(1, radius\_sd^2), \quad
@@ -86,13 +86,15 @@ def spirals(
         x_i &\sim N\big(\rho_i (\cos(t_i + \pi y_i), \sin(t_i + \pi y_i)), noise^2 I\big), \quad
             probe_i \sim N(p_k, probe\_sd^2)
 
-    so that a cluster of radius 1 fills the square from -1 to 1. With `ratio_sd`, the cluster
-    confounds: a probe tells how frequent class 1 is in a row's cluster, and nothing else.
+    A cluster of radius 1 fills the square from -1 to 1. With `ratio_sd` above 0 the cluster
+    confounds: a probe depends on the frequency of class 1 in the row's cluster, and on nothing
+    else.
 
     Parameters
     ----------
     n_clusters, rows : int
-        Clusters, and rows in each. Exactly the share :math:`p_k` of them (rounded) is of class 1.
+        Number of clusters, and of rows in each. A share :math:`p_k` of a cluster's rows, rounded
+        to whole rows, is of class 1.
     radius_sd, noise, ratio_sd, probe_sd : float
         Standard deviations.
     probes : int
@@ -110,7 +112,7 @@ def spirals(
     Raises
     ------
     ValueError
-        If there are fewer than 2 clusters or than 10 rows in each, or a negative sd.
+        If there are fewer than 2 clusters, fewer than 10 rows in each, or a negative sd.
 
     References
     ----------
@@ -149,13 +151,13 @@ def spirals(
 def _spiral(
     radius: float | np.ndarray, turn: np.ndarray, label: int | np.ndarray
 ) -> Float[np.ndarray, "turns 2"]:
-    """Points of an arm of the spiral; that of class 1 is rotated by half a turn."""
+    """Points of one arm of the spiral; the arm of class 1 is rotated by half a turn."""
     angle = turn + np.pi * label
     return (radius * turn / (2 * np.pi) * np.array([np.cos(angle), np.sin(angle)])).T
 
 
 def check_sizes(n_clusters: int, sizes: Sequence[int], least: int) -> None:
-    """Check that there are two clusters, of enough rows each.
+    """Check that there are at least two clusters, with at least `least` rows each.
 
     Raises
     ------

@@ -90,6 +90,17 @@ class Schedule:
         """Steps of one window for data of this size; `settled` of them once the network is."""
         return self.window or settled or max(100, n_rows // self.batch(n_rows))
 
+    def plateau(self, n_rows: int) -> Plateau:
+        """The rule that cuts the rates, and ends training after `stages` cuts, for so many rows.
+
+        Examples
+        --------
+        >>> plateau = Schedule().plateau(1000)
+        >>> plateau.training(np.array([1.0, 1.0])), plateau.training(np.array([1.0, 1.0]))
+        (False, True)
+        """
+        return Plateau(tolerance=0.01 / n_rows, patience=self.patience)
+
     def rate(self, step: int) -> float:
         """Factor of the learning rates owed to the steps running out."""
         start = 0.8 * self.steps

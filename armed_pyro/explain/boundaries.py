@@ -29,6 +29,7 @@ __all__ = ["Boundaries", "boundaries", "draw_panel", "plane"]
 
 
 Extent = Sequence[tuple[float, float]]
+# Clusters that a figure shows unless others are asked for.
 MOST_CLUSTERS = 8
 BLUE, RED = "#2166ac", "#b2182b"
 
@@ -42,14 +43,15 @@ class Boundaries:
     factor : str
         The grouping factor.
     surface : xarray.DataArray
-        Posterior mean of E[y | x, cluster], (cluster, second feature, first feature): of binary
-        outcomes the probability of class 1, of classes that of the class asked for.
+        Posterior mean of E[y | x, cluster], with dimensions (cluster, second feature, first
+        feature): the probability of class 1 for binary outcomes, and of the class `of` for
+        outcomes with several classes.
     fixed : xarray.DataArray
-        The same of the fixed effects alone.
+        The same surface for the fixed effects alone.
     level : float or None
-        Where the boundary is drawn: 0.5 for probabilities.
+        Value at which the boundary is drawn: 0.5 for probabilities, None for other outcomes.
     of : optional
-        The class meant, where the outcome has classes.
+        The class whose probability is shown, if the outcome has classes.
 
     Examples
     --------
@@ -59,10 +61,10 @@ class Boundaries:
     >>> data, _ = mixed_model("bernoulli", 5, 40, coefficients=[0.0, 2.0, 1.0])
     >>> model = MixedEffects(nn.Linear(2, 1), "(1 | site)", "bernoulli", bayesian_head=True)
     >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
-    >>> found: Boundaries = result.boundaries(("x0", "x1"), size=20)
-    >>> found.surface.name, found.surface.shape
+    >>> expected: Boundaries = result.boundaries(("x0", "x1"), size=20)
+    >>> expected.surface.name, expected.surface.shape
     ('P(y)', (5, 20, 20))
-    >>> found.plot(data).savefig("boundaries.png")  # doctest: +SKIP
+    >>> expected.plot(data).savefig("boundaries.png")  # doctest: +SKIP
     """
 
     factor: str
@@ -72,19 +74,19 @@ class Boundaries:
     of: Any = None
 
     def plot(self, data: ClusteredData | None = None, *, clusters: Sequence[Any] = ()) -> Figure:
-        """One panel for the fixed effects and one a cluster, with the clusters' rows as points.
+        """One panel for the fixed effects and one per cluster, with the cluster's rows as points.
 
         Parameters
         ----------
         data : ClusteredData, optional
-            Rows to draw.
+            Rows to draw, with their outcomes.
         clusters : sequence, optional
             Labels of the clusters to draw; by default the first eight.
 
         Raises
         ------
         ValueError
-            If there is no such cluster.
+            If there is no such cluster, or the rows have no outcome.
         ImportError
             If matplotlib is not installed.
         """
@@ -134,20 +136,20 @@ def boundaries(
     draws: int = 200,
     seed: int | None = None,
 ) -> Boundaries:
-    """E[y | x, cluster] over two features, the others at their training means.
+    """E[y | x, cluster] over two features, with all other features at their training means.
 
-    Effects of other grouping factors are zero. Of counts out of trials, it is the share.
+    Effects of other grouping factors are zero. For counts out of trials it is the expected share.
 
     Parameters
     ----------
     posterior : Posterior
         A fit to feature columns.
     features : tuple of str
-        Two of them: the horizontal and the vertical axis.
+        Two feature columns: the horizontal and the vertical axis.
     factor : str, optional
-        Grouping factor; the first with random effects, if not given.
+        Grouping factor; by default the first with random effects.
     of : optional
-        The class whose probability is meant, where the outcome has several.
+        The class whose probability is shown, if the outcome has more than two.
     extent : tuple, optional
         Lowest and highest value of each feature; by default those of the training rows.
     size : int
@@ -155,37 +157,41 @@ def boundaries(
     draws : int
         Posterior draws.
     seed : int, optional
-        Seed of the draws; the fit's own by default.
+        Seed of the draws; by default that of the fit.
 
     Raises
     ------
     ValueError
-        If there are no two such features, no such factor, or no class is named where one is needed.
+        If a feature, factor or class does not exist, or a class is needed and not named.
+
+    Examples
+    --------
+    ``boundaries(fit.posterior, ("age", "dose")).plot(data)``
     """
     model, facts = posterior.model, posterior.model.data_facts()
     _check_features(posterior, features, extent)
-    own = factor_named(model.factors, factor)
+    chosen = factor_named(model.factors, factor)
     classes = facts.classes if len(facts.columns) > 1 else None
     if classes is not None and of not in classes:
         raise ValueError(f"name one of the classes as `of`: {', '.join(map(str, classes))}")
     if draws < 2 or size < 2:
         raise ValueError(f"`draws` and `size` must be at least 2, not {draws} and {size}")
     axes = _axes(posterior, features, extent, size)
-    known = (
+    means = (
         posterior.data.features.mean(0).tolist() if posterior.data.n_rows else facts.feature_mean
     )
-    centre = dict(zip(facts.feature_names, known, strict=True))
+    centre = dict(zip(facts.feature_names, means, strict=True))
     x = facts.scaling.standardise(plane(axes, centre).features).to(model.reference())
     latents = posterior.draws(draws, seed=seed)
-    kept = {k: v for k, v in latents.items() if k in (own.effect_site, "fixed_effect")}
-    levels = facts.levels[own.name]
-    everyone = torch.arange(len(levels), device=x.device)
+    kept = {k: v for k, v in latents.items() if k in (chosen.effect_site, "fixed_effect")}
+    levels = facts.levels[chosen.name]
+    all_clusters = torch.arange(len(levels), device=x.device)
 
     def surface(cluster: int | None) -> Tensor:
-        membership = Membership(everyone, torch.full((len(x),), cluster or 0, device=x.device))
-        rows = Rows(x, None, {own.name: membership}, trials=torch.ones_like(x[:, 0]))
+        membership = Membership(all_clusters, torch.full((len(x),), cluster or 0, device=x.device))
+        rows = Rows(x, None, {chosen.name: membership}, trials=torch.ones_like(x[:, 0]))
         predictor = model.predictor(rows, kept)
-        assert predictor.fixed is not None  # for mypy: it was asked for
+        assert predictor.fixed is not None  # for mypy: the fixed part is returned by default
         mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)
         mean = mean if classes is None else mean[..., classes.index(of)]
         return mean.reshape(-1, size, size).mean(0)
@@ -197,10 +203,10 @@ def boundaries(
     probability = model.family.is_probability
     event = facts.outcome_name if of is None else f"{facts.outcome_name} = {of}"
     title = f"P({event})" if probability else f"E({event})"
-    coords = {own.name: label_values(levels), second: axes[second], first: axes[first]}
-    by_cluster = xr.DataArray(values[:-1], coords, [own.name, second, first], name=title)
+    coords = {chosen.name: label_values(levels), second: axes[second], first: axes[first]}
+    by_cluster = xr.DataArray(values[:-1], coords, [chosen.name, second, first], name=title)
     fixed = by_cluster[0].copy(data=values[-1])
-    return Boundaries(own.name, by_cluster, fixed, 0.5 if probability else None, of)
+    return Boundaries(chosen.name, by_cluster, fixed, 0.5 if probability else None, of)
 
 
 def _check_features(posterior: Posterior, features: tuple[str, str], extent: Extent | None) -> None:
@@ -219,23 +225,23 @@ def _axes(
 ) -> dict[str, Float[np.ndarray, " points"]]:
     if extent is None:
         columns = [posterior.model.data_facts().feature_names.index(name) for name in features]
-        given = posterior.data.features[:, columns].numpy()
-        extent = tuple(zip(given.min(0), given.max(0), strict=True))
+        values = posterior.data.features[:, columns].numpy()
+        extent = tuple(zip(values.min(0), values.max(0), strict=True))
     return {name: np.linspace(*ends, size) for name, ends in zip(features, extent, strict=True)}
 
 
 def _points(
-    data: ClusteredData, found: Boundaries, cluster: Any
+    data: ClusteredData, result: Boundaries, cluster: Any
 ) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " rows"]]:
     """Features and outcomes of a cluster's rows."""
     if data.outcome is None:
-        raise ValueError("rows are coloured by their outcome, and these have none")
-    own, second, first = (str(dim) for dim in found.surface.dims)
-    inside = data.grouping(own).labels() == cluster
+        raise ValueError("points are coloured by their outcome, but the rows have none")
+    factor, second, first = (str(dim) for dim in result.surface.dims)
+    inside = data.grouping(factor).labels() == cluster
     columns = [data.feature_names.index(name) for name in (first, second)]
     outcome = data.outcome if data.trials is None else data.outcome / data.trials
     if data.classes is not None:
-        outcome = (outcome == data.classes.index(found.of)).double()
+        outcome = (outcome == data.classes.index(result.of)).double()
     return data.features.numpy()[inside][:, columns], outcome.numpy()[inside]
 
 
@@ -244,7 +250,7 @@ def plane(
     centre: Mapping[str, float],
     clusters: Mapping[str, Shaped[np.ndarray, " clusters"]] | None = None,
 ) -> ClusteredData:
-    """Rows over a grid of two features, the others at `centre`; once for each cluster.
+    """Rows over a grid of two features, with all others at `centre`; once for each cluster.
 
     The first feature varies fastest, clusters slowest.
 
@@ -276,7 +282,32 @@ def draw_panel(
     vmax: float = 1.0,
     level: float | None = 0.5,
 ) -> Any:
-    """A surface as colours, its boundary as a line, and rows as points coloured by outcome."""
+    """Draw a surface as colours, its boundary as a line, and rows as points coloured by outcome.
+
+    Parameters
+    ----------
+    axis : matplotlib.axes.Axes
+        The panel.
+    surface : Float[ndarray, "y x"]
+        Values over the grid.
+    grid : tuple of ndarray
+        Values of the horizontal and of the vertical axis.
+    points : tuple of ndarray, optional
+        Positions and outcomes of rows.
+    vmin, vmax : float
+        Values of the lowest and the highest colour.
+    level : float or None
+        Value of the boundary; points above it are red, others blue.
+
+    Returns
+    -------
+    matplotlib.image.AxesImage
+        The surface, for a colour bar.
+
+    Examples
+    --------
+    ``draw_panel(axes, probability, (x, y), (rows, outcomes))``
+    """
     x, y = grid
     ends = (x[0], x[-1], y[0], y[-1])
     shades: dict[str, Any] = {"cmap": "RdBu_r", "vmin": vmin, "vmax": vmax}
@@ -287,7 +318,7 @@ def draw_panel(
         colours = (
             {"c": points[1], **shades}
             if level is None
-            else {"c": [RED if one > level else BLUE for one in points[1]]}
+            else {"c": [RED if outcome > level else BLUE for outcome in points[1]]}
         )
         axis.scatter(*points[0].T, s=7, edgecolors="white", linewidths=0.25, **colours)
         axis.set(xlim=ends[:2], ylim=ends[2:])

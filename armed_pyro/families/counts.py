@@ -24,12 +24,13 @@ __all__ = ["CountFamily", "NegativeBinomial", "Poisson", "Shape"]
 
 # brms' default prior of the shape, InverseGamma(concentration, rate).
 SHAPE_PRIOR = (0.4, 0.3)
-# exp(30) is 1e13, beyond any count; larger predictors of single draws would make means infinite.
+# exp(30) is 1e13, beyond any count. Without this limit, one extreme draw of the predictor would
+# make the mean infinite.
 LARGEST_PREDICTOR = 30
 
 
 class CountFamily(Family, ABC):
-    """Families of counts with log link, E[y] = exp(eta)."""
+    """Counts with log link: E[y] = exp(eta)."""
 
     integer = True
     support = "whole numbers from 0 up"
@@ -135,8 +136,7 @@ class NegativeBinomial(CountFamily):
     ) -> Float[Tensor, " rows"]:
         from scipy import stats  # slow to import
 
-        given = (y, self.mean(eta, rows), self.value(parameters, "shape"))
-        count, mean, shape = arrays(*given)
+        count, mean, shape = arrays(y, self.mean(eta, rows), self.value(parameters, "shape"))
         return torch.from_numpy(stats.nbinom.cdf(count, shape, shape / (shape + mean)))
 
     def simulate(

@@ -1,4 +1,4 @@
-"""What a family answers: everything the library needs to know of the distribution of an outcome."""
+"""`Family`: all that the library asks about the distribution of an outcome."""
 
 from __future__ import annotations
 
@@ -25,17 +25,22 @@ Parameters = Mapping[str, Tensor]
 
 
 class Parameter(ABC):
-    """A number beside the mean that all rows share, such as a residual sd: one latent site.
+    """A parameter that all rows share, such as a residual sd: one latent site.
 
-    The site is in standardised units; `Family` methods get the value on the outcome's scale.
+    The site is in standardised units. Methods of `Family` get the value on the outcome's scale.
 
     Attributes
     ----------
     name : str
         Name of the site, and of the parameter in tables and files.
     start : float
-        Value from which the guide starts, in standardised units. It must lie inside the support
-        of the prior.
+        Initial value of the guide, in standardised units. It must lie inside the prior's support.
+
+    Examples
+    --------
+    >>> from armed_pyro.families.gaussian import ResidualSd
+    >>> ResidualSd().describe(Priors(), spread=2.0)
+    'HalfStudentT(3, 2)'
     """
 
     name: str
@@ -66,11 +71,11 @@ class Parameter(ABC):
         """
 
     def known(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor | None:
-        """The value, if the prior holds the parameter fixed; None if it is estimated."""
+        """The value, if the prior fixes the parameter; None if it is estimated."""
         return None
 
     def original(self, value: Tensor, spread: float) -> Tensor:
-        """The latent value on the outcome's scale; the same by default."""
+        """The latent value on the outcome's scale; by default the value itself."""
         return value
 
 
@@ -81,9 +86,9 @@ class Family(ABC):
     The predictor eta has shape "... rows columns": one column, or one for every class but the
     first. The outcome and eta are on the outcome's original scale.
 
-    A family is one file in ``armed_pyro/families/`` and one line in its registry. It must give
-    `outside`, `center`, `distribution`, `mean` and `residual_variance`. Everything else has a
-    default, which suits an outcome that is neither a count nor a class. Settings of a family,
+    A family is one file in ``armed_pyro/families/`` and one line in the registry there. It must
+    define `outside`, `center`, `distribution`, `mean` and `residual_variance`. All other members
+    have defaults, which suit an outcome that is neither a count nor a class. Settings of a family,
     such as fixed degrees of freedom, are fields of its dataclass: numbers, texts or `ScalePrior`s,
     which are saved with a fit.
 
@@ -94,14 +99,14 @@ class Family(ABC):
     support : str
         Possible outcomes in words, for messages.
     integer : bool
-        Whether outcomes are whole numbers. Residuals are then randomised between the values of
-        the distribution function at y - 1 and y.
+        Whether outcomes are whole numbers. A residual is then drawn at random between the values
+        of the distribution function at y - 1 and y.
     is_quadratic : bool
         Whether log p(y | eta) is quadratic in its single column eta, with mean eta and curvature
         `precision`. The guide's conditional of the random effects is then exact.
     is_class : bool
-        Whether an outcome is one of two or more classes, so that predictions are scored by
-        accuracy and area under the curve.
+        Whether an outcome is one of two or more classes. Predictions are then scored by accuracy
+        and area under the curve.
     is_probability : bool
         Whether the mean (of one trial) is a probability.
     multiclass : bool
@@ -115,13 +120,13 @@ class Family(ABC):
     statistics : tuple of {"mean", "sd", "zeros"}
         Statistics of each cluster's outcomes that the posterior predictive checks compare.
     no_residuals : str
-        Why a check of residuals makes no sense, in words; empty where it does.
+        Reason why residuals cannot be checked, in words; empty where they can.
 
     Examples
     --------
     >>> from armed_pyro.families.registry import family_named
     >>> family = family_named("negative_binomial")
-    >>> family.integer, family.is_quadratic, [one.name for one in family.parameters]
+    >>> family.integer, family.is_quadratic, [parameter.name for parameter in family.parameters]
     (True, False, ['shape'])
     """
 
@@ -138,18 +143,19 @@ class Family(ABC):
     no_residuals: ClassVar[str] = ""
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        settings = ", ".join(f"{name}={value!r}" for name, value in values)
         return f"{self.name}({settings})" if settings else self.name
 
     # --- the outcome's data -----------------------------------------------------------------
 
     @abstractmethod
     def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
-        """True for outcomes outside the family's support."""
+        """True for each outcome outside the family's support."""
 
     @abstractmethod
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        """Predictor of the mean outcome without offset: the network's output is added to it."""
+        """Predictor of the mean outcome, without offset; the network's output is added to it."""
 
     def check(self, data: ClusteredData) -> None:
         """Check that the outcome suits the family.
@@ -183,7 +189,7 @@ class Family(ABC):
             )
 
     def columns(self, data: ClusteredData) -> tuple[str, ...]:
-        """Names of the predictor's columns; one nameless column unless outcomes have classes."""
+        """Names of the predictor's columns; by default a single column with an empty name."""
         return ("",)
 
     def spread(self, data: ClusteredData) -> float:
@@ -194,7 +200,7 @@ class Family(ABC):
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Parameters beside the mean, in the order in which they are sampled; none by default."""
+        """Parameters besides eta, in the order in which they are sampled; none by default."""
         return ()
 
     def effect_scale(self) -> float:
@@ -202,11 +208,11 @@ class Family(ABC):
         return 2.5
 
     def outputs(self, columns: int) -> int:
-        """Number of outputs that a network needs for this many columns of the predictor."""
+        """Number of outputs that a network needs for `columns` columns of the predictor."""
         return columns
 
     def contrasts(self, output: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows columns"]:
-        """The network's output as columns of the predictor."""
+        """The columns of the predictor, computed from the network's output."""
         return output
 
     @abstractmethod
@@ -239,9 +245,9 @@ class Family(ABC):
     def precision(self, parameters: Parameters) -> Tensor | None:
         """Curvature of -log p(y | eta) in eta, or its mean, in the units of the parameters.
 
-        The guide scales what it knows of the random effects by it, and so follows the parameters.
-        None, the default, where it depends on eta. A quadratic family, whose curvature is
-        1 / Var(y | eta), must return it whenever its parameters are given.
+        The guide scales its precision of the random effects by this value, so that it follows the
+        parameters. None, the default, stands for a curvature that depends on eta. A quadratic
+        family must return its curvature, 1 / Var(y | eta), whenever its parameters are known.
         """
         return None
 
@@ -258,7 +264,7 @@ class Family(ABC):
         parameters : mapping of str to Float[Tensor, "draws"]
             Values on the outcome's scale.
         mean : Float[Tensor, "draws"]
-            Mean outcome, as `marginal_mean` gives it; zeros unless `needs_mean`.
+            Mean outcome, as returned by `marginal_mean`; zeros unless `needs_mean`.
         """
 
     def marginal_mean(
@@ -266,7 +272,7 @@ class Family(ABC):
         eta: Float[Tensor, "draws rows columns"],
         variance: Float[Tensor, "draws columns"],
     ) -> Float[Tensor, "draws columns"]:
-        """Mean outcome over the rows and over normal random effects with this variance."""
+        """Mean outcome over the rows, and over normal random effects with this variance."""
         raise NotImplementedError(f"family {self.name!r} needs no mean outcome")
 
     def residual_rows(
@@ -284,8 +290,8 @@ class Family(ABC):
     ) -> Float[Tensor, " rows"] | None:
         """P(Y <= y | eta, parameters) in double precision; None, the default, if it is unknown.
 
-        Without it residuals cannot be checked, which the verdict then warns of, unless
-        `no_residuals` says why that check makes no sense.
+        Residuals cannot be checked without it. The verdict on a fit then warns, unless
+        `no_residuals` gives the reason.
         """
         return None
 
@@ -296,7 +302,7 @@ class Family(ABC):
         parameters: Mapping[str, float],
         trials: int,
     ) -> Float[np.ndarray, " rows"]:
-        """Outcomes drawn given the predictor, for simulated data; by default from `distribution`.
+        """Outcomes drawn given the predictor, for simulated data; by default by `distribution`.
 
         Parameters
         ----------
@@ -309,12 +315,12 @@ class Family(ABC):
         trials : int
             Trials of every row, where the family needs them.
         """
-        given = {name: torch.tensor(value).double() for name, value in parameters.items()}
+        values = {name: torch.tensor(value).double() for name, value in parameters.items()}
         n = len(eta)
         rows = Rows(torch.zeros(n, 0), None, {}, trials=torch.full((n,), float(trials)).double())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**31)))
-            return self.distribution(torch.from_numpy(eta), given, rows).sample().numpy()
+            return self.distribution(torch.from_numpy(eta), values, rows).sample().numpy()
 
     def value(self, parameters: Parameters, name: str) -> Tensor:
         """The value of a parameter.
@@ -322,7 +328,7 @@ class Family(ABC):
         Raises
         ------
         ValueError
-            If it is missing.
+            If the parameter is missing.
         """
         if name not in parameters:
             raise ValueError(f"family {self.name!r} needs its {name}")
@@ -330,23 +336,23 @@ class Family(ABC):
 
 
 def arrays(*values: Tensor) -> tuple[np.ndarray, ...]:
-    """Tensors as arrays in double precision, for scipy."""
+    """Tensors as float64 arrays, for scipy."""
     return tuple(value.detach().double().cpu().numpy() for value in values)
 
 
 def listed(values: Sequence[Any], most: int = 3) -> str:
-    """The first values as text, with dots for the rest."""
+    """The first `most` values as text, followed by dots if there are more."""
     shown = ", ".join(str(value) for value in list(values)[:most])
     return shown + (", ..." if len(values) > most else "")
 
 
 def outcome_of(data: ClusteredData) -> Float[Tensor, " rows"]:
-    """The outcome of some data.
+    """The outcome of the data.
 
     Raises
     ------
     ValueError
-        If the data have none.
+        If the data have no outcome.
     """
     if data.outcome is None:
         raise ValueError(f"the outcome {data.outcome_name!r} is missing from the data")
@@ -354,5 +360,5 @@ def outcome_of(data: ClusteredData) -> Float[Tensor, " rows"]:
 
 
 def mean_offset(data: ClusteredData) -> Float[Tensor, ""]:
-    """Mean of the rows' offset; 0 without one."""
+    """Mean of the rows' offset; 0 without an offset."""
     return torch.zeros(()) if data.offset is None else data.offset.mean()

@@ -103,8 +103,8 @@ class Gaussian(Family):
     ) -> Float[Tensor, " rows"]:
         from scipy import stats  # slow to import
 
-        given = arrays(y, self.mean(eta, rows), self.value(parameters, "residual_sd"))
-        return torch.from_numpy(stats.norm.cdf(*given))
+        outcome, mean, sd = arrays(y, self.mean(eta, rows), self.value(parameters, "residual_sd"))
+        return torch.from_numpy(stats.norm.cdf(outcome, mean, sd))
 
     def simulate(
         self,

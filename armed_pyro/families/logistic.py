@@ -23,7 +23,7 @@ __all__ = ["Bernoulli", "Binomial", "Categorical", "LogitFamily"]
 
 
 class LogitFamily(Family, ABC):
-    """Families with logit link: on the latent scale a standard logistic residual."""
+    """Logit link; on the scale of eta, the residual is standard logistic with variance pi^2 / 3."""
 
     integer = True
     is_probability = True
@@ -122,7 +122,7 @@ class Binomial(LogitFamily):
 class Categorical(LogitFamily):
     """P(y = c) = exp(eta_c) / sum_d exp(eta_d) with eta_0 = 0: logits relative to the first class.
 
-    A network gives one output for each class; the first is subtracted from the others.
+    The network has one output per class; the first output is subtracted from the others.
     """
 
     name = "categorical"

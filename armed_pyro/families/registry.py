@@ -23,7 +23,7 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def family_named(name: str | Family) -> Family:
-    """The family with this name, with its default settings; a family is returned as it is.
+    """The family with this name and default settings; a `Family` is returned as it is.
 
     Raises
     ------

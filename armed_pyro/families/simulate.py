@@ -17,10 +17,10 @@ __all__ = ["MixedModelTruth", "mixed_model"]
 
 @dataclass(frozen=True, eq=False)
 class MixedModelTruth:
-    """What the rows of a mixed model were drawn from, on the original scale.
+    """Parameters from which the rows of a mixed model were drawn, on the original scale.
 
-    Terms are ordered as the program orders them: by column of phi (intercept, x0, x1, ...), then,
-    for categorical outcomes, by column of the predictor.
+    Terms have the program's order: by column of phi (intercept, x0, x1, ...), then, for
+    categorical outcomes, by column of the predictor.
 
     Attributes
     ----------
@@ -31,12 +31,12 @@ class MixedModelTruth:
     cor : Float[ndarray, "terms terms"]
         Their correlations.
     effects : Float[ndarray, "clusters terms"]
-        The random effects drawn.
+        The random effects.
     eta : Float[ndarray, "rows columns"]
-        The linear predictor drawn.
+        The linear predictor.
     dispersion : float or mapping of str to float
         The family's parameters, such as the residual sd (gaussian) or the shape (negative
-        binomial); without meaning for families that have none.
+        binomial). Families without parameters ignore it.
     """
 
     coefficients: Float[np.ndarray, "fixed columns"]
@@ -71,20 +71,19 @@ def mixed_model(
     family : str
         Name of a family; the outcome is drawn by `Family.simulate`.
     n_clusters : int
-        Clusters.
+        Number of clusters.
     rows : int or sequence of int
-        Rows in each cluster.
+        Number of rows in each cluster.
     sd : sequence of float
         Standard deviations of the random intercept and of the slopes on x0, x1, ...
     cor : float or Float[ndarray, "terms terms"]
-        Correlation of every two random effects, or their correlation matrix.
+        Correlation of every pair of random effects, or their correlation matrix.
     coefficients : sequence of float, or Float[ndarray, "fixed columns"]
-        Fixed intercept and coefficients of x0, x1, ...; a matrix for categorical outcomes, with a
-        column for each class but the first. There each column has random effects of its own,
-        independent of the others'.
+        Fixed intercept and coefficients of x0, x1, ...; for categorical outcomes a matrix with one
+        column for each class but the first. Random effects of different columns are independent.
     dispersion : float or mapping of str to float
         Values of the family's parameters by name, such as the residual sd (gaussian) or the shape
-        (negative binomial); one number stands for each of them.
+        (negative binomial). A single number is the value of every parameter.
     trials : int
         Trials of each row (binomial).
     seed : int
@@ -100,8 +99,8 @@ def mixed_model(
     Raises
     ------
     ValueError
-        If sizes do not match, an sd is negative, the correlations are not a correlation matrix,
-        or the family is not known.
+        If sizes do not match, an sd is negative, the family is unknown, or the correlations are
+        not a correlation matrix.
 
     Examples
     --------
@@ -133,8 +132,8 @@ def mixed_model(
     x = np.column_stack([np.ones(len(site)), rng.normal(size=(len(site), len(beta) - 1))])
     white = rng.normal(size=(n_clusters, len(sds)))
     effects = white @ np.linalg.cholesky(correlations).T * sds
-    mine = effects[site].reshape(len(site), len(scale), columns)
-    eta = x @ beta + (x[:, : len(scale), None] * mine).sum(1)
+    row_effects = effects[site].reshape(len(site), len(scale), columns)
+    eta = x @ beta + (x[:, : len(scale), None] * row_effects).sum(1)
     parameters = (
         dispersion
         if isinstance(dispersion, Mapping)
@@ -155,8 +154,12 @@ def _correlations(cor: float | np.ndarray, n: int) -> np.ndarray:
     matrix = np.asarray(cor, dtype=float)
     if matrix.ndim == 0:
         matrix = np.full((n, n), float(matrix)) + (1 - float(matrix)) * np.eye(n)
-    fine = matrix.shape == (n, n) and np.allclose(matrix, matrix.T)
-    if not fine or not np.allclose(np.diag(matrix), 1) or np.linalg.eigvalsh(matrix).min() <= 0:
+    symmetric = matrix.shape == (n, n) and np.allclose(matrix, matrix.T)
+    if (
+        not symmetric
+        or not np.allclose(np.diag(matrix), 1)
+        or np.linalg.eigvalsh(matrix).min() <= 0
+    ):
         raise ValueError(
             f"`cor` must be one correlation, or a positive definite {n} x {n} correlation matrix, "
             f"not {np.asarray(cor).tolist()}"

@@ -7,11 +7,17 @@ from jaxtyping import Float
 
 __all__ = ["pareto_smooth"]
 
+# Fewest draws whose largest fifth, the tail, has the five draws that a Pareto fit needs.
+FEWEST = 25
+
 
 def pareto_smooth(
     log_ratios: Float[np.ndarray, "sets draws"],
 ) -> tuple[Float[np.ndarray, "sets draws"], Float[np.ndarray, " sets"]]:
     """Pareto-smoothed, normalised log-weights of several sets of draws, and k-hat of each.
+
+    A set of fewer than `FEWEST` draws has too short a tail: its weights are normalised without
+    smoothing, and its k-hat is infinite.
 
     References
     ----------
@@ -27,6 +33,9 @@ def pareto_smooth(
 
     if len(log_ratios) == 0:
         return log_ratios, np.zeros(0)
+    if log_ratios.shape[1] < FEWEST:
+        total = np.logaddexp.reduce(log_ratios, axis=1, keepdims=True)
+        return log_ratios - total, np.full(len(log_ratios), np.inf)
     spread = np.ptp(log_ratios, axis=1)
     # Equal weights have no tail to fit.
     flat = spread < 1e-10

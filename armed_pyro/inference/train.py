@@ -23,6 +23,7 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.refine import refine as refined_by
+from armed_pyro.inference.task import TrainingTask
 from armed_pyro.inference.training_run import Run
 from armed_pyro.program.model import MixedEffects, trains_network
 from armed_pyro.rows.source import RowSource
@@ -101,7 +102,8 @@ def train(
         processes.same(bound)
         share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
         family = guide(bound, share.rows).to(target)
-        run = Run(bound, family, data, rows, held_out, schedule, seed, compile, share)
+        task = TrainingTask(bound, family, data, rows, share, held_out, schedule, seed, compile)
+        run = Run(task)
         if resume and path is not None:
             run.restore(Checkpoint.read(path))
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
@@ -109,14 +111,14 @@ def train(
         with _threads(size), _progress_bar(schedule.steps, shown) as report:
             run.train(path, report)
         processes.same(bound, family)
-    posterior, settled = run.result(), run.settled
+    posterior, frozen_rows = run.result(), run.frozen_rows
     # The run holds copies of its state: their memory is needed for the draws.
     del run
     release()
-    if not refine or settled is None or not refinable(posterior, source):
+    if not refine or frozen_rows is None or not refinable(posterior, source):
         return posterior
     # Now, while the rows are at hand.
-    weighted = importance_draws(posterior, settled)
+    weighted = importance_draws(posterior, frozen_rows)
     posterior = replace(posterior, importance=weighted)
     # Above 1 the weights have no mean; between 0.7 and 1 they improve on the guide, and the
     # diagnostics warn.

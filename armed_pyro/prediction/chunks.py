@@ -1,4 +1,4 @@
-"""Predictions for new rows, in clusters seen in training and in new ones."""
+"""Predictions in blocks of rows, for clusters seen in training and for new clusters."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.result import NewEffects, Prediction, Rebuilt
-from armed_pyro.prediction.unseen import (
-    EffectSource,
-    new_clusters,
-)
+from armed_pyro.prediction.result import NewEffects, Prediction, Reconstructed
+from armed_pyro.prediction.unseen import EffectSource, new_clusters
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 
-__all__ = ["check_settings", "extended", "new_effects", "predict_chunks"]
+__all__ = ["check_settings", "new_effects", "predict_chunks", "with_new_effects"]
 
 
 def predict_chunks(
@@ -35,22 +32,45 @@ def predict_chunks(
     seed: int | None = None,
     chunk: int | None = None,
     outcomes: bool = True,
+    others: bool = True,
 ) -> Iterator[Prediction]:
-    """The same as `predict`, in blocks of consecutive rows, so that memory stays bounded.
+    """Yield the predictions of `predict` in blocks of consecutive rows, in bounded memory.
 
-    The expected outcomes do not depend on the blocks' size; the draws of the outcome about them
-    use other random numbers.
+    The expected outcomes do not depend on the block size. The draws of the outcome do, as each
+    block has its own random numbers.
 
     Parameters
     ----------
+    posterior : Posterior
+        The fitted program.
+    data : ClusteredData or table
+        New rows.
     source : EffectSource
-        The posterior draws, and where new clusters get their random effects from.
+        The posterior draws, and the random effects of new clusters.
+    draws : int
+        Draws of the outcome where the program has no latent site.
+    prob : float
+        Probability of the intervals.
+    seed : int, optional
+        Seed of the outcomes' draws; by default that of the fit.
     chunk : int, optional
-        Rows per block; by default a block's arrays take about 100 MB.
+        Rows per block; by default the arrays of a block take about 100 MB.
     outcomes : bool
-        Whether the outcome is drawn and other outcomes are predicted, which tables of expected
-        outcomes do not need.
+        Whether to draw the outcome and to predict other outcomes. Tables of expected outcomes need
+        neither.
+    others : bool
+        Whether other outcomes are predicted, if `outcomes` is true.
+
+    Raises
+    ------
+    ValueError
+        If there are no rows, fewer than two draws, or `prob` is not a probability.
+
+    Examples
+    --------
+    ``for part in predict_chunks(fit.posterior, rows, source): part.to_frame()``
     """
+    reconstruct = outcomes and others
     check_settings(draws, prob)
     model, facts = posterior.model, posterior.model.data_facts()
     data = posterior.encode(data)
@@ -58,16 +78,16 @@ def predict_chunks(
         raise ValueError("there are no rows to predict")
     levels = facts.levels_with(data)
     rows_of = model.encode(data, levels)
-    n = max([0, *(one.shape[0] for one in source.latents.values() if one.dim() > 1)]) or draws
-    size = chunk or max(1, BLOCK_VALUES // (n * values_per_row(model, others=outcomes)))
+    n = max([0, *(site.shape[0] for site in source.latents.values() if site.dim() > 1)]) or draws
+    size = chunk or max(1, BLOCK_VALUES // (n * values_per_row(model, others=reconstruct)))
     base = (posterior.seed if seed is None else seed) + 1
-    latents, used = extended(model, source, levels, rows_of)
+    latents, used = with_new_effects(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
         stop = start + len(rows)
-        # Not around the yield: the caller's own random numbers and gradients go on in between.
+        # The seed must not be set around the yield: the caller's code runs there.
         with model.seeded(base + stop):
-            predictor = model.predictor(rows, latents, return_fixed=False, others=outcomes)
-            # Without latent sites all draws have the same predictor.
+            predictor = model.predictor(rows, latents, return_fixed=False, others=reconstruct)
+            # Without latent sites the predictor has a single draw.
             eta = predictor.eta.expand(n, *predictor.eta.shape[-2:])
             expected = model.family.mean(eta, rows)
             outcome = model.density(eta, latents, rows).sample() if outcomes else eta[..., 0]
@@ -79,25 +99,42 @@ def predict_chunks(
             facts.outcome_name,
             None if facts.classes is None else tuple(map(str, facts.classes)),
             prob,
-            others={name: _rebuilt(one, rows) for name, one in predictor.others.items()},
+            others={name: _reconstructed(means, rows) for name, means in predictor.others.items()},
         )
 
 
-def _rebuilt(means: Tensor, rows: Rows) -> Rebuilt:
-    """From draws "... rows values"; without effects inside there is only one."""
+def _reconstructed(means: Tensor, rows: Rows) -> Reconstructed:
+    """Mean and sd over the draws "... rows values"; there may be a single draw."""
     draws = means.reshape(-1, *rows.x.shape)
-    return Rebuilt(draws.mean(0).cpu().numpy(), draws.std(0, correction=0).cpu().numpy())
+    return Reconstructed(draws.mean(0).cpu().numpy(), draws.std(0, correction=0).cpu().numpy())
 
 
-def extended(
+def with_new_effects(
     model: MixedEffects, source: EffectSource, levels: Mapping[str, pd.Index], rows: HeldRows
 ) -> tuple[dict[str, Tensor], Shaped[np.ndarray, " rows"]]:
-    """Draws with the effects of new clusters after those of the seen ones; the mode of each row.
+    """Posterior draws with the effects of new clusters appended, and the mode of each row.
 
     Parameters
     ----------
+    model : MixedEffects
+        The bound program.
+    source : EffectSource
+        The posterior draws, and the random effects of new clusters.
     levels : mapping of str to pandas.Index
-        Labels of all clusters, as the rows' codes count them.
+        Labels of all clusters, seen ones first: the codes of `rows` point to them.
+    rows : HeldRows
+        The encoded rows.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Draws of all latent sites.
+    Shaped[ndarray, "rows"]
+        Mode of each row; empty for rows in seen clusters only.
+
+    Examples
+    --------
+    ``latents, modes = with_new_effects(model, source, facts.levels_with(data), rows)``
     """
     latents, used = dict(source.latents), np.full(len(rows), "", dtype="<U10")
     for factor in model.factors:
@@ -106,17 +143,22 @@ def extended(
             effects, modes = source.effects(factor, levels[factor.name][seen:])
         latents[factor.effect_site] = torch.cat([latents[factor.effect_site], effects], -2)
         codes = rows.codes[factor.name].cpu().numpy()
-        own = np.array(["", *modes])[np.maximum(codes - seen + 1, 0)]
-        # A row with one adapted and one unknown cluster was adapted.
-        used = np.where((own != "") & (used != "adapt"), own, used)
+        row_modes = np.array(["", *modes])[np.maximum(codes - seen + 1, 0)]
+        # A row counts as adapted if one of its clusters was, even if another one is marginal.
+        used = np.where((row_modes != "") & (used != "adapt"), row_modes, used)
     return latents, used
 
 
 def new_effects(
     model: MixedEffects, source: EffectSource, data: ClusteredData
 ) -> dict[str, NewEffects]:
-    """Effects of all new clusters of these rows, on the original scale."""
-    found = {}
+    """Effects of all new clusters of these rows by factor, on the original scale.
+
+    Examples
+    --------
+    ``new_effects(model, source, data)["site"].values.mean(0)``
+    """
+    by_factor = {}
     labels = new_clusters(model.data_facts(), model, data)
     for factor in model.factors:
         if len(labels[factor.name]):
@@ -124,12 +166,19 @@ def new_effects(
                 effects, modes = source.effects(factor, labels[factor.name])
                 values = effects.double() @ factor.to_original.to(effects.device).double().mT
             array = values.cpu().numpy()
-            found[factor.name] = NewEffects(labels[factor.name], factor.terms, array, tuple(modes))
-    return found
+            by_factor[factor.name] = NewEffects(
+                labels[factor.name], factor.terms, array, tuple(modes)
+            )
+    return by_factor
 
 
 def check_settings(draws: int, prob: float) -> None:
-    """Raise ValueError unless there are draws enough, and `prob` is a probability."""
+    """Raise ValueError if there are fewer than two draws, or `prob` is not a probability.
+
+    Examples
+    --------
+    >>> check_settings(draws=1000, prob=0.9)
+    """
     if not 0 < prob < 1:
         raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
     if draws < 2:

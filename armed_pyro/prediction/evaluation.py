@@ -1,4 +1,4 @@
-"""How well held-out rows are predicted."""
+"""Scores of the predictions of held-out rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def evaluate(
     prob: float = 0.9,
     draws: int = 1000,
 ) -> pd.DataFrame:
-    """How well held-out rows are predicted; clusters among them that are new are marginal.
+    """Scores of the predictions of held-out rows, one row per set.
+
+    New clusters among the rows are predicted by the mode "marginal".
 
     Parameters
     ----------
@@ -33,13 +35,24 @@ def evaluate(
         Sets of rows that were not trained on, with their outcomes.
     prob : float
         Probability of the predictive intervals.
+    draws : int
+        Posterior draws.
 
     Returns
     -------
     pandas.DataFrame
-        Columns held_out (the set's name), rows, unseen (rows in clusters not seen in training),
-        and for outcomes with classes auroc (one class against the rest), accuracy and log_loss,
-        for others rmse and coverage (share of the outcomes inside their predictive intervals).
+        Columns held_out (name of the set), rows, unseen (rows in clusters not seen in training).
+        For outcomes with classes also auroc (one class against the rest), accuracy and log_loss;
+        for other outcomes rmse and coverage (share of outcomes inside their predictive interval).
+
+    Raises
+    ------
+    ValueError
+        If a set has no outcome.
+
+    Examples
+    --------
+    ``evaluate(fit.posterior, {"test": test_rows})``
     """
     records = []
     source = Marginal(posterior.draws(draws), posterior.seed)
@@ -55,7 +68,7 @@ def evaluate(
             record |= _class_scores(y.astype(int), mean)
         else:
             limits = [part.interval(of="outcome") for part in parts]
-            lower, upper = (np.concatenate(one) for one in zip(*limits, strict=True))
+            lower, upper = (np.concatenate(ends) for ends in zip(*limits, strict=True))
             record["rmse"] = float(np.sqrt(((y - mean) ** 2).mean()))
             record["coverage"] = float(((lower <= y) & (y <= upper)).mean())
         records.append(record)
@@ -66,7 +79,7 @@ def _class_scores(y: np.ndarray, mean: np.ndarray) -> dict[str, float]:
     from sklearn import metrics  # slow to import
 
     probability = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
-    # A class that does not occur, or occurs alone, cannot be ranked against the rest.
+    # The AUROC of a class is undefined if all rows, or none, are of that class.
     areas = [
         metrics.roc_auc_score(y == code, probability[:, code])
         for code in range(1 if mean.ndim == 1 else 0, probability.shape[1])

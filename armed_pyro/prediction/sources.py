@@ -1,4 +1,4 @@
-"""What gives new clusters their random effects, under each mode."""
+"""The source of new clusters' random effects, by mode."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support
 from armed_pyro.prediction.cluster_classifier import Classifiers
-from armed_pyro.prediction.similarity import Evidence, Resembling, gather, warn_if_alien
+from armed_pyro.prediction.similarity import Evidence, Resembling, gather_evidence, warn_if_alien
 from armed_pyro.prediction.unseen import (
     EffectSource,
     Marginal,
     Population,
-    apart,
     check_mode,
     new_clusters,
+    one_cluster_per_row,
 )
 
 __all__ = ["effect_source", "source_of"]
@@ -34,14 +34,33 @@ def effect_source(
     seed: int | None = None,
     classifiers: Classifiers | None = None,
 ) -> tuple[EffectSource, pd.DataFrame | None]:
-    """What gives the new clusters of these rows their effects, and the membership table."""
+    """Check the mode; return the source of the new clusters' effects, and the membership table.
+
+    The parameters are those of `armed_pyro.prediction.predict.predict`.
+
+    Returns
+    -------
+    EffectSource
+        Source of the effects of the new clusters of these rows.
+    pandas.DataFrame or None
+        `armed_pyro.prediction.similarity.Evidence.table`, for "membership" and "nearest".
+
+    Raises
+    ------
+    ValueError
+        If the mode is missing, unknown, or lacks the support that it needs.
+
+    Examples
+    --------
+    ``source, _ = effect_source(fit.posterior, rows, "marginal")``
+    """
     new = new_clusters(posterior.model.data_facts(), posterior.model, data)
     check_mode(unseen, new, support=support is not None)
     evidence = None
     if unseen in ("membership", "nearest") and any(map(len, new.values())):
-        evidence = gather(
+        evidence = gather_evidence(
             posterior,
-            data if pooled else apart(posterior.model, data),
+            data if pooled else one_cluster_per_row(posterior.model, data),
             Classifiers() if classifiers is None else classifiers,
         )
         warn_if_alien(evidence.table())
@@ -59,14 +78,28 @@ def source_of(
     draws: int = 1000,
     seed: int | None = None,
 ) -> EffectSource:
-    """What gives new clusters their effects under a mode that has been checked.
+    """The source of new clusters' effects under a mode that `check_mode` has accepted.
 
     Parameters
     ----------
+    posterior : Posterior
+        The fitted program.
+    unseen : str or None
+        The mode; "marginal" if there is none.
     new : mapping of str to pandas.Index
-        Labels of all new clusters.
-    support, evidence
-        For the modes that need them.
+        Labels of all new clusters, by factor.
+    support : ClusteredData or table, optional
+        Labelled rows, for "adapt".
+    evidence : Evidence, optional
+        Evidence of the features, for "membership" and "nearest".
+    draws : int
+        Posterior draws.
+    seed : int, optional
+        Seed of the draws; by default that of the fit.
+
+    Examples
+    --------
+    ``source_of(fit.posterior, "marginal", new_clusters(facts, model, rows))``
     """
     seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:

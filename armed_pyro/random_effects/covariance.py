@@ -1,4 +1,4 @@
-"""Covariance of a cluster's random effects: one class for each kind."""
+"""Covariance of a cluster's random effects: one class per kind."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
     "covariance_named",
 ]
 
-# sd, in standardised units, from which the guide starts where a factor has at most two terms.
-# Many terms, such as those of a layer's units, start with the same sum of variances.
+# Initial sd of the guide, in standardised units, for a factor with at most two terms. A factor with
+# more terms, such as those of a layer's units, starts with the same sum of variances.
 START_SD = 0.5
 
 
@@ -41,11 +41,11 @@ class TermGroup:
     factor : str
         The grouping factor.
     places : tuple of int
-        Places of the terms among all terms of the factor.
+        Positions of the terms among all terms of the factor.
     terms : tuple of str
         Names of the terms.
     number : int or None
-        Number of the group, where the factor has several.
+        Number of the group; None if the factor has no other group.
     """
 
     factor: str
@@ -54,7 +54,7 @@ class TermGroup:
     number: int | None = None
 
     def site(self, quantity: str) -> str:
-        """Name of a site of this group.
+        """Name of the group's site for a quantity.
 
         Examples
         --------
@@ -68,9 +68,9 @@ class TermGroup:
 class Covariance(ABC):
     r"""Correlation matrix R of a group of effects, whose covariance is diag(sd) R diag(sd).
 
-    The sds are a site of the factor. A kind of covariance gives R, its sites and their priors. It
-    is one subclass, a frozen dataclass whose fields are settings (numbers, texts or `ScalePrior`s,
-    which are saved with a fit), and one line in `COVARIANCES`.
+    The sds are a site of the factor. A kind of covariance defines R, its sites and their priors.
+    It is one subclass and one entry in `COVARIANCES`. The subclass is a frozen dataclass, whose
+    fields are settings: numbers, texts or `ScalePrior`s, which are saved with a fit.
 
     Attributes
     ----------
@@ -79,8 +79,8 @@ class Covariance(ABC):
     diagonal : bool
         Whether R is the identity.
     any_origin : bool
-        Whether this kind contains M D M' for every D of it and every M. Features are then centred,
-        which leaves the model as it is and makes inference easier.
+        Whether this kind contains M D M' for each of its covariances D and every matrix M.
+        Features are then centred, which does not change the model and makes inference easier.
     clusters_independent : bool
         Whether effects of different clusters are independent given the covariance.
 
@@ -97,7 +97,7 @@ class Covariance(ABC):
 
     @abstractmethod
     def sites(self, group: TermGroup) -> tuple[str, ...]:
-        """Names of the latent sites of a group, made by `TermGroup.site`."""
+        """Names of the latent sites of a group, from `TermGroup.site`."""
 
     @abstractmethod
     def sample(self, group: TermGroup, like: Tensor) -> dict[str, Tensor]:
@@ -108,50 +108,55 @@ class Covariance(ABC):
         group : TermGroup
             The effects.
         like : Tensor
-            A tensor of the program's precision and device.
+            A tensor with the program's precision and device.
+
+        Returns
+        -------
+        dict of str to Tensor
+            The sampled values, by site.
         """
 
     @abstractmethod
     def cholesky(
         self, group: TermGroup, latents: Mapping[str, Tensor]
     ) -> Float[Tensor, "... terms terms"]:
-        """Lower Cholesky factor of R given the latent sites, vectorised over draws."""
+        """Lower Cholesky factor of R given the latent sites, for every draw."""
 
     @abstractmethod
     def describe(self, group: TermGroup) -> dict[str, str]:
-        """Priors of the latent sites as text, by what they are the priors of."""
+        """Priors of the latent sites as text, by name of the quantity."""
 
     def with_priors(self, priors: Priors) -> Covariance:
-        """The same kind, with settings that were left open taken from the program's priors."""
+        """The same kind, with its unset settings taken from the program's priors."""
         return self
 
     def starts(self, group: TermGroup) -> dict[str, Tensor]:
-        """Values of the latent sites from which the guide starts.
+        """Initial values of the guide, by site.
 
-        A site left out starts at 0 in unconstrained coordinates: the identity for a Cholesky
-        factor, 1 for a positive number.
+        A site without an entry starts at 0 in unconstrained coordinates: the identity for a
+        Cholesky factor, 1 for a positive number.
         """
         return {}
 
     def quantities(self, group: TermGroup, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Numbers that tables give beside sds and correlations, in original units; none here.
+        """Further rows of tables besides sds and correlations, in original units.
 
         Returns
         -------
         dict of str to Tensor
-            Scalars by name, shape "..." or "... 1".
+            Scalars by name, shape "..." or "... 1"; by default none.
         """
         return {}
 
     def __str__(self) -> str:
-        given = vars(self).items()
-        settings = ", ".join(f"{name}={value!r}" for name, value in given if value is not None)
+        fields = vars(self).items()
+        settings = ", ".join(f"{name}={value!r}" for name, value in fields if value is not None)
         return f"{self.name}({settings})" if settings else self.name
 
 
 @dataclass(frozen=True)
 class Independent(Covariance):
-    """R = I: lme4's ``||``."""
+    """R = I, the independent effects of lme4's ``||``."""
 
     name = "independent"
     diagonal = True
@@ -173,12 +178,12 @@ class Independent(Covariance):
 
 @dataclass(frozen=True)
 class Correlated(Covariance):
-    """R ~ LKJ(concentration), p(R) ~ det(R)^(concentration - 1): lme4's ``|``.
+    """R ~ LKJ(concentration), p(R) ~ det(R)^(concentration - 1): the correlated effects of ``|``.
 
     Attributes
     ----------
     concentration : float or None
-        Of the LKJ prior; None for that of `Priors.cor`.
+        Concentration of the LKJ prior; None stands for `Priors.cor`.
     """
 
     name = "correlated"
@@ -213,7 +218,7 @@ COVARIANCES: dict[str, type[Covariance]] = {kind.name: kind for kind in (Correla
 
 
 def covariance_named(name: str | Covariance) -> Covariance:
-    """The covariance of this name, with its default settings; an object is returned as it is.
+    """The covariance with this name and default settings; a `Covariance` is returned as it is.
 
     Raises
     ------
@@ -237,27 +242,29 @@ class JointCovariance(nn.Module):
     r"""D = diag(sd) R diag(sd), the covariance of all effects of a cluster of one factor.
 
     R has one block for each group of terms and is the identity elsewhere. The sites are
-    ``<factor>_sd``, those of the groups and, unless all effects are independent, ``<factor>_cor``.
+    ``<factor>_sd``, the sites of the groups and, unless all effects are independent,
+    ``<factor>_cor``.
 
     Parameters
     ----------
     factor : str
         The grouping factor.
     terms : sequence of str
-        Names of all its terms.
+        Names of all terms of the factor.
     prior : ScalePrior
         Prior of the sds.
     prior_scale : Float[Tensor, "terms"]
-        Its scales, in standardised units.
+        Scales of the prior, in standardised units.
     unit : Float[Tensor, "terms"]
         Standardised units per original unit of each term.
     groups : sequence of (TermGroup, Covariance)
-        Terms that are not independent of all others.
+        Groups of correlated terms with their kinds of covariance.
 
     Raises
     ------
     ValueError
-        If sds are known but their terms are correlated, or clusters depend on each other.
+        If sds are known but their terms are correlated, or if a covariance makes clusters depend
+        on each other.
     """
 
     unit: Tensor
@@ -291,7 +298,7 @@ class JointCovariance(nn.Module):
 
     @property
     def sd_site(self) -> str:
-        """Name of the sds' site."""
+        """Name of the site of the sds."""
         return f"{self.factor}_sd"
 
     @property
@@ -300,7 +307,7 @@ class JointCovariance(nn.Module):
         return not self.groups
 
     def sites(self) -> tuple[str, ...]:
-        """Names of all sites that there are, or would be if effects were correlated."""
+        """Names of all sites, and of the site that correlated effects would have."""
         of_groups = [site for group, kind in self.groups for site in kind.sites(group)]
         return (self.sd_site, f"{self.factor}_cor", *of_groups)
 
@@ -315,11 +322,11 @@ class JointCovariance(nn.Module):
         return latents
 
     def known(self) -> dict[str, Tensor]:
-        """Sites that are given by their priors, not estimated."""
+        """Values of the sites that the priors fix."""
         return {self.sd_site: self.prior_scale} if isinstance(self.prior, Known) else {}
 
     def starts(self) -> dict[str, Tensor]:
-        """Values of the sites from which the guide starts; see `Covariance.starts`."""
+        """Initial values of the guide, by site; see `Covariance.starts`."""
         size = len(self.terms)
         sd = START_SD / math.sqrt(max(1, size / 2))
         values = {self.sd_site: torch.full((size,), sd, dtype=torch.float64)}
@@ -328,7 +335,7 @@ class JointCovariance(nn.Module):
         return values
 
     def describe_priors(self) -> dict[str, str]:
-        """Priors as text: of every term's sd, in the units of the data, and of the groups."""
+        """Priors as text: of the terms' sds, in the units of the data, and of the groups' sites."""
         lines = {
             f"{self.sd_site}[{term}]": self.prior.describe(float(scale / unit))
             for term, scale, unit in zip(self.terms, self.prior_scale, self.unit, strict=True)
@@ -359,7 +366,7 @@ class JointCovariance(nn.Module):
     def scale(
         self, latents: Mapping[str, Tensor]
     ) -> Float[Tensor, "... terms"] | Float[Tensor, "... terms terms"]:
-        """L with u = L z: the vector of sds where effects are independent, else a matrix."""
+        """L with u = L z: the vector of sds if effects are independent, otherwise a matrix."""
         sd = self.sd(latents)
         return sd if self.diagonal else sd[..., :, None] * self.correlation_cholesky(latents)
 
@@ -371,19 +378,19 @@ class JointCovariance(nn.Module):
     def effects(
         self, latents: Mapping[str, Tensor], noise: Float[Tensor, "... clusters terms"]
     ) -> Float[Tensor, "... clusters terms"]:
-        """u = L z for standard normal noise z, which has the draws of the latent sites."""
-        scale = self.scale(latents)  # with a 1 in the place of the clusters, if there are draws
+        """u = L z for standard normal noise z, with the same draws as the latent sites."""
+        scale = self.scale(latents)  # draws come with size 1 in the dimension of the clusters
         if self.diagonal:
             return scale * noise
         return noise @ (scale.squeeze(-3) if scale.dim() > 2 else scale).mT
 
     def pairs(self) -> Iterator[tuple[int, int]]:
-        """Places of every two terms that are correlated."""
+        """Positions of every pair of correlated terms."""
         for group, _ in self.groups:
             yield from combinations(group.places, 2)
 
     def correlations(self, latents: Mapping[str, Tensor]) -> dict[str, Float[Tensor, " draws"]]:
-        """Correlation of every two terms of a group, in standardised units."""
+        """Correlation of every pair of terms of a group, in standardised units."""
         values = {}
         for group, covariance in self.groups:
             root = covariance.cholesky(group, latents)
@@ -396,7 +403,7 @@ class JointCovariance(nn.Module):
     def quantities(
         self, latents: Mapping[str, Tensor]
     ) -> Iterator[tuple[TermGroup, str, Float[Tensor, " draws"]]]:
-        """Numbers of the groups that tables give, with their names; see `Covariance.quantities`."""
+        """Further rows of tables, by group and name; see `Covariance.quantities`."""
         for group, covariance in self.groups:
             for name, values in covariance.quantities(group, latents).items():
                 yield group, name, values.reshape(-1)

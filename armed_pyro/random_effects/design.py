@@ -1,4 +1,4 @@
-"""Columns of the random effects' design: one block for each term."""
+"""Columns of the random effects' design: one block per term."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ __all__ = ["Block", "FilterBlock", "LinearBlock", "by_column"]
 def by_column(
     phi: Float[Tensor, "rows q"], columns: int
 ) -> Float[Tensor, "rows q*columns columns"]:
-    """Z: from a cluster's terms, each a column of phi and one of the predictor, to the latter."""
+    """Z, the map from a cluster's effects to the predictor's columns.
+
+    An effect belongs to one column of phi and to one column of the predictor.
+    """
     identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
     return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)
 
 
 class Block(nn.Module, ABC):
-    """Effects of one term, laid out for given data.
+    """Effects of one term, laid out for the features of one data set.
 
     Attributes
     ----------
     names : tuple of str
-        One an effect.
+        One name per effect.
     covariance : Covariance
         Kind of covariance of the effects; independent for a single effect.
     width : int
-        Effects that stand for one thing together: those of the units of a hidden layer.
+        Number of effects that are interpreted together: those of the units of a hidden layer.
     to_original : Float[Tensor, "columns columns"]
-        u_original = to_original @ u_internal, apart from the outcome's spread.
+        u_original = to_original @ u_internal, up to the outcome's spread.
     """
 
     names: tuple[str, ...]
@@ -53,25 +56,26 @@ class Block(nn.Module, ABC):
 
 
 class LinearBlock(Block, ABC):
-    """Columns phi, which effects multiply in the linear predictor."""
+    """Effects that multiply columns phi in the linear predictor."""
 
     @abstractmethod
     def columns(
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows columns"]:
-        """phi of some rows with standardised features x."""
+        """phi of the rows with standardised features x."""
 
     def paths(self) -> tuple[str, ...]:
-        """Module paths of the activations that it reads."""
+        """Module paths of the activations that phi depends on; none by default."""
         return ()
 
 
 class InputBlock(LinearBlock):
     """Intercept and (standardised) input features.
 
-    With an intercept and an unrestricted covariance matrix the features are centred: the model is
-    the same, and inference is easier. Otherwise they are only scaled, because what a kind of
-    covariance says of intercept and slope, such as their independence, holds at x = 0, as in lme4.
+    With an intercept and an unrestricted covariance matrix the features are centred, which does not
+    change the model and makes inference easier. With other kinds of covariance they are only
+    scaled: a restriction on intercept and slope, such as their independence, then holds at x = 0,
+    as in lme4.
     """
 
     shift: Tensor
@@ -110,7 +114,7 @@ class InputBlock(LinearBlock):
 
 
 class LayerBlock(LinearBlock):
-    """Activations of a hidden layer."""
+    """Slopes on the activations of a hidden layer."""
 
     def __init__(self, path: str, width: int, covariance: Covariance) -> None:
         names = [f"{path}[{unit}]" for unit in range(width)]

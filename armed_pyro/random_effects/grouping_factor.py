@@ -1,4 +1,4 @@
-"""One grouping factor of a program: its terms, and its clusters' random effects."""
+"""`Factor`: the terms of one grouping factor, and the random effects of its clusters."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class Factor(nn.Module):
     .. math:: sd \sim p(sd), \quad R_b \sim p(R_b), \quad
               u_k \sim N(0, diag(sd) R diag(sd)), \quad k = 1, \dots, K
 
-    with one block :math:`R_b` of the correlation matrix for each correlated term (and column of
-    the predictor): see `armed_pyro.random_effects.covariance`. The sites are those of the
-    covariance and, in a plate over clusters, ``<factor>_effect``.
+    R has one block :math:`R_b` for each correlated term and column of the predictor; see
+    `armed_pyro.random_effects.covariance`. The sites are those of the covariance and, in a plate
+    over clusters, ``<factor>_effect``.
 
-    Effects are ordered by column of phi, then by column of the predictor; those on filters
-    follow, which all columns share.
+    Effects are ordered by column of phi, then by column of the predictor. Effects on filters come
+    last; all columns of the predictor share them.
 
     Parameters
     ----------
     name : str
         The grouping factor.
     blocks : sequence of Block
-        Its terms' columns.
+        One block per term.
     columns : sequence of str
         Names of the predictor's columns.
     priors : Priors
         Priors of the program.
     default : float
-        Scale of the sds' prior where it has none.
+        Scale of the sds' prior, if the prior has no scale of its own.
     spread : float
         Outcome units per standardised unit.
     """
@@ -84,7 +84,7 @@ class Factor(nn.Module):
             for block in linear
             for term in block.names
             for column in columns
-        ]  # the variance of phi'u should not grow with the width of a layer
+        ]  # dividing by sqrt(width) keeps the variance of phi'u independent of a layer's width
         inside = [(term, term, FILTER_SCALE) for block in filters for term in block.names]
         self.terms = tuple(label for _, label, _ in multiplied + inside)
         self.n_linear = len(multiplied)
@@ -106,17 +106,17 @@ class Factor(nn.Module):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """Its terms' columns."""
+        """One block per term."""
         return cast("tuple[Block, ...]", tuple(self._blocks))
 
     @property
     def linear(self) -> tuple[LinearBlock, ...]:
-        """Its effects on the linear predictor."""
+        """Blocks of effects on the linear predictor."""
         return tuple(block for block in self.blocks if isinstance(block, LinearBlock))
 
     @property
     def filters(self) -> tuple[FilterBlock, ...]:
-        """Its effects inside the network."""
+        """Blocks of effects inside the network."""
         return tuple(block for block in self.blocks if isinstance(block, FilterBlock))
 
     @property
@@ -131,7 +131,7 @@ class Factor(nn.Module):
 
     @property
     def effect_site(self) -> str:
-        """Name of the random effects' site."""
+        """Name of the site of the random effects."""
         return f"{self.name}_effect"
 
     def describe_priors(self) -> dict[str, str]:
@@ -139,7 +139,7 @@ class Factor(nn.Module):
         return self.joint_covariance.describe_priors()
 
     def forward(self, membership: Membership) -> Float[Tensor, "... clusters terms"]:
-        """Sample the hyperparameters, and the random effects of the clusters drawn."""
+        """Sample the hyperparameters, and the random effects of the batch's clusters."""
         latents = self.joint_covariance.sample()
         scale = self.scale(latents)
         with self.plate(membership), weighted(membership):
@@ -152,17 +152,17 @@ class Factor(nn.Module):
             return pyro.sample(self.effect_site, prior)
 
     def plate(self, membership: Membership) -> pyro.plate:
-        """The plate over the clusters drawn."""
+        """The plate over the batch's clusters."""
         return pyro.plate(self.name, len(membership.index), dim=-1)
 
     def scale(
         self, latents: Mapping[str, Tensor]
     ) -> Float[Tensor, "... terms"] | Float[Tensor, "... terms terms"]:
-        """L with u = L z: the vector of sds where effects are independent, else a matrix."""
+        """L with u = L z: the vector of sds if effects are independent, otherwise a matrix."""
         return self.joint_covariance.scale(latents)
 
     def scale_matrix(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms terms"]:
-        """L as a matrix, diagonal or not."""
+        """L as a matrix, even if effects are independent."""
         scale = self.scale(latents)
         return torch.diag_embed(scale) if self.diagonal else scale
 
@@ -177,7 +177,7 @@ class Factor(nn.Module):
         return self.joint_covariance.sd(latents)
 
     def known(self) -> dict[str, Tensor]:
-        """Hyperparameters that are given, not estimated."""
+        """Values of the hyperparameters that the priors fix."""
         return self.joint_covariance.known()
 
     def covariance(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms terms"]:
@@ -187,7 +187,11 @@ class Factor(nn.Module):
     def extended(
         self, latents: Mapping[str, Tensor], count: int, *, population: bool
     ) -> Float[Tensor, "... count terms"]:
-        """Effects of the seen clusters and of new ones, so many in all: `MixedEffects.extend`."""
+        """Effects of the seen clusters, followed by new clusters up to `count`.
+
+        Effects of new clusters are zero with `population`, and otherwise drawn from their prior;
+        see `MixedEffects.extend`.
+        """
         seen = latents[self.effect_site]
         new = count - seen.shape[-2]
         noise = seen.new_zeros(*seen.shape[:-2], new, seen.shape[-1])
@@ -198,7 +202,7 @@ class Factor(nn.Module):
     def design(
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows phi_columns"]:
-        """phi, the columns of all terms but those on filters."""
+        """phi, the columns of all terms except those on filters."""
         columns = [block.columns(x, activations) for block in self.linear]
         return torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
 
@@ -213,24 +217,27 @@ class Factor(nn.Module):
         if not self.n_linear:
             return effects.new_zeros(*effects.shape[:-2], len(phi), self.n_columns)
         if phi.shape[-1] > FEW:
-            mine = effects[..., membership.position, :].unflatten(-1, (-1, self.n_columns))
-            return torch.einsum("nq,...nqp->...np", phi, mine)
+            by_row = effects[..., membership.position, :].unflatten(-1, (-1, self.n_columns))
+            return torch.einsum("nq,...nqp->...np", phi, by_row)
         # Term by term: a gather and a sum over a short last dimension are slow.
         by_term = effects.unflatten(-1, (-1, self.n_columns)).unbind(-2)
         terms = zip(phi.unbind(-1), by_term, strict=True)
         return reduce(
             torch.add,
-            (one[:, None] * mine.index_select(-2, membership.position) for one, mine in terms),
+            (
+                column[:, None] * effect.index_select(-2, membership.position)
+                for column, effect in terms
+            ),
         )
 
 
 def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
-    """The factor of this name; the first, if none is named.
+    """The factor with this name; the first factor if the name is None.
 
     Raises
     ------
     ValueError
-        If there is no such factor, or none at all.
+        If there is no such factor, or the program has no factor.
     """
     by_name = {factor.name: factor for factor in factors}
     if not by_name:
@@ -241,14 +248,14 @@ def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
 
 
 def weighted(membership: Membership) -> ScaleMessenger:
-    """Handler that gives each cluster's sites the cluster's weight."""
+    """Handler that multiplies the log-density of each cluster's sites by the cluster's weight."""
     return ScaleMessenger(1.0 if membership.weight is None else membership.weight)
 
 
 def _groups(
     factor: str, terms: Sequence[str], blocks: Sequence[LinearBlock], n_columns: int
 ) -> list[tuple[TermGroup, Covariance]]:
-    """Terms of each correlated block, apart for every column of the predictor."""
+    """Groups of correlated terms: one per correlated block and column of the predictor."""
     places, start = list[tuple[tuple[int, ...], Covariance]](), 0
     for block in blocks:
         stop = start + len(block.names)

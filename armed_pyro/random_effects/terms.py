@@ -1,4 +1,4 @@
-"""Random-effect terms: what a user writes, and the columns phi(x, h) they stand for."""
+"""Random-effect terms as a user writes them, and the blocks of columns that they stand for."""
 
 from __future__ import annotations
 
@@ -20,21 +20,42 @@ __all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
 
 
 class Term(ABC):
-    """Random effects of one grouping factor with a covariance matrix of their own."""
+    """Random effects of one grouping factor with their own covariance matrix.
+
+    A term is a frozen dataclass. Its fields are saved with a fit.
+
+    Attributes
+    ----------
+    factor : str
+        Grouping factor, ``"site"`` or ``"school:class"``.
+    """
 
     factor: str
 
     @abstractmethod
     def layers(self) -> tuple[str, ...]:
-        """Module paths whose activations the term needs."""
+        """Module paths of the activations that the term needs."""
 
     @abstractmethod
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
-        """The term laid out for some data and a network with these activation widths."""
+        """The term's columns, for these features and a network with these activation widths.
+
+        Parameters
+        ----------
+        features : FeatureScaling
+            Names and scales of the features.
+        widths : mapping of str to int
+            Width of the activations at each path of `layers`.
+
+        Raises
+        ------
+        ValueError
+            If the term names a feature that the data do not have.
+        """
 
     @abstractmethod
     def __str__(self) -> str:
-        """The term as its user would write it."""
+        """The term as the user writes it."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +67,13 @@ class RandomEffects(Term):
     factor : str
         Grouping factor, ``"site"`` or ``"school:class"``.
     slopes : tuple of str
-        Features, by encoded name or by column (a categorical column brings all its contrasts).
+        Features, by encoded name or by column. A categorical column stands for all its contrasts.
     intercept : bool
         Whether there is a random intercept.
     correlated : bool
         Whether the effects are correlated, lme4's ``|``, or independent, ``||``.
     covariance : str, Covariance or None
-        Another kind of covariance, by name or with settings, in place of what `correlated` says;
+        Another kind of covariance, by name or with settings, which then replaces `correlated`;
         see `armed_pyro.random_effects.covariance`.
 
     Examples
@@ -85,12 +106,12 @@ class RandomEffects(Term):
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         columns: list[int] = []
         for slope in self.slopes:
-            found = [
+            positions = [
                 position
                 for position, names in enumerate(zip(features.names, features.sources, strict=True))
                 if slope in names
             ]
-            if not found:
+            if not positions:
                 known = [*features.names, *features.sources]
                 near = get_close_matches(slope, known, n=1)
                 hint = f" (nearest: {near[0]!r})" if near else ""
@@ -98,7 +119,7 @@ class RandomEffects(Term):
                     f"{self} has a slope on {slope!r}, which is not among the features{hint}; "
                     f"the features are: {', '.join(features.names) or 'none'}"
                 )
-            columns += [position for position in found if position not in columns]
+            columns += [position for position in positions if position not in columns]
         return InputBlock(
             names=[features.names[column] for column in columns],
             columns=columns,
@@ -123,7 +144,7 @@ class Slopes(Term):
     correlated : bool
         Whether the slopes are correlated; independent by default, as layers are wide.
     covariance : str, Covariance or None
-        Another kind of covariance, by name or with settings, in place of what `correlated` says.
+        Another kind of covariance, by name or with settings, which then replaces `correlated`.
 
     References
     ----------
@@ -164,9 +185,9 @@ class FilterScaleBias(Term):
     .. math:: h'_{ic} = (1 + a_{kc}) h_{ic} + b_{kc}, \quad k = g(i), \quad
               a_{kc} \sim N(0, sd_{a,c}^2), \quad b_{kc} \sim N(0, sd_{b,c}^2)
 
-    for every filter c (or unit) of a layer's output h, by hook: the network is not edited. After
-    an instance or batch normalisation, effects are in units of the filters' sds; elsewhere in
-    those of the layer's output. The sds' prior scale is 0.3 unless `Priors` says otherwise.
+    for every filter (or unit) c of a layer's output h. A hook does this; the network is not edited.
+    After instance or batch normalisation, effects are in units of the filters' sds; after other
+    layers, in units of the layer's output. The sds' prior scale is 0.3 unless `Priors` sets it.
 
     Attributes
     ----------

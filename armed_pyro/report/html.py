@@ -69,19 +69,23 @@ def page(
     Parameters
     ----------
     results : Results
-        The results.
+        The tables and the verdict of the fit.
     random_effects : pandas.DataFrame
         Table with columns factor, term, cluster, mean, lower, upper, at the probability of
         `results`; see `armed_pyro.summaries.random_effects`.
     title : str
         Heading of the page.
     evaluation : pandas.DataFrame, optional
-        Table that `armed_pyro.prediction.evaluation.evaluate` made.
+        Table of `armed_pyro.prediction.evaluation.evaluate`.
 
     Raises
     ------
     ImportError
         If matplotlib is not installed.
+
+    Examples
+    --------
+    ``page(fit.results(), random_effects(fit.posterior))``
     """
     mpl = extra("matplotlib", "a report")
     with mpl.rc_context({**PLAIN, "svg.hashsalt": "armed_pyro", "axes.edgecolor": FAINT}):
@@ -122,8 +126,8 @@ def _program(results: Results) -> dict[str, str]:
     model, facts = results.posterior.model, results.posterior.model.data_facts()
     layers = [module for module in model.net.modules() if not list(module.children())]
     adversaries = [
-        f"{game.factor}, on {', '.join(game.taps)}, weight {game.weight:g}"
-        for game in model.adversaries
+        f"{adversary.factor}, on {', '.join(adversary.taps)}, weight {adversary.weight:g}"
+        for adversary in model.adversaries
     ]
     lines = {
         "Outcome": f"{facts.outcome_name} ({model.family})",

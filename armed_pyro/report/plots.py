@@ -15,22 +15,27 @@ if TYPE_CHECKING:
 
 __all__ = ["forest", "loss_curves"]
 
-# Names of more clusters do not fit beside a plot.
+# With more clusters than this, the plot has no room for their names.
 MOST_NAMED_CLUSTERS = 60
+# Panels of a forest plot, one per term.
 MOST_TERMS = 4
-# A curve has about this many points.
+# Approximate number of points of a loss curve.
 POINTS = 400
 
 
 def loss_curves(history: History) -> Figure:
     """Training loss, and the validation loss if there is one, over the steps.
 
-    Each point of the training loss is the mean of consecutive steps, within their range.
+    Each point of the training loss is the mean of consecutive steps, in a band of their range.
+
+    Examples
+    --------
+    ``loss_curves(fit.history).savefig("loss.svg")``
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 2.6), layout="constrained")
-    # Side by side, as only the training loss includes the prior: the two levels do not compare.
+    # In two panels, as only the training loss includes the prior: the levels are not comparable.
     panels = figure.subplots(1, 2 if history.validation else 1, squeeze=False)[0]
     width = max(1, len(history.loss) // POINTS)
     blocks = np.asarray(history.loss)[: len(history.loss) // width * width].reshape(-1, width)
@@ -41,7 +46,7 @@ def loss_curves(history: History) -> Figure:
         lines["validation"] = (np.asarray(history.step), np.asarray(history.validation))
     for axes, (name, (step, loss)) in zip(panels, lines.items(), strict=True):
         axes.plot(step, loss, color=ACCENT, lw=1.2)
-        if len(loss):  # the first steps may lie far above the rest, and would flatten it
+        if len(loss):  # the first losses may be so high that they flatten the rest of the curve
             low, high = np.nanquantile(loss, [0, 0.98])
             margin = 0.05 * (high - low or 1)
             axes.set_ylim(low - margin, high + margin)
@@ -58,6 +63,10 @@ def forest(effects: pd.DataFrame) -> Figure:
     effects : pandas.DataFrame
         One factor's rows of `armed_pyro.summaries.random_effects`: columns term, cluster, mean,
         lower, upper, each term with the same clusters in the same order.
+
+    Examples
+    --------
+    ``forest(random_effects(fit.posterior).query("factor == 'site'"))``
     """
     from matplotlib.figure import Figure
 

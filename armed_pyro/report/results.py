@@ -14,7 +14,7 @@ __all__ = ["Results", "Verdict"]
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The answer to "can the fit be trusted?".
+    """The answer to "Can the fit be trusted?".
 
     Attributes
     ----------
@@ -26,6 +26,10 @@ class Verdict:
         Numbers that are reported without a verdict.
     brief : str
         The verdict in words, and the checks that did not pass.
+
+    Examples
+    --------
+    ``fit.results().verdict.brief``
     """
 
     verdict: str
@@ -36,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """What is reported of a fit.
+    """The tables and the verdict of a fit.
 
     Attributes
     ----------
@@ -48,6 +52,10 @@ class Results:
         Tables as `Fit.variance_components` and `Fit.fixed_effects` make them.
     verdict : Verdict
         Whether the fit can be trusted.
+
+    Examples
+    --------
+    ``summarize(fit.results(prob=0.8))``
     """
 
     posterior: Posterior

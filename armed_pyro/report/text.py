@@ -12,7 +12,12 @@ __all__ = ["priors", "summarize"]
 
 
 def summarize(results: Results) -> str:
-    """The summary of a fit, laid out as lme4's and brms' are."""
+    """The summary of a fit as text, in the layout of lme4 and brms.
+
+    Examples
+    --------
+    ``print(summarize(fit.results()))``
+    """
     lines = (f"  {site}: {prior}" for site, prior in priors(results.posterior.model).items())
     return "\n\n".join(
         [
@@ -27,20 +32,27 @@ def summarize(results: Results) -> str:
 
 
 def priors(model: MixedEffects) -> dict[str, str]:
-    """Prior of every latent site, in the units of the data."""
-    facts, given = model.data_facts(), model.priors
+    """Prior of every latent site, in the units of the data.
+
+    Examples
+    --------
+    ``priors(fit.model)["site_sd[Intercept]"]``
+    """
+    facts = model.data_facts()
     lines: dict[str, str] = {}
     for factor in model.factors:
         lines |= factor.describe_priors()
     if model.bayesian_head:
         unit = "sd of the outcome" if facts.spread != 1 else "link scale"
-        lines["fixed_effect"] = f"Normal(0, {given.fixed_sd:.4g}) ({unit}, per sd of the feature)"
+        lines["fixed_effect"] = (
+            f"Normal(0, {model.priors.fixed_sd:.4g}) ({unit}, per sd of the feature)"
+        )
     for parameter in model.family.parameters:
-        lines[parameter.name] = parameter.describe(given, facts.spread)
-    for one in model.others:
-        scale = one.prior.scale
+        lines[parameter.name] = parameter.describe(model.priors, facts.spread)
+    for other in model.others:
+        scale = other.prior.scale
         number = scale if isinstance(scale, float | int) else 1.0
-        lines[one.sd_site] = one.prior.describe(facts.feature_spread * float(number))
+        lines[other.sd_site] = other.prior.describe(facts.feature_spread * float(number))
     return lines or {"(none)": "the program has no latent site"}
 
 
@@ -65,12 +77,14 @@ def _head(model: MixedEffects) -> str:
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
     lines += [
-        f"  Other outcome: {one.name} (features rebuilt by {one.at}), weight {one.weight:.4g}"
-        for one in model.others
+        f"  Other outcome: {other.name} (features reconstructed by {other.at}), "
+        f"weight {other.weight:.4g}"
+        for other in model.others
     ]
     lines += [
-        f"  Adversary: {game.factor}, on {', '.join(game.taps)}, weight {game.weight:g}"
-        for game in model.adversaries
+        f"  Adversary: {adversary.factor}, on {', '.join(adversary.taps)}, "
+        f"weight {adversary.weight:g}"
+        for adversary in model.adversaries
     ]
     return "\n".join(lines)
 
@@ -113,12 +127,12 @@ def _convergence(results: Results) -> str:
         quality = ", ".join(f"{name} {value:.3g}" for name, value in qualities)
         draws = f"{METHODS[results.posterior.refined.method]} ({quality})"
     lines.append(f"  Posterior draws: {draws}")
-    # No window of steps has been closed if the first one diverged.
+    # There is no accuracy if training diverged in the first window of steps.
     accuracies = history.adversary_accuracy[-1] if history.adversary_accuracy else []
-    for game, accuracy in zip(results.posterior.model.adversaries, accuracies, strict=False):
-        counts = facts.counts[game.factor]
+    for adversary, accuracy in zip(results.posterior.model.adversaries, accuracies, strict=False):
+        counts = facts.counts[adversary.factor]
         lines.append(
-            f"  Adversary of {game.factor}: accuracy {accuracy:.3f}, "
+            f"  Adversary of {adversary.factor}: accuracy {accuracy:.3f}, "
             f"chance {float(counts.max() / counts.sum()):.3f}"
         )
     return _section("Convergence", "\n".join(lines))

@@ -37,19 +37,19 @@ __all__ = ["GROUPS", "arviz_api", "latent_dataset", "log_likelihood", "to_datatr
 Draws = dict[str, Tensor]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
 ATTRIBUTES = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
-# Bytes beyond which draws of another outcome, a whole image each, are left out.
+# Bytes beyond which draws of other outcomes are left out; each draw is as large as the features.
 LARGEST_OTHER = 200e6
 
 
 def arviz_api() -> ModuleType:
-    """ArviZ with the API of its version 1: ``arviz`` itself, or ``arviz.preview`` before it.
+    """ArviZ with the API of version 1: ``arviz`` or, in earlier versions, ``arviz.preview``.
 
     Examples
     --------
     >>> hasattr(arviz_api(), "plot_ppc_dist")
     True
     """
-    import arviz  # here, as it takes seconds and few uses of the library need it
+    import arviz  # slow to import, and rarely needed
 
     if int(arviz.__version__.partition(".")[0]) >= 1:
         return arviz
@@ -67,9 +67,9 @@ def to_datatree(
 ) -> xr.DataTree:
     r"""Posterior, predictive draws, likelihood, prior and data of a fit, on the original scale.
 
-    With M the matrix that takes random effects to the units of the data, the variables are
-    :math:`u \leftarrow M u` (``<factor>_effect``), and the standard deviations and correlations
-    of :math:`M D M^\top` (``<factor>_sd``, ``<factor>_cor``), as in `variance_components`.
+    Let M be the matrix that transforms random effects to the units of the data. ``<factor>_effect``
+    is :math:`M u`; ``<factor>_sd`` and ``<factor>_cor`` are the standard deviations and
+    correlations of :math:`M D M^\top`, as in `variance_components`.
 
     Parameters
     ----------
@@ -78,30 +78,29 @@ def to_datatree(
     draws : int
         Draws of the posterior and of the prior, as one chain.
     groups : sequence of str, optional
-        Groups wanted, by default all of them:
+        Names of the groups, by default all:
 
         - posterior: ``<factor>_effect`` (factor, term), ``<factor>_sd`` (term), ``<factor>_cor``
-          (term, term_bis; where terms are correlated; zero where they are independent),
-          the family's parameters (``residual_sd``, ``shape``), ``<other outcome>_sd``,
-          ``fixed_effect`` (fixed_term).
-          Absent if nothing is latent.
-        - posterior_predictive, log_likelihood: every outcome of the training rows, under its own
-          name, given the same draws. Log-likelihoods include weights, of rows and outcomes.
-        - prior, prior_predictive: the program without its data; weights of a network that are
-          not latent keep their trained values.
+          (term, term_bis; only if some terms are correlated; zero for independent terms), the
+          family's parameters (``residual_sd``, ``shape``), ``<other outcome>_sd``,
+          ``fixed_effect`` (fixed_term). Absent if nothing is latent.
+        - posterior_predictive, log_likelihood: every outcome of the training rows, under its name,
+          given the same draws. Log-likelihoods include the weights of rows and outcomes.
+        - prior, prior_predictive: draws of the program without its data. Weights of a network that
+          are not latent keep their trained values.
         - observed_data, constant_data: outcome; features, clusters, trials, offset and weights.
-        - sample_stats: by step of the training, objective and evidence lower bound per row, whether
-          it ran compiled and the seconds that it took (median of its window).
+        - sample_stats: objective and evidence lower bound per row for each step of the training,
+          whether the step ran compiled, and its seconds (median of its window).
     seed : int, optional
-        Seed of the draws; the fit's own by default. The posterior draws are those of
+        Seed of the draws; by default that of the fit. The posterior draws are those of
         ``fit.draws(draws, seed=seed)``.
 
     Returns
     -------
     xarray.DataTree
-        Labels are numbers, text or timestamps, as NetCDF can hold; others become text. Classes
-        are codes into the attribute ``classes``. In names, ``/`` becomes ``_``, and ``_`` follows
-        a name that the schema reserves, such as ``draw``.
+        Labels are numbers, text or timestamps, which NetCDF can hold; other labels become text.
+        Classes are codes into the attribute ``classes``. In names, ``/`` becomes ``_``, and a name
+        that the schema reserves, such as ``draw``, is followed by ``_``.
 
     Raises
     ------
@@ -120,7 +119,7 @@ def to_datatree(
         raise ValueError(f"`draws` must be at least 2, not {draws}")
     seed = posterior.seed if seed is None else seed
     made = {name: make(posterior, draws, seed) for name, make in GROUPS.items() if name in wanted}
-    return xr.DataTree.from_dict({name: one for name, one in made.items() if one.data_vars})
+    return xr.DataTree.from_dict({name: group for name, group in made.items() if group.data_vars})
 
 
 # --- the groups -------------------------------------------------------------------------------
@@ -147,18 +146,18 @@ def _prior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset
 
 
 def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
-    """Draws of the outcomes given these latent sites; of others as far as they are not too large.
+    """Draws of the outcomes given these latent sites; other outcomes are left out if too large.
 
-    The outcomes of a row are drawn together.
+    All outcomes of a row are drawn from the same latent sites.
     """
-    model, found = posterior.model, dict[str, list[np.ndarray]]()
+    model, blocks = posterior.model, dict[str, list[np.ndarray]]()
     values = draws * posterior.data.n_rows * math.prod(model.data_facts().feature_shape)
     others = bool(model.others) and 4 * values <= LARGEST_OTHER
     if model.others and not others:
         warnings.warn(
-            f"draws of {', '.join(one.name for one in model.others)} would take "
+            f"draws of {', '.join(other.name for other in model.others)} would take "
             f"{4e-9 * values:.1f} GB and are left out: ask for fewer draws, or use "
-            "Fit.predict(rows).others, which has their means and sds",
+            "Fit.predict(rows).others, which holds their means and sds",
             UserWarning,
             stacklevel=5,
         )
@@ -168,23 +167,39 @@ def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
         drawn = {posterior.data.outcome_name: model.density(eta, latents, rows).sample()}
         if others:
             densities = model.other_densities(predictor.others, latents, rows)
-            drawn |= {one.name: density.sample() for one, density in densities.items()}
-        for name, one in drawn.items():
-            found.setdefault(name, []).append(one.cpu().numpy())
-    return _by_row(posterior, draws, found, model.family.integer, posterior.data.features.dim() - 1)
+            drawn |= {other.name: density.sample() for other, density in densities.items()}
+        for name, sample in drawn.items():
+            blocks.setdefault(name, []).append(sample.cpu().numpy())
+    return _by_row(
+        posterior, draws, blocks, model.family.integer, posterior.data.features.dim() - 1
+    )
 
 
 def log_likelihood(
     posterior: Posterior, draws: int, seed: int, *, others: bool = True
 ) -> xr.Dataset:
-    """What every training row adds to the log-density, by outcome; see `to_datatree`."""
+    """Log-likelihood of every training row (chain, draw, row), by outcome; see `to_datatree`.
+
+    Parameters
+    ----------
+    posterior : Posterior
+        The fitted program.
+    draws, seed : int
+        Number and seed of the posterior draws.
+    others : bool
+        Whether to include outcomes other than the family's.
+
+    Examples
+    --------
+    ``log_likelihood(fit.posterior, 1000, seed=0)["y"]``
+    """
     model, latents = posterior.model, posterior.draws(draws, seed=seed)
-    found = dict[str, list[np.ndarray]]()
+    blocks = dict[str, list[np.ndarray]]()
     with torch.no_grad():
         for rows in _blocks(posterior, draws, others=others):
-            for name, one in log_likelihoods(model, rows, latents, others=others).items():
-                found.setdefault(name, []).append(one.cpu().numpy())
-    return _by_row(posterior, draws, found, whole=False)
+            for name, values in log_likelihoods(model, rows, latents, others=others).items():
+                blocks.setdefault(name, []).append(values.cpu().numpy())
+    return _by_row(posterior, draws, blocks, whole=False)
 
 
 def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
@@ -193,8 +208,8 @@ def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
         outcome = _counts(posterior.data.outcome.numpy(), posterior.model.family.integer)
         variables[variable_name(posterior.data.outcome_name)] = (("row",), outcome)
     features = posterior.model.data_facts().scaling.standardise(posterior.data.features).numpy()
-    for one in posterior.model.others:
-        variables[variable_name(one.name)] = (("row", *_axes(features.ndim - 1)), features)
+    for other in posterior.model.others:
+        variables[variable_name(other.name)] = (("row", *_axes(features.ndim - 1)), features)
     return _dataset(posterior, variables)
 
 
@@ -251,13 +266,13 @@ GROUPS: Mapping[str, Maker] = {
 }
 
 
-# --- their parts ------------------------------------------------------------------------------
+# --- parts of groups --------------------------------------------------------------------------
 
 
 def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
-    """Draws of the program without its outcome, shaped as those of a guide."""
+    """Draws of all latent sites from the prior, in the shapes of the guide's draws."""
     model = posterior.model
-    # One row will do: it brings every cluster, and no latent site depends on it.
+    # A single row is enough: latent sites cover all clusters and do not depend on the rows.
     rows = replace(next(model.encode(posterior.data).chunks(1)), y=None)
     with model.seeded(seed + 2):
         sites = Predictive(model, num_samples=draws, parallel=True)(rows)
@@ -266,15 +281,26 @@ def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
 
 
 def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
-    """Every latent site with labelled dimensions, on the original scale.
+    """Draws of every latent site with labelled dimensions, on the original scale.
 
-    Random effects may be left out of the draws.
+    Parameters
+    ----------
+    model : MixedEffects
+        The bound program.
+    latents : dict of str to Tensor
+        Draws; random effects may be missing.
+    draws : int
+        Number of draws; a site with a single draw is repeated.
+
+    Examples
+    --------
+    ``latent_dataset(fit.model, fit.draws(100), 100)["site_sd"]``
     """
     variables: Variables = {}
     coords: dict[str, Any] = {}
 
     def add(name: str, dims: tuple[str, ...], values: Tensor) -> None:
-        # Known quantities have a single draw.
+        # A quantity that is known in advance has a single draw.
         shape = (1, draws, *values.shape[1:])
         array = np.broadcast_to(values.cpu().numpy(), shape)
         variables[name] = (("chain", "draw", *dims), np.ascontiguousarray(array))
@@ -299,8 +325,8 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
     for parameter, values in original_parameters(model, latents).items():
         add(parameter, (), values)
-    for one in model.others:
-        add(one.sd_site, (), original_sd(model, one, latents))
+    for other in model.others:
+        add(other.sd_site, (), original_sd(model, other, latents))
     if model.bayesian_head:
         coords["fixed_term"] = list(model.fixed_terms())
         add("fixed_effect", ("fixed_term",), original_fixed_effects(model, latents))
@@ -311,25 +337,27 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
 def _by_row(
     posterior: Posterior,
     draws: int,
-    found: Mapping[str, Sequence[np.ndarray]],
+    blocks: Mapping[str, Sequence[np.ndarray]],
     whole: bool,
     inner: int = 0,
 ) -> xr.Dataset:
     """Draws of quantities of each row, from blocks "... rows" of consecutive rows.
 
-    Those of other outcomes have `inner` more dimensions.
+    Blocks of other outcomes have `inner` further dimensions.
     """
     variables: Variables = {}
-    for name, parts in found.items():
+    for name, parts in blocks.items():
         axes, integer = (0, whole) if name == posterior.data.outcome_name else (inner, False)
-        each = [np.broadcast_to(one, (draws, *one.shape[one.ndim - 1 - axes :])) for one in parts]
-        values = _counts(np.concatenate(each, 1), integer)
+        full = [
+            np.broadcast_to(part, (draws, *part.shape[part.ndim - 1 - axes :])) for part in parts
+        ]
+        values = _counts(np.concatenate(full, 1), integer)
         variables[variable_name(name)] = (("chain", "draw", "row", *_axes(axes)), values[None])
     return _dataset(posterior, variables, chain=[0], draw=np.arange(draws))
 
 
 def _axes(count: int) -> tuple[str, ...]:
-    """Dimensions of the values of a row."""
+    """Names of the dimensions of a row's values."""
     return tuple(f"axis_{i}" for i in range(1, count + 1))
 
 
@@ -344,7 +372,7 @@ def _dataset(posterior: Posterior, variables: Variables, **coords: Any) -> xr.Da
 
 
 def _counts(values: np.ndarray, whole: bool) -> np.ndarray:
-    """Whole numbers as integers, by which ArviZ chooses its plots, as far as integers reach."""
+    """Whole numbers as integers, by which ArviZ chooses its plots; floats if beyond 2**53."""
     return values.astype(np.int64) if whole and bool((np.abs(values) < 2**53).all()) else values
 
 

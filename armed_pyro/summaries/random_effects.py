@@ -13,23 +13,27 @@ __all__ = ["random_effects"]
 def random_effects(
     posterior: Posterior, *, draws: int = 1000, prob: float = 0.9, seed: int | None = None
 ) -> pd.DataFrame:
-    """Posterior of every cluster's random effects, on the original scale.
+    """Posterior mean and interval of every cluster's random effects, on the original scale.
 
     Parameters
     ----------
     posterior : Posterior
-        The posterior.
+        The fitted program.
     draws : int
         Posterior draws.
     prob : float
         Probability of the equal-tailed intervals.
     seed : int, optional
-        Seed of the draws; the posterior's own by default.
+        Seed of the draws; by default that of the fit.
 
     Returns
     -------
     pandas.DataFrame
         Columns factor, term, cluster, mean, lower, upper: one row per factor, term and cluster.
+
+    Examples
+    --------
+    ``random_effects(fit.posterior).query("term == 'Intercept'")``
     """
     latents = posterior.draws(draws, seed=seed)
     levels = posterior.model.data_facts().levels
@@ -41,7 +45,8 @@ def random_effects(
         original = (effects @ factor.to_original.mT).cpu().numpy()
         mean = original.mean(0)
         lower, upper = np.quantile(original, [tail, 1 - tail], axis=0)
-        # As objects, since whole numbers of one factor would turn into another's decimals.
+        # Labels become objects: concatenating integers of one factor with decimals of another would
+        # turn the integers into decimals.
         clusters = levels[factor.name].astype(object)
         for place, term in enumerate(factor.terms):
             values = (clusters, mean[:, place], lower[:, place], upper[:, place])

@@ -28,9 +28,10 @@ from armed_pyro.rows.batch import Rows
 __all__ = ["fixed_effects", "variance_components"]
 
 
-# Rows over which the variances of the fixed and random parts are averaged, at most.
+# Most rows over which the variances of the fixed and random parts are averaged.
 MOST_ROWS = 20_000
-MOST_VALUES = 2**20  # rows times draws at once
+# Rows times draws in one block.
+MOST_VALUES = 2**20
 
 
 def variance_components(
@@ -38,10 +39,10 @@ def variance_components(
 ) -> pd.DataFrame:
     r"""Posterior of sds, correlations, variances, shares, ICCs and R2, on the original scale.
 
-    With :math:`D_m` the covariance matrix of factor m (that of the intercept at x = 0, as in
-    lme4), its variance component averaged over the rows is
-    :math:`\sigma^2_m = mean_i(\phi_i^\top D_m \phi_i)` (Johnson 2014; for effects on filters phi is
-    the predictor's gradient by them, to first order), and
+    Let :math:`D_m` be the covariance matrix of factor m, with the intercept at x = 0 as in lme4.
+    Its variance component, averaged over the rows (Johnson 2014), is
+    :math:`\sigma^2_m = mean_i(\phi_i^\top D_m \phi_i)`. For effects on filters, phi is the gradient
+    of the predictor in them, a first-order approximation. Then
 
     .. math::
         ICC_m = \sigma^2_m / (\sum_l \sigma^2_l + \sigma^2_e), \quad
@@ -49,8 +50,8 @@ def variance_components(
         R^2_{marginal} = share_f, \quad R^2_{conditional} = share_f + \sum_m share_m
 
     where :math:`\sigma^2_f` is the variance of the fixed effects over the rows and
-    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes, on the latent scale for
-    the others (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017).
+    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes, and on the latent scale
+    for all others (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017).
 
     Parameters
     ----------
@@ -61,15 +62,19 @@ def variance_components(
     prob : float
         Probability of the equal-tailed intervals.
     seed : int, optional
-        Seed of the draws; the fit's own by default.
+        Seed of the draws; by default that of the fit.
 
     Returns
     -------
     pandas.DataFrame
         Columns factor, term, statistic (sd, variance, cor, icc, share, r2_marginal,
         r2_conditional), mean, median, sd, lower, upper. The residual and the fixed effects appear
-        as factors ``Residual`` and ``Fixed``; with several columns of the predictor, their terms
-        name the column.
+        as factors ``Residual`` and ``Fixed``. If the predictor has several columns, shares, ICCs
+        and R2 have one row per column, which `term` names.
+
+    Examples
+    --------
+    ``variance_components(fit.posterior).query("statistic == 'icc'")``
     """
     model, latents = posterior.model, posterior.hyperparameters(draws, seed=seed)
     rows: list[tuple[str, str, str, Tensor]] = []
@@ -78,8 +83,8 @@ def variance_components(
     parameters = original_parameters(model, latents)
     residual = model.family.residual_rows(parameters)
     rows += [("Residual", "", statistic, values) for statistic, values in residual.items()]
-    for one in model.others:
-        rows.append(("Residual", one.name, "sd", original_sd(model, one, latents)))
+    for other in model.others:
+        rows.append(("Residual", other.name, "sd", original_sd(model, other, latents)))
     rows += list(_shares(posterior, latents, parameters))
     return _table(rows, ["factor", "term", "statistic"], prob)
 
@@ -89,11 +94,17 @@ def fixed_effects(
 ) -> pd.DataFrame:
     """Posterior of the latent fixed effects on the original scale.
 
+    The parameters are those of `variance_components`.
+
     Returns
     -------
     pandas.DataFrame
         Columns term, mean, median, sd, lower, upper; no rows for a network without latent
         weights.
+
+    Examples
+    --------
+    ``fixed_effects(fit.posterior).set_index("term")["mean"]``
     """
     model = posterior.model
     if not model.bayesian_head:
@@ -106,16 +117,17 @@ def fixed_effects(
 def _factor_rows(
     model: MixedEffects, factor: Factor, latents: Draws
 ) -> Iterator[tuple[str, str, str, Tensor]]:
+    """Yield factor, term, statistic and draws of sds, variances and correlations."""
     covariance = original_covariance(factor, latents)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "sd", variance[:, position].sqrt()
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "variance", variance[:, position]
-    for one, other in factor.joint_covariance.pairs():
-        name = f"{factor.terms[one]},{factor.terms[other]}"
-        product = (variance[:, one] * variance[:, other]).sqrt()
-        yield factor.name, name, "cor", covariance[:, one, other] / product
+    for i, j in factor.joint_covariance.pairs():
+        name = f"{factor.terms[i]},{factor.terms[j]}"
+        product = (variance[:, i] * variance[:, j]).sqrt()
+        yield factor.name, name, "cor", covariance[:, i, j] / product
     for group, quantity, values in factor.joint_covariance.quantities(latents):
         yield factor.name, ",".join(group.terms), quantity, values.to(torch.float64)
 
@@ -123,7 +135,7 @@ def _factor_rows(
 def _shares(
     posterior: Posterior, latents: Draws, parameters: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str, str, Tensor]]:
-    """Variances averaged over rows, as shares of their totals, for every predictor column."""
+    """Yield ICCs, shares of the variance and R2 for every column of the predictor."""
     model, facts = posterior.model, posterior.model.data_facts()
     chosen = np.random.default_rng(0).permutation(posterior.data.n_rows)[:MOST_ROWS]
     rows = model.encode(posterior.data.take(np.sort(chosen))).all()
@@ -163,12 +175,12 @@ def _fixed_variance(
 ) -> Float[Tensor, "draws_or_1 columns"]:
     """Variance of the fixed part over the rows."""
     if weights is None:
-        # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
+        # An offset, such as a log exposure, is no effect, and must not count as explained variance.
         fixed = model.predictor(replace(rows, offset=None), {}).eta.to(torch.float64)
         return fixed.var(-2)[None]
     facts = model.data_facts()
     inputs = model.head_inputs(activations).to(torch.float64)
-    # w' Cov(x) w: no need of every row in every draw.
+    # w' Cov(x) w, which avoids an array of every row in every draw.
     centred = inputs - inputs.mean(0)
     covariance = centred.mT @ centred / max(1, len(rows) - 1)
     by_column = _flat(weights, 1).to(torch.float64).unflatten(-1, (-1, len(facts.columns)))
@@ -181,21 +193,22 @@ def _means(
     weights: Float[Tensor, "draws 1 fixed_terms"] | None,
     random: Float[Tensor, "draws columns"],
 ) -> Float[Tensor, "draws columns"]:
-    """Mean outcome over the rows and over random effects with these variances."""
+    """Mean outcome over the rows, and over random effects whose variances are `random`."""
     size = max(1, MOST_VALUES // max(1, len(rows) * random.shape[-1]))
     means = []
     for start in range(0, len(random), size):
-        some = random[start : start + size]
-        own = {} if weights is None else {"fixed_effect": weights[start : start + size]}
-        fixed = model.predictor(rows, own).eta.to(torch.float64)
-        fixed = fixed if fixed.dim() == 3 else fixed.expand(len(some), *fixed.shape)
-        means.append(model.family.marginal_mean(fixed, some))
+        variances = random[start : start + size]
+        latents = {} if weights is None else {"fixed_effect": weights[start : start + size]}
+        fixed = model.predictor(rows, latents).eta.to(torch.float64)
+        fixed = fixed if fixed.dim() == 3 else fixed.expand(len(variances), *fixed.shape)
+        means.append(model.family.marginal_mean(fixed, variances))
     return torch.cat(means)
 
 
 def _table(
     rows: Sequence[tuple[*tuple[str, ...], Tensor]], names: list[str], prob: float
 ) -> pd.DataFrame:
+    """Labels and summaries of draws, one row per quantity."""
     tail = (1 - prob) / 2
     records = []
     for *labels, values in rows:

@@ -1,0 +1,151 @@
+"""A phase of a training run: its rows, objective, steps and stopping rule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from armed_pyro.engine.checkpoint import module_tensors, restore_module
+from armed_pyro.engine.compiled_step import CompileMode, Steps
+from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.schedule import History
+from armed_pyro.engine.shards import Share
+from armed_pyro.inference.cluster_adam import LazyAdam
+from armed_pyro.inference.optimizers import Optimizers
+from armed_pyro.inference.task import TrainingTask
+from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.shuffle import Shuffle
+
+__all__ = ["Phase"]
+
+
+class Phase(ABC):
+    """Abstract: `NetworkPhase` trains network and guide, `FrozenPhase` the guide alone.
+
+    Attributes
+    ----------
+    task : TrainingTask
+        All that the run is given.
+    share : Share
+        The rows that this process takes its batches from.
+    shuffle : Shuffle
+        The order of the batches.
+    plateau : Plateau
+        The stopping rule.
+    lazy : LazyAdam
+        The guide with the parameters of a batch's clusters, and their optimizer.
+    optimizers : Optimizers
+        Optimizers of all that is trained.
+    steps : Steps
+        Takes the steps, eagerly or compiled.
+    """
+
+    trains_network: bool
+
+    def __init__(self, task: TrainingTask, share: Share, shuffle: Shuffle) -> None:
+        self.task, self.share, self.shuffle = task, share, shuffle
+        self.plateau = task.schedule.plateau(len(task.source))
+
+    def prepare(self, batch_size: int, rate: float) -> None:
+        """Make optimizers and steps.
+
+        Parameters
+        ----------
+        batch_size : int
+            Rows in a step.
+        rate : float
+            Factor of the guide's learning rate.
+        """
+        task = self.task
+        # The gradient's noise vanishes where the guide is exact: a gradient below a hundredth of
+        # a nat per unit is no reason to move, and Adam must not scale it up.
+        eps = 0.01 / len(task.source)
+        self.lazy = LazyAdam.of(task.guide, task.source, self.share.together(batch_size), eps)
+        mode: CompileMode = "never" if self.share.several else task.compile
+        schedule = replace(task.schedule, learning_rate=rate * task.schedule.learning_rate)
+        self.optimizers = Optimizers(task.model, self.lazy, schedule, eps)
+        modules = {"model": task.model, "guide": self.lazy.guide}
+        self.steps = Steps(modules, self.optimizers, mode)
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates at a step."""
+        schedule = self.task.schedule
+        return schedule.rate(step) * schedule.decay**self.plateau.cuts
+
+    @property
+    def finished(self) -> bool:
+        """Whether the rates have been cut as often as the schedule asks for."""
+        stages = self.task.schedule.stages
+        return stages > 0 and self.plateau.cuts >= stages
+
+    @abstractmethod
+    def window(self) -> int:
+        """Steps of one window."""
+
+    @abstractmethod
+    def take(self, step: int) -> tuple[Loss, Tensor]:
+        """Take a step: its loss, and the length of its gradient."""
+
+    @abstractmethod
+    def accuracy(self, losses: list[Loss], history: History) -> list[float]:
+        """Accuracy of each adversary in a window."""
+
+    @abstractmethod
+    def close_window(self, losses: list[Loss], history: History) -> None:
+        """Record a window, and cut the rates where it brought no improvement."""
+
+    @abstractmethod
+    def refreshes(self) -> bool:
+        """Whether the guide has more to learn from all rows than from steps."""
+
+    def refresh(self, step: int) -> None:
+        """Let the guide take in all rows, while the rates have not been cut yet.
+
+        At falling rates it is left to converge.
+        """
+        if self.plateau.cuts or self.task.schedule.rate(step) != 1 or not self.refreshes():
+            return
+        with self.share.common_numbers(self.task.seed, step):
+            self.task.guide.refresh(self.task.model, self.share.rows)
+
+    @abstractmethod
+    def keep_best(self) -> None:
+        """Return to the best state, where the phase knows of one."""
+
+    def release(self) -> None:
+        """Give the guide memory of its own again, and leave the program for evaluation."""
+        self.lazy.release()
+        self.task.model.eval()
+
+    def next_batch(self) -> Rows:
+        """The next mini-batch; all rows where they are one batch."""
+        task, source = self.task, self.share.rows
+        n = len(task.source)
+        size = task.schedule.batch(n)
+        if size == n:
+            return source.all()
+        # As many as `prepare` makes room for, unless a step finds its clusters itself.
+        sampled = source.sampled(self.share.together(size))
+        whole = self.lazy.tables.keys() >= sampled and not self.share.several
+        dense = n if whole or task.guide.needs_all_clusters() else 4 * self.share.together(size)
+        return self.shuffle.batch(source, self.share.batch(size), dense)
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimizers, clusters' moments and order of the rows, for a checkpoint."""
+        tensors = module_tensors("optimizers", self.optimizers) | self.lazy.state()
+        return tensors | {"order": self.shuffle.order}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        restore_module("optimizers", self.optimizers, tensors)
+        self.lazy.restore(tensors)
+        self.shuffle.order = tensors["order"]
+
+
+def mean_accuracy(losses: list[Loss]) -> list[float]:
+    """Mean of the adversaries' accuracies over steps."""
+    values: list[float] = torch.stack([loss.accuracy.cpu() for loss in losses]).mean(0).tolist()
+    return values
