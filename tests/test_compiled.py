@@ -182,7 +182,7 @@ def test_a_compiled_step_of_a_settled_network_is_the_eager_one(name, device):
     for mode in ("never", "always"):
         model, guide, source = program(name, device)
         model.eval()
-        guide.train_hyperparameters_only()
+        guide.settle()
         steps = steps_of(model, guide, mode)
         bound = NestedBound(model, guide, 4)
         found[mode] = taken(steps, bound, model.compute(source).all(), 3)

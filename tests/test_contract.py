@@ -208,7 +208,7 @@ def test_every_parameter_gets_a_finite_gradient(case):
 
 def test_once_settled_the_hyperparameters_get_a_finite_gradient_and_the_network_none(case):
     model, guide = case.result.model, copy.deepcopy(case.result.guide)
-    guide.train_hyperparameters_only()
+    guide.settle()
     rows = model.compute(model.encode(case.result.data)).all()
     torch.manual_seed(0)
     total = NestedBound(model, guide, 2 if guide.nested() else 1)(rows, 4).total

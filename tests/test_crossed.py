@@ -168,7 +168,7 @@ def test_where_steps_would_take_too_long_the_mode_is_kept(monkeypatch) -> None:
     data = ClusteredData.from_arrays(x, y, {"a": a, "b": b})
     model = MixedEffects(nn.Linear(1, 1), "(1 | a) + (1 | b)", bayesian_head=True)
     trained = fit(model, data, seed=1, progress=False)
-    assert trained.guide.draw_cost() == 60 * 25**2 + 25**3 // 3
+    assert trained.guide.work() == 60 * 25**2 + 25**3 // 3
     monkeypatch.setattr("armed_pyro.inference.frozen_phase.MOST_WORK", 0)
     kept = fit(model, data, seed=1, progress=False)
     assert kept.stopped == "converged"
@@ -211,6 +211,6 @@ def test_no_more_draws_are_weighed_at_once_than_fit_into_memory(monkeypatch) -> 
         return weigh(model, guide, rows, noise)
 
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.weigh", recorded)
-    monkeypatch.setattr(CrossedGuide, "max_draws", lambda self: 700)
+    monkeypatch.setattr(CrossedGuide, "most_draws", lambda self: 700)
     assert len(run.importance.log_weights) == sum(drawn) == 4000
     assert max(drawn) == 700

@@ -149,7 +149,7 @@ def test_draws_are_vectorised():
 def test_draws_come_in_as_many_pieces_as_memory_needs(monkeypatch):
     model, _, guide = bind(priors=Priors(residual_sd=Known(1.0)))
     whole = guide.draws(model.clusters(), 7)
-    monkeypatch.setattr(StructuredGuide, "max_draws", lambda self: 3)
+    monkeypatch.setattr(StructuredGuide, "most_draws", lambda self: 3)
     pieces = guide.draws(model.clusters(), 7)
     assert {k: v.shape for k, v in pieces.items()} == {k: v.shape for k, v in whole.items()}
     assert len(pieces["site_effect"].unique(dim=0)) == 7

@@ -212,7 +212,7 @@ def test_where_the_conditional_is_exact_they_may_be_held(random, sparse, monkeyp
     monkeypatch.setattr("armed_pyro.guides.cross_products.SPARSE", sparse)
     kind = CrossedGuide if random is CROSSED else StructuredGuide
     model, source, guide = bind(random, guide=kind)
-    guide.train_hyperparameters_only()
+    guide.settle()
     guide.refresh(model, source)
     assert guide.exact(model)
     rows, size = source.all(), guide.hyperparameters.size
@@ -270,7 +270,7 @@ def test_totals_of_whole_clusters_average_to_that_of_all_rows(random, size):
 
 def test_gradients_of_whole_clusters_average_to_that_of_all_rows():
     model, source, guide = bind("(1 + x0 | site)", "bernoulli")
-    guide.train_hyperparameters_only()
+    guide.settle()
     torch.manual_seed(0)
     noise = proposal_noise(guide, source.all(), 2, 8, model.reference(), heavy=False)
     parameters = list(guide.hyperparameters.parameters())
@@ -319,7 +319,7 @@ def test_with_one_particle_the_total_is_the_programs_density_over_the_guides(nam
     model, source, guide = bind(random, family, data, **options)
     rows = source.all()
     if batch == "rows":
-        dense = N if guide.needs_all_clusters() else 0
+        dense = N if guide.every_cluster() else 0
         rows = source.batch(torch.arange(5, 60, 3), dense_up_to=dense)
     elif batch == "whole" and guide.nested() is not None:
         rows = source.whole_clusters("site", torch.tensor([1, 4]))

@@ -51,7 +51,7 @@ def started(random, family="gaussian", data=None, priors=FLAT, net=None, head=Tr
     model.eval()
     source = model.compute(model.encode(data))
     guide = choose_guide(model, source)
-    guide.train_hyperparameters_only()
+    guide.settle()
     start_at_mode(model, guide, source)
     return model, guide, source
 

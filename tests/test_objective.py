@@ -357,7 +357,7 @@ def test_nothing_latent_is_maximum_likelihood():
 
 def settled(random, family="gaussian", **options):
     model, source, guide = bind(random, make_data(family=family), family, **options)
-    guide.train_hyperparameters_only()
+    guide.settle()
     model.eval()
     return model, model.compute(source), guide
 
@@ -416,7 +416,7 @@ def test_more_particles_make_the_bound_tighter():
 def test_at_the_posterior_the_bound_is_the_log_marginal_likelihood(particles, monkeypatch):
     """In every draw, and without a gradient. Stretched particles have weights, but no bias."""
     model, source, guide, (y, X, V) = all_known("(1 + x0 || site)", bayesian_head=True)
-    guide.train_hyperparameters_only()
+    guide.settle()
     prior = model.priors.fixed_sd**2
     covariance = torch.linalg.inv(torch.eye(3) / prior + X.T @ torch.linalg.solve(V, X))
     mean = covariance @ X.T @ torch.linalg.solve(V, y)

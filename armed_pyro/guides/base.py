@@ -27,20 +27,21 @@ class Guide(nn.Module, ABC):
     every latent site of the program, under the program's site names. The rest of the protocol
     tells training, importance sampling and prediction how to use it:
 
-    ============================== ==============================================================
-    method                         caller
-    ============================== ==============================================================
-    `forward`                      the objectives, `draws`, importance sampling, refinement
-    `center`                       training and the search for the mode
-    `noise_shapes`                 `armed_pyro.guides.noise`, which makes the noise of a draw
-    `refresh`, `exact`             training and the search for the mode
-    `train_hyperparameters_only`   training, when the network is frozen
-    `nested`, `nested_name`        importance sampling and training on whole clusters
-    `needs_all_clusters`           training, to choose the clusters of a mini-batch
-    `draw_cost`, `max_draws`       importance sampling and training, to size their blocks
-    `clusterwise`, `narrowed`      `armed_pyro.inference.cluster_adam`, for mini-batches
-    `draws`                        everything that reads a fitted posterior
-    ============================== ==============================================================
+    ======================= ======================================================================
+    method                  caller
+    ======================= ======================================================================
+    `forward`               the objectives, `draws`, importance sampling, refinement
+    `center`                training and the search for the mode
+    `noise_shapes`          `armed_pyro.guides.noise`, which makes the noise of a draw
+    `refresh`, `exact`      training and the search for the mode
+    `settle`                training, when the network is frozen
+    `nested`, `nested_name` importance sampling, and training on whole clusters
+    `every_cluster`         training, to choose the clusters of a mini-batch
+    `work`, `most_draws`    importance sampling and training, to size their blocks
+    `clusterwise`           `armed_pyro.inference.cluster_adam`, for mini-batches
+    `narrowed`              the same
+    `draws`                 everything that reads a fitted posterior
+    ======================= ======================================================================
 
     Sites that a guide samples beyond those of the program start with an underscore and are
     auxiliary (``infer={"is_auxiliary": True}``): ``_theta`` holds all hyperparameters in
@@ -56,7 +57,7 @@ class Guide(nn.Module, ABC):
     The methods that a new variational family has to define:
 
     >>> sorted(Guide.__abstractmethods__)
-    ['center', 'forward', 'max_draws', 'needs_all_clusters', 'nested', 'noise_shapes', 'refresh']
+    ['center', 'every_cluster', 'forward', 'most_draws', 'nested', 'noise_shapes', 'refresh']
     """
 
     hyperparameters: Hyperparameters
@@ -142,17 +143,17 @@ class Guide(nn.Module, ABC):
         return None if nested is None else nested.name
 
     @abstractmethod
-    def needs_all_clusters(self) -> bool:
+    def every_cluster(self) -> bool:
         """Whether every mini-batch has to draw the effects of every cluster.
 
         If False, a mini-batch draws only the clusters of its rows.
         """
 
     @abstractmethod
-    def max_draws(self) -> int:
+    def most_draws(self) -> int:
         """Number of draws of all random effects that fit into memory at once; at least 1."""
 
-    def draw_cost(self) -> int:
+    def work(self) -> int:
         """Multiplications of one joint draw of all random effects, beyond the work of the rows.
 
         The default is 0. Training and importance sampling take fewer draws where it is large.
@@ -182,7 +183,7 @@ class Guide(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no parameters by cluster")
 
-    def train_hyperparameters_only(self) -> None:
+    def settle(self) -> None:
         """Switch gradients off for all parameters but those of q(theta).
 
         Training calls it once, when the network is frozen. From then on q(u | theta) follows by
@@ -199,7 +200,7 @@ class Guide(nn.Module, ABC):
         rows : Rows
             Rows whose clusters are drawn; `MixedEffects.clusters` gives every cluster.
         n : int
-            Number of draws, made `max_draws` at a time.
+            Number of draws, made `most_draws` at a time.
 
         Returns
         -------
@@ -208,8 +209,8 @@ class Guide(nn.Module, ABC):
         """
         pieces = []
         with torch.no_grad():
-            for start in range(0, n, self.max_draws()):
-                with pyro.plate("draws", min(self.max_draws(), n - start), dim=-2):
+            for start in range(0, n, self.most_draws()):
+                with pyro.plate("draws", min(self.most_draws(), n - start), dim=-2):
                     pieces.append(self(rows))
         return joined(pieces)
 

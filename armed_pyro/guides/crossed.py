@@ -186,14 +186,14 @@ class CrossedGuide(Guide):
     def nested(self) -> Factor | None:
         return self.largest
 
-    def needs_all_clusters(self) -> bool:
+    def every_cluster(self) -> bool:
         return True
 
-    def draw_cost(self) -> int:
+    def work(self) -> int:
         k, t, m = self.between.shape
         return k * t * m**2 + m**3 // 3
 
-    def max_draws(self) -> int:
+    def most_draws(self) -> int:
         # Matrices that do not fit into a processor's cache are faster draw by draw.
         return max(1, MOST_VALUES // (self.between.numel() + self.rest.numel()))
 

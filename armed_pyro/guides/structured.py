@@ -105,8 +105,8 @@ class StructuredGuide(Guide):
         quadratic = model.family.is_quadratic and not modulates(model)
         return quadratic and len(self.factors) == 1
 
-    def train_hyperparameters_only(self) -> None:
-        super().train_hyperparameters_only()
+    def settle(self) -> None:
+        super().settle()
         # A refresh sets only conjugate ones; the others go on being trained.
         for part in self.pseudo:
             part.requires_grad_(not part.conjugate)
@@ -122,7 +122,7 @@ class StructuredGuide(Guide):
         sizes = [part.location.numel() * part.conjugate for part in self.pseudo]
         return self.factors[sizes.index(max(sizes))] if any(sizes) else None
 
-    def needs_all_clusters(self) -> bool:
+    def every_cluster(self) -> bool:
         return False
 
     def clusterwise(self) -> Mapping[str, PseudoObservations]:
@@ -138,7 +138,7 @@ class StructuredGuide(Guide):
         small._modules = {**self._modules, "_pseudo": nn.ModuleList(pseudo)}
         return small
 
-    def max_draws(self) -> int:
+    def most_draws(self) -> int:
         return max(1, 10_000_000 // max([1, *(part.base.numel() for part in self.pseudo)]))
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class FrozenPhase(Phase):
         # Effects inside the network make it run on, but it does not learn.
         self.frozen = [p for p in task.model.parameters() if p.requires_grad]
         task.model.requires_grad_(False)
-        task.guide.train_hyperparameters_only()
+        task.guide.settle()
         self.rows: RowSource = before.share.compute(task.model.compute, task.source)
         super().__init__(task, before.share.ended(self.rows), before.shuffle)
         self.particles = 1
@@ -114,7 +114,7 @@ class FrozenPhase(Phase):
         Importance weights do the rest.
         """
         task = self.task
-        if task.guide.draw_cost() <= MOST_WORK or not task.schedule.stages:
+        if task.guide.work() <= MOST_WORK or not task.schedule.stages:
             return None
         with torch.no_grad():
             loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)

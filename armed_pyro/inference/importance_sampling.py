@@ -81,11 +81,11 @@ def importance_draws(
     source = model.compute(model.encode(posterior.data)) if source is None else source
     seed, particles = posterior.seed if seed is None else seed, _particles(posterior)
     per_draw = max(1, len(source)) * particles * row_cost(model)
-    by_work = MOST_WORK // max(1, guide.draw_cost())
+    by_work = MOST_WORK // max(1, guide.work())
     n = max(
         FEWEST_DRAWS, min(MOST_DRAWS, MOST_EVALUATIONS // per_draw, affordable(posterior), by_work)
     )
-    size, rows_at_once = max(1, min(n, BLOCK // per_draw, guide.max_draws())), len(source)
+    size, rows_at_once = max(1, min(n, BLOCK // per_draw, guide.most_draws())), len(source)
     if per_draw > MOST_AT_ONCE:
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
     pieces = Pieces.of(source, rows_at_once, guide.nested_name())

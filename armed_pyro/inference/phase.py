@@ -130,7 +130,7 @@ class Phase(ABC):
         # As many as `prepare` makes room for, unless a step finds its clusters itself.
         sampled = source.sampled(self.share.together(size))
         whole = self.lazy.tables.keys() >= sampled and not self.share.several
-        dense = n if whole or task.guide.needs_all_clusters() else 4 * self.share.together(size)
+        dense = n if whole or task.guide.every_cluster() else 4 * self.share.together(size)
         return self.shuffle.batch(source, self.share.batch(size), dense)
 
     def state(self) -> dict[str, Tensor]:
