@@ -1,45 +1,89 @@
-"""Adam as operations on tensors, of parameters whose numbers are joined."""
+"""Adam as operations on tensors, so that a captured training step holds it, too."""
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["BETAS", "Adam", "Gradients"]
-
+__all__ = ["BETAS", "Adam", "Gradients", "Update", "adam_change"]
 
 BETAS = (0.9, 0.99)
 
 Gradients = Mapping[str, Tensor | None]
 
 
-class Adam(nn.Module):
-    r"""Adam of some parameters, whose numbers are joined: into one column, or one a cluster.
+def adam_change(
+    gradient: Float[Tensor, "..."],
+    mean: Float[Tensor, "..."],
+    square: Float[Tensor, "..."],
+    count: Float[Tensor, "..."],
+    rate: Float[Tensor, ""],
+    eps: float,
+) -> Float[Tensor, "..."]:
+    r"""The change of the parameters by one step of Adam; moments and count change in place.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-        w \leftarrow w - \rho \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+        \Delta w = - \rho \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    On joined numbers it takes a dozen operations, however many the parameters are.
+    Parameters
+    ----------
+    gradient : Float[Tensor, "..."]
+        g.
+    mean, square : Float[Tensor, "..."]
+        m and v.
+    count : Float[Tensor, "..."]
+        t, the number of steps, broadcast against the others.
+    rate : Float[Tensor, ""]
+        rho.
+    eps : float
+    """
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.lerp_(gradient.square(), 1 - BETAS[1])
+    count.add_(1)
+    first, second = (1 - beta**count for beta in BETAS)
+    size = (square / second).sqrt_().add_(eps).mul_(first)
+    return (mean / size).mul_(-rate)
+
+
+class Update(nn.Module, ABC):
+    """One optimizer's share of a step: gathers its gradients as one tensor, then applies them."""
+
+    @abstractmethod
+    def joined(self, gradients: Gradients) -> Tensor:
+        """The gradients of its parameters in one tensor; zeros where there is none."""
+
+    @abstractmethod
+    def forward(
+        self, parameters: Mapping[str, Tensor], gradient: Tensor, rate: Float[Tensor, ""]
+    ) -> None:
+        """Change the parameters by a step along the joined gradient."""
+
+
+class Adam(Update):
+    """Adam of some parameters, whose numbers are joined into one vector.
+
+    Joined, they take a dozen operations, however many the parameters are. `torch.optim.Adam`
+    is as fast in an eager step (its fused form, which torch's compiler does not know), but in a
+    compiled one took 0.46 ms instead of 0.13 ms for the 17 parameters of a small network: more
+    than the rest of its step.
 
     Parameters
     ----------
     parameters : mapping of str to Tensor
-        By name; their leading dimension has `columns` entries if there are several columns.
-    columns : int
-        Columns, each with a number t of steps of its own.
+        By name.
     eps : float
 
     Attributes
     ----------
-    mean, square : Float[Tensor, "width columns"]
-        m and v.
-    count : Float[Tensor, "1 columns"]
-        t.
+    mean, square : Float[Tensor, "width"]
+        Moments of the gradient.
+    count : Float[Tensor, ""]
+        Number of steps.
 
     Examples
     --------
@@ -54,46 +98,31 @@ class Adam(nn.Module):
     square: Tensor
     count: Tensor
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], columns: int = 1, eps: float = 1e-8
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], eps: float = 1e-8) -> None:
         super().__init__()
-        self.columns, self.eps = columns, eps
-        self.names = tuple(parameters)
-        self._widths = [one.numel() // columns for one in parameters.values()]
+        self.eps, self.names = eps, tuple(parameters)
+        self._widths = [one.numel() for one in parameters.values()]
         like = next(iter(parameters.values()), torch.empty(0)).detach()
         for name in ("mean", "square"):
-            self.register_buffer(name, like.new_zeros(sum(self._widths), columns))
-        self.register_buffer("count", like.new_zeros(1, columns))
+            self.register_buffer(name, like.new_zeros(sum(self._widths)))
+        self.register_buffer("count", like.new_zeros(()))
 
-    def joined(self, gradients: Gradients) -> Float[Tensor, "width columns"]:
-        """Gradients one below the other; zeros where there are none."""
-        found = [gradients[name] for name in self.names]
-        parts = [
-            self.count.new_zeros(width, self.columns) if one is None else self._column(one)
-            for one, width in zip(found, self._widths, strict=True)
-        ]
-        if len(parts) == 1:  # a copy of a large gradient takes as long as the step
-            return parts[0]
-        return torch.cat(parts) if parts else self.count.new_zeros(0, self.columns)
-
-    def _column(self, value: Tensor) -> Float[Tensor, "width columns"]:
-        return value.reshape(self.columns, -1).T
+    def joined(self, gradients: Gradients) -> Float[Tensor, " width"]:
+        parts = []
+        for name, width in zip(self.names, self._widths, strict=True):
+            gradient = gradients[name]
+            parts.append(
+                self.mean.new_zeros(width) if gradient is None else gradient.reshape(width)
+            )
+        return torch.cat(parts) if parts else self.mean.new_zeros(0)
 
     @torch.no_grad()
     def forward(
         self,
         parameters: Mapping[str, Tensor],
-        gradient: Float[Tensor, "width columns"],
+        gradient: Float[Tensor, " width"],
         rate: Float[Tensor, ""],
     ) -> None:
-        """Change the parameters, and what is kept of their gradients."""
-        # In place: of large networks copies would take much memory.
-        self.mean.lerp_(gradient, 1 - BETAS[0])
-        self.square.lerp_(gradient.square(), 1 - BETAS[1])
-        self.count.add_(1)
-        first, second = (1 - torch.exp(math.log(beta) * self.count) for beta in BETAS)
-        size = (self.square / second).sqrt_().add_(self.eps).mul_(first)
-        change = (self.mean / size).mul_(-rate).split(self._widths)
-        for name, part in zip(self.names, change, strict=True):
-            parameters[name].add_(part.T.reshape(parameters[name].shape))
+        change = adam_change(gradient, self.mean, self.square, self.count, rate, self.eps)
+        for name, part in zip(self.names, change.split(self._widths), strict=True):
+            parameters[name].add_(part.reshape(parameters[name].shape))

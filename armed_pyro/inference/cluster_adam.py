@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from armed_pyro._memory import large_pages
-from armed_pyro.engine.adam import Adam
+from armed_pyro.engine.adam import Gradients, Update, adam_change
 from armed_pyro.engine.loss import Loss
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.pseudo_observations import PseudoObservations
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["LazyAdam"]
+__all__ = ["ClusterTable", "LazyAdam"]
 
 
 class LazyAdam:
     r"""Adam of what a guide keeps of clusters, for the clusters in a mini-batch only.
 
-    What a step needs of its clusters is read into a small guide, whose parameters stay where they
-    are in memory; what the step makes of them is written back. Reading and writing are operations
-    on tensors, of one shape in all batches, so that a compiled step holds them too. Time is
-    O(clusters in the batch), whatever their number K; memory stays O(K x terms).
+    A step reads the clusters of its batch into a small guide, whose parameters stay where they
+    are in memory, and writes its result back. Reading and writing are operations on tensors whose
+    shapes are the same in all batches, so a compiled step holds them, too. Time is O(clusters in
+    the batch), whatever their number K; memory is O(K x terms).
 
-    A cluster's moments m_k, v_k, and the number of steps t_k by which their bias is corrected,
-    change only when it is in the batch:
+    A cluster's moments m_k and v_k, and the number t_k of steps by which their bias is corrected,
+    change only when the cluster is in the batch:
 
     .. math:: m_k \leftarrow \beta_1 m_k + (1 - \beta_1) g_k, \quad
         v_k \leftarrow \beta_2 v_k + (1 - \beta_2) g_k^2, \quad
@@ -38,20 +37,28 @@ class LazyAdam:
         {\sqrt{v_k / (1 - \beta_2^{t_k})} + \epsilon}
 
     So each cluster sees the Adam of its own gradients. With every cluster in every batch this is
-    Adam; otherwise Adam itself would go on moving absent clusters by their momentum, and would
+    Adam. Otherwise Adam itself would go on moving absent clusters by their momentum, and would
     average the zeros of their gradients into v, which makes its steps longer by about
-    1 / sqrt(share of batches with the cluster).
+    1 / sqrt(share of batches with the cluster). `torch.optim.SparseAdam` corrects all clusters'
+    bias by one common number of steps.
 
     Parameters
     ----------
     guide : Guide
         The whole guide.
     counts : mapping of str to Int[Tensor, "clusters"]
-        Rows in each cluster, of the factors of which a batch's clusters are read.
+        Rows in each cluster, of the factors whose clusters are read batch by batch.
     room : int
         Rows of a batch.
     eps : float
         Adam's; its betas are 0.9 and 0.99.
+
+    Attributes
+    ----------
+    guide : Guide
+        The small guide.
+    tables : dict of str to ClusterTable
+        By factor.
 
     Examples
     --------
@@ -66,8 +73,8 @@ class LazyAdam:
     tensor([0, 1, 0, 1, 2])
     >>> lazy.read(batch).memberships["g"].weight  # the last row of a cluster stands for it
     tensor([0., 0., 8., 8., 4.], dtype=torch.float64)
-    >>> lazy.adams[0].mean.shape  # of two numbers a cluster
-    torch.Size([2, 5])
+    >>> lazy.guide.clusterwise()["g"].location.shape  # one effect for each row of the batch
+    torch.Size([5, 1])
     """
 
     def __init__(
@@ -76,64 +83,49 @@ class LazyAdam:
         self.guide = guide.narrowed(dict.fromkeys(counts, room)) if counts else guide
         whole, small = guide.clusterwise(), self.guide.clusterwise()
         names = {id(one): f"guide.{name}" for name, one in self.guide.named_parameters()}
-        self.tables = nn.ModuleDict(
-            {
-                name: _Table(whole[name], small[name], names, counts[name], eps)
-                for name in sorted(counts)
-            }
-        )
+        self.tables = {
+            name: ClusterTable(whole[name], small[name], names, counts[name], eps)
+            for name in sorted(counts)
+        }
 
     @classmethod
     def of(cls, guide: Guide, source: RowSource, size: int, eps: float) -> LazyAdam:
-        """For mini-batches of `size` rows: of the factors whose clusters these do not all draw."""
+        """For mini-batches of `size` rows: the factors whose clusters these do not all draw."""
         narrow = source.sampled(size) & guide.clusterwise().keys()
         return cls(guide, {name: source.counts[name] for name in narrow}, size, eps)
 
-    @property
-    def adams(self) -> list[Adam]:
-        """What takes the steps of the small guide's parameters that belong to clusters."""
-        return [table.adam for table in self._named().values()]
-
     def reading(self, objective: Callable[..., Loss]) -> Callable[..., Loss]:
-        """The small guide's objective, as one of the rows of a batch."""
-        return _Reading(self, objective) if self._named() else objective
+        """The small guide's objective, which reads the clusters of its rows first."""
+        return _Reading(self, objective) if self.tables else objective
 
     def read(self, rows: Rows) -> Rows:
         """Read the clusters of some rows; the rows as the small guide numbers them.
 
-        They may be given with all clusters, or with those that they draw, no more than there is
-        room for.
+        The rows may come with all clusters, or with only those that they draw, of which there
+        may be no more than there is room for.
         """
         memberships = dict(rows.memberships)
-        for name, table in self._named().items():
+        for name, table in self.tables.items():
             memberships[name] = table.read(rows.memberships[name], rows.scale)
         return replace(rows, memberships=memberships)
-
-    def write(self) -> None:
-        """Write back what a step has made of the clusters read last."""
-        for table in self._named().values():
-            table.write()
 
     def state(self) -> dict[str, Tensor]:
         """Moments and numbers of steps, by factor."""
         return {
             f"lazy.{factor}.{name}": value
-            for factor, table in self._named().items()
+            for factor, table in self.tables.items()
             for name, value in table.state.items()
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` returned."""
         for name, value in self.state().items():
             value.copy_(tensors[name])
 
     def release(self) -> None:
-        """Give the whole guide memory of its own again; of no use from then on."""
-        for table in self._named().values():
+        """Give the whole guide its own memory again; afterwards the tables are of no use."""
+        for table in self.tables.values():
             table.release()
-
-    def _named(self) -> Mapping[str, _Table]:
-        return cast("Mapping[str, _Table]", self.tables)
 
 
 @dataclass(frozen=True)
@@ -147,15 +139,35 @@ class _Reading:
         return self.objective(self.lazy.read(rows), *rest)
 
 
-class _Table(nn.Module):
-    """One factor's parameters by cluster, those of a batch, and the optimizer's state.
+class ClusterTable(Update):
+    """One factor's parameters and moments, one row per cluster, and the clusters of a batch.
 
-    All that is kept of a cluster is one row of one tensor, so that it is found in one place: first
-    its number in the batch. Until `release` the whole guide's parameters and buffers are views.
+    A cluster's row holds the guide's fixed numbers, its trained ones, their moments, and the
+    number of steps. In one row they are found in one place of memory: spread over a dozen
+    tensors, a million clusters would take several times as long to read as a hundred. Until
+    `release` the whole guide's parameters and buffers are views of the table.
+
+    Parameters
+    ----------
+    whole, small : PseudoObservations
+        The guide's numbers of all clusters, and of those of a batch.
+    names : mapping of int to str
+        Name of each of the small guide's parameters, by identity.
+    counts : Int[Tensor, "clusters"]
+        Rows in each cluster.
+    eps : float
+        Adam's.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Trained parameters.
+    state : dict of str to Tensor
+        Moments and numbers of steps of all clusters, as views.
     """
 
     values: Tensor
-    rows: Tensor
+    counts: Tensor
     place: Tensor
     targets: Tensor
 
@@ -168,76 +180,85 @@ class _Table(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
-        room, like = len(small.location), whole.location.detach()
-        trained = {names[id(one)]: one for one in small.parameters() if one.requires_grad}
-        # Not parts of this module: they belong to the optimizers and the guide.
-        self._batch = Adam(trained, room, eps), small
-        for name in ("place", "rows"):
-            self.register_buffer(name, like.new_ones(1, room), persistent=False)
-        self._whole = [*whole.parameters(), *whole.buffers()]
-        self._widths = [len(one) for one in self._small()]
-        values = like.new_zeros(len(like) + 1, sum(self._widths))
-        _, rows, mean, square, count, *views = values[:-1].split(self._widths, 1)
+        self._small, self.eps = (small,), eps  # in a tuple: it is the guide's part, not this one's
+        self._trained = [one.requires_grad for one in small.parameters()]
+        self.names = tuple(names[id(one)] for one in small.parameters() if one.requires_grad)
+        self._whole = self._fixed_first(whole)
+        self._shapes = [one.shape[1:] for one in self._whole]
+        self._widths = [shape.numel() for shape in self._shapes]
+        self._fixed = sum(self._widths[: len(self._widths) - len(self.names)])
+        n, like, width = len(counts), whole.location.detach(), sum(self._widths) - self._fixed
+        # Unused places of a batch are written to a dummy last row.
+        values = like.new_zeros(n + 1, self._fixed + 3 * width + 1)
+        *views, mean, square, count = values[:n].split([*self._widths, width, width, 1], 1)
         self.state = {"mean": mean, "square": square, "count": count}
-        rows[:, 0] = counts
-        for one, view in zip(self._whole, views, strict=True):
-            one.data = view.unflatten(1, one.shape[1:]).copy_(one.detach())
-        large_pages(values)
-        self.register_buffer("values", values, persistent=False)
-        self.register_buffer("targets", counts.new_zeros(room), persistent=False)
+        for one, shape, view in zip(self._whole, self._shapes, views, strict=True):
+            one.data = view.unflatten(1, shape).copy_(one.detach())
+        room = len(small.location)
+        for name, value in (
+            ("values", values),
+            ("counts", counts.to(like)),
+            ("place", counts.new_zeros(n)),
+            ("targets", counts.new_zeros(room)),
+        ):
+            self.register_buffer(name, value, persistent=False)
 
-    @property
-    def adam(self) -> Adam:
-        return self._batch[0]
-
-    def _small(self) -> list[Float[Tensor, "width room"]]:
-        adam, small = self._batch
-        kept = [*small.parameters(), *small.buffers()]
-        moments = [adam.mean, adam.square, adam.count]
-        return [self.place, self.rows, *moments, *(one.detach().flatten(1).T for one in kept)]
+    def _fixed_first(self, pseudo: PseudoObservations) -> list[Tensor]:
+        """Parameters and buffers, the trained ones last."""
+        parameters = list(zip(pseudo.parameters(), self._trained, strict=True))
+        fixed = [one for one, trained in parameters if not trained]
+        return [*pseudo.buffers(), *fixed, *(one for one, trained in parameters if trained)]
 
     @torch.no_grad()
     def read(self, membership: Membership, scale: float) -> Membership:
+        """Read the clusters of a batch into the small guide; the batch's places there."""
         room = len(self.targets)
         places = torch.arange(room, device=self.targets.device)
         if membership.complete:
-            # A place for each row; of several rows of a cluster, one place stands for it.
+            # Every row has a place. Of several rows of a cluster, the last stands for it.
             index = labels = membership.position
-            numbers = places.to(self.values)
-            if index.is_cuda:  # where any of several rows could be the last
-                first = self.values[:, 0]
-                first.scatter_reduce_(0, index, numbers, "amax", include_self=False)
-            else:
-                self.values.index_put_((index, torch.zeros_like(index)), numbers)
-            rows = _kept(self.values.index_select(0, index))
-            position = rows[:, 0].long()
+            self.place.scatter_reduce_(0, index, places, "amax", include_self=False)
+            position = self.place.index_select(0, index)
             stands = position == places
         else:
             position, labels = membership.position, membership.clusters()
             known = len(membership.index)
             index = torch.cat([membership.index, membership.index[:1].expand(room - known)])
             stands = places < known
-            rows = _kept(self.values.index_select(0, index))
-        # All other places are written to where nobody looks.
-        targets = _kept(torch.where(stands, index, len(self.values) - 1))
-        self.targets.copy_(targets)
-        # Row by row first, then as the small guide has it, clusters last.
-        columns = _kept(rows.T).split(self._widths)
-        for mine, part in zip(self._small(), columns, strict=True):
-            mine.copy_(part)
-        found = self.rows.new_zeros(room).index_add(0, position, self.rows.new_ones(len(position)))
-        weight = scale * found / self.rows[0]
+        self.targets.copy_(torch.where(stands, index, len(self.values) - 1))
+        columns = self.values[:, : sum(self._widths)].index_select(0, index).split(self._widths, 1)
+        small = self._fixed_first(self._small[0])
+        for own, shape, part in zip(small, self._shapes, columns, strict=True):
+            own.copy_(part.unflatten(1, shape))
+        ones = self.values.new_ones(len(position))
+        rows = self.values.new_zeros(room).index_add(0, position, ones)
+        weight = scale * rows / self.counts.index_select(0, index)
         return Membership(places, position, weight, complete=True, labels=labels)
 
+    def joined(self, gradients: Gradients) -> Float[Tensor, "room width"]:
+        room, widths = len(self.targets), self._widths[len(self._widths) - len(self.names) :]
+        parts = [self.values.new_zeros(room, 0)]
+        for name, width in zip(self.names, widths, strict=True):
+            gradient = gradients[name]
+            if gradient is None:
+                gradient = self.values.new_zeros(room, width)
+            parts.append(gradient.flatten(1))
+        return torch.cat(parts, 1)
+
     @torch.no_grad()
-    def write(self) -> None:
-        self.values.index_copy_(0, self.targets, _kept(torch.cat(self._small()).T))
+    def forward(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradient: Float[Tensor, "room width"],
+        rate: Float[Tensor, ""],
+    ) -> None:
+        table, width = self.values[:, self._fixed :], gradient.shape[1]
+        rows = table.index_select(0, self.targets)
+        trained, mean, square, count = rows.split([width, width, width, 1], 1)
+        trained.add_(adam_change(gradient, mean, square, count, rate, self.eps))
+        table.index_copy_(0, self.targets, rows)
 
     def release(self) -> None:
+        """Give the whole guide its own memory again."""
         for one in self._whole:
             one.data = one.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _kept(value: Tensor) -> Tensor:
-    """A copy that a compiled step keeps in memory as it is, for all that reads it."""
-    return value.clone(memory_format=torch.contiguous_format)

@@ -111,5 +111,6 @@ class TrainingTask:
             "network or guide": {name: list(t.shape) for name, t in self.state().items()},
             "schedule": self.schedule.to_json(),
             "seed": self.seed,
+            "layout of the optimizers' state": 2,
             "processes": self.share.processes.size,
         }
