@@ -111,10 +111,9 @@ def importance_draws(
     if not counts.any():
         counts = torch.ones_like(counts)
     clusters = collected.clusters.double().cpu().numpy()
-    cluster_k_hat = _cluster_k_hat(posterior, collected.tails[counts])
-    return ImportanceDraws(
-        collected.latents, log_weights[0], float(k_hat[0]), clusters, cluster_k_hat
-    )
+    by_cluster = _cluster_k_hat(posterior, collected.tails[counts])
+    latents = collected.latents
+    return ImportanceDraws(latents, log_weights[0], float(k_hat[0]), clusters, by_cluster)
 
 
 @dataclass(frozen=True)
@@ -133,11 +132,8 @@ class _Collected:
 
     @classmethod
     def of(cls, posterior: Posterior, draws: int, particles: int) -> _Collected:
-        nested, like, watched = (
-            posterior.guide.nested(),
-            posterior.model.reference(),
-            _watched(posterior),
-        )
+        nested, watched = posterior.guide.nested(), _watched(posterior)
+        like = posterior.model.reference()
         kept = max(1, min(draws, 4000 // particles))  # draws whose particles give the k-hats
         tails = torch.zeros(kept, particles, len(watched), dtype=like.dtype)
         totals, clusters = like.new_zeros(draws), like.new_zeros(draws, len(watched))
@@ -153,9 +149,8 @@ class _Collected:
         place = slice(None) if chosen is None else chosen
         clusters, tails = weighted.clusters()[:, source], self.tails[draws]
         self.clusters[draws, target] = clusters
-        tails[..., target] = (weighted.particles[..., source] - clusters[:, None])[
-            : len(tails)
-        ].cpu()
+        ratios = weighted.particles[..., source] - clusters[:, None]
+        tails[..., target] = ratios[: len(tails)].cpu()
         for name, value in resampled(weighted, self.site).items():
             if value.dim() < 2:  # a site with a known value has no dimension of draws
                 self.latents[name] = value

@@ -231,8 +231,8 @@ class _Posterior:
         cls, model: MixedEffects, guide: Guide, source: RowSource, sample: _Sample | None = None
     ) -> _Posterior:
         like, nested = model.reference(), guide.nested()
-        # Several draws matter only to sites that are neither hyperparameters nor nested. With an
-        # exact conditional its centre is enough.
+        # Several draws matter only to sites that are neither hyperparameters nor nested. Of an
+        # exact conditional the centre is enough.
         exact = guide.exact(model)
         draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
         n = len(source if sample is None else sample.source)
@@ -243,9 +243,9 @@ class _Posterior:
         else:
             index = None if nested is None else sample.rows.memberships[nested.name].index
             pieces = Pieces(lambda: iter([sample.rows]), [index], [1.0])
-        every = list(pieces.without_rows(model.clusters(), guide.nested_name()))
+        by_piece = list(pieces.without_rows(model.clusters(), guide.nested_name()))
         if exact:
-            return cls(model, guide, pieces, [no_noise(guide, rows, like) for rows in every])
+            return cls(model, guide, pieces, [no_noise(guide, rows, like) for rows in by_piece])
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
             rows = next(pieces.read())
@@ -255,7 +255,7 @@ class _Posterior:
             particles = 1 if float(spread.max()) < 1e-6 else particles
         noises: list[Noise] = []
         shared: dict[str, Tensor] = {}
-        for clusters in every:
+        for clusters in by_piece:
             if nested is None or particles == 1:
                 noise = gaussian_noise(guide, clusters, draws, like)
             else:

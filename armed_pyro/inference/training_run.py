@@ -148,8 +148,9 @@ class Run:
 
     def result(self) -> Posterior:
         """The posterior at the present state."""
-        t = self.task
-        return Posterior(t.model, t.guide, t.data, self.history, t.schedule, t.seed, self.stopped)
+        task, history = self.task, self.history
+        settings = task.schedule, task.seed, self.stopped
+        return Posterior(task.model, task.guide, task.data, history, *settings)
 
     def save(self) -> Checkpoint:
         """A checkpoint from which training continues exactly as without interruption."""
