@@ -191,7 +191,7 @@ def test_attributions_are_finite_and_every_factor_has_sds_of_slopes(case):
 def test_every_parameter_gets_a_finite_gradient(case):
     model, guide, rows = case.result.model, copy.deepcopy(case.result.guide), case.rows
     guide.requires_grad_(True)  # of a linear program, only the hyperparameters were trained
-    guide.hyperparameters.settle()  # until then they have no shape that could be trained
+    guide.hyperparameters.train_shape()  # until then they have no shape that could be trained
     torch.manual_seed(0)
     total = sum(Objective(model, guide)(rows).total for _ in range(4))
     parameters = [*model.named_parameters(prefix="model"), *guide.named_parameters(prefix="guide")]

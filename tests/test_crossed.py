@@ -8,7 +8,7 @@ from torch import nn
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Schedule, fit
 from armed_pyro.guides.crossed import CrossedGuide, choose_guide
-from armed_pyro.guides.noise import Given, gaussian_noise
+from armed_pyro.guides.noise import NoiseMessenger, gaussian_noise
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.nested_weights import weigh
 from armed_pyro.inference.objective import Objective
@@ -153,9 +153,9 @@ def test_some_clusters_have_the_conditionals_that_they_have_among_all() -> None:
         torch.testing.assert_close(center[factor.effect_site], expected)
     noise = gaussian_noise(guide, every, 4, model.reference())
     site = f"{largest}_effect"
-    with Given(noise.values):
+    with NoiseMessenger(noise.values):
         all_drawn = guide(every)[site]
-    with Given({**noise.values, site: noise.values[site][..., chosen, :]}):
+    with NoiseMessenger({**noise.values, site: noise.values[site][..., chosen, :]}):
         drawn = guide(few)[site]
     torch.testing.assert_close(drawn, all_drawn[..., chosen, :])
 

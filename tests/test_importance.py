@@ -14,7 +14,7 @@ from torch.distributions import MultivariateNormal
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
 from armed_pyro.guides.crossed import CrossedGuide, choose_guide
-from armed_pyro.guides.noise import Given, Noise, gaussian_noise, no_noise, proposal_noise
+from armed_pyro.guides.noise import Noise, NoiseMessenger, gaussian_noise, no_noise, proposal_noise
 from armed_pyro.inference.nested_weights import weigh
 from armed_pyro.inference.psis import FEWEST, pareto_smooth
 
@@ -328,7 +328,7 @@ def test_with_one_particle_the_total_is_the_programs_density_over_the_guides(nam
     single = {site: one.reshape(shapes[site]) for site, one in noise.values.items()}
     with torch.no_grad():
         weighted = weigh(model, guide, rows, noise)
-        with Given(single):
+        with NoiseMessenger(single):
             given = poutine.trace(guide).get_trace(rows)
         trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(rows)
         expected = trace.log_prob_sum() - given.log_prob_sum()

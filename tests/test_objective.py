@@ -20,7 +20,7 @@ from armed_pyro import (
     StructuredGuide,
 )
 from armed_pyro.distributions.whitened import Pushforward
-from armed_pyro.guides.noise import Given, gaussian_noise, proposal_noise
+from armed_pyro.guides.noise import NoiseMessenger, gaussian_noise, proposal_noise
 from armed_pyro.inference.objective import NestedBound, Objective
 
 N, K, BATCH = 48, 6, 8
@@ -368,7 +368,7 @@ def shared_noise(monkeypatch, noise):
 
 def given(guide, values, rows):
     """The guide's draw of this noise; the program's sites have the same names."""
-    with Given(values):
+    with NoiseMessenger(values):
         return guide(rows)
 
 

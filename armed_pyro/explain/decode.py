@@ -318,7 +318,9 @@ class _Images:
             memberships={self.factor.name: Membership(all_clusters, all_clusters)},
         )
         latents = {**fixed, self.factor.effect_site: effects}
-        made = self.model.predictor(rows, latents, alone=False, others=self.outcome is not None)
+        made = self.model.predictor(
+            rows, latents, return_fixed=False, others=self.outcome is not None
+        )
         if self.outcome is None:
             return made.eta[..., list(self.pixels)]
         return made.others[self.outcome].flatten(-x.dim() + 1)

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import Given, Noise
+from armed_pyro.guides.noise import Noise, NoiseMessenger
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 
@@ -84,7 +84,7 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
     """
     nested, outcome = guide.nested(), model.data_facts().outcome_name
     site = "" if nested is None else nested.effect_site
-    with Given(noise.values, held=noise.held):
+    with NoiseMessenger(noise.values, held=noise.held):
         guide_trace = poutine.trace(guide).get_trace(rows)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(rows)
     inside = (site, outcome)

@@ -83,7 +83,7 @@ class Objective:
         self, rows: Rows, predictor: Predictor, latents: dict[str, Tensor]
     ) -> Float[Tensor, ""]:
         model, activations = self.model, predictor.activations
-        assert predictor.output is not None  # for mypy: see `layout.needs_alone`
+        assert predictor.output is not None  # for mypy: see `binding.needs_fixed_run`
         eta = model.fixed_predictor(rows, predictor.output, activations, latents)
         log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
         means = {one.name: activations[one.at] for one in model.others}

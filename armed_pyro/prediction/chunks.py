@@ -14,7 +14,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.result import NewEffects, Prediction, Reconstructed
 from armed_pyro.prediction.unseen import EffectSource, new_clusters
-from armed_pyro.program.blocks import BLOCK_VALUES, width
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
@@ -79,14 +79,14 @@ def predict_chunks(
     levels = facts.levels_with(data)
     rows_of = model.encode(data, levels)
     n = max([0, *(site.shape[0] for site in source.latents.values() if site.dim() > 1)]) or draws
-    size = chunk or max(1, BLOCK_VALUES // (n * width(model, others=reconstruct)))
+    size = chunk or max(1, BLOCK_VALUES // (n * values_per_row(model, others=reconstruct)))
     base = (posterior.seed if seed is None else seed) + 1
     latents, used = with_new_effects(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
         stop = start + len(rows)
         # The seed must not be set around the yield: the caller's code runs there.
         with model.seeded(base + stop):
-            predictor = model.predictor(rows, latents, alone=False, others=reconstruct)
+            predictor = model.predictor(rows, latents, return_fixed=False, others=reconstruct)
             # Without latent sites the predictor has a single draw.
             eta = predictor.eta.expand(n, *predictor.eta.shape[-2:])
             expected = model.family.mean(eta, rows)

@@ -1,4 +1,4 @@
-"""The program: a network, random effects, a family and an adversary as one Pyro model."""
+"""`MixedEffects`: network, random effects, family and adversaries as one Pyro model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.program import binding as layout
+from armed_pyro.program import binding
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import Predictor, modulates, predict_rows
@@ -43,35 +43,36 @@ class MixedEffects(Plan):
         y_i &\sim Family(\eta_i, parameters)
 
     with f a network (its last layer optionally with latent weights), h_i its tapped activations,
-    and c, s the outcome's centre and spread. Latent sites are in standardised units, so that
-    features with mean 0 and variance 1 meet a predictor of variance about 1; the outcome's site
-    is on its original scale. `armed_pyro.Fit` reports everything on the original scale.
+    and c, s the outcome's centre and spread. Latent sites are in standardised units: features
+    have mean 0 and variance 1, and f + phi'u has a variance of about 1. The outcome's site is on
+    its original scale. `armed_pyro.Fit` reports everything on the original scale.
 
-    A model is a plan until `bind` lays it out for data; `fit` binds a copy and leaves the
-    original, network included, as it was.
+    A model has no sizes until `bind` fits it to data. `fit` binds a copy and leaves the original
+    and its network unchanged.
 
     Parameters
     ----------
     net : torch.nn.Module
-        Fixed effects: maps standardised features of shape "rows ..." to "rows columns". It is
-        neither edited nor, by `fit`, trained in place.
+        Fixed effects f: maps standardised features "rows ..." to "rows columns". It is not
+        edited, and `fit` trains a copy.
     random : str, Term, or a sequence of these
-        Random effects, in lme4's syntax or as terms; may be empty.
+        Random effects, in lme4's syntax or as terms; may be empty, for a network without any.
     family : str or Family
-        gaussian, bernoulli, binomial, categorical, poisson or negative_binomial.
+        Distribution of the outcome: a `Family`, or the name of one: gaussian, bernoulli,
+        binomial, categorical, poisson or negative_binomial.
     adversary : Adversary or sequence of Adversary
-        Classifiers that keep cluster information out of the network's features.
+        Classifiers that keep cluster information out of the network's hidden layers.
     priors : Priors
         Priors of all latent sites.
     bayesian_head : bool
         Whether the network's last linear layer becomes the latent site ``fixed_effect`` with a
-        normal prior. With a linear network, estimates correspond to REML instead of maximum
-        likelihood.
+        normal prior. With a linear network, estimates of variances then correspond to REML
+        instead of maximum likelihood.
     fixed_weight : float
-        lambda_F, the weight in the objective of the likelihood under the fixed effects alone,
-        which keeps them predictive on their own. It trains the network only.
+        lambda_F, the weight of the likelihood under the fixed effects alone in the objective. It
+        keeps the fixed effects predictive without random effects, and trains the network only.
     others : Reconstruction or sequence of Reconstruction
-        Outcomes beside the family's, each with a likelihood and a weight of its own.
+        Further outcomes, each with its likelihood and weight.
 
     Examples
     --------
@@ -85,20 +86,25 @@ class MixedEffects(Plan):
     """
 
     def bind(self, data: ClusteredData | Facts) -> MixedEffects:
-        """A copy laid out for these data: factors, priors and adversaries sized and scaled.
+        """A copy for these data, with factors, priors and adversaries sized and scaled.
+
+        Parameters
+        ----------
+        data : ClusteredData or Facts
+            The training data, or what is known of them.
 
         Raises
         ------
         ValueError
-            If the data, the terms, the module paths and the network's output do not fit
-            together; the message says which and what to do.
+            If data, terms, module paths and the network's output do not fit together. The message
+            says which of them, and what to do.
         """
         facts = (
             data if isinstance(data, Facts) else Facts.of(data, self.family, self.factor_names())
         )
         bound = copy.deepcopy(self)
         bound.facts = facts
-        widths = layout.activation_widths(bound)
+        widths = binding.activation_widths(bound)
         by_factor: dict[str, list[Term]] = {}
         for term in self.terms:
             by_factor.setdefault(term.factor, []).append(term)
@@ -113,16 +119,19 @@ class MixedEffects(Plan):
             )
             for name, terms in by_factor.items()
         )
-        for game in bound.adversaries:
-            game.build(widths, len(facts.levels[game.factor]))
+        for adversary in bound.adversaries:
+            adversary.build(widths, len(facts.levels[adversary.factor]))
         bound.to(bound.reference())
-        bound.unreached = layout.unreached(bound)
-        layout.check_names(bound)
-        layout.warn_if_small(bound)
+        bound.unreached = binding.unreached(bound)
+        binding.check_names(bound)
+        binding.warn_if_small(bound)
         return bound
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
-        """Tensors in the program's precision, on its device; see `Facts.encode`."""
+        """The data's rows as tensors, in the program's precision and on its device.
+
+        See `Facts.encode` for parameters and errors.
+        """
         return self.data_facts().encode(data, self.reference(), levels)
 
     def largest_factor(self) -> str | None:
@@ -135,9 +144,10 @@ class MixedEffects(Plan):
 
     @torch.no_grad()
     def compute(self, source: Source) -> Source:
-        """The same rows, with what the network makes of them unless effects inside change it.
+        """The same rows with the frozen network's output and activations, computed once.
 
-        Rows in files are left as they are, and the network runs whenever they are read.
+        Rows are returned unchanged if effects inside the network make it depend on latent sites,
+        or if they are in files: the network then runs whenever they are read.
         """
         if modulates(self) or not isinstance(source, HeldRows):
             return source
@@ -154,18 +164,25 @@ class MixedEffects(Plan):
         latents : mapping of str to Tensor
             Draws for the clusters seen in training.
         counts : mapping of str to int
-            Clusters wanted of each factor, seen ones included.
+            Number of clusters of each factor in the result, those seen in training included.
         population : bool
-            Zeros for the new clusters; otherwise one draw of N(0, D) each, given each draw of D.
+            Whether the new clusters' effects are zero. Otherwise each draw of D gives them one
+            draw of N(0, D).
         """
-        own = {
+        effects = {
             factor.effect_site: factor.extended(latents, counts[factor.name], population=population)
             for factor in self.factors
         }
-        return {**latents, **own}
+        return {**latents, **effects}
 
     def forward(self, rows: Rows | RowSource) -> Predictor:
-        """Sample every latent site and the outcome; observe the outcome where it is known."""
+        """Sample every latent site and the outcome; observe the outcome if it is known.
+
+        Parameters
+        ----------
+        rows : Rows or RowSource
+            A batch, or a source, which stands for all of its rows.
+        """
         rows = rows.all() if isinstance(rows, RowSource) else rows
         facts = self.data_facts()
         unit = self.reference().new_tensor([1 / facts.spread])
@@ -176,25 +193,33 @@ class MixedEffects(Plan):
             zeros = unit.new_zeros(len(self.fixed_terms()))
             prior = dist.Normal(zeros, self.priors.fixed_sd).to_event(1)
             latents["fixed_effect"] = pyro.sample("fixed_effect", prior)
-        latents |= {one.sd_site: one.sample_sd(unit) for one in self.others}
+        latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
         for factor in self.factors:
             latents[factor.effect_site] = factor(rows.memberships[factor.name])
-        predictor = self.predictor(rows, latents, alone=layout.needs_alone(self), others=True)
+        predictor = self.predictor(
+            rows, latents, return_fixed=binding.needs_fixed_run(self), others=True
+        )
         with pyro.plate("row", len(rows), dim=-1), counted(rows):
             pyro.sample(facts.outcome_name, self.density(predictor.eta, latents, rows), obs=rows.y)
-            for one, density in self.other_densities(predictor.others, latents, rows).items():
-                with poutine.scale(scale=one.weight):
-                    pyro.sample(one.name, density, obs=rows.x)
+            for other, density in self.other_densities(predictor.others, latents, rows).items():
+                with poutine.scale(scale=other.weight):
+                    pyro.sample(other.name, density, obs=rows.x)
         return predictor
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
-        """log p(y_i | latent sites) of every row, times the row's weight."""
+        """log p(y_i | latent sites) of every row, times the row's weight.
+
+        Raises
+        ------
+        ValueError
+            If the rows have no outcome.
+        """
         eta = self.predictor(rows, latents).eta
         log_prob = self.density(eta, latents, rows).log_prob(rows.outcome())
         return log_prob if rows.weights is None else rows.weights * log_prob
 
     def predictor(
-        self, rows: Rows, latents: Latents, *, alone: bool = True, others: bool = False
+        self, rows: Rows, latents: Latents, *, return_fixed: bool = True, others: bool = False
     ) -> Predictor:
         """Linear predictors given the latent sites, vectorised over draws.
 
@@ -205,19 +230,23 @@ class MixedEffects(Plan):
         latents : mapping of str to Tensor
             Random effects "... clusters terms"; the family's parameters and fixed effects with a
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
-        alone : bool
-            Whether fixed effects and activations without effects inside are wanted, too.
+        return_fixed : bool
+            Whether the result has to include the predictor, output and activations without random
+            effects. If False, they may be left out, which saves a pass of the network.
         others : bool
-            Whether the means of the other outcomes are.
+            Whether the result has to include the means of the other outcomes.
         """
-        return predict_rows(self, rows, latents, alone=alone, others=others)
+        return predict_rows(self, rows, latents, return_fixed=return_fixed, others=others)
 
 
 def log_likelihoods(
     model: MixedEffects, rows: Rows, latents: Latents, *, others: bool = True
 ) -> dict[str, Float[Tensor, "... rows"]]:
-    """Log-likelihood of every row by name of the outcome, weights included."""
-    predictor = model.predictor(rows, latents, alone=False, others=others)
+    """Log-likelihood of every row, times its weight, by name of the outcome.
+
+    With `others`, it includes the other outcomes, times their weights.
+    """
+    predictor = model.predictor(rows, latents, return_fixed=False, others=others)
     density = model.density(predictor.eta, latents, rows)
     values = {model.data_facts().outcome_name: density.log_prob(rows.outcome())}
     densities = model.other_densities(predictor.others, latents, rows) if others else {}
@@ -230,12 +259,12 @@ def log_likelihoods(
 
 @contextmanager
 def counted(rows: Rows) -> Iterator[None]:
-    """Handlers under which the log-likelihood of each row counts its weight times the scale."""
+    """Handlers under which each row's log-likelihood counts `rows.scale` times its weight."""
     with ExitStack() as handlers:
         if rows.weights is None:
             handlers.enter_context(poutine.scale(scale=rows.scale))
         else:
-            # Pyro's scales are positive: rows of weight 0 are masked.
+            # Pyro's scales must be positive, so rows of weight 0 are masked.
             counts = cast("torch.BoolTensor", rows.weights > 0)
             weights = torch.where(counts, rows.weights, 1)
             handlers.enter_context(poutine.scale(scale=rows.scale * weights))
@@ -244,6 +273,6 @@ def counted(rows: Rows) -> Iterator[None]:
 
 
 def trains_network(model: MixedEffects) -> bool:
-    """Whether there is more to train than the posterior of the latent sites."""
-    weights = any(one.requires_grad for one in model.network.parameters())
+    """Whether there are weights to train: of an adversary, or of a network that is not linear."""
+    weights = any(parameter.requires_grad for parameter in model.network.parameters())
     return bool(model.adversaries) or (weights and not model.linear)

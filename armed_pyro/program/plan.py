@@ -1,4 +1,4 @@
-"""The parts of a program, before and after it is laid out for data."""
+"""`Plan`: the parts of a program, before and after it is bound to data."""
 
 from __future__ import annotations
 
@@ -30,10 +30,24 @@ __all__ = ["Plan"]
 
 
 class Plan(LocalModule):
-    """The parts of a program: network, terms, family, adversaries and priors, and how they fit.
+    """Network, terms, family, adversaries and priors of a program.
 
-    Abstract: `MixedEffects` adds the joint density. Before `MixedEffects.bind` there are no
-    factors, and `data_facts` raises an error.
+    Abstract: `MixedEffects` adds the joint density, and documents the parameters. Before
+    `MixedEffects.bind` there are no factors, and `data_facts` raises an error.
+
+    Attributes
+    ----------
+    facts : Facts or None
+        What the program knows of its data; None before it is bound.
+    unreached : frozenset of str
+        Tapped layers, and "" for the output, that effects inside the network cannot change.
+
+    Raises
+    ------
+    TypeError
+        If `net` is not a module.
+    ValueError
+        If `fixed_weight` is negative, or terms or family cannot be read.
     """
 
     facts: Facts | None
@@ -58,26 +72,25 @@ class Plan(LocalModule):
         self.net = net
         self.terms = parse_terms(random)
         self.family = family_named(family)
-        given = [adversary] if isinstance(adversary, Adversary) else list(adversary)
-        self._adversaries = nn.ModuleList(given)
+        adversaries = [adversary] if isinstance(adversary, Adversary) else list(adversary)
+        self._adversaries = nn.ModuleList(adversaries)
         self.priors = Priors() if priors is None else priors
         self.bayesian_head = bayesian_head
         self.fixed_weight = float(fixed_weight)
         self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
         self._factors = nn.ModuleList()
         self.facts = None
-        # Layers ("" for the output) that effects inside do not reach.
         self.unreached: frozenset[str] = frozenset()
 
     @property
     def network(self) -> nn.Module:
-        """The network, read without telling Pyro."""
+        """The network, without registering its weights as Pyro parameters."""
         return cast("nn.Module", self._modules["net"])
 
     @property
     def adversaries(self) -> tuple[Adversary, ...]:
-        """The adversaries, one a grouping factor or several."""
-        # Read past PyroModule's attributes: an adversary's weights are no sites of the density.
+        """The adversaries."""
+        # Not by attribute, which PyroModule intercepts: their weights are no sites of the density.
         return cast(
             "tuple[Adversary, ...]", tuple(cast("nn.ModuleList", self._modules["_adversaries"]))
         )
@@ -89,14 +102,15 @@ class Plan(LocalModule):
 
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""
-        games = [game.factor for game in self.adversaries]
-        return tuple(dict.fromkeys([term.factor for term in self.terms] + games))
+        names = [term.factor for term in self.terms]
+        names += [adversary.factor for adversary in self.adversaries]
+        return tuple(dict.fromkeys(names))
 
     def layers(self) -> tuple[str, ...]:
-        """Module paths whose activations terms or adversaries need."""
+        """Module paths whose activations terms, adversaries or other outcomes need."""
         paths = [path for term in self.terms for path in term.layers()]
-        paths += [path for game in self.adversaries for path in game.taps]
-        paths += [one.at for one in self.others]
+        paths += [path for adversary in self.adversaries for path in adversary.taps]
+        paths += [other.at for other in self.others]
         return tuple(dict.fromkeys(paths))
 
     def reference(self) -> Tensor:
@@ -106,7 +120,10 @@ class Plan(LocalModule):
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """Draws without gradients inside come from this seed; generators are left as they were."""
+        """A context without gradients whose draws come from this seed.
+
+        The generators' states are restored afterwards.
+        """
         device = self.reference().device
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
@@ -114,7 +131,7 @@ class Plan(LocalModule):
             yield
 
     def data_facts(self) -> Facts:
-        """What the program knows of its data.
+        """Sizes, names, scales and labels of the data to which the program is bound.
 
         Raises
         ------
@@ -122,11 +139,11 @@ class Plan(LocalModule):
             If the model has not been bound.
         """
         if self.facts is None:
-            raise ValueError("the model is not laid out yet: call model.bind(data), or fit it")
+            raise ValueError("the model is not bound to data yet: call model.bind(data), or fit it")
         return self.facts
 
     def clusters(self) -> Rows:
-        """No rows, but every cluster of every factor: for drawing random effects only."""
+        """No rows, but every cluster of every factor, for draws of random effects only."""
         return self.data_facts().clusters(self.reference())
 
     @property
@@ -140,7 +157,7 @@ class Plan(LocalModule):
         )
 
     def head_path(self) -> str:
-        """Module path of the network's last linear layer; empty if it is the network itself."""
+        """Module path of the network's last linear layer; empty if that is the network itself."""
         return head_path(self.network)
 
     def fixed_terms(self) -> tuple[str, ...]:
@@ -155,7 +172,7 @@ class Plan(LocalModule):
         return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
 
     def known(self) -> dict[str, Tensor]:
-        """Latent quantities that are given by their priors, not estimated."""
+        """Latent quantities that are known by their priors, not estimated, by site."""
         known = {site: value for factor in self.factors for site, value in factor.known().items()}
         unit = self.reference().new_tensor([1 / self.data_facts().spread])
         for parameter in self.family.parameters:
@@ -163,23 +180,26 @@ class Plan(LocalModule):
             if value is not None:
                 known[parameter.name] = value
         ones = self.reference().new_ones(1)
-        given = [one for one in self.others if isinstance(one.prior, Known)]
-        return known | {one.sd_site: one.prior.scales([""], ones, 1.0)[0] for one in given}
+        return known | {
+            other.sd_site: other.prior.scales([""], ones, 1.0)[0]
+            for other in self.others
+            if isinstance(other.prior, Known)
+        }
 
     def starts(self) -> dict[str, Tensor]:
-        """Values from which the guide starts, by latent site, in double precision.
+        """Values at which the guide starts, by latent site, in double precision.
 
         Sites that are left out, such as fixed effects, start at 0 in unconstrained coordinates.
         """
-        numbers = {one.name: one.start for one in self.family.parameters}
-        numbers |= {other.sd_site: other.start for other in self.others}
-        values = {name: torch.tensor(one, dtype=torch.float64) for name, one in numbers.items()}
+        starts = {parameter.name: parameter.start for parameter in self.family.parameters}
+        starts |= {other.sd_site: other.start for other in self.others}
+        values = {name: torch.tensor(start, dtype=torch.float64) for name, start in starts.items()}
         for factor in self.factors:
             values |= factor.joint_covariance.starts()
         return values
 
     def precision(self, latents: Latents) -> Tensor:
-        """tau, the family's precision in standardised units; 1 where it depends on eta."""
+        """tau, the family's precision in standardised units; 1 if it depends on eta."""
         names = [parameter.name for parameter in self.family.parameters]
         tau = self.family.precision({name: latents[name] for name in names if name in latents})
         return self.reference().new_ones(()) if tau is None else tau
@@ -205,18 +225,26 @@ class Plan(LocalModule):
         """Densities of the other outcomes, without their weights."""
         spread = self.data_facts().feature_spread
         return {
-            one: one.distribution(means[one.name], spread * latents[one.sd_site], rows)
-            for one in self.others
+            other: other.distribution(means[other.name], spread * latents[other.sd_site], rows)
+            for other in self.others
         }
 
     def run_network(
         self, rows: Rows, *, whole: bool = False
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The network's output, and its tapped activations by module path; see `taps.run`."""
+        """The network's output, and its tapped activations by module path.
+
+        Parameters
+        ----------
+        rows : Rows
+            The rows. If they carry results of a frozen network, these are returned.
+        whole : bool
+            As of `armed_pyro.networks.taps.run`.
+        """
         if rows.computed is not None:
             return rows.computed[""], rows.computed
         head = [self.head_path()] if self.bayesian_head else []
-        # The one place where the network's weights become Pyro's parameters.
+        # The only place where the network's weights become Pyro parameters.
         return run(self.net, rows.x, self.layers(), head, whole=whole)
 
     def fixed_predictor(
@@ -235,7 +263,7 @@ class Plan(LocalModule):
         return base + facts.spread * (self.head_inputs(activations) @ weights)
 
     def head_inputs(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "rows inputs"]:
-        """What latent fixed effects multiply: a 1, if there is an intercept, and activations."""
+        """Regressors of the latent fixed effects: 1 for an intercept, then the head's inputs."""
         path = self.head_path()
         hidden = activations[f"<{path}"]
         if self.network.get_submodule(path).bias is None:

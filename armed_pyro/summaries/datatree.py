@@ -21,7 +21,7 @@ from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import predict_chunks
 from armed_pyro.prediction.unseen import Marginal
-from armed_pyro.program.blocks import BLOCK_VALUES, width
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.model import MixedEffects, log_likelihoods
 from armed_pyro.program.units import (
     original_covariance,
@@ -162,7 +162,7 @@ def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
             stacklevel=5,
         )
     for rows in _blocks(posterior, draws, others=others):
-        predictor = model.predictor(rows, latents, alone=False, others=others)
+        predictor = model.predictor(rows, latents, return_fixed=False, others=others)
         eta = predictor.eta.expand(draws, *predictor.eta.shape[-2:])
         drawn = {posterior.data.outcome_name: model.density(eta, latents, rows).sample()}
         if others:
@@ -314,7 +314,7 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             effects = latents[factor.effect_site].to(torch.float64)
             matrix = factor.to_original.to(effects)
             add(f"{base}_effect", (name, term), effects @ matrix.mT)
-        covariance = original_covariance(model, factor, latents)
+        covariance = original_covariance(factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         add(f"{base}_sd", (term,), variance.sqrt())
         if not factor.diagonal:
@@ -378,5 +378,5 @@ def _counts(values: np.ndarray, whole: bool) -> np.ndarray:
 
 def _blocks(posterior: Posterior, draws: int, *, others: bool = False) -> Iterator[Rows]:
     """The training rows in blocks whose arrays take about 100 MB."""
-    size = BLOCK_VALUES // (draws * width(posterior.model, others=others))
+    size = BLOCK_VALUES // (draws * values_per_row(posterior.model, others=others))
     return posterior.model.encode(posterior.data).chunks(max(1, size))

@@ -118,7 +118,7 @@ def _factor_rows(
     model: MixedEffects, factor: Factor, latents: Draws
 ) -> Iterator[tuple[str, str, str, Tensor]]:
     """Yield factor, term, statistic and draws of sds, variances and correlations."""
-    covariance = original_covariance(model, factor, latents)
+    covariance = original_covariance(factor, latents)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "sd", variance[:, position].sqrt()
