@@ -186,7 +186,7 @@ def fitted():
         y = eta + NOISE * torch.tensor(rng.normal(size=len(eta)))
         drawn.append(dataclasses.replace(part, outcome=y.double()))
     schedule = Schedule(steps=1500)
-    result = train(model, drawn[0], schedule=schedule, seed=1, progress=False)
+    result = fit(model, drawn[0], schedule=schedule, seed=1, progress=False)
     return result, effects.numpy(), drawn[1]
 
 
