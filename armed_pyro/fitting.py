@@ -24,7 +24,9 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.divergence import TrainingDiverged
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.train import GuideFactory, train
+from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["DivergenceError", "fit"]
@@ -176,10 +178,11 @@ def _train(
         return train(model.bind(data).to(target), data, **settings)
     if processes.several:
         raise ValueError(NOT_FROM_FILES)
-    with data.laid_out(model, settings["seed"], progress=progress) as files:
-        bound = model.bind(files.facts).to(target)
-        source = files.rows(bound.reference())
-        return train(bound, files.sample, source=source, **settings)
+    with data.encoded(model.factor_names(), settings["seed"], progress=progress) as table:
+        bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
+        source = StreamedRows(table, bound.reference())
+        sample = table.sample(bound.largest_factor())
+        return train(bound, sample, source=source, **settings)
 
 
 def _device(name: str) -> str:

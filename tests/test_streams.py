@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
 from armed_pyro.cli import app
 from armed_pyro.models.linear import linear
-from armed_pyro.prediction.predict_table import TableBlocks, predict_table
+from armed_pyro.prediction.predict_table import predict_table
 from armed_pyro.prediction.unseen import MODES
+from armed_pyro.streaming.parquet_table import TableBlocks
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 

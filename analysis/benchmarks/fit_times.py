@@ -21,7 +21,7 @@ from armed_pyro.analysis.benchmarks.training_steps import Task
 from armed_pyro.engine.schedule import MOVING, split_r_hat
 from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.linear import linear
-from armed_pyro.rows.shuffle import Shuffle
+from armed_pyro.rows.shuffle import Passes
 
 __all__ = ["Job", "Times", "compare", "insteval", "jobs"]
 
@@ -105,7 +105,8 @@ def _stock(job: Job) -> float:
     torch.manual_seed(0)
     bound = job.model.bind(job.data)
     source, schedule = bound.encode(job.data), job.schedule
-    size, shuffle = schedule.batch(len(source)), Shuffle()
+    size = schedule.batch(len(source))
+    batches = Passes(lambda generator: source.batches(size, generator))
     plateau = schedule.plateau(len(source))
     rate = min(schedule.learning_rate, 0.01)  # AutoNormal is unstable at the guide's rate of 0.03
     start = time.perf_counter()
@@ -120,10 +121,7 @@ def _stock(job: Job) -> float:
         for _ in range(schedule.steps // 100):
             losses = []
             for _ in range(100):
-                if size == len(source):
-                    rows = source.all()
-                else:
-                    rows = source.batch(shuffle.take(size, len(source)))
+                rows = source.all() if size == len(source) else next(batches)
                 value = loss(rows)
                 adam.zero_grad()
                 value.backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyro
@@ -23,7 +23,7 @@ from armed_pyro.inference.task import TrainingTask
 from armed_pyro.inference.training_run import Run
 from armed_pyro.networks.adversary import reverse_gradient
 from armed_pyro.random_effects.terms import Term
-from armed_pyro.rows.shuffle import Shuffle
+from armed_pyro.rows.shuffle import Passes
 
 __all__ = [
     "Step",
@@ -140,10 +140,10 @@ def torch_loop(task: Task, *, game: bool) -> Step:
     ).to(task.device)
     parameters = [*net.parameters(), *(classifier.parameters() if game else ())]
     adam = torch.optim.Adam(parameters, lr=RATE, fused=True)
-    shuffle, strength = Shuffle(), torch.tensor(0.1, device=task.device)
+    orders, strength = _orders(len(x), task.batch), torch.tensor(0.1, device=task.device)
 
     def step() -> Tensor:
-        index = shuffle.take(task.batch, len(x)).to(task.device)
+        index = next(orders).to(task.device)
         hidden, activations = x[index], []
         for layer in net:
             hidden = layer(hidden)
@@ -161,20 +161,26 @@ def torch_loop(task: Task, *, game: bool) -> Step:
     return step
 
 
+def _orders(n: int, size: int) -> Iterator[Tensor]:
+    """Numbers below n in random order, `size` at a time, without end."""
+    while True:
+        yield from torch.randperm(n)[: n // size * size].split(size)
+
+
 def stock(task: Task) -> Step:
     """A step of Pyro's SVI with AutoNormal, on the same program without an adversary."""
     data = task.data()
     model = task.program(game=False).bind(data).to(task.device)
     source = model.encode(data)
     model.train()
-    shuffle = Shuffle()
+    batches = Passes(lambda generator: source.batches(task.batch, generator))
     with pyro.settings.context(module_local_params=True):
         loss = Trace_ELBO()(model, AutoNormal(model))
         loss(source.batch(torch.arange(task.batch, device=task.device)))
         adam = torch.optim.Adam(loss.parameters(), lr=RATE, fused=True)
 
     def step() -> Tensor:
-        rows = source.batch(shuffle.take(task.batch, len(source)).to(task.device))
+        rows = next(batches)
         with pyro.settings.context(module_local_params=True):
             value: Tensor = loss(rows)
         adam.zero_grad()

@@ -11,7 +11,7 @@ from typing import Any
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import read_table
 from armed_pyro.families.family import Family
-from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["TrainingTable", "byte_size", "outputs"]

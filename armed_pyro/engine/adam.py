@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -45,7 +46,8 @@ def adam_change(
     mean.lerp_(gradient, 1 - BETAS[0])
     square.lerp_(gradient.square(), 1 - BETAS[1])
     count.add_(1)
-    first, second = (1 - beta**count for beta in BETAS)
+    # exp, as a power would not be vectorised.
+    first, second = (1 - torch.exp(math.log(beta) * count) for beta in BETAS)
     size = (square / second).sqrt_().add_(eps).mul_(first)
     return (mean / size).mul_(-rate)
 

@@ -18,7 +18,7 @@ from armed_pyro.engine.loss import Loss
 from armed_pyro.engine.processes import Processes, mixed
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.rows.shuffle import Shuffle
+from armed_pyro.rows.shuffle import Passes
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["Share"]
@@ -80,8 +80,6 @@ class Share:
             If there are fewer rows than processes.
         """
         if network is None or not processes.several:
-            if network is not None and isinstance(source, HeldRows):
-                source = source.mixed()
             return cls(processes, source, ())
         if not isinstance(source, HeldRows):
             raise ValueError("rows in files cannot be shared by several processes: read them first")
@@ -155,15 +153,15 @@ class Share:
         total, elbo, fixed, game = means[: len(parts) - 1]
         return Loss(total, elbo, fixed, game, means[len(parts) - 1 :])
 
-    def reshuffled(self, shuffle: Shuffle, *seed: int) -> Shuffle:
+    def reshuffled(self, passes: Passes, *seed: int) -> Passes:
         """From here on each process has random numbers of its own, which follow from the seed.
 
         So the first process's checkpoint is enough to go on from.
         """
         if not self.several:
-            return shuffle
+            return passes
         torch.manual_seed(mixed(*seed, 1 + self.processes.rank))
-        return Shuffle()
+        return Passes(passes.begin)
 
     def common_numbers(self, *seed: int) -> AbstractContextManager[None]:
         """Random numbers inside are the same in every process."""

@@ -62,6 +62,7 @@ class LazyAdam:
 
     Examples
     --------
+    >>> from torch import nn
     >>> from armed_pyro import ClusteredData, MixedEffects, StructuredGuide
     >>> groups = [row % 20 for row in range(40)]
     >>> data = ClusteredData.from_arrays([[0.0], [1.0]] * 20, [0.0, 1.0] * 20, {"g": groups})
@@ -217,7 +218,10 @@ class ClusterTable(Update):
         if membership.complete:
             # Every row has a place. Of several rows of a cluster, the last stands for it.
             index = labels = membership.position
-            self.place.scatter_reduce_(0, index, places, "amax", include_self=False)
+            if index.is_cuda:  # which writes in any order
+                self.place.scatter_reduce_(0, index, places, "amax", include_self=False)
+            else:
+                self.place.index_put_((index,), places)
             position = self.place.index_select(0, index)
             stands = position == places
         else:
@@ -252,11 +256,15 @@ class ClusterTable(Update):
         gradient: Float[Tensor, "room width"],
         rate: Float[Tensor, ""],
     ) -> None:
-        table, width = self.values[:, self._fixed :], gradient.shape[1]
-        rows = table.index_select(0, self.targets)
-        trained, mean, square, count = rows.split([width, width, width, 1], 1)
-        trained.add_(adam_change(gradient, mean, square, count, rate, self.eps))
-        table.index_copy_(0, self.targets, rows)
+        # Whole rows: to write into some of its columns, the compiler would copy the table.
+        rows, width = self.values.index_select(0, self.targets), gradient.shape[1]
+        # Copies and one join: for changes within one tensor, the compiler would work out every
+        # column.
+        fixed, trained, *moments = rows.split([self._fixed, width, width, width, 1], 1)
+        mean, square, count = (one.clone() for one in moments)
+        moved = trained + adam_change(gradient, mean, square, count, rate, self.eps)
+        rows = torch.cat([fixed, moved, mean, square, count], 1)
+        self.values.index_copy_(0, self.targets, rows)
 
     def release(self) -> None:
         """Give the whole guide its own memory again."""

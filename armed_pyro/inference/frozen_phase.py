@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,7 +58,7 @@ class FrozenPhase(Phase):
         task.model.requires_grad_(False)
         task.guide.settle()
         self.rows: RowSource = before.share.compute(task.model.compute, task.source)
-        super().__init__(task, before.share.ended(self.rows), before.shuffle)
+        super().__init__(task, before.share.ended(self.rows))
         self.particles = 1
         self.iterates: list[np.ndarray] = []
 
@@ -168,12 +170,14 @@ class FrozenPhase(Phase):
         return most if isinstance(self.rows, HeldRows) else min(most, MOST_READ)
 
     def _step_rows(self) -> Rows:
-        most, nested = self._most_rows(), self.task.guide.nested_name()
-        if len(self.rows) <= most:
+        if len(self.rows) <= self._most_rows():
             return self.rows.all()
+        return self.next_batch() if self.task.guide.nested() is None else next(self.passes)
+
+    def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
+        nested = self.task.guide.nested_name()
         if nested is None:
-            return self.next_batch()
+            return super().one_pass(generator)
         clusters = len(self.rows.counts[nested])
-        share = max(1, clusters * most // (2 * len(self.rows)))
-        chosen = self.shuffle.take(share, clusters)
-        return self.rows.whole_clusters(nested, chosen.to(self.rows.like.device))
+        size = max(1, clusters * self._most_rows() // (2 * len(self.rows)))
+        return self.rows.cluster_batches(nested, size, generator)

@@ -10,7 +10,6 @@ from armed_pyro.engine.schedule import History
 from armed_pyro.inference.objective import Objective
 from armed_pyro.inference.phase import Phase, mean_accuracy
 from armed_pyro.inference.task import TrainingTask
-from armed_pyro.rows.shuffle import Shuffle
 
 __all__ = ["NetworkPhase"]
 
@@ -27,7 +26,7 @@ class NetworkPhase(Phase):
     trains_network = True
 
     def __init__(self, task: TrainingTask) -> None:
-        super().__init__(task, task.share, Shuffle())
+        super().__init__(task, task.share)
         self.prepare(task.schedule.batch(len(task.source)), 1.0)
         self.best: dict[str, Tensor] = {}
         modules = {"model": task.model, "guide": self.lazy.guide}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from armed_pyro.inference.cluster_adam import LazyAdam
 from armed_pyro.inference.optimizers import Optimizers
 from armed_pyro.inference.task import TrainingTask
 from armed_pyro.rows.batch import Rows
-from armed_pyro.rows.shuffle import Shuffle
+from armed_pyro.rows.shuffle import Passes
 
 __all__ = ["Phase"]
 
@@ -31,8 +32,8 @@ class Phase(ABC):
         All that the run is given.
     share : Share
         The rows that this process takes its batches from.
-    shuffle : Shuffle
-        The order of the batches.
+    passes : Passes
+        The mini-batches.
     plateau : Plateau
         The stopping rule.
     lazy : LazyAdam
@@ -45,8 +46,8 @@ class Phase(ABC):
 
     trains_network: bool
 
-    def __init__(self, task: TrainingTask, share: Share, shuffle: Shuffle) -> None:
-        self.task, self.share, self.shuffle = task, share, shuffle
+    def __init__(self, task: TrainingTask, share: Share) -> None:
+        self.task, self.share, self.passes = task, share, Passes(self.one_pass)
         self.plateau = task.schedule.plateau(len(task.source))
 
     def prepare(self, batch_size: int, rate: float) -> None:
@@ -122,27 +123,31 @@ class Phase(ABC):
 
     def next_batch(self) -> Rows:
         """The next mini-batch; all rows where they are one batch."""
+        n = len(self.task.source)
+        whole = self.task.schedule.batch(n) == n
+        return self.share.rows.all() if whole else next(self.passes)
+
+    def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
+        """One pass over the rows in mini-batches; draws their order from `generator`."""
         task, source = self.task, self.share.rows
         n = len(task.source)
         size = task.schedule.batch(n)
-        if size == n:
-            return source.all()
         # As many as `prepare` makes room for, unless a step finds its clusters itself.
         sampled = source.sampled(self.share.together(size))
         whole = self.lazy.tables.keys() >= sampled and not self.share.several
         dense = n if whole or task.guide.every_cluster() else 4 * self.share.together(size)
-        return self.shuffle.batch(source, self.share.batch(size), dense)
+        return source.batches(self.share.batch(size), generator, dense_up_to=dense)
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizers, clusters' moments and order of the rows, for a checkpoint."""
+        """Optimizers, clusters' moments and the place in a pass, for a checkpoint."""
         tensors = module_tensors("optimizers", self.optimizers) | self.lazy.state()
-        return tensors | {"order": self.shuffle.order}
+        return tensors | self.passes.state()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what `state` gave."""
         restore_module("optimizers", self.optimizers, tensors)
         self.lazy.restore(tensors)
-        self.shuffle.order = tensors["order"]
+        self.passes.restore(tensors)
 
 
 def mean_accuracy(losses: list[Loss]) -> list[float]:

@@ -46,6 +46,8 @@ class Run:
     def __init__(self, task: TrainingTask) -> None:
         self.task = task
         self.history, self.stopped = History(), ""
+        # Asked now: once the network is frozen, nothing of it is trained.
+        self._trains_network = trains_network(task.model)
         self._rate = 1.0  # of the last step
         # The state to return to from divergence, and the mean loss of the window after it.
         self._good, self._good_loss = task.state(), math.inf
@@ -77,12 +79,12 @@ class Run:
             Told the number of steps, and the state in words, after each window.
         """
         task = self.task
-        if not self.step and not trains_network(task.model):
+        if not self.step and not self._trains_network:
             self._freeze()
         while not self.stopped and not self._stops_at_mode():
             phase = self.phase
             task.model.train(phase.trains_network)
-            phase.shuffle = phase.share.reshuffled(phase.shuffle, task.seed, self.step)
+            phase.passes = phase.share.reshuffled(phase.passes, task.seed, self.step)
             before, steps = task.state(), min(phase.window(), task.schedule.steps - self.step)
             losses = [self.take_step() for _ in range(steps)]
             self.close_window(losses)
@@ -136,7 +138,7 @@ class Run:
             if phase.trains_network:
                 self._freeze()
             else:
-                by_validation = task.validation is not None and trains_network(task.model)
+                by_validation = task.validation is not None and self._trains_network
                 self.stopped = "validation" if by_validation else "converged"
         if self.step >= task.schedule.steps and not self.stopped:
             self.stopped = "steps"

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.files import read_table
 from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import check_settings, predict_chunks
@@ -28,82 +23,13 @@ from armed_pyro.prediction.similarity import (
 from armed_pyro.prediction.sources import source_of
 from armed_pyro.prediction.unseen import check_mode, one_cluster_per_row
 from armed_pyro.program.blocks import BLOCK_VALUES
+from armed_pyro.streaming.parquet_table import TableBlocks
 
-__all__ = ["TableBlocks", "predict_table"]
+__all__ = ["predict_table"]
 
 
 # Rows in one block for the classifiers.
 EVIDENCE_ROWS = 65_536
-
-
-@dataclass(frozen=True, eq=False)
-class TableBlocks:
-    """The rows of a file in blocks; Parquet is streamed, CSV is held in memory.
-
-    Attributes
-    ----------
-    path : Path
-        The file.
-    frame : pandas.DataFrame or None
-        The table, if it is held in memory.
-    n_rows : int
-        Number of rows.
-    columns : tuple of str
-        Names of the columns.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     pd.DataFrame({"x": range(5)}).to_parquet(f"{folder}/t.parquet")
-    ...     [len(block) for block in TableBlocks.open(Path(f"{folder}/t.parquet")).blocks(2)]
-    [2, 2, 1]
-    """
-
-    path: Path
-    frame: pd.DataFrame | None
-    n_rows: int
-    columns: tuple[str, ...]
-
-    @classmethod
-    def open(cls, path: Path) -> TableBlocks:
-        """The table in a file.
-
-        Raises
-        ------
-        ValueError
-            If there is no such file, or it is not a readable table.
-        """
-        if path.name.lower().endswith((".parquet", ".pq")) and path.is_file():
-            try:
-                file = pq.ParquetFile(path)
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{path} is not a readable Parquet file ({error})") from error
-            names = tuple(file.schema_arrow.names)
-            if file.metadata.num_rows:
-                return cls(path, None, file.metadata.num_rows, names)
-        frame = read_table(path)  # its error names what is wrong with the path
-        return cls(path, frame, len(frame), tuple(frame.columns))
-
-    def blocks(self, size: int, columns: tuple[str, ...] | None = None) -> Iterator[pd.DataFrame]:
-        """Yield the rows in order, at most `size` at a time.
-
-        Parameters
-        ----------
-        size : int
-            Rows per block.
-        columns : tuple of str, optional
-            Columns to read, by default all. Names that the table lacks are ignored.
-        """
-        wanted = [name for name in self.columns if columns is None or name in columns]
-        if self.frame is not None:
-            for start in range(0, self.n_rows, size):
-                yield self.frame[wanted].iloc[start : start + size]
-            return
-        # Without buffer_size and pre_buffer=False, whole row groups are held in memory.
-        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
-            for batch in file.iter_batches(size, columns=wanted):
-                yield batch.to_pandas()
 
 
 def predict_table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from armed_pyro._memory import large_pages
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.feature_scaling import FeatureScaling
@@ -20,6 +19,7 @@ from armed_pyro.data.schema import Schema
 from armed_pyro.families.family import Family
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.streaming.encoded_table import EncodedTable
 
 __all__ = ["Facts"]
 
@@ -125,6 +125,21 @@ class Facts:
             feature_spread=1.0 if scaling.mean else _spread(data.features),
         )
 
+    @classmethod
+    def of_encoded(cls, table: EncodedTable, family: Family) -> Facts:
+        """Facts of a table's rows in a file, after the same checks."""
+        first = table.scanned.first
+        return replace(
+            cls.of(table.outcomes(), family, ()),
+            feature_names=first.feature_names,
+            sources=first.sources,
+            feature_shape=(first.n_features,),
+            feature_mean=tuple(table.feature_mean.tolist()),
+            feature_scale=tuple(table.feature_scale.tolist()),
+            levels={name: table.scanned.levels[name] for name in table.factors},
+            counts={name: table.scanned.counts[name] for name in table.factors},
+        )
+
     @property
     def scaling(self) -> FeatureScaling:
         """Names, means and scales of the features."""
@@ -172,10 +187,8 @@ class Facts:
         def tensor(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(like)
 
-        x = self.scaling.standardise(data.features).to(like)
-        large_pages(x, *codes.values())  # Mini-batches read scattered rows.
         return HeldRows(
-            x,
+            self.scaling.standardise(data.features).to(like),
             tensor(data.outcome),
             codes,
             counts,

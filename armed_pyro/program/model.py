@@ -134,6 +134,14 @@ class MixedEffects(Plan):
         """
         return self.data_facts().encode(data, self.reference(), levels)
 
+    def largest_factor(self) -> str | None:
+        """The grouping factor with the most random effects; None without random effects."""
+        levels = self.data_facts().levels
+        sizes = {
+            factor.name: len(levels[factor.name]) * len(factor.terms) for factor in self.factors
+        }
+        return max(sizes, key=lambda name: sizes[name], default=None)
+
     @torch.no_grad()
     def compute(self, source: Source) -> Source:
         """The same rows with the frozen network's output and activations, computed once.

@@ -54,16 +54,16 @@ class Pieces:
             shares = [min(size, n - start) / n for start in starts]
             read, clusters = partial(source.chunks, size), [None for _ in starts]
             return cls(read, list(clusters), shares)
-        counts = source.counts[factor]
-        place = (counts.cumsum(0) - 1) // size
-        chosen = [(place == piece).nonzero()[:, 0] for piece in place.unique()]
+        order = source.cluster_order(factor)
+        place = (source.counts[factor][order].cumsum(0) - 1) // size
+        chosen = [order[place == piece].sort().values for piece in place.unique()]
         whole = partial(source.whole_clusters, factor)
         if keep:
             held = [whole(one) for one in chosen]
             read = partial(iter, held)
         else:
             read = lambda: ahead(whole(one) for one in chosen)  # noqa: E731
-        return cls(read, list(chosen), [len(one) / len(counts) for one in chosen])
+        return cls(read, list(chosen), [len(one) / len(order) for one in chosen])
 
     def without_rows(self, every: Rows, factor: str | None) -> Iterator[Rows]:
         """The clusters of each piece without its rows, for which noise is drawn.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,16 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from armed_pyro._memory import large_pages
 from armed_pyro.rows.batch import Membership, Rows
-from armed_pyro.rows.source import RowSource, memberships_of
+from armed_pyro.rows.source import RowSource, memberships_of, whole_splits
 
 __all__ = ["HeldRows"]
-
-
-# From so many rows on, of at most so many bytes, batches take consecutive ones together, and are
-# made of at least so many such units.
-MANY_ROWS, SMALL_ROW, TOGETHER, FEWEST_UNITS = 2**18, 256, 64, 16
 
 
 @dataclass(frozen=True)
@@ -33,10 +26,6 @@ class HeldRows(RowSource):
         Cluster of each row, for every grouping factor.
     counts : mapping of str to Int[Tensor, "clusters"]
         Rows in each cluster.
-    reduce : callable, optional
-        Where other processes hold the rest of the rows: turns sums over these into sums over all.
-    together : int
-        Consecutive rows that batches take together.
     """
 
     x: Tensor
@@ -48,7 +37,6 @@ class HeldRows(RowSource):
     weights: Float[Tensor, " rows"] | None = None
     computed: Mapping[str, Tensor] | None = None
     reduce: Callable[[Tensor], Tensor] | None = None
-    together: int = 1
 
     def __len__(self) -> int:
         return len(self.x)
@@ -63,24 +51,6 @@ class HeldRows(RowSource):
 
     def fingerprint(self) -> Iterator[bytes]:
         return self.all().fingerprint()
-
-    def unit(self, size: int) -> int:
-        # Not so many that batches would be made of a few units.
-        most = 1 << max(0, (size // FEWEST_UNITS).bit_length() - 1)
-        return math.gcd(self.together, size, most)
-
-    def mixed(self) -> HeldRows:
-        """The same rows, where they are many and small in an order drawn once, at random.
-
-        Batches then take consecutive ones together, which main memory gives as fast as one of them.
-        """
-        small = self.x[:1].numel() * self.x.element_size() <= SMALL_ROW
-        if len(self) < MANY_ROWS or not small or self.x.is_cuda:
-            return self
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        found = replace(self.take(order), together=TOGETHER)
-        large_pages(found.x, *found.codes.values())
-        return found
 
     def take(self, index: Int[Tensor, " taken"]) -> HeldRows:
         """Some of the rows, as a source of their own that counts clusters as this one does."""
@@ -108,31 +78,23 @@ class HeldRows(RowSource):
         optional = (self.trials, self.offset, self.weights, self.computed)
         return Rows(self.x, self.y, memberships, scale, *optional)
 
-    def batch(
+    def batches(
         self,
-        index: Int[Tensor, " units"],
+        size: int,
+        generator: torch.Generator | None = None,
         *,
-        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " units"] | None = None,
-    ) -> Rows:
-        def taken(values: Tensor) -> Tensor:
-            # Copies whole rows, which takes a fraction of what indexing takes.
-            if unit == 1:
-                return values.index_select(0, index)
-            units = values[: len(values) // unit * unit].unflatten(0, (-1, unit))
-            return units.index_select(0, index).flatten(0, 1)
+    ) -> Iterator[Rows]:
+        for index in whole_splits(len(self), size, generator):
+            yield self.batch(index.to(self.x.device), dense_up_to=dense_up_to)
 
-        def some(values: Tensor | None) -> Tensor | None:
-            return None if values is None else taken(values)
-
-        size = unit * len(index)
-        scale = len(self) / size
-        codes = {factor: taken(one) for factor, one in self.codes.items()}
-        memberships = memberships_of(codes, self, scale, self.sampled(size, dense_up_to))
-        computed = self.computed and {name: taken(one) for name, one in self.computed.items()}
-        optional = some(self.trials), some(self.offset), some(self.weights)
-        return Rows(taken(self.x), some(self.y), memberships, scale, *optional, computed)
+    def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
+        """Rows `index`, drawn without regard to the outcome, weighted as in `batches`."""
+        scale = len(self) / len(index)
+        # Copies whole rows, which takes a fraction of what indexing takes.
+        taken = self.take(index)
+        sampled = self.sampled(len(index), dense_up_to)
+        return taken.of(memberships_of(taken.codes, self, scale, sampled), scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         # In time and memory that do not depend on K.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -13,22 +12,26 @@ from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
 
-__all__ = ["RowSource", "memberships_of"]
+__all__ = ["RowSource", "memberships_of", "whole_splits"]
 
 
 class RowSource(ABC):
-    """All N rows a program is fitted to, wherever they are: in memory, or in files.
+    r"""All N rows that a program is fitted to: where they are, and how they are read.
+
+    A source gives random mini-batches of rows (`batches`), all rows of chosen clusters
+    (`whole_clusters`, and `cluster_batches` of random ones), and every row once (`all`, and
+    `chunks` in the order of the table). How it keeps the rows is its own business.
 
     Attributes
     ----------
     counts : mapping of str to Int[Tensor, "clusters"]
         Rows in each cluster, for every grouping factor.
+    reduce : callable, optional
+        Where other processes hold the rest of the rows: turns sums over these into sums over all.
     """
 
     counts: Mapping[str, Int[Tensor, " clusters"]]
     reduce: Callable[[Tensor], Tensor] | None = None
-    # Whether it makes use of the rows that follow a batch.
-    reads_ahead: ClassVar[bool] = False
 
     def total(self, part: Tensor) -> Tensor:
         """A sum over these rows, or the one over all rows where other processes hold the rest."""
@@ -61,35 +64,32 @@ class RowSource(ABC):
         """Every row and every cluster, each with weight 1."""
 
     @abstractmethod
-    def unit(self, size: int) -> int:
-        """Consecutive rows that batches of this size take together; a divisor of it."""
-
-    @abstractmethod
-    def batch(
+    def batches(
         self,
-        index: Int[Tensor, " units"],
+        size: int,
+        generator: torch.Generator | None = None,
         *,
-        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " units"] | None = None,
-    ) -> Rows:
-        r"""Rows `index`, weighted so that the objective stays unbiased.
+    ) -> Iterator[Rows]:
+        r"""One pass in mini-batches of `size` rows in random order, no row twice.
 
-        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
-        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
-        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
-        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
+        Up to ``size - 1`` rows are left out: they would make a batch of another size.
+
+        The likelihood is multiplied by N / size, so that the objective stays unbiased. Where a
+        factor has at most `dense_up_to` clusters (default: four times the batch), all of them are
+        drawn with weight 1. Otherwise only the batch's clusters are drawn, and each row brings
+        1 / n_k of its cluster's prior and entropy: cluster k, with m_k of its n_k rows in the
+        batch, gets the weight (N / size) m_k / n_k.
 
         Parameters
         ----------
-        index : Int[Tensor, "units"]
-            Rows of the batch, drawn without regard to the outcome.
-        unit : int
-            Consecutive rows for which a number of `index` stands: those from `unit` times it on.
+        size : int
+            Rows of a batch.
+        generator : torch.Generator, optional
+            Draws the order of the rows; torch's global generator by default. Everything is drawn
+            before the first batch, so that a generator in the same state gives the same pass.
         dense_up_to : int, optional
             Largest number of clusters that are all drawn in every batch.
-        following : Int[Tensor, "units"], optional
-            The same of the next batch, which may be read ahead.
         """
 
     def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
@@ -103,6 +103,20 @@ class RowSource(ABC):
 
         The clusters of other factors are all drawn, each with weight 1.
         """
+
+    def cluster_order(self, factor: str) -> Int[Tensor, " clusters"]:
+        """A factor's clusters in the order in which their rows are read fastest."""
+        return self.everyone[factor]
+
+    def cluster_batches(
+        self, factor: str, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Rows]:
+        """One pass in `whole_clusters`, `size` random ones at a time, no cluster twice.
+
+        Up to ``size - 1`` clusters are left out; `generator` is used as in `batches`.
+        """
+        for chosen in whole_splits(len(self.counts[factor]), size, generator):
+            yield self.whole_clusters(factor, chosen.to(self.like.device))
 
     @abstractmethod
     def chunks(self, size: int) -> Iterator[Rows]:
@@ -129,3 +143,12 @@ def memberships_of(
             weight = (scale * found / every[present]).to(source.like.dtype)
             memberships[factor] = Membership(present, position, weight, complete=False)
     return memberships
+
+
+def whole_splits(
+    n: int, size: int, generator: torch.Generator | None
+) -> Iterator[Int[Tensor, " size"]]:
+    """0, 1, ..., n - 1 in random order, `size` at a time, without a shorter rest."""
+    order = torch.randperm(n, generator=generator)
+    for start in range(0, n - size + 1, size):
+        yield order[start : start + size]
