@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from armed_pyro.engine.loss import Loss
 from armed_pyro.engine.schedule import History
 from armed_pyro.inference.objective import Objective
-from armed_pyro.inference.phase import Phase, mean_accuracy
+from armed_pyro.inference.phase import Phase
 from armed_pyro.inference.task import TrainingTask
 
 __all__ = ["NetworkPhase"]
@@ -46,7 +47,8 @@ class NetworkPhase(Phase):
         return self.share.mean(loss), norm
 
     def accuracy(self, losses: list[Loss], history: History) -> list[float]:
-        return mean_accuracy(losses)
+        values: list[float] = torch.stack([loss.accuracy.cpu() for loss in losses]).mean(0).tolist()
+        return values
 
     def close_window(self, losses: list[Loss], history: History) -> None:
         if self.task.validation is None:

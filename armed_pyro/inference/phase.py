@@ -145,9 +145,3 @@ class Phase(ABC):
         restore_module("optimizers", self.optimizers, tensors)
         self.lazy.restore(tensors)
         self.passes.restore(tensors)
-
-
-def mean_accuracy(losses: list[Loss]) -> list[float]:
-    """Mean of the adversaries' accuracies over steps."""
-    values: list[float] = torch.stack([loss.accuracy.cpu() for loss in losses]).mean(0).tolist()
-    return values
