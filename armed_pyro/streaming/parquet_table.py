@@ -26,7 +26,7 @@ class TableBlocks:
     path : Path
         The file.
     frame : pandas.DataFrame or None
-        The table, if it is held in memory. `types` are known only if it is not.
+        The table, if it is held in memory.
     n_rows : int
         Number of rows.
     columns : tuple of str
@@ -89,10 +89,8 @@ class TableBlocks:
     def take(
         self, rows: Int[np.ndarray, " taken"], columns: Sequence[str] | None = None
     ) -> pd.DataFrame:
-        """The rows with these increasing numbers; only their row groups are read."""
+        """The Parquet rows with these increasing numbers; only their row groups are read."""
         wanted = [name for name in self.columns if columns is None or name in columns]
-        if self.frame is not None:
-            return self.frame[wanted].iloc[rows]
         parts = []
         with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
