@@ -11,6 +11,7 @@ from armed_pyro import (
     Adversary,
     ClusteredData,
     FilterScaleBias,
+    Fit,
     HalfNormal,
     Known,
     MixedEffects,
@@ -21,6 +22,7 @@ from armed_pyro import (
 )
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.objective import Objective
+from armed_pyro.inference.train import train
 from armed_pyro.networks.filters import modulated
 from armed_pyro.program.linearize import sensitivities
 
@@ -186,7 +188,7 @@ def fitted():
         y = eta + NOISE * torch.tensor(rng.normal(size=len(eta)))
         drawn.append(dataclasses.replace(part, outcome=y.double()))
     schedule = Schedule(steps=1500)
-    result = train(model, drawn[0], schedule=schedule, seed=1, progress=False)
+    result = Fit(train(model, drawn[0], schedule=schedule, seed=1, progress=False))
     return result, effects.numpy(), drawn[1]
 
 

@@ -1,4 +1,4 @@
-"""The error of a training run that has run away, and what is to blame."""
+"""The error of a training run that diverged, and the words for its cause."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ __all__ = ["TrainingDiverged", "blame", "not_finite"]
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
-    """The loss or its gradient is no longer finite, or has run away.
+    """The loss or its gradient is no longer finite, or the loss grew beyond all bounds.
 
     Attributes
     ----------
     posterior : Posterior
-        What was known at the start of the window of steps with the lowest mean loss.
+        The posterior at the start of the window of steps with the lowest mean loss.
+
+    Examples
+    --------
+    >>> issubclass(TrainingDiverged, RuntimeError)
+    True
     """
 
     def __init__(self, message: str, posterior: Posterior) -> None:
@@ -29,7 +34,7 @@ class TrainingDiverged(RuntimeError):  # noqa: N818
 
 
 def blame(loss: Loss) -> str:
-    """Which parts of a loss are not finite, in words."""
+    """Name the parts of a loss that are not finite."""
     parts = {
         "the evidence lower bound": loss.elbo,
         "the likelihood under fixed effects alone": loss.fixed,
@@ -40,6 +45,6 @@ def blame(loss: Loss) -> str:
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str:
-    """Which parameters are not finite, to follow another sentence; empty if all are."""
-    bad = [name for name, one in state.items() if not torch.isfinite(one).all()]
+    """Clause that names up to three parameters that are not finite; empty if all are finite."""
+    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     return f"; parameters not finite: {', '.join(bad[:3])}" if bad else ""

@@ -1,4 +1,4 @@
-"""The second phase of training: the network is frozen, and the guide comes to its posterior."""
+"""The second phase of training: the network is frozen, and the guide converges."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["FrozenPhase"]
 
-# Multiplications of a draw of all random effects beyond which the guide is left at the mode.
+# Multiplications of one draw of all random effects beyond which the guide stays at the mode.
 MOST_WORK = 2**27
-# Rows that one step reads from files.
+# Most rows that one step reads from files.
 MOST_READ = 2**18
 
 
 class FrozenPhase(Phase):
     """Trains q(theta) with several draws per step, started at the mode of p(theta | y).
 
-    Making it freezes the network: its outputs are computed once, where effects inside the network
-    do not change them. `start` or `resume` comes next.
+    The constructor freezes the network and computes its outputs once, unless effects inside the
+    network change them. Call `start` or `resume` next.
 
     Parameters
     ----------
     before : Phase
-        The phase that ended.
+        The phase that has ended.
 
     Attributes
     ----------
     rows : RowSource
-        The rows with the network's outputs.
+        All training rows with the network's outputs.
     particles : int
-        Draws of each cluster's random effects per draw of theta.
+        Number of draws of each cluster's random effects per draw of theta.
     iterates : list of ndarray
-        Centres of q(theta) after each step since the rates were last cut.
+        Centre of q(theta) after each step since the rates were last cut.
     """
 
     trains_network = False
@@ -52,7 +52,7 @@ class FrozenPhase(Phase):
     def __init__(self, before: Phase) -> None:
         task = before.task
         before.release()
-        # Effects inside the network make it run on, but it does not learn.
+        # With effects inside the network it still runs in every step, but no longer learns.
         self.frozen = [p for p in task.model.parameters() if p.requires_grad]
         task.model.requires_grad_(False)
         task.guide.settle()
@@ -62,7 +62,7 @@ class FrozenPhase(Phase):
         self.iterates: list[np.ndarray] = []
 
     def start(self) -> None:
-        """Bring the guide to the mode, and choose the number of particles."""
+        """Set the guide to the mode, and choose the number of particles."""
         task = self.task
         start_at_mode(task.model, task.guide, self.rows)
         if task.guide.nested() is not None and not modulates(task.model):
@@ -71,23 +71,23 @@ class FrozenPhase(Phase):
         self._prepare()
 
     def resume(self, particles: int) -> None:
-        """Make ready for the state of a checkpoint."""
+        """Make optimizers and steps, so that `restore` can fill in the state of a checkpoint."""
         self.particles = particles
         self._prepare()
 
     def _prepare(self) -> None:
         n, most = len(self.task.source), self._most_rows()
-        # Only where no factor is nested are clusters' parameters trained, in mini-batches.
+        # Clusters' parameters are trained, in mini-batches, only if no factor is nested.
         batches = self.task.guide.nested() is None and n > most
         rate = self.pace.rate
         if not batches and n > most:
-            # The gradient of some clusters is noisy: it must not move the guide from the mode.
+            # The noisy gradient of a sample of clusters must not move the guide from the mode.
             rate *= (most / (2 * n)) ** 0.5
         self.prepare(self.task.schedule.batch(n) if batches else n, rate)
 
     @property
     def pace(self) -> Pace:
-        """Draws per step, steps per window and their length."""
+        """Draws per step, steps per window and factor of the learning rate."""
         n = len(self.task.source) * self.particles
         return Pace.of(n, network=modulates(self.task.model))
 
@@ -99,20 +99,15 @@ class FrozenPhase(Phase):
         rows = self._step_rows()
         bound = NestedBound(task.model, self.lazy.guide, self.particles)
         draws = max(1, min(self.pace.draws, self._most_rows() // max(1, len(rows))))
-        loss, norm = self.steps(
-            self.lazy.reading(bound),
-            rows,
-            draws,
-            factor=self.rate(step),
-            remaining=task.schedule.steps - step,
-        )
+        objective, remaining = self.lazy.reading(bound), task.schedule.steps - step
+        loss, norm = self.steps(objective, rows, draws, factor=self.rate(step), remaining=remaining)
         self.iterates.append(self._center())
         return loss, norm
 
     def loss_at_mode(self) -> Loss | None:
-        """The loss at the mode, where steps would take too long: then the phase has finished.
+        """The loss at the mode if steps would take too long, else None.
 
-        Importance weights do the rest.
+        A loss ends the phase: the guide stays at the mode, and importance weights correct it.
         """
         task = self.task
         if task.guide.work() <= MOST_WORK or not task.schedule.stages:
@@ -124,18 +119,18 @@ class FrozenPhase(Phase):
         return loss
 
     def accuracy(self, losses: list[Loss], history: History) -> list[float]:
-        # The adversaries are no longer trained: their last accuracy stays.
+        # The adversaries are no longer trained, so their last accuracy stays.
         if history.adversary_accuracy:
             return history.adversary_accuracy[-1]
         return [float(value) for value in losses[-1].accuracy.cpu()]
 
     def close_window(self, losses: list[Loss], history: History) -> None:
-        # In posterior sds, also where the frame is not that of the mode.
+        # In posterior sds; the frame alone gives them only near the mode.
         sds = self.task.guide.hyperparameters.log_scale.detach().exp().cpu().numpy()
         r_hat, drift = split_r_hat(np.stack(self.iterates[-2 * len(losses) :]) / sds)
         history.r_hat.append(r_hat)
         history.drift.append(drift)
-        # The loss may stand still while the guide still moves.
+        # The loss can be flat while the guide still moves.
         window = np.array(history.loss[-len(losses) :])
         if self.plateau.training(window, moving=r_hat >= MOVING):
             self.iterates = []
@@ -144,7 +139,7 @@ class FrozenPhase(Phase):
         return not self.task.guide.exact(self.task.model)
 
     def keep_best(self) -> None:
-        """The last state is kept: it has converged."""
+        """Keep the last state, because it has converged."""
 
     def release(self) -> None:
         super().release()
@@ -164,7 +159,7 @@ class FrozenPhase(Phase):
         return self.task.guide.hyperparameters.shift.detach().cpu().numpy().copy()
 
     def _most_rows(self) -> int:
-        """Rows in one step."""
+        """Most rows of one step."""
         most = LARGEST_STEP // (2 * self.particles * row_cost(self.task.model))
         return most if isinstance(self.rows, HeldRows) else min(most, MOST_READ)
 

@@ -15,7 +15,7 @@ __all__ = ["NetworkPhase"]
 
 
 class NetworkPhase(Phase):
-    """Trains on mini-batches with one draw each, until the loss or that of validation stops.
+    """Trains on mini-batches, one draw per step, until training or validation loss stops falling.
 
     Attributes
     ----------
@@ -70,5 +70,5 @@ class NetworkPhase(Phase):
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         super().restore(tensors)
-        start = "best."
-        self.best = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+        best = {k: v for k, v in tensors.items() if k.startswith("best.")}
+        self.best = {k.removeprefix("best."): v for k, v in best.items()}

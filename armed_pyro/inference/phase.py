@@ -24,24 +24,24 @@ __all__ = ["Phase"]
 
 
 class Phase(ABC):
-    """Abstract: `NetworkPhase` trains network and guide, `FrozenPhase` the guide alone.
+    """Abstract phase: `NetworkPhase` trains network and guide, `FrozenPhase` the guide alone.
 
     Attributes
     ----------
     task : TrainingTask
-        All that the run is given.
+        Program, guide, rows and settings of the run.
     share : Share
-        The rows that this process takes its batches from.
+        The rows from which this process draws its batches.
     passes : Passes
-        The mini-batches.
+        The mini-batches, pass after pass.
     plateau : Plateau
         The stopping rule.
     lazy : LazyAdam
-        The guide with the parameters of a batch's clusters, and their optimizer.
+        The guide restricted to the parameters of a batch's clusters, and their optimizer.
     optimizers : Optimizers
-        Optimizers of all that is trained.
+        Optimizers of all trained parameters.
     steps : Steps
-        Takes the steps, eagerly or compiled.
+        Eager or compiled optimisation steps.
     """
 
     trains_network: bool
@@ -61,8 +61,8 @@ class Phase(ABC):
             Factor of the guide's learning rate.
         """
         task = self.task
-        # The gradient's noise vanishes where the guide is exact: a gradient below a hundredth of
-        # a nat per unit is no reason to move, and Adam must not scale it up.
+        # The gradient's noise vanishes if the guide is exact. A gradient below a hundredth of a nat
+        # per unit is no reason to move then, and Adam must not scale it up.
         eps = 0.01 / len(task.source)
         self.lazy = LazyAdam.of(task.guide, task.source, self.share.together(batch_size), eps)
         mode: CompileMode = "never" if self.share.several else task.compile
@@ -72,7 +72,7 @@ class Phase(ABC):
         self.steps = Steps(modules, self.optimizers, mode)
 
     def rate(self, step: int) -> float:
-        """Factor of the learning rates at a step."""
+        """Factor of the learning rates at this step."""
         schedule = self.task.schedule
         return schedule.rate(step) * schedule.decay**self.plateau.cuts
 
@@ -88,7 +88,7 @@ class Phase(ABC):
 
     @abstractmethod
     def take(self, step: int) -> tuple[Loss, Tensor]:
-        """Take a step: its loss, and the length of its gradient."""
+        """Take a step; return its loss and the norm of its gradient."""
 
     @abstractmethod
     def accuracy(self, losses: list[Loss], history: History) -> list[float]:
@@ -96,17 +96,14 @@ class Phase(ABC):
 
     @abstractmethod
     def close_window(self, losses: list[Loss], history: History) -> None:
-        """Record a window, and cut the rates where it brought no improvement."""
+        """Record a window, and cut the rates if it brought no improvement."""
 
     @abstractmethod
     def refreshes(self) -> bool:
-        """Whether the guide has more to learn from all rows than from steps."""
+        """Whether `Guide.refresh` still improves the guide between steps."""
 
     def refresh(self, step: int) -> None:
-        """Let the guide take in all rows, while the rates have not been cut yet.
-
-        At falling rates it is left to converge.
-        """
+        """Refresh the guide from all rows, unless falling rates already let it converge."""
         if self.plateau.cuts or self.task.schedule.rate(step) != 1 or not self.refreshes():
             return
         with self.share.common_numbers(self.task.seed, step):
@@ -114,37 +111,37 @@ class Phase(ABC):
 
     @abstractmethod
     def keep_best(self) -> None:
-        """Return to the best state, where the phase knows of one."""
+        """Return to the best state, if the phase records it."""
 
     def release(self) -> None:
-        """Give the guide memory of its own again, and leave the program for evaluation."""
+        """Return all parameters to the guide, and put the program into evaluation mode."""
         self.lazy.release()
         self.task.model.eval()
 
     def next_batch(self) -> Rows:
-        """The next mini-batch; all rows where they are one batch."""
+        """The next mini-batch, or all rows if one batch holds them."""
         n = len(self.task.source)
         whole = self.task.schedule.batch(n) == n
         return self.share.rows.all() if whole else next(self.passes)
 
     def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
-        """One pass over the rows in mini-batches; draws their order from `generator`."""
+        """One pass over the rows in mini-batches, in an order drawn from `generator`."""
         task, source = self.task, self.share.rows
         n = len(task.source)
         size = task.schedule.batch(n)
-        # As many as `prepare` makes room for, unless a step finds its clusters itself.
+        # `prepare` makes room for this many clusters, unless a step looks them up itself.
         sampled = source.sampled(self.share.together(size))
         whole = self.lazy.tables.keys() >= sampled and not self.share.several
         dense = n if whole or task.guide.every_cluster() else 4 * self.share.together(size)
         return source.batches(self.share.batch(size), generator, dense_up_to=dense)
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizers, clusters' moments and the place in a pass, for a checkpoint."""
+        """Optimizers, clusters' moments and position in the pass, for a checkpoint."""
         tensors = module_tensors("optimizers", self.optimizers) | self.lazy.state()
         return tensors | self.passes.state()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Put back the tensors of `state`."""
         restore_module("optimizers", self.optimizers, tensors)
         self.lazy.restore(tensors)
         self.passes.restore(tensors)

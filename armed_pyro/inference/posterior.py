@@ -1,4 +1,4 @@
-"""Posterior: a bound program, its guide, and the draws that every result is read from."""
+"""Posterior: a bound program, its guide, and the draws behind every result."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Posterior"]
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    r"""p(theta, u | y) of a trained program, by draws of its guide or better ones.
+    """p(theta, u | y) of a trained program, as draws of its guide or refined draws.
 
-    Tables, predictions, checks and files are all made from a `Posterior`; `armed_pyro.Fit` holds
-    one and gives each of them a verb.
+    Tables, predictions, checks and files are all made from a `Posterior`. `armed_pyro.Fit` wraps a
+    posterior and has one method for each of them.
 
     Attributes
     ----------
@@ -31,20 +31,20 @@ class Posterior:
     guide : Guide
         The approximate posterior.
     data : ClusteredData
-        The training rows, or a sample of them: see `sampled`.
+        The training rows, or a sample of them (see `sampled`).
     history : History
-        Record of the training.
+        Record of the training steps.
     schedule : Schedule
-        How it was trained.
+        Length and learning rates of the training.
     seed : int
-        Seed of the training, and of the draws unless another is given.
+        Seed of the training, and the default seed of draws.
     stopped : str
-        Why training ended: "converged", "validation" (both good), "steps" (they ran out),
-        "diverged".
+        Why training ended: "converged" or "validation" if it succeeded, "steps" if the steps ran
+        out, "diverged" if the loss did.
     importance : ImportanceDraws, optional
-        The guide's draws with their importance weights, once they have been weighed.
+        The guide's draws with importance weights; None until they are computed.
     refined : RefinedDraws, optional
-        Draws that replace the guide's.
+        Draws that replace those of the guide.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class Posterior:
 
     @property
     def sampled(self) -> bool:
-        """Whether `data` is a sample of the training rows, as of those of a `StreamedData`."""
+        """Whether `data` is a sample of the training rows, as after a fit to `StreamedData`."""
         return 0 < self.data.n_rows < self.model.data_facts().n_rows
 
     @property
@@ -77,7 +77,7 @@ class Posterior:
         Returns
         -------
         dict of str to Tensor
-            Random effects "n clusters terms"; other sites "n 1 ...".
+            Random effects have shape "n clusters terms", other sites "n 1 ...".
         """
         with self.model.seeded(self.seed if seed is None else seed):
             if self.refined is not None:
@@ -85,12 +85,14 @@ class Posterior:
             return self.guide.draws(self.model.clusters(), n)
 
     def hyperparameters(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
-        """As `draws`, without the random effects, whose memory grows with the clusters.
+        """n joint posterior draws as from `draws`, without the random effects.
+
+        Memory does not grow with the number of clusters.
 
         Returns
         -------
         dict of str to Tensor
-            Sites "n 1 ...".
+            Each site has shape "n 1 ...".
         """
         effects = {factor.effect_site for factor in self.model.factors}
         with self.model.seeded(self.seed if seed is None else seed):
@@ -99,17 +101,16 @@ class Posterior:
                 return replace(self.refined, pool=pool).choose(n) if pool else {}
             clusters, nested = self.model.clusters(), self.guide.nested()
             if nested is not None:
-                # The guide draws the nested effects of one cluster only.
+                # The guide draws the nested effects of the first cluster only.
                 first = clusters.memberships[nested.name].index[:1]
                 single = Membership(first, first[:0], complete=False)
-                clusters = replace(
-                    clusters, memberships={**clusters.memberships, nested.name: single}
-                )
+                memberships = {**clusters.memberships, nested.name: single}
+                clusters = replace(clusters, memberships=memberships)
             drawn = self.guide.draws(clusters, n)
             return {site: draws for site, draws in drawn.items() if site not in effects}
 
     def encode(self, data: ClusteredData | pd.DataFrame) -> ClusteredData:
-        """New rows, encoded as the training table was.
+        """New rows in the encoding of the training table.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Draws better than the guide's own: importance weighted, or by NUTS in its coordinates."""
+"""Draws that improve on the guide: importance weighted, or by NUTS in its coordinates."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ def refine(
     seed: int | None = None,
     progress: bool = True,
 ) -> Posterior:
-    """The posterior with better draws, its network held.
+    """The posterior with better draws, at the same network weights.
 
     Parameters
     ----------
     posterior : Posterior
         The fitted program.
     method : {"psis", "nuts"}
-        Importance-weighted draws of the guide: the weights are nested, a few particles for each
-        cluster within each draw of the hyperparameters, and Pareto smoothed. Or the No-U-Turn
-        sampler in the coordinates in which the guide is standard normal, started from it: slower
-        by far, and right even where the guide is not (k-hat above 0.7).
+        "psis" weighs draws of the guide. The weights are nested (a few particles for each cluster
+        within each draw of the hyperparameters) and Pareto smoothed. "nuts" is the No-U-Turn
+        sampler in the coordinates in which the guide is standard normal. It is slower by far, but
+        right even if the guide is not (k-hat above 0.7).
     draws : int
-        Draws to keep, fewer where there are very many clusters; with NUTS over all chains.
+        Number of draws, with NUTS over all chains. With very many clusters psis keeps fewer.
     chains, warmup : int
-        Of NUTS.
+        Number of NUTS chains, and of warm-up steps per chain.
     seed : int, optional
-        The fit's own by default.
+        Seed of the draws; that of the training by default.
     progress : bool
         Whether to show a progress bar.
 
     Returns
     -------
-    Fit
-        Whose tables, predictions and DataTree use these draws; their quality is in
-        ``fit.refined.quality``, and `Fit.diagnostics` judges them.
+    Posterior
+        All results of it use these draws. Their quality is in ``posterior.refined.quality``, and
+        `Fit.diagnostics` judges it.
 
     Raises
     ------
     ValueError
-        If there is no such method, or nothing latent to refine; or if the fit keeps only a sample
-        of its rows, which it weighed, if at all, while they were at hand.
+        If the method is unknown, a number is too small, or the program has no latent site. If the
+        fit keeps only a sample of its rows, and its draws were not weighed during training.
 
     Examples
     --------
@@ -87,17 +87,14 @@ def refine(
     if not posterior.guide.noise_shapes(posterior.model.clusters()):
         raise ValueError("there is nothing to refine: the program has no latent site")
     seed = posterior.seed if seed is None else seed
-    if posterior.sampled and (
-        method == "nuts" or seed != posterior.seed or posterior.importance is None
-    ):
+    weighted = posterior.importance if seed == posterior.seed else None
+    if posterior.sampled and (method == "nuts" or weighted is None):
         raise ValueError(
-            f"the fit keeps {posterior.data.n_rows} of its "
-            f"{posterior.model.data_facts().n_rows} rows, and "
-            "its draws can only be refined with all of them at hand: fit with refine=True"
+            f"the fit keeps {posterior.data.n_rows} of its {posterior.model.data_facts().n_rows} "
+            "rows, but refining its draws needs all of them: fit with refine=True"
         )
     if method == "psis":
-        weighted = posterior.importance
-        if weighted is None or seed != posterior.seed:
+        if weighted is None:
             weighted = importance_draws(posterior, seed=seed, progress=progress)
         if seed == posterior.seed:
             posterior = replace(posterior, importance=weighted)
@@ -114,13 +111,13 @@ def refine(
 def _nuts(
     posterior: Posterior, draws: int, chains: int, warmup: int, seed: int, progress: bool
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Draws of all chains one after the other, and how well they mixed."""
+    """Draws of all chains, one chain after the other, and measures of their mixing."""
     model, guide = posterior.model, posterior.guide
     rows = model.compute(model.encode(posterior.data)).all()
 
     def potential(noise: dict[str, Tensor]) -> Tensor:
         weighted = weigh(model, guide, rows, Noise(noise, {}))
-        squares = torch.stack([(one**2).sum() for one in noise.values()]).sum()
+        squares = torch.stack([(value**2).sum() for value in noise.values()]).sum()
         return 0.5 * squares - weighted.total().sum()
 
     sampled, divergences = [], 0
@@ -140,12 +137,7 @@ def _nuts(
                 bar.advance(task)
 
             mcmc = MCMC(
-                kernel,
-                draws,
-                warmup,
-                initial_params=start,
-                disable_progbar=True,
-                hook_fn=advance,
+                kernel, draws, warmup, initial_params=start, disable_progbar=True, hook_fn=advance
             )
             mcmc.run()
             sampled.append(mcmc.get_samples())
@@ -160,7 +152,7 @@ def _nuts(
 def _latents(
     posterior: Posterior, rows: Rows, noise: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """What the guide makes of this noise, in blocks of draws."""
+    """Latent sites that the guide makes of this noise, in blocks of draws."""
     n = len(next(iter(noise.values())))
     size = max(1, BLOCK // max(1, len(rows)))
     for start in range(0, n, size):

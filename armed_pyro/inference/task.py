@@ -1,4 +1,4 @@
-"""The task of a training run: all that it is given and that does not change."""
+"""The task of a training run: its inputs, which do not change during the run."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class TrainingTask:
     model : MixedEffects
         The bound program, trained in place.
     guide : Guide
-        Its guide, trained in place.
+        The guide of the program, trained in place.
     data : ClusteredData
-        The training rows, or the sample of them that the posterior keeps.
+        The training rows that the posterior keeps: all, or a sample.
     source : RowSource
         All training rows.
     share : Share
@@ -46,6 +46,10 @@ class TrainingTask:
         Seed of the run.
     compile : {"auto", "always", "never"}
         Whether steps are compiled.
+
+    Examples
+    --------
+    ``Run(TrainingTask.single(model, guide, data, Schedule(steps=100)))``
     """
 
     model: MixedEffects
@@ -78,7 +82,7 @@ class TrainingTask:
         return module_tensors("model", self.model) | module_tensors("guide", self.guide)
 
     def return_to(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Put back the tensors of `state`."""
         restore_module("model", self.model, state)
         restore_module("guide", self.guide, state)
 
@@ -98,14 +102,14 @@ class TrainingTask:
         return -mean
 
     def identity(self) -> dict[str, Any]:
-        """Settings by which a checkpoint is told from that of another run, as JSON values."""
+        """Settings that a checkpoint shares with the run that resumes from it, as JSON values."""
         model, encoding = self.model, self.model.data_facts().to_json()
         return {
             "data": digest(self.source, encoding),
             "validation": self.validation and digest(self.validation, encoding),
             "terms": [str(term) for term in model.terms],
             "family": model.family.name,
-            "adversary": [game.settings() for game in model.adversaries],
+            "adversary": [adversary.settings() for adversary in model.adversaries],
             "priors": repr(model.priors),
             "weights": [model.fixed_weight, repr(model.others)],
             "network or guide": {name: list(t.shape) for name, t in self.state().items()},

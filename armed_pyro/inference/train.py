@@ -30,12 +30,12 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["GuideFactory", "train"]
 
-# Multiplications a step, as rows times weights, below which one thread is fastest.
+# Rows times parameters of one step below which one thread is fastest.
 SMALL_STEP = 2**24
 
 OTHER_RUN = (
-    "the processes that torchrun started were given other rows, schedules or seeds: give all the "
-    "same, or let each fit its own with distributed='never'"
+    "the processes that torchrun started have different rows, schedules or seeds: give all of them "
+    "the same, or let each process fit its model alone with distributed='never'"
 )
 OTHER_FILE = (
     "only some of the processes find the checkpoint to resume from: put it on a file system that "
@@ -62,21 +62,23 @@ def train(
 ) -> Posterior:
     """Train a bound program in place, and weigh the draws of its guide.
 
-    The program's scales and priors stay as they are, so that it can be trained on data drawn from
-    its own prior, or in a worker with its own generator. See `armed_pyro.fit` for the other
-    parameters.
+    The scales and priors of the program stay fixed, so it can also be trained on data drawn from
+    its prior. `armed_pyro.fit` documents the other parameters.
 
     Parameters
     ----------
     source : RowSource, optional
-        Where the training rows are, if `data` holds only those that the posterior keeps.
+        All training rows, if `data` holds only a sample of them for the posterior to keep.
     processes : Processes
         The processes that train together.
 
     Raises
     ------
     TrainingDiverged
-        If the loss is no longer finite.
+        If the loss or its gradient is not finite, or the loss grows beyond all bounds.
+    ValueError
+        If `compile` is unknown, `resume` comes without `checkpoint`, the checkpoint belongs to
+        another run, or the processes differ in their rows, schedules or seeds.
 
     Examples
     --------
@@ -95,14 +97,16 @@ def train(
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
         if processes.several:
-            given = [digest(rows, bound.data_facts().to_json()), schedule, seed]
-            processes.check_same(given, OTHER_RUN)
+            inputs = [digest(rows, bound.data_facts().to_json()), schedule, seed]
+            processes.check_same(inputs, OTHER_RUN)
             processes.check_same(resume, OTHER_FILE)
         target = bound.reference().device
         processes.same(bound)
         share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
-        family = guide(bound, share.rows).to(target)
-        task = TrainingTask(bound, family, data, rows, share, held_out, schedule, seed, compile)
+        bound_guide = guide(bound, share.rows).to(target)
+        task = TrainingTask(
+            bound, bound_guide, data, rows, share, held_out, schedule, seed, compile
+        )
         run = Run(task)
         if resume and path is not None:
             run.restore(Checkpoint.read(path))
@@ -110,24 +114,23 @@ def train(
         shown = progress and processes.first
         with _threads(size), _progress_bar(schedule.steps, shown) as report:
             run.train(path, report)
-        processes.same(bound, family)
+        processes.same(bound, bound_guide)
     posterior, frozen_rows = run.result(), run.frozen_rows
-    # The run holds copies of its state: their memory is needed for the draws.
+    # The run holds copies of the state, and the draws need their memory.
     del run
     release()
     if not refine or frozen_rows is None or not refinable(posterior, source):
         return posterior
-    # Now, while the rows are at hand.
     weighted = importance_draws(posterior, frozen_rows)
     posterior = replace(posterior, importance=weighted)
-    # Above 1 the weights have no mean; between 0.7 and 1 they improve on the guide, and the
-    # diagnostics warn.
+    # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
+    # the diagnostics warn.
     return refined_by(posterior) if weighted.k_hat < 1 else posterior
 
 
 @contextmanager
 def _threads(size: int) -> Iterator[None]:
-    """One thread for steps too small to share: waiting for another costs more than it brings."""
+    """Use one thread for small steps, in which synchronising threads costs more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if size < SMALL_STEP else before)
     try:

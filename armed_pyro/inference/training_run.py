@@ -1,4 +1,4 @@
-"""One training run: its phases, the last good state, and going on from a checkpoint."""
+"""One training run: its phases, its last good state, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -26,36 +26,39 @@ __all__ = ["Run"]
 
 
 class Run:
-    """Owns the history and the state of a training run; its phases take the steps.
+    """A training run with its history and last good state; its phases take the steps.
 
     Parameters
     ----------
     task : TrainingTask
-        All that the run is given.
+        Program, guide, rows and settings of the run.
 
     Attributes
     ----------
     phase : Phase
         The present phase: `NetworkPhase`, then `FrozenPhase`.
     history : History
-        The record so far.
+        The record of the steps so far.
     stopped : str
         Why training ended; empty until then.
+
+    Examples
+    --------
+    ``Run(task).train(None, lambda step, text: None)``
     """
 
     def __init__(self, task: TrainingTask) -> None:
         self.task = task
         self.history, self.stopped = History(), ""
-        # Asked now: once the network is frozen, nothing of it is trained.
+        # Evaluated before the network is frozen, because a frozen network never counts as trained.
         self._trains_network = trains_network(task.model)
         self._rate = 1.0  # of the last step
-        # The state to return to from divergence, and the mean loss of the window after it.
+        # The state to return to after divergence, and the mean loss of the window that follows it.
         self._good, self._good_loss = task.state(), math.inf
-        counts = {game.factor: task.source.counts[game.factor] for game in task.model.adversaries}
-        self._chances = [
-            (game.factor, float(counts[game.factor].max() / counts[game.factor].sum()))
-            for game in task.model.adversaries
-        ]
+        # The accuracy of an adversary that always names the largest cluster.
+        factors = [adversary.factor for adversary in task.model.adversaries]
+        counts = task.source.counts
+        self._chances = [(name, float(counts[name].max() / counts[name].sum())) for name in factors]
         self.phase: Phase = NetworkPhase(task)
 
     @property
@@ -65,7 +68,7 @@ class Run:
 
     @property
     def frozen_rows(self) -> RowSource | None:
-        """The rows as the frozen network sees them; None while it is trained."""
+        """The rows with the frozen network's outputs; None while the network is trained."""
         return self.phase.rows if isinstance(self.phase, FrozenPhase) else None
 
     def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
@@ -74,9 +77,9 @@ class Run:
         Parameters
         ----------
         path : Path, optional
-            Where a checkpoint is written after each window.
+            File of the checkpoint, written after each window; None writes no checkpoint.
         report : callable
-            Told the number of steps, and the state in words, after each window.
+            Called after each window with the number of steps and the state in words.
         """
         task = self.task
         if not self.step and not self._trains_network:
@@ -98,12 +101,12 @@ class Run:
         self.phase.release()
 
     def take_step(self) -> Loss:
-        """One step of training: its loss, before the parameters changed.
+        """Take one step; return its loss, computed before the parameters changed.
 
         Raises
         ------
         TrainingDiverged
-            If the loss or its gradient is not finite, or the loss has run away.
+            If the loss or its gradient is not finite, or the loss grew beyond all bounds.
         """
         self._rate = self.phase.rate(self.step)
         try:
@@ -122,7 +125,7 @@ class Run:
         return loss
 
     def close_window(self, losses: list[Loss]) -> None:
-        """Record a window of steps, and go on to the next phase or stop where the phase ends."""
+        """Record a window of steps; at the end of a phase, start the next phase or stop."""
         task, phase, history = self.task, self.phase, self.history
         history.rate.append(self._rate)
         history.step.append(self.step)
@@ -144,20 +147,12 @@ class Run:
             self.stopped = "steps"
 
     def result(self) -> Posterior:
-        """The posterior as far as it is known."""
-        task = self.task
-        return Posterior(
-            task.model,
-            task.guide,
-            task.data,
-            self.history,
-            task.schedule,
-            task.seed,
-            self.stopped,
-        )
+        """The posterior at the present state."""
+        t = self.task
+        return Posterior(t.model, t.guide, t.data, self.history, t.schedule, t.seed, self.stopped)
 
     def save(self) -> Checkpoint:
-        """Everything needed to go on as if nothing had happened."""
+        """A checkpoint from which training continues exactly as without interruption."""
         tensors = self.task.state() | self.phase.state() | {"random": torch.get_rng_state()}
         device = self.task.source.like.device
         if device.type == "cuda":
@@ -171,12 +166,12 @@ class Run:
         return Checkpoint(tensors, record)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint of the same run.
+        """Continue from a checkpoint of the same run.
 
         Raises
         ------
         ValueError
-            If it belongs to another run.
+            If the checkpoint belongs to another run.
         """
         tensors, record = checkpoint.tensors, checkpoint.record
         self._check_same(record["run"])
@@ -199,8 +194,8 @@ class Run:
         changed = sorted(name for name in identity if identity[name] != saved.get(name))
         if changed:
             raise ValueError(
-                f"the checkpoint belongs to another run (other {', '.join(changed)}): resume with "
-                "the same data, model, schedule and seed, or delete the checkpoint"
+                f"the checkpoint belongs to another run (different {', '.join(changed)}): resume "
+                "with the same data, model, schedule and seed, or delete the checkpoint"
             )
 
     def _freeze(self) -> None:
@@ -214,7 +209,7 @@ class Run:
         self._good, self._good_loss = self.task.state(), math.inf
 
     def _stops_at_mode(self) -> bool:
-        """Stop where steps would take too long, with the loss at the mode as the only step."""
+        """If steps would take too long, record the loss at the mode as the only step and stop."""
         loss = self.phase.loss_at_mode() if isinstance(self.phase, FrozenPhase) else None
         if loss is None:
             return False
@@ -227,7 +222,7 @@ class Run:
         self.history.elbo.append(float(loss.elbo))
 
     def _divergence(self, cause: str) -> TrainingDiverged:
-        """The error to raise, after going back to the last good state."""
+        """Go back to the last good state, and make the error to raise."""
         schedule = self.task.schedule
         cause += not_finite(self.task.state())
         self.task.return_to(self._good)
