@@ -1,4 +1,4 @@
-"""Memory of this process: its peak, and giving back what was freed."""
+"""Memory of this process: its peak, and the return of freed memory to the system."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["most_held", "release"]
 
 
 def most_held() -> int:
-    """Bytes of memory that this process has held at its peak."""
+    """Peak memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def release() -> None:
-    """Give freed memory back to the system, where the C library is glibc.
+    """Return freed memory to the system, if the C library is glibc.
 
-    glibc keeps freed blocks for reuse; after work on many arrays of up to 32 MB each that can be
-    hundreds of megabytes, beside what the next step needs. This returns them in milliseconds.
+    glibc keeps freed blocks for reuse; after many arrays of up to 32 MB each, that can be hundreds
+    of megabytes. This returns them within milliseconds.
 
     Examples
     --------

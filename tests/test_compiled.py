@@ -141,7 +141,7 @@ def taken(steps, objective, *inputs, n=3):
 
 def same(one, other):
     for a, b in zip(one[0], other[0], strict=True):
-        for name in ("total", "elbo", "fixed", "game", "accuracy"):
+        for name in ("total", "elbo", "fixed", "adversarial", "accuracy"):
             torch.testing.assert_close(
                 getattr(a, name).detach().cpu(),
                 getattr(b, name).detach().cpu(),

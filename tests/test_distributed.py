@@ -116,7 +116,7 @@ def averaged(share, model, guide, noise, rows):
     loss.total.backward()
     mean = share.mean(loss)
     found = {name: one.grad for name, one in parameters.items() if one.grad is not None}
-    parts = {"loss": mean.total, "elbo": mean.elbo, "fixed": mean.fixed, "game": mean.game}
+    parts = {"loss": mean.total, "elbo": mean.elbo, "fixed": mean.fixed, "game": mean.adversarial}
     return found | parts
 
 

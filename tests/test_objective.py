@@ -104,7 +104,7 @@ def gradients(model, guide, noise, rows):
     found = torch.autograd.grad(loss.total, list(parameters.values()), allow_unused=True)
     zeros = map(torch.zeros_like, parameters.values())
     filled = [zero if one is None else one for one, zero in zip(found, zeros, strict=True)]
-    parts = {"loss": loss.total, "elbo": loss.elbo, "fixed": loss.fixed, "game": loss.game}
+    parts = {"loss": loss.total, "elbo": loss.elbo, "fixed": loss.fixed, "game": loss.adversarial}
     return dict(zip(parameters, filled, strict=True)) | {k: v.detach() for k, v in parts.items()}
 
 

@@ -38,7 +38,7 @@ def blame(loss: Loss) -> str:
     parts = {
         "the evidence lower bound": loss.elbo,
         "the likelihood under fixed effects alone": loss.fixed,
-        "the adversaries' cross-entropy": loss.game,
+        "the adversaries' cross-entropy": loss.adversarial,
     }
     bad = [name for name, value in parts.items() if not math.isfinite(float(value))]
     return f"{' and '.join(bad) or 'the total'} is not finite"

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from armed_pyro.engine.loss import Loss
-from armed_pyro.engine.pace import Pace
-from armed_pyro.engine.schedule import MOVING, History, split_r_hat
+from armed_pyro.engine.schedule import MOVING, History, Pace, split_r_hat
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.objective import NestedBound
 from armed_pyro.inference.phase import Phase

@@ -202,7 +202,7 @@ class Run:
     def _freeze(self) -> None:
         """Freeze the network at its best, and start the second phase."""
         self.phase.keep_best()
-        self.phase.share.settle(self.task.seed, self.step)
+        self.phase.share.use_common_numbers(self.task.seed, self.step)
         frozen = FrozenPhase(self.phase)
         frozen.start()
         self.phase = frozen

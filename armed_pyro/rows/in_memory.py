@@ -1,4 +1,4 @@
-"""Rows of data as tensors, ready for the program, and mini-batches of them."""
+"""Rows in memory, and mini-batches of them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ __all__ = ["HeldRows"]
 
 @dataclass(frozen=True)
 class HeldRows(RowSource):
-    """Rows held on one device and sliced into mini-batches.
+    """Rows in the memory of one device, sliced into mini-batches.
 
     Attributes
     ----------
     codes : mapping of str to Int[Tensor, "rows"]
         Cluster of each row, for every grouping factor.
     counts : mapping of str to Int[Tensor, "clusters"]
-        Rows in each cluster.
+        Number of rows in each cluster. Clusters may have further rows in other processes.
+    x, y, trials, offset, weights, computed
+        As in `Rows`.
+
+    Examples
+    --------
+    >>> codes = {"site": torch.tensor([0, 0, 1, 1])}
+    >>> rows = HeldRows(torch.zeros(4, 1), torch.arange(4.0), codes, {"site": torch.tensor([2, 2])})
+    >>> rows.whole_clusters("site", torch.tensor([1])).y
+    tensor([2., 3.])
     """
 
     x: Tensor
@@ -53,21 +62,24 @@ class HeldRows(RowSource):
         return self.all().fingerprint()
 
     def take(self, index: Int[Tensor, " taken"]) -> HeldRows:
-        """Some of the rows, as a source of their own that counts clusters as this one does."""
+        """The rows `index` as a source with the same `counts`."""
 
-        def some(values: Tensor | None) -> Tensor | None:
+        # `index_select` copies whole rows, which takes a fraction of the time of indexing.
+        def take(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.index_select(0, index)
+
+        def take_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: values.index_select(0, index) for name, values in tensors.items()}
 
         return replace(
             self,
             x=self.x.index_select(0, index),
-            y=some(self.y),
-            codes={factor: one.index_select(0, index) for factor, one in self.codes.items()},
-            trials=some(self.trials),
-            offset=some(self.offset),
-            weights=some(self.weights),
-            computed=self.computed
-            and {name: one.index_select(0, index) for name, one in self.computed.items()},
+            y=take(self.y),
+            codes=take_each(self.codes),
+            trials=take(self.trials),
+            offset=take(self.offset),
+            weights=take(self.weights),
+            computed=self.computed and take_each(self.computed),
         )
 
     def all(self) -> Rows:
@@ -89,31 +101,31 @@ class HeldRows(RowSource):
             yield self.batch(index.to(self.x.device), dense_up_to=dense_up_to)
 
     def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
-        """Rows `index`, drawn without regard to the outcome, weighted as in `batches`."""
-        scale = len(self) / len(index)
-        # Copies whole rows, which takes a fraction of what indexing takes.
-        taken = self.take(index)
+        """The rows `index`, drawn independently of the outcome, with the weights of `batches`."""
+        scale, taken = len(self) / len(index), self.take(index)
         sampled = self.sampled(len(index), dense_up_to)
         return taken.of(memberships_of(taken.codes, self, scale, sampled), scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
-        # In time and memory that do not depend on K.
+        # Time and memory do not depend on the number of clusters.
         counts, n = self.counts[factor], len(self.counts[factor])
         sizes, (order, starts) = counts[chosen], self._by_cluster[factor]
         place = torch.arange(len(chosen), device=chosen.device).repeat_interleave(sizes)
         within = torch.arange(len(place), device=place.device) - (sizes.cumsum(0) - sizes)[place]
         rows = self.batch(order[starts[chosen][place] + within], dense_up_to=len(self))
         weight = self.x.new_full((len(chosen),), n / len(chosen))
-        own = Membership(chosen, place, weight, complete=False)
-        return replace(rows, memberships={**rows.memberships, factor: own}, scale=n / len(chosen))
+        memberships = {
+            **rows.memberships,
+            factor: Membership(chosen, place, weight, complete=False),
+        }
+        return replace(rows, memberships=memberships, scale=n / len(chosen))
 
     @cached_property
     def _by_cluster(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """For every factor, rows in the order of their clusters, and where each cluster starts."""
+        """For every factor, the rows sorted by cluster, and the place where each cluster starts."""
         starts = {factor: counts.cumsum(0) - counts for factor, counts in self.counts.items()}
         return {
-            factor: (codes.argsort(stable=True), starts[factor])
-            for factor, codes in self.codes.items()
+            name: (codes.argsort(stable=True), starts[name]) for name, codes in self.codes.items()
         }
 
     def chunks(self, size: int) -> Iterator[Rows]:

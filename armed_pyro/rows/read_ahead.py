@@ -1,4 +1,4 @@
-"""Reading ahead: a thread reads the next items while the present one is worked on."""
+"""Reading ahead: a thread makes the next items while the current item is in use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The items, made in a thread that is at most `depth` of them ahead.
+    """Yield the items, which a thread makes up to `depth` items ahead.
 
-    An error in the thread is raised where its item would have come; the thread ends with the
-    loop that uses the items, however that ends.
+    An error in the thread is raised in place of its item. The thread ends when the loop over the
+    items ends, also by an error.
 
     Examples
     --------

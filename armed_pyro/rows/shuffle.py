@@ -1,4 +1,4 @@
-"""Mini-batches without end: one random pass over the rows after the other."""
+"""An endless sequence of mini-batches, made of random passes over the rows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ __all__ = ["Passes"]
 
 
 class Passes:
-    """Mini-batches of one pass after the other, each in a new order; can be saved and resumed.
+    """Mini-batches of pass after pass, each in a new random order; can be saved and resumed.
 
-    Orders come from torch's global generator. A pass is told by the state that the generator had
-    before it, so that a checkpoint need not hold the order of the rows.
+    Orders are drawn by torch's global generator. The generator's state before a pass stands for
+    the order of the rows, so a checkpoint need not hold the order.
 
     Parameters
     ----------
     begin : callable
-        Gives the batches of one pass; draws from the generator only before the first batch.
+        Starts a pass and returns its batches. It must use the generator only before the first
+        batch; otherwise a restored pass differs.
 
     Examples
     --------
@@ -49,11 +50,11 @@ class Passes:
         return rows
 
     def state(self) -> dict[str, Tensor]:
-        """From where `restore` goes on."""
+        """The state of the generator before this pass, and the number of batches taken from it."""
         return {"pass": self._state, "batches_taken": torch.tensor(self._taken)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave; the batches taken before are read once more."""
+        """Continue from a `state`; batches already taken are read again and skipped."""
         self._state, self._taken = tensors["pass"], int(tensors["batches_taken"])
         if len(self._state):
             generator = torch.Generator()

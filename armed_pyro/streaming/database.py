@@ -1,4 +1,4 @@
-"""DuckDB within a share of a fit's memory."""
+"""DuckDB, limited to a share of a fit's memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 __all__ = ["database"]
 
-# DuckDB's share of a fit's memory; the least that it needs for a sort, and for every column: of
-# 10, 100 and 500 columns, 32, 128 and 256 MB were enough.
+# DuckDB's share of a fit's memory, and the bytes that a sort needs in any case, per table and per
+# column: sorts of 10, 100 and 500 columns ran within 32, 128 and 256 MB.
 SHARE, LEAST, LEAST_COLUMN = 1 / 8, 2**26, 2**20
 
 
@@ -21,9 +21,9 @@ SHARE, LEAST, LEAST_COLUMN = 1 / 8, 2**26, 2**20
 def database(
     memory: int, folder: str | PathLike[str] | None, columns: int = 0
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB for a fit that is to stay within `memory` bytes, and sorts tables of so many columns.
+    """DuckDB for a fit within `memory` bytes that sorts tables with a number of `columns`.
 
-    It spills to a temporary folder in `folder`, which is removed afterwards.
+    DuckDB spills to a temporary folder in `folder`, which is removed afterwards.
     """
     limit = max(int(SHARE * memory), LEAST + columns * LEAST_COLUMN)
     settings: dict[str, str | bool | int | float | list[str]] = {
@@ -34,6 +34,6 @@ def database(
         tempfile.TemporaryDirectory(prefix=".armed_pyro-sort-", dir=folder) as spill,
         duckdb.connect(config={**settings, "temp_directory": spill}) as connection,
     ):
-        # Else a whole row group of the table may be read at once.
+        # With prefetching, a whole row group of the table may be read at once.
         connection.execute("LOAD parquet; SET disable_parquet_prefetching = true")
         yield connection

@@ -1,4 +1,4 @@
-"""A table's rows, encoded, in one Parquet file, and what is known of them."""
+"""The encoded rows of a table in one Parquet file, and a summary of them."""
 
 from __future__ import annotations
 
@@ -27,33 +27,35 @@ from armed_pyro.streaming.scan import TableScan, complete_blocks
 
 __all__ = ["EncodedTable", "encode", "encoded_columns", "group_rows"]
 
-# Rows that a fit keeps to be checked and saved with; fewest clusters to take them in whole.
+# Number of rows that a fit keeps for its checks and for saving, and the smallest number of whole
+# clusters among them; below it, rows are kept without regard to clusters.
 SAMPLE_ROWS, FEWEST_CLUSTERS = 50_000, 20
-# DuckDB makes row groups of multiples of 2,048 rows. Those of about a megabyte are read at 1 GB/s
-# or more, and a mini-batch is mixed from several of them.
+# DuckDB's row groups have multiples of 2,048 rows. Those of about a megabyte were read at 1 GB/s or
+# more, and are small enough that a mini-batch is mixed from several of them.
 VECTOR, GROUP_BYTES = 2048, 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedTable:
-    """Encoded rows in a file.
+    """Encoded rows in a Parquet file.
 
-    Its columns are the features ``x0, x1, ...``, those of ``outcome``, ``trials``, ``offset`` and
-    ``weights`` that there are, the clusters ``cluster0, ...`` as positions among the levels of
-    each cluster column, ``row`` (in the table), and a random ``key`` by which rows are shuffled.
+    The file has columns for the features (``x0, x1, ...``), for the outcome, trials, offset and
+    weights, as far as the data have them, for the clusters (``cluster0, ...``, positions among the
+    levels of each cluster column), for the row's number in the table (``row``), and for a random
+    number by which rows are shuffled (``key``).
 
     Attributes
     ----------
     path : Path
         The file.
     scanned : TableScan
-        What a first pass over the table told.
+        Result of the first pass over the table.
     feature_mean, feature_scale : Float[Tensor, "features"]
-        Means and sds of the features of all rows; 0 and 1 of indicators.
+        Means and sds of the features of all rows; 0 and 1 for indicators.
     digest : bytes
-        What tells the rows from others.
+        Hash of the rows.
     memory, seed : int
-        Bytes that the fit's process is to stay within; seed of the sample that is kept.
+        Memory limit of the fit's process in bytes, and the seed of the sample that a fit keeps.
     factors : tuple of str
         Grouping factors that the program needs.
     """
@@ -69,16 +71,16 @@ class EncodedTable:
 
     @property
     def features(self) -> list[str]:
-        """Columns of features."""
+        """Names of the feature columns."""
         return _features(self.scanned.first)
 
     @property
     def numbers(self) -> list[str]:
-        """Columns of row-wise numbers."""
+        """Names of the columns of outcome, trials, offset and weights."""
         return _numbers(self.scanned.first)
 
     def cluster(self, factor: str) -> str:
-        """The column with the clusters of a factor."""
+        """Name of the column with the clusters of a factor."""
         return f"cluster{list(self.scanned.levels).index(factor)}"
 
     def outcomes(self) -> ClusteredData:
@@ -88,24 +90,24 @@ class EncodedTable:
         return replace(rows, features=torch.zeros(len(rows), 0), groupings={}, **nothing)
 
     def sample(self, factor: str | None) -> ClusteredData:
-        """At most about 50,000 of the rows, in whole clusters of a factor if that makes 20."""
-        where, given = f"key < {SAMPLE_ROWS} / {self.scanned.n_rows}::DOUBLE", {}
+        """About 50,000 rows at most, in whole clusters of a factor if these are at least 20."""
+        where, parameters = f"key < {SAMPLE_ROWS} / {self.scanned.n_rows}::DOUBLE", {}
         if factor is not None:
             counts = self.scanned.counts[factor].numpy()
             order = np.random.default_rng([self.seed, 12]).permutation(len(counts))
             n = max(1, int(np.searchsorted(np.cumsum(counts[order]), SAMPLE_ROWS, "right")))
             if n >= min(FEWEST_CLUSTERS, len(counts)):
-                given = {"chosen": order[:n].tolist()}
+                parameters = {"chosen": order[:n].tolist()}
                 where = f"{self.cluster(factor)} IN (SELECT unnest($chosen))"
         names = [*self.features, *self.numbers, *map(self.cluster, self.scanned.levels), "row"]
-        return self._rows(names, where, **given).take(slice(None))
+        return self._rows(names, where, **parameters).take(slice(None))
 
-    def _rows(self, names: list[str], where: str, **given: Any) -> ClusteredData:
-        """Columns of some rows as a table in memory would give them."""
+    def _rows(self, names: list[str], where: str, **parameters: Any) -> ClusteredData:
+        """Columns of the rows that meet a condition, encoded as those of a table in memory."""
         with database(self.memory, self.path.parent, len(names)) as connection:
             query = f"SELECT {', '.join(names)} FROM read_parquet($path) WHERE {where}"
-            given["path"] = glob.escape(str(self.path))
-            columns = connection.execute(query, given).fetchnumpy()
+            parameters["path"] = glob.escape(str(self.path))
+            columns = connection.execute(query, parameters).fetchnumpy()
         tensors = {name: torch.from_numpy(np.asarray(values)) for name, values in columns.items()}
         features = [tensors[name] for name in self.features if name in tensors]
         none = torch.zeros(len(columns["row"]), 0, dtype=torch.float64)
@@ -131,9 +133,9 @@ def encode(
     seed: int,
     report: Callable[[int], Any] = lambda done: None,
 ) -> EncodedTable:
-    """Read a table once more and write its rows, encoded, to the file `path`.
+    """Read a scanned table again and write its encoded rows to the file `path`.
 
-    `report` is told how many rows have been written since it was told last.
+    `report` is called with the number of rows written since its last call.
 
     Raises
     ------
@@ -146,7 +148,7 @@ def encode(
     fields: dict[str, pa.DataType] = dict.fromkeys(names, pa.float64())
     fields |= {f"cluster{place}": pa.int32() for place in range(len(scanned.levels))}
     columns_of = pa.schema({**fields, "row": pa.int64(), "key": pa.float64()})
-    # A table in single precision takes half of its size in double precision.
+    # In split byte streams, values that fit single precision take half of the space.
     settings = {
         "compression": "lz4",
         "use_dictionary": False,
@@ -172,29 +174,29 @@ def encode(
 
 
 def encoded_columns(schema: Schema) -> tuple[str, ...]:
-    """The table's columns that a schema reads, each once."""
+    """Names of the table's columns that a schema reads, without repetitions."""
     roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
     return tuple(dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None))
 
 
 def group_rows(columns: int) -> int:
-    """Rows of so many columns in a row group of about a megabyte."""
+    """Number of rows in a row group of about a megabyte, for a number of columns."""
     return max(1, GROUP_BYTES // (4 * columns) // VECTOR) * VECTOR
 
 
 def _features(rows: ClusteredData) -> list[str]:
-    """Names of the feature columns in a file."""
+    """Names of the feature columns in the file."""
     return [f"x{place}" for place in range(rows.n_features)]
 
 
 def _numbers(rows: ClusteredData) -> list[str]:
-    """Names of the row-wise numbers that there are."""
+    """Names of those among outcome, trials, offset and weights that the data have."""
     names = ("outcome", "trials", "offset", "weights")
     return [name for name in names if getattr(rows, name) is not None]
 
 
 def _scaling(path: Path, first: ClusteredData, memory: int) -> tuple[Tensor, Tensor]:
-    """Means and sds of the features in a file; 0 and 1 of indicators."""
+    """Means and sds of the features in the file; 0 and 1 for indicators."""
     if not first.n_features:
         return torch.zeros(0), torch.ones(0)
     names = _features(first)

@@ -1,4 +1,4 @@
-"""Rows in Parquet files, of which what is needed is read, and read ahead."""
+"""A source of rows in Parquet files, which a thread reads ahead."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ from armed_pyro.streaming.encoded_table import EncodedTable, group_rows
 
 __all__ = ["StreamedRows"]
 
-# Row groups of about a megabyte that are mixed at once into mini-batches.
+# Number of row groups, of about a megabyte each, whose rows are mixed into mini-batches.
 MIXED = 8
 
 
 class StreamedRows(RowSource):
-    """Rows in a file, of which DuckDB makes copies in the order in which rows are asked for.
+    """Rows in a file; DuckDB makes copies in the orders in which rows are needed.
 
-    Mini-batches of rows come from a copy that is shuffled once: eight of its row groups, drawn
-    anew in every pass, are mixed at a time. Whole clusters come from a copy that is sorted by
-    their factor, the clusters in an order drawn once: those beside each other are random ones,
-    so that a batch of clusters is read in one stretch. A copy is made when it is first needed.
-    In memory is only what was read last and what is read ahead.
+    Mini-batches of rows come from a shuffled copy. Every pass draws eight of its row groups at a
+    time and mixes their rows. Whole clusters come from a copy sorted by cluster. The order of the
+    clusters is random, so that a batch of random clusters is one stretch of the file. A copy is
+    made when it is first needed. Memory holds only the current block of rows and those read ahead.
 
     Parameters
     ----------
     table : EncodedTable
-        The rows, in the order of the table; copies are made beside its file.
+        The rows in the order of the table. Copies are made in the folder of its file.
     like : Tensor
-        A tensor of the wanted precision and device.
+        A tensor with the precision and device of the batches.
     """
 
     def __init__(self, table: EncodedTable, like: Tensor) -> None:
@@ -74,7 +73,7 @@ class StreamedRows(RowSource):
         *,
         dense_up_to: int | None = None,
     ) -> Iterator[Rows]:
-        # The generator of a thread that reads ahead must not be used by anything else.
+        # The thread that reads ahead needs a generator that no other thread uses.
         seed = int(torch.randint(2**62, (), generator=generator))
         scale, sampled = len(self) / size, self.sampled(size, dense_up_to)
         for held, order in ahead(self._mixed(self._shuffled, size, seed)):
@@ -98,7 +97,7 @@ class StreamedRows(RowSource):
     def cluster_batches(
         self, factor: str, size: int, generator: torch.Generator | None = None
     ) -> Iterator[Rows]:
-        # Stretches of the file in random order; where they begin differs between passes.
+        # Stretches of the file in random order; the random offset varies them between passes.
         order = self.cluster_order(factor)
         order = order.roll(int(torch.randint(len(order), (), generator=generator)))
         places = torch.randperm(len(order) // size, generator=generator)
@@ -115,12 +114,12 @@ class StreamedRows(RowSource):
 
     @property
     def _columns(self) -> list[str]:
-        """Columns of the encoded file that become tensors."""
+        """Names of the encoded file's columns that become tensors."""
         return [*self.table.features, *self.table.numbers, *map(self.table.cluster, self.counts)]
 
     @cached_property
     def _shuffled(self) -> Path:
-        """The shuffled copy."""
+        """The shuffled copy's file."""
         return self._copy("shuffled", "read_parquet($path)", "key, row")
 
     def _by_cluster(self, factor: str) -> _SortedFile:
@@ -135,10 +134,10 @@ class StreamedRows(RowSource):
         return self._sorted[factor]
 
     def _copy(self, name: str, tables: str, order: str, **views: pa.Table) -> Path:
-        """Standardised rows in another order, in a file beside the encoded ones."""
+        """Write a file with the standardised rows in another order."""
         table, path = self.table, self.table.path.with_name(f"{name}.parquet")
         scaling = zip(table.feature_mean.tolist(), table.feature_scale.tolist(), strict=True)
-        # As text, since DuckDB reads a number with a point as a decimal one.
+        # As text, because DuckDB reads a number with a point as a fixed-point decimal.
         columns = [
             f"((x{place} - '{mean!r}'::DOUBLE) / '{scale!r}'::DOUBLE)::FLOAT AS x{place}"
             for place, (mean, scale) in enumerate(scaling)
@@ -155,57 +154,43 @@ class StreamedRows(RowSource):
         return path
 
     def _mixed(self, path: Path, size: int, seed: int) -> Iterator[tuple[HeldRows, Tensor]]:
-        """Random row groups, some at a time with what was left of those before, and an order."""
+        """Yield the rows of a few random row groups, with those left over before, and an order."""
         generator, left = torch.Generator().manual_seed(seed), list[pa.Table]()
         with pq.ParquetFile(path, pre_buffer=False) as file:
             groups = torch.randperm(file.num_row_groups, generator=generator)
             largest = file.metadata.row_group(0).num_rows
-            for some in groups.split(max(MIXED, 1 + size // largest)):
-                read = file.read_row_groups(some.tolist(), use_threads=False)
+            for mixed in groups.split(max(MIXED, 1 + size // largest)):
+                read = file.read_row_groups(mixed.tolist(), use_threads=False)
                 table = pa.concat_tables([*left, read])
                 order = torch.randperm(len(table), generator=generator)
                 yield self._held(table), order.to(self.like.device)
                 left = [table.take(order[len(order) // size * size :].numpy())]
 
     def _held(self, table: pa.Table, *, encoded: bool = False) -> HeldRows:
-        """Rows of a file as tensors; features of the encoded file are standardised."""
-        x = np.empty((len(table), len(self.table.features)), np.float32)
+        """Rows of a file as tensors; the encoded file's features are standardised here."""
+        values = np.empty((len(table), len(self.table.features)), np.float32)
         for place, name in enumerate(self.table.features):
-            values = table[name].to_numpy()
+            feature = table[name].to_numpy()
             if encoded:
                 mean, scale = self.table.feature_mean[place], self.table.feature_scale[place]
-                values = (values - float(mean)) / float(scale)
-            x[:, place] = values
+                feature = (feature - float(mean)) / float(scale)
+            values[:, place] = feature
 
         def tensor(name: str) -> Tensor | None:
-            held = name in self.table.numbers
-            return torch.tensor(table[name].to_numpy()).to(self.like) if held else None
+            present = name in self.table.numbers
+            return torch.tensor(table[name].to_numpy()).to(self.like) if present else None
 
         codes = {}
         for factor in self.counts:
             column = torch.tensor(table[self.table.cluster(factor)].to_numpy())
             codes[factor] = column.to(self.like.device, torch.long)
-        return HeldRows(
-            torch.from_numpy(x).to(self.like),
-            tensor("outcome"),
-            codes,
-            self.counts,
-            tensor("trials"),
-            tensor("offset"),
-            tensor("weights"),
-        )
+        x, y = torch.from_numpy(values).to(self.like), tensor("outcome")
+        trials, offset, weights = tensor("trials"), tensor("offset"), tensor("weights")
+        return HeldRows(x, y, codes, self.counts, trials, offset, weights)
 
 
 class _SortedFile:
-    """Rows sorted by clusters, of which whole ones are read.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    order, counts : Int[ndarray, "clusters"]
-        The clusters in the order in which they lie, and how many rows each has.
-    """
+    """A file of rows sorted by cluster; `counts` are the rows of the clusters in `order`."""
 
     def __init__(self, path: Path, order: np.ndarray, counts: np.ndarray) -> None:
         self.path, self.order, self.ranks = path, order, np.argsort(order)
@@ -215,7 +200,7 @@ class _SortedFile:
         self.group_starts = np.cumsum([0, *sizes])
 
     def read(self, chosen: Int[np.ndarray, " chosen"]) -> pa.Table:
-        """All rows of these clusters, from the row groups that hold them."""
+        """All rows of the chosen clusters, in the order of the file."""
         ranks = np.sort(self.ranks[chosen])
         sizes = np.diff(self.starts)[ranks]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)

@@ -1,4 +1,4 @@
-"""A table in a file, read in blocks or by the numbers of its rows."""
+"""A table in a file, read in blocks or by row numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["TableBlocks"]
 
 @dataclass(frozen=True, eq=False)
 class TableBlocks:
-    """The rows of a file in blocks; Parquet is streamed, CSV is held in memory.
+    """The table in a file; Parquet is streamed, other formats are held in memory.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class TableBlocks:
             names = tuple(file.schema_arrow.names)
             if file.metadata.num_rows:
                 return cls(path, None, file.metadata.num_rows, names)
-        frame = read_table(path)  # its error names what is wrong with the path
+        frame = read_table(path)  # raises the error for a missing or unreadable file
         return cls(path, frame, len(frame), tuple(frame.columns))
 
     def blocks(self, size: int, columns: tuple[str, ...] | None = None) -> Iterator[pd.DataFrame]:
@@ -74,14 +74,14 @@ class TableBlocks:
         size : int
             Rows per block.
         columns : tuple of str, optional
-            Columns to read, by default all. Names that the table lacks are ignored.
+            Columns to read; by default all. Names of absent columns are ignored.
         """
         wanted = [name for name in self.columns if columns is None or name in columns]
         if self.frame is not None:
             for start in range(0, self.n_rows, size):
                 yield self.frame[wanted].iloc[start : start + size]
             return
-        # Without buffer_size and pre_buffer=False, whole row groups are held in memory.
+        # Without these settings, pyarrow holds whole row groups in memory.
         with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
             for batch in file.iter_batches(size, columns=wanted):
                 yield batch.to_pandas()
@@ -89,10 +89,8 @@ class TableBlocks:
     def take(
         self, rows: Int[np.ndarray, " taken"], columns: Sequence[str] | None = None
     ) -> pd.DataFrame:
-        """The rows with these numbers, which increase, read from the row groups that hold them."""
+        """The Parquet rows with these increasing numbers; only their row groups are read."""
         wanted = [name for name in self.columns if columns is None or name in columns]
-        if self.frame is not None:
-            return self.frame[wanted].iloc[rows]
         parts = []
         with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
@@ -104,12 +102,12 @@ class TableBlocks:
                     low, high = np.searchsorted(rows, [start, start + batch.num_rows])
                     parts.append(pa.Table.from_batches([batch]).take(rows[low:high] - start))
                     start += batch.num_rows
-        found = pa.concat_tables(parts).unify_dictionaries().to_pandas()
-        found.index = pd.Index(rows)
-        return found
+        frame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+        frame.index = pd.Index(rows)
+        return frame
 
     @property
     def types(self) -> dict[str, pa.DataType]:
-        """Arrow's types of the columns of a Parquet file."""
+        """Arrow's types of the columns of the Parquet file."""
         schema = pq.read_schema(self.path)
         return dict(zip(schema.names, schema.types, strict=True))

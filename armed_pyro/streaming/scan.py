@@ -1,4 +1,4 @@
-"""A first pass over a table in a file: its schema, its clusters, and whether it can be used."""
+"""A first pass over a table in a file: its schema and clusters, and errors in its values."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from armed_pyro.streaming.parquet_table import TableBlocks
 
 __all__ = ["TableScan", "complete_blocks", "scan"]
 
-# Rows read at a time.
+# Number of rows read at a time.
 BLOCK_ROWS = 65_536
 
 
 @dataclass(frozen=True, eq=False)
 class TableScan:
-    """What one pass over a table tells.
+    """Result of one pass over a table.
 
     Attributes
     ----------
     schema : Schema
-        How its rows become tensors.
+        The rules by which rows become tensors.
     first : ClusteredData
-        Its first complete row.
+        The first complete row.
     levels, counts : dict of str to pandas.Index, Int64[Tensor, "clusters"]
-        Labels of the clusters in every cluster column, and rows of each.
+        Labels of the clusters in every cluster column, and their numbers of rows.
     n_rows : int
         Rows without missing values.
     """
@@ -65,10 +65,10 @@ def scan(
     folder: str | PathLike[str] | None = None,
     **roles: str | None,
 ) -> TableScan:
-    """Read a table once, by DuckDB; see `ClusteredData.from_frame` for the parameters.
+    """Read a table once; see `ClusteredData.from_frame` for the parameters.
 
-    DuckDB tells rows by their numbers. Their values are read by pyarrow, so that labels have the
-    types that they have in a table in memory.
+    DuckDB finds the numbers of rows that show every category and cluster. pyarrow reads their
+    values, so that labels have the same types as in a table in memory.
 
     Raises
     ------
@@ -89,27 +89,24 @@ def scan(
         try:
             names = _number_rows(connection, table)
             n_rows = _select_complete(connection, table, names, used, missing)
-            # These rows show all that a schema depends on.
-            shown = _witnesses(connection, table, names, [*columns, outcome])
-            found = {name: _clusters(connection, table, names, name) for name in clusters}
+            witnesses = _witnesses(connection, table, names, [*columns, outcome])
+            levels_counts = {name: _clusters(connection, table, names, name) for name in clusters}
         except duckdb.Error as error:
             raise ValueError(f"{table.path} cannot be read: {error}") from error
     if n_rows < table.n_rows:
         dropped = f"{table.n_rows - n_rows} of {count_rows(table.n_rows)}"
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
-    frame = table.take(shown)
+    frame = table.take(witnesses)
     schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
-    levels = {name: index for name, (index, _) in found.items()}
-    counts = {name: size for name, (_, size) in found.items()}
+    levels = {name: labels for name, (labels, _) in levels_counts.items()}
+    counts = {name: sizes for name, (_, sizes) in levels_counts.items()}
     return TableScan(schema, first, levels, counts, n_rows)
 
 
 def _number_rows(connection: duckdb.DuckDBPyConnection, table: TableBlocks) -> dict[str, str]:
-    """A view of the file with its rows numbered; the view's name of every column.
-
-    Columns are named by their place, as DuckDB does not tell "x" from "X".
-    """
+    """Create the view "numbered" of the file, with row numbers; its name of every column."""
+    # Columns are named by their place, because DuckDB treats "x" and "X" as the same name.
     names = {name: f"c{place}" for place, name in enumerate(table.columns)}
     path = glob.escape(str(table.path))
     connection.read_parquet(path, file_row_number=True).create_view("file")
@@ -125,7 +122,7 @@ def _select_complete(
     used: list[str],
     missing: Missing,
 ) -> int:
-    """A view of the rows without missing values; their number."""
+    """Create the view "complete" of the rows without missing values; their number."""
     floating = [names[name] for name in used if pa.types.is_floating(table.types[name])]
     holes = [f"{names[name]} IS NULL" for name in used] + [f"isnan({name})" for name in floating]
     hole, infinite = " OR ".join(holes), " OR ".join(f"isinf({name})" for name in floating)
@@ -155,7 +152,7 @@ def _select_complete(
 
 
 def _groups(connection: duckdb.DuckDBPyConnection, column: str) -> Int[np.ndarray, "2 values"]:
-    """First row, and number of rows, of every value in a column, in order of appearance."""
+    """First row and number of rows of every value in a column, in order of appearance."""
     query = f"SELECT min(place), count(*) FROM complete GROUP BY {column} ORDER BY 1"
     return np.array(connection.execute(query).fetchall(), np.int64).T
 
@@ -166,7 +163,7 @@ def _witnesses(
     names: dict[str, str],
     columns: list[str],
 ) -> Int[np.ndarray, " rows"]:
-    """Rows with every category of some columns, and a number other than 0 and 1 of the others."""
+    """Rows from which a schema follows: every category, and a number other than 0 and 1."""
     numeric = [
         f"min(place) FILTER ({names[name]} NOT IN (0, 1))"
         for name in columns
@@ -183,7 +180,7 @@ def _witnesses(
 def _clusters(
     connection: duckdb.DuckDBPyConnection, table: TableBlocks, names: dict[str, str], name: str
 ) -> tuple[pd.Index, Tensor]:
-    """Labels in the order that a table in memory would give them, and their rows."""
+    """Labels in the order of a table in memory, and their numbers of rows."""
     firsts, sizes = _groups(connection, names[name])
     labels = table.take(firsts, [name])[name]
     if isinstance(labels.dtype, pd.CategoricalDtype):
@@ -193,7 +190,7 @@ def _clusters(
 
 
 def complete_blocks(table: TableBlocks, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
-    """The rows without missing values in blocks read ahead; their index counts the file's rows."""
+    """Yield the rows without missing values in blocks, indexed by their numbers in the file."""
     start = 0
     for frame in ahead(table.blocks(BLOCK_ROWS, tuple(columns))):
         frame.index = pd.RangeIndex(start, start + len(frame))

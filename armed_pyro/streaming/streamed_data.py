@@ -1,4 +1,4 @@
-"""Tables too large for memory: scanned once, then fitted from files sorted and shuffled."""
+"""Data too large for memory: scanned once, then fitted from sorted and shuffled files."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ __all__ = ["StreamedData"]
 class StreamedData:
     """Rows of a Parquet file that `armed_pyro.fit` reads from disk instead of holding them.
 
-    The fit reads the file once more, and writes its rows, encoded, to a temporary file. Where
-    whole clusters or mini-batches of rows are needed, DuckDB makes copies that are sorted by
-    cluster or shuffled. Training then reads what it needs ahead of time. In memory are O(clusters)
-    numbers, blocks of rows, and before training the outcome (8 bytes per row).
+    The fit reads the file a second time and writes the encoded rows to a temporary file. For
+    mini-batches of rows or of whole clusters, DuckDB makes copies that are shuffled or sorted by
+    cluster. A thread reads these ahead of training. Memory holds O(clusters) numbers, blocks of
+    rows and, before training, the outcome (8 bytes per row).
 
     Attributes
     ----------
     table : TableBlocks
         The file.
     scanned : TableScan
-        Schema, and labels and sizes of the clusters.
+        Schema, and labels and numbers of rows of the clusters.
     feature_names : tuple of str
         Names of the encoded feature columns.
     memory : int
-        Bytes that a fit's process is to stay within. DuckDB gets an eighth of it, at least 64 MB
+        Memory limit of a fit's process in bytes. DuckDB gets an eighth of it, but at least 64 MB
         and 1 MB per column.
     folder : path, optional
-        Where the temporary files go; they take 8 bytes per row and column for the
-        encoded rows, and as much for every copy while it is made.
+        Folder for the temporary files. The encoded rows take 8 bytes per row and column, as does
+        every copy while it is made.
 
     Examples
     --------
@@ -78,13 +78,13 @@ class StreamedData:
         memory: int = 2 * 10**9,
         folder: str | os.PathLike[str] | None = None,
     ) -> StreamedData:
-        """Read a Parquet file once; `ClusteredData.from_frame` has the other parameters.
+        """Read a Parquet file once; see `ClusteredData.from_frame` for the other parameters.
 
         Raises
         ------
         ValueError
-            The file is not a readable Parquet table, or cannot be used as asked; the message names
-            the first row at fault.
+            If the file is not a readable Parquet table, or if its values are not valid; the message
+            names the first such row.
         """
         table = TableBlocks.open(Path(path))
         if table.frame is not None:
@@ -119,7 +119,7 @@ class StreamedData:
     def encoded(
         self, factors: Sequence[str], seed: int, *, progress: bool = False
     ) -> Iterator[EncodedTable]:
-        """The rows, encoded, in a file that is deleted afterwards, as are copies made of it.
+        """The encoded rows in a temporary file; it and its copies are deleted at the end.
 
         Parameters
         ----------
@@ -133,7 +133,7 @@ class StreamedData:
         Raises
         ------
         ValueError
-            If a factor is one of cells, or it or a feature does not vary.
+            If a factor consists of cells, or a factor or a feature does not vary.
         """
         for name in factors:
             if name not in self.scanned.levels:
