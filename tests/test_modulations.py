@@ -125,8 +125,8 @@ def test_gradients_reach_every_effect_and_the_adversary_sees_the_fixed_features(
     assert (gradient != 0).all()
     # What a cluster's filters do to the features is no business of the adversary's.
     (played,) = (
-        torch.autograd.grad(loss.game, location, allow_unused=True)
-        if (loss.game.requires_grad)
+        torch.autograd.grad(loss.adversarial, location, allow_unused=True)
+        if (loss.adversarial.requires_grad)
         else (None,)
     )
     assert played is None

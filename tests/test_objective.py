@@ -338,9 +338,9 @@ def test_parts_are_detached_and_add_up():
     games = [Adversary("site", taps=["1"]), Adversary("batch", taps=["1"])]
     model, source, guide = bind("(1 | site)", net=deep(), adversary=games, fixed_weight=0.5)
     loss = Objective(model, guide)(source.all())
-    torch.testing.assert_close(loss.total, -loss.elbo + 0.5 * loss.fixed + loss.game)
+    torch.testing.assert_close(loss.total, -loss.elbo + 0.5 * loss.fixed + loss.adversarial)
     assert loss.total.requires_grad
-    assert not any(one.requires_grad for one in (loss.elbo, loss.fixed, loss.game))
+    assert not any(one.requires_grad for one in (loss.elbo, loss.fixed, loss.adversarial))
     assert loss.accuracy.shape == (2,)
 
 
@@ -445,4 +445,4 @@ def test_the_bounds_parts_are_detached_and_add_up():
     assert loss.total.requires_grad
     assert not loss.elbo.requires_grad
     assert loss.accuracy.shape == (0,)
-    assert (loss.fixed, loss.game) == (0, 0)
+    assert (loss.fixed, loss.adversarial) == (0, 0)
