@@ -148,7 +148,14 @@ class Share:
         adversaries : int
             Number of accuracies in the loss.
         """
-        return _Averaged(objective, modules, adversaries) if self.several else objective
+        if not self.several:
+            return objective
+        module = _Module(objective, modules, adversaries)
+        with warnings.catch_warnings():
+            # Older versions of torch do not know the new name of `broadcast_buffers`.
+            warnings.simplefilter("ignore", FutureWarning)
+            averaged = DistributedDataParallel(module, broadcast_buffers=False)
+        return lambda *inputs: Loss(*averaged(*inputs))
 
     def mean(self, loss: Loss) -> Loss:
         """The loss, without its gradients, averaged over processes."""
@@ -156,8 +163,8 @@ class Share:
             return loss
         parts = [getattr(loss, field.name).detach().reshape(-1) for field in fields(Loss)]
         means = self.processes.total(torch.cat(parts)) / len(self.places)
-        total, elbo, fixed, adversarial = means[: len(parts) - 1]
-        return Loss(total, elbo, fixed, adversarial, means[len(parts) - 1 :])
+        total, elbo, fixed, adversarial = means[:4]
+        return Loss(total, elbo, fixed, adversarial, means[4:])
 
     def reshuffled(self, passes: Passes, *seed: int) -> Passes:
         """New passes over the rows, after seeding each process's random numbers differently.
@@ -250,22 +257,6 @@ def _balanced(counts: list[int], size: int) -> tuple[list[int], list[int]]:
         owners[cluster] = rank
         heapq.heappush(heap, (load + counts[cluster], rank))
     return owners, [load for load, _ in heap]
-
-
-class _Averaged:
-    """An objective run by DistributedDataParallel."""
-
-    def __init__(
-        self, objective: Callable[..., Loss], modules: Mapping[str, nn.Module], adversaries: int
-    ) -> None:
-        module = _Module(objective, modules, adversaries)
-        with warnings.catch_warnings():
-            # Older versions of torch do not know the new name of `broadcast_buffers`.
-            warnings.simplefilter("ignore", FutureWarning)
-            self._run = DistributedDataParallel(module, broadcast_buffers=False)
-
-    def __call__(self, *inputs: object) -> Loss:
-        return Loss(*self._run(*inputs))
 
 
 class _Module(nn.Module):
