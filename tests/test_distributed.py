@@ -372,7 +372,7 @@ def test_divergence_in_one_process_ends_both_with_one_message(both):
 
 def test_processes_with_different_data_or_files_are_refused(both):
     for result in (one["other"] for one in both):
-        assert result["data"].startswith("ValueError: the processes that torchrun started were")
+        assert result["data"].startswith("ValueError: the processes that torchrun started have")
         assert "only some of the processes find the checkpoint" in result["file"]
         assert "must be one of auto, never" in result["few"]
 
