@@ -1,9 +1,10 @@
 # Every target builds the environment (.venv) that it needs.
 PYTHON  ?= python3
 WORKERS ?= 2
-# Analyses that `make slow` runs after the slow tests and the accuracy analysis, by module name:
-# make slow ANALYSES="unseen_clusters spirals"
-ANALYSES ?= unseen_clusters mci_conversion ad_diagnosis melanoma compare
+# Analyses that `make slow` runs after the slow tests and the accuracy analysis, by module:
+# make slow ANALYSES="validation.unseen_clusters applications.spirals"
+ANALYSES ?= validation.unseen_clusters applications.mci_conversion applications.ad_diagnosis \
+            applications.melanoma compare
 # Folder with sleepstudy.csv, penicillin.csv and cbpp.csv, to compare with NUTS: make slow DATA=data
 DATA ?=
 
@@ -43,11 +44,11 @@ test: $(STAMP)  ## run the tests with coverage (line coverage of at least 90 %)
 
 slow: $(STAMP)  ## run the slow tests and the accuracy analysis (hours), then ANALYSES
 	$(THREADS) $(BIN)/python -m pytest -m slow -n $(WORKERS) || [ $$? -eq 5 ]  # 5: no slow tests
-	$(THREADS) $(BIN)/python -m armed_pyro.analysis.accuracy --workers $(WORKERS) $(if $(DATA),--data $(DATA))
-	@set -e; for name in $(ANALYSES); do echo "analysis/$$name.py"; $(BIN)/python -m armed_pyro.analysis.$$name; done
+	$(THREADS) $(BIN)/python -m armed_pyro.analysis.validation.accuracy --workers $(WORKERS) $(if $(DATA),--data $(DATA))
+	@set -e; for name in $(ANALYSES); do echo "armed_pyro.analysis.$$name"; $(BIN)/python -m armed_pyro.analysis.$$name; done
 
 bench: $(STAMP)  ## time steps, fits, growth and memory, a short form (DATA=FOLDER: real data sets)
-	$(BIN)/python -m armed_pyro.analysis.benchmark --short $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m armed_pyro.analysis.benchmarks.benchmark --short $(if $(DATA),--data $(DATA))
 
 lint: $(STAMP)  ## check style, imports, formatting and types
 	$(BIN)/ruff check $(CODE)

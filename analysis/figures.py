@@ -1,4 +1,4 @@
-"""Figures that analyses share: effects of clusters, curves of clusters, predictive checks."""
+"""Figures that several analyses share: cluster effects, cluster curves, predictive checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scipy.stats import gaussian_kde
 
 __all__ = ["BLUE", "GREY", "ORANGE", "STYLE", "caterpillar", "curves", "horizons", "predictive"]
 
-# Okabe and Ito's colours, which the colour-blind can tell apart: seen blue, unseen orange.
+# Okabe and Ito's colours, which colour-blind readers can tell apart: seen blue, unseen orange.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6F6F6F"
 STYLE: dict[str, Any] = {
     "axes.spines.right": False,
@@ -36,21 +36,21 @@ STYLE: dict[str, Any] = {
 def caterpillar(
     effects: xr.DataArray, labels: Sequence[str], *, prob: float = 0.9, named: int = 12
 ) -> Figure:
-    """Posterior means and intervals of every cluster's random effects, one panel a term.
+    """Posterior means and intervals of the random effects of every cluster, one panel per term.
 
-    Clusters are sorted in every panel. Only the `named` lowest and highest have room for their
-    names; those between them are drawn closer together.
+    Clusters are sorted within each panel. Only the `named` lowest and highest clusters have room
+    for their names; those between them are drawn closer together.
 
     Parameters
     ----------
     effects : xarray.DataArray
-        Draws with the dimensions chain, draw, cluster, term, the last two under their own names.
+        Draws with the dimensions chain, draw, cluster and term; the names of the last two are free.
     labels : sequence of str
-        What the axis of each term says.
+        Label of each term's axis.
     prob : float
         Probability of the equal-tailed intervals.
     named : int
-        Clusters to name at each end.
+        Number of clusters to name at each end.
     """
     draws = effects.stack(sample=("chain", "draw")).transpose("sample", ...)  # noqa: PD013
     names, n = draws.coords[draws.dims[1]].to_numpy(), draws.shape[1]
@@ -69,9 +69,10 @@ def caterpillar(
         ends = np.r_[:named, n - named : n]
         between = np.r_[named : n - named]
         axis.axvline(0, color=GREY, linewidth=0.8)
-        for some, colour, size in ((between, GREY, 1.0), (ends, BLUE, 3.2)):
-            axis.hlines(place[some], lower[some], upper[some], colour, linewidth=0.4 + size / 4)
-            axis.plot(values.mean(0)[order][some], place[some], "o", color=colour, markersize=size)
+        means = values.mean(0)[order]
+        for group, colour, size in ((between, GREY, 1.0), (ends, BLUE, 3.2)):
+            axis.hlines(place[group], lower[group], upper[group], colour, linewidth=0.4 + size / 4)
+            axis.plot(means[group], place[group], "o", color=colour, markersize=size)
         axis.set_yticks(place[ends], names[order][ends], fontsize=7)
         axis.set_ylim(place[0] - 1, place[-1] + 1)
         axis.set_xlabel(label)
@@ -102,21 +103,22 @@ def curves(
     columns: int = 3,
     from_x: float | None = None,
 ) -> Figure:
-    """Predicted curves with predictive bands, and the observed points, one panel a cluster.
+    """Predicted curves with predictive bands and the observed points, one panel per cluster.
 
     Parameters
     ----------
     table : pandas.DataFrame
-        One row a point: the columns named here, and mean, lower, upper, population (the fixed
-        effects alone), held_out and unseen (booleans); the outcome may be missing.
+        One row per point, with the columns named by the other parameters, and mean, lower, upper,
+        population (the fixed effects alone), held_out and unseen (booleans). The outcome may be
+        missing.
     x, outcome, panel : str
         Columns of the two axes, and of the panels.
     labels : tuple of str
-        What the two axes say, with units.
+        Labels of the two axes, with units.
     columns : int
         Panels in a row.
     from_x : float, optional
-        Where the held-out part of x begins, to be shaded.
+        Beginning of the held-out part of x, which is shaded.
     """
     names = list(dict.fromkeys(table[panel]))
     rows = -(-len(names) // columns)
@@ -150,14 +152,14 @@ def curves(
 _OPEN: dict[str, Any] = {"color": "k", "markerfacecolor": "w", "markersize": 3.2, "mew": 0.6}
 
 
-def _curve(axis: Axes, one: pd.DataFrame, x: str, outcome: str) -> None:
-    colour = ORANGE if bool(one["unseen"].iloc[0]) else BLUE
-    axis.fill_between(one[x], one["lower"], one["upper"], color=colour, alpha=0.2, linewidth=0)
-    axis.plot(one[x], one["population"], "--", color=GREY, linewidth=1)
-    axis.plot(one[x], one["mean"], color=colour, linewidth=1.6)
-    held = one["held_out"].to_numpy(bool)
-    axis.plot(one[x][~held], one[outcome][~held], "ko", markersize=2, zorder=3)
-    axis.plot(one[x][held], one[outcome][held], "o", zorder=3, **_OPEN)
+def _curve(axis: Axes, rows: pd.DataFrame, x: str, outcome: str) -> None:
+    colour = ORANGE if bool(rows["unseen"].iloc[0]) else BLUE
+    axis.fill_between(rows[x], rows["lower"], rows["upper"], color=colour, alpha=0.2, linewidth=0)
+    axis.plot(rows[x], rows["population"], "--", color=GREY, linewidth=1)
+    axis.plot(rows[x], rows["mean"], color=colour, linewidth=1.6)
+    held = rows["held_out"].to_numpy(bool)
+    axis.plot(rows[x][~held], rows[outcome][~held], "ko", markersize=2, zorder=3)
+    axis.plot(rows[x][held], rows[outcome][held], "o", zorder=3, **_OPEN)
 
 
 def predictive(
@@ -166,22 +168,22 @@ def predictive(
     statistic: tuple[float, Float[np.ndarray, " draws"]],
     labels: tuple[str, str],
 ) -> Figure:
-    """Posterior predictive checks: density of the outcome, and a statistic of it.
+    """Posterior predictive checks of the outcome's density and of a statistic.
 
     Parameters
     ----------
     observed, replicated : ndarray
         The outcome, and draws of it from the posterior predictive distribution.
     statistic : tuple
-        The statistic of the observed outcome and of every draw.
+        The statistic of the observed outcome and of each draw.
     labels : tuple of str
-        What the axes of the outcome and of the statistic say, with units.
+        Labels of the axes of outcome and statistic, with units.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.9))
     span = np.ptp(observed)
     grid = np.linspace(observed.min() - 0.25 * span, observed.max() + 0.25 * span, 200)
-    for one in replicated[:50]:
-        left.plot(grid, gaussian_kde(one)(grid), color=BLUE, alpha=0.2, linewidth=0.6)
+    for draw in replicated[:50]:
+        left.plot(grid, gaussian_kde(draw)(grid), color=BLUE, alpha=0.2, linewidth=0.6)
     left.plot(grid, gaussian_kde(observed)(grid), color="k", linewidth=1.6)
     left.set(xlabel=labels[0], ylabel="density", xlim=(grid[0], grid[-1]), ylim=(0, None))
     value, draws = statistic
@@ -199,23 +201,25 @@ def predictive(
 
 
 def horizons(table: pd.DataFrame, *, nominal: float = 0.9, label: str) -> Figure:
-    """Coverage and error of forecasts by how far ahead they are, one line a model.
+    """Coverage and error of forecasts by horizon, one line per model.
 
     Parameters
     ----------
     table : pandas.DataFrame
         Columns model, horizon, coverage, rmse.
     nominal : float
-        Coverage the intervals ought to have.
+        Coverage that the intervals claim.
     label : str
-        What the axis of the error says, with units.
+        Label of the error's axis, with units.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.9), sharex=True)
     marks = zip((BLUE, GREEN, ORANGE, GREY, "k"), ("o", "s", "^", "v", "D"), strict=True)
-    for (name, one), (colour, mark) in zip(table.groupby("model", sort=False), marks, strict=False):
+    for (name, rows), (colour, mark) in zip(
+        table.groupby("model", sort=False), marks, strict=False
+    ):
         style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 4, "linewidth": 1.2}
-        left.plot(one["horizon"], one["coverage"], label=name, **style)
-        right.plot(one["horizon"], one["rmse"], **style)
+        left.plot(rows["horizon"], rows["coverage"], label=name, **style)
+        right.plot(rows["horizon"], rows["rmse"], **style)
     left.axhline(nominal, color="k", linewidth=0.9, linestyle=":", label=f"nominal {nominal:.0%}")
     left.set(xlabel="years ahead", ylabel=f"coverage of {nominal:.0%} intervals", ylim=(0, 1.02))
     right.set(xlabel="years ahead", ylabel=label, ylim=(0, None))

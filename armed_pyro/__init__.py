@@ -1,64 +1,107 @@
 """Mixed-effects deep learning as a probabilistic program."""
 
-from armed_pyro.checks.calibration import SimulationCalibration, simulation_calibration
-from armed_pyro.checks.diagnostics import Diagnostics
-from armed_pyro.checks.inference_checks import Check
-from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.files import read_table, write_table
-from armed_pyro.engine.schedule import Schedule
-from armed_pyro.explain.attributed import Attribution
-from armed_pyro.explain.boundaries import Boundaries
-from armed_pyro.explain.decode import DecodedEffects
-from armed_pyro.explain.invariance import Invariance
-from armed_pyro.explain.probe_test import ProbeTest, probe_test
-from armed_pyro.families.reconstruction import Reconstruction
-from armed_pyro.fitted import Fit
-from armed_pyro.fitting import DivergenceError, fit
-from armed_pyro.guides.base import Guide
-from armed_pyro.guides.structured import StructuredGuide
-from armed_pyro.networks.adversary import Adversary
-from armed_pyro.prediction.adapt import Adapted
-from armed_pyro.prediction.result import Prediction
-from armed_pyro.prediction.scores import compare_modes, score_mode
-from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors
-from armed_pyro.program.model import MixedEffects
-from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes
-from armed_pyro.streaming.streamed_data import StreamedData
+from __future__ import annotations
 
-__all__ = [
-    "Adapted",
-    "Adversary",
-    "Attribution",
-    "Boundaries",
-    "Check",
-    "ClusteredData",
-    "DecodedEffects",
-    "Diagnostics",
-    "DivergenceError",
-    "Exponential",
-    "FilterScaleBias",
-    "Fit",
-    "Guide",
-    "HalfNormal",
-    "HalfStudentT",
-    "Invariance",
-    "Known",
-    "MixedEffects",
-    "Prediction",
-    "Priors",
-    "ProbeTest",
-    "RandomEffects",
-    "Reconstruction",
-    "Schedule",
-    "SimulationCalibration",
-    "Slopes",
-    "StreamedData",
-    "StructuredGuide",
-    "compare_modes",
-    "fit",
-    "probe_test",
-    "read_table",
-    "score_mode",
-    "simulation_calibration",
-    "write_table",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from armed_pyro.checks.calibration import (
+        SimulationCalibration as SimulationCalibration,
+        simulation_calibration as simulation_calibration,
+    )
+    from armed_pyro.checks.diagnostics import Diagnostics as Diagnostics
+    from armed_pyro.checks.inference_checks import Check as Check
+    from armed_pyro.data.clustered import ClusteredData as ClusteredData
+    from armed_pyro.data.files import read_table as read_table, write_table as write_table
+    from armed_pyro.engine.schedule import Schedule as Schedule
+    from armed_pyro.explain.attribution import Attribution as Attribution
+    from armed_pyro.explain.boundaries import Boundaries as Boundaries
+    from armed_pyro.explain.decode import DecodedEffects as DecodedEffects
+    from armed_pyro.explain.invariance import Invariance as Invariance
+    from armed_pyro.explain.probe_test import ProbeTest as ProbeTest, probe_test as probe_test
+    from armed_pyro.families.reconstruction import Reconstruction as Reconstruction
+    from armed_pyro.families.registry import FAMILIES as FAMILIES
+    from armed_pyro.fit_result import (
+        Fit as Fit,
+        compare_modes as compare_modes,
+        score_mode as score_mode,
+    )
+    from armed_pyro.fitting import DivergenceError as DivergenceError, fit as fit
+    from armed_pyro.guides.base import Guide as Guide
+    from armed_pyro.guides.structured import StructuredGuide as StructuredGuide
+    from armed_pyro.networks.adversary import Adversary as Adversary
+    from armed_pyro.prediction.adapt import Adapted as Adapted
+    from armed_pyro.prediction.result import Prediction as Prediction
+    from armed_pyro.prediction.scores import crps as crps
+    from armed_pyro.priors import (
+        Exponential as Exponential,
+        HalfNormal as HalfNormal,
+        HalfStudentT as HalfStudentT,
+        Known as Known,
+        Priors as Priors,
+    )
+    from armed_pyro.program.model import MixedEffects as MixedEffects
+    from armed_pyro.random_effects.terms import (
+        FilterScaleBias as FilterScaleBias,
+        RandomEffects as RandomEffects,
+        Slopes as Slopes,
+    )
+    from armed_pyro.streaming.streamed_data import StreamedData as StreamedData
+
+# Every public name and the module that defines it. The module is imported when the name is first
+# asked for, so that `import armed_pyro` and the command line's help do not wait for torch.
+_MODULES = {
+    "FAMILIES": "families.registry",
+    "Adapted": "prediction.adapt",
+    "Adversary": "networks.adversary",
+    "Attribution": "explain.attribution",
+    "Boundaries": "explain.boundaries",
+    "Check": "checks.inference_checks",
+    "ClusteredData": "data.clustered",
+    "DecodedEffects": "explain.decode",
+    "Diagnostics": "checks.diagnostics",
+    "DivergenceError": "fitting",
+    "Exponential": "priors",
+    "FilterScaleBias": "random_effects.terms",
+    "Fit": "fit_result",
+    "Guide": "guides.base",
+    "HalfNormal": "priors",
+    "HalfStudentT": "priors",
+    "Invariance": "explain.invariance",
+    "Known": "priors",
+    "MixedEffects": "program.model",
+    "Prediction": "prediction.result",
+    "Priors": "priors",
+    "ProbeTest": "explain.probe_test",
+    "RandomEffects": "random_effects.terms",
+    "Reconstruction": "families.reconstruction",
+    "Schedule": "engine.schedule",
+    "SimulationCalibration": "checks.calibration",
+    "Slopes": "random_effects.terms",
+    "StreamedData": "streaming.streamed_data",
+    "StructuredGuide": "guides.structured",
+    "compare_modes": "fit_result",
+    "crps": "prediction.scores",
+    "fit": "fitting",
+    "probe_test": "explain.probe_test",
+    "read_table": "data.files",
+    "score_mode": "fit_result",
+    "simulation_calibration": "checks.calibration",
+    "write_table": "data.files",
+}
+__all__ = list(_MODULES)
+
+
+if not TYPE_CHECKING:  # a type checker would take it for a promise that any name exists
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,4 +1,4 @@
-"""Words for messages: listings, counts, names that are not known."""
+"""Wording of messages: lists, counts, and names that do not exist."""
 
 from __future__ import annotations
 
@@ -8,9 +8,26 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["count_rows", "listing", "unknown"]
+
 
 def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
-    """The error for a name that is not among the known ones, with the nearest of them."""
+    """The error for a name that does not exist, with the nearest existing name.
+
+    Parameters
+    ----------
+    what : str
+        The kind of thing that is named, such as ``"column"``.
+    name : object
+        The name that does not exist.
+    known : iterable
+        The names that exist.
+
+    Examples
+    --------
+    >>> unknown("column", "agee", ["age", "sex"])
+    ValueError("There is no column 'agee'. Did you mean 'age'? There are: 'age', 'sex'.")
+    """
     options = list(known)
     nearest = difflib.get_close_matches(str(name), [str(option) for option in options], n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -18,7 +35,13 @@ def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
 
 
 def listing(items: Iterable[Any], most: int = 10) -> str:
-    """Items as text, ten at the most."""
+    """Items as text, at most `most` of them, followed by the number of the rest.
+
+    Examples
+    --------
+    >>> listing(["a", "b", "c"], most=2)
+    "'a', 'b' and 1 more"
+    """
     shown = [repr(item.item() if isinstance(item, np.generic) else item) for item in items]
     rest = f" and {len(shown) - most} more" if len(shown) > most else ""
     return ", ".join(shown[:most]) + rest if shown else "none"

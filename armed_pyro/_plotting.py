@@ -1,16 +1,18 @@
-"""The library's colours and plain axes."""
+"""Colours and settings of the library's plots."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-
+__all__ = ["ACCENT", "FAINT", "INK", "PLAIN", "tidy"]
 
 INK, ACCENT, FAINT = "#1f2933", "#2b6cb0", "#a0aec0"
+# Settings of matplotlib. Names in the data are shown as they are: "$x$" is no formula.
+PLAIN: Mapping[str, Any] = {"font.size": 9, "text.parse_math": False}
 
 
-def _clean(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """Remove the top and right spines, and mute the ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(color=FAINT, labelcolor=INK)

@@ -1,4 +1,4 @@
-"""Pyro modules that keep their parameters to themselves."""
+"""`LocalModule`: a Pyro module without global parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LocalModule"]
 
 
 class _SeenBySVI(Messenger):
-    """Gives local parameters the attribute by which `pyro.infer.SVI` finds them."""
+    """Gives module-local parameters the attribute by which `pyro.infer.SVI` recognises them."""
 
     def _pyro_post_param(self, msg: Any) -> None:
         parameter = msg["value"]
@@ -25,7 +25,16 @@ class LocalModule(PyroModule):
     """A PyroModule that never writes to Pyro's global parameter store.
 
     Two models in one process cannot overwrite each other's parameters, and a fitted model can be
-    copied, saved and dropped like any torch module.
+    copied, saved and deleted like any torch module.
+
+    Parameters
+    ----------
+    name : str
+        Pyro's name of the module.
+
+    Examples
+    --------
+    ``class Program(LocalModule): ...``
     """
 
     def __init__(self, name: str = "") -> None:
@@ -35,7 +44,7 @@ class LocalModule(PyroModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with pyro.settings.context(module_local_params=True), _SeenBySVI():
             result = super().__call__(*args, **kwargs)
-        # Pyro strips that attribute off global parameters (a stock guide's) meanwhile; reading
-        # them puts it back.
+        # Under this setting Pyro removes the attribute from global parameters, such as those of
+        # Pyro's own guides. Reading them from the store restores it.
         list(pyro.get_param_store().values())
         return result

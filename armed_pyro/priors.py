@@ -1,4 +1,4 @@
-"""Prior distributions of variance components, fixed effects and dispersions."""
+"""Priors of standard deviations, correlations and fixed effects."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class ScalePrior(ABC):
     Attributes
     ----------
     scale : float, mapping of str to float, or None
-        Scale of the density in the units of the data: of the outcome (of the linear predictor
-        for non-gaussian families), per unit of the feature for a random slope. A mapping gives it
-        by term; None, and terms left out, get a scale set from the data.
+        Scale of the density in units of the outcome (of the linear predictor for non-gaussian
+        families), for a random slope per unit of the feature. A mapping gives one scale per term.
+        With None, and for terms that the mapping leaves out, the scale is set from the data.
     """
 
     scale: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        given = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
-        for value in given:
+        scales = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
+        for value in scales:
             if value is not None and not value > 0:
                 raise ValueError(f"the scale of a prior must be positive, not {value}")
 
@@ -52,36 +52,36 @@ class ScalePrior(ABC):
         unit : Float[Tensor, "terms"]
             Internal units per unit of the data.
         default : Float[Tensor, "terms"] or float
-            Scales, in internal units, where none was given.
+            Scales in internal units for terms without a scale of their own.
 
         Raises
         ------
         ValueError
-            If a scale was given for a term that there is not.
+            If the mapping names a term that does not exist.
         """
         if isinstance(self.scale, Mapping):
             for name in self.scale:
                 if name not in terms:
                     raise unknown("random-effect term for the prior's scale", name, terms)
-        given = [
+        chosen = [
             self.scale.get(term) if isinstance(self.scale, Mapping) else self.scale
             for term in terms
         ]
         defaults = torch.as_tensor(default).expand(len(terms)).tolist()
         values = [
-            fallback if value is None else value * one
-            for value, one, fallback in zip(given, unit.tolist(), defaults, strict=True)
+            fallback if value is None else value * factor
+            for value, factor, fallback in zip(chosen, unit.tolist(), defaults, strict=True)
         ]
         return unit.new_tensor(values)
 
     def sample(self, name: str, scale: Tensor) -> Tensor:
-        """The latent site `name` with this prior, of the shape of `scale`."""
+        """Sample the latent site `name` from this prior, with the shape of `scale`."""
         prior = self.density(scale).to_event(scale.dim())
         return pyro.sample(name, prior)
 
     @abstractmethod
     def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
-        """The prior with these scales, one independent element a term."""
+        """The prior with these scales, one independent element per term."""
 
     @abstractmethod
     def describe(self, scale: float) -> str:
@@ -145,6 +145,11 @@ class Exponential(ScalePrior):
 class Known(ScalePrior):
     """sd = scale: a standard deviation that is known, not estimated.
 
+    Raises
+    ------
+    ValueError
+        If there is no scale, or, when the terms are known, none for one of them.
+
     Examples
     --------
     >>> Known(0.5).describe(0.5)
@@ -179,24 +184,30 @@ class Known(ScalePrior):
 
 @dataclass(frozen=True)
 class Priors:
-    """Priors of a program; every default is weakly informative and scaled to the data.
+    """Priors of a program; all defaults are weakly informative and scaled to the data.
 
     Attributes
     ----------
     sd : ScalePrior or mapping of str to ScalePrior
         Prior of the random effects' standard deviations, for all grouping factors or by factor.
-        Default HalfStudentT(3) with scale sd(outcome) for gaussian outcomes and 2.5 on the link
-        scale of the others, per standard deviation of the feature for slopes (after brms); for
-        slopes on a hidden layer, divided by the square root of its width. Where
-        a slope is correlated with the intercept, the prior of the intercept's sd refers to the
-        features' means, as brms' prior of the fixed intercept does.
+        The default, after brms, is a half-t with 3 degrees of freedom. Its scale is sd(outcome)
+        for gaussian outcomes and 2.5 on the link scale for others; for slopes, per standard
+        deviation of the feature, and for slopes on a hidden layer divided by the square root of
+        its width. If a slope is correlated with the intercept, the prior of the intercept's sd
+        refers to the features' means, like brms' prior of the fixed intercept.
     cor : float
-        Concentration eta of the LKJ prior of a factor's correlations, p(R) ~ det(R)^(eta - 1).
+        Concentration eta of the LKJ prior of a factor's correlation matrix,
+        p(R) ~ det(R)^(eta - 1).
     fixed_sd : float
         Standard deviation of the normal prior of latent fixed effects, in standard deviations of
         the outcome (absolute on the link scale) per standard deviation of the feature.
     residual_sd : ScalePrior
         Prior of the residual sd of gaussian outcomes; default as for `sd`.
+
+    Raises
+    ------
+    ValueError
+        If `cor` or `fixed_sd` is not positive.
 
     Examples
     --------
@@ -216,5 +227,5 @@ class Priors:
             raise ValueError(f"`fixed_sd` must be positive, not {self.fixed_sd}")
 
     def of(self, factor: str) -> ScalePrior:
-        """The prior of one grouping factor's standard deviations."""
+        """The prior of this grouping factor's standard deviations."""
         return self.sd if isinstance(self.sd, ScalePrior) else self.sd.get(factor, HalfStudentT())

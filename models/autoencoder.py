@@ -1,4 +1,4 @@
-"""The paper's autoencoder-classifier: images rebuilt and labelled, with random effects on both."""
+"""The ARMED paper's autoencoder-classifier, with random effects on image and label."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ WIDTHS = (16, 32, 64)
 
 
 class AutoencoderClassifier(nn.Module):
-    r"""f(x) = c(e(x)), and beside it the image rebuilt, g(x) = d(e(x)).
+    r"""f(x) = c(e(x)), and the reconstructed image g(x) = d(e(x)).
 
     The encoder e has 4x4 convolutions of stride 2, each with batch normalisation and PReLU, and a
-    linear layer to the latents. The decoder d mirrors it with transposed convolutions, each with
-    instance normalisation, whose filters cluster effects may scale and shift, and PReLU. The
-    classifier c has one hidden layer on the latents.
+    linear layer to the latents. The decoder d mirrors it with transposed convolutions, each
+    followed by instance normalisation and PReLU. Cluster effects may scale and shift the filters
+    after the normalisation. The classifier c has one hidden layer on the latents.
 
     Module paths: ``"encoder.conv1"``, ... for `Adversary` taps; ``"latents"`` for `Slopes`;
     ``"decoder.norm1"``, ... for `FilterScaleBias`; ``"decoder"`` for `Reconstruction`.
@@ -28,8 +28,7 @@ class AutoencoderClassifier(nn.Module):
     Parameters
     ----------
     image : sequence of int
-        Channels, height and width of x; height and width are multiples of 2 to the number of
-        convolutions.
+        Channels, height and width of x. Height and width are multiples of 2^L for L convolutions.
     n_outputs : int
         Width of f(x): 1, or the number of classes.
     widths : sequence of int
@@ -106,7 +105,7 @@ class AutoencoderClassifier(nn.Module):
             channels = filters
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x); the image rebuilt is the output of the module ``"decoder"``."""
+        """f(x); the reconstructed image is the output of the module ``"decoder"``."""
         z = self.latents(self.encoder(x))
         self.decoder(z)
         return self.classifier(z)
@@ -124,14 +123,14 @@ def autoencoder_program(
     adversary_weight: float = 1.0,
     fixed_weight: float = 0.0,
 ) -> MixedEffects:
-    r"""The paper's program: image and label, random effects on the decoder and on the classifier.
+    r"""The paper's program: image and label, with random effects on decoder and classifier.
 
     .. math::
         \eta_i &= c(z_i) + u_{0k} + z_i^\top u_k, \quad z_i = e(x_i), \; k = g(i) \\
         x_i &\sim N(d_k(z_i), sd^2)
 
-    with every filter of the decoder scaled and shifted by cluster, :math:`(1 + a_{kc}) h_c +
-    b_{kc}`, after instance normalisation, and the adversary on the encoder's activations. Without
+    Cluster k scales and shifts every filter of the decoder after its instance normalisation, to
+    :math:`(1 + a_{kc}) h_c + b_{kc}`. The adversary taps the encoder's activations. Without
     effects, d and c are the fixed-effects decoder and classifier.
 
     Parameters
@@ -139,13 +138,13 @@ def autoencoder_program(
     factor : str
         Grouping factor, such as ``"batch"``.
     image, n_outputs, widths, latents, units
-        Of the network: see `AutoencoderClassifier`.
+        Sizes of the network; see `AutoencoderClassifier`.
     image_weight : float, optional
-        Weight of the image's likelihood; by default 1 over the number of an image's values.
+        Weight of the image's likelihood; by default 1 over the number of values of an image.
     adversary_weight : float
-        lambda_A; 0 leaves the adversary out.
+        lambda_A; 0 removes the adversary.
     fixed_weight : float
-        lambda_F. Above 0, the network runs twice a step, with the effects on filters and without.
+        lambda_F. Above 0, the network runs twice per step, with and without effects on filters.
 
     Examples
     --------
@@ -157,7 +156,7 @@ def autoencoder_program(
     values = image[0] * image[1] * image[2]
     taps = [f"encoder.{name}" for name, _ in net.encoder.named_children()]
     norms = [f"decoder.{name}" for name, _ in net.decoder.named_children() if "norm" in name]
-    game = Adversary(factor, taps, weight=adversary_weight)
+    adversary = Adversary(factor, taps, weight=adversary_weight)
     return MixedEffects(
         net,
         [
@@ -166,7 +165,7 @@ def autoencoder_program(
             *(FilterScaleBias(factor, at=path) for path in norms),
         ],
         "bernoulli" if n_outputs == 1 else "categorical",
-        game if adversary_weight else (),
+        adversary if adversary_weight else (),
         fixed_weight=fixed_weight,
         others=Reconstruction("decoder", weight=image_weight or 1 / values),
     )

@@ -1,4 +1,4 @@
-"""Convolutional classifiers: the paper's network, at any size, and its whole program."""
+"""Convolutional classifiers: the ARMED paper's network, at any size, and its program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from armed_pyro import Adversary, MixedEffects, Slopes
 
 __all__ = ["block_paths", "convolutional", "convolutional_program"]
 
-# The paper's seven blocks; `width` and `depth` shrink or deepen them.
+# Filters of the paper's seven blocks.
 WIDTHS = (32, 64, 128, 256, 256, 512, 512)
 
 
@@ -24,9 +24,9 @@ def convolutional(
 ) -> nn.Sequential:
     r"""f(x) = W h + b with h = PReLU(V flatten(B_L ... B_1(x)) + c).
 
-    Each block B is a 3x3 convolution, batch normalisation, PReLU and 2x2 max pooling (for as long
-    as there are two pixels to pool); every second block ends in dropout. The blocks are the
-    modules ``"block1"``, ``"block2"``, ...: paths for `Adversary` taps. The penultimate layer is
+    Each block B is a 3x3 convolution, batch normalisation, PReLU and 2x2 max pooling; an axis of
+    one pixel is not pooled. Every second block ends in dropout. The blocks are the modules
+    ``"block1"``, ``"block2"``, ..., paths for `Adversary` taps. The penultimate layer is
     ``"hidden"``, a path for `Slopes`.
 
     Parameters
@@ -36,11 +36,11 @@ def convolutional(
     n_outputs : int
         Width of f(x): 1, or the number of classes.
     widths : sequence of int
-        Filters of every block; their number is the network's depth.
+        Number of filters of each block; the network has one block per entry.
     units : int
         Width of the dense layer.
     dropout : float
-        Probability with which a value is dropped in every second block.
+        Dropout probability in every second block.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def convolutional(
 
 
 def block_paths(net: nn.Module) -> tuple[str, ...]:
-    """Module paths of a convolutional network's blocks, for an adversary to tap.
+    """Module paths of a convolutional network's blocks: taps for an adversary.
 
     Examples
     --------
@@ -107,20 +107,20 @@ def convolutional_program(
     adversary_weight: float = 1.0,
     fixed_weight: float = 1.0,
 ) -> MixedEffects:
-    r"""The paper's program: random slopes on the penultimate layer, intercept, adversary.
+    r"""The paper's program: random intercept, random slopes on the penultimate layer, adversary.
 
     .. math:: \eta_i = f(x_i) + u_{0k} + h(x_i)^\top u_k, \quad k = g(i)
 
-    with the adversary reading every block's feature maps, averaged over space.
+    The adversary taps every block's feature maps, averaged over space.
 
     Parameters
     ----------
     factor : str
         Grouping factor, such as ``"site"``.
     image, n_outputs, widths, units, dropout
-        Of the network: see `convolutional`.
+        Sizes of the network; see `convolutional`.
     adversary_weight, fixed_weight : float
-        lambda_A (0 leaves the adversary out) and lambda_F.
+        lambda_A and lambda_F; lambda_A = 0 removes the adversary.
 
     Examples
     --------
@@ -129,11 +129,11 @@ def convolutional_program(
     ['(1 | site)', "Slopes('site', on='hidden')"]
     """
     net = convolutional(image, n_outputs, widths=widths, units=units, dropout=dropout)
-    game = Adversary(factor, block_paths(net), weight=adversary_weight)
+    adversary = Adversary(factor, block_paths(net), weight=adversary_weight)
     return MixedEffects(
         net,
         [f"(1 | {factor})", Slopes(factor, on="hidden")],
         "bernoulli" if n_outputs == 1 else "categorical",
-        game if adversary_weight else (),
+        adversary if adversary_weight else (),
         fixed_weight=fixed_weight,
     )

@@ -1,4 +1,4 @@
-"""Linear fixed effects: the network of a classical mixed model."""
+"""Linear fixed effects, the network of a classical mixed model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["linear"]
 def linear(n_features: int, n_outputs: int = 1) -> nn.Linear:
     r"""f(x) = W x + b in double precision, starting at zero.
 
-    With ``MixedEffects(..., bayesian_head=True)`` the coefficients W and b become latent and the
+    With ``MixedEffects(..., bayesian_head=True)`` the coefficients W and b are latent, and the
     program is a linear mixed model.
 
     Parameters
     ----------
     n_features : int
-        Width of x; 0 leaves the intercept alone.
+        Width of x; with 0 only the intercept remains.
     n_outputs : int
         Width of f(x): 1, or the number of classes.
 
@@ -29,7 +29,7 @@ def linear(n_features: int, n_outputs: int = 1) -> nn.Linear:
     Linear(in_features=3, out_features=1, bias=True)
     """
     with warnings.catch_warnings():
-        # Torch warns that there is nothing to initialise where there are no features.
+        # Without features, torch warns that there is nothing to initialise.
         warnings.simplefilter("ignore")
         net = nn.Linear(n_features, n_outputs, dtype=torch.float64)
     for parameter in net.parameters():

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.prediction.adapt import joined
 from armed_pyro.prediction.new_clusters import condition
 
@@ -45,7 +45,7 @@ def weights_of(result, support, draws, seed=0, update=False):
         for f in result.model.factors
     }
     quality = {"efficiency": 1.0}
-    total = condition(result, support, latents, effects, new, seed, update, quality)
+    total = condition(result.posterior, support, latents, effects, new, seed, update, quality)
     return latents, total, effects, quality
 
 
@@ -57,7 +57,7 @@ def of_cluster(data, cluster, n=None):
 def by_hand(result, rows, latents, draw):
     """Mean and covariance of u, and log p(y), of one cluster of a gaussian program."""
     model, facts = result.model, result.model.data_facts()
-    x = facts.standardise(rows.features).numpy()
+    x = facts.scaling.standardise(rows.features).numpy()
     z = np.column_stack([np.ones(len(x)), x])
     y = (rows.outcome.numpy() - facts.center[0]) / facts.spread
     residual = y - z @ latents["fixed_effect"][draw, 0].numpy()
@@ -154,7 +154,7 @@ def test_a_refit_with_the_rows_agrees(gaussian):
     result, unseen = gaussian
     few = np.flatnonzero(np.arange(unseen.n_rows) % 12 < 6)
     support, rest = unseen.take(few), unseen.take(np.setdiff1d(np.arange(unseen.n_rows), few))
-    both = joined(result, result.data, support)
+    both = joined(result.posterior, result.data, support)
     settings = {"schedule": Schedule(steps=400), "refine": False, "progress": False}
     again, converged = (fit(_plan(), data, **settings) for data in (both, result.data))
     adapted = converged.adapt(support, draws=1000)
@@ -177,7 +177,7 @@ def test_seen_clusters_are_updated_by_their_old_and_new_rows():
     extra = of_cluster(more, 3)
     adapted = result.adapt(extra, draws=400, update_seen=True)
     assert adapted.quality["reweighted"] == 1.0
-    both = joined(result, of_cluster(result.data, 3), extra)
+    both = joined(result.posterior, of_cluster(result.data, 3), extra)
     place = result.model.facts.levels["site"].get_loc(3)
     drawn = adapted.latents["site_effect"][:, place].numpy()
     white = []
@@ -217,7 +217,7 @@ def test_new_clusters_of_two_factors_are_known_jointly():
     latents, total, effects, _ = weights_of(result, unseen, draws)
     facts = result.model.data_facts()
     school, district = (unseen.grouping(name).labels() for name in ("school", "district"))
-    x = facts.standardise(unseen.features).numpy()[:, 0]
+    x = facts.scaling.standardise(unseen.features).numpy()[:, 0]
     y = (unseen.outcome.numpy() - facts.center[0]) / facts.spread
     for s in range(draws):
         beta = latents["fixed_effect"][s, 0].numpy()
@@ -270,7 +270,7 @@ def test_weights_and_offsets_of_the_support_count():
     seen, unseen = data.hold_out_clusters("site", labels=[10, 11])
     model = MixedEffects(nn.Linear(1, 1).double(), "(1 | site)", "poisson", bayesian_head=True)
     result = fit(model, seen, schedule=SHORT, refine=False, progress=False)
-    twice = joined(result, unseen, unseen)
+    twice = joined(result.posterior, unseen, unseen)
     heavy = replace(unseen, weights=2 * unseen.weights)
     none = replace(twice, weights=torch.cat([unseen.weights, 0 * unseen.weights]))
     tables = [result.adapt(one, draws=500).table() for one in (twice, heavy, unseen, none)]

@@ -4,15 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from armed_pyro.analysis.adnimerge import (
+from armed_pyro.analysis.applications.mci_subjects import (
     CATEGORIES,
     NUMBERS,
+    TRUE_FEATURES,
     encoder,
     filled_diagnoses,
     read_adnimerge,
+    simulated_subjects,
     subject_folds,
 )
-from armed_pyro.analysis.mcisimulation import TRUE_FEATURES, subjects
 
 # By subject: the baseline's DX_bl, and the diagnoses at each month; what it is to become of it.
 VISITS = {
@@ -106,7 +107,7 @@ def test_what_is_wrong_with_a_file_is_said(file, tmp_path):
 
 
 def test_simulated_subjects_have_37_features_and_the_sites_they_should():
-    table, _ = subjects(seed=3)
+    table, _ = simulated_subjects(seed=3)
     assert table["large"].sum() == 392
     assert table.groupby("large")["SITE"].nunique().tolist() == [34, 20]
     fold = next(subject_folds(table, 5, 0))
@@ -122,7 +123,7 @@ def test_simulated_subjects_have_37_features_and_the_sites_they_should():
 
 
 def test_every_subject_of_a_training_site_is_tested_once():
-    table, _ = subjects(seed=4)
+    table, _ = simulated_subjects(seed=4)
     folds = list(subject_folds(table, 4, 0))
     tested = np.concatenate([fold.test.row_labels for fold in folds])
     assert sorted(tested) == sorted(table.index[table["large"]])
@@ -132,7 +133,7 @@ def test_every_subject_of_a_training_site_is_tested_once():
 
 
 def test_missing_values_are_imputed_from_training_rows_alone():
-    table, _ = subjects(seed=5)
+    table, _ = simulated_subjects(seed=5)
     fold = next(subject_folds(table, 5, 0))
     median = table.loc[fold.train.row_labels, "FDG"].median()
     for rows in (fold.train, fold.test, fold.unseen):
@@ -145,7 +146,7 @@ def test_missing_values_are_imputed_from_training_rows_alone():
 
 
 def test_rare_and_new_categories_are_no_errors():
-    table, _ = subjects(seed=6)
+    table, _ = simulated_subjects(seed=6)
     table.loc[table.index[-1], "PTRACCAT"] = "Hawaiian/Other PI"
     fitted = encoder(table).fit(table.iloc[:300])
     with pytest.warns(UserWarning, match="unknown categories"):
@@ -157,7 +158,7 @@ def test_rare_and_new_categories_are_no_errors():
 def test_simulated_effects_are_those_of_a_logistic_regression():
     from statsmodels.discrete.discrete_model import Logit
 
-    table, truth = subjects(40_000, 68, site_sd=0.0, seed=7)
+    table, truth = simulated_subjects(40_000, 68, site_sd=0.0, seed=7)
     names = list(NUMBERS)
     complete = table[names].fillna(table[names].mean())
     z = ((complete - complete.mean()) / complete.std()).assign(one=1.0)
@@ -168,11 +169,11 @@ def test_simulated_effects_are_those_of_a_logistic_regression():
 
 
 def test_probes_tell_the_sites_rate_and_mislead_at_other_sites():
-    table, truth = subjects(seed=8, probes=2)
+    table, truth = simulated_subjects(seed=8, probes=2)
     means = table.groupby("SITE")["probe1"].mean()
     rate = 1 / (1 + np.exp(-truth.intercept))
     assert np.corrcoef(means[:20], rate[:20])[0, 1] > 0.9
     assert abs(np.corrcoef(means[20:], rate[20:])[0, 1]) < 0.5
     assert table["probe2"].corr(table["probe1"]) < 0.95
     with pytest.raises(ValueError, match="at least 100 and 68 subjects"):
-        subjects(50, 300)
+        simulated_subjects(50, 300)

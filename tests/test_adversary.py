@@ -106,8 +106,8 @@ def test_in_the_objective_the_game_is_added_with_the_networks_gradient_reversed(
         losses[progress] = Objective(model, guide)(rows, progress)
         gradients[progress] = net_gradient(model, losses[progress].total)
     played, _, _ = play(model, rows)
-    torch.testing.assert_close(losses[1.0].game, played.cross_entropy)
-    torch.testing.assert_close(losses[1.0].total, losses[1.0].game - losses[1.0].elbo)
+    torch.testing.assert_close(losses[1.0].adversarial, played.cross_entropy)
+    torch.testing.assert_close(losses[1.0].total, losses[1.0].adversarial - losses[1.0].elbo)
     assert losses[1.0].accuracy.tolist() == [played.accuracy.item()]
     minus = net_gradient(model, played.cross_entropy)
     for progress, strength in [(0.25, 1.5), (0.5, 3.0), (1.0, 3.0)]:
@@ -147,7 +147,7 @@ def test_several_adversaries_on_several_factors():
     assert all(p.dtype == torch.float64 for p in batch.parameters())
     loss = Objective(model, StructuredGuide(model, source))(source.all())
     both = [play(model, source.all(), game=game)[0] for game in (0, 1)]
-    torch.testing.assert_close(loss.game, both[0].cross_entropy + both[1].cross_entropy)
+    torch.testing.assert_close(loss.adversarial, both[0].cross_entropy + both[1].cross_entropy)
     assert loss.accuracy.tolist() == [one.accuracy.item() for one in both]
 
 
@@ -159,7 +159,7 @@ def test_the_game_in_a_mini_batch_uses_the_rows_own_clusters(dense_up_to):
     loss = Objective(model, StructuredGuide(model, source))(rows)
     logits = model.adversaries[0].classifier(model.net[:4](rows.x))
     expected = cross_entropy(logits, source.codes["batch"][index])
-    torch.testing.assert_close(loss.game, expected.detach())
+    torch.testing.assert_close(loss.adversarial, expected.detach())
 
 
 def test_feature_maps_are_pooled():
@@ -178,7 +178,7 @@ def test_feature_maps_are_pooled():
     loss = Objective(model, StructuredGuide(model, source))(rows)
     logits = game.classifier(model.net.maps(rows.x).mean((2, 3)))
     expected = cross_entropy(logits, rows.memberships["site"].position)
-    torch.testing.assert_close(loss.game, expected.detach())
+    torch.testing.assert_close(loss.adversarial, expected.detach())
 
 
 def test_training_makes_clusters_unreadable():

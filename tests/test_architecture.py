@@ -1,18 +1,12 @@
-"""The house rules: import direction, file length, public names, and what a wheel installs."""
+"""The house rules: floors, import direction, lengths, and no patch of another package."""
 
 import ast
 import importlib
 import importlib.util
-import inspect
-import re
-import shutil
 import subprocess
 import sys
-import zipfile
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FunctionType
 
 import pytest
 
@@ -23,7 +17,7 @@ PACKAGES = {"armed_pyro": LIBRARY, "armed_pyro.models": MODELS, "armed_pyro.anal
 PICKLES = {"pickle", "cloudpickle", "dill", "shelve"}
 TO_ANALYSIS = {"armed_pyro.analysis", "analysis"}
 TO_MODELS = {"armed_pyro.models", "models"}
-LONGEST = 500
+LONGEST, LONGEST_FUNCTION = 500, 60
 
 
 # ---------------------------------------------------------------------------- import direction
@@ -101,7 +95,7 @@ def test_imports_go_from_analysis_to_models_to_library():
         ("models/x.py", "from armed_pyro import MixedEffects", False),
         ("models/x.py", "from .dense import dense", False),
         ("models/x.py", "from ..analysis import fertility", True),
-        ("models/x.py", "from armed_pyro.analysis import fertility", True),
+        ("models/x.py", "from armed_pyro.analysis.applications import fertility", True),
         ("analysis/x.py", "from armed_pyro.models.dense import dense", False),
         ("analysis/x.py", "import arviz as az", False),
         ("analysis/x.py", "from models.dense import dense", True),
@@ -119,12 +113,12 @@ def test_forbidden_imports_are_seen(folder, statement, caught):
         ("armed_pyro/x.py", "from armed_pyro.models import dense", True),
         ("armed_pyro/x.py", "from armed_pyro import models", True),
         ("armed_pyro/x.py", "import models", True),
-        ("armed_pyro/x.py", "from armed_pyro.analysis import fertility", True),
+        ("armed_pyro/x.py", "from armed_pyro.analysis.applications import fertility", True),
         ("armed_pyro/x.py", "import pickle", True),
         ("armed_pyro/x.py", "import arviz as az", True),
         ("armed_pyro/x.py", "from armed_pyro.terms import Slopes", False),
         ("armed_pyro/summaries/datatree.py", "import arviz as az", False),
-        ("models/x.py", "from armed_pyro.analysis import fertility", True),
+        ("models/x.py", "from armed_pyro.analysis.applications import fertility", True),
         ("models/x.py", "import arviz as az", True),
         ("models/x.py", "from armed_pyro.models import dense", False),
         ("analysis/x.py", "from armed_pyro.models import dense", False),
@@ -145,17 +139,347 @@ def test_lint_catches_forbidden_imports(path, statement, caught):
     assert ("TID251" in done.stdout) is caught
 
 
-def test_importing_the_library_imports_neither_arviz_nor_matplotlib():
-    code = (
-        "import sys, armed_pyro\n"
-        "heavy = {'arviz', 'arviz_base', 'arviz_stats', 'arviz_plots', 'matplotlib'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
+# ------------------------------------------------------------------------------------- floors
+
+# Packages and files of the library, lowest floor first: none imports a higher floor.
+FLOORS: list[set[str]] = [
+    {"_memory", "_messages", "_optional", "_plotting", "_pyro_module", "distributions", "rows"},
+    {"data", "engine", "networks", "priors"},
+    {"families", "random_effects", "streaming"},
+    {"program"},
+    {"guides"},
+    {"inference"},
+    {"explain", "prediction", "report", "summaries"},
+    {"checks", "storage"},
+    {"fit_result", "fitting"},
+    {"cli"},
+]
+
+
+def library_modules() -> dict[str, Path]:
+    """Every module of the library by its full name; a package's is that of its __init__.py."""
+    found = {}
+    for path in LIBRARY.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """The library's modules that each imports, under TYPE_CHECKING and in functions too."""
+    files = library_modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        if module == "armed_pyro":  # the face names all, and imports when a name is asked for
+            continue
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = {name for _, name in imported_names(path.read_text("utf-8"), package)}
+        # `from package import module` and `from module import name`.
+        targets = {name if name in files else name.rpartition(".")[0] for name in names}
+        graph[module] = (targets & files.keys()) - {module, "armed_pyro"}
+    return graph
+
+
+def floor_of(module: str) -> int:
+    """Floor of a module's package, from 1."""
+    room = module.split(".")[1]
+    return next(number for number, floor in enumerate(FLOORS, 1) if room in floor)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Circles of imports: what is left when modules without imports are taken away again."""
+    left = {module: set(targets) for module, targets in graph.items()}
+    while free := [module for module, targets in left.items() if not targets & left.keys()]:
+        for module in free:
+            del left[module]
+    return [sorted(left)] if left else []
+
+
+def test_every_package_has_a_floor_and_there_are_at_most_eleven():
+    rooms = {module.split(".")[1] for module in library_modules() if "." in module}
+    assert rooms == set().union(*FLOORS)
+    assert len(FLOORS) <= 11
+
+
+def test_no_import_goes_up():
+    upward = [
+        f"{module} -> {target}"
+        for module, targets in import_graph().items()
+        for target in targets
+        if floor_of(target) > floor_of(module)
+    ]
+    assert upward == []
+
+
+def test_there_is_no_circle_of_files():
+    assert circles(import_graph()) == []
+
+
+def test_circles_are_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": set()}) == []
+
+
+# -------------------------------------------------------------------------- length and patches
+
+
+def body_length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return lines
+    return lines - ((function.body[0].end_lineno or 0) - function.body[0].lineno + 1)
+
+
+def test_no_function_is_too_long():
+    long = {
+        f"{path.relative_to(ROOT)}:{node.name}": body_length(node)
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in long.items() if lines > LONGEST_FUNCTION} == {}
+
+
+# Places of the standard library that are there to be assigned to.
+HOOKS = ("os.environ[", "sys.modules[", "warnings.showwarning")
+
+
+def foreign_patches(source: str) -> list[str]:
+    """Assignments into modules and classes of other packages, and uses of mock."""
+    tree, foreign = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, alias.asname) for alias in node.names]
+            foreign |= {(short or name).split(".")[0] for name, short in names}
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("armed_pyro"):
+            foreign |= {alias.asname or alias.name for alias in node.names}
+
+    def root(node: ast.expr) -> str:
+        while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+            node = node.func if isinstance(node, ast.Call) else node.value
+        return node.id if isinstance(node, ast.Name) else ""
+
+    found = []
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = list(node.targets)
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"setattr", "delattr"}:
+            found += [ast.unparse(node)] if root(node.args[0]) in foreign else []
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".setattr"):
+            found += [ast.unparse(node)] if patched_elsewhere(node, foreign, root) else []
+        found += [
+            ast.unparse(node)
+            for target in targets
+            if isinstance(target, ast.Attribute | ast.Subscript)
+            and root(target) in foreign
+            and not ast.unparse(target).startswith(HOOKS)
+        ]
+    return found + [name for name in foreign if name in {"mock", "patch", "MagicMock"}]
+
+
+def patched_elsewhere(call: ast.Call, foreign: set[str], root: Callable[[ast.expr], str]) -> bool:
+    """Whether monkeypatch.setattr is told of something outside this project."""
+    target = call.args[0]
+    if isinstance(target, ast.Constant):
+        return not str(target.value).startswith("armed_pyro.")
+    return root(target) in foreign
+
+
+def test_nothing_of_other_packages_is_patched():
+    files = [*modules(), *(ROOT / "tests").glob("*.py")]
+    patches = {
+        str(path.relative_to(ROOT)): found
+        for path in files
+        if (found := foreign_patches(path.read_text("utf-8")))
+    }
+    assert patches == {}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import torch\ntorch.add = None",
+        "import torch._inductor.config as config\nconfig.x['a'] = 1",
+        "from pyro import poutine\nsetattr(poutine, 'block', None)",
+        "from unittest import mock",
+        "import arviz\nmonkeypatch.setattr(arviz, 'loo', None)",
+        "monkeypatch.setattr('torch.add', None)",
+        "import torch\ndel torch.nn.Linear.forward",
+    ],
+)
+def test_patches_are_seen(statement):
+    assert foreign_patches(statement)
+
+
+def test_nothing_writes_into_a_frozen_object():
+    """No assignment through vars() or __dict__, and no object.__setattr__."""
+    wrong = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            written = [ast.unparse(one) for one in targets if isinstance(one, ast.Subscript)]
+            wrong += [text for text in written if text.startswith("vars(") or "__dict__" in text]
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "object.__setattr__":
+                wrong.append(f"{path.name}: {ast.unparse(node)}")
+    assert wrong == []
+
+
+# ------------------------------------------------------------------- analyses: the public face
+
+# Modules of the library that an analysis may import beside the names of `armed_pyro.__all__`.
+FACE = (
+    "armed_pyro.models",
+    "armed_pyro.data.simulate",
+    "armed_pyro.families.simulate",
+    "armed_pyro.analysis",
+)
+# Parts of analysis/ in import order: each imports itself and the parts before it.
+ANALYSES = ("figures", "rivals", "applications", "compare", "validation", "benchmarks")
+
+
+def past_the_face(source: str, package: str) -> list[str]:
+    """Imports of the library that are not public."""
+    public = {f"armed_pyro.{name}" for name in importlib.import_module("armed_pyro").__all__}
+    return [
+        f"line {line}: {name}"
+        for line, name in imported_names(source, package)
+        if name.partition(".")[0] == "armed_pyro"
+        and name not in public
+        and not any(name == face or name.startswith(f"{face}.") for face in FACE)
+    ]
+
+
+def analyses() -> dict[str, Path]:
+    """Files of analysis/ by their module's name, packages left out."""
+    return {
+        ".".join(path.relative_to(ANALYSIS).with_suffix("").parts): path
+        for path in sorted(ANALYSIS.rglob("*.py"))
+        if path.name != "__init__.py"
+    }
+
+
+def package_of(module: str) -> str:
+    return ".".join(["armed_pyro.analysis", *module.split(".")[:-1]])
+
+
+def test_analyses_import_the_public_face_alone():
+    wrong = {
+        module: past_the_face(path.read_text("utf-8"), package_of(module))
+        for module, path in analyses().items()
+        if not module.startswith("benchmarks.")  # these time parts of the library
+    }
+    assert {module: names for module, names in wrong.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("statement", "caught"),
+    [
+        ("from armed_pyro import Fit, fit", False),
+        ("from armed_pyro.models.dense import dense", False),
+        ("from armed_pyro.data.simulate import spirals", False),
+        ("from armed_pyro.analysis import figures", False),
+        ("import pandas", False),
+        ("from armed_pyro import taps", True),
+        ("from armed_pyro.data.clustered import ClusteredData", True),
+        ("import armed_pyro.rows", True),
+        ("def f():\n    from armed_pyro.engine.schedule import Plateau", True),
+    ],
+)
+def test_imports_past_the_public_face_are_seen(statement, caught):
+    assert bool(past_the_face(statement, "armed_pyro.analysis.rivals")) is caught
+
+
+def test_parts_of_the_analyses_import_in_one_order():
+    wrong = []
+    for module, path in analyses().items():
+        floor = ANALYSES.index(module.partition(".")[0])
+        for _, name in imported_names(path.read_text("utf-8"), package_of(module)):
+            part = name.removeprefix("armed_pyro.analysis.").partition(".")[0]
+            if name.startswith("armed_pyro.analysis.") and ANALYSES.index(part) > floor:
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+COMMANDS = [name for name, path in analyses().items() if "__main__" in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_analysis_explains_itself(module, capsys):
+    pytest.importorskip("statsmodels")
+    main = importlib.import_module(f"armed_pyro.analysis.{module}").main
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "--smoke" in capsys.readouterr().out or module == "benchmarks.benchmark"
+
+
+# ------------------------------------------------------------------------- cheap imports
+
+HELP = (
+    "sys.argv = ['armed-pyro', '--help']; "
+    "from armed_pyro.cli import app; app(standalone_mode=False)"
+)
+COMPILER = {"torch._dynamo", "torch._inductor", "triton", "sympy"}
+SLOW = {
+    "arviz",
+    "arviz_base",
+    "arviz_plots",
+    "arviz_stats",
+    "captum",
+    "formulaic",
+    "jinja2",
+    "joblib",
+    "matplotlib",
+    "scipy.optimize",
+    "scipy.sparse",
+    "scipy.stats",
+    "sklearn",
+    "statsmodels",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "not_loaded"),
+    [
+        ("import armed_pyro", {"torch", "pyro", "numpy", "pandas"} | COMPILER | SLOW),
+        (HELP, {"torch", "pyro", "numpy", "pandas"} | COMPILER | SLOW),
+        ("import torch, pyro; from armed_pyro import *", COMPILER | SLOW),
+    ],
+    ids=["import", "help", "every name"],
+)
+def test_slow_packages_are_imported_when_they_are_used(code, not_loaded):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", f"import sys; {code}; print(*sys.modules, file=sys.stderr)"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    loaded = set(done.stderr.split())
+    assert "armed_pyro" in loaded
+    assert sorted(loaded & not_loaded) == []
+
+
+def test_public_names_are_those_that_a_type_checker_sees():
+    source = ast.parse((LIBRARY / "__init__.py").read_text("utf-8"))
+    seen = {
+        alias.asname: statement.module
+        for node in source.body
+        if isinstance(node, ast.If)
+        for statement in node.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    library = importlib.import_module("armed_pyro")
+    assert seen == {name: f"armed_pyro.{home}" for name, home in library._MODULES.items()}
+    assert set(library.__all__) <= set(dir(library))
+    with pytest.raises(ImportError, match="cannot import name 'Fitt'"):
+        exec("from armed_pyro import Fitt")
 
 
 # -------------------------------------------------------------------------------- file length
@@ -166,115 +490,3 @@ def test_no_file_is_too_long():
         str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in modules()
     }
     assert {path: lines for path, lines in lengths.items() if lines > LONGEST} == {}
-
-
-# ------------------------------------------------------------------------------- public names
-
-
-def public_names() -> dict[str, object]:
-    library = importlib.import_module("armed_pyro")
-    return {name: getattr(library, name) for name in library.__all__}
-
-
-def test_all_is_sorted_and_importable():
-    library = importlib.import_module("armed_pyro")
-
-    def rank(name: str) -> tuple[int, str]:  # the order of ruff's RUF022
-        constant = len(name) > 1 and name.isupper()
-        return 0 if constant else 1 if name[0].isupper() else 2, name
-
-    assert len(set(library.__all__)) == len(library.__all__) > 0
-    assert list(library.__all__) == sorted(library.__all__, key=rank)
-    assert [name for name in library.__all__ if not hasattr(library, name)] == []
-
-
-def test_public_names_have_docstrings():
-    missing = []
-    for name, value in public_names().items():
-        if not (inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)):
-            continue  # a constant
-        doc = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
-        if not doc or not doc.strip() or doc.startswith(f"{name}("):  # a dataclass's own
-            missing.append(name)
-        members = vars(value) if inspect.isclass(value) else {}
-        missing += [
-            f"{name}.{member}"
-            for member, found in members.items()
-            if isinstance(found, FunctionType | property | classmethod | staticmethod)
-            and not member.startswith("_")
-            and not inspect.getdoc(getattr(value, member))  # its own, or the abstract class's
-        ]
-    assert missing == []
-
-
-def examples_in(docstring: str) -> str:
-    """Return the doctest lines and the Examples section of a numpydoc docstring."""
-    lines = [line.strip() for line in inspect.cleandoc(docstring).splitlines()]
-    kept, inside = [], False
-    for line, following in pairwise([*lines, ""]):
-        if re.fullmatch(r"-{3,}", following):  # `line` is a section's heading
-            inside = line in {"Example", "Examples"}
-        elif inside or line.startswith((">>> ", "... ")):
-            kept.append(line)
-    return "\n".join(kept)
-
-
-def test_examples_are_read_from_docstrings():
-    doc = "Fit.\n\nExamples\n--------\nfit(model)\n\nSee Also\n--------\npredict\n"
-    assert "fit(model)" in examples_in(doc)
-    assert "predict" not in examples_in(doc)
-    assert examples_in("Fit.\n\n>>> fit(m)\n") == ">>> fit(m)"
-
-
-def test_public_names_are_shown_in_use():
-    shown = [path.read_text("utf-8") for path in ANALYSIS.rglob("*.py")]
-    if (ROOT / "README.md").exists():
-        shown.append((ROOT / "README.md").read_text("utf-8"))
-    for path in LIBRARY.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                shown.append(examples_in(ast.get_docstring(node) or ""))
-    words = set(re.findall(r"\w+", "\n".join(shown)))
-    unused = [name for name in public_names() if name not in words and not name.startswith("__")]
-    assert unused == [], "show each in README.md, a docstring's example or a script in analysis/"
-
-
-# -------------------------------------------------------------------------------------- wheel
-
-
-def test_wheel_installs_nothing_but_armed_pyro(tmp_path):
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ["pyproject.toml", "README.md", "LICENSE"]:
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tree)
-    for folder in [LIBRARY, MODELS, ANALYSIS]:
-        shutil.copytree(
-            folder, tree / folder.name, ignore=shutil.ignore_patterns("__pycache__", ".*")
-        )
-    # sdist first, then the wheel from the unpacked sdist: the longest way to a user
-    build = "from setuptools import build_meta; print(build_meta.build_{}({!r}))"
-
-    def run(kind: str, folder: Path) -> Path:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", build.format(kind, str(tmp_path))],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return tmp_path / done.stdout.splitlines()[-1]
-
-    sdist = run("sdist", tree)
-    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    files = zipfile.ZipFile(run("wheel", unpacked)).namelist()
-
-    top = {name.partition("/")[0] for name in files}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"armed_pyro"}
-    assert {"armed_pyro/py.typed", "armed_pyro/models/__init__.py"} <= set(files)
-    expected = {f"armed_pyro/{path.relative_to(LIBRARY)}" for path in LIBRARY.rglob("*.py")}
-    for folder in [MODELS, ANALYSIS]:
-        expected |= {f"armed_pyro/{path.relative_to(ROOT)}" for path in folder.rglob("*.py")}
-    assert {name for name in files if name.endswith(".py")} == expected

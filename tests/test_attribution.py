@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, FilterScaleBias, Fit, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.data.simulate import mixed_model
 from armed_pyro.explain.attribution import attribution
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 from armed_pyro.rows.batch import Membership, Rows
@@ -251,7 +251,7 @@ def test_a_saved_fit_has_the_same_attributions(straight, tmp_path):
 )
 def test_bad_arguments_are_refused(bent, arguments, message):
     with pytest.raises(ValueError, match=message):
-        attribution(bent, **arguments)
+        attribution(bent.posterior, **arguments)
 
 
 def test_bad_tables_are_refused(bent):
@@ -265,7 +265,7 @@ def test_bad_tables_are_refused(bent):
 
 def test_rows_and_features_are_needed(bent):
     with pytest.raises(ValueError, match="no rows to explain"):
-        attribution(bent, data=bent.data.take([]))
+        attribution(bent.posterior, data=bent.data.take([]))
     data, _ = mixed_model("gaussian", 4, 10, coefficients=[0.0])
     with pytest.raises(ValueError, match="no features"):
         fitted(linear(0), "(1 | site)", data).attribution()

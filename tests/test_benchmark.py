@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 
-from armed_pyro.analysis import benchmark, trainingsteps
-from armed_pyro.analysis.benchmark import Figure, Options
-from armed_pyro.analysis.crossedreml import crossed_reml
-from armed_pyro.analysis.trainingsteps import Task
+from armed_pyro.analysis.benchmarks import benchmark, training_steps
+from armed_pyro.analysis.benchmarks.benchmark import Figure, Options
+from armed_pyro.analysis.benchmarks.crossed_reml import crossed_reml
+from armed_pyro.analysis.benchmarks.training_steps import Task
 
 SMALL = Task(width=4, batch=16, clusters=3, rows=40)
 
@@ -47,10 +47,10 @@ def test_reml_of_crossed_factors_is_that_of_statsmodels():
 
 def contender(name):
     return {
-        "eager": lambda: trainingsteps.eager(SMALL),
-        "torch loop with adversary": lambda: trainingsteps.torch_loop(SMALL, game=True),
-        "conventional torch loop": lambda: trainingsteps.torch_loop(SMALL, game=False),
-        "Pyro": lambda: trainingsteps.stock(SMALL),
+        "eager": lambda: training_steps.eager(SMALL),
+        "torch loop with adversary": lambda: training_steps.torch_loop(SMALL, game=True),
+        "conventional torch loop": lambda: training_steps.torch_loop(SMALL, game=False),
+        "Pyro": lambda: training_steps.stock(SMALL),
     }[name]()
 
 
@@ -79,7 +79,7 @@ def test_turns_are_taken_and_medians_tell_slow_from_fast():
         return step
 
     steps = {"slow": sleeping("slow", 0.004), "fast": sleeping("fast", 0.001)}
-    found = trainingsteps.interleaved(steps, rounds=3, seconds=0.01)
+    found = training_steps.interleaved(steps, rounds=3, seconds=0.01)
     assert found["slow"] > 1.5 * found["fast"]
     # After the counting, in turns: slow, fast, slow, fast, ...
     changes = sum(one != other for one, other in itertools.pairwise(order))

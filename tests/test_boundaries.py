@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.data.simulate import mixed_model
 from armed_pyro.explain.boundaries import plane
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 

@@ -15,17 +15,17 @@ from torch import nn
 from armed_pyro import (
     Adversary,
     ClusteredData,
-    DivergenceError,
     HalfNormal,
     Known,
     MixedEffects,
     Priors,
     Schedule,
-    fitting,
 )
 from armed_pyro.checks import rank_tests as uniformity
 from armed_pyro.checks.calibration import SimulationCalibration, simulation_calibration
 from armed_pyro.checks.simulation import held
+from armed_pyro.inference.divergence import TrainingDiverged
+from armed_pyro.inference.train import train
 
 SITES, PER_SITE, NOISE, EFFECT = 7, 4, 0.8, 1.1
 TINY = Schedule(steps=3, window=3, stages=0)
@@ -68,7 +68,7 @@ class Posterior:
 
 
 def exact_fit(bound, data, *, schedule, seed, progress, refine=True, **wrong):
-    """What `fit_bound` would give: the posterior in closed form."""
+    """What `train` would give: the posterior in closed form."""
     facts, rows = bound.data_facts(), bound.encode(data).all()
     one = torch.ones(len(rows), 1, dtype=torch.float64)
     clusters = torch.eye(SITES, dtype=torch.float64)[rows.memberships["site"].position]
@@ -83,7 +83,7 @@ def exact_fit(bound, data, *, schedule, seed, progress, refine=True, **wrong):
 
 
 def calibrate(monkeypatch, fit=exact_fit, model=None, data=None, **settings):
-    monkeypatch.setattr(fitting, "fit_bound", fit)
+    monkeypatch.setattr("armed_pyro.checks.simulation.train", fit)
     data = make_data() if data is None else data
     settings = {"progress": False} | settings
     return simulation_calibration(make_model() if model is None else model, data, **settings)
@@ -165,7 +165,7 @@ def test_failed_fits_are_counted(monkeypatch):
 
         def fit(bound, data, **keywords):
             if next(count) % every == first:
-                raise DivergenceError("the loss diverged at step 7", None)
+                raise TrainingDiverged("the loss diverged at step 7", None)
             return exact_fit(bound, data, **keywords)
 
         return fit
@@ -291,7 +291,7 @@ def test_the_facts_stay_those_of_the_data(monkeypatch):
 def test_a_held_network_keeps_its_weights_in_a_real_fit():
     net = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1))
     bound = held(MixedEffects(net, "(1 | site)"), make_data())
-    fitting.fit_bound(bound, make_data(), schedule=TINY, progress=False)
+    train(bound, make_data(), schedule=TINY, progress=False)
     after = bound.network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in net.state_dict().items())
 

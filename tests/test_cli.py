@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from armed_pyro import DivergenceError, Fit
-from armed_pyro.cli import app as cli
-from armed_pyro.cli.app import app
+from armed_pyro import DivergenceError, Fit, Schedule
+from armed_pyro.cli import app, demo
+from armed_pyro.cli import fit as fit_module
+from armed_pyro.families.registry import FAMILIES
+from armed_pyro.prediction.unseen import MODES
 
 FILES = {
     "model.safetensors",
@@ -283,14 +286,14 @@ def test_a_fit_is_not_overwritten_unasked(data, run, tmp_path):
 
 
 def test_divergence_keeps_the_last_good_state(data, tmp_path, monkeypatch):
-    real = cli.fit
+    real = fit_module.fit
 
     def diverge(*arguments, **settings):
         result = real(*arguments, **settings)
-        object.__setattr__(result, "stopped", "diverged")
-        raise DivergenceError("the loss diverged at step 7", result)
+        last = Fit(replace(result.posterior, stopped="diverged"))
+        raise DivergenceError("the loss diverged at step 7", last)
 
-    monkeypatch.setattr(cli, "fit", diverge)
+    monkeypatch.setattr(fit_module, "fit", diverge)
     run = tmp_path / "run"
     refused(*fit(data, run), message="diverged at step 7", code=1)
     assert {path.name for path in run.iterdir()} == FILES
@@ -298,19 +301,19 @@ def test_divergence_keeps_the_last_good_state(data, tmp_path, monkeypatch):
 
 
 def test_interrupt_says_how_to_resume(data, tmp_path, monkeypatch):
-    real = cli.fit
+    real = fit_module.fit
 
     def interrupt(*arguments, **settings):
         real(*arguments, **settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "fit", interrupt)
+    monkeypatch.setattr(fit_module, "fit", interrupt)
     run = tmp_path / "run"
     done = call(*fit(data, run))
     assert done.exit_code == 130
     assert "--resume" in done.stderr
     assert [path.name for path in run.iterdir()] == ["checkpoint.safetensors"]
-    monkeypatch.setattr(cli, "fit", real)
+    monkeypatch.setattr(fit_module, "fit", real)
     refused(*fit(data, run), message="add --resume")
     refused(*fit(data, run, "--resume", "--seed", 5), message="belongs to another run")
     assert call(*fit(data, run, "--resume")).exit_code == 0
@@ -451,11 +454,45 @@ def test_demo_calls_the_entry_point(tmp_path, monkeypatch):
         def load(self):
             return lambda argv: (tmp_path / "called").write_text(" ".join(argv))
 
-    monkeypatch.setattr(cli, "entry_points", lambda **_: [Point()])
+    monkeypatch.setattr(demo, "entry_points", lambda **_: [Point()])
     assert call("demo", "--out", tmp_path / "demo").exit_code == 0
     assert (tmp_path / "called").read_text() == f"--out {tmp_path / 'demo'}"
-    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
+    monkeypatch.setattr(demo, "entry_points", lambda **_: [])
     refused("demo", message="not installed")
+
+
+def test_names_in_the_data_are_no_markup(tmp_path):
+    frame = table().rename(columns={"site": "school", "ward": "lea"})
+    frame["lea"] = "[red]" + frame["lea"]
+    frame["class"] = frame["school"]
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    done = call(*fit(tmp_path / "rows.csv", tmp_path / "run", random="(1 | lea/school/class)"))
+    assert done.exit_code == 0, done.output
+    assert "lea:school:class" in done.stdout
+    refused(
+        *fit(tmp_path / "rows.csv", tmp_path / "run", "--net", ":school:[/red]"),
+        message="holds a fit",
+    )
+    refused(
+        *fit(tmp_path / "rows.csv", tmp_path / "new", "--features", ":school:[/red]"),
+        message=":school:[/red]",
+    )
+
+
+def test_the_command_line_is_a_module(data, tmp_path):
+    command = [sys.executable, "-m", "armed_pyro.cli", "fit", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--outcome" in done.stderr
+
+
+def test_help_lists_families_modes_and_the_default_of_steps():
+    shown = " ".join(call("fit", "--help").stdout.split())
+    assert ", ".join(FAMILIES) in shown
+    assert f"[default: {Schedule.steps}]" in shown
+    shown = " ".join(call("predict", "--help").stdout.split())
+    for name, meaning in MODES.items():
+        assert f"{name}, {meaning}" in shown
 
 
 @pytest.mark.parametrize("command", [[], ["fit"], ["predict"], ["report"], ["demo"]])

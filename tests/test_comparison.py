@@ -13,28 +13,26 @@ pytest.importorskip("statsmodels")
 
 from armed_pyro import Schedule
 from armed_pyro.analysis import compare as command
-from armed_pyro.analysis import mci_conversion
-from armed_pyro.analysis.architectures import Dense
-from armed_pyro.analysis.claims import auroc_claims
-from armed_pyro.analysis.comparison import (
+from armed_pyro.analysis.applications import mci_conversion
+from armed_pyro.analysis.applications.mci_subjects import TRUE_FEATURES, simulated_subjects
+from armed_pyro.analysis.rivals.architectures import Dense
+from armed_pyro.analysis.rivals.comparison import (
     RANDOMISED,
     SEEN,
     UNSEEN,
     Comparison,
     Study,
     ablations,
+    auroc_claims,
     compare,
     joined,
     row_folds,
 )
-from armed_pyro.analysis.contenders import NAMES, contenders
-from armed_pyro.analysis.discrimination import METRICS
-from armed_pyro.analysis.linearmixed import LinearMixed
-from armed_pyro.analysis.mcisimulation import TRUE_FEATURES, subjects
-from armed_pyro.analysis.rebuilt import IMAGE_METRICS
-from armed_pyro.analysis.rivals import Setting, outcomes, programs
-from armed_pyro.analysis.tuned import Tuned
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.analysis.rivals.contenders import NAMES, Tuned, contenders, programs
+from armed_pyro.analysis.rivals.linear_mixed import LinearMixed
+from armed_pyro.analysis.rivals.rival import Setting, outcomes
+from armed_pyro.analysis.rivals.scores import IMAGE_METRICS, METRICS
+from armed_pyro.families.simulate import mixed_model
 
 SETTING = Setting("quick", "quick", Dense((4,)), Schedule(steps=60, batch_size=64, window=20))
 
@@ -278,7 +276,7 @@ def test_the_claims_hold_on_simulated_subjects(tmp_path):
 
 
 def test_mci_conversion_reads_adnis_file(tmp_path):
-    table, _ = subjects(150, 80, seed=1)
+    table, _ = simulated_subjects(150, 80, seed=1)
     months = {"bl": "MCI", "m12": "MCI", "m24": None}
     visits = pd.concat(
         [

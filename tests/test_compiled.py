@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.data.simulate import mixed_model
 from armed_pyro.engine import compiled_step
 from armed_pyro.engine.compiled_step import Steps
 from armed_pyro.engine.cuda_graph import Recording
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.objective import NestedBound, Objective
 
@@ -141,7 +141,7 @@ def taken(steps, objective, *inputs, n=3):
 
 def same(one, other):
     for a, b in zip(one[0], other[0], strict=True):
-        for name in ("total", "elbo", "fixed", "game", "accuracy"):
+        for name in ("total", "elbo", "fixed", "adversarial", "accuracy"):
             torch.testing.assert_close(
                 getattr(a, name).detach().cpu(),
                 getattr(b, name).detach().cpu(),

@@ -25,6 +25,7 @@ from armed_pyro import (
     Slopes,
     fit,
 )
+from armed_pyro.checks.diagnostics import Diagnostics
 from armed_pyro.families.registry import FAMILIES
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.models.autoencoder import autoencoder_program
@@ -190,7 +191,7 @@ def test_attributions_are_finite_and_every_factor_has_sds_of_slopes(case):
 def test_every_parameter_gets_a_finite_gradient(case):
     model, guide, rows = case.result.model, copy.deepcopy(case.result.guide), case.rows
     guide.requires_grad_(True)  # of a linear program, only the hyperparameters were trained
-    guide.hyperparameters.settle()  # until then they have no shape that could be trained
+    guide.hyperparameters.train_shape()  # until then they have no shape that could be trained
     torch.manual_seed(0)
     total = sum(Objective(model, guide)(rows).total for _ in range(4))
     parameters = [*model.named_parameters(prefix="model"), *guide.named_parameters(prefix="guide")]
@@ -401,9 +402,8 @@ def test_image_programs_predict_seen_and_unseen_clusters(image_case):
 
 def test_image_programs_are_saved_and_loaded(image_case, tmp_path, monkeypatch):
     result, net = image_case
-    monkeypatch.setattr(
-        "armed_pyro.storage.save._diagnostics", lambda fit: {}
-    )  # takes most of the time
+    # The checks take most of the time.
+    monkeypatch.setattr(Fit, "diagnostics", lambda fit: Diagnostics((), pd.DataFrame()))
     result.save(tmp_path / "run", draws=2)
     loaded = Fit.load(tmp_path / "run", net)
     new = make_images(np.arange(8) % 4 + 2)

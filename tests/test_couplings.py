@@ -1,4 +1,4 @@
-"""Couplings: sums over what is there, against matrix products with all of it."""
+"""Cross-products: sums over nonzero entries, against products with the whole matrix."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ from torch.nn.utils.stateless import _reparametrize_module
 from armed_pyro import ClusteredData, MixedEffects
 from armed_pyro.engine.compiler import capture
 from armed_pyro.guides.cross_products import (
-    DenseCouplings,
-    Known,
-    Pattern,
-    SparseCouplings,
-    coupled,
+    CachedCrossProducts,
+    DenseCrossProducts,
+    SparseCrossProducts,
+    SparsityPattern,
+    cross_products,
 )
 from armed_pyro.guides.crossed import CrossedGuide
 
@@ -37,34 +37,34 @@ def matrix(terms=2, seed=0):
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_sums_are_those_of_the_whole_matrix(kind, batch, terms):
     between = matrix(terms)
-    pattern = Pattern.of(between) if kind == "sparse" else None
-    found = coupled(between, pattern)
-    assert isinstance(found, SparseCouplings if kind == "sparse" else DenseCouplings)
+    pattern = SparsityPattern.of(between) if kind == "sparse" else None
+    found = cross_products(between, pattern)
+    assert isinstance(found, SparseCrossProducts if kind == "sparse" else DenseCrossProducts)
     half = torch.randn(*batch, K, terms, terms).double()
     product = half @ between
     gram = torch.einsum("...ktm,...ktn->...mn", product, product)
     torch.testing.assert_close(found.gram(half), gram)
     effects, values = torch.randn(*batch, M).double(), torch.randn(*batch, K, terms).double()
     along = torch.einsum("ktm,...m->...kt", between, effects)
-    torch.testing.assert_close(found.along(effects), along)
+    torch.testing.assert_close(found.times(effects), along)
     across = torch.einsum("ktm,...kt->...m", between, values)
-    torch.testing.assert_close(found.across(values), across)
+    torch.testing.assert_close(found.transpose_times(values), across)
 
 
 def test_first_and_second_derivatives_are_right():
     half = torch.randn(K, 2, 2).double().requires_grad_(True)
-    found = coupled(matrix(), Pattern.of(matrix()))
+    found = cross_products(matrix(), SparsityPattern.of(matrix()))
     assert torch.autograd.gradcheck(found.gram, half)
     assert torch.autograd.gradgradcheck(found.gram, half)
 
 
 def test_a_pattern_holds_every_pair_once():
     between = matrix()
-    pattern = Pattern.of(between)
+    pattern = SparsityPattern.of(between)
     there = (between != 0).any(1)
     assert len(pattern.cluster) == there.sum()
     counts = there.sum(1)
-    assert len(pattern.one) == (counts * (counts + 1) // 2).sum()
+    assert len(pattern.first) == (counts * (counts + 1) // 2).sum()
     assert (pattern.cell.diff() >= 0).all()
     row, column = pattern.cell // M, pattern.cell % M
     assert (row >= column).all()
@@ -72,8 +72,8 @@ def test_a_pattern_holds_every_pair_once():
 
 def test_there_is_none_where_pairs_are_many(monkeypatch):
     monkeypatch.setattr("armed_pyro.guides.cross_products.SPARSE", 30)
-    assert Pattern.of(torch.ones(K, 1, M)) is None
-    assert Pattern.of(torch.eye(200)[:, None]) is not None
+    assert SparsityPattern.of(torch.ones(K, 1, M)) is None
+    assert SparsityPattern.of(torch.eye(200)[:, None]) is not None
 
 
 def guide_of_few_rows():
@@ -105,9 +105,9 @@ def test_they_are_gathered_anew_when_rows_say_something_new():
     # What was not there before may be now.
     with torch.no_grad():
         guide.between.copy_(torch.rand_like(state))
-    dense = DenseCouplings(guide.between).gram(torch.ones(8, 1, 1).double())
-    torch.testing.assert_close(guide._couplings().gram(torch.ones(8, 1, 1).double()), dense)
-    assert isinstance(guide._known, Known)
+    dense = DenseCrossProducts(guide.between).gram(torch.ones(8, 1, 1).double())
+    torch.testing.assert_close(guide._cross_products().gram(torch.ones(8, 1, 1).double()), dense)
+    assert isinstance(guide._cache, CachedCrossProducts)
 
 
 @pytest.mark.filterwarnings("ignore:there are fewer rows")

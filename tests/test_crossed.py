@@ -8,7 +8,7 @@ from torch import nn
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Schedule, fit
 from armed_pyro.guides.crossed import CrossedGuide, choose_guide
-from armed_pyro.guides.noise import Given, gaussian_noise
+from armed_pyro.guides.noise import NoiseMessenger, gaussian_noise
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.nested_weights import weigh
 from armed_pyro.inference.objective import Objective
@@ -153,9 +153,9 @@ def test_some_clusters_have_the_conditionals_that_they_have_among_all() -> None:
         torch.testing.assert_close(center[factor.effect_site], expected)
     noise = gaussian_noise(guide, every, 4, model.reference())
     site = f"{largest}_effect"
-    with Given(noise.values):
+    with NoiseMessenger(noise.values):
         all_drawn = guide(every)[site]
-    with Given({**noise.values, site: noise.values[site][..., chosen, :]}):
+    with NoiseMessenger({**noise.values, site: noise.values[site][..., chosen, :]}):
         drawn = guide(few)[site]
     torch.testing.assert_close(drawn, all_drawn[..., chosen, :])
 
@@ -169,7 +169,7 @@ def test_where_steps_would_take_too_long_the_mode_is_kept(monkeypatch) -> None:
     model = MixedEffects(nn.Linear(1, 1), "(1 | a) + (1 | b)", bayesian_head=True)
     trained = fit(model, data, seed=1, progress=False)
     assert trained.guide.work() == 60 * 25**2 + 25**3 // 3
-    monkeypatch.setattr("armed_pyro.inference.training_run.MOST_WORK", 0)
+    monkeypatch.setattr("armed_pyro.inference.frozen_phase.MOST_WORK", 0)
     kept = fit(model, data, seed=1, progress=False)
     assert kept.stopped == "converged"
     assert len(kept.history.loss) == 1 < len(trained.history.loss)

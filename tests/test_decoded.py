@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, FilterScaleBias, MixedEffects, Schedule, fit
-from armed_pyro.data.simulate import mixed_model
 from armed_pyro.families.family import Family
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.autoencoder import autoencoder_program
 from armed_pyro.models.linear import linear
 

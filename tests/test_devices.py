@@ -10,7 +10,7 @@ from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, Fit, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.data.grouping import Grouping
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.autoencoder import autoencoder_program
 from armed_pyro.models.convolutional import convolutional_program
 from armed_pyro.models.dense import dense

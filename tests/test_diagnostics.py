@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
+from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
 from armed_pyro.checks.diagnostics import Diagnostics
 from armed_pyro.checks.inference_checks import Check, k_hat_threshold
 from armed_pyro.checks.predictive_checks import cluster_checks
@@ -138,12 +138,12 @@ def test_a_guide_that_is_off_is_said_where_it_is_not_corrected():
     import torch
 
     result, _ = diagnosed(simulate(gaussian), "gaussian")
-    raw = replace(result, refined=None)
+    raw = Fit(replace(result.posterior, refined=None, importance=None))
     (check,) = named(raw.diagnostics(), "guide")
     assert check.verdict == "pass"
     with torch.no_grad():
         raw.guide.hyperparameters.shift.add_(0.7)
-    (check,) = named(replace(raw).diagnostics(), "guide")
+    (check,) = named(Fit(raw.posterior).diagnostics(), "guide")
     assert check.verdict == "warn"
     assert "refine" in check.advice
 
@@ -177,10 +177,10 @@ def test_leaving_a_cluster_out_is_what_fitting_without_it_gives():
     without = data.take(np.flatnonzero(data.grouping("site").codes.numpy() != 0))
     facts = result.model.data_facts()
     # Same scales and priors, so that only the data differ.
-    from armed_pyro.fitting import fit_bound
+    from armed_pyro.inference.train import train
 
     model = MixedEffects(linear(1), "(1 | site)", "gaussian", bayesian_head=True)
-    other = fit_bound(model.bind(data), without, progress=False)
+    other = train(model.bind(data), without, progress=False)
     draws = other.draws(4000)
     beta = draws["fixed_effect"][:, 0]
     rows = result.model.encode(data).all()
@@ -221,8 +221,8 @@ def test_replications_made_in_blocks_are_those_of_all_draws_at_once(family, outc
     model = MixedEffects(dense(1, hidden=(3,)), "(1 | site)", family)
     result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
     latents = result.draws(100)
-    whole = cluster_checks(result, "site", latents)
+    whole = cluster_checks(result.posterior, "site", latents)
     monkeypatch.setattr("armed_pyro.checks.predictive_checks.BLOCK", 1)
-    blocks = cluster_checks(result, "site", latents)
+    blocks = cluster_checks(result.posterior, "site", latents)
     pd.testing.assert_frame_equal(blocks.table, whole.table)
     assert blocks.overall == whole.overall

@@ -6,7 +6,7 @@ from scipy.special import expit, logit
 from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
-from armed_pyro.analysis.discrimination import (
+from armed_pyro.analysis.rivals.scores import (
     METRICS,
     binary_metrics,
     bounded,

@@ -29,6 +29,7 @@ from armed_pyro.engine.checkpoint import Checkpoint, module_tensors
 from armed_pyro.engine.processes import ALONE, Processes, join
 from armed_pyro.engine.shards import Share
 from armed_pyro.inference.objective import Objective
+from armed_pyro.program.model import trains_network
 from test_objective import BATCH, CommonNoise, bind, deep, disturb, gradients, make_data
 
 HERE = Path(__file__).parent
@@ -96,6 +97,11 @@ PROGRAMS = {
 }
 
 
+def trained(model):
+    """The network, if it is to be trained."""
+    return model.network if trains_network(model) else None
+
+
 def averaged(share, model, guide, noise, rows):
     """As `gradients`, by DistributedDataParallel from every process's rows."""
     noise.rows = rows = share.weigh(rows)
@@ -103,12 +109,14 @@ def averaged(share, model, guide, noise, rows):
     parameters |= dict(model.named_parameters(prefix="model"))
     for one in parameters.values():
         one.grad = None
-    objective = share.averaged(Objective(model, guide))  # kept, as it acts in `backward`
+    # Kept, as it acts in `backward`.
+    modules = {"model": model, "guide": guide}
+    objective = share.averaged(Objective(model, guide), modules, len(model.adversaries))
     loss = objective(rows)
     loss.total.backward()
     mean = share.mean(loss)
     found = {name: one.grad for name, one in parameters.items() if one.grad is not None}
-    parts = {"loss": mean.total, "elbo": mean.elbo, "fixed": mean.fixed, "game": mean.game}
+    parts = {"loss": mean.total, "elbo": mean.elbo, "fixed": mean.fixed, "game": mean.adversarial}
     return found | parts
 
 
@@ -124,7 +132,7 @@ def gradients_differ_by():
                 disturb(guide)
                 noise = CommonNoise(model, patch)
                 expected = gradients(model, guide, noise, source.all())
-                share = Share.of(processes, model, source)
+                share = Share.of(processes, source, trained(model))
                 full = averaged(share, model, guide, noise, share.rows.all())
                 size = share.batch(2 * BATCH)
                 count = max(map(len, share.places)) // size
@@ -407,7 +415,7 @@ def test_the_command_line_under_torchrun_writes_one_fit(tmp_path):
     site = np.repeat(np.arange(12), 20)
     frame.assign(y=data.outcome.numpy().astype(int), site=site).to_csv(table, index=False)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), "-m", "armed_pyro.cli.app", "fit", str(table)]
+    command += ["--master-port", str(free_port()), "-m", "armed_pyro.cli", "fit", str(table)]
     command += ["--outcome", "y", "--random", "(1 | site)", "--family", "bernoulli"]
     command += ["--net", "dense", "--hidden", "4", "--steps", "300", "--draws", "50"]
     command += ["--adversary", "site", "--validate-rows", "0.2", "--out", str(tmp_path / "run")]
@@ -429,7 +437,7 @@ class Parts:
     """Shares of a source, as each of several processes would get them."""
 
     def __new__(cls, model, source, size):
-        return [Share.of(Processes(rank, size), model, source) for rank in range(size)]
+        return [Share.of(Processes(rank, size), source, trained(model)) for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -462,17 +470,17 @@ def test_a_process_alone_or_without_a_network_has_all_rows():
     data = clustered()
     model = adversarial().bind(data)
     source = model.encode(data)
-    share = Share.of(ALONE, model, source)
+    share = Share.of(ALONE, source, trained(model))
     assert share.rows is source
     assert (share.several, share.batch(7)) == (False, 7)
     rows = source.batch(torch.arange(7), dense_up_to=0)
     assert share.weigh(rows) is rows
     linear = MixedEffects(nn.Linear(2, 1), "(1 | site)", bayesian_head=True).bind(data)
-    assert not Share.of(Processes(1, 2), linear, source).several
+    assert not Share.of(Processes(1, 2), source, trained(linear)).several
 
 
 def test_fewer_rows_than_processes_are_refused():
     data = clustered(clusters=3, size=2)
     model = adversarial().bind(data)
     with pytest.raises(ValueError, match="6 rows cannot be shared by 7 processes"):
-        Share.of(Processes(0, 7), model, model.encode(data))
+        Share.of(Processes(0, 7), model.encode(data), trained(model))

@@ -44,7 +44,7 @@ def make_facts(outcome="y", family="gaussian"):
 
 def test_only_continuous_features_are_standardised():
     data, facts = make_data(), make_facts()
-    x = facts.standardise(data.features)
+    x = facts.scaling.standardise(data.features)
     assert facts.feature_names == ("age", "sex[T.m]", "smoker")
     assert x[:, 0].mean() == pytest.approx(0, abs=1e-12)
     assert x[:, 0].std() == pytest.approx(1)
@@ -89,7 +89,7 @@ def test_rows_get_the_networks_precision(like):
 
 def test_new_rows_keep_the_training_codes_and_scales():
     facts, frame = make_facts(), make_frame()
-    new = make_data().schema.encode(frame[frame.site > 1])
+    new = ClusteredData.encode(frame[frame.site > 1], make_data().schema)
     source = facts.encode(new, torch.zeros(()).double())
     assert source.codes["site"].unique().tolist() == [2, 3]
     assert source.counts["site"].tolist() == [0, 0, 10, 10]
@@ -100,7 +100,7 @@ def test_new_rows_keep_the_training_codes_and_scales():
 
 def test_new_clusters_are_coded_after_the_known_ones():
     facts, frame = make_facts(), make_frame()
-    new = make_data().schema.encode(frame.assign(site=frame.site + 2))
+    new = ClusteredData.encode(frame.assign(site=frame.site + 2), make_data().schema)
     with pytest.raises(ValueError, match="cluster 4 of 'site' was not seen in training"):
         facts.encode(new, torch.zeros(()))
     levels = facts.levels_with(new)
@@ -113,7 +113,9 @@ def test_other_features_are_refused():
     other = ClusteredData.from_frame(
         make_frame(), outcome="y", clusters=["site", "ward"], features=["age", "smoker"]
     )
-    with pytest.raises(ValueError, match=r"missing: \['sex\[T.m\]'\].*data\.schema\.encode"):
+    with pytest.raises(
+        ValueError, match=r"missing: \['sex\[T.m\]'\].*ClusteredData\.encode\(table, data\.schema\)"
+    ):
         make_facts().encode(other, torch.zeros(()))
 
 
@@ -128,7 +130,7 @@ def test_images_are_left_as_they_are():
     data = ClusteredData.from_arrays(images, np.arange(12.0), {"site": np.arange(12) % 3})
     facts = Facts.of(data, family_named("gaussian"), ["site"])
     assert facts.feature_shape == (1, 4, 4)
-    torch.testing.assert_close(facts.standardise(data.features), torch.from_numpy(images))
+    torch.testing.assert_close(facts.scaling.standardise(data.features), torch.from_numpy(images))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_labels_that_became_text_are_still_those_seen():
     train = pd.DataFrame({"y": [1.0, 2, 3, 5], "site": [308, 308, 309, 309]})
     data = ClusteredData.from_frame(train, outcome="y", clusters=["site"])
     facts = Facts.of(data, family_named("gaussian"), ["site"])
-    new = data.schema.encode(pd.DataFrame({"site": ["309", "new", "308", "309"]}))
+    new = ClusteredData.encode(pd.DataFrame({"site": ["309", "new", "308", "309"]}), data.schema)
     levels = facts.levels_with(new)
     assert list(levels["site"]) == [308, 309, "new"]
     assert facts.encode(new, torch.zeros(()), levels).codes["site"].tolist() == [1, 2, 0, 1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from armed_pyro import ClusteredData, Priors
+from armed_pyro import ClusteredData
 from armed_pyro.families.gaussian import Gaussian
 from armed_pyro.families.registry import FAMILIES, family_named
 from armed_pyro.rows.batch import Rows
@@ -51,8 +51,9 @@ CASES = {
 }
 
 
-def dispersion_of(case):
-    return None if case[1] is None else torch.tensor(case[1], dtype=F64)
+def parameters_of(name):
+    value = CASES[name][1]
+    return {one.name: torch.tensor(value, dtype=F64) for one in family_named(name).parameters}
 
 
 def make_data(y, n=6, **roles):
@@ -69,7 +70,7 @@ def test_every_family_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_log_density_is_scipys(name):
     eta, _, y, expected = CASES[name]
-    density = family_named(name).distribution(eta, dispersion_of(CASES[name]), ROWS)
+    density = family_named(name).distribution(eta, parameters_of(name), ROWS)
     y = torch.tensor(y, dtype=F64)
     assert density.batch_shape == (4,)
     torch.testing.assert_close(density.log_prob(y), torch.from_numpy(expected(y.numpy())))
@@ -78,10 +79,10 @@ def test_log_density_is_scipys(name):
 @pytest.mark.parametrize("name", CASES)
 def test_mean_is_that_of_samples(name):
     eta = CASES[name][0]
-    family, dispersion = family_named(name), dispersion_of(CASES[name])
+    family, parameters = family_named(name), parameters_of(name)
     torch.manual_seed(0)
     n = 20_000
-    y = family.distribution(eta, dispersion, ROWS).sample((n,))
+    y = family.distribution(eta, parameters, ROWS).sample((n,))
     if name == "categorical":
         y = torch.nn.functional.one_hot(y.long(), 3).to(F64)
     error = y.mean(0) - family.mean(eta, ROWS)
@@ -91,18 +92,15 @@ def test_mean_is_that_of_samples(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_draws_come_first(name):
-    """Densities and means vectorise over draws, with a dispersion of shape "draws 1"."""
+    """Densities and means vectorise over draws, with parameters of shape "draws 1"."""
     eta, _, y, _ = CASES[name]
-    family, dispersion, y = (
-        family_named(name),
-        dispersion_of(CASES[name]),
-        torch.tensor(y, dtype=F64),
-    )
+    family, parameters, y = family_named(name), parameters_of(name), torch.tensor(y, dtype=F64)
     draws = torch.stack([eta, eta + 0.5])
-    both = None if dispersion is None else torch.stack([dispersion, 2 * dispersion])[:, None]
+    both = {key: torch.stack([one, 2 * one])[:, None] for key, one in parameters.items()}
     density = family.distribution(draws, both, ROWS)
     assert density.batch_shape == (2, 4)
-    one = family.distribution(eta + 0.5, None if dispersion is None else 2 * dispersion, ROWS)
+    doubled = {key: 2 * one for key, one in parameters.items()}
+    one = family.distribution(eta + 0.5, doubled, ROWS)
     torch.testing.assert_close(density.log_prob(y)[1], one.log_prob(y))
     torch.testing.assert_close(family.mean(draws, ROWS)[1], family.mean(eta + 0.5, ROWS))
 
@@ -216,34 +214,34 @@ def test_center_is_finite_at_the_boundary(name, y):
 )
 def test_residual_variance(name, expected):
     family = family_named(name)
-    dispersion = torch.tensor([1.5, 1.5]) if family.dispersion_name else None
-    value = family.residual_variance(dispersion, torch.tensor([4.0, 4.0]))
+    parameters = {one.name: torch.tensor([1.5, 1.5]) for one in family.parameters}
+    value = family.residual_variance(parameters, torch.tensor([4.0, 4.0]))
     torch.testing.assert_close(value, torch.tensor([expected, expected]))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "negative_binomial"])
-def test_a_missing_dispersion_is_an_error(name):
+def test_a_missing_parameter_is_an_error(name):
     with pytest.raises(ValueError, match=f"{name}.* needs its"):
-        family_named(name).distribution(ETA, None, ROWS)
+        family_named(name).distribution(ETA, {}, ROWS)
     with pytest.raises(ValueError, match=f"{name}.* needs its"):
-        family_named(name).residual_variance(None, torch.ones(2))
+        family_named(name).residual_variance({}, torch.ones(2))
 
 
 def test_missing_trials_are_an_error():
     without = dataclasses.replace(ROWS, trials=None)
     with pytest.raises(ValueError, match="needs the number of trials"):
-        family_named("binomial").distribution(ETA, None, without)
+        family_named("binomial").distribution(ETA, {}, without)
 
 
 def test_only_gaussian_outcomes_have_a_precision_of_their_own():
-    dispersion = torch.tensor(0.5)
-    assert Gaussian().precision(dispersion) == 4
-    assert all(
-        family_named(name).precision(dispersion) is None for name in FAMILIES if name != "gaussian"
-    )
-    assert Gaussian().original_dispersion(dispersion, 3.0) == 1.5
-    assert family_named("negative_binomial").original_dispersion(dispersion, 3.0) == 0.5
-    assert family_named("poisson").dispersion(Priors(), torch.ones(1)) is None
+    half = torch.tensor(0.5)
+    assert Gaussian().precision({"residual_sd": half}) == 4
+    others = [family_named(name) for name in FAMILIES if name != "gaussian"]
+    assert all(one.precision({p.name: half for p in one.parameters}) is None for one in others)
+    (sd,), (shape,) = Gaussian().parameters, family_named("negative_binomial").parameters
+    assert sd.original(half, 3.0) == 1.5
+    assert shape.original(half, 3.0) == 0.5
+    assert family_named("poisson").parameters == ()
 
 
 def test_family_named():

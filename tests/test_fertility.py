@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 
 from armed_pyro import Fit, Schedule
-from armed_pyro.analysis import fertility
-from armed_pyro.analysis.classical import MixedModel
+from armed_pyro.analysis.applications import fertility
+from armed_pyro.analysis.applications.mixedlm import MixedModel
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from armed_pyro import (
     fit,
 )
 from armed_pyro.engine.checkpoint import module_tensors
-from armed_pyro.fitting import fit_bound
+from armed_pyro.inference.train import train
 from armed_pyro.inference.training_run import Run
 from armed_pyro.rows.in_memory import HeldRows
 
@@ -199,13 +199,13 @@ def test_steps_that_run_out_are_not_convergence():
 
 @pytest.mark.filterwarnings("ignore:there are fewer rows")
 def test_validation_stops_the_network_at_its_best_and_lets_the_guide_settle(monkeypatch):
-    networks, close = [], Run._close_window
+    networks, close = [], Run.close_window
 
     def recorded(self, losses):
-        networks.append(module_tensors("model", self.model))
+        networks.append(module_tensors("model", self.task.model))
         close(self, losses)
 
-    monkeypatch.setattr(Run, "_close_window", recorded)
+    monkeypatch.setattr(Run, "close_window", recorded)
     data, validation = make_data(noise=1.5), make_data(seed=1, noise=1.5)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 1))
@@ -238,13 +238,13 @@ QUICK = Schedule(steps=2000, window=20, stages=1, net_learning_rate=0.02)
 
 def record_networks(monkeypatch):
     """The network's tensors after every window of steps."""
-    networks, close = [], Run._close_window
+    networks, close = [], Run.close_window
 
     def recorded(self, losses):
-        networks.append(module_tensors("", self.model.network))
+        networks.append(module_tensors("", self.task.model.network))
         close(self, losses)
 
-    monkeypatch.setattr(Run, "_close_window", recorded)
+    monkeypatch.setattr(Run, "close_window", recorded)
     return networks
 
 
@@ -293,7 +293,7 @@ def test_a_program_with_an_adversary_settles_only_after_the_game():
 def test_iterates_that_still_move_are_told_from_those_that_rest(monkeypatch):
     schedule = Schedule(steps=150, window=50, stages=0, learning_rate=0.01)
     rests = run(linear(), schedule=schedule).history
-    monkeypatch.setattr("armed_pyro.inference.training_run.start_at_mode", lambda *arguments: None)
+    monkeypatch.setattr("armed_pyro.inference.frozen_phase.start_at_mode", lambda *arguments: None)
     moves = run(linear(), schedule=schedule).history
     assert moves.drift[0] > 0.5 > 0.2 > max(rests.drift[1:])
     assert moves.r_hat[0] > 1.05 > max(rests.r_hat[1:])
@@ -323,7 +323,7 @@ def test_what_was_fitted_can_be_fitted_again(model, monkeypatch):
     first = run(model, schedule=QUICK)
     assert first.history.settled is not None
     assert all(one.requires_grad for one in first.model.parameters())
-    again = fit_bound(first.model, first.data, schedule=QUICK, progress=False)
+    again = train(first.model, first.data, schedule=QUICK, progress=False)
     assert again.history.settled is not None
     if first.model.linear:
         assert_same_posterior([first], [again], mean=0.5, sd=1.5)
@@ -352,7 +352,7 @@ def limit_steps(monkeypatch, step, search):
         batches.append(rows)
         return rows
 
-    monkeypatch.setattr("armed_pyro.inference.training_run.LARGEST_STEP", step)
+    monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", step)
     monkeypatch.setattr("armed_pyro.inference.marginal_mode.LARGEST_STEP", search)
     monkeypatch.setattr(HeldRows, "whole_clusters", recorded)
     return batches

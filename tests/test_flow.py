@@ -175,7 +175,8 @@ def test_gradients_of_its_own_draw_hold_its_parameters_fixed():
     leaves = {name: one for name, one in leaves.items() if name not in HELD}
     torch.manual_seed(0)
     own = again.rsample((5,))
-    held = again.detached()
+    values = {name: value.detach() for name, value in vars(again.parameters).items()}
+    held = type(again)(FlowParameters(**values))
     assert not any(one.requires_grad for one in vars(held.parameters).values())
     other = torch.autograd.grad(held.log_prob(own).sum(), list(leaves.values()))
     for name, one, two in zip(leaves, got, other, strict=True):
@@ -268,7 +269,7 @@ def test_a_shape_that_was_saved_is_there_again():
     model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
     first, second = (Hyperparameters(model) for _ in range(2))
     assert isinstance(first.distribution(), CoupledNormal)
-    first.settle()
+    first.train_shape()
     with torch.no_grad():
         first.skew.fill_(0.2)
     second.load_state_dict(first.state_dict())

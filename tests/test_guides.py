@@ -12,10 +12,10 @@ from pyro import poutine
 from torch import nn
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
-from armed_pyro.distributions.observed_normal import TiltedNormal
+from armed_pyro.distributions.observed_normal import ObservedNormal
 from armed_pyro.distributions.whitened import WhitenedDiagonal, WhitenedNormal
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.guides.pseudo_observations import overshoot
+from armed_pyro.guides.pseudo_observations import newton_excess
 from armed_pyro.inference.objective import Objective
 
 N, K = 60, 6
@@ -56,7 +56,7 @@ def conditional(guide, rows, theta=None, site="site_effect"):
 
 def moments(q):
     """Mean and covariance matrices of q(u | theta)."""
-    if isinstance(q, WhitenedNormal | TiltedNormal):
+    if isinstance(q, WhitenedNormal | ObservedNormal):
         root = torch.linalg.solve_triangular(q.root, q.scale.mT, upper=False)
         return q.mean, root.mT @ root
     return q.mean, torch.diag_embed((q.scale / q.root) ** 2)
@@ -245,11 +245,11 @@ def test_a_step_towards_the_mode_is_shortened_but_none_at_the_mode(random):
     precision = precision.expand(K, *precision.shape)
     effects = 10 * torch.randn(K, terms).double()
     at_mode = effects @ torch.linalg.inv(D)
-    gradient, excess = overshoot(factor, latents, effects, precision, at_mode)
+    gradient, excess = newton_excess(factor, latents, effects, precision, at_mode)
     assert not excess.any()
     assert gradient.abs().max() < 1e-3 * at_mode.abs().max()
     push = torch.tensor([1e4, -1e3, 1e2, 1, 0, -1]).double()[:, None].expand(K, terms)
-    gradient, excess = overshoot(factor, latents, None, precision, push)
+    gradient, excess = newton_excess(factor, latents, None, precision, push)
     torch.testing.assert_close(gradient, push)
     moved = torch.linalg.inv(torch.linalg.inv(D) + 1e-3 * torch.eye(terms)) @ push[..., None]
     moved = ((1 - excess)[..., None] * moved)[..., 0].abs().amax(-1)

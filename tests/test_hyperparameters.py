@@ -19,7 +19,7 @@ def hyperparameters_of(width: int) -> Hyperparameters:
     data = ClusteredData.from_arrays(x, x[:, 0], {"g": groups})
     net = nn.Sequential(nn.Linear(2, width), nn.ELU(), nn.Linear(width, 1)).double()
     hyper = Hyperparameters(MixedEffects(net, [Slopes("g", on="1")]).bind(data))
-    hyper.settle()
+    hyper.train_shape()
     return hyper
 
 

@@ -6,9 +6,9 @@ import pytest
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 
-from armed_pyro.analysis import ad_diagnosis, melanoma
-from armed_pyro.analysis.imagesites import digit_study, file_study, read_images
-from armed_pyro.analysis.steptime import step_times
+from armed_pyro.analysis.applications import ad_diagnosis, melanoma
+from armed_pyro.analysis.applications.image_sites import digit_study, file_study, read_images
+from armed_pyro.analysis.benchmarks.step_time import step_times
 
 
 def everything(study):
@@ -155,7 +155,7 @@ def test_known_effects_are_recovered():
     Of the mean of three fits: single ones end in different places, with rounding alone.
     """
     from armed_pyro import fit
-    from armed_pyro.analysis.imagefits import correlation, recovered
+    from armed_pyro.analysis.applications.image_fits import correlation, recovered
 
     for script, effects in (
         (ad_diagnosis, ["shift"]),

@@ -14,8 +14,9 @@ from torch.distributions import MultivariateNormal
 
 from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, StructuredGuide
 from armed_pyro.guides.crossed import CrossedGuide, choose_guide
-from armed_pyro.guides.noise import Given, Noise, gaussian_noise, no_noise, proposal_noise
+from armed_pyro.guides.noise import Noise, NoiseMessenger, gaussian_noise, no_noise, proposal_noise
 from armed_pyro.inference.nested_weights import weigh
+from armed_pyro.inference.psis import FEWEST, pareto_smooth
 
 K = 6
 SIZES = [1, 2, 3, 9, 15, 30]
@@ -327,7 +328,7 @@ def test_with_one_particle_the_total_is_the_programs_density_over_the_guides(nam
     single = {site: one.reshape(shapes[site]) for site, one in noise.values.items()}
     with torch.no_grad():
         weighted = weigh(model, guide, rows, noise)
-        with Given(single):
+        with NoiseMessenger(single):
             given = poutine.trace(guide).get_trace(rows)
         trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(rows)
         expected = trace.log_prob_sum() - given.log_prob_sum()
@@ -399,3 +400,16 @@ def test_what_the_network_made_of_the_rows_gives_the_same_weights():
     one = weigh(model, guide, source.all(), noise).total()
     other = weigh(model, guide, model.compute(source).all(), noise).total()
     torch.testing.assert_close(one, other)
+
+
+# ------------------------------------------------------------------------------- smoothing
+
+
+def test_too_few_draws_for_a_tail_are_normalised_and_never_trusted():
+    log_ratios = np.random.default_rng(0).normal(size=(3, FEWEST - 1))
+    weights, k_hat = pareto_smooth(log_ratios)
+    np.testing.assert_allclose(np.exp(weights).sum(1), 1.0)
+    np.testing.assert_allclose(weights - weights[:, :1], log_ratios - log_ratios[:, :1])
+    assert (k_hat == np.inf).all()
+    enough = np.random.default_rng(0).normal(size=(3, FEWEST))
+    assert np.isfinite(pareto_smooth(enough)[1]).all()

@@ -17,8 +17,8 @@ from armed_pyro.prediction.cluster_classifier import (
     calibration_error,
     train_classifier,
 )
-from armed_pyro.prediction.similarity import gather, merge
-from armed_pyro.prediction.unseen import apart
+from armed_pyro.prediction.similarity import gather_evidence, merge_evidence
+from armed_pyro.prediction.unseen import one_cluster_per_row
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 CENTERS = np.array([-3.0, -1.0, 1.0, 3.0])
@@ -52,7 +52,7 @@ def best_posterior(x, prior=None):
 def test_the_classifier_is_near_the_best_possible_and_calibrated(trained):
     one = trained.classifier("site")
     fresh = table(1000, seed=5)
-    data = trained.data.schema.encode(fresh)
+    data = ClusteredData.encode(fresh, trained.data.schema)
     probability = one.log_prob(trained.model.encode(data).x).exp().numpy()
     best = best_posterior(fresh["x"].to_numpy())
     assert np.abs(probability - best).mean() < 0.05
@@ -101,7 +101,7 @@ def test_pooling_is_full_where_rows_are_independent_and_least_where_they_say_not
 
 def test_it_is_trained_once_and_on_training_rows_only(trained):
     assert trained.classifier("site") is trained.classifier("site")
-    again = train_classifier(trained, "site")
+    again = train_classifier(trained.posterior, "site")
     for name, one in trained.classifier("site").tensors().items():
         assert torch.equal(one, again.tensors()[name]), "the seed decides"
 
@@ -121,24 +121,29 @@ def test_its_architecture_follows_the_network():
 
 def test_pooled_evidence_is_the_sum_of_the_rows(trained):
     new = table(20, centers=[1.0], names="n", seed=3)
-    data = trained.data.schema.encode(new)
-    one = gather(trained, data).factors["site"]
+    data = ClusteredData.encode(new, trained.data.schema)
+    one = gather_evidence(trained.posterior, data, trained.classifiers).factors["site"]
     classifier = trained.classifier("site")
     log_p = classifier.log_prob(trained.model.encode(data, {"site": pd.Index([*"abcdn"])}).x)
     share = (1 + 19 * classifier.pooling) / 20
     logits = classifier.log_prior + share * (log_p - classifier.log_prior).sum(0)
     np.testing.assert_allclose(one.probability()[0], torch.softmax(logits, 0), rtol=1e-6)
     assert one.probability()[0].argmax() == 2
-    halves = [gather(trained, data.take(part)) for part in (slice(0, 8), slice(8, 20))]
-    both = merge(*halves).factors["site"]
+    halves = [
+        gather_evidence(trained.posterior, data.take(part), trained.classifiers)
+        for part in (slice(0, 8), slice(8, 20))
+    ]
+    both = merge_evidence(*halves).factors["site"]
     np.testing.assert_allclose(both.probability(), one.probability(), rtol=1e-6)
     np.testing.assert_allclose(both.distance()[0], one.distance()[0], rtol=1e-6)
 
 
 def test_one_rows_evidence_is_its_class_probability(trained):
     new = table(3, centers=[1.0], names="n", seed=3)
-    data = trained.data.schema.encode(new)
-    alone = gather(trained, apart(trained.model, data)).factors["site"]
+    data = ClusteredData.encode(new, trained.data.schema)
+    alone = gather_evidence(
+        trained.posterior, one_cluster_per_row(trained.model, data), trained.classifiers
+    ).factors["site"]
     x = trained.model.encode(data, {"site": pd.Index([*"abcdn"])}).x
     np.testing.assert_allclose(
         alone.probability(), trained.classifier("site").log_prob(x).exp(), rtol=1e-5
@@ -149,7 +154,13 @@ def test_membership_is_the_mixture_of_the_seen_clusters_posteriors(trained):
     draws = 4000
     new = table(1, centers=[0.0], names="n", seed=3).assign(x=0.0)
     made = trained.predict(new, unseen="membership", draws=draws)
-    chance = gather(trained, trained.data.schema.encode(new)).factors["site"].probability()[0]
+    chance = (
+        gather_evidence(
+            trained.posterior, ClusteredData.encode(new, trained.data.schema), trained.classifiers
+        )
+        .factors["site"]
+        .probability()[0]
+    )
     assert chance.max() < 0.8, "there must be something to mix"
     seen = trained.draws(draws)["site_effect"][..., 0].double() * trained.model.facts.spread
     mean = float((seen.mean(0) * torch.as_tensor(chance)).sum())
@@ -206,7 +217,7 @@ def test_alien_is_rarely_said_of_clusters_of_the_same_kind():
     seen, unseen = data.hold_out_clusters("site", labels=names[30:])
     model = MixedEffects(nn.Linear(2, 1), "(1 | site)")
     result = fit(model, seen, schedule=SHORT, refine=False, progress=False)
-    table = gather(result, unseen).table()
+    table = gather_evidence(result.posterior, unseen, result.classifiers).table()
     # That one lies further off than all 30 has the probability 1 / 31, on average over the 30.
     assert table["alien"].mean() < 0.06
 
@@ -225,7 +236,7 @@ def test_a_classifier_is_saved_with_the_fit(trained, tmp_path):
 
 
 def test_without_rows_features_or_factor_there_is_an_error(trained):
-    bare = replace(trained, data=trained.data.take([]), classifiers={})
+    bare = Fit(replace(trained.posterior, data=trained.data.take([])))
     with pytest.raises(ValueError, match="neither one nor the training rows"):
         bare.predict(table(2, centers=[0.0], names="n"), unseen="membership")
     with pytest.raises(ValueError, match="no grouping factor 'sites'"):

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from armed_pyro._memory import large_pages, most_held, release
+from armed_pyro._memory import most_held, release
 from armed_pyro.cli.training_data import byte_size
 
 STATM = Path("/proc/self/statm")
@@ -34,12 +33,3 @@ def test_what_lies_between_things_in_use_is_given_back():
     release()
     assert before - held() > 0.8 * SIZE * COUNT / 2
     assert all(one.all() for one in kept)
-
-
-def test_values_stay_as_they_are_on_large_pages():
-    for size in (10, 3 * 2**20):
-        values = torch.arange(size)
-        place, before = values.data_ptr(), values.clone()
-        large_pages(values, values[1:], values[::2])
-        assert values.data_ptr() == place
-        assert torch.equal(values, before)

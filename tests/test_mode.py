@@ -91,7 +91,7 @@ class Dense:
     def covariance(self, factor, parts):
         sd = np.diag(np.exp(parts[f"{factor.name}_sd"]))
         R = np.eye(len(sd))
-        if factor.groups:
+        if not factor.diagonal:
             R[0, 1] = R[1, 0] = np.tanh(parts[f"{factor.name}_cor_cholesky"].item())
         return sd @ R @ sd
 
@@ -99,7 +99,7 @@ class Dense:
         spread, total = self.facts.spread, 0.0
         for factor in self.model.factors:
             total += log_half_normal(parts[f"{factor.name}_sd"], factor.prior_scale.numpy())
-            if factor.groups:  # LKJ(1) of two effects: r = tanh(.) is uniform
+            if not factor.diagonal:  # LKJ(1) of two effects: r = tanh(.) is uniform
                 total += np.log(1 - np.tanh(parts[f"{factor.name}_cor_cholesky"].item()) ** 2)
         if "residual_sd" in parts:
             total += log_half_normal(parts["residual_sd"], 30 / spread)

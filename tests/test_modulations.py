@@ -11,6 +11,7 @@ from armed_pyro import (
     Adversary,
     ClusteredData,
     FilterScaleBias,
+    Fit,
     HalfNormal,
     Known,
     MixedEffects,
@@ -19,9 +20,9 @@ from armed_pyro import (
     Slopes,
     fit,
 )
-from armed_pyro.fitting import fit_bound
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.objective import Objective
+from armed_pyro.inference.train import train
 from armed_pyro.networks.filters import modulated
 from armed_pyro.program.linearize import sensitivities
 
@@ -83,7 +84,7 @@ def test_all_kinds_of_layers_can_be_modulated():
     for shape in [(4, 3), (4, 3, 7), (4, 3, 5, 5), (4, 3, 2, 2, 2)]:
         block = FilterScaleBias("g", at="").block(None, {"": 3})
         effects, h = torch.randn(4, 6), torch.randn(shape)
-        with modulated(net := nn.Identity(), [(block, effects)]):
+        with modulated(net := nn.Identity(), [(block.path, effects)]):
             out = net(h)
         over = (...,) + (None,) * (len(shape) - 2)
         torch.testing.assert_close(out, (1 + effects[:, :3][over]) * h + effects[:, 3:][over])
@@ -124,8 +125,8 @@ def test_gradients_reach_every_effect_and_the_adversary_sees_the_fixed_features(
     assert (gradient != 0).all()
     # What a cluster's filters do to the features is no business of the adversary's.
     (played,) = (
-        torch.autograd.grad(loss.game, location, allow_unused=True)
-        if (loss.game.requires_grad)
+        torch.autograd.grad(loss.adversarial, location, allow_unused=True)
+        if (loss.adversarial.requires_grad)
         else (None,)
     )
     assert played is None
@@ -174,12 +175,12 @@ def fitted():
     data = ClusteredData.from_arrays(
         x.astype("float32"), rng.normal(size=len(site)), {"site": site}
     )
-    train, new = data.take(np.flatnonzero(site < 20)), data.take(np.flatnonzero(site >= 20))
+    training, new = data.take(np.flatnonzero(site < 20)), data.take(np.flatnonzero(site >= 20))
     # The outcome is drawn from the program that is fitted, laid out for a placeholder.
-    model = MixedEffects(net, FilterScaleBias("site", at="0"), "gaussian").bind(train)
+    model = MixedEffects(net, FilterScaleBias("site", at="0"), "gaussian").bind(training)
     effects = torch.tensor(TRUE_SD * rng.normal(size=(sites, 2))).float()
     drawn = []
-    for part, own in ((train, effects[:20]), (new, effects[20:])):
+    for part, own in ((training, effects[:20]), (new, effects[20:])):
         rows = model.encode(part, model.data_facts().levels_with(part)).all()
         known = torch.cat([torch.zeros(20, 2), own]) if part is new else own
         with torch.no_grad():
@@ -187,7 +188,7 @@ def fitted():
         y = eta + NOISE * torch.tensor(rng.normal(size=len(eta)))
         drawn.append(dataclasses.replace(part, outcome=y.double()))
     schedule = Schedule(steps=1500)
-    result = fit_bound(model, drawn[0], schedule=schedule, seed=1, progress=False)
+    result = Fit(train(model, drawn[0], schedule=schedule, seed=1, progress=False))
     return result, effects.numpy(), drawn[1]
 
 

@@ -15,7 +15,7 @@ from armed_pyro.guides.noise import (
     ALONG_ONE,
     PROPOSAL_DF,
     SHARE_ALONG_ONE,
-    Given,
+    NoiseMessenger,
     gaussian_noise,
     proposal_noise,
 )
@@ -207,7 +207,7 @@ def test_what_is_known_has_no_noise():
     assert set(noise.values) == {"site_effect"}
 
 
-# ------------------------------------------------------------------------------------------ Given
+# ----------------------------------------------------------------------------------- NoiseMessenger
 
 
 @pytest.mark.parametrize("kind", [StructuredGuide, CrossedGuide])
@@ -220,7 +220,7 @@ def test_given_noise_makes_the_draws_that_sampling_with_it_makes(kind):
     order = [name for name in sampled.nodes if name in shapes]
     values = {site: torch.randn(shapes[site], dtype=torch.float64) for site in order}
     assert set(values) == set(shapes)
-    with Given(values):
+    with NoiseMessenger(values):
         given = poutine.trace(guide).get_trace(rows)
     assert sampled.nodes.keys() == given.nodes.keys()
     for name, value in sampled.nodes["_RETURN"]["value"].items():
@@ -232,12 +232,12 @@ def test_given_noise_makes_the_draws_that_sampling_with_it_makes(kind):
 def test_many_given_draws_are_the_single_ones(kind):
     guide, rows = make("(1 | batch) + (1 + x0 | site)", kind=kind)
     noise = gaussian_noise(guide, rows, 3, LIKE)
-    with Given(noise.values):
+    with NoiseMessenger(noise.values):
         together = guide(rows)
     for draw in range(3):
         shapes = guide.noise_shapes(rows)
         single = {site: one[draw].reshape(shapes[site]) for site, one in noise.values.items()}
-        with Given(single):
+        with NoiseMessenger(single):
             alone = guide(rows)
         for name, value in alone.items():
             one = together[name][draw].reshape(value.shape)
@@ -247,7 +247,7 @@ def test_many_given_draws_are_the_single_ones(kind):
 def test_without_noise_for_a_site_it_is_sampled_as_ever():
     guide, rows = make("(1 | site)")
     values = {"_theta": torch.zeros(guide.hyperparameters.size).double()}
-    with Given(values):
+    with NoiseMessenger(values):
         one, other = guide(rows), guide(rows)
     assert torch.equal(one["site_sd"], other["site_sd"])
     assert not torch.equal(one["site_effect"], other["site_effect"])

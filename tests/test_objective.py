@@ -20,7 +20,7 @@ from armed_pyro import (
     StructuredGuide,
 )
 from armed_pyro.distributions.whitened import Pushforward
-from armed_pyro.guides.noise import Given, gaussian_noise, proposal_noise
+from armed_pyro.guides.noise import NoiseMessenger, gaussian_noise, proposal_noise
 from armed_pyro.inference.objective import NestedBound, Objective
 
 N, K, BATCH = 48, 6, 8
@@ -104,7 +104,7 @@ def gradients(model, guide, noise, rows):
     found = torch.autograd.grad(loss.total, list(parameters.values()), allow_unused=True)
     zeros = map(torch.zeros_like, parameters.values())
     filled = [zero if one is None else one for one, zero in zip(found, zeros, strict=True)]
-    parts = {"loss": loss.total, "elbo": loss.elbo, "fixed": loss.fixed, "game": loss.game}
+    parts = {"loss": loss.total, "elbo": loss.elbo, "fixed": loss.fixed, "game": loss.adversarial}
     return dict(zip(parameters, filled, strict=True)) | {k: v.detach() for k, v in parts.items()}
 
 
@@ -338,9 +338,9 @@ def test_parts_are_detached_and_add_up():
     games = [Adversary("site", taps=["1"]), Adversary("batch", taps=["1"])]
     model, source, guide = bind("(1 | site)", net=deep(), adversary=games, fixed_weight=0.5)
     loss = Objective(model, guide)(source.all())
-    torch.testing.assert_close(loss.total, -loss.elbo + 0.5 * loss.fixed + loss.game)
+    torch.testing.assert_close(loss.total, -loss.elbo + 0.5 * loss.fixed + loss.adversarial)
     assert loss.total.requires_grad
-    assert not any(one.requires_grad for one in (loss.elbo, loss.fixed, loss.game))
+    assert not any(one.requires_grad for one in (loss.elbo, loss.fixed, loss.adversarial))
     assert loss.accuracy.shape == (2,)
 
 
@@ -368,7 +368,7 @@ def shared_noise(monkeypatch, noise):
 
 def given(guide, values, rows):
     """The guide's draw of this noise; the program's sites have the same names."""
-    with Given(values):
+    with NoiseMessenger(values):
         return guide(rows)
 
 
@@ -445,4 +445,4 @@ def test_the_bounds_parts_are_detached_and_add_up():
     assert loss.total.requires_grad
     assert not loss.elbo.requires_grad
     assert loss.accuracy.shape == (0,)
-    assert (loss.fixed, loss.game) == (0, 0)
+    assert (loss.fixed, loss.adversarial) == (0, 0)

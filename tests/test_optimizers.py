@@ -23,6 +23,7 @@ from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.inference.cluster_adam import LazyAdam
 from armed_pyro.inference.objective import Objective
 from armed_pyro.inference.optimizers import Optimizers
+from armed_pyro.inference.task import TrainingTask
 from armed_pyro.inference.training_run import Run
 
 K, N = 60, 120
@@ -217,7 +218,7 @@ def test_loss_and_gradients_are_those_of_the_whole_guide(random, given, monkeypa
             loss = Objective(model, one)(which)
             loss.total.backward()
             found.append((loss, gradients(model), gradients(one.hyperparameters)))
-    for name in ("total", "elbo", "fixed", "game", "accuracy"):
+    for name in ("total", "elbo", "fixed", "adversarial", "accuracy"):
         torch.testing.assert_close(getattr(found[1][0], name), getattr(found[0][0], name))
     for mine_all, expected_all in zip(found[1][1:], found[0][1:], strict=True):
         assert mine_all.keys() == expected_all.keys()
@@ -341,14 +342,14 @@ def test_a_run_with_lazy_clusters_goes_on_from_its_checkpoint(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         from armed_pyro.inference.training_run import Run
 
-        original = Run._close_window
+        original = Run.close_window
 
         def closing(self, losses):
             original(self, losses)
             if self.step > 4:
                 raise KilledError
 
-        patch.setattr(Run, "_close_window", closing)
+        patch.setattr(Run, "close_window", closing)
         with pytest.raises(KilledError):
             run(checkpoint=path)
     resumed = run(checkpoint=path, resume=True)
@@ -374,7 +375,7 @@ def test_state_is_that_of_every_factor_read_in_batches():
 
 def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     """Of a wide layer's effects those of a batch are trained on: read again, they are others'."""
-    monkeypatch.setattr("armed_pyro.inference.training_run.LARGEST_STEP", 64)
+    monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", 64)
     data, calls, read = many(), [], LazyAdam.read
 
     def counted(self, rows):
@@ -387,9 +388,10 @@ def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     model = MixedEffects(net, Slopes("site", on="1")).bind(data)
     source = model.encode(data)
     with pyro.validation_enabled(False):
-        run = Run(model, StructuredGuide(model, source), data, source, None, schedule, 0, "never")
-        run._settle()
-        assert run.lazy.tables
+        guide = StructuredGuide(model, source)
+        run = Run(TrainingTask.single(model, guide, data, schedule, compile="never"))
+        run._freeze()
+        assert run.phase.lazy.tables
         for _ in range(3):
             run.take_step()
     assert len(calls) == 3

@@ -23,7 +23,7 @@ from armed_pyro import (
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.objective import Objective
 from armed_pyro.models.autoencoder import AutoencoderClassifier, autoencoder_program
-from armed_pyro.program.binding import needs_alone
+from armed_pyro.program.binding import needs_fixed_run
 from armed_pyro.program.linearize import reconstruction_slopes
 from armed_pyro.program.model import log_likelihoods
 from armed_pyro.program.predictor import reaches_predictor
@@ -110,7 +110,7 @@ def test_what_effects_inside_reach_is_found():
     ).bind(images())  # fmt: skip
     assert inside.unreached == set()
     assert reaches_predictor(inside)
-    assert needs_alone(inside)
+    assert needs_fixed_run(inside)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_one_run_and_two_give_the_same_objective():
     rows = model.encode(data).all()
     latents = choose_guide(model, model.encode(data)).center(rows)
     latents["site_effect"] = torch.randn_like(latents["site_effect"])
-    one = model.predictor(rows, latents, alone=False, others=True)
-    two = model.predictor(rows, latents, alone=True, others=True)
+    one = model.predictor(rows, latents, return_fixed=False, others=True)
+    two = model.predictor(rows, latents, return_fixed=True, others=True)
     plain = model.predictor(rows, latents)
     for other in (two, plain):
         torch.testing.assert_close(one.eta, other.eta)
@@ -248,7 +248,11 @@ def test_effects_are_those_of_least_squares(fitted):
 
 def test_images_are_predicted_under_every_sites_effects(fitted):
     result, effects, (_, pattern, site) = fitted
-    found = result.predict(result.data, draws=200).others["image"]
+    prediction = result.predict(result.data, draws=200)
+    without = result.predict(result.data, draws=200, others=False)
+    assert without.others == {}
+    np.testing.assert_allclose(without.expected, prediction.expected)
+    found = prediction.others["image"]
     expected = (1 + effects[site][:, :1]) * pattern + effects[site][:, 1:]
     assert found.mean.shape == (len(site), 1, 4, 4)
     # The sd of a site's mean is that of 48 values each; sds say so.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from armed_pyro.engine.pace import CHEAP, Pace
+from armed_pyro.engine.schedule import CHEAP, Pace
 
 
 def test_few_rows_take_more_draws_in_fewer_longer_steps():

@@ -8,6 +8,7 @@ from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
 from armed_pyro.prediction.chunks import predict_chunks
+from armed_pyro.prediction.sources import effect_source
 from armed_pyro.prediction.unseen import MODES
 
 PLAIN = ("population", "marginal")  # the others are in test_membership and test_adaptation
@@ -252,7 +253,9 @@ def test_unseen_clusters_of_a_factor_without_effects_need_no_mode():
 def test_blocks_of_rows_give_the_same_expected_outcomes(crossed_fit, mode, chunk):
     rows = FRAME.assign(site=["s9", "s0", "s8", "s1"] * 12)
     whole = crossed_fit.predict(rows, unseen=mode, draws=9)
-    parts = list(predict_chunks(crossed_fit, rows, unseen=mode, draws=9, chunk=chunk))
+    posterior, data = crossed_fit.posterior, crossed_fit.posterior.encode(rows)
+    source, _ = effect_source(posterior, data, mode, draws=9)
+    parts = list(predict_chunks(posterior, data, source, draws=9, chunk=chunk))
     assert [len(part.unseen) for part in parts[:-1]] == [chunk] * (len(parts) - 1)
     joined = np.concatenate([part.expected for part in parts], 1)
     # To the last bits: blocks of other sizes may be multiplied in another order.

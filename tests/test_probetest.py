@@ -7,7 +7,7 @@ from scipy import stats
 
 from armed_pyro import MixedEffects, Schedule, fit, probe_test
 from armed_pyro.data.simulate import spirals
-from armed_pyro.explain.attributed import Attribution
+from armed_pyro.explain.attribution import Attribution
 from armed_pyro.models.linear import linear
 
 TRUE, PROBES = ["x1", "x2"], ["p1", "p2"]

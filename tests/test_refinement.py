@@ -1,6 +1,7 @@
 """Refined draws: importance weights that correct a wrong guide, and NUTS in its coordinates."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, Fit, HalfNormal, Known, MixedEffects, Priors, Schedule, fit
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.families.simulate import mixed_model
 from armed_pyro.inference.draws import RefinedDraws
 from armed_pyro.inference.importance_sampling import importance_draws
 from armed_pyro.inference.psis import pareto_smooth
@@ -52,12 +53,12 @@ def test_refining_can_be_left_out():
     model, data = make()
     result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
     assert result.refined is None
-    assert "importance" not in vars(result)
+    assert result.posterior.importance is None
 
 
 def test_weights_correct_a_guide_that_is_wrong(gaussian):
     """Shifted by half a posterior sd and a quarter too narrow, its weighted draws are the same."""
-    wrong = Fit(**{**vars_of(gaussian), "refined": None})
+    wrong = Fit(replace(gaussian.posterior, refined=None, importance=None))
     hyper = wrong.guide.hyperparameters
     before = {name: one.clone() for name, one in hyper.state_dict().items()}
     with torch.no_grad():
@@ -65,7 +66,7 @@ def test_weights_correct_a_guide_that_is_wrong(gaussian):
         hyper.log_scale.add_(math.log(0.75))
     try:
         own = moments(wrong.draws(4000))
-        weighted = importance_draws(wrong)
+        weighted = importance_draws(wrong.posterior)
         with wrong.model.seeded(0):
             corrected = moments(
                 RefinedDraws("psis", weighted.latents, {}, weighted.resample(4000)).latents
@@ -79,10 +80,6 @@ def test_weights_correct_a_guide_that_is_wrong(gaussian):
         assert (((own[name][0] - mean) / sd).abs() > 0.2).any(), "the guide was made wrong"
         assert (((corrected[name][0] - mean) / sd).abs() < error).all(), name
         assert ((corrected[name][1] / sd).log().abs() < error).all(), name
-
-
-def vars_of(result):
-    return {name: getattr(result, name) for name in result.__dataclass_fields__}
 
 
 @pytest.mark.slow
@@ -145,11 +142,11 @@ def test_refined_draws_are_taken_from_the_proposals_and_hold_no_copy_of_them(gau
 
 
 def test_rows_weighed_in_pieces_give_the_weights_of_all_at_once(gaussian, monkeypatch):
-    whole = importance_draws(gaussian)
+    whole = importance_draws(gaussian.posterior)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", 1)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", len(whole.weights) * 20)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_CLUSTERS", 5)
-    pieces = importance_draws(gaussian)
+    pieces = importance_draws(gaussian.posterior)
     np.testing.assert_allclose(pieces.weights, whole.weights, rtol=1e-6)
     watched = ~np.isnan(pieces.cluster_k_hat)
     assert watched.sum() == 5

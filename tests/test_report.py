@@ -10,13 +10,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
+from armed_pyro import (
+    Adversary,
+    ClusteredData,
+    MixedEffects,
+    RandomEffects,
+    Schedule,
+    Slopes,
+    fit,
+)
 from armed_pyro.cli.prediction_file import write_predictions
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 from armed_pyro.prediction.chunks import predict_chunks
 from armed_pyro.prediction.evaluation import evaluate
+from armed_pyro.prediction.unseen import Marginal
 from armed_pyro.report.html import page
+from armed_pyro.summaries.random_effects import random_effects
 
 
 def clustered(outcome: str = "gaussian", clusters: int = 6) -> ClusteredData:
@@ -49,7 +59,9 @@ def result():
 @pytest.mark.parametrize("family", ["gaussian", "bernoulli", "categorical"])
 def test_evaluation(family):
     train, unseen = clustered(family).hold_out_clusters("site<b>", fraction=0.3)
-    scores = evaluate(fitted(train, family), {"rows": train, "clusters": unseen}, draws=200)
+    scores = evaluate(
+        fitted(train, family).posterior, {"rows": train, "clusters": unseen}, draws=200
+    )
     expected = ["rmse", "coverage"] if family == "gaussian" else ["auroc", "accuracy", "log_loss"]
     assert list(scores) == ["held_out", "rows", "unseen", *expected]
     assert scores.rows.tolist() == [40, 20]
@@ -66,20 +78,26 @@ def test_evaluation(family):
 def test_evaluation_of_a_single_class_has_no_auroc():
     data = clustered("bernoulli")
     ones = data.take(data.outcome.numpy() == 1)
-    assert np.isnan(evaluate(fitted(data, "bernoulli"), {"ones": ones}, draws=50).auroc[0])
+    assert np.isnan(
+        evaluate(fitted(data, "bernoulli").posterior, {"ones": ones}, draws=50).auroc[0]
+    )
 
 
 def test_evaluation_needs_outcomes(result):
     x = clustered().features
     data = ClusteredData.from_arrays(x, None, {"site<b>": ["a"] * len(x)}, feature_names=["a", "b"])
     with pytest.raises(ValueError, match="no outcome"):
-        evaluate(result, {"rows": data})
+        evaluate(result.posterior, {"rows": data})
+
+
+def marginal(result):
+    return Marginal(result.draws(30), result.seed)
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.csv.gz", "p.parquet"])
 def test_predictions_in_blocks_are_those_at_once(result, tmp_path, name):
     data, path = clustered(), tmp_path / name
-    parts = predict_chunks(result, data, draws=30, chunk=7)
+    parts = predict_chunks(result.posterior, data, marginal(result), draws=30, chunk=7)
     assert list(write_predictions(parts, path)) == [7] * 8 + [4]
     written = (
         pd.read_parquet(path)
@@ -92,12 +110,18 @@ def test_predictions_in_blocks_are_those_at_once(result, tmp_path, name):
 
 def test_broken_off_predictions_leave_nothing(result, tmp_path):
     def parts():
-        yield from predict_chunks(result, clustered().take(slice(0, 7)), draws=30)
+        yield from predict_chunks(
+            result.posterior, clustered().take(slice(0, 7)), marginal(result), draws=30
+        )
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         list(write_predictions(parts(), tmp_path / "p.csv"))
     assert list(tmp_path.iterdir()) == []
+
+
+def shown(result, prob=0.9, **more):
+    return page(result.results(prob=prob), random_effects(result.posterior, prob=prob), **more)
 
 
 class Checker(HTMLParser):
@@ -129,7 +153,7 @@ def checked(text):
 
 def test_page_is_whole_and_self_contained(result):
     scores = pd.DataFrame({"held_out": ["rows"], "rmse": [0.12345]})
-    text = page(result, title="A & B <i>", prob=0.8, evaluation=scores)
+    text = shown(result, title="A & B <i>", prob=0.8, evaluation=scores)
     checker = checked(text)
     assert checker.headings[0] == "A & B <i>"
     for heading in ["Program and data", "Convergence", "Priors", "Predictions of held-out rows"]:
@@ -148,7 +172,7 @@ def test_page_is_whole_and_self_contained(result):
 
 
 def test_page_is_the_same_each_time(result):
-    assert page(result) == page(result)
+    assert shown(result) == shown(result)
 
 
 def test_page_of_many_clusters_terms_and_an_adversary():
@@ -156,7 +180,7 @@ def test_page_of_many_clusters_terms_and_an_adversary():
     terms = ["(1 | site<b>)", Slopes("site<b>", on="1")]
     model = MixedEffects(dense(2, 1, (5,)), terms, adversary=Adversary("site<b>", ["1"]))
     result = fit(model, data, schedule=Schedule(steps=30), progress=False, device="cpu")
-    text = page(result)
+    text = shown(result)
     assert "Not converged" in text
     assert "without uncertainty of their own" in text
     assert "weight 1" in text
@@ -167,4 +191,37 @@ def test_page_of_many_clusters_terms_and_an_adversary():
 def test_page_without_matplotlib(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"needs matplotlib.*armed_pyro\[analysis\]"):
-        page(result)
+        shown(result)
+
+
+def test_page_escapes_everything_that_comes_from_the_data():
+    bad = "<script>alert('&')</script>{{ 'exe' ~ 'cuted' }}"
+    rng = np.random.default_rng(0)
+    # An open brace: as a formula, which matplotlib makes of dollar signs, it would be an error.
+    site = np.repeat([f"$x_{{{k}$ {bad}" for k in range(4)], 8)
+    x = rng.normal(size=(32, 1))
+    data = ClusteredData.from_arrays(
+        x, x[:, 0], {bad: site}, feature_names=["<b>"], outcome_name="<i>"
+    )
+    model = MixedEffects(linear(1, 1), RandomEffects(bad), "gaussian")
+    result = fit(model, data, schedule=Schedule(steps=5), progress=False, device="cpu")
+    scores = pd.DataFrame({bad: [bad]})
+    text = shown(result, title=bad, evaluation=scores)
+    assert not re.search("<(script|b|i)>", text)
+    assert "executed" not in text
+    checker = checked(text)
+    assert checker.headings.count(bad) == 2  # title and factor
+
+
+def test_random_effects_are_those_of_the_draws(result):
+    table = random_effects(result.posterior, draws=50, prob=0.8)
+    assert list(table) == ["factor", "term", "cluster", "mean", "lower", "upper"]
+    factor = result.model.factors[0]
+    draws = result.draws(50)[factor.effect_site].to(factor.to_original) @ factor.to_original.mT
+    for place, term in enumerate(["Intercept", "a"]):
+        part = table[table.term == term]
+        assert part.cluster.tolist() == [f"s&{k}" for k in range(6)]
+        expected = draws[:, :, place].numpy()
+        np.testing.assert_allclose(part["mean"], expected.mean(0))
+        np.testing.assert_allclose(part["lower"], np.quantile(expected, 0.1, axis=0))
+        np.testing.assert_allclose(part["upper"], np.quantile(expected, 0.9, axis=0))

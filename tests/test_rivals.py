@@ -13,23 +13,23 @@ from sklearn.metrics import davies_bouldin_score
 pytest.importorskip("statsmodels")
 
 from armed_pyro import ClusteredData, Schedule
-from armed_pyro.analysis import melanoma
-from armed_pyro.analysis.architectures import Autoencoder, Dense
-from armed_pyro.analysis.descent import FixedPredictor, descend
-from armed_pyro.analysis.linearmixed import LinearMixed
-from armed_pyro.analysis.lmmnn import LMMNN, intercepts, log_marginal
-from armed_pyro.analysis.menet import LastLayerEffects, MeNet
-from armed_pyro.analysis.metalearning import MetaLearning, meta_loss
-from armed_pyro.analysis.rebuilt import image_metrics, latents
-from armed_pyro.analysis.rivals import (
+from armed_pyro.analysis.applications import melanoma
+from armed_pyro.analysis.rivals.architectures import Autoencoder, Dense
+from armed_pyro.analysis.rivals.contenders import programs
+from armed_pyro.analysis.rivals.descent import FixedPredictor, descend
+from armed_pyro.analysis.rivals.linear_mixed import LinearMixed
+from armed_pyro.analysis.rivals.lmmnn import LMMNN, intercepts, log_marginal
+from armed_pyro.analysis.rivals.menet import LastLayerEffects, MeNet
+from armed_pyro.analysis.rivals.meta_learning import MetaLearning, meta_loss
+from armed_pyro.analysis.rivals.rival import (
     Rival,
     Setting,
     cluster_shifts,
     feature_use,
-    programs,
     shuffled,
 )
-from armed_pyro.data.simulate import mixed_model
+from armed_pyro.analysis.rivals.scores import image_metrics, latents
+from armed_pyro.families.simulate import mixed_model
 
 SETTING = Setting("quick", "quick", Dense((6, 5)), Schedule(steps=60, batch_size=64, window=20))
 RIVALS: tuple[Rival, ...] = (
@@ -199,7 +199,7 @@ def _population(trained, data):
 def test_e_step_is_the_posterior_of_the_linear_mixed_model():
     data, _ = mixed_model("gaussian", 5, 8, seed=3)
     module = LastLayerEffects(FixedPredictor(gaussian(), data, 0)).double()
-    rows = module.predictor.encode(data).all()
+    rows = module.predictor.encode(data)
     D = torch.diag(torch.linspace(0.2, 1.0, 6)).double()
     module.covariance.copy_(D)
     module.residual.fill_(0.6)
@@ -224,7 +224,7 @@ def test_e_step_is_the_posterior_of_the_linear_mixed_model():
 def test_em_never_lowers_the_likelihood():
     data, _ = mixed_model("gaussian", 8, 12, sd=[1.5], seed=4)
     module = LastLayerEffects(FixedPredictor(gaussian(), data, 0)).double()
-    rows = module.predictor.encode(data).all()
+    rows = module.predictor.encode(data)
     with torch.no_grad():
         fixed, hidden = module.predictor(rows)
     Z = np.column_stack([np.ones(len(fixed)), hidden.numpy()])
@@ -250,13 +250,13 @@ def test_em_never_lowers_the_likelihood():
 def test_binary_e_step_ends_at_the_mode():
     data, _ = mixed_model("bernoulli", 6, 15, sd=[1.5], seed=5)
     module = LastLayerEffects(FixedPredictor(SETTING, data, 0)).double()
-    rows = module.predictor.encode(data).all()
+    rows = module.predictor.encode(data)
     D = module.covariance.clone()
     module.expect(rows)
     fixed, hidden = module.predictor(rows)
     Z = torch.cat([torch.ones(len(hidden), 1), hidden], -1).detach()
     u = module.effects.clone().requires_grad_(True)
-    eta = fixed.detach() + (Z * u[module.predictor.codes(rows)]).sum(-1)
+    eta = fixed.detach() + (Z * u[rows.codes]).sum(-1)
     log_joint = torch.distributions.Bernoulli(logits=eta).log_prob(rows.y).sum()
     log_joint = log_joint - 0.5 * (u @ torch.linalg.inv(D) * u).sum()
     (gradient,) = torch.autograd.grad(log_joint, u)
@@ -270,7 +270,7 @@ def test_binary_e_step_ends_at_the_mode():
 def meta() -> tuple[FixedPredictor, object]:
     data, _ = mixed_model("bernoulli", 6, 10, seed=6)
     predictor = FixedPredictor(SETTING, data, 0).double()
-    return predictor, predictor.encode(data).all()
+    return predictor, predictor.encode(data)
 
 
 def _meta(predictor, rows, **settings):
@@ -332,7 +332,7 @@ def test_gaussian_linear_mixed_model_is_reml():
 def test_descent_returns_the_network_with_the_best_validation_loss(split):
     train, test, _ = split
     predictor = FixedPredictor(SETTING, train, 0)
-    source, held = predictor.encode(train), predictor.encode(test).all()
+    source, held = predictor.encode(train), predictor.encode(test)
     seen = []
 
     def loss(rows):

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from armed_pyro.rows import in_memory as rows_module
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.rows.shuffle import Shuffle
+from armed_pyro.rows.shuffle import Passes
 
 SITE = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3])
 DOSE = torch.tensor([0, 1] * 6)
@@ -133,43 +132,48 @@ def test_rows_without_factors_or_outcome():
     assert torch.equal(known.outcome(), torch.ones(3))
 
 
-# --- rows that batches take together --------------------------------------------------------------
+# --- passes ---------------------------------------------------------------------------------------
 
 
-def test_many_small_rows_are_mixed_once(monkeypatch):
-    source = make_source(weights=torch.rand(len(SITE)))
-    assert source.mixed() is source
-    monkeypatch.setattr(rows_module, "MANY_ROWS", 12)
-    mixed = source.mixed()
-    order = mixed.y.long()
-    assert not torch.equal(order, torch.arange(12))
-    assert torch.equal(order.sort().values, torch.arange(12))
-    for name in ("x", "weights"):
-        assert torch.equal(getattr(mixed, name), getattr(source, name)[order])
-    for name, codes in source.codes.items():
-        assert torch.equal(mixed.codes[name], codes[order])
-    wide = dataclasses.replace(source, x=torch.zeros(12, 65))
-    assert wide.mixed() is wide
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_a_pass_in_batches_has_no_row_twice(size):
+    source = make_source()
+    batches = list(source.batches(size, torch.Generator().manual_seed(2), dense_up_to=0))
+    assert [len(rows) for rows in batches] == [size] * (12 // size)
+    drawn = torch.cat([rows.y for rows in batches]).long()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(drawn, order[: len(drawn)])
+    for rows in batches:
+        assert torch.equal(cluster_of(rows, "site"), SITE[rows.y.long()])
+        assert rows.scale == 12 / size
 
 
-@pytest.mark.parametrize(
-    ("size", "unit"), [(1, 1), (8, 1), (32, 2), (33, 1), (100, 4), (1000, 8), (1024, 64)]
-)
-def test_batches_are_made_of_sixteen_units_at_least(size, unit):
-    assert make_source().unit(size) == 1
-    assert make_source(together=64).unit(size) == unit
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_pass_in_clusters_has_no_cluster_twice(size):
+    batches = list(make_source().cluster_batches("site", size))
+    assert [len(rows.memberships["site"].index) for rows in batches] == [size] * (4 // size)
+    drawn = torch.cat([rows.memberships["site"].index for rows in batches])
+    assert len(drawn.unique()) == len(drawn)
+    for rows in batches:
+        assert len(rows) == int(torch.isin(SITE, rows.memberships["site"].index).sum())
 
 
-def test_a_pass_over_mixed_rows_sees_each_once():
-    n = 4096
-    codes = {"site": torch.zeros(n, dtype=torch.long)}
-    x, y = torch.rand(n, 1), torch.arange(1.0 * n)
-    source = HeldRows(x, y, codes, {"site": torch.tensor([n])}, together=64)
+def test_passes_differ_and_can_be_resumed_from_any_batch():
+    source = make_source()
     torch.manual_seed(0)
-    shuffle, passes = Shuffle(), []
-    for _ in range(2):
-        batches = [shuffle.batch(source, 256, n) for _ in range(n // 256)]
-        passes.append(torch.cat([one.y for one in batches]).long())
-        assert torch.equal(torch.cat([one.x for one in batches]), x[passes[-1]])
-        assert torch.equal(passes[-1].sort().values, torch.arange(n))
-    assert not torch.equal(*passes)
+    passes = Passes(lambda generator: source.batches(5, generator))
+    drawn, states = [], [passes.state()]
+    for _ in range(6):
+        drawn.append(next(passes).y)
+        torch.rand(3)  # what else training draws
+        states.append(passes.state())
+    assert not torch.equal(torch.cat(drawn[:2]), torch.cat(drawn[2:4]))
+    random = torch.get_rng_state()
+    expected = [next(passes).y for _ in range(4)]
+    for taken in (5, 6):
+        torch.set_rng_state(random)
+        resumed = Passes(passes.begin)
+        resumed.restore(states[taken])
+        again = [next(resumed).y for _ in range(10 - taken)]
+        for one, other in zip(again, [*drawn, *expected][taken:], strict=True):
+            assert torch.equal(one, other)

@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from armed_pyro import ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.data.simulate import mixed_model
-from armed_pyro.prediction.scores import compare_modes, crps, score_mode
+from armed_pyro import ClusteredData, MixedEffects, Schedule, compare_modes, fit, score_mode
+from armed_pyro.families.simulate import mixed_model
+from armed_pyro.prediction.scores import crps
 
 SHORT = Schedule(steps=300, window=50)
 
@@ -49,7 +49,7 @@ def test_the_clusters_log_density_is_exact(gaussian, k):
     latents, facts = result.draws(200), result.model.data_facts()
 
     def log_density(rows, s):
-        x = facts.standardise(rows.features).numpy()
+        x = facts.scaling.standardise(rows.features).numpy()
         beta = latents["fixed_effect"][s, 0].numpy()
         y = (rows.outcome.numpy() - facts.center[0]) / facts.spread - beta[0] - x[:, 0] * beta[1]
         tau, sigma = (float(latents[name][s].reshape(())) for name in ("site_sd", "residual_sd"))

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from armed_pyro.data.simulate import mixed_model, spirals
+from armed_pyro.data.simulate import spirals
 from armed_pyro.families.registry import FAMILIES
+from armed_pyro.families.simulate import mixed_model
 
 
 def z_score(draws: np.ndarray, mean: np.ndarray | float, variance: np.ndarray | float) -> float:

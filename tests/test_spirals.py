@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from armed_pyro.analysis import spirals
-from armed_pyro.analysis.rivals import Setting
-from armed_pyro.analysis.spiralscores import PAPER_ACCURACY
+from armed_pyro.analysis.applications import spirals
+from armed_pyro.analysis.rivals.rival import Setting
 
-MODELS = set(PAPER_ACCURACY)
+MODELS = set(spirals.PAPER_ACCURACY)
 
 
 @pytest.fixture(scope="module")

@@ -303,6 +303,7 @@ def test_the_manifest_holds_what_it_should(small, pristine):
             "slopes": [],
             "intercept": True,
             "correlated": True,
+            "covariance": None,
         }
     ]
     assert manifest["guide"] == "StructuredGuide"
@@ -321,7 +322,7 @@ ROWS = {
 @pytest.mark.parametrize("kind", ROWS)
 def test_labels_of_rows_come_back(small, tmp_path, kind):
     data = ClusteredData(**{**vars(small.data), "row_labels": ROWS[kind]})
-    replace(small, data=data).save(tmp_path, draws=2)
+    Fit(replace(small.posterior, data=data)).save(tmp_path, draws=2)
     read = Fit.load(tmp_path, sequential())
     assert read.data.row_labels.equals(ROWS[kind])
     assert read.data.row_labels.dtype == ROWS[kind].dtype
@@ -330,7 +331,7 @@ def test_labels_of_rows_come_back(small, tmp_path, kind):
 def test_composite_labels_of_rows_become_text(small, tmp_path):
     pairs = pd.MultiIndex.from_product([["a", "b"], range(10)], names=["one", "other"])
     data = ClusteredData(**{**vars(small.data), "row_labels": pairs})
-    replace(small, data=data).save(tmp_path, draws=2)
+    Fit(replace(small.posterior, data=data)).save(tmp_path, draws=2)
     assert Fit.load(tmp_path, sequential()).data.row_labels[11] == "('b', 1)"
 
 
@@ -565,7 +566,7 @@ def test_a_file_is_not_a_folder(small, tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
-@pytest.mark.parametrize("failing", ["_write_groups", "_diagnostics", "_put"])
+@pytest.mark.parametrize("failing", ["_write_groups", "_training_end", "_put"])
 def test_a_failed_save_leaves_the_old_fit_whole(small, run, monkeypatch, failing):
     before = contents(run)
 
@@ -577,6 +578,13 @@ def test_a_failed_save_leaves_the_old_fit_whole(small, run, monkeypatch, failing
         small.save(run)
     assert contents(run) == before
     assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_what_cannot_be_saved_is_said_before_the_checks(small, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(type(small), "diagnostics", lambda _: pytest.fail("checks were made"))
+    with pytest.raises(ValueError, match="holds other files"):
+        small.save(tmp_path)
 
 
 def test_a_failed_rename_puts_the_old_fit_back(small, run, monkeypatch):
@@ -674,12 +682,12 @@ def test_parts_that_could_not_be_read_are_not_written(small, tmp_path, options, 
             },
         )
     with pytest.raises(ValueError, match=message):
-        replace(small, model=stub).save(tmp_path / "run")
+        Fit(replace(small.posterior, model=stub)).save(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_guide_that_is_not_listed_is_not_written(small, tmp_path):
     guide = OwnGuide(small.model)
     with pytest.raises(ValueError, match=r"guide OwnGuide cannot be saved: list it in storage"):
-        replace(small, guide=guide).save(tmp_path / "run")
+        Fit(replace(small.posterior, guide=guide)).save(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -6,16 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
-from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.fitted import Fit
+from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
+from armed_pyro.fit_result import Fit
 from armed_pyro.inference.training_run import Run
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
 
-MEMORY = 300_000  # so little that rows are sorted in several files
+MEMORY = 300_000
 N, K = 3000, 60
 
 
@@ -73,8 +75,8 @@ def both(tmp_path):
     roles = {**ROLES, "weights": "w"}
     data = ClusteredData.from_frame(frame, **roles)
     bound = model.bind(data)
-    with stream(frame, tmp_path, weights="w").laid_out(model, seed=3) as files:
-        yield files, files.rows(bound.reference()), bound.encode(data)
+    with stream(frame, tmp_path, weights="w").encoded(["site"], seed=3) as encoded:
+        yield encoded, StreamedRows(encoded, bound.reference()), bound.encode(data)
     assert left_in(tmp_path) == ["rows.parquet"]
 
 
@@ -87,12 +89,13 @@ def sorted_rows(rows):
 
 
 def test_facts_are_those_of_the_table_in_memory(both):
-    files, _, _ = both
+    encoded, _, _ = both
     data = ClusteredData.from_frame(table(), **ROLES, weights="w")
     model = dense()
     wanted = Facts.of(data, model.family, model.factor_names())
+    streamed = Facts.of_encoded(encoded, model.family)
     for field in dataclasses.fields(Facts):
-        mine, other = getattr(files.facts, field.name), getattr(wanted, field.name)
+        mine, other = getattr(streamed, field.name), getattr(wanted, field.name)
         if field.name in ("feature_mean", "feature_scale", "center", "spread"):
             np.testing.assert_allclose(mine, other, rtol=1e-10)
         elif field.name == "levels":
@@ -113,7 +116,7 @@ def test_passes_and_batches_have_every_row_once(both):
     torch.testing.assert_close(sorted_rows(source.all()), every, rtol=1e-5, atol=1e-5)
     chunks = torch.cat([sorted_rows(rows) for rows in source.chunks(400)])
     torch.testing.assert_close(chunks[chunks[:, 0].argsort()], every, rtol=1e-5, atol=1e-5)
-    batches = [source.batch(index, dense_up_to=0) for index in torch.arange(N).split(100)]
+    batches = list(source.batches(100, dense_up_to=0))
     assert all(rows.scale == N / 100 for rows in batches)
     taken = torch.cat([sorted_rows(rows) for rows in batches])
     torch.testing.assert_close(taken[taken[:, 0].argsort()], every, rtol=1e-5, atol=1e-5)
@@ -133,19 +136,122 @@ def test_whole_clusters_are_those_of_the_rows_in_memory(both):
     assert torch.equal(mine.memberships["site"].weight, other.memberships["site"].weight)
     assert not mine.memberships["site"].complete
     torch.testing.assert_close(sorted_rows(mine), sorted_rows(other), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="sorted by 'site', but whole clusters of 'ward'"):
-        source.whole_clusters("ward", chosen)
+    batches = list(source.cluster_batches("site", 7))
+    assert [len(rows.memberships["site"].index) for rows in batches] == [7] * (K // 7)
+    drawn = torch.cat([rows.memberships["site"].index for rows in batches])
+    assert len(drawn.unique()) == len(drawn)
+    for rows in batches:
+        assert len(rows) == int(held.counts["site"][rows.memberships["site"].index].sum())
+
+
+@pytest.mark.parametrize("kind", ["rows", "clusters"])
+def test_passes_differ_and_follow_from_the_generator(kind, both):
+    _, source, _ = both
+
+    def batches(seed):
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "rows":
+            return list(source.batches(100, generator))
+        return list(source.cluster_batches("site", 10, generator))
+
+    one, again, other = batches(0), batches(0), batches(1)
+    assert all(torch.equal(a.y, b.y) for a, b in zip(one, again, strict=True))
+    together = [frozenset(batch.y.tolist()) for batch in one]
+    assert not set(together) & {frozenset(batch.y.tolist()) for batch in other}
+
+
+@pytest.fixture
+def numbered(tmp_path, monkeypatch):
+    """12,000 streamed rows in six row groups, of which two are mixed; the outcome counts them."""
+    monkeypatch.setattr("armed_pyro.streaming.encoded_table.GROUP_BYTES", 1)  # 2,048 rows
+    monkeypatch.setattr("armed_pyro.streaming.on_disk.MIXED", 2)
+    frame = table(n=12_000).assign(y=np.arange(12_000))
+    with stream(frame, tmp_path).encoded(["site"], seed=0) as encoded:
+        yield frame, StreamedRows(encoded, torch.zeros(0))
+
+
+def test_a_pass_over_several_row_groups_has_no_row_twice(numbered):
+    frame, source = numbered
+    batches = [rows.y.long() for rows in source.batches(500)]
+    assert [len(one) for one in batches] == [500] * 24
+    assert torch.equal(torch.cat(batches).sort().values, torch.arange(12_000))
+    large = list(source.batches(7000))
+    assert [len(rows.y.unique()) for rows in large] == [7000]
+    assert torch.equal(source.all().y, torch.arange(12_000).float())
+    levels = source.table.scanned.levels["site"]
+    for chosen in ([7, 3], [59], list(range(K))):
+        rows = source.whole_clusters("site", torch.tensor(chosen))
+        wanted = frame.y[frame.site.isin(levels[chosen])]
+        assert sorted(rows.y.tolist()) == wanted.tolist()
+
+
+def uniformity(values, n):
+    """p-value of the means of batches of 100 of the numbers below n as those of random samples."""
+    spread = np.sqrt((n**2 - 1) / 12 / 100 * (1 - 100 / n))
+    means = (np.reshape(values, (-1, 100)).mean(1) - (n - 1) / 2) / spread
+    return stats.kstest(means, "norm").pvalue
+
+
+def test_mini_batches_are_random_samples_of_all_rows(numbered):
+    n, (_, source) = 12_000, numbered
+    drawn = np.concatenate([rows.y.numpy() for rows in source.batches(100)])
+    # Of a random order neither neighbours nor place and value are correlated.
+    for one, other in [(drawn[1:], drawn[:-1]), (drawn, np.arange(n))]:
+        assert abs(np.corrcoef(one, other)[0, 1]) * np.sqrt(n) < 4
+    assert uniformity(drawn, n) > 0.001
+    groups = np.random.default_rng(0).permuted(np.arange(n).reshape(6, -1), axis=1)
+    assert uniformity(groups, n) < 1e-6  # rows mixed within row groups of the table alone
+
+
+@pytest.mark.parametrize("name", ["rows[1]*.parquet", "it's ?.parquet"])
+def test_odd_characters_in_paths_are_no_patterns(name, tmp_path):
+    folder = tmp_path / "a[b]*?'"
+    folder.mkdir()
+    table().to_parquet(folder / name)
+    data = StreamedData.scan(folder / name, folder=folder, **ROLES)
+    with data.encoded(["site"], seed=0) as encoded:
+        source = StreamedRows(encoded, torch.zeros(0))
+        assert len(next(source.batches(100))) == 100
+        assert len(source.whole_clusters("site", torch.arange(K))) == N
+    assert left_in(folder) == [name]
+
+
+def test_columns_that_differ_by_case_are_told_apart(tmp_path):
+    frame = table().rename(columns={"dose": "Age"})
+    roles = {**ROLES, "features": ["age", "Age", "sex"]}
+    frame.to_parquet(tmp_path / "rows.parquet")
+    data = StreamedData.scan(tmp_path / "rows.parquet", folder=tmp_path, **roles)
+    held = ClusteredData.from_frame(frame, **roles)
+    with data.encoded(["site"], seed=0) as encoded:
+        found = encoded.sample("site")
+    assert found.feature_names == held.feature_names
+    assert torch.equal(found.features, held.features)
+    assert torch.equal(found.outcome, held.outcome)
+    assert found.groupings["site"].levels.equals(held.groupings["site"].levels)
+    assert torch.equal(found.groupings["site"].codes, held.groupings["site"].codes)
+
+
+def test_clusters_that_lie_beside_each_other_are_random_ones(both):
+    _, source, _ = both
+    order = source.cluster_order("site").numpy()
+    assert np.array_equal(np.sort(order), np.arange(K))
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) * np.sqrt(K) < 3
 
 
 def test_the_sample_is_whole_clusters(monkeypatch, tmp_path):
-    with stream(table(), tmp_path).laid_out(linear(), seed=0) as files:
-        assert files.sample.n_rows == N  # it is small enough to be kept whole
-    monkeypatch.setattr("armed_pyro.streaming.sort_and_shuffle.SAMPLE_ROWS", 1500)
-    with stream(table(), tmp_path).laid_out(linear(), seed=0) as smaller:
-        sample = smaller.sample
+    with stream(table(), tmp_path).encoded(["site"], seed=0) as encoded:
+        assert encoded.sample("site").n_rows == N  # it is small enough to be kept whole
+        assert encoded.sample(None).n_rows == N
+        assert encoded.sample("site").row_labels.tolist() == list(range(N))
+        monkeypatch.setattr("armed_pyro.streaming.encoded_table.SAMPLE_ROWS", 1500)
+        sample = encoded.sample("site")
         assert 1300 < sample.n_rows <= 1500
-        whole = dict(zip(smaller.facts.levels["site"], smaller.facts.counts["site"].tolist(),
-                         strict=True))  # fmt: skip
+        assert 1300 < encoded.sample(None).n_rows < 1700
+        whole = dict(
+            zip(
+                encoded.scanned.levels["site"], encoded.scanned.counts["site"].tolist(), strict=True
+            )
+        )
         for label, count in zip(
             sample.groupings["site"].levels, sample.groupings["site"].counts.tolist(), strict=True
         ):
@@ -154,8 +260,8 @@ def test_the_sample_is_whole_clusters(monkeypatch, tmp_path):
 
 def test_large_means_lose_nothing_in_single_precision(tmp_path):
     frame = table().assign(age=lambda t: 1e9 + t.age)
-    with stream(frame, tmp_path).laid_out(linear(), seed=0) as files:
-        x = files.rows(torch.zeros(0)).all().x[:, 0].double()
+    with stream(frame, tmp_path).encoded(["site"], seed=0) as encoded:
+        x = StreamedRows(encoded, torch.zeros(0)).all().x[:, 0].double()
         assert abs(float(x.mean())) < 1e-3
         assert abs(float(x.std()) - 1) < 1e-3
 
@@ -167,9 +273,11 @@ def test_files_are_removed_after_errors(tmp_path):
     data = stream(table(), tmp_path)
 
     def fail_within():
-        with data.laid_out(linear(), seed=0) as files:
+        with data.encoded(["site"], seed=0) as encoded:
             assert len(left_in(tmp_path)) == 2
-            assert len(files.rows(torch.zeros(0))) == N
+            source = StreamedRows(encoded, torch.zeros(0))
+            assert len(source) == N
+            next(source.batches(100))
             raise RuntimeError("from within")
 
     with pytest.raises(RuntimeError, match="from within"):
@@ -214,7 +322,7 @@ def in_pieces(monkeypatch, n):
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", n // 3)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_DRAWS", 1000)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", 1000 * n // 4)
-    monkeypatch.setattr("armed_pyro.streaming.sort_and_shuffle.SAMPLE_ROWS", n // 2)
+    monkeypatch.setattr("armed_pyro.streaming.encoded_table.SAMPLE_ROWS", n // 2)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +364,33 @@ def test_streamed_and_in_memory_fits_agree(family, random, n, clusters, tmp_path
         again.refine("nuts")
     with pytest.raises(ValueError, match="rows of every cluster of 'site'"):
         again.classifier("site")
+
+
+def two_factors(n=1200):
+    """Rows in 300 clusters of "a" and 60 of "b"."""
+    rng = np.random.default_rng(4)
+    frame = table(n=n, seed=4).assign(a=rng.permutation(n) % 300, b=rng.permutation(n) % 60)
+    return frame.assign(y=lambda t: t.y + rng.normal(size=300)[t.a])
+
+
+def test_a_factor_with_few_clusters_but_most_effects_is_taken_whole(tmp_path, monkeypatch):
+    # A hidden layer of 8 units has 480 effects of "b", beside 300 of "a".
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = MixedEffects(net, ["(1 | a)", Slopes("b", on="1")])
+    data = stream(two_factors(), tmp_path, clusters=["a", "b"])
+    monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", 2 * 600)
+    whole, asked = StreamedRows.whole_clusters, []
+
+    def recorded(self, factor, chosen):
+        asked.append(factor)
+        return whole(self, factor, chosen)
+
+    monkeypatch.setattr(StreamedRows, "whole_clusters", recorded)
+    schedule = Schedule(steps=300, window=20, batch_size=100, stages=1, particles=1)
+    streamed = fit(model, data, schedule=schedule, refine=False, progress=False)
+    assert streamed.history.settled is not None
+    assert set(asked) == {"b"}
+    assert left_in(tmp_path) == ["rows.parquet"]
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
-from armed_pyro.cli.app import app
+from armed_pyro.cli import app
 from armed_pyro.models.linear import linear
-from armed_pyro.prediction.predict_table import TableBlocks, predict_table
+from armed_pyro.prediction.predict_table import predict_table
 from armed_pyro.prediction.unseen import MODES
+from armed_pyro.streaming.parquet_table import TableBlocks
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 
@@ -61,7 +62,7 @@ def test_blocks_give_what_the_whole_table_gives(run, rows, tmp_path, monkeypatch
     opened = TableBlocks.open(path)
     told = []
     parts, membership = predict_table(
-        result, opened, unseen=mode, support=support, draws=40,
+        result.posterior, opened, unseen=mode, support=support, draws=40,
         report=lambda *one: told.append(one),
     )  # fmt: skip
     parts = list(parts)
@@ -84,7 +85,7 @@ def test_row_by_row_membership_in_blocks(run, rows, tmp_path, monkeypatch):
     rows.to_parquet(tmp_path / "rows.parquet")
     monkeypatch.setattr("armed_pyro.prediction.predict_table.BLOCK_VALUES", 10 * 5 * 41)
     opened = TableBlocks.open(tmp_path / "rows.parquet")
-    parts, _ = predict_table(result, opened, unseen="membership", pooled=False, draws=10)
+    parts, _ = predict_table(result.posterior, opened, unseen="membership", pooled=False, draws=10)
     expected = np.concatenate([part.expected for part in parts], 1)
     np.testing.assert_allclose(expected, whole.expected, rtol=1e-4, atol=1e-5)
 

@@ -20,7 +20,7 @@ from armed_pyro import (
     Schedule,
     fit,
 )
-from armed_pyro.report.text import priors, text
+from armed_pyro.report.text import priors, summarize
 
 SHORT = Schedule(steps=4, window=2, stages=3)
 
@@ -53,6 +53,10 @@ def run(random="(1 + x | site)", outcome="Reaction", family="gaussian", net=None
 def dense():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+
+
+def text(result, prob=0.9):
+    return summarize(result.results(prob=prob))
 
 
 def test_the_summary_says_what_was_fitted_to_what():

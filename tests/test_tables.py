@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from armed_pyro import ClusteredData
 from armed_pyro._messages import unknown
 from armed_pyro.data.files import as_pandas, read_table, write_table
 from armed_pyro.data.grouping import index_from_json, index_to_json
@@ -43,7 +44,9 @@ def test_a_schema_survives_json_and_encodes_alike():
     stored = json.loads(json.dumps(schema.to_json()))
     loaded = Schema.from_json(stored)
     assert loaded.to_json() == schema.to_json()
-    first, second = (s.encode(frame, outcome_required=True) for s in (schema, loaded))
+    first, second = (
+        ClusteredData.encode(frame, s, outcome_required=True) for s in (schema, loaded)
+    )
     torch.testing.assert_close(first.features, second.features)
     torch.testing.assert_close(first.outcome, second.outcome)
     assert first.feature_names == second.feature_names
@@ -55,10 +58,10 @@ def test_a_schema_survives_json_and_encodes_alike():
 
 def test_a_new_table_is_encoded_as_the_training_table_was():
     schema = infer()
-    whole = schema.encode(make_frame())
+    whole = ClusteredData.encode(make_frame(), schema)
     part = make_frame().iloc[[4, 0]].astype({"age": int, "sex": "str"})
     part = part[["site", "drug", "sex", "age", "smoker"]].assign(other=1)
-    data = schema.encode(part)
+    data = ClusteredData.encode(part, schema)
     assert data.outcome is None
     assert data.classes == ("no", "yes")
     assert data.feature_names == whole.feature_names
@@ -66,12 +69,12 @@ def test_a_new_table_is_encoded_as_the_training_table_was():
     torch.testing.assert_close(data.features, whole.features[[4, 0]])
     assert data.row_labels.tolist() == [4, 0]
     assert data.groupings["site"].levels.tolist() == ["a", "c"]
-    unseen = schema.encode(part.assign(site="z"))
+    unseen = ClusteredData.encode(part.assign(site="z"), schema)
     assert unseen.groupings["site"].levels.tolist() == ["z"]
 
 
 def test_indicators_are_remembered():
-    data = infer().encode(make_frame().assign(smoker=0.5))
+    data = ClusteredData.encode(make_frame().assign(smoker=0.5), infer())
     assert dict(zip(data.feature_names, data.continuous, strict=True))["smoker"] is False
 
 
@@ -82,22 +85,22 @@ def test_categories_never_seen_are_listed():
         "feature 'sex' has categories that training did not: 'x', 'u', in 3 rows. Known: 'm', 'f'"
     )
     with pytest.raises(ValueError, match=message):
-        infer().encode(new)
+        ClusteredData.encode(new, infer())
     with pytest.raises(ValueError, match=r"outcome 'y' has categories .* 'maybe', in 6 rows"):
-        infer().encode(make_frame().assign(y="maybe"))
+        ClusteredData.encode(make_frame().assign(y="maybe"), infer())
 
 
 def test_what_a_new_table_may_lack():
     frame = make_frame().assign(n=2, w=1.0)
     schema = infer(frame, trials="n", weights="w")
-    assert schema.encode(frame.drop(columns=["y", "w"])).weights is None
-    assert schema.encode(frame.assign(y=[None, *frame["y"][1:]])).outcome is None
+    assert ClusteredData.encode(frame.drop(columns=["y", "w"]), schema).weights is None
+    assert ClusteredData.encode(frame.assign(y=[None, *frame["y"][1:]]), schema).outcome is None
     for column in ["n", "age", "site"]:
         with pytest.raises(ValueError, match=f"no column '{column}'"):
-            schema.encode(frame.drop(columns=column))
+            ClusteredData.encode(frame.drop(columns=column), schema)
     for column in ["y", "w"]:
         with pytest.raises(ValueError, match=f"no column '{column}'"):
-            schema.encode(frame.drop(columns=column), outcome_required=True)
+            ClusteredData.encode(frame.drop(columns=column), schema, outcome_required=True)
 
 
 @pytest.mark.parametrize(
@@ -145,17 +148,17 @@ def test_numbers_given_as_objects_are_numbers():
     frame["age"] = frame["age"].astype(object)
     frame.loc[0, "age"] = None
     with pytest.warns(UserWarning, match="Dropped 1 of 6 rows"):
-        data = infer(frame).encode(frame, missing="drop")
+        data = ClusteredData.encode(frame, infer(frame), missing="drop")
     assert "age" in data.feature_names
     with pytest.raises(ValueError, match=r"feature column 'age' holds .* such as 'old'; expected"):
-        infer().encode(make_frame().assign(age="old"))
+        ClusteredData.encode(make_frame().assign(age="old"), infer())
 
 
 def test_nullable_and_arrow_columns():
     frame = make_frame()
     for backend in ["numpy_nullable", "pyarrow"]:
-        data = infer().encode(frame.convert_dtypes(dtype_backend=backend))
-        torch.testing.assert_close(data.features, infer().encode(frame).features)
+        data = ClusteredData.encode(frame.convert_dtypes(dtype_backend=backend), infer())
+        torch.testing.assert_close(data.features, ClusteredData.encode(frame, infer()).features)
 
 
 def test_missing_values_are_an_error_or_dropped_aloud():
@@ -168,15 +171,15 @@ def test_missing_values_are_an_error_or_dropped_aloud():
         r"\(command line: --missing drop\)"
     )
     with pytest.raises(ValueError, match=message):
-        schema.encode(frame)
+        ClusteredData.encode(frame, schema)
     with pytest.warns(UserWarning, match=r"Dropped 2 of 6 rows .*'age' \(2 rows\)") as caught:
-        data = schema.encode(frame, missing="drop")
+        data = ClusteredData.encode(frame, schema, missing="drop")
     assert len(caught) == 1
     assert data.row_labels.tolist() == [1, 3, 4, 5]
     with pytest.raises(ValueError, match="missing must be 'error' or 'drop', found 'ignore'"):
-        schema.encode(frame, missing="ignore")
+        ClusteredData.encode(frame, schema, missing="ignore")
     with pytest.raises(ValueError, match=r"Every row has missing values.*'age' \(6 rows\)"):
-        schema.encode(frame.assign(age=np.nan), missing="drop")
+        ClusteredData.encode(frame.assign(age=np.nan), schema, missing="drop")
 
 
 def test_categories_of_dropped_rows_are_not_levels():
@@ -189,13 +192,13 @@ def test_values_outside_the_columns_in_use_do_not_matter():
     frame = make_frame().assign(other=[np.nan, np.inf, 1, 2, 3, 4])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(infer(frame, features=["age"]).encode(frame)) == 6
+        assert len(ClusteredData.encode(frame, infer(frame, features=["age"]))) == 6
 
 
 def test_infinite_values_are_an_error():
     frame = make_frame().assign(dose=[1.0, np.inf, -np.inf, 2, 3, 4])
     with pytest.raises(ValueError, match=r"Infinite values in 'dose' \(2 rows\)"):
-        infer(frame).encode(frame)
+        ClusteredData.encode(frame, infer(frame))
 
 
 def test_tables_that_cannot_be_read_as_columns():
@@ -205,7 +208,7 @@ def test_tables_that_cannot_be_read_as_columns():
     with pytest.raises(ValueError, match="names must be text, found 0"):
         infer(frame.rename(columns={"age": 0}))
     with pytest.raises(ValueError, match="no rows"):
-        infer().encode(frame.iloc[:0])
+        ClusteredData.encode(frame.iloc[:0], infer())
     with pytest.raises(TypeError, match="Expected a pandas, polars or pyarrow table, found dict"):
         as_pandas({"a": [1]})
 
@@ -215,7 +218,7 @@ def test_odd_column_names_are_only_names():
     frame = make_frame()[["y", "site", "age"]]
     for i, name in enumerate(names):
         frame[name] = np.arange(6.0) ** (i + 1)
-    data = infer(frame).encode(frame)
+    data = ClusteredData.encode(frame, infer(frame))
     assert data.feature_names == ("age", *names)
     np.testing.assert_array_equal(data.features, frame[["age", *names]])
 
@@ -224,7 +227,7 @@ def test_a_column_named_like_an_interaction():
     frame = make_frame().assign(**{"age:smoker": 2.0})
     schema = infer(frame, features="age:smoker + `age:smoker`")
     with pytest.raises(ValueError, match="would both be called 'age:smoker'"):
-        schema.encode(frame)
+        ClusteredData.encode(frame, schema)
 
 
 # ----------------------------------------------------------------------------------- formulas
@@ -257,8 +260,8 @@ def test_a_stored_formula_never_executes(tmp_path):
     trap = f"open({str(tmp_path / 'trap')!r}, 'w')"
     stored = infer().to_json() | {"terms": [[trap]], "levels": {}}
     with pytest.raises(ValueError, match="no column"):
-        Schema.from_json(stored).encode(make_frame())
-    data = Schema.from_json(stored).encode(make_frame().assign(**{trap: 1.0}))
+        ClusteredData.encode(make_frame(), Schema.from_json(stored))
+    data = ClusteredData.encode(make_frame().assign(**{trap: 1.0}), Schema.from_json(stored))
     assert data.features.flatten().tolist() == [1.0] * 6
     assert not (tmp_path / "trap").exists()
 
@@ -319,7 +322,7 @@ def test_labels_that_json_cannot_hold():
         index_to_json(pd.interval_range(0, 3))
     frame = make_frame().assign(site=pd.cut(make_frame()["age"], 2))
     with pytest.raises(ValueError, match="cluster column 'site' cannot serve as labels"):
-        infer(frame).encode(frame)
+        ClusteredData.encode(frame, infer(frame))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from armed_pyro import ClusteredData
-from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import complete_blocks, scan
 
 ROLES = {"outcome": "y", "clusters": ["site", "ward"], "features": "age * sex + flag"}
@@ -33,7 +33,8 @@ def table(n=100):
 
 def scanned(frame, folder, **options):
     frame.to_parquet(folder / "rows.parquet")
-    return scan(TableBlocks.open(folder / "rows.parquet"), **{**ROLES, **options})
+    table = TableBlocks.open(folder / "rows.parquet")
+    return scan(table, memory=10**8, folder=folder, **{**ROLES, **options})
 
 
 def test_schema_levels_and_counts_are_those_of_the_table_in_memory(tmp_path):
@@ -42,7 +43,6 @@ def test_schema_levels_and_counts_are_those_of_the_table_in_memory(tmp_path):
     assert found.schema.to_json() == data.schema.to_json()
     assert found.schema.indicators == ("flag",)
     assert found.n_rows == 100
-    assert found.complete
     for name, grouping in data.groupings.items():
         assert found.levels[name].equals(grouping.levels)
         assert torch.equal(found.counts[name], grouping.counts)
@@ -70,11 +70,10 @@ def test_rows_with_missing_values_are_dropped_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="Dropped 8 of 100 rows"):
         found = scanned(frame, tmp_path, missing="drop")
     assert found.n_rows == 92
-    assert not found.complete
     kept = frame.dropna()
     assert found.counts["site"].tolist() == kept.site.value_counts().sort_index().tolist()
     path = TableBlocks.open(tmp_path / "rows.parquet")
-    blocks = list(complete_blocks(path, ["age", "y"], "drop"))
+    blocks = list(complete_blocks(path, ["age", "y"]))
     assert np.array_equal(np.concatenate([one.index for one in blocks]), kept.index)
 
 

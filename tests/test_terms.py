@@ -31,7 +31,7 @@ def facts():
 
 def layout(facts, term, widths=None):
     (parsed,) = parse_terms(term)
-    return parsed.block(facts, widths or {})
+    return parsed.block(facts.scaling, widths or {})
 
 
 SYNTAX = {
@@ -142,7 +142,7 @@ def test_columns_of_a_correlated_term_are_centred(facts):
 def test_columns_of_other_terms_vanish_at_zero(facts, term):
     """Independence of intercept and slope holds at x = 0, as in lme4."""
     block = layout(facts, term)
-    at_zero = facts.standardise(torch.zeros(1, 4))
+    at_zero = facts.scaling.standardise(torch.zeros(1, 4))
     torch.testing.assert_close(
         block.columns(at_zero, {})[:, -1], torch.zeros(1, dtype=torch.float64)
     )
@@ -164,7 +164,7 @@ def test_effects_go_back_to_original_units(facts, term):
     block, rng = layout(facts, term), torch.Generator().manual_seed(0)
     raw = torch.randn(20, 4, dtype=torch.float64, generator=rng) * 30 + 7
     effects = torch.randn(len(block.names), dtype=torch.float64, generator=rng)
-    internal = block.columns(facts.standardise(raw), {}) @ effects
+    internal = block.columns(facts.scaling.standardise(raw), {}) @ effects
     place = {name: raw[:, i] for i, name in enumerate(facts.feature_names)}
     original = torch.stack([place.get(name, torch.ones(20).double()) for name in block.names], 1)
     torch.testing.assert_close(internal, original @ (block.to_original @ effects))
@@ -193,22 +193,22 @@ def test_slopes_on_a_layer_are_its_activations(facts, correlated):
     net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1)), torch.randn(5, 4)
     term = Slopes("site", on="1", correlated=correlated)
     assert term.layers() == ("1",)
-    block = term.block(facts, {"1": 3})
+    block = term.block(facts.scaling, {"1": 3})
     assert block.names == ("1[0]", "1[1]", "1[2]")
-    assert block.correlated is correlated
+    assert block.covariance.diagonal is not correlated
     with tapped(net, term.layers()) as activations:
         net(x)
     torch.testing.assert_close(block.columns(x, activations), torch.relu(net[0](x)))
 
 
 def test_slopes_on_feature_maps_are_pooled(facts):
-    block = Slopes("site", on="0").block(facts, {"0": 2})
+    block = Slopes("site", on="0").block(facts.scaling, {"0": 2})
     maps = torch.randn(5, 2, 3, 3)
     torch.testing.assert_close(block.columns(torch.zeros(5), {"0": maps}), maps.mean((2, 3)))
 
 
 def test_one_column_has_no_correlations(facts):
-    assert not layout(facts, "(1 | site)").correlated
-    assert not layout(facts, "(0 + age | site)").correlated
-    assert layout(facts, "(age | site)").correlated
-    assert not layout(facts, "(age || site)").correlated
+    assert layout(facts, "(1 | site)").covariance.diagonal
+    assert layout(facts, "(0 + age | site)").covariance.diagonal
+    assert not layout(facts, "(age | site)").covariance.diagonal
+    assert layout(facts, "(age || site)").covariance.diagonal

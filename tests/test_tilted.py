@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from armed_pyro.distributions.observed_normal import TiltedNormal
+from armed_pyro.distributions.observed_normal import ObservedNormal
 from armed_pyro.distributions.whitened import WhitenedNormal
 
 CLUSTERS = 6
@@ -48,7 +48,7 @@ def automatic(scale, tau, base, trained, location):
 @pytest.mark.parametrize("terms", TERMS)
 def test_it_is_the_posterior_of_a_normal_prior_and_a_normal_observation(terms):
     scale, tau, base, trained, location = parameters(terms)
-    q = TiltedNormal(scale, tau, base, trained, location)
+    q = ObservedNormal(scale, tau, base, trained, location)
     A = tau * (base @ trained) @ (base @ trained).mT
     covariance = torch.linalg.inv(torch.linalg.inv(scale @ scale.mT) + A)
     mean = (covariance @ A @ location[..., None])[..., 0]
@@ -68,9 +68,9 @@ def test_gradients_are_those_of_a_draw_judged_by_one_that_is_held(terms, draws):
     moved = torch.zeros_like(location)
     leaves = [one.requires_grad_(True) for one in (trained, location, tau, scale, moved)]
     fixed, noise = location.detach(), noise_for(terms, draws)
-    q = TiltedNormal(scale, tau, base, trained, location, fixed + moved)
+    q = ObservedNormal(scale, tau, base, trained, location, fixed + moved)
     first = automatic(scale, tau, base, trained, location + moved)
-    first.held = automatic(scale, tau, base, trained.detach(), fixed + moved)
+    first.detached = automatic(scale, tau, base, trained.detach(), fixed + moved)
     found = []
     for one in (q, first):
         value = one.push(noise)
@@ -85,20 +85,20 @@ def test_gradients_are_those_of_a_draw_judged_by_one_that_is_held(terms, draws):
 
 def test_single_draws_are_the_vectorised_ones():
     given, noise = parameters(2, 4), noise_for(2, 4)
-    q = TiltedNormal(*given)
+    q = ObservedNormal(*given)
     assert q.batch_shape == (4, CLUSTERS)
     values = q.push(noise)
     densities = q.log_prob(values)
     for draw in range(4):
         scale, tau, *others = given
-        one = TiltedNormal(scale[draw, 0], tau[draw, 0], *others)
+        one = ObservedNormal(scale[draw, 0], tau[draw, 0], *others)
         value = one.push(noise[draw])
         torch.testing.assert_close(value, values[draw])
         torch.testing.assert_close(one.log_prob(value), densities[draw])
 
 
 def test_it_can_be_expanded_to_draws():
-    wide = TiltedNormal(*parameters(3)).expand((5, CLUSTERS))
+    wide = ObservedNormal(*parameters(3)).expand((5, CLUSTERS))
     own = wide.rsample()
     assert own.shape == (5, CLUSTERS, 3)
     torch.testing.assert_close(wide.log_prob(own), wide.log_prob(own.clone()))
@@ -109,7 +109,7 @@ def test_extreme_sds_are_safe_in_single_precision(sd):
     _, tau, base, trained, location = (one.float() for one in parameters(2))
     scale = torch.diag(torch.tensor([sd, 1.0])).requires_grad_(True)
     trained.requires_grad_(True)
-    q = TiltedNormal(scale, tau, base, trained, location)
+    q = ObservedNormal(scale, tau, base, trained, location)
     own = q.rsample()
     total = q.log_prob(own).sum() + own.sum()
     assert math.isfinite(total.item())

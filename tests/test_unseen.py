@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
-from armed_pyro.prediction.chunks import effect_source, predict_chunks
-from armed_pyro.prediction.unseen import MODES, apart, check_mode, label_noise
+from armed_pyro.prediction.chunks import predict_chunks
+from armed_pyro.prediction.sources import effect_source
+from armed_pyro.prediction.unseen import MODES, check_mode, label_noise, one_cluster_per_row
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 
@@ -167,30 +168,30 @@ def test_nested_new_levels():
 @pytest.mark.parametrize("mode", ["population", "marginal", "membership", "nearest"])
 def test_blocks_and_order_do_not_matter(nested, mode):
     new = FRAME.assign(school=[f"n{k % 7}" for k in range(len(FRAME))])
-    data = nested.data.schema.encode(new)
+    data = ClusteredData.encode(new, nested.data.schema)
     whole = nested.predict(data, unseen=mode, draws=9)
     order = np.random.default_rng(0).permutation(len(FRAME))
     shuffled = nested.predict(data.take(order), unseen=mode, draws=9)
     np.testing.assert_allclose(shuffled.expected, whole.expected[:, order], rtol=1e-4, atol=1e-5)
-    source, _ = effect_source(nested, data, mode, draws=9)
+    source, _ = effect_source(nested.posterior, data, mode, draws=9)
     parts = [
         part.expected
         for start in range(0, len(FRAME), 10)
         for part in predict_chunks(
-            nested, data.take(slice(start, start + 10)), source=source, draws=9
+            nested.posterior, data.take(slice(start, start + 10)), source, draws=9
         )
     ]
     np.testing.assert_allclose(np.concatenate(parts, 1), whole.expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_apart_are_clusters_of_their_own(nested):
-    data = nested.data.schema.encode(rows(school=["new", "new", "s1"]))
-    labels = apart(nested.model, data, start=7).grouping("school").labels()
+    data = ClusteredData.encode(rows(school=["new", "new", "s1"]), nested.data.schema)
+    labels = one_cluster_per_row(nested.model, data, start=7).grouping("school").labels()
     assert list(labels) == ["new (row 7)", "new (row 8)", "s1"]
 
 
 def test_the_tree_keeps_the_clusters(layered):
-    data = layered.data.schema.encode(FRAME.assign(school=["a", "b", "s0"] * 24))
+    data = ClusteredData.encode(FRAME.assign(school=["a", "b", "s0"] * 24), layered.data.schema)
     made = layered.predict(data, unseen="marginal", draws=12)
     tree = made.to_datatree(data)
     effect = tree["predictions"]["school_effect"]

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("statsmodels")
 
-from armed_pyro.analysis import unseen_clusters
-from armed_pyro.analysis.newsites import KS, Simulation, coverage_rows
+from armed_pyro.analysis.validation import unseen_clusters
+from armed_pyro.analysis.validation.new_clusters import KS, Simulation, coverage_rows
 
 
 def test_the_smoke_run_writes_the_table_and_figures(tmp_path):

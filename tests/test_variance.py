@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Schedule, fit
+from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, Schedule, fit
 from armed_pyro.program.units import original_covariance
 
 SHORT = Schedule(steps=4, window=2, stages=0)
@@ -272,7 +272,7 @@ def moved(result, **changes):
     """The same posterior in internal units, of data in other units."""
     other = run(frame=FRAME.assign(**changes))
     other.guide.load_state_dict(result.guide.state_dict())
-    return replace(other, refined=result.refined)
+    return Fit(replace(other.posterior, refined=result.refined))
 
 
 def test_other_units_are_the_same_problem_inside(slope_fit):
@@ -289,8 +289,8 @@ def test_other_units_are_the_same_problem_inside(slope_fit):
 def test_components_follow_the_units_of_a_feature(slope_fit):
     other = moved(slope_fit, x=1000 * FRAME["x"] + 50)
     draws = slope_fit.draws(50)
-    one = original_covariance(slope_fit.model, slope_fit.model.factors[0], draws)
-    its = original_covariance(other.model, other.model.factors[0], draws)
+    one = original_covariance(slope_fit.model.factors[0], draws)
+    its = original_covariance(other.model.factors[0], draws)
     # slope' = slope / 1000, intercept' = intercept - 50 slope / 1000
     change = torch.tensor([[1.0, -0.05], [0.0, 0.001]], dtype=torch.float64)
     torch.testing.assert_close(its, change @ one @ change.T, rtol=1e-5, atol=1e-9)

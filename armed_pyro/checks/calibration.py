@@ -1,4 +1,4 @@
-"""Simulation-based calibration: whether fits recover what the program itself draws."""
+"""Simulation-based calibration: whether fits recover parameters drawn from the program's prior."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pandas as pd
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from armed_pyro._optional import extra
-from armed_pyro._plotting import ACCENT, FAINT, INK
-from armed_pyro.checks import rank_tests as uniformity
+from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
+from armed_pyro.checks import rank_tests
 from armed_pyro.checks.simulation import Recovered, Recovery, check_outcomes, held, one_thread
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["SimulationCalibration", "simulation_calibration"]
 
 
-PROB = 0.99  # that an exact posterior passes
-MOST_FAILED = 0.01  # share of the fits
+PROB = 0.99  # probability with which an exact posterior passes
+MOST_FAILED = 0.01  # largest share of failed fits that passes
 MOST_PANELS = 24
 MOST_LINES = 5
 ALARM = "#c53030"
@@ -34,19 +34,19 @@ ALARM = "#c53030"
 
 @dataclass(frozen=True, eq=False)
 class SimulationCalibration:
-    """Ranks of true values among posterior draws: uniform if the posteriors are right.
+    """Ranks of true values among posterior draws: uniform if the posteriors are exact.
 
     Attributes
     ----------
     ranks : pandas.DataFrame
-        Draws below the truth, 0 to `draws`; a row for each simulation whose fit succeeded, a
-        column for each quantity.
+        Number of draws below the truth, 0 to `draws`; one row per simulation whose fit succeeded,
+        one column per quantity.
     draws : int
-        Posterior draws of each fit.
+        Number of posterior draws of each fit.
     errors : tuple of str
-        What went wrong in the fits that failed.
+        Errors of the fits that failed.
     unconverged : int
-        Fits whose steps ran out before they had converged.
+        Number of fits whose steps ran out before they converged.
 
     Examples
     --------
@@ -62,17 +62,17 @@ class SimulationCalibration:
 
     @property
     def simulations(self) -> int:
-        """Simulations, those included whose fit failed."""
+        """Number of simulations, including those whose fit failed."""
         return len(self.ranks) + self.failed
 
     @property
     def failed(self) -> int:
-        """Simulations whose fit failed; they have no ranks."""
+        """Number of simulations whose fit failed; they have no ranks."""
         return len(self.errors)
 
     @property
     def passed(self) -> bool:
-        """Whether all quantities pass at 99% and at most 1% of the fits failed."""
+        """Whether all quantities pass at 99% and at most 1% of the fits failed; see `table`."""
         few = self.failed <= MOST_FAILED * self.simulations
         return few and bool(self.table()["passed"].all())
 
@@ -88,27 +88,33 @@ class SimulationCalibration:
         Returns
         -------
         pandas.DataFrame
-            By quantity: p_chi2 (of binned ranks); p_ecdf, and inside_band, whether the ECDF stays
-            in its simultaneous band; coverage_50, coverage_90 of the central intervals with their
-            Monte Carlo standard errors se_50, se_90; z_rank, positive where the draws lie too
-            low; p_adjusted, of the two tests together after Holm's correction for the number of
-            quantities; passed, whether that exceeds 1 - prob.
+            One row per quantity. p_chi2 is of the chi-square test of binned ranks, p_ecdf of the
+            test of the ECDF, and inside_band says whether the ECDF stays in its simultaneous
+            band. coverage_50 and coverage_90 are of the central intervals, with Monte Carlo
+            standard errors se_50 and se_90. z_rank is positive if the draws lie too low.
+            p_adjusted combines the two tests, with Holm's correction for the number of
+            quantities; passed says whether it exceeds 1 - prob.
+
+        Raises
+        ------
+        ValueError
+            If `prob` is not between 0 and 1.
         """
         if not 0 < prob < 1:
             raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
         records = []
         for quantity in self.ranks:
             ranks = self.ranks[quantity].to_numpy()
-            half, most = (uniformity.coverage(ranks, self.draws, p) for p in (0.5, 0.9))
-            record = {"quantity": quantity, "p_chi2": uniformity.chi_square(ranks, self.draws)}
-            record |= {"p_ecdf": uniformity.ecdf(ranks, self.draws)}
+            half, most = (rank_tests.coverage(ranks, self.draws, p) for p in (0.5, 0.9))
+            record = {"quantity": quantity, "p_chi2": rank_tests.chi_square(ranks, self.draws)}
+            record |= {"p_ecdf": rank_tests.ecdf(ranks, self.draws)}
             record |= {"inside_band": record["p_ecdf"] > 1 - prob}
             record |= {"coverage_50": half[0], "se_50": half[1]}
             record |= {"coverage_90": most[0], "se_90": most[1]}
-            records.append(record | {"z_rank": uniformity.bias(ranks, self.draws)})
+            records.append(record | {"z_rank": rank_tests.bias(ranks, self.draws)})
         table = pd.DataFrame(records).set_index("quantity")
         smaller = np.minimum(table["p_chi2"].to_numpy(), table["p_ecdf"].to_numpy())
-        table["p_adjusted"] = uniformity.holm((2 * smaller).clip(max=1))
+        table["p_adjusted"] = rank_tests.holm((2 * smaller).clip(max=1))
         table["passed"] = table["p_adjusted"] > 1 - prob
         table.attrs["prob"] = prob
         return table
@@ -117,10 +123,10 @@ class SimulationCalibration:
         table, passed = self.table(), self.passed
         count = len(table)
         wrong = table[~table["passed"]].sort_values("p_adjusted")
-        some = f"{count} quantit{'y' if count == 1 else 'ies'}"
+        quantities = f"{count} quantit{'y' if count == 1 else 'ies'}"
         lines = [
             f"{'calibrated' if passed else 'NOT calibrated'}: "
-            f"{f'{len(wrong)} of ' if len(wrong) else ''}{some} in {self.simulations} "
+            f"{f'{len(wrong)} of ' if len(wrong) else ''}{quantities} in {self.simulations} "
             f"simulations, {self.draws} draws each; "
             f"smallest adjusted p = {table['p_adjusted'].min():.2g}"
         ]
@@ -139,11 +145,12 @@ class SimulationCalibration:
         return "\n".join(lines)
 
     def plot(self, *, prob: float = PROB) -> Figure:
-        """Histogram of every quantity's ranks, with the band in which those of uniform ranks lie.
+        """Histogram of every quantity's ranks, with a simultaneous band for uniform ranks.
 
-        The bars of a panel are all inside with probability `prob`. A hump in the middle stands
-        for posteriors too wide, one at either end for posteriors too narrow, a slope for bias.
-        Red panels fail the test of `table`. At most 24 quantities are shown, the worst.
+        With uniform ranks, all bars of a panel lie in the band with probability `prob`. A hump in
+        the middle means that posteriors are too wide, humps at the ends that they are too narrow,
+        a slope that they are biased. Red panels fail the test of `table`. The plot shows at most
+        24 quantities, those with the smallest adjusted p-values.
 
         Raises
         ------
@@ -158,26 +165,25 @@ class SimulationCalibration:
         shown = [quantity for quantity in table.index if quantity in worst]
         columns = min(4, len(shown))
         height = -(-len(shown) // columns)
-        edges = uniformity.bin_edges(len(self.ranks), self.draws)
-        low, high = uniformity.bin_band(len(self.ranks), self.draws, prob)
+        edges = rank_tests.bin_edges(len(self.ranks), self.draws)
+        low, high = rank_tests.bin_band(len(self.ranks), self.draws, prob)
         expected = np.diff(edges) * len(self.ranks) / (self.draws + 1)
-        with mpl.rc_context({"font.size": 9, "axes.edgecolor": FAINT}):
+        with mpl.rc_context({**PLAIN, "axes.edgecolor": FAINT}):
             size = (2.4 * columns + 0.6, 1.6 * height + 0.8)
             figure = Figure(figsize=size, layout="constrained")
             grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
             for axes, quantity in zip(grid.flat, shown, strict=False):
                 bars = np.histogram(self.ranks[quantity], edges)[0]
-                fine = bool(table.loc[quantity, "passed"])
-                color = ACCENT if fine else ALARM
+                passed = bool(table.loc[quantity, "passed"])
+                color = ACCENT if passed else ALARM
                 axes.stairs(bars, edges, fill=True, color=color, alpha=0.25)
                 axes.stairs(bars, edges, color=color, lw=1.2)
                 axes.stairs(high, edges, baseline=low, fill=True, color=FAINT, alpha=0.35, zorder=0)
                 axes.stairs(expected, edges, baseline=None, color=INK, lw=0.8)
-                axes.set_title(_short(quantity), fontsize=8.5, color=INK if fine else ALARM)
+                axes.set_title(_short(quantity), fontsize=8.5, color=INK if passed else ALARM)
                 axes.set(xlim=(0, self.draws + 1), xticks=[0, self.draws + 1])
                 axes.margins(y=0.08)
-                axes.spines[["top", "right"]].set_visible(False)
-                axes.tick_params(color=FAINT, labelcolor=INK)
+                tidy(axes)
             for axes in grid.flat[len(shown) :]:
                 axes.set_visible(False)
             grid[0, 0].set_ylim(bottom=0)
@@ -213,12 +219,12 @@ class SimulationCalibration:
 
 
 def _short(name: str, most: int = 32) -> str:
-    """A panel's title: a long name without its middle."""
+    """A panel's title: the name, without its middle if it is long."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-most // 2 + 1 :]}"
 
 
 def _reading(row: pd.Series) -> str:
-    """What the ranks say of the posteriors."""
+    """The fault of the posteriors that the ranks indicate."""
     width = (row["coverage_90"] - 0.9) / row["se_90"], (row["coverage_50"] - 0.5) / row["se_50"]
     signs = {
         "posteriors too narrow": min(width) < -2.5,
@@ -246,47 +252,49 @@ def simulation_calibration(
     .. math:: p(\theta) = \int p(\theta \mid y) \, p(y \mid \tilde\theta) \, p(\tilde\theta) \,
               dy \, d\tilde\theta
 
-    so that, with :math:`\tilde\theta` from the prior, y from the program given it, and
-    :math:`\theta_1, \dots, \theta_L` from the exact posterior, the number of
-    :math:`f(\theta_l) < f(\tilde\theta)` is uniform on 0, ..., L for every quantity f. Quantities
-    are, in standardised units: every sd, correlation, dispersion and latent fixed effect, the
-    random effects of the first, middle and last cluster of each factor, and the log-likelihood
-    of the data, which also sees what no marginal does (a posterior that ignores the data has
-    uniform ranks in all of them).
+    Draw :math:`\tilde\theta` from the prior, y from the program given :math:`\tilde\theta`, and
+    :math:`\theta_1, \dots, \theta_L` from the exact posterior. The number of
+    :math:`f(\theta_l) < f(\tilde\theta)` is then uniform on 0, ..., L for every quantity f. The
+    quantities, in standardised units, are every sd, correlation, parameter of the family and
+    latent fixed effect; the random effects of the first, middle and last cluster of each factor;
+    and the log-likelihood of the data. The last detects faults that no marginal shows: a posterior
+    that ignores the data has uniform ranks in every marginal.
 
-    The program is laid out for `data` once: its centre, spread and priors are the same in all
-    simulations, and so are features, clusters, trials and offset. What weights of the network
-    are not latent are held as they are, its layers as in evaluation; adversaries take no part.
-    Fits run on the CPU with one thread each.
+    The program is laid out for `data` once. Its centre, spread and priors are the same in all
+    simulations, and so are features, clusters, trials and offset. Weights of the network that are
+    not latent are fixed, its layers are in evaluation mode, and there are no adversaries. Fits run
+    on the CPU with one thread each.
 
     Parameters
     ----------
     model : MixedEffects
-        The program, or that of a fit (``fit.model``).
+        The program, or the program of a fit (``fit.model``).
     data : ClusteredData
-        Rows whose outcome sets scales only. Weights have to be 0 or 1: with others there is no
-        distribution to draw outcomes from whose likelihood is the weighted one.
+        The rows; their outcome sets scales only. Weights must be 0 or 1, because no distribution
+        of outcomes has a likelihood with other weights.
     simulations : int
-        Data sets drawn and fitted. Among ten quantities, 300 show a posterior sd that is a
-        quarter too small in 9 of 10 cases, 1,000 one that is 15% too small.
+        Number of data sets drawn and fitted. With ten quantities, 300 simulations detect a
+        posterior sd that is 25% too small in 9 of 10 cases; 1,000 detect one that is 15% too
+        small.
     draws : int
-        Posterior draws L of each fit; L + 1 is best a multiple of 20.
+        Posterior draws L of each fit. Bins are even if L + 1 is a multiple of 20.
     schedule : Schedule, optional
         Length and rates of each fit's training.
     refine : bool
-        Whether the guide's draws are importance weighted, as `fit` does, or its own are judged.
+        Whether the guide's draws are importance weighted, as in `fit`. If False, the guide itself
+        is judged.
     workers : int
-        Processes that fit. The result does not depend on their number.
+        Number of processes that fit. The result does not depend on it.
     seed : int
-        Seed from which each simulation has its own.
+        Seed from which the simulations' seeds are derived.
     progress : bool
         Whether to show a progress bar.
 
     Raises
     ------
     ValueError
-        Before the fits begin, if an argument is out of range, nothing is latent, or the prior
-        draws absurd outcomes (not finite, or counts above 1e9).
+        Before the fits begin, if an argument is out of range, nothing is latent, or outcomes
+        drawn from the prior are not finite or are counts above 1e9.
     RuntimeError
         If every fit failed.
 
@@ -303,7 +311,7 @@ def simulation_calibration(
     >>> data = ClusteredData.from_arrays(np.zeros((20, 0)), y, {"site": site})
     >>> priors = Priors(sd=HalfNormal(1.0), residual_sd=HalfNormal(1.0))
     >>> model = MixedEffects(nn.Linear(0, 1), "(1 | site)", priors=priors, bayesian_head=True)
-    >>> result = simulation_calibration(  # far too little of everything, for an example
+    >>> result = simulation_calibration(  # real use needs more simulations, draws and steps
     ...     model, data, simulations=10, draws=9, schedule=Schedule(steps=5), progress=False
     ... )
     >>> list(result.ranks)[:3]
@@ -323,12 +331,13 @@ def simulation_calibration(
     with one_thread():
         check_outcomes(recovery, simulations)
         results = _collect(recovery, simulations, workers, progress)
-    errors = [f"simulation {i}: {one.error}" for i, one in enumerate(results) if one.error]
-    ranks = {i: one.ranks for i, one in enumerate(results) if not one.error}
+    numbered = list(enumerate(results))
+    errors = [f"simulation {i}: {result.error}" for i, result in numbered if result.error]
+    ranks = {i: result.ranks for i, result in numbered if not result.error}
     if not ranks:
         raise RuntimeError(f"all {simulations} fits failed, the first in {errors[0]}")
     table = pd.DataFrame.from_dict(ranks, orient="index").rename_axis("simulation")
-    unconverged = sum(not one.error and not one.converged for one in results)
+    unconverged = sum(not result.error and not result.converged for result in results)
     return SimulationCalibration(table, draws, tuple(errors), unconverged)
 
 
@@ -340,14 +349,14 @@ def _collect(recovery: Recovery, simulations: int, workers: int, progress: bool)
         TextColumn("fit {task.completed}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     results: list[Recovered] = []
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("", total=simulations)
         for result in _results(recovery, simulations, workers):
             results.append(result)
-            failed = sum(bool(one.error) for one in results)
+            failed = sum(bool(finished.error) for finished in results)
             bar.update(task, advance=1, description=f"{failed} failed" if failed else "")
     return results
 

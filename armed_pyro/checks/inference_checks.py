@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from armed_pyro.guides.noise import proposal_variance
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.engine.schedule import MOVING
+from armed_pyro.guides.noise import proposal_variance
+from armed_pyro.inference.draws import ImportanceDraws
+from armed_pyro.inference.posterior import Posterior
 
 __all__ = ["ORDER", "Check", "inference_checks", "k_hat_threshold"]
 
@@ -24,20 +21,25 @@ ORDER = ("pass", "warn", "fail")
 
 @dataclass(frozen=True)
 class Check:
-    """One question asked of a fit.
+    """The result of one check of a fit.
 
     Attributes
     ----------
     name : str
-        What is checked.
+        Name of the check.
     verdict : {"pass", "warn", "fail"}
-        The answer.
+        Result.
     value, threshold : float or None
-        What was found, and where it stops being good.
+        Measured value, and the threshold for passing.
     reason : str
-        What was found, in words.
+        Result in words.
     advice : str
-        What to do; empty where the check passed.
+        Next step for the user; empty if the check passed.
+
+    Examples
+    --------
+    >>> Check("k-hat", "pass", 0.31, 0.7, "Pareto k-hat 0.31").verdict
+    'pass'
     """
 
     name: str
@@ -49,7 +51,7 @@ class Check:
 
 
 def k_hat_threshold(draws: int) -> float:
-    """min(1 - 1 / log10(S), 0.7): below it importance weights can be relied upon.
+    """min(1 - 1 / log10(S), 0.7), below which importance weights of S draws are reliable.
 
     Examples
     --------
@@ -63,14 +65,14 @@ def k_hat_threshold(draws: int) -> float:
     return min(1 - 1 / math.log10(draws), 0.7)
 
 
-def inference_checks(fit: Fit, weighted: ImportanceDraws | None) -> Iterator[Check]:
-    """Whether the training ended well, and the draws are those of the posterior."""
-    yield from _training(fit)
-    yield from _sampling(fit, weighted)
+def inference_checks(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterator[Check]:
+    """Checks of the training, and of the importance weights or chains."""
+    yield from _training(posterior)
+    yield from _sampling(posterior, weighted)
 
 
-def _training(fit: Fit) -> Iterator[Check]:
-    steps, history = len(fit.history.loss), fit.history
+def _training(posterior: Posterior) -> Iterator[Check]:
+    steps, history = len(posterior.history.loss), posterior.history
     more = "allow more steps: Schedule(steps=...), --steps"
     reasons = {
         "converged": ("pass", f"converged after {steps} steps", ""),
@@ -78,10 +80,10 @@ def _training(fit: Fit) -> Iterator[Check]:
         "steps": ("warn", f"the steps ran out after {steps}", more),
         "diverged": ("fail", "the loss diverged: these are the last good parameters", "see fit"),
     }
-    verdict, reason, advice = reasons[fit.stopped]
-    if fit.stopped == "steps" and history.settled is None:
+    verdict, reason, advice = reasons[posterior.stopped]
+    if posterior.stopped == "steps" and history.settled is None:
         reason += ", before the guide was settled at the network's final weights"
-        verdict = "fail" if fit.schedule.stages else "warn"
+        verdict = "fail" if posterior.schedule.stages else "warn"
     yield Check("training", verdict, steps, None, reason, advice)
     at_full_rate = [
         place
@@ -99,26 +101,26 @@ def _training(fit: Fit) -> Iterator[Check]:
         yield Check("iterates", "pass" if good else "warn", r_hat, MOVING, reason, advice)
 
 
-def _sampling(fit: Fit, weighted: ImportanceDraws | None) -> Iterator[Check]:
+def _sampling(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterator[Check]:
     if weighted is None:
-        if fit.model.factors:
+        if posterior.model.factors:
             reason = "not computed: there are too many rows to weigh hundreds of draws"
             yield Check("k-hat", "pass", None, None, reason)
         return
-    if fit.refined is not None and fit.refined.method == "nuts":
-        yield from _nuts(fit.refined.quality)
+    if posterior.refined is not None and posterior.refined.method == "nuts":
+        yield from _nuts(posterior.refined.quality)
         return
     limit = k_hat_threshold(len(weighted.log_weights))
     k_hat, share = weighted.k_hat, weighted.effective / len(weighted.log_weights)
     reason = f"Pareto k-hat {k_hat:.2f}, effective share of the draws {share:.0%}"
     nuts = 'the guide misses part of the posterior: use fit.refine("nuts")'
     verdict = "pass" if k_hat < limit else "warn" if k_hat < 1 else "fail"
-    if verdict == "fail" and fit.model.factors and fit.guide.nested() is None:
-        # In so many dimensions weights degenerate whatever the guide: nothing is proven.
+    if verdict == "fail" and posterior.model.factors and posterior.guide.nested() is None:
+        # Weights of this many effects at once degenerate with any guide: k-hat proves nothing.
         verdict = "warn"
         reason += "; many effects a cluster are known as if independent, which cannot be verified"
     yield Check("k-hat", verdict, k_hat, limit, reason, "" if verdict == "pass" else nuts)
-    if fit.refined is None and verdict == "pass":
+    if posterior.refined is None and verdict == "pass":
         bias, ratio = _guide_error(weighted)
         good = bias < 0.25 and ratio < 1.3
         reason = (
@@ -128,13 +130,13 @@ def _sampling(fit: Fit, weighted: ImportanceDraws | None) -> Iterator[Check]:
         advice = "" if good else "use fit.refine(), which corrects this"
         yield Check("guide", "pass" if good else "warn", bias, 0.25, reason, advice)
     if len(weighted.cluster_k_hat):
-        found = weighted.cluster_k_hat[~np.isnan(weighted.cluster_k_hat)]
-        high = int((found > 0.7).sum())
-        bad = high / len(found)
-        # One cluster's k-hat may be high by chance.
+        k_hats = weighted.cluster_k_hat[~np.isnan(weighted.cluster_k_hat)]
+        high = int((k_hats > 0.7).sum())
+        bad = high / len(k_hats)
+        # The k-hat of a single cluster may be high by chance.
         good = high < 2 or bad < 0.05
         verdict = "pass" if good else "warn" if bad < 0.3 else "fail"
-        reason = f"k-hat above 0.7 in {high} of {len(found)} clusters"
+        reason = f"k-hat above 0.7 in {high} of {len(k_hats)} clusters"
         yield Check("k-hat by cluster", verdict, bad, 0.05, reason, "" if good else nuts)
 
 
@@ -152,9 +154,12 @@ def _nuts(quality: Mapping[str, float]) -> Iterator[Check]:
 
 
 def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
-    """Largest difference of means, in posterior sds, and factor of sds, draws over weighted."""
+    """Largest error of the guide's means, in posterior sds, and largest ratio of sds, either way.
+
+    The weighted draws stand for the posterior.
+    """
     worst, factor = 0.0, 1.0
-    # The proposals' sds are larger than the guide's.
+    # Proposals are wider than the guide: dividing by `inflation` gives the guide's sds.
     size = sum(
         value[0].numel()
         for value in weighted.latents.values()
@@ -163,13 +168,12 @@ def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
     inflation = math.sqrt(proposal_variance(max(1, size)))
     for name, value in weighted.latents.items():
         if value.dim() < 2 or value.shape[1] != 1:
-            continue  # known, or effects of clusters
+            continue  # fixed by the prior, or effects of clusters
         draws = value.reshape(len(value), -1).double().cpu().numpy()
         mean = weighted.weights @ draws
         sd = np.sqrt(weighted.weights @ (draws - mean) ** 2)
         moves = sd > 1e-12
-        own = draws.std(0)[moves] / inflation
-        if name.endswith("_sd"):  # skewed: on the scale on which the guide is nearly normal
+        if name.endswith("_sd"):  # skewed; the guide is nearly normal in their logarithms
             logs = np.log(draws[:, moves])
             mean_log = weighted.weights @ logs
             sd_log = np.sqrt(weighted.weights @ (logs - mean_log) ** 2)
@@ -177,7 +181,7 @@ def _guide_error(weighted: ImportanceDraws) -> tuple[float, float]:
             ratio = logs.std(0) / inflation / sd_log
         else:
             shift = np.abs(draws.mean(0) - mean)[moves] / sd[moves]
-            ratio = own / sd[moves]
+            ratio = draws.std(0)[moves] / inflation / sd[moves]
         worst = max(worst, float(shift.max(initial=0)))
         factor = max(factor, float(np.maximum(ratio, 1 / ratio).max(initial=1)))
     return worst, factor

@@ -1,19 +1,20 @@
-"""Whether ranks are uniform: chi-square, simultaneous bands of the ECDF, coverage and bias."""
+"""Tests of uniform ranks: chi-square, simultaneous bands of the ECDF, coverage and bias."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
 
 __all__ = ["bias", "bin_band", "bin_edges", "chi_square", "coverage", "ecdf", "holm", "rank"]
 
 
 MOST_BINS = 20
-MOST_POINTS = 100  # at which an ECDF is compared with the diagonal
-NULL_SETS = 20_000  # of uniform ranks, from which the ECDF's p-values come
-NULL_BLOCK = 2_000
+MOST_POINTS = 100  # points at which an ECDF is compared with the diagonal
+NULL_SETS = 20_000  # simulated sets of uniform ranks behind the ECDF's p-values
+NULL_BLOCK = 2_000  # sets that are simulated at once
 
 Ranks = Int[np.ndarray, " simulations"]
 
@@ -23,7 +24,7 @@ def rank(
     draws: Float[np.ndarray, "draws quantities"],
     rng: np.random.Generator,
 ) -> Int[np.ndarray, " quantities"]:
-    """Number of draws below the truth, 0 to L; among draws equal to it, its place is random.
+    """Number of draws below the truth, 0 to L; ties are broken at random.
 
     Examples
     --------
@@ -36,7 +37,7 @@ def rank(
 
 
 def bin_edges(n: int, draws: int) -> Int[np.ndarray, " edges"]:
-    """First rank of each bin, and L + 1: at most 20 bins, of about ten ranks or more each."""
+    """First rank of each bin, and L + 1: at most 20 bins, with about ten ranks or more each."""
     count = max(2, min(MOST_BINS, draws + 1, n // 10))
     return np.linspace(0, draws + 1, count + 1).round().astype(int)
 
@@ -49,37 +50,34 @@ def chi_square(ranks: Ranks, draws: int) -> float:
     >>> round(chi_square(np.arange(100), draws=99), 3)
     1.0
     """
-    from scipy import stats
-
     edges = bin_edges(len(ranks), draws)
     expected = np.diff(edges) * len(ranks) / (draws + 1)
-    found = np.histogram(ranks, edges)[0]
-    statistic = ((found - expected) ** 2 / expected).sum()
-    return float(stats.chi2.sf(statistic, len(expected) - 1))
+    observed = np.histogram(ranks, edges)[0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(scipy.stats.chi2.sf(statistic, len(expected) - 1))
 
 
 def bin_band(n: int, draws: int, prob: float) -> tuple[np.ndarray, np.ndarray]:
-    """Fewest and most of n uniform ranks in every bin, in all bins at once with probability prob.
+    """Smallest and largest counts of n uniform ranks per bin, jointly with probability `prob`.
 
-    The binomial quantiles at (1 - prob) / bins (Bonferroni).
+    These are binomial quantiles with tails of (1 - prob) / bins together (Bonferroni).
     """
-    from scipy import stats
-
     edges = bin_edges(n, draws)
     share = np.diff(edges) / (draws + 1)
     tail = (1 - prob) / len(share) / 2
-    return stats.binom.ppf(tail, n, share), stats.binom.ppf(1 - tail, n, share)
+    return scipy.stats.binom.ppf(tail, n, share), scipy.stats.binom.ppf(1 - tail, n, share)
 
 
 def ecdf(ranks: Ranks, draws: int) -> float:
-    r"""P-value of the ECDF's distance from that of uniform ranks, over all ranks at once.
+    r"""P-value of the ECDF's largest deviation from the ECDF of uniform ranks.
 
     .. math:: \gamma = 2 \min_j \min\{P(X_j \le O_j), P(X_j \ge O_j)\}, \quad
               X_j \sim Binomial(n, j / (L + 1)),
 
-    with :math:`O_j` the number of ranks below j: the smallest pointwise probability. Its
-    distribution comes from 20,000 sets of n uniform ranks; where the p-value is at most
-    :math:`\alpha`, the ECDF leaves its simultaneous band of probability :math:`1 - \alpha`.
+    Here :math:`O_j` is the number of ranks below j, so that :math:`\gamma` is the smallest
+    pointwise p-value. Its null distribution is simulated by 20,000 sets of n uniform ranks. A
+    p-value of at most :math:`\alpha` means that the ECDF leaves its simultaneous band of
+    probability :math:`1 - \alpha`.
 
     Examples
     --------
@@ -91,31 +89,31 @@ def ecdf(ranks: Ranks, draws: int) -> float:
     ----------
     Säilynoja, Bürkner, Vehtari (2022), Statistics and Computing 32, algorithm 1.
     """
-    found = (np.sort(ranks).searchsorted(_points(draws)))[None]
-    gamma = _gamma(found, _tails(len(ranks), draws))[0]
+    below = (np.sort(ranks).searchsorted(_points(draws)))[None]
+    gamma = _gamma(below, _tails(len(ranks), draws))[0]
     null = _null(len(ranks), draws)
     return float((1 + null.searchsorted(gamma, "right")) / (1 + len(null)))
 
 
 def _points(draws: int) -> Int[np.ndarray, " points"]:
-    """Ranks j below which the ECDF counts."""
+    """Ranks j at which the ECDF is compared."""
     return np.unique(np.linspace(1, draws, min(draws, MOST_POINTS)).round().astype(int))
 
 
 @lru_cache(maxsize=8)
 def _tails(n: int, draws: int) -> Float[np.ndarray, "points counts"]:
     """Smaller of P(X <= count) and P(X >= count) for every point and count from 0 to n."""
-    from scipy import stats
-
     share = _points(draws)[:, None] / (draws + 1)
     counts = np.arange(n + 1)
-    return np.minimum(stats.binom.cdf(counts, n, share), stats.binom.sf(counts - 1, n, share))
+    return np.minimum(
+        scipy.stats.binom.cdf(counts, n, share), scipy.stats.binom.sf(counts - 1, n, share)
+    )
 
 
 def _gamma(
-    found: Int[np.ndarray, "sets points"], tails: Float[np.ndarray, "points counts"]
+    below: Int[np.ndarray, "sets points"], tails: Float[np.ndarray, "points counts"]
 ) -> Float[np.ndarray, " sets"]:
-    return 2 * tails[np.arange(len(tails)), found].min(1)
+    return 2 * tails[np.arange(len(tails)), below].min(1)
 
 
 @lru_cache(maxsize=8)
@@ -134,9 +132,10 @@ def _null(n: int, draws: int) -> Float[np.ndarray, " sets"]:
 def coverage(ranks: Ranks, draws: int, prob: float) -> tuple[float, float]:
     r"""Share of truths in the central interval of the posterior, and its standard error.
 
-    A rank r stands for the stretch from r / (L + 1) to (r + 1) / (L + 1), and counts by how much
-    of it lies in the interval, so that uniform ranks give `prob` for any number of draws. The
-    Monte Carlo standard error, :math:`\sqrt{prob (1 - prob) / n}`, is that of uniform ranks.
+    A rank r represents the interval from r / (L + 1) to (r + 1) / (L + 1), and counts with the
+    fraction of it that lies in the central interval. Uniform ranks then give `prob` for any number
+    of draws. The Monte Carlo standard error under uniform ranks is
+    :math:`\sqrt{prob (1 - prob) / n}`.
 
     Examples
     --------
@@ -152,7 +151,7 @@ def coverage(ranks: Ranks, draws: int, prob: float) -> tuple[float, float]:
 def bias(ranks: Ranks, draws: int) -> float:
     r"""Z-score of the mean rank, :math:`(\bar r - L/2) / \sqrt{((L+1)^2 - 1) / (12 n)}`.
 
-    Positive where truths lie above the draws: the posterior is too low.
+    It is positive if truths tend to lie above the draws, so that the posterior is too low.
 
     Examples
     --------
@@ -164,9 +163,9 @@ def bias(ranks: Ranks, draws: int) -> float:
 
 
 def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """P-values that, compared with alpha, make one or more false alarms with probability <= alpha.
+    """Holm's adjusted p-values: compared with alpha, any false alarm has probability <= alpha.
 
-    Holm (1979): valid whatever the tests have to do with each other.
+    They are valid for tests with any dependence (Holm 1979).
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""One simulation of a calibration: draw everything from the prior, fit, and rank the truth."""
+"""One simulation of a calibration: draw from the prior, fit, and rank the truth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
 
-from armed_pyro import fitting
-from armed_pyro.checks import rank_tests as uniformity
+from armed_pyro.checks import rank_tests
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
-from armed_pyro.fitting import DivergenceError
+from armed_pyro.inference.divergence import TrainingDiverged
+from armed_pyro.inference.train import train
 from armed_pyro.program.blocks import BLOCK_VALUES
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.source import RowSource
@@ -36,7 +35,7 @@ Latents = dict[str, Tensor]
 
 
 def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
-    """The program laid out for these data, its network held as it is, without adversaries.
+    """The program bound to the data, with a frozen network and without adversaries.
 
     Raises
     ------
@@ -49,8 +48,8 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
         net, model.terms, model.family, priors=model.priors, bayesian_head=model.bayesian_head
     )
     bound = plan.bind(data).cpu().eval()
-    dispersion = bound.family.dispersion_name
-    if not bound.factors and not bound.bayesian_head and dispersion in {None, *bound.known()}:
+    latent = {parameter.name for parameter in bound.family.parameters} - {*bound.known()}
+    if not bound.factors and not bound.bayesian_head and not latent:
         raise ValueError(
             "the model has no latent site, so there is no posterior to calibrate: give it random "
             "effects, or latent fixed effects with bayesian_head=True"
@@ -59,13 +58,13 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
 
 
 def _evaluate(net: nn.Module, args: tuple[Any, ...]) -> None:
-    """Training would switch the layers of a network that is held to their training mode."""
+    """Put the frozen network in evaluation mode, because training puts it in training mode."""
     net.eval()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch with one thread, as sums depend on their number."""
+    """Torch with one thread, because rounding of sums depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -76,16 +75,16 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """A draw of the whole program.
+    """One draw of the whole program from its prior.
 
     Attributes
     ----------
     latents : dict of str to Tensor
-        Latent sites and known quantities, shaped like one draw of `Fit.draws`.
+        Latent sites and known quantities, with the shapes of one draw of `Fit.draws`.
     eta : Float[Tensor, "rows columns"]
         Linear predictor.
     outcome : Float64[Tensor, "rows"]
-        On its original scale; NaN where the predictor is not finite.
+        Outcome on its original scale; NaN if the predictor is not finite.
     """
 
     latents: Latents
@@ -95,7 +94,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Recovered:
-    """Ranks of one truth, by quantity; or what went wrong, and no ranks."""
+    """Ranks of one truth, by quantity; or the error of the fit, and no ranks."""
 
     ranks: Mapping[str, int]
     converged: bool
@@ -104,22 +103,22 @@ class Recovered:
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """Settings of simulations, of which each depends on its number alone.
+    """Settings of the simulations; a simulation depends on these and on its number.
 
     Attributes
     ----------
     bound : MixedEffects
-        What `held` returned.
+        Program returned by `held`.
     data : ClusteredData
-        Everything but the outcome.
+        Rows, whose outcome is replaced.
     n_draws : int
-        Posterior draws of each fit.
+        Number of posterior draws of each fit.
     schedule : Schedule
         Length and rates of each fit's training.
     refine : bool
         Whether the guide's draws are importance weighted.
     seed : int
-        Seed from which each simulation has its own.
+        Seed from which the simulations' seeds are derived.
     """
 
     bound: MixedEffects
@@ -133,7 +132,7 @@ class Recovery:
         """The draw of the program with this number."""
         bound, rows = self.bound, self.bound.encode(self.data).all()
         with bound.seeded(self._seeds(number)[0]), pyro.validation_enabled(False):
-            # The data's own outcome is observed, which leaves the prior draws as they are.
+            # The data's outcome is observed in this trace, which does not affect the prior draws.
             trace = poutine.trace(bound).get_trace(rows)
             nodes: Mapping[str, Any] = trace.nodes
             latents: Latents = {
@@ -169,7 +168,7 @@ class Recovery:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(training)
-                fit = fitting.fit_bound(
+                fitted = train(
                     bound,
                     data,
                     schedule=self.schedule,
@@ -177,53 +176,50 @@ class Recovery:
                     seed=training,
                     progress=False,
                 )
-                draws = fit.draws(self.n_draws, seed=posterior)
-        except (DivergenceError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+                draws = fitted.draws(self.n_draws, seed=posterior)
+        except (TrainingDiverged, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return Recovered({}, False, str(error))
         values = quantities(bound, source, draws)
-        found = np.stack([one.cpu().numpy() for one in values.values()], -1)
-        if not np.isfinite(found).all():
-            wrong = [name for name, one in values.items() if not torch.isfinite(one).all()]
+        posterior_draws = np.stack([draw.cpu().numpy() for draw in values.values()], -1)
+        if not np.isfinite(posterior_draws).all():
+            wrong = [name for name, value in values.items() if not torch.isfinite(value).all()]
             return Recovered({}, False, f"posterior draws of {', '.join(wrong[:3])} are not finite")
         true = quantities(bound, source, truth.latents)
-        target = np.stack([one.cpu().numpy() for one in true.values()], -1)
-        ranks = uniformity.rank(target, found, np.random.default_rng(ties))
-        return Recovered(dict(zip(values, ranks.tolist(), strict=True)), bool(fit.converged))
+        target = np.stack([value.cpu().numpy() for value in true.values()], -1)
+        ranks = rank_tests.rank(target, posterior_draws, np.random.default_rng(ties))
+        return Recovered(dict(zip(values, ranks.tolist(), strict=True)), bool(fitted.converged))
 
     def _seeds(self, number: int) -> list[int]:
         """Seeds of the truth, the training, the posterior draws and the order of ties."""
-        return [int(one) for one in np.random.SeedSequence([self.seed, number]).generate_state(4)]
+        return np.random.SeedSequence([self.seed, number]).generate_state(4).tolist()
 
 
 def quantities(
     model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, " draws"]]:
-    """What is ranked, by name, in standardised units.
+    """The quantities that are ranked, by name, in standardised units.
 
-    Every latent sd, correlation, dispersion and fixed effect; all random effects of the first,
-    middle and last cluster of each factor; and the log-likelihood of all rows.
+    These are every latent sd, correlation, parameter of the family and fixed effect; all random
+    effects of the first, middle and last cluster of each factor; and the log-likelihood.
     """
     values: dict[str, Tensor] = {}
     known = model.known()
     for factor in model.factors:
         name, terms = factor.name, factor.terms
-        if f"{name}_sd" not in known:
-            sd = latents[f"{name}_sd"].reshape(-1, len(terms))
-            values |= {f"{name}_sd[{term}]": sd[:, i] for i, term in enumerate(terms)}
-        for site, group in zip(factor.cholesky_sites(), factor.groups, strict=True):
-            root = latents[site].reshape(-1, len(group), len(group))
-            for i, j in combinations(range(len(group)), 2):
-                pair = f"{terms[group[i]]},{terms[group[j]]}"
-                values[f"{name}_cor[{pair}]"] = (root[:, i] * root[:, j]).sum(-1)
+        covariance = factor.joint_covariance
+        if covariance.sd_site not in known:
+            sd = factor.sd(latents).reshape(-1, len(terms))
+            values |= {f"{covariance.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
+        values |= covariance.correlations(latents)
+        values |= {group.site(n): value for group, n, value in covariance.quantities(latents)}
         effects, levels = latents[factor.effect_site], model.data_facts().levels[name]
         for k in sorted({0, len(levels) // 2, len(levels) - 1}):
             values |= {
                 f"{factor.effect_site}[{levels[k]},{term}]": effects[:, k, i]
                 for i, term in enumerate(terms)
             }
-    dispersion = model.family.dispersion_name
-    if dispersion is not None and dispersion not in known:
-        values[dispersion] = latents[dispersion].flatten()
+    names = [parameter.name for parameter in model.family.parameters]
+    values |= {name: latents[name].flatten() for name in names if name not in known}
     if model.bayesian_head:
         fixed = latents["fixed_effect"].reshape(-1, len(model.fixed_terms()))
         values |= {f"fixed_effect[{t}]": fixed[:, i] for i, t in enumerate(model.fixed_terms())}
@@ -234,7 +230,7 @@ def quantities(
 def _log_likelihood(
     model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor]
 ) -> Float[Tensor, " draws"]:
-    """log p(y | latent sites) of all rows together."""
+    """Sum over all rows of log p(y_i | latent sites)."""
     n = max(len(value) for name, value in latents.items() if name not in model.known())
     width = sum(len(factor.terms) for factor in model.factors) + len(model.data_facts().columns)
     total = torch.zeros(n, dtype=torch.float64)
@@ -244,7 +240,7 @@ def _log_likelihood(
     return total
 
 
-# --- absurd priors ----------------------------------------------------------------------------
+# --- priors too wide to simulate from -------------------------------------------------------
 
 
 def check_outcomes(recovery: Recovery, simulations: int) -> None:
@@ -253,8 +249,8 @@ def check_outcomes(recovery: Recovery, simulations: int) -> None:
     Raises
     ------
     ValueError
-        If outcomes are not finite, or are counts above 1e9; the message says whose prior is the
-        most to blame.
+        If outcomes are not finite, or are counts above 1e9; the message names the parameter whose
+        prior is responsible most often.
     """
     limit = LARGEST_COUNT if recovery.bound.family.integer else sys.float_info.max
     blame: Counter[str] = Counter()
@@ -275,7 +271,7 @@ def _size(values: Tensor) -> Tensor:
 
 
 def _culprit(recovery: Recovery, truth: Truth) -> str:
-    """The part of the worst row's predictor that is largest, and what to do about it."""
+    """The largest part of the worst row's predictor, with advice."""
     model, latents = recovery.bound, truth.latents
     row = int(_size(truth.eta).amax(-1).argmax())
     source = model.encode(recovery.data)
@@ -285,12 +281,12 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
         base = model.predictor(rows, fixed).eta
         parts = {"": base}
         for factor in model.factors:
-            own = fixed | {factor.effect_site: latents[factor.effect_site]}
-            parts[factor.name] = model.predictor(rows, own).eta - base
+            effects = fixed | {factor.effect_site: latents[factor.effect_site]}
+            parts[factor.name] = model.predictor(rows, effects).eta - base
     worst = max(parts, key=lambda name: float(_size(parts[name]).max()))
     for factor in model.factors:
         if factor.name == worst:
-            term = factor.terms[int(latents[f"{worst}_sd"].flatten().argmax())]
+            term = factor.terms[int(factor.sd(latents).flatten().argmax())]
             prior = factor.describe_priors()[f"{worst}_sd[{term}]"]
             return (
                 f"{worst}_sd[{term}] ~ {prior}: give it a tighter prior, such as "
@@ -302,6 +298,6 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
             "as Priors(fixed_sd=0.5), or look for a large offset"
         )
     return (
-        "the output of the network, whose weights are held, or the offset: calibrate the program "
+        "the output of the network, whose weights are fixed, or the offset: calibrate the program "
         "of a fit (fit.model), or look for a large offset"
     )

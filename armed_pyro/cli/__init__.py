@@ -1,1 +1,5 @@
-"""The command line."""
+"""The command line ``armed-pyro``."""
+
+from armed_pyro.cli.app import app
+
+__all__ = ["app"]

@@ -1,6 +1,6 @@
-"""`python -m armed_pyro.cli`, and what torchrun starts."""
+"""``python -m armed_pyro.cli``, and with several processes ``torchrun -m armed_pyro.cli``."""
 
-from armed_pyro.cli.app import app
+from armed_pyro.cli import app
 
 if __name__ == "__main__":
     app()

@@ -1,111 +1,88 @@
-"""The command ``armed-pyro predict``."""
+"""``armed-pyro predict``: predict the rows of a table, and write the predictions to a file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 from rich.progress import Progress, TaskID
 
-from armed_pyro.cli.console import OwnNet, Prob, Run, Table, err, load_run, messages, option, out
+from armed_pyro.cli.console import err, out
+from armed_pyro.cli.options import PredictOptions
 from armed_pyro.cli.prediction_file import write_predictions
+from armed_pyro.cli.saved_run import load_run
 from armed_pyro.data.files import read_table, write_table
-from armed_pyro.fitted import Fit
-from armed_pyro.prediction.predict_table import TableBlocks, predict_table
+from armed_pyro.fit_result import Fit
+from armed_pyro.prediction.predict_table import predict_table
 from armed_pyro.prediction.result import Prediction
-from armed_pyro.prediction.scores import compare_modes
-from armed_pyro.prediction.unseen import MODES
+from armed_pyro.streaming.parquet_table import TableBlocks
 
-__all__ = ["predict_command"]
+__all__ = ["predict_to_file"]
+
+Report = Callable[[str, int, int], None]
 
 
-def predict_command(
-    run: Run,
-    data: Table,
-    pred: Annotated[Path, option("Table to write: --out pred.csv", "--out", metavar="PRED")],
-    unseen: Annotated[
-        str | None,
-        option(
-            "What to assume of clusters not seen in training, required if there are any: "
-            + "; ".join(f"{name}, {meaning}" for name, meaning in MODES.items()),
-            metavar="MODE",
-        ),
-    ] = None,
-    support: Annotated[
-        Path | None,
-        option(
-            "Labelled rows of the new clusters, for --unseen adapt: --support first_rows.csv",
-            metavar="FILE",
-        ),
-    ] = None,
-    by_row: Annotated[
-        bool,
-        option("Membership of each row by itself, not of its whole cluster", "--by-row"),
-    ] = False,
-    compare: Annotated[
-        bool,
-        option(
-            "Compare all modes on the new clusters, whose outcomes DATA must have; the table is "
-            "printed and written beside PRED, as PRED.modes.csv",
-            "--compare",
-        ),
-    ] = False,
-    net: OwnNet = None,
-    draws: Annotated[int, option("Posterior draws: --draws 2000")] = 1000,
-    prob: Prob = 0.9,
-    seed: Annotated[int | None, option("Seed of the draws: --seed 1 [default: the fit's]")] = None,
-) -> None:
-    """Predict the expected outcome of new rows, in their order, with its uncertainty.
+def predict_to_file(options: PredictOptions) -> None:
+    """Predict the rows of a table, write the predictions, and print the path of the file.
 
-    armed-pyro predict run new.csv --unseen marginal --out pred.csv
-
-    Parquet tables are read and written block by block, whatever their size.
+    Raises
+    ------
+    ValueError
+        Before anything is written, if an option does not fit the table, the fit or another option.
     """
-    with messages():
-        if not pred.name.lower().endswith((".csv", ".csv.gz", ".parquet", ".pq")):
-            raise ValueError(f"--out must end in .csv or .parquet, found {str(pred)!r}")
-        if by_row and unseen not in ("membership", "nearest"):
-            raise ValueError("--by-row is for --unseen membership and --unseen nearest")
-        table = TableBlocks.open(data)
-        labelled = None if support is None else read_table(support)
-        fitted = load_run(run, net)
-        with Progress(console=err, disable=not err.is_terminal) as bar:
-            tasks: dict[str, TaskID] = {}
-
-            def report(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bar.add_task(what, total=total)
-                bar.update(tasks[what], completed=done)
-
-            parts, membership = predict_table(
-                fitted,
-                table,
-                unseen=unseen,
-                support=labelled,
-                pooled=not by_row,
-                draws=draws,
-                prob=prob,
-                seed=seed,
-                report=report,
-            )
-            # Before anything is written: a comparison that cannot be made is an error.
-            modes = _compared(fitted, table, labelled, draws, prob, seed) if compare else None
-            _write(parts, pred, report, table.n_rows)
-        out.print(f"{table.n_rows} predictions are in {pred}", markup=False)
-        beside = {"membership": membership, "modes": modes}
-        for name, one in beside.items():
-            if one is not None:
-                path = pred.with_name(f"{pred.name}.{name}.csv")
-                write_table(one, path)
-                _print(name, one, path)
-        _print_calibration(fitted)
+    _check(options)
+    table = TableBlocks.open(options.data)
+    support = None if options.support is None else read_table(options.support)
+    fitted = load_run(options.run, options.net)
+    with _progress() as report:
+        parts, membership = predict_table(
+            fitted.posterior,
+            table,
+            unseen=options.unseen,
+            support=support,
+            pooled=not options.by_row,
+            draws=options.draws,
+            prob=options.prob,
+            seed=options.seed,
+            classifiers=fitted.classifiers,
+            report=report,
+        )
+        # The comparison comes before the writing, so that its errors leave no file.
+        modes = _compared(fitted, table, support, options) if options.compare else None
+        _write(parts, options.pred, report, table.n_rows)
+    out.print(f"{table.n_rows} predictions are in {options.pred}")
+    for name, extra_table in {"membership": membership, "modes": modes}.items():
+        if extra_table is not None:
+            path = options.pred.with_name(f"{options.pred.name}.{name}.csv")
+            write_table(extra_table, path)
+            _print_table(name, extra_table, path)
+    _print_calibration(fitted)
 
 
-def _write(
-    parts: Iterator[Prediction], pred: Path, report: Callable[[str, int, int], None], total: int
-) -> None:
+def _check(options: PredictOptions) -> None:
+    if not options.pred.name.lower().endswith((".csv", ".csv.gz", ".parquet", ".pq")):
+        raise ValueError(f"--out must end in .csv or .parquet, found {str(options.pred)!r}")
+    if options.by_row and options.unseen not in ("membership", "nearest"):
+        raise ValueError("--by-row is for --unseen membership and --unseen nearest")
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A progress bar for each task on a terminal, updated by ``report(task, done, total)``."""
+    with Progress(console=err, disable=not err.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = bar.add_task(task, total=total)
+            bar.update(tasks[task], completed=done)
+
+        yield report
+
+
+def _write(parts: Iterator[Prediction], pred: Path, report: Report, total: int) -> None:
     done = 0
     for rows in write_predictions(parts, pred):
         done += rows
@@ -113,37 +90,36 @@ def _write(
 
 
 def _compared(
-    fit: Fit,
-    table: TableBlocks,
-    support: pd.DataFrame | None,
-    draws: int,
-    prob: float,
-    seed: int | None,
+    fit: Fit, table: TableBlocks, support: pd.DataFrame | None, options: PredictOptions
 ) -> pd.DataFrame:
     frame = pd.concat(table.blocks(2**18)) if table.frame is None else table.frame
-    return compare_modes(fit, frame, support=support, draws=draws, prob=prob, seed=seed)
+    return fit.compare_modes(
+        frame,
+        support=support,
+        draws=options.draws,
+        prob=options.prob,
+        seed=options.seed,
+    )
 
 
-def _print(name: str, table: pd.DataFrame, path: Path) -> None:
+def _print_table(name: str, table: pd.DataFrame, path: Path) -> None:
     if name == "modes":
         out.print("\nModes compared on the new clusters' outcomes:")
-        out.print(table.to_string(index=False, float_format="{:.4g}".format), markup=False)
+        out.print(table.to_string(index=False, float_format="{:.4g}".format))
     else:
-        sure = table["probability"].median()
+        probability = table["probability"].median()
         out.print(
-            f"Membership of {len(table)} new clusters: median probability of the nearest {sure:.2f}"
-            f", {int(table['alien'].sum())} like no seen cluster",
-            markup=False,
+            f"Membership of {len(table)} new clusters: median probability of the nearest "
+            f"{probability:.2f}, {int(table['alien'].sum())} like no seen cluster"
         )
-    out.print(f"That table is in {path}", markup=False)
+    out.print(f"That table is in {path}")
 
 
 def _print_calibration(fit: Fit) -> None:
-    for name, one in fit.classifiers.items():
-        found = one.report
+    for name, classifier in fit.classifiers.items():
+        report = classifier.report
         out.print(
-            f"Classifier of {name!r}, on {found['rows']:.0f} rows kept for that: accuracy "
-            f"{found['accuracy']:.2f} (chance {found['chance']:.2f}), calibration error "
-            f"{found['ece']:.3f}",
-            markup=False,
+            f"Classifier of {name!r}, on {report['rows']:.0f} rows kept for that: accuracy "
+            f"{report['accuracy']:.2f} (chance {report['chance']:.2f}), calibration error "
+            f"{report['ece']:.3f}"
         )

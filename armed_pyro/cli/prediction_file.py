@@ -18,12 +18,17 @@ __all__ = ["write_predictions"]
 
 
 def write_predictions(parts: Iterator[Prediction], path: Path) -> Iterator[int]:
-    """Write predictions block by block, as CSV or Parquet by suffix; whole or not at all.
+    """Write predictions block by block, as CSV or Parquet by suffix.
 
-    Yields the number of rows of each block written; the file appears after the last.
+    The file appears only once it is complete.
+
+    Yields
+    ------
+    int
+        Number of rows of the block that was written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a replacement is atomic only within one file system.
+    # The draft is in the same folder, because replacing is atomic only within one file system.
     draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
     name = path.name.lower()
     writer: Any = None

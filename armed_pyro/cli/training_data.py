@@ -1,4 +1,4 @@
-"""The table that the command line fits: held in memory, or streamed where it would not fit."""
+"""The table that the command line fits: held in memory, or streamed if it is too large."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from typing import Any
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import read_table
 from armed_pyro.families.family import Family
-from armed_pyro.prediction.predict_table import TableBlocks
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["TrainingTable", "byte_size", "outputs"]
 
 
-# Bytes of memory that the process takes without a table; and that a value of it takes until it
-# is trained on, in all copies together.
+# Bytes of memory of the process without a table, and of one value of the table in all its copies.
 BASE, BYTES_HELD = 500_000_000, 64
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingTable:
-    """A table in a file, and the memory that there is for it.
+    """A table in a file, and the memory limit of its fit.
 
     Attributes
     ----------
     table : TableBlocks
         The file.
     memory : int
-        Bytes to stay within.
+        Limit in bytes.
 
     Examples
     --------
@@ -50,31 +49,38 @@ class TrainingTable:
 
     @classmethod
     def open(cls, path: Path, memory: int) -> TrainingTable:
-        """The table in a file; CSV is read at once."""
+        """The table in a file; a CSV file is read immediately."""
         return cls(TableBlocks.open(path), memory)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of its columns."""
+        """Names of the columns."""
         return self.table.columns
 
     @property
     def need(self) -> int:
-        """Bytes of memory that it would take."""
+        """Estimated bytes of memory for the table in memory, with those of the process."""
         return BASE + BYTES_HELD * self.table.n_rows * len(self.columns)
 
     @property
     def streamed(self) -> bool:
-        """Whether it is too large for memory, and Parquet."""
+        """Whether the table is a Parquet file that is too large for memory."""
         return self.table.frame is None and self.need > self.memory
 
     def rows(self, folder: Path, **roles: Any) -> ClusteredData | StreamedData:
-        """Its rows; `folder` is where temporary files go, `roles` are those of the columns.
+        """The rows, in memory or streamed.
+
+        Parameters
+        ----------
+        folder : Path
+            Folder for temporary files of a streamed table.
+        **roles
+            Columns by role, as in `ClusteredData.from_frame`.
 
         Raises
         ------
         ValueError
-            The table cannot be used as asked; see `ClusteredData.from_frame`.
+            If a column cannot be used in its role; see `ClusteredData.from_frame`.
         """
         if self.streamed:
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,22 +93,33 @@ class TrainingTable:
 
 
 def outputs(rows: ClusteredData | StreamedData, family: Family) -> int:
-    """Outputs that a network needs for this outcome."""
-    if family.name != "categorical":
-        return 1
+    """Number of outputs that a network needs for the outcome of these rows.
+
+    Raises
+    ------
+    ValueError
+        If a streamed outcome has classes that are numbers.
+    """
     if isinstance(rows, ClusteredData):
-        return len(family.columns(rows)) + 1
+        return family.outputs(len(family.columns(rows)))
+    if not family.multiclass:
+        return family.outputs(1)
     classes = rows.scanned.schema.classes
     if classes is None:
         raise ValueError(
             "the classes of a streamed outcome must be text or categories, not numbers: write "
             "them to the table as text"
         )
-    return len(classes)
+    return family.outputs(len(classes) - 1)
 
 
 def byte_size(text: str | None) -> int:
-    """Bytes from text such as 2GB or 500 MB; half of the machine's memory if None.
+    """Number of bytes in text such as 2GB or 500 MB; half of the machine's memory for None.
+
+    Raises
+    ------
+    ValueError
+        If the text is not a size.
 
     Examples
     --------

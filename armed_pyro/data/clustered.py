@@ -1,4 +1,4 @@
-"""Clustered data: features and outcome as tensors, the clusters of each row with their labels."""
+"""Clustered data: features and outcome as tensors, and the labelled cluster of every row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import xarray as xr
 from torch import Tensor
 
 from armed_pyro._messages import unknown
-from armed_pyro.data.columns import Missing, check_rows, check_varying, code_outcome, finite_tensor
+from armed_pyro.data.columns import (
+    Missing,
+    as_numbers,
+    check_rows,
+    check_varying,
+    code_outcome,
+    finite_tensor,
+)
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
 from armed_pyro.data.schema import Schema
@@ -26,31 +33,39 @@ __all__ = ["ClusteredData"]
 class ClusteredData:
     """Rows of features x_i and outcome y_i, each in one cluster of every grouping factor.
 
-    Make it with `from_frame`, `from_arrays` or `from_xarray`; of a new table, with the schema
-    of the training data: ``data.schema.encode(new_table)``.
+    The constructors are `from_frame`, `from_arrays` and `from_xarray`. New tables are encoded
+    with the schema of the training data: ``ClusteredData.encode(new_table, data.schema)``.
 
     Attributes
     ----------
     features : Float64[Tensor, "rows features"] or Float[Tensor, "rows ..."]
-        On the original scale, after categorical encoding; the latter for images and the like.
+        On the original scale, after categorical encoding. Images have more than two dimensions.
     feature_names : tuple of str
         Names of the encoded columns (``"age"``, ``"sex[T.male]"``); empty for images.
     sources : tuple of str
         Table column that each encoded column came from (``"sex"``; ``"age:sex"``).
     continuous : tuple of bool
-        Which encoded columns are to be standardised: not dummies, nor columns of 0 and 1.
+        True for the encoded columns that are standardised. Dummies and columns of 0 and 1 are not.
     outcome_name : str
     outcome : Float64[Tensor, "rows"], Float[Tensor, "rows ..."] or None
-        Positions in `classes`, if there are any; None where it is to be predicted.
+        Numbers, or positions in `classes`; None where the outcome is to be predicted.
     classes : tuple or None
         Labels of an outcome that was boolean, text or categorical.
     groupings : mapping of str to Grouping
     trials, offset, weights : Float64[Tensor, "rows"] or None
-        Binomial denominators; a term of the predictor; factors of the rows' log-likelihoods.
+        Binomial denominators; a known term of the predictor; factors of the rows'
+        log-likelihoods.
     row_labels : pd.Index
         Index of the table that the rows came from.
     schema : Schema or None
-        How the table was encoded; None for arrays.
+        Encoding of the table; None for arrays.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"y": [1.0, 2.0, 3.0], "x": [0.5, 0.7, 0.1], "site": ["a", "b", "a"]})
+    >>> data = ClusteredData.from_frame(table, outcome="y", clusters=["site"])
+    >>> data.feature_names, data.grouping("site").n_clusters
+    (('x',), 2)
     """
 
     features: Tensor
@@ -74,8 +89,8 @@ class ClusteredData:
             if length != self.n_rows:
                 raise ValueError(f"{name!r} has {length} rows, the features have {self.n_rows}.")
         if self.trials is not None:
-            fine = (self.trials >= 1) & (self.trials % 1 == 0)
-            check_rows(self.trials, fine, "trials", "positive whole numbers", self.row_labels)
+            valid = (self.trials >= 1) & (self.trials % 1 == 0)
+            check_rows(self.trials, valid, "trials", "positive whole numbers", self.row_labels)
         if self.weights is not None:
             check_rows(self.weights, self.weights >= 0, "weights", "at least 0", self.row_labels)
 
@@ -98,34 +113,104 @@ class ClusteredData:
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
 
-        Boolean, text and categorical columns are categories, in sorted order or in that of the
-        categorical; the first is the reference. The intercept is never a feature.
+        Boolean, text and categorical columns hold categories. Their order is sorted or, for a
+        categorical column, the column's own; the first category is the reference. The intercept
+        is never a feature.
 
         Parameters
         ----------
         frame
             A pandas, polars or pyarrow table; the other parameters name its columns.
         outcome
-            Column of the outcome; a categorical one becomes codes into `classes`.
+            Column of the outcome; categories become codes into `classes`.
         clusters
             Columns of the grouping factors; row-wise splits go by the first.
         features
             Columns, or a formula of columns with ``+ : * ^``, such as ``"age * sex"``; None for
-            every column that is not named in another role.
+            every column that has no other role.
         trials, offset, weights
             Columns of row-wise numbers.
         missing
-            What to do about rows with missing values: ``"error"``, or ``"drop"`` with a warning.
+            Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
         Raises
         ------
         ValueError
-            The table cannot be used as asked; see `Schema.infer` and `Schema.encode`.
+            If a column cannot be used in its role; see `Schema.infer` and `encode`.
         """
         frame = as_pandas(frame)
         roles = {"trials": trials, "offset": offset, "weights": weights}
         schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
-        return schema.encode(frame, outcome_required=True, missing=missing)
+        return cls.encode(frame, schema, outcome_required=True, missing=missing)
+
+    @classmethod
+    def encode(
+        cls,
+        frame: Any,
+        schema: Schema,
+        *,
+        outcome_required: bool = False,
+        missing: Missing = "error",
+    ) -> ClusteredData:
+        """Encode a table's rows as tensors and labelled levels, by a schema.
+
+        Parameters
+        ----------
+        frame
+            A pandas, polars or pyarrow table with the columns of the schema.
+        schema
+            Encoding of the training table.
+        outcome_required
+            If False, a table whose outcome column is absent or has missing values is encoded
+            without an outcome, and weights may be absent too.
+        missing
+            Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
+
+        Returns
+        -------
+        ClusteredData
+            Features as Float64[Tensor, "rows features"], on their original scale.
+
+        Raises
+        ------
+        ValueError
+            If the table has no rows, lacks a column, or has a column with missing or infinite
+            values, text in place of numbers, or categories that the schema does not know.
+
+        Examples
+        --------
+        >>> table = pd.DataFrame({"y": [1.0, 2.0], "x": [0.5, 0.7], "site": ["a", "b"]})
+        >>> schema = Schema.infer(table, outcome="y", clusters=["site"])
+        >>> ClusteredData.encode(table, schema).feature_names
+        ('x',)
+        """
+        table = schema.select(frame, outcome_required=outcome_required, missing=missing)
+        design, names, sources = schema.design(table)
+        numeric = schema.numeric
+
+        def role(name: str | None, what: str) -> Tensor | None:
+            if name is None or name not in table:
+                return None
+            return torch.from_numpy(as_numbers(table[name], what))
+
+        return cls(
+            features=torch.from_numpy(design),
+            feature_names=names,
+            sources=tuple(":".join(source) for source in sources),
+            continuous=tuple(not numeric.isdisjoint(source) for source in sources),
+            outcome_name=schema.outcome,
+            outcome=schema.outcomes(table),
+            classes=None if schema.classes is None else tuple(schema.classes.tolist()),
+            groupings={
+                name: Grouping.from_labels(table[name], f"cluster column {name!r}")
+                for name in schema.clusters
+            },
+            trials=role(schema.trials, "trials"),
+            offset=role(schema.offset, "offset"),
+            weights=role(schema.weights, "weights"),
+            row_labels=table.index,
+            schema=schema,
+        )
 
     @classmethod
     def from_arrays(
@@ -147,23 +232,23 @@ class ClusteredData:
         Parameters
         ----------
         features
-            Shape "rows features", to become float64; or "rows ..." with more dimensions, to
-            stay of a floating type or become float32.
+            Shape "rows features", converted to float64; or shape "rows ..." with more dimensions,
+            whose floating type is kept (other types become float32).
         outcome
             Shape "rows" of numbers, booleans or text; or "rows ..." of numbers; or None.
         clusters
             Labels of shape "rows" for each grouping factor.
         feature_names
-            Names of the feature columns; ``x0``, ``x1``, ... if not given.
+            Names of the feature columns; ``x0``, ``x1``, ... by default.
         classes
-            Labels of a categorical outcome in order, where those that occur are not all.
+            All labels of a categorical outcome, in order; needed where a label does not occur.
         trials, offset, weights
             Numbers of shape "rows".
 
         Raises
         ------
         ValueError
-            Lengths differ, a shape is wrong, or a value is missing or infinite.
+            If lengths differ, a shape is wrong, or a value is missing or infinite.
         """
         x = finite_tensor(features, "features")
         if x.ndim < 2:
@@ -214,10 +299,15 @@ class ClusteredData:
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
-        One-dimensional variables are the columns of a table, as in `from_frame`, which has the
-        other parameters (`trials`, `offset` and `weights` among them). A feature variable with
-        more dimensions is an array, as in `from_arrays`: of two, the second's coordinate names
-        the features. The coordinate of `row_dim` labels the rows.
+        One-dimensional variables are the columns of a table, and the parameters are those of
+        `from_frame`, `trials`, `offset` and `weights` included. A feature variable with more
+        dimensions is an array, as in `from_arrays`. If it has two dimensions, the coordinate of
+        the second names the features. The coordinate of `row_dim` labels the rows.
+
+        Raises
+        ------
+        ValueError
+            If a variable or dimension does not exist, or an array is not the only feature.
         """
         if row_dim not in dataset.dims:
             raise unknown("dimension", row_dim, dataset.dims)
@@ -268,14 +358,14 @@ class ClusteredData:
 
     @property
     def n_features(self) -> int:
-        """Number of encoded feature columns; for images, of values per row."""
+        """Number of encoded feature columns; for images, the number of values per row."""
         return int(np.prod(self.features.shape[1:]))
 
     def __len__(self) -> int:
         return self.n_rows
 
     def take(self, rows: Any) -> ClusteredData:
-        """Some of the rows, by position, mask or slice, with the clusters that occur in them."""
+        """The rows at these positions, mask or slice, with the clusters that occur in them."""
         if not isinstance(rows, slice):
             rows = np.asarray(rows)
             rows = rows if rows.size else rows.astype(np.int64)
@@ -289,7 +379,13 @@ class ClusteredData:
         )
 
     def grouping(self, factor: str) -> Grouping:
-        """The grouping of a factor, ``"site"``, or of the cells of several, ``"school:class"``."""
+        """The grouping by a factor, ``"site"``, or by the cells of several, ``"school:class"``.
+
+        Raises
+        ------
+        ValueError
+            If there is no such factor.
+        """
         if factor in self.groupings:
             return self.groupings[factor]
         outer, _, inner = factor.rpartition(":")
@@ -302,11 +398,14 @@ class ClusteredData:
     ) -> tuple[ClusteredData, ClusteredData]:
         """Training and validation rows, stratified by cluster and outcome.
 
-        Every cluster of the factor `by` (the first, if not given) sends its share of rows to
-        validation, to within one, spread over the classes of the outcome, or over its values if
-        there are at most ten. Every cluster of every factor keeps a row in training.
+        Every cluster of the factor `by` (by default the first) gives `fraction` of its rows, to
+        within one row, to validation. These are spread over the classes of the outcome, or over
+        its values if there are at most ten. Every cluster of every factor keeps a training row.
 
-        Raises ValueError if `fraction` is not between 0 and 1, or leaves no validation rows.
+        Raises
+        ------
+        ValueError
+            If `fraction` is not between 0 and 1, or leaves no validation rows.
         """
         check_fraction(fraction)
         rng = np.random.default_rng([seed, 1])
@@ -329,7 +428,13 @@ class ClusteredData:
     def folds(self, n: int, *, seed: int) -> Iterator[tuple[ClusteredData, ClusteredData]]:
         """Training and test rows of n-fold cross-validation, stratified as in `split_rows`.
 
-        Every row is tested once; a cluster with a single row is unseen in that fold.
+        Every row is a test row in exactly one fold. A cluster with a single row is unseen in the
+        fold that tests it.
+
+        Raises
+        ------
+        ValueError
+            If `n` is below 2 or above the number of rows.
         """
         if not 2 <= n <= self.n_rows:
             raise ValueError(f"n must be between 2 and the {self.n_rows} rows, found {n}.")
@@ -346,9 +451,12 @@ class ClusteredData:
     def hold_out_clusters(
         self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0
     ) -> tuple[ClusteredData, ClusteredData]:
-        """Rows of seen and of unseen clusters: a random fraction, or the labels given.
+        """Rows of the other clusters, and of the clusters held out: a random fraction, or `labels`.
 
-        Raises ValueError if a label is unknown, or either side would have no rows.
+        Raises
+        ------
+        ValueError
+            If a label is unknown, or either side would have no rows.
         """
         grouping = self.grouping(factor)
         if (fraction is None) == (labels is None):
@@ -370,7 +478,13 @@ class ClusteredData:
         return self.take(~held), self.take(held)
 
     def check_training(self) -> None:
-        """Raise ValueError unless there is what training needs: rows, an outcome, variation."""
+        """Check that there are rows, an outcome and variation, as training needs.
+
+        Raises
+        ------
+        ValueError
+            If the outcome or a feature is constant, or a factor tells nothing of its variance.
+        """
         if self.n_rows == 0:
             raise ValueError("There are no rows to train on.")
         if self.outcome is None:

@@ -21,7 +21,7 @@ Missing = Literal["error", "drop"]
 def code_outcome(
     outcome: Any, classes: Sequence[Any] | None, what: str
 ) -> tuple[Tensor | None, tuple[Any, ...] | None]:
-    """An outcome as numbers, or as codes into its classes if it is boolean, text or has some."""
+    """An outcome as numbers; or, if it is boolean or text or has classes, as codes and classes."""
     if outcome is None:
         return None, None if classes is None else tuple(classes)
     values = np.asarray(outcome)
@@ -37,9 +37,15 @@ def code_outcome(
 
 
 def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
-    """Float[Tensor, "rows ..."] of finite numbers; of up to two dimensions, in float64.
+    """Float[Tensor, "rows ..."] of finite numbers, checked.
 
-    With more, floating types are kept and others become float32.
+    Up to two dimensions the result is float64. With more, floating types are kept and other types
+    become float32.
+
+    Raises
+    ------
+    ValueError
+        If the values are no real numbers, or one of them is missing or infinite.
     """
     try:
         # NumPy first: torch would read a list of numbers in single precision.
@@ -63,12 +69,12 @@ def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
     return tensor
 
 
-def check_rows(values: Tensor, fine: Tensor, what: str, expected: str, labels: pd.Index) -> None:
-    """Raise ValueError if any row's value is not fine, with the first of them."""
-    if not bool(fine.all()):
-        row = int((~fine).nonzero()[0])
+def check_rows(values: Tensor, valid: Tensor, what: str, expected: str, labels: pd.Index) -> None:
+    """Raise ValueError, with the first invalid row, unless all rows' values are valid."""
+    if not bool(valid.all()):
+        row = int((~valid).nonzero()[0])
         raise ValueError(
-            f"The {what} must be {expected}; {int((~fine).sum())} of {count_rows(len(fine))} are "
+            f"The {what} must be {expected}; {int((~valid).sum())} of {count_rows(len(valid))} are "
             f"not, such as {values[row].item()} in row {listing(labels[[row]])}. Correct them, or "
             "leave those rows out."
         )
@@ -96,23 +102,23 @@ def pick(table: pd.DataFrame, names: Collection[str]) -> pd.DataFrame:
 
 
 def complete_rows(table: pd.DataFrame, missing: Missing) -> pd.DataFrame:
-    """The rows without missing values; that there are others is an error, or a warning."""
+    """The rows without missing values; other rows are an error, or dropped with a warning."""
     if missing not in ("error", "drop"):
         raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
     holes = table.isna()
     if not (affected := int(holes.any(axis=1).sum())):
         return table
     counts = holes.sum()
-    found = ", ".join(f"{name!r} ({count_rows(int(n))})" for name, n in counts[counts > 0].items())
+    where = ", ".join(f"{name!r} ({count_rows(int(n))})" for name, n in counts[counts > 0].items())
     share = f"{affected} of {count_rows(len(table))}"
     if affected == len(table):
-        raise ValueError(f"Every row has missing values, in {found}. Leave those columns out.")
+        raise ValueError(f"Every row has missing values, in {where}. Leave those columns out.")
     if missing == "error":
         raise ValueError(
-            f"Missing values in {found}: {share}. Fill them in, or leave those rows out with "
+            f"Missing values in {where}: {share}. Fill them in, or leave those rows out with "
             "missing='drop' (command line: --missing drop)."
         )
-    warnings.warn(f"Dropped {share} for missing values in {found}.", stacklevel=4)
+    warnings.warn(f"Dropped {share} for missing values in {where}.", stacklevel=4)
     return table[~holes.any(axis=1)]
 
 
@@ -120,15 +126,15 @@ def check_finite(table: pd.DataFrame) -> None:
     """Raise ValueError if a numeric column has infinite values."""
     numeric = table.select_dtypes("number")
     counts = numeric.apply(lambda column: int(np.isinf(column.to_numpy(dtype=float)).sum()))
-    if found := ", ".join(f"{n!r} ({count_rows(c)})" for n, c in counts.items() if c):
+    if where := ", ".join(f"{n!r} ({count_rows(c)})" for n, c in counts.items() if c):
         raise ValueError(
-            f"Infinite values in {found}. Replace them by finite ones, or by missing values and "
+            f"Infinite values in {where}. Replace them by finite ones, or by missing values and "
             "pass missing='drop' (command line: --missing drop)."
         )
 
 
 def is_categorical(column: pd.Series) -> bool:
-    """Whether a column is boolean, text or categorical, and so no numbers."""
+    """Whether a column is boolean, text or categorical, rather than numeric."""
     return (
         isinstance(column.dtype, pd.CategoricalDtype)
         or dtypes.is_bool_dtype(column.dtype)
@@ -138,7 +144,7 @@ def is_categorical(column: pd.Series) -> bool:
 
 
 def as_numbers(column: pd.Series, role: str) -> np.ndarray:
-    """Float64[ndarray, "rows"] of a column that must hold numbers."""
+    """Float64[ndarray, "rows"], a copy of a column that must hold numbers."""
     if dtypes.is_numeric_dtype(column.dtype) and not dtypes.is_complex_dtype(column.dtype):
         return column.to_numpy(dtype=np.float64, copy=True)
     advice = "Convert it to numbers first."
@@ -151,7 +157,7 @@ def as_numbers(column: pd.Series, role: str) -> np.ndarray:
 
 
 def known_codes(column: pd.Series, levels: pd.Index, what: str) -> np.ndarray:
-    """Int64[ndarray, "rows"]: the position of each label in `levels`, which must hold it."""
+    """Int64[ndarray, "rows"], the position of each label in `levels`; all labels must be there."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(column.cat.categories.dtype)
     codes = levels.get_indexer(pd.Index(column))

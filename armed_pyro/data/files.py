@@ -20,14 +20,14 @@ from armed_pyro._messages import listing
 
 
 def as_pandas(frame: Any) -> pd.DataFrame:
-    """A pandas, polars or pyarrow table as a pandas one; a pandas table is returned as it is.
+    """A pandas, polars or pyarrow table as a pandas table; a pandas table is returned as it is.
 
     Raises
     ------
     TypeError
-        Something that is not a table.
+        If the argument is not a table.
     ValueError
-        Column names that are not text, or not distinct.
+        If the column names are not text, or not distinct.
     """
     if not isinstance(frame, pd.DataFrame):
         try:
@@ -50,12 +50,20 @@ def as_pandas(frame: Any) -> pd.DataFrame:
 def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read a table from a CSV (``.csv``, ``.csv.gz``) or Parquet (``.parquet``, ``.pq``) file.
 
-    A first CSV column without a name, as pandas and R write row names, becomes the index.
+    A first CSV column without a name becomes the index: pandas and R write row names so.
 
     Raises
     ------
     ValueError
-        There is no such file, or it is not a readable table; the message says what to do.
+        If there is no such file, or it is not a readable table; the message says what to do.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pd.DataFrame({"site": ["a", "b"]}).to_csv(f"{folder}/rows.csv", index=False)
+    ...     read_table(f"{folder}/rows.csv").site.tolist()
+    ['a', 'b']
     """
     path = Path(path)
     is_csv = _is_csv(path)
@@ -75,7 +83,9 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table, without its index, as CSV or Parquet by suffix; whole or not at all.
+    """Write a table, without its index, as CSV or Parquet by suffix.
+
+    The file appears only once it is complete.
 
     Examples
     --------
@@ -87,7 +97,7 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     is_csv = _is_csv(path)
-    # In the same folder, because a replacement is atomic only within one file system.
+    # The draft is in the same folder, because replacing is atomic only within one file system.
     draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
     try:
         if is_csv:
@@ -130,7 +140,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
             )
         row_names = 0 if len(header) > 1 and not header[0] else False
         with warnings.catch_warnings():
-            # Otherwise pandas drops the surplus fields and says so only here.
+            # Pandas drops the surplus fields of a row; this warning is the only sign of it.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             return pd.read_csv(path, index_col=row_names, low_memory=False)
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Labels of clusters and classes: their codes, their JSON form, and the nearest name."""
+"""Labels of clusters and classes, their codes and their JSON form."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """One grouping factor: which cluster each row belongs to.
+    """One grouping factor: the cluster of each row.
 
-    Parameters
+    Attributes
     ----------
-    codes
-        Int64[Tensor, "rows"], the position of each row's cluster in `levels`.
-    levels
-        Labels of the clusters, of the type they came in, sorted where they can be.
+    codes : Int64[Tensor, "rows"]
+        Position of each row's cluster in `levels`.
+    levels : pd.Index
+        Labels of the clusters, in their original type, sorted where they can be.
+
+    Examples
+    --------
+    >>> Grouping.from_labels(["b", "a", "b"]).codes.tolist()
+    [1, 0, 1]
     """
 
     codes: Tensor
@@ -30,7 +35,7 @@ class Grouping:
 
     @classmethod
     def from_labels(cls, labels: Any, what: str = "grouping factor") -> Grouping:
-        """The grouping of one label per row; `what` names the labels in messages."""
+        """The grouping by one label per row; `what` names the labels in messages."""
         codes, levels = code_labels(labels, what)
         return cls(torch.from_numpy(codes), levels)
 
@@ -45,23 +50,23 @@ class Grouping:
         return torch.bincount(self.codes, minlength=self.n_clusters)
 
     def labels(self) -> np.ndarray:
-        """Shape "rows", the label of each row's cluster."""
+        """Label of each row's cluster, shape "rows"."""
         return self.levels.take(self.codes.numpy()).to_numpy()
 
     def take(self, rows: np.ndarray) -> Grouping:
-        """The grouping of some rows, with the levels that occur in them."""
+        """The grouping of the rows at these positions, with the levels that occur in them."""
         present, codes = np.unique(self.codes.numpy()[rows], return_inverse=True)
         return Grouping(torch.from_numpy(codes.astype(np.int64)), self.levels.take(present))
 
     def cross(self, other: Grouping) -> Grouping:
         """The cells of two factors, crossed or nested: one cluster per pair that occurs.
 
-        Levels are text, ``"a1:b1"``, in the order of this factor's levels, then the other's.
+        Levels are text, ``"a1:b1"``, in the order of this factor's levels, then of the other's.
 
         Raises
         ------
         ValueError
-            Two cells have the same text.
+            If two cells have the same text.
         """
         pairs, codes = np.unique(
             self.codes.numpy() * other.n_clusters + other.codes.numpy(), return_inverse=True
@@ -79,7 +84,7 @@ class Grouping:
 
 
 def check_informative(factor: str, levels: pd.Index, counts: Tensor) -> None:
-    """Raise ValueError if a factor's clusters, of so many rows, say nothing of their variance."""
+    """Raise ValueError if clusters with these row counts tell nothing of the factor's variance."""
     if len(levels) == 1:
         raise ValueError(
             f"Grouping factor {factor!r} has a single level, {levels[0]}: "
@@ -93,9 +98,9 @@ def check_informative(factor: str, levels: pd.Index, counts: Tensor) -> None:
 
 
 def as_seen(levels: pd.Index, seen: pd.Index) -> pd.Index:
-    """Levels under the labels by which they were seen: "308" as 308, or the other way round.
+    """Levels under the labels by which training saw them: "308" as 308, or 308 as "308".
 
-    A column of numbers becomes text in a table where one label is a word.
+    A column of numbers becomes text in a table in which one label is a word.
     """
     is_text = [isinstance(index.dtype, pd.StringDtype) or index.dtype == object
                for index in (levels, seen)]  # fmt: skip
@@ -106,24 +111,25 @@ def as_seen(levels: pd.Index, seen: pd.Index) -> pd.Index:
 
 
 def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
-    """Codes of row labels, and the levels they index: sorted, or a categorical's own order.
+    """Codes of row labels, and the levels they index: sorted, or in a categorical's own order.
 
     Parameters
     ----------
     labels
         Shape "rows": labels of one type, or of a mixture that need not be sortable.
     what
-        What the labels are, for messages: ``"cluster column 'site'"``.
+        Name of the labels in messages, such as ``"cluster column 'site'"``.
 
     Returns
     -------
     codes : Int64[ndarray, "rows"]
-    levels : pd.Index of the labels that occur, of the type they came in
+    levels : pd.Index
+        The labels that occur, in their original type.
 
     Raises
     ------
     ValueError
-        A label is missing, or of a type that cannot be saved.
+        If a label is missing, or of a type that cannot be saved.
     """
     series = pd.Series(labels.numpy() if isinstance(labels, Tensor) else labels)
     if n_missing := int(series.isna().sum()):
@@ -147,12 +153,12 @@ def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
 
 
 def index_to_json(index: pd.Index) -> dict[str, Any]:
-    """Labels as ``{"dtype", "values"}`` that JSON can hold; `index_from_json` reads it back.
+    """Labels as ``{"dtype", "values"}`` in JSON's types; `index_from_json` reads it back.
 
     Raises
     ------
     TypeError
-        Labels other than integers, floats, booleans, text, dates and timestamps.
+        If a label is not an integer, float, boolean, text, date or timestamp.
     """
     dtype, values = str(index.dtype), list(index.tolist())
     if isinstance(index, pd.DatetimeIndex):
@@ -175,7 +181,7 @@ def index_from_json(content: Mapping[str, Any]) -> pd.Index:
     Raises
     ------
     ValueError
-        The content is of another form.
+        If the content has another form.
     """
     try:
         dtype, values = content["dtype"], content["values"]

@@ -1,18 +1,15 @@
-"""The schema of a table: how its columns become tensors, the same for every table."""
+"""The schema of a table: how columns become tensors, the same way for every table."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from formulaic import Formula, SimpleFormula
-from formulaic.errors import FormulaicError
-from formulaic.parser.types import Factor, Term
 from torch import Tensor
 
 from armed_pyro._messages import listing
@@ -27,20 +24,12 @@ from armed_pyro.data.columns import (
     pick,
 )
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import Grouping, code_labels, index_from_json, index_to_json
-
-if TYPE_CHECKING:
-    from armed_pyro.data.clustered import ClusteredData
-
+from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
 
 __all__ = ["Schema", "parse_terms"]
 
 
 Terms = tuple[tuple[str, ...], ...]
-
-# Formulaic caches factors by their text. "+1" is the intercept under a text that, unlike "1",
-# is not the name of a column in a table made from an unlabelled array.
-_INTERCEPT = Term([Factor("+1", eval_method="literal")])
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +39,29 @@ class Schema:
     Encoding a second table with the same schema gives the same feature columns, in the same
     order, with the same meaning.
 
-    Parameters
+    Attributes
     ----------
-    outcome
+    outcome : str
         Column of the outcome.
-    terms
-        Feature terms, each the columns whose product it is: ``(("age",), ("age", "sex"))``.
-    levels
+    terms : tuple of tuple of str
+        Feature terms, each a product of columns: ``(("age",), ("age", "sex"))``.
+    levels : mapping of str to pd.Index
         Categories of each categorical feature column; the first is the reference.
-    indicators
-        Numeric feature columns that hold nothing but 0 and 1, and so are not standardised.
-    clusters
+    indicators : tuple of str
+        Numeric feature columns that hold only 0 and 1, and are therefore not standardised.
+    clusters : tuple of str
         Columns of the grouping factors.
-    trials, offset, weights
-        Columns of these row-wise numbers, where there are any.
-    classes
-        Labels of a categorical outcome; None for a numeric one.
+    trials, offset, weights : str or None
+        Columns of these row-wise numbers.
+    classes : pd.Index or None
+        Labels of a categorical outcome; None for a numeric outcome.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"y": [1.0, 2.0], "sex": ["f", "m"], "site": ["a", "b"]})
+    >>> schema = Schema.infer(table, outcome="y", clusters=["site"])
+    >>> schema.design(table)[1]
+    ('sex[T.m]',)
     """
 
     outcome: str
@@ -97,15 +93,15 @@ class Schema:
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
 
-        Rows with missing values are left out of account: whether they are an error is for
-        `encode` to say. See `ClusteredData.from_frame` for the parameters.
+        Rows with missing values are ignored here; `ClusteredData.encode` decides whether they are
+        an error. `ClusteredData.from_frame` documents the parameters.
 
         Raises
         ------
         ValueError
-            A column is missing, listed in two roles, of a kind that cannot be used, or a
-            categorical feature with a single level; or a formula that is more than products
-            of columns.
+            If a column is missing, has two roles, or is of a kind that cannot be used; if a
+            categorical feature has a single level; or if the formula is more than products of
+            columns.
         """
         table = as_pandas(frame)
         clusters = column_names(clusters, "clusters")
@@ -150,34 +146,18 @@ class Schema:
             ),
         )
 
-    def encode(
+    @property
+    def numeric(self) -> set[str]:
+        """Numeric feature columns that hold other values than 0 and 1."""
+        return set(self.columns) - set(self.levels) - set(self.indicators)
+
+    def select(
         self, frame: Any, *, outcome_required: bool = False, missing: Missing = "error"
-    ) -> ClusteredData:
-        """Encode a table's rows as tensors and labelled levels.
+    ) -> pd.DataFrame:
+        """The columns of this schema and the rows without missing values, checked.
 
-        Parameters
-        ----------
-        frame
-            A pandas, polars or pyarrow table with the columns of this schema.
-        outcome_required
-            If False, a table whose outcome column is absent, or has missing values, is encoded
-            without an outcome, and weights may be absent too.
-        missing
-            What to do about rows with missing values: ``"error"``, or ``"drop"`` with a warning.
-
-        Returns
-        -------
-        ClusteredData
-            Features as Float64[Tensor, "rows features"], on their original scale.
-
-        Raises
-        ------
-        ValueError
-            A column is missing, or holds missing or infinite values, text in place of numbers,
-            or categories that this schema does not know; or the table has no rows.
+        `ClusteredData.encode` documents the parameters.
         """
-        from armed_pyro.data.clustered import ClusteredData
-
         table = as_pandas(frame)
         optional = set() if outcome_required else {self.outcome, self.weights}
         if not outcome_required and self.outcome in table and table[self.outcome].isna().any():
@@ -192,44 +172,22 @@ class Schema:
             raise ValueError("The table has no rows; at least one is needed.")
         table = complete_rows(table, missing).infer_objects()
         check_finite(table)
+        return table
 
-        design, names, sources = self._design(table)
-        numeric = set(self.columns) - set(self.levels) - set(self.indicators)
-        outcome = None
-        if self.outcome in table:
-            what = f"outcome {self.outcome!r}"
-            outcome = (
-                as_numbers(table[self.outcome], "outcome")
-                if self.classes is None
-                else known_codes(table[self.outcome], self.classes, what).astype(np.float64)
-            )
+    def outcomes(self, table: pd.DataFrame) -> Tensor | None:
+        """Outcomes as numbers, with classes as codes; None if the table has no outcome."""
+        if self.outcome not in table:
+            return None
+        if self.classes is None:
+            return torch.from_numpy(as_numbers(table[self.outcome], "outcome"))
+        codes = known_codes(table[self.outcome], self.classes, f"outcome {self.outcome!r}")
+        return torch.from_numpy(codes.astype(np.float64))
 
-        def role(name: str | None, what: str) -> Tensor | None:
-            if name is None or name not in table:
-                return None
-            return torch.from_numpy(as_numbers(table[name], what))
+    def design(self, table: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], Terms]:
+        """The design matrix without its intercept, the names of its columns, and their terms."""
+        from formulaic import SimpleFormula  # slow to import
+        from formulaic.parser.types import Factor, Term
 
-        return ClusteredData(
-            features=torch.from_numpy(design),
-            feature_names=names,
-            sources=tuple(":".join(source) for source in sources),
-            continuous=tuple(not numeric.isdisjoint(source) for source in sources),
-            outcome_name=self.outcome,
-            outcome=None if outcome is None else torch.from_numpy(outcome),
-            classes=None if self.classes is None else tuple(self.classes.tolist()),
-            groupings={
-                name: Grouping.from_labels(table[name], f"cluster column {name!r}")
-                for name in self.clusters
-            },
-            trials=role(self.trials, "trials"),
-            offset=role(self.offset, "offset"),
-            weights=role(self.weights, "weights"),
-            row_labels=table.index,
-            schema=self,
-        )
-
-    def _design(self, table: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], Terms]:
-        """The design matrix without its intercept, its column names, and each one's term."""
         factors = {}
         for name in self.columns:
             if name in self.levels:
@@ -237,9 +195,13 @@ class Schema:
                 factors[name] = pd.Categorical.from_codes(codes, categories=self.levels[name])
             else:
                 factors[name] = as_numbers(table[name], "feature")
+        # Formulaic caches factors by their text. "+1" is the intercept under a text that, unlike
+        # "1", is not the name of a column in a table made from an unlabelled array.
+        intercept = Term([Factor("+1", eval_method="literal")])
         products = [Term([Factor(n, eval_method="lookup") for n in term]) for term in self.terms]
-        # Every factor is looked up and never evaluated; the intercept gives treatment coding.
-        matrix = SimpleFormula([_INTERCEPT, *products], _ordering="none").get_model_matrix(
+        # Factors are looked up, never evaluated: a saved formula must not execute code. The
+        # intercept gives treatment coding; without it, the first factor would get all levels.
+        matrix = SimpleFormula([intercept, *products], _ordering="none").get_model_matrix(
             pd.DataFrame(factors, index=pd.RangeIndex(len(table))), context={}, output="numpy"
         )
         blocks = matrix.model_spec.structure[1:]
@@ -255,7 +217,7 @@ class Schema:
         return np.ascontiguousarray(matrix, dtype=np.float64)[:, 1:].copy(), names, sources
 
     def to_json(self) -> dict[str, Any]:
-        """The schema as what JSON can hold; `from_json` reads it back."""
+        """The schema in JSON's types; `from_json` reads it back."""
         return {
             "outcome": self.outcome,
             "terms": [list(term) for term in self.terms],
@@ -275,7 +237,7 @@ class Schema:
         Raises
         ------
         ValueError
-            An entry is missing or of the wrong kind.
+            If an entry is missing or of the wrong kind.
         """
         try:
             classes = content["classes"]
@@ -305,10 +267,19 @@ def parse_terms(features: Sequence[str] | str) -> Terms:
     Raises
     ------
     ValueError
-        The formula cannot be parsed, or has a left-hand side, a ``|`` or a function call.
+        If the formula cannot be parsed, or has a left-hand side, a ``|`` or a function call.
+
+    Examples
+    --------
+    >>> parse_terms("age * sex")
+    (('age',), ('sex',), ('age', 'sex'))
     """
     if not isinstance(features, str):
         return tuple((name,) for name in dict.fromkeys(column_names(features, "features")))
+    from formulaic import Formula, SimpleFormula  # slow to import
+    from formulaic.errors import FormulaicError
+    from formulaic.parser.types import Factor
+
     try:
         formula = Formula(features)
     except FormulaicError as error:

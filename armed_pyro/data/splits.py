@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def check_fraction(fraction: float | None) -> float:
-    """The fraction, if it is one strictly between 0 and 1."""
+    """The fraction, checked to lie strictly between 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
     if fraction is None or not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
     return fraction
@@ -18,19 +24,26 @@ def stratified_order(
 ) -> np.ndarray:
     """Rows in an order whose evenly spaced samples are stratified by cluster and outcome.
 
-    Clusters follow each other in random order. Within one, rows are sorted by outcome (if it is
-    categorical or has at most ten values) and then rotated by a random number of places, or even
-    spacing would favour one end of the outcome. (scikit-learn's splitters refuse strata smaller
-    than the folds, as clusters often are.)
+    Clusters follow each other in random order. Within a cluster, rows are sorted by an outcome
+    that is categorical or has at most ten values. They are then rotated by a random number of
+    places; without the rotation, even spacing would favour one end of the outcome. (scikit-learn's
+    splitters refuse strata smaller than the number of folds, and clusters are often smaller.)
 
     Parameters
     ----------
     clusters : Int64[Tensor, "rows"]
-    outcome : Float64[Tensor, "rows"], or of another shape and then disregarded, or None
+        Cluster of each row.
+    outcome : Float64[Tensor, "rows"] or None
+        Outcomes to stratify by. Tensors of any other shape are ignored.
+    seed : int
+        Seed of the orders and rotations.
+    categorical : bool
+        Whether outcomes are codes of classes.
 
     Returns
     -------
-    Int64[ndarray, "rows"], positions of rows
+    Int64[ndarray, "rows"]
+        Positions of rows.
     """
     rng = np.random.default_rng([seed, 0])
     n = len(clusters)

@@ -1,26 +1,21 @@
-"""Names and labels of variables as ArviZ and xarray take them."""
+"""Names and labels of variables in the form that ArviZ and xarray accept."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Shaped
 
-if TYPE_CHECKING:
-    pass
-
-
 __all__ = ["label_values", "variable_name"]
 
 
-# Dimensions of the schema and variables of constant_data: nothing else may be called so.
+# Dimensions of ArviZ's schema and variables of constant_data: other variables must not take these
+# names.
 RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights")
 
 
 def variable_name(name: str) -> str:
-    """A column's name as the name of a variable: no ``/``, and no name the schema reserves.
+    """A column's name as a variable's name: without ``/``, and not one of the reserved names.
 
     Examples
     --------
@@ -32,7 +27,7 @@ def variable_name(name: str) -> str:
 
 
 def label_values(labels: pd.Index) -> Shaped[np.ndarray, " labels"]:
-    """Labels as NetCDF can hold them: numbers, booleans, text and timestamps; others as text.
+    """Labels in NetCDF's types: numbers, booleans, text and timestamps; other types as text.
 
     Distinct labels stay distinct.
 

@@ -20,8 +20,8 @@ class CorrelationCholesky(CorrCholeskyTransform):
     .. math:: r = \tanh x, \quad L_{ij} = r_{ij} \prod_{k < j} \sqrt{1 - r_{ik}^2}, \quad j \le i,
               \quad r_{ii} = 1
 
-    The same map as torch's, with places known beforehand instead of masks, so that it can be
-    compiled.
+    The map is torch's. It indexes by places that are computed beforehand instead of by masks, so
+    it can be compiled.
 
     References
     ----------
@@ -54,6 +54,6 @@ class CorrelationCholesky(CorrCholeskyTransform):
 
 
 def _below(size: int, offset: int, like: Tensor) -> Tensor:
-    """Places in a flattened square matrix that are so far or farther below its diagonal."""
+    """Places in a flattened square matrix at least `offset` below its diagonal."""
     places = [i * size + j for i in range(size) for j in range(i - offset + 1)]
     return torch.tensor(places, dtype=torch.long, device=like.device)

@@ -1,9 +1,9 @@
-"""A normalizing flow small enough to be fitted in a second: skewness, and scales that vary."""
+"""Small normalizing flows: a correlated normal, and one with skewness and varying scales."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,19 @@ __all__ = ["AutoregressiveNormal", "CoupledNormal", "Flow", "FlowParameters"]
 
 @dataclass(frozen=True)
 class FlowParameters:
-    """Tensors of an `AutoregressiveNormal`; see there."""
+    """Parameters of a `Flow`; the symbols are those of `AutoregressiveNormal`.
+
+    Attributes
+    ----------
+    anchor, frame : Tensor
+        a and F, which are not trained; F is lower triangular.
+    shift, log_scale : Tensor
+        m and l.
+    coupling, twist, bow : Tensor
+        A, C and B, strictly lower triangular.
+    skew, log_tail : Tensor
+        k and t.
+    """
 
     anchor: Float[Tensor, " size"]
     frame: Float[Tensor, "size size"]
@@ -31,11 +43,22 @@ class FlowParameters:
 
 
 class Flow(Pushforward, ABC):
-    """A distribution of the hyperparameters, theta = a + F x, with x made of normal noise.
+    """Distribution of theta = a + F x, with x a differentiable function of normal noise.
 
-    The log-density of its own draw has the gradient along the draw only: the expectation of what
-    is left out is zero, and so is the variance of what is left in where the density is that of
-    the posterior (Roeder, Wu, Duvenaud 2017, sticking the landing). Frame and anchor are held.
+    The log-density of a draw that `push` has just made has only the gradient along the draw. The
+    part that is left out has expectation zero, and the part that remains has variance zero where
+    the flow equals the posterior (sticking the landing). F and a get no gradients.
+
+    Parameters
+    ----------
+    parameters : FlowParameters
+        The parameters.
+    batch_shape : torch.Size
+        Shape of independent copies.
+
+    References
+    ----------
+    Roeder, Wu, Duvenaud (2017), "Sticking the landing", NeurIPS 30.
     """
 
     def __init__(
@@ -66,42 +89,36 @@ class Flow(Pushforward, ABC):
             density, slope = self._log_prob(noise), self._slope(noise)
         return density + (slope * (x - x.detach())).sum(-1)
 
-    def detached(self) -> Flow:
-        """The same distribution, its parameters without gradients."""
-        p = self.parameters
-        values = {name: value.detach() for name, value in vars(p).items()}
-        return type(self)(replace(p, **values), self.batch_shape)
-
     @abstractmethod
     def _framed(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        """x, which this noise becomes."""
+        """x as a function of the noise."""
 
     @abstractmethod
     def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
-        """log-density of the value that this noise becomes."""
+        """log q(theta) of the theta that this noise becomes."""
 
     @abstractmethod
     def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        """d log-density / d x there: the triangular Jacobian of the map, solved backwards."""
+        """d log q / d x: the gradient in the noise, solved by the map's triangular Jacobian."""
 
     @abstractmethod
     def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        """The noise that became this value."""
+        """The noise that becomes this value."""
 
     def _solved_frame(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         """x - m."""
         p = self.parameters
-        return _solved(p.frame, value - p.anchor, upper=False) - p.shift
+        return _solve(p.frame, value - p.anchor, upper=False) - p.shift
 
     def _identity(self) -> Float[Tensor, "size size"]:
         return torch.eye(len(self.parameters.shift), dtype=self.dtype, device=self.device)
 
 
 class CoupledNormal(Flow):
-    r"""The normal distribution among them: without twist, bow, skewness and tails.
+    r"""The normal flow: an `AutoregressiveNormal` without twist, bow, skewness and tails.
 
     .. math:: x_i = m_i + e^{l_i} \Big(\epsilon_i + \sum_{j<i} A_{ij} \epsilon_j\Big), \quad
-        \epsilon \sim N(0, I)
+        \epsilon \sim N(0, I), \quad \theta = a + F x
     """
 
     def _framed(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
@@ -116,12 +133,12 @@ class CoupledNormal(Flow):
     def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         p = self.parameters
         upper = (self._identity() + p.coupling).mT
-        return -_solved(upper, noise, upper=True) * (-p.log_scale).exp()
+        return -_solve(upper, noise, upper=True) * (-p.log_scale).exp()
 
     def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
         p = self.parameters
         scaled = self._solved_frame(value) * (-p.log_scale).exp()
-        return _solved(self._identity() + p.coupling, scaled, upper=False)
+        return _solve(self._identity() + p.coupling, scaled, upper=False)
 
 
 class AutoregressiveNormal(Flow):
@@ -132,8 +149,8 @@ class AutoregressiveNormal(Flow):
         x_i &= m_i + e^{l_i + \sum_{j<i} (C_{ij} t_j + B_{ij} t_j^2)}
             \Big(s_i + \sum_{j<i} A_{ij} s_j\Big), \quad t_j = \tanh s_j, \quad \theta = a + F x
 
-    with frame F (lower triangular) and anchor a held fixed, so that what is trained is of order 1.
-    The scale of a fixed effect can thus follow the residual sd, and that of an sd near zero be
+    F (lower triangular) and a are not trained, so the trained parameters are of order 1. The flow
+    lets the scale of a fixed effect depend on the residual sd, and the log of an sd near zero be
     skewed.
 
     References
@@ -147,7 +164,7 @@ class AutoregressiveNormal(Flow):
         return p.shift + self._scale(s) * (s + s @ p.coupling.mT)
 
     def _scale(self, s: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        # Bounded, or the scale would collapse in a tail.
+        # tanh bounds the exponent: otherwise the scale would collapse in a tail.
         p = self.parameters
         t = torch.tanh(s)
         return (p.log_scale + t @ p.twist.mT + t**2 @ p.bow.mT).exp()
@@ -173,19 +190,19 @@ class AutoregressiveNormal(Flow):
         scale = self._scale(s)
         moved = (scale * (s + s @ p.coupling.mT))[..., None]
         jacobian = scale[..., None] * (self._identity() + p.coupling) + moved * bend
-        return _solved(jacobian.mT, by_s, upper=True)
+        return _solve(jacobian.mT, by_s, upper=True)
 
     def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        # Component by component.
+        # Component by component: the scale of x_i depends on the s_j before it.
         p, x = self.parameters, self._solved_frame(value)
         s = torch.zeros_like(x)
         for i in range(x.shape[-1]):
-            own = x[..., i] / self._scale(s)[..., i] - s @ p.coupling[i]
-            s = torch.cat([s[..., :i], own[..., None], s[..., i + 1 :]], -1)
+            s_i = x[..., i] / self._scale(s)[..., i] - s @ p.coupling[i]
+            s = torch.cat([s[..., :i], s_i[..., None], s[..., i + 1 :]], -1)
         return torch.sinh((torch.asinh(s) - p.skew) * (-p.log_tail).exp())
 
 
-def _solved(
+def _solve(
     matrix: Float[Tensor, "... size size"], vector: Float[Tensor, "... size"], *, upper: bool
 ) -> Float[Tensor, "... size"]:
     return torch.linalg.solve_triangular(matrix, vector[..., None], upper=upper)[..., 0]

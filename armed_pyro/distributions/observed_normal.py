@@ -1,4 +1,4 @@
-"""Random effects given an observation of them: draws with their gradients written out."""
+"""`ObservedNormal`: random effects given a noisy observation of them."""
 
 from __future__ import annotations
 
@@ -13,40 +13,50 @@ from torch.autograd.function import once_differentiable
 from armed_pyro.distributions.small_matrices import precision_root
 from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Pushforward, WhitenedNormal
 
-__all__ = ["TiltedNormal"]
+__all__ = ["ObservedNormal"]
 
 
-# Products of matrices up to this size are sums written out: the matrices are many and small.
+# Products of matrices up to this size are written as sums: the matrices are many and small.
 SMALL = 8
 
 
-class TiltedNormal(Pushforward):
-    r"""Effects with a normal prior of which there is one observation each.
+class ObservedNormal(Pushforward):
+    r"""Posterior of each cluster's effects, from a normal prior and one normal observation.
 
     .. math:: q(u) \propto N(u; 0, L L^\top) \, N(m; u, (\tau A)^{-1}), \quad A = F F^\top, \quad
         F = B C
 
-    Gradients of own draws stick the landing: in the density of a draw C and m are held.
+    The density of a draw that `push` has just made treats C and m as constants, so its gradients
+    stick the landing (Roeder, Wu, Duvenaud 2017).
 
-    Draws, density and gradients are computed by formulas of their own, in which the clusters
-    come last, so that one operation works on one number of all of them: automatic
-    differentiation would take the decomposition of many small matrices apart.
+    Draws, density and gradients are hand-written, with the clusters in the last dimension: each
+    operation then works on one matrix element of all clusters, whereas automatic differentiation
+    would record the decomposition of many small matrices step by step.
 
     Parameters
     ----------
     scale : Float[Tensor, "... terms terms"]
         L, lower triangular.
     tau : Float[Tensor, "..."]
-        Precision, with a 1 in the clusters' place if there are draws of it.
+        Residual precision; with draws, it has a 1 in the place of the clusters.
     base, trained : Float[Tensor, "clusters terms terms"]
         B and C; B gets no gradient.
     location : Float[Tensor, "... clusters terms"]
         m.
     moving : Float[Tensor, "... clusters terms"], optional
-        m once more, whose gradient is that of the draw and of its density: what m owes to other
-        latent quantities.
+        m again, as a function of other latent quantities. Its gradient is that of both the draw
+        and its density.
     batch : torch.Size, optional
-        Draws and clusters, where they do not follow from these.
+        Draws and clusters, if they do not follow from the other arguments.
+
+    Examples
+    --------
+    A prior and an observation that are both standard normal, with the observation at 2:
+
+    >>> unit = torch.eye(1)[None]  # one cluster, one term
+    >>> q = ObservedNormal(torch.eye(1), torch.ones(1), unit, unit, torch.full((1, 1), 2.0))
+    >>> q.mean
+    tensor([[1.]])
     """
 
     def __init__(
@@ -63,17 +73,17 @@ class TiltedNormal(Pushforward):
         self.base, self.trained = base, trained
         self.dtype, self.device = location.dtype, location.device
         self._drawn: tuple[Tensor, Tensor] | None = None
-        own = torch.broadcast_shapes(scale.shape[:-2], tau.shape, location.shape[:-1])
-        super().__init__(batch or own, location.shape[-1:], validate_args=False)
+        implied = torch.broadcast_shapes(scale.shape[:-2], tau.shape, location.shape[:-1])
+        super().__init__(batch or implied, location.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> TiltedNormal:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ObservedNormal:
         shape = torch.Size(batch_shape)
-        given = (self.scale, self.tau, self.base, self.trained, self.location, self.moving)
-        return self if shape == self.batch_shape else TiltedNormal(*given, shape)
+        arguments = (self.scale, self.tau, self.base, self.trained, self.location, self.moving)
+        return self if shape == self.batch_shape else ObservedNormal(*arguments, shape)
 
     @cached_property
     def whitened(self) -> WhitenedNormal:
-        """The same distribution by its mean and precision, for automatic differentiation."""
+        """The same distribution by its mean and precision, with automatic differentiation."""
         root = self.base @ self.trained
         half = self.scale.mT @ root
         size = self.tau[..., None, None]
@@ -94,7 +104,7 @@ class TiltedNormal(Pushforward):
 
     def push(self, noise: Float[Tensor, "... terms"]) -> Float[Tensor, "... terms"]:
         batch = max(noise.dim() - 1, len(self.batch_shape))
-        given = (
+        arguments = (
             _ahead(self.base, 2, batch),
             _ahead(self.trained, 2, batch),
             _ahead(self.location, 1, batch),
@@ -103,7 +113,7 @@ class TiltedNormal(Pushforward):
             _ahead(noise, 1, batch),
             None if self.moving is None else _ahead(self.moving, 1, batch),
         )
-        effects, density = _Draw.apply(*given)  # type: ignore[no-untyped-call]
+        effects, density = _Draw.apply(*arguments)  # type: ignore[no-untyped-call]
         value: Tensor = effects.movedim(0, -1)
         self._drawn = (value, density)
         return value
@@ -114,22 +124,28 @@ class TiltedNormal(Pushforward):
         return self.whitened.log_prob(value)
 
 
-def _ahead(value: Tensor, own: int, batch: int) -> Tensor:
-    """Its last `own` dimensions first, and as many of draws and clusters after them."""
-    shape = value.shape[: value.dim() - own]
+def _ahead(value: Tensor, event: int, batch: int) -> Tensor:
+    """The last `event` dimensions first, followed by `batch` dimensions of draws and clusters."""
+    shape = value.shape[: value.dim() - event]
     filled = value.reshape(*[1] * (batch - len(shape)), *value.shape)
-    return filled.movedim(tuple(range(-own, 0)), tuple(range(own))) if own else filled
+    return filled.movedim(tuple(range(-event, 0)), tuple(range(event))) if event else filled
 
 
 class _Draw(torch.autograd.Function):
-    r"""u = L z and log q(u), matrices and vectors first, then draws and clusters.
+    r"""u = L z and log q(u), with the dimensions of matrices and vectors before draws and clusters.
 
     .. math:: z = S^{-1} b + R^{-\top} e, \quad S = I + \tau H H^\top = R R^\top, \quad
         b = \tau H F^\top m, \quad H = L^\top F
 
-    With v the gradient by z and a = R^{-1} v, that by S is -R^{-\top} (sym(a y') +
-    sym(\Phi(e a'))) R^{-1}, where y = R^{-1} b and \Phi takes the lower triangle and half the
-    diagonal (Murray 2016, "Differentiation of the Cholesky decomposition").
+    With v the gradient in z, a = R^{-1} v and y = R^{-1} b, the gradient in S is
+
+    .. math:: -R^{-\top} \big(\mathrm{sym}(a y^\top) + \mathrm{sym}(\Phi(e a^\top))\big) R^{-1}
+
+    where Phi takes the lower triangle and half the diagonal.
+
+    References
+    ----------
+    Murray (2016), "Differentiation of the Cholesky decomposition", arXiv:1602.07527.
     """
 
     @staticmethod
@@ -166,20 +182,21 @@ class _Draw(torch.autograd.Function):
             ctx.saved_tensors
         )
         score = _along(inverse, _along(_t(scale), by_effects))
-        # What is trained moves the draw, whose density falls along it; the rest its scale, too.
+        # C and m move the draw only, whose density changes along it; L and tau also change the
+        # density itself.
         stuck = score - by_density * noise
 
         def by_half(score: Tensor, log_det: Tensor | None) -> Tensor:
-            """R'/tau times the gradient by H."""
-            crossed = score[:, None] * (tau * pulled)[None] + _halved(noise[:, None] * score[None])
-            twice = crossed + _t(crossed)
+            """R' / tau times the gradient in H."""
+            outer = score[:, None] * (tau * pulled)[None] + _halved(noise[:, None] * score[None])
+            twice = outer + _t(outer)
             if log_det is not None:
                 twice = twice - log_det * _identity(twice)
             return score[:, None] * seen[None] - _product(twice, turned)
 
-        own = by_half(score, by_density)
-        by_tau = 0.5 * ((turned * own).sum((0, 1)) + (score * pulled).sum(0))
-        by_scale = tau * _product(root, _t(_product(_t(inverse), own)))
+        half = by_half(score, by_density)
+        by_tau = 0.5 * ((turned * half).sum((0, 1)) + (score * pulled).sum(0))
+        by_scale = tau * _product(root, _t(_product(_t(inverse), half)))
         by_scale = by_scale + by_effects[:, None] * z[None]
         by_scale = by_scale - by_density * _identity(scale) / scale.diagonal().movedim(-1, 0)
         by_seen = tau * _along(_t(turned), stuck)
@@ -204,7 +221,7 @@ class _Draw(torch.autograd.Function):
 def _inverse_root(
     whitened: Float[Tensor, "n n ..."],
 ) -> tuple[Float[Tensor, "n n ..."], Float[Tensor, "n ..."]]:
-    """R^{-1} and R's diagonal, with R R' = I + L'AL: see `conditionals.precision_root`."""
+    """R^{-1} and R's diagonal, with R R' = I + L'AL, as in `small_matrices.precision_root`."""
     n = len(whitened)
     identity = _identity(whitened)
     rest = torch.cat([whitened + identity, identity.expand_as(whitened)], 1)
@@ -224,8 +241,8 @@ def _inverse_root(
 def _product(a: Float[Tensor, "n k ..."], b: Float[Tensor, "k m ..."]) -> Float[Tensor, "n m ..."]:
     if a.shape[1] <= SMALL:
         return (a[:, :, None] * b[None]).sum(1)
-    behind = (one.movedim((0, 1), (-2, -1)) for one in (a, b))
-    return torch.matmul(*behind).movedim((-2, -1), (0, 1))
+    trailing = (matrix.movedim((0, 1), (-2, -1)) for matrix in (a, b))
+    return torch.matmul(*trailing).movedim((-2, -1), (0, 1))
 
 
 def _along(matrix: Float[Tensor, "n k ..."], vector: Float[Tensor, "k ..."]) -> Tensor:

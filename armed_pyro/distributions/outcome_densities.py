@@ -1,4 +1,4 @@
-"""Outcome densities in the parameters that a linear predictor gives."""
+"""Outcome densities, parameterised by a linear predictor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,20 @@ __all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson", "LogitBinom
 
 
 class LogPoisson(dist.Poisson):
-    """Poisson distribution of the logarithm of its rate, of which log y! is computed once a row."""
+    """Poisson distribution with a given log-rate.
+
+    log y! is computed once per row, not once per draw of the log-rate.
+
+    Parameters
+    ----------
+    log_rate : Float[Tensor, "... rows"]
+        Logarithm of the rate.
+
+    Examples
+    --------
+    >>> LogPoisson(torch.tensor(0.0)).log_prob(torch.tensor(1.0))
+    tensor(-1.)
+    """
 
     def __init__(self, log_rate: Tensor) -> None:
         self.log_rate = log_rate
@@ -28,7 +41,22 @@ class LogPoisson(dist.Poisson):
 
 
 class LogitBinomial(dist.Binomial):
-    """Binomial distribution of its probability's logit; its coefficient is computed once a row."""
+    """Binomial distribution with a given logit of the probability.
+
+    The binomial coefficient is computed once per row, not once per draw of the logit.
+
+    Parameters
+    ----------
+    trials : Float[Tensor, "rows"]
+        Numbers of trials.
+    logit : Float[Tensor, "... rows"]
+        Logit of the probability of success.
+
+    Examples
+    --------
+    >>> LogitBinomial(torch.tensor(1.0), torch.tensor(0.0)).log_prob(torch.tensor(1.0)).exp()
+    tensor(0.5000)
+    """
 
     def __init__(self, trials: Tensor, logit: Tensor) -> None:
         self.trials, self.logit = trials, logit
@@ -44,9 +72,21 @@ class LogitBinomial(dist.Binomial):
 
 
 class LogNegativeBinomial(dist.NegativeBinomial):
-    """Negative binomial distribution of the logarithm of its mean and of its shape.
+    """Negative binomial distribution with a given log-mean and shape.
 
-    What depends on the shape alone is computed once a row, not for every predictor.
+    Terms without the mean are computed once per draw of the shape and row.
+
+    Parameters
+    ----------
+    log_mean : Float[Tensor, "... rows"]
+        Logarithm of the mean mu.
+    shape : Float[Tensor, "..."]
+        alpha, with variance mu + mu^2 / alpha.
+
+    Examples
+    --------
+    >>> LogNegativeBinomial(torch.tensor(0.0), torch.tensor(1.0)).log_prob(torch.tensor(0.0)).exp()
+    tensor(0.5000)
     """
 
     def __init__(self, log_mean: Tensor, shape: Tensor) -> None:
@@ -59,24 +99,29 @@ class LogNegativeBinomial(dist.NegativeBinomial):
     def log_prob(self, value: Tensor) -> Tensor:
         shape = self.shape
         constant = torch.lgamma(value + shape) - torch.lgamma(shape) - torch.lgamma(value + 1)
-        # log(shape + mean), without overflow.
+        # log(shape + mean), computed without overflow.
         total = torch.logaddexp(self.log_mean, shape.log())
         return constant + shape * shape.log() + value * self.log_mean - (value + shape) * total
 
 
 class IndependentNormal(dist.TorchDistribution):
-    """Independent normal values about a mean, with one sd for all values of a row.
+    """Independent normal values around a mean, with one sd for all values of a row.
 
-    The values are summed over once, however many draws of the sd there are.
+    The sum of squares is computed once, not once per draw of the sd.
 
     Parameters
     ----------
     mean : Tensor
-        Shape "... rows ...", the last `event_dim` dimensions those of a row's values.
+        Shape "... rows ..."; the last `event_dim` dimensions are those of a row's values.
     sd : Tensor
         Shape "..." or "... 1", without the values' dimensions.
     event_dim : int
-        Dimensions of a row's values.
+        Number of dimensions of a row's values.
+
+    Examples
+    --------
+    >>> IndependentNormal(torch.zeros(3, 2), torch.ones(1), 1).log_prob(torch.zeros(3, 2))
+    tensor([-1.8379, -1.8379, -1.8379])
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -89,19 +134,19 @@ class IndependentNormal(dist.TorchDistribution):
 
     @property
     def support(self) -> Any:
-        """Real numbers."""
+        """All real values."""
         return dist.constraints.independent(dist.constraints.real, self.event_dim)
 
     @property
     def mean(self) -> Tensor:
-        """The mean."""
+        """Mean of the values."""
         return self.mean_values
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> IndependentNormal:
         return IndependentNormal(self.mean_values, self.sd.expand(batch_shape), self.event_dim)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws."""
+        """Draw values, with gradients in the mean and the sd."""
         shape = self._extended_shape(torch.Size(sample_shape))
         over = (...,) + (None,) * self.event_dim
         noise = torch.randn(shape, dtype=self.sd.dtype, device=self.sd.device)

@@ -1,4 +1,4 @@
-"""Normal distribution of one long vector, given by its precision."""
+"""`PrecisionNormal`: one long normal vector, given by its precision matrix."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Whitened
 
-__all__ = ["JointNormal"]
+__all__ = ["PrecisionNormal"]
 
 
-class JointNormal(Whitened):
-    r"""z ~ N(P^{-1} r, P^{-1}), drawn as :math:`P^{-1} r + C^{-\top} noise` with C C' = P.
+class PrecisionNormal(Whitened):
+    r"""z ~ N(m, P^{-1}) with m = P^{-1} r, drawn as :math:`m + C^{-\top} noise` with C C' = P.
 
-    The gradient of the density of a value that was not drawn here needs no more than P^{-1}:
+    The gradient of the density of a value that was not drawn here needs P^{-1} only:
 
     .. math:: \log N(z) = \tfrac12 \log |P| - \tfrac12 (z^\top P z - 2 z^\top r + r^\top P^{-1} r)
-        + const, \quad \nabla_P = \tfrac12 (P^{-1} - z z^\top + m m^\top), \quad m = P^{-1} r
+        + const, \quad \nabla_P = \tfrac12 (P^{-1} - z z^\top + m m^\top)
 
-    a fourth of the work of the gradient by way of the Cholesky factor.
+    This takes a fourth of the work of the gradient through the Cholesky factor. Use `of` to make
+    the distribution from P and r.
 
     Parameters
     ----------
@@ -32,9 +33,14 @@ class JointNormal(Whitened):
     root : Float[Tensor, "... size size"]
         C, lower triangular.
     mean : Float[Tensor, "... size"]
-        P^{-1} r.
-    held : JointNormal, optional
+        m.
+    detached : PrecisionNormal, optional
         As of `Whitened`.
+
+    Examples
+    --------
+    >>> PrecisionNormal.of(2 * torch.eye(2), torch.tensor([2.0, 4.0])).mean
+    tensor([1., 2.])
     """
 
     def __init__(
@@ -43,32 +49,33 @@ class JointNormal(Whitened):
         pull: Float[Tensor, "... size"],
         root: Float[Tensor, "... size size"],
         mean: Float[Tensor, "... size"],
-        held: Whitened | None = None,
+        detached: Whitened | None = None,
     ) -> None:
         self.precision, self.pull = precision, pull
-        super().__init__(mean.new_ones(()), mean, root, held)
+        super().__init__(mean.new_ones(()), mean, root, detached)
 
     @classmethod
     def of(
         cls,
         precision: Float[Tensor, "... size size"],
         pull: Float[Tensor, "... size"],
-        held: Whitened | None = None,
+        detached: Whitened | None = None,
     ) -> Self:
-        """That of a precision and its product with the mean."""
+        """The distribution with precision P and P m = r."""
         root = torch.linalg.cholesky(precision)
-        # `cholesky_solve` would copy the matrix.
+        # Two triangular solves, because `cholesky_solve` would copy the matrix.
         half = torch.linalg.solve_triangular(root, pull[..., None], upper=False)
         mean = torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
-        return cls(precision, pull, root, mean, held)
+        return cls(precision, pull, root, mean, detached)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> JointNormal:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PrecisionNormal:
         shape = torch.Size(batch_shape)
         if shape == self.batch_shape:
             return self
-        pull, mean = (one.expand(shape + self.event_shape) for one in (self.pull, self.mean))
-        held = None if self.held is None else self.held.expand(shape)
-        return JointNormal(self.precision, pull, self.root, mean, held)
+        full = shape + self.event_shape
+        pull, mean = self.pull.expand(full), self.mean.expand(full)
+        detached = None if self.detached is None else self.detached.expand(shape)
+        return PrecisionNormal(self.precision, pull, self.root, mean, detached)
 
     def log_prob(self, value: Tensor) -> Tensor:
         drawn = self._drawn is not None and self._drawn[0] is value
@@ -76,15 +83,15 @@ class JointNormal(Whitened):
             return super().log_prob(value)
         batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         size = value.shape[-1]
-        # Expanded here, so that gradients of what is shared are added up.
-        given = (
+        # Expanded here, so that autograd adds up the gradients of tensors that draws share.
+        arguments = (
             self.precision.expand(*batch, size, size),
             self.pull.expand(*batch, size),
             value.expand(*batch, size),
             self.root.detach().expand(*batch, size, size),
             self.mean_whitened.detach().expand(*batch, size),
         )
-        density: Tensor = _Density.apply(*given)  # type: ignore[no-untyped-call]
+        density: Tensor = _Density.apply(*arguments)  # type: ignore[no-untyped-call]
         return density
 
     def _log_det(self) -> Float[Tensor, "..."]:
@@ -105,7 +112,7 @@ class JointNormal(Whitened):
 
 
 class _Density(torch.autograd.Function):
-    """log N(z; P^{-1} r, P^{-1}) by P, r and z, given P's Cholesky factor and the mean."""
+    """log N(z; P^{-1} r, P^{-1}), with gradients in P, r and z; C and m are known."""
 
     @staticmethod
     def forward(
@@ -122,7 +129,7 @@ class _Density(torch.autograd.Function):
         (gradient,) = gradients
         inverse: Tensor = _Inverse.apply(precision, root)  # type: ignore[no-untyped-call]
         mean = (inverse @ pull[..., None])[..., 0]
-        # z z' - m m', of which nothing is left where z is the mean.
+        # z z' - m m' as (z - m)((z + m) / 2)' and its transpose, without cancellation near z = m.
         off, middle = z - mean, 0.5 * (z + mean)
         outer = off[..., :, None] * middle[..., None, :]
         by_precision = 0.5 * gradient[..., None, None] * (inverse - outer - outer.mT)
@@ -131,7 +138,7 @@ class _Density(torch.autograd.Function):
 
 
 class _Inverse(torch.autograd.Function):
-    """P^{-1}, given P's Cholesky factor."""
+    """P^{-1} from the known C, with gradients in P."""
 
     @staticmethod
     def forward(ctx: Any, precision: Tensor, root: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quasi-random standard normal draws: randomly shifted lattices, stretched tails."""
+"""Quasi-random points: randomly shifted lattices, and normal noise with stretched tails."""
 
 from __future__ import annotations
 
@@ -16,17 +16,35 @@ from armed_pyro.distributions.small_matrices import sum_last
 __all__ = ["lattice", "stretched"]
 
 
-# Stretch of the proposal of a cluster's one, two, or more effects. On a lattice, whose error falls
-# with the smoothness of the periodic integrand, tails that heavy make a few points as good as
-# adaptive quadrature: with 16 points of one effect the variance of log p^(y_k) is below 1e-6, with
-# 32 of two below 1e-4. In more dimensions they would cost more than they bring.
+# Stretch of the proposal for one, two, or more effects per cluster. The error of a lattice falls
+# with the smoothness of the periodic integrand, and with tails this heavy a few points are as good
+# as adaptive quadrature: the variance of log p^(y_k) is below 1e-6 with 16 points for one effect,
+# and below 1e-4 with 32 points for two. In more dimensions heavier tails cost more than they gain.
 STRETCH = (1.6, 1.4, 1.2)
 
 
 def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
-    """sinh(t asinh(normal)), and the log of its density over the standard normal one."""
+    """sinh(t asinh(normal)), and its log-density minus that of standard normal noise.
+
+    Parameters
+    ----------
+    normal : Float[Tensor, "... size"]
+        Standard normal noise.
+
+    Returns
+    -------
+    noise : Float[Tensor, "... size"]
+        The stretched noise.
+    log_ratio : Float[Tensor, "..."]
+        Difference of the log-densities of `size` coordinates.
+
+    Examples
+    --------
+    >>> stretched(torch.tensor([0.0, 1.0]))[0]
+    tensor([0.0000, 1.5718])
+    """
     stretch = STRETCH[min(normal.shape[-1], len(STRETCH)) - 1]
-    # asinh, of which torch has no fast implementation.
+    # asinh written out: torch's own is slow.
     size = normal.abs()
     inner = stretch * torch.copysign(torch.log(size + torch.sqrt(1 + size**2)), normal)
     noise = torch.sinh(inner)
@@ -37,8 +55,27 @@ def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
 
 
 def lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Points of (0, 1)^terms that fill it evenly, shifted at random for every draw and cluster."""
-    # Made where it is used: to copy it there would make a step wait.
+    """Evenly spread points of (0, 1)^terms: a rank-1 lattice, shifted at random.
+
+    Parameters
+    ----------
+    draws, particles : int
+        Number of lattices, and of points of each.
+    shape : (int, int)
+        Clusters and terms; every draw and cluster has a shift of its own.
+    like : Tensor
+        A tensor of the wanted precision and device.
+
+    Returns
+    -------
+    Float[Tensor, "draws particles clusters terms"]
+
+    Examples
+    --------
+    >>> lattice(2, 4, (3, 1), torch.ones(1)).shape
+    torch.Size([2, 4, 3, 1])
+    """
+    # Made on the device: a copy to it would make the step wait.
     exact: dict[str, Any] = {"dtype": torch.float64, "device": like.device}
     steps = torch.tensor(_generator(particles, shape[-1]), **exact) / particles
     points = torch.arange(particles, **exact)[:, None] * steps % 1
@@ -49,7 +86,12 @@ def lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) ->
 
 @lru_cache
 def _generator(points: int, terms: int) -> tuple[int, ...]:
-    """Generating vector of a rank-1 lattice, component by component (Sloan and Reztsov 2002)."""
+    """Generating vector of a rank-1 lattice, chosen component by component.
+
+    References
+    ----------
+    Sloan and Reztsov (2002), Mathematics of Computation 71(237).
+    """
     index = np.arange(points)
 
     def kernel(step: int) -> np.ndarray:

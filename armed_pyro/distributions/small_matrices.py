@@ -1,4 +1,4 @@
-"""Linear algebra of many small matrices, one per cluster."""
+"""Linear algebra for many small matrices, one per cluster."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["precision_root", "solve", "substitute", "sum_last"]
+__all__ = ["FEW", "multiply", "precision_root", "solve", "solve_lower", "substitute", "sum_last"]
 
 
-# Up to so many terms, element by element is several times faster than batched linear algebra.
+# Up to this size, element by element is several times faster than batched linear algebra.
 FEW = 4
 
 
 def precision_root(whitened: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
-    """Cholesky factor of I + L'AL, also where an sd was drawn so large that rounding spoils it.
+    """Cholesky factor of I + L'AL, robust to rounding when an sd was drawn very large.
 
-    Column by column for all matrices at once: they are many and small. What is left of the
-    diagonal is at least 1, as L'AL is positive semi-definite, and is held there, and above what
-    rounding leaves of a large one.
+    It is computed column by column, for all matrices at once. In exact arithmetic every pivot is at
+    least 1, because L'AL is positive semi-definite. Pivots are clamped to that, and to the rounding
+    error of a large diagonal.
+
+    Parameters
+    ----------
+    whitened : Float[Tensor, "... n n"]
+        L'AL.
+
+    Examples
+    --------
+    >>> precision_root(torch.tensor([[3.0]]))
+    tensor([[2.]])
     """
     n = whitened.shape[-1]
     rest = whitened + torch.eye(n, dtype=whitened.dtype, device=whitened.device)
@@ -46,11 +56,11 @@ def sum_last(values: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:
 def multiply(
     matrix: Float[Tensor, "... terms terms"], vector: Float[Tensor, "... terms"]
 ) -> Float[Tensor, "... terms"]:
-    """Matrix times vector, for many small ones."""
+    """Matrix times vector, for many small matrices."""
     if vector.shape[-1] > FEW:
         return (matrix @ vector[..., None])[..., 0]
     columns = zip(matrix.unbind(-1), vector.unbind(-1), strict=True)
-    return reduce(torch.add, (column * one[..., None] for column, one in columns))
+    return reduce(torch.add, (column * value[..., None] for column, value in columns))
 
 
 def solve_lower(
@@ -72,11 +82,11 @@ def solve(
 def substitute(
     matrix: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"], *, upper: bool
 ) -> Float[Tensor, "... n columns"]:
-    """X with matrix X = right, for triangular matrices, unknown by unknown."""
+    """X with matrix X = right, for triangular matrices, by substitution row by row."""
     n = matrix.shape[-1]
     solved: dict[int, Tensor] = {}
     for i in reversed(range(n)) if upper else range(n):
-        known = (matrix[..., i, j, None] * one for j, one in solved.items())
+        known = (matrix[..., i, j, None] * row for j, row in solved.items())
         rest = reduce(torch.sub, known, right[..., i, :])
         solved[i] = rest / matrix[..., i, i, None]
     return torch.stack([solved[i] for i in range(n)], -2)

@@ -1,4 +1,4 @@
-"""Distributions of random effects in the coordinates in which their prior is standard normal."""
+"""Distributions of random effects u = L z, in coordinates z with a standard normal prior."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from armed_pyro.distributions.small_matrices import multiply, solve, solve_lower, sum_last
 
-__all__ = ["Pushforward", "WhitenedDiagonal", "WhitenedNormal"]
+__all__ = ["LOG_SQRT_2PI", "Pushforward", "Whitened", "WhitenedDiagonal", "WhitenedNormal"]
 
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -23,8 +23,13 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 class Pushforward(dist.TorchDistribution, ABC):
     """Distribution of ``push(noise)`` for standard normal noise.
 
-    The density of a value that `push` has just made is computed from what it was made of, which
-    is cheaper than inverting the map, and exact where the map is hardly invertible.
+    `push` keeps its last value and noise. The density of that very tensor is computed from the
+    noise, which is cheaper than inverting the map, and exact where the map is hardly invertible.
+
+    Attributes
+    ----------
+    dtype, device : torch.dtype, torch.device
+        Precision and device of the draws.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -35,12 +40,12 @@ class Pushforward(dist.TorchDistribution, ABC):
 
     @abstractmethod
     def push(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
-        """The value that this noise becomes."""
+        """The draw made of this noise."""
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
         noise = torch.randn(shape, dtype=self.dtype, device=self.device)
-        if noise.dim() > 1:  # one term of all clusters side by side, as they are computed
+        if noise.dim() > 1:  # Each term of all clusters is contiguous, as the formulas work on it.
             noise = noise.mT.clone(memory_format=torch.contiguous_format).mT
         return self.push(noise)
 
@@ -48,7 +53,7 @@ class Pushforward(dist.TorchDistribution, ABC):
 class Whitened(Pushforward, ABC):
     r"""u = L z with z = m + C^{-\top} noise.
 
-    No inverse of the prior's covariance L L' is needed, so a standard deviation near zero is safe.
+    The prior's covariance L L' is never inverted, so a standard deviation near zero is safe.
 
     Parameters
     ----------
@@ -58,22 +63,23 @@ class Whitened(Pushforward, ABC):
         m.
     root : Tensor
         C, with z's precision C C'.
-    held : Whitened, optional
-        A distribution of the same values and L, by whose density this one's draws are judged:
-        with its trained parameters held fixed, gradients stick the landing.
+    detached : Whitened, optional
+        The same distribution with trained parameters that get no gradients. If given, it supplies
+        the density of draws, and gradients stick the landing (Roeder, Wu, Duvenaud 2017).
     """
 
     def __init__(
-        self, scale: Tensor, mean: Tensor, root: Tensor, held: Whitened | None = None
+        self, scale: Tensor, mean: Tensor, root: Tensor, detached: Whitened | None = None
     ) -> None:
-        self.scale, self.mean_whitened, self.root, self.held = scale, mean, root, held
+        self.scale, self.mean_whitened, self.root = scale, mean, root
+        self.detached = detached
         self.dtype, self.device = mean.dtype, mean.device
         self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
         super().__init__(mean.shape[:-1], mean.shape[-1:], validate_args=False)
 
     @property
     def mean(self) -> Tensor:
-        """L m."""
+        """Mean of u: L m."""
         return self._scaled(self.mean_whitened)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Whitened:
@@ -81,8 +87,8 @@ class Whitened(Pushforward, ABC):
         if shape == self.batch_shape:
             return self
         mean = self.mean_whitened.expand(shape + self.event_shape)
-        held = None if self.held is None else self.held.expand(shape)
-        return type(self)(self.scale, mean, self.root, held)
+        detached = None if self.detached is None else self.detached.expand(shape)
+        return type(self)(self.scale, mean, self.root, detached)
 
     def push(self, noise: Float[Tensor, "... terms"]) -> Float[Tensor, "... terms"]:
         z = self.mean_whitened + self._spread(noise)
@@ -94,12 +100,12 @@ class Whitened(Pushforward, ABC):
         if self._drawn is None or self._drawn[0] is not value:
             return self._log_prob(self._noise(self._whitened(value)))
         _, z, noise = self._drawn
-        if self.held is None:
+        if self.detached is None:
             return self._log_prob(noise)
-        return self.held._log_prob(self.held._noise(z))
+        return self.detached._log_prob(self.detached._noise(z))
 
     def _log_prob(self, noise: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:
-        """log-density of the value that this noise becomes."""
+        """log q(u) of the u made of this noise."""
         constant = LOG_SQRT_2PI * noise.shape[-1]
         return self._log_det() - 0.5 * sum_last(noise**2) - constant
 
@@ -108,20 +114,31 @@ class Whitened(Pushforward, ABC):
         """log |C| - log |L|."""
 
     @abstractmethod
-    def _noise(self, z: Tensor) -> Tensor: ...
+    def _noise(self, z: Tensor) -> Tensor:
+        """C' (z - m)."""
 
     @abstractmethod
-    def _scaled(self, z: Tensor) -> Tensor: ...
+    def _scaled(self, z: Tensor) -> Tensor:
+        """L z."""
 
     @abstractmethod
-    def _whitened(self, value: Tensor) -> Tensor: ...
+    def _whitened(self, value: Tensor) -> Tensor:
+        """L^{-1} u."""
 
     @abstractmethod
-    def _spread(self, noise: Tensor) -> Tensor: ...
+    def _spread(self, noise: Tensor) -> Tensor:
+        """C^{-T} noise."""
 
 
 class WhitenedNormal(Whitened):
-    """Correlated effects: L and C lower triangular, of shape "... terms terms"."""
+    """`Whitened` with lower triangular L and C, of shape "... terms terms".
+
+    Examples
+    --------
+    >>> unit = torch.eye(2)
+    >>> WhitenedNormal(2 * unit, torch.ones(2), unit).mean
+    tensor([2., 2.])
+    """
 
     def _log_det(self) -> Float[Tensor, "..."]:
         log_det = self.root.diagonal(dim1=-2, dim2=-1).log()
@@ -141,7 +158,13 @@ class WhitenedNormal(Whitened):
 
 
 class WhitenedDiagonal(Whitened):
-    """Independent effects: L and C vectors of shape "... terms"."""
+    """`Whitened` with diagonal L and C, of shape "... terms": independent effects.
+
+    Examples
+    --------
+    >>> WhitenedDiagonal(torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([1.0])).mean
+    tensor([6.])
+    """
 
     def _log_det(self) -> Float[Tensor, "..."]:
         return sum_last((self.root / self.scale).log())

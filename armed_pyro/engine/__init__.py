@@ -1,1 +1,1 @@
-"""Training steps of any loss: taken, compiled, shared, scheduled and checkpointed."""
+"""Training steps of any loss: compiled, shared by processes, scheduled and checkpointed."""

@@ -1,4 +1,4 @@
-"""Adam as operations on tensors, so that a captured training step holds it, too."""
+"""Adam as tensor operations, so that a captured training step includes it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def adam_change(
     rate: Float[Tensor, ""],
     eps: float,
 ) -> Float[Tensor, "..."]:
-    r"""The change of the parameters by one step of Adam; moments and count change in place.
+    r"""The change of the parameters in one step of Adam; moments and count change in place.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
@@ -38,7 +38,7 @@ def adam_change(
     mean, square : Float[Tensor, "..."]
         m and v.
     count : Float[Tensor, "..."]
-        t, the number of steps, broadcast against the others.
+        t, the number of steps; broadcasts against the moments.
     rate : Float[Tensor, ""]
         rho.
     eps : float
@@ -46,38 +46,38 @@ def adam_change(
     mean.lerp_(gradient, 1 - BETAS[0])
     square.lerp_(gradient.square(), 1 - BETAS[1])
     count.add_(1)
-    # exp, as a power would not be vectorised.
+    # By exp, because a power would not be vectorised.
     first, second = (1 - torch.exp(math.log(beta) * count) for beta in BETAS)
     size = (square / second).sqrt_().add_(eps).mul_(first)
     return (mean / size).mul_(-rate)
 
 
 class Update(nn.Module, ABC):
-    """One optimizer's share of a step: gathers its gradients as one tensor, then applies them."""
+    """The update of parameters by one optimizer, from their gradients joined into one tensor."""
 
     @abstractmethod
     def joined(self, gradients: Gradients) -> Tensor:
-        """The gradients of its parameters in one tensor; zeros where there is none."""
+        """The parameters' gradients in one tensor; zeros for parameters without a gradient."""
 
     @abstractmethod
     def forward(
         self, parameters: Mapping[str, Tensor], gradient: Tensor, rate: Float[Tensor, ""]
     ) -> None:
-        """Change the parameters by a step along the joined gradient."""
+        """Change the parameters in place, by a step along the joined gradient."""
 
 
 class Adam(Update):
-    """Adam of some parameters, whose numbers are joined into one vector.
+    """Adam, with the values of all parameters joined into one vector.
 
-    Joined, they take a dozen operations, however many the parameters are. `torch.optim.Adam`
-    is as fast in an eager step (its fused form, which torch's compiler does not know), but in a
-    compiled one took 0.46 ms instead of 0.13 ms for the 17 parameters of a small network: more
-    than the rest of its step.
+    The joined vector takes a dozen operations for any number of parameters. In an eager step, the
+    fused `torch.optim.Adam` is as fast, but torch's compiler cannot compile it. In a compiled step,
+    `torch.optim.Adam` took 0.46 ms instead of 0.13 ms for the 17 parameters of a small network,
+    longer than the rest of the step.
 
     Parameters
     ----------
     parameters : mapping of str to Tensor
-        By name.
+        Parameters by name.
     eps : float
 
     Attributes
@@ -103,7 +103,7 @@ class Adam(Update):
     def __init__(self, parameters: Mapping[str, Tensor], eps: float = 1e-8) -> None:
         super().__init__()
         self.eps, self.names = eps, tuple(parameters)
-        self._widths = [one.numel() for one in parameters.values()]
+        self._widths = [parameter.numel() for parameter in parameters.values()]
         like = next(iter(parameters.values()), torch.empty(0)).detach()
         for name in ("mean", "square"):
             self.register_buffer(name, like.new_zeros(sum(self._widths)))

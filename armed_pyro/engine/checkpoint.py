@@ -1,9 +1,10 @@
-"""Checkpoints of a training run: tensors and their bookkeeping in one file, without pickle."""
+"""Checkpoints of a training run: one file of tensors and JSON, without pickle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from armed_pyro.program.data_spec import Facts
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
-from armed_pyro.storage.manifest import VERSION
 
-__all__ = ["Checkpoint", "digest", "module_tensors", "restore_module"]
+__all__ = ["VERSION", "Checkpoint", "digest", "module_tensors", "restore_module"]
+
+
+# Version of the guide's parameters in checkpoints and saved fits.
+VERSION = 3
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State of a run after some step.
+    """State of a training run after a step.
 
     Attributes
     ----------
@@ -36,10 +39,10 @@ class Checkpoint:
     record: dict[str, Any]
 
     def write(self, path: Path) -> None:
-        """Write the file under a temporary name, then rename: a kill leaves the old file whole."""
+        """Write the checkpoint to `path`; if the process is killed, the old file stays whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        tensors = {name: one.detach().cpu().contiguous() for name, one in self.tensors.items()}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         metadata = {"record": json.dumps(self.record), "version": str(VERSION)}
         save_file(tensors, partial, metadata=metadata)
         partial.replace(path)
@@ -51,7 +54,7 @@ class Checkpoint:
         Raises
         ------
         ValueError
-            If the file is damaged, not a checkpoint, or of a guide of another version.
+            If the file is damaged, not a checkpoint, or of another `VERSION`.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -64,27 +67,27 @@ class Checkpoint:
             ) from error
         if metadata.get("version") != str(VERSION):
             raise ValueError(
-                f"{path} has the format's version {metadata.get('version')}, this armed_pyro goes "
-                f"on from version {VERSION}: delete it and fit anew"
+                f"{path} has the format's version {metadata.get('version')}, but this armed_pyro "
+                f"needs version {VERSION}: delete it and fit anew"
             )
         return cls(tensors, record)
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers, copied, under a prefix."""
-    return {f"{prefix}.{name}": one.detach().clone() for name, one in module.state_dict().items()}
+    return {f"{prefix}.{name}": t.detach().clone() for name, t in module.state_dict().items()}
 
 
 def restore_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `module_tensors` took."""
+    """Load the parameters and buffers that `module_tensors` copied under the prefix."""
     start = f"{prefix}."
-    own = {key[len(start) :]: one for key, one in tensors.items() if key.startswith(start)}
-    module.load_state_dict(own)
+    names = [name for name in tensors if name.startswith(start)]
+    module.load_state_dict({name.removeprefix(start): tensors[name] for name in names})
 
 
-def digest(rows: Rows | RowSource, facts: Facts) -> str:
-    """Hash of rows, with the scales and labels they were encoded by."""
-    found = hashlib.sha256(json.dumps(facts.to_json(), default=str).encode())
-    for one in rows.fingerprint():
-        found.update(one)
-    return found.hexdigest()
+def digest(rows: Rows | RowSource, encoding: Mapping[str, Any]) -> str:
+    """Hash of the rows and of the scales and labels, as JSON values, that encoded them."""
+    hashed = hashlib.sha256(json.dumps(encoding, default=str).encode())
+    for part in rows.fingerprint():
+        hashed.update(part)
+    return hashed.hexdigest()

@@ -1,4 +1,4 @@
-"""One training step as a compiled graph: loss, gradients and update without Python in between."""
+"""Training steps, taken eagerly or as one compiled graph of loss, gradients and update."""
 
 from __future__ import annotations
 
@@ -28,49 +28,56 @@ for record in (Loss, Membership, Rows):
 CompileMode = Literal["auto", "always", "never"]
 COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
 
-# Seconds that compiling is expected to take, and recording a step's kernels on a GPU.
+# Expected seconds of compiling, and of recording a step's kernels on a GPU.
 COMPILING, RECORDING = 20.0, 1.0
-# The first steps are slower than those that follow.
+# Number of first steps, which are slower than later steps and are not timed.
 WARM_UP = 3
-# Largest difference between the losses of a compiled and of the eager step, relative above 1.
+# Largest difference between the compiled and the eager loss; relative for losses above 1.
 AGREEMENT = 1e-3
 UPDATE = "optimizer"
-TENSOR = object()  # the place of a tensor among the inputs
+TENSOR = object()  # marks the place of a tensor among the inputs
 Objective = Callable[..., Loss]
 
 
 class Steps:
     """Takes steps of an objective: its loss, the gradients, and the optimizer's update.
 
-    With "auto", steps run eagerly until they have taken as long as compiling is expected to take
-    (20 seconds). If enough steps are still to come, the step is then captured as one graph,
-    compiled, and compared with an eager step from the same random state. A step that cannot be
-    compiled stays eager, and one warning says why.
+    With "auto", steps run eagerly for as long as compiling is expected to take (20 seconds). If
+    enough steps remain, the step is then captured as one graph, compiled, and compared with an
+    eager step from the same random state. A step that cannot be compiled stays eager, and one
+    warning says why.
 
-    On a GPU the kernels of the captured graph are recorded and launched together (`Recording`):
-    first as they are, which takes a second, and compiled once that is expected to pay, too.
+    On a GPU, the kernels of the captured graph are recorded and launched together (`Recording`).
+    The recording comes first, as it takes only a second; compiling follows if it is expected to
+    save time.
 
-    Program and guide stay ordinary Pyro; compiled is what they do to tensors. Random numbers,
-    dropout and running statistics of batch normalisation are those of the eager step.
+    The program and guide stay ordinary Pyro, since only their tensor operations are compiled.
+    Random numbers, dropout and running statistics of batch normalisation equal those of the eager
+    step.
 
     Parameters
     ----------
     modules : mapping of str to torch.nn.Module
         The modules that the objective runs. Their parameters and buffers are inputs of the graph.
     update : torch.nn.Module
-        Takes the trained parameters, their gradients (tensor or None), both by name in `modules`,
-        and a factor; changes parameters and its own buffers in place; returns the norm of the
-        gradient.
+        Is called with the trained parameters, their gradients (tensor or None), both by name in
+        `modules`, and a factor of the rates. Changes the parameters and the module's buffers in
+        place, and returns the norm of the gradient.
     mode : {"auto", "always", "never"}
         "always" compiles at the second step with the same shapes. Steps whose number of rows
-        changes every time stay eager.
+        always changes stay eager.
+
+    Attributes
+    ----------
+    problem : str
+        The reason why steps are not compiled; empty if there is none.
     """
 
     def __init__(
         self, modules: Mapping[str, nn.Module], update: nn.Module, mode: CompileMode = "auto"
     ) -> None:
         self.modules, self.mode = nn.ModuleDict({**modules, UPDATE: update}), mode
-        # Walking through the modules in every step would take as long as a small step does.
+        # Collected once: walking through the modules takes as long as a small step.
         self._parts = list(self.modules.modules())
         self._parameters = dict(self.modules.named_parameters())
         self._device = next(iter(self._parameters.values())).device
@@ -81,30 +88,30 @@ class Steps:
 
     @property
     def compiled(self) -> bool:
-        """Whether the last step ran as a graph, compiled or recorded."""
+        """Whether steps run as a graph, compiled or recorded."""
         return self._graph is not None
 
     @property
     def seconds(self) -> float:
-        """Median time of the latest steps of the present kind."""
+        """Median time of the last 100 steps, since steps were last compiled or recorded."""
         return statistics.median(self._seconds[-100:]) if self._seconds else float("nan")
 
     def __call__(
         self, objective: Objective, *inputs: Any, factor: float = 1.0, remaining: int = 0
     ) -> tuple[Loss, Tensor]:
-        """One step: its loss, and the norm of the gradient.
+        """Take one step; its loss, and the norm of the gradient.
 
         Parameters
         ----------
         objective : callable
-            Returns the loss. A change of the objective is told by its equality.
+            Returns the loss. An objective that is not equal to the last one is compiled anew.
         *inputs : Tensor, Rows or number
-            Its arguments. Values of tensors may change from step to step; a change of anything
-            else, such as their shapes, means compiling anew.
+            Arguments of the objective. The values of tensors may change from step to step; if
+            anything else changes, such as their shapes, the step is compiled anew.
         factor : float
-            Multiplies the update's rates.
+            Multiplies the learning rates.
         remaining : int
-            Steps still to come.
+            Number of steps after this one.
         """
         leaves, structure = pytree.tree_flatten(inputs)
         key = (objective, structure, [_constant(leaf) for leaf in leaves], self._trained())
@@ -126,21 +133,23 @@ class Steps:
     def _eager(
         self, objective: Objective, inputs: Sequence[Any], factor: Tensor
     ) -> tuple[Loss, Tensor]:
-        trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
-        for one in trained.values():
-            one.grad = None
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        for parameter in trained.values():
+            parameter.grad = None
         loss = objective(*inputs)
         if loss.total.requires_grad:  # a frozen program may have nothing to train
             loss.total.backward()
-        gradients = {name: one.grad for name, one in trained.items()}
+        gradients = {name: parameter.grad for name, parameter in trained.items()}
         return loss, self.modules[UPDATE](trained, gradients, factor)
 
     def _trained(self) -> tuple[bool, ...]:
-        training = tuple(one.training for one in self._parts)
-        return training + tuple(one.requires_grad for one in self._parameters.values())
+        """The modules in training mode, and the parameters that are trained."""
+        training = tuple(module.training for module in self._parts)
+        return training + tuple(p.requires_grad for p in self._parameters.values())
 
     def _due(self, remaining: int) -> bool:
-        trains = any(one.requires_grad for one in self._parameters.values())
+        """Whether the step is compiled or recorded now."""
+        trains = any(parameter.requires_grad for parameter in self._parameters.values())
         done = self._graph is not None and self._graph.is_compiled
         if self.mode == "never" or self.problem or not trains or done:
             return False
@@ -151,10 +160,11 @@ class Steps:
         return taken >= max(1.0, expected) and remaining * self.seconds > 2 * expected
 
     def _records(self) -> bool:
-        """Whether the step is next recorded as it is, without compiling it."""
+        """Whether the next graph is recorded without being compiled."""
         return self.mode == "auto" and self._device.type == "cuda" and self._graph is None
 
     def _compile(self, objective: Objective, inputs: Sequence[Any]) -> _Graph | None:
+        """A new graph; the present one, after a warning, if the new graph fails."""
         try:
             graph = _Graph(self.modules, objective, inputs, compile=not self._records())
             self.problem = graph.disagreement(partial(self._eager, objective, inputs), inputs)
@@ -173,7 +183,7 @@ class Steps:
 
 
 def _constant(leaf: Any) -> Any:
-    """What a graph is compiled for: of a tensor its shape, type and device, else the value."""
+    """The part of an input for which a graph is compiled: shape, type and device, or the value."""
     return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
@@ -181,7 +191,7 @@ def _constant(leaf: Any) -> Any:
 
 
 class _Step(nn.Module):
-    """Modules with a step of an objective as their forward."""
+    """Modules whose `forward` is a training step."""
 
     def __init__(self, modules: nn.ModuleDict, objective: Objective) -> None:
         super().__init__()
@@ -190,7 +200,7 @@ class _Step(nn.Module):
     def forward(
         self, trained: Mapping[str, Tensor], inputs: Sequence[Any], factor: Tensor
     ) -> tuple[Loss, Tensor]:
-        """Loss, and norm of the gradient in the trained parameters."""
+        """The loss, and the norm of its gradient in the trained parameters."""
         loss = self.objective(*inputs)
         gradients = torch.autograd.grad(loss.total, list(trained.values()), allow_unused=True)
         named = dict(zip(trained, gradients, strict=True))
@@ -198,7 +208,7 @@ class _Step(nn.Module):
 
 
 class _Graph:
-    """A step as a graph, for these modules, this objective and inputs of these shapes."""
+    """A step as a graph, for one objective and inputs of fixed shapes."""
 
     def __init__(
         self,
@@ -211,16 +221,16 @@ class _Graph:
         self.is_compiled = compile
         self._module = _Step(modules, objective)
         parameters = dict(modules.named_parameters())
-        self._trained = [name for name, one in parameters.items() if one.requires_grad]
-        held = [name for name in parameters if name not in self._trained]
-        named: dict[str, Tensor] = {name: parameters[name] for name in (*self._trained, *held)}
+        self._trained = [name for name, p in parameters.items() if p.requires_grad]
+        frozen = [name for name in parameters if name not in self._trained]
+        named: dict[str, Tensor] = {name: parameters[name] for name in (*self._trained, *frozen)}
         named.update(modules.named_buffers())
-        # The memory of the state stays the same, whatever is written into it.
-        self._names, self._state = list(named), [one.detach() for one in named.values()]
+        # Detached tensors share the memory of parameters and buffers, which change in place.
+        self._names, self._state = list(named), [values.detach() for values in named.values()]
         leaves, self._structure = pytree.tree_flatten(inputs)
-        self._template = [TENSOR if isinstance(one, Tensor) else one for one in leaves]
-        self._one = torch.ones((), device=self._state[0].device)
-        example = [*self._state, *_tensors(leaves), self._one]
+        self._template = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._unit = torch.ones((), device=self._state[0].device)
+        example = [*self._state, *_tensors(leaves), self._unit]
         with self._state_kept():
             graph = capture(self._step, example, trained=len(self._trained))
             self._run = self._runnable(graph, example)
@@ -228,44 +238,45 @@ class _Graph:
     def _runnable(
         self, graph: torch.fx.GraphModule, example: Sequence[Tensor]
     ) -> Callable[..., Sequence[Tensor]]:
+        """The graph, compiled if it is to be, and recorded on a GPU."""
         run = compile_graph(graph, example) if self.is_compiled else graph
-        if not self._one.is_cuda:
+        if not self._unit.is_cuda:
             return run
         try:
             return Recording(run, example, fixed=len(self._state))
-        except RuntimeError:  # an operation waits for values
+        except RuntimeError:  # an operation that waits for values cannot be recorded
             return run
 
     def _step(self, *flat: Tensor) -> list[Tensor]:
-        """The step as a function of tensors: state, tensors of the inputs, factor."""
+        """The step as a function of the state, the tensors of the inputs, and the factor."""
         state = dict(zip(self._names, flat, strict=False))
         tensors = iter(flat[len(state) : -1])
-        leaves = [next(tensors) if one is TENSOR else one for one in self._template]
+        leaves = [next(tensors) if leaf is TENSOR else leaf for leaf in self._template]
         inputs = pytree.tree_unflatten(leaves, self._structure)
         trained = {name: state[name] for name in self._trained}
-        inside = {f"parts.{name}": one for name, one in state.items()}
+        inside = {f"parts.{name}": values for name, values in state.items()}
         taken = functional_call(self._module, inside, (trained, inputs, flat[-1]))
         results, self._result = pytree.tree_flatten(taken)
-        self._sizes = [one.numel() for one in results]
-        self._shapes = [one.shape for one in results]
-        return [torch.cat([one.detach().reshape(-1) for one in results])]
+        self._sizes = [result.numel() for result in results]
+        self._shapes = [result.shape for result in results]
+        return [torch.cat([result.detach().reshape(-1) for result in results])]
 
     def __call__(self, leaves: Sequence[Any], factor: Tensor) -> tuple[Loss, Tensor]:
         with torch.no_grad():
             (joined,) = self._run(*self._state, *_tensors(leaves), factor)
-        parts = joined.cpu().split(self._sizes)  # a GPU is waited for once
-        results = [one.reshape(shape) for one, shape in zip(parts, self._shapes, strict=True)]
+        parts = joined.cpu().split(self._sizes)  # one wait for a GPU, not one per result
+        results = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         taken: tuple[Loss, Tensor] = pytree.tree_unflatten(results, self._result)
         return taken
 
     def disagreement(
         self, eager: Callable[[Tensor], tuple[Loss, Tensor]], inputs: Sequence[Any]
     ) -> str:
-        """How the step differs from an eager one from the same state; empty if it does not."""
+        """The difference to an eager step from the same state, in words; empty if there is none."""
         leaves, results = pytree.tree_leaves(inputs), []
         for step in (partial(self, leaves), eager):
             with self._state_kept():
-                loss, norm = step(self._one)
+                loss, norm = step(self._unit)
                 results.append((float(loss.total.detach()), float(norm)))
         for name, value, expected in zip(("loss", "gradient's norm"), *results, strict=True):
             if not abs(value - expected) <= AGREEMENT * (1 + abs(expected)):
@@ -274,14 +285,14 @@ class _Graph:
 
     @contextmanager
     def _state_kept(self) -> Iterator[None]:
-        """Afterwards parameters, buffers and the random state are as before."""
-        before = [one.clone() for one in self._state]
-        devices = [self._one.device] if self._one.is_cuda else []
+        """Restore parameters, buffers and the random state at the end."""
+        before = [values.clone() for values in self._state]
+        devices = [self._unit.device] if self._unit.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             yield
-        for one, value in zip(self._state, before, strict=True):
-            one.copy_(value)
+        for values, saved in zip(self._state, before, strict=True):
+            values.copy_(saved)
 
 
 def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
-    return [one for one in leaves if isinstance(one, Tensor)]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,4 +1,4 @@
-"""A function of tensors as a graph of its operations, and the graph as compiled code."""
+"""Captures a function of tensors as a graph of operations, and compiles the graph."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = ["capture", "compile_graph"]
 
-# The compiler's settings. Random numbers are those of the eager step. On a CPU the kernels are
-# called from C++: from Python, a small step took 1.3 to 1.8 times as long.
+# Settings of torch's compiler. Random numbers are equal to those of the eager step. On a CPU,
+# C++ calls the kernels: called from Python, a small step took 1.3 to 1.8 times as long.
 CPU: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True}
-# On a GPU the kernels are launched from a recording. In another order they would draw other
-# numbers.
+# On a GPU, a recording launches the kernels (`cuda_graph.py`). The compiler must not reorder them,
+# as the order decides which random numbers each kernel draws.
 GPU: dict[str, Any] = {"fallback_random": True, "reorder_for_peak_memory": False}
 
 
 def capture(
     function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], *, trained: int = 0
 ) -> torch.fx.GraphModule:
-    """The operations of a function on tensors, including gradients in its first inputs.
+    """The graph of a function's operations on tensors, gradients in its first inputs included.
 
     The function runs once. It may change its inputs in place.
 
     Parameters
     ----------
     function : callable
-        From tensors to tensors. Its operations may not depend on the tensors' values.
+        Maps tensors to tensors. Its operations must not depend on the tensors' values.
     inputs : sequence of Tensor
         Inputs of this run.
     trained : int
         Number of leading inputs in which the function takes gradients.
     """
-    ready = [one.detach().requires_grad_(place < trained) for place, one in enumerate(inputs)]
-    # cuDNN's batch normalisation changes its running statistics without declaring it.
+    ready = [tensor.detach().requires_grad_(k < trained) for k, tensor in enumerate(inputs)]
+    # cuDNN's batch normalisation changes running statistics in place without declaring it, so
+    # that the change would be missing in the graph.
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
         graph = make_fx(function)(*ready)
-    if any(one.is_cuda for one in inputs):
+    if any(tensor.is_cuda for tensor in inputs):
         _nan_where_cholesky_fails(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -51,7 +52,7 @@ def capture(
 
 
 def _nan_where_cholesky_fails(graph: torch.fx.Graph) -> None:
-    """Replace the check of each Cholesky factor by NaN in it: a GPU would wait for the check."""
+    """Mark failed Cholesky factors by NaN instead of an error, for which a GPU would wait."""
     aten = torch.ops.aten
     for check in graph.find_nodes(op="call_function", target=aten._linalg_check_errors.default):
         info = check.args[0]
@@ -70,21 +71,21 @@ def _nan_where_cholesky_fails(graph: torch.fx.Graph) -> None:
 def compile_graph(
     graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
-    """The graph as code of torch's compiler, which has run once.
+    """The graph, compiled by torch's compiler and run once.
 
-    `torch.compile` would trace the graph a second time, which took half as long again, and adds
-    0.2 ms to every call, as much as a small step takes.
+    `torch.compile` is not used, as it would trace the graph again, which made compiling take 1.5
+    times as long, and adds 0.2 ms to every call, the duration of a small step.
 
     Parameters
     ----------
     graph : torch.fx.GraphModule
     inputs : sequence of Tensor
-        Inputs of the first run. The code serves inputs of the same shapes.
+        Inputs of the first run. The compiled code takes inputs of the same shapes only.
     """
-    # Half a second and 200 MB, which short fits do not need.
+    # This import takes half a second and 200 MB, and short fits do not need it.
     import torch._inductor
 
-    settings = GPU if any(one.is_cuda for one in inputs) else CPU
+    settings = GPU if any(tensor.is_cuda for tensor in inputs) else CPU
     with warnings.catch_warnings(), _errors_only("torch._inductor"), torch.no_grad():
         warnings.simplefilter("ignore")
         run: Any = torch._inductor.standalone_compile(
@@ -99,6 +100,7 @@ def compile_graph(
 
 @contextmanager
 def _errors_only(name: str) -> Iterator[None]:
+    """Silence a logger's messages below errors."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A loss by its parts."""
+"""The training loss and its parts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Loss:
     Attributes
     ----------
     total : Float[Tensor, ""]
-        ``-elbo + lambda_F * fixed + game``: what is minimised.
+        ``-elbo + lambda_F * fixed + adversarial``, which training minimises.
     elbo : Float[Tensor, ""]
         Estimate of the evidence lower bound, divided by the number of rows.
     fixed : Float[Tensor, ""]
         -log p(y | fixed effects alone).
-    game : Float[Tensor, ""]
-        Cross-entropy of all adversaries together.
+    adversarial : Float[Tensor, ""]
+        Sum of the adversaries' cross-entropies.
     accuracy : Float[Tensor, "adversaries"]
-        Share of rows whose cluster each adversary names.
+        Fraction of rows whose cluster each adversary predicts.
     """
 
     total: Float[Tensor, ""]
     elbo: Float[Tensor, ""]
     fixed: Float[Tensor, ""]
-    game: Float[Tensor, ""]
+    adversarial: Float[Tensor, ""]
     accuracy: Float[Tensor, " adversaries"]

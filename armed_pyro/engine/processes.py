@@ -1,12 +1,11 @@
-"""Processes that fit one model together, started by torchrun: who they are, and what they agree on.
+"""Processes that fit one model together, started by torchrun, and their communication.
 
-Each process is given the same data. The network is trained on shares of them
-(`armed_pyro.engine.shards`):
-mini-batches, validation and pseudo-observations. What comes after it, when the network's outputs
-are computed once and held, is a small part of the work of a network worth sharing, and each process
-does all of it, with the same random numbers: nothing has to be exchanged, but it takes no less time
-and memory than one process does. A program without a network to train is fitted like that from the
-start.
+All processes get the same data. The network is trained on shares of the rows
+(`armed_pyro.engine.shards`): mini-batches, validation and pseudo-observations. After that, the
+network's outputs are computed once, and each process does all further work with the same random
+numbers. This needs no communication, but as much time and memory as one process alone. It is a
+small part of a fit with a large network. A program without a network to train is fitted in this
+way from the start.
 """
 
 from __future__ import annotations
@@ -39,19 +38,19 @@ __all__ = [
 DistributedMode = Literal["auto", "never"]
 DISTRIBUTED_MODES: tuple[DistributedMode, ...] = get_args(DistributedMode)
 
-# What torchrun tells each process.
-TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Environment variables that torchrun sets in each process.
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def join(device: torch.device) -> Processes:
-    """The processes that fit together with this one: those `torchrun` started, or it alone.
+    """The processes that `torchrun` started, this one included, or this process alone.
 
-    Joins them if that has not been done yet: by gloo, and by NCCL for tensors on a GPU.
+    The first call connects them, by gloo and for tensors on a GPU by NCCL.
     """
     if not dist.is_available():
         return Processes()
     if not dist.is_initialized():
-        if not all(name in os.environ for name in TOLD) or int(os.environ["WORLD_SIZE"]) < 2:
+        if not _torchrun() or int(os.environ["WORLD_SIZE"]) < 2:
             return Processes()
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         atexit.register(_leave)
@@ -59,32 +58,43 @@ def join(device: torch.device) -> Processes:
 
 
 def first_process() -> bool:
-    """Whether this process is the one to write files: the first, or the only one."""
+    """Whether this process writes files: it is the first or the only process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0" or not all(name in os.environ for name in TOLD)
+    return not _torchrun() or os.environ["RANK"] == "0"
 
 
 def local_device() -> str:
-    """The GPU of this process: of those that it sees, the one with its number on the machine."""
+    """The GPU with the number that this process has on its machine."""
     if "LOCAL_RANK" not in os.environ:
         return "cuda"
     return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
+def _torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return all(name in os.environ for name in TORCHRUN)
+
+
 def _leave() -> None:
+    """Disconnect from the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Processes that fit one model together; alone, all of this does nothing.
+    """Processes that fit one model together; the methods of a single process do nothing.
 
     Attributes
     ----------
     rank, size : int
-        This process's number, from 0, and how many there are.
+        This process's number, from 0, and the number of processes.
+
+    Examples
+    --------
+    >>> Processes(rank=0, size=2).first, Processes().several
+    (True, False)
     """
 
     rank: int = 0
@@ -97,71 +107,74 @@ class Processes:
 
     @property
     def several(self) -> bool:
-        """Whether there is more than one."""
+        """Whether there is more than one process."""
         return self.size > 1
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum of every process's part."""
+        """The sum of all processes' parts."""
         if not self.several:
             return part
         whole = part.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(whole)
         return whole
 
-    def gather(self, own: Tensor, most: int) -> list[Tensor]:
-        """Every process's tensor, padded with -1 to `most` rows."""
-        padded = own.new_full((most, *own.shape[1:]), -1)
-        padded[: len(own)] = own
-        found = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(found, padded)
-        return found
+    def gather(self, part: Tensor, most: int) -> list[Tensor]:
+        """Every process's part, padded with -1 to `most` rows."""
+        padded = part.new_full((most, *part.shape[1:]), -1)
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return parts
 
     def same(self, *modules: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers."""
+        """Copy the first process's parameters and buffers to all processes."""
         if self.several:
             for module in modules:
-                for one in module.state_dict().values():
-                    held = one.detach().contiguous()
-                    dist.broadcast(held, 0)
-                    one.copy_(held)
+                for values in module.state_dict().values():
+                    first = values.detach().contiguous()
+                    dist.broadcast(first, 0)
+                    values.copy_(first)
 
     def check_same(self, value: object, problem: str) -> None:
-        """Raise ValueError if the processes do not agree on a value, which is told by its repr."""
+        """Raise ValueError with a message if the repr of a value differs between processes."""
         if self.several:
-            found = hashlib.sha256(repr(value).encode()).digest()
-            codes = self.gather(torch.tensor(list(found), dtype=torch.long), len(found))
-            if any(not torch.equal(one, codes[0]) for one in codes):
+            digest = hashlib.sha256(repr(value).encode()).digest()
+            digests = self.gather(torch.tensor(list(digest), dtype=torch.long), len(digest))
+            if any(not torch.equal(other, digests[0]) for other in digests):
                 raise ValueError(problem)
 
     @contextmanager
     def common_numbers(self, *seed: int) -> Iterator[None]:
-        """Random numbers inside are the same in every process."""
+        """Random numbers drawn inside are the same in every process."""
         with torch.random.fork_rng():
             torch.manual_seed(mixed(*seed))
             yield
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raise ConnectionError where a step fails because another process has ended."""
+        """Raise ConnectionError if the code inside fails because another process has ended."""
         try:
             yield
         except RuntimeError as error:
             if self.several and _is_lost(error):
                 raise ConnectionError(
                     f"process {self.rank} of {self.size} lost another process of this run, which "
-                    "has ended early: what that one printed says why"
+                    "has ended early: its output says why"
                 ) from error
             raise
 
 
 def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error comes from a lost connection."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
 
 
 def mixed(*numbers: int) -> int:
-    """A seed that follows from several numbers."""
-    state = np.random.SeedSequence([one % 2**64 for one in numbers]).generate_state(1, np.uint64)
+    """A seed that depends on all of the numbers."""
+    state = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(
+        1, np.uint64
+    )
     return int(state[0] >> 1)
 
 

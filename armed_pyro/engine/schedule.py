@@ -1,25 +1,25 @@
-"""How long and how fast to train, when to stop, and the record of it."""
+"""Length and rates of training, the rule that ends it, and its record."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["MOVING", "History", "Pace", "Plateau", "Schedule", "split_r_hat"]
 
 
-__all__ = ["MOVING", "History", "Plateau", "Schedule", "split_r_hat"]
-
-
-# Windows without a best one after which a guide that moves is taken to wander: at this rate it
-# would go on for ever.
+# R-hat of the iterates from which on the guide moves: the halves differ by half a posterior sd.
+MOVING = 1.05
+# Windows without a new best loss after which a moving guide is taken to fluctuate around a point;
+# at the same rate it would do so without end.
 WANDERING = 20
+# Log-likelihoods in one step up to which they take less time than the rest of the step.
+CHEAP = 2**17
 
 
 @dataclass(frozen=True)
@@ -33,29 +33,29 @@ class Schedule:
     Attributes
     ----------
     steps : int
-        Most steps to take.
+        Largest number of steps.
     batch_size : int or None
-        Rows a step; None takes all rows up to 4,096, and 1,024 beyond.
+        Rows per step; None takes all rows up to 4,096, and 1,024 beyond.
     learning_rate : float
-        Adam's rate for the guide; twice that where rows are few and the network is settled.
+        Adam's rate for the guide; doubled with few rows once the network is frozen.
     net_learning_rate : float
         Adam's rate for the network and the adversaries.
     window : int or None
-        Steps over which the loss is averaged before it is compared with the window before; None
-        takes an epoch, but at least 100 steps, and 12 or 25 once the network is settled.
+        Steps over which the loss is averaged before it is compared with the previous window; None
+        takes an epoch, but at least 100 steps, and 12 or 25 steps once the network is frozen.
     decay : float
         Factor of the rates at each cut.
     stages : int
-        Cuts until convergence; 0 trains for `steps` steps at falling rates, whatever the loss.
+        Number of cuts until convergence; 0 trains for `steps` steps, whatever the loss.
     patience : int
         With validation data: windows without improvement of the validation loss before a cut.
     particles : int or None
-        Draws of each cluster's random effects a step, once the network is settled; more than one
-        make the bound tight where the random effects are not normal given the hyperparameters.
-        None takes 1, 16 or 32, by how much a single one loses.
+        Draws of each cluster's random effects per step, once the network is frozen. Several draws
+        tighten the bound if the random effects are not normal given the hyperparameters. None
+        takes 1, 16 or 32, by the loss of the bound with a single draw.
     clip : float
-        Largest norm of the gradient, of the loss per row. A rare draw of a small residual sd has
-        a gradient a thousand times the usual one, which would halt Adam for hundreds of steps.
+        Largest norm of the gradient of the loss per row. A rare draw of a small residual sd has a
+        gradient a thousand times the usual one, which would stall Adam for hundreds of steps.
 
     Examples
     --------
@@ -85,17 +85,28 @@ class Schedule:
                 raise ValueError(f"`{name}` must be at least 1, not {value}")
 
     def batch(self, n_rows: int) -> int:
-        """Rows a step for data of this size."""
+        """Rows per step for data with `n_rows` rows."""
         if self.batch_size is None:
             return n_rows if n_rows <= 4096 else 1024
         return min(self.batch_size, n_rows)
 
-    def window_steps(self, n_rows: int, settled: int | None = None) -> int:
-        """Steps of one window for data of this size; `settled` of them once the network is."""
-        return self.window or settled or max(100, n_rows // self.batch(n_rows))
+    def window_steps(self, n_rows: int, frozen: int | None = None) -> int:
+        """Steps per window for data with `n_rows` rows; by default `frozen`, if it is not None."""
+        return self.window or frozen or max(100, n_rows // self.batch(n_rows))
+
+    def plateau(self, n_rows: int) -> Plateau:
+        """The rule that cuts the rates for data with `n_rows` rows.
+
+        Examples
+        --------
+        >>> plateau = Schedule().plateau(1000)
+        >>> plateau.training(np.array([1.0, 1.0])), plateau.training(np.array([1.0, 1.0]))
+        (False, True)
+        """
+        return Plateau(tolerance=0.01 / n_rows, patience=self.patience)
 
     def rate(self, step: int) -> float:
-        """Factor of the learning rates owed to the steps running out."""
+        """Factor by which the learning rates fall as the steps run out."""
         start = 0.8 * self.steps
         return 1.0 if step <= start else max(0.02, (self.steps - step) / (self.steps - start))
 
@@ -104,13 +115,58 @@ class Schedule:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Draws per step, steps per window and factor of the rate, once the network is frozen.
+
+    Four times the draws halve the noise of a gradient. Steps may then be twice as long, and half
+    as many suffice.
+
+    Attributes
+    ----------
+    draws : int
+        Draws of the hyperparameters per step.
+    window : int
+        Steps per window.
+    rate : float
+        Factor of the learning rate.
+
+    Examples
+    --------
+    >>> Pace.of(180, network=False)
+    Pace(draws=32, window=12, rate=2.0)
+    >>> Pace.of(10_000, network=False)
+    Pace(draws=8, window=25, rate=1.0)
+    """
+
+    draws: int
+    window: int
+    rate: float
+
+    @classmethod
+    def of(cls, likelihoods: int, *, network: bool) -> Pace:
+        """The pace for a number of log-likelihoods per draw of the hyperparameters.
+
+        Parameters
+        ----------
+        likelihoods : int
+            Rows, times draws of the random effects given the hyperparameters.
+        network : bool
+            Whether the network runs once per draw, because of effects inside it.
+        """
+        if network:
+            return cls(draws=2, window=25, rate=1.0)
+        many = cls(draws=32, window=12, rate=2.0)
+        return many if likelihoods * many.draws <= CHEAP else cls(draws=8, window=25, rate=1.0)
+
+
 @dataclass
 class Plateau:
-    """Decides from window means whether the loss still improves, and counts the cuts.
+    """Decides from windows of the loss whether the rates are cut, and counts the cuts.
 
-    A window of the training loss counts as no improvement if it is not lower than the last by
-    more than its standard error and by more than `tolerance`; a window of the validation loss,
-    if `patience` windows have passed since the best.
+    The rates are cut if the mean training loss is not lower than in the last window by more than
+    the standard error of the difference and by more than `tolerance`. With validation losses, they
+    are cut once `patience` windows have passed since the best loss.
     """
 
     tolerance: float
@@ -121,14 +177,15 @@ class Plateau:
     waited: int = 0
 
     def training(self, losses: np.ndarray, *, moving: bool = False) -> bool:
-        """Take in one window of training losses; True if the rates are to be cut.
+        """Whether the rates are cut after a window of training losses.
 
         Parameters
         ----------
         losses : ndarray
+            Training losses of the window.
         moving : bool
-            The guide still moves; unless it only wanders, without a best window for long, that is
-            no reason to cut.
+            Whether the guide still moves. Then there is no cut before `WANDERING` windows without
+            a new best loss.
         """
         mean, variance = float(losses.mean()), float(losses.var() / len(losses))
         better = mean < self.best - self.tolerance
@@ -142,7 +199,7 @@ class Plateau:
         return self._cut(last[0] - mean < slack)
 
     def validation(self, loss: float) -> tuple[bool, bool]:
-        """Take in one validation loss; whether it is the best, and whether rates are to be cut."""
+        """Whether a validation loss is the best so far, and whether the rates are cut after it."""
         if loss < self.best - 1e-6 * abs(self.best if math.isfinite(self.best) else 0.0):
             self.best, self.waited = loss, 0
             return True, False
@@ -150,6 +207,7 @@ class Plateau:
         return False, self._cut(self.waited >= self.patience)
 
     def _cut(self, stalled: bool) -> bool:
+        """Count a cut if the loss has stalled."""
         if stalled:
             self.cuts += 1
             self.previous, self.waited = None, 0
@@ -167,13 +225,13 @@ class Plateau:
 
 
 def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float]:
-    r"""Whether a stretch of iterates has stopped moving: R-hat of its halves, and their distance.
+    r"""R-hat of the two halves of a stretch of iterates, and the distance of the halves' means.
 
     .. math:: \hat R = \sqrt{1 + B / W}, \quad B = (\bar m_1 - \bar m_2)^2 / 2, \quad
         W = 1 + \overline{Var}(m)
 
-    of draws from the guides that the iterates are the means of, whose posterior sd is 1: the
-    largest over components, as is the distance of the halves' means, in posterior sds.
+    Iterates m are means of the guide, in posterior sds, so this is the R-hat of draws from the
+    guides. Both results are the largest over components; NaN for fewer than four iterates.
 
     References
     ----------
@@ -196,7 +254,7 @@ def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float
 
 @dataclass
 class History:
-    """Record of a fit: per step the loss, per window the rest.
+    """Record of a fit: losses of every step, and other quantities of every window.
 
     Attributes
     ----------
@@ -209,17 +267,17 @@ class History:
     validation : list of float
         -log p(y | fit) per validation row at the end of each window.
     adversary_accuracy : list of list of float
-        Share of training rows whose cluster each adversary named, mean of the window.
+        Fraction of training rows whose cluster each adversary predicted, mean over the window.
     settled : int or None
-        Steps after which the network was held fixed and only the guide was trained.
+        Step after which the network was frozen and only the guide was trained.
     particles : int
-        Draws of each cluster's random effects a step from then on.
+        Draws of each cluster's random effects per step after `settled`.
     r_hat, drift : list of float
-        For each window from then on, `split_r_hat` of the iterates of q(theta).
+        `split_r_hat` of the iterates of q(theta), for each window after `settled`.
     compiled : list of bool
-        Whether the steps of each window ran compiled at its end.
+        Whether steps ran compiled at the end of each window.
     seconds : list of float
-        Median time of a step then.
+        Median time of a step at the end of each window.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -236,7 +294,7 @@ class History:
     seconds: list[float] = field(default_factory=list, compare=False)
 
     def status(self, chances: Sequence[tuple[str, float]]) -> str:
-        """How training goes, in a line.
+        """The latest losses and accuracies in one line.
 
         Parameters
         ----------
@@ -254,6 +312,3 @@ class History:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON values."""
         return asdict(self)
-
-
-MOVING = 1.05  # R-hat of the iterates: half a posterior sd

@@ -1,1 +1,1 @@
-"""What a fitted network uses: features, layers, images."""
+"""Explanations of a fitted network: by features, by layers, and by images."""

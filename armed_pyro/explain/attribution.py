@@ -1,10 +1,10 @@
-"""Which features the fixed effects use, and how far their use differs between clusters."""
+"""Importance of features for the fixed effects, and the sd of their slopes over clusters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,27 +17,126 @@ from armed_pyro._messages import unknown
 from armed_pyro._optional import extra
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
-from armed_pyro.explain.attributed import METHODS, Attribution
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.taps import module_at, tapped
-from armed_pyro.prediction.chunks import encoded
 from armed_pyro.program.linearize import mean_draws, sensitivities
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.design import InputBlock
+from armed_pyro.random_effects.grouping_factor import Factor
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
+__all__ = ["METHODS", "Attribution", "attribution", "jacobian"]
 
 
-__all__ = ["attribution"]
-
-
-# Rows that integrated gradients and Grad-CAM explain, at most; nodes of the path's quadrature.
+# Most rows that integrated gradients and Grad-CAM explain; nodes of the integral over the path.
 MOST_ROWS, NODES = 1000, 50
+METHODS: Mapping[str, str] = {
+    "gradient": "gradient of the fixed effects at the mean input",
+    "integrated": "integrated gradients from the mean input to each row",
+    "grad_cam": "Grad-CAM: regions of an image where a layer's feature maps raise the predictor",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    r"""Importance of every feature for the fixed effects, and the sd of its slope over clusters.
+
+    Attributes
+    ----------
+    method : str
+        One of `METHODS`.
+    posterior : xarray.Dataset
+        Draws (chain, draw, feature[, column]), in units of the predictor, per standard deviation
+        of the feature:
+
+        - importance: \|slope\|, or the mean over rows of \|attribution\|. Without dimensions chain
+          and draw unless the network's last layer is latent: other weights are point estimates.
+        - slope: the signed gradient; only for the method "gradient".
+        - ``<factor>_slope`` (..., cluster, feature): deviation of each cluster's slope.
+        - ``<factor>_sd``: sd of these deviations over clusters; see
+          `armed_pyro.explain.attribution.attribution`.
+
+        The coordinate ``scale`` holds the features' sds (1 for 0/1 columns). Images have the
+        dimensions axis_1, axis_2, ... instead of feature.
+    rows : xarray.DataArray
+        Posterior mean of every row's signed attribution (row, feature[, column]).
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from armed_pyro import Attribution, MixedEffects, Schedule, fit
+    >>> from armed_pyro.families.simulate import mixed_model
+    >>> data, _ = mixed_model("gaussian", 8, 10, sd=[1.0, 0.5], coefficients=[0.0, 2.0, 0.1])
+    >>> model = MixedEffects(nn.Linear(2, 1), "(1 + x0 | site)", bayesian_head=True)
+    >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
+    >>> importance: Attribution = result.attribution(draws=100)
+    >>> importance.table(units="original").set_index("feature")["site_sd"] > 0
+    feature
+    x0     True
+    x1    False
+    Name: site_sd, dtype: bool
+    """
+
+    method: str
+    posterior: xr.Dataset
+    rows: xr.DataArray
+
+    def table(self, *, prob: float = 0.9, units: str = "sd") -> pd.DataFrame:
+        r"""Posterior means and intervals, the most important feature first.
+
+        Parameters
+        ----------
+        prob : float
+            Probability of the equal-tailed intervals.
+        units : {"sd", "original"}
+            Per standard deviation of the feature, or per unit of it. Integrated gradients and
+            Grad-CAM are parts of the predictor, not slopes, and allow "sd" only.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns feature, column (if the predictor has several), and for importance, slope
+            (method "gradient") and every ``<factor>_sd``: the mean, under this name, and the
+            interval, ``..._lower`` and ``..._upper``, NaN for point estimates.
+
+        Raises
+        ------
+        ValueError
+            If `prob` is not a probability, or there are no such units for the method.
+        """
+        if not 0 < prob < 1:
+            raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
+        if units not in ("sd", "original"):
+            raise unknown("unit", units, ("sd", "original"))
+        if units == "original" and self.method != "gradient":
+            raise ValueError(
+                f"attributions by {self.method!r} are parts of the predictor, not slopes: they "
+                'have no original units; choose units="sd", or the method "gradient"'
+            )
+        data = self.posterior
+        shown = {str(k): array for k, array in data.items() if not str(k).endswith("_slope")}
+        scale = data["scale"] if units == "original" else 1.0
+        inner = [dim for dim in data["importance"].dims if dim not in ("chain", "draw")]
+        table = data["importance"].isel(chain=0, draw=0, missing_dims="ignore")
+        labels = table.to_dataframe("value").reset_index()[inner].astype(str)
+        features = [dim for dim in inner if dim != "column"]
+        frame = pd.DataFrame({"feature": labels[features].agg(",".join, axis=1)})
+        if "column" in inner:
+            frame["column"] = labels["column"]
+        tail = (1 - prob) / 2
+        for name, values in shown.items():
+            drawn = (values / scale).transpose("chain", "draw", *inner, missing_dims="ignore")
+            flat = drawn.to_numpy().reshape(-1, len(frame))
+            frame[name] = flat.mean(0)
+            for end, share in (("lower", tail), ("upper", 1 - tail)):
+                latent = "draw" in drawn.dims
+                frame[f"{name}_{end}"] = np.quantile(flat, share, axis=0) if latent else np.nan
+        table = frame.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
+        table.attrs |= {"prob": prob, "units": units, "method": self.method}
+        return table
 
 
 def attribution(
-    fit: Fit,
+    posterior: Posterior,
     method: str = "gradient",
     *,
     data: ClusteredData | pd.DataFrame | None = None,
@@ -46,7 +145,7 @@ def attribution(
     draws: int = 1000,
     seed: int | None = None,
 ) -> Attribution:
-    r"""Which features the fixed effects f use, and how far clusters differ in their use.
+    r"""Importance of features for the fixed effects f, and sds of their slopes over clusters.
 
     With :math:`\bar x` the mean input and x in standardised units,
 
@@ -55,35 +154,35 @@ def attribution(
         integrated_{ij} = (x_{ij} - \bar x_j) \int_0^1
             \frac{\partial f}{\partial x_j}(\bar x + t (x_i - \bar x)) \, dt
 
-    so that the latter sum to :math:`f(x_i) - f(\bar x)`. Grad-CAM weighs a layer's feature maps
+    Integrated gradients sum to :math:`f(x_i) - f(\bar x)`. Grad-CAM weights a layer's feature maps
     by their mean gradients, and keeps the positive part.
 
     Cluster k adds :math:`J_j^\top u_k` to the slope of feature j, with
-    :math:`J = \partial \phi / \partial x (\bar x)` (phi is the predictor's gradient by effects on
-    filters). Where all of a factor's effects are intercepts and slopes on features, its sd over
-    clusters is that of the population, :math:`\sqrt{J_j^\top D J_j}`: for ``(1 + x | site)`` the
-    sd of the random slope. Otherwise it is the sd over the clusters in the data, draw by draw:
-    the prior of a hidden layer's slopes does not know in which direction clusters differ, and
-    spreads their variance over all features.
+    :math:`J = \partial \phi / \partial x (\bar x)`. For effects on filters, phi is the gradient of
+    the predictor in them. If all effects of a factor are intercepts and slopes on features, the sd
+    over clusters is that of the population, :math:`\sqrt{J_j^\top D J_j}`; for ``(1 + x | site)``,
+    the sd of the random slope. Otherwise it is the sd over the clusters in the data, draw by draw,
+    as D of a hidden layer's slopes spreads their variance over all features: it does not know the
+    direction in which clusters differ.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     method : str
-        "gradient" (as in the paper), "integrated", or "grad_cam" (for networks of images). The
-        last two need captum.
+        "gradient" (as in the ARMED paper), "integrated", or "grad_cam" (for networks of images).
+        The last two need captum.
     data : ClusteredData or table, optional
-        Rows to explain, whose mean input is meant; by default the training rows. Of more than
-        1,000, a random sample is explained.
+        Rows to explain, and the rows of the mean input; by default the training rows. If there are
+        more than 1,000, a random sample of 1,000 is explained.
     layer : str, optional
         Module path of the feature maps, for Grad-CAM.
     columns : sequence of str, optional
-        Columns of the predictor, by default all: classes of the outcome.
+        Columns of the predictor, such as classes of the outcome; by default all.
     draws : int
         Posterior draws.
     seed : int, optional
-        Seed of the draws; the fit's own by default.
+        Seed of the draws; by default that of the fit.
 
     Raises
     ------
@@ -106,17 +205,17 @@ def attribution(
         raise unknown("method", method, METHODS)
     if (method == "grad_cam") != (layer is not None):
         raise ValueError(
-            "Grad-CAM, and no other method, needs `layer`, the module path of feature maps: choose "
-            'method="grad_cam" with a layer, or neither'
+            "Grad-CAM, and no other method, needs `layer`, the module path of feature maps: pass "
+            'method="grad_cam" with a layer, or neither of them'
         )
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, not {draws}")
-    model, seed = fit.model, fit.seed if seed is None else seed
+    model, seed = posterior.model, posterior.seed if seed is None else seed
     chosen = _chosen(model.data_facts().columns, columns)
-    given = fit.data if data is None else encoded(fit, data)
-    x = _inputs(model, given)
+    source = posterior.data if data is None else posterior.encode(data)
+    x = _inputs(model, source)
     mean, sample = x.mean(0, keepdim=True), _sample(x, seed)
-    labels = pd.Index(["mean"]) if method == "gradient" else given.row_labels.take(sample.tolist())
+    labels = pd.Index(["mean"]) if method == "gradient" else source.row_labels.take(sample.tolist())
     if method == "gradient":
         at = mean.clone().requires_grad_(True)
         parts = jacobian(_basis(model, at, chosen)[0], at)[None]
@@ -124,10 +223,11 @@ def attribution(
         parts = _integrated(model, x[sample], mean, chosen)
     else:
         parts = _maps(model, x[sample], chosen, layer)
-    latents = fit.draws(draws, seed=seed)
+    latents = posterior.draws(draws, seed=seed)
     weights = _weights(model, latents, chosen)
-    # Linear in what the last layer multiplies, apart from Grad-CAM's positive part.
-    by_draw = (torch.einsum("rb...,bp->rp...", parts, one) for one in weights)
+    # Attributions are linear in the basis, so the network runs once for all draws. Only Grad-CAM
+    # takes the positive part of every draw.
+    by_draw = (torch.einsum("rb...,bp->rp...", parts, draw) for draw in weights)
     if layer is not None:
         by_draw = (_positive(values, x.shape[2:]) for values in by_draw)
     importance, rows = [], torch.zeros(()).to(x)
@@ -141,20 +241,29 @@ def attribution(
     if model.data_facts().feature_names:
         for factor in model.factors:
             random |= _between(model, factor, latents, mean, chosen)
-    posterior = _labelled(model, fixed, random, chosen, draws)
-    inner = [dim for dim in posterior["importance"].dims if dim not in ("chain", "draw")]
-    coords = {dim: posterior[dim].to_numpy() for dim in inner if dim in posterior.coords}
+    labelled = _labelled(model, fixed, random, chosen, draws)
+    inner = [dim for dim in labelled["importance"].dims if dim not in ("chain", "draw")]
+    coords = {dim: labelled[dim].to_numpy() for dim in inner if dim in labelled.coords}
     coords["row"] = label_values(labels)
     array = _column_last(rows, 1, "column" not in inner).cpu().numpy()
-    return Attribution(method, posterior, xr.DataArray(array, coords, ["row", *inner]))
+    return Attribution(method, labelled, xr.DataArray(array, coords, ["row", *inner]))
 
 
 def jacobian(
     values: Float[Tensor, " outputs"], x: Float[Tensor, "1 ..."]
 ) -> Float[Tensor, "outputs ..."]:
-    """d values / d x of a single row."""
-    depending = values + 0 * x.sum()  # constants, such as an intercept's column, have slope 0
-    slopes = [torch.autograd.grad(one, x, retain_graph=True)[0][0] for one in depending]
+    """Return d values / d x of a single row.
+
+    Examples
+    --------
+    >>> x = torch.ones(1, 2, requires_grad=True)
+    >>> jacobian((x**2).flatten(), x)
+    tensor([[2., 0.],
+            [0., 2.]])
+    """
+    # Without the zero term, autograd fails for constants such as the column of an intercept.
+    depending = values + 0 * x.sum()
+    slopes = [torch.autograd.grad(value, x, retain_graph=True)[0][0] for value in depending]
     return torch.stack(slopes)
 
 
@@ -163,7 +272,7 @@ def _inputs(model: MixedEffects, data: ClusteredData) -> Tensor:
     if not data.n_rows:
         raise ValueError(
             "there are no rows to explain: the fit was kept without its training rows, so pass "
-            "some as `data`"
+            "rows as `data`"
         )
     if not data.n_features:
         raise ValueError("the model has no features, so there is nothing to attribute to")
@@ -171,11 +280,13 @@ def _inputs(model: MixedEffects, data: ClusteredData) -> Tensor:
 
 
 def _sample(x: Tensor, seed: int) -> Tensor:
+    """Indices of at most `MOST_ROWS` random rows, in order."""
     chosen = np.random.default_rng([seed, 17]).permutation(len(x))[:MOST_ROWS]
     return torch.as_tensor(np.sort(chosen), device=x.device)
 
 
 def _chosen(names: Sequence[str], columns: Sequence[str] | None) -> list[int]:
+    """Numbers of the wanted columns of the predictor."""
     wanted = list(names) if columns is None else list(columns)
     for name in wanted:
         if name not in names:
@@ -184,7 +295,7 @@ def _chosen(names: Sequence[str], columns: Sequence[str] | None) -> list[int]:
 
 
 def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "rows basis"]:
-    """What `_weights` multiply: inputs of the latent last layer, or columns of the output."""
+    """Factor of `_weights`: inputs of the latent last layer, or columns of the output."""
     rows = replace(model.data_facts().one_row(model.reference()), x=x)
     output, activations = model.run_network(rows)
     if model.bayesian_head:
@@ -195,7 +306,7 @@ def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "
 def _weights(
     model: MixedEffects, latents: Mapping[str, Tensor], chosen: list[int]
 ) -> Float[Tensor, "draws basis columns"]:
-    """Weights of the basis, in units of the predictor; a single draw if they are not latent."""
+    """Weights of the basis in units of the predictor; a single draw unless they are latent."""
     spread, columns = model.data_facts().spread, len(model.data_facts().columns)
     if not model.bayesian_head:
         return spread * torch.eye(len(chosen)).to(model.reference())[None]
@@ -210,7 +321,7 @@ def _between(
     mean: Float[Tensor, "1 features"],
     chosen: list[int],
 ) -> dict[str, Tensor]:
-    """Draws of a factor's sd of every slope, and of what its clusters add to it."""
+    """Draws of every cluster's deviation from each slope, and of the sd of these deviations."""
     x = mean.clone().requires_grad_(True)
     rows = replace(model.data_facts().one_row(model.reference()), x=x)
     _, activations = model.run_network(rows)
@@ -230,47 +341,48 @@ def _between(
 def _integrated(
     model: MixedEffects, x: Tensor, mean: Tensor, chosen: list[int]
 ) -> Float[Tensor, "rows basis ..."]:
+    """Integrated gradients of the basis."""
     captum = extra("captum.attr", "an attribution by integrated gradients")
-    method = captum.IntegratedGradients(lambda given: _basis(model, given, chosen))
+    method = captum.IntegratedGradients(lambda rows: _basis(model, rows, chosen))
     size = _basis(model, mean, chosen).shape[1]
     options: dict[str, Any] = {"n_steps": NODES, "internal_batch_size": max(NODES, 4096)}
     return torch.stack(
-        [method.attribute(x, mean, target=one, **options).detach() for one in range(size)], 1
+        [method.attribute(x, mean, target=k, **options).detach() for k in range(size)], 1
     )
 
 
 def _maps(
     model: MixedEffects, x: Tensor, chosen: list[int], layer: str
 ) -> Float[Tensor, "rows basis ..."]:
-    """A layer's feature maps weighed by their mean gradients."""
+    """Grad-CAM maps of the basis: a layer's feature maps, weighted by their mean gradients."""
     module = module_at(model.network, layer)
     with torch.no_grad(), tapped(model.network, [layer]) as record:
         size = _basis(model, x[:1], chosen).shape[1]
     if layer not in record or record[layer].dim() != x.dim() or x.dim() < 3:
-        found = tuple(record[layer].shape[1:]) if layer in record else "nothing"
+        shape = tuple(record[layer].shape[1:]) if layer in record else "nothing"
         raise ValueError(
             f"Grad-CAM needs images and a layer of feature maps with as many dimensions, but the "
-            f"features have the shape {tuple(x.shape[1:])} and the layer {layer!r} gives {found}: "
+            f"features have the shape {tuple(x.shape[1:])} and the layer {layer!r} gives {shape}: "
             "name a convolution"
         )
     captum = extra("captum.attr", "Grad-CAM")
-    method = captum.LayerGradCam(lambda given: _basis(model, given, chosen), module)
+    method = captum.LayerGradCam(lambda rows: _basis(model, rows, chosen), module)
     pieces = [
-        torch.stack([method.attribute(part, target=one).detach()[:, 0] for one in range(size)], 1)
+        torch.stack([method.attribute(part, target=k).detach()[:, 0] for k in range(size)], 1)
         for part in x.clone().requires_grad_(True).split(64)
     ]
     return torch.cat(pieces)
 
 
 def _positive(maps: Float[Tensor, "rows columns ..."], shape: tuple[int, ...]) -> Tensor:
-    """The positive part of maps, at the size of the images."""
+    """The positive part of the maps, interpolated to the size of the images."""
     captum = extra("captum.attr", "Grad-CAM")
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(shape)]
     return captum.LayerAttribution.interpolate(maps.clamp(min=0), shape, mode)
 
 
 def _column_last(values: Tensor, lead: int, single: bool) -> Tensor:
-    """The predictor's columns, in dimension `lead`, after the features; or left out."""
+    """Move the predictor's columns from dimension `lead` to the end, or drop a single column."""
     return values.select(lead, 0) if single else values.movedim(lead, -1)
 
 
@@ -281,7 +393,7 @@ def _labelled(
     chosen: list[int],
     draws: int,
 ) -> xr.Dataset:
-    """Draws with labelled dimensions."""
+    """Draws of fixed and random quantities as a dataset with labelled dimensions."""
     facts = model.data_facts()
     coords: dict[str, Any] = {"chain": [0], "draw": np.arange(draws), "scale": 1.0}
     axes = fixed["importance"].dim() - 2
@@ -302,11 +414,11 @@ def _labelled(
     for name, values in random.items():
         factor = name.rpartition("_")[0]
         by_cluster = name.endswith("_slope")
-        own = (variable_name(factor),) if by_cluster else ()
-        coords |= {one: label_values(facts.levels[factor]) for one in own}
+        cluster = (variable_name(factor),) if by_cluster else ()
+        coords |= {dim: label_values(facts.levels[factor]) for dim in cluster}
         array = _column_last(values, 2 if by_cluster else 1, single).cpu().numpy()
-        # Known sds have a single draw.
+        # An sd that is known in advance has a single draw.
         shape = (1, draws, *array.shape[1:])
-        dims = ("chain", "draw", *own, *inner)
+        dims = ("chain", "draw", *cluster, *inner)
         variables[variable_name(name)] = (dims, np.broadcast_to(array, shape))
     return xr.Dataset(variables, coords)

@@ -14,23 +14,22 @@ from torch import Tensor
 
 from armed_pyro._messages import unknown
 from armed_pyro._optional import extra
-from armed_pyro._plotting import INK
+from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.random_effects.grouping_factor import factor_named
 from armed_pyro.rows.batch import Membership, Rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from armed_pyro.fitted import Fit
-
 
 __all__ = ["Boundaries", "boundaries", "draw_panel", "plane"]
 
 
 Extent = Sequence[tuple[float, float]]
-PROBABILITIES = ("bernoulli", "binomial", "categorical")
+# Clusters that a figure shows unless others are asked for.
 MOST_CLUSTERS = 8
 BLUE, RED = "#2166ac", "#b2182b"
 
@@ -44,27 +43,28 @@ class Boundaries:
     factor : str
         The grouping factor.
     surface : xarray.DataArray
-        Posterior mean of E[y | x, cluster], (cluster, second feature, first feature): of binary
-        outcomes the probability of class 1, of classes that of the class asked for.
+        Posterior mean of E[y | x, cluster], with dimensions (cluster, second feature, first
+        feature): the probability of class 1 for binary outcomes, and of the class `of` for
+        outcomes with several classes.
     fixed : xarray.DataArray
-        The same of the fixed effects alone.
+        The same surface for the fixed effects alone.
     level : float or None
-        Where the boundary is drawn: 0.5 for probabilities.
+        Value at which the boundary is drawn: 0.5 for probabilities, None for other outcomes.
     of : optional
-        The class meant, where the outcome has classes.
+        The class whose probability is shown, if the outcome has classes.
 
     Examples
     --------
     >>> from torch import nn
     >>> from armed_pyro import Boundaries, MixedEffects, Schedule, fit
-    >>> from armed_pyro.data.simulate import mixed_model
+    >>> from armed_pyro.families.simulate import mixed_model
     >>> data, _ = mixed_model("bernoulli", 5, 40, coefficients=[0.0, 2.0, 1.0])
     >>> model = MixedEffects(nn.Linear(2, 1), "(1 | site)", "bernoulli", bayesian_head=True)
     >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
-    >>> found: Boundaries = result.boundaries(("x0", "x1"), size=20)
-    >>> found.surface.name, found.surface.shape
+    >>> expected: Boundaries = result.boundaries(("x0", "x1"), size=20)
+    >>> expected.surface.name, expected.surface.shape
     ('P(y)', (5, 20, 20))
-    >>> found.plot(data).savefig("boundaries.png")  # doctest: +SKIP
+    >>> expected.plot(data).savefig("boundaries.png")  # doctest: +SKIP
     """
 
     factor: str
@@ -74,19 +74,19 @@ class Boundaries:
     of: Any = None
 
     def plot(self, data: ClusteredData | None = None, *, clusters: Sequence[Any] = ()) -> Figure:
-        """One panel for the fixed effects and one a cluster, with the clusters' rows as points.
+        """One panel for the fixed effects and one per cluster, with the cluster's rows as points.
 
         Parameters
         ----------
         data : ClusteredData, optional
-            Rows to draw.
+            Rows to draw, with their outcomes.
         clusters : sequence, optional
             Labels of the clusters to draw; by default the first eight.
 
         Raises
         ------
         ValueError
-            If there is no such cluster.
+            If there is no such cluster, or the rows have no outcome.
         ImportError
             If matplotlib is not installed.
         """
@@ -107,7 +107,7 @@ class Boundaries:
         both = np.append(self.surface, self.fixed)
         low, high = (0.0, 1.0) if self.level is not None else (both.min(), both.max())
         style: dict[str, Any] = {"vmin": low, "vmax": high, "level": self.level}
-        with mpl.rc_context({"font.size": 9, "axes.titlesize": 9}):
+        with mpl.rc_context({**PLAIN, "axes.titlesize": 9}):
             figure = Figure(figsize=(2.1 * columns + 0.9, 2.1 * height + 0.5), layout="constrained")
             axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
             image = draw_panel(axes[0, 0], self.fixed.to_numpy(), (x, y), **style)
@@ -126,7 +126,7 @@ class Boundaries:
 
 
 def boundaries(
-    fit: Fit,
+    posterior: Posterior,
     features: tuple[str, str],
     *,
     factor: str | None = None,
@@ -136,20 +136,20 @@ def boundaries(
     draws: int = 200,
     seed: int | None = None,
 ) -> Boundaries:
-    """E[y | x, cluster] over two features, the others at their training means.
+    """E[y | x, cluster] over two features, with all other features at their training means.
 
-    Effects of other grouping factors are zero. Of counts out of trials, it is the share.
+    Effects of other grouping factors are zero. For counts out of trials it is the expected share.
 
     Parameters
     ----------
-    fit : Fit
+    posterior : Posterior
         A fit to feature columns.
     features : tuple of str
-        Two of them: the horizontal and the vertical axis.
+        Two feature columns: the horizontal and the vertical axis.
     factor : str, optional
-        Grouping factor; the first with random effects, if not given.
+        Grouping factor; by default the first with random effects.
     of : optional
-        The class whose probability is meant, where the outcome has several.
+        The class whose probability is shown, if the outcome has more than two.
     extent : tuple, optional
         Lowest and highest value of each feature; by default those of the training rows.
     size : int
@@ -157,35 +157,41 @@ def boundaries(
     draws : int
         Posterior draws.
     seed : int, optional
-        Seed of the draws; the fit's own by default.
+        Seed of the draws; by default that of the fit.
 
     Raises
     ------
     ValueError
-        If there are no two such features, no such factor, or no class is named where one is needed.
+        If a feature, factor or class does not exist, or a class is needed and not named.
+
+    Examples
+    --------
+    ``boundaries(fit.posterior, ("age", "dose")).plot(data)``
     """
-    model, facts = fit.model, fit.model.data_facts()
-    _check_features(fit, features, extent)
-    own = factor_named(model.factors, factor)
+    model, facts = posterior.model, posterior.model.data_facts()
+    _check_features(posterior, features, extent)
+    chosen = factor_named(model.factors, factor)
     classes = facts.classes if len(facts.columns) > 1 else None
     if classes is not None and of not in classes:
         raise ValueError(f"name one of the classes as `of`: {', '.join(map(str, classes))}")
     if draws < 2 or size < 2:
         raise ValueError(f"`draws` and `size` must be at least 2, not {draws} and {size}")
-    axes = _axes(fit, features, extent, size)
-    known = fit.data.features.mean(0).tolist() if fit.data.n_rows else facts.feature_mean
-    centre = dict(zip(facts.feature_names, known, strict=True))
-    x = facts.standardise(plane(axes, centre).features).to(model.reference())
-    latents = fit.draws(draws, seed=seed)
-    kept = {k: v for k, v in latents.items() if k in (own.effect_site, "fixed_effect")}
-    levels = facts.levels[own.name]
-    everyone = torch.arange(len(levels), device=x.device)
+    axes = _axes(posterior, features, extent, size)
+    means = (
+        posterior.data.features.mean(0).tolist() if posterior.data.n_rows else facts.feature_mean
+    )
+    centre = dict(zip(facts.feature_names, means, strict=True))
+    x = facts.scaling.standardise(plane(axes, centre).features).to(model.reference())
+    latents = posterior.draws(draws, seed=seed)
+    kept = {k: v for k, v in latents.items() if k in (chosen.effect_site, "fixed_effect")}
+    levels = facts.levels[chosen.name]
+    all_clusters = torch.arange(len(levels), device=x.device)
 
     def surface(cluster: int | None) -> Tensor:
-        membership = Membership(everyone, torch.full((len(x),), cluster or 0, device=x.device))
-        rows = Rows(x, None, {own.name: membership}, trials=torch.ones_like(x[:, 0]))
+        membership = Membership(all_clusters, torch.full((len(x),), cluster or 0, device=x.device))
+        rows = Rows(x, None, {chosen.name: membership}, trials=torch.ones_like(x[:, 0]))
         predictor = model.predictor(rows, kept)
-        assert predictor.fixed is not None  # for mypy: it was asked for
+        assert predictor.fixed is not None  # for mypy: the fixed part is returned by default
         mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)
         mean = mean if classes is None else mean[..., classes.index(of)]
         return mean.reshape(-1, size, size).mean(0)
@@ -194,48 +200,48 @@ def boundaries(
         values = torch.stack([surface(k) for k in [*range(len(levels)), None]]).cpu().numpy()
     second, first = features[1], features[0]
     of = facts.classes[1] if classes is None and facts.classes is not None else of
-    probability = model.family.name in PROBABILITIES
+    probability = model.family.is_probability
     event = facts.outcome_name if of is None else f"{facts.outcome_name} = {of}"
     title = f"P({event})" if probability else f"E({event})"
-    coords = {own.name: label_values(levels), second: axes[second], first: axes[first]}
-    by_cluster = xr.DataArray(values[:-1], coords, [own.name, second, first], name=title)
+    coords = {chosen.name: label_values(levels), second: axes[second], first: axes[first]}
+    by_cluster = xr.DataArray(values[:-1], coords, [chosen.name, second, first], name=title)
     fixed = by_cluster[0].copy(data=values[-1])
-    return Boundaries(own.name, by_cluster, fixed, 0.5 if probability else None, of)
+    return Boundaries(chosen.name, by_cluster, fixed, 0.5 if probability else None, of)
 
 
-def _check_features(fit: Fit, features: tuple[str, str], extent: Extent | None) -> None:
-    names = fit.model.data_facts().feature_names
+def _check_features(posterior: Posterior, features: tuple[str, str], extent: Extent | None) -> None:
+    names = posterior.model.data_facts().feature_names
     for name in features:
         if name not in names:
             raise unknown("feature", name, names)
     if len(set(features)) != 2:
         raise ValueError(f"give two different features, not {features}")
-    if extent is None and not fit.data.n_rows:
+    if extent is None and not posterior.data.n_rows:
         raise ValueError("the fit was kept without its training rows: give an `extent`")
 
 
 def _axes(
-    fit: Fit, features: tuple[str, str], extent: Extent | None, size: int
+    posterior: Posterior, features: tuple[str, str], extent: Extent | None, size: int
 ) -> dict[str, Float[np.ndarray, " points"]]:
     if extent is None:
-        columns = [fit.model.data_facts().feature_names.index(name) for name in features]
-        given = fit.data.features[:, columns].numpy()
-        extent = tuple(zip(given.min(0), given.max(0), strict=True))
+        columns = [posterior.model.data_facts().feature_names.index(name) for name in features]
+        values = posterior.data.features[:, columns].numpy()
+        extent = tuple(zip(values.min(0), values.max(0), strict=True))
     return {name: np.linspace(*ends, size) for name, ends in zip(features, extent, strict=True)}
 
 
 def _points(
-    data: ClusteredData, found: Boundaries, cluster: Any
+    data: ClusteredData, result: Boundaries, cluster: Any
 ) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " rows"]]:
     """Features and outcomes of a cluster's rows."""
     if data.outcome is None:
-        raise ValueError("rows are coloured by their outcome, and these have none")
-    own, second, first = (str(dim) for dim in found.surface.dims)
-    inside = data.grouping(own).labels() == cluster
+        raise ValueError("points are coloured by their outcome, but the rows have none")
+    factor, second, first = (str(dim) for dim in result.surface.dims)
+    inside = data.grouping(factor).labels() == cluster
     columns = [data.feature_names.index(name) for name in (first, second)]
     outcome = data.outcome if data.trials is None else data.outcome / data.trials
     if data.classes is not None:
-        outcome = (outcome == data.classes.index(found.of)).double()
+        outcome = (outcome == data.classes.index(result.of)).double()
     return data.features.numpy()[inside][:, columns], outcome.numpy()[inside]
 
 
@@ -244,7 +250,7 @@ def plane(
     centre: Mapping[str, float],
     clusters: Mapping[str, Shaped[np.ndarray, " clusters"]] | None = None,
 ) -> ClusteredData:
-    """Rows over a grid of two features, the others at `centre`; once for each cluster.
+    """Rows over a grid of two features, with all others at `centre`; once for each cluster.
 
     The first feature varies fastest, clusters slowest.
 
@@ -276,7 +282,32 @@ def draw_panel(
     vmax: float = 1.0,
     level: float | None = 0.5,
 ) -> Any:
-    """A surface as colours, its boundary as a line, and rows as points coloured by outcome."""
+    """Draw a surface as colours, its boundary as a line, and rows as points coloured by outcome.
+
+    Parameters
+    ----------
+    axis : matplotlib.axes.Axes
+        The panel.
+    surface : Float[ndarray, "y x"]
+        Values over the grid.
+    grid : tuple of ndarray
+        Values of the horizontal and of the vertical axis.
+    points : tuple of ndarray, optional
+        Positions and outcomes of rows.
+    vmin, vmax : float
+        Values of the lowest and the highest colour.
+    level : float or None
+        Value of the boundary; points above it are red, others blue.
+
+    Returns
+    -------
+    matplotlib.image.AxesImage
+        The surface, for a colour bar.
+
+    Examples
+    --------
+    ``draw_panel(axes, probability, (x, y), (rows, outcomes))``
+    """
     x, y = grid
     ends = (x[0], x[-1], y[0], y[-1])
     shades: dict[str, Any] = {"cmap": "RdBu_r", "vmin": vmin, "vmax": vmax}
@@ -287,7 +318,7 @@ def draw_panel(
         colours = (
             {"c": points[1], **shades}
             if level is None
-            else {"c": [RED if one > level else BLUE for one in points[1]]}
+            else {"c": [RED if outcome > level else BLUE for outcome in points[1]]}
         )
         axis.scatter(*points[0].T, s=7, edgecolors="white", linewidths=0.25, **colours)
         axis.set(xlim=ends[:2], ylim=ends[2:])

@@ -1,76 +1,75 @@
-"""Cluster invariance: whether fresh probes can read the cluster from the learned features."""
+"""Cluster invariance: whether probes can predict the cluster from the learned features."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import calinski_harabasz_score, davies_bouldin_score
-from sklearn.model_selection import StratifiedKFold
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.networks.taps import pooled, tapped
-from armed_pyro.prediction.chunks import encoded
-from armed_pyro.program.binding import head_path
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.networks.taps import head_path, pooled, tapped
+from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Invariance", "invariance"]
 
 
+# Rows for the probes, at most.
 MOST_ROWS = 5000
-# Outcomes with more values than FEW are cut into so many groups of like outcomes.
+# Outcomes with more than FEW distinct values are cut into BINS groups of similar outcomes.
 FEW, BINS = 10, 10
-PROBES: Mapping[str, Callable[[int], Any]] = {
-    "linear": lambda seed: LogisticRegression(max_iter=1000),
-    "network": lambda seed: MLPClassifier(
-        (32,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=seed
-    ),
-}
+
+
+# scikit-learn is imported where it is used, as it is slow to import.
+def _linear_probe(seed: int) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=1000)
+
+
+def _network_probe(seed: int) -> Any:
+    from sklearn.neural_network import MLPClassifier
+
+    return MLPClassifier((32,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=seed)
+
+
+PROBES: Mapping[str, Callable[[int], Any]] = {"linear": _linear_probe, "network": _network_probe}
 
 
 @dataclass(frozen=True, eq=False)
 class Invariance:
-    """How well the clusters of a factor can be read from a network's features.
+    """Accuracy with which probes predict the clusters of a factor from a network's features.
 
     Attributes
     ----------
     factor : str
         The grouping factor.
     table : pandas.DataFrame
-        One row a layer and probe (linear, network): layer, probe, accuracy (cross-validated),
+        One row per layer and probe (linear, network): layer, probe, accuracy (cross-validated),
         chance (mean accuracy for permuted clusters), p; chance_within and p_within, for clusters
-        permuted among rows of like outcome, missing without outcomes; p_leak, the larger p-value.
+        permuted among rows of similar outcome (NaN without outcomes); p_leak, the larger p-value.
     clustering : pandas.DataFrame
-        One row a layer and labelling ("cluster", "outcome"): layer, by, davies_bouldin,
-        calinski_harabasz. Features that do not tell the labels apart have a large Davies-Bouldin
+        One row per layer and labelling ("cluster", "outcome"): layer, by, davies_bouldin,
+        calinski_harabasz. Features that do not separate the labels have a large Davies-Bouldin
         and a small Calinski-Harabasz index.
 
     Examples
     --------
     >>> from torch import nn
     >>> from armed_pyro import Invariance, MixedEffects, Schedule, fit
-    >>> from armed_pyro.data.simulate import mixed_model
+    >>> from armed_pyro.families.simulate import mixed_model
     >>> data, _ = mixed_model()
     >>> model = MixedEffects(nn.Linear(1, 1), "(1 | site)", bayesian_head=True)
     >>> result = fit(model, data, schedule=Schedule(steps=20), refine=False, progress=False)
-    >>> found: Invariance = result.invariance(permutations=99)  # of the last layer's input, x
-    >>> bool((found.table["p_leak"] > 0.05).all())
+    >>> probed: Invariance = result.invariance(permutations=99)  # the last layer's input is x
+    >>> bool((probed.table["p_leak"] > 0.05).all())
     True
     """
 
@@ -89,7 +88,7 @@ class Invariance:
 
 
 def invariance(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame | None = None,
     *,
     factor: str | None = None,
@@ -98,43 +97,46 @@ def invariance(
     permutations: int = 999,
     seed: int | None = None,
 ) -> Invariance:
-    r"""Accuracy of fresh probes that read the cluster from the learned features, against chance.
+    r"""Accuracy of probes that predict the cluster from the learned features, against chance.
 
-    A linear probe (logistic regression) and a small network (32 units) are trained on each
-    layer's standardised activations, apart from the fit's own adversary, and judged by rows that
-    they were not trained on. The null hypothesis of ``p`` is that clusters and activations are
-    independent; of ``p_within``, that they are given the outcome. Neither alone shows a leak:
-    clusters whose outcomes differ may rightly be read from features that predict the outcome, and
-    independent features depend on the cluster given the outcome where both bear on it. That of
-    ``p_leak`` is that one of the two holds. In each fold the held-out rows'
-    clusters are permuted (among rows of one class, or of one tenth of a continuous outcome) and
-    compared with the probe's answers again, which is exact; the p-value is m times the smallest
-    of the m folds' (Bonferroni), at least m / (permutations + 1). Two folds are therefore the
-    most powerful; more of them leave more rows for training.
+    A linear probe (logistic regression) and a small network (32 units) are trained on each layer's
+    standardised activations, independently of the fit's adversary, and are scored on held-out
+    rows. The null hypothesis of ``p`` is that clusters and activations are independent. The null
+    hypothesis of ``p_within`` is that they are independent given the outcome. Neither test alone
+    shows a leak: if outcomes differ between clusters, features that predict the outcome also
+    predict the cluster; and features that are independent of the cluster depend on it given the
+    outcome, if both affect the outcome. The null hypothesis of ``p_leak`` is that one of the two
+    holds.
+
+    In each fold the clusters of the held-out rows are permuted and compared with the probe's
+    predictions, which gives an exact test. For ``p_within`` they are permuted among rows of one
+    class, or of one tenth of a continuous outcome. The p-value is m times the smallest of the m
+    folds (Bonferroni), at least m / (permutations + 1). Two folds therefore have the highest power;
+    more folds leave more rows for training.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     data : ClusteredData or table, optional
-        Rows, of seen or unseen clusters; by default the training rows. Of more than 5,000, a
-        random sample is used.
+        Rows, of seen or unseen clusters; by default the training rows. If there are more than
+        5,000, a random sample of 5,000 is used.
     factor : str, optional
-        Grouping factor; that of the adversary or of the random effects, if not given.
+        Grouping factor; by default that of the adversary or, without one, of the random effects.
     layers : sequence of str, optional
         Module paths; feature maps are averaged over space. By default the adversary's taps or,
-        without one, the input of the last linear layer.
+        without an adversary, the input of the last linear layer.
     folds : int
-        Folds m, each with the clusters' shares of all rows.
+        Number of folds m, stratified by cluster.
     permutations : int
         Permutations of each fold.
     seed : int, optional
-        Seed of folds, probes and permutations; the fit's own by default.
+        Seed of folds, probes and permutations; by default that of the fit.
 
     Raises
     ------
     ValueError
-        If there is no such layer or factor, there is one cluster only, or one has fewer rows
+        If there is no such layer or factor, there is a single cluster, or a cluster has fewer rows
         than there are folds.
 
     References
@@ -147,28 +149,28 @@ def invariance(
     --------
     ``print(fit.invariance())``
     """
-    model, seed = fit.model, fit.seed if seed is None else seed
-    given = fit.data if data is None else encoded(fit, data)
+    model, seed = posterior.model, posterior.seed if seed is None else seed
+    rows = posterior.data if data is None else posterior.encode(data)
     if permutations < 1:
         raise ValueError(f"`permutations` must be at least 1, not {permutations}")
-    if given.n_rows > MOST_ROWS:
-        chosen = np.random.default_rng([seed, 19]).permutation(given.n_rows)[:MOST_ROWS]
-        given = given.take(np.sort(chosen))
-    factor = _factor(model, factor, given)
-    codes = given.grouping(factor).codes.numpy()
-    _check_clusters(given, factor, folds)
-    alike = _strata(given)
+    if rows.n_rows > MOST_ROWS:
+        chosen = np.random.default_rng([seed, 19]).permutation(rows.n_rows)[:MOST_ROWS]
+        rows = rows.take(np.sort(chosen))
+    factor = _factor(model, factor, rows)
+    codes = rows.grouping(factor).codes.numpy()
+    _check_clusters(rows, factor, folds)
+    alike = _strata(rows)
     labels, groups = {"cluster": codes}, {"": np.zeros_like(codes)}
     if alike is not None:
         labels["outcome"] = groups["_within"] = alike
     reading = _Reading(codes, groups, folds, permutations, seed)
     tests, indices = [], []
-    for layer, features in activations(model, given, _layers(model, factor, layers)).items():
+    for layer, features in activations(model, rows, _layers(model, factor, layers)).items():
         for name, probe in PROBES.items():
-            found = reading.test(probe(seed), features)
-            # Missing p-values are passed over.
-            leak = float(np.fmax(found["p"], found["p_within"]))
-            tests.append({"layer": layer, "probe": name} | found | {"p_leak": leak})
+            scores = reading.test(probe(seed), features)
+            # fmax ignores a p_within of NaN.
+            leak = float(np.fmax(scores["p"], scores["p_within"]))
+            tests.append({"layer": layer, "probe": name} | scores | {"p_leak": leak})
         for by, label in labels.items():
             indices.append({"layer": layer, "by": by} | _indices(features, label))
     return Invariance(factor, pd.DataFrame(tests), pd.DataFrame(indices))
@@ -178,12 +180,18 @@ def invariance(
 def activations(
     model: MixedEffects, data: ClusteredData, layers: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "rows width"]]:
-    """What modules give for the rows, by path; under ``"<path"``, what they get.
+    """Outputs of modules for the rows, by path; inputs of modules under ``"<path"``.
+
+    Feature maps are averaged over space.
 
     Raises
     ------
     ValueError
         If the network has no such module, or does not run it.
+
+    Examples
+    --------
+    ``activations(fit.model, rows, ["0", "<2"])["0"]``
     """
     source = model.encode(data, model.data_facts().levels_with(data))
     inputs = [layer[1:] for layer in layers if layer.startswith("<")]
@@ -200,19 +208,21 @@ def activations(
 
 
 def _factor(model: MixedEffects, factor: str | None, data: ClusteredData) -> str:
-    games = [game.factor for game in model.adversaries]
-    known = [*games, *model.factor_names(), *data.groupings]
+    """The factor asked for; by default that of the adversary, random effects or data."""
+    adversarial = [adversary.factor for adversary in model.adversaries]
+    known = [*adversarial, *model.factor_names(), *data.groupings]
     if factor is None and not known:
-        raise ValueError("the data have no grouping factor whose clusters could be read")
+        raise ValueError("the data have no grouping factor whose clusters could be predicted")
     return known[0] if factor is None else factor
 
 
 def _layers(model: MixedEffects, factor: str, layers: Sequence[str] | None) -> tuple[str, ...]:
+    """The layers asked for; by default the adversary's taps, or the input of the last layer."""
     if layers is not None:
         if isinstance(layers, str) or not layers:
             raise ValueError(f"`layers` is a list of at least one module path, not {layers!r}")
         return tuple(layers)
-    taps = [path for game in model.adversaries if game.factor == factor for path in game.taps]
+    taps = [path for a in model.adversaries if a.factor == factor for path in a.taps]
     return tuple(dict.fromkeys(taps)) or (f"<{head_path(model.network)}",)
 
 
@@ -222,8 +232,7 @@ def _check_clusters(data: ClusteredData, factor: str, folds: int) -> None:
         raise ValueError(f"`folds` must be at least 2, not {folds}")
     if grouping.n_clusters < 2:
         raise ValueError(
-            f"the rows are all of one cluster of {factor!r}: there is nothing to tell apart; give "
-            "rows of at least two clusters"
+            f"the rows are all of one cluster of {factor!r}: give rows of at least two clusters"
         )
     small = grouping.levels[(grouping.counts < folds).numpy()]
     if len(small):
@@ -234,7 +243,7 @@ def _check_clusters(data: ClusteredData, factor: str, folds: int) -> None:
 
 
 def _strata(data: ClusteredData) -> Int[np.ndarray, " rows"] | None:
-    """Rows of like outcome: its classes, or tenths of it."""
+    """Groups of rows with similar outcome: its classes or its tenths."""
     outcome = data.outcome
     if outcome is None or outcome.dim() > 1:
         return None
@@ -246,14 +255,16 @@ def _strata(data: ClusteredData) -> Int[np.ndarray, " rows"] | None:
 
 @dataclass(frozen=True)
 class _Reading:
-    """How a probe's reading of the clusters is tested.
+    """Permutation test of a probe that predicts the clusters.
 
     Attributes
     ----------
     codes : Int[ndarray, "rows"]
-        Clusters to read.
+        Clusters to predict.
     groups : mapping of str to Int[ndarray, "rows"]
-        Rows whose clusters are exchangeable under each null hypothesis, by suffix.
+        Groups of rows whose clusters are exchangeable, by the suffix of the null hypothesis.
+    folds, permutations, seed : int
+        The arguments of `invariance`.
     """
 
     codes: Int[np.ndarray, " rows"]
@@ -264,35 +275,41 @@ class _Reading:
 
     def test(self, probe: Any, features: Float[np.ndarray, "rows width"]) -> dict[str, float]:
         """Cross-validated accuracy, its mean under permutation, and p-values."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.model_selection import StratifiedKFold
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
         rng, codes = np.random.default_rng([self.seed, 23]), self.codes
-        found = {"accuracy": 0.0}
+        scores = {"accuracy": 0.0}
         for name in ("", "_within"):
-            found |= (
+            scores |= (
                 {f"chance{name}": 0.0, f"p{name}": 1.0}
                 if name in self.groups
                 else {f"chance{name}": np.nan, f"p{name}": np.nan}
             )
-        # Stratified by cluster and nothing else: every permutation might have been drawn.
+        # Stratified by cluster only, so that the split could have produced every permutation of the
+        # held-out clusters. Strata of cluster and outcome would fix how often the two coincide.
         split = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
         for train, held in split.split(features, codes):
             with warnings.catch_warnings():
-                # A network that has not quite converged is a probe all the same.
+                # A probe that has not fully converged is still a valid one.
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 trained = make_pipeline(StandardScaler(), probe).fit(features[train], codes[train])
-            answers, truth = trained.predict(features[held]), codes[held]
-            hits = float((answers == truth).sum())
-            found["accuracy"] += hits / len(codes)
+            predicted, truth = trained.predict(features[held]), codes[held]
+            hits = float((predicted == truth).sum())
+            scores["accuracy"] += hits / len(codes)
             for name, groups in self.groups.items():
                 by_chance = np.array(
                     [
-                        (answers == _permuted(rng, truth, groups[held])).sum()
+                        (predicted == _permuted(rng, truth, groups[held])).sum()
                         for _ in range(self.permutations)
                     ]
                 )
-                found[f"chance{name}"] += float(by_chance.mean()) / len(codes)
+                scores[f"chance{name}"] += float(by_chance.mean()) / len(codes)
                 p = (1 + float((by_chance >= hits).sum())) / (self.permutations + 1)
-                found[f"p{name}"] = min(found[f"p{name}"], self.folds * p)
-        return found
+                scores[f"p{name}"] = min(scores[f"p{name}"], self.folds * p)
+        return scores
 
 
 def _permuted(
@@ -300,7 +317,7 @@ def _permuted(
 ) -> Int[np.ndarray, " rows"]:
     """Clusters permuted among the rows of each group."""
     shuffled = np.empty_like(codes)
-    # By group, first in the given and then in random order.
+    # Both sides are sorted by group; the right one is in random order within each group.
     shuffled[np.argsort(groups, kind="stable")] = codes[
         np.lexsort((rng.permutation(len(codes)), groups))
     ]
@@ -310,11 +327,13 @@ def _permuted(
 def _indices(
     features: Float[np.ndarray, "rows width"], labels: Int[np.ndarray, " rows"]
 ) -> dict[str, float]:
-    """Both indices; missing where features or labels do not vary."""
+    """Davies-Bouldin and Calinski-Harabasz index; NaN if features or labels do not vary."""
+    from sklearn import metrics
+
     count = len(np.unique(labels))
     if not 1 < count < len(labels) or not features.std(0).any():
         return {"davies_bouldin": np.nan, "calinski_harabasz": np.nan}
     return {
-        "davies_bouldin": float(davies_bouldin_score(features, labels)),
-        "calinski_harabasz": float(calinski_harabasz_score(features, labels)),
+        "davies_bouldin": float(metrics.davies_bouldin_score(features, labels)),
+        "calinski_harabasz": float(metrics.calinski_harabasz_score(features, labels)),
     }

@@ -1,4 +1,4 @@
-"""Test of confounding: whether models rank probes above features that matter, over several fits."""
+"""Test of confounding over several fits: whether models rank probes above true features."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float
-from scipy import stats
 
 from armed_pyro._messages import unknown
-from armed_pyro.explain.attributed import Attribution
+from armed_pyro.explain.attribution import Attribution
 
 __all__ = ["ProbeTest", "probe_test"]
 
 
+# Fits per model, at least.
 FEWEST = 2
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeTest:
-    """Ranks of probes among the features that matter, model by model.
+    """Comparison of the importance of probes and of true features, model by model.
 
     Attributes
     ----------
     table : pandas.DataFrame
-        One row a model: model; fits; true_first, the share of fits in which every true feature
-        comes before every probe; margin, the median of log(least important true feature / most
-        important probe); p_true_first, p_probe_first, p_difference (see `probe_test`); verdict:
-        "true features first", "a probe first" or "undecided".
+        One row per model: model; fits; true_first, the share of fits in which every true feature
+        is more important than every probe; margin, the median of log(importance of the least
+        important true feature / importance of the most important probe); p_true_first,
+        p_probe_first, p_difference (see `probe_test`); verdict: "true features first",
+        "a probe first" or "undecided".
     pairs : pandas.DataFrame
-        One row a model, true feature and probe: model, true, probe, above (the share of fits in
-        which the true feature comes first), log_ratio (median), p_above, p_below (one-sided).
+        One row per model, true feature and probe: model, true, probe, above (share of fits in which
+        the true feature is more important), log_ratio (median), p_above, p_below (one-sided).
     level : float
         Level of the verdicts.
 
@@ -41,8 +43,8 @@ class ProbeTest:
     --------
     >>> from armed_pyro import ProbeTest, probe_test
     >>> fits = [{"x": 2.0, "probe": 1.0}, {"x": 3.0, "probe": 1.0}]
-    >>> found: ProbeTest = probe_test({"network": fits}, true=["x"], probes=["probe"])
-    >>> found.pairs[["true", "probe", "above", "p_above"]]  # two fits are too few
+    >>> ranks: ProbeTest = probe_test({"network": fits}, true=["x"], probes=["probe"])
+    >>> ranks.pairs[["true", "probe", "above", "p_above"]]  # two fits are too few
       true  probe  above  p_above
     0    x  probe    1.0     0.25
     """
@@ -53,11 +55,11 @@ class ProbeTest:
 
     def __str__(self) -> str:
         lines = []
-        for one in self.table.to_dict("records"):
-            shown = min(one["p_true_first"], one["p_probe_first"])
+        for row in self.table.to_dict("records"):
+            shown = min(row["p_true_first"], row["p_probe_first"])
             lines.append(
-                f"{one['model']}: {one['verdict']} (p = {shown:.2g}); every true feature before "
-                f"every probe in {one['true_first']:.0%} of {one['fits']} fits"
+                f"{row['model']}: {row['verdict']} (p = {shown:.2g}); every true feature before "
+                f"every probe in {row['true_first']:.0%} of {row['fits']} fits"
             )
         return "\n".join(lines)
 
@@ -70,40 +72,41 @@ def probe_test(
     reference: str | None = None,
     level: float = 0.05,
 ) -> ProbeTest:
-    r"""Whether models use features that are known to carry cluster information only.
+    r"""Test whether models use features that are known to carry only cluster information.
 
-    For fit f, true feature t and probe s let :math:`d_{fts} = \log(I_{ft} / I_{fs})` with I the
-    importances. Wilcoxon's signed-rank test over the fits has the null hypothesis that
-    :math:`d_{fts}` is symmetric about zero, that is, that neither feature comes before the other.
+    For fit f, true feature t and probe s let :math:`d_{fts} = \log(I_{ft} / I_{fs})`, with I the
+    importances. The null hypothesis of Wilcoxon's signed-rank test over the fits is that
+    :math:`d_{fts}` is symmetric about zero: neither feature is more important than the other.
 
-    - p_true_first: of "not every true feature comes before every probe", the largest one-sided
-      p-value over pairs (an intersection-union test, which needs no correction).
-    - p_probe_first: of "no probe comes before a true feature", the smallest of the other side,
-      times the number of pairs (Bonferroni).
-    - p_difference: two-sided, of the fits' margins, :math:`\min_t \min_s d_{fts}`, having the same
+    - p_true_first tests "not every true feature is more important than every probe". It is the
+      largest one-sided p-value over pairs (an intersection-union test, which needs no correction).
+    - p_probe_first tests "no probe is more important than a true feature". It is the smallest
+      p-value of the other side, times the number of pairs (Bonferroni).
+    - p_difference (two-sided) tests whether the margins :math:`\min_t \min_s d_{fts}` have the same
       distribution as those of the reference model, paired by fit.
 
-    Fits count as independent. Those to overlapping folds of one data set are not quite, and
-    describe that data set: use several data sets or seeds for claims beyond it. With n fits no
-    one-sided p-value is below :math:`2^{-n}`: five fits at least for a verdict at the 5% level.
+    The test treats fits as independent. Fits to overlapping folds of a data set are not quite
+    independent, and describe that data set only: use several data sets or seeds for wider claims.
+    With n fits no one-sided p-value is below :math:`2^{-n}`, so a verdict at the 5% level needs at
+    least five fits.
 
     Parameters
     ----------
     importances : mapping of str to sequence of Attribution or mapping
-        By model, the importance of every feature in each fit: `Fit.attribution`, or numbers by
-        feature. Position f is the same fold or seed for all models.
+        The importance of every feature in each fit, by model: results of `Fit.attribution`, or
+        numbers by feature. Position f is the same fold or seed for all models.
     true, probes : sequence of str
-        Features that matter, and features that only tell the cluster.
+        Features that affect the outcome, and features that carry only cluster information.
     reference : str, optional
-        Model that the others are compared with; the first, if not given.
+        Model that the others are compared with; by default the first.
     level : float
         Level of the verdicts.
 
     Raises
     ------
     ValueError
-        If features are missing or on both lists, models have different numbers of fits, or there
-        are fewer than two.
+        If features are missing or on both lists, or models have different numbers of fits or
+        fewer than two.
 
     References
     ----------
@@ -114,7 +117,7 @@ def probe_test(
     --------
     >>> rng = np.random.default_rng(0)
     >>> def fits(probe):
-    ...     return [{"x": one, "probe": one * probe} for one in rng.lognormal(0, 0.3, size=8)]
+    ...     return [{"x": x, "probe": x * probe} for x in rng.lognormal(0, 0.3, size=8)]
     >>> print(probe_test({"A": fits(1.5), "B": fits(0.5)}, true=["x"], probes=["probe"]))
     A: a probe first (p = 0.0039); every true feature before every probe in 0% of 8 fits
     B: true features first (p = 0.0039); every true feature before every probe in 100% of 8 fits
@@ -138,15 +141,13 @@ def probe_test(
     if first not in importances:
         raise unknown("model", first, importances)
     ratios = {model: _log_ratios(fits, true, probes) for model, fits in importances.items()}
-    margins = {model: one.min(1) for model, one in ratios.items()}
+    margins = {model: ratio.min(1) for model, ratio in ratios.items()}
     records, pairs = [], []
     for model, ratio in ratios.items():
-        above = [_signed_rank(one, "greater") for one in ratio.T]
-        below = [_signed_rank(one, "less") for one in ratio.T]
-        for (one, other), d, up, down in zip(
-            product(true, probes), ratio.T, above, below, strict=True
-        ):
-            pairs.append([model, one, other, float((d > 0).mean()), np.median(d), up, down])
+        above = [_signed_rank(d, "greater") for d in ratio.T]
+        below = [_signed_rank(d, "less") for d in ratio.T]
+        for (t, s), d, up, down in zip(product(true, probes), ratio.T, above, below, strict=True):
+            pairs.append([model, t, s, float((d > 0).mean()), np.median(d), up, down])
         p_true, p_probe = max(above), min(1.0, len(below) * min(below))
         verdict = "true features first" if p_true <= level else "undecided"
         record = {
@@ -171,29 +172,33 @@ def probe_test(
 def _log_ratios(
     fits: Sequence[Attribution | Mapping[str, float]], true: Sequence[str], probes: Sequence[str]
 ) -> Float[np.ndarray, "fits pairs"]:
+    """Values d of every fit, one column per pair of true feature and probe."""
     rows = []
-    for one in fits:
-        by_feature = _by_feature(one)
+    for fit in fits:
+        by_feature = _by_feature(fit)
         for name in (*true, *probes):
             if name not in by_feature:
                 raise unknown("feature", name, by_feature)
             if not by_feature[name] >= 0:
-                raise ValueError(f"an importance is at least 0, not {by_feature[name]} ({name})")
-        # A dead unit's importance of exactly zero is less than any other's.
+                raise ValueError(
+                    f"an importance must be at least 0, not {by_feature[name]} ({name})"
+                )
+        # An importance of exactly zero, as of a dead unit, would have no logarithm.
         log = {name: np.log(max(by_feature[name], 1e-300)) for name in (*true, *probes)}
         rows.append([log[t] - log[s] for t, s in product(true, probes)])
     return np.array(rows)
 
 
-def _by_feature(one: Attribution | Mapping[str, float]) -> Mapping[str, float]:
-    """Importances per sd of the feature; of several columns of the predictor, their sum."""
-    if not isinstance(one, Attribution):
-        return one
-    values = one.table().groupby("feature")["importance"].sum()
+def _by_feature(importance: Attribution | Mapping[str, float]) -> Mapping[str, float]:
+    """Importances per sd of the feature, summed over the columns of the predictor."""
+    if not isinstance(importance, Attribution):
+        return importance
+    values = importance.table().groupby("feature")["importance"].sum()
     return {str(name): float(value) for name, value in values.items()}
 
 
 def _signed_rank(differences: Float[np.ndarray, " fits"], alternative: str) -> float:
+    """P-value of Wilcoxon's signed-rank test; 1 if all differences are zero."""
     if not differences.any():
         return 1.0
-    return float(stats.wilcoxon(differences, alternative=alternative).pvalue)
+    return float(scipy.stats.wilcoxon(differences, alternative=alternative).pvalue)

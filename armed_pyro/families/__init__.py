@@ -1,1 +1,1 @@
-"""p(y given its parameters), one file for each kind of outcome."""
+"""p(y | eta, parameters): one file for each kind of outcome."""

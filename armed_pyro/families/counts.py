@@ -1,41 +1,60 @@
-"""Counts: poisson and negative binomial outcomes."""
+"""Counts with a log link."""
 
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
+from numpy.random import Generator
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.distributions.outcome_densities import (
-    LogNegativeBinomial,
-    LogPoisson,
-)
-from armed_pyro.families.family import Family, _known, _offset, _outcome
+from armed_pyro.distributions.outcome_densities import LogNegativeBinomial, LogPoisson
+from armed_pyro.families.family import Family, Parameter, Parameters, arrays, outcome_of
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 
+__all__ = ["CountFamily", "NegativeBinomial", "Poisson", "Shape"]
+
+# brms' default prior of the shape, InverseGamma(concentration, rate).
+SHAPE_PRIOR = (0.4, 0.3)
+# exp(30) is 1e13, beyond any count. Without this limit, one extreme draw of the predictor would
+# make the mean infinite.
+LARGEST_PREDICTOR = 30
+
 
 class CountFamily(Family, ABC):
-    """Families of counts with log link, E[y] = exp(eta)."""
+    """Counts with log link: E[y] = exp(eta)."""
 
     integer = True
     support = "whole numbers from 0 up"
+    needs_mean = True
+    statistics = ("mean", "sd", "zeros")
 
     def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y < 0) | (y != y.round())
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        rate = _outcome(data).mean() / _offset(data).exp().mean()
+        exposure = torch.ones(()) if data.offset is None else data.offset.exp().mean()
+        rate = outcome_of(data).mean() / exposure
         return torch.log(rate.clamp(min=1e-3)).reshape(1)
 
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return torch.exp(eta[..., 0])
+
+    def marginal_mean(
+        self,
+        eta: Float[Tensor, "draws rows columns"],
+        variance: Float[Tensor, "draws columns"],
+    ) -> Float[Tensor, "draws columns"]:
+        """E[exp(eta + u)] = exp(eta + variance / 2), averaged over the rows."""
+        return torch.exp(eta.clamp(max=LARGEST_PREDICTOR) + variance[:, None] / 2).mean(-2)
 
 
 @dataclass(frozen=True)
@@ -45,14 +64,47 @@ class Poisson(CountFamily):
     name = "poisson"
 
     def distribution(
-        self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
+        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
     ) -> dist.TorchDistribution:
         return LogPoisson(eta[..., 0])
 
     def residual_variance(
-        self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
+        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
     ) -> Float[Tensor, " draws"]:
         return torch.log1p(1 / mean)
+
+    def cdf(
+        self,
+        y: Float[Tensor, " rows"],
+        eta: Float[Tensor, "rows columns"],
+        parameters: Parameters,
+        rows: Rows,
+    ) -> Float[Tensor, " rows"]:
+        from scipy import stats  # slow to import
+
+        return torch.from_numpy(stats.poisson.cdf(*arrays(y, self.mean(eta, rows))))
+
+    def simulate(
+        self,
+        rng: Generator,
+        eta: Float[np.ndarray, "rows columns"],
+        parameters: Mapping[str, float],
+        trials: int,
+    ) -> Float[np.ndarray, " rows"]:
+        return rng.poisson(np.exp(eta[:, 0]))
+
+
+class Shape(Parameter):
+    """Shape of a negative binomial outcome: Var[y] = mu + mu^2 / shape."""
+
+    name = "shape"
+
+    def sample(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor:
+        concentration, rate = (unit.new_tensor(value) for value in SHAPE_PRIOR)
+        return pyro.sample(self.name, dist.InverseGamma(concentration, rate))
+
+    def describe(self, priors: Priors, spread: float) -> str:
+        return "InverseGamma({:.4g}, {:.4g})".format(*SHAPE_PRIOR)
 
 
 @dataclass(frozen=True)
@@ -60,19 +112,39 @@ class NegativeBinomial(CountFamily):
     """E[y] = mu = exp(eta), Var[y] = mu + mu^2 / shape, log link."""
 
     name = "negative_binomial"
-    dispersion_name = "shape"
 
-    def dispersion(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor | None:
-        # brms' default prior of the shape.
-        prior = dist.InverseGamma(unit.new_tensor(0.4), unit.new_tensor(0.3))
-        return pyro.sample("shape", prior)
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return (Shape(),)
 
     def distribution(
-        self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
+        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
     ) -> dist.TorchDistribution:
-        return LogNegativeBinomial(eta[..., 0], _known(dispersion, self))
+        return LogNegativeBinomial(eta[..., 0], self.value(parameters, "shape"))
 
     def residual_variance(
-        self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
+        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
     ) -> Float[Tensor, " draws"]:
-        return torch.log1p(1 / mean + 1 / _known(dispersion, self))
+        return torch.log1p(1 / mean + 1 / self.value(parameters, "shape"))
+
+    def cdf(
+        self,
+        y: Float[Tensor, " rows"],
+        eta: Float[Tensor, "rows columns"],
+        parameters: Parameters,
+        rows: Rows,
+    ) -> Float[Tensor, " rows"]:
+        from scipy import stats  # slow to import
+
+        count, mean, shape = arrays(y, self.mean(eta, rows), self.value(parameters, "shape"))
+        return torch.from_numpy(stats.nbinom.cdf(count, shape, shape / (shape + mean)))
+
+    def simulate(
+        self,
+        rng: Generator,
+        eta: Float[np.ndarray, "rows columns"],
+        parameters: Mapping[str, float],
+        trials: int,
+    ) -> Float[np.ndarray, " rows"]:
+        shape = parameters["shape"]
+        return rng.negative_binomial(shape, shape / (shape + np.exp(eta[:, 0])))

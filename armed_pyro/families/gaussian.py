@@ -1,18 +1,46 @@
-"""Gaussian outcomes."""
+"""Normal outcomes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
+from numpy.random import Generator
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.families.family import Family, _known, _offset, _outcome
-from armed_pyro.priors import Priors
+from armed_pyro.families.family import Family, Parameter, Parameters, arrays, outcome_of
+from armed_pyro.priors import Known, Priors
 from armed_pyro.rows.batch import Rows
+
+__all__ = ["Gaussian", "ResidualSd"]
+
+
+class ResidualSd(Parameter):
+    """Residual sd of a gaussian outcome, with the prior `Priors.residual_sd`."""
+
+    name = "residual_sd"
+
+    def _scale(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor:
+        return priors.residual_sd.scales([""], unit, Gaussian().effect_scale())[0]
+
+    def sample(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor:
+        return priors.residual_sd.sample(self.name, self._scale(priors, unit))
+
+    def known(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor | None:
+        return self._scale(priors, unit) if isinstance(priors.residual_sd, Known) else None
+
+    def describe(self, priors: Priors, spread: float) -> str:
+        scale = priors.residual_sd.scale
+        number = scale if isinstance(scale, float | int) else spread
+        return priors.residual_sd.describe(float(number))
+
+    def original(self, value: Tensor, spread: float) -> Tensor:
+        return value * spread
 
 
 @dataclass(frozen=True)
@@ -20,17 +48,22 @@ class Gaussian(Family):
     """y ~ N(eta, residual_sd^2), identity link."""
 
     name = "gaussian"
-    dispersion_name = "residual_sd"
     support = "finite numbers"
+    is_quadratic = True
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return (ResidualSd(),)
 
     def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
         return ~torch.isfinite(y)
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return (_outcome(data) - _offset(data)).mean().reshape(1)
+        return _without_offset(data).mean().reshape(1)
 
     def spread(self, data: ClusteredData) -> float:
-        spread = float((_outcome(data) - _offset(data)).std())
+        """sd(y - offset)."""
+        spread = float(_without_offset(data).std())
         if spread == 0:
             raise ValueError(f"the outcome {data.outcome_name!r} is the same in every row")
         return spread
@@ -38,26 +71,51 @@ class Gaussian(Family):
     def effect_scale(self) -> float:
         return 1.0
 
-    def dispersion(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor | None:
-        prior = priors.residual_sd
-        scale = prior.scales([""], unit, self.effect_scale())
-        return prior.sample("residual_sd", scale[0])
-
-    def original_dispersion(self, dispersion: Tensor, spread: float) -> Tensor:
-        return dispersion * spread
-
-    def precision(self, dispersion: Tensor | None) -> Tensor | None:
-        return None if dispersion is None else dispersion**-2
+    def precision(self, parameters: Parameters) -> Tensor | None:
+        sd = parameters.get("residual_sd")
+        return None if sd is None else sd**-2
 
     def distribution(
-        self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
+        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
     ) -> dist.TorchDistribution:
-        return dist.Normal(eta[..., 0], _known(dispersion, self))
+        return dist.Normal(eta[..., 0], self.value(parameters, "residual_sd"))
 
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return eta[..., 0]
 
     def residual_variance(
-        self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
+        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
     ) -> Float[Tensor, " draws"]:
-        return _known(dispersion, self) ** 2
+        return self.value(parameters, "residual_sd") ** 2
+
+    def residual_rows(
+        self, parameters: Mapping[str, Float[Tensor, " draws"]]
+    ) -> dict[str, Float[Tensor, " draws"]]:
+        sd = self.value(parameters, "residual_sd")
+        return {"sd": sd, "variance": sd**2}
+
+    def cdf(
+        self,
+        y: Float[Tensor, " rows"],
+        eta: Float[Tensor, "rows columns"],
+        parameters: Parameters,
+        rows: Rows,
+    ) -> Float[Tensor, " rows"]:
+        from scipy import stats  # slow to import
+
+        outcome, mean, sd = arrays(y, self.mean(eta, rows), self.value(parameters, "residual_sd"))
+        return torch.from_numpy(stats.norm.cdf(outcome, mean, sd))
+
+    def simulate(
+        self,
+        rng: Generator,
+        eta: Float[np.ndarray, "rows columns"],
+        parameters: Mapping[str, float],
+        trials: int,
+    ) -> Float[np.ndarray, " rows"]:
+        return rng.normal(eta[:, 0], parameters["residual_sd"])
+
+
+def _without_offset(data: ClusteredData) -> Float[Tensor, " rows"]:
+    y = outcome_of(data)
+    return y if data.offset is None else y - data.offset

@@ -1,35 +1,35 @@
-"""Outcomes with a logit link: bernoulli, binomial, categorical."""
+"""Outcomes with a logit link: one trial, several trials, and classes."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
+from numpy.random import Generator
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.distributions.outcome_densities import (
-    LogitBinomial,
-)
-from armed_pyro.families.family import Family, _offset, _outcome, _some
+from armed_pyro.distributions.outcome_densities import LogitBinomial
+from armed_pyro.families.family import Family, Parameters, arrays, listed, mean_offset, outcome_of
 from armed_pyro.rows.batch import Rows
 
-
-def _logit(probability: Tensor, data: ClusteredData) -> Tensor:
-    return (torch.logit(probability.clamp(0.001, 0.999)) - _offset(data).mean()).reshape(1)
+__all__ = ["Bernoulli", "Binomial", "Categorical", "LogitFamily"]
 
 
 class LogitFamily(Family, ABC):
-    """Families with logit link: on the latent scale a standard logistic residual."""
+    """Logit link; on the scale of eta, the residual is standard logistic with variance pi^2 / 3."""
 
     integer = True
+    is_probability = True
 
     def residual_variance(
-        self, dispersion: Float[Tensor, " draws"] | None, mean: Float[Tensor, " draws"]
+        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
     ) -> Float[Tensor, " draws"]:
         return torch.full_like(mean, math.pi**2 / 3)
 
@@ -40,20 +40,32 @@ class Bernoulli(LogitFamily):
 
     name = "bernoulli"
     support = "outcomes 0 and 1 (or two labels)"
+    is_class = True
+    statistics = ("mean",)
+    no_residuals = "any probability fits single trials"
 
     def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y != 0) & (y != 1)
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return _logit(_outcome(data).mean(), data)
+        return _logit(outcome_of(data).mean(), data)
 
     def distribution(
-        self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
+        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
     ) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=eta[..., 0])
 
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return torch.sigmoid(eta[..., 0])
+
+    def simulate(
+        self,
+        rng: Generator,
+        eta: Float[np.ndarray, "rows columns"],
+        parameters: Mapping[str, float],
+        trials: int,
+    ) -> Float[np.ndarray, " rows"]:
+        return rng.binomial(1, _sigmoid(eta[:, 0]))
 
 
 @dataclass(frozen=True)
@@ -62,47 +74,66 @@ class Binomial(LogitFamily):
 
     name = "binomial"
     support = "whole numbers from 0 to the row's trials"
-
-    def check(self, data: ClusteredData) -> None:
-        if data.trials is None:
-            raise ValueError(
-                "family 'binomial' needs the number of trials of each row: name its column with "
-                "trials='...' (command line: --trials COLUMN)"
-            )
-        super().check(data)
+    needs_trials = True
+    statistics = ("mean", "sd", "zeros")
 
     def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y < 0) | (y != y.round()) | (y > self._trials(data.trials))
 
     def _trials(self, trials: Tensor | None) -> Tensor:
         if trials is None:
-            raise ValueError("family 'binomial' needs the number of trials of each row")
+            raise ValueError(f"family {self.name!r} needs the number of trials of each row")
         return trials
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return _logit(_outcome(data).sum() / self._trials(data.trials).sum(), data)
+        return _logit(outcome_of(data).sum() / self._trials(data.trials).sum(), data)
 
     def distribution(
-        self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
+        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
     ) -> dist.TorchDistribution:
         return LogitBinomial(self._trials(rows.trials), eta[..., 0])
 
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return self._trials(rows.trials) * torch.sigmoid(eta[..., 0])
 
+    def cdf(
+        self,
+        y: Float[Tensor, " rows"],
+        eta: Float[Tensor, "rows columns"],
+        parameters: Parameters,
+        rows: Rows,
+    ) -> Float[Tensor, " rows"]:
+        from scipy import stats  # slow to import
+
+        hits, trials, mean = arrays(y, self._trials(rows.trials), self.mean(eta, rows))
+        return torch.from_numpy(stats.binom.cdf(hits, trials, mean / trials))
+
+    def simulate(
+        self,
+        rng: Generator,
+        eta: Float[np.ndarray, "rows columns"],
+        parameters: Mapping[str, float],
+        trials: int,
+    ) -> Float[np.ndarray, " rows"]:
+        return rng.binomial(trials, _sigmoid(eta[:, 0]))
+
 
 @dataclass(frozen=True)
 class Categorical(LogitFamily):
     """P(y = c) = exp(eta_c) / sum_d exp(eta_d) with eta_0 = 0: logits relative to the first class.
 
-    A network gives one output a class, of which the first is subtracted from the others.
+    The network has one output per class; the first output is subtracted from the others.
     """
 
     name = "categorical"
     support = "labels, or codes 0, 1, ..., C - 1 with every class present"
+    is_class = True
+    multiclass = True
+    statistics = ("mean",)
+    no_residuals = "classes have no order"
 
     def check(self, data: ClusteredData) -> None:
-        y = _outcome(data)
+        y = outcome_of(data)
         present = torch.unique(y)
         if len(present) < 2:
             raise ValueError(
@@ -110,8 +141,9 @@ class Categorical(LogitFamily):
             )
         if data.classes is None and not torch.equal(present, torch.arange(len(present)).to(y)):
             raise ValueError(
-                f"family 'categorical' needs {self.support}, but {data.outcome_name!r} has the "
-                f"values {_some(present.tolist(), 6)}: store the classes as strings, or recode them"
+                f"family {self.name!r} needs {self.support}, but {data.outcome_name!r} has the "
+                f"values {listed(present.tolist(), 6)}: store the classes as strings, or recode "
+                "them"
             )
 
     def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
@@ -120,12 +152,15 @@ class Categorical(LogitFamily):
     def columns(self, data: ClusteredData) -> tuple[str, ...]:
         if data.classes is not None:
             return tuple(str(label) for label in data.classes[1:])
-        return tuple(str(code) for code in range(1, int(_outcome(data).max()) + 1))
+        return tuple(str(code) for code in range(1, int(outcome_of(data).max()) + 1))
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        counts = torch.bincount(_outcome(data).long(), minlength=len(self.columns(data)) + 1)
+        counts = torch.bincount(outcome_of(data).long(), minlength=len(self.columns(data)) + 1)
         logs = torch.log(counts.to(torch.float64) + 0.5)
-        return logs[1:] - logs[0] - _offset(data).mean()
+        return logs[1:] - logs[0] - mean_offset(data)
+
+    def outputs(self, columns: int) -> int:
+        return columns + 1
 
     def contrasts(self, output: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows columns"]:
         return output[..., 1:] - output[..., :1]
@@ -134,9 +169,28 @@ class Categorical(LogitFamily):
         return torch.cat([torch.zeros_like(eta[..., :1]), eta], -1)
 
     def distribution(
-        self, eta: Float[Tensor, "... rows columns"], dispersion: Tensor | None, rows: Rows
+        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
     ) -> dist.TorchDistribution:
         return dist.Categorical(logits=self._logits(eta))
 
     def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
         return torch.softmax(self._logits(eta), -1)
+
+    def simulate(
+        self,
+        rng: Generator,
+        eta: Float[np.ndarray, "rows columns"],
+        parameters: Mapping[str, float],
+        trials: int,
+    ) -> Float[np.ndarray, " rows"]:
+        # The largest of logits plus Gumbel noise is a draw from their softmax.
+        logits = np.hstack([np.zeros_like(eta[:, :1]), eta])
+        return (logits + rng.gumbel(size=logits.shape)).argmax(1)
+
+
+def _logit(probability: Tensor, data: ClusteredData) -> Float[Tensor, " 1"]:
+    return (torch.logit(probability.clamp(0.001, 0.999)) - mean_offset(data)).reshape(1)
+
+
+def _sigmoid(eta: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-eta))

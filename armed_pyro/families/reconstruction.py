@@ -1,10 +1,10 @@
-"""Outcomes beside the one of the family: what else a network predicts, with a likelihood each."""
+"""The features as a second outcome, reconstructed by the network."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,38 +15,35 @@ from armed_pyro.distributions.outcome_densities import IndependentNormal
 from armed_pyro.priors import HalfStudentT, ScalePrior
 from armed_pyro.rows.batch import Rows
 
-if TYPE_CHECKING:
-    pass
-
-
 __all__ = ["Reconstruction"]
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    r"""The features as a second outcome, rebuilt by a module of the network.
+    r"""The features as a second outcome, reconstructed by a module of the network.
 
     .. math:: \log p(x_i, y_i \mid \cdot) = \log p(y_i \mid \eta_i)
         + w \sum_j \log N(x_{ij}; g_j(x_i), sd^2)
 
-    with g the output of a module, such as a decoder's last layer, effects on filters before it
-    included. All values of a row have the same residual sd, the latent site ``<name>_sd``.
+    Here g is the output of a module, such as a decoder's last layer. It includes cluster effects
+    on filters of earlier layers. All values of a row have the same residual sd, the latent site
+    ``<name>_sd``.
 
-    The likelihood takes the values of a row as independent given g. Neighbouring pixels are not,
-    and with weight 1 an image of 4,096 pixels outweighs a label by far and makes effects on
-    filters look better known than they are: a weight of 1 over the number of values counts a row
-    as one observation.
+    The likelihood treats the values of a row as independent given g, although neighbouring pixels
+    are correlated. With weight 1, an image of 4,096 pixels dominates the label, and the posterior
+    of effects on filters is too narrow. A weight of 1 over the number of values counts each row as
+    one observation.
 
-    `Fit.adapt` learns of new clusters by the family's outcome alone.
+    `Fit.adapt` uses the family's outcome of new clusters, and not this one.
 
     Attributes
     ----------
     at : str
         Module path of the layer whose output has the features' shape.
     name : str
-        The outcome's name, in results.
+        Name of this outcome in results.
     weight : float
-        w, the likelihood's weight beside that of the family's outcome.
+        w, the weight of this likelihood; the family's outcome has weight 1.
     prior : ScalePrior
         Prior of the residual sd, in units of the features' sd.
 
@@ -64,6 +61,8 @@ class Reconstruction:
     name: str = "image"
     weight: float = 1.0
     prior: ScalePrior = field(default_factory=HalfStudentT)
+    # Initial residual sd of the guide, in units of the features' sd.
+    start: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
@@ -77,7 +76,7 @@ class Reconstruction:
         return f"{self.name}_sd"
 
     def sample_sd(self, like: Tensor) -> Tensor:
-        """Sample the residual sd, in units of the features' sd."""
+        """Sample the residual sd, in units of the features' sd, in the precision of `like`."""
         scale = self.prior.scales([""], like.new_ones(1), 1.0)
         return self.prior.sample(self.sd_site, scale[0])
 
@@ -89,15 +88,15 @@ class Reconstruction:
         Parameters
         ----------
         mean : Float[Tensor, "... rows ..."]
-            g.
+            g(x).
         sd : Float[Tensor, "..."]
-            Residual sd, in the features' units; a 1 in the place of the rows.
+            Residual sd, in the features' units, with size 1 in the dimension of the rows.
         """
         return IndependentNormal(mean, sd, rows.x.dim() - 1)
 
     def information(
         self, mean: Float[Tensor, "rows ..."], sd: Float[Tensor, ""], rows: Rows
     ) -> tuple[Float[Tensor, "rows ..."], Float[Tensor, ""]]:
-        """Slope of the weighted log-likelihood by g, and root of minus its curvature."""
+        """Gradient of the weighted log-likelihood in g, and the root of its negative curvature."""
         precision = self.weight / sd**2
         return precision * (rows.x - mean), torch.sqrt(precision)

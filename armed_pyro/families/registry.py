@@ -1,4 +1,4 @@
-"""The families by name."""
+"""Families by name."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from armed_pyro.families.logistic import Bernoulli, Binomial, Categorical
 
 __all__ = ["FAMILIES", "family_named"]
 
-
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
-    for family in (Gaussian, Bernoulli, Binomial, Categorical, Poisson, NegativeBinomial)
+    for family in (
+        Gaussian,
+        Bernoulli,
+        Binomial,
+        Categorical,
+        Poisson,
+        NegativeBinomial,
+    )
 }
 
 
 def family_named(name: str | Family) -> Family:
-    """The family with this name.
+    """The family with this name and default settings; a `Family` is returned as it is.
 
     Raises
     ------

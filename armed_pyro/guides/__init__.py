@@ -1,1 +1,1 @@
-"""q, the approximate posterior."""
+"""Guides q(theta) q(u | theta), the approximate posteriors."""

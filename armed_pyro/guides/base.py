@@ -1,4 +1,4 @@
-"""Variational families: ordinary Pyro guides with the program's sites."""
+"""`Guide`: the protocol of every approximate posterior."""
 
 from __future__ import annotations
 
@@ -20,11 +20,43 @@ __all__ = ["Guide", "joined", "selected"]
 
 
 class Guide(nn.Module, ABC):
-    """Approximate posterior q of a bound program: samples every latent site of the program.
+    r"""Approximate posterior :math:`q(\theta) \, q(u \mid \theta)` of a bound program.
+
+    theta are the hyperparameters (family parameters, standard deviations, correlations, latent
+    fixed effects) and u the random effects. A guide is an ordinary Pyro guide: calling it samples
+    every latent site of the program, under the program's site names. The rest of the protocol
+    tells training, importance sampling and prediction how to use it:
+
+    ======================= ======================================================================
+    method                  caller
+    ======================= ======================================================================
+    `forward`               the objectives, `draws`, importance sampling, refinement
+    `center`                training and the search for the mode
+    `noise_shapes`          `armed_pyro.guides.noise`, which makes the noise of a draw
+    `refresh`, `exact`      training and the search for the mode
+    `settle`                training, when the network is frozen
+    `nested`, `nested_name` importance sampling, and training on whole clusters
+    `every_cluster`         training, to choose the clusters of a mini-batch
+    `work`, `most_draws`    importance sampling and training, to size their blocks
+    `clusterwise`           `armed_pyro.inference.cluster_adam`, for mini-batches
+    `narrowed`              the same
+    `draws`                 everything that reads a fitted posterior
+    ======================= ======================================================================
+
+    Sites that a guide samples beyond those of the program start with an underscore and are
+    auxiliary (``infer={"is_auxiliary": True}``): ``_theta`` holds all hyperparameters in
+    unconstrained coordinates.
+
+    Attributes
+    ----------
+    hyperparameters : Hyperparameters
+        q(theta).
 
     Examples
     --------
-    >>> sorted(Guide.__abstractmethods__)  # what a variational family of one's own has to give
+    The methods that a new variational family has to define:
+
+    >>> sorted(Guide.__abstractmethods__)
     ['center', 'every_cluster', 'forward', 'most_draws', 'nested', 'noise_shapes', 'refresh']
     """
 
@@ -32,60 +64,148 @@ class Guide(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, rows: Rows) -> dict[str, Tensor]:
-        """Sample all latent sites, random effects for the clusters of `rows`."""
+        """Sample all latent sites, with random effects for the clusters of `rows`.
 
-    @abstractmethod
-    def refresh(self, model: MixedEffects, source: RowSource) -> None:
-        """Take in what all rows say at the present state, between steps of training."""
+        The guide runs inside any plates of draws that the caller has opened ("..." below).
 
-    @abstractmethod
-    def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
-        """Shape of the standard normal noise of which each of its sites makes its draw."""
-
-    @abstractmethod
-    def nested(self) -> Factor | None:
-        """The factor whose clusters are independent given all other sites, if it has sites."""
-
-    @abstractmethod
-    def every_cluster(self) -> bool:
-        """Whether every cluster has to be drawn with every mini-batch."""
-
-    @abstractmethod
-    def most_draws(self) -> int:
-        """Draws that fit into memory at once."""
-
-    @abstractmethod
-    def center(self, rows: Rows) -> dict[str, Tensor]:
-        """The latent sites at the guide's centre, without randomness."""
-
-    def exact(self, model: MixedEffects) -> bool:
-        """Whether q(u | theta) is exact once the network is held and `refresh` was called."""
-        return False
-
-    def work(self) -> int:
-        """Multiplications of a joint draw of all random effects, where it takes more than rows."""
-        return 0
-
-    def clusterwise(self) -> Mapping[str, PseudoObservations]:
-        """By factor, what is kept of clusters and can be `narrowed`; by default nothing."""
-        return {}
-
-    def narrowed(self, sizes: Mapping[str, int]) -> Guide:
-        """The same guide, with room for only so many clusters of these factors."""
-        raise NotImplementedError(f"{type(self).__name__} keeps nothing of clusters apart")
-
-    def settle(self) -> None:
-        """From now on only the hyperparameters are trained; the rest follows by `refresh`."""
-        self.requires_grad_(False)
-        self.hyperparameters.settle()
-
-    def draws(self, rows: Rows, n: int) -> dict[str, Tensor]:
-        """n joint draws of all latent sites.
+        Parameters
+        ----------
+        rows : Rows
+            A batch; only its memberships are read.
 
         Returns
         -------
         dict of str to Tensor
-            Random effects with shape "n clusters terms"; other sites "n 1 ...".
+            ``<factor>_effect`` of shape "... clusters terms", one row per entry of the
+            membership's `index`; every hyperparameter with a 1 in the place of the clusters,
+            "... 1 size". Known hyperparameters are included without any leading dimensions.
+        """
+
+    @abstractmethod
+    def center(self, rows: Rows) -> dict[str, Tensor]:
+        """The latent sites at the guide's centre: theta at zero noise, u at its mean given theta.
+
+        Nothing is random, and no Pyro site is sampled.
+
+        Returns
+        -------
+        dict of str to Tensor
+            One value of each site, without leading dimensions: "clusters terms" for effects.
+        """
+
+    @abstractmethod
+    def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
+        """Shape of the standard normal noise behind one draw of each random site.
+
+        Returns
+        -------
+        dict of str to tuple of int
+            ``(size,)`` for sites without clusters, such as ``_theta``, and ``(clusters, terms)``
+            for random effects. Sites that are functions of others, and empty ones, are left out.
+            Each site that is listed has a `Pushforward` distribution, which maps the noise to the
+            draw.
+        """
+
+    @abstractmethod
+    def refresh(self, model: MixedEffects, source: RowSource) -> None:
+        """Set q(u | theta) from the likelihood of all rows at the present state, in place.
+
+        Training calls it between steps, and the search for the mode after moves of theta. Guides
+        that have nothing to set return at once.
+
+        Parameters
+        ----------
+        model : MixedEffects
+            The bound program.
+        source : RowSource
+            All training rows.
+        """
+
+    def exact(self, model: MixedEffects) -> bool:
+        """Whether q(u | theta) equals p(u | theta, y) for every theta, after `refresh`.
+
+        The answer holds for a frozen network. Where it is True, p(y, u | theta) / q(u | theta) is
+        the same for every u, and one `refresh` serves the rest of training. The default is False.
+        """
+        return False
+
+    @abstractmethod
+    def nested(self) -> Factor | None:
+        """The factor whose clusters are independent in q given all other sites, or None.
+
+        Importance sampling integrates over its effects cluster by cluster, with several particles
+        for each. With two or more such factors, the guide names the largest.
+        """
+
+    def nested_name(self) -> str | None:
+        """Name of the `nested` factor, or None."""
+        nested = self.nested()
+        return None if nested is None else nested.name
+
+    @abstractmethod
+    def every_cluster(self) -> bool:
+        """Whether every mini-batch has to draw the effects of every cluster.
+
+        If False, a mini-batch draws only the clusters of its rows.
+        """
+
+    @abstractmethod
+    def most_draws(self) -> int:
+        """Number of draws of all random effects that fit into memory at once; at least 1."""
+
+    def work(self) -> int:
+        """Multiplications of one joint draw of all random effects, beyond the work of the rows.
+
+        The default is 0. Training and importance sampling take fewer draws where it is large.
+        """
+        return 0
+
+    def clusterwise(self) -> Mapping[str, PseudoObservations]:
+        """The parameters that belong to single clusters, by factor; empty by default.
+
+        A mini-batch trains only the entries of its clusters, see
+        `armed_pyro.inference.cluster_adam`.
+        """
+        return {}
+
+    def narrowed(self, sizes: Mapping[str, int]) -> Guide:
+        """A copy with room for fewer clusters, which shares all parameters not in `clusterwise`.
+
+        Parameters
+        ----------
+        sizes : mapping of str to int
+            Number of clusters, for some of the factors of `clusterwise`.
+
+        Raises
+        ------
+        NotImplementedError
+            If the guide has no clusterwise parameters.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no parameters by cluster")
+
+    def settle(self) -> None:
+        """Switch gradients off for all parameters but those of q(theta).
+
+        Training calls it once, when the network is frozen. From then on q(u | theta) follows by
+        `refresh`.
+        """
+        self.requires_grad_(False)
+        self.hyperparameters.train_shape()
+
+    def draws(self, rows: Rows, n: int) -> dict[str, Tensor]:
+        """n joint draws of all latent sites, without gradients.
+
+        Parameters
+        ----------
+        rows : Rows
+            Rows whose clusters are drawn; `MixedEffects.clusters` gives every cluster.
+        n : int
+            Number of draws, made `most_draws` at a time.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Random effects with shape "n clusters terms", other sites with "n 1 ...".
         """
         pieces = []
         with torch.no_grad():
@@ -96,7 +216,7 @@ class Guide(nn.Module, ABC):
 
 
 def joined(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Draws in several pieces as one; quantities that are known have no draws to join."""
+    """Concatenate pieces of draws along the draws; known quantities, without draws, stay as is."""
     return {
         name: value if value.dim() < 2 else torch.cat([piece[name] for piece in pieces])
         for name, value in pieces[0].items()
@@ -104,5 +224,5 @@ def joined(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def selected(latents: Mapping[str, Tensor], which: slice | Tensor) -> dict[str, Tensor]:
-    """Some of the draws; quantities that are known have none to select."""
-    return {name: one[which] if one.dim() > 1 else one for name, one in latents.items()}
+    """The draws at these places; known quantities, without draws, stay as is."""
+    return {name: value[which] if value.dim() > 1 else value for name, value in latents.items()}

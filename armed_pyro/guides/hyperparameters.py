@@ -1,10 +1,10 @@
-"""The hyperparameters' part of a guide: one joint distribution in unconstrained coordinates."""
+"""`Hyperparameters`: q(theta), one joint distribution in unconstrained coordinates."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -18,21 +18,34 @@ from torch.distributions.transforms import CorrCholeskyTransform
 
 from armed_pyro.distributions.cholesky_correlation import CorrelationCholesky
 from armed_pyro.distributions.flow import AutoregressiveNormal, CoupledNormal, Flow, FlowParameters
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
+from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Hyperparameters"]
 
 
-# Hyperparameters up to which the guide's matrices take whole steps.
+# With more hyperparameters than this, steps of the guide's matrices are shortened in proportion.
 FULL_STEPS = 6
 
 
 @dataclass(frozen=True)
 class _GlobalSite:
-    """A hyperparameter's place in the vector theta."""
+    """A hyperparameter's site, and its place in theta.
+
+    Attributes
+    ----------
+    name : str
+        Name of the Pyro site.
+    start, stop : int
+        Its coordinates are ``theta[..., start:stop]``.
+    shape : torch.Size
+        Shape of the unconstrained value.
+    event_dim : int
+        Dimensions of the site's event.
+    transform : torch.distributions.Transform
+        From the unconstrained value to the site's support.
+    positive : bool
+        Whether the support is the positive numbers.
+    """
 
     name: str
     start: int
@@ -43,38 +56,56 @@ class _GlobalSite:
     positive: bool
 
     def read(self, theta: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
-        """The site's value, and minus the log-determinant of its transform."""
+        """The site's value, and the log-density that its transform adds: minus log |det|."""
         free = theta[..., self.start : self.stop].reshape(theta.shape[:-1] + self.shape)
-        held = free
+        bounded = free
         if self.positive:
-            # Where data say next to nothing of an sd its log goes anywhere; gradients hold fourth
-            # powers of sds, which must be numbers.
+            # The log of an sd about which the data say little can take any value. Gradients
+            # contain fourth powers of sds, which must neither overflow nor underflow.
             limits = torch.finfo(free.dtype)
             least, most = 8 * limits.tiny**0.25, limits.max**0.25 / 8
-            held = free.clamp(math.log(least), math.log(most))
-        value = self.transform(held)
+            bounded = free.clamp(math.log(least), math.log(most))
+        value = self.transform(bounded)
         log_det = self.transform.log_abs_det_jacobian(free, value)
         log_det = sum_rightmost(log_det, log_det.dim() - value.dim() + self.event_dim)
         return value, -log_det
 
 
 class Hyperparameters(nn.Module):
-    r"""Joint posterior of everything outside the plates over clusters.
+    r"""q(theta), the joint posterior of all latent sites outside the plates over clusters.
 
     .. math:: \theta \sim \text{AutoregressiveNormal}, \quad
-        \theta = (\log \text{dispersion}, \log sd, \text{unconstrained } R, \dots, \beta)
+        \theta = (\log \text{family}, \log sd, \text{unconstrained } R, \dots, \beta)
 
-    in the order in which the program samples them, latent fixed effects last: their scale depends
-    on the variances before them.
+    Sites are in the order in which the program samples them, but latent fixed effects come last,
+    because their scale depends on the variances. Before `train_shape`, q(theta) is a
+    `CoupledNormal`.
 
-    Where there are many, each row of its matrices is a sum of as many numbers, all of which an
-    optimizer moves at once: what is trained is in units that leave the sum's steps as they are for
-    few, or the noise of the gradients would add up.
+    With many hyperparameters, each row of the flow's matrices is a sum of many trained numbers,
+    all moved at once by Adam, and the noise of their gradients would add up. Beyond
+    `FULL_STEPS` hyperparameters the matrices are therefore trained in smaller units.
 
     Parameters
     ----------
     model : MixedEffects
         A bound program.
+
+    Attributes
+    ----------
+    known : dict of str to Tensor
+        Hyperparameters that are given by their priors, and have no place in theta.
+    size : int
+        Length of theta.
+    shaped : bool
+        Whether skewness, tails and dependent scales are trained.
+
+    Examples
+    --------
+    >>> from armed_pyro import ClusteredData
+    >>> data = ClusteredData.from_arrays([[0.0], [1.0], [3.0]], [1, 2, 5], {"g": [0, 0, 1]})
+    >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
+    >>> sorted(Hyperparameters(model)())
+    ['g_sd', 'residual_sd']
     """
 
     anchor: Tensor
@@ -99,8 +130,8 @@ class Hyperparameters(nn.Module):
         self.log_scale = nn.Parameter(like.new_full((size,), math.log(0.1)))
         self.shift = nn.Parameter(like.new_zeros(size))
         self.coupling = nn.Parameter(like.new_zeros(size, size))
-        # Held at the normal distribution until `settle`: what a single draw says of a shape
-        # is noise, and a shape that wanders makes draws that overflow.
+        # Fixed at the normal distribution until `train_shape`: with the single draw of a network's
+        # step, gradients of the shape are noise, and a shape that drifts makes draws that overflow.
         self.twist = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
         self.bow = nn.Parameter(like.new_zeros(size, size), requires_grad=False)
         self.skew = nn.Parameter(like.new_zeros(size), requires_grad=False)
@@ -108,7 +139,7 @@ class Hyperparameters(nn.Module):
         self.shaped = False
 
     def forward(self) -> dict[str, Tensor]:
-        """Sample every hyperparameter's site."""
+        """Sample ``_theta`` and every hyperparameter's site; the known ones are returned, too."""
         latents = dict(self.known)
         if self.sites:
             theta = pyro.sample("_theta", self.distribution(), infer={"is_auxiliary": True})
@@ -118,8 +149,8 @@ class Hyperparameters(nn.Module):
                 latents[site.name] = pyro.sample(site.name, point)
         return latents
 
-    def settle(self) -> None:
-        """From now on its shape is trained, too."""
+    def train_shape(self) -> None:
+        """Switch gradients on for all parameters, those of the shape included."""
         self.requires_grad_(True)
         self.shaped = True
 
@@ -140,18 +171,18 @@ class Hyperparameters(nn.Module):
         )
 
     def center(self) -> dict[str, Tensor]:
-        """The hyperparameters where the noise is zero."""
+        """The hyperparameters at zero noise, with the known ones."""
         theta = self.distribution().push(torch.zeros_like(self.anchor))
         return self.known | {site.name: site.read(theta)[0] for site in self.sites}
 
     def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
         super()._load_from_state_dict(*args, **settings)
         shape = (self.twist, self.bow, self.skew, self.log_tail)
-        self.shaped = self.shaped or any(bool(one.any()) for one in shape)
+        self.shaped = self.shaped or any(bool(parameter.any()) for parameter in shape)
 
     @torch.no_grad()
     def set_normal(self, mean: Float[Tensor, " size"], root: Float[Tensor, "size size"]) -> None:
-        """Make q(theta) the normal distribution N(mean, root root'), root lower triangular."""
+        """Set q(theta) to N(mean, root root'), with root lower triangular, in place."""
         self.anchor.copy_(mean)
         self.frame.copy_(root)
         for parameter in self.parameters():
@@ -159,7 +190,7 @@ class Hyperparameters(nn.Module):
 
 
 def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
-    """The program's latent sites outside the plates, in order of appearance."""
+    """The program's latent sites outside the plates, in order of appearance, fixed effects last."""
     facts, like = model.data_facts(), model.reference()
     training = model.training
     model.eval()
@@ -194,14 +225,11 @@ def _is_positive(support: Any) -> bool:
 
 
 def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:
-    """Starting point of theta: moderate random effects, no correlation, null fixed effects."""
-    start: list[float] = []
+    """Starting point of theta: `MixedEffects.starts`, and 0 for sites that it leaves out."""
+    values, start = model.starts(), list[float]()
     for site in sites:
-        size = site.stop - site.start
-        if site.name == model.family.dispersion_name:
-            start += [math.log(0.7)] * size
-        elif site.name.endswith("_sd"):
-            start += [math.log(0.5 / math.sqrt(max(1, size / 2)))] * size
+        if site.name in values:
+            start += site.transform.inv(values[site.name]).flatten().tolist()
         else:
-            start += [0.0] * size
+            start += [0.0] * (site.stop - site.start)
     return start

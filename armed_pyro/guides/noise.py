@@ -1,4 +1,4 @@
-"""The random numbers that a guide turns into draws, given explicitly."""
+"""The standard normal noise behind a guide's draws, made explicitly and handed to the guide."""
 
 from __future__ import annotations
 
@@ -17,31 +17,38 @@ from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Pushforward
 from armed_pyro.guides.base import Guide
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Given", "Noise", "gaussian_noise", "no_noise", "proposal_noise", "proposal_variance"]
+__all__ = [
+    "Noise",
+    "NoiseMessenger",
+    "gaussian_noise",
+    "no_noise",
+    "proposal_noise",
+    "proposal_variance",
+]
 
 
-# Degrees of freedom of the proposal of the hyperparameters; share of its draws that go far along
-# one coordinate, and their scale.
+# The hyperparameters' proposal: degrees of freedom; the share of draws that are heavy-tailed along
+# a single coordinate; and the scale of that coordinate.
 PROPOSAL_DF, SHARE_ALONG_ONE, ALONG_ONE = 8.0, 0.3, 3.0
 
 
 @dataclass(frozen=True)
 class Noise:
-    r"""Noise for the sites of a guide, S draws of all and M particles of the nested effects.
+    r"""Noise of a guide's sites: S draws of every site, M particles of the nested effects.
 
     Attributes
     ----------
     values : mapping of str to Tensor
-        "draws 1 clusters terms", "draws 1 1 size"; "draws particles clusters terms" for the
-        effects of the guide's nested factor.
+        Noise by site: "draws 1 clusters terms" for random effects, "draws 1 1 size" for sites
+        without clusters, "draws particles clusters terms" for the guide's nested factor.
     log_ratio : mapping of str to Tensor
-        log-density of a site's noise over that of standard normal noise, one value a draw (and
-        particle and cluster); sites left out have standard normal noise.
+        Log-density of a site's noise minus that of standard normal noise, one value per draw (and
+        particle and cluster). Sites that are left out have standard normal noise.
     held : bool
-        Whether random effects are held where this noise puts them: gradients by the
-        hyperparameters then go through densities alone. Where their conditional is exact,
-        :math:`p(y, u \mid \theta) / q(u \mid \theta)` is the same for all u, and so are
-        gradients, for less work.
+        Whether random effects are treated as constants, so that gradients in the hyperparameters
+        flow through densities only. Where the conditional is exact,
+        :math:`p(y, u \mid \theta) / q(u \mid \theta)` is the same for all u, and these gradients
+        are right and cheaper.
     """
 
     values: Mapping[str, Tensor]
@@ -49,10 +56,21 @@ class Noise:
     held: bool = False
 
 
-class Given(Messenger):
-    """Handler by which a guide makes its draws of given noise, however many draws that is.
+class NoiseMessenger(Messenger):
+    """Pyro handler under which a guide's sites take their noise from here.
 
-    Random effects are `held`, without gradients, if so wanted: see `Noise`.
+    The number of draws is that of the noise; no plate of draws is needed.
+
+    Parameters
+    ----------
+    values : mapping of str to Tensor
+        As of `Noise`. Sites that are left out are sampled as usual.
+    held : bool
+        Whether random effects get no gradients: see `Noise`.
+
+    Examples
+    --------
+    ``with NoiseMessenger(noise.values): latents = guide(rows)``
     """
 
     def __init__(self, values: Mapping[str, Tensor], *, held: bool = False) -> None:
@@ -63,19 +81,20 @@ class Given(Messenger):
         name = msg["name"]
         if name in self.values:
             value = cast("Pushforward", msg["fn"]).push(self.values[name])
-            # Another tensor, so that its density is computed from the value, not from the noise.
+            # A detached value is a new tensor, so its density is computed from the value and not
+            # from the noise, see `Pushforward`.
             msg["value"] = value.detach() if self.held and name != "_theta" else value
             msg["done"] = True
 
 
 def gaussian_noise(guide: Guide, rows: Rows, draws: int, like: Tensor) -> Noise:
-    """Standard normal noise, with a single particle a draw."""
+    """Standard normal noise in the precision and on the device of `like`; one particle per draw."""
     shapes = guide.noise_shapes(rows).items()
     return Noise({site: _normal(draws, 1, shape, like) for site, shape in shapes}, {})
 
 
 def no_noise(guide: Guide, rows: Rows, like: Tensor) -> Noise:
-    """One draw at the guide's centre, its random effects held."""
+    """One draw at the guide's centre, with constant random effects."""
     shapes = guide.noise_shapes(rows).items()
     return Noise({site: like.new_zeros(1, 1, *_padded(shape)) for site, shape in shapes}, {}, True)
 
@@ -90,66 +109,87 @@ def proposal_noise(
     heavy: bool = True,
     stretch: bool = True,
 ) -> Noise:
-    """Noise of proposals: tails heavier than the guide's, particles spread evenly.
+    """Noise of importance-sampling proposals: heavier tails, and evenly spread particles.
 
-    The nested effects' noise comes from randomly shifted lattices, a lattice of M points for each
-    draw and cluster.
+    The nested effects' noise comes from randomly shifted lattices, with one lattice of M points
+    for each draw and cluster.
 
     Parameters
     ----------
+    guide : Guide
+        The guide that will turn the noise into draws.
+    rows : Rows
+        Rows whose clusters are drawn.
+    draws, particles : int
+        S draws of every site and M particles of the nested effects for each.
+    like : Tensor
+        A tensor of the wanted precision and device.
     heavy : bool
-        Whether the hyperparameters' noise has the tails of `_far_reaching` instead of normal ones.
+        Whether the hyperparameters' noise has the tails of `_heavy_tailed` instead of normal ones.
     stretch : bool
-        Whether the normal tails of the nested effects are stretched by ``sinh(t asinh(.))``, with
-        t 1.6 for one effect a cluster, 1.4 for two, 1.2 for more.
+        Whether the nested effects' normal tails are stretched by ``sinh(t asinh(.))``, with t 1.6
+        for one effect per cluster, 1.4 for two and 1.2 for more.
     """
     nested = guide.nested()
     values, ratio = {}, {}
     for site, shape in guide.noise_shapes(rows).items():
         if nested is not None and site == nested.effect_site:
-            even = torch.special.ndtri(lattice(draws, particles, shape, like))
-            values[site] = even
+            normal = torch.special.ndtri(lattice(draws, particles, shape, like))
+            values[site] = normal
             if stretch:
-                values[site], ratio[site] = stretched(even)
+                values[site], ratio[site] = stretched(normal)
         elif site == "_theta" and heavy:
-            values[site], ratio[site] = _far_reaching(_normal(draws, 1, shape, like))
+            values[site], ratio[site] = _heavy_tailed(_normal(draws, 1, shape, like))
         else:
             values[site] = _normal(draws, 1, shape, like)
     return Noise(values, ratio)
 
 
 def proposal_variance(size: int) -> float:
-    """Variance of a coordinate of the heavy noise of that many hyperparameters."""
-    of_t = PROPOSAL_DF / (PROPOSAL_DF - 2)
-    along = 1 + (ALONG_ONE**2 * of_t - 1) / size
-    return (1 - SHARE_ALONG_ONE) * of_t + SHARE_ALONG_ONE * along
+    """Variance of each coordinate of the heavy-tailed noise of `size` hyperparameters."""
+    student_t = PROPOSAL_DF / (PROPOSAL_DF - 2)
+    along_one = 1 + (ALONG_ONE**2 * student_t - 1) / size
+    return (1 - SHARE_ALONG_ONE) * student_t + SHARE_ALONG_ONE * along_one
 
 
 def _normal(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    whole = (draws, particles, *_padded(shape))
-    return torch.randn(whole, dtype=like.dtype, device=like.device)
+    size = (draws, particles, *_padded(shape))
+    return torch.randn(size, dtype=like.dtype, device=like.device)
 
 
 def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """With a dimension in the place of clusters."""
+    """The shape with a 1 in the place of the clusters, if it has none."""
     return shape if len(shape) > 1 else (1, *shape)
 
 
-def _far_reaching(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
-    r"""Noise with heavy tails in all directions, and heavier ones along single coordinates.
+def _heavy_tailed(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
+    r"""Noise with heavy tails in all directions, heavier along single coordinates; its log-ratio.
 
-    Multivariate t; or, in three of ten draws, normal but for one coordinate, which is t with three
-    times the scale: a posterior that an sd near zero, say, gives a long tail leaves the guide
-    along one coordinate, and tails that long in all of them would waste the draws.
+    A mixture: multivariate t with probability 0.7, else normal except for one coordinate, which is
+    t with three times the scale. A posterior with a long tail, such as that of an sd near zero,
+    departs from the guide along one coordinate, and tails of that length in all coordinates would
+    waste draws.
+
+    Parameters
+    ----------
+    normal : Float[Tensor, "... size"]
+        Standard normal noise, from which the result is made.
+
+    Returns
+    -------
+    noise : Float[Tensor, "... size"]
+        The noise.
+    log_ratio : Float[Tensor, "draws"]
+        As of `Noise`.
     """
     size, df = normal.shape[-1], PROPOSAL_DF
     chi2 = torch.distributions.Chi2(normal.new_tensor(df)).sample(normal.shape[:-1])
     stretch = (df / chi2).sqrt()[..., None]
     chosen = torch.randint(size, (*normal.shape[:-1], 1), device=normal.device)
-    alone = torch.arange(size, device=normal.device) == chosen
-    single = torch.where(alone, ALONG_ONE * stretch * normal, normal)
-    by_one = torch.rand(normal.shape[:-1], device=normal.device)[..., None] < SHARE_ALONG_ONE
-    noise = torch.where(by_one, single, stretch * normal)
+    is_chosen = torch.arange(size, device=normal.device) == chosen
+    single = torch.where(is_chosen, ALONG_ONE * stretch * normal, normal)
+    along_one = torch.rand(normal.shape[:-1], device=normal.device)[..., None] < SHARE_ALONG_ONE
+    noise = torch.where(along_one, single, stretch * normal)
     log_normal = -0.5 * noise**2 - LOG_SQRT_2PI
     constant = math.lgamma((df + size) / 2) - math.lgamma(df / 2)
     constant -= size / 2 * math.log(df * math.pi)

@@ -1,36 +1,35 @@
-"""Pseudo-observations of random effects: what the rows of a cluster say about them."""
+"""Pseudo-observations: each cluster's likelihood of its random effects, as one normal density."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.program.linearize import reconstruction_slopes, sensitivities
+from armed_pyro.program.linearize import curvature, mean_draws, reconstruction_slopes, sensitivities
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
 from armed_pyro.random_effects.design import LayerBlock, by_column
 from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.batch import Membership, Rows
+from armed_pyro.rows.source import RowSource
 
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Membership
-    from armed_pyro.rows.source import RowSource
-from armed_pyro.program.linearize import curvature, mean_draws
-
-__all__ = ["FULL_TERMS", "PseudoObservations", "observe", "overshoot"]
+__all__ = ["FULL_TERMS", "PseudoObservations", "newton_excess", "observe"]
 
 
 # Up to this many terms a cluster's effects get a full precision matrix, beyond it a diagonal one:
 # the matrix costs O(clusters x terms^2) memory.
 FULL_TERMS = 16
-# Units of the link by which one step may move a cluster's effects.
+# Units of the link by which one Newton step may move a cluster's effects.
 LONGEST_STEP = 3.0
-# Matrices whose eigenvalues a GPU's library finds in one call.
+# A GPU's library decomposes at most this many matrices in one call.
 MOST_AT_ONCE = 2**13
+# Elements of designs, features and draws in a block of rows.
+BLOCK_VALUES = 2**21
 
 
 class PseudoObservations(nn.Module):
@@ -38,17 +37,32 @@ class PseudoObservations(nn.Module):
 
     .. math:: m_k - G_k \beta \sim N(u_k, (\tau A_k)^{-1}), \quad A_k = R_k C_k C_k^\top R_k^\top
 
-    R_k is set once from the rows and C_k starts at the identity, so that what is trained (C_k,
-    m_k and G_k) is of order 1 whether a cluster has two rows or ten thousand.
+    with tau the residual precision. R_k is set from the rows, without gradients, and C_k starts
+    at the identity. The trained C_k, m_k and G_k are therefore of order 1, whether a cluster has
+    two rows or ten thousand.
 
     Parameters
     ----------
     factor : Factor
         The grouping factor.
     n_clusters, n_fixed : int
-        Clusters, and latent fixed effects beta.
+        Numbers of clusters and of latent fixed effects beta.
     like : Tensor
         A tensor of the wanted precision and device.
+
+    Attributes
+    ----------
+    base, root : Float[Tensor, "clusters terms terms"] or Float[Tensor, "clusters terms"]
+        R_k and C_k; their diagonals unless `full`.
+    location : Float[Tensor, "clusters terms"]
+        m_k.
+    cross : Float[Tensor, "clusters terms n_fixed"] or None
+        G_k; None without latent fixed effects.
+    conjugate : bool
+        Whether `observe` sets them at every refresh; otherwise only at the start. True for at
+        most 16 terms.
+    full : bool
+        Whether the precision matrices are full; True for 2 to 16 terms.
     """
 
     base: Tensor
@@ -59,7 +73,6 @@ class PseudoObservations(nn.Module):
     def __init__(self, factor: Factor, n_clusters: int, n_fixed: int, like: Tensor) -> None:
         super().__init__()
         terms = len(factor.terms)
-        # Set by conjugate-computation steps; the precision of a single term is a number anyway.
         self.conjugate = terms <= FULL_TERMS
         self.full = terms > 1 and self.conjugate
         shape = (n_clusters, terms, terms) if self.full else (n_clusters, terms)
@@ -67,7 +80,7 @@ class PseudoObservations(nn.Module):
         self.register_buffer("base", clusters_last(like.new_zeros(shape)))
         self.root = nn.Parameter(clusters_last(unit.to(like).expand(shape)))
         self.location = nn.Parameter(clusters_last(like.new_zeros(n_clusters, terms)))
-        # Without the coupling to latent fixed effects, their sd would be far too small.
+        # Without G_k, the sds of latent fixed effects would be far too small.
         cross = clusters_last(like.new_zeros(n_clusters, terms, n_fixed))
         self.cross = nn.Parameter(cross) if n_fixed else None
 
@@ -76,52 +89,64 @@ class PseudoObservations(nn.Module):
         membership: Membership,
         fixed: Float[Tensor, "... 1 n_fixed"] | None,
         *,
-        held: bool = False,
+        detach: bool = False,
     ) -> tuple[Tensor, Tensor, Float[Tensor, "... clusters terms"]]:
         """R_k, C_k (or their diagonals) and m_k - G_k beta of the clusters drawn.
 
         Parameters
         ----------
         membership : Membership
-            Which they are.
+            The clusters drawn.
         fixed : Float[Tensor, "... 1 n_fixed"] or None
             beta.
-        held : bool
-            Whether what is trained here gets no gradients.
+        detach : bool
+            Whether C_k, m_k and G_k get no gradients.
         """
-        # To gather all in order would be a copy, and its gradient a slow one.
+        # Gathering all clusters in order would copy them, and the gather's gradient is slow.
         index = slice(None) if membership.complete else membership.index
         location, cross, trained = self.location[index], self.cross, self.root[index]
-        if held:
+        if detach:
             location, trained = location.detach(), trained.detach()
         if cross is not None and fixed is not None:
-            slope = cross.detach()[index] if held else cross[index]
+            slope = cross.detach()[index] if detach else cross[index]
             fixed = fixed.squeeze(-2) if fixed.dim() > 1 else fixed
             location = location - (fixed @ slope.flatten(0, 1).mT).unflatten(-1, slope.shape[:2])
         return self.base[index], trained, location
 
     def narrowed(self, factor: Factor, clusters: int) -> PseudoObservations:
-        """Room for the pseudo-observations of so many clusters."""
+        """New pseudo-observations of the same kind for this number of clusters, at their start."""
         fixed = 0 if self.cross is None else self.cross.shape[-1]
         return PseudoObservations(factor, clusters, fixed, self.location)
 
     @torch.no_grad()
     def start(self, precision: Tensor, pull: Tensor, cross: Tensor | None) -> None:
-        """Set A_k, A_k m_k and A_k G_k to these sums over rows."""
+        """Set A_k, A_k m_k and A_k G_k to these values, in place; C_k to the identity.
+
+        Parameters
+        ----------
+        precision : Tensor
+            A_k, of the shape of `base`.
+        pull : Float[Tensor, "clusters terms"]
+            A_k m_k.
+        cross : Float[Tensor, "clusters terms n_fixed"] or None
+            A_k G_k.
+        """
         unit = torch.eye(self.base.shape[-1]) if self.full else torch.ones(self.base.shape[-1])
         self.root.copy_(unit.to(self.root).expand(self.root.shape))
         if self.full:
-            found = [torch.linalg.eigh(some) for some in precision.split(MOST_AT_ONCE)]
-            values, vectors = (torch.cat(parts) for parts in zip(*found, strict=True))
-            known = values > 1e-8 * values.amax(-1, keepdim=True).clamp(min=1e-8)
-            inverse = torch.where(known, values, torch.inf).reciprocal()
+            pieces = [torch.linalg.eigh(piece) for piece in precision.split(MOST_AT_ONCE)]
+            values, vectors = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+            # Directions about which the rows say nothing get the location 0.
+            observed = values > 1e-8 * values.amax(-1, keepdim=True).clamp(min=1e-8)
+            inverse = torch.where(observed, values, torch.inf).reciprocal()
             solve = (vectors * inverse[..., None, :]) @ vectors.mT
             self.base.copy_(vectors * values.clamp(min=1e-12).sqrt()[..., None, :])
             self.location.copy_((solve @ pull[..., None])[..., 0])
             if self.cross is not None and cross is not None:
                 self.cross.copy_(solve @ cross)
             return
-        # Wide layers are correlated: each unit alone would explain what all explain together.
+        # Units of a wide layer are correlated: without the division by their number, each of them
+        # would explain on its own what they explain together.
         inverse = 1 / (precision.clamp(min=1e-12) * precision.shape[-1])
         self.base.copy_(precision.clamp(min=1e-12).sqrt())
         self.location.copy_(inverse * pull)
@@ -130,22 +155,22 @@ class PseudoObservations(nn.Module):
 
 
 def clusters_last(values: Float[Tensor, "clusters ..."]) -> Float[Tensor, "clusters ..."]:
-    """A copy in which one number of all clusters is in one piece of memory."""
+    """A copy in which each element of all clusters is contiguous in memory."""
     return values.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0)
 
 
-def overshoot(
+def newton_excess(
     factor: Factor,
     latents: Mapping[str, Tensor],
     effects: Float[Tensor, "clusters terms"] | None,
     precision: Tensor,
-    push: Float[Tensor, "clusters terms"],
+    slope: Float[Tensor, "clusters terms"],
 ) -> tuple[Float[Tensor, "clusters terms"], Float[Tensor, "clusters 1"]]:
-    """Gradient of likelihood and prior by the effects, and the share of it that is too much.
+    """Gradient of the log-posterior in the effects, and the fraction by which a step is too long.
 
-    Newton's step overshoots where a count is far larger than expected; it is to move a cluster's
-    effects by no more than a few units of the link. At the mode there is no gradient, so that
-    its shortening makes no difference in the end.
+    A full Newton step overshoots where a count is far larger than expected. It may move a
+    cluster's effects by at most `LONGEST_STEP` units of the link. Shortening leaves the mode
+    where it is, because the gradient is zero there.
 
     Parameters
     ----------
@@ -154,24 +179,33 @@ def overshoot(
     latents : mapping of str to Tensor
         Hyperparameters, a point or draws.
     effects : Float[Tensor, "clusters terms"] or None
-        Where the effects are; None for zeros.
-    precision, push : Tensor
-        Curvature of the log-likelihood, or its diagonal, and its slope.
+        The present effects; None for zeros.
+    precision : Float[Tensor, "clusters terms terms"] or Float[Tensor, "clusters terms"]
+        Minus the second derivative of the log-likelihood in the effects, or its diagonal.
+    slope : Float[Tensor, "clusters terms"]
+        Its first derivative.
+
+    Returns
+    -------
+    gradient : Float[Tensor, "clusters terms"]
+        Gradient of log-likelihood and log-prior.
+    excess : Float[Tensor, "clusters 1"]
+        1 - `LONGEST_STEP` / length of the step, and 0 for steps that are short enough.
     """
-    terms = push.shape[-1]
-    effects = torch.zeros_like(push) if effects is None else effects
-    # At the geometric mean of the sds: their arithmetic one is that of the largest draws.
+    terms = slope.shape[-1]
+    effects = torch.zeros_like(slope) if effects is None else effects
+    # The sds' geometric mean over draws: the arithmetic mean follows the largest draws.
     sds = factor.sd(latents).reshape(-1, terms)
     sd = sds.log().mean(0).exp()
     if precision.dim() == 3:
         scales = factor.scale_matrix(latents).reshape(-1, terms, terms) / sds[..., None]
         root = sd[:, None] * scales.mean(0)
         prior = torch.linalg.inv(root @ root.mT + 1e-4 * torch.diag(sd**2))
-        gradient = push - effects @ prior
+        gradient = slope - effects @ prior
         step = torch.linalg.solve(precision + prior, gradient)
     else:
         prior = sd**-2
-        gradient = push - effects * prior
+        gradient = slope - effects * prior
         step = gradient / (precision * terms + prior)
     length = step.abs().amax(-1, keepdim=True)
     return gradient, (1 - LONGEST_STEP / length.clamp(min=LONGEST_STEP)).nan_to_num(0.0)
@@ -186,96 +220,153 @@ def observe(
     r"""Set pseudo-observations from the slope and curvature of the rows' log-likelihood.
 
     A_k, A_k m_k and A_k G_k become Z'WZ, Z'(r + W (Z u + X beta)) and Z'WX over the cluster's
-    rows, with W and r of `curvature` and u, beta at their means: one step of penalised
-    quasi-likelihood given a single point, of conjugate-computation variational inference given
-    draws (Khan and Lin 2017). Exact at once for gaussian outcomes with linear fixed effects. For
-    effects on filters Z is the predictor's gradient at the effects' means: a Gauss-Newton step,
-    to which the other outcomes add (`armed_pyro.program.linearize.reconstruction_slopes`).
+    rows, with W and r of `curvature` and u, beta at their means. At a point this is a step of
+    penalised quasi-likelihood; with draws, one of conjugate-computation variational inference
+    (Khan and Lin 2017). For gaussian outcomes with linear fixed effects a single step is exact.
+    For effects on filters Z is the predictor's gradient at the effects' means, which makes it a
+    Gauss-Newton step, and the other outcomes add to it
+    (`armed_pyro.program.linearize.reconstruction_slopes`).
 
     Parameters
     ----------
     model : MixedEffects
         The bound program.
     pseudo : sequence of PseudoObservations
-        Those of each of the program's factors; diagonal ones are set only while at zero.
+        One for each of the program's factors. Those that are not `conjugate` are set only while
+        they are zero.
     latents : mapping of str to Tensor
         Hyperparameters, with random effects or without (zeros), a point or draws.
     source : RowSource
         All training rows.
     """
-    quadratic = model.family.dispersion_name == "residual_sd"
+    quadratic = model.family.is_quadratic
     sums = [
-        _sums(factor, one, quadratic and not factor.filters)
-        for factor, one in zip(model.factors, pseudo, strict=True)
+        _ClusterSums.zeros(target, quadratic=quadratic and not factor.filters)
+        for factor, target in zip(model.factors, pseudo, strict=True)
     ]
     means = mean_draws(model, latents)
-    where = latents
+    point = latents
     if modulates(model):
-        # Gradient and slope of a predictor that is not linear have to be taken at one point.
-        where = {name: one.mean(0, True) if one.dim() > 1 else one for name, one in latents.items()}
-        where |= means
+        # A nonlinear predictor needs its gradient and the likelihood's slope at the same point.
+        point = {
+            name: value.mean(0, True) if value.dim() > 1 else value
+            for name, value in latents.items()
+        }
+        point |= means
     widest = max(len(factor.terms) ** 2 for factor in model.factors)
-    draws = max([1, *(len(one) for one in where.values() if one.dim() > 1)])
-    size = max(1, 2**21 // max(widest, math.prod(source.row_shape), draws))
-    for rows, weight, residual, activations in curvature(model, source, where, size):
-        columns = weight.shape[-1]
-        x = by_column(model.head_inputs(activations), columns) if model.bayesian_head else None
-        linear = 0.0 if x is None else (x * means["fixed_effect"][:, None]).sum(1)
-        for factor, (precision, pull, cross, push) in zip(model.factors, sums, strict=True):
-            membership = rows.memberships[factor.name]
-            z = sensitivities(model, rows, factor, activations, means)
-            weighted = z * weight[:, None, :]
-            response = residual + weight * linear
-            if factor.effect_site in means:
-                mine = means[factor.effect_site][membership.position]
-                response = response + weight * torch.einsum("ntc,nt->nc", z, mine)
-            square = weighted @ z.mT if precision.dim() == 3 else (weighted * z).sum(-1)
-            precision.index_add_(0, membership.position, square)
-            pull.index_add_(0, membership.position, (z * response[:, None, :]).sum(-1))
-            if push is not None:
-                push.index_add_(0, membership.position, (z * residual[:, None, :]).sum(-1))
-            if cross is not None and x is not None:
-                cross.index_add_(0, membership.position, weighted @ x.mT)
-        for factor, slope, roots in reconstruction_slopes(model, rows, where):
-            position = rows.memberships[factor.name].position
-            precision, pull, _, push = sums[model.factors.index(factor)]
-            square = roots.mT @ roots if precision.dim() == 3 else (roots**2).sum(1)
-            response = slope
-            if factor.effect_site in means:
-                mine = means[factor.effect_site][position]
-                response = slope + (roots.mT @ (roots @ mine[..., None]))[..., 0]
-            precision.index_add_(0, position, square)
-            pull.index_add_(0, position, response)
-            if push is not None:
-                push.index_add_(0, position, slope)
-    for factor, one, (precision, pull, cross, push) in zip(
-        model.factors, pseudo, sums, strict=True
-    ):
-        precision, pull = source.total(precision), source.total(pull)
-        cross, push = (part if part is None else source.total(part) for part in (cross, push))
-        if one.conjugate or not one.base.any():
-            if not one.conjugate:
-                precision = precision + _floor(factor, one)
-            if push is not None:
+    draws = max([1, *(len(value) for value in point.values() if value.dim() > 1)])
+    size = max(1, BLOCK_VALUES // max(widest, math.prod(source.row_shape), draws))
+    for rows, weight, residual, activations in curvature(model, source, point, size):
+        _add_outcome(model, sums, means, rows, weight, residual, activations)
+        _add_reconstructions(model, sums, means, rows, point)
+    for factor, target, part in zip(model.factors, pseudo, sums, strict=True):
+        total = part.total(source)
+        if target.conjugate or not target.base.any():
+            precision, pull = total.precision, total.pull
+            if not target.conjugate:
+                precision = precision + _floor(factor, target)
+            if total.slope is not None:
                 effects = means.get(factor.effect_site)
-                gradient, excess = overshoot(factor, latents, effects, precision, push)
+                gradient, excess = newton_excess(factor, latents, effects, precision, total.slope)
                 pull = pull - excess * gradient
-            one.start(precision, pull, cross)
+            target.start(precision, pull, total.cross)
 
 
-def _sums(
-    factor: Factor, pseudo: PseudoObservations, quadratic: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    # Row-major, as sums over the rows of a cluster are written there.
-    precision = pseudo.base.new_zeros(pseudo.base.shape)
-    cross = None if pseudo.cross is None else pseudo.base.new_zeros(pseudo.cross.shape)
-    pull = pseudo.base.new_zeros(pseudo.location.shape)
-    return precision, pull, cross, None if quadratic else torch.zeros_like(pull)
+@dataclass(frozen=True)
+class _ClusterSums:
+    """Sums over the rows of each cluster of a factor.
+
+    Attributes
+    ----------
+    precision : Float[Tensor, "clusters terms terms"] or Float[Tensor, "clusters terms"]
+        Z'WZ or its diagonal.
+    pull : Float[Tensor, "clusters terms"]
+        Z'(r + W (Z u + X beta)).
+    cross : Float[Tensor, "clusters terms n_fixed"] or None
+        Z'WX, with latent fixed effects.
+    slope : Float[Tensor, "clusters terms"] or None
+        Z'r, where a Newton step may be too long.
+    """
+
+    precision: Tensor
+    pull: Float[Tensor, "clusters terms"]
+    cross: Float[Tensor, "clusters terms n_fixed"] | None
+    slope: Float[Tensor, "clusters terms"] | None
+
+    @classmethod
+    def zeros(cls, target: PseudoObservations, *, quadratic: bool) -> _ClusterSums:
+        # Row-major, unlike `target`: rows are added to whole clusters.
+        precision = target.base.new_zeros(target.base.shape)
+        cross = None if target.cross is None else target.base.new_zeros(target.cross.shape)
+        pull = target.base.new_zeros(target.location.shape)
+        return cls(precision, pull, cross, None if quadratic else torch.zeros_like(pull))
+
+    def total(self, source: RowSource) -> _ClusterSums:
+        """The sums over the rows of all processes."""
+        cross, slope = (
+            part if part is None else source.total(part) for part in (self.cross, self.slope)
+        )
+        return _ClusterSums(source.total(self.precision), source.total(self.pull), cross, slope)
+
+
+def _add_outcome(
+    model: MixedEffects,
+    sums: Sequence[_ClusterSums],
+    means: Mapping[str, Tensor],
+    rows: Rows,
+    weight: Float[Tensor, "rows columns"],
+    residual: Float[Tensor, "rows columns"],
+    activations: Mapping[str, Tensor],
+) -> None:
+    """Add a block of rows to every factor's sums, in place."""
+    columns = weight.shape[-1]
+    x = by_column(model.head_inputs(activations), columns) if model.bayesian_head else None
+    linear = 0.0 if x is None else (x * means["fixed_effect"][:, None]).sum(1)
+    for factor, part in zip(model.factors, sums, strict=True):
+        position = rows.memberships[factor.name].position
+        z = sensitivities(model, rows, factor, activations, means)
+        weighted = z * weight[:, None, :]
+        response = residual + weight * linear
+        if factor.effect_site in means:
+            effects = means[factor.effect_site][position]
+            response = response + weight * torch.einsum("ntc,nt->nc", z, effects)
+        square = weighted @ z.mT if part.precision.dim() == 3 else (weighted * z).sum(-1)
+        part.precision.index_add_(0, position, square)
+        part.pull.index_add_(0, position, (z * response[:, None, :]).sum(-1))
+        if part.slope is not None:
+            part.slope.index_add_(0, position, (z * residual[:, None, :]).sum(-1))
+        if part.cross is not None and x is not None:
+            part.cross.index_add_(0, position, weighted @ x.mT)
+
+
+def _add_reconstructions(
+    model: MixedEffects,
+    sums: Sequence[_ClusterSums],
+    means: Mapping[str, Tensor],
+    rows: Rows,
+    point: Mapping[str, Tensor],
+) -> None:
+    """Add what the other outcomes say of effects inside the network, in place."""
+    for factor, slope, roots in reconstruction_slopes(model, rows, point):
+        position, part = rows.memberships[factor.name].position, sums[model.factors.index(factor)]
+        square = roots.mT @ roots if part.precision.dim() == 3 else (roots**2).sum(1)
+        response = slope
+        if factor.effect_site in means:
+            effects = means[factor.effect_site][position]
+            response = slope + (roots.mT @ (roots @ effects[..., None]))[..., 0]
+        part.precision.index_add_(0, position, square)
+        part.pull.index_add_(0, position, response)
+        if part.slope is not None:
+            part.slope.index_add_(0, position, slope)
 
 
 def _floor(factor: Factor, pseudo: PseudoObservations) -> Float[Tensor, " terms"]:
-    # A unit that is silent now may wake up in training: let its precision be trained too.
-    inside = [isinstance(block, LayerBlock) for block in factor.linear for _ in block.names]
+    """Precision added to each term: 1 for units of a layer and for filters, 0 for inputs.
+
+    A unit that is silent now may become active in training, but its trained precision could not
+    grow from a base of zero.
+    """
+    in_layer = [isinstance(block, LayerBlock) for block in factor.linear for _ in block.names]
     floor = torch.ones_like(pseudo.location[0])
-    floor[: factor.n_linear] = torch.tensor(inside).repeat_interleave(factor.n_columns).to(floor)
+    floor[: factor.n_linear] = torch.tensor(in_layer).repeat_interleave(factor.n_columns).to(floor)
     return floor

@@ -1,4 +1,4 @@
-"""StructuredGuide: clusters are independent given the hyperparameters."""
+"""`StructuredGuide`: clusters are independent given the hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from armed_pyro.distributions.observed_normal import TiltedNormal
+from armed_pyro.distributions.observed_normal import ObservedNormal
 from armed_pyro.distributions.whitened import Whitened, WhitenedDiagonal
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.hyperparameters import Hyperparameters
@@ -24,29 +24,30 @@ from armed_pyro.rows.source import RowSource
 __all__ = ["StructuredGuide"]
 
 
-# Draws over which the slope and curvature of the likelihood are averaged; fewer of very many
-# clusters' effects, whose number makes up for it, or of very many rows, which take their time.
+# Draws over which a refresh averages the likelihood's slope and curvature. There are fewer, but at
+# least FEWEST_REFRESH_DRAWS, if draws times the largest factor's precisions, or draws times rows,
+# would exceed these limits of memory and time.
 REFRESH_DRAWS, FEWEST_REFRESH_DRAWS = 32, 4
 MOST_REFRESH_VALUES, MOST_REFRESH_ROWS = 2**23, 2**25
 
 
 class StructuredGuide(Guide):
-    r"""Hyperparameters known jointly; random effects conditionally normal given them.
+    r"""Hyperparameters known jointly; effects of each cluster normal given them.
 
     .. math::
         \theta &\sim \text{AutoregressiveNormal}, \quad
-            \theta = (\log sd, \text{unconstrained } R, \log \text{dispersion}, \beta) \\
+            \theta = (\log sd, \text{unconstrained } R, \log \text{family}, \beta) \\
         u_k \mid \theta &\sim N\big(L Q_k^{-1} L^\top \tau A_k (m_k - G_k \beta),
             L Q_k^{-1} L^\top\big), \quad Q_k = I + L^\top \tau A_k L
 
     with L the scale of the random effects given theta (u = L z with z standard normal a priori)
-    and tau the sampled residual precision (1 where the family has none). A_k, m_k, G_k are
-    pseudo-observations of cluster k. For gaussian outcomes with linear fixed effects and terms
-    on inputs, they are what the rows say and the conditional is exact for every theta;
-    elsewhere they follow the slope and curvature of the likelihood, and are trained as long as
-    the network is. A_k is full for at most 16 terms a factor, and diagonal beyond. Random effects
-    of different factors are independent given theta, which makes the variance components of
-    crossed factors too certain.
+    and tau the sampled residual precision (1 if the family has none). A_k, m_k and G_k are
+    cluster k's pseudo-observation. For gaussian outcomes with linear fixed effects and terms on
+    inputs, it is a sum over the cluster's rows, and the conditional is exact for every theta.
+    Otherwise it follows the likelihood's slope and curvature, and is trained as long as the
+    network is. A_k is full for at most 16 terms per factor, and diagonal beyond. Random effects
+    of different factors are independent given theta, so the variance components of crossed
+    factors come out too certain.
 
     Memory is O(clusters x terms^2), or O(clusters x terms) beyond 16 terms.
 
@@ -87,27 +88,28 @@ class StructuredGuide(Guide):
 
     @property
     def pseudo(self) -> tuple[PseudoObservations, ...]:
-        """Pseudo-observations of every factor."""
+        """Pseudo-observations, one module per factor of the program."""
         return cast("tuple[PseudoObservations, ...]", tuple(self._pseudo))
 
     def refresh(self, model: MixedEffects, source: RowSource) -> None:
-        if not any(one.conjugate for one in self.pseudo):
+        if not any(part.conjugate for part in self.pseudo):
             return
-        most = MOST_REFRESH_VALUES // max(one.base.numel() for one in self.pseudo)
+        most = MOST_REFRESH_VALUES // max(part.base.numel() for part in self.pseudo)
         most = min(REFRESH_DRAWS, most, MOST_REFRESH_ROWS // len(source))
         n = 1 if self.exact(model) else max(FEWEST_REFRESH_DRAWS, most)
         observe(model, self.pseudo, self.draws(model.clusters(), n), source)
 
     def exact(self, model: MixedEffects) -> bool:
-        # With quadratic likelihoods and a linear predictor it makes no difference where the latent
-        # sites are, unless the effects of other factors are taken as known at their means.
-        quadratic = model.family.dispersion_name == "residual_sd" and not modulates(model)
+        # With a quadratic likelihood and a linear predictor, a refresh gives the same wherever the
+        # latent sites are; with several factors, it depends on the other factors' means.
+        quadratic = model.family.is_quadratic and not modulates(model)
         return quadratic and len(self.factors) == 1
 
     def settle(self) -> None:
         super().settle()
-        for one in self.pseudo:
-            one.requires_grad_(not one.conjugate)
+        # A refresh sets only conjugate ones; the others go on being trained.
+        for part in self.pseudo:
+            part.requires_grad_(not part.conjugate)
 
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {"_theta": (self.hyperparameters.size,)}
@@ -117,27 +119,27 @@ class StructuredGuide(Guide):
         return {site: shape for site, shape in shapes.items() if shape != (0,)}
 
     def nested(self) -> Factor | None:
-        sizes = [one.location.numel() * one.conjugate for one in self.pseudo]
+        sizes = [part.location.numel() * part.conjugate for part in self.pseudo]
         return self.factors[sizes.index(max(sizes))] if any(sizes) else None
 
     def every_cluster(self) -> bool:
         return False
 
     def clusterwise(self) -> Mapping[str, PseudoObservations]:
-        return {one.name: mine for one, mine in zip(self.factors, self.pseudo, strict=True)}
+        return {factor.name: part for factor, part in zip(self.factors, self.pseudo, strict=True)}
 
     def narrowed(self, sizes: Mapping[str, int]) -> StructuredGuide:
         small = copy.copy(self)
         pseudo = [
-            mine.narrowed(factor, sizes[factor.name]) if factor.name in sizes else mine
-            for factor, mine in zip(self.factors, self.pseudo, strict=True)
+            part.narrowed(factor, sizes[factor.name]) if factor.name in sizes else part
+            for factor, part in zip(self.factors, self.pseudo, strict=True)
         ]
-        # All other parameters are this guide's own.
+        # The copy shares all other parameters.
         small._modules = {**self._modules, "_pseudo": nn.ModuleList(pseudo)}
         return small
 
     def most_draws(self) -> int:
-        return max(1, 10_000_000 // max([1, *(one.base.numel() for one in self.pseudo)]))
+        return max(1, 10_000_000 // max([1, *(part.base.numel() for part in self.pseudo)]))
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         latents = self.hyperparameters()
@@ -163,25 +165,24 @@ class StructuredGuide(Guide):
         latents: Mapping[str, Tensor],
         membership: Membership,
         *,
-        held: bool = False,
-    ) -> Whitened | TiltedNormal:
-        """q(u | theta) for the clusters drawn."""
+        detach: bool = False,
+    ) -> Whitened | ObservedNormal:
+        """q(u | theta) for the clusters drawn; with `detach`, without gradients of A, m and G."""
         tau, fixed = self.model_precision(latents), latents.get("fixed_effect")
         training = torch.is_grad_enabled() and pseudo.location.requires_grad
         if pseudo.full:
             scale = factor.scale_matrix(latents)
             if not training:
-                return TiltedNormal(scale, tau, *pseudo(membership, fixed)).whitened
-            moving = None if fixed is None else pseudo(membership, fixed, held=True)[-1]
-            held_fixed = None if fixed is None else fixed.detach()
-            base, trained, location = pseudo(membership, held_fixed)
-            return TiltedNormal(scale, tau, base, trained, location, moving)
-        observed = pseudo(membership, fixed, held=held)
-        judge = None
-        if training and not held:
-            judge = self._conditional(factor, pseudo, latents, membership, held=True)
-        base, trained, location = observed
+                return ObservedNormal(scale, tau, *pseudo(membership, fixed)).whitened
+            moving = None if fixed is None else pseudo(membership, fixed, detach=True)[-1]
+            constant_fixed = None if fixed is None else fixed.detach()
+            base, trained, location = pseudo(membership, constant_fixed)
+            return ObservedNormal(scale, tau, base, trained, location, moving)
+        base, trained, location = pseudo(membership, fixed, detach=detach)
+        detached = None
+        if training and not detach:
+            detached = self._conditional(factor, pseudo, latents, membership, detach=True)
         precision, sd = (base * trained) ** 2, factor.sd(latents)
         q = 1 + sd**2 * tau[..., None] * precision
         mean = sd * tau[..., None] * precision * location / q
-        return WhitenedDiagonal(sd, mean, q.sqrt(), judge)
+        return WhitenedDiagonal(sd, mean, q.sqrt(), detached)

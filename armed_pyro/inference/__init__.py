@@ -1,1 +1,1 @@
-"""From a bound program and rows to posterior draws."""
+"""Training of a bound program and its guide, and weighted or refined posterior draws."""

@@ -258,7 +258,8 @@ class ClusterTable(Update):
     ) -> None:
         # Whole rows: to write into some of its columns, the compiler would copy the table.
         rows, width = self.values.index_select(0, self.targets), gradient.shape[1]
-        # Copies and one join: for changes within one tensor, the compiler works out every column.
+        # Copies and one join: for changes within one tensor, the compiler would work out every
+        # column.
         fixed, trained, *moments = rows.split([self._fixed, width, width, width, 1], 1)
         mean, square, count = (one.clone() for one in moments)
         moved = trained + adam_change(gradient, mean, square, count, rate, self.eps)

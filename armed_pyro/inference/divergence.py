@@ -1,4 +1,4 @@
-"""The error of a training run that has run away, and what is to blame."""
+"""The error of a training run that diverged, and the words for its cause."""
 
 from __future__ import annotations
 
@@ -9,45 +9,42 @@ import torch
 from torch import Tensor
 
 from armed_pyro.engine.loss import Loss
-from armed_pyro.fitted import Fit
+from armed_pyro.inference.posterior import Posterior
 
-__all__ = ["DivergenceError", "blame", "not_finite"]
+__all__ = ["TrainingDiverged", "blame", "not_finite"]
 
 
-class DivergenceError(RuntimeError):
-    """The loss or its gradient is no longer finite, or has run away.
+class TrainingDiverged(RuntimeError):  # noqa: N818
+    """The loss or its gradient is no longer finite, or the loss grew beyond all bounds.
 
     Attributes
     ----------
-    fit : Fit
-        The fit at the start of the window of steps with the lowest mean loss.
+    posterior : Posterior
+        The posterior at the start of the window of steps with the lowest mean loss.
 
     Examples
     --------
-    >>> def fitted_or_last_good_state(model, data):
-    ...     try:
-    ...         return fit(model, data)
-    ...     except DivergenceError as error:
-    ...         return error.fit
+    >>> issubclass(TrainingDiverged, RuntimeError)
+    True
     """
 
-    def __init__(self, message: str, fit: Fit) -> None:
+    def __init__(self, message: str, posterior: Posterior) -> None:
         super().__init__(message)
-        self.fit = fit
+        self.posterior = posterior
 
 
 def blame(loss: Loss) -> str:
-    """Which parts of a loss are not finite, in words."""
+    """Name the parts of a loss that are not finite."""
     parts = {
         "the evidence lower bound": loss.elbo,
         "the likelihood under fixed effects alone": loss.fixed,
-        "the adversaries' cross-entropy": loss.game,
+        "the adversaries' cross-entropy": loss.adversarial,
     }
     bad = [name for name, value in parts.items() if not math.isfinite(float(value))]
     return f"{' and '.join(bad) or 'the total'} is not finite"
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str:
-    """Which parameters are not finite, to follow another sentence; empty if all are."""
-    bad = [name for name, one in state.items() if not torch.isfinite(one).all()]
+    """Clause that names up to three parameters that are not finite; empty if all are finite."""
+    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     return f"; parameters not finite: {', '.join(bad[:3])}" if bad else ""

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.guides.base import selected
-
-if TYPE_CHECKING:
-    pass
-
-
-from typing import TYPE_CHECKING
-
-import numpy as np
-from jaxtyping import Float
-
 from armed_pyro.inference.nested_weights import Weighted
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["METHODS", "ImportanceDraws", "RefinedDraws", "resampled"]
 
 
 METHODS: Mapping[str, str] = {
     "psis": "importance-weighted draws of the guide, Pareto smoothed",
-    "nuts": "Hamiltonian Monte Carlo in the guide's coordinates, the network held",
+    "nuts": "Hamiltonian Monte Carlo in the guide's coordinates, the network frozen",
 }
 
 
@@ -45,17 +31,23 @@ class RefinedDraws:
     method : str
         "psis" or "nuts".
     pool : mapping of str to Tensor
-        Draws of all latent sites, shaped as a guide's, from which they are taken.
+        Candidate draws of all latent sites, in the shapes that a guide returns.
     quality : mapping of str to float
-        k_hat and ess (psis); r_hat, ess and divergences (nuts): the worst over all sites.
+        k_hat and ess (psis), or r_hat, ess and divergences (nuts); the worst over all sites.
     index : Int[Tensor, "draws"], optional
-        Which of the pool they are, one by one; all of it by default.
+        Position of each draw in the pool; None takes the whole pool in order.
+
+    Examples
+    --------
+    >>> pool = {"site_sd": torch.tensor([[[0.1]], [[0.2]]])}
+    >>> RefinedDraws("psis", pool, index=torch.tensor([1, 1, 0])).latents["site_sd"].flatten()
+    tensor([0.2000, 0.2000, 0.1000])
     """
 
     method: str
     pool: Mapping[str, Tensor]
     quality: Mapping[str, float] = field(default_factory=dict)
-    # Very many clusters' effects are not to be held twice, as they were proposed and resampled.
+    # Resampled effects are not copied: with very many clusters a second copy may not fit.
     index: Int[Tensor, " draws"] | None = None
 
     def __len__(self) -> int:
@@ -63,11 +55,11 @@ class RefinedDraws:
 
     @property
     def latents(self) -> dict[str, Tensor]:
-        """Draws of all latent sites, shaped as a guide's."""
+        """Draws of all latent sites, in the shapes that a guide returns."""
         return selected(self.pool, self._index())
 
     def choose(self, n: int) -> dict[str, Tensor]:
-        """n of the draws, at random; without repeats where there are enough."""
+        """n draws at random; with repeats only if there are fewer than n."""
         size = len(self)
         chosen = torch.randperm(size)[:n] if n <= size else torch.randint(size, (n,))
         return selected(self.pool, self._index()[chosen])
@@ -75,7 +67,7 @@ class RefinedDraws:
     def _index(self) -> Int[Tensor, " draws"]:
         if self.index is not None:
             return self.index
-        return torch.arange(max(one.shape[0] for one in self.pool.values() if one.dim() > 1))
+        return torch.arange(max(site.shape[0] for site in self.pool.values() if site.dim() > 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +77,23 @@ class ImportanceDraws:
     Attributes
     ----------
     latents : mapping of str to Tensor
-        All latent sites, nested effects already resampled within each draw.
+        Draws of all latent sites; the nested effects are resampled within each draw.
     log_weights : Float[ndarray, "draws"]
-        Pareto-smoothed, normalised.
+        Pareto-smoothed, normalised log-weights.
     k_hat : float
-        Shape of the weights' tail (Vehtari et al. 2024): below 0.7 they can be relied upon.
+        Shape of the weights' tail; below 0.7 the weights are reliable (Vehtari et al. 2024).
     clusters : Float[ndarray, "draws watched"]
         log p(y_k | theta) of the nested clusters whose k-hat is not missing.
     cluster_k_hat : Float[ndarray, "clusters"]
-        The same shape for the particles of each cluster, over all draws; missing (nan) in all
-        but 500 clusters, drawn at random, where there are more.
+        k-hat of each cluster's particles over all draws. Of more than 500 clusters it is computed
+        for 500 at random and nan for the others.
+
+    Examples
+    --------
+    >>> none = np.zeros((4, 0))
+    >>> equal = ImportanceDraws({}, np.log(np.full(4, 0.25)), 0.1, none, np.zeros(0))
+    >>> equal.effective, equal.resample(4)
+    (4.0, tensor([0, 1, 2, 3]))
     """
 
     latents: Mapping[str, Tensor]
@@ -114,15 +113,17 @@ class ImportanceDraws:
         return float(1 / np.sum(self.weights**2))
 
     def resample(self, n: int) -> Int[Tensor, " n"]:
-        """Which draws are n of equal weight."""
-        # Systematic: a draw of weight w comes floor(n w) or ceil(n w) times.
+        """Positions of n draws of equal weight.
+
+        The resampling is systematic: a draw of weight w comes floor(n w) or ceil(n w) times.
+        """
         edges = (np.arange(n) + float(torch.rand(()))) / n
         index = np.searchsorted(np.cumsum(self.weights), edges).clip(max=len(self.weights) - 1)
         return torch.as_tensor(index)
 
 
 def resampled(weighted: Weighted, site: str) -> dict[str, Tensor]:
-    """One particle of every cluster in every draw, and the draws' own dimensions "n 1 ..."."""
+    """Draws with one particle per cluster, picked by weight; sites have shape "n 1 ..."."""
     latents = {
         name: value.squeeze(1) if value.dim() > 2 and value.shape[1] == 1 else value
         for name, value in weighted.latents.items()

@@ -1,4 +1,4 @@
-"""Where the marginal posterior of the hyperparameters has its mode, and its curvature there."""
+"""Mode of the marginal posterior of the hyperparameters, and its curvature there."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LARGEST_STEP = 2**21
 ROUNDS = 6
 NEAR = 0.1  # posterior sds
 MOST_REFRESHES = 30
-# Largest sd of a hyperparameter (most of them are logs) that a start is given.
+# Largest sd of a hyperparameter at the start; most hyperparameters are logarithms.
 WIDEST = 1.5
 SEARCH_SCALE = 0.1
-# Of more rows than these the mode is searched among some, in at least so many clusters; then so
-# many Newton steps at most go to that of all.
+# More rows than SEARCHED are searched in a sample of at least FEWEST_SEARCHED whole clusters;
+# up to NEWTON_STEPS lead from the sample's mode to the mode of all rows.
 SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
 
 
@@ -42,68 +42,69 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
         + \sum_k \log \hat p(y_k \mid \theta), \quad
         q(\theta) = N(\hat\theta, -\nabla^2(\hat\theta)^{-1})
 
-    with the random effects integrated out by the guide's conditional (exactly for gaussian
-    outcomes with linear fixed effects, by a few particles on fixed noise otherwise), which is
-    refreshed between rounds of LBFGS. Does nothing where that is no good: without nested effects,
-    or where effects inside make the network run on many images.
-    More rows than one evaluation holds are taken a piece at a time. Of very many rows with a single
-    factor the mode is first searched among some whole clusters that stand for all; from there a
-    few Newton steps, with the gradient of all rows and the curvature of some, lead to that of all
-    (Bollapragada, Byrd, Nocedal 2019).
+    with the random effects integrated out by the guide's conditional: exactly for gaussian outcomes
+    with linear fixed effects, by a few particles on fixed noise otherwise. The conditional is
+    refreshed between rounds of LBFGS. The guide stays unchanged if it has random effects but no
+    nested factor, or if effects inside the network make the network run on many rows.
+
+    Rows that do not fit into one evaluation are read in pieces. With a single factor and very many
+    rows the search uses a sample of whole clusters. A few Newton steps, with the gradient of all
+    rows and the curvature of the sample, then lead to the mode of all rows (Bollapragada, Byrd,
+    Nocedal 2019).
 
     Parameters
     ----------
     model, guide : MixedEffects, Guide
-        The program, its network settled, and its guide.
+        The program with its network frozen, and its guide.
     source : RowSource
         All training rows.
     """
     hyper = guide.hyperparameters
     searchable = guide.nested() is not None or not model.factors
-    # With effects inside the network would run hundreds of times on all rows.
+    # With effects inside the network, the search would run it hundreds of times on all rows.
     affordable = not modulates(model) or len(source) * row_cost(model) <= LARGEST_STEP
     if not hyper.size or not searchable or not affordable:
         return
     frame = torch.diag(_first_scale(model, guide, source))
-    before = _read(guide)
+    before = _center(guide)
     try:
-        some = _some_clusters(model, guide, source)
-        searched = source if some is None else some.source
-        _settle_effects(model, guide, searched)
+        sample = _sample_clusters(model, guide, source)
+        searched = source if sample is None else sample.source
+        _start_effects(model, guide, searched)
         exact = guide.exact(model)
         known = before
         for round_ in range(ROUNDS):
             if not exact:
                 guide.refresh(model, searched)
-            before = _read(guide)
+            before = _center(guide)
             hyper.set_normal(before, frame)
-            posterior = _Posterior.of(model, guide, source, some)
+            posterior = _Posterior.of(model, guide, source, sample)
             best = posterior.climb()
             hyper.set_normal(best, frame)
             if exact and round_ and _distance(known, best, frame) < NEAR:
-                break  # The curvature is that of this place.
+                break  # The last curvature still holds at this mode.
             known, (root, step) = best, posterior.curvature()
             frame = frame @ root
             if float(step.norm()) < 1:
                 best = best + frame @ step
             hyper.set_normal(best, frame)
-            # The pseudo-observations may move on when the mode does.
+            # A moved mode moves the pseudo-observations of an approximate conditional.
             if (float(step.norm()) if exact else _distance(before, best, frame)) < NEAR:
                 break
-        if some is None and not exact:
+        if sample is not None:
+            before = _newton_steps(model, guide, source, frame)
+        elif not exact:
             guide.refresh(model, source)
-        elif some is not None:
-            before = _to_all(model, guide, source, frame)
     except (torch.linalg.LinAlgError, ArithmeticError):  # type: ignore[attr-defined]
         hyper.set_normal(before, frame)
 
 
 def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> int:
-    """Particles a cluster that the bound needs: 1 where the guide's conditional is exact."""
+    """Particles per cluster that the bound needs; 1 if the guide's conditional is exact."""
     nested = guide.nested()
     if nested is None:
         return 1
-    # Some clusters will do to tell.
+    # A sample of clusters is enough to estimate the variance.
     clusters = len(source.counts[nested.name])
     share = max(1, clusters * (LARGEST_STEP // 256) // len(source))
     if share < clusters:
@@ -111,12 +112,12 @@ def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> in
         rows = source.whole_clusters(nested.name, chosen)
     else:
         rows = source.all()
-    # What is exact for one draw of theta is for all.
+    # An exact conditional is exact for every theta, so one draw of theta shows it.
     draws, like = 1 if guide.exact(model) else 8, model.reference()
     with torch.no_grad():
         noise = proposal_noise(guide, rows, draws, 16, like, stretch=False, heavy=False)
         weighted = weigh(model, guide, rows, noise)
-    # Half the variance of the log-weights is what a single particle loses.
+    # A single particle lowers the bound by half the variance of the log-weights.
     loss = 0.5 * weighted.particles.var(1).mean(0)
     if float(loss.mean()) * clusters < 0.05:
         return 1
@@ -124,8 +125,8 @@ def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> in
 
 
 @torch.no_grad()
-def _settle_effects(model: MixedEffects, guide: Guide, source: RowSource) -> None:
-    """Refresh the guide at its start: for counts a first step overshoots, and returns 1 a step."""
+def _start_effects(model: MixedEffects, guide: Guide, source: RowSource) -> None:
+    """Refresh q(u | theta) until its centre stops moving: for counts a first step overshoots."""
     rows = source.all()
     before = model.predictor(rows, guide.center(rows)).eta
     for _ in range(MOST_REFRESHES):
@@ -139,42 +140,45 @@ def _settle_effects(model: MixedEffects, guide: Guide, source: RowSource) -> Non
 
 
 def _first_scale(model: MixedEffects, guide: Guide, source: RowSource) -> Float[Tensor, " size"]:
-    """What is known of n things is so to about n^-1/2: in such units the search is shorter."""
-    sizes = {f"{one.name}_sd": len(source.counts[one.name]) for one in model.factors}
+    """Search units of about n^-1/2, the sd of a parameter that n clusters or rows inform."""
+    sizes = {
+        factor.joint_covariance.sd_site: len(source.counts[factor.name]) for factor in model.factors
+    }
     fewest = min([len(source), *sizes.values()])
-    sizes |= {"fixed_effect": len(source), model.family.dispersion_name or "": len(source)}
+    of_rows = ["fixed_effect", *(parameter.name for parameter in model.family.parameters)]
+    sizes |= dict.fromkeys(of_rows, len(source))
     scale = torch.ones_like(guide.hyperparameters.anchor)
     for site in guide.hyperparameters.sites:
         scale[site.start : site.stop] = sizes.get(site.name, 1) ** -0.5
         if site.name == "fixed_effect":
-            # All clusters have it in common.
-            names = model.fixed_terms()
-            common = [site.start + i for i, one in enumerate(names) if one.startswith("Intercept")]
-            scale[common] = fewest**-0.5
+            # The factor with the fewest clusters limits the precision of an intercept.
+            for i, term in enumerate(model.fixed_terms()):
+                if term.startswith("Intercept"):
+                    scale[site.start + i] = fewest**-0.5
     return scale.clamp(max=SEARCH_SCALE)
 
 
-def _distance(one: Tensor, other: Tensor, frame: Tensor) -> float:
-    moved = torch.linalg.solve_triangular(frame, (other - one)[:, None], upper=False)
+def _distance(start: Tensor, end: Tensor, frame: Tensor) -> float:
+    moved = torch.linalg.solve_triangular(frame, (end - start)[:, None], upper=False)
     return float(moved.norm())
 
 
-def _read(guide: Guide) -> Float[Tensor, " size"]:
+def _center(guide: Guide) -> Float[Tensor, " size"]:
     with torch.no_grad():
         hyper = guide.hyperparameters
         return hyper.distribution().push(torch.zeros_like(hyper.anchor))
 
 
 @dataclass(frozen=True)
-class _Some:
-    """Rows of some clusters, which stand for all: alone, and as a sample of all."""
+class _Sample:
+    """A sample of whole clusters."""
 
-    source: HeldRows
-    rows: Rows
+    source: HeldRows  # as a separate data set
+    rows: Rows  # weighted, so that they stand for all rows
 
 
-def _some_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _Some | None:
-    """A random sample of whole clusters, where that is enough to search in."""
+def _sample_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _Sample | None:
+    """A random sample of whole clusters; None if the search should use all rows."""
     nested = guide.nested()
     if nested is None or len(model.factors) > 1 or len(source) <= SEARCHED:
         return None
@@ -184,18 +188,20 @@ def _some_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _Som
         return None
     chosen = torch.randperm(clusters)[:share].sort().values.to(source.like.device)
     rows = source.whole_clusters(nested.name, chosen)
-    codes = {name: one.index[one.position] for name, one in rows.memberships.items()}
-    sizes = {name: len(one) for name, one in source.counts.items()}
-    counts = {name: torch.bincount(one, minlength=sizes[name]) for name, one in codes.items()}
+    codes = {name: m.index[m.position] for name, m in rows.memberships.items()}
+    counts = {
+        name: torch.bincount(code, minlength=len(source.counts[name]))
+        for name, code in codes.items()
+    }
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
-    return _Some(HeldRows(rows.x, rows.y, codes, counts, *optional), rows)
+    return _Sample(HeldRows(rows.x, rows.y, codes, counts, *optional), rows)
 
 
-def _to_all(
+def _newton_steps(
     model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor
 ) -> Float[Tensor, " size"]:
-    """Newton steps to the mode of all rows' posterior, in units of the frame."""
-    best = _read(guide)
+    """Newton steps to the mode of the posterior given all rows, in units of the frame."""
+    best = _center(guide)
     for round_ in range(NEWTON_STEPS):
         if not round_ or not guide.exact(model):
             guide.refresh(model, source)
@@ -204,9 +210,7 @@ def _to_all(
         step = torch.zeros_like(point)
         for part in posterior.parts(point):
             step += torch.autograd.grad(part, point)[0]
-        best = guide.hyperparameters.distribution().push(step).detach()[0, 0, 0]
-        if not torch.isfinite(best).all():
-            raise ArithmeticError("the marginal posterior has no finite mode")
+        best = posterior.theta(step)
         guide.hyperparameters.set_normal(best, frame)
         if float(step.norm()) < NEAR:
             break
@@ -215,7 +219,7 @@ def _to_all(
 
 @dataclass(frozen=True)
 class _Posterior:
-    """log p(theta | y) up to a constant, the other sites' noise the same for every theta."""
+    """log p(theta | y) up to a constant, with the same noise of all other sites at every theta."""
 
     model: MixedEffects
     guide: Guide
@@ -224,24 +228,24 @@ class _Posterior:
 
     @classmethod
     def of(
-        cls, model: MixedEffects, guide: Guide, source: RowSource, some: _Some | None = None
+        cls, model: MixedEffects, guide: Guide, source: RowSource, sample: _Sample | None = None
     ) -> _Posterior:
         like, nested = model.reference(), guide.nested()
-        # Draws are of use only to sites that are neither hyperparameters nor nested, and where
-        # theirs is not the exact conditional, of which its centre tells all.
+        # Several draws matter only to sites that are neither hyperparameters nor nested. Of an
+        # exact conditional the centre is enough.
         exact = guide.exact(model)
         draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
-        n = len(source if some is None else some.source)
+        n = len(source if sample is None else sample.source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
-        if some is None:
+        if sample is None:
             size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
-            pieces = Pieces.of(guide, source, size, keep=isinstance(source, HeldRows))
+            pieces = Pieces.of(source, size, guide.nested_name(), keep=isinstance(source, HeldRows))
         else:
-            index = None if nested is None else some.rows.memberships[nested.name].index
-            pieces = Pieces(lambda: iter([some.rows]), [index], [1.0])
+            index = None if nested is None else sample.rows.memberships[nested.name].index
+            pieces = Pieces(lambda: iter([sample.rows]), [index], [1.0])
+        by_piece = list(pieces.without_rows(model.clusters(), guide.nested_name()))
         if exact:
-            held = [no_noise(guide, one, like) for one in pieces.without_rows(model, guide)]
-            return cls(model, guide, pieces, held)
+            return cls(model, guide, pieces, [no_noise(guide, rows, like) for rows in by_piece])
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
             rows = next(pieces.read())
@@ -251,26 +255,27 @@ class _Posterior:
             particles = 1 if float(spread.max()) < 1e-6 else particles
         noises: list[Noise] = []
         shared: dict[str, Tensor] = {}
-        for clusters in pieces.without_rows(model, guide):
+        for clusters in by_piece:
             if nested is None or particles == 1:
                 noise = gaussian_noise(guide, clusters, draws, like)
             else:
                 noise = proposal_noise(guide, clusters, draws, particles, like, heavy=False)
             if nested is not None:
+                # All sites but the nested effects have the same noise in every piece.
                 shared = shared or {
-                    site: one for site, one in noise.values.items() if site != nested.effect_site
+                    k: v for k, v in noise.values.items() if k != nested.effect_site
                 }
                 noise = replace(noise, values={**noise.values, **shared})
             noises.append(noise)
         return cls(model, guide, pieces, noises)
 
     def parts(self, theta_noise: Tensor) -> Iterator[Float[Tensor, ""]]:
-        """Its pieces, at the theta that this noise becomes."""
+        """The log-density piece by piece, at the theta that the guide makes of this noise."""
         for rows, noise, share in zip(
             self.pieces.read(), self.noise, self.pieces.shares, strict=True
         ):
-            given = {**noise.values, "_theta": theta_noise}
-            weighted = weigh(self.model, self.guide, rows, replace(noise, values=given))
+            noise = replace(noise, values={**noise.values, "_theta": theta_noise})
+            weighted = weigh(self.model, self.guide, rows, noise)
             yield share * (weighted.total() - weighted.hyper).mean()
 
     def point(self) -> Tensor:
@@ -278,10 +283,17 @@ class _Posterior:
         point = torch.zeros(1, 1, 1, self.guide.hyperparameters.size)
         return point.to(self.model.reference()).requires_grad_(True)
 
+    def theta(self, noise: Tensor) -> Float[Tensor, " size"]:
+        """The hyperparameters that the guide makes of this noise; ArithmeticError if not finite."""
+        theta = self.guide.hyperparameters.distribution().push(noise).detach()[0, 0, 0]
+        if not torch.isfinite(theta).all():
+            raise ArithmeticError("the marginal posterior has no finite mode")
+        return theta
+
     def climb(self) -> Float[Tensor, " size"]:
-        """The theta with the highest density."""
+        """The theta with the highest density, by LBFGS."""
         point = self.point()
-        # A Newton step follows.
+        # The tolerance is coarse because a Newton step follows.
         optimizer = torch.optim.LBFGS(
             [point], max_iter=30, tolerance_change=1e-2, line_search_fn="strong_wolfe"
         )
@@ -294,27 +306,17 @@ class _Posterior:
             return total
 
         optimizer.step(loss)
-        best = self.guide.hyperparameters.distribution().push(point).detach()[0, 0, 0]
-        if not torch.isfinite(best).all():
-            raise ArithmeticError("the marginal posterior has no finite mode")
-        return best
+        return self.theta(point)
 
     def curvature(self) -> tuple[Float[Tensor, "size size"], Float[Tensor, " size"]]:
-        """Cholesky factor of minus the Hessian's inverse, in units of the frame; Newton's step.
-
-        The step is in units of the factor, posterior sds.
-        """
+        """Cholesky factor of (-Hessian)^-1 in units of the frame; Newton step in posterior sds."""
         point, hyper = self.point(), self.guide.hyperparameters
         hessian, gradient = point.new_zeros(hyper.size, hyper.size), point.new_zeros(hyper.size)
         for part in self.parts(point):
             (slope,) = torch.autograd.grad(part, point, create_graph=True)
             gradient += slope.detach().flatten()
-            hessian += torch.stack(
-                [
-                    torch.autograd.grad(one, point, retain_graph=True)[0].flatten()
-                    for one in slope.flatten()
-                ]
-            )
+            for row, component in zip(hessian, slope.flatten(), strict=True):
+                row += torch.autograd.grad(component, point, retain_graph=True)[0].flatten()
         if not torch.isfinite(hessian).all():
             raise ArithmeticError("the curvature of the marginal posterior is not finite")
         values, vectors = torch.linalg.eigh(-0.5 * (hessian + hessian.mT))

@@ -1,4 +1,4 @@
-"""Importance weights of a guide's draws, nested: of each cluster's effects within each draw."""
+"""Nested importance weights: of a guide's draws, and of each cluster's effects within a draw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import Given, Noise
+from armed_pyro.guides.noise import Noise, NoiseMessenger
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 
@@ -26,8 +26,8 @@ __all__ = ["Weighted", "log_prior", "weigh"]
 class Weighted:
     r"""S draws of all latent sites with M particles each of the nested factor's effects.
 
-    Given theta (all sites but the nested effects) the clusters are independent, so that a few
-    particles estimate each cluster's likelihood:
+    Given theta (all sites but the nested effects) the clusters are independent, so a few particles
+    estimate the likelihood of each cluster:
 
     .. math:: \hat p(y_k \mid \theta) = \frac{1}{M} \sum_m
         \frac{p(y_k \mid u_{km}, \theta) \, p(u_{km} \mid \theta)}{r(u_{km} \mid \theta)}
@@ -35,14 +35,15 @@ class Weighted:
     Attributes
     ----------
     latents : mapping of str to Tensor
-        As a guide returns them: "draws 1 ...", nested effects "draws particles clusters terms".
+        Sites in the shapes that a guide returns: "draws 1 ...", and nested effects "draws particles
+        clusters terms".
     outer : Float[Tensor, "draws"]
-        log p(theta) minus its log-density under the proposal, and the log-likelihood of rows that
-        belong to no nested cluster.
+        log p(theta) minus the log-density of theta under the proposal. Without a nested factor, the
+        log-likelihood of all rows is added.
     hyper : Float[Tensor, "draws"]
-        The part of `outer` that is minus the guide's own log q of its ``_theta``.
+        -log q of the guide's site ``_theta``, which is a part of `outer`.
     particles : Float[Tensor, "draws particles clusters"]
-        log-weights of the particles.
+        Log-weights of the particles.
     cluster_weight : Float[Tensor, "clusters"] or float
         Weight of each cluster in a mini-batch.
 
@@ -59,38 +60,38 @@ class Weighted:
     cluster_weight: Tensor | float
 
     def clusters(self) -> Float[Tensor, "draws clusters"]:
-        """log p^(y_k | theta) of every nested cluster."""
+        """Estimate of log p(y_k | theta) for every nested cluster."""
         m = self.particles.shape[1]
         if m == 1:
             return self.particles[:, 0]
         return torch.logsumexp(self.particles, 1) - math.log(m)
 
     def total(self) -> Float[Tensor, " draws"]:
-        """log-weight of every draw; its mean is a lower bound of the log evidence."""
+        """Log-weight of every draw; its expectation is a lower bound of the log evidence."""
         return self.outer + (self.cluster_weight * self.clusters()).sum(-1)
 
 
 def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weighted:
-    """The guide's draws from this noise, with their log-weights.
+    """Map noise to the guide's draws, and compute their log-weights.
 
     Parameters
     ----------
     model, guide : MixedEffects, Guide
         The program and its approximate posterior.
     rows : Rows
-        All rows; or a mini-batch, of whole clusters if there are several particles.
+        All rows or a mini-batch; with several particles, a mini-batch of whole clusters.
     noise : Noise
-        The guide's random numbers, and how their density differs from the standard normal one.
+        The guide's random numbers, and the log-ratio of their density to the standard normal's.
     """
     nested, outcome = guide.nested(), model.data_facts().outcome_name
     site = "" if nested is None else nested.effect_site
-    with Given(noise.values, held=noise.held):
+    with NoiseMessenger(noise.values, held=noise.held):
         guide_trace = poutine.trace(guide).get_trace(rows)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(rows)
     inside = (site, outcome)
     guide_trace.compute_log_prob(lambda name, _: name not in inside)
     model_trace.compute_log_prob(lambda name, node: name not in inside and not node["is_observed"])
-    draws = max(one.shape[0] for one in noise.values.values()) if noise.values else 1
+    draws = max(value.shape[0] for value in noise.values.values()) if noise.values else 1
     zero = model.reference().new_zeros(draws)
     outer, hyper = zero, zero
     for name, node in model_trace.nodes.items():
@@ -105,18 +106,17 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
         if name != site:
             outer = outer - ratio.reshape(draws, -1).sum(-1)
     log_likelihood = _density(model_trace, outcome).log_prob(rows.outcome())
-    for one in model.others:
-        rebuilt = _density(model_trace, one.name).log_prob(rows.x)
-        log_likelihood = log_likelihood + one.weight * rebuilt
+    for reconstruction in model.others:
+        rebuilt = _density(model_trace, reconstruction.name).log_prob(rows.x)
+        log_likelihood = log_likelihood + reconstruction.weight * rebuilt
     if rows.weights is not None:
         counted = log_likelihood.new_zeros(()).where(rows.weights == 0, log_likelihood)
         log_likelihood = rows.weights * counted
     latents = cast("dict[str, Tensor]", guide_trace.nodes["_RETURN"]["value"])
     if nested is None:
-        # A program without latent sites has no dimension of draws.
+        # Without latent sites the log-likelihood has no dimension of draws.
         outer = outer + rows.scale * log_likelihood.sum(-1).reshape(-1)
-        none = zero.new_zeros(draws, 1, 0)
-        return Weighted(latents, outer, hyper, none, 1.0)
+        return Weighted(latents, outer, hyper, zero.new_zeros(draws, 1, 0), 1.0)
     value = cast("Tensor", guide_trace.nodes[site]["value"])
     particles = _density(model_trace, site).log_prob(value)
     particles = particles - _density(guide_trace, site).log_prob(value)
@@ -124,7 +124,7 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
         particles = particles - noise.log_ratio[site]
     membership = rows.memberships[nested.name]
     weight = membership.weight
-    # Divided by the cluster's weight, with which it is multiplied in the end.
+    # `Weighted.total` multiplies by the cluster's weight, so the rows are divided by it here.
     scale = rows.scale if weight is None else rows.scale / weight[membership.position]
     log_likelihood = (scale * log_likelihood).expand(*particles.shape[:-1], -1)
     particles = particles.index_add(-1, membership.position, log_likelihood.to(particles))
@@ -132,13 +132,13 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
 
 
 def log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tensor, " draws"]:
-    """Joint log-density of all sites outside the plates over clusters, for each draw."""
+    """Joint log-density of each draw over all sites outside the plates over clusters."""
     effects = {factor.effect_site for factor in model.factors}
-    given = {name: value for name, value in latents.items() if name not in effects}
+    outside = {name: value for name, value in latents.items() if name not in effects}
     with model.seeded(0), pyro.validation_enabled(False):
         row = model.data_facts().one_row(model.reference())
-        trace = poutine.trace(poutine.condition(model, data=given)).get_trace(row)
-        trace.compute_log_prob(lambda name, _: name in given)
+        trace = poutine.trace(poutine.condition(model, data=outside)).get_trace(row)
+        trace.compute_log_prob(lambda name, _: name in outside)
     n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     total = model.reference().new_zeros(n)
     for node in trace.nodes.values():
@@ -152,10 +152,10 @@ def _density(trace: poutine.Trace, name: str) -> dist.TorchDistribution:
 
 
 def _counts(node: Any, name: str, inside: tuple[str, str]) -> bool:
-    known = node["type"] != "sample" or node["is_observed"] or name in inside
-    return not known and type(node["fn"]).__name__ != "_Subsample"
+    skipped = node["type"] != "sample" or node["is_observed"] or name in inside
+    return not skipped and type(node["fn"]).__name__ != "_Subsample"
 
 
 def _by_draw(log_prob: Tensor) -> Tensor:
-    """Summed over all dimensions but that of the draws, if there is one."""
+    """Sum over all dimensions but that of the draws, if there is a dimension of draws."""
     return log_prob if log_prob.dim() == 0 else log_prob.flatten(1).sum(-1)

@@ -1,4 +1,4 @@
-"""The training objective: evidence lower bound, fixed effects on their own, and the game."""
+"""The training objectives: of network, adversaries and guide together, and of the guide alone."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Objective:
 
     .. math:: ELBO = E_q[\log p(y, u, \theta) - \log q(u, \theta)]
 
-    with one draw of q, and gradients that stick the landing: a guide's density of its own draw
-    holds its parameters fixed, which leaves the gradient unbiased and takes its noise to zero as
-    q approaches the posterior (Roeder, Wu, Duvenaud 2017). The second term trains the network,
-    not the dispersion or latent fixed effects, which it would otherwise count twice. The
-    adversaries' gradients reach the network reversed. The Pyro model and guide enter unchanged.
+    with one draw of q. The gradient "sticks the landing": log q is evaluated with its parameters
+    held fixed, which keeps the gradient unbiased and makes its noise vanish as q approaches the
+    posterior (Roeder, Wu, Duvenaud 2017). The second term trains the network only. Latent sites are
+    detached in it, because it would count their likelihood twice. The adversaries' gradients reach
+    the network reversed.
 
     Parameters
     ----------
@@ -43,21 +43,20 @@ class Objective:
     guide: Guide
 
     def __call__(self, rows: Rows, progress: float | Tensor = 1.0) -> Loss:
-        """The objective on some rows.
+        """The objective on all rows or a mini-batch, a mean over rows.
 
         Parameters
         ----------
         rows : Rows
             All rows, or a mini-batch with its weights.
         progress : float or Float[Tensor, ""]
-            Share of the training steps done, for the adversaries' warm-up.
+            Share of the training steps taken, for the warm-up of the adversaries.
         """
         n = self.model.data_facts().n_rows
-        share = rows.scale * len(rows) / n  # 1, but for one of several processes
+        share = rows.scale * len(rows) / n  # 1 unless several processes share the rows
         guide_trace = poutine.trace(self.guide).get_trace(rows)
         model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(rows)
-        elbo = (model_trace.log_prob_sum() - guide_trace.log_prob_sum()) / n
-        elbo = torch.as_tensor(elbo)
+        elbo = torch.as_tensor((model_trace.log_prob_sum() - guide_trace.log_prob_sum()) / n)
         predictor = cast("Predictor", model_trace.nodes["_RETURN"]["value"])
         total, zero = -elbo, torch.zeros_like(elbo)
         fixed = zero
@@ -66,50 +65,52 @@ class Objective:
             latents = {name: value.detach() for name, value in drawn.items()}
             fixed = share * self._fixed(rows, predictor, latents)
             total = total + self.model.fixed_weight * fixed
-        rounds = [
-            # `forward`, as no handler of Pyro's need see the game: it is not in the density.
-            game.forward(
+        results = [
+            # `forward` directly: the adversarial loss is not in the density that Pyro sees.
+            adversary.forward(
                 predictor.activations,
-                rows.memberships[game.factor].clusters(),
-                game.strength(progress).to(elbo),
+                rows.memberships[adversary.factor].clusters(),
+                adversary.strength(progress).to(elbo),
             )
-            for game in self.model.adversaries
+            for adversary in self.model.adversaries
         ]
-        game = share * sum((one.cross_entropy for one in rounds), zero)
-        accuracy = torch.stack([one.accuracy for one in rounds]) if rounds else elbo.new_zeros(0)
-        return Loss(total + game, elbo.detach(), fixed.detach(), game.detach(), accuracy)
+        adversarial = share * sum((result.cross_entropy for result in results), zero)
+        accuracies = [result.accuracy for result in results]
+        accuracy = torch.stack(accuracies) if accuracies else elbo.new_zeros(0)
+        parts = elbo.detach(), fixed.detach(), adversarial.detach()
+        return Loss(total + adversarial, *parts, accuracy)
 
     def _fixed(
         self, rows: Rows, predictor: Predictor, latents: dict[str, Tensor]
     ) -> Float[Tensor, ""]:
         model, activations = self.model, predictor.activations
-        assert predictor.output is not None  # for mypy: see `layout.needs_alone`
+        assert predictor.output is not None  # for mypy; see `binding.needs_fixed_run`
         eta = model.fixed_predictor(rows, predictor.output, activations, latents)
         log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
-        means = {one.name: activations[one.at] for one in model.others}
-        for one, density in model.other_densities(means, latents, rows).items():
-            log_prob = log_prob + one.weight * density.log_prob(rows.x)
+        means = {rebuilt.name: activations[rebuilt.at] for rebuilt in model.others}
+        for rebuilt, density in model.other_densities(means, latents, rows).items():
+            log_prob = log_prob + rebuilt.weight * density.log_prob(rows.x)
         return -(log_prob if rows.weights is None else rows.weights * log_prob).mean()
 
 
 @dataclass(frozen=True)
 class NestedBound:
-    r"""The evidence lower bound of a settled network, importance-weighted by cluster.
+    r"""-ELBO of a frozen network, importance-weighted by cluster.
 
-    .. math:: E_{q(\theta)}\Big[\log \frac{p(\theta)}{q(\theta)} + \sum_k \log \frac{1}{M}
+    .. math:: ELBO = E_{q(\theta)}\Big[\log \frac{p(\theta)}{q(\theta)} + \sum_k \log \frac{1}{M}
         \sum_m \frac{p(y_k \mid u_{km}, \theta) \, p(u_{km} \mid \theta)}
         {r(u_{km} \mid \theta)}\Big]
 
-    With one particle from the guide's conditional it is the usual bound; with more it approaches
-    that of the marginal likelihood, in which the random effects are integrated out. It stays
-    unbiased in mini-batches of whole clusters (Geffner and Domke 2022).
+    With one particle from the guide's conditional this is the usual bound. With more particles it
+    approaches the bound with the random effects integrated out. Mini-batches of whole clusters
+    estimate it without bias (Geffner and Domke 2022).
 
     Parameters
     ----------
     model, guide : MixedEffects, Guide
         The program and its approximate posterior.
     particles : int
-        M.
+        Number M of draws of each cluster's random effects per draw of theta.
     """
 
     model: MixedEffects
@@ -117,12 +118,14 @@ class NestedBound:
     particles: int
 
     def __call__(self, rows: Rows, draws: int) -> Loss:
-        """The bound's negative on all rows, or on a mini-batch of whole clusters.
+        """The loss on all rows or on a mini-batch of whole clusters, a mean over rows.
 
         Parameters
         ----------
+        rows : Rows
+            The rows.
         draws : int
-            Draws of theta over which it is averaged.
+            Number of draws of theta to average over.
         """
         like = self.model.reference()
         if self.particles == 1:
@@ -132,5 +135,4 @@ class NestedBound:
         total = weigh(self.model, self.guide, rows, noise).total().mean()
         elbo = total / self.model.data_facts().n_rows
         zero = torch.zeros_like(elbo)
-        none = zero.new_zeros(0)
-        return Loss(-elbo, elbo.detach(), zero, zero, none)
+        return Loss(-elbo, elbo.detach(), zero, zero, zero.new_zeros(0))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from jaxtyping import Float
 
-if TYPE_CHECKING:
-    pass
-
-
 __all__ = ["pareto_smooth"]
+
+# The tail is the largest fifth of the draws, and a Pareto fit needs five draws in it.
+FEWEST = 25
 
 
 def pareto_smooth(
     log_ratios: Float[np.ndarray, "sets draws"],
 ) -> tuple[Float[np.ndarray, "sets draws"], Float[np.ndarray, " sets"]]:
-    """Pareto-smoothed, normalised log-weights of several sets of draws, and k-hat of each.
+    """Pareto-smoothed, normalised log-weights of several sets of draws, and k-hat of each set.
+
+    A set of fewer than `FEWEST` draws has too short a tail. Its weights are normalised without
+    smoothing, and its k-hat is infinite. A set of equal weights has k-hat -infinity.
 
     References
     ----------
@@ -33,16 +33,18 @@ def pareto_smooth(
 
     if len(log_ratios) == 0:
         return log_ratios, np.zeros(0)
-    spread = np.ptp(log_ratios, axis=1)
+    if log_ratios.shape[1] < FEWEST:
+        total = np.logaddexp.reduce(log_ratios, axis=1, keepdims=True)
+        return log_ratios - total, np.full(len(log_ratios), np.inf)
     # Equal weights have no tail to fit.
-    flat = spread < 1e-10
+    flat = np.ptp(log_ratios, axis=1) < 1e-10
     safe = np.where(flat[:, None], np.linspace(-1e-3, 0, log_ratios.shape[1]), log_ratios)
     with np.errstate(divide="ignore", invalid="ignore"):
         log_weights, k_hat = array_stats.psislw(-safe, axis=-1)
-    # Where one draw outweighs all others by hundreds of nats no tail can be fitted either.
-    alone = np.isnan(log_weights).any(axis=1) | np.isnan(k_hat)
-    log_weights = np.where(alone[:, None], np.nan_to_num(safe, nan=-np.inf), log_weights)
-    k_hat = np.where(alone, np.inf, k_hat)
+    # The fit fails if one draw outweighs all others by hundreds of nats.
+    failed = np.isnan(log_weights).any(axis=1) | np.isnan(k_hat)
+    log_weights = np.where(failed[:, None], np.nan_to_num(safe, nan=-np.inf), log_weights)
+    k_hat = np.where(failed, np.inf, k_hat)
     even = np.full(log_ratios.shape[1], -np.log(log_ratios.shape[1]))
     log_weights = np.where(flat[:, None], even, log_weights)
     log_weights = log_weights - np.logaddexp.reduce(log_weights, axis=1, keepdims=True)

@@ -1,11 +1,11 @@
-"""Draws better than the guide's own: importance weighted, or by NUTS in its coordinates."""
+"""Draws that improve on the guide: importance weighted, or by NUTS in its coordinates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -16,20 +16,17 @@ from torch import Tensor
 
 from armed_pyro.guides.base import joined
 from armed_pyro.guides.noise import Noise, gaussian_noise
-from armed_pyro.inference.draws import resampled
+from armed_pyro.inference.draws import METHODS, RefinedDraws, resampled
 from armed_pyro.inference.importance_sampling import BLOCK, affordable, importance_draws
 from armed_pyro.inference.nested_weights import weigh
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.rows.batch import Rows
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-from armed_pyro.inference.draws import METHODS, RefinedDraws
 
 __all__ = ["refine"]
 
 
 def refine(
-    fit: Fit,
+    posterior: Posterior,
     method: str = "psis",
     *,
     draws: int = 4000,
@@ -37,38 +34,38 @@ def refine(
     warmup: int = 500,
     seed: int | None = None,
     progress: bool = True,
-) -> Fit:
-    """The fit with better posterior draws, its network held.
+) -> Posterior:
+    """The posterior with better draws, at the same network weights.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     method : {"psis", "nuts"}
-        Importance-weighted draws of the guide: the weights are nested, a few particles for each
-        cluster within each draw of the hyperparameters, and Pareto smoothed. Or the No-U-Turn
-        sampler in the coordinates in which the guide is standard normal, started from it: slower
-        by far, and right even where the guide is not (k-hat above 0.7).
+        "psis" weighs draws of the guide. The weights are nested (a few particles for each cluster
+        within each draw of the hyperparameters) and Pareto smoothed. "nuts" is the No-U-Turn
+        sampler in the coordinates in which the guide is standard normal. It is slower by far, but
+        right even if the guide is not (k-hat above 0.7).
     draws : int
-        Draws to keep, fewer where there are very many clusters; with NUTS over all chains.
+        Number of draws, with NUTS over all chains. With very many clusters psis keeps fewer.
     chains, warmup : int
-        Of NUTS.
+        Number of NUTS chains, and of warm-up steps per chain.
     seed : int, optional
-        The fit's own by default.
+        Seed of the draws; that of the training by default.
     progress : bool
         Whether to show a progress bar.
 
     Returns
     -------
-    Fit
-        Whose tables, predictions and DataTree use these draws; their quality is in
-        ``fit.refined.quality``, and `Fit.diagnostics` judges them.
+    Posterior
+        All results of it use these draws. Their quality is in ``posterior.refined.quality``, and
+        `Fit.diagnostics` judges it.
 
     Raises
     ------
     ValueError
-        If there is no such method, or nothing latent to refine; or if the fit keeps only a sample
-        of its rows, which it weighed, if at all, while they were at hand.
+        If the method is unknown, a number is too small, or the program has no latent site. If the
+        fit keeps only a sample of its rows, and its draws were not weighed during training.
 
     Examples
     --------
@@ -87,40 +84,40 @@ def refine(
             f"draws must be at least 2, chains and warmup at least 1, found {draws}, {chains}, "
             f"{warmup}"
         )
-    if not fit.guide.noise_shapes(fit.model.clusters()):
+    if not posterior.guide.noise_shapes(posterior.model.clusters()):
         raise ValueError("there is nothing to refine: the program has no latent site")
-    seed = fit.seed if seed is None else seed
-    if fit.sampled and (method == "nuts" or seed != fit.seed or "importance" not in vars(fit)):
+    seed = posterior.seed if seed is None else seed
+    weighted = posterior.importance if seed == posterior.seed else None
+    if posterior.sampled and (method == "nuts" or weighted is None):
         raise ValueError(
-            f"the fit keeps {fit.data.n_rows} of its {fit.model.data_facts().n_rows} rows, and "
-            "its draws can only be refined with all of them at hand: fit with refine=True"
+            f"the fit keeps {posterior.data.n_rows} of its {posterior.model.data_facts().n_rows} "
+            "rows, but refining its draws needs all of them: fit with refine=True"
         )
     if method == "psis":
-        same = seed == fit.seed
-        weighted = fit.importance if same else importance_draws(fit, seed=seed, progress=progress)
-        with fit.model.seeded(seed + 5):
-            index = weighted.resample(min(draws, affordable(fit)))
+        if weighted is None:
+            weighted = importance_draws(posterior, seed=seed, progress=progress)
+        if seed == posterior.seed:
+            posterior = replace(posterior, importance=weighted)
+        with posterior.model.seeded(seed + 5):
+            index = weighted.resample(min(draws, affordable(posterior)))
         quality = {"k_hat": weighted.k_hat, "ess": weighted.effective}
         refined = RefinedDraws(method, weighted.latents, quality, index)
     else:
-        pool, quality = _nuts(fit, math.ceil(draws / chains), chains, warmup, seed, progress)
+        pool, quality = _nuts(posterior, math.ceil(draws / chains), chains, warmup, seed, progress)
         refined = RefinedDraws(method, pool, quality)
-    better = replace(fit, refined=refined)
-    if "importance" in vars(fit):
-        vars(better)["importance"] = fit.importance  # the guide is the same
-    return better
+    return replace(posterior, refined=refined)
 
 
 def _nuts(
-    fit: Fit, draws: int, chains: int, warmup: int, seed: int, progress: bool
+    posterior: Posterior, draws: int, chains: int, warmup: int, seed: int, progress: bool
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Draws of all chains one after the other, and how well they mixed."""
-    model, guide = fit.model, fit.guide
-    rows = model.compute(model.encode(fit.data)).all()
+    """Draws of all chains, one chain after the other, and measures of their mixing."""
+    model, guide = posterior.model, posterior.guide
+    rows = model.compute(model.encode(posterior.data)).all()
 
     def potential(noise: dict[str, Tensor]) -> Tensor:
         weighted = weigh(model, guide, rows, Noise(noise, {}))
-        squares = torch.stack([(one**2).sum() for one in noise.values()]).sum()
+        squares = torch.stack([(value**2).sum() for value in noise.values()]).sum()
         return 0.5 * squares - weighted.total().sum()
 
     sampled, divergences = [], 0
@@ -140,32 +137,29 @@ def _nuts(
                 bar.advance(task)
 
             mcmc = MCMC(
-                kernel,
-                draws,
-                warmup,
-                initial_params=start,
-                disable_progbar=True,
-                hook_fn=advance,
+                kernel, draws, warmup, initial_params=start, disable_progbar=True, hook_fn=advance
             )
             mcmc.run()
             sampled.append(mcmc.get_samples())
             divergences += len(mcmc.diagnostics()["divergences"]["chain 0"])
     noise = {name: torch.stack([chain[name] for chain in sampled]) for name in sampled[0]}
     flat = {name: value.flatten(0, 1)[:, 0] for name, value in noise.items()}
-    latents = joined(list(_latents(fit, rows, flat)))
+    latents = joined(list(_latents(posterior, rows, flat)))
     quality = _mixing(latents, chains) | {"divergences": float(divergences)}
     return latents, quality
 
 
-def _latents(fit: Fit, rows: Rows, noise: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """What the guide makes of this noise, in blocks of draws."""
+def _latents(
+    posterior: Posterior, rows: Rows, noise: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Latent sites that the guide makes of this noise, in blocks of draws."""
     n = len(next(iter(noise.values())))
     size = max(1, BLOCK // max(1, len(rows)))
     for start in range(0, n, size):
         part = {name: value[start : start + size] for name, value in noise.items()}
         with torch.no_grad(), pyro.validation_enabled(False):
-            weighted = weigh(fit.model, fit.guide, rows, Noise(part, {}))
-        nested = fit.guide.nested()
+            weighted = weigh(posterior.model, posterior.guide, rows, Noise(part, {}))
+        nested = posterior.guide.nested()
         yield resampled(weighted, nested.effect_site if nested else "")
 
 

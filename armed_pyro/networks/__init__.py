@@ -1,1 +1,1 @@
-"""Torch networks read and changed by hook, the adversary, networks by name."""
+"""Torch networks read and modulated by hooks, the adversary, and networks by name."""

@@ -45,26 +45,27 @@ def reverse_gradient(x: Tensor, strength: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of the game: the adversary's mean cross-entropy and its accuracy."""
+    """The adversarial loss of one batch: the mean cross-entropy, and the classifier's accuracy."""
 
     cross_entropy: Float[Tensor, ""]
     accuracy: Float[Tensor, ""]
 
 
 class Adversary(LocalModule):
-    r"""Cluster classifier on tapped activations, played against by gradient reversal.
+    r"""Cluster classifier on tapped activations, with its gradient into the network reversed.
 
-    The adversary minimises the cross-entropy of the cluster given the activations; the network
-    receives that gradient times :math:`-w(t)`, where the strength rises linearly from 0 to
-    `weight` over the first `warmup` share of the steps. It is no part of the probability density.
+    The classifier minimises the cross-entropy of the cluster given the activations. The network
+    receives that gradient times :math:`-w(t)`, where :math:`w(t)` rises linearly from 0 to
+    `weight` over the first `warmup` share of the steps. The adversary is not part of the
+    probability density.
 
     Parameters
     ----------
     factor : str
-        Grouping factor whose clusters are to be unreadable.
+        Grouping factor whose clusters the activations should not reveal.
     taps : sequence of str
-        Module paths of the network whose outputs the adversary sees; feature maps are averaged
-        over space.
+        Paths of the modules whose outputs the classifier sees; feature maps are averaged over
+        space.
     weight : float
         Strength of the reversed gradient, relative to the mean log-likelihood of a row.
     hidden : sequence of int
@@ -106,7 +107,7 @@ class Adversary(LocalModule):
         self.classifier: nn.Module | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments, for the manifest."""
+        """The constructor's arguments, as the manifest of a saved fit holds them."""
         return {
             "factor": self.factor,
             "taps": list(self.taps),
@@ -116,23 +117,29 @@ class Adversary(LocalModule):
         }
 
     def strength(self, progress: float | Tensor) -> Float[Tensor, ""]:
-        """Strength of the reversed gradient after this share of the training steps."""
+        """w(t), the strength of the reversed gradient after this share of the training steps."""
         share = torch.as_tensor(progress)
         share = share / self.warmup if self.warmup else torch.ones_like(share)
         return self.weight * share.clamp(max=1.0)
 
     def build(self, widths: Mapping[str, int], n_clusters: int) -> None:
-        """Lay the classifier out for activations of these widths and this many clusters."""
+        """Make the classifier for activations of these widths and this number of clusters."""
         sizes = [sum(widths[path] for path in self.taps), *self.hidden, n_clusters]
         layers: list[nn.Module] = []
-        for one, other in itertools.pairwise(sizes):
-            layers += [nn.Linear(one, other), nn.ReLU()]
+        for width, next_width in itertools.pairwise(sizes):
+            layers += [nn.Linear(width, next_width), nn.ReLU()]
         self.classifier = nn.Sequential(*layers[:-1])
 
     def logits(
         self, activations: Mapping[str, Tensor], strength: Tensor
     ) -> Float[Tensor, "rows clusters"]:
-        """Scores of every cluster; gradients into the activations are reversed."""
+        """Logits of every cluster; gradients into the activations are reversed.
+
+        Raises
+        ------
+        ValueError
+            If `build` has not made the classifier yet.
+        """
         if self.classifier is None:
             raise ValueError("the adversary is laid out when its model is bound to data")
         seen = torch.cat([pooled(activations[path]) for path in self.taps], -1)
@@ -144,7 +151,7 @@ class Adversary(LocalModule):
         codes: Int[Tensor, " rows"],
         strength: Tensor,
     ) -> Round:
-        """Mean cross-entropy of the rows' clusters, to be added to the loss, and the accuracy."""
+        """The mean cross-entropy of the rows' clusters, a term of the loss, and the accuracy."""
         logits = self.logits(activations, strength)
         accuracy = (logits.detach().argmax(-1) == codes).to(logits.dtype).mean()
         return Round(cross_entropy(logits, codes), accuracy)

@@ -1,4 +1,4 @@
-"""Networks by name, or from a user's file, and the hidden layers found in them."""
+"""Networks by name or from a user's file, and the paths of their hidden layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from armed_pyro._messages import listing, unknown
 __all__ = ["GROUP", "hidden_activations", "is_file", "network"]
 
 
-# Entry points by which the library, which never imports a concrete program, finds one.
+# The library never imports a concrete network: it finds networks by this group of entry points.
 GROUP = "armed_pyro.models"
 _ACTIVATIONS = (
     *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -31,20 +31,20 @@ _ACTIVATIONS = (
 def network(
     name: str, n_features: int, n_outputs: int = 1, *, seed: int = 0, **arguments: Any
 ) -> nn.Module:
-    """The network called `name`, for features "rows n_features" and outputs "rows n_outputs".
+    """The network `name`, for features "rows n_features" and outputs "rows n_outputs".
 
     Parameters
     ----------
     name : str
         A name in the entry-point group ``armed_pyro.models``, such as ``linear`` or ``dense``; or
         ``FILE.py:NAME``. The file is executed. NAME is a network, or a class or function that
-        makes one when called with ``(n_features, n_outputs)`` or with nothing.
+        returns a network when called with ``(n_features, n_outputs)`` or without arguments.
     n_features, n_outputs : int
-        Widths.
+        Widths of features and outputs.
     seed : int
-        Seed of the initial weights; torch's global generator is left as it was.
+        Seed of the initial weights; the state of torch's global generator does not change.
     **arguments
-        Further arguments of a network found by its entry point.
+        Further arguments of a network that has an entry point.
 
     Raises
     ------
@@ -60,13 +60,13 @@ def network(
         torch.manual_seed(seed)
         if is_file(name):
             return _from_file(name, n_features, n_outputs)
-        found = {point.name: point for point in entry_points(group=GROUP)}
-        if name not in found:
+        registered = {point.name: point for point in entry_points(group=GROUP)}
+        if name not in registered:
             raise ValueError(
-                f"{unknown('network', name, sorted(found))} A network of your own is "
+                f"{unknown('network', name, sorted(registered))} A network of your own is "
                 "FILE.py:NAME, such as my_net.py:MyNet."
             )
-        make = found[name].load()
+        make = registered[name].load()
         try:
             return _module(make(n_features, n_outputs, **arguments), name)
         except TypeError as error:
@@ -79,10 +79,10 @@ def is_file(name: str) -> bool:
 
 
 def hidden_activations(net: nn.Module) -> tuple[str, ...]:
-    """Module paths of a network's hidden activations, in order; for an adversary to tap.
+    """Module paths of a network's hidden activations, in order: taps for an adversary.
 
-    These are its activation modules (ReLU and the like); of a network that has none, because it
-    calls functions instead, its linear layers but the last.
+    These are the activation modules, such as ReLU. A network without any, because it calls
+    functions instead, gives its linear layers except the last.
 
     Raises
     ------
@@ -95,9 +95,9 @@ def hidden_activations(net: nn.Module) -> tuple[str, ...]:
     ('1',)
     """
     modules = dict(net.named_modules())
-    linear = [path for path, one in modules.items() if isinstance(one, nn.Linear)]
+    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
     hidden = list(modules)
-    if linear:  # what follows the last linear layer is the output, not hidden
+    if linear:  # modules after the last linear layer act on the output and are not hidden
         hidden = hidden[: hidden.index(linear[-1])]
     paths = [path for path in hidden if isinstance(modules[path], _ACTIVATIONS)] or linear[:-1]
     if not paths:
@@ -120,18 +120,18 @@ def _from_file(name: str, n_features: int, n_outputs: int) -> nn.Module:
         raise ValueError(f"there is no file {file!r} (from {name!r}): check the path")
     module = _execute(path)
     if not hasattr(module, attribute):
-        own = [
+        defined = [
             key
             for key, value in vars(module).items()
             if getattr(value, "__module__", None) == module.__name__ or isinstance(value, nn.Module)
         ]
-        raise unknown(f"name in {file}", attribute, own)
-    found = getattr(module, attribute)
-    if callable(found) and not isinstance(found, nn.Module):
-        sizes = _sizes(found, name, n_features, n_outputs)
+        raise unknown(f"name in {file}", attribute, defined)
+    net = getattr(module, attribute)
+    if callable(net) and not isinstance(net, nn.Module):
+        sizes = _sizes(net, name, n_features, n_outputs)
         with _explained(path, f"calling {name} failed"):
-            found = found(**sizes)
-    return _module(found, name)
+            net = net(**sizes)
+    return _module(net, name)
 
 
 def _execute(path: Path) -> ModuleType:
@@ -139,7 +139,7 @@ def _execute(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    # As for a script: dataclasses look their module up, and a file may import its neighbours.
+    # Dataclasses look their module up in sys.modules, and a file may import files beside it.
     sys.modules[spec.name] = module
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
@@ -152,37 +152,41 @@ def _execute(path: Path) -> ModuleType:
 
 
 def _sizes(make: Any, name: str, n_features: int, n_outputs: int) -> dict[str, int]:
-    """Keywords to call a user's class or function with."""
+    """Keyword arguments for a user's class or function."""
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):  # written in C
         return {}
-    named = {"n_features": n_features, "n_outputs": n_outputs}
-    free = [key for key, one in parameters.items() if one.default is one.empty]
-    free = [key for key in free if parameters[key].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    given = {key: value for key, value in named.items() if key in parameters}
-    if not given and len(free) == 2:
-        given = dict(zip(free, named.values(), strict=True))
-    if missing := [key for key in free if key not in given]:
+    sizes = {"n_features": n_features, "n_outputs": n_outputs}
+    required = [
+        key
+        for key, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    arguments = {key: value for key, value in sizes.items() if key in parameters}
+    if not arguments and len(required) == 2:
+        arguments = dict(zip(required, sizes.values(), strict=True))
+    if missing := [key for key in required if key not in arguments]:
         raise ValueError(
             f"{name} takes the arguments {listing(parameters)}, and {listing(missing)} cannot be "
             "filled in: expected none, or (n_features, n_outputs). Give the others defaults."
         )
-    return given
+    return arguments
 
 
-def _module(found: Any, name: str) -> nn.Module:
-    if not isinstance(found, nn.Module):
+def _module(net: Any, name: str) -> nn.Module:
+    if not isinstance(net, nn.Module):
         raise ValueError(
-            f"{name} gives a {type(found).__name__}, expected a torch.nn.Module, or a class or "
+            f"{name} gives a {type(net).__name__}, expected a torch.nn.Module, or a class or "
             "function that makes one"
         )
-    return found
+    return net
 
 
 @contextmanager
 def _explained(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a user's code raises into a ValueError with the line that raised it."""
+    """Turn any exception of a user's code into a ValueError that names the line."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Activations of a network read off by module path, without editing the network."""
+"""Activations of a network recorded by module path, without editing the network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["module_at", "pooled", "run", "tapped"]
+__all__ = ["head_path", "module_at", "pooled", "run", "tapped"]
 
 
-# Rows, and values of all their features, that run through a network at once where no gradients are
-# wanted of them: the feature maps of thousands of images would take gigabytes.
+# Limits on the rows, and on the feature values, of one forward pass without gradients: the feature
+# maps of thousands of images would take gigabytes.
 MOST_ROWS, MOST_VALUES = 4096, 2**21
 
 
@@ -25,7 +25,7 @@ def module_at(net: nn.Module, path: str) -> nn.Module:
     Raises
     ------
     ValueError
-        If there is none; the message names the nearest path.
+        If the network has no such module; the message names the nearest path.
     """
     try:
         return net.get_submodule(path)
@@ -40,7 +40,7 @@ def module_at(net: nn.Module, path: str) -> nn.Module:
 
 
 def pooled(activation: Float[Tensor, "rows width ..."]) -> Float[Tensor, "rows width"]:
-    """Activations as vectors: feature maps are averaged over space."""
+    """One vector per row: feature maps are averaged over space."""
     return activation if activation.dim() == 2 else activation.flatten(2).mean(-1)
 
 
@@ -50,8 +50,8 @@ def tapped(
 ) -> Iterator[dict[str, Tensor]]:
     """Record the outputs (or inputs) of modules while the network runs inside this context.
 
-    The yielded mapping fills as the network runs: key ``path`` for an output, ``"<path"`` for an
-    input. Hooks are removed on leaving.
+    The yielded mapping fills as the network runs: the key ``path`` holds an output, the key
+    ``"<path"`` an input. The hooks are removed when the context ends.
 
     Raises
     ------
@@ -92,14 +92,19 @@ def run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The network's output, and outputs (or inputs) of its modules, as `tapped` records them.
 
-    The output is among them, under the empty path.
-
-    Many rows run a block at a time where no gradients are wanted of them.
+    The record holds the network's output too, under the empty path. Without gradients, a large
+    number of rows runs in blocks, which bounds the memory of the feature maps.
 
     Parameters
     ----------
+    net : nn.Module
+        The network.
+    x : Float[Tensor, "rows ..."]
+        Its features.
+    outputs, inputs : sequence of str
+        Module paths.
     whole : bool
-        Whether all rows have to run at once.
+        Whether all rows must run at once, as hooks with one value per row need.
     """
     size = min(MOST_ROWS, max(1, MOST_VALUES // max(1, x[:1].numel())))
     blocks = [x] if whole or torch.is_grad_enabled() or len(x) <= size else x.split(size)
@@ -112,3 +117,17 @@ def run(
     if len(pieces) > 1:
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in joined}
     return joined[""], joined
+
+
+def head_path(net: nn.Module) -> str:
+    """Module path of the network's last linear layer; empty if that layer is the network itself.
+
+    Raises
+    ------
+    ValueError
+        If the network has no linear layer.
+    """
+    paths = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
+    if not paths:
+        raise ValueError("a Bayesian head needs a network with a torch.nn.Linear layer")
+    return paths[-1]

@@ -1,11 +1,11 @@
-"""New clusters known from a few labelled rows: their posterior, without training anew."""
+"""Posterior of new clusters given a few labelled rows, without further training."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,48 +16,48 @@ from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.guides.base import selected
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
-from armed_pyro.prediction.chunks import encoded, new_effects, predict_chunks
+from armed_pyro.prediction.chunks import new_effects, predict_chunks
 from armed_pyro.prediction.new_clusters import condition
-from armed_pyro.prediction.result import Prediction, Rebuilt
+from armed_pyro.prediction.result import Prediction, Reconstructed
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.random_effects.grouping_factor import Factor
-
+from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["Adapted", "adapt", "check_support"]
 
 
 Latents = Mapping[str, Tensor]
-# Shape of the weights' tail up to which they are used; draws that a tail can be fitted to.
-K_HAT, FEWEST_SMOOTHED = 0.7, 100
+# Importance weights are used up to this Pareto k-hat (Vehtari et al. 2024); above it they are
+# dominated by a few draws.
+K_HAT = 0.7
+# With fewer draws no generalised Pareto tail can be fitted, and the raw weights are used.
+FEWEST_SMOOTHED = 100
 
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A fit with the posterior of clusters that it learned of from labelled rows afterwards.
+    """A fit, and the posterior of clusters that it knows from labelled rows seen after training.
 
     Attributes
     ----------
-    fit : Fit
-        The fit, unchanged.
+    posterior : Posterior
+        The fitted program.
     support : ClusteredData
         All labelled rows so far.
     latents : mapping of str to Tensor
-        Joint posterior draws, reweighted by what the support says of the hyperparameters; seen
-        clusters that were updated among them.
+        Joint posterior draws, resampled by the likelihood of the support. They include the new
+        effects of seen clusters if `update_seen` is set.
     labels : mapping of str to pandas.Index
         The new clusters, by factor.
     effects : mapping of str to Float[Tensor, "draws new terms"]
         Their effects in standardised units, one draw for each of `latents`.
     quality : mapping of str to float
-        ess and k_hat of the draws' weights; reweighted (1, or 0 where the weights could not be
-        relied upon and the draws are the fit's); efficiency, the lowest share of effective
-        particles (1 for gaussian outcomes, where nothing is approximated).
+        ess and k_hat of the draws' weights; reweighted (1, or 0 if the weights were unreliable and
+        the fit's draws were kept); efficiency, the lowest share of effective particles (1 for
+        gaussian outcomes, where the posterior is exact).
     draws, seed, update_seen
-        How it was made.
+        The arguments of `adapt`.
 
     Examples
     --------
@@ -65,7 +65,7 @@ class Adapted:
     ``adapted.adapt(more_rows).predict(later_rows)``
     """
 
-    fit: Fit
+    posterior: Posterior
     support: ClusteredData
     latents: Latents
     labels: Mapping[str, pd.Index]
@@ -76,24 +76,25 @@ class Adapted:
     update_seen: bool
 
     def adapt(self, support: ClusteredData | pd.DataFrame) -> Adapted:
-        """The posterior given these rows as well; the same as given all rows at once."""
-        more = encoded(self.fit, support)
+        """The posterior given these rows and all earlier ones, as if all had come at once."""
+        more = self.posterior.encode(support)
         return adapt(
-            self.fit,
-            joined(self.fit, self.support, more),
+            self.posterior,
+            joined(self.posterior, self.support, more),
             draws=self.draws,
             seed=self.seed,
             update_seen=self.update_seen,
         )
 
     def predict(self, data: ClusteredData | pd.DataFrame, *, prob: float = 0.9) -> Prediction:
-        """E[y] and y of new rows: of seen clusters, of those of the support, and of others.
+        """E[y] and y of new rows, in seen clusters, clusters of the support, and other clusters.
 
-        Clusters without labelled rows are drawn from N(0, D), as under "marginal", and rows say so.
+        Clusters without labelled rows are drawn from N(0, D), as in the mode "marginal";
+        `Prediction.unseen` names the mode of every row.
         """
-        rows, source = encoded(self.fit, data), self.source()
+        rows, source = self.posterior.encode(data), self.source()
         settings: dict[str, Any] = {"draws": self.draws, "prob": prob, "seed": self.seed}
-        parts = list(predict_chunks(self.fit, rows, source=source, **settings))
+        parts = list(predict_chunks(self.posterior, rows, source, **settings))
         joint = [np.concatenate([getattr(part, name) for part in parts], 1)
                  for name in ("expected", "outcome")]  # fmt: skip
         return replace(
@@ -102,27 +103,26 @@ class Adapted:
             outcome=joint[1],
             unseen=np.concatenate([part.unseen for part in parts]),
             row_labels=rows.row_labels,
-            new=new_effects(self.fit.model, source, rows),
-            others=Rebuilt.joined(parts),
+            new=new_effects(self.posterior.model, source, rows),
+            others=Reconstructed.joined(parts),
         )
 
     def source(self) -> EffectSource:
-        """Where new clusters get their effects from."""
-        return _Posterior(
-            self.latents, self.labels, self.effects, Marginal(self.latents, self.seed)
-        )
+        """The source of the new clusters' effects."""
+        marginal = Marginal(self.latents, self.seed)
+        return _AdaptedEffects(self.latents, self.labels, self.effects, marginal)
 
     def table(self, *, prob: float = 0.9) -> pd.DataFrame:
-        """Effects of the new clusters on the original scale.
+        """Effects of the new clusters on the original scale, one row per cluster and term.
 
         Returns
         -------
         pandas.DataFrame
-            Columns factor, cluster, rows (labelled ones), term, mean, sd, lower, upper.
+            Columns factor, cluster, rows (number of labelled rows), term, mean, sd, lower, upper.
         """
         records: list[dict[str, Any]] = []
         tail = (1 - prob) / 2
-        for factor in self.fit.model.factors:
+        for factor in self.posterior.model.factors:
             grouping = self.support.grouping(factor.name)
             counts = pd.Series(grouping.counts.numpy(), index=grouping.levels)
             matrix = factor.to_original.double()
@@ -130,10 +130,10 @@ class Adapted:
             lower, upper = np.quantile(values, [tail, 1 - tail], axis=0)
             for place, label in enumerate(self.labels[factor.name]):
                 for t, term in enumerate(factor.terms):
-                    one = values[:, place, t]
+                    sample = values[:, place, t]
                     records.append(
                         {"factor": factor.name, "cluster": label, "rows": int(counts[label]),
-                         "term": term, "mean": one.mean(), "sd": one.std(ddof=1),
+                         "term": term, "mean": sample.mean(), "sd": sample.std(ddof=1),
                          "lower": lower[place, t], "upper": upper[place, t]}
                     )  # fmt: skip
         names = ["factor", "cluster", "rows", "term", "mean", "sd", "lower", "upper"]
@@ -141,8 +141,8 @@ class Adapted:
 
 
 @dataclass(frozen=True, eq=False)
-class _Posterior(EffectSource):
-    """Effects of the adapted clusters; others are marginal."""
+class _AdaptedEffects(EffectSource):
+    """Posterior effects of the adapted clusters, and marginal effects of all other new clusters."""
 
     latents: Latents
     labels: Mapping[str, pd.Index]
@@ -150,8 +150,10 @@ class _Posterior(EffectSource):
     others: Marginal
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
-        own = self.labels[factor.name]
-        place = own.get_indexer(as_seen(labels, own)) if len(own) else np.full(len(labels), -1)
+        adapted = self.labels[factor.name]
+        place = np.full(len(labels), -1)
+        if len(adapted):
+            place = adapted.get_indexer(as_seen(labels, adapted))
         unknown = place < 0
         rest, modes = self.others.effects(factor, labels[unknown])
         both = rest.new_empty(len(rest), len(labels), rest.shape[-1])
@@ -162,86 +164,95 @@ class _Posterior(EffectSource):
 
 
 def adapt(
-    fit: Fit,
+    posterior: Posterior,
     support: ClusteredData | pd.DataFrame,
     *,
     draws: int = 1000,
     seed: int | None = None,
     update_seen: bool = False,
 ) -> Adapted:
-    r"""Posterior of new clusters' effects given labelled rows, everything else as fitted.
+    r"""Posterior of new clusters' effects given labelled rows, without further training.
 
     .. math:: p(\theta, u_{new} \mid y, y_{new}) \propto
         p(\theta \mid y) \, p(y_{new} \mid \theta) \, p(u_{new} \mid y_{new}, \theta)
 
-    with theta all that the fit has draws of, effects of seen clusters among them. In every draw
-    the new clusters' conditional is exact (gaussian outcomes), or found by Newton's method and
-    corrected by particles; then the draws are resampled by the new rows' likelihood. New clusters
-    that share rows (a new school in a new district) are known jointly. Without rows it is the mode
-    "marginal", draw by draw.
+    where theta stands for all latent sites of the fit, including the effects of seen clusters. In
+    every draw the conditional of the new clusters is exact (gaussian outcomes), or is found by
+    Newton's method and corrected by particles. The draws are then resampled by the likelihood of
+    the new rows. New clusters that share rows (a new school in a new district) have a joint
+    posterior. Without rows the result is that of the mode "marginal", draw by draw.
 
     Parameters
     ----------
-    fit : Fit
-        The fit; its network is not trained.
+    posterior : Posterior
+        The fitted program.
     support : ClusteredData or table
-        Rows with outcomes, of clusters not seen in training; none is fine.
+        Rows with outcomes, of clusters not seen in training. It may be empty.
     draws : int
         Posterior draws.
     seed : int, optional
-        Seed of the draws; the fit's own by default.
+        Seed of the draws; by default that of the fit.
     update_seen : bool
-        Whether rows of clusters seen in training are meant: their effects are then drawn anew given
-        their training rows and these.
+        Whether the support may hold rows of clusters seen in training. Their effects are then drawn
+        anew, given their training rows and the support.
 
     Raises
     ------
     ValueError
-        If rows have no outcome, or lie in seen clusters only and `update_seen` is not set.
+        If rows have no outcome, or if a row lies in seen clusters only and `update_seen` is False.
 
     Examples
     --------
     ``fit.adapt(rows_with_outcomes).predict(rows_to_come)``
     """
-    model, facts = fit.model, fit.model.data_facts()
-    seed = fit.seed if seed is None else seed
+    model, facts = posterior.model, posterior.model.data_facts()
+    seed = posterior.seed if seed is None else seed
     if isinstance(support, pd.DataFrame) and support.empty:
-        support = fit.data.take([])
-    support = encoded(fit, support)
-    check_support(fit, support, update_seen=update_seen)
-    latents = dict(fit.draws(draws, seed=seed))
+        support = posterior.data.take([])
+    support = posterior.encode(support)
+    check_support(posterior, support, update_seen=update_seen)
+    latents = dict(posterior.draws(draws, seed=seed))
     new = new_clusters(facts, model, support)
     marginal = Marginal(latents, seed)
     effects = {f.name: marginal.effects(f, new[f.name])[0].clone() for f in model.factors}
     quality = {"ess": float(draws), "k_hat": -np.inf, "reweighted": 1.0, "efficiency": 1.0}
     if support.n_rows and model.factors:
-        weights = condition(fit, support, latents, effects, new, seed, update_seen, quality)
+        weights = condition(posterior, support, latents, effects, new, seed, update_seen, quality)
         index = _resampled(weights, seed, quality)
         if index is not None:
             latents = selected(latents, index)
             effects = {k: v[index] for k, v in effects.items()}
-    return Adapted(fit, support, latents, new, effects, quality, draws, seed, update_seen)
+    return Adapted(posterior, support, latents, new, effects, quality, draws, seed, update_seen)
 
 
 def check_support(
-    fit: Fit,
+    posterior: Posterior,
     support: ClusteredData,
-    there: Mapping[str, pd.Index] | None = None,
+    new_in_data: Mapping[str, pd.Index] | None = None,
     *,
     update_seen: bool = False,
 ) -> None:
-    """Raise ValueError unless the rows have outcomes, of new clusters that the data have.
+    """Check that the rows have outcomes and belong to new clusters of the data.
 
     Parameters
     ----------
-    there : mapping of str to pandas.Index, optional
-        New clusters among the rows to be predicted.
+    new_in_data : mapping of str to pandas.Index, optional
+        New clusters among the rows to be predicted. The support may have no others.
+
+    Raises
+    ------
+    ValueError
+        If an outcome is missing, a row lies in seen clusters only, or a cluster is not in the data.
+
+    Examples
+    --------
+    ``check_support(fit.posterior, rows_with_outcomes)``
     """
-    model, facts = fit.model, fit.model.data_facts()
+    model, facts = posterior.model, posterior.model.data_facts()
     if support.outcome is None:
         raise ValueError(
             f"the support rows have no outcome {facts.outcome_name!r} in at least one of their "
-            f"{support.n_rows} row(s): support is labelled rows; leave out those without one"
+            f"{support.n_rows} row(s): leave out the rows without an outcome"
         )
     if not support.n_rows or not model.factors:
         return
@@ -258,22 +269,32 @@ def check_support(
         raise ValueError(
             f"support is for new clusters, but {int((~is_new).sum())} of its rows are of clusters "
             f"that training saw: {listing(known, 5)} of {first!r}. If these are other clusters of "
-            "the same name, rename them; if their new rows are to update what is known of them, "
-            "use Fit.adapt(support, update_seen=True)"
+            "the same name, rename them; if their new rows should update their effects, use "
+            "Fit.adapt(support, update_seen=True)"
         )
-    if there is not None:
+    if new_in_data is not None:
         for name, labels in new.items():
-            missing = labels[~labels.isin(as_seen(there[name], labels))]
+            missing = labels[~labels.isin(as_seen(new_in_data[name], labels))]
             if len(missing):
                 raise ValueError(
                     f"the support has {len(missing)} cluster(s) of {name!r} that are not in the "
                     f"data to predict: {listing(missing, 5)}. Check the labels, leave these rows "
-                    "out of the support, or use Fit.adapt(support), which takes any"
+                    "out of the support, or use Fit.adapt(support), which takes any cluster"
                 )
 
 
-def joined(fit: Fit, first: ClusteredData, second: ClusteredData) -> ClusteredData:
-    """The rows of both."""
+def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) -> ClusteredData:
+    """The rows of both data sets, those of the first one first.
+
+    Raises
+    ------
+    ValueError
+        If only one of them has outcomes, trials, offsets or weights.
+
+    Examples
+    --------
+    ``joined(fit.posterior, first_rows, more_rows)``
+    """
     if not first.n_rows or not second.n_rows:
         return first if first.n_rows else second
     both = (first, second)
@@ -281,13 +302,13 @@ def joined(fit: Fit, first: ClusteredData, second: ClusteredData) -> ClusteredDa
     for role in ("outcome", "trials", "offset", "weights"):
         pair = [getattr(data, role) for data in both]
         if (pair[0] is None) != (pair[1] is None):
-            raise ValueError(f"one set of support rows has {role}, another has none")
+            raise ValueError(f"one set of support rows has {role}, the other has none")
         optional[role] = None if pair[0] is None else torch.cat(pair)
     groupings = {}
-    for name in dict.fromkeys([*first.groupings, *fit.model.factor_names()]):
-        one, two = first.grouping(name), second.grouping(name)
-        two = Grouping(two.codes, as_seen(two.levels, one.levels))
-        labels = np.concatenate([one.labels().astype(object), two.labels().astype(object)])
+    for name in dict.fromkeys([*first.groupings, *posterior.model.factor_names()]):
+        left, right = first.grouping(name), second.grouping(name)
+        right = Grouping(right.codes, as_seen(right.levels, left.levels))
+        labels = np.concatenate([left.labels().astype(object), right.labels().astype(object)])
         groupings[name] = Grouping.from_labels(pd.Series(labels).infer_objects(), name)
     return replace(
         first,
@@ -299,7 +320,7 @@ def joined(fit: Fit, first: ClusteredData, second: ClusteredData) -> ClusteredDa
 
 
 def _resampled(log_weights: Tensor, seed: int, quality: dict[str, float]) -> Tensor | None:
-    """Draws by their weights; None where these are all equal or cannot be relied upon."""
+    """Indices of draws, by systematic resampling; None if weights are equal or unreliable."""
     if log_weights.dim() == 0 or float(log_weights.max() - log_weights.min()) < 1e-9:
         return None
     if len(log_weights) < FEWEST_SMOOTHED:
@@ -311,10 +332,10 @@ def _resampled(log_weights: Tensor, seed: int, quality: dict[str, float]) -> Ten
     if k_hat[0] > K_HAT or quality["ess"] < min(50, 0.1 * len(weights)):
         quality["reweighted"] = 0.0
         warnings.warn(
-            f"the support says more of the hyperparameters than the fit's {len(weights)} draws can "
-            f"follow (k-hat {k_hat[0]:.2f}, effective draws {quality['ess']:.0f}): they are kept "
-            "as fitted, and only the new clusters' effects are adapted; a new fit with these "
-            "rows would use all they say",
+            "the support says more of the hyperparameters than importance weights of the fit's "
+            f"{len(weights)} draws can express (k-hat {k_hat[0]:.2f}, effective draws "
+            f"{quality['ess']:.0f}): the hyperparameters are kept as fitted, and only the new "
+            "clusters' effects are adapted; fit again with these rows to update both",
             UserWarning,
             stacklevel=4,
         )

@@ -1,65 +1,64 @@
-"""A classifier of the cluster given the features, fitted to a fit's training rows."""
+"""Classifier of the cluster given the features, trained on the training rows of a fit."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from armed_pyro.networks.taps import tapped
-from armed_pyro.program.binding import head_path
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.networks.taps import head_path, tapped
+from armed_pyro.program.model import MixedEffects
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-
-
-__all__ = ["ClusterClassifier", "calibration_error", "train_classifier"]
+__all__ = ["Classifiers", "ClusterClassifier", "calibration_error", "train_classifier"]
 
 
-STEPS, BATCH, EVERY, PATIENCE, RATE = 1500, 256, 25, 6, 0.01
+STEPS, BATCH, RATE = 1500, 256, 0.01
+# Training stops once the held-out loss has not fallen in PATIENCE checks, one every EVERY steps.
+EVERY, PATIENCE = 25, 6
+# Share of the rows held out, and bins of the calibration error.
 HELD_OUT, BINS = 0.3, 10
-# Hidden units where the fit's own network has no hidden layer to follow.
+# Hidden units of the classifier if the architecture of the fit cannot be reused.
 WIDTH = 32
-# Features up to which they are compared themselves, beside hidden layers.
+# With more features than this, only hidden activations are compared and not the features too.
 MOST_FEATURES = 100
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterClassifier:
-    r"""p(k | x) = softmax(net(x) / temperature), and where each cluster's features lie.
+    r"""p(k | x) = softmax(net(x) / temperature), and the centre of each cluster's features.
 
     Attributes
     ----------
     factor : str
         Grouping factor.
     net : torch.nn.Module
-        The fit's own architecture, trained anew, with one output a cluster.
+        The architecture of the fit, trained from new initial weights, with one output per cluster.
     temperature : float
         Chosen on rows that the classifier was not trained on.
     pooling : float
-        Between 0 and 1: n rows of one cluster are worth 1 + (n - 1) pooling independent ones, as
-        held-out rows pooled by cluster have it.
+        Between 0 and 1: n rows of one cluster count as 1 + (n - 1) pooling independent rows.
+        Estimated from held-out rows pooled by cluster.
     log_prior : Float[Tensor, "clusters"]
         Logarithms of the clusters' shares of the training rows.
     centers : Float[Tensor, "clusters q"]
         Mean features of each cluster, in coordinates in which rows have unit variance within
         clusters.
     whiten : Float[Tensor, "q q"]
-        What takes features to these coordinates.
+        Matrix that transforms features to these coordinates.
     counts : Float[Tensor, "clusters"]
-        Training rows of each cluster.
+        Number of training rows of each cluster.
     report : mapping of str to float
-        Of rows used for nothing else: accuracy, chance (share of the largest cluster), log_loss,
-        ece (expected calibration error) and ece_before (at temperature 1), and their number.
+        Scores on rows used for nothing else: rows (their number), accuracy, chance (share of the
+        largest cluster), log_loss, ece (expected calibration error) and ece_before (the same at
+        temperature 1).
 
     Examples
     --------
@@ -82,7 +81,7 @@ class ClusterClassifier:
 
     @torch.no_grad()
     def log_prob(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows clusters"]:
-        """log p(k | x) of standardised features."""
+        """Return log p(k | x) of standardised features."""
         pieces = [
             torch.log_softmax(self.net(part).flatten(1) / self.temperature, -1)
             for part in x.split(4096)
@@ -96,9 +95,10 @@ class ClusterClassifier:
         return torch.cat(pieces) @ self.whiten
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is trained, by name; `restore` takes it back."""
-        own = {name: getattr(self, name) for name in ("log_prior", "centers", "whiten", "counts")}
-        return own | {f"net.{name}": one for name, one in self.net.state_dict().items()}
+        """All trained tensors by name, from which `restore` makes the classifier again."""
+        statistics = ("log_prior", "centers", "whiten", "counts")
+        weights = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        return {name: getattr(self, name) for name in statistics} | weights
 
     @classmethod
     def restore(
@@ -110,27 +110,67 @@ class ClusterClassifier:
         report: Mapping[str, float],
         tensors: Mapping[str, Tensor],
     ) -> ClusterClassifier:
-        """The classifier with these `tensors`."""
+        """The classifier with the tensors that `tensors` returned."""
         net = _architecture(model, len(tensors["log_prior"]))
-        start = "net."
-        own = {name[len(start) :]: one for name, one in tensors.items() if name.startswith(start)}
-        net.load_state_dict(own)
+        weights = {
+            name.removeprefix("net."): value
+            for name, value in tensors.items()
+            if name.startswith("net.")
+        }
+        net.load_state_dict(weights)
         names = ("log_prior", "centers", "whiten", "counts")
         log_prior, centers, whiten, counts = (tensors[name] for name in names)
         settings = factor, net.eval(), temperature, pooling
         return cls(*settings, log_prior, centers, whiten, counts, dict(report))
 
 
-def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
-    """Train p(k | x) on most of the training rows; stop, calibrate and judge by the others.
+class Classifiers(Mapping[str, ClusterClassifier]):
+    """Trained classifiers by factor; `of` trains a missing one.
+
+    Parameters
+    ----------
+    trained : mapping of str to ClusterClassifier, optional
+        Classifiers of a saved fit.
+
+    Examples
+    --------
+    >>> len(Classifiers())
+    0
+    """
+
+    def __init__(self, trained: Mapping[str, ClusterClassifier] | None = None) -> None:
+        self._trained = dict(trained or {})
+
+    def __getitem__(self, factor: str) -> ClusterClassifier:
+        return self._trained[factor]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trained)
+
+    def __len__(self) -> int:
+        return len(self._trained)
+
+    def of(self, posterior: Posterior, factor: str) -> ClusterClassifier:
+        """The classifier of a factor's clusters, trained at the first call."""
+        if factor not in self._trained:
+            self._trained[factor] = train_classifier(posterior, factor)
+        return self._trained[factor]
+
+
+def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
+    """Train p(k | x) on 70% of the training rows; stop, calibrate and score it on the others.
 
     Raises
     ------
     ValueError
-        If the factor has no random effects, there are no features, or the fit was kept without its
-        training rows.
+        If there is no such factor, there are no features, or the fit holds no training rows or only
+        a sample of them.
+
+    Examples
+    --------
+    ``train_classifier(fit.posterior, "site").report["accuracy"]``
     """
-    model, data = fit.model, fit.data
+    model, data = posterior.model, posterior.data
     facts = model.data_facts()
     if factor not in facts.levels:
         raise ValueError(f"there is no grouping factor {factor!r}: {', '.join(facts.levels)}")
@@ -138,9 +178,9 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
         raise ValueError(
             "the modes 'membership' and 'nearest' need a classifier of the clusters, and the fit "
             "holds neither one nor the training rows to train it on: fit the model again, call "
-            f"fit.classifier({factor!r}) and save it, or choose 'marginal'"
+            f"fit.classifier({factor!r}) and save the fit, or choose 'marginal'"
         )
-    if fit.sampled:
+    if posterior.sampled:
         raise ValueError(
             f"the modes 'membership' and 'nearest' need rows of every cluster of {factor!r}, and "
             "the fit keeps only a sample of its training rows: choose 'marginal'"
@@ -153,8 +193,8 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
     source, like = model.encode(data), model.reference()
     x, codes = source.x, source.codes[factor]
     shares = source.counts[factor].to(like)
-    train, tune, judge = _parts(codes, fit.seed)
-    with model.seeded(fit.seed + 11), torch.enable_grad():
+    train, tune, judge = _parts(codes, posterior.seed)
+    with model.seeded(posterior.seed + 11), torch.enable_grad():
         net = _architecture(model, len(shares))
         _train(net, x[train], codes[train], x[tune], codes[tune])
     with torch.no_grad():
@@ -168,7 +208,7 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
         residual = position - centers[codes]
         freedom = max(1, len(x) - len(shares))
         within = residual.mT @ residual / freedom
-        # Features that do not vary within clusters would otherwise be infinitely far apart.
+        # Without the ridge, features that do not vary within clusters have infinite distances.
         ridge = 1e-3 * position.var(0).clamp(min=1e-6) if len(x) > 1 else torch.ones(())
         root = torch.linalg.cholesky(within + torch.diag(ridge.expand(len(within))))
         whiten = torch.linalg.inv(root).mT.contiguous()
@@ -182,9 +222,9 @@ def train_classifier(fit: Fit, factor: str) -> ClusterClassifier:
 def calibration_error(
     probability: Float[np.ndarray, "rows clusters"], codes: Int[np.ndarray, " rows"]
 ) -> float:
-    """Expected calibration error: mean over bins of abs(share right - mean top probability).
+    """Expected calibration error: mean over bins of abs(accuracy - mean top probability).
 
-    Bins hold equally many rows each.
+    All bins hold the same number of rows.
 
     Examples
     --------
@@ -195,12 +235,17 @@ def calibration_error(
     right = probability.argmax(1) == codes
     order = np.argsort(top, kind="stable")
     bins = np.array_split(order, max(1, min(BINS, len(order) // 10)))
-    gaps = [len(one) * abs(float(right[one].mean() - top[one].mean())) for one in bins if len(one)]
+    gaps = [
+        len(rows) * abs(float(right[rows].mean() - top[rows].mean())) for rows in bins if len(rows)
+    ]
     return sum(gaps) / max(1, len(top))
 
 
 def _architecture(model: MixedEffects, clusters: int) -> nn.Module:
-    """The network's own layers, drawn anew, with one output a cluster; in its precision."""
+    """The layers of the fit's network with new initial weights and one output per cluster.
+
+    Falls back to a small network with one hidden layer.
+    """
     facts, like = model.data_facts(), model.reference()
     probe = torch.zeros(2, *facts.feature_shape).to(like)
     try:
@@ -219,17 +264,17 @@ def _architecture(model: MixedEffects, clusters: int) -> nn.Module:
             if fits:
                 return net
     except (ValueError, RuntimeError):
-        pass  # a network that does more with its last layer than give its output
+        pass  # the last layer's output is not the network's output, or has a fixed width
     width = math.prod(facts.feature_shape)
     layers = [nn.Flatten(), nn.Linear(width, WIDTH), nn.ReLU(), nn.Linear(WIDTH, clusters)]
     return nn.Sequential(*layers).to(like)
 
 
 def _coordinates(net: nn.Module, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows q"]:
-    """What the classifier's last layer reads, and the features where they are few.
+    """Input of the classifier's last layer, preceded by the features if they are few.
 
-    Hidden layers tell clusters apart whose mean features are the same; the features show a shift
-    that no hidden layer was trained to see.
+    Hidden layers tell apart clusters whose mean features are the same. The features show shifts
+    that no hidden layer was trained to detect.
     """
     path = head_path(net)
     with tapped(net, (), [path]) as record:
@@ -240,30 +285,30 @@ def _coordinates(net: nn.Module, x: Float[Tensor, "rows ..."]) -> Float[Tensor, 
 
 
 def _parts(codes: Int[Tensor, " rows"], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to train on, to stop and calibrate by, and to judge by; by cluster."""
+    """Rows for training, for stopping and calibration, and for scores; stratified by cluster."""
     rng = np.random.default_rng([seed, 11])
     order = rng.permutation(len(codes))
     order = order[np.argsort(codes.cpu().numpy()[order], kind="stable")]
     place = (np.arange(len(order)) + rng.random()) * HELD_OUT
     held = np.diff(np.floor(place), append=math.floor(place[-1])) > 0
-    # Alternately, so that both sets have rows of every cluster that is large enough.
-    which = np.cumsum(held) % 2
+    # The two held-out sets take turns, so that both have rows of every sufficiently large cluster.
+    turn = np.cumsum(held) % 2
 
     def rows(chosen: Bool[np.ndarray, " rows"]) -> Tensor:
-        # Very few rows serve for everything.
+        # With very few rows a set would be empty; it then holds all rows.
         return torch.as_tensor(np.sort(order[chosen] if chosen.any() else order)).to(codes)
 
-    return rows(~held), rows(held & (which == 0)), rows(held & (which == 1))
+    return rows(~held), rows(held & (turn == 0)), rows(held & (turn == 1))
 
 
 def _train(net: nn.Module, x: Tensor, codes: Tensor, x_held: Tensor, codes_held: Tensor) -> None:
-    """Adam on the log-loss, back to the state in which the held-out rows' was least."""
+    """Minimise the log-loss by Adam, and keep the weights with the lowest held-out loss."""
     optimizer = torch.optim.Adam(net.parameters(), RATE, weight_decay=1e-4)
     best, state, waited = math.inf, copy.deepcopy(net.state_dict()), 0
     for step in range(1, STEPS + 1):
         net.train()
-        some = slice(None) if len(x) <= BATCH else torch.randint(len(x), (BATCH,))
-        loss = nn.functional.cross_entropy(net(x[some]).flatten(1), codes[some])
+        batch = slice(None) if len(x) <= BATCH else torch.randint(len(x), (BATCH,))
+        loss = nn.functional.cross_entropy(net(x[batch]).flatten(1), codes[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -281,12 +326,12 @@ def _train(net: nn.Module, x: Tensor, codes: Tensor, x_held: Tensor, codes_held:
 
 
 def _temperature(logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " rows"]) -> float:
-    """The temperature with the least log-loss."""
+    """The temperature with the lowest log-loss."""
 
     def loss(log_temperature: float) -> float:
         return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), codes))
 
-    return math.exp(minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x)
+    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x)
 
 
 def _pooling(
@@ -294,10 +339,10 @@ def _pooling(
     codes: Int[Tensor, " rows"],
     log_prior: Float[Tensor, " clusters"],
 ) -> float:
-    """What makes the evidence of each cluster's rows together least surprised by that cluster.
+    """The pooling with the lowest log-loss of each cluster given the sum of its rows' evidence.
 
-    Small errors that all rows of a cluster share add up; without it, pooled evidence would be sure
-    of a cluster even where features say nothing.
+    Small errors that all rows of a cluster share add up. Without pooling, the sum would be certain
+    of a cluster even if the features carry no information.
     """
     present, place = torch.unique(codes, return_inverse=True)
     sums = log_ratio.new_zeros(len(present), log_ratio.shape[1]).index_add(0, place, log_ratio)
@@ -307,8 +352,8 @@ def _pooling(
         logits = log_prior + sums * (1 + (counts - 1) * pooling) / counts
         return float(nn.functional.cross_entropy(logits, present))
 
-    found = float(minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded").x)
-    return min((0.0, found, 1.0), key=loss)
+    inner = float(scipy.optimize.minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded").x)
+    return min((0.0, inner, 1.0), key=loss)
 
 
 def _report(

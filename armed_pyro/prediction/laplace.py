@@ -1,46 +1,45 @@
-"""Random effects of clusters given their rows and everything else: modes, curvature, particles."""
+"""Draws of clusters' random effects given their rows: mode, curvature and weighted particles."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.distributions.quasi_random import lattice, stretched
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Rows
-
+from armed_pyro.families.family import Parameters
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["Conditionals", "conditionals"]
 
 
 Latents = Mapping[str, Tensor]
+# Newton's method: most iterations, longest step, and the length of step that ends it.
 ITERATIONS, LONGEST_STEP, CLOSE = 30, 4.0, 1e-2
-# Steps in each draw, from the mode at their mean: particles make up for what is missing.
+# Newton steps in each draw, from the mode at the mean of all draws. The modes may stay inexact:
+# the weights of the particles correct for the error.
 STEPS = 2
-# Points for one, two, or more effects; values in one block of draws.
+# Particles for one, two, or more effects; numbers in the arrays of one block of draws.
 PARTICLES, BLOCK = (8, 16, 64), 2**23
 
 
 @dataclass(frozen=True)
 class Conditionals:
-    """Draws of the effects of C groups of clusters given S posterior draws of everything else.
+    """Draws of the effects of C groups of clusters given S posterior draws of all other sites.
 
     Attributes
     ----------
     effects : Float[Tensor, "draws groups size"]
         u = L z.
     evidence : Float[Tensor, "draws groups"]
-        log p(y of the group's rows | everything else in the draw).
+        log p(y of the group's rows | all other sites of the draw).
     efficiency : Float[Tensor, "groups"]
-        Mean over draws of the particles' effective number over their number; 1 if exact.
+        Effective number of particles divided by their number, averaged over draws; 1 if exact.
 
     Examples
     --------
@@ -64,47 +63,54 @@ def conditionals(
     groups: int,
     noise: Float[Tensor, "draws groups size"] | None = None,
 ) -> Conditionals:
-    r"""p(u_c | y_c, everything else) of groups of clusters that share no rows.
+    r"""Draw from p(u_c | y_c, all other sites) for groups of clusters that share no rows.
 
     .. math:: \eta_i = base_i + s \, Z_i^\top L z_{c(i)}, \quad z_c \sim N(0, I)
 
-    Newton's method finds the mode of z in every draw. For gaussian outcomes that gives the exact
-    posterior, :math:`N(m, Q^{-1})` with :math:`Q = I + L^\top Z^\top W Z L`; for others particles
-    about it, on lattices with stretched tails, are weighted by the likelihood and one is picked.
+    Newton's method finds the mode of z in every draw. For quadratic families this gives the exact
+    posterior, :math:`N(m, Q^{-1})` with :math:`Q = I + L^\top Z^\top W Z L`. For other families,
+    particles around the mode, on lattices with stretched tails, are weighted by the likelihood, and
+    one particle is drawn by these weights.
 
     Parameters
     ----------
+    model : MixedEffects
+        The bound program.
     latents : mapping of str to Tensor
-        Posterior draws, for the dispersion.
+        Posterior draws, for the parameters of the family.
     rows : Rows
         The rows, with outcomes.
-    base : Tensor
-        Predictor without these effects; 1 in the place of draws if all have the same.
-    design : Tensor
+    base : Float[Tensor, "draws rows columns"]
+        Predictor without these effects; "1 rows columns" if all draws share it.
+    design : Float[Tensor, "rows size columns"]
         Z, the columns of a group's effects.
-    lower : Tensor
+    lower : Float[Tensor, "draws size size"]
         L, block-diagonal over the group's clusters.
     place : Int[Tensor, "rows"]
-        Each row's group.
+        Group of each row.
     groups : int
         C.
-    noise : Tensor, optional
+    noise : Float[Tensor, "draws groups size"], optional
         Standard normal noise for exact draws.
+
+    Examples
+    --------
+    See `Conditionals`.
     """
-    model_draws = _dispersion(model, latents)
-    n = max(len(base), len(lower), 1 if model_draws is None else len(model_draws))
+    parameters = _parameters(model, latents)
+    n = max([len(base), len(lower), *map(len, parameters.values())])
     if noise is not None:
         n = max(n, len(noise))
     size, columns = design.shape[1:]
-    exact = model.family.name == "gaussian"
+    exact = model.family.is_quadratic
     particles = 1 if exact else PARTICLES[min(size, len(PARTICLES)) - 1]
     width = max(size * size + size * columns, particles * columns)
     step = max(1, BLOCK // (max(1, len(rows), groups) * width))
     start = None
-    if not exact:  # from the mode at the mean of all draws, a few steps are left in each
+    if not exact:  # the mode at the mean of all draws is a few Newton steps from that of each
         middle = _Problem(
             model,
-            None if model_draws is None else model_draws.mean(0, keepdim=True),
+            {name: value.mean(0, keepdim=True) for name, value in parameters.items()},
             rows,
             base.mean(0, keepdim=True),
             design,
@@ -117,29 +123,30 @@ def conditionals(
     for first in range(0, n, step):
         part = slice(first, min(first + step, n))
 
-        def some(values: Tensor | None, part: slice = part) -> Tensor | None:
-            return values if values is None or len(values) == 1 else values[part]
+        def in_block(values: Tensor, part: slice = part) -> Tensor:
+            return values if len(values) == 1 else values[part]
 
         count = part.stop - part.start
-        bases, scales = some(base), some(lower)
-        assert bases is not None  # for mypy: neither is None
-        assert scales is not None
-        problem = _Problem(model, some(model_draws), rows, bases, design, scales, place, groups)
+        values = {name: in_block(value) for name, value in parameters.items()}
+        problem = _Problem(
+            model, values, rows, in_block(base), design, in_block(lower), place, groups
+        )
         begin = (
             base.new_zeros(count, groups, size) if start is None else start.expand(count, -1, -1)
         )
         mode, root = problem.mode(begin.clone(), 1 if exact else STEPS)
-        pieces.append(problem.draw(mode, root, particles, some(noise)))
-    effects, evidence, share = (torch.cat(one) for one in zip(*pieces, strict=True))
+        block_noise = None if noise is None else in_block(noise)
+        pieces.append(problem.draw(mode, root, particles, block_noise))
+    effects, evidence, share = (torch.cat(blocks) for blocks in zip(*pieces, strict=True))
     return Conditionals(effects, evidence, share.mean(0))
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """The rows in one block of draws."""
+    """log p(y, z) in one block of draws; the fields are arguments of `conditionals`."""
 
     model: MixedEffects
-    dispersion: Tensor | None
+    parameters: Parameters  # as latent sites, in standardised units
     rows: Rows
     base: Tensor
     design: Tensor
@@ -148,38 +155,36 @@ class _Problem:
     groups: int
 
     def log_likelihood(self, eta: Float[Tensor, "... rows columns"]) -> Float[Tensor, "... rows"]:
-        known: dict[str, Tensor] = {}
-        if self.dispersion is not None:
-            shape = (-1, *(1,) * (eta.dim() - 2))
-            known = {str(self.model.family.dispersion_name): self.dispersion.reshape(shape)}
-        value = self.model.density(eta, known, self.rows).log_prob(self.rows.outcome())
+        shape = (-1, *(1,) * (eta.dim() - 2))
+        latents = {name: value.reshape(shape) for name, value in self.parameters.items()}
+        value = self.model.density(eta, latents, self.rows).log_prob(self.rows.outcome())
         if self.rows.weights is None:
             return value
         counted = value.new_zeros(()).where(self.rows.weights == 0, value)
         return self.rows.weights * counted
 
     def predictor(self, z: Float[Tensor, "draws ... groups size"]) -> Tensor:
-        """eta, "draws ... rows columns"."""
+        """Return eta, with dimensions "draws ... rows columns"."""
         lower, base = self.lower, self.base
         if z.dim() == 4:
             lower, base = lower[:, None], base[:, None]
         u = z @ lower.mT
         spread = self.model.data_facts().spread
-        mine = u.index_select(-2, self.place)  # "draws ... rows size"
-        return base + spread * torch.einsum("...rd,rdc->...rc", mine, self.design)
+        by_row = u.index_select(-2, self.place)  # "draws ... rows size"
+        return base + spread * torch.einsum("...rd,rdc->...rc", by_row, self.design)
 
     def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of log p(y, z) by z, and Q, minus the second derivative."""
+        """Gradient of log p(y, z) in z, and Q, its negative Hessian."""
         size = z.shape[-1]
-        if self.model.family.name == "gaussian":
-            pull, square = self._gaussian(z)
+        if self.model.family.is_quadratic:
+            pull, square = self._quadratic(z)
         else:
             pull, square = self._by_autograd(z)
         zero = z.new_zeros(len(z), self.groups, size)
         gradient = zero.index_add(1, self.place, pull)
         curve = z.new_zeros(len(square), self.groups, size, size)
         curve = curve.index_add(1, self.place, square)
-        if self.model.family.name == "gaussian":
+        if self.model.family.is_quadratic:
             curve = curve * self._precision()[:, :, None, None]
         lower = self.lower[:, None]
         gradient = (lower.mT @ gradient[..., None])[..., 0] - z
@@ -187,13 +192,15 @@ class _Problem:
         return gradient, lower.mT @ curve @ lower + unit
 
     def _precision(self) -> Float[Tensor, "draws 1"]:
-        """1 / Var(y | eta) of a gaussian outcome."""
-        assert self.dispersion is not None  # for mypy: the family has one
-        facts = self.model.data_facts()
-        return self.model.family.original_dispersion(self.dispersion, facts.spread) ** -2
+        """1 / Var(y | eta) of a quadratic family, on the scale of the outcome."""
+        family = self.model.family
+        precision = family.precision(self.model.family_parameters(self.parameters))
+        if precision is None:
+            raise ValueError(f"family {family.name!r} is quadratic, but gives no precision")
+        return precision.reshape(-1, 1)
 
-    def _gaussian(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's part in the gradient, and in the curvature but for the precision."""
+    def _quadratic(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's part of the gradient, and of the curvature divided by the precision."""
         spread, design = self.model.data_facts().spread, self.design[..., 0]
         weight = self.rows.weights
         residual = self._precision() * (self.rows.outcome() - self.predictor(z)[..., 0])
@@ -203,7 +210,7 @@ class _Problem:
         return spread * residual[..., None] * design, square[None]
 
     def _by_autograd(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's part in the gradient and the curvature by u."""
+        """Each row's part of the gradient and of the curvature, in u."""
         spread = self.model.data_facts().spread
         eta = self.predictor(z)
         with torch.enable_grad():
@@ -225,13 +232,13 @@ class _Problem:
         return pull, torch.einsum("srde,rfe->srdf", half, self.design)
 
     def mode(self, z: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-        """The mode, and the Cholesky factor of Q there."""
+        """The mode of z, and the Cholesky factor of Q at the mode."""
         root = z
         for _ in range(iterations):
             gradient, precision = self.derivatives(z)
             root = torch.linalg.cholesky(precision)
             move = torch.cholesky_solve(gradient[..., None], root)[..., 0]
-            # Log-links overshoot from afar.
+            # With a log link, full Newton steps overshoot far from the mode.
             length = move.norm(dim=-1, keepdim=True)
             if iterations > 1:
                 move = move * (LONGEST_STEP / length.clamp(min=LONGEST_STEP))
@@ -243,7 +250,7 @@ class _Problem:
     def draw(
         self, mode: Tensor, root: Tensor, particles: int, noise: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One effect of each group and draw, log-evidence, and particles' efficiency."""
+        """Effects of each group and draw, log-evidence, and efficiency of the particles."""
         draws, groups, size = mode.shape
         log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         if particles == 1:
@@ -271,6 +278,6 @@ class _Problem:
         return zero.index_add(-1, self.place, values)
 
 
-def _dispersion(model: MixedEffects, latents: Latents) -> Float[Tensor, "draws 1"] | None:
-    found = latents.get(model.family.dispersion_name or "")
-    return None if found is None else found.reshape(-1, 1)
+def _parameters(model: MixedEffects, latents: Latents) -> dict[str, Float[Tensor, "draws 1"]]:
+    names = [parameter.name for parameter in model.family.parameters]
+    return {name: latents[name].reshape(-1, 1) for name in names if name in latents}

@@ -1,44 +1,42 @@
-"""Effects of the clusters of some labelled rows, given all else in every posterior draw."""
+"""Effects of the clusters of labelled rows, given all other sites of every posterior draw."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.laplace import Conditionals, conditionals
 from armed_pyro.prediction.unseen import label_noise
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.predictor import modulates
+from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.in_memory import HeldRows
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.random_effects.grouping_factor import Factor
-
 
 __all__ = ["condition"]
 
 
 Latents = Mapping[str, Tensor]
 Node = tuple[int, int]  # factor, cluster
-# Effects that can be known jointly; values of the rows' predictors in all draws.
-MOST_EFFECTS, MOST_VALUES = 500, 2**25
-# Times that the predictor is linearised anew where there are effects on filters.
+# Effects in one joint conditional, whose dense precision matrix grows with their square.
+MOST_EFFECTS = 500
+# Rows times draws in one batch of groups.
+MOST_VALUES = 2**25
+# The predictor is linearised this many times more, around the last estimate, if there are effects
+# on filters.
 LINEARISED = 3
 
 
 def condition(
-    fit: Fit,
+    posterior: Posterior,
     support: ClusteredData,
     latents: dict[str, Tensor],
     effects: dict[str, Tensor],
@@ -50,16 +48,29 @@ def condition(
 ) -> Tensor:
     """Draw the effects of all clusters of the support given each posterior draw.
 
+    `latents`, `effects`, `quality` and `evidence` are updated in place.
+
     Parameters
     ----------
-    latents, effects : dict of str to Tensor
-        Draws of the fit, and effects of the new clusters; those known better now are replaced.
+    posterior : Posterior
+        The fitted program.
+    support : ClusteredData
+        Rows with outcomes.
+    latents : dict of str to Tensor
+        Draws of the fit. If `update_seen` is set, effects of seen clusters are replaced.
+    effects : dict of str to Float[Tensor, "draws new terms"]
+        Effects of the new clusters by factor; those of clusters in the support are replaced.
     new : mapping of str to pandas.Index
         Labels of the new clusters.
+    seed : int
+        Seed of the noise.
+    update_seen : bool
+        Whether the effects of seen clusters in the support are drawn anew, too.
     quality : dict of str to float
-        Its efficiency is lowered to that of the worst particles.
+        Its efficiency is lowered to the lowest efficiency of any group's particles.
     evidence : list, optional
-        Gets groups of clusters, as numbers of factor and cluster, and log p(y of the group | draw).
+        Gets one entry per batch: groups of clusters, as pairs of factor and cluster number, and
+        log p(y of the group | draw).
 
     Returns
     -------
@@ -68,9 +79,9 @@ def condition(
 
     Examples
     --------
-    ``fit.adapt(rows)`` calls it.
+    `Fit.adapt` calls it: ``fit.adapt(rows).effects``.
     """
-    model, facts = fit.model, fit.model.data_facts()
+    model, facts = posterior.model, posterior.model.data_facts()
     levels = facts.levels_with(support)
     source = model.encode(support, levels)
     first_new = {f.name: len(facts.levels[f.name]) for f in model.factors}
@@ -79,9 +90,9 @@ def condition(
         for f in model.factors
     }
     if update_seen:
-        for name, one in free.items():
-            one &= source.counts[name].cpu() > 0
-        source = _with_training(fit, source, levels, free)
+        for name, is_free in free.items():
+            is_free &= source.counts[name].cpu() > 0
+        source = _with_training(posterior, source, levels, free)
     source = model.compute(source)
     trained = torch.arange(len(source)) >= support.n_rows
     extended = dict(latents)
@@ -92,23 +103,23 @@ def condition(
         extended[f.effect_site] = both
     total = torch.zeros(())
     noise = {f.name: _noise(f, levels[f.name], latents, seed) for f in model.factors}
-    most = max(1, MOST_VALUES // max(one.shape[0] for one in latents.values()))
+    most = max(1, MOST_VALUES // max(site.shape[0] for site in latents.values()))
     for nodes, rows in _in_batches(_components(model.factors, source, free), most):
-        found = _solve(fit, extended, source, nodes, rows, noise, seed)
-        total = total + found.evidence.sum(1).double().cpu()
+        solved = _solve(posterior, extended, source, nodes, rows, noise, seed)
+        total = total + solved.evidence.sum(1).double().cpu()
         if evidence is not None:
-            evidence.append((nodes, found.evidence))
-        quality["efficiency"] = min(quality["efficiency"], float(found.efficiency.min()))
+            evidence.append((nodes, solved.evidence))
+        quality["efficiency"] = min(quality["efficiency"], float(solved.efficiency.min()))
         old = [index[trained[index]] for index in rows]
-        if any(map(len, old)):  # the fit knows these rows already
-            before = _solve(fit, extended, source, nodes, old, noise, seed)
+        if any(map(len, old)):  # the draws are already conditional on training rows
+            before = _solve(posterior, extended, source, nodes, old, noise, seed)
             total = total - before.evidence.sum(1).double().cpu()
         for group, members in enumerate(nodes):
             start = 0
             for number, cluster in members:
                 factor = model.factors[number]
                 stop = start + len(factor.terms)
-                value, k = found.effects[:, group, start:stop], first_new[factor.name]
+                value, k = solved.effects[:, group, start:stop], first_new[factor.name]
                 if cluster >= k:
                     effects[factor.name][:, cluster - k] = value
                 else:
@@ -119,24 +130,29 @@ def condition(
     return total
 
 
-def _noise(factor: Factor, labels: pd.Index, latents: Latents, seed: int) -> Any:
-    def of(clusters: list[int]) -> Tensor:
+def _noise(
+    factor: Factor, labels: pd.Index, latents: Latents, seed: int
+) -> Callable[[list[int]], Tensor]:
+    """A function from cluster numbers to their noise."""
+
+    def noise_of(clusters: list[int]) -> Tensor:
         return label_noise(seed, factor.name, labels[clusters], latents[factor.effect_site])
 
-    return of
+    return noise_of
 
 
 def _components(
     factors: tuple[Factor, ...], source: HeldRows, free: Mapping[str, Tensor]
 ) -> Iterator[tuple[list[list[Node]], list[Tensor]]]:
-    """Free clusters that share rows, as groups: those of the same make-up together.
+    """Connected components of free clusters, where an edge is a row that two clusters share.
 
     Yields
     ------
     list of list of Node
-        Clusters of every group.
+        Clusters of every component. All components of one item have the same factors, so that
+        their arrays have the same shape.
     list of Tensor
-        Rows of every group.
+        Rows of every component.
     """
     offset, start = {}, 0
     for f, factor in enumerate(factors):
@@ -151,8 +167,10 @@ def _components(
         pairs.append(torch.stack([row_node[both], node[both]]))
         row_node = torch.where(row_node >= 0, row_node, node)
     edges = torch.cat(pairs, 1).numpy()
-    graph = coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(start, start))
-    _, label = connected_components(graph, directed=False)
+    graph = scipy.sparse.coo_array(
+        (np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(start, start)
+    )
+    _, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
     members: dict[int, list[Node]] = defaultdict(list)
     present = np.unique(label[row_node[row_node >= 0].numpy()])
     for f, factor in enumerate(factors):
@@ -170,9 +188,9 @@ def _components(
         size = sum(len(factors[f].terms) for f in kind)
         if size > MOST_EFFECTS and len(kind) > 1:
             raise ValueError(
-                f"the support ties {len(kind)} clusters of {len(set(kind))} factors together, with "
-                f"{size} effects to be known jointly; at most {MOST_EFFECTS} can: adapt to fewer "
-                "clusters at a time, or fit again with these rows"
+                f"rows of the support connect {len(kind)} clusters of {len(set(kind))} factor(s), "
+                f"whose joint posterior has {size} effects; at most {MOST_EFFECTS} are possible: "
+                "adapt to fewer clusters at a time, or fit again with these rows"
             )
         groups, rows = alike.setdefault(kind, ([], []))
         groups.append(nodes)
@@ -183,7 +201,7 @@ def _components(
 def _in_batches(
     alike: Iterator[tuple[list[list[Node]], list[Tensor]]], most: int
 ) -> Iterator[tuple[list[list[Node]], list[Tensor]]]:
-    """The same groups, with at most so many rows (or one group) at a time."""
+    """The same groups, with at most `most` rows at a time, or a single group."""
     for nodes, rows in alike:
         start, held = 0, 0
         for place, index in enumerate(rows):
@@ -195,67 +213,69 @@ def _in_batches(
 
 
 def _solve(
-    fit: Fit,
+    posterior: Posterior,
     latents: Latents,
     source: HeldRows,
     nodes: list[list[Node]],
     rows: list[Tensor],
-    noise: Mapping[str, Any],
+    noise: Mapping[str, Callable[[list[int]], Tensor]],
     seed: int,
 ) -> Conditionals:
-    """The conditionals of groups of clusters of the same make-up."""
-    found = _linearised(fit, latents, source, nodes, rows, noise, seed)
-    if modulates(fit.model):
-        # The predictor is linear in the effects on filters only near where they are.
+    """The conditionals of groups of clusters with the same factors."""
+    solved = _linearised(posterior, latents, source, nodes, rows, noise, seed)
+    if modulates(posterior.model):
+        # The predictor is not linear in effects on filters: a linearisation holds only locally.
         for _ in range(LINEARISED):
-            around = found.effects.mean(0)
-            found = _linearised(fit, latents, source, nodes, rows, noise, seed, around)
-    return found
+            around = solved.effects.mean(0)
+            solved = _linearised(posterior, latents, source, nodes, rows, noise, seed, around)
+    return solved
 
 
 def _linearised(
-    fit: Fit,
+    posterior: Posterior,
     latents: Latents,
     source: HeldRows,
     nodes: list[list[Node]],
     rows: list[Tensor],
-    noise: Mapping[str, Any],
+    noise: Mapping[str, Callable[[list[int]], Tensor]],
     seed: int,
     around: Float[Tensor, "groups terms"] | None = None,
 ) -> Conditionals:
-    """The conditionals given a predictor that is linear in the effects.
+    """The conditionals for the predictor linearised in the effects.
 
     Parameters
     ----------
     around : Float[Tensor, "groups terms"], optional
-        Effects near which it is taken as linear; by default near zero.
+        Effects at which the predictor is linearised; by default zero.
     """
-    model = fit.model
+    model = posterior.model
     spread = model.data_facts().spread
     index = torch.cat(rows).to(source.x.device)
     place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
     place = place.to(index)
-    some = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
+    batch = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
     point = mean_draws(model, latents) if modulates(model) else {}
     if around is not None:
         latents = dict(latents)
         sizes = [len(model.factors[f].terms) for f, _ in nodes[0]]
         for slot, (value, (f, _)) in enumerate(zip(around.split(sizes, -1), nodes[0], strict=True)):
-            site, where = model.factors[f].effect_site, [group[slot][1] for group in nodes]
+            site, clusters = model.factors[f].effect_site, [group[slot][1] for group in nodes]
             latents[site] = latents[site].clone()
-            latents[site][:, where] = value
+            latents[site][:, clusters] = value
             point[site] = latents[site].mean(0)
-    base = model.predictor(some, latents)
+    base = model.predictor(batch, latents)
     pieces, normal = [], []
     for slot, (f, _) in enumerate(nodes[0]):
         factor = model.factors[f]
-        own: Int[Tensor, " groups"] = torch.tensor([group[slot][1] for group in nodes]).to(index)
-        mine = source.codes[factor.name][index] == own[place]
-        z = sensitivities(model, some, factor, base.activations, point)
-        pieces.append(z * mine[:, None, None])
-        normal.append(noise[factor.name](own.tolist()))
-    lower = [model.factors[f].scale_matrix(latents) for f, _ in nodes[0]]
-    lower = [one.reshape(-1, *one.shape[-2:]) for one in lower]
+        members: Int[Tensor, " groups"] = torch.tensor([group[slot][1] for group in nodes]).to(
+            index
+        )
+        in_cluster = source.codes[factor.name][index] == members[place]
+        z = sensitivities(model, batch, factor, base.activations, point)
+        pieces.append(z * in_cluster[:, None, None])
+        normal.append(noise[factor.name](members.tolist()))
+    scales = [model.factors[f].scale_matrix(latents) for f, _ in nodes[0]]
+    lower = [scale.reshape(-1, *scale.shape[-2:]) for scale in scales]
     eta = base.eta if base.eta.dim() == 3 else base.eta[None]
     z = torch.cat(pieces, 1)
     if around is not None:
@@ -264,7 +284,7 @@ def _linearised(
         return conditionals(
             model,
             latents,
-            some,
+            batch,
             eta,
             z,
             _block_diagonal(lower),
@@ -275,39 +295,47 @@ def _linearised(
 
 
 def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    draws, size = max(map(len, blocks)), sum(one.shape[-1] for one in blocks)
+    draws, size = max(map(len, blocks)), sum(block.shape[-1] for block in blocks)
     matrix, start = blocks[0].new_zeros(draws, size, size), 0
-    for one in blocks:
-        stop = start + one.shape[-1]
-        matrix[:, start:stop, start:stop] = one
+    for block in blocks:
+        stop = start + block.shape[-1]
+        matrix[:, start:stop, start:stop] = block
         start = stop
     return matrix
 
 
 def _with_training(
-    fit: Fit, source: HeldRows, levels: Mapping[str, pd.Index], free: Mapping[str, Tensor]
+    posterior: Posterior,
+    source: HeldRows,
+    levels: Mapping[str, pd.Index],
+    free: Mapping[str, Tensor],
 ) -> HeldRows:
     """The rows, followed by the training rows of the free clusters."""
-    if fit.sampled:
+    if posterior.sampled:
         raise ValueError(
             "seen clusters cannot be updated: the fit keeps only a sample of its training rows"
         )
-    every = fit.model.encode(fit.data, levels)
-    wanted = torch.zeros(len(every), dtype=torch.bool)
-    for name, one in free.items():
-        wanted |= one[every.codes[name].cpu()]
-    index = wanted.nonzero()[:, 0].to(every.x.device)
+    training = posterior.model.encode(posterior.data, levels)
+    wanted = torch.zeros(len(training), dtype=torch.bool)
+    for name, is_free in free.items():
+        wanted |= is_free[training.codes[name].cpu()]
+    index = wanted.nonzero()[:, 0].to(training.x.device)
 
     def both(name: str) -> Tensor | None:
-        ours, theirs = getattr(source, name), getattr(every, name)
-        if ours is None and theirs is None:
+        first, second = getattr(source, name), getattr(training, name)
+        if first is None and second is None:
             return None
-        ours = theirs.new_ones(len(source)) if ours is None else ours
-        theirs = ours.new_ones(len(every)) if theirs is None else theirs
-        return torch.cat([ours, theirs[index]])
+        first = second.new_ones(len(source)) if first is None else first
+        second = first.new_ones(len(training)) if second is None else second
+        return torch.cat([first, second[index]])
 
-    codes = {name: torch.cat([one, every.codes[name][index]]) for name, one in source.codes.items()}
-    counts = {name: torch.bincount(one, minlength=len(levels[name])) for name, one in codes.items()}
-    x = torch.cat([source.x, every.x[index]])
+    codes = {
+        name: torch.cat([values, training.codes[name][index]])
+        for name, values in source.codes.items()
+    }
+    counts = {
+        name: torch.bincount(values, minlength=len(levels[name])) for name, values in codes.items()
+    }
+    x = torch.cat([source.x, training.x[index]])
     y, trials, offset, weights = (both(name) for name in ("y", "trials", "offset", "weights"))
     return HeldRows(x, y, codes, counts, trials, offset, weights)

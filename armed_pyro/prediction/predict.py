@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.prediction.result import Prediction, Rebuilt
-from armed_pyro.prediction.unseen import (
-    apart,
-)
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-from armed_pyro.prediction.chunks import (
-    _check_settings,
-    effect_source,
-    encoded,
-    new_effects,
-    predict_chunks,
-)
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.prediction.chunks import check_settings, new_effects, predict_chunks
+from armed_pyro.prediction.cluster_classifier import Classifiers
+from armed_pyro.prediction.result import Prediction, Reconstructed
+from armed_pyro.prediction.sources import effect_source
+from armed_pyro.prediction.unseen import one_cluster_per_row
 
 __all__ = ["predict"]
 
 
 def predict(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
     *,
     unseen: str | None = None,
@@ -36,45 +28,65 @@ def predict(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    others: bool = True,
+    classifiers: Classifiers | None = None,
 ) -> Prediction:
-    r"""E[y | x, cluster] and y of new rows given every posterior draw.
+    r"""E[y | x, cluster] and y of new rows, under every posterior draw.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     data : ClusteredData or table
         New rows; a table is encoded as the training table was. The outcome is not needed.
     unseen : {"population", "marginal", "membership", "nearest", "adapt"}, optional
-        What random effects clusters get that were not seen in training; see `MODES`. Required if
-        there are such clusters. All rows of one new cluster share its draw.
+        Source of the random effects of clusters not seen in training; see
+        `armed_pyro.prediction.unseen.MODES`. Required if there are such clusters. All rows of a new
+        cluster share its draw.
     support : ClusteredData or table, optional
         Labelled rows of the new clusters, for "adapt"; see `armed_pyro.prediction.adapt.adapt`.
     pooled : bool
-        For "membership" and "nearest", whether the features of all rows of a new cluster are
-        evidence together; otherwise each row is a cluster of its own, as in the ARMED paper.
+        For "membership" and "nearest": whether to pool the features of all rows of a new cluster.
+        Otherwise each row is treated as a separate cluster, as in the ARMED paper.
     draws : int
         Posterior draws.
     prob : float
         Probability of the intervals.
     seed : int, optional
-        Seed of the draws; the fit's own by default.
+        Seed of the draws; by default that of the posterior.
+    others : bool
+        Whether to predict the program's other outcomes, too. Reconstructed images cost a pass of
+        the decoder for each draw.
+    classifiers : Classifiers, optional
+        Classifiers for "membership" and "nearest"; a missing one is trained.
 
     Raises
     ------
     ValueError
-        If there are unseen clusters and no mode for them, or the rows do not match the training
-        data, or support rows lack outcomes or are of clusters that the data do not have.
+        If there are unseen clusters and no mode for them, the rows do not match the training data,
+        or support rows lack outcomes or belong to clusters that are not in the data.
+
+    Examples
+    --------
+    ``predict(fit.posterior, rows, unseen="marginal").to_frame()``
     """
     settings: dict[str, Any] = {"draws": draws, "prob": prob, "seed": seed}
-    _check_settings(draws, prob)
-    data = encoded(fit, data)
+    check_settings(draws, prob)
+    data = posterior.encode(data)
     source, membership = effect_source(
-        fit, data, unseen, support=support, pooled=pooled, draws=draws, seed=seed
+        posterior,
+        data,
+        unseen,
+        support=support,
+        pooled=pooled,
+        draws=draws,
+        seed=seed,
+        classifiers=classifiers,
     )
-    given = apart(fit.model, data) if _by_row(unseen, pooled) else data
-    parts = list(predict_chunks(fit, given, source=source, unseen=unseen, **settings))
-    new = {} if given is not data else new_effects(fit.model, source, data)
+    by_row = unseen in ("membership", "nearest") and not pooled
+    rows = one_cluster_per_row(posterior.model, data) if by_row else data
+    parts = list(predict_chunks(posterior, rows, source, others=others, **settings))
+    new = {} if by_row else new_effects(posterior.model, source, data)
     first = parts[0]
     return Prediction(
         np.concatenate([part.expected for part in parts], 1),
@@ -86,9 +98,5 @@ def predict(
         prob,
         new,
         membership,
-        Rebuilt.joined(parts),
+        Reconstructed.joined(parts),
     )
-
-
-def _by_row(unseen: str | None, pooled: bool) -> bool:
-    return unseen in ("membership", "nearest") and not pooled

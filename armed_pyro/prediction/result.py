@@ -11,8 +11,9 @@ import xarray as xr
 from jaxtyping import Float, Shaped
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.xarray_names import label_values, variable_name
 
-__all__ = ["NewEffects", "Prediction", "Rebuilt"]
+__all__ = ["NewEffects", "Prediction", "Reconstructed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,10 @@ class NewEffects:
 
 
 @dataclass(frozen=True, eq=False)
-class Rebuilt:
-    """Posterior of the mean of another outcome: of every row's features, rebuilt.
+class Reconstructed:
+    """Posterior mean and sd of every row's reconstructed features.
 
-    Draws of it would take a network's output a row and draw.
+    Draws are not kept: each would take as much memory as the rows.
 
     Attributes
     ----------
@@ -61,8 +62,8 @@ class Rebuilt:
     sd: Float[np.ndarray, "rows ..."]
 
     @classmethod
-    def joined(cls, parts: Sequence[Prediction]) -> dict[str, Rebuilt]:
-        """The other outcomes of consecutive blocks of rows."""
+    def joined(cls, parts: Sequence[Prediction]) -> dict[str, Reconstructed]:
+        """The reconstructions of consecutive blocks of rows, by the name of the outcome."""
         return {
             name: cls(
                 np.concatenate([part.others[name].mean for part in parts]),
@@ -74,31 +75,33 @@ class Rebuilt:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Posterior draws of the expected outcome and of the outcome, one column a row.
+    """Posterior draws of the expected outcome and of the outcome, one column per row.
 
-    Rows of one cluster share its random effects in every draw, so their joint distribution is
-    the predictive one.
+    Rows of a cluster share its random effects in every draw, so the draws have the joint predictive
+    distribution of the rows.
 
     Attributes
     ----------
     expected : Float[ndarray, "draws rows"] or Float[ndarray, "draws rows classes"]
-        E[y | draw]: means, counts, or the probability of every class.
+        E[y | draw] in units of the outcome, or the probability of every class.
     outcome : Float[ndarray, "draws rows"]
-        Draws of y itself; class codes for categorical outcomes.
+        Draws of y; class codes for categorical outcomes.
     unseen : Shaped[ndarray, "rows"]
-        Mode used for rows in clusters not seen in training; empty for seen ones.
+        Mode used for rows in clusters not seen in training; empty for rows in seen clusters.
     row_labels : pandas.Index
         Labels of the rows.
+    outcome_name : str
+        Name of the outcome.
     classes : tuple or None
         Labels of the classes.
     prob : float
         Probability of the (equal-tailed) intervals.
     new : mapping of str to NewEffects
-        Random effects of the new clusters, by factor; none where each row was one of its own.
+        Random effects of the new clusters, by factor; empty if each row was a separate cluster.
     membership : pandas.DataFrame or None
-        For the modes membership and nearest, which seen cluster each new one resembles, how sure
-        that is, and whether none is like it: see `armed_pyro.prediction.similarity.Evidence.table`.
-    others : mapping of str to Rebuilt
+        For the modes "membership" and "nearest", the seen cluster that each new cluster resembles;
+        see `armed_pyro.prediction.similarity.Evidence.table`.
+    others : mapping of str to Reconstructed
         The program's other outcomes, by name.
 
     Examples
@@ -121,7 +124,7 @@ class Prediction:
     prob: float
     new: Mapping[str, NewEffects] = field(default_factory=dict)
     membership: pd.DataFrame | None = None
-    others: Mapping[str, Rebuilt] = field(default_factory=dict)
+    others: Mapping[str, Reconstructed] = field(default_factory=dict)
 
     @property
     def mean(self) -> Float[np.ndarray, "rows ..."]:
@@ -136,12 +139,12 @@ class Prediction:
     def interval(
         self, prob: float | None = None, *, of: str = "expected"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Equal-tailed interval of the expected outcome, or of the outcome itself.
+        """Ends of the equal-tailed interval of the expected outcome, or of the outcome.
 
         Parameters
         ----------
         prob : float, optional
-            Probability it holds; by default the prediction's own.
+            Probability of the interval; by default that of the prediction.
         of : {"expected", "outcome"}
             Credible interval of E[y], or predictive interval of y.
         """
@@ -168,8 +171,8 @@ class Prediction:
     def to_dataset(self) -> xr.Dataset:
         """Draws with dimensions chain, draw, row (and class); other outcomes without draws.
 
-        Of an outcome ``image`` there is ``image_expected``, the posterior mean of every value of
-        a row, and ``image_expected_sd``.
+        Another outcome ``image`` gives ``image_expected``, the posterior mean of every value of a
+        row, and ``image_expected_sd``.
         """
         dims = ("chain", "draw", "row")
         coords: dict[str, object] = {"row": self.row_labels.to_numpy()}
@@ -177,17 +180,17 @@ class Prediction:
         if self.expected.ndim == 3:
             expected_dims = (*dims, "class")
             coords["class"] = list(self.classes or range(self.expected.shape[2]))
-        rebuilt = {}
-        for name, one in self.others.items():
-            axes = ("row", *(f"axis_{i}" for i in range(1, one.mean.ndim)))
-            rebuilt[f"{name}_expected"] = (axes, one.mean)
-            rebuilt[f"{name}_expected_sd"] = (axes, one.sd)
+        reconstructions = {}
+        for name, other in self.others.items():
+            axes = ("row", *(f"axis_{i}" for i in range(1, other.mean.ndim)))
+            reconstructions[f"{name}_expected"] = (axes, other.mean)
+            reconstructions[f"{name}_expected_sd"] = (axes, other.sd)
         return xr.Dataset(
             {
                 self.outcome_name: (dims, self.outcome[None]),
                 f"{self.outcome_name}_expected": (expected_dims, self.expected[None]),
                 "unseen": ("row", self.unseen),
-                **rebuilt,
+                **reconstructions,
             },
             coords,
         )
@@ -195,51 +198,46 @@ class Prediction:
     def to_datatree(self, observed: ClusteredData | None = None) -> xr.DataTree:
         """Draws in ArviZ's schema: the groups predictions and predictions_constant_data.
 
-        ``predictions`` has what `to_dataset` has, and the new clusters' random effects as
-        ``<factor>_effect`` with the dimensions (chain, draw, <factor>, <factor>_term), and the mode
-        used for each in ``<factor>_mode``.
+        ``predictions`` has the variables of `to_dataset`, the random effects of new clusters as
+        ``<factor>_effect`` (chain, draw, <factor>, <factor>_term), and the mode used for each
+        cluster as ``<factor>_mode``.
 
         Parameters
         ----------
         observed : ClusteredData, optional
-            The same rows; their clusters go to ``predictions_constant_data`` and their outcomes, if
-            known, to ``observed_data``, for ArviZ's predictive checks
+            The predicted rows. Their clusters go to ``predictions_constant_data``; their outcomes,
+            if known, go to ``observed_data``, for ArviZ's predictive checks
             (``group="predictions"``).
 
         Examples
         --------
         ``fit.predict(rows, unseen="marginal").to_datatree()["predictions"]``
         """
-        return _tree(self, observed)
-
-
-def _tree(made: Prediction, observed: ClusteredData | None) -> xr.DataTree:
-    """See `Prediction.to_datatree`."""
-    from armed_pyro.data.xarray_names import label_values, variable_name
-
-    outcome = variable_name(made.outcome_name)
-    predictions = made.to_dataset()
-    if outcome != made.outcome_name:
-        predictions = predictions.rename({made.outcome_name: outcome})
-    row = label_values(made.row_labels)
-    predictions = predictions.assign_coords(chain=[0], draw=np.arange(len(made.expected)), row=row)
-    for name, one in made.new.items():
-        base = name.replace("/", "_")
-        cluster, term = variable_name(base), f"{base}_term"
-        dims = ("chain", "draw", cluster, term)
-        predictions[f"{base}_effect"] = (dims, one.values[None])
-        predictions[f"{base}_mode"] = (cluster, np.array(one.modes, dtype=np.str_))
-        coords = {cluster: label_values(one.labels), term: list(one.terms)}
-        predictions = predictions.assign_coords(coords)
-    predictions.attrs = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
-    groups = {"predictions": predictions}
-    if observed is not None:
-        clusters = {
-            variable_name(name): ("row", label_values(grouping.levels)[grouping.codes.numpy()])
-            for name, grouping in observed.groupings.items()
-        }
-        groups["predictions_constant_data"] = xr.Dataset(clusters, {"row": row})
-        if observed.outcome is not None:
-            values = {outcome: ("row", observed.outcome.numpy())}
-            groups["observed_data"] = xr.Dataset(values, {"row": row})
-    return xr.DataTree.from_dict(groups)
+        outcome = variable_name(self.outcome_name)
+        predictions = self.to_dataset()
+        if outcome != self.outcome_name:
+            predictions = predictions.rename({self.outcome_name: outcome})
+        row = label_values(self.row_labels)
+        predictions = predictions.assign_coords(
+            chain=[0], draw=np.arange(len(self.expected)), row=row
+        )
+        for name, effects in self.new.items():
+            base = name.replace("/", "_")
+            cluster, term = variable_name(base), f"{base}_term"
+            dims = ("chain", "draw", cluster, term)
+            predictions[f"{base}_effect"] = (dims, effects.values[None])
+            predictions[f"{base}_mode"] = (cluster, np.array(effects.modes, dtype=np.str_))
+            coords = {cluster: label_values(effects.labels), term: list(effects.terms)}
+            predictions = predictions.assign_coords(coords)
+        predictions.attrs = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
+        groups = {"predictions": predictions}
+        if observed is not None:
+            clusters = {
+                variable_name(name): ("row", label_values(grouping.levels)[grouping.codes.numpy()])
+                for name, grouping in observed.groupings.items()
+            }
+            groups["predictions_constant_data"] = xr.Dataset(clusters, {"row": row})
+            if observed.outcome is not None:
+                values = {outcome: ("row", observed.outcome.numpy())}
+                groups["observed_data"] = xr.Dataset(values, {"row": row})
+        return xr.DataTree.from_dict(groups)

@@ -1,38 +1,35 @@
-"""How well the outcomes of new clusters are predicted, cluster by cluster and mode by mode."""
+"""Scores of the predictions for new clusters, by cluster and by mode."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from scipy import stats
-from scipy.special import logsumexp
-from sklearn import metrics
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support, joined
-from armed_pyro.prediction.chunks import effect_source, encoded, extended, predict_chunks
+from armed_pyro.prediction.chunks import predict_chunks, with_new_effects
+from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction
-from armed_pyro.prediction.unseen import EffectSource, apart, new_clusters
+from armed_pyro.prediction.sources import effect_source
+from armed_pyro.prediction.unseen import EffectSource, new_clusters, one_cluster_per_row
 from armed_pyro.program.blocks import BLOCK_VALUES
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
 
 __all__ = ["ClusterScores", "compare_modes", "crps", "score_mode"]
 
 
-# The paper's way, beside the modes themselves.
+# The mode of the ARMED paper: "membership" with each row as a separate cluster.
 BY_ROW = "membership by row"
 
 
@@ -43,19 +40,20 @@ class ClusterScores:
     Attributes
     ----------
     mode : str
+        The mode.
     table : pandas.DataFrame
-        One row a cluster: factor, cluster, rows; rmse (of the posterior mean); coverage and width
-        of the predictive intervals of outcomes; crps (continuous ranked probability score, means
-        over rows; not for classes); log_score (mean log predictive density of a row); elpd (log
-        predictive density of all the cluster's rows jointly); mean_p and sd_p (mid-p-values of the
-        mean and standard deviation of the cluster's outcomes among replications of them).
+        One row per cluster: factor, cluster, rows; rmse (of the posterior mean); coverage and width
+        of the predictive intervals of outcomes; crps (continuous ranked probability score, mean
+        over rows; not for classes); log_score (mean log predictive density of a row); elpd (joint
+        log predictive density of all rows of the cluster); mean_p and sd_p (mid-p-values of the
+        mean and standard deviation of the cluster's outcomes, among replicated outcomes).
     pit : Float[ndarray, "rows"]
-        Probability integral transform of every outcome, randomised where it is discrete: uniform if
-        predictions are calibrated. Not for classes.
+        Probability integral transform of every outcome, randomised if it is discrete. Uniform if
+        predictions are calibrated; NaN for classes.
     summary : mapping of str to float
-        Over all rows and clusters.
+        Scores over all rows and clusters.
     row_labels : pandas.Index
-        Of `pit`.
+        Labels of the rows of `pit`.
 
     Examples
     --------
@@ -74,17 +72,17 @@ class ClusterScores:
     row_labels: pd.Index
 
     def to_dataset(self) -> xr.Dataset:
-        """Scores with the dimensions <factor> and row, to stand beside `Prediction.to_datatree`."""
+        """Scores with the dimensions <factor> and row, labelled as in `Prediction.to_datatree`."""
         factor = variable_name(str(self.table["factor"].iloc[0]))
         columns = self.table.drop(columns=["factor", "cluster"])
-        values = {str(name): (factor, one.to_numpy()) for name, one in columns.items()}
+        values = {str(name): (factor, column.to_numpy()) for name, column in columns.items()}
         labels = label_values(pd.Index(self.table["cluster"].tolist()))
         coords = {factor: labels, "row": label_values(self.row_labels)}
         return xr.Dataset({**values, "pit": ("row", self.pit)}, coords, {"unseen": self.mode})
 
 
 def compare_modes(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
     *,
     modes: Sequence[str] | None = None,
@@ -93,31 +91,40 @@ def compare_modes(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    classifiers: Classifiers | None = None,
 ) -> pd.DataFrame:
-    """One row for each mode: how well it predicts the new clusters' outcomes.
+    """Scores of the predictions for new clusters, one row per mode.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     data : ClusteredData or table
-        Rows with outcomes; those of new clusters are scored. The support's should not be among
-        them.
+        Rows with outcomes; rows of new clusters are scored. They should not include rows of the
+        support.
     modes : sequence of str, optional
-        By default all that apply: "adapt" with support only, "membership" and "nearest" with
-        features only. "membership by row" takes each row as a cluster of its own.
+        By default all modes that apply: "adapt" needs support, "membership" and "nearest" need
+        features. "membership by row" treats each row as a separate cluster.
     support : ClusteredData or table, optional
         Labelled rows of the new clusters, for "adapt".
     factor : str, optional
-        The grouping factor whose new clusters are scored; the first that has any.
+        The grouping factor whose new clusters are scored; by default the first with new clusters.
+    draws : int
+        Posterior draws.
+    prob : float
+        Probability of the predictive intervals.
+    seed : int, optional
+        Seed of the draws; by default that of the fit.
+    classifiers : Classifiers, optional
+        Classifiers for "membership" and "nearest"; a missing one is trained.
 
     Returns
     -------
     pandas.DataFrame
         Columns mode, clusters, rows, rmse (or accuracy and auroc), coverage, mean_coverage (of the
-        intervals of the clusters' means), width, crps, log_score, elpd, elpd_diff (to the mode with
-        the highest) with its standard error over clusters, and pit_distance (largest gap between
-        the distribution of the clusters' mean_p and the uniform one, Kolmogorov's).
+        intervals of the clusters' means), width, crps, log_score, elpd, elpd_diff (difference to
+        the mode with the highest elpd), elpd_diff_se (its standard error over clusters), and
+        pit_distance (Kolmogorov distance of the clusters' mean_p from the uniform distribution).
 
     Raises
     ------
@@ -128,21 +135,24 @@ def compare_modes(
     --------
     ``compare_modes(fit, held_out)``
     """
-    rows = encoded(fit, data)
+    rows = posterior.encode(data)
     if modes is None:
         modes = ["population", "marginal"]
         modes += ["membership", BY_ROW, "nearest"] if rows.n_features else []
         modes += ["adapt"] if support is not None else []
     settings: dict[str, Any] = {"factor": factor, "draws": draws, "prob": prob, "seed": seed}
+    settings["classifiers"] = Classifiers() if classifiers is None else classifiers
     with warnings.catch_warnings():
-        # Of clusters like no seen one: the table shows what membership is worth.
+        # The warning of alien clusters is not needed: the table shows how membership performs.
         warnings.filterwarnings("ignore", message="no cluster of")
         made = [
-            score_mode(fit, rows, mode, support=support if mode == "adapt" else None, **settings)
+            score_mode(
+                posterior, rows, mode, support=support if mode == "adapt" else None, **settings
+            )
             for mode in modes
         ]
-    table = pd.DataFrame([{"mode": one.mode, **one.summary} for one in made])
-    elpd = np.stack([one.table["elpd"].to_numpy() for one in made])
+    table = pd.DataFrame([{"mode": scores.mode, **scores.summary} for scores in made])
+    elpd = np.stack([scores.table["elpd"].to_numpy() for scores in made])
     best = elpd[elpd.sum(1).argmax()]
     table["elpd_diff"] = (elpd - best).sum(1)
     table["elpd_diff_se"] = np.sqrt(elpd.shape[1]) * (elpd - best).std(1, ddof=1)
@@ -150,7 +160,7 @@ def compare_modes(
 
 
 def score_mode(
-    fit: Fit,
+    posterior: Posterior,
     data: ClusteredData | pd.DataFrame,
     mode: str,
     *,
@@ -159,10 +169,21 @@ def score_mode(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    classifiers: Classifiers | None = None,
 ) -> ClusterScores:
-    """Scores of one mode; see `compare_modes` for the parameters."""
-    model, facts = fit.model, fit.model.data_facts()
-    rows = encoded(fit, data)
+    """Scores of one mode by cluster; see `compare_modes` for the parameters.
+
+    Raises
+    ------
+    ValueError
+        If the outcome is not known, or no cluster is new.
+
+    Examples
+    --------
+    ``score_mode(fit, held_out, "marginal").summary["elpd"]``
+    """
+    model, facts = posterior.model, posterior.model.data_facts()
+    rows = posterior.encode(data)
     if rows.outcome is None:
         raise ValueError(
             f"scores compare predictions with outcomes, but the rows have no {facts.outcome_name!r}"
@@ -181,29 +202,36 @@ def score_mode(
     rows = rows.take(codes >= seen)
     codes = codes[codes >= seen] - seen
     unseen, pooled = ("membership", False) if mode == BY_ROW else (mode, True)
-    seed = fit.seed if seed is None else seed
+    seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
-        given = encoded(fit, support)
-        check_support(fit, given)
-        source: EffectSource = adapt(fit, given, draws=draws, seed=seed).source()
+        support_rows = posterior.encode(support)
+        check_support(posterior, support_rows)
+        source: EffectSource = adapt(posterior, support_rows, draws=draws, seed=seed).source()
     else:
-        given = None
-        source, _ = effect_source(fit, rows, unseen, pooled=pooled, draws=draws, seed=seed)
-    used = rows if pooled else apart(model, rows)
-    parts = predict_chunks(fit, used, source=source, draws=draws, prob=prob, seed=seed)
-    log_rows = _log_densities(fit, used, source, draws)
-    made = list(parts)
+        support_rows = None
+        source, _ = effect_source(
+            posterior,
+            rows,
+            unseen,
+            pooled=pooled,
+            draws=draws,
+            seed=seed,
+            classifiers=classifiers,
+        )
+    used = rows if pooled else one_cluster_per_row(model, rows)
+    log_rows = _log_densities(posterior, used, source, draws)
+    parts = list(predict_chunks(posterior, used, source, draws=draws, prob=prob, seed=seed))
     elpd = _by_draws(log_rows, codes)
     if unseen in ("marginal", "adapt"):
-        exact = _nested(fit, rows, given, factor, new[factor], draws, seed)
+        exact = _joint_log_density(posterior, rows, support_rows, factor, new[factor], draws, seed)
         elpd = np.where(np.isnan(exact), elpd, exact)
-    return _scored(mode, factor, new[factor], codes, rows, made, log_rows, elpd, prob, seed)
+    return _scored(mode, factor, new[factor], codes, rows, parts, log_rows, elpd, prob, seed)
 
 
 def crps(
     draws: Float[np.ndarray, "draws rows"], y: Float[np.ndarray, " rows"]
 ) -> Float[np.ndarray, " rows"]:
-    """Continuous ranked probability score E|X - y| - E|X - X'| / 2, without bias by the draws.
+    """Continuous ranked probability score E|X - y| - E|X - X'| / 2, estimated without bias.
 
     Examples
     --------
@@ -229,6 +257,7 @@ def _scored(
     prob: float,
     seed: int,
 ) -> ClusterScores:
+    """Scores from predictive draws, log-densities of rows, and joint ones of clusters."""
     assert data.outcome is not None  # for mypy: checked before
     y, n = data.outcome.numpy(), len(labels)
     mean = np.concatenate([part.mean for part in parts])
@@ -238,7 +267,7 @@ def _scored(
     def average(values: np.ndarray) -> np.ndarray:
         return np.bincount(codes, values, minlength=n) / np.maximum(counts, 1)
 
-    row_score = logsumexp(log_rows, axis=0) - np.log(len(log_rows))
+    row_score = scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows))
     table: dict[str, Any] = {"factor": factor, "cluster": labels.astype(object), "rows": counts}
     summary = {"clusters": float(n), "rows": float(len(y))}
     if mean.ndim == 1:
@@ -259,7 +288,7 @@ def _scored(
             "mean_coverage": float((np.abs(p_values["mean"] - 0.5) <= prob / 2).mean()),
             "width": float((upper - lower).mean()),
             "crps": float(ranked.mean()),
-            "pit_distance": float(stats.kstest(p_values["mean"], "uniform").statistic),
+            "pit_distance": float(scipy.stats.kstest(p_values["mean"], "uniform").statistic),
         }
     if mean.ndim == 2 or set(np.unique(y)) <= {0.0, 1.0}:
         chance = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
@@ -267,6 +296,8 @@ def _scored(
         table["accuracy"] = average(right)
         summary["accuracy"] = float(right.mean())
         if chance.shape[1] == 2 and 0 < y.mean() < 1:
+            from sklearn import metrics  # slow to import
+
             summary["auroc"] = float(metrics.roc_auc_score(y, chance[:, 1]))
     table |= {"log_score": average(row_score), "elpd": elpd}
     summary |= {"log_score": float(row_score.mean()), "elpd": float(elpd.sum())}
@@ -282,7 +313,7 @@ def _replicated(
     codes: Int[np.ndarray, " rows"],
     n: int,
 ) -> dict[str, Float[np.ndarray, " clusters"]]:
-    """Mid-p-values of each cluster's mean and standard deviation among the replications."""
+    """Mid-p-values of each cluster's mean and standard deviation among replicated outcomes."""
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(n))
     counts = np.bincount(codes, minlength=n)
@@ -292,25 +323,25 @@ def _replicated(
         square = np.add.reduceat(values[..., order] ** 2, starts, -1) / counts
         return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
-    found = {}
-    for name, own, others in zip(("mean", "sd"), moments(y), moments(outcome), strict=True):
-        # Sums in another order differ in the last bits.
-        tie = np.isclose(others, own, rtol=1e-9, atol=1e-12)
-        found[name] = ((others < own) & ~tie).mean(0) + 0.5 * tie.mean(0)
-    found["sd"] = np.where(counts > 1, found["sd"], np.nan)
-    return found
+    p_values = {}
+    for name, actual, drawn in zip(("mean", "sd"), moments(y), moments(outcome), strict=True):
+        # Equal values whose sums were taken in another order differ in the last bits.
+        tie = np.isclose(drawn, actual, rtol=1e-9, atol=1e-12)
+        p_values[name] = ((drawn < actual) & ~tie).mean(0) + 0.5 * tie.mean(0)
+    p_values["sd"] = np.where(counts > 1, p_values["sd"], np.nan)
+    return p_values
 
 
 @torch.no_grad()
 def _log_densities(
-    fit: Fit, data: ClusteredData, source: EffectSource, draws: int
+    posterior: Posterior, data: ClusteredData, source: EffectSource, draws: int
 ) -> Float[np.ndarray, "draws rows"]:
-    """log p(y_i | draw)."""
-    model = fit.model
+    """Return log p(y_i | draw) of every row."""
+    model = posterior.model
     levels = model.data_facts().levels_with(data)
     rows = model.encode(data, levels)
-    latents, _ = extended(model, source, levels, rows)
-    n = max([0, *(one.shape[0] for one in latents.values() if one.dim() > 1)]) or draws
+    latents, _ = with_new_effects(model, source, levels, rows)
+    n = max([0, *(site.shape[0] for site in latents.values() if site.dim() > 1)]) or draws
     terms = sum(len(factor.terms) for factor in model.factors) + 1
     pieces = [
         model.log_likelihood(part, latents).expand(n, -1).double().cpu().numpy()
@@ -322,13 +353,13 @@ def _log_densities(
 def _by_draws(
     log_rows: Float[np.ndarray, "draws rows"], codes: Int[np.ndarray, " rows"]
 ) -> Float[np.ndarray, " clusters"]:
-    """log E[prod_i p(y_i | draw)] of each cluster, by the mean over draws."""
-    sums = np.stack([np.bincount(codes, one) for one in log_rows])
-    return logsumexp(sums, axis=0) - np.log(len(sums))
+    """Return log E[prod_i p(y_i | draw)] of each cluster, as the mean over draws."""
+    sums = np.stack([np.bincount(codes, row_values) for row_values in log_rows])
+    return scipy.special.logsumexp(sums, axis=0) - np.log(len(sums))
 
 
-def _nested(
-    fit: Fit,
+def _joint_log_density(
+    posterior: Posterior,
     data: ClusteredData,
     support: ClusteredData | None,
     factor: str,
@@ -336,45 +367,48 @@ def _nested(
     draws: int,
     seed: int,
 ) -> Float[np.ndarray, " clusters"]:
-    """log p(y_k | support), with the effects integrated out in every draw; nan where tied.
+    """Return log p(y_k | support) of each cluster, its effects integrated out in every draw.
 
-    The mean over draws alone would need very many draws where a cluster has many rows.
+    NaN if the cluster shares rows with another new cluster of the factor. The mean over draws of
+    `_by_draws` is too noisy for clusters with many rows.
     """
-    both = data if support is None else joined(fit, support, data)
-    whole = _evidence(fit, both, factor, draws, seed)
-    part = {} if support is None else _evidence(fit, support, factor, draws, seed)
+    both = data if support is None else joined(posterior, support, data)
+    whole = _evidence(posterior, both, factor, draws, seed)
+    part = {} if support is None else _evidence(posterior, support, factor, draws, seed)
     nothing = np.zeros(draws)
     return np.array(
         [
             np.nan
             if str(label) not in whole
-            else logsumexp(whole[str(label)]) - logsumexp(part.get(str(label), nothing))
+            else scipy.special.logsumexp(whole[str(label)])
+            - scipy.special.logsumexp(part.get(str(label), nothing))
             for label in labels
         ]
     )
 
 
 def _evidence(
-    fit: Fit, data: ClusteredData, factor: str, draws: int, seed: int
+    posterior: Posterior, data: ClusteredData, factor: str, draws: int, seed: int
 ) -> dict[str, Float[np.ndarray, " draws"]]:
-    """log p(y_k | draw) of each new cluster that shares no row with others of its factor."""
-    model, facts = fit.model, fit.model.data_facts()
-    latents = dict(fit.draws(draws, seed=seed))
+    """Return log p(y_k | draw) of each new cluster without connections to others of its factor."""
+    model, facts = posterior.model, posterior.model.data_facts()
+    latents = dict(posterior.draws(draws, seed=seed))
     if not model.factors:
         return {}
     new = new_clusters(facts, model, data)
     effects = {
-        one.name: latents[one.effect_site].new_zeros(draws, len(new[one.name]), len(one.terms))
-        for one in model.factors
+        f.name: latents[f.effect_site].new_zeros(draws, len(new[f.name]), len(f.terms))
+        for f in model.factors
     }
     parts: list[Any] = []
-    condition(fit, data, latents, effects, new, seed, False, {"efficiency": 1.0}, parts)
-    names, found = [one.name for one in model.factors], {}
-    number, seen = names.index(factor), len(facts.levels[factor])
+    condition(posterior, data, latents, effects, new, seed, False, {"efficiency": 1.0}, parts)
+    by_label = {}
+    number = [f.name for f in model.factors].index(factor)
+    seen = len(facts.levels[factor])
     for groups, evidence in parts:
         for place, nodes in enumerate(groups):
-            own = [cluster for f, cluster in nodes if f == number]
-            if len(own) == 1:
+            clusters = [cluster for f, cluster in nodes if f == number]
+            if len(clusters) == 1:
                 value = evidence[:, place].double().cpu().numpy()
-                found[str(new[factor][own[0] - seen])] = np.broadcast_to(value, draws)
-    return found
+                by_label[str(new[factor][clusters[0] - seen])] = np.broadcast_to(value, draws)
+    return by_label

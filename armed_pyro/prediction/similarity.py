@@ -1,59 +1,65 @@
-"""Which seen cluster each new one resembles: pooled evidence, its certainty, and warnings."""
+"""Resemblance of new clusters to seen ones: pooled evidence, its certainty, and warnings."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.prediction.unseen import EffectSource, generator
+from armed_pyro.random_effects.grouping_factor import Factor
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.prediction.cluster_classifier import ClusterClassifier
-    from armed_pyro.random_effects.grouping_factor import Factor
-
-
-__all__ = ["Evidence", "FactorEvidence", "Resembling", "gather", "merge", "warn_if_alien"]
+__all__ = [
+    "Evidence",
+    "FactorEvidence",
+    "Resembling",
+    "gather_evidence",
+    "merge_evidence",
+    "warn_if_alien",
+]
 
 
 Latents = Mapping[str, Tensor]
+# A new cluster is alien if the p-value of its distance to all seen clusters is below this.
 ALIEN = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class FactorEvidence:
-    r"""Sums over the rows of each new cluster of one factor.
+    r"""Evidence p(k | features) for each new cluster of a factor, as sums over its rows.
 
     .. math:: \log p(k \mid x_{1..n}) = \log \pi_k
         + \frac{1 + (n - 1) \rho}{n} \sum_i [\log p(k \mid x_i) - \log \pi_k] + const
 
-    with rho the classifier's `pooling`: at 1 the rows are independent given the cluster.
+    with rho the `pooling` of the classifier: at 1 the rows are independent given the cluster.
 
     Attributes
     ----------
     classifier : ClusterClassifier
+        Classifier of the factor's seen clusters.
     labels : pandas.Index
         The new clusters.
     rows : Float[ndarray, "new"]
+        Number of rows of each new cluster.
     log_ratio : Float[ndarray, "new clusters"]
         Sums of log p(k | x) - log pi_k.
     position : Float[ndarray, "new q"]
-        Sums of the features, in the classifier's coordinates.
+        Sums of the features, in the coordinates of the classifier.
 
     Examples
     --------
-    ``gather(fit, rows).factors["site"].probability()``
+    ``gather_evidence(fit.posterior, rows, Classifiers()).factors["site"].probability()``
     """
 
     classifier: ClusterClassifier
@@ -64,65 +70,74 @@ class FactorEvidence:
 
     def probability(self) -> Float[np.ndarray, "new clusters"]:
         """p(k | features of all rows of the cluster)."""
-        one, n = self.classifier, self.rows[:, None]
-        logits = self.log_ratio * (1 + (n - 1) * one.pooling) / n + one.log_prior.cpu().numpy()
+        n, log_prior = self.rows[:, None], self.classifier.log_prior.cpu().numpy()
+        logits = self.log_ratio * (1 + (n - 1) * self.classifier.pooling) / n + log_prior
         logits = logits - logits.max(1, keepdims=True)
         weights = np.exp(logits)
         return weights / weights.sum(1, keepdims=True)
 
     def distance(self) -> tuple[Float[np.ndarray, " new"], Float[np.ndarray, " new"]]:
-        """Distance to the nearest seen cluster's centre, and how unusual that is (p-value).
+        """Distance to the centre of the nearest seen cluster, and its p-value.
 
-        In within-cluster standard deviations (Mahalanobis), less what chance contributes. The
-        p-value compares it with those of the seen clusters to their own nearest others, by a
-        predictive t-test; it is at least 1 / (clusters + 1) unless all of them are nearer.
+        The distance is in within-cluster standard deviations (Mahalanobis), corrected for sampling
+        error of the centres. A predictive t-test compares it with the distances of the seen
+        clusters to their nearest neighbours. The p-value is at least 1 / (clusters + 1) unless all
+        of these are smaller.
         """
-        one = self.classifier
-        centers, counts = one.centers.double().cpu().numpy(), one.counts.double().cpu().numpy()
+        centers = self.classifier.centers.double().cpu().numpy()
+        counts = self.classifier.counts.double().cpu().numpy()
         means = self.position / self.rows[:, None]
         new = _nearest(means, self.rows, centers, counts, exclude=False)
         seen = _nearest(centers, counts, centers, counts, exclude=True)
         k = len(seen)
         spread = np.sqrt(seen.var(ddof=1) * (1 + 1 / k) + 1 / self.rows)
-        p_value = stats.t.sf((new - seen.mean()) / spread, k - 1)
-        # Nearest distances have heavier tails than t: nothing is unusual that one cluster in k is.
+        p_value = scipy.stats.t.sf((new - seen.mean()) / spread, k - 1)
+        # Nearest distances have heavier tails than t. Without the lower bound, a new cluster could
+        # be called alien although a seen cluster is as far from its neighbours.
         return new, np.where(new > seen.max(), p_value, np.maximum(p_value, 1 / (k + 1)))
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What the features say of every new cluster, by factor.
+    """Evidence of the features for every new cluster, by factor.
+
+    Attributes
+    ----------
+    factors : mapping of str to FactorEvidence
+        Evidence by factor; factors without new clusters are left out.
+    levels : mapping of str to pandas.Index
+        Labels of the seen clusters, by factor.
 
     Examples
     --------
-    ``gather(fit, rows).table()``
+    ``gather_evidence(fit.posterior, rows, Classifiers()).table()``
     """
 
     factors: Mapping[str, FactorEvidence]
     levels: Mapping[str, pd.Index]
 
     def table(self) -> pd.DataFrame:
-        """One row for each new cluster.
+        """Most probable seen cluster and its certainty, one row per new cluster.
 
         Returns
         -------
         pandas.DataFrame
             Columns factor, cluster, rows, nearest (the seen cluster with the highest probability),
-            probability, entropy (in nats; 0 is certain), distance (to the nearest cluster's
+            probability, entropy (in nats; 0 is certain), distance (to the nearest seen cluster's
             features, in standard deviations within clusters), p_value (of that distance), alien
-            (p-value below 0.01: no seen cluster is like this one).
+            (p-value below 0.01: the features resemble no seen cluster's).
         """
         parts = []
-        for name, one in self.factors.items():
-            chance = one.probability()
-            distance, p_value = one.distance()
-            entropy = stats.entropy(chance, axis=1) if len(chance) else np.zeros(0)
+        for name, evidence in self.factors.items():
+            chance = evidence.probability()
+            distance, p_value = evidence.distance()
+            entropy = scipy.stats.entropy(chance, axis=1) if len(chance) else np.zeros(0)
             parts.append(
                 pd.DataFrame(
                     {
                         "factor": name,
-                        "cluster": one.labels.astype(object),
-                        "rows": one.rows.astype(int),
+                        "cluster": evidence.labels.astype(object),
+                        "rows": evidence.rows.astype(int),
                         "nearest": self.levels[name].astype(object)[chance.argmax(1)],
                         "probability": chance.max(1),
                         "entropy": entropy,
@@ -137,15 +152,16 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Resembling(EffectSource):
-    r"""In every posterior draw the effects of a seen cluster, k ~ p(k | x): a mixture posterior.
+    r"""u = u_k of the same posterior draw, with a seen cluster k drawn from p(k | x).
 
     Attributes
     ----------
     seed : int
-        The clusters drawn for a new one are made from this seed and its label.
+        The clusters k of a new cluster are drawn from this seed and its label.
     evidence : Evidence
+        Evidence for p(k | x).
     nearest : bool
-        Whether k is the most probable cluster instead.
+        Whether k is always the most probable cluster.
 
     Examples
     --------
@@ -162,8 +178,8 @@ class Resembling(EffectSource):
         draws, mode = len(seen), "nearest" if self.nearest else "membership"
         if not len(labels):
             return seen[:, :0], []
-        one = self.evidence.factors[factor.name]
-        chance = one.probability()[one.labels.get_indexer(labels)]
+        evidence = self.evidence.factors[factor.name]
+        chance = evidence.probability()[evidence.labels.get_indexer(labels)]
         if self.nearest:
             chosen = np.broadcast_to(chance.argmax(1)[:, None], (len(labels), draws))
         else:
@@ -181,19 +197,26 @@ class Resembling(EffectSource):
         return seen.gather(1, picked), [mode] * len(labels)
 
 
-def gather(fit: Fit, data: ClusteredData) -> Evidence:
-    """Evidence of the features of these rows; the classifiers are trained if there are none yet."""
-    model, facts = fit.model, fit.model.data_facts()
+def gather_evidence(
+    posterior: Posterior, data: ClusteredData, classifiers: Classifiers
+) -> Evidence:
+    """Evidence of the features of these rows; a missing classifier is trained.
+
+    Examples
+    --------
+    ``gather_evidence(fit.posterior, rows, Classifiers()).table()``
+    """
+    model, facts = posterior.model, posterior.model.data_facts()
     levels = facts.levels_with(data)
     source = model.encode(data, levels)
-    found = {}
+    by_factor = {}
     for factor in model.factors:
         name, seen = factor.name, len(facts.levels[factor.name])
         labels = levels[name][seen:]
         index = (source.codes[name] >= seen).nonzero()[:, 0]
         if not len(labels):
             continue
-        classifier = fit.classifier(name)
+        classifier = classifiers.of(posterior, name)
         codes, x = source.codes[name][index] - seen, source.x[index]
         ratio = classifier.log_prob(x) - classifier.log_prior
         position = classifier.position(x).double()
@@ -203,22 +226,27 @@ def gather(fit: Fit, data: ClusteredData) -> Evidence:
             return zero.index_add(0, codes, values).cpu().numpy()
 
         rows = torch.bincount(codes, minlength=len(labels)).double().cpu().numpy()
-        found[name] = FactorEvidence(classifier, labels, rows, summed(ratio), summed(position))
-    return Evidence(found, {name: facts.levels[name] for name in found})
+        by_factor[name] = FactorEvidence(classifier, labels, rows, summed(ratio), summed(position))
+    return Evidence(by_factor, {name: facts.levels[name] for name in by_factor})
 
 
-def merge(first: Evidence, second: Evidence) -> Evidence:
-    """Evidence of both sets of rows."""
+def merge_evidence(first: Evidence, second: Evidence) -> Evidence:
+    """Evidence of both sets of rows together.
+
+    Examples
+    --------
+    ``merge_evidence(evidence, gather_evidence(fit.posterior, more_rows, classifiers))``
+    """
     factors = dict(first.factors)
-    for name, two in second.factors.items():
-        one = factors.get(name)
-        if one is None:
-            factors[name] = two
+    for name, right in second.factors.items():
+        left = factors.get(name)
+        if left is None:
+            factors[name] = right
             continue
-        labels = one.labels.append(two.labels[~two.labels.isin(one.labels)])
-        places = labels.get_indexer(one.labels), labels.get_indexer(two.labels)
+        labels = left.labels.append(right.labels[~right.labels.isin(left.labels)])
+        places = labels.get_indexer(left.labels), labels.get_indexer(right.labels)
 
-        def joined(
+        def added(
             a: np.ndarray,
             b: np.ndarray,
             places: tuple[np.ndarray, np.ndarray] = places,
@@ -230,22 +258,32 @@ def merge(first: Evidence, second: Evidence) -> Evidence:
             return total
 
         factors[name] = FactorEvidence(
-            one.classifier,
+            left.classifier,
             labels,
-            joined(one.rows, two.rows),
-            joined(one.log_ratio, two.log_ratio),
-            joined(one.position, two.position),
+            added(left.rows, right.rows),
+            added(left.log_ratio, right.log_ratio),
+            added(left.position, right.position),
         )
     return Evidence(factors, {**first.levels, **second.levels})
 
 
 def warn_if_alien(table: pd.DataFrame) -> None:
-    """Warn of new clusters whose features are like no seen cluster's."""
+    """Warn of new clusters whose features resemble no seen cluster's.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        `Evidence.table`.
+
+    Examples
+    --------
+    ``warn_if_alien(evidence.table())``
+    """
     for factor, rows in table[table["alien"]].groupby("factor"):
         warnings.warn(
             f"no cluster of {factor!r} seen in training has features like those of "
-            f"{listing(rows['cluster'], 5)}: membership in one of them says little there; prefer "
-            "'marginal', or 'adapt' with a few labelled rows",
+            f"{listing(rows['cluster'], 5)}: a seen cluster's effects are a poor guess there; "
+            "prefer 'marginal', or 'adapt' with a few labelled rows",
             UserWarning,
             stacklevel=4,
         )
@@ -259,14 +297,14 @@ def _nearest(
     *,
     exclude: bool,
 ) -> Float[np.ndarray, " new"]:
-    """Distance to the nearest centre (other than one's own), less its expectation under chance."""
+    """Distance to the nearest centre, or nearest other centre, corrected for sampling error."""
     nearest = np.empty(len(means))
-    for start in range(0, len(means), 256):  # "new clusters q" values would not always fit
+    for start in range(0, len(means), 256):  # all "new clusters q" at once may not fit in memory
         part = slice(start, start + 256)
         square = ((means[part, None] - centers) ** 2).sum(-1)
         square -= means.shape[1] * (1 / rows[part, None] + 1 / counts)
         if exclude:
-            own = np.arange(len(means))[part]
-            square[np.arange(len(own)), own] = np.inf
+            same = np.arange(len(means))[part]
+            square[np.arange(len(same)), same] = np.inf
         nearest[part] = np.sqrt(np.maximum(square.min(1), 0))
     return nearest

@@ -1,4 +1,4 @@
-"""Random effects of clusters not seen in training: the modes, and where their draws come from."""
+"""Random effects of clusters not seen in training: the modes, and the sources of draws."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,16 +13,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.grouping_factor import Factor
 
-if TYPE_CHECKING:
-    from armed_pyro.data.clustered import ClusteredData
-    from armed_pyro.program.data_spec import Facts
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-
-
-__all__ = ["MODES", "EffectSource", "Marginal", "Population", "apart", "check_mode", "label_noise"]
+__all__ = [
+    "MODES",
+    "EffectSource",
+    "Marginal",
+    "Population",
+    "check_mode",
+    "generator",
+    "label_noise",
+    "new_clusters",
+    "one_cluster_per_row",
+]
 
 
 Latents = Mapping[str, Tensor]
@@ -35,17 +41,21 @@ MODES: Mapping[str, str] = {
     "nearest": "those of the seen cluster that the new one's features resemble most",
     "adapt": "their posterior given a few labelled rows of the new clusters (the support)",
 }
-# Bytes of noise that are kept for the next block of rows.
+# Bytes of noise that `Marginal` keeps for later blocks of rows.
 MOST_KEPT = 2**28
 
 
 class EffectSource(ABC):
-    """Where new clusters get their random effects from, given the posterior draws.
+    """Source of the random effects of new clusters, one draw for each posterior draw.
 
     Attributes
     ----------
     latents : mapping of str to Tensor
-        Draws of all latent sites, which the seen clusters' effects are read off.
+        Posterior draws of all latent sites, including the effects of seen clusters.
+
+    Examples
+    --------
+    ``effects, modes = Population(latents).effects(factor, pd.Index(["s9"]))``
     """
 
     latents: Latents
@@ -56,7 +66,7 @@ class EffectSource(ABC):
     ) -> tuple[Float[Tensor, "draws new terms"], list[str]]:
         """Effects of these new clusters, in standardised units, and the mode used for each.
 
-        They depend on a cluster's label, not on which others are asked for.
+        The effects of a cluster depend on its label, and not on the other labels of the call.
         """
 
 
@@ -84,7 +94,7 @@ class Marginal(EffectSource):
     Attributes
     ----------
     seed : int
-        The noise z of a cluster is made from this seed and its label.
+        The noise z of a cluster is a function of this seed and its label.
 
     Examples
     --------
@@ -98,13 +108,8 @@ class Marginal(EffectSource):
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         seen = self.latents[factor.effect_site]
         noise = label_noise(self.seed, factor.name, labels, seen, self._kept)
-        return scaled(factor, self.latents, noise), ["marginal"] * len(labels)
-
-
-def scaled(factor: Factor, latents: Latents, z: Float[Tensor, "draws new terms"]) -> Tensor:
-    """u = L z, with L of the same draw."""
-    scale = factor.scale(latents)  # which has a 1 in the clusters' place
-    return scale * z if factor.diagonal else z @ scale.squeeze(-3).mT
+        effects = factor.joint_covariance.effects(self.latents, noise)
+        return effects, ["marginal"] * len(labels)
 
 
 def label_noise(
@@ -116,14 +121,20 @@ def label_noise(
 ) -> Float[Tensor, "draws new terms"]:
     """Standard normal noise of clusters, a function of seed, factor and label alone.
 
-    So all rows of a cluster share it, in whichever order and blocks they come.
+    All rows of a cluster therefore share it, whatever their order and blocks.
 
     Parameters
     ----------
-    like : Tensor
-        Effects of the seen clusters, which give draws, terms, precision and device.
+    seed : int
+        The seed.
+    factor : str
+        Grouping factor of the clusters.
+    labels : sequence
+        Labels of the clusters.
+    like : Float[Tensor, "draws clusters terms"]
+        Effects of the seen clusters: the noise has their draws, terms, precision and device.
     kept : dict, optional
-        Noise made before, by factor and label; as much is added as memory allows.
+        Noise of earlier calls, by factor and label. New noise is added up to `MOST_KEPT` bytes.
 
     Examples
     --------
@@ -137,31 +148,56 @@ def label_noise(
     pieces = []
     for label in labels:
         key = (factor, str(label))
-        found = kept.get(key)
-        if found is None:
-            found = generator(seed, *key).standard_normal((draws, terms), dtype=np.float32)
-            if len(kept) * found.nbytes < MOST_KEPT:
-                kept[key] = found
-        pieces.append(found)
+        noise = kept.get(key)
+        if noise is None:
+            noise = generator(seed, *key).standard_normal((draws, terms), dtype=np.float32)
+            if len(kept) * noise.nbytes < MOST_KEPT:
+                kept[key] = noise
+        pieces.append(noise)
     stacked = np.stack(pieces) if pieces else np.zeros((0, draws, terms), np.float32)
     return torch.from_numpy(stacked).to(like).transpose(0, 1)
 
 
 def generator(seed: int, *names: str) -> np.random.Generator:
-    """A generator of random numbers of its own for every seed and names."""
+    """A random number generator for this seed and these names, independent of all others.
+
+    Examples
+    --------
+    >>> bool(generator(0, "site", "a").random() == generator(0, "site", "a").random())
+    True
+    """
     text = "\0".join([str(seed), *names]).encode()
     key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key))
 
 
 def new_clusters(facts: Facts, model: MixedEffects, data: ClusteredData) -> dict[str, pd.Index]:
-    """Labels of the clusters that were not seen in training, by factor with random effects."""
+    """Labels of the clusters not seen in training, for each factor with random effects.
+
+    Examples
+    --------
+    ``new_clusters(model.data_facts(), model, rows)["site"]``
+    """
     levels = facts.levels_with(data)
     return {f.name: levels[f.name][len(facts.levels[f.name]) :] for f in model.factors}
 
 
 def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool = False) -> None:
-    """Raise ValueError unless a mode is given where clusters are new, and is one of `MODES`.
+    """Check that the mode is one of `MODES`, is set if clusters are new, and has its support.
+
+    Parameters
+    ----------
+    unseen : str or None
+        The mode.
+    new : mapping of str to pandas.Index
+        Labels of the new clusters, by factor.
+    support : bool
+        Whether there are labelled rows of new clusters.
+
+    Raises
+    ------
+    ValueError
+        If the mode is missing or unknown, or support is missing or unused.
 
     Examples
     --------
@@ -188,17 +224,25 @@ def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool
     if unseen == "adapt" and not support and any(len(labels) for labels in new.values()):
         raise ValueError(
             "the mode 'adapt' needs labelled rows of the new clusters: pass support=rows (command "
-            "line: --support FILE). Without any, the mode 'marginal' is what it would give"
+            "line: --support FILE). Without such rows, use 'marginal', which then gives the same"
         )
 
 
-def apart(model: MixedEffects, data: ClusteredData, start: int = 0) -> ClusteredData:
-    """The rows, each row of a new cluster as a cluster of its own.
+def one_cluster_per_row(model: MixedEffects, data: ClusteredData, start: int = 0) -> ClusteredData:
+    """The same rows, each row of a new cluster as a separate cluster.
 
     Parameters
     ----------
+    model : MixedEffects
+        The bound program.
+    data : ClusteredData
+        The rows.
     start : int
-        Number of the first row, by which the clusters are named.
+        Number of the first row. The new clusters are named by the numbers of their rows.
+
+    Examples
+    --------
+    ``one_cluster_per_row(model, rows).grouping("site").levels``
     """
     facts, groupings = model.data_facts(), dict(data.groupings)
     levels = facts.levels_with(data)
@@ -208,9 +252,9 @@ def apart(model: MixedEffects, data: ClusteredData, start: int = 0) -> Clustered
         codes = model.encode(data, levels).codes[factor.name].cpu().numpy()
         seen = codes < len(facts.levels[factor.name])
         rows = np.arange(start, start + len(labels))
-        own = [
-            one if known else f"{one} (row {row})"
-            for one, known, row in zip(labels, seen, rows, strict=True)
+        by_row = [
+            label if known else f"{label} (row {row})"
+            for label, known, row in zip(labels, seen, rows, strict=True)
         ]
-        groupings[factor.name] = Grouping.from_labels(pd.Series(own, dtype=object), factor.name)
+        groupings[factor.name] = Grouping.from_labels(pd.Series(by_row, dtype=object), factor.name)
     return replace(data, groupings=groupings)

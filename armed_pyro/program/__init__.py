@@ -1,1 +1,1 @@
-"""`MixedEffects`: the joint density, its predictor and its units."""
+"""`MixedEffects`: the joint density, its predictor, its derivatives and its units."""

@@ -1,43 +1,50 @@
-"""How a network, terms and adversaries fit together, found by running the network once."""
+"""Checks, when a program is bound to data, that network, terms, adversaries and names fit."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
 from armed_pyro.networks.filters import modulated
-from armed_pyro.networks.taps import pooled, tapped
+from armed_pyro.networks.taps import head_path, pooled, tapped
+from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
 
 __all__ = [
     "activation_widths",
     "check_names",
-    "head_path",
-    "needs_alone",
+    "needs_fixed_run",
     "unreached",
     "warn_if_small",
 ]
 
 
-def activation_widths(model: MixedEffects) -> dict[str, int]:
-    """Widths of the layers that terms and adversaries tap, from one run on two rows of zeros.
+def activation_widths(model: Plan) -> dict[str, int]:
+    """Widths of the layers that terms and adversaries tap, by module path.
+
+    They come from one pass of the network over two rows of zeros.
 
     Raises
     ------
     ValueError
-        If the network does not take the features, does not give one output for every column of
-        the predictor, or never runs a tapped layer; or if its last linear layer is to be Bayesian
-        but does not give the output.
+        If the network does not accept the features, does not give one output for every column of
+        the predictor, never runs a tapped layer, or does not rebuild the features where a
+        reconstruction expects them; or if the head is to be Bayesian, but the last linear layer
+        does not give the network's output.
     """
+    output, record = _probe(model)
+    _check_shapes(model, output, record)
+    paths = dict.fromkeys(path for term in model.terms for path in term.layers())
+    paths |= dict.fromkeys(path for adversary in model.adversaries for path in adversary.taps)
+    return {path: pooled(record[path]).shape[-1] for path in paths}
+
+
+def _probe(model: Plan) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The network's output for two rows of zeros, and the activations that were recorded."""
     facts, like, net = model.data_facts(), model.reference(), model.net
     x = torch.zeros(2, *facts.feature_shape, dtype=like.dtype, device=like.device)
     head = [head_path(net)] if model.bayesian_head else []
@@ -48,6 +55,7 @@ def activation_widths(model: MixedEffects) -> dict[str, int]:
             output = net(x)
         if head:
             _check_head(net, head[0], record.get(f"<{head[0]}"), x)
+        return output, record
     except RuntimeError as error:
         raise ValueError(
             f"the network cannot take the features, of shape "
@@ -56,6 +64,11 @@ def activation_widths(model: MixedEffects) -> dict[str, int]:
         ) from error
     finally:
         net.train(training)
+
+
+def _check_shapes(model: Plan, output: Tensor, record: Mapping[str, Tensor]) -> None:
+    """Check the shapes of the output and of the recorded activations for two rows."""
+    facts = model.data_facts()
     output = output.reshape(2, -1)
     columns = model.family.contrasts(output).shape[-1]
     if columns != len(facts.columns):
@@ -67,23 +80,21 @@ def activation_widths(model: MixedEffects) -> dict[str, int]:
     missing = [path for path in model.layers() if path not in record]
     if missing:
         raise ValueError(f"the network never runs its module {missing[0]!r}: nothing to tap")
-    for one in model.others:
-        if record[one.at].shape[1:] != facts.feature_shape:
+    for other in model.others:
+        if record[other.at].shape[1:] != facts.feature_shape:
             raise ValueError(
-                f"{one.name!r} is the features rebuilt, of shape (rows, "
-                f"{', '.join(map(str, facts.feature_shape))}), but the module {one.at!r} gives "
-                f"{tuple(record[one.at].shape)} for two rows: name the layer whose output has the "
-                "features' shape, or change the network"
+                f"{other.name!r} is the features rebuilt, of shape (rows, "
+                f"{', '.join(map(str, facts.feature_shape))}), but the module {other.at!r} gives "
+                f"{tuple(record[other.at].shape)} for two rows: name the layer whose output has "
+                "the features' shape, or change the network"
             )
-    paths = dict.fromkeys(path for term in model.terms for path in term.layers())
-    paths |= dict.fromkeys(path for game in model.adversaries for path in game.taps)
-    return {path: pooled(record[path]).shape[-1] for path in paths}
 
 
-def unreached(model: MixedEffects) -> frozenset[str]:
-    """Tapped layers, and "" for the output, that are the same whatever the effects inside.
+def unreached(model: Plan) -> frozenset[str]:
+    """Tapped layers, and "" for the output, that no effect inside the network can change.
 
-    Found by running the network on noise, without effects and with random ones.
+    They are those whose activations for random features are equal with and without random
+    effects.
     """
     paths = ["", *model.layers()]
     if not modulates(model):
@@ -92,7 +103,7 @@ def unreached(model: MixedEffects) -> frozenset[str]:
     noise = torch.Generator().manual_seed(0)
     x = torch.randn(2, *facts.feature_shape, generator=noise).to(like)
     blocks = [
-        (block, torch.randn(2, len(block.names), generator=noise).to(like))
+        (block.path, torch.randn(2, len(block.names), generator=noise).to(like))
         for factor in model.factors
         for block in factor.filters
     ]
@@ -100,9 +111,9 @@ def unreached(model: MixedEffects) -> frozenset[str]:
     training = net.training
     net.eval()
     try:
-        for given in ([], blocks):
-            # Taps see a layer's output after effects on it.
-            with torch.no_grad(), modulated(net, given), tapped(net, model.layers()) as record:
+        for effects in ([], blocks):
+            # Taps record a layer's output after the effects on it.
+            with torch.no_grad(), modulated(net, effects), tapped(net, model.layers()) as record:
                 output = net(x)
             runs.append({**record, "": output})
     finally:
@@ -111,36 +122,22 @@ def unreached(model: MixedEffects) -> frozenset[str]:
     return frozenset(path for path in paths if torch.equal(without[path], within[path]))
 
 
-def needs_alone(model: MixedEffects) -> bool:
-    """Whether training needs a run of the network without effects inside, beside that with them."""
-    wanted = {path for game in model.adversaries for path in game.taps}
+def needs_fixed_run(model: Plan) -> bool:
+    """Whether training needs a pass of the network without effects inside, besides those with."""
+    wanted = {path for adversary in model.adversaries for path in adversary.taps}
     if model.fixed_weight:
-        wanted |= {"", *(one.at for one in model.others)}
+        wanted |= {"", *(other.at for other in model.others)}
     return not wanted <= model.unreached
 
 
-def head_path(net: nn.Module) -> str:
-    """Module path of the network's last linear layer; empty if it is the network itself.
-
-    Raises
-    ------
-    ValueError
-        If the network has no linear layer.
-    """
-    paths = [path for path, one in net.named_modules() if isinstance(one, nn.Linear)]
-    if not paths:
-        raise ValueError("a Bayesian head needs a network with a torch.nn.Linear layer")
-    return paths[-1]
-
-
 def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> None:
-    """Whatever the head gives must come out of the network, unchanged."""
+    """Check that the network returns the head's output unchanged, by replacing that output."""
     noise = torch.Generator().manual_seed(0)
-    given: list[Tensor] = []
+    replaced: list[Tensor] = []
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        given.append(torch.linspace(-3, 3, output.numel()).to(output).view_as(output))
-        return given[-1]
+        replaced.append(torch.linspace(-3, 3, output.numel()).to(output).view_as(output))
+        return replaced[-1]
 
     hook = net.get_submodule(path).register_forward_hook(replace)
     try:
@@ -148,8 +145,8 @@ def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> 
             output = net(torch.randn(x.shape, generator=noise).to(x))
     finally:
         hook.remove()
-    vectors = hidden is not None and hidden.dim() == 2 and len(given) == 1
-    if not vectors or not torch.equal(given[0].reshape(-1), output.reshape(-1)):
+    vectors = hidden is not None and hidden.dim() == 2 and len(replaced) == 1
+    if not vectors or not torch.equal(replaced[0].reshape(-1), output.reshape(-1)):
         raise ValueError(
             f"a Bayesian head needs the last linear layer ({path or 'the network'}) to give the "
             "network's output, but something follows it: move it to the end, or leave "
@@ -157,13 +154,13 @@ def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> 
         )
 
 
-def check_names(model: MixedEffects) -> None:
-    """Check that no two sites or plates have the same name, and that priors name real factors.
+def check_names(model: Plan) -> None:
+    """Check that all sites and plates have different names, and that priors name existing factors.
 
     Raises
     ------
     ValueError
-        If the outcome or a grouping factor is called what the program calls something else, or
+        If the outcome or a grouping factor has the name of another quantity of the program, or
         a prior is given for a factor that has no random effects.
     """
     outcome, priors = model.data_facts().outcome_name, model.priors.sd
@@ -173,11 +170,10 @@ def check_names(model: MixedEffects) -> None:
             if name not in factors:
                 raise unknown("grouping factor with random effects for the prior", name, factors)
     names = ["row", "draws", *["fixed_effect"] * model.bayesian_head]
-    names += [str(model.family.dispersion_name)] * (model.family.dispersion_name is not None)
-    names += [name for one in model.others for name in (one.name, one.sd_site)]
+    names += [parameter.name for parameter in model.family.parameters]
+    names += [name for other in model.others for name in (other.name, other.sd_site)]
     for factor in model.factors:
-        own = ["_sd", "_cor", "_effect"]
-        names += [factor.name, *(factor.name + end for end in own), *factor.cholesky_sites()]
+        names += [factor.name, factor.effect_site, *factor.joint_covariance.sites()]
     names.append(outcome)
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ValueError(
@@ -186,8 +182,8 @@ def check_names(model: MixedEffects) -> None:
         )
 
 
-def warn_if_small(model: MixedEffects) -> None:
-    """Warn where there are fewer rows than parameters."""
+def warn_if_small(model: Plan) -> None:
+    """Warn if there are fewer rows than trained weights and random-effect terms."""
     count = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
     count += sum(len(factor.terms) for factor in model.factors)
     rows = model.data_facts().n_rows

@@ -1,23 +1,28 @@
-"""How many draws and rows fit into a block."""
+"""Sizes of the blocks of rows and draws that are predicted at once."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.model import MixedEffects
 
-
-__all__ = ["width"]
+__all__ = ["BLOCK_VALUES", "values_per_row"]
 
 
-# Values of the random effects' design times draws in a block of rows: about 100 MB.
+# Values per row times rows times draws in a block: about 100 MB.
 BLOCK_VALUES = 2**24
 
 
-def width(model: MixedEffects, *, others: bool = False) -> int:
-    """Values that one row's prediction takes in one draw, about."""
+def values_per_row(model: MixedEffects, *, others: bool = False) -> int:
+    """Approximate number of values in the prediction of one row in one draw.
+
+    Parameters
+    ----------
+    model : MixedEffects
+        The bound program.
+    others : bool
+        Whether other outcomes are predicted, too.
+    """
     facts = model.data_facts()
     terms = sum(len(factor.terms) for factor in model.factors) + len(facts.columns)
     return terms + len(model.others) * others * math.prod(facts.feature_shape)

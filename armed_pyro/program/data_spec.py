@@ -1,9 +1,9 @@
-"""What a program knows of the data it is fitted to: sizes, names, scales and cluster labels."""
+"""`Facts`: sizes, names, scales and cluster labels of the data that a program is fitted to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -11,14 +11,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from armed_pyro._memory import large_pages
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.data.grouping import as_seen, index_from_json, index_to_json
 from armed_pyro.data.schema import Schema
 from armed_pyro.families.family import Family
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.streaming.encoded_table import EncodedTable
 
 __all__ = ["Facts"]
 
@@ -32,16 +33,39 @@ class Facts:
 
     Attributes
     ----------
+    n_rows : int
+        Number of training rows.
+    feature_names, sources : tuple of str
+        Names of the features, and of the data's columns that they were made of.
     feature_shape : tuple of int
         Shape of one row's features.
+    feature_mean, feature_scale : tuple of float
+        Means and scales by which a table's features are standardised; empty for other features.
+    outcome_name : str
+        Name of the outcome.
+    classes : tuple or None
+        Classes of a categorical outcome.
     columns : tuple of str
-        Names of the predictor's columns, one empty name unless the outcome has classes.
-    feature_spread : float
-        sd of all values of the features as they enter the network, taken together.
+        Names of the predictor's columns; a single empty name unless the outcome has classes.
+    center : tuple of float
+        Centre of each column of the predictor.
+    spread : float
+        Outcome units per standardised unit.
     levels : mapping of str to pandas.Index
         Labels of the clusters seen in training, by grouping factor.
     counts : mapping of str to Int[Tensor, "clusters"]
-        Training rows in each cluster.
+        Number of training rows in each cluster.
+    schema : Schema or None
+        Schema by which new tables are encoded.
+    feature_spread : float
+        sd of all values of the features as they enter the network, taken together.
+
+    Examples
+    --------
+    >>> from armed_pyro.families.registry import family_named
+    >>> data = ClusteredData.from_arrays([[0.0], [1.0], [3.0]], [1, 2, 5], {"g": [0, 0, 1]})
+    >>> Facts.of(data, family_named("gaussian"), ["g"]).counts["g"]
+    tensor([2, 1])
     """
 
     n_rows: int
@@ -64,6 +88,15 @@ class Facts:
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
         """Facts of the data, after the checks that need no network.
 
+        Parameters
+        ----------
+        data : ClusteredData
+            The training data.
+        family : Family
+            The outcome's family.
+        factors : iterable of str
+            Grouping factors of the program.
+
         Raises
         ------
         ValueError
@@ -71,21 +104,15 @@ class Facts:
         """
         data.check_training()
         family.check(data)
-        continuous = torch.tensor(data.continuous, dtype=torch.bool)
-        if len(continuous):
-            mean, scale = data.features.mean(0), data.features.std(0)
-            mean = torch.where(continuous, mean, torch.zeros_like(mean))
-            scale = torch.where(continuous, scale, torch.ones_like(scale))
-        else:
-            mean = scale = torch.zeros(0)
+        scaling = FeatureScaling.of(data)
         groupings = {factor: data.grouping(factor) for factor in factors}
         return cls(
             n_rows=data.n_rows,
             feature_names=data.feature_names,
             sources=data.sources,
             feature_shape=tuple(data.features.shape[1:]),
-            feature_mean=tuple(mean.tolist()),
-            feature_scale=tuple(scale.tolist()),
+            feature_mean=scaling.mean,
+            feature_scale=scaling.scale,
             outcome_name=data.outcome_name,
             classes=data.classes,
             columns=family.columns(data),
@@ -95,16 +122,30 @@ class Facts:
             counts={factor: grouping.counts for factor, grouping in groupings.items()},
             schema=data.schema,
             # Features of a table are standardised.
-            feature_spread=1.0 if len(continuous) else _spread(data.features),
+            feature_spread=1.0 if scaling.mean else _spread(data.features),
         )
 
-    def standardise(self, features: Tensor) -> Tensor:
-        """Features of the network: ``(x - mean) / scale``; images are left as they are."""
-        if not self.feature_mean:
-            return features
-        mean = torch.tensor(self.feature_mean, dtype=torch.float64)
-        scale = torch.tensor(self.feature_scale, dtype=torch.float64)
-        return (features.to(torch.float64) - mean) / scale
+    @classmethod
+    def of_encoded(cls, table: EncodedTable, family: Family) -> Facts:
+        """Facts of a table's rows in a file, after the same checks."""
+        first = table.scanned.first
+        return replace(
+            cls.of(table.outcomes(), family, ()),
+            feature_names=first.feature_names,
+            sources=first.sources,
+            feature_shape=(first.n_features,),
+            feature_mean=tuple(table.feature_mean.tolist()),
+            feature_scale=tuple(table.feature_scale.tolist()),
+            levels={name: table.scanned.levels[name] for name in table.factors},
+            counts={name: table.scanned.counts[name] for name in table.factors},
+        )
+
+    @property
+    def scaling(self) -> FeatureScaling:
+        """Names, means and scales of the features."""
+        return FeatureScaling(
+            self.feature_names, self.sources, self.feature_mean, self.feature_scale
+        )
 
     def encode(
         self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
@@ -115,8 +156,10 @@ class Facts:
         ----------
         data : ClusteredData
             Data with the training data's features.
+        like : Tensor
+            A tensor of the wanted precision and device.
         levels : mapping of str to pandas.Index, optional
-            Cluster labels that codes refer to; by default those seen in training.
+            Cluster labels that the codes refer to; by default those seen in training.
 
         Raises
         ------
@@ -127,27 +170,25 @@ class Facts:
         if data.feature_names != self.feature_names:
             missing = [name for name in self.feature_names if name not in data.feature_names]
             raise ValueError(
-                f"the data have the features {list(data.feature_names)}, but the model was laid "
-                f"out for {list(self.feature_names)} (missing: {missing or 'none'}); encode new "
-                "tables with the training data's schema: data.schema.encode(table)"
+                f"the data have the features {list(data.feature_names)}, but the model was fitted "
+                f"to {list(self.feature_names)} (missing: {missing or 'none'}); encode new "
+                "tables with the training data's schema: ClusteredData.encode(table, data.schema)"
             )
         codes, counts = {}, {}
         for factor, index in levels.items():
             grouping = data.grouping(factor)
-            found = index.get_indexer(as_seen(grouping.levels, self.levels[factor]))
-            if (found < 0).any():
-                label = listing(grouping.levels[found < 0][:1])
+            places = index.get_indexer(as_seen(grouping.levels, self.levels[factor]))
+            if (places < 0).any():
+                label = listing(grouping.levels[places < 0][:1])
                 raise ValueError(f"cluster {label} of {factor!r} was not seen in training")
-            codes[factor] = torch.as_tensor(found)[grouping.codes].to(like.device, torch.long)
+            codes[factor] = torch.as_tensor(places)[grouping.codes].to(like.device, torch.long)
             counts[factor] = torch.bincount(codes[factor], minlength=len(index))
 
         def tensor(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(like)
 
-        x = self.standardise(data.features).to(like)
-        large_pages(x, *codes.values())  # of which mini-batches read rows here and there
         return HeldRows(
-            x,
+            self.scaling.standardise(data.features).to(like),
             tensor(data.outcome),
             codes,
             counts,
@@ -157,15 +198,15 @@ class Facts:
         )
 
     def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
-        """Labels of the clusters seen in training, followed by those only these data have."""
+        """Labels of the clusters seen in training, followed by new ones in these data."""
         extended = {}
         for factor, seen in self.levels.items():
-            own = as_seen(data.grouping(factor).levels, seen)
-            extended[factor] = seen.append(own[~own.isin(seen)])
+            present = as_seen(data.grouping(factor).levels, seen)
+            extended[factor] = seen.append(present[~present.isin(seen)])
         return extended
 
     def clusters(self, like: Tensor) -> Rows:
-        """No rows, but every cluster of every factor."""
+        """No rows, but every cluster of every factor, in the precision and device of `like`."""
         none = torch.zeros(0, dtype=torch.long, device=like.device)
         memberships = {
             name: Membership(torch.arange(len(levels), device=like.device), none)
@@ -175,8 +216,8 @@ class Facts:
 
     def one_row(self, like: Tensor) -> Rows:
         """A row of zeros without an outcome, in the first cluster of every factor."""
-        one = torch.zeros(1, dtype=torch.long, device=like.device)
-        memberships = {name: Membership(one, one) for name in self.levels}
+        first = torch.zeros(1, dtype=torch.long, device=like.device)
+        memberships = {name: Membership(first, first) for name in self.levels}
         return Rows(
             like.new_zeros(1, *self.feature_shape), None, memberships, trials=like.new_ones(1)
         )
@@ -217,14 +258,14 @@ class Facts:
             columns=tuple(values["columns"]),
             center=tuple(values["center"]),
             spread=float(values["spread"]),
-            levels={factor: index_from_json(one) for factor, one in values["levels"].items()},
-            counts={factor: torch.tensor(one) for factor, one in values["counts"].items()},
+            levels={name: index_from_json(index) for name, index in values["levels"].items()},
+            counts={name: torch.tensor(counts) for name, counts in values["counts"].items()},
             schema=None if schema is None else Schema.from_json(schema),
-            # Of manifests written before there were other outcomes.
+            # Manifests written before other outcomes existed do not have it.
             feature_spread=float(values.get("feature_spread", 1.0)),
         )
 
 
 def _spread(features: Tensor) -> float:
-    """sd of all values; 1 where there are none, or all are the same."""
+    """sd of all values; 1 if there are fewer than two, or if all are the same."""
     return float(features.double().std()) or 1.0 if features.numel() > 1 else 1.0

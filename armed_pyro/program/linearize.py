@@ -1,40 +1,34 @@
-"""Random effects inside a network: filters scaled and shifted by cluster."""
+"""Derivatives of predictor and log-likelihood, by which guides linearise the program."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from armed_pyro.program.predictor import linear_predictor
-from armed_pyro.random_effects.design import by_column
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-    from armed_pyro.rows.batch import Rows
-from typing import TYPE_CHECKING
-
 from armed_pyro.networks.filters import modulated
-from armed_pyro.program.predictor import Latents, _by_block, _by_row, reaches_predictor
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.predictor import (
+    Latents,
+    effects_at,
+    filter_effects,
+    linear_predictor,
+    reaches_predictor,
+)
+from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Rows
-    from armed_pyro.rows.source import RowSource
-
+from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.source import RowSource
 
 __all__ = ["curvature", "mean_draws", "reconstruction_slopes", "sensitivities"]
 
 
-# Effects up to which a curvature is exact, and beyond that the random combinations of a row's
-# values that stand for all of them.
+# Up to MOST_EXACT effects, the curvature of a reconstruction is exact; beyond that it is estimated
+# from this number of random combinations of a row's values.
 MOST_EXACT, COMBINATIONS = 16, 8
 
 
@@ -45,11 +39,24 @@ def sensitivities(
     activations: Mapping[str, Tensor],
     point: Latents,
 ) -> Float[Tensor, "rows terms columns"]:
-    r"""Z: what an effect of a row's cluster adds to the predictor, in units of the spread.
+    r"""Z: derivative of each row's predictor in its cluster's effects, in units of the spread.
 
-    phi for effects on the predictor. It is not linear in those on filters, which get its gradient
-    where the latent sites are those of `point`: fixed effects, if there are any, and effects that
-    may be left out for zero.
+    It is phi for effects on the predictor. The predictor is not linear in effects on filters;
+    for these Z is the gradient at `point`.
+
+    Parameters
+    ----------
+    model : MixedEffects
+        The bound program.
+    rows : Rows
+        The rows.
+    factor : Factor
+        The grouping factor.
+    activations : mapping of str to Tensor
+        Tapped activations without effects inside.
+    point : mapping of str to Tensor
+        Fixed effects, if they are latent, and random effects "clusters terms". A factor that is
+        left out counts as zero.
     """
     columns = len(model.data_facts().columns)
     linear = by_column(factor.design(rows.x, activations), columns)
@@ -57,18 +64,19 @@ def sensitivities(
         return linear
     if not reaches_predictor(model):
         return pad(linear, (0, 0, 0, len(factor.terms) - factor.n_linear))
-    mine = linear.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
+    effects = linear.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
     if factor.effect_site in point:
-        mine = _by_row(factor, point[factor.effect_site], rows)
+        effects = filter_effects(factor, point[factor.effect_site], rows)
     fixed = {name: value for name, value in point.items() if name == "fixed_effect"}
     with torch.enable_grad():
-        mine = mine.detach().clone().requires_grad_(True)
-        with modulated(model.network, _by_block(factor, mine)):
-            ran = model.run_network(replace(rows, computed=None), whole=True)
-            eta = linear_predictor(model, rows, *ran, fixed)
+        effects = effects.detach().clone().requires_grad_(True)
+        with modulated(model.network, effects_at(factor, effects)):
+            output, tapped = model.run_network(replace(rows, computed=None), whole=True)
+            eta = linear_predictor(model, rows, output, tapped, fixed)
+        create = rows.x.requires_grad
         slopes = [
             torch.autograd.grad(
-                eta[..., column].sum(), mine, retain_graph=True, create_graph=rows.x.requires_grad
+                eta[..., column].sum(), effects, retain_graph=True, create_graph=create
             )[0]
             for column in range(columns)
         ]
@@ -79,75 +87,95 @@ def sensitivities(
 def reconstruction_slopes(
     model: MixedEffects, rows: Rows, point: Latents
 ) -> Iterator[tuple[Factor, Float[Tensor, "rows terms"], Float[Tensor, "rows combinations terms"]]]:
-    r"""What the other outcomes' log-likelihoods say of the effects inside the network.
+    r"""Slope and curvature of the other outcomes' log-likelihoods in the effects inside.
 
-    For each factor with such effects their slope :math:`J^\top r`, and vectors v with
-    :math:`\sum v v^\top = J^\top W J`, the Gauss-Newton curvature, where the latent sites are those
-    of `point`, divided by tau. With few effects there is a v for every value of a row; with more,
-    a few combinations of the values with random signs have that sum as their expectation.
+    With J the derivative of an outcome's mean in these effects, r its residual and W its
+    precision, they are :math:`J^\top r` and the Gauss-Newton curvature :math:`J^\top W J`, both
+    at `point` and divided by tau. The curvature comes as vectors v with
+    :math:`\sum v v^\top = J^\top W J`. With few effects there is one v for every value of a row.
+    With more, a few combinations of the values with random signs have that sum as expectation.
+
+    Yields
+    ------
+    factor : Factor
+        Each factor with effects inside; none if no other outcome depends on them.
+    slope : Float[Tensor, "rows terms"]
+        The slope, zero for effects on the predictor.
+    roots : Float[Tensor, "rows combinations terms"]
+        The vectors v, zero for effects on the predictor.
     """
-    rebuilt = [one for one in model.others if one.at not in model.unreached]
-    own = [factor for factor in model.factors if factor.filters] if rebuilt else []
-    if not own:
+    rebuilt = [other for other in model.others if other.at not in model.unreached]
+    inside = [factor for factor in model.factors if factor.filters] if rebuilt else []
+    if not inside:
         return
     facts, tau = model.data_facts(), model.precision(point).mean()
     counts = rows.x.new_ones(len(rows)) if rows.weights is None else rows.weights
     with torch.enable_grad():
-        mine = [
-            _by_row(factor, point[factor.effect_site], rows)
+        effects = [
+            filter_effects(factor, point[factor.effect_site], rows)
             if factor.effect_site in point
             else rows.x.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
-            for factor in own
+            for factor in inside
         ]
-        mine = [one.detach().clone().requires_grad_(True) for one in mine]
-        pairs = zip(own, mine, strict=True)
-        blocks = [pair for factor, one in pairs for pair in _by_block(factor, one)]
+        effects = [value.detach().clone().requires_grad_(True) for value in effects]
+        pairs = zip(inside, effects, strict=True)
+        blocks = [block for factor, value in pairs for block in effects_at(factor, value)]
         with modulated(model.network, blocks):
             _, activations = model.run_network(replace(rows, computed=None), whole=True)
-        # Side by side: those of every factor.
-        slope, roots = rows.x.new_zeros(len(rows), sum(one.shape[1] for one in mine)), []
-        for one in rebuilt:
-            mean = activations[one.at]
-            sd = facts.feature_spread * point[one.sd_site].mean()
-            residual, root = one.information(mean.detach(), sd, rows)
+        # The terms of all factors, side by side.
+        slope, roots = rows.x.new_zeros(len(rows), sum(value.shape[1] for value in effects)), []
+        for other in rebuilt:
+            mean = activations[other.at]
+            sd = facts.feature_spread * point[other.sd_site].mean()
+            residual, root = other.information(mean.detach(), sd, rows)
             over = (...,) + (None,) * (mean.dim() - 1)
-            slope = slope + _pulled(mean, mine, counts[over] * residual / tau)
+            slope = slope + _pulled_back(mean, effects, counts[over] * residual / tau)
             scale = (counts / tau).sqrt() * root
-            every = slope.shape[1] <= MOST_EXACT
-            found = _jacobian(mean, mine) if every else _combined(mean, mine)
-            roots.append(scale[:, None, None] * found)
-    widths = [one.shape[1] for one in mine]
-    parts = zip(own, slope.split(widths, 1), torch.cat(roots, 1).split(widths, 2), strict=True)
+            exact = slope.shape[1] <= MOST_EXACT
+            jacobian = _jacobian(mean, effects) if exact else _combined(mean, effects)
+            roots.append(scale[:, None, None] * jacobian)
+    widths = [value.shape[1] for value in effects]
+    parts = zip(inside, slope.split(widths, 1), torch.cat(roots, 1).split(widths, 2), strict=True)
     for factor, first, second in parts:
         yield factor, pad(first, (factor.n_linear, 0)), pad(second, (factor.n_linear, 0))
 
 
-def _pulled(
-    mean: Tensor, mine: Sequence[Tensor], cotangent: Tensor, *, again: bool = False
+def _pulled_back(
+    mean: Tensor, effects: Sequence[Tensor], cotangent: Tensor, *, create_graph: bool = False
 ) -> Float[Tensor, "rows terms"]:
-    """J' cotangent of every row."""
-    found = torch.autograd.grad(
-        mean, list(mine), cotangent, retain_graph=True, create_graph=again, materialize_grads=True
+    """J' cotangent of every row, with the effects of all factors side by side."""
+    gradients = torch.autograd.grad(
+        mean,
+        list(effects),
+        cotangent,
+        retain_graph=True,
+        create_graph=create_graph,
+        materialize_grads=True,
     )
-    return torch.cat(found, 1)
+    return torch.cat(gradients, 1)
 
 
-def _jacobian(mean: Tensor, mine: Sequence[Tensor]) -> Float[Tensor, "rows values terms"]:
-    """J, a column an effect: J'v is linear in v, and its derivatives by v are J's columns."""
+def _jacobian(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows values terms"]:
+    """J, one column per effect: J'v is linear in v, and its derivatives in v are J's columns."""
     v = torch.zeros_like(mean).requires_grad_(True)
-    pulled = _pulled(mean, mine, v, again=True)
-    columns = [torch.autograd.grad(one.sum(), v, retain_graph=True)[0] for one in pulled.unbind(1)]
-    return torch.stack([one.flatten(1) for one in columns], -1)
+    pulled = _pulled_back(mean, effects, v, create_graph=True)
+    columns = [
+        torch.autograd.grad(column.sum(), v, retain_graph=True)[0] for column in pulled.unbind(1)
+    ]
+    return torch.stack([column.flatten(1) for column in columns], -1)
 
 
-def _combined(mean: Tensor, mine: Sequence[Tensor]) -> Float[Tensor, "rows combinations terms"]:
-    """Rows of J combined with random signs; the products of the results have mean J'J."""
+def _combined(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows combinations terms"]:
+    """Combinations of J's rows with random signs, whose outer products have mean J'J in sum."""
     signs = [2.0 * torch.randint_like(mean, 2) - 1 for _ in range(COMBINATIONS)]
-    return torch.stack([_pulled(mean, mine, one) for one in signs], 1) / COMBINATIONS**0.5
+    return torch.stack([_pulled_back(mean, effects, sign) for sign in signs], 1) / COMBINATIONS**0.5
 
 
 def mean_draws(model: MixedEffects, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means over draws of random effects and latent fixed effects; points are left as they are."""
+    """Means over draws of random effects "clusters terms" and of latent fixed effects "terms".
+
+    Points, without draws, stay as they are. Other sites are left out.
+    """
     means = {
         factor.effect_site: latents[factor.effect_site]
         for factor in model.factors
@@ -164,14 +192,27 @@ def mean_draws(model: MixedEffects, latents: Mapping[str, Tensor]) -> dict[str, 
 def curvature(
     model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor], size: int
 ) -> Iterator[tuple[Rows, Tensor, Tensor, Mapping[str, Tensor]]]:
-    """Rows in blocks, with the mean over draws of their log-likelihood's curvature and slope.
+    """Blocks of rows, with the curvature and slope of their log-likelihood averaged over draws.
+
+    The network is in evaluation mode meanwhile.
+
+    Parameters
+    ----------
+    model : MixedEffects
+        The bound program.
+    source : RowSource
+        All rows.
+    latents : mapping of str to Tensor
+        Latent sites, a point or draws.
+    size : int
+        Largest number of rows in a block.
 
     Yields
     ------
     rows : Rows
         At most `size` rows.
     weight : Float[Tensor, "rows columns"]
-        W, minus the second derivative by each column of the predictor, divided by tau.
+        W, minus the second derivative in each column of the predictor, divided by tau.
     residual : Float[Tensor, "rows columns"]
         r, the first derivative, divided by tau.
     activations : mapping of str to Tensor
@@ -191,11 +232,12 @@ def curvature(
                 torch.autograd.grad(slope[..., column].sum(), eta, retain_graph=True)[0]
                 for column in range(eta.shape[-1])
             ]
-        own = torch.stack([one[..., column] for column, one in enumerate(second)], -1)
-        weight = (-own * spread**2 / tau).reshape(-1, *eta.shape[-2:]).mean(0).clamp(min=1e-4)
+        # The Hessian's diagonal: each column's derivative of its own slope.
+        diagonal = torch.stack([part[..., column] for column, part in enumerate(second)], -1)
+        weight = (-diagonal * spread**2 / tau).reshape(-1, *eta.shape[-2:]).mean(0).clamp(min=1e-4)
         residual = (slope.detach() * spread / tau).reshape(-1, *eta.shape[-2:]).mean(0)
         if rows.weights is not None:
-            # After the clamp, or rows of weight 0 would count.
+            # After the clamp: before it, rows of weight 0 would count.
             weight, residual = rows.weights[:, None] * weight, rows.weights[:, None] * residual
         yield rows, weight, residual, predictor.activations
     model.train(training)

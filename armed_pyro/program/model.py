@@ -1,9 +1,9 @@
-"""The program: a network, random effects, a family and an adversary as one Pyro model."""
+"""`MixedEffects`: network, random effects, family and adversaries as one Pyro model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -16,18 +16,11 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor, nn
 
-from armed_pyro._pyro_module import LocalModule
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.families.family import Family
-from armed_pyro.families.reconstruction import Reconstruction
-from armed_pyro.families.registry import family_named
-from armed_pyro.networks.adversary import Adversary
-from armed_pyro.networks.taps import run
-from armed_pyro.priors import Known, Priors
-from armed_pyro.program import binding as layout
+from armed_pyro.program import binding
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import Predictor, modulates, predict_rows
-from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.batch import Rows
@@ -41,44 +34,45 @@ Latents = Mapping[str, Tensor]
 Source = TypeVar("Source", bound=RowSource)
 
 
-class MixedEffects(LocalModule):
+class MixedEffects(Plan):
     r"""Mixed-effects network as a probabilistic program.
 
     .. math::
         u_{mk} &\sim N(0, diag(sd_m) R_m diag(sd_m)) \\
         \eta_i &= c + s \, [f(x_i) + \sum_m \phi_m(x_i, h_i)^\top u_{m, g_m(i)}] + offset_i \\
-        y_i &\sim Family(\eta_i, dispersion)
+        y_i &\sim Family(\eta_i, parameters)
 
     with f a network (its last layer optionally with latent weights), h_i its tapped activations,
-    and c, s the outcome's centre and spread. Latent sites are in standardised units, so that
-    features with mean 0 and variance 1 meet a predictor of variance about 1; the outcome's site
-    is on its original scale. `armed_pyro.Fit` reports everything on the original scale.
+    and c, s the outcome's centre and spread. Latent sites are in standardised units: features
+    have mean 0 and variance 1, and f + phi'u has a variance of about 1. The outcome's site is on
+    its original scale. `armed_pyro.Fit` reports everything on the original scale.
 
-    A model is a plan until `bind` lays it out for data; `fit` binds a copy and leaves the
-    original, network included, as it was.
+    A model has no sizes until `bind` fits it to data. `fit` binds a copy and leaves the original
+    and its network unchanged.
 
     Parameters
     ----------
     net : torch.nn.Module
-        Fixed effects: maps standardised features of shape "rows ..." to "rows columns". It is
-        neither edited nor, by `fit`, trained in place.
+        Fixed effects f: maps standardised features "rows ..." to "rows columns". It is not
+        edited, and `fit` trains a copy.
     random : str, Term, or a sequence of these
-        Random effects, in lme4's syntax or as terms; may be empty.
+        Random effects, in lme4's syntax or as terms; may be empty, for a network without any.
     family : str or Family
-        gaussian, bernoulli, binomial, categorical, poisson or negative_binomial.
+        Distribution of the outcome: a `Family`, or the name of one: gaussian, bernoulli,
+        binomial, categorical, poisson or negative_binomial.
     adversary : Adversary or sequence of Adversary
-        Classifiers that keep cluster information out of the network's features.
+        Classifiers that keep cluster information out of the network's hidden layers.
     priors : Priors
         Priors of all latent sites.
     bayesian_head : bool
         Whether the network's last linear layer becomes the latent site ``fixed_effect`` with a
-        normal prior. With a linear network, estimates correspond to REML instead of maximum
-        likelihood.
+        normal prior. With a linear network, estimates of variances then correspond to REML
+        instead of maximum likelihood.
     fixed_weight : float
-        lambda_F, the weight in the objective of the likelihood under the fixed effects alone,
-        which keeps them predictive on their own. It trains the network only.
+        lambda_F, the weight of the likelihood under the fixed effects alone in the objective. It
+        keeps the fixed effects predictive without random effects, and trains the network only.
     others : Reconstruction or sequence of Reconstruction
-        Outcomes beside the family's, each with a likelihood and a weight of its own.
+        Further outcomes, each with its likelihood and weight.
 
     Examples
     --------
@@ -91,151 +85,74 @@ class MixedEffects(LocalModule):
     Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), section 3.
     """
 
-    facts: Facts | None
-
-    def __init__(
-        self,
-        net: nn.Module,
-        random: str | Term | Iterable[str | Term] = (),
-        family: str | Family = "gaussian",
-        adversary: Adversary | Sequence[Adversary] = (),
-        *,
-        priors: Priors | None = None,
-        bayesian_head: bool = False,
-        fixed_weight: float = 0.0,
-        others: Reconstruction | Sequence[Reconstruction] = (),
-    ) -> None:
-        super().__init__("program")
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"the network must be a torch.nn.Module, not {type(net).__name__}")
-        if fixed_weight < 0:
-            raise ValueError(f"`fixed_weight` must not be negative, not {fixed_weight}")
-        self.net = net
-        self.terms = parse_terms(random)
-        self.family = family_named(family)
-        given = [adversary] if isinstance(adversary, Adversary) else list(adversary)
-        self._adversaries = nn.ModuleList(given)
-        self.priors = Priors() if priors is None else priors
-        self.bayesian_head = bayesian_head
-        self.fixed_weight = float(fixed_weight)
-        self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
-        self._factors = nn.ModuleList()
-        self.facts = None
-        # Layers ("" for the output) that effects inside do not reach.
-        self.unreached: frozenset[str] = frozenset()
-
-    @property
-    def network(self) -> nn.Module:
-        """The network, read without telling Pyro."""
-        return cast("nn.Module", self._modules["net"])
-
-    @property
-    def adversaries(self) -> tuple[Adversary, ...]:
-        """The adversaries, one a grouping factor or several."""
-        # Read past PyroModule's attributes: an adversary's weights are no sites of the density.
-        return cast(
-            "tuple[Adversary, ...]", tuple(cast("nn.ModuleList", self._modules["_adversaries"]))
-        )
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """The grouping factors with random effects; none before the model is bound."""
-        return cast("tuple[Factor, ...]", tuple(cast("nn.ModuleList", self._modules["_factors"])))
-
-    def factor_names(self) -> tuple[str, ...]:
-        """Grouping factors of the terms and adversaries, in order of appearance."""
-        games = [game.factor for game in self.adversaries]
-        return tuple(dict.fromkeys([term.factor for term in self.terms] + games))
-
-    def layers(self) -> tuple[str, ...]:
-        """Module paths whose activations terms or adversaries need."""
-        paths = [path for term in self.terms for path in term.layers()]
-        paths += [path for game in self.adversaries for path in game.taps]
-        paths += [one.at for one in self.others]
-        return tuple(dict.fromkeys(paths))
-
     def bind(self, data: ClusteredData | Facts) -> MixedEffects:
-        """A copy laid out for these data: factors, priors and adversaries sized and scaled.
+        """A copy for these data, with factors, priors and adversaries sized and scaled.
+
+        Parameters
+        ----------
+        data : ClusteredData or Facts
+            The training data, or what is known of them.
 
         Raises
         ------
         ValueError
-            If the data, the terms, the module paths and the network's output do not fit
-            together; the message says which and what to do.
+            If data, terms, module paths and the network's output do not fit together. The message
+            says which of them, and what to do.
         """
         facts = (
             data if isinstance(data, Facts) else Facts.of(data, self.family, self.factor_names())
         )
         bound = copy.deepcopy(self)
         bound.facts = facts
-        widths = layout.activation_widths(bound)
+        widths = binding.activation_widths(bound)
         by_factor: dict[str, list[Term]] = {}
         for term in self.terms:
             by_factor.setdefault(term.factor, []).append(term)
         bound._factors = nn.ModuleList(
             Factor(
                 name,
-                [term.block(facts, widths) for term in terms],
+                [term.block(facts.scaling, widths) for term in terms],
                 facts.columns,
-                self.priors.of(name),
+                self.priors,
                 self.family.effect_scale(),
-                self.priors.cor,
                 facts.spread,
             )
             for name, terms in by_factor.items()
         )
-        for game in bound.adversaries:
-            game.build(widths, len(facts.levels[game.factor]))
+        for adversary in bound.adversaries:
+            adversary.build(widths, len(facts.levels[adversary.factor]))
         bound.to(bound.reference())
-        bound.unreached = layout.unreached(bound)
-        layout.check_names(bound)
-        layout.warn_if_small(bound)
+        bound.unreached = binding.unreached(bound)
+        binding.check_names(bound)
+        binding.warn_if_small(bound)
         return bound
 
-    def reference(self) -> Tensor:
-        """A tensor of the program's precision and device."""
-        parameters = self.network.parameters()
-        return next((p for p in parameters if p.is_floating_point()), torch.zeros(()))
-
-    @contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
-        """Draws without gradients inside come from this seed; generators are left as they were."""
-        device = self.reference().device
-        devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-
-    def data_facts(self) -> Facts:
-        """What the program knows of its data.
-
-        Raises
-        ------
-        ValueError
-            If the model has not been bound.
-        """
-        if self.facts is None:
-            raise ValueError("the model is not laid out yet: call model.bind(data), or fit it")
-        return self.facts
-
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
-        """Tensors in the program's precision, on its device; see `Facts.encode`."""
+        """The data's rows as tensors, in the program's precision and on its device.
+
+        See `Facts.encode` for parameters and errors.
+        """
         return self.data_facts().encode(data, self.reference(), levels)
+
+    def largest_factor(self) -> str | None:
+        """The grouping factor with the most random effects; None without random effects."""
+        levels = self.data_facts().levels
+        sizes = {
+            factor.name: len(levels[factor.name]) * len(factor.terms) for factor in self.factors
+        }
+        return max(sizes, key=lambda name: sizes[name], default=None)
 
     @torch.no_grad()
     def compute(self, source: Source) -> Source:
-        """The same rows, with what the network makes of them unless effects inside change it.
+        """The same rows with the frozen network's output and activations, computed once.
 
-        Rows in files are left as they are, and the network runs whenever they are read.
+        Rows are returned unchanged if effects inside the network make it depend on latent sites,
+        or if they are in files: the network then runs whenever they are read.
         """
         if modulates(self) or not isinstance(source, HeldRows):
             return source
         _, activations = self.run_network(replace(source.all(), computed=None))
         return cast("Source", replace(source, computed=activations))
-
-    def clusters(self) -> Rows:
-        """No rows, but every cluster of every factor: for drawing random effects only."""
-        return self.data_facts().clusters(self.reference())
 
     def extend(
         self, latents: Latents, counts: Mapping[str, int], *, population: bool
@@ -247,108 +164,62 @@ class MixedEffects(LocalModule):
         latents : mapping of str to Tensor
             Draws for the clusters seen in training.
         counts : mapping of str to int
-            Clusters wanted of each factor, seen ones included.
+            Number of clusters of each factor in the result, those seen in training included.
         population : bool
-            Zeros for the new clusters; otherwise one draw of N(0, D) each, given each draw of D.
+            Whether the new clusters' effects are zero. Otherwise each draw of D gives them one
+            draw of N(0, D).
         """
-        own = {
+        effects = {
             factor.effect_site: factor.extended(latents, counts[factor.name], population=population)
             for factor in self.factors
         }
-        return {**latents, **own}
+        return {**latents, **effects}
 
     def forward(self, rows: Rows | RowSource) -> Predictor:
-        """Sample every latent site and the outcome; observe the outcome where it is known."""
+        """Sample every latent site and the outcome; observe the outcome if it is known.
+
+        Parameters
+        ----------
+        rows : Rows or RowSource
+            A batch, or a source, which stands for all of its rows.
+        """
         rows = rows.all() if isinstance(rows, RowSource) else rows
         facts = self.data_facts()
         unit = self.reference().new_tensor([1 / facts.spread])
         latents: dict[str, Tensor] = {}
-        dispersion = self.family.dispersion(self.priors, unit)
-        if self.family.dispersion_name is not None and dispersion is not None:
-            latents[self.family.dispersion_name] = dispersion
+        for parameter in self.family.parameters:
+            latents[parameter.name] = parameter.sample(self.priors, unit)
         if self.bayesian_head:
             zeros = unit.new_zeros(len(self.fixed_terms()))
             prior = dist.Normal(zeros, self.priors.fixed_sd).to_event(1)
             latents["fixed_effect"] = pyro.sample("fixed_effect", prior)
-        latents |= {one.sd_site: one.sample_sd(unit) for one in self.others}
+        latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
         for factor in self.factors:
             latents[factor.effect_site] = factor(rows.memberships[factor.name])
-        predictor = self.predictor(rows, latents, alone=layout.needs_alone(self), others=True)
+        predictor = self.predictor(
+            rows, latents, return_fixed=binding.needs_fixed_run(self), others=True
+        )
         with pyro.plate("row", len(rows), dim=-1), counted(rows):
             pyro.sample(facts.outcome_name, self.density(predictor.eta, latents, rows), obs=rows.y)
-            for one, density in self.other_densities(predictor.others, latents, rows).items():
-                with poutine.scale(scale=one.weight):
-                    pyro.sample(one.name, density, obs=rows.x)
+            for other, density in self.other_densities(predictor.others, latents, rows).items():
+                with poutine.scale(scale=other.weight):
+                    pyro.sample(other.name, density, obs=rows.x)
         return predictor
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
-        """log p(y_i | latent sites) of every row, times the row's weight."""
+        """log p(y_i | latent sites) of every row, times the row's weight.
+
+        Raises
+        ------
+        ValueError
+            If the rows have no outcome.
+        """
         eta = self.predictor(rows, latents).eta
         log_prob = self.density(eta, latents, rows).log_prob(rows.outcome())
         return log_prob if rows.weights is None else rows.weights * log_prob
 
-    def density(
-        self, eta: Float[Tensor, "... rows columns"], latents: Latents, rows: Rows
-    ) -> dist.TorchDistribution:
-        """p(y | eta, dispersion), on the outcome's scale."""
-        dispersion = latents.get(self.family.dispersion_name or "")
-        if dispersion is not None:
-            dispersion = self.family.original_dispersion(dispersion, self.data_facts().spread)
-        return self.family.distribution(eta, dispersion, rows)
-
-    def other_densities(
-        self, means: Mapping[str, Tensor], latents: Latents, rows: Rows
-    ) -> dict[Reconstruction, dist.TorchDistribution]:
-        """Densities of the other outcomes, without their weights."""
-        spread = self.data_facts().feature_spread
-        return {
-            one: one.distribution(means[one.name], spread * latents[one.sd_site], rows)
-            for one in self.others
-        }
-
-    def precision(self, latents: Latents) -> Tensor:
-        """tau = 1 / Var(y | eta) in standardised units; 1 where it depends on eta."""
-        tau = self.family.precision(latents.get(self.family.dispersion_name or ""))
-        return self.reference().new_ones(()) if tau is None else tau
-
-    def known(self) -> dict[str, Tensor]:
-        """Latent quantities that are given by their priors, not estimated."""
-        known = {site: value for factor in self.factors for site, value in factor.known().items()}
-        residual = self.priors.residual_sd
-        if self.family.dispersion_name == "residual_sd" and isinstance(residual, Known):
-            unit = self.reference().new_tensor([1 / self.data_facts().spread])
-            known["residual_sd"] = residual.scales([""], unit, 1.0)[0]
-        ones = self.reference().new_ones(1)
-        given = [one for one in self.others if isinstance(one.prior, Known)]
-        return known | {one.sd_site: one.prior.scales([""], ones, 1.0)[0] for one in given}
-
-    @property
-    def linear(self) -> bool:
-        """Whether the fixed effects are latent coefficients of the input features."""
-        facts = self.data_facts()
-        return (
-            self.bayesian_head
-            and isinstance(self.network, nn.Linear)
-            and self.network.in_features == len(facts.feature_names)
-        )
-
-    def head_path(self) -> str:
-        """Module path of the network's last linear layer; empty if it is the network itself."""
-        return layout.head_path(self.network)
-
-    def fixed_terms(self) -> tuple[str, ...]:
-        """Names of the latent fixed effects: the inputs of the last linear layer, by column."""
-        facts, path = self.data_facts(), self.head_path()
-        head = self.network.get_submodule(path)
-        width = int(head.in_features)  # type: ignore[arg-type]
-        names = [f"{path or 'input'}[{unit}]" for unit in range(width)]
-        if self.linear:
-            names = list(facts.feature_names)
-        names = ["Intercept"] * (head.bias is not None) + names
-        return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
-
     def predictor(
-        self, rows: Rows, latents: Latents, *, alone: bool = True, others: bool = False
+        self, rows: Rows, latents: Latents, *, return_fixed: bool = True, others: bool = False
     ) -> Predictor:
         """Linear predictors given the latent sites, vectorised over draws.
 
@@ -357,63 +228,43 @@ class MixedEffects(LocalModule):
         rows : Rows
             n rows.
         latents : mapping of str to Tensor
-            Random effects "... clusters terms"; dispersion and fixed effects, if latent, with a
+            Random effects "... clusters terms"; the family's parameters and fixed effects with a
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
-        alone : bool
-            Whether fixed effects and activations without effects inside are wanted, too.
+        return_fixed : bool
+            Whether the result has to include the predictor, output and activations without random
+            effects. If False, they may be left out, which saves a pass of the network.
         others : bool
-            Whether the means of the other outcomes are.
+            Whether the result has to include the means of the other outcomes.
         """
-        return predict_rows(self, rows, latents, alone=alone, others=others)
-
-    def run_network(
-        self, rows: Rows, *, whole: bool = False
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The network's output, and its tapped activations by module path; see `taps.run`."""
-        if rows.computed is not None:
-            return rows.computed[""], rows.computed
-        head = [self.head_path()] if self.bayesian_head else []
-        # The one place where the network's weights become Pyro's parameters.
-        return run(self.net, rows.x, self.layers(), head, whole=whole)
-
-    def fixed_predictor(
-        self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents
-    ) -> Float[Tensor, "... rows columns"]:
-        """Linear predictor without random effects, from the network's output and activations."""
-        facts = self.data_facts()
-        base = rows.x.new_tensor(facts.center)
-        if rows.offset is not None:
-            base = base + rows.offset[:, None]
-        if not self.bayesian_head:
-            return base + facts.spread * self.family.contrasts(output.reshape(len(rows), -1))
-        weights = latents["fixed_effect"].unflatten(-1, (-1, len(facts.columns)))
-        if weights.dim() > 2:
-            weights = weights.squeeze(-3)
-        return base + facts.spread * (self.head_inputs(activations) @ weights)
-
-    def head_inputs(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "rows inputs"]:
-        """What latent fixed effects multiply: a 1, if there is an intercept, and activations."""
-        path = self.head_path()
-        hidden = activations[f"<{path}"]
-        if self.network.get_submodule(path).bias is None:
-            return hidden
-        return torch.cat([hidden.new_ones(len(hidden), 1), hidden], -1)
+        return predict_rows(self, rows, latents, return_fixed=return_fixed, others=others)
 
 
-def trains_network(model: MixedEffects) -> bool:
-    """Whether there is more to train than the posterior of the latent sites."""
-    weights = any(one.requires_grad for one in model.network.parameters())
-    return bool(model.adversaries) or (weights and not model.linear)
+def log_likelihoods(
+    model: MixedEffects, rows: Rows, latents: Latents, *, others: bool = True
+) -> dict[str, Float[Tensor, "... rows"]]:
+    """Log-likelihood of every row, times its weight, by name of the outcome.
+
+    With `others`, it includes the other outcomes, times their weights.
+    """
+    predictor = model.predictor(rows, latents, return_fixed=False, others=others)
+    density = model.density(predictor.eta, latents, rows)
+    values = {model.data_facts().outcome_name: density.log_prob(rows.outcome())}
+    densities = model.other_densities(predictor.others, latents, rows) if others else {}
+    for other, rebuilt in densities.items():
+        values[other.name] = other.weight * rebuilt.log_prob(rows.x)
+    if rows.weights is None:
+        return values
+    return {name: rows.weights * value for name, value in values.items()}
 
 
 @contextmanager
 def counted(rows: Rows) -> Iterator[None]:
-    """Handlers under which the log-likelihood of each row counts its weight times the scale."""
+    """Handlers under which each row's log-likelihood counts `rows.scale` times its weight."""
     with ExitStack() as handlers:
         if rows.weights is None:
             handlers.enter_context(poutine.scale(scale=rows.scale))
         else:
-            # Pyro's scales are positive: rows of weight 0 are masked.
+            # Pyro's scales must be positive, so rows of weight 0 are masked.
             counts = cast("torch.BoolTensor", rows.weights > 0)
             weights = torch.where(counts, rows.weights, 1)
             handlers.enter_context(poutine.scale(scale=rows.scale * weights))
@@ -421,19 +272,7 @@ def counted(rows: Rows) -> Iterator[None]:
         yield
 
 
-def log_likelihoods(
-    model: MixedEffects, rows: Rows, latents: Mapping[str, Tensor], *, others: bool = True
-) -> dict[str, Float[Tensor, "... rows"]]:
-    """What every row and outcome adds to the log-density, by name, weights included."""
-    predictor = model.predictor(rows, latents, alone=False, others=others)
-    found = {
-        model.data_facts().outcome_name: model.density(predictor.eta, latents, rows).log_prob(
-            rows.outcome()
-        )
-    }
-    densities = model.other_densities(predictor.others, latents, rows) if others else {}
-    for one, density in densities.items():
-        found[one.name] = one.weight * density.log_prob(rows.x)
-    if rows.weights is None:
-        return found
-    return {name: rows.weights * one for name, one in found.items()}
+def trains_network(model: MixedEffects) -> bool:
+    """Whether there are weights to train: of an adversary, or of a network that is not linear."""
+    weights = any(parameter.requires_grad for parameter in model.network.parameters())
+    return bool(model.adversaries) or (weights and not model.linear)

@@ -1,55 +1,59 @@
-"""Latent sites on the outcome's original scale."""
+"""Latent sites in original units, from draws in standardised units."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from armed_pyro.families.reconstruction import Reconstruction
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-
+from armed_pyro.families.reconstruction import Reconstruction
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.grouping_factor import Factor
 
 Draws = dict[str, Tensor]
 
 
-def original_covariance(
-    model: MixedEffects, factor: Factor, latents: Draws
-) -> Float[Tensor, "draws terms terms"]:
-    """M D M': covariance matrix of the random effects on the original scale."""
+def original_covariance(factor: Factor, latents: Draws) -> Float[Tensor, "draws terms terms"]:
+    """M D M': the random effects' covariance matrix in original units.
+
+    M, ``factor.to_original``, takes effects from standardised to original units.
+
+    Parameters
+    ----------
+    factor : Factor
+        The grouping factor.
+    latents : dict of str to Tensor
+        Draws of the hyperparameters.
+    """
     covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
     matrix = factor.to_original.to(covariance)
     return matrix @ covariance @ matrix.mT
 
 
-def original_dispersion(model: MixedEffects, latents: Draws) -> Float[Tensor, " draws"] | None:
-    """Dispersion on the original scale; None for families without one."""
-    name = model.family.dispersion_name
-    if name is None:
-        return None
-    spread = model.data_facts().spread
-    values = model.family.original_dispersion(_flat(latents[name], 0), spread)
-    return values.to(torch.float64)
+def original_parameters(
+    model: MixedEffects, latents: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, " draws"]]:
+    """The family's parameters on the outcome's scale, by name; empty for families without any."""
+    values = model.family_parameters(latents)
+    return {name: _flat(value, 0).to(torch.float64) for name, value in values.items()}
 
 
 def original_sd(
     model: MixedEffects, other: Reconstruction, latents: Draws
 ) -> Float[Tensor, " draws"]:
-    """Residual sd of another outcome, in its own units."""
+    """Residual sd of a reconstruction, in units of the features as they enter the network."""
     return _flat(latents[other.sd_site], 0).to(torch.float64) * model.data_facts().feature_spread
 
 
 def original_fixed_effects(
     model: MixedEffects, latents: Draws
 ) -> Float[Tensor, "draws fixed_terms"]:
-    """Latent fixed effects per original unit, the intercept at x = 0 and with the centre added.
+    """Latent fixed effects in outcome units per unit of the feature.
 
-    Coefficients of a deep network's last layer refer to its activations and only get the
-    outcome's spread.
+    The intercept is the predictor at x = 0, centre included. Coefficients of a deep network's
+    last layer are per unit of its activations.
     """
     facts = model.data_facts()
     columns = len(facts.columns)
@@ -68,5 +72,5 @@ def original_fixed_effects(
 
 
 def _flat(values: Tensor, event_dim: int) -> Tensor:
-    """Draws first, then the site's own dimensions."""
+    """All dimensions of draws flattened into the first, followed by the site's dimensions."""
     return values.reshape(-1, *values.shape[values.dim() - event_dim :])

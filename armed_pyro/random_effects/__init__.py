@@ -1,1 +1,1 @@
-"""What a user writes as random effects, their columns, their covariance, their Pyro sites."""
+"""Random effects: the terms that a user writes, their columns, covariance and Pyro sites."""

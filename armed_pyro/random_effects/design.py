@@ -1,4 +1,4 @@
-"""Columns of the random effects' design: one block for each term."""
+"""Columns of the random effects' design: one block per term."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro.networks.taps import pooled
+from armed_pyro.random_effects.covariance import Covariance, Independent
 
 __all__ = ["Block", "FilterBlock", "LinearBlock", "by_column"]
 
@@ -17,60 +18,64 @@ __all__ = ["Block", "FilterBlock", "LinearBlock", "by_column"]
 def by_column(
     phi: Float[Tensor, "rows q"], columns: int
 ) -> Float[Tensor, "rows q*columns columns"]:
-    """Z: from a cluster's terms, each a column of phi and one of the predictor, to the latter."""
+    """Z, the map from a cluster's effects to the predictor's columns.
+
+    An effect belongs to one column of phi and to one column of the predictor.
+    """
     identity = torch.eye(columns, dtype=phi.dtype, device=phi.device)
     return torch.einsum("nq,pr->nqpr", phi, identity).flatten(1, 2)
 
 
 class Block(nn.Module, ABC):
-    """Effects of one term, laid out for given data.
+    """Effects of one term, laid out for the features of one data set.
 
     Attributes
     ----------
     names : tuple of str
-        One an effect.
-    correlated : bool
-        Whether the effects are correlated.
+        One name per effect.
+    covariance : Covariance
+        Kind of covariance of the effects; independent for a single effect.
     width : int
-        Effects that stand for one thing together: those of the units of a hidden layer.
+        Number of effects that are interpreted together: those of the units of a hidden layer.
     to_original : Float[Tensor, "columns columns"]
-        u_original = to_original @ u_internal, apart from the outcome's spread.
+        u_original = to_original @ u_internal, up to the outcome's spread.
     """
 
     names: tuple[str, ...]
-    correlated: bool
+    covariance: Covariance
     width: int = 1
     to_original: Tensor
 
     def __init__(
-        self, names: Iterable[str], correlated: bool, to_original: Float[Tensor, "q q"]
+        self, names: Iterable[str], covariance: Covariance, to_original: Float[Tensor, "q q"]
     ) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.correlated = correlated and len(self.names) > 1
+        self.covariance = covariance if len(self.names) > 1 else Independent()
         self.register_buffer("to_original", to_original, persistent=False)
 
 
 class LinearBlock(Block, ABC):
-    """Columns phi, which effects multiply in the linear predictor."""
+    """Effects that multiply columns phi in the linear predictor."""
 
     @abstractmethod
     def columns(
         self, x: Tensor, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows columns"]:
-        """phi of some rows with standardised features x."""
+        """phi of the rows with standardised features x."""
 
     def paths(self) -> tuple[str, ...]:
-        """Module paths of the activations that it reads."""
+        """Module paths of the activations that phi depends on; none by default."""
         return ()
 
 
 class InputBlock(LinearBlock):
     """Intercept and (standardised) input features.
 
-    In a correlated block with an intercept the features are centred: the model is the same, as
-    the covariance matrix is full, and inference is easier. Otherwise they are only scaled,
-    because independence of intercept and slope holds at x = 0, as in lme4.
+    With an intercept and an unrestricted covariance matrix the features are centred, which does not
+    change the model and makes inference easier. With other kinds of covariance they are only
+    scaled: a restriction on intercept and slope, such as their independence, then holds at x = 0,
+    as in lme4.
     """
 
     shift: Tensor
@@ -83,9 +88,9 @@ class InputBlock(LinearBlock):
         mean: list[float],
         scale: list[float],
         intercept: bool,
-        correlated: bool,
+        covariance: Covariance,
     ) -> None:
-        centred = intercept and correlated
+        centred = intercept and covariance.any_origin
         slope = torch.diag(1 / torch.tensor(scale, dtype=torch.float64))
         if intercept:
             size = len(names) + 1
@@ -95,7 +100,7 @@ class InputBlock(LinearBlock):
                 to_original[0, 1:] = -torch.tensor(mean, dtype=torch.float64) @ slope
         else:
             to_original = slope
-        super().__init__(["Intercept"] * intercept + names, correlated, to_original)
+        super().__init__(["Intercept"] * intercept + names, covariance, to_original)
         self.intercept = intercept
         shift = torch.tensor(mean, dtype=torch.float64) @ slope
         self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
@@ -109,11 +114,11 @@ class InputBlock(LinearBlock):
 
 
 class LayerBlock(LinearBlock):
-    """Activations of a hidden layer."""
+    """Slopes on the activations of a hidden layer."""
 
-    def __init__(self, path: str, width: int, correlated: bool) -> None:
+    def __init__(self, path: str, width: int, covariance: Covariance) -> None:
         names = [f"{path}[{unit}]" for unit in range(width)]
-        super().__init__(names, correlated, torch.eye(width, dtype=torch.float64))
+        super().__init__(names, covariance, torch.eye(width, dtype=torch.float64))
         self.path = path
         self.width = width
 
@@ -131,6 +136,6 @@ class FilterBlock(Block):
 
     def __init__(self, path: str, filters: int) -> None:
         names = [f"{path}.{kind}[{c}]" for kind in ("scale", "bias") for c in range(filters)]
-        super().__init__(names, False, torch.eye(2 * filters, dtype=torch.float64))
+        super().__init__(names, Independent(), torch.eye(2 * filters, dtype=torch.float64))
         self.path = path
         self.width = 2 * filters

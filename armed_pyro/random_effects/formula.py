@@ -17,23 +17,22 @@ _GRAMMAR = "write it as '(1 + x | site)', '(1 + x || site)', '(0 + x | site)' or
 def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
     """Random-effect terms from lme4's syntax.
 
-    ``(1 + x | g)`` correlated intercept and slope (the intercept is implied, ``0 +`` removes it),
-    ``(1 + x || g)`` independent ones, ``(1 | a/b)`` nested, short for ``(1 | a)`` and
-    ``(1 | a:b)``. Several terms may stand in one string, joined by ``+``.
+    ``(1 + x | g)`` is a correlated intercept and slope; the intercept is implied, and ``0 +``
+    removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
+    ``(1 | a)`` and ``(1 | a:b)``. One string may hold several terms, joined by ``+``.
 
     Raises
     ------
     ValueError
-        If a string does not follow the syntax, or two terms give a factor the same column.
+        If a string does not follow the syntax, or two terms of a factor have the same column.
 
     Examples
     --------
     >>> [str(term) for term in parse_terms("(1 + age | site) + (1 | school/class)")]
     ['(1 + age | site)', '(1 | school)', '(1 | school:class)']
     """
-    given = [terms] if isinstance(terms, str | Term) else list(terms)
     parsed: list[Term] = []
-    for term in given:
+    for term in [terms] if isinstance(terms, str | Term) else terms:
         if isinstance(term, Term):
             parsed.append(term)
         elif isinstance(term, str):
@@ -76,7 +75,7 @@ def _parse(text: str) -> list[Term]:
 def _check_overlap(terms: list[Term]) -> None:
     taken: dict[tuple[str, str], Term] = {}
     for term in terms:
-        # A layer may be called "1", as the intercept is.
+        # A layer's path may be "1", which is also the name of the intercept.
         kind = "filters of" if isinstance(term, FilterScaleBias) else "layer"
         names = tuple(f"{kind} {path}" for path in term.layers())
         if isinstance(term, RandomEffects):

@@ -1,4 +1,4 @@
-"""Random-effect terms: what a user writes, and the columns phi(x, h) they stand for."""
+"""Random-effect terms as a user writes them, and the blocks of columns that they stand for."""
 
 from __future__ import annotations
 
@@ -7,28 +7,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from armed_pyro.program.data_spec import Facts
+from armed_pyro.data.feature_scaling import FeatureScaling
+from armed_pyro.random_effects.covariance import (
+    Correlated,
+    Covariance,
+    Independent,
+    covariance_named,
+)
 from armed_pyro.random_effects.design import Block, FilterBlock, InputBlock, LayerBlock
 
 __all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
 
 
 class Term(ABC):
-    """Random effects of one grouping factor with a covariance matrix of their own."""
+    """Random effects of one grouping factor with their own covariance matrix.
+
+    A term is a frozen dataclass. Its fields are saved with a fit.
+
+    Attributes
+    ----------
+    factor : str
+        Grouping factor, ``"site"`` or ``"school:class"``.
+    """
 
     factor: str
 
     @abstractmethod
     def layers(self) -> tuple[str, ...]:
-        """Module paths whose activations the term needs."""
+        """Module paths of the activations that the term needs."""
 
     @abstractmethod
-    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
-        """The term laid out for some data and a network with these activation widths."""
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
+        """The term's columns, for these features and a network with these activation widths.
+
+        Parameters
+        ----------
+        features : FeatureScaling
+            Names and scales of the features.
+        widths : mapping of str to int
+            Width of the activations at each path of `layers`.
+
+        Raises
+        ------
+        ValueError
+            If the term names a feature that the data do not have.
+        """
 
     @abstractmethod
     def __str__(self) -> str:
-        """The term as its user would write it."""
+        """The term as the user writes it."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +67,14 @@ class RandomEffects(Term):
     factor : str
         Grouping factor, ``"site"`` or ``"school:class"``.
     slopes : tuple of str
-        Features, by encoded name or by column (a categorical column brings all its contrasts).
+        Features, by encoded name or by column. A categorical column stands for all its contrasts.
     intercept : bool
         Whether there is a random intercept.
     correlated : bool
         Whether the effects are correlated, lme4's ``|``, or independent, ``||``.
+    covariance : str, Covariance or None
+        Another kind of covariance, by name or with settings, which then replaces `correlated`;
+        see `armed_pyro.random_effects.covariance`.
 
     Examples
     --------
@@ -56,44 +86,47 @@ class RandomEffects(Term):
     slopes: tuple[str, ...] = ()
     intercept: bool = True
     correlated: bool = True
+    covariance: str | Covariance | None = None
 
     def __post_init__(self) -> None:
+        if self.covariance is not None:
+            covariance_named(self.covariance)
         if not self.intercept and not self.slopes:
             raise ValueError(f"the term {self} has neither an intercept nor a slope")
 
     def __str__(self) -> str:
-        bar = "|" if self.correlated else "||"
-        return f"({' + '.join(['1' if self.intercept else '0', *self.slopes])} {bar} {self.factor})"
+        bar = "|" if self.correlated or self.covariance is not None else "||"
+        kind = "" if self.covariance is None else str(covariance_named(self.covariance))
+        effects = " + ".join(["1" if self.intercept else "0", *self.slopes])
+        return f"{kind}({effects} {bar} {self.factor})"
 
     def layers(self) -> tuple[str, ...]:
         return ()
 
-    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         columns: list[int] = []
         for slope in self.slopes:
-            found = [
+            positions = [
                 position
-                for position, names in enumerate(
-                    zip(facts.feature_names, facts.sources, strict=True)
-                )
+                for position, names in enumerate(zip(features.names, features.sources, strict=True))
                 if slope in names
             ]
-            if not found:
-                known = [*facts.feature_names, *facts.sources]
+            if not positions:
+                known = [*features.names, *features.sources]
                 near = get_close_matches(slope, known, n=1)
                 hint = f" (nearest: {near[0]!r})" if near else ""
                 raise ValueError(
                     f"{self} has a slope on {slope!r}, which is not among the features{hint}; "
-                    f"the features are: {', '.join(facts.feature_names) or 'none'}"
+                    f"the features are: {', '.join(features.names) or 'none'}"
                 )
-            columns += [position for position in found if position not in columns]
+            columns += [position for position in positions if position not in columns]
         return InputBlock(
-            names=[facts.feature_names[column] for column in columns],
+            names=[features.names[column] for column in columns],
             columns=columns,
-            mean=[facts.feature_mean[column] for column in columns],
-            scale=[facts.feature_scale[column] for column in columns],
+            mean=[features.mean[column] for column in columns],
+            scale=[features.scale[column] for column in columns],
             intercept=self.intercept,
-            correlated=self.correlated,
+            covariance=_covariance(self),
         )
 
 
@@ -110,6 +143,8 @@ class Slopes(Term):
         over space.
     correlated : bool
         Whether the slopes are correlated; independent by default, as layers are wide.
+    covariance : str, Covariance or None
+        Another kind of covariance, by name or with settings, which then replaces `correlated`.
 
     References
     ----------
@@ -124,16 +159,23 @@ class Slopes(Term):
     factor: str
     on: str
     correlated: bool = False
+    covariance: str | Covariance | None = None
+
+    def __post_init__(self) -> None:
+        if self.covariance is not None:
+            covariance_named(self.covariance)
 
     def __str__(self) -> str:
         more = ", correlated=True" if self.correlated else ""
+        if self.covariance is not None:
+            more += f", covariance={self.covariance!r}"
         return f"Slopes({self.factor!r}, on={self.on!r}{more})"
 
     def layers(self) -> tuple[str, ...]:
         return (self.on,)
 
-    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
-        return LayerBlock(self.on, widths[self.on], self.correlated)
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
+        return LayerBlock(self.on, widths[self.on], _covariance(self))
 
 
 @dataclass(frozen=True)
@@ -143,9 +185,9 @@ class FilterScaleBias(Term):
     .. math:: h'_{ic} = (1 + a_{kc}) h_{ic} + b_{kc}, \quad k = g(i), \quad
               a_{kc} \sim N(0, sd_{a,c}^2), \quad b_{kc} \sim N(0, sd_{b,c}^2)
 
-    for every filter c (or unit) of a layer's output h, by hook: the network is not edited. After
-    an instance or batch normalisation, effects are in units of the filters' sds; elsewhere in
-    those of the layer's output. The sds' prior scale is 0.3 unless `Priors` says otherwise.
+    for every filter (or unit) c of a layer's output h. A hook does this; the network is not edited.
+    After instance or batch normalisation, effects are in units of the filters' sds; after other
+    layers, in units of the layer's output. The sds' prior scale is 0.3 unless `Priors` sets it.
 
     Attributes
     ----------
@@ -173,5 +215,12 @@ class FilterScaleBias(Term):
     def layers(self) -> tuple[str, ...]:
         return (self.at,)
 
-    def block(self, facts: Facts, widths: Mapping[str, int]) -> Block:
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         return FilterBlock(self.at, widths[self.at])
+
+
+def _covariance(term: RandomEffects | Slopes) -> Covariance:
+    """The term's kind of covariance."""
+    if term.covariance is not None:
+        return covariance_named(term.covariance)
+    return Correlated() if term.correlated else Independent()

@@ -1,62 +1,58 @@
-"""What a fit prints: program, data, variance components, fixed effects, verdict."""
+"""The summary of a fit in text: program, data, variance components, fixed effects, verdict."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from armed_pyro.inference.draws import METHODS
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.report.results import Results
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-
-
-__all__ = ["priors", "text"]
+__all__ = ["priors", "summarize"]
 
 
-def text(fit: Fit, *, prob: float = 0.9) -> str:
-    """The summary, laid out as lme4's and brms' are.
+def summarize(results: Results) -> str:
+    """The summary of a fit as text, in the layout of lme4 and brms.
 
-    Parameters
-    ----------
-    fit : Fit
-        The fit.
-    prob : float
-        Probability of the equal-tailed intervals.
+    Examples
+    --------
+    ``print(summarize(fit.results()))``
     """
+    lines = (f"  {site}: {prior}" for site, prior in priors(results.posterior.model).items())
     return "\n\n".join(
         [
-            _head(fit),
-            _section("Priors", "\n".join(f"  {k}: {v}" for k, v in priors(fit.model).items())),
-            _random(fit, prob),
-            _fixed(fit, prob),
-            _convergence(fit),
-            _section("Verdict", fit.diagnostics().brief()),
+            _head(results.posterior.model),
+            _section("Priors", "\n".join(lines)),
+            _random(results),
+            _fixed(results),
+            _convergence(results),
+            _section("Verdict", results.verdict.brief),
         ]
     )
 
 
 def priors(model: MixedEffects) -> dict[str, str]:
-    """Prior of every latent site, in the units of the data."""
-    facts, given = model.data_facts(), model.priors
+    """Prior of every latent site, in the units of the data.
+
+    Examples
+    --------
+    ``priors(fit.model)["site_sd[Intercept]"]``
+    """
+    facts = model.data_facts()
     lines: dict[str, str] = {}
     for factor in model.factors:
         lines |= factor.describe_priors()
     if model.bayesian_head:
         unit = "sd of the outcome" if facts.spread != 1 else "link scale"
-        lines["fixed_effect"] = f"Normal(0, {given.fixed_sd:.4g}) ({unit}, per sd of the feature)"
-    if model.family.dispersion_name == "residual_sd":
-        scale = given.residual_sd.scale
-        number = scale if isinstance(scale, float | int) else facts.spread
-        lines["residual_sd"] = given.residual_sd.describe(float(number))
-    elif model.family.dispersion_name == "shape":
-        lines["shape"] = "InverseGamma(0.4, 0.3)"
-    for one in model.others:
-        scale = one.prior.scale
+        lines["fixed_effect"] = (
+            f"Normal(0, {model.priors.fixed_sd:.4g}) ({unit}, per sd of the feature)"
+        )
+    for parameter in model.family.parameters:
+        lines[parameter.name] = parameter.describe(model.priors, facts.spread)
+    for other in model.others:
+        scale = other.prior.scale
         number = scale if isinstance(scale, float | int) else 1.0
-        lines[one.sd_site] = one.prior.describe(facts.feature_spread * float(number))
+        lines[other.sd_site] = other.prior.describe(facts.feature_spread * float(number))
     return lines or {"(none)": "the program has no latent site"}
 
 
@@ -64,8 +60,8 @@ def _section(title: str, body: str) -> str:
     return f"{title}:\n{body}"
 
 
-def _head(fit: Fit) -> str:
-    model, facts = fit.model, fit.model.data_facts()
+def _head(model: MixedEffects) -> str:
+    facts = model.data_facts()
     weights = sum(p.numel() for p in model.net.parameters())
     fixed = "linear, latent coefficients" if model.linear else f"network of {weights} weights"
     if model.bayesian_head and not model.linear:
@@ -75,64 +71,68 @@ def _head(fit: Fit) -> str:
     sizes = ", ".join(f"{name}: {len(levels)}" for name, levels in facts.levels.items()) or "none"
     lines = [
         "Mixed-effects network fitted by stochastic variational inference",
-        f"  Outcome: {facts.outcome_name} ({model.family.name})",
+        f"  Outcome: {facts.outcome_name} ({model.family})",
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
     lines += [
-        f"  Other outcome: {one.name} (features rebuilt by {one.at}), weight {one.weight:.4g}"
-        for one in model.others
+        f"  Other outcome: {other.name} (features reconstructed by {other.at}), "
+        f"weight {other.weight:.4g}"
+        for other in model.others
     ]
     lines += [
-        f"  Adversary: {game.factor}, on {', '.join(game.taps)}, weight {game.weight:g}"
-        for game in model.adversaries
+        f"  Adversary: {adversary.factor}, on {', '.join(adversary.taps)}, "
+        f"weight {adversary.weight:g}"
+        for adversary in model.adversaries
     ]
     return "\n".join(lines)
 
 
-def _random(fit: Fit, prob: float) -> str:
-    table = fit.variance_components(prob=prob)
+def _random(results: Results) -> str:
+    table = results.variance_components
     spreads = table[table.statistic.isin(["sd", "cor"])].drop(columns="mean")
-    other = table[table.statistic.isin(["icc", "r2_marginal", "r2_conditional"])]
-    title = f"Variance components (posterior median, {prob:.0%} equal-tailed interval)"
-    return "\n".join([_section(title, _frame(spreads)), "", _frame(other.drop(columns="mean"))])
+    shares = table[table.statistic.isin(["icc", "r2_marginal", "r2_conditional"])]
+    interval = f"{results.prob:.0%} equal-tailed interval"
+    title = f"Variance components (posterior median, {interval})"
+    return "\n".join([_section(title, _frame(spreads)), "", _frame(shares.drop(columns="mean"))])
 
 
-def _fixed(fit: Fit, prob: float) -> str:
-    table = fit.fixed_effects(prob=prob)
+def _fixed(results: Results) -> str:
+    table = results.fixed_effects
     if table.empty:
         return "Fixed effects: weights of a network, without uncertainty"
     body = _frame(table)
-    if not fit.model.linear:
+    if not results.posterior.model.linear:
         body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
-    return _section(f"Fixed effects (posterior mean, {prob:.0%} equal-tailed interval)", body)
+    interval = f"{results.prob:.0%} equal-tailed interval"
+    return _section(f"Fixed effects (posterior mean, {interval})", body)
 
 
-def _convergence(fit: Fit) -> str:
+def _convergence(results: Results) -> str:
     reasons = {
         "converged": "converged: the evidence lower bound has stopped improving",
         "validation": "converged: the validation loss has stopped improving",
         "steps": "NOT CONVERGED: the steps ran out; allow more with Schedule(steps=...)",
         "diverged": "DIVERGED: these are the last good parameters",
     }
-    history = fit.history
-    lines = [f"  {reasons[fit.stopped]} ({len(history.loss)} steps)"]
+    history, facts = results.posterior.history, results.posterior.model.data_facts()
+    lines = [f"  {reasons[results.posterior.stopped]} ({len(history.loss)} steps)"]
     if history.elbo:
         last = history.elbo[-min(len(history.elbo), 100) :]
-        n = fit.model.data_facts().n_rows
-        lines.append(f"  Evidence lower bound: {sum(last) / len(last) * n:.2f}")
+        lines.append(f"  Evidence lower bound: {sum(last) / len(last) * facts.n_rows:.2f}")
     draws = "the guide's own"
-    if fit.refined is not None:
-        quality = ", ".join(f"{name} {value:.3g}" for name, value in fit.refined.quality.items())
-        draws = f"{METHODS[fit.refined.method]} ({quality})"
+    if results.posterior.refined is not None:
+        qualities = results.posterior.refined.quality.items()
+        quality = ", ".join(f"{name} {value:.3g}" for name, value in qualities)
+        draws = f"{METHODS[results.posterior.refined.method]} ({quality})"
     lines.append(f"  Posterior draws: {draws}")
-    # No window of steps has been closed if the first one diverged.
+    # There is no accuracy if training diverged in the first window of steps.
     accuracies = history.adversary_accuracy[-1] if history.adversary_accuracy else []
-    for game, accuracy in zip(fit.model.adversaries, accuracies, strict=False):
-        counts = fit.model.data_facts().counts[game.factor]
+    for adversary, accuracy in zip(results.posterior.model.adversaries, accuracies, strict=False):
+        counts = facts.counts[adversary.factor]
         lines.append(
-            f"  Adversary of {game.factor}: accuracy {accuracy:.3f}, "
+            f"  Adversary of {adversary.factor}: accuracy {accuracy:.3f}, "
             f"chance {float(counts.max() / counts.sum()):.3f}"
         )
     return _section("Convergence", "\n".join(lines))

@@ -1,1 +1,1 @@
-"""Rows as tensors: one batch, and the sources that batches come from."""
+"""Batches of rows as tensors, and the sources of batches."""

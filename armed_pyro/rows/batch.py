@@ -1,4 +1,4 @@
-"""Rows as tensors: one batch and its clusters."""
+"""A batch of rows as tensors, and the clusters of its rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Membership", "Rows"]
 
 @dataclass(frozen=True)
 class Membership:
-    """Which clusters of one grouping factor some rows belong to.
+    """The clusters of one grouping factor to which the rows of a batch belong.
 
     Row i belongs to cluster ``index[position[i]]``. The log-density of cluster ``index[j]``'s
     random effects enters the program times ``weight[j]``, so that its expectation over
@@ -22,15 +22,15 @@ class Membership:
     Attributes
     ----------
     index : Int[Tensor, "clusters"]
-        Clusters whose random effects are drawn; with all clusters, ``0, 1, ..., K - 1``.
+        Clusters whose random effects are drawn; ``0, 1, ..., K - 1`` if they are all drawn.
     position : Int[Tensor, "rows"]
         Each row's place in `index`.
     weight : Float[Tensor, "clusters"] or None
         Weight of each cluster's prior and entropy; None stands for 1.
     complete : bool
-        Whether `index` holds every cluster that the guide holds of the factor, in order.
+        Whether `index` holds every cluster of the factor in the guide, in order.
     labels : Int[Tensor, "rows"] or None
-        Each row's cluster, where `index` numbers the clusters drawn in another way.
+        Each row's cluster, if `index` does not number the clusters as the data do.
     """
 
     index: Int[Tensor, " clusters"]
@@ -55,15 +55,15 @@ class Rows:
     y : Tensor or None
         Outcomes on their original scale (class codes for categorical outcomes).
     memberships : mapping of str to Membership
-        One entry a grouping factor.
+        One entry per grouping factor.
     scale : float
         N / n, the factor by which the rows' log-likelihood is multiplied.
     trials, offset, weights : Float[Tensor, "rows"] or None
-        Binomial denominators; a term added to the linear predictor; multipliers of each row's
-        log-likelihood.
+        Binomial denominators, terms added to the linear predictor, and multipliers of the rows'
+        log-likelihoods.
     computed : mapping of str to Tensor, or None
-        What a settled network makes of x, so that it need not run again: its tapped activations
-        by name, and its output under the empty name.
+        Results of a frozen network for x, so that it need not run again: the tapped activations
+        by name, and the output under the empty name.
     """
 
     x: Tensor
@@ -91,7 +91,7 @@ class Rows:
         return self.y
 
     def fingerprint(self) -> Iterator[bytes]:
-        """Their values, by which other rows can be told from them."""
-        codes = [one.position for one in self.memberships.values()]
-        for one in (self.x, self.y, self.trials, self.offset, self.weights, *codes):
-            yield b"none" if one is None else one.double().cpu().numpy().tobytes()
+        """The values as bytes, which differ between different rows."""
+        positions = [membership.position for membership in self.memberships.values()]
+        for values in (self.x, self.y, self.trials, self.offset, self.weights, *positions):
+            yield b"none" if values is None else values.double().cpu().numpy().tobytes()

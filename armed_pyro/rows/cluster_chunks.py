@@ -1,4 +1,4 @@
-"""All rows, a piece of whole clusters after the other."""
+"""All rows of a source in pieces that keep clusters whole."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from functools import partial
 
 from torch import Tensor
 
-from armed_pyro.guides.base import Guide
-from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.read_ahead import ahead
 from armed_pyro.rows.source import RowSource
@@ -19,18 +17,19 @@ __all__ = ["Pieces"]
 
 @dataclass(frozen=True)
 class Pieces:
-    """All rows, in pieces of whole clusters where there are any.
+    """All rows of a source in pieces; the clusters of a nested factor stay whole.
 
-    A piece counts 1 / share times in the program, and its log-weights share times in the sum.
+    The program multiplies a piece by 1 / share. The sum over pieces multiplies its log-weights by
+    the share.
 
     Attributes
     ----------
     read : callable
-        Gives the pieces, one after the other.
+        Returns an iterator over the pieces.
     clusters : list of (Tensor or None)
-        The nested factor's clusters in each; None for all.
+        The nested factor's clusters in each piece; None for all clusters.
     shares : list of float
-        Each piece's share of all.
+        Each piece's share of all clusters, or of all rows without a nested factor.
     """
 
     read: Callable[[], Iterator[Rows]]
@@ -38,35 +37,45 @@ class Pieces:
     shares: list[float]
 
     @classmethod
-    def of(cls, guide: Guide, source: RowSource, size: int, *, keep: bool = False) -> Pieces:
-        """Pieces of about `size` rows, made whenever they are read, or once and kept."""
-        nested, n = guide.nested(), len(source)
-        read: Callable[[], Iterator[Rows]]
-        if n <= size:
-            every = source.all()
-            return cls(lambda: iter([every]), [None], [1.0])
-        if nested is None:
-            starts = range(0, n, size)
-            shares = [min(size, n - start) / n for start in starts]
-            read, clusters = partial(source.chunks, size), [None for _ in starts]
-            return cls(read, list(clusters), shares)
-        counts = source.counts[nested.name]
-        place = (counts.cumsum(0) - 1) // size
-        chosen = [(place == piece).nonzero()[:, 0] for piece in place.unique()]
-        whole = partial(source.whole_clusters, nested.name)
-        if keep:
-            held = [whole(one) for one in chosen]
-            read = partial(iter, held)
-        else:
-            read = lambda: ahead(whole(one) for one in chosen)  # noqa: E731
-        return cls(read, list(chosen), [len(one) / len(counts) for one in chosen])
+    def of(cls, source: RowSource, size: int, factor: str | None, *, keep: bool = False) -> Pieces:
+        """Pieces of about `size` rows.
 
-    def without_rows(self, model: MixedEffects, guide: Guide) -> Iterator[Rows]:
-        """The clusters of each piece without its rows, for which noise is drawn."""
-        every, nested = model.clusters(), guide.nested()
-        for chosen in self.clusters:
-            if chosen is None or nested is None:
-                yield every
-                continue
-            own = Membership(chosen, chosen[:0], complete=False)
-            yield replace(every, memberships={**every.memberships, nested.name: own})
+        Parameters
+        ----------
+        factor : str, optional
+            The grouping factor whose clusters stay whole.
+        keep : bool
+            Whether pieces of whole clusters are made once and kept. Otherwise they are made in
+            every pass.
+        """
+        n = len(source)
+        if n <= size:
+            return cls(partial(iter, [source.all()]), [None], [1.0])
+        if factor is None:
+            shares = [min(size, n - start) / n for start in range(0, n, size)]
+            return cls(partial(source.chunks, size), [None] * len(shares), shares)
+        order = source.cluster_order(factor)
+        place = (source.counts[factor][order].cumsum(0) - 1) // size
+        chosen = [order[place == piece].sort().values for piece in place.unique()]
+        whole = partial(source.whole_clusters, factor)
+        shares = [len(clusters) / len(order) for clusters in chosen]
+        read: Callable[[], Iterator[Rows]] = lambda: ahead(map(whole, chosen))  # noqa: E731
+        return cls(partial(iter, list(map(whole, chosen))) if keep else read, [*chosen], shares)
+
+    def without_rows(self, all_clusters: Rows, factor: str | None) -> Iterator[Rows]:
+        """Yield the clusters of each piece without rows; their noise is drawn for these.
+
+        Parameters
+        ----------
+        all_clusters : Rows
+            No rows, but every cluster of every factor.
+        factor : str or None
+            The nested factor.
+        """
+        for clusters in self.clusters:
+            if clusters is None or factor is None:
+                yield all_clusters
+            else:
+                nested = Membership(clusters, clusters[:0], complete=False)
+                memberships = {**all_clusters.memberships, factor: nested}
+                yield replace(all_clusters, memberships=memberships)

@@ -1,8 +1,7 @@
-"""Rows of data as tensors, ready for the program, and mini-batches of them."""
+"""Rows in memory, and mini-batches of them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,32 +10,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from armed_pyro._memory import large_pages
 from armed_pyro.rows.batch import Membership, Rows
-from armed_pyro.rows.source import RowSource, memberships_of
+from armed_pyro.rows.source import RowSource, memberships_of, whole_splits
 
 __all__ = ["HeldRows"]
 
 
-# From so many rows on, of at most so many bytes, batches take consecutive ones together, and are
-# made of at least so many such units.
-MANY_ROWS, SMALL_ROW, TOGETHER, FEWEST_UNITS = 2**18, 256, 64, 16
-
-
 @dataclass(frozen=True)
 class HeldRows(RowSource):
-    """Rows held on one device and sliced into mini-batches.
+    """Rows in the memory of one device, sliced into mini-batches.
 
     Attributes
     ----------
     codes : mapping of str to Int[Tensor, "rows"]
         Cluster of each row, for every grouping factor.
     counts : mapping of str to Int[Tensor, "clusters"]
-        Rows in each cluster.
-    reduce : callable, optional
-        Where other processes hold the rest of the rows: turns sums over these into sums over all.
-    together : int
-        Consecutive rows that batches take together.
+        Number of rows in each cluster. Clusters may have further rows in other processes.
+    x, y, trials, offset, weights, computed
+        As in `Rows`.
+
+    Examples
+    --------
+    >>> codes = {"site": torch.tensor([0, 0, 1, 1])}
+    >>> rows = HeldRows(torch.zeros(4, 1), torch.arange(4.0), codes, {"site": torch.tensor([2, 2])})
+    >>> rows.whole_clusters("site", torch.tensor([1])).y
+    tensor([2., 3.])
     """
 
     x: Tensor
@@ -48,7 +46,6 @@ class HeldRows(RowSource):
     weights: Float[Tensor, " rows"] | None = None
     computed: Mapping[str, Tensor] | None = None
     reduce: Callable[[Tensor], Tensor] | None = None
-    together: int = 1
 
     def __len__(self) -> int:
         return len(self.x)
@@ -64,40 +61,25 @@ class HeldRows(RowSource):
     def fingerprint(self) -> Iterator[bytes]:
         return self.all().fingerprint()
 
-    def unit(self, size: int) -> int:
-        # Not so many that batches would be made of a few units.
-        most = 1 << max(0, (size // FEWEST_UNITS).bit_length() - 1)
-        return math.gcd(self.together, size, most)
-
-    def mixed(self) -> HeldRows:
-        """The same rows, where they are many and small in an order drawn once, at random.
-
-        Batches then take consecutive ones together, which main memory gives as fast as one of them.
-        """
-        small = self.x[:1].numel() * self.x.element_size() <= SMALL_ROW
-        if len(self) < MANY_ROWS or not small or self.x.is_cuda:
-            return self
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        found = replace(self.take(order), together=TOGETHER)
-        large_pages(found.x, *found.codes.values())
-        return found
-
     def take(self, index: Int[Tensor, " taken"]) -> HeldRows:
-        """Some of the rows, as a source of their own that counts clusters as this one does."""
+        """The rows `index` as a source with the same `counts`."""
 
-        def some(values: Tensor | None) -> Tensor | None:
+        # `index_select` copies whole rows, which takes a fraction of the time of indexing.
+        def take(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.index_select(0, index)
+
+        def take_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: values.index_select(0, index) for name, values in tensors.items()}
 
         return replace(
             self,
             x=self.x.index_select(0, index),
-            y=some(self.y),
-            codes={factor: one.index_select(0, index) for factor, one in self.codes.items()},
-            trials=some(self.trials),
-            offset=some(self.offset),
-            weights=some(self.weights),
-            computed=self.computed
-            and {name: one.index_select(0, index) for name, one in self.computed.items()},
+            y=take(self.y),
+            codes=take_each(self.codes),
+            trials=take(self.trials),
+            offset=take(self.offset),
+            weights=take(self.weights),
+            computed=self.computed and take_each(self.computed),
         )
 
     def all(self) -> Rows:
@@ -108,50 +90,42 @@ class HeldRows(RowSource):
         optional = (self.trials, self.offset, self.weights, self.computed)
         return Rows(self.x, self.y, memberships, scale, *optional)
 
-    def batch(
+    def batches(
         self,
-        index: Int[Tensor, " units"],
+        size: int,
+        generator: torch.Generator | None = None,
         *,
-        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " units"] | None = None,
-    ) -> Rows:
-        def taken(values: Tensor) -> Tensor:
-            # Copies whole rows, which takes a fraction of what indexing takes.
-            if unit == 1:
-                return values.index_select(0, index)
-            units = values[: len(values) // unit * unit].unflatten(0, (-1, unit))
-            return units.index_select(0, index).flatten(0, 1)
+    ) -> Iterator[Rows]:
+        for index in whole_splits(len(self), size, generator):
+            yield self.batch(index.to(self.x.device), dense_up_to=dense_up_to)
 
-        def some(values: Tensor | None) -> Tensor | None:
-            return None if values is None else taken(values)
-
-        size = unit * len(index)
-        scale = len(self) / size
-        codes = {factor: taken(one) for factor, one in self.codes.items()}
-        memberships = memberships_of(codes, self, scale, self.sampled(size, dense_up_to))
-        computed = self.computed and {name: taken(one) for name, one in self.computed.items()}
-        optional = some(self.trials), some(self.offset), some(self.weights)
-        return Rows(taken(self.x), some(self.y), memberships, scale, *optional, computed)
+    def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
+        """The rows `index`, drawn independently of the outcome, with the weights of `batches`."""
+        scale, taken = len(self) / len(index), self.take(index)
+        sampled = self.sampled(len(index), dense_up_to)
+        return taken.of(memberships_of(taken.codes, self, scale, sampled), scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
-        # In time and memory that do not depend on K.
+        # Time and memory do not depend on the number of clusters.
         counts, n = self.counts[factor], len(self.counts[factor])
         sizes, (order, starts) = counts[chosen], self._by_cluster[factor]
         place = torch.arange(len(chosen), device=chosen.device).repeat_interleave(sizes)
         within = torch.arange(len(place), device=place.device) - (sizes.cumsum(0) - sizes)[place]
         rows = self.batch(order[starts[chosen][place] + within], dense_up_to=len(self))
         weight = self.x.new_full((len(chosen),), n / len(chosen))
-        own = Membership(chosen, place, weight, complete=False)
-        return replace(rows, memberships={**rows.memberships, factor: own}, scale=n / len(chosen))
+        memberships = {
+            **rows.memberships,
+            factor: Membership(chosen, place, weight, complete=False),
+        }
+        return replace(rows, memberships=memberships, scale=n / len(chosen))
 
     @cached_property
     def _by_cluster(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """For every factor, rows in the order of their clusters, and where each cluster starts."""
+        """For every factor, the rows sorted by cluster, and the place where each cluster starts."""
         starts = {factor: counts.cumsum(0) - counts for factor, counts in self.counts.items()}
         return {
-            factor: (codes.argsort(stable=True), starts[factor])
-            for factor, codes in self.codes.items()
+            name: (codes.argsort(stable=True), starts[name]) for name, codes in self.codes.items()
         }
 
     def chunks(self, size: int) -> Iterator[Rows]:

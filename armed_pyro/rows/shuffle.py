@@ -1,43 +1,62 @@
-"""Mini-batches in random order, each row once a pass."""
+"""An endless sequence of mini-batches, made of random passes over the rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from armed_pyro.rows.batch import Rows
-from armed_pyro.rows.source import RowSource
 
-__all__ = ["Shuffle"]
+__all__ = ["Passes"]
 
 
-@dataclass
-class Shuffle:
-    """Numbers below n in random order, a few at a time; shuffled anew when they run out.
+class Passes:
+    """Mini-batches of pass after pass, each in a new random order; can be saved and resumed.
 
-    Attributes
+    Orders are drawn by torch's global generator. The generator's state before a pass stands for
+    the order of the rows, so a checkpoint need not hold the order.
+
+    Parameters
     ----------
-    order : Int[Tensor, "left"]
-        Those that are left of this pass.
+    begin : callable
+        Starts a pass and returns its batches. It must use the generator only before the first
+        batch; otherwise a restored pass differs.
+
+    Examples
+    --------
+    >>> from armed_pyro.rows.in_memory import HeldRows
+    >>> rows = HeldRows(torch.zeros(4, 1), torch.arange(4.0), {}, {})
+    >>> passes = Passes(lambda generator: rows.batches(2, generator))
+    >>> sorted([*next(passes).y.tolist(), *next(passes).y.tolist()])
+    [0.0, 1.0, 2.0, 3.0]
     """
 
-    order: Int[Tensor, " left"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    def __init__(self, begin: Callable[[torch.Generator], Iterator[Rows]]) -> None:
+        self.begin = begin
+        self._batches: Iterator[Rows] = iter(())
+        self._state, self._taken = torch.empty(0, dtype=torch.uint8), 0
 
-    def take(self, size: int, n: int) -> Int[Tensor, " size"]:
-        """The next `size` of n numbers."""
-        if len(self.order) < size:
-            # The few that are left over would make a batch of another size.
-            self.order = torch.randperm(n)
-        taken, self.order = self.order[:size], self.order[size:]
-        return taken
+    def __next__(self) -> Rows:
+        """The next mini-batch."""
+        rows = next(self._batches, None)
+        if rows is None:
+            self._state, self._taken = torch.get_rng_state(), 0
+            self._batches = self.begin(torch.default_generator)
+            rows = next(self._batches)
+        self._taken += 1
+        return rows
 
-    def batch(self, source: RowSource, size: int, dense_up_to: int) -> Rows:
-        """The next mini-batch of `size` rows: see `RowSource.batch`."""
-        unit, device = source.unit(size), source.like.device
-        count = size // unit
-        taken = self.take(count, len(source) // unit).to(device)
-        following = self.order[:count].to(device) if source.reads_ahead else None
-        return source.batch(taken, unit=unit, dense_up_to=dense_up_to, following=following)
+    def state(self) -> dict[str, Tensor]:
+        """The state of the generator before this pass, and the number of batches taken from it."""
+        return {"pass": self._state, "batches_taken": torch.tensor(self._taken)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from a `state`; batches already taken are read again and skipped."""
+        self._state, self._taken = tensors["pass"], int(tensors["batches_taken"])
+        if len(self._state):
+            generator = torch.Generator()
+            generator.set_state(self._state)
+            self._batches = islice(self.begin(generator), self._taken, None)

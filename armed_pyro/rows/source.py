@@ -1,11 +1,10 @@
-"""Where batches of rows come from."""
+"""The interface of sources of rows, and the memberships of their batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -13,32 +12,44 @@ from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
 
-__all__ = ["RowSource", "memberships_of"]
+__all__ = ["RowSource", "memberships_of", "whole_splits"]
 
 
 class RowSource(ABC):
-    """All N rows a program is fitted to, wherever they are: in memory, or in files.
+    r"""All N rows that a program is fitted to, in memory, in files or made as they are needed.
+
+    A source yields random mini-batches of rows (`batches`), all rows of chosen clusters
+    (`whole_clusters`) or of random clusters (`cluster_batches`), and every row once (`all`, or
+    `chunks` in the order of the table).
 
     Attributes
     ----------
     counts : mapping of str to Int[Tensor, "clusters"]
-        Rows in each cluster, for every grouping factor.
+        Number of rows in each cluster, for every grouping factor.
+    reduce : callable, optional
+        Turns sums over these rows into sums over all rows, if other processes hold the rest.
+
+    Examples
+    --------
+    >>> from armed_pyro.rows.in_memory import HeldRows
+    >>> source = HeldRows(torch.zeros(4, 1), torch.arange(4.0), {}, {})
+    >>> batch = next(source.batches(2))
+    >>> len(batch), batch.scale
+    (2, 2.0)
     """
 
     counts: Mapping[str, Int[Tensor, " clusters"]]
     reduce: Callable[[Tensor], Tensor] | None = None
-    # Whether it makes use of the rows that follow a batch.
-    reads_ahead: ClassVar[bool] = False
 
     def total(self, part: Tensor) -> Tensor:
-        """A sum over these rows, or the one over all rows where other processes hold the rest."""
+        """The sum over all rows, from the sum over the rows of this process."""
         return part if self.reduce is None else self.reduce(part)
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @cached_property
-    def everyone(self) -> Mapping[str, Int[Tensor, " clusters"]]:
+    def all_clusters(self) -> Mapping[str, Int[Tensor, " clusters"]]:
         """0, 1, ..., K - 1 for every grouping factor."""
         return {name: torch.arange(len(n), device=n.device) for name, n in self.counts.items()}
 
@@ -54,59 +65,69 @@ class RowSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> Iterator[bytes]:
-        """What tells these rows from others."""
+        """Bytes that differ between different rows; checkpoints store a hash of them."""
 
     @abstractmethod
     def all(self) -> Rows:
         """Every row and every cluster, each with weight 1."""
 
     @abstractmethod
-    def unit(self, size: int) -> int:
-        """Consecutive rows that batches of this size take together; a divisor of it."""
-
-    @abstractmethod
-    def batch(
+    def batches(
         self,
-        index: Int[Tensor, " units"],
+        size: int,
+        generator: torch.Generator | None = None,
         *,
-        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " units"] | None = None,
-    ) -> Rows:
-        r"""Rows `index`, weighted so that the objective stays unbiased.
+    ) -> Iterator[Rows]:
+        r"""Yield one pass over the rows in random order, in mini-batches of `size` rows.
 
-        The likelihood is multiplied by N / B. Where a factor has at most `dense_up_to` clusters
-        (default: four times the batch), all of them are drawn with weight 1. Otherwise only the
-        batch's clusters are drawn, and each row brings 1 / n_k of its cluster's prior and entropy:
-        cluster k, with m_k of its n_k rows in the batch, gets the weight (N / B) m_k / n_k.
+        No row comes twice. Up to ``size - 1`` rows are left out, as their batch would be smaller.
+
+        The likelihood is multiplied by N / size, so that the objective stays unbiased. If a
+        factor has at most `dense_up_to` clusters, all of them are drawn with weight 1. Otherwise
+        only the batch's clusters are drawn: cluster k, with m_k of its n_k rows in the batch, gets
+        the weight (N / size) m_k / n_k, the share of its prior and entropy that its rows bring.
 
         Parameters
         ----------
-        index : Int[Tensor, "units"]
-            Rows of the batch, drawn without regard to the outcome.
-        unit : int
-            Consecutive rows for which a number of `index` stands: those from `unit` times it on.
+        size : int
+            Number of rows in a batch.
+        generator : torch.Generator, optional
+            Draws the order of the rows; by default torch's global generator. All draws must come
+            before the first batch, so that a generator in the same state yields the same pass.
         dense_up_to : int, optional
-            Largest number of clusters that are all drawn in every batch.
-        following : Int[Tensor, "units"], optional
-            The same of the next batch, which may be read ahead.
+            Largest number of clusters that are all drawn in every batch; by default 4 `size`.
         """
 
     def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
-        """Factors of which a mini-batch of `size` rows draws its own clusters only."""
+        """Factors for which a mini-batch of `size` rows draws only the clusters of its rows."""
         limit = 4 * size if dense_up_to is None else dense_up_to
         return {factor for factor, counts in self.counts.items() if len(counts) > limit}
 
     @abstractmethod
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
-        """All rows of C of a factor's K clusters, drawn at random: each counts K / C times.
+        """All rows of C randomly drawn clusters out of a factor's K, with weight K / C each.
 
-        The clusters of other factors are all drawn, each with weight 1.
+        All clusters of the other factors are drawn, with weight 1.
         """
+
+    def cluster_order(self, factor: str) -> Int[Tensor, " clusters"]:
+        """A factor's clusters in the order in which reading their rows is fastest."""
+        return self.all_clusters[factor]
+
+    def cluster_batches(
+        self, factor: str, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Rows]:
+        """Yield `whole_clusters` of `size` random clusters at a time; no cluster comes twice.
+
+        Up to ``size - 1`` clusters are left out. The generator is used as in `batches`.
+        """
+        for chosen in whole_splits(len(self.counts[factor]), size, generator):
+            yield self.whole_clusters(factor, chosen.to(self.like.device))
 
     @abstractmethod
     def chunks(self, size: int) -> Iterator[Rows]:
-        """Consecutive blocks of at most `size` rows, in order, every cluster with weight 1."""
+        """Yield blocks of at most `size` rows in order; every cluster is drawn with weight 1."""
 
 
 def memberships_of(
@@ -115,17 +136,36 @@ def memberships_of(
     scale: float,
     sampled: Collection[str],
 ) -> dict[str, Membership]:
-    """Clusters of a mini-batch's rows: all of a factor, or of `sampled` ones those it holds.
+    """Memberships of a batch's rows, weighted as in `RowSource.batches`.
 
-    See `RowSource.batch` for their weights.
+    All clusters of a factor are drawn; of the `sampled` factors, only the clusters of the rows.
+
+    Parameters
+    ----------
+    codes : mapping of str to Int[Tensor, "rows"]
+        Cluster of each row in the batch, for every factor.
+    source : RowSource
+        The source of the batch.
+    scale : float
+        N divided by the number of rows in the batch.
+    sampled : collection of str
+        See `RowSource.sampled`.
     """
     memberships = {}
     for factor, rows in codes.items():
         if factor not in sampled:
-            memberships[factor] = Membership(source.everyone[factor], rows)
+            memberships[factor] = Membership(source.all_clusters[factor], rows)
         else:
-            present, position, found = torch.unique(rows, return_inverse=True, return_counts=True)
-            every = source.counts[factor]
-            weight = (scale * found / every[present]).to(source.like.dtype)
+            present, position, m = torch.unique(rows, return_inverse=True, return_counts=True)
+            weight = (scale * m / source.counts[factor][present]).to(source.like.dtype)
             memberships[factor] = Membership(present, position, weight, complete=False)
     return memberships
+
+
+def whole_splits(
+    n: int, size: int, generator: torch.Generator | None
+) -> Iterator[Int[Tensor, " size"]]:
+    """Yield 0, 1, ..., n - 1 in random order, `size` at a time; a shorter rest is left out."""
+    order = torch.randperm(n, generator=generator)
+    for start in range(0, n - size + 1, size):
+        yield order[start : start + size]

@@ -8,92 +8,98 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from armed_pyro.engine.checkpoint import VERSION
+from armed_pyro.families.family import Family
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import FAMILIES
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import is_file, network
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors, ScalePrior
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
-
-__all__ = ["MANIFEST", "VERSION", "describe", "program", "read_manifest", "reading"]
+__all__ = ["MANIFEST", "VERSION", "describe", "program", "read_family", "read_manifest", "reading"]
 
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "armed_pyro fit", 3
+FORMAT = "armed_pyro fit"
 
-# What a manifest can name; nothing else is ever made from one.
+# The classes that a manifest can name. No other class is ever made from a manifest, so that reading
+# it executes no foreign code.
 TERMS: Mapping[str, type[Term]] = {
-    one.__name__: one for one in (RandomEffects, Slopes, FilterScaleBias)
+    kind.__name__: kind for kind in (RandomEffects, Slopes, FilterScaleBias)
 }
 PRIORS: Mapping[str, type[ScalePrior]] = {
-    one.__name__: one for one in (Exponential, HalfNormal, HalfStudentT, Known)
+    kind.__name__: kind for kind in (Exponential, HalfNormal, HalfStudentT, Known)
 }
-DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.float64)}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64)}
 
 Kind = TypeVar("Kind")
 
 
-def describe(fit: Fit) -> dict[str, Any]:
+def describe(posterior: Posterior) -> dict[str, Any]:
     """The program, the training and the network's parameters, as JSON values.
 
     Raises
     ------
     ValueError
-        If the program has a family, term or prior of the user's own, which could not be read, or
-        another precision than single or double.
+        If the program has a user-defined family, term or prior, which could not be read again, or
+        a precision other than single or double.
+
+    Examples
+    --------
+    ``describe(fit.posterior)["training"]["seed"]``
     """
-    model, net = fit.model, fit.model.net
-    family, priors = model.family, model.priors
-    if FAMILIES.get(family.name) is not type(family):
-        raise _not_saved("family", type(family), FAMILIES)
+    model, net, priors = posterior.model, posterior.model.net, posterior.model.priors
     dtype = str(model.reference().dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise ValueError(f"a network in {dtype} cannot be saved: convert it, to {list(DTYPES)}")
+        raise ValueError(
+            f"a network in {dtype} cannot be saved: convert it to one of {list(DTYPES)}"
+        )
     sd = priors.sd
-    each = {"all": _named(sd, PRIORS)} if isinstance(sd, ScalePrior) else {"factors": _map(sd)}
+    sd_priors = (
+        {"all": _named(sd, PRIORS)} if isinstance(sd, ScalePrior) else {"factors": _by_factor(sd)}
+    )
     return {
         "format": FORMAT,
         "version": VERSION,
         "armed_pyro": version("armed_pyro"),
         "model": {
             "random": [_named(term, TERMS) for term in model.terms],
-            "family": family.name,
+            "family": _family(model.family),
             "priors": {
-                "sd": each,
+                "sd": sd_priors,
                 "cor": priors.cor,
                 "fixed_sd": priors.fixed_sd,
                 "residual_sd": _named(priors.residual_sd, PRIORS),
             },
             "bayesian_head": model.bayesian_head,
             "fixed_weight": model.fixed_weight,
-            "adversaries": [game.settings() for game in model.adversaries],
+            "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [
-                {"at": one.at, "name": one.name, "weight": one.weight}
-                | {"prior": _named(one.prior, PRIORS)}
-                for one in model.others
+                {"at": other.at, "name": other.name, "weight": other.weight}
+                | {"prior": _named(other.prior, PRIORS)}
+                for other in model.others
             ],
         },
         "network": {
             "made_by": getattr(net, "armed_pyro_network", None),
             "dtype": dtype,
-            "parameters": {name: list(one.shape) for name, one in net.state_dict().items()},
+            "parameters": {name: list(value.shape) for name, value in net.state_dict().items()},
         },
         "training": {
-            "schedule": fit.schedule.to_json(),
-            "history": fit.history.to_json(),
-            "seed": fit.seed,
-            "stopped": fit.stopped,
+            "schedule": posterior.schedule.to_json(),
+            "history": posterior.history.to_json(),
+            "seed": posterior.seed,
+            "stopped": posterior.stopped,
         },
         "facts": model.data_facts().to_json(),
     }
@@ -105,7 +111,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If there is none, or it is damaged, of another program, or of a newer version.
+        If there is none, it is damaged, another program wrote it, or its version is not `VERSION`.
+
+    Examples
+    --------
+    ``read_manifest(Path("run"))["model"]["family"]``
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: expected one that a fit was saved to")
@@ -116,24 +126,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by armed_pyro: expected the format {FORMAT!r}")
-    found = manifest.get("version")
-    if not isinstance(found, int) or found > VERSION:
+    file_version = manifest.get("version")
+    if not isinstance(file_version, int) or file_version > VERSION:
         raise ValueError(
-            f"{path} has the format's version {found!r}, written by armed_pyro "
+            f"{path} has the format version {file_version!r}, written by armed_pyro "
             f"{manifest.get('armed_pyro')}; this is armed_pyro {version('armed_pyro')}, which "
             f"reads version {VERSION}: update armed_pyro"
         )
-    if found < VERSION:
+    if file_version < VERSION:
         raise ValueError(
-            f"{path} has the format's version {found}, of an armed_pyro whose guide was another; "
-            f"this one reads version {VERSION}: fit the model again"
+            f"{path} has the format version {file_version}, written by an earlier armed_pyro with "
+            f"another guide; this armed_pyro reads version {VERSION}: fit the model again"
         )
     return manifest
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading a file's content into a ValueError that names the file."""
+    """Turn errors in the content of a file into a ValueError that names the file.
+
+    Examples
+    --------
+    ``with reading(path): values = json.loads(path.read_text())``
+    """
     wrong = (SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError)
     try:
         yield
@@ -145,51 +160,56 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> MixedEffects:
-    """The program, not yet bound, with a copy of the network or the one that the manifest names.
+    """The unbound program of a manifest, with a copy of `net` or the network that it names.
 
     Parameters
     ----------
     manifest : mapping
-        What `describe` made.
+        Result of `read_manifest`.
     path : Path
-        Its file, for messages.
+        File of the manifest, for error messages.
     net : torch.nn.Module or None
         A network of the fit's architecture.
 
     Raises
     ------
     ValueError
-        If the manifest is damaged, no network is given or named, or it has other parameters.
+        If the manifest is damaged, there is no network, or its parameters are not those of the fit.
+
+    Examples
+    --------
+    ``program(read_manifest(folder), folder / MANIFEST, None).bind(data)``
     """
     with reading(path):
         plan, settings = manifest["model"], manifest["network"]
-        given, sd = plan["priors"], plan["priors"]["sd"]
-        each = {name: _made(one, PRIORS) for name, one in sd.get("factors", {}).items()}
+        fields, sd = plan["priors"], plan["priors"]["sd"]
+        by_factor = {name: _made(prior, PRIORS) for name, prior in sd.get("factors", {}).items()}
         priors = Priors(
-            sd=_made(sd["all"], PRIORS) if "all" in sd else each,
-            cor=given["cor"],
-            fixed_sd=given["fixed_sd"],
-            residual_sd=_made(given["residual_sd"], PRIORS),
+            sd=_made(sd["all"], PRIORS) if "all" in sd else by_factor,
+            cor=fields["cor"],
+            fixed_sd=fields["fixed_sd"],
+            residual_sd=_made(fields["residual_sd"], PRIORS),
         )
         random = [_made(term, TERMS) for term in plan["random"]]
-        games = [Adversary(**game) for game in plan["adversaries"]]
-        # Of manifests written before there were other outcomes.
+        adversaries = [Adversary(**entry) for entry in plan["adversaries"]]
+        # Manifests from before there were other outcomes lack the entry.
         others = [
-            Reconstruction(**{**one, "prior": _made(one["prior"], PRIORS)})
-            for one in plan.get("others", [])
+            Reconstruction(**{**entry, "prior": _made(entry["prior"], PRIORS)})
+            for entry in plan.get("others", [])
         ]
-        family = FAMILIES[plan["family"]]()
+        family = read_family(plan["family"])
         options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
         made_by = settings["made_by"]
     net = _network(made_by) if net is None else copy.deepcopy(net)
-    model = MixedEffects(net, random, family, games, priors=priors, others=others, **options)
-    own = {name: list(one.shape) for name, one in net.state_dict().items()}
-    for name in [*shapes, *own]:
-        if own.get(name) != shapes.get(name):
+    model = MixedEffects(net, random, family, adversaries, priors=priors, others=others, **options)
+    actual = {name: list(value.shape) for name, value in net.state_dict().items()}
+    for name in [*shapes, *actual]:
+        if actual.get(name) != shapes.get(name):
             raise ValueError(
-                f"the network is not the fit's: its {name!r} has shape {own.get(name)}, the fit's "
-                f"{shapes.get(name)} (None: no such parameter); pass net= of the same architecture"
+                f"the network is not the fit's: its {name!r} has shape {actual.get(name)}, the "
+                f"fit's {shapes.get(name)} (None: no such parameter); pass net= of the same "
+                "architecture"
             )
     if model.reference().dtype != dtype:
         net.to(dtype)
@@ -203,7 +223,7 @@ def _network(made_by: Mapping[str, Any] | None) -> nn.Module:
             "the fit has a network of your own, which is not saved as code: pass one of the same "
             "architecture, as in Fit.load(folder, net=MyNet())"
         )
-    # A file's name would have the file executed.
+    # `network` would execute the file.
     if is_file(str(made_by.get("name"))):
         raise ValueError(f"the manifest names a file, {made_by['name']!r}: it is not executed")
     try:
@@ -216,26 +236,78 @@ def _network(made_by: Mapping[str, Any] | None) -> nn.Module:
 
 
 def _named(value: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """A setting as its kind and its fields."""
+    """A term or prior as the name of its class and its fields."""
     kind = type(value).__name__
     if kinds.get(kind) is not type(value):
         raise _not_saved("term or prior", type(value), kinds)
-    fields = {k: dict(v) if isinstance(v, Mapping) else v for k, v in vars(value).items()}
-    return {"kind": kind, **fields}
+    return {"kind": kind, **_fields(value)}
 
 
-def _map(values: Mapping[str, ScalePrior]) -> dict[str, Any]:
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of an object as JSON values."""
+    return {name: _plain(field) for name, field in vars(value).items()}
+
+
+def _plain(value: Any) -> Any:
+    """The value of a field as JSON."""
+    if isinstance(value, ScalePrior):
+        return _named(value, PRIORS)
+    if isinstance(value, Covariance):
+        if COVARIANCES.get(value.name) is not type(value):
+            raise _not_saved("covariance", type(value), COVARIANCES)
+        return {"covariance": value.name, **_fields(value)}
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _family(family: Family) -> str | dict[str, Any]:
+    """The name of a family, or its name and fields if it has fields."""
+    if FAMILIES.get(family.name) is not type(family):
+        raise _not_saved("family", type(family), FAMILIES)
+    fields = _fields(family)
+    return {"name": family.name, **fields} if fields else family.name
+
+
+def read_family(entry: str | Mapping[str, Any]) -> Family:
+    """The family of a manifest's entry.
+
+    Raises
+    ------
+    KeyError
+        If there is no such family.
+
+    Examples
+    --------
+    >>> read_family("poisson").name
+    'poisson'
+    """
+    if isinstance(entry, str):
+        return FAMILIES[entry]()
+    fields = {name: _made_field(value) for name, value in entry.items() if name != "name"}
+    return FAMILIES[str(entry["name"])](**fields)
+
+
+def _by_factor(values: Mapping[str, ScalePrior]) -> dict[str, Any]:
     return {name: _named(value, PRIORS) for name, value in values.items()}
 
 
 def _made(entry: Mapping[str, Any], kinds: Mapping[str, type[Kind]]) -> Kind:
-    """The setting that `_named` took apart."""
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
-    return kinds[str(fields.pop("kind"))](**fields)
+    """The term or prior that `_named` described."""
+    fields = {name: _made_field(value) for name, value in entry.items() if name != "kind"}
+    return kinds[str(entry["kind"])](**fields)
 
 
-def _not_saved(what: str, kind: type, known: Mapping[str, Any]) -> ValueError:
+def _made_field(value: Any) -> Any:
+    """The value that `_plain` described."""
+    if isinstance(value, Mapping) and value.get("kind") in PRIORS:
+        return _made(value, PRIORS)
+    if isinstance(value, Mapping) and value.get("covariance") in COVARIANCES:
+        fields = {name: _made_field(field) for name, field in value.items() if name != "covariance"}
+        return COVARIANCES[value["covariance"]](**fields)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _not_saved(role: str, kind: type, known: Mapping[str, Any]) -> ValueError:
     return ValueError(
-        f"a fit with the {what} {kind.__name__} cannot be saved, as it could not be read again; "
+        f"a fit with the {role} {kind.__name__} cannot be saved, as it could not be read again; "
         f"use one of {', '.join(known)}"
     )

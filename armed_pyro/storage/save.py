@@ -1,4 +1,4 @@
-"""Fits on disk: tensors, JSON and NetCDF in a folder; reading one never executes code."""
+"""Fits on disk as tensors, JSON and NetCDF in a folder; reading a fit never executes code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,117 +27,166 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.draws import RefinedDraws
-from armed_pyro.prediction.cluster_classifier import ClusterClassifier
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.summaries.datatree import GROUPS
 
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
-
-__all__ = ["GUIDES", "load", "save"]
+__all__ = ["GUIDES", "check_saveable", "load", "save"]
 
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
 VARIANCE, DIAGNOSTICS = "variance_components.csv", "diagnostics.json"
-# What training may leave in the folder that its fit is then saved to.
+# Files that training may leave in the folder to which its fit is then saved.
 CHECKPOINTS = {"checkpoint.safetensors", "checkpoint.partial"}
-# Bytes beyond which a group of draws is left out of posterior.nc: it can be drawn again.
+# Bytes beyond which a group of draws is left out of posterior.nc; it can be drawn again.
 LARGEST_GROUP = 200e6
-# Bytes of the posterior, of which fewer draws are written then.
+# Bytes of random effects in posterior.nc; beyond it fewer draws are written.
 LARGEST_POSTERIOR = 100e6
-# Variational families by the name that the manifest gives them.
+# Guides that can be saved, by their names in the manifest.
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
     "StructuredGuide": StructuredGuide,
 }
 
 
-def save(fit: Fit, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
-    """Write a fit to a folder, whole or not at all.
-
-    The folder gets ``model.safetensors`` (weights of network, adversaries and guide),
-    ``manifest.json`` (program, training and labels), ``posterior.nc`` (`Fit.to_datatree`, with
-    the training rows), ``variance_components.csv`` and ``diagnostics.json``. A fit that is
-    already there is replaced; other files beside it are kept.
-
-    Parameters
-    ----------
-    fit : Fit
-        The fit.
-    folder : path
-        Where to write; made if it does not exist.
-    draws : int
-        Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
-    prob : float
-        Probability of the intervals in ``variance_components.csv``.
+def check_saveable(posterior: Posterior, folder: str | Path) -> None:
+    """Raise the errors of `save` without writing, before tables and verdict are computed.
 
     Raises
     ------
     ValueError
-        If the folder holds other files but no fit, or the fit has a part (a guide, term, family
-        or prior of the user's own) that could not be read again. Nothing is written then.
+        As `save`.
+
+    Examples
+    --------
+    ``check_saveable(fit.posterior, "run")``
+    """
+    _check_target(Path(folder).resolve())
+    _guide_name(posterior)
+    describe(posterior)
+
+
+def save(
+    posterior: Posterior,
+    folder: str | Path,
+    *,
+    classifiers: Classifiers,
+    variance_components: pd.DataFrame,
+    verdict: Mapping[str, Any],
+    draws: int = 1000,
+) -> None:
+    """Write a fit to a folder, completely or not at all.
+
+    The folder gets ``model.safetensors`` (weights of network, adversaries and guide),
+    ``manifest.json`` (program, training and labels), ``posterior.nc`` (`Fit.to_datatree`, with
+    the training rows), ``variance_components.csv`` and ``diagnostics.json``. A fit in the folder is
+    replaced; other files in it are kept.
+
+    Parameters
+    ----------
+    posterior : Posterior
+        The fitted program.
+    folder : path
+        The folder; it is made if it does not exist.
+    classifiers : Classifiers
+        The trained classifiers of clusters.
+    variance_components : pandas.DataFrame
+        Table for ``variance_components.csv``.
+    verdict : mapping
+        Verdict and checks as JSON values, for ``diagnostics.json``.
+    draws : int
+        Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds other files but no fit, or the program has a user-defined guide, term,
+        family or prior, which could not be read again. Nothing is written then.
 
     Examples
     --------
     ``fit.save("run"); Fit.load("run").predict(new_rows)``
     """
+    check_saveable(posterior, folder)
     target = Path(folder).resolve()
-    _check_target(target)
-    guide = type(fit.guide).__name__
-    if GUIDES.get(guide) is not type(fit.guide):
-        raise ValueError(f"a fit with the guide {guide} cannot be saved: list it in storage.GUIDES")
-    manifest = {**describe(fit), "guide": guide, "data": _describe_data(fit.data)}
-    tensors = module_tensors("model", fit.model) | module_tensors("guide", fit.guide)
-    if fit.refined is not None:
-        refined = fit.refined
-        manifest["refined"] = {"method": refined.method, "quality": dict(refined.quality)}
-        tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
-    manifest["classifiers"] = []
-    for number, one in enumerate(fit.classifiers.values()):
-        record = {"factor": one.factor, "temperature": one.temperature, "pooling": one.pooling}
-        manifest["classifiers"].append({**record, "report": one.report})
-        tensors |= {f"classifier{number}.{name}": t for name, t in one.tensors().items()}
+    manifest, tensors = _contents(posterior, classifiers)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, as renaming is atomic only within a file system.
+    # In the same directory as the target, as renaming is atomic only within a file system.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     partial.mkdir()
     try:
         _write_json(partial / MANIFEST, manifest)
-        save_file({name: one.cpu().contiguous() for name, one in tensors.items()}, partial / MODEL)
+        save_file({k: tensor.cpu().contiguous() for k, tensor in tensors.items()}, partial / MODEL)
         del tensors
-        # save_file makes a file that only its owner can read.
+        # Only the owner can read the file that save_file makes.
         shutil.copymode(partial / MANIFEST, partial / MODEL)
-        _write_groups(fit, partial / POSTERIOR, _fewer(fit, draws))
-        fit.variance_components(prob=prob).to_csv(partial / VARIANCE, index=False)
-        _write_json(partial / DIAGNOSTICS, _diagnostics(fit))
+        _write_groups(posterior, partial / POSTERIOR, _fewer(posterior, draws))
+        variance_components.to_csv(partial / VARIANCE, index=False)
+        _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
         _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
-    """Read a fit that `save` wrote; on the CPU it predicts what that one did, to the bit.
+def _contents(
+    posterior: Posterior, classifiers: Classifiers
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest, and all tensors by name."""
+    manifest = {
+        **describe(posterior),
+        "guide": _guide_name(posterior),
+        "data": _describe_data(posterior.data),
+    }
+    tensors = module_tensors("model", posterior.model) | module_tensors("guide", posterior.guide)
+    if posterior.refined is not None:
+        refined = posterior.refined
+        manifest["refined"] = {"method": refined.method, "quality": dict(refined.quality)}
+        tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
+    manifest["classifiers"] = []
+    for number, classifier in enumerate(classifiers.values()):
+        manifest["classifiers"].append(
+            {
+                "factor": classifier.factor,
+                "temperature": classifier.temperature,
+                "pooling": classifier.pooling,
+                "report": classifier.report,
+            }
+        )
+        tensors |= {f"classifier{number}.{k}": v for k, v in classifier.tensors().items()}
+    return manifest, tensors
+
+
+def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, Classifiers]:
+    """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
     Parameters
     ----------
     folder : path
         The folder.
     net : torch.nn.Module, optional
-        A network of the fit's architecture, whatever its weights: it is copied, and the copy gets
-        the fit's. Not needed for networks from the functions registered as ``armed_pyro.models``
-        (``linear``, ``dense``).
+        A network of the fit's architecture; a copy of it gets the weights of the fit. Not needed
+        for networks from functions registered as ``armed_pyro.models`` (``linear``, ``dense``).
+
+    Returns
+    -------
+    Posterior
+        The fitted program.
+    Classifiers
+        The classifiers of clusters that were saved.
 
     Raises
     ------
     ValueError
         If the folder holds no fit, a file is missing, damaged or of a newer version, or the
         network is unknown or has other parameters.
-    """
-    from armed_pyro.fitted import Fit  # which imports this module
 
+    Examples
+    --------
+    ``posterior, _ = load("run")``
+    """
     path = Path(folder)
     manifest = read_manifest(path)
     for name in (MODEL, POSTERIOR):
@@ -151,7 +200,7 @@ def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
         schedule, history = Schedule(**training["schedule"]), History(**training["history"])
         seed, stopped = training["seed"], training["stopped"]
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # A warning of few rows was given when the fit was made.
+        # Warnings about the data were given when the model was fitted.
         warnings.simplefilter("ignore", UserWarning)
         model = program(manifest, path / MANIFEST, net).bind(facts)
     guide = make_guide(model)
@@ -162,7 +211,10 @@ def load(folder: str | Path, net: nn.Module | None = None) -> Fit:
         classifiers = _classifiers(model, manifest.get("classifiers", []), tensors)
     with reading(path / POSTERIOR):
         data = _data(path / POSTERIOR, manifest["data"], facts)
-    return Fit(model.eval(), guide, data, history, schedule, seed, stopped, refined, classifiers)
+    posterior = Posterior(
+        model.eval(), guide, data, history, schedule, seed, stopped, refined=refined
+    )
+    return posterior, classifiers
 
 
 # --- the folder -------------------------------------------------------------------------------
@@ -172,20 +224,28 @@ def _check_target(target: Path) -> None:
     """Raise ValueError if saving would replace anything but a fit."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, expected a folder to save the fit to")
-    held = {path.name for path in target.iterdir()} if target.exists() else set()
-    if held <= CHECKPOINTS:
+    files = {path.name for path in target.iterdir()} if target.exists() else set()
+    if files <= CHECKPOINTS:
         return
     try:
         read_manifest(target)
     except ValueError as error:
         raise ValueError(
-            f"{target} holds other files ({', '.join(sorted(held)[:3])}) and no fit that could be "
+            f"{target} holds other files ({', '.join(sorted(files)[:3])}) and no fit that could be "
             f"replaced: choose a new folder ({error})"
         ) from error
 
 
+def _guide_name(posterior: Posterior) -> str:
+    """Name of the guide's class, by which `load` finds it."""
+    name = type(posterior.guide).__name__
+    if GUIDES.get(name) is not type(posterior.guide):
+        raise ValueError(f"a fit with the guide {name} cannot be saved: list it in storage.GUIDES")
+    return name
+
+
 def _put(partial: Path, target: Path) -> None:
-    """Rename the new folder to the target, and move what is no part of a fit over to it."""
+    """Rename the new folder to the target, and keep the target's other files."""
     old = partial.with_name(f"{partial.name}.old")
     if target.exists():
         target.rename(old)
@@ -206,10 +266,10 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_groups(fit: Fit, path: Path, draws: int) -> None:
-    """Write the groups of `Fit.to_datatree` one after the other: together they are large."""
-    for name in _groups(fit, draws):
-        group = GROUPS[name](fit, draws, fit.seed)
+def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
+    """Write the groups of `Fit.to_datatree` one at a time, as all at once need much memory."""
+    for name in _groups(posterior, draws):
+        group = GROUPS[name](posterior, draws, posterior.seed)
         if group.data_vars:
             group.to_netcdf(path, mode="a", group=name, engine="h5netcdf")
         del group
@@ -219,10 +279,10 @@ def _write_groups(fit: Fit, path: Path, draws: int) -> None:
 # --- its contents -----------------------------------------------------------------------------
 
 
-def _fewer(fit: Fit, draws: int) -> int:
-    """As many draws as the random effects leave room for; the fit's own are saved beside them."""
-    facts = fit.model.data_facts()
-    effects = sum(len(one.terms) * len(facts.levels[one.name]) for one in fit.model.factors)
+def _fewer(posterior: Posterior, draws: int) -> int:
+    """Number of draws whose random effects fit into `LARGEST_POSTERIOR`."""
+    facts = posterior.model.data_facts()
+    effects = sum(len(f.terms) * len(facts.levels[f.name]) for f in posterior.model.factors)
     most = max(2, int(LARGEST_POSTERIOR / (8 * max(1, effects))))
     if draws > most:
         warnings.warn(
@@ -234,18 +294,18 @@ def _fewer(fit: Fit, draws: int) -> int:
     return min(draws, most)
 
 
-def _groups(fit: Fit, draws: int) -> list[str]:
+def _groups(posterior: Posterior, draws: int) -> list[str]:
     """Groups of the tree that are not too large for the file."""
     effects = [
-        len(factor.terms) * len(fit.model.data_facts().levels[factor.name])
-        for factor in fit.model.factors
+        len(factor.terms) * len(posterior.model.data_facts().levels[factor.name])
+        for factor in posterior.model.factors
     ]
     by_row = ("posterior_predictive", "log_likelihood", "prior_predictive")
-    numbers = {**dict.fromkeys(by_row, fit.data.n_rows), "prior": sum(effects)}
+    numbers = {**dict.fromkeys(by_row, posterior.data.n_rows), "prior": sum(effects)}
     left_out = [name for name, n in numbers.items() if 8 * draws * n > LARGEST_GROUP]
     if left_out:
         warnings.warn(
-            f"{POSTERIOR} is without {', '.join(left_out)}, each of which would exceed "
+            f"{POSTERIOR} is without {', '.join(left_out)}, as each would exceed "
             f"{LARGEST_GROUP / 1e6:.0f} MB: save fewer draws, or draw them again with "
             f"Fit.load(...).to_datatree(groups={left_out})",
             UserWarning,
@@ -259,57 +319,64 @@ def _refined(
 ) -> RefinedDraws | None:
     if record is None:
         return None
-    start = "refined."
-    latents = {name[len(start) :]: one for name, one in tensors.items() if name.startswith(start)}
-    return RefinedDraws(record["method"], latents, record["quality"])
+    return RefinedDraws(record["method"], _within(tensors, "refined."), record["quality"])
+
+
+def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, by the rest of the name."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _classifiers(
     model: MixedEffects, records: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
-) -> dict[str, ClusterClassifier]:
-    found = {}
+) -> Classifiers:
+    trained = {}
     for number, record in enumerate(records):
-        start = f"classifier{number}."
-        own = {key[len(start) :]: one for key, one in tensors.items() if key.startswith(start)}
         names = ("factor", "temperature", "pooling", "report")
         settings = {name: record[name] for name in names}
-        found[record["factor"]] = ClusterClassifier.restore(model, tensors=own, **settings)
-    return found
+        weights = _within(tensors, f"classifier{number}.")
+        trained[record["factor"]] = ClusterClassifier.restore(model, tensors=weights, **settings)
+    return Classifiers(trained)
 
 
-def _diagnostics(fit: Fit) -> dict[str, Any]:
-    """Verdict and checks, and how the training ended; the lower bound is that of all rows."""
-    history, facts = fit.history, fit.model.data_facts()
-    games = []
-    for place, game in enumerate(fit.model.adversaries):
-        counts = facts.counts[game.factor]
+def _training_end(posterior: Posterior) -> dict[str, Any]:
+    """How the training ended; the evidence lower bound is the sum over all rows."""
+    history, facts = posterior.history, posterior.model.data_facts()
+    adversaries = []
+    for place, adversary in enumerate(posterior.model.adversaries):
+        counts = facts.counts[adversary.factor]
         accuracy = [window[place] for window in history.adversary_accuracy[-1:]]
-        games.append(
+        adversaries.append(
             {
-                "factor": game.factor,
+                "factor": adversary.factor,
                 "accuracy": accuracy[0] if accuracy else None,
                 "chance": float(counts.max() / counts.sum()),
             }
         )
     return {
-        **fit.diagnostics().to_json(),
-        "converged": fit.converged,
-        "stopped": fit.stopped,
+        "converged": posterior.converged,
+        "stopped": posterior.stopped,
         "steps": len(history.loss),
         "elbo": float(np.mean(history.elbo[-100:])) * facts.n_rows if history.elbo else None,
-        "adversaries": games,
+        "adversaries": adversaries,
     }
 
 
 def _describe_data(data: ClusteredData) -> dict[str, Any]:
-    """What the tree does not tell of the training rows."""
+    """Properties of the training rows that the tree in `POSTERIOR` does not hold."""
     try:
         row_dtype = index_to_json(data.row_labels)["dtype"]
-    except TypeError:  # a table of a composite index: its labels come back as text
+    except TypeError:  # a composite index, whose labels are read back as text
         row_dtype = None
     return {
         "continuous": list(data.continuous),
-        "levels": {name: index_to_json(one.levels) for name, one in data.groupings.items()},
+        "levels": {
+            name: index_to_json(grouping.levels) for name, grouping in data.groupings.items()
+        },
         "row_dtype": row_dtype,
         "row_name": data.row_labels.name if isinstance(data.row_labels.name, str) else None,
     }
@@ -322,7 +389,7 @@ def _data(path: Path, record: Mapping[str, Any], facts: Facts) -> ClusteredData:
         xr.open_dataset(path, group="constant_data", engine="h5netcdf") as constant,
     ):
         outcome = observed[variable_name(facts.outcome_name)].to_numpy()
-        values = {str(name): one.to_numpy() for name, one in constant.data_vars.items()}
+        values = {str(name): array.to_numpy() for name, array in constant.data_vars.items()}
         labels = pd.Index(observed.indexes["row"])
     groupings = {}
     for name, content in record["levels"].items():

@@ -1,1 +1,1 @@
-"""Tables larger than memory."""
+"""Fits to tables that are larger than memory."""

@@ -1,150 +1,215 @@
-"""Rows in files, of which what is needed is read, and read ahead."""
+"""A source of rows in Parquet files, which a thread reads ahead."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import glob
+from collections.abc import Iterator
 from functools import cached_property
-from typing import ClassVar
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.rows.read_ahead import Foreseen, ahead
+from armed_pyro.rows.read_ahead import ahead
 from armed_pyro.rows.source import RowSource, memberships_of
-from armed_pyro.streaming.row_file import Layout, Records, RowFile
+from armed_pyro.streaming.database import database
+from armed_pyro.streaming.encoded_table import EncodedTable, group_rows
 
 __all__ = ["StreamedRows"]
 
+# Number of row groups, of about a megabyte each, whose rows are mixed into mini-batches.
+MIXED = 8
 
-# Rows that mini-batches take together, a tenth of a megabyte on disk.
-UNIT = 32
 
-
-@dataclass(frozen=True, eq=False)
 class StreamedRows(RowSource):
-    """Rows in two files: sorted by the clusters of one factor, and shuffled.
+    """Rows in a file; DuckDB makes copies in the orders in which rows are needed.
 
-    Mini-batches of rows come from the shuffled file, whose order is drawn uniformly from all:
-    32 consecutive rows of it at a time, anew in every epoch, so that each batch is a random
-    sample. Whole clusters and passes over all rows come from the sorted one. Nothing is held but
-    what was read last and what is read ahead.
+    Mini-batches of rows come from a shuffled copy. Every pass draws eight of its row groups at a
+    time and mixes their rows. Whole clusters come from a copy sorted by cluster. The order of the
+    clusters is random, so that a batch of random clusters is one stretch of the file. A copy is
+    made when it is first needed. Memory holds only the current block of rows and those read ahead.
 
-    Attributes
+    Parameters
     ----------
-    layout : Layout
-        What the columns of the files are.
-    factor : str
-        Grouping factor by which the one file is sorted; empty if there is none.
-    by_cluster : RowFile
-        The rows sorted by that factor's clusters.
-    shuffled : RowFile or None
-        The rows in random order, where mini-batches of rows are needed.
-    counts : mapping of str to Int[Tensor, "clusters"]
-        Rows in each cluster, for every grouping factor.
-    reference : Tensor
-        A tensor of the wanted precision and device.
-    digest : bytes
-        What tells the rows from others.
+    table : EncodedTable
+        The rows in the order of the table. Copies are made in the folder of its file.
+    like : Tensor
+        A tensor with the precision and device of the batches.
     """
 
-    layout: Layout
-    factor: str
-    by_cluster: RowFile
-    shuffled: RowFile | None
-    counts: Mapping[str, Int[Tensor, " clusters"]]
-    reference: Tensor
-    digest: bytes
-    reads_ahead: ClassVar[bool] = True
+    def __init__(self, table: EncodedTable, like: Tensor) -> None:
+        self.table, self._like = table, like.new_zeros(0)
+        self.counts = {name: table.scanned.counts[name].to(like.device) for name in table.factors}
+        self._sorted: dict[str, _SortedFile] = {}
 
     def __len__(self) -> int:
-        return len(self.by_cluster)
+        return self.table.scanned.n_rows
 
     @property
     def like(self) -> Tensor:
-        return self.reference
+        return self._like
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        return (self.layout.n_features,)
+        return (len(self.table.features),)
 
     def fingerprint(self) -> Iterator[bytes]:
-        yield self.digest
-
-    def unit(self, size: int) -> int:
-        return math.gcd(size, UNIT)
+        yield self.table.digest
 
     def all(self) -> Rows:
-        return self._held(self._stretch(0, len(self))).all()
+        table = pq.read_table(self.table.path, columns=self._columns, pre_buffer=False)
+        return self._held(table, encoded=True).all()
 
-    def batch(
+    def batches(
         self,
-        index: Int[Tensor, " units"],
+        size: int,
+        generator: torch.Generator | None = None,
         *,
-        unit: int = 1,
         dense_up_to: int | None = None,
-        following: Int[Tensor, " units"] | None = None,
-    ) -> Rows:
-        index = _rows(index, unit)
-        following = None if following is None else _rows(following, unit)
-        held = self._held(self._foreseen(index, following))
-        scale = len(self) / len(index)
-        sampled = self.sampled(len(index), dense_up_to)
-        memberships = memberships_of(held.codes, self, scale, sampled)
-        return held.of(memberships, scale)
+    ) -> Iterator[Rows]:
+        # The thread that reads ahead needs a generator that no other thread uses.
+        seed = int(torch.randint(2**62, (), generator=generator))
+        scale, sampled = len(self) / size, self.sampled(size, dense_up_to)
+        for held, order in ahead(self._mixed(self._shuffled, size, seed)):
+            for start in range(0, len(order) - size + 1, size):
+                taken = held.take(order[start : start + size])
+                yield taken.of(memberships_of(taken.codes, self, scale, sampled), scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
-        if factor != self.factor:
-            raise ValueError(
-                f"the streamed rows are sorted by {self.factor!r}, but whole clusters of "
-                f"{factor!r} are needed: fit a table of so many rows in memory, or leave the "
-                "random effects of one factor out"
-            )
         counts = self.counts[factor]
-        wanted = chosen.sort().values.cpu().numpy()
-        held = self._held(self.by_cluster.read(self._edges[wanted], self._edges[wanted + 1]))
+        held = self._held(self._by_cluster(factor).read(chosen.cpu().numpy()))
         place = torch.full((len(counts),), -1, device=chosen.device)
         place[chosen] = torch.arange(len(chosen), device=chosen.device)
         scale = len(counts) / len(chosen)
-        memberships = memberships_of(held.codes, self, 1.0, ())
         weight = self.like.new_full((len(chosen),), scale)
-        own = Membership(chosen, place[held.codes[factor]], weight, complete=False)
-        return held.of({**memberships, factor: own}, scale)
+        membership = Membership(chosen, place[held.codes[factor]], weight, complete=False)
+        return held.of({**memberships_of(held.codes, self, 1.0, ()), factor: membership}, scale)
+
+    def cluster_order(self, factor: str) -> Int[Tensor, " clusters"]:
+        return torch.from_numpy(self._by_cluster(factor).order).to(self.like.device)
+
+    def cluster_batches(
+        self, factor: str, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Rows]:
+        # Stretches of the file in random order; the random offset varies them between passes.
+        order = self.cluster_order(factor)
+        order = order.roll(int(torch.randint(len(order), (), generator=generator)))
+        places = torch.randperm(len(order) // size, generator=generator)
+        yield from ahead(
+            self.whole_clusters(factor, order[size * place : size * (place + 1)])
+            for place in places.tolist()
+        )
 
     def chunks(self, size: int) -> Iterator[Rows]:
-        starts = range(0, len(self), size)
-        for records in ahead(self._stretch(at, min(at + size, len(self))) for at in starts):
-            held = self._held(records)
-            memberships = memberships_of(held.codes, self, 1.0, ())
-            yield held.of(memberships, len(self) / len(records))
+        with pq.ParquetFile(self.table.path, pre_buffer=False) as file:
+            for batch in ahead(file.iter_batches(size, None, self._columns, use_threads=False)):
+                held = self._held(pa.Table.from_batches([batch]), encoded=True)
+                yield held.of(memberships_of(held.codes, self, 1.0, ()), len(self) / len(held))
+
+    @property
+    def _columns(self) -> list[str]:
+        """Names of the encoded file's columns that become tensors."""
+        return [*self.table.features, *self.table.numbers, *map(self.table.cluster, self.counts)]
 
     @cached_property
-    def _edges(self) -> Int[np.ndarray, " clusters+1"]:
-        """First row of each cluster, and the number of rows."""
-        return np.concatenate([[0], np.cumsum(self.counts[self.factor].cpu().numpy())])
+    def _shuffled(self) -> Path:
+        """The shuffled copy's file."""
+        return self._copy("shuffled", "read_parquet($path)", "key, row")
 
-    @cached_property
-    def _foreseen(self) -> Foreseen[Records]:
-        return Foreseen(self._shuffled_rows)
+    def _by_cluster(self, factor: str) -> _SortedFile:
+        """The copy sorted by a factor's clusters."""
+        if factor not in self._sorted:
+            counts, column = self.counts[factor].cpu().numpy(), self.table.cluster(factor)
+            order = np.random.default_rng(self.table.seed).permutation(len(counts))
+            ranks = pa.table({"code": order, "rank": np.arange(len(order))})
+            tables = f"read_parquet($path) JOIN ranks ON {column} = code"
+            path = self._copy(column, tables, "rank, row", ranks=ranks)
+            self._sorted[factor] = _SortedFile(path, order, counts[order])
+        return self._sorted[factor]
 
-    def _shuffled_rows(self, index: Int[Tensor, " batch"]) -> Records:
-        if self.shuffled is None:
-            raise ValueError("no mini-batches of rows were foreseen for this program")
-        rows = index.cpu().numpy()
-        return self.shuffled.read(rows, rows + 1)
+    def _copy(self, name: str, tables: str, order: str, **views: pa.Table) -> Path:
+        """Write a file with the standardised rows in another order."""
+        table, path = self.table, self.table.path.with_name(f"{name}.parquet")
+        scaling = zip(table.feature_mean.tolist(), table.feature_scale.tolist(), strict=True)
+        # As text, because DuckDB reads a number with a point as a fixed-point decimal.
+        columns = [
+            f"((x{place} - '{mean!r}'::DOUBLE) / '{scale!r}'::DOUBLE)::FLOAT AS x{place}"
+            for place, (mean, scale) in enumerate(scaling)
+        ]
+        columns += self._columns[len(columns) :]
+        with database(table.memory, path.parent, len(columns)) as connection:
+            for view, contents in views.items():
+                connection.register(view, contents)
+            connection.execute(
+                f"COPY (SELECT {', '.join(columns)} FROM {tables} ORDER BY {order}) TO $target "
+                f"(FORMAT parquet, COMPRESSION lz4_raw, ROW_GROUP_SIZE {group_rows(len(columns))})",
+                {"path": glob.escape(str(table.path)), "target": str(path)},
+            )
+        return path
 
-    def _stretch(self, start: int, stop: int) -> Records:
-        return self.by_cluster.read(np.array([start]), np.array([stop]))
+    def _mixed(self, path: Path, size: int, seed: int) -> Iterator[tuple[HeldRows, Tensor]]:
+        """Yield the rows of a few random row groups, with those left over before, and an order."""
+        generator, left = torch.Generator().manual_seed(seed), list[pa.Table]()
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            groups = torch.randperm(file.num_row_groups, generator=generator)
+            largest = file.metadata.row_group(0).num_rows
+            for mixed in groups.split(max(MIXED, 1 + size // largest)):
+                read = file.read_row_groups(mixed.tolist(), use_threads=False)
+                table = pa.concat_tables([*left, read])
+                order = torch.randperm(len(table), generator=generator)
+                yield self._held(table), order.to(self.like.device)
+                left = [table.take(order[len(order) // size * size :].numpy())]
 
-    def _held(self, records: Records) -> HeldRows:
-        return self.layout.rows(records, self.counts, self.like)
+    def _held(self, table: pa.Table, *, encoded: bool = False) -> HeldRows:
+        """Rows of a file as tensors; the encoded file's features are standardised here."""
+        values = np.empty((len(table), len(self.table.features)), np.float32)
+        for place, name in enumerate(self.table.features):
+            feature = table[name].to_numpy()
+            if encoded:
+                mean, scale = self.table.feature_mean[place], self.table.feature_scale[place]
+                feature = (feature - float(mean)) / float(scale)
+            values[:, place] = feature
+
+        def tensor(name: str) -> Tensor | None:
+            present = name in self.table.numbers
+            return torch.tensor(table[name].to_numpy()).to(self.like) if present else None
+
+        codes = {}
+        for factor in self.counts:
+            column = torch.tensor(table[self.table.cluster(factor)].to_numpy())
+            codes[factor] = column.to(self.like.device, torch.long)
+        x, y = torch.from_numpy(values).to(self.like), tensor("outcome")
+        trials, offset, weights = tensor("trials"), tensor("offset"), tensor("weights")
+        return HeldRows(x, y, codes, self.counts, trials, offset, weights)
 
 
-def _rows(units: Int[Tensor, " units"], unit: int) -> Int[Tensor, " rows"]:
-    """The consecutive rows of which units consist."""
-    return (unit * units[:, None] + torch.arange(unit, device=units.device)).flatten()
+class _SortedFile:
+    """A file of rows sorted by cluster; `counts` are the rows of the clusters in `order`."""
+
+    def __init__(self, path: Path, order: np.ndarray, counts: np.ndarray) -> None:
+        self.path, self.order, self.ranks = path, order, np.argsort(order)
+        self.starts = np.cumsum([0, *counts])
+        self.metadata = pq.read_metadata(path)
+        sizes = [self.metadata.row_group(k).num_rows for k in range(self.metadata.num_row_groups)]
+        self.group_starts = np.cumsum([0, *sizes])
+
+    def read(self, chosen: Int[np.ndarray, " chosen"]) -> pa.Table:
+        """All rows of the chosen clusters, in the order of the file."""
+        ranks = np.sort(self.ranks[chosen])
+        sizes = np.diff(self.starts)[ranks]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows = np.repeat(self.starts[ranks], sizes) + within
+        groups = np.searchsorted(self.group_starts, rows, "right") - 1
+        parts = []
+        with pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False) as file:
+            for group in np.unique(groups):
+                low, high = np.searchsorted(groups, [group, group + 1])
+                table = file.read_row_group(group, use_threads=False)
+                parts.append(table.take(rows[low:high] - self.group_starts[group]))
+        return pa.concat_tables(parts)

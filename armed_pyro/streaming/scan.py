@@ -1,54 +1,57 @@
-"""A first pass over a table in a file: its schema, its clusters, and whether it can be used."""
+"""A first pass over a table in a file: its schema and clusters, and errors in its values."""
 
 from __future__ import annotations
 
+import glob
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from os import PathLike
 
+import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from armed_pyro._messages import count_rows, listing
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.schema import Schema, parse_terms
-from armed_pyro.prediction.predict_table import TableBlocks
 from armed_pyro.rows.read_ahead import ahead
+from armed_pyro.streaming.database import database
+from armed_pyro.streaming.parquet_table import TableBlocks
 
 __all__ = ["TableScan", "complete_blocks", "scan"]
 
-
-# Rows read at a time.
+# Number of rows read at a time.
 BLOCK_ROWS = 65_536
 
 
 @dataclass(frozen=True, eq=False)
 class TableScan:
-    """What one pass over a table tells.
+    """Result of one pass over a table.
 
     Attributes
     ----------
     schema : Schema
-        How its rows become tensors.
-    levels : mapping of str to pandas.Index
-        Labels of the clusters of every grouping factor.
-    counts : mapping of str to Int64[Tensor, "clusters"]
-        Rows of each.
+        The rules by which rows become tensors.
+    first : ClusteredData
+        The first complete row.
+    levels, counts : dict of str to pandas.Index, Int64[Tensor, "clusters"]
+        Labels of the clusters in every cluster column, and their numbers of rows.
     n_rows : int
         Rows without missing values.
-    complete : bool
-        Whether there are no others.
     """
 
     schema: Schema
+    first: ClusteredData
     levels: dict[str, pd.Index]
     counts: dict[str, Tensor]
     n_rows: int
-    complete: bool
 
 
 def scan(
@@ -57,147 +60,141 @@ def scan(
     outcome: str,
     clusters: Sequence[str],
     features: Sequence[str] | str | None = None,
-    trials: str | None = None,
-    offset: str | None = None,
-    weights: str | None = None,
     missing: Missing = "error",
+    memory: int,
+    folder: str | PathLike[str] | None = None,
+    **roles: str | None,
 ) -> TableScan:
-    """Read a table once, block by block; see `ClusteredData.from_frame` for the parameters.
+    """Read a table once; see `ClusteredData.from_frame` for the parameters.
+
+    DuckDB finds the numbers of rows that show every category and cluster. pyarrow reads their
+    values, so that labels have the same types as in a table in memory.
 
     Raises
     ------
     ValueError
         As `Schema.infer`; or for missing or infinite values, with the first such row of the file.
     """
-    roles = {"trials": trials, "offset": offset, "weights": weights}
+    if missing not in ("error", "drop"):
+        raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
     clusters = column_names(clusters, "clusters")
     reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
     if features is None:
         columns = [name for name in table.columns if name not in reserved]
     else:
         columns = [name for term in parse_terms(features) for name in term]
-    pick(pd.DataFrame(columns=list(table.columns)), [*reserved, *columns])
-    witnesses = _Witnesses([*columns, outcome])
-    found = {name: _Clusters() for name in clusters}
-    n_rows = 0
-    for frame in complete_blocks(table, [*reserved, *columns], missing):
-        witnesses.add(frame)
-        for name, one in found.items():
-            one.add(frame[name])
-        n_rows += len(frame)
-    if not n_rows:
-        raise ValueError(f"Every row of {table.path} has missing values. Leave columns out.")
+    used = list(dict.fromkeys([*reserved, *columns]))
+    pick(pd.DataFrame(columns=list(table.columns)), used)
+    with database(memory, folder) as connection:
+        try:
+            names = _number_rows(connection, table)
+            n_rows = _select_complete(connection, table, names, used, missing)
+            witnesses = _witnesses(connection, table, names, [*columns, outcome])
+            levels_counts = {name: _clusters(connection, table, names, name) for name in clusters}
+        except duckdb.Error as error:
+            raise ValueError(f"{table.path} cannot be read: {error}") from error
     if n_rows < table.n_rows:
         dropped = f"{table.n_rows - n_rows} of {count_rows(table.n_rows)}"
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
-    schema = Schema.infer(
-        pd.concat(witnesses.frames), outcome=outcome, clusters=clusters, features=features, **roles
-    )
-    sorted_ = {name: one.sorted(f"cluster column {name!r}") for name, one in found.items()}
-    levels = {name: one for name, (one, _) in sorted_.items()}
-    counts = {name: one for name, (_, one) in sorted_.items()}
-    return TableScan(schema, levels, counts, n_rows, n_rows == table.n_rows)
+    frame = table.take(witnesses)
+    schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+    first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
+    levels = {name: labels for name, (labels, _) in levels_counts.items()}
+    counts = {name: sizes for name, (_, sizes) in levels_counts.items()}
+    return TableScan(schema, first, levels, counts, n_rows)
 
 
-def complete_blocks(
-    table: TableBlocks, columns: Sequence[str], missing: Missing
-) -> Iterator[pd.DataFrame]:
-    """The rows without missing values in blocks read ahead; their index counts the file's rows.
+def _number_rows(connection: duckdb.DuckDBPyConnection, table: TableBlocks) -> dict[str, str]:
+    """Create the view "numbered" of the file, with row numbers; its name of every column."""
+    # Columns are named by their place, because DuckDB treats "x" and "X" as the same name.
+    names = {name: f"c{place}" for place, name in enumerate(table.columns)}
+    path = glob.escape(str(table.path))
+    connection.read_parquet(path, file_row_number=True).create_view("file")
+    listed = ", ".join([*names.values(), "place"])
+    connection.execute(f"CREATE VIEW numbered AS SELECT * FROM file AS t({listed})")
+    return names
 
-    Raises
-    ------
-    ValueError
-        For a missing value, unless they are to be dropped, and for an infinite one.
-    """
-    if missing not in ("error", "drop"):
-        raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
+
+def _select_complete(
+    connection: duckdb.DuckDBPyConnection,
+    table: TableBlocks,
+    names: dict[str, str],
+    used: list[str],
+    missing: Missing,
+) -> int:
+    """Create the view "complete" of the rows without missing values; their number."""
+    floating = [names[name] for name in used if pa.types.is_floating(table.types[name])]
+    holes = [f"{names[name]} IS NULL" for name in used] + [f"isnan({name})" for name in floating]
+    hole, infinite = " OR ".join(holes), " OR ".join(f"isinf({name})" for name in floating)
+    ((first_hole, first_infinite, n_rows),) = connection.execute(
+        f"SELECT min(place) FILTER ({hole}), min(place) FILTER ({infinite or 'false'}), "
+        f"count(*) FILTER (NOT ({hole})) FROM numbered"
+    ).fetchall()
+    if first_infinite is not None:
+        row = table.take(np.array([first_infinite]), used).select_dtypes("number").astype(float)
+        raise ValueError(
+            f"Infinite values in {row.columns[np.isinf(row.to_numpy()[0])][0]!r}, first in row "
+            f"{first_infinite} of {table.path}, counted from 0. Replace them by finite ones, or by "
+            "missing values and pass missing='drop' (command line: --missing drop)."
+        )
+    if first_hole is not None and missing == "error":
+        row = table.take(np.array([first_hole]), used)
+        raise ValueError(
+            f"Missing values in {listing(row.columns[row.isna().to_numpy()[0]])}, first in row "
+            f"{first_hole} of {table.path}, counted from 0. Fill them in, or leave such rows out "
+            "with missing='drop' (command line: --missing drop)."
+        )
+    if not n_rows:
+        raise ValueError(f"Every row of {table.path} has missing values. Leave columns out.")
+    where = "" if first_hole is None else f" WHERE NOT ({hole})"
+    connection.execute(f"CREATE VIEW complete AS SELECT * FROM numbered{where}")
+    return int(n_rows)
+
+
+def _groups(connection: duckdb.DuckDBPyConnection, column: str) -> Int[np.ndarray, "2 values"]:
+    """First row and number of rows of every value in a column, in order of appearance."""
+    query = f"SELECT min(place), count(*) FROM complete GROUP BY {column} ORDER BY 1"
+    return np.array(connection.execute(query).fetchall(), np.int64).T
+
+
+def _witnesses(
+    connection: duckdb.DuckDBPyConnection,
+    table: TableBlocks,
+    names: dict[str, str],
+    columns: list[str],
+) -> Int[np.ndarray, " rows"]:
+    """Rows from which a schema follows: every category, and a number other than 0 and 1."""
+    numeric = [
+        f"min(place) FILTER ({names[name]} NOT IN (0, 1))"
+        for name in columns
+        if pa.types.is_integer(table.types[name]) or pa.types.is_floating(table.types[name])
+    ]
+    query = f"SELECT {', '.join(['min(place)', *numeric])} FROM complete"
+    ((first, *others),) = connection.execute(query).fetchall()
+    row = table.take(np.array([first]), columns)
+    places = [[first], [place for place in others if place is not None]]
+    places += [_groups(connection, names[n])[0] for n in columns if is_categorical(row[n])]
+    return np.unique(np.concatenate(places).astype(np.int64))
+
+
+def _clusters(
+    connection: duckdb.DuckDBPyConnection, table: TableBlocks, names: dict[str, str], name: str
+) -> tuple[pd.Index, Tensor]:
+    """Labels in the order of a table in memory, and their numbers of rows."""
+    firsts, sizes = _groups(connection, names[name])
+    labels = table.take(firsts, [name])[name]
+    if isinstance(labels.dtype, pd.CategoricalDtype):
+        labels = labels.astype(labels.cat.categories.dtype)
+    codes, levels = code_labels(labels, f"cluster column {name!r}")
+    return levels, torch.from_numpy(sizes[np.argsort(codes)])
+
+
+def complete_blocks(table: TableBlocks, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+    """Yield the rows without missing values in blocks, indexed by their numbers in the file."""
     start = 0
     for frame in ahead(table.blocks(BLOCK_ROWS, tuple(columns))):
         frame.index = pd.RangeIndex(start, start + len(frame))
         start += len(frame)
-        numbers = frame.select_dtypes("number")
-        infinite = np.isinf(numbers.to_numpy(dtype=float, na_value=np.nan))
-        if infinite.any():
-            row, place = np.argwhere(infinite)[0]
-            raise ValueError(
-                f"Infinite values in {numbers.columns[place]!r}, first in row {frame.index[row]} "
-                f"of {table.path}, counted from 0. Replace them by finite ones, or by missing "
-                "values and pass missing='drop' (command line: --missing drop)."
-            )
-        holes = frame.isna().to_numpy()
-        if holes.any():
-            row = int(holes.any(axis=1).argmax())
-            if missing == "error":
-                names = listing(frame.columns[holes[row]])
-                raise ValueError(
-                    f"Missing values in {names}, first in row {frame.index[row]} of {table.path}, "
-                    "counted from 0. Fill them in, or leave such rows out with missing='drop' "
-                    "(command line: --missing drop)."
-                )
-            frame = frame[~holes.any(axis=1)]
-        if len(frame):
-            yield frame.infer_objects()
-
-
-@dataclass
-class _Witnesses:
-    """The few rows that show all that a schema depends on.
-
-    Of a categorical column that is every category; of a numeric one, that it holds something
-    else than 0 and 1.
-    """
-
-    columns: Sequence[str]
-    frames: list[pd.DataFrame] = field(default_factory=list)
-    seen: dict[str, pd.Index] = field(default_factory=dict)
-    fractional: set[str] = field(default_factory=set)
-
-    def add(self, frame: pd.DataFrame) -> None:
-        """Keep the rows of this block that show something new."""
-        wanted = {0} if not self.frames else set[int]()
-        for name in self.columns:
-            column = frame[name]
-            if is_categorical(column):
-                labels = column.drop_duplicates()
-                new = pd.Index(labels)
-                if name in self.seen:
-                    labels = labels[~new.isin(self.seen[name])]
-                    new = self.seen[name].append(pd.Index(labels))
-                self.seen[name] = new
-                wanted |= set(frame.index.get_indexer(labels.index).tolist())
-            elif name not in self.fractional:
-                other = ~column.isin([0, 1]).to_numpy()
-                if other.any():
-                    self.fractional.add(name)
-                    wanted.add(int(other.argmax()))
-        if wanted:
-            self.frames.append(frame.iloc[sorted(wanted)])
-
-
-class _Clusters:
-    """Labels in order of appearance, and how many rows have each."""
-
-    def __init__(self) -> None:
-        self.labels: pd.Index | None = None
-        self.counts: Int[np.ndarray, " clusters"] = np.zeros(0, np.int64)
-
-    def add(self, column: pd.Series) -> None:
-        """Count the labels of one block."""
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            column = column.astype(column.cat.categories.dtype)
-        counts = column.value_counts(sort=False)
-        here = pd.Index(counts.index)
-        if self.labels is None:
-            self.labels = here[:0]
-        new = here[self.labels.get_indexer(here) < 0]
-        if len(new):
-            self.labels = self.labels.append(new)
-            self.counts = np.append(self.counts, np.zeros(len(new), np.int64))
-        self.counts[self.labels.get_indexer(here)] += counts.to_numpy()
-
-    def sorted(self, what: str) -> tuple[pd.Index, Tensor]:
-        """Labels in the order that a table in memory would give them, and their rows."""
-        codes, levels = code_labels(pd.Series(self.labels), what)
-        counts = np.empty_like(self.counts)
-        counts[codes] = self.counts
-        return levels, torch.from_numpy(counts)
+        complete = frame.dropna()
+        if len(complete):
+            yield complete.infer_objects()

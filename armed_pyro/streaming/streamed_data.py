@@ -1,4 +1,4 @@
-"""Tables too large for memory: scanned once, then fitted from sorted and shuffled files."""
+"""Data too large for memory: scanned once, then fitted from sorted and shuffled files."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
 from armed_pyro.data.columns import Missing
-from armed_pyro.data.schema import Schema
-from armed_pyro.prediction.predict_table import TableBlocks
-from armed_pyro.streaming.scan import TableScan, complete_blocks, scan
-from armed_pyro.streaming.sort_and_shuffle import RowFiles, RowWriter
-
-if TYPE_CHECKING:
-    from armed_pyro.program.model import MixedEffects
-
+from armed_pyro.data.grouping import check_informative
+from armed_pyro.streaming.encoded_table import EncodedTable, encode
+from armed_pyro.streaming.parquet_table import TableBlocks
+from armed_pyro.streaming.scan import TableScan, scan
 
 __all__ = ["StreamedData"]
 
@@ -29,25 +25,25 @@ __all__ = ["StreamedData"]
 class StreamedData:
     """Rows of a Parquet file that `armed_pyro.fit` reads from disk instead of holding them.
 
-    The fit reads the file once more, and writes its rows, encoded, to temporary files: sorted by
-    cluster, and shuffled if mini-batches of rows are needed. Training then reads what it needs
-    ahead of time. Held are O(clusters) numbers, blocks of rows, and while the files are written
-    the outcome (8 bytes a row).
+    The fit reads the file a second time and writes the encoded rows to a temporary file. For
+    mini-batches of rows or of whole clusters, DuckDB makes copies that are shuffled or sorted by
+    cluster. A thread reads these ahead of training. Memory holds O(clusters) numbers, blocks of
+    rows and, before training, the outcome (8 bytes per row).
 
     Attributes
     ----------
     table : TableBlocks
         The file.
     scanned : TableScan
-        Schema, and labels and sizes of the clusters.
+        Schema, and labels and numbers of rows of the clusters.
     feature_names : tuple of str
         Names of the encoded feature columns.
     memory : int
-        Bytes that a fit's process is to stay within; it sets the size of what is sorted at once.
+        Memory limit of a fit's process in bytes. DuckDB gets an eighth of it, but at least 64 MB
+        and 1 MB per column.
     folder : path, optional
-        Where the temporary files go; they take up to three times 4 bytes a row and column.
-    missing : {"error", "drop"}
-        What to do about rows with missing values.
+        Folder for the temporary files. The encoded rows take 8 bytes per row and column, as does
+        every copy while it is made.
 
     Examples
     --------
@@ -66,7 +62,6 @@ class StreamedData:
     feature_names: tuple[str, ...]
     memory: int
     folder: str | os.PathLike[str] | None = None
-    missing: Missing = "error"
 
     @classmethod
     def scan(
@@ -83,13 +78,13 @@ class StreamedData:
         memory: int = 2 * 10**9,
         folder: str | os.PathLike[str] | None = None,
     ) -> StreamedData:
-        """Read a Parquet file once; `ClusteredData.from_frame` has the other parameters.
+        """Read a Parquet file once; see `ClusteredData.from_frame` for the other parameters.
 
         Raises
         ------
         ValueError
-            The file is not a readable Parquet table, or cannot be used as asked; the message names
-            the first row at fault.
+            If the file is not a readable Parquet table, or if its values are not valid; the message
+            names the first such row.
         """
         table = TableBlocks.open(Path(path))
         if table.frame is not None:
@@ -99,11 +94,16 @@ class StreamedData:
             )
         roles = {"trials": trials, "offset": offset, "weights": weights}
         scanned = scan(
-            table, outcome=outcome, clusters=clusters, features=features, missing=missing, **roles
+            table,
+            outcome=outcome,
+            clusters=clusters,
+            features=features,
+            missing=missing,
+            memory=memory,
+            folder=folder,
+            **roles,
         )
-        columns = encoded_columns(scanned.schema)
-        first = scanned.schema.encode(next(complete_blocks(table, columns, missing)))
-        return cls(table, scanned, first.feature_names, memory, folder, missing)
+        return cls(table, scanned, scanned.first.feature_names, memory, folder)
 
     @property
     def n_rows(self) -> int:
@@ -116,41 +116,40 @@ class StreamedData:
         return len(self.feature_names)
 
     @contextmanager
-    def laid_out(
-        self, model: MixedEffects, seed: int, *, progress: bool = False
-    ) -> Iterator[RowFiles]:
-        """The rows in files that are deleted afterwards, as this program needs them.
+    def encoded(
+        self, factors: Sequence[str], seed: int, *, progress: bool = False
+    ) -> Iterator[EncodedTable]:
+        """The encoded rows in a temporary file; it and its copies are deleted at the end.
+
+        Parameters
+        ----------
+        factors : sequence of str
+            Grouping factors that the program needs.
+        seed : int
+            Seed of the shuffle and of the sample that a fit keeps.
+        progress : bool
+            Whether to show a progress bar.
 
         Raises
         ------
         ValueError
-            If the data cannot be fitted: see `Facts.of`.
+            If a factor consists of cells, or a factor or a feature does not vary.
         """
-        with tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder:
-            columns = encoded_columns(self.scanned.schema)
-            blocks = complete_blocks(self.table, columns, self.missing)
-            with (
-                Progress(disable=not progress, transient=True) as bar,
-                RowWriter(Path(folder), self.scanned, model, self.memory, seed) as writer,
-            ):
-                task = bar.add_task("writing rows to sort", total=self.n_rows)
-                for frame in blocks:
-                    writer.add(frame)
-                    bar.update(task, completed=writer.done)
-                bar.update(task, description="sorting rows")
-                files = writer.finish()
-                bar.console.print(
-                    f"{files.n_bytes / 1e9:.2f} GB of rows in temporary files in {folder}, removed "
-                    "at the end",
-                    markup=False,
+        for name in factors:
+            if name not in self.scanned.levels:
+                raise ValueError(
+                    f"the cells of {name!r} cannot be streamed: write their labels to a column of "
+                    "the table, and name that column in the random effects"
                 )
-            try:
-                yield files
-            finally:
-                files.close()
-
-
-def encoded_columns(schema: Schema) -> tuple[str, ...]:
-    """The table's columns that a schema reads, each once."""
-    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
-    return tuple(dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None))
+            check_informative(name, self.scanned.levels[name], self.scanned.counts[name])
+        with tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder:
+            path = Path(folder) / "rows.parquet"
+            with Progress(disable=not progress, transient=True) as bar:
+                report = partial(bar.advance, bar.add_task("encoding rows", total=self.n_rows))
+                table = encode(self.table, self.scanned, path, self.memory, seed, report)
+            bar.console.print(
+                f"{path.stat().st_size / 1e9:.2f} GB of rows in temporary files in {folder}, "
+                "removed at the end",
+                markup=False,
+            )
+            yield replace(table, factors=tuple(factors))

@@ -1,1 +1,1 @@
-"""Variance components and the ArviZ tree."""
+"""Variance components, random effects and the ArviZ tree."""

@@ -1,34 +1,41 @@
-"""ArviZ's statistics of fits: Pareto smoothing, leave-one-out, sensitivity to the priors."""
+"""Statistics of fits by ArviZ: leave-one-out cross-validation and sensitivity to the priors."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 from torch import Tensor
 
 from armed_pyro.inference.nested_weights import log_prior
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.summaries.datatree import arviz_api, latent_dataset, log_likelihood, to_datatree
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-
 
 __all__ = ["leave_one_out", "prior_sensitivity"]
 
 
-# Rows that are left out one by one.
+# Rows that are left out, at most; beyond it a random sample of them stands for all.
 MOST_LEFT_OUT = 4000
 
 
-def leave_one_out(fit: Fit) -> dict[str, float]:
-    """PSIS-LOO of the rows: elpd_loo, elpd_loo_se, p_loo and the rows with k-hat above 0.7.
+def leave_one_out(posterior: Posterior) -> dict[str, float]:
+    """Leave-one-out cross-validation of the rows by Pareto-smoothed importance sampling.
 
-    Of more than 4,000 rows so many are left out, drawn at random, and the rest is estimated by
-    how they differ from their log predictive density; the standard error covers that.
+    If there are more than 4,000 rows, a random sample of 4,000 is left out. The other rows are
+    estimated by a difference estimator from their log predictive density, and the standard error
+    includes the sampling error.
+
+    Returns
+    -------
+    dict of str to float
+        elpd_loo, elpd_loo_se, p_loo, and elpd_loo_bad, the number of rows with k-hat above 0.7.
+        Empty if nothing is latent.
+
+    Examples
+    --------
+    ``leave_one_out(fit.posterior)["elpd_loo"]``
 
     References
     ----------
@@ -36,39 +43,59 @@ def leave_one_out(fit: Fit) -> dict[str, float]:
     large data", AISTATS.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of rows with a high k-hat, which are counted below
-        tree = to_datatree(fit, groups=["posterior"])
+        warnings.simplefilter("ignore")  # warnings of high k-hats, which are counted below
+        tree = to_datatree(posterior, groups=["posterior"])
         if "posterior" not in tree:
             return {}
-        # Of the family's outcome: a row's features are no outcome to be left out.
-        own = log_likelihood(fit, tree["posterior"].sizes["draw"], fit.seed, others=False)
-        tree["log_likelihood"] = xr.DataTree(own.map(_tilted))
-        n = len(fit.data)
+        # Only the family's outcome is left out: reconstructed features are also inputs.
+        draws = tree["posterior"].sizes["draw"]
+        by_row = log_likelihood(posterior, draws, posterior.seed, others=False)
+        tree["log_likelihood"] = xr.DataTree(by_row.map(_tilted))
+        n = len(posterior.data)
         if n <= MOST_LEFT_OUT:
-            found, error = arviz_api().loo(tree, pointwise=True), 0.0
+            result, error = arviz_api().loo(tree, pointwise=True), 0.0
         else:
-            found = arviz_api().loo_subsample(tree, MOST_LEFT_OUT, pointwise=True, seed=fit.seed)
-            error = float(found.subsampling_se)
+            result = arviz_api().loo_subsample(
+                tree, MOST_LEFT_OUT, pointwise=True, seed=posterior.seed
+            )
+            error = float(result.subsampling_se)
     share = min(1.0, MOST_LEFT_OUT / n)
     return {
-        "elpd_loo": float(found.elpd),
-        "elpd_loo_se": float(np.hypot(found.se, error)),
-        "p_loo": float(found.p),
-        "elpd_loo_bad": float((found.pareto_k > 0.7).sum()) / share,
+        "elpd_loo": float(result.elpd),
+        "elpd_loo_se": float(np.hypot(result.se, error)),
+        "p_loo": float(result.p),
+        "elpd_loo_bad": float((result.pareto_k > 0.7).sum()) / share,
     }
 
 
 def _tilted(values: xr.DataArray) -> xr.DataArray:
-    """Rows whose draws are all the same, or few again and again, get a tail that can be fitted."""
+    """Add a tiny trend over draws: without it, no tail can be fitted to rows of equal draws."""
     values = values.astype(float)
     return values + xr.DataArray(np.linspace(0, 1e-6, values.sizes["draw"]), dims="draw")
 
 
-def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, float]:
-    """Power-scaling sensitivity to the priors of all hyperparameters, by quantity reported.
+def prior_sensitivity(posterior: Posterior, latents: Mapping[str, Tensor]) -> dict[str, float]:
+    """Power-scaling sensitivity of every reported quantity to the priors of all hyperparameters.
 
-    How far the posterior of a quantity moves (its cumulative Jensen-Shannon distance a log2 unit)
-    when the priors are raised to a power near 1; 0.05 is noticeable.
+    The sensitivity is the cumulative Jensen-Shannon distance that the posterior of a quantity
+    moves, per log2 unit of the power, if all priors are raised to a power near 1. Values above 0.05
+    are noticeable.
+
+    Parameters
+    ----------
+    posterior : Posterior
+        The fitted program.
+    latents : mapping of str to Tensor
+        Posterior draws.
+
+    Returns
+    -------
+    dict of str to float
+        Sensitivity by quantity, such as ``site_sd[Intercept]``. Empty if no prior can be scaled.
+
+    Examples
+    --------
+    ``prior_sensitivity(fit.posterior, fit.draws())["site_sd[Intercept]"]``
 
     References
     ----------
@@ -77,24 +104,24 @@ def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, floa
     n = max([0, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     if not n:
         return {}
-    effects = {factor.effect_site for factor in fit.model.factors}
-    some = {name: value for name, value in latents.items() if name not in effects}
-    posterior = latent_dataset(fit.model, some, n)
-    if not posterior.data_vars:
+    effects = {factor.effect_site for factor in posterior.model.factors}
+    hyperparameters = {name: value for name, value in latents.items() if name not in effects}
+    labelled = latent_dataset(posterior.model, hyperparameters, n)
+    if not labelled.data_vars:
         return {}
-    values = log_prior(fit.model, latents).double().cpu().numpy()[None]
-    if np.ptp(values) == 0:  # every sd is known: there is no prior to scale
+    values = log_prior(posterior.model, latents).double().cpu().numpy()[None]
+    if np.ptp(values) == 0:  # all hyperparameters are known: no prior to scale
         return {}
     prior = xr.Dataset({"prior": (("chain", "draw"), values)})
-    tree = xr.DataTree.from_dict({"posterior": posterior, "log_prior": prior})
+    tree = xr.DataTree.from_dict({"posterior": labelled, "log_prior": prior})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from arviz_stats import psense  # type: ignore[attr-defined]
 
-        found = psense(tree, group="prior", alphas=(0.8, 1.25))
-    found = found.dataset if isinstance(found, xr.DataTree) else found
+        result = psense(tree, group="prior", alphas=(0.8, 1.25))
+    result = result.dataset if isinstance(result, xr.DataTree) else result
     sensitivity: dict[str, float] = {}
-    for name, array in found.data_vars.items():
+    for name, array in result.data_vars.items():
         for labels, value in _cells(array):
             one_term = str(name).endswith("_cor") and len(set(labels)) == 1
             if np.isfinite(value) and not one_term:
@@ -104,6 +131,7 @@ def prior_sensitivity(fit: Fit, latents: Mapping[str, Tensor]) -> dict[str, floa
 
 
 def _cells(array: xr.DataArray) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield every value with its labels."""
     for place in np.ndindex(array.shape):
         labels = (array[dim].to_numpy()[i] for dim, i in zip(array.dims, place, strict=True))
         yield tuple(map(str, labels)), float(array.to_numpy()[place])

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +17,19 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from armed_pyro._messages import unknown
+from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import predict_chunks
-from armed_pyro.program.blocks import BLOCK_VALUES, width
-from armed_pyro.program.model import log_likelihoods
+from armed_pyro.prediction.unseen import Marginal
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
+from armed_pyro.program.model import MixedEffects, log_likelihoods
 from armed_pyro.program.units import (
     original_covariance,
-    original_dispersion,
     original_fixed_effects,
+    original_parameters,
     original_sd,
 )
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.rows.batch import Rows
-from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["GROUPS", "arviz_api", "latent_dataset", "log_likelihood", "to_datatree"]
 
@@ -39,19 +37,19 @@ __all__ = ["GROUPS", "arviz_api", "latent_dataset", "log_likelihood", "to_datatr
 Draws = dict[str, Tensor]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
 ATTRIBUTES = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
-# Bytes beyond which draws of another outcome, a whole image each, are left out.
+# Bytes beyond which draws of other outcomes are left out; each draw is as large as the features.
 LARGEST_OTHER = 200e6
 
 
 def arviz_api() -> ModuleType:
-    """ArviZ with the API of its version 1: ``arviz`` itself, or ``arviz.preview`` before it.
+    """ArviZ with the API of version 1: ``arviz`` or, in earlier versions, ``arviz.preview``.
 
     Examples
     --------
     >>> hasattr(arviz_api(), "plot_ppc_dist")
     True
     """
-    import arviz  # here, as it takes seconds and few uses of the library need it
+    import arviz  # slow to import, and rarely needed
 
     if int(arviz.__version__.partition(".")[0]) >= 1:
         return arviz
@@ -61,44 +59,48 @@ def arviz_api() -> ModuleType:
 
 
 def to_datatree(
-    fit: Fit, *, draws: int = 1000, groups: Sequence[str] | None = None, seed: int | None = None
+    posterior: Posterior,
+    *,
+    draws: int = 1000,
+    groups: Sequence[str] | None = None,
+    seed: int | None = None,
 ) -> xr.DataTree:
     r"""Posterior, predictive draws, likelihood, prior and data of a fit, on the original scale.
 
-    With M the matrix that takes random effects to the units of the data, the variables are
-    :math:`u \leftarrow M u` (``<factor>_effect``), and the standard deviations and correlations
-    of :math:`M D M^\top` (``<factor>_sd``, ``<factor>_cor``), as in `variance_components`.
+    Let M be the matrix that transforms random effects to the units of the data. ``<factor>_effect``
+    is :math:`M u`; ``<factor>_sd`` and ``<factor>_cor`` are the standard deviations and
+    correlations of :math:`M D M^\top`, as in `variance_components`.
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     draws : int
         Draws of the posterior and of the prior, as one chain.
     groups : sequence of str, optional
-        Groups wanted, by default all of them:
+        Names of the groups, by default all:
 
         - posterior: ``<factor>_effect`` (factor, term), ``<factor>_sd`` (term), ``<factor>_cor``
-          (term, term_bis; where terms are correlated; zero where they are independent),
-          ``residual_sd`` or ``shape``, ``<other outcome>_sd``, ``fixed_effect`` (fixed_term).
-          Absent if nothing is latent.
-        - posterior_predictive, log_likelihood: every outcome of the training rows, under its own
-          name, given the same draws. Log-likelihoods include weights, of rows and outcomes.
-        - prior, prior_predictive: the program without its data; weights of a network that are
-          not latent keep their trained values.
+          (term, term_bis; only if some terms are correlated; zero for independent terms), the
+          family's parameters (``residual_sd``, ``shape``), ``<other outcome>_sd``,
+          ``fixed_effect`` (fixed_term). Absent if nothing is latent.
+        - posterior_predictive, log_likelihood: every outcome of the training rows, under its name,
+          given the same draws. Log-likelihoods include the weights of rows and outcomes.
+        - prior, prior_predictive: draws of the program without its data. Weights of a network that
+          are not latent keep their trained values.
         - observed_data, constant_data: outcome; features, clusters, trials, offset and weights.
-        - sample_stats: by step of the training, objective and evidence lower bound per row, whether
-          it ran compiled and the seconds that it took (median of its window).
+        - sample_stats: objective and evidence lower bound per row for each step of the training,
+          whether the step ran compiled, and its seconds (median of its window).
     seed : int, optional
-        Seed of the draws; the fit's own by default. The posterior draws are those of
+        Seed of the draws; by default that of the fit. The posterior draws are those of
         ``fit.draws(draws, seed=seed)``.
 
     Returns
     -------
     xarray.DataTree
-        Labels are numbers, text or timestamps, as NetCDF can hold; others become text. Classes
-        are codes into the attribute ``classes``. In names, ``/`` becomes ``_``, and ``_`` follows
-        a name that the schema reserves, such as ``draw``.
+        Labels are numbers, text or timestamps, which NetCDF can hold; other labels become text.
+        Classes are codes into the attribute ``classes``. In names, ``/`` becomes ``_``, and a name
+        that the schema reserves, such as ``draw``, is followed by ``_``.
 
     Raises
     ------
@@ -115,80 +117,104 @@ def to_datatree(
             raise unknown("group", name, GROUPS)
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, not {draws}")
-    seed = fit.seed if seed is None else seed
-    made = {name: make(fit, draws, seed) for name, make in GROUPS.items() if name in wanted}
-    return xr.DataTree.from_dict({name: one for name, one in made.items() if one.data_vars})
+    seed = posterior.seed if seed is None else seed
+    made = {name: make(posterior, draws, seed) for name, make in GROUPS.items() if name in wanted}
+    return xr.DataTree.from_dict({name: group for name, group in made.items() if group.data_vars})
 
 
 # --- the groups -------------------------------------------------------------------------------
 
 
-def _posterior_predictive(fit: Fit, draws: int, seed: int) -> xr.Dataset:
-    if fit.model.others:
-        with fit.model.seeded(seed + 1):
-            return _replicated(fit, draws, fit.draws(draws, seed=seed))
-    chunks = [one.outcome for one in predict_chunks(fit, fit.data, draws=draws, seed=seed)]
-    return _by_row(fit, draws, {fit.data.outcome_name: chunks}, fit.model.family.integer)
+def _posterior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
+    if posterior.model.others:
+        with posterior.model.seeded(seed + 1):
+            return _replicated(posterior, draws, posterior.draws(draws, seed=seed))
+    source = Marginal(posterior.draws(draws, seed=seed), seed)
+    chunks = [
+        part.outcome
+        for part in predict_chunks(posterior, posterior.data, source, draws=draws, seed=seed)
+    ]
+    return _by_row(
+        posterior, draws, {posterior.data.outcome_name: chunks}, posterior.model.family.integer
+    )
 
 
-def _prior_predictive(fit: Fit, draws: int, seed: int) -> xr.Dataset:
-    latents = _prior_draws(fit, draws, seed)
-    with fit.model.seeded(seed + 3):
-        return _replicated(fit, draws, latents)
+def _prior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
+    latents = _prior_draws(posterior, draws, seed)
+    with posterior.model.seeded(seed + 3):
+        return _replicated(posterior, draws, latents)
 
 
-def _replicated(fit: Fit, draws: int, latents: Draws) -> xr.Dataset:
-    """Draws of the outcomes given these latent sites; of others as far as they are not too large.
+def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
+    """Draws of the outcomes given these latent sites; other outcomes are left out if too large.
 
-    The outcomes of a row are drawn together.
+    All outcomes of a row are drawn from the same latent sites.
     """
-    model, found = fit.model, dict[str, list[np.ndarray]]()
-    values = draws * fit.data.n_rows * math.prod(model.data_facts().feature_shape)
+    model, blocks = posterior.model, dict[str, list[np.ndarray]]()
+    values = draws * posterior.data.n_rows * math.prod(model.data_facts().feature_shape)
     others = bool(model.others) and 4 * values <= LARGEST_OTHER
     if model.others and not others:
         warnings.warn(
-            f"draws of {', '.join(one.name for one in model.others)} would take "
+            f"draws of {', '.join(other.name for other in model.others)} would take "
             f"{4e-9 * values:.1f} GB and are left out: ask for fewer draws, or use "
-            "Fit.predict(rows).others, which has their means and sds",
+            "Fit.predict(rows).others, which holds their means and sds",
             UserWarning,
             stacklevel=5,
         )
-    for rows in _blocks(fit, draws, others=others):
-        predictor = model.predictor(rows, latents, alone=False, others=others)
+    for rows in _blocks(posterior, draws, others=others):
+        predictor = model.predictor(rows, latents, return_fixed=False, others=others)
         eta = predictor.eta.expand(draws, *predictor.eta.shape[-2:])
-        drawn = {fit.data.outcome_name: model.density(eta, latents, rows).sample()}
+        drawn = {posterior.data.outcome_name: model.density(eta, latents, rows).sample()}
         if others:
             densities = model.other_densities(predictor.others, latents, rows)
-            drawn |= {one.name: density.sample() for one, density in densities.items()}
-        for name, one in drawn.items():
-            found.setdefault(name, []).append(one.cpu().numpy())
-    return _by_row(fit, draws, found, model.family.integer, fit.data.features.dim() - 1)
+            drawn |= {other.name: density.sample() for other, density in densities.items()}
+        for name, sample in drawn.items():
+            blocks.setdefault(name, []).append(sample.cpu().numpy())
+    return _by_row(
+        posterior, draws, blocks, model.family.integer, posterior.data.features.dim() - 1
+    )
 
 
-def log_likelihood(fit: Fit, draws: int, seed: int, *, others: bool = True) -> xr.Dataset:
-    """What every training row adds to the log-density, by outcome; see `to_datatree`."""
-    model, latents = fit.model, fit.draws(draws, seed=seed)
-    found = dict[str, list[np.ndarray]]()
+def log_likelihood(
+    posterior: Posterior, draws: int, seed: int, *, others: bool = True
+) -> xr.Dataset:
+    """Log-likelihood of every training row (chain, draw, row), by outcome; see `to_datatree`.
+
+    Parameters
+    ----------
+    posterior : Posterior
+        The fitted program.
+    draws, seed : int
+        Number and seed of the posterior draws.
+    others : bool
+        Whether to include outcomes other than the family's.
+
+    Examples
+    --------
+    ``log_likelihood(fit.posterior, 1000, seed=0)["y"]``
+    """
+    model, latents = posterior.model, posterior.draws(draws, seed=seed)
+    blocks = dict[str, list[np.ndarray]]()
     with torch.no_grad():
-        for rows in _blocks(fit, draws, others=others):
-            for name, one in log_likelihoods(model, rows, latents, others=others).items():
-                found.setdefault(name, []).append(one.cpu().numpy())
-    return _by_row(fit, draws, found, whole=False)
+        for rows in _blocks(posterior, draws, others=others):
+            for name, values in log_likelihoods(model, rows, latents, others=others).items():
+                blocks.setdefault(name, []).append(values.cpu().numpy())
+    return _by_row(posterior, draws, blocks, whole=False)
 
 
-def _observed_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
+def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     variables: Variables = {}
-    if fit.data.outcome is not None:
-        outcome = _counts(fit.data.outcome.numpy(), fit.model.family.integer)
-        variables[variable_name(fit.data.outcome_name)] = (("row",), outcome)
-    features = fit.model.data_facts().standardise(fit.data.features).numpy()
-    for one in fit.model.others:
-        variables[variable_name(one.name)] = (("row", *_axes(features.ndim - 1)), features)
-    return _dataset(fit, variables)
+    if posterior.data.outcome is not None:
+        outcome = _counts(posterior.data.outcome.numpy(), posterior.model.family.integer)
+        variables[variable_name(posterior.data.outcome_name)] = (("row",), outcome)
+    features = posterior.model.data_facts().scaling.standardise(posterior.data.features).numpy()
+    for other in posterior.model.others:
+        variables[variable_name(other.name)] = (("row", *_axes(features.ndim - 1)), features)
+    return _dataset(posterior, variables)
 
 
-def _constant_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
-    data, coords = fit.data, {}
+def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
+    data, coords = posterior.data, {}
     variables: Variables = {}
     if data.n_features:
         dims = _axes(data.features.dim() - 1)
@@ -202,30 +228,37 @@ def _constant_data(fit: Fit, draws: int, seed: int) -> xr.Dataset:
     for name, values in roles.items():
         if values is not None:
             variables[name] = (("row",), values.numpy())
-    return _dataset(fit, variables, **coords)
+    return _dataset(posterior, variables, **coords)
 
 
-def _sample_stats(fit: Fit, draws: int, seed: int) -> xr.Dataset:
-    traces = {"loss": fit.history.loss, "elbo": fit.history.elbo}
+def _sample_stats(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
+    traces = {"loss": posterior.history.loss, "elbo": posterior.history.elbo}
     variables = {name: ("step", np.asarray(values, float)) for name, values in traces.items()}
-    schedule = json.dumps(fit.schedule.to_json())
-    settings = {"seed": fit.seed, "stopped": fit.stopped, "schedule": schedule}
-    settings["draws_by"] = "guide" if fit.refined is None else fit.refined.method
-    settings["particles"] = fit.history.particles
-    steps = np.arange(1, len(fit.history.loss) + 1)
-    window = np.searchsorted(fit.history.step, steps)
-    for name, values in (("compiled", fit.history.compiled), ("seconds", fit.history.seconds)):
+    schedule = json.dumps(posterior.schedule.to_json())
+    settings = {"seed": posterior.seed, "stopped": posterior.stopped, "schedule": schedule}
+    settings["draws_by"] = "guide" if posterior.refined is None else posterior.refined.method
+    settings["particles"] = posterior.history.particles
+    steps = np.arange(1, len(posterior.history.loss) + 1)
+    window = np.searchsorted(posterior.history.step, steps)
+    for name, values in (
+        ("compiled", posterior.history.compiled),
+        ("seconds", posterior.history.seconds),
+    ):
         if values:
             variables[name] = ("step", np.append(values, values[-1])[window])
     return xr.Dataset(variables, {"step": steps}, ATTRIBUTES | settings)
 
 
-Maker = Callable[["Fit", int, int], xr.Dataset]
+Maker = Callable[["Posterior", int, int], xr.Dataset]
 GROUPS: Mapping[str, Maker] = {
-    "posterior": lambda fit, n, seed: latent_dataset(fit.model, fit.draws(n, seed=seed), n),
+    "posterior": lambda posterior, n, seed: latent_dataset(
+        posterior.model, posterior.draws(n, seed=seed), n
+    ),
     "posterior_predictive": _posterior_predictive,
     "log_likelihood": log_likelihood,
-    "prior": lambda fit, n, seed: latent_dataset(fit.model, _prior_draws(fit, n, seed), n),
+    "prior": lambda posterior, n, seed: latent_dataset(
+        posterior.model, _prior_draws(posterior, n, seed), n
+    ),
     "prior_predictive": _prior_predictive,
     "observed_data": _observed_data,
     "constant_data": _constant_data,
@@ -233,14 +266,14 @@ GROUPS: Mapping[str, Maker] = {
 }
 
 
-# --- their parts ------------------------------------------------------------------------------
+# --- parts of groups --------------------------------------------------------------------------
 
 
-def _prior_draws(fit: Fit, draws: int, seed: int) -> Draws:
-    """Draws of the program without its outcome, shaped as those of a guide."""
-    model = fit.model
-    # One row will do: it brings every cluster, and no latent site depends on it.
-    rows = replace(next(model.encode(fit.data).chunks(1)), y=None)
+def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
+    """Draws of all latent sites from the prior, in the shapes of the guide's draws."""
+    model = posterior.model
+    # A single row is enough: latent sites cover all clusters and do not depend on the rows.
+    rows = replace(next(model.encode(posterior.data).chunks(1)), y=None)
     with model.seeded(seed + 2):
         sites = Predictive(model, num_samples=draws, parallel=True)(rows)
     sites.pop(model.data_facts().outcome_name)
@@ -248,15 +281,26 @@ def _prior_draws(fit: Fit, draws: int, seed: int) -> Draws:
 
 
 def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
-    """Every latent site with labelled dimensions, on the original scale.
+    """Draws of every latent site with labelled dimensions, on the original scale.
 
-    Random effects may be left out of the draws.
+    Parameters
+    ----------
+    model : MixedEffects
+        The bound program.
+    latents : dict of str to Tensor
+        Draws; random effects may be missing.
+    draws : int
+        Number of draws; a site with a single draw is repeated.
+
+    Examples
+    --------
+    ``latent_dataset(fit.model, fit.draws(100), 100)["site_sd"]``
     """
     variables: Variables = {}
     coords: dict[str, Any] = {}
 
     def add(name: str, dims: tuple[str, ...], values: Tensor) -> None:
-        # Known quantities have a single draw.
+        # A quantity that is known in advance has a single draw.
         shape = (1, draws, *values.shape[1:])
         array = np.broadcast_to(values.cpu().numpy(), shape)
         variables[name] = (("chain", "draw", *dims), np.ascontiguousarray(array))
@@ -270,18 +314,19 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             effects = latents[factor.effect_site].to(torch.float64)
             matrix = factor.to_original.to(effects)
             add(f"{base}_effect", (name, term), effects @ matrix.mT)
-        covariance = original_covariance(model, factor, latents)
+        covariance = original_covariance(factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         add(f"{base}_sd", (term,), variance.sqrt())
-        if factor.groups:
+        if not factor.diagonal:
             product = variance[..., :, None] * variance[..., None, :]
             coords[f"{term}_bis"] = list(factor.terms)
             add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
-    dispersion = original_dispersion(model, latents)
-    if dispersion is not None:
-        add(str(model.family.dispersion_name), (), dispersion)
-    for one in model.others:
-        add(one.sd_site, (), original_sd(model, one, latents))
+        for group, quantity, values in factor.joint_covariance.quantities(latents):
+            add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
+    for parameter, values in original_parameters(model, latents).items():
+        add(parameter, (), values)
+    for other in model.others:
+        add(other.sd_site, (), original_sd(model, other, latents))
     if model.bayesian_head:
         coords["fixed_term"] = list(model.fixed_terms())
         add("fixed_effect", ("fixed_term",), original_fixed_effects(model, latents))
@@ -290,42 +335,48 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
 
 
 def _by_row(
-    fit: Fit, draws: int, found: Mapping[str, Sequence[np.ndarray]], whole: bool, inner: int = 0
+    posterior: Posterior,
+    draws: int,
+    blocks: Mapping[str, Sequence[np.ndarray]],
+    whole: bool,
+    inner: int = 0,
 ) -> xr.Dataset:
     """Draws of quantities of each row, from blocks "... rows" of consecutive rows.
 
-    Those of other outcomes have `inner` more dimensions.
+    Blocks of other outcomes have `inner` further dimensions.
     """
     variables: Variables = {}
-    for name, parts in found.items():
-        axes, integer = (0, whole) if name == fit.data.outcome_name else (inner, False)
-        each = [np.broadcast_to(one, (draws, *one.shape[one.ndim - 1 - axes :])) for one in parts]
-        values = _counts(np.concatenate(each, 1), integer)
+    for name, parts in blocks.items():
+        axes, integer = (0, whole) if name == posterior.data.outcome_name else (inner, False)
+        full = [
+            np.broadcast_to(part, (draws, *part.shape[part.ndim - 1 - axes :])) for part in parts
+        ]
+        values = _counts(np.concatenate(full, 1), integer)
         variables[variable_name(name)] = (("chain", "draw", "row", *_axes(axes)), values[None])
-    return _dataset(fit, variables, chain=[0], draw=np.arange(draws))
+    return _dataset(posterior, variables, chain=[0], draw=np.arange(draws))
 
 
 def _axes(count: int) -> tuple[str, ...]:
-    """Dimensions of the values of a row."""
+    """Names of the dimensions of a row's values."""
     return tuple(f"axis_{i}" for i in range(1, count + 1))
 
 
-def _dataset(fit: Fit, variables: Variables, **coords: Any) -> xr.Dataset:
+def _dataset(posterior: Posterior, variables: Variables, **coords: Any) -> xr.Dataset:
     """Variables of the training rows, with their labels."""
-    coords["row"] = label_values(fit.data.row_labels)
+    coords["row"] = label_values(posterior.data.row_labels)
     dataset = xr.Dataset(variables, coords, ATTRIBUTES)
-    outcome = variable_name(fit.data.outcome_name)
-    if fit.data.classes is not None and outcome in dataset:
-        dataset[outcome].attrs["classes"] = [str(label) for label in fit.data.classes]
+    outcome = variable_name(posterior.data.outcome_name)
+    if posterior.data.classes is not None and outcome in dataset:
+        dataset[outcome].attrs["classes"] = [str(label) for label in posterior.data.classes]
     return dataset
 
 
 def _counts(values: np.ndarray, whole: bool) -> np.ndarray:
-    """Whole numbers as integers, by which ArviZ chooses its plots, as far as integers reach."""
+    """Whole numbers as integers, by which ArviZ chooses its plots; floats if beyond 2**53."""
     return values.astype(np.int64) if whole and bool((np.abs(values) < 2**53).all()) else values
 
 
-def _blocks(fit: Fit, draws: int, *, others: bool = False) -> Iterator[Rows]:
+def _blocks(posterior: Posterior, draws: int, *, others: bool = False) -> Iterator[Rows]:
     """The training rows in blocks whose arrays take about 100 MB."""
-    size = BLOCK_VALUES // (draws * width(fit.model, others=others))
-    return fit.model.encode(fit.data).chunks(max(1, size))
+    size = BLOCK_VALUES // (draws * values_per_row(posterior.model, others=others))
+    return posterior.model.encode(posterior.data).chunks(max(1, size))

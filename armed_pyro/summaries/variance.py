@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,40 +11,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro.families.counts import CountFamily
+from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.linearize import mean_draws, sensitivities
-
-if TYPE_CHECKING:
-    from armed_pyro.fitted import Fit
-    from armed_pyro.program.model import MixedEffects
-    from armed_pyro.random_effects.grouping_factor import Factor
-    from armed_pyro.rows.batch import Rows
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.units import (
     Draws,
     _flat,
     original_covariance,
-    original_dispersion,
     original_fixed_effects,
+    original_parameters,
     original_sd,
 )
+from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.batch import Rows
 
 __all__ = ["fixed_effects", "variance_components"]
 
 
-# Rows over which the variances of the fixed and random parts are averaged, at most.
+# Most rows over which the variances of the fixed and random parts are averaged.
 MOST_ROWS = 20_000
-MOST_VALUES = 2**20  # rows times draws at once
+# Rows times draws in one block.
+MOST_VALUES = 2**20
 
 
 def variance_components(
-    fit: Fit, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    posterior: Posterior, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
 ) -> pd.DataFrame:
     r"""Posterior of sds, correlations, variances, shares, ICCs and R2, on the original scale.
 
-    With :math:`D_m` the covariance matrix of factor m (that of the intercept at x = 0, as in
-    lme4), its variance component averaged over the rows is
-    :math:`\sigma^2_m = mean_i(\phi_i^\top D_m \phi_i)` (Johnson 2014; for effects on filters phi is
-    the predictor's gradient by them, to first order), and
+    Let :math:`D_m` be the covariance matrix of factor m, with the intercept at x = 0 as in lme4.
+    Its variance component, averaged over the rows (Johnson 2014), is
+    :math:`\sigma^2_m = mean_i(\phi_i^\top D_m \phi_i)`. For effects on filters, phi is the gradient
+    of the predictor in them, a first-order approximation. Then
 
     .. math::
         ICC_m = \sigma^2_m / (\sum_l \sigma^2_l + \sigma^2_e), \quad
@@ -53,59 +50,66 @@ def variance_components(
         R^2_{marginal} = share_f, \quad R^2_{conditional} = share_f + \sum_m share_m
 
     where :math:`\sigma^2_f` is the variance of the fixed effects over the rows and
-    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes, on the latent scale for
-    the others (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017).
+    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes, and on the latent scale
+    for all others (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017).
 
     Parameters
     ----------
-    fit : Fit
-        The fit.
+    posterior : Posterior
+        The fitted program.
     draws : int
         Posterior draws.
     prob : float
         Probability of the equal-tailed intervals.
     seed : int, optional
-        Seed of the draws; the fit's own by default.
+        Seed of the draws; by default that of the fit.
 
     Returns
     -------
     pandas.DataFrame
         Columns factor, term, statistic (sd, variance, cor, icc, share, r2_marginal,
         r2_conditional), mean, median, sd, lower, upper. The residual and the fixed effects appear
-        as factors ``Residual`` and ``Fixed``; with several columns of the predictor, their terms
-        name the column.
+        as factors ``Residual`` and ``Fixed``. If the predictor has several columns, shares, ICCs
+        and R2 have one row per column, which `term` names.
+
+    Examples
+    --------
+    ``variance_components(fit.posterior).query("statistic == 'icc'")``
     """
-    model, latents = fit.model, fit.hyperparameters(draws, seed=seed)
+    model, latents = posterior.model, posterior.hyperparameters(draws, seed=seed)
     rows: list[tuple[str, str, str, Tensor]] = []
     for factor in model.factors:
         rows += list(_factor_rows(model, factor, latents))
-    dispersion = original_dispersion(model, latents)
-    if dispersion is not None:
-        name = str(model.family.dispersion_name)
-        if name == "residual_sd":
-            rows.append(("Residual", "", "sd", dispersion))
-            rows.append(("Residual", "", "variance", dispersion**2))
-    for one in model.others:
-        rows.append(("Residual", one.name, "sd", original_sd(model, one, latents)))
-    rows += list(_shares(fit, latents, dispersion))
+    parameters = original_parameters(model, latents)
+    residual = model.family.residual_rows(parameters)
+    rows += [("Residual", "", statistic, values) for statistic, values in residual.items()]
+    for other in model.others:
+        rows.append(("Residual", other.name, "sd", original_sd(model, other, latents)))
+    rows += list(_shares(posterior, latents, parameters))
     return _table(rows, ["factor", "term", "statistic"], prob)
 
 
 def fixed_effects(
-    fit: Fit, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    posterior: Posterior, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
 ) -> pd.DataFrame:
     """Posterior of the latent fixed effects on the original scale.
+
+    The parameters are those of `variance_components`.
 
     Returns
     -------
     pandas.DataFrame
         Columns term, mean, median, sd, lower, upper; no rows for a network without latent
         weights.
+
+    Examples
+    --------
+    ``fixed_effects(fit.posterior).set_index("term")["mean"]``
     """
-    model = fit.model
+    model = posterior.model
     if not model.bayesian_head:
         return _table([], ["term"], prob)
-    values = original_fixed_effects(model, fit.hyperparameters(draws, seed=seed))
+    values = original_fixed_effects(model, posterior.hyperparameters(draws, seed=seed))
     terms = model.fixed_terms()
     return _table([(term, values[:, i]) for i, term in enumerate(terms)], ["term"], prob)
 
@@ -113,27 +117,28 @@ def fixed_effects(
 def _factor_rows(
     model: MixedEffects, factor: Factor, latents: Draws
 ) -> Iterator[tuple[str, str, str, Tensor]]:
-    covariance = original_covariance(model, factor, latents)
+    """Yield factor, term, statistic and draws of sds, variances and correlations."""
+    covariance = original_covariance(factor, latents)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "sd", variance[:, position].sqrt()
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "variance", variance[:, position]
-    for group in factor.groups:
-        for place, one in enumerate(group):
-            for other in group[place + 1 :]:
-                name = f"{factor.terms[one]},{factor.terms[other]}"
-                product = (variance[:, one] * variance[:, other]).sqrt()
-                yield factor.name, name, "cor", covariance[:, one, other] / product
+    for i, j in factor.joint_covariance.pairs():
+        name = f"{factor.terms[i]},{factor.terms[j]}"
+        product = (variance[:, i] * variance[:, j]).sqrt()
+        yield factor.name, name, "cor", covariance[:, i, j] / product
+    for group, quantity, values in factor.joint_covariance.quantities(latents):
+        yield factor.name, ",".join(group.terms), quantity, values.to(torch.float64)
 
 
 def _shares(
-    fit: Fit, latents: Draws, dispersion: Tensor | None
+    posterior: Posterior, latents: Draws, parameters: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str, str, Tensor]]:
-    """Variances averaged over rows, as shares of their totals, for every predictor column."""
-    model, facts = fit.model, fit.model.data_facts()
-    chosen = np.random.default_rng(0).permutation(fit.data.n_rows)[:MOST_ROWS]
-    rows = model.encode(fit.data.take(np.sort(chosen))).all()
+    """Yield ICCs, shares of the variance and R2 for every column of the predictor."""
+    model, facts = posterior.model, posterior.model.data_facts()
+    chosen = np.random.default_rng(0).permutation(posterior.data.n_rows)[:MOST_ROWS]
+    rows = model.encode(posterior.data.take(np.sort(chosen))).all()
     n_draws = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     with torch.no_grad():
         _, activations = model.run_network(rows)
@@ -148,13 +153,11 @@ def _shares(
         totals = sum(parts.values(), none)
         weights = latents.get("fixed_effect")
         variances = _fixed_variance(model, rows, activations, weights).expand_as(totals)
-        # Of no use to other families, whose residual variance does not depend on it.
-        counts = isinstance(model.family, CountFamily)
-        means = _mean_counts(model, rows, weights, totals) if counts else none
+        means = _means(model, rows, weights, totals) if model.family.needs_mean else none
     for column, label in enumerate(facts.columns):
         random = {name: part[:, column] for name, part in parts.items()}
         total_random, variance_fixed = totals[:, column], variances[:, column]
-        residual = model.family.residual_variance(dispersion, means[:, column])
+        residual = model.family.residual_variance(parameters, means[:, column])
         total = variance_fixed + total_random + residual
         for name, part in random.items():
             yield name, label, "icc", part / (total_random + residual)
@@ -172,39 +175,40 @@ def _fixed_variance(
 ) -> Float[Tensor, "draws_or_1 columns"]:
     """Variance of the fixed part over the rows."""
     if weights is None:
-        # An offset, such as a log exposure, is no effect: it moves means, but explains nothing.
+        # An offset, such as a log exposure, is no effect, and must not count as explained variance.
         fixed = model.predictor(replace(rows, offset=None), {}).eta.to(torch.float64)
         return fixed.var(-2)[None]
     facts = model.data_facts()
     inputs = model.head_inputs(activations).to(torch.float64)
-    # w' Cov(x) w: no need of every row in every draw.
+    # w' Cov(x) w, which avoids an array of every row in every draw.
     centred = inputs - inputs.mean(0)
     covariance = centred.mT @ centred / max(1, len(rows) - 1)
     by_column = _flat(weights, 1).to(torch.float64).unflatten(-1, (-1, len(facts.columns)))
     return facts.spread**2 * (by_column * (covariance @ by_column)).sum(-2)
 
 
-def _mean_counts(
+def _means(
     model: MixedEffects,
     rows: Rows,
     weights: Float[Tensor, "draws 1 fixed_terms"] | None,
     random: Float[Tensor, "draws columns"],
 ) -> Float[Tensor, "draws columns"]:
-    """Mean over the rows of a log-normal count, exp(eta + variance / 2)."""
+    """Mean outcome over the rows, and over random effects whose variances are `random`."""
     size = max(1, MOST_VALUES // max(1, len(rows) * random.shape[-1]))
     means = []
     for start in range(0, len(random), size):
-        some = random[start : start + size]
-        own = {} if weights is None else {"fixed_effect": weights[start : start + size]}
-        fixed = model.predictor(rows, own).eta.to(torch.float64)
-        fixed = fixed if fixed.dim() == 3 else fixed.expand(len(some), *fixed.shape)
-        means.append(torch.exp(fixed.clamp(max=30) + some[:, None] / 2).mean(-2))
+        variances = random[start : start + size]
+        latents = {} if weights is None else {"fixed_effect": weights[start : start + size]}
+        fixed = model.predictor(rows, latents).eta.to(torch.float64)
+        fixed = fixed if fixed.dim() == 3 else fixed.expand(len(variances), *fixed.shape)
+        means.append(model.family.marginal_mean(fixed, variances))
     return torch.cat(means)
 
 
 def _table(
     rows: Sequence[tuple[*tuple[str, ...], Tensor]], names: list[str], prob: float
 ) -> pd.DataFrame:
+    """Labels and summaries of draws, one row per quantity."""
     tail = (1 - prob) / 2
     records = []
     for *labels, values in rows:

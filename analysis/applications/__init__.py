@@ -1,0 +1,1 @@
+"""The paper's applications and a demonstration: data, program, tables and figures."""

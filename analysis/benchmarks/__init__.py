@@ -1,0 +1,1 @@
+"""How fast it is, beside Pyro and hand-written loops, and how the cost grows."""

@@ -1,0 +1,1 @@
+"""Models that ARMED is compared with, and the machinery that compares them."""

@@ -1,0 +1,1 @@
+"""Whether results can be trusted: known truths, NUTS, calibration, new clusters."""

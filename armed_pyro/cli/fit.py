@@ -1,0 +1,235 @@
+"""``armed-pyro fit``: fit a table, and save the fit to a folder."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+
+from armed_pyro._memory import most_held
+from armed_pyro.cli.console import out, say
+from armed_pyro.cli.options import FitOptions, Missing
+from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
+from armed_pyro.cli.training_data import TrainingTable, byte_size, outputs
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.files import write_table
+from armed_pyro.engine.processes import first_process
+from armed_pyro.engine.schedule import Schedule
+from armed_pyro.families.family import Family
+from armed_pyro.families.registry import family_named
+from armed_pyro.fit_result import Fit
+from armed_pyro.fitting import DivergenceError, fit
+from armed_pyro.networks.adversary import Adversary
+from armed_pyro.networks.by_name import hidden_activations, is_file, network
+from armed_pyro.prediction.evaluation import evaluate
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.terms import Slopes, Term
+from armed_pyro.report.text import summarize
+from armed_pyro.streaming.streamed_data import StreamedData
+
+__all__ = ["fit_table"]
+
+
+@dataclass(frozen=True, eq=False)
+class SplitRows:
+    """Rows to train on, and rows that are held out.
+
+    Attributes
+    ----------
+    training : ClusteredData or StreamedData
+        Rows that the program is trained on.
+    validation : ClusteredData, optional
+        Rows of training clusters, whose loss decides when training stops.
+    held_out : dict of str to ClusteredData
+        Rows that the predictions are evaluated on, by name in the evaluation.
+    """
+
+    training: ClusteredData | StreamedData
+    validation: ClusteredData | None = None
+    held_out: dict[str, ClusteredData] = field(default_factory=dict)
+
+
+def fit_table(options: FitOptions) -> None:
+    """Fit a program to a table, save it to a folder, and print its summary.
+
+    Raises
+    ------
+    ValueError
+        Before training, if an option does not fit the table, the folder or another option.
+    typer.Exit
+        With code 1 if the loss diverged, and 130 after an interrupt. A message says which state
+        was saved.
+    """
+    if first_process():
+        check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
+    _check(options)
+    schedule = _schedule(options)
+    terms = parse_terms(options.random)
+    terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
+    family = family_named(options.family)
+    split = _rows(options, terms, family)
+    model = _program(options, terms, family, split.training)
+    result = _train(options, model, split, schedule)
+    if not first_process():
+        return
+    run = options.run
+    result.save(run, draws=options.draws, prob=options.prob)
+    _print_fit(result, split.held_out, run, options.prob)
+    if not isinstance(split.training, ClusteredData):
+        out.print(f"Most memory held: {most_held() / 1e9:.2f} GB")
+    (run / CHECKPOINT).unlink(missing_ok=True)
+    (run / PARTIAL).unlink(missing_ok=True)
+
+
+def _check(options: FitOptions) -> None:
+    if not 0 < options.prob < 1:
+        raise ValueError(f"--prob must lie between 0 and 1, not {options.prob}")
+    if options.adversary_weight is not None and options.adversary is None:
+        raise ValueError("--adversary-weight needs --adversary FACTOR")
+
+
+def _schedule(options: FitOptions) -> Schedule:
+    if options.steps is None:
+        return Schedule(batch_size=options.batch_size)
+    return Schedule(steps=options.steps, batch_size=options.batch_size)
+
+
+def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
+    """The table's rows, split as the options say; a streamed table cannot be split."""
+    table = TrainingTable.open(options.data, byte_size(options.memory))
+    rows = table.rows(
+        options.run.parent,
+        outcome=options.outcome,
+        clusters=_cluster_columns(terms, options.adversary, table.columns),
+        features=_features(options.features, table.columns),
+        trials=options.trials,
+        offset=options.offset,
+        weights=options.weights,
+        missing="drop" if options.missing is Missing.drop else "error",
+    )
+    if isinstance(rows, ClusteredData):
+        family.check(rows)
+        return _split(options, rows, terms)
+    if options.hold_out_clusters is not None or options.validate_rows is not None:
+        raise ValueError(
+            f"rows cannot be held out of {options.data}, which is streamed: it would take about "
+            f"{table.need / 1e9:.1f} GB of memory. Keep them in a file of their own, or raise "
+            "--memory"
+        )
+    # On SIGTERM, SystemExit unwinds the run, so that its temporary files are deleted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return SplitRows(rows)
+
+
+def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> SplitRows:
+    validation = None
+    held_out = {}
+    if options.hold_out_clusters is not None:
+        rows, held_out["clusters"] = rows.hold_out_clusters(
+            terms[0].factor, fraction=options.hold_out_clusters, seed=options.seed
+        )
+    if options.validate_rows is not None:
+        rows, validation = rows.split_rows(options.validate_rows, seed=options.seed)
+        held_out = {"rows": validation, **held_out}
+    return SplitRows(rows, validation, held_out)
+
+
+def _program(
+    options: FitOptions,
+    terms: Sequence[Term],
+    family: Family,
+    rows: ClusteredData | StreamedData,
+) -> MixedEffects:
+    net = network(
+        options.net,
+        rows.n_features,
+        outputs(rows, family),
+        seed=options.seed,
+        **_widths(options.hidden, options.net),
+    )
+    adversaries = []
+    if options.adversary is not None:
+        weight = 1.0 if options.adversary_weight is None else options.adversary_weight
+        adversaries = [Adversary(options.adversary, hidden_activations(net), weight=weight)]
+    head = options.net == "linear" if options.bayesian_head is None else options.bayesian_head
+    return MixedEffects(net, terms, family, adversaries, bayesian_head=head)
+
+
+def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:
+    """Fit with a checkpoint in the run's folder; if training ends early, say what was saved."""
+    run = options.run
+    checkpoint = run / CHECKPOINT
+    if first_process() and not options.resume:
+        checkpoint.unlink(missing_ok=True)
+    try:
+        return fit(
+            model,
+            split.training,
+            validation=split.validation,
+            schedule=schedule,
+            seed=options.seed,
+            device=options.device.value,
+            compile=cast(Any, options.compiled.value),
+            checkpoint=checkpoint,
+            resume=options.resume,
+        )
+    except DivergenceError as error:
+        if not first_process():
+            raise typer.Exit(1) from error
+        error.fit.save(run)
+        checkpoint.unlink(missing_ok=True)
+        say(f"Error: {error}\nThat state is in {run}, marked as diverged.", "red")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        kept = "nothing was kept, as the first window of steps was not over"
+        if checkpoint.exists():
+            kept = f"the state is kept in {checkpoint}: continue with the same command and --resume"
+        say(f"Interrupted; {kept}", "yellow")
+        raise typer.Exit(130) from error
+
+
+def _cluster_columns(
+    terms: Sequence[Term], adversary: str | None, table: Collection[str]
+) -> list[str]:
+    """Columns of the grouping factors; the factor ``a:b`` needs the columns a and b."""
+    factors = [term.factor for term in terms] + ([adversary] if adversary else [])
+    columns = [[name] if name in table else name.split(":") for name in factors]
+    return list(dict.fromkeys(name for names in columns for name in names))
+
+
+def _features(text: str | None, table: Collection[str]) -> list[str] | str | None:
+    """Columns from a list with commas, or a formula."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    formula = len(names) == 1 and names[0] not in table and any(c in names[0] for c in "+:*^`")
+    return None if text is None else names[0] if formula else names
+
+
+def _widths(hidden: str | None, net: str) -> dict[str, list[int]]:
+    """The network's arguments for --hidden."""
+    if hidden is None:
+        return {}
+    if net == "linear" or is_file(net):
+        raise ValueError(f"--hidden is for --net dense, not for --net {net}")
+    if not all(width.strip().isdigit() for width in hidden.split(",")):
+        raise ValueError(f"--hidden must be widths such as 32,32, found {hidden!r}")
+    return {"hidden": [int(width) for width in hidden.split(",")]}
+
+
+def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, prob: float) -> None:
+    """Print the summary, the evaluation and the files."""
+    out.print(summarize(result.results(prob=prob)))
+    (run / EVALUATION).unlink(missing_ok=True)
+    if held_out:
+        table = evaluate(result.posterior, held_out, prob=prob)
+        write_table(table, run / EVALUATION)
+        out.print("\nPredictions of held-out rows:")
+        out.print(table.to_string(index=False, float_format="{:.4g}".format))
+    files = sorted(path.name for path in run.iterdir() if path.name not in (CHECKPOINT, PARTIAL))
+    out.print(f"\nIn {run}: {', '.join(files)}")
+    out.print(f"Next: armed-pyro report {run} --out report.html")

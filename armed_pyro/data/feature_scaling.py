@@ -1,0 +1,58 @@
+"""Names and scales of features as they enter a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from armed_pyro.data.clustered import ClusteredData
+
+__all__ = ["FeatureScaling"]
+
+
+@dataclass(frozen=True)
+class FeatureScaling:
+    """(x - mean) / scale, with mean 0 and scale 1 for dummies and for columns of 0 and 1.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Encoded columns (``"age"``, ``"sex[T.male]"``); empty for images.
+    sources : tuple of str
+        Table column that each encoded column was made from.
+    mean, scale : tuple of float
+        Mean and standard deviation over the training rows; empty for images, which are not scaled.
+
+    Examples
+    --------
+    >>> scaling = FeatureScaling(("age",), ("age",), (50.0,), (10.0,))
+    >>> scaling.standardise(torch.tensor([[60.0]])).tolist()
+    [[1.0]]
+    """
+
+    names: tuple[str, ...]
+    sources: tuple[str, ...]
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @classmethod
+    def of(cls, data: ClusteredData) -> FeatureScaling:
+        """The scaling that gives continuous features mean 0 and variance 1 in these rows."""
+        continuous = torch.tensor(data.continuous, dtype=torch.bool)
+        if not len(continuous):
+            return cls(data.feature_names, data.sources, (), ())
+        mean, scale = data.features.mean(0), data.features.std(0)
+        mean = torch.where(continuous, mean, torch.zeros_like(mean))
+        scale = torch.where(continuous, scale, torch.ones_like(scale))
+        return cls(data.feature_names, data.sources, tuple(mean.tolist()), tuple(scale.tolist()))
+
+    def standardise(self, features: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+        """(x - mean) / scale, in double precision; images are returned as they are."""
+        if not self.mean:
+            return features
+        mean = torch.tensor(self.mean, dtype=torch.float64)
+        scale = torch.tensor(self.scale, dtype=torch.float64)
+        return (features.to(torch.float64) - mean) / scale

@@ -1,0 +1,154 @@
+"""Training: from a bound program and its rows to a `Posterior`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pyro
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from armed_pyro._memory import release
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.engine.checkpoint import Checkpoint, digest
+from armed_pyro.engine.compiled_step import COMPILE_MODES, CompileMode
+from armed_pyro.engine.processes import ALONE, Processes
+from armed_pyro.engine.schedule import Schedule
+from armed_pyro.engine.shards import Share
+from armed_pyro.guides.base import Guide
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.importance_sampling import importance_draws, refinable
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.refine import refine as refined_by
+from armed_pyro.inference.task import TrainingTask
+from armed_pyro.inference.training_run import Run
+from armed_pyro.program.model import MixedEffects, trains_network
+from armed_pyro.rows.source import RowSource
+
+__all__ = ["GuideFactory", "train"]
+
+# Rows times parameters of one step below which one thread is fastest.
+SMALL_STEP = 2**24
+
+OTHER_RUN = (
+    "the processes that torchrun started have different rows, schedules or seeds: give all of them "
+    "the same, or let each process fit its model alone with distributed='never'"
+)
+OTHER_FILE = (
+    "only some of the processes find the checkpoint to resume from: put it on a file system that "
+    "all their machines share"
+)
+GuideFactory = Callable[[MixedEffects, RowSource], Guide]
+
+
+def train(
+    bound: MixedEffects,
+    data: ClusteredData,
+    *,
+    source: RowSource | None = None,
+    validation: ClusteredData | None = None,
+    schedule: Schedule | None = None,
+    guide: GuideFactory = choose_guide,
+    refine: bool = True,
+    seed: int = 0,
+    compile: CompileMode = "auto",  # noqa: A002
+    processes: Processes = ALONE,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Posterior:
+    """Train a bound program in place, and weigh the draws of its guide.
+
+    The scales and priors of the program stay fixed, so it can also be trained on data drawn from
+    its prior. `armed_pyro.fit` documents the other parameters.
+
+    Parameters
+    ----------
+    source : RowSource, optional
+        All training rows, if `data` holds only a sample of them for the posterior to keep.
+    processes : Processes
+        The processes that train together.
+
+    Raises
+    ------
+    TrainingDiverged
+        If the loss or its gradient is not finite, or the loss grows beyond all bounds.
+    ValueError
+        If `compile` is unknown, `resume` comes without `checkpoint`, the checkpoint belongs to
+        another run, or the processes differ in their rows, schedules or seeds.
+
+    Examples
+    --------
+    ``train(model.bind(data), replace(data, outcome=y_drawn_from_the_prior))``
+    """
+    schedule = Schedule() if schedule is None else schedule
+    if compile not in COMPILE_MODES:
+        raise ValueError(f"`compile` is {compile!r}, but must be one of {', '.join(COMPILE_MODES)}")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
+    rows = bound.encode(data) if source is None else source
+    held_out = None
+    if validation is not None:
+        held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
+    path = None if checkpoint is None else Path(checkpoint)
+    resume = resume and path is not None and path.exists()
+    with pyro.validation_enabled(False), processes.together():
+        if processes.several:
+            inputs = [digest(rows, bound.data_facts().to_json()), schedule, seed]
+            processes.check_same(inputs, OTHER_RUN)
+            processes.check_same(resume, OTHER_FILE)
+        target = bound.reference().device
+        processes.same(bound)
+        share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
+        bound_guide = guide(bound, share.rows).to(target)
+        task = TrainingTask(
+            bound, bound_guide, data, rows, share, held_out, schedule, seed, compile
+        )
+        run = Run(task)
+        if resume and path is not None:
+            run.restore(Checkpoint.read(path))
+        size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
+        shown = progress and processes.first
+        with _threads(size), _progress_bar(schedule.steps, shown) as report:
+            run.train(path, report)
+        processes.same(bound, bound_guide)
+    posterior, frozen_rows = run.result(), run.frozen_rows
+    # The run holds copies of the state, and the draws need their memory.
+    del run
+    release()
+    if not refine or frozen_rows is None or not refinable(posterior, source):
+        return posterior
+    weighted = importance_draws(posterior, frozen_rows)
+    posterior = replace(posterior, importance=weighted)
+    # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
+    # the diagnostics warn.
+    return refined_by(posterior) if weighted.k_hat < 1 else posterior
+
+
+@contextmanager
+def _threads(size: int) -> Iterator[None]:
+    """Use one thread for small steps, in which synchronising threads costs more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if size < SMALL_STEP else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+    columns = (
+        TextColumn("fitting"),
+        BarColumn(),
+        TextColumn("step {task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda step, text: bar.update(task, completed=step, description=text)

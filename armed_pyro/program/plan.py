@@ -1,0 +1,271 @@
+"""`Plan`: the parts of a program, before and after it is bound to data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from armed_pyro._pyro_module import LocalModule
+from armed_pyro.families.family import Family, Parameters
+from armed_pyro.families.reconstruction import Reconstruction
+from armed_pyro.families.registry import family_named
+from armed_pyro.networks.adversary import Adversary
+from armed_pyro.networks.taps import head_path, run
+from armed_pyro.priors import Known, Priors
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.random_effects.terms import Term
+from armed_pyro.rows.batch import Rows
+
+Latents = Mapping[str, Tensor]
+
+__all__ = ["Plan"]
+
+
+class Plan(LocalModule):
+    """Network, terms, family, adversaries and priors of a program.
+
+    Abstract: `MixedEffects` adds the joint density, and documents the parameters. Before
+    `MixedEffects.bind` there are no factors, and `data_facts` raises an error.
+
+    Attributes
+    ----------
+    facts : Facts or None
+        What the program knows of its data; None before it is bound.
+    unreached : frozenset of str
+        Tapped layers, and "" for the output, that effects inside the network cannot change.
+
+    Raises
+    ------
+    TypeError
+        If `net` is not a module.
+    ValueError
+        If `fixed_weight` is negative, or terms or family cannot be read.
+    """
+
+    facts: Facts | None
+
+    def __init__(
+        self,
+        net: nn.Module,
+        random: str | Term | Iterable[str | Term] = (),
+        family: str | Family = "gaussian",
+        adversary: Adversary | Sequence[Adversary] = (),
+        *,
+        priors: Priors | None = None,
+        bayesian_head: bool = False,
+        fixed_weight: float = 0.0,
+        others: Reconstruction | Sequence[Reconstruction] = (),
+    ) -> None:
+        super().__init__("program")
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"the network must be a torch.nn.Module, not {type(net).__name__}")
+        if fixed_weight < 0:
+            raise ValueError(f"`fixed_weight` must not be negative, not {fixed_weight}")
+        self.net = net
+        self.terms = parse_terms(random)
+        self.family = family_named(family)
+        adversaries = [adversary] if isinstance(adversary, Adversary) else list(adversary)
+        self._adversaries = nn.ModuleList(adversaries)
+        self.priors = Priors() if priors is None else priors
+        self.bayesian_head = bayesian_head
+        self.fixed_weight = float(fixed_weight)
+        self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
+        self._factors = nn.ModuleList()
+        self.facts = None
+        self.unreached: frozenset[str] = frozenset()
+
+    @property
+    def network(self) -> nn.Module:
+        """The network, without registering its weights as Pyro parameters."""
+        return cast("nn.Module", self._modules["net"])
+
+    @property
+    def adversaries(self) -> tuple[Adversary, ...]:
+        """The adversaries."""
+        # Not by attribute, which PyroModule intercepts: their weights are no sites of the density.
+        return cast(
+            "tuple[Adversary, ...]", tuple(cast("nn.ModuleList", self._modules["_adversaries"]))
+        )
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The grouping factors with random effects; none before the model is bound."""
+        return cast("tuple[Factor, ...]", tuple(cast("nn.ModuleList", self._modules["_factors"])))
+
+    def factor_names(self) -> tuple[str, ...]:
+        """Grouping factors of the terms and adversaries, in order of appearance."""
+        names = [term.factor for term in self.terms]
+        names += [adversary.factor for adversary in self.adversaries]
+        return tuple(dict.fromkeys(names))
+
+    def layers(self) -> tuple[str, ...]:
+        """Module paths whose activations terms, adversaries or other outcomes need."""
+        paths = [path for term in self.terms for path in term.layers()]
+        paths += [path for adversary in self.adversaries for path in adversary.taps]
+        paths += [other.at for other in self.others]
+        return tuple(dict.fromkeys(paths))
+
+    def reference(self) -> Tensor:
+        """A tensor of the program's precision and device."""
+        parameters = self.network.parameters()
+        return next((p for p in parameters if p.is_floating_point()), torch.zeros(()))
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """A context without gradients whose draws come from this seed.
+
+        The generators' states are restored afterwards.
+        """
+        device = self.reference().device
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+
+    def data_facts(self) -> Facts:
+        """Sizes, names, scales and labels of the data to which the program is bound.
+
+        Raises
+        ------
+        ValueError
+            If the model has not been bound.
+        """
+        if self.facts is None:
+            raise ValueError("the model is not bound to data yet: call model.bind(data), or fit it")
+        return self.facts
+
+    def clusters(self) -> Rows:
+        """No rows, but every cluster of every factor, for draws of random effects only."""
+        return self.data_facts().clusters(self.reference())
+
+    @property
+    def linear(self) -> bool:
+        """Whether the fixed effects are latent coefficients of the input features."""
+        facts = self.data_facts()
+        return (
+            self.bayesian_head
+            and isinstance(self.network, nn.Linear)
+            and self.network.in_features == len(facts.feature_names)
+        )
+
+    def head_path(self) -> str:
+        """Module path of the network's last linear layer; empty if that is the network itself."""
+        return head_path(self.network)
+
+    def fixed_terms(self) -> tuple[str, ...]:
+        """Names of the latent fixed effects: the inputs of the last linear layer, by column."""
+        facts, path = self.data_facts(), self.head_path()
+        head = self.network.get_submodule(path)
+        width = int(head.in_features)  # type: ignore[arg-type]
+        names = [f"{path or 'input'}[{unit}]" for unit in range(width)]
+        if self.linear:
+            names = list(facts.feature_names)
+        names = ["Intercept"] * (head.bias is not None) + names
+        return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
+
+    def known(self) -> dict[str, Tensor]:
+        """Latent quantities that are known by their priors, not estimated, by site."""
+        known = {site: value for factor in self.factors for site, value in factor.known().items()}
+        unit = self.reference().new_tensor([1 / self.data_facts().spread])
+        for parameter in self.family.parameters:
+            value = parameter.known(self.priors, unit)
+            if value is not None:
+                known[parameter.name] = value
+        ones = self.reference().new_ones(1)
+        return known | {
+            other.sd_site: other.prior.scales([""], ones, 1.0)[0]
+            for other in self.others
+            if isinstance(other.prior, Known)
+        }
+
+    def starts(self) -> dict[str, Tensor]:
+        """Values at which the guide starts, by latent site, in double precision.
+
+        Sites that are left out, such as fixed effects, start at 0 in unconstrained coordinates.
+        """
+        starts = {parameter.name: parameter.start for parameter in self.family.parameters}
+        starts |= {other.sd_site: other.start for other in self.others}
+        values = {name: torch.tensor(start, dtype=torch.float64) for name, start in starts.items()}
+        for factor in self.factors:
+            values |= factor.joint_covariance.starts()
+        return values
+
+    def precision(self, latents: Latents) -> Tensor:
+        """tau, the family's precision in standardised units; 1 if it depends on eta."""
+        names = [parameter.name for parameter in self.family.parameters]
+        tau = self.family.precision({name: latents[name] for name in names if name in latents})
+        return self.reference().new_ones(()) if tau is None else tau
+
+    def density(
+        self, eta: Float[Tensor, "... rows columns"], latents: Latents, rows: Rows
+    ) -> dist.TorchDistribution:
+        """p(y | eta, parameters of the family), on the outcome's scale."""
+        return self.family.distribution(eta, self.family_parameters(latents), rows)
+
+    def family_parameters(self, latents: Latents) -> Parameters:
+        """The family's parameters among these latent sites, on the outcome's scale."""
+        spread = self.data_facts().spread
+        return {
+            parameter.name: parameter.original(latents[parameter.name], spread)
+            for parameter in self.family.parameters
+            if parameter.name in latents
+        }
+
+    def other_densities(
+        self, means: Mapping[str, Tensor], latents: Latents, rows: Rows
+    ) -> dict[Reconstruction, dist.TorchDistribution]:
+        """Densities of the other outcomes, without their weights."""
+        spread = self.data_facts().feature_spread
+        return {
+            other: other.distribution(means[other.name], spread * latents[other.sd_site], rows)
+            for other in self.others
+        }
+
+    def run_network(
+        self, rows: Rows, *, whole: bool = False
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The network's output, and its tapped activations by module path.
+
+        Parameters
+        ----------
+        rows : Rows
+            The rows. If they carry results of a frozen network, these are returned.
+        whole : bool
+            As of `armed_pyro.networks.taps.run`.
+        """
+        if rows.computed is not None:
+            return rows.computed[""], rows.computed
+        head = [self.head_path()] if self.bayesian_head else []
+        # The only place where the network's weights become Pyro parameters.
+        return run(self.net, rows.x, self.layers(), head, whole=whole)
+
+    def fixed_predictor(
+        self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents
+    ) -> Float[Tensor, "... rows columns"]:
+        """Linear predictor without random effects, from the network's output and activations."""
+        facts = self.data_facts()
+        base = rows.x.new_tensor(facts.center)
+        if rows.offset is not None:
+            base = base + rows.offset[:, None]
+        if not self.bayesian_head:
+            return base + facts.spread * self.family.contrasts(output.reshape(len(rows), -1))
+        weights = latents["fixed_effect"].unflatten(-1, (-1, len(facts.columns)))
+        if weights.dim() > 2:
+            weights = weights.squeeze(-3)
+        return base + facts.spread * (self.head_inputs(activations) @ weights)
+
+    def head_inputs(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "rows inputs"]:
+        """Regressors of the latent fixed effects: 1 for an intercept, then the head's inputs."""
+        path = self.head_path()
+        hidden = activations[f"<{path}"]
+        if self.network.get_submodule(path).bias is None:
+            return hidden
+        return torch.cat([hidden.new_ones(len(hidden), 1), hidden], -1)

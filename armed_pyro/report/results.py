@@ -1,0 +1,65 @@
+"""The finished results of a fit, from which text and pages are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from armed_pyro.inference.posterior import Posterior
+
+__all__ = ["Results", "Verdict"]
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """The answer to "Can the fit be trusted?".
+
+    Attributes
+    ----------
+    verdict : {"pass", "warn", "fail"}
+        The worst answer of all checks.
+    checks : pandas.DataFrame
+        One row per check, with columns verdict, name, reason and advice among others.
+    figures : mapping of str to float or None
+        Numbers that are reported without a verdict.
+    brief : str
+        The verdict in words, and the checks that did not pass.
+
+    Examples
+    --------
+    ``fit.results().verdict.brief``
+    """
+
+    verdict: str
+    checks: pd.DataFrame
+    figures: Mapping[str, float | None]
+    brief: str
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The tables and the verdict of a fit.
+
+    Attributes
+    ----------
+    posterior : Posterior
+        The program and how it was trained.
+    prob : float
+        Probability of the equal-tailed intervals in the tables.
+    variance_components, fixed_effects : pandas.DataFrame
+        Tables as `Fit.variance_components` and `Fit.fixed_effects` make them.
+    verdict : Verdict
+        Whether the fit can be trusted.
+
+    Examples
+    --------
+    ``summarize(fit.results(prob=0.8))``
+    """
+
+    posterior: Posterior
+    prob: float
+    variance_components: pd.DataFrame
+    fixed_effects: pd.DataFrame
+    verdict: Verdict

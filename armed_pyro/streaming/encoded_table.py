@@ -1,0 +1,210 @@
+"""The encoded rows of a table in one Parquet file, and a summary of them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.columns import check_varying
+from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.schema import Schema
+from armed_pyro.streaming.database import database
+from armed_pyro.streaming.parquet_table import TableBlocks
+from armed_pyro.streaming.scan import TableScan, complete_blocks
+
+__all__ = ["EncodedTable", "encode", "encoded_columns", "group_rows"]
+
+# Number of rows that a fit keeps for its checks and for saving, and the smallest number of whole
+# clusters among them; below it, rows are kept without regard to clusters.
+SAMPLE_ROWS, FEWEST_CLUSTERS = 50_000, 20
+# DuckDB's row groups have multiples of 2,048 rows. Those of about a megabyte were read at 1 GB/s or
+# more, and are small enough that a mini-batch is mixed from several of them.
+VECTOR, GROUP_BYTES = 2048, 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTable:
+    """Encoded rows in a Parquet file.
+
+    The file has columns for the features (``x0, x1, ...``), for the outcome, trials, offset and
+    weights, as far as the data have them, for the clusters (``cluster0, ...``, positions among the
+    levels of each cluster column), for the row's number in the table (``row``), and for a random
+    number by which rows are shuffled (``key``).
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    scanned : TableScan
+        Result of the first pass over the table.
+    feature_mean, feature_scale : Float[Tensor, "features"]
+        Means and sds of the features of all rows; 0 and 1 for indicators.
+    digest : bytes
+        Hash of the rows.
+    memory, seed : int
+        Memory limit of the fit's process in bytes, and the seed of the sample that a fit keeps.
+    factors : tuple of str
+        Grouping factors that the program needs.
+    """
+
+    path: Path
+    scanned: TableScan
+    feature_mean: Float[Tensor, " features"]
+    feature_scale: Float[Tensor, " features"]
+    digest: bytes
+    memory: int
+    seed: int
+    factors: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the feature columns."""
+        return _features(self.scanned.first)
+
+    @property
+    def numbers(self) -> list[str]:
+        """Names of the columns of outcome, trials, offset and weights."""
+        return _numbers(self.scanned.first)
+
+    def cluster(self, factor: str) -> str:
+        """Name of the column with the clusters of a factor."""
+        return f"cluster{list(self.scanned.levels).index(factor)}"
+
+    def outcomes(self) -> ClusteredData:
+        """All rows without features and clusters."""
+        rows = self._rows([*self.numbers, "row"], "true")
+        nothing: dict[str, Any] = dict.fromkeys(("feature_names", "sources", "continuous"), ())
+        return replace(rows, features=torch.zeros(len(rows), 0), groupings={}, **nothing)
+
+    def sample(self, factor: str | None) -> ClusteredData:
+        """About 50,000 rows at most, in whole clusters of a factor if these are at least 20."""
+        where, parameters = f"key < {SAMPLE_ROWS} / {self.scanned.n_rows}::DOUBLE", {}
+        if factor is not None:
+            counts = self.scanned.counts[factor].numpy()
+            order = np.random.default_rng([self.seed, 12]).permutation(len(counts))
+            n = max(1, int(np.searchsorted(np.cumsum(counts[order]), SAMPLE_ROWS, "right")))
+            if n >= min(FEWEST_CLUSTERS, len(counts)):
+                parameters = {"chosen": order[:n].tolist()}
+                where = f"{self.cluster(factor)} IN (SELECT unnest($chosen))"
+        names = [*self.features, *self.numbers, *map(self.cluster, self.scanned.levels), "row"]
+        return self._rows(names, where, **parameters).take(slice(None))
+
+    def _rows(self, names: list[str], where: str, **parameters: Any) -> ClusteredData:
+        """Columns of the rows that meet a condition, encoded as those of a table in memory."""
+        with database(self.memory, self.path.parent, len(names)) as connection:
+            query = f"SELECT {', '.join(names)} FROM read_parquet($path) WHERE {where}"
+            parameters["path"] = glob.escape(str(self.path))
+            columns = connection.execute(query, parameters).fetchnumpy()
+        tensors = {name: torch.from_numpy(np.asarray(values)) for name, values in columns.items()}
+        features = [tensors[name] for name in self.features if name in tensors]
+        none = torch.zeros(len(columns["row"]), 0, dtype=torch.float64)
+        numbers: dict[str, Any] = {name: tensors[name] for name in self.numbers}
+        return replace(
+            self.scanned.first,
+            features=torch.stack(features, 1) if features else none,
+            groupings={
+                factor: Grouping(tensors[self.cluster(factor)].long(), levels)
+                for factor, levels in self.scanned.levels.items()
+                if self.cluster(factor) in tensors
+            },
+            row_labels=pd.Index(columns["row"]),
+            **numbers,
+        )
+
+
+def encode(
+    table: TableBlocks,
+    scanned: TableScan,
+    path: Path,
+    memory: int,
+    seed: int,
+    report: Callable[[int], Any] = lambda done: None,
+) -> EncodedTable:
+    """Read a scanned table again and write its encoded rows to the file `path`.
+
+    `report` is called with the number of rows written since its last call.
+
+    Raises
+    ------
+    ValueError
+        If a feature is constant.
+    """
+    schema, first = scanned.schema, scanned.first
+    digest, rng = hashlib.blake2b(), np.random.default_rng([seed, 13])
+    names = [*_features(first), *_numbers(first)]
+    fields: dict[str, pa.DataType] = dict.fromkeys(names, pa.float64())
+    fields |= {f"cluster{place}": pa.int32() for place in range(len(scanned.levels))}
+    columns_of = pa.schema({**fields, "row": pa.int64(), "key": pa.float64()})
+    # In split byte streams, values that fit single precision take half of the space.
+    settings = {
+        "compression": "lz4",
+        "use_dictionary": False,
+        "use_byte_stream_split": [*names, "key"],
+    }
+    with pq.ParquetWriter(path, columns_of, **settings) as writer:
+        for block in complete_blocks(table, encoded_columns(schema)):
+            rows = ClusteredData.encode(block, schema, outcome_required=True)
+            columns = [*rows.features.numpy().T]
+            columns += [getattr(rows, name).numpy() for name in _numbers(rows)]
+            for factor, levels in scanned.levels.items():
+                grouping = rows.groupings[factor]
+                columns.append(levels.get_indexer(grouping.levels)[grouping.codes.numpy()])
+            columns.append(block.index.to_numpy())
+            for column in columns:
+                digest.update(np.ascontiguousarray(column).data)
+            columns.append(rng.random(len(rows)))
+            encoded = pa.table([*map(pa.array, columns)], names=columns_of.names)
+            writer.write_table(encoded.cast(columns_of), group_rows(len(columns)))
+            report(len(rows))
+    mean, scale = _scaling(path, first, memory)
+    return EncodedTable(path, scanned, mean, scale, digest.digest(), memory, seed)
+
+
+def encoded_columns(schema: Schema) -> tuple[str, ...]:
+    """Names of the table's columns that a schema reads, without repetitions."""
+    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
+    return tuple(dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None))
+
+
+def group_rows(columns: int) -> int:
+    """Number of rows in a row group of about a megabyte, for a number of columns."""
+    return max(1, GROUP_BYTES // (4 * columns) // VECTOR) * VECTOR
+
+
+def _features(rows: ClusteredData) -> list[str]:
+    """Names of the feature columns in the file."""
+    return [f"x{place}" for place in range(rows.n_features)]
+
+
+def _numbers(rows: ClusteredData) -> list[str]:
+    """Names of those among outcome, trials, offset and weights that the data have."""
+    names = ("outcome", "trials", "offset", "weights")
+    return [name for name in names if getattr(rows, name) is not None]
+
+
+def _scaling(path: Path, first: ClusteredData, memory: int) -> tuple[Tensor, Tensor]:
+    """Means and sds of the features in the file; 0 and 1 for indicators."""
+    if not first.n_features:
+        return torch.zeros(0), torch.ones(0)
+    names = _features(first)
+    moments = [f"avg({x}), stddev_samp({x}), (min({x}) < max({x}))::DOUBLE" for x in names]
+    with database(memory, path.parent, len(names)) as connection:
+        rows = connection.read_parquet(glob.escape(str(path)))
+        (values,) = rows.aggregate(", ".join(moments)).fetchall()
+    mean, sd, varying = torch.tensor(values, dtype=torch.float64).reshape(-1, 3).T
+    check_varying(first.feature_names, varying > 0)
+    continuous = torch.tensor(first.continuous)
+    return mean.where(continuous, torch.zeros_like(mean)), sd.where(continuous, torch.ones_like(sd))
