@@ -22,7 +22,7 @@ from armed_pyro.rows.batch import Membership, Rows
 
 __all__ = ["COMPILE_MODES", "CompileMode", "Steps"]
 
-for record in (Loss, Membership, Rows):
+for record in (Membership, Rows):
     pytree.register_dataclass(record)
 
 CompileMode = Literal["auto", "always", "never"]
@@ -255,19 +255,16 @@ class _Graph:
         inputs = pytree.tree_unflatten(leaves, self._structure)
         trained = {name: state[name] for name in self._trained}
         inside = {f"parts.{name}": values for name, values in state.items()}
-        taken = functional_call(self._module, inside, (trained, inputs, flat[-1]))
-        results, self._result = pytree.tree_flatten(taken)
-        self._sizes = [result.numel() for result in results]
-        self._shapes = [result.shape for result in results]
-        return [torch.cat([result.detach().reshape(-1) for result in results])]
+        loss, norm = functional_call(self._module, inside, (trained, inputs, flat[-1]))
+        numbers = torch.stack([loss.total, loss.elbo, loss.fixed, loss.adversarial, norm])
+        return [torch.cat([numbers, loss.accuracy]).detach()]
 
     def __call__(self, leaves: Sequence[Any], factor: Tensor) -> tuple[Loss, Tensor]:
         with torch.no_grad():
             (joined,) = self._run(*self._state, *_tensors(leaves), factor)
-        parts = joined.cpu().split(self._sizes)  # one wait for a GPU, not one per result
-        results = [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        taken: tuple[Loss, Tensor] = pytree.tree_unflatten(results, self._result)
-        return taken
+        joined = joined.cpu()  # one wait for a GPU, not one per result
+        total, elbo, fixed, adversarial, norm = joined[:5].unbind()
+        return Loss(total, elbo, fixed, adversarial, joined[5:]), norm
 
     def disagreement(
         self, eager: Callable[[Tensor], tuple[Loss, Tensor]], inputs: Sequence[Any]

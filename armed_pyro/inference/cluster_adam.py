@@ -143,10 +143,11 @@ class _Reading:
 class ClusterTable(Update):
     """One factor's parameters and moments, one row per cluster, and the clusters of a batch.
 
-    A cluster's row holds the guide's fixed numbers, its trained ones, their moments, and the
-    number of steps. In one row they are found in one place of memory: spread over a dozen
-    tensors, a million clusters would take several times as long to read as a hundred. Until
-    `release` the whole guide's parameters and buffers are views of the table.
+    A cluster's row holds its place in the batch, its number of data rows, the guide's fixed
+    numbers, its trained ones, their moments, and the number of steps. One row is one place of
+    memory: spread over a dozen tensors, a million clusters would take several times as long to
+    read as a hundred. Until `release` the whole guide's parameters and buffers are views of the
+    table.
 
     Parameters
     ----------
@@ -168,8 +169,6 @@ class ClusterTable(Update):
     """
 
     values: Tensor
-    counts: Tensor
-    place: Tensor
     targets: Tensor
 
     def __init__(
@@ -190,19 +189,15 @@ class ClusterTable(Update):
         self._fixed = sum(self._widths[: len(self._widths) - len(self.names)])
         n, like, width = len(counts), whole.location.detach(), sum(self._widths) - self._fixed
         # Unused places of a batch are written to a dummy last row.
-        values = like.new_zeros(n + 1, self._fixed + 3 * width + 1)
-        *views, mean, square, count = values[:n].split([*self._widths, width, width, 1], 1)
+        values = like.new_zeros(n + 1, 2 + self._fixed + 3 * width + 1)
+        columns = values[:n].split([1, 1, *self._widths, width, width, 1], 1)
+        _, sizes, *views, mean, square, count = columns
+        sizes[:, 0] = counts
         self.state = {"mean": mean, "square": square, "count": count}
         for one, shape, view in zip(self._whole, self._shapes, views, strict=True):
             one.data = view.unflatten(1, shape).copy_(one.detach())
-        room = len(small.location)
-        for name, value in (
-            ("values", values),
-            ("counts", counts.to(like)),
-            ("place", counts.new_zeros(n)),
-            ("targets", counts.new_zeros(room)),
-        ):
-            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("targets", counts.new_zeros(len(small.location)), persistent=False)
 
     def _fixed_first(self, pseudo: PseudoObservations) -> list[Tensor]:
         """Parameters and buffers, the trained ones last."""
@@ -218,25 +213,29 @@ class ClusterTable(Update):
         if membership.complete:
             # Every row has a place. Of several rows of a cluster, the last stands for it.
             index = labels = membership.position
-            if index.is_cuda:  # which writes in any order
-                self.place.scatter_reduce_(0, index, places, "amax", include_self=False)
+            numbers = places.to(self.values)
+            if index.is_cuda:  # a GPU writes in any order
+                first = self.values[:, 0]
+                first.scatter_reduce_(0, index, numbers, "amax", include_self=False)
             else:
-                self.place.index_put_((index,), places)
-            position = self.place.index_select(0, index)
+                self.values.index_put_((index, torch.zeros_like(index)), numbers)
+            rows = self.values.index_select(0, index)
+            position = rows[:, 0].long()
             stands = position == places
         else:
             position, labels = membership.position, membership.clusters()
             known = len(membership.index)
             index = torch.cat([membership.index, membership.index[:1].expand(room - known)])
+            rows = self.values.index_select(0, index)
             stands = places < known
         self.targets.copy_(torch.where(stands, index, len(self.values) - 1))
-        columns = self.values[:, : sum(self._widths)].index_select(0, index).split(self._widths, 1)
+        columns = rows[:, 2 : 2 + sum(self._widths)].split(self._widths, 1)
         small = self._fixed_first(self._small[0])
-        for own, shape, part in zip(small, self._shapes, columns, strict=True):
-            own.copy_(part.unflatten(1, shape))
+        for target, shape, part in zip(small, self._shapes, columns, strict=True):
+            target.copy_(part.unflatten(1, shape))
         ones = self.values.new_ones(len(position))
-        rows = self.values.new_zeros(room).index_add(0, position, ones)
-        weight = scale * rows / self.counts.index_select(0, index)
+        in_batch = self.values.new_zeros(room).index_add(0, position, ones)
+        weight = scale * in_batch / rows[:, 1]
         return Membership(places, position, weight, complete=True, labels=labels)
 
     def joined(self, gradients: Gradients) -> Float[Tensor, "room width"]:
@@ -260,7 +259,7 @@ class ClusterTable(Update):
         rows, width = self.values.index_select(0, self.targets), gradient.shape[1]
         # Copies and one join: for changes within one tensor, the compiler would work out every
         # column.
-        fixed, trained, *moments = rows.split([self._fixed, width, width, width, 1], 1)
+        fixed, trained, *moments = rows.split([2 + self._fixed, width, width, width, 1], 1)
         mean, square, count = (one.clone() for one in moments)
         moved = trained + adam_change(gradient, mean, square, count, rate, self.eps)
         rows = torch.cat([fixed, moved, mean, square, count], 1)
