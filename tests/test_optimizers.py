@@ -390,7 +390,7 @@ def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     with pyro.validation_enabled(False):
         guide = StructuredGuide(model, source)
         run = Run(TrainingTask.single(model, guide, data, schedule, compile="never"))
-        run._freeze()
+        run.freeze()
         assert run.phase.lazy.tables
         for _ in range(3):
             run.take_step()

@@ -14,7 +14,7 @@ from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
 from armed_pyro.analysis.benchmarks.training_steps import Task, program_step
 from armed_pyro.models.dense import dense
 
-__all__ = ["Curve", "curves", "predicting"]
+__all__ = ["Curve", "curves", "many_clusters", "predicting"]
 
 BATCH = 1024
 
@@ -71,15 +71,7 @@ def predicting(*, short: bool) -> float:
 
 def _step(clusters: int, batch: int, terms: int, device: str) -> float:
     """Median seconds of a compiled step of a dense network with an intercept and slopes."""
-    rng = np.random.default_rng(0)
-    n = max(4 * batch, 2 * clusters)
-    site = np.concatenate([np.arange(clusters), rng.integers(0, clusters, n - clusters)])
-    x = rng.normal(size=(n, 16)).astype(np.float32)
-    y = x[:, 0] + rng.normal(size=n)
-    data = ClusteredData.from_arrays(x, y, {"site": site})
-    slopes = " + ".join(["1", *(f"x{place}" for place in range(terms - 1))])
-    torch.manual_seed(0)
-    model = MixedEffects(dense(16, hidden=(32, 32)), f"({slopes} | site)")
+    model, data = many_clusters(clusters, batch, terms)
     step = program_step(model, data, Schedule(batch_size=batch), "always", device)
     times = []
     for place in range(110):
@@ -88,6 +80,19 @@ def _step(clusters: int, batch: int, terms: int, device: str) -> float:
         if place >= 10:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def many_clusters(clusters: int, batch: int, terms: int) -> tuple[MixedEffects, ClusteredData]:
+    """A dense network with an intercept and slopes by cluster, and four batches of rows or more."""
+    rng = np.random.default_rng(0)
+    n = max(4 * batch, 2 * clusters)
+    site = np.concatenate([np.arange(clusters), rng.integers(0, clusters, n - clusters)])
+    x = rng.normal(size=(n, 16)).astype(np.float32)
+    y = x[:, 0] + rng.normal(size=n)
+    data = ClusteredData.from_arrays(x, y, {"site": site})
+    slopes = " + ".join(["1", *(f"x{place}" for place in range(terms - 1))])
+    torch.manual_seed(0)
+    return MixedEffects(dense(16, hidden=(32, 32)), f"({slopes} | site)"), data
 
 
 def _spirals() -> Fit:

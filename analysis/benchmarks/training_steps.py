@@ -22,6 +22,7 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.task import TrainingTask
 from armed_pyro.inference.training_run import Run
 from armed_pyro.networks.adversary import reverse_gradient
+from armed_pyro.program.model import trains_network
 from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.shuffle import Passes
 
@@ -110,13 +111,15 @@ def program_step(
     mode: CompileMode,
     device: str = "cpu",
 ) -> Step:
-    """A training step of a program as `fit` takes it."""
+    """A training step of a program as `fit` takes it, with a linear network frozen."""
     model = model.bind(data).to(device)
     source = model.encode(data)
     with pyro.validation_enabled(False):
         guide = choose_guide(model, source).to(device)
         run = Run(TrainingTask.single(model, guide, data, schedule, compile=mode))
-    model.train()
+        if not trains_network(model):
+            run.freeze()
+    model.train(run.phase.trains_network)
 
     def step() -> object:
         with pyro.validation_enabled(False):

@@ -83,7 +83,7 @@ class Run:
         """
         task = self.task
         if not self.step and not self._trains_network:
-            self._freeze()
+            self.freeze()
         while not self.stopped and not self._stops_at_mode():
             phase = self.phase
             task.model.train(phase.trains_network)
@@ -139,7 +139,7 @@ class Run:
         phase.refresh(self.step)
         if phase.finished:
             if phase.trains_network:
-                self._freeze()
+                self.freeze()
             else:
                 by_validation = task.validation is not None and self._trains_network
                 self.stopped = "validation" if by_validation else "converged"
@@ -199,7 +199,7 @@ class Run:
                 "with the same data, model, schedule and seed, or delete the checkpoint"
             )
 
-    def _freeze(self) -> None:
+    def freeze(self) -> None:
         """Freeze the network at its best, and start the second phase."""
         self.phase.keep_best()
         self.phase.share.use_common_numbers(self.task.seed, self.step)
