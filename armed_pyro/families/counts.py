@@ -16,7 +16,16 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.outcome_densities import LogNegativeBinomial, LogPoisson
-from armed_pyro.families.family import Family, Parameter, Parameters, arrays, outcome_of
+from armed_pyro.families.family import (
+    Draws,
+    Eta,
+    Family,
+    Parameter,
+    Parameters,
+    RowValues,
+    arrays,
+    outcome_of,
+)
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 
@@ -45,13 +54,11 @@ class CountFamily(Family, ABC):
         rate = outcome_of(data).mean() / exposure
         return torch.log(rate.clamp(min=1e-3)).reshape(1)
 
-    def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
+    def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return torch.exp(eta[..., 0])
 
     def marginal_mean(
-        self,
-        eta: Float[Tensor, "draws rows columns"],
-        variance: Float[Tensor, "draws columns"],
+        self, eta: Float[Tensor, "draws rows columns"], variance: Float[Tensor, "draws columns"]
     ) -> Float[Tensor, "draws columns"]:
         """E[exp(eta + u)] = exp(eta + variance / 2), averaged over the rows."""
         return torch.exp(eta.clamp(max=LARGEST_PREDICTOR) + variance[:, None] / 2).mean(-2)
@@ -63,34 +70,20 @@ class Poisson(CountFamily):
 
     name = "poisson"
 
-    def distribution(
-        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
-    ) -> dist.TorchDistribution:
+    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return LogPoisson(eta[..., 0])
 
-    def residual_variance(
-        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
-    ) -> Float[Tensor, " draws"]:
+    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return torch.log1p(1 / mean)
 
-    def cdf(
-        self,
-        y: Float[Tensor, " rows"],
-        eta: Float[Tensor, "rows columns"],
-        parameters: Parameters,
-        rows: Rows,
-    ) -> Float[Tensor, " rows"]:
+    def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         from scipy import stats  # slow to import
 
         return torch.from_numpy(stats.poisson.cdf(*arrays(y, self.mean(eta, rows))))
 
     def simulate(
-        self,
-        rng: Generator,
-        eta: Float[np.ndarray, "rows columns"],
-        parameters: Mapping[str, float],
-        trials: int,
-    ) -> Float[np.ndarray, " rows"]:
+        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
+    ) -> np.ndarray:
         return rng.poisson(np.exp(eta[:, 0]))
 
 
@@ -117,34 +110,20 @@ class NegativeBinomial(CountFamily):
     def parameters(self) -> tuple[Parameter, ...]:
         return (Shape(),)
 
-    def distribution(
-        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
-    ) -> dist.TorchDistribution:
+    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return LogNegativeBinomial(eta[..., 0], self.value(parameters, "shape"))
 
-    def residual_variance(
-        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
-    ) -> Float[Tensor, " draws"]:
+    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return torch.log1p(1 / mean + 1 / self.value(parameters, "shape"))
 
-    def cdf(
-        self,
-        y: Float[Tensor, " rows"],
-        eta: Float[Tensor, "rows columns"],
-        parameters: Parameters,
-        rows: Rows,
-    ) -> Float[Tensor, " rows"]:
+    def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         from scipy import stats  # slow to import
 
         count, mean, shape = arrays(y, self.mean(eta, rows), self.value(parameters, "shape"))
         return torch.from_numpy(stats.nbinom.cdf(count, shape, shape / (shape + mean)))
 
     def simulate(
-        self,
-        rng: Generator,
-        eta: Float[np.ndarray, "rows columns"],
-        parameters: Mapping[str, float],
-        trials: int,
-    ) -> Float[np.ndarray, " rows"]:
+        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
+    ) -> np.ndarray:
         shape = parameters["shape"]
         return rng.negative_binomial(shape, shape / (shape + np.exp(eta[:, 0])))

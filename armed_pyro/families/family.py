@@ -18,8 +18,25 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Family", "Parameter", "Parameters", "arrays", "listed", "mean_offset", "outcome_of"]
+__all__ = [
+    "Draws",
+    "Eta",
+    "Family",
+    "Parameter",
+    "Parameters",
+    "RowValues",
+    "arrays",
+    "listed",
+    "mean_offset",
+    "outcome_of",
+]
 
+# The linear predictor: one column, or one for every class but the first.
+Eta = Float[Tensor, "... rows columns"]
+# One value per row.
+RowValues = Float[Tensor, " rows"]
+# One value per posterior draw.
+Draws = Float[Tensor, " draws"]
 # Values of a family's parameters by name, shape "..." or "... 1" (a 1 in the place of the rows).
 Parameters = Mapping[str, Tensor]
 
@@ -216,9 +233,7 @@ class Family(ABC):
         return output
 
     @abstractmethod
-    def distribution(
-        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
-    ) -> dist.TorchDistribution:
+    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         """p(y | eta, parameters), with batch shape "... rows".
 
         Parameters
@@ -238,7 +253,7 @@ class Family(ABC):
 
     @abstractmethod
     def mean(
-        self, eta: Float[Tensor, "... rows columns"], rows: Rows
+        self, eta: Eta, rows: Rows
     ) -> Float[Tensor, "... rows"] | Float[Tensor, "... rows classes"]:
         """E[y | eta]; the probability of every class where outcomes are classes."""
 
@@ -254,9 +269,7 @@ class Family(ABC):
     # --- results and checks -----------------------------------------------------------------
 
     @abstractmethod
-    def residual_variance(
-        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
-    ) -> Float[Tensor, " draws"]:
+    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         """Variance of an observation on the scale of eta (Nakagawa, Johnson, Schielzeth 2017).
 
         Parameters
@@ -268,26 +281,16 @@ class Family(ABC):
         """
 
     def marginal_mean(
-        self,
-        eta: Float[Tensor, "draws rows columns"],
-        variance: Float[Tensor, "draws columns"],
+        self, eta: Float[Tensor, "draws rows columns"], variance: Float[Tensor, "draws columns"]
     ) -> Float[Tensor, "draws columns"]:
         """Mean outcome over the rows, and over normal random effects with this variance."""
         raise NotImplementedError(f"family {self.name!r} needs no mean outcome")
 
-    def residual_rows(
-        self, parameters: Mapping[str, Float[Tensor, " draws"]]
-    ) -> dict[str, Float[Tensor, " draws"]]:
+    def residual_rows(self, parameters: Parameters) -> dict[str, Draws]:
         """Rows of the factor "Residual" in the table of variance components, by statistic."""
         return {}
 
-    def cdf(
-        self,
-        y: Float[Tensor, " rows"],
-        eta: Float[Tensor, "rows columns"],
-        parameters: Parameters,
-        rows: Rows,
-    ) -> Float[Tensor, " rows"] | None:
+    def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues | None:
         """P(Y <= y | eta, parameters) in double precision; None, the default, if it is unknown.
 
         Residuals cannot be checked without it. The verdict on a fit then warns, unless
@@ -296,12 +299,8 @@ class Family(ABC):
         return None
 
     def simulate(
-        self,
-        rng: Generator,
-        eta: Float[np.ndarray, "rows columns"],
-        parameters: Mapping[str, float],
-        trials: int,
-    ) -> Float[np.ndarray, " rows"]:
+        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
+    ) -> np.ndarray:
         """Outcomes drawn given the predictor, for simulated data; by default by `distribution`.
 
         Parameters

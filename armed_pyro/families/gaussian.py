@@ -13,7 +13,16 @@ from numpy.random import Generator
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.families.family import Family, Parameter, Parameters, arrays, outcome_of
+from armed_pyro.families.family import (
+    Draws,
+    Eta,
+    Family,
+    Parameter,
+    Parameters,
+    RowValues,
+    arrays,
+    outcome_of,
+)
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows.batch import Rows
 
@@ -75,44 +84,28 @@ class Gaussian(Family):
         sd = parameters.get("residual_sd")
         return None if sd is None else sd**-2
 
-    def distribution(
-        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
-    ) -> dist.TorchDistribution:
+    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return dist.Normal(eta[..., 0], self.value(parameters, "residual_sd"))
 
-    def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
+    def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return eta[..., 0]
 
-    def residual_variance(
-        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
-    ) -> Float[Tensor, " draws"]:
+    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return self.value(parameters, "residual_sd") ** 2
 
-    def residual_rows(
-        self, parameters: Mapping[str, Float[Tensor, " draws"]]
-    ) -> dict[str, Float[Tensor, " draws"]]:
+    def residual_rows(self, parameters: Parameters) -> dict[str, Draws]:
         sd = self.value(parameters, "residual_sd")
         return {"sd": sd, "variance": sd**2}
 
-    def cdf(
-        self,
-        y: Float[Tensor, " rows"],
-        eta: Float[Tensor, "rows columns"],
-        parameters: Parameters,
-        rows: Rows,
-    ) -> Float[Tensor, " rows"]:
+    def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         from scipy import stats  # slow to import
 
         outcome, mean, sd = arrays(y, self.mean(eta, rows), self.value(parameters, "residual_sd"))
         return torch.from_numpy(stats.norm.cdf(outcome, mean, sd))
 
     def simulate(
-        self,
-        rng: Generator,
-        eta: Float[np.ndarray, "rows columns"],
-        parameters: Mapping[str, float],
-        trials: int,
-    ) -> Float[np.ndarray, " rows"]:
+        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
+    ) -> np.ndarray:
         return rng.normal(eta[:, 0], parameters["residual_sd"])
 
 

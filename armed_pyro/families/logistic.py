@@ -16,7 +16,17 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.outcome_densities import LogitBinomial
-from armed_pyro.families.family import Family, Parameters, arrays, listed, mean_offset, outcome_of
+from armed_pyro.families.family import (
+    Draws,
+    Eta,
+    Family,
+    Parameters,
+    RowValues,
+    arrays,
+    listed,
+    mean_offset,
+    outcome_of,
+)
 from armed_pyro.rows.batch import Rows
 
 __all__ = ["Bernoulli", "Binomial", "Categorical", "LogitFamily"]
@@ -28,9 +38,7 @@ class LogitFamily(Family, ABC):
     integer = True
     is_probability = True
 
-    def residual_variance(
-        self, parameters: Mapping[str, Float[Tensor, " draws"]], mean: Float[Tensor, " draws"]
-    ) -> Float[Tensor, " draws"]:
+    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return torch.full_like(mean, math.pi**2 / 3)
 
 
@@ -50,21 +58,15 @@ class Bernoulli(LogitFamily):
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
         return _logit(outcome_of(data).mean(), data)
 
-    def distribution(
-        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
-    ) -> dist.TorchDistribution:
+    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=eta[..., 0])
 
-    def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
+    def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return torch.sigmoid(eta[..., 0])
 
     def simulate(
-        self,
-        rng: Generator,
-        eta: Float[np.ndarray, "rows columns"],
-        parameters: Mapping[str, float],
-        trials: int,
-    ) -> Float[np.ndarray, " rows"]:
+        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
+    ) -> np.ndarray:
         return rng.binomial(1, _sigmoid(eta[:, 0]))
 
 
@@ -88,33 +90,21 @@ class Binomial(LogitFamily):
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
         return _logit(outcome_of(data).sum() / self._trials(data.trials).sum(), data)
 
-    def distribution(
-        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
-    ) -> dist.TorchDistribution:
+    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return LogitBinomial(self._trials(rows.trials), eta[..., 0])
 
-    def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
+    def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return self._trials(rows.trials) * torch.sigmoid(eta[..., 0])
 
-    def cdf(
-        self,
-        y: Float[Tensor, " rows"],
-        eta: Float[Tensor, "rows columns"],
-        parameters: Parameters,
-        rows: Rows,
-    ) -> Float[Tensor, " rows"]:
+    def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         from scipy import stats  # slow to import
 
         hits, trials, mean = arrays(y, self._trials(rows.trials), self.mean(eta, rows))
         return torch.from_numpy(stats.binom.cdf(hits, trials, mean / trials))
 
     def simulate(
-        self,
-        rng: Generator,
-        eta: Float[np.ndarray, "rows columns"],
-        parameters: Mapping[str, float],
-        trials: int,
-    ) -> Float[np.ndarray, " rows"]:
+        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
+    ) -> np.ndarray:
         return rng.binomial(trials, _sigmoid(eta[:, 0]))
 
 
@@ -168,21 +158,15 @@ class Categorical(LogitFamily):
     def _logits(self, eta: Float[Tensor, "... rows columns"]) -> Tensor:
         return torch.cat([torch.zeros_like(eta[..., :1]), eta], -1)
 
-    def distribution(
-        self, eta: Float[Tensor, "... rows columns"], parameters: Parameters, rows: Rows
-    ) -> dist.TorchDistribution:
+    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return dist.Categorical(logits=self._logits(eta))
 
-    def mean(self, eta: Float[Tensor, "... rows columns"], rows: Rows) -> Tensor:
+    def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return torch.softmax(self._logits(eta), -1)
 
     def simulate(
-        self,
-        rng: Generator,
-        eta: Float[np.ndarray, "rows columns"],
-        parameters: Mapping[str, float],
-        trials: int,
-    ) -> Float[np.ndarray, " rows"]:
+        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
+    ) -> np.ndarray:
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         logits = np.hstack([np.zeros_like(eta[:, :1]), eta])
         return (logits + rng.gumbel(size=logits.shape)).argmax(1)
