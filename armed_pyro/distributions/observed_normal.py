@@ -31,7 +31,9 @@ class ObservedNormal(Pushforward):
 
     Draws, density and gradients are hand-written, with the clusters in the last dimension: each
     operation then works on one matrix element of all clusters, whereas automatic differentiation
-    would record the decomposition of many small matrices step by step.
+    would record the decomposition of many small matrices step by step. A compiled training step of
+    10,000 clusters with 4 effects each took 1.55 times as long with it, of 1,000 clusters with 8
+    effects 1.65 times.
 
     Parameters
     ----------
