@@ -83,13 +83,19 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def turns(pythons: Mapping[str, str], program: str, mode: CompileMode) -> dict[str, list[float]]:
+def turns(
+    pythons: Mapping[str, str], program: str, mode: CompileMode, count: int = TURNS
+) -> dict[str, list[float]]:
     """CPU seconds of compiling, and median seconds of a step, of each version.
 
     Parameters
     ----------
     pythons : mapping of str to str
         Interpreter of each version, by its name.
+    program, mode : str
+        One of `PROGRAMS`, and one of `MODES`.
+    count : int
+        Turns of each version.
     """
     code = "from armed_pyro.analysis.benchmarks.step_versions import serve; serve({!r}, {!r})"
     workers, compiling = {}, {}
@@ -100,7 +106,7 @@ def turns(pythons: Mapping[str, str], program: str, mode: CompileMode) -> dict[s
         )
         compiling[name] = float(_ask(workers[name], ""))  # one after the other
     times: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in range(TURNS):
+    for _ in range(count):
         for name, worker in workers.items():
             times[name].append(float(_ask(worker, f"{SECONDS}\n")))
     for worker in workers.values():
@@ -119,17 +125,23 @@ def _ask(worker: subprocess.Popen[str], line: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a Markdown table of the steps of both versions."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("before", help="Python of the version before")
-    parser.add_argument("after", nargs="?", default=sys.executable, help="Python of the other")
+    this = sys.executable
+    parser.add_argument("before", nargs="?", default=this, help="Python of the version before")
+    parser.add_argument("after", nargs="?", default=this, help="Python of the version after")
+    parser.add_argument("--smoke", action="store_true", help="one program, eager, two turns")
     parser.add_argument("--programs", nargs="*", default=PROGRAMS, help="kind and sizes")
     parser.add_argument("--modes", nargs="*", default=MODES, choices=MODES, help="compile or not")
     options = parser.parse_args(argv)
+    count = 2 if options.smoke else TURNS
+    programs, modes = options.programs, options.modes
+    if options.smoke:
+        programs, modes = PROGRAMS[:1], MODES[:1]
     print("| program | steps | ms before | ms after | ratio | compiling, CPU s | after |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for program in options.programs:
-        for mode in options.modes:
+    for program in programs:
+        for mode in modes:
             pythons = {"before": options.before, "after": options.after}
-            taken = turns(pythons, program, cast(CompileMode, mode))
+            taken = turns(pythons, program, cast(CompileMode, mode), count)
             (compiling, before), (compiling_after, after) = taken["before"], taken["after"]
             kind = "compiled" if mode == "always" else "eager"
             seconds = f"{compiling:.0f} | {compiling_after:.0f}" if mode == "always" else "|"
