@@ -83,7 +83,7 @@ class LazyAdam:
     ) -> None:
         self.guide = guide.narrowed(dict.fromkeys(counts, room)) if counts else guide
         whole, small = guide.clusterwise(), self.guide.clusterwise()
-        names = {id(one): f"guide.{name}" for name, one in self.guide.named_parameters()}
+        names = {id(p): f"guide.{name}" for name, p in self.guide.named_parameters()}
         self.tables = {
             name: ClusterTable(whole[name], small[name], names, counts[name], eps)
             for name in sorted(counts)
@@ -181,10 +181,10 @@ class ClusterTable(Update):
     ) -> None:
         super().__init__()
         self._small, self.eps = (small,), eps  # in a tuple: it is the guide's part, not this one's
-        self._trained = [one.requires_grad for one in small.parameters()]
-        self.names = tuple(names[id(one)] for one in small.parameters() if one.requires_grad)
+        self._trained = [p.requires_grad for p in small.parameters()]
+        self.names = tuple(names[id(p)] for p in small.parameters() if p.requires_grad)
         self._whole = self._fixed_first(whole)
-        self._shapes = [one.shape[1:] for one in self._whole]
+        self._shapes = [tensor.shape[1:] for tensor in self._whole]
         self._widths = [shape.numel() for shape in self._shapes]
         self._fixed = sum(self._widths[: len(self._widths) - len(self.names)])
         n, like, width = len(counts), whole.location.detach(), sum(self._widths) - self._fixed
@@ -194,16 +194,16 @@ class ClusterTable(Update):
         _, sizes, *views, mean, square, count = columns
         sizes[:, 0] = counts
         self.state = {"mean": mean, "square": square, "count": count}
-        for one, shape, view in zip(self._whole, self._shapes, views, strict=True):
-            one.data = view.unflatten(1, shape).copy_(one.detach())
+        for tensor, shape, view in zip(self._whole, self._shapes, views, strict=True):
+            tensor.data = view.unflatten(1, shape).copy_(tensor.detach())
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("targets", counts.new_zeros(len(small.location)), persistent=False)
 
     def _fixed_first(self, pseudo: PseudoObservations) -> list[Tensor]:
         """Parameters and buffers, the trained ones last."""
         parameters = list(zip(pseudo.parameters(), self._trained, strict=True))
-        fixed = [one for one, trained in parameters if not trained]
-        return [*pseudo.buffers(), *fixed, *(one for one, trained in parameters if trained)]
+        fixed = [p for p, trained in parameters if not trained]
+        return [*pseudo.buffers(), *fixed, *(p for p, trained in parameters if trained)]
 
     @torch.no_grad()
     def read(self, membership: Membership, scale: float) -> Membership:
@@ -260,12 +260,12 @@ class ClusterTable(Update):
         # Copies and one join: for changes within one tensor, the compiler would work out every
         # column.
         fixed, trained, *moments = rows.split([2 + self._fixed, width, width, width, 1], 1)
-        mean, square, count = (one.clone() for one in moments)
+        mean, square, count = (moment.clone() for moment in moments)
         moved = trained + adam_change(gradient, mean, square, count, rate, self.eps)
         rows = torch.cat([fixed, moved, mean, square, count], 1)
         self.values.index_copy_(0, self.targets, rows)
 
     def release(self) -> None:
         """Give the whole guide its own memory again."""
-        for one in self._whole:
-            one.data = one.detach().clone(memory_format=torch.contiguous_format)
+        for tensor in self._whole:
+            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)

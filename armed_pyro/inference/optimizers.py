@@ -40,7 +40,7 @@ class Optimizers(nn.Module):
         self.clip = schedule.clip
         by_cluster = {name for table in lazy.tables.values() for name in table.names}
         guided = _trained("guide", lazy.guide)
-        shared = {name: one for name, one in guided.items() if name not in by_cluster}
+        shared = {name: p for name, p in guided.items() if name not in by_cluster}
         of_guide: list[Update] = [Adam(shared, eps=eps), *lazy.tables.values()]
         of_network: list[Update] = [Adam(_trained("model", model))]
         self._groups = (
@@ -64,18 +64,18 @@ class Optimizers(nn.Module):
         factor : Float[Tensor, ""]
             Multiplies the scheduled rates.
         """
-        joined = [[one.joined(gradients) for one in group] for group, _ in self._groups]
-        squares = [torch.stack([one.square().sum() for one in some]).sum() for some in joined]
+        joined = [[update.joined(gradients) for update in group] for group, _ in self._groups]
+        squares = [torch.stack([part.square().sum() for part in parts]).sum() for parts in joined]
         norm = torch.stack(squares).sum().sqrt()
         finite = norm.isfinite()
-        for (group, rate), some, square in zip(self._groups, joined, squares, strict=True):
+        for (group, rate), parts, square in zip(self._groups, joined, squares, strict=True):
             scale = (self.clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
-            for update, one in zip(group, some, strict=True):
-                gradient = one.mul_(scale).masked_fill_(~finite, 0.0)
+            for update, part in zip(group, parts, strict=True):
+                gradient = part.mul_(scale).masked_fill_(~finite, 0.0)
                 update(parameters, gradient, torch.where(finite, rate * factor, 0.0))
         return norm
 
 
 def _trained(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     named = module.named_parameters(prefix)
-    return {name: one for name, one in named if one.requires_grad}
+    return {name: p for name, p in named if p.requires_grad}
