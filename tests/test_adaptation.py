@@ -44,9 +44,9 @@ def weights_of(result, support, draws, seed=0, update=False):
         f.name: latents[f.effect_site].new_zeros(draws, len(new[f.name]), len(f.terms))
         for f in result.model.factors
     }
-    quality = {"efficiency": 1.0}
-    total = condition(result.posterior, support, latents, effects, new, seed, update, quality)
-    return latents, total, effects, quality
+    made = condition(result.posterior, support, latents, effects, seed, update_seen=update)
+    quality = {"efficiency": made.efficiency}
+    return made.latents, made.log_weights, made.effects, quality
 
 
 def of_cluster(data, cluster, n=None):

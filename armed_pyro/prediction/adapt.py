@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,16 @@ from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
-from armed_pyro.prediction.chunks import new_effects, predict_chunks
+from armed_pyro.prediction.chunks import new_effects, predict_rows
 from armed_pyro.prediction.new_clusters import condition
-from armed_pyro.prediction.result import Prediction, Reconstructed
+from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
+from armed_pyro.program.predictor import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["Adapted", "adapt", "check_support"]
 
 
-Latents = Mapping[str, Tensor]
 # Importance weights are used up to this Pareto k-hat (Vehtari et al. 2024); above it they are
 # dominated by a few draws.
 K_HAT = 0.7
@@ -94,18 +95,8 @@ class Adapted:
         """
         rows, source = self.posterior.encode(data), self.source()
         settings: dict[str, Any] = {"draws": self.draws, "prob": prob, "seed": self.seed}
-        parts = list(predict_chunks(self.posterior, rows, source, **settings))
-        joint = [np.concatenate([getattr(part, name) for part in parts], 1)
-                 for name in ("expected", "outcome")]  # fmt: skip
-        return replace(
-            parts[0],
-            expected=joint[0],
-            outcome=joint[1],
-            unseen=np.concatenate([part.unseen for part in parts]),
-            row_labels=rows.row_labels,
-            new=new_effects(self.posterior.model, source, rows),
-            others=Reconstructed.joined(parts),
-        )
+        made = predict_rows(self.posterior, rows, source, **settings)
+        return replace(made, new=new_effects(self.posterior.model, source, rows))
 
     def source(self) -> EffectSource:
         """The source of the new clusters' effects."""
@@ -115,12 +106,10 @@ class Adapted:
     def table(self, *, prob: float = 0.9) -> pd.DataFrame:
         """Effects of the new clusters on the original scale, one row per cluster and term.
 
-        Returns
-        -------
-        pandas.DataFrame
-            Columns factor, cluster, rows (number of labelled rows), term, mean, sd, lower, upper.
+        The columns are factor, cluster, rows (number of labelled rows), term, mean, sd, lower and
+        upper.
         """
-        records: list[dict[str, Any]] = []
+        records: list[tuple[Any, ...]] = []
         tail = (1 - prob) / 2
         for factor in self.posterior.model.factors:
             grouping = self.support.grouping(factor.name)
@@ -128,14 +117,12 @@ class Adapted:
             matrix = factor.to_original.double()
             values = (self.effects[factor.name].double() @ matrix.mT).cpu().numpy()
             lower, upper = np.quantile(values, [tail, 1 - tail], axis=0)
-            for place, label in enumerate(self.labels[factor.name]):
-                for t, term in enumerate(factor.terms):
-                    sample = values[:, place, t]
-                    records.append(
-                        {"factor": factor.name, "cluster": label, "rows": int(counts[label]),
-                         "term": term, "mean": sample.mean(), "sd": sample.std(ddof=1),
-                         "lower": lower[place, t], "upper": upper[place, t]}
-                    )  # fmt: skip
+            for (place, label), (t, term) in product(
+                enumerate(self.labels[factor.name]), enumerate(factor.terms)
+            ):
+                sample, ends = values[:, place, t], (lower[place, t], upper[place, t])
+                moments = sample.mean(), sample.std(ddof=1)
+                records.append((factor.name, label, int(counts[label]), term, *moments, *ends))
         names = ["factor", "cluster", "rows", "term", "mean", "sd", "lower", "upper"]
         return pd.DataFrame(records, columns=names)
 
@@ -205,20 +192,21 @@ def adapt(
     --------
     ``fit.adapt(rows_with_outcomes).predict(rows_to_come)``
     """
-    model, facts = posterior.model, posterior.model.data_facts()
+    model = posterior.model
     seed = posterior.seed if seed is None else seed
     if isinstance(support, pd.DataFrame) and support.empty:
         support = posterior.data.take([])
     support = posterior.encode(support)
     check_support(posterior, support, update_seen=update_seen)
-    latents = dict(posterior.draws(draws, seed=seed))
-    new = new_clusters(facts, model, support)
+    latents: Latents = posterior.draws(draws, seed=seed)
+    new = new_clusters(model, support)
     marginal = Marginal(latents, seed)
-    effects = {f.name: marginal.effects(f, new[f.name])[0].clone() for f in model.factors}
+    effects: Latents = {f.name: marginal.effects(f, new[f.name])[0] for f in model.factors}
     quality = {"ess": float(draws), "k_hat": -np.inf, "reweighted": 1.0, "efficiency": 1.0}
     if support.n_rows and model.factors:
-        weights = condition(posterior, support, latents, effects, new, seed, update_seen, quality)
-        index = _resampled(weights, seed, quality)
+        made = condition(posterior, support, latents, effects, seed, update_seen=update_seen)
+        latents, effects, quality["efficiency"] = made.latents, made.effects, made.efficiency
+        index = _resampled(made.log_weights, seed, quality)
         if index is not None:
             latents = selected(latents, index)
             effects = {k: v[index] for k, v in effects.items()}
@@ -232,21 +220,14 @@ def check_support(
     *,
     update_seen: bool = False,
 ) -> None:
-    """Check that the rows have outcomes and belong to new clusters of the data.
+    """Check that the rows have outcomes and belong to new clusters, of the data to be predicted.
 
-    Parameters
-    ----------
-    new_in_data : mapping of str to pandas.Index, optional
-        New clusters among the rows to be predicted. The support may have no others.
+    `new_in_data` are the new clusters of the data; by default the support may have any.
 
     Raises
     ------
     ValueError
         If an outcome is missing, a row lies in seen clusters only, or a cluster is not in the data.
-
-    Examples
-    --------
-    ``check_support(fit.posterior, rows_with_outcomes)``
     """
     model, facts = posterior.model, posterior.model.data_facts()
     if support.outcome is None:
@@ -257,12 +238,12 @@ def check_support(
     if not support.n_rows or not model.factors:
         return
     model.family.check(support)
-    new = new_clusters(facts, model, support)
+    new = new_clusters(model, support)
     is_new = np.zeros(support.n_rows, dtype=bool)
     for factor in model.factors:
-        is_new |= pd.Index(
-            as_seen(support.grouping(factor.name).levels, facts.levels[factor.name])
-        ).isin(new[factor.name])[support.grouping(factor.name).codes.numpy()]
+        grouping = support.grouping(factor.name)
+        levels = as_seen(grouping.levels, facts.levels[factor.name])
+        is_new |= levels.isin(new[factor.name])[grouping.codes.numpy()]
     if not update_seen and not is_new.all():
         first = model.factors[-1].name
         known = pd.unique(support.grouping(first).labels()[~is_new])
@@ -286,14 +267,7 @@ def check_support(
 def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) -> ClusteredData:
     """The rows of both data sets, those of the first one first.
 
-    Raises
-    ------
-    ValueError
-        If only one of them has outcomes, trials, offsets or weights.
-
-    Examples
-    --------
-    ``joined(fit.posterior, first_rows, more_rows)``
+    Raises ValueError if only one of them has outcomes, trials, offsets or weights.
     """
     if not first.n_rows or not second.n_rows:
         return first if first.n_rows else second

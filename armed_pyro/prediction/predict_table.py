@@ -10,9 +10,11 @@ import pandas as pd
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, as_seen
+from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import check_settings, predict_chunks
 from armed_pyro.prediction.cluster_classifier import Classifiers
+from armed_pyro.prediction.predict import source_of
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.similarity import (
     Evidence,
@@ -20,14 +22,14 @@ from armed_pyro.prediction.similarity import (
     merge_evidence,
     warn_if_alien,
 )
-from armed_pyro.prediction.sources import source_of
-from armed_pyro.prediction.unseen import check_mode, one_cluster_per_row
+from armed_pyro.prediction.unseen import RESEMBLING, check_mode, one_cluster_per_row
 from armed_pyro.program.blocks import BLOCK_VALUES
 from armed_pyro.streaming.parquet_table import TableBlocks
 
 __all__ = ["predict_table"]
 
 
+Report = Callable[[str, int, int], Any]
 # Rows in one block for the classifiers.
 EVIDENCE_ROWS = 65_536
 
@@ -43,7 +45,7 @@ def predict_table(
     prob: float = 0.9,
     seed: int | None = None,
     classifiers: Classifiers | None = None,
-    report: Callable[[str, int, int], Any] = lambda name, done, total: None,
+    report: Report = lambda name, done, total: None,
 ) -> tuple[Iterator[Prediction], pd.DataFrame | None]:
     """Expected outcomes of a table's rows in blocks, and the membership table.
 
@@ -51,16 +53,8 @@ def predict_table(
     its label, and are the same in every block. A first pass over the table lists the clusters. The
     modes "membership" and "nearest" read the features of new clusters in a second pass.
 
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    table : TableBlocks
-        The rows.
-    unseen, support, pooled, draws, prob, seed, classifiers
-        See `armed_pyro.prediction.predict.predict`.
-    report : callable, optional
-        Called with the name of the pass, the number of rows read, and the number of all rows.
+    `report` is called with the name of the pass, the number of rows read, and the number of all
+    rows. The other parameters are those of `armed_pyro.prediction.predict.predict`.
 
     Returns
     -------
@@ -73,30 +67,25 @@ def predict_table(
     ------
     ValueError
         As `armed_pyro.prediction.predict.predict`, before the first block.
-
-    Examples
-    --------
-    ``parts, _ = predict_table(fit.posterior, TableBlocks.open(path), unseen="marginal")``
     """
     classifiers = Classifiers() if classifiers is None else classifiers
     schema = posterior.model.data_facts().schema
     if schema is None:
         raise ValueError("the model was fitted to arrays, so it cannot read a table")
     check_settings(draws, prob)
-    wanted = tuple(
-        name
-        for name in (*schema.columns, *schema.clusters, schema.trials, schema.offset)
-        if name is not None
-    )
-    _check_columns(posterior, table, wanted)
-    new = _new_clusters(posterior, table, report)
+    names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
+    wanted = tuple(name for name in names if name is not None)
+    if any(name not in table.columns for name in wanted):  # for the error of `encode`
+        ClusteredData.encode(
+            next(table.blocks(1), pd.DataFrame(columns=list(table.columns))), schema
+        )
+    new = _new_clusters(posterior, schema, table, report)
     check_mode(unseen, new, support=support is not None)
-    resembling = unseen in ("membership", "nearest") and any(map(len, new.values()))
-    evidence = (
-        _evidence(posterior, table, wanted, classifiers, report) if resembling and pooled else None
-    )
+    resembling = unseen in RESEMBLING and any(map(len, new.values()))
+    evidence = source = None
+    if resembling and pooled:
+        evidence = _evidence(posterior, schema, table, wanted, classifiers, report)
     settings: dict[str, Any] = {"draws": draws, "seed": seed}
-    source = None
     if pooled or not resembling:
         source = source_of(posterior, unseen, new, support, evidence, **settings)
 
@@ -119,21 +108,10 @@ def predict_table(
     return parts(), None if evidence is None else evidence.table()
 
 
-def _check_columns(posterior: Posterior, table: TableBlocks, wanted: tuple[str, ...]) -> None:
-    """Raise the error of `ClusteredData.encode` if a column is missing."""
-    if any(name not in table.columns for name in wanted):
-        first = next(table.blocks(1), pd.DataFrame(columns=list(table.columns)))
-        schema = posterior.model.data_facts().schema
-        if schema is not None:
-            ClusteredData.encode(first, schema)
-
-
 def _new_clusters(
-    posterior: Posterior, table: TableBlocks, report: Callable[[str, int, int], Any]
+    posterior: Posterior, schema: Schema, table: TableBlocks, report: Report
 ) -> dict[str, pd.Index]:
     """Labels of the clusters not seen in training, from the cluster columns alone."""
-    facts, schema = posterior.model.data_facts(), posterior.model.data_facts().schema
-    assert schema is not None  # for mypy: checked by the caller
     columns = {
         factor.name: [factor.name] if factor.name in schema.clusters else factor.name.split(":")
         for factor in posterior.model.factors
@@ -142,10 +120,8 @@ def _new_clusters(
     done = 0
     for frame in table.blocks(2**18, schema.clusters):
         for factor, names in columns.items():
-            distinct = frame[names].drop_duplicates()
-            if factor in cells:
-                distinct = pd.concat([cells[factor], distinct]).drop_duplicates()
-            cells[factor] = distinct
+            distinct = [cells.get(factor), frame[names].drop_duplicates()]
+            cells[factor] = pd.concat(distinct).drop_duplicates()
         done += len(frame)
         report("listing clusters", done, table.n_rows)
     new = {}
@@ -153,7 +129,7 @@ def _new_clusters(
         groupings = [
             Grouping.from_labels(cells[factor][name], f"cluster column {name!r}") for name in names
         ]
-        seen = facts.levels[factor]
+        seen = posterior.model.data_facts().levels[factor]
         levels = as_seen(reduce(Grouping.cross, groupings).levels, seen)
         new[factor] = levels[~levels.isin(seen)]
     return new
@@ -161,14 +137,13 @@ def _new_clusters(
 
 def _evidence(
     posterior: Posterior,
+    schema: Schema,
     table: TableBlocks,
     wanted: tuple[str, ...],
     classifiers: Classifiers,
-    report: Callable[[str, int, int], Any],
+    report: Report,
 ) -> Evidence:
     """Evidence of every new cluster, pooled over all its rows."""
-    schema = posterior.model.data_facts().schema
-    assert schema is not None  # for mypy: checked by the caller
     total, done = Evidence({}, {}), 0
     for frame in table.blocks(EVIDENCE_ROWS, wanted):
         data = ClusteredData.encode(frame, schema)

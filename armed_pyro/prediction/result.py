@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,17 +60,6 @@ class Reconstructed:
 
     mean: Float[np.ndarray, "rows ..."]
     sd: Float[np.ndarray, "rows ..."]
-
-    @classmethod
-    def joined(cls, parts: Sequence[Prediction]) -> dict[str, Reconstructed]:
-        """The reconstructions of consecutive blocks of rows, by the name of the outcome."""
-        return {
-            name: cls(
-                np.concatenate([part.others[name].mean for part in parts]),
-                np.concatenate([part.others[name].sd for part in parts]),
-            )
-            for name in parts[0].others
-        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,7 @@ def page(
     title : str
         Heading of the page.
     evaluation : pandas.DataFrame, optional
-        Table of `armed_pyro.prediction.evaluation.evaluate`.
+        Table of `armed_pyro.prediction.scores.evaluate`.
 
     Raises
     ------
