@@ -171,14 +171,10 @@ def adapt(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     support : ClusteredData or table
         Rows with outcomes, of clusters not seen in training. It may be empty.
-    draws : int
-        Posterior draws.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
+    draws, seed : int
+        Posterior draws, and their seed; by default that of the fit.
     update_seen : bool
         Whether the support may hold rows of clusters seen in training. Their effects are then drawn
         anew, given their training rows and the support.

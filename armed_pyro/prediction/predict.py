@@ -44,8 +44,6 @@ def predict(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     data : ClusteredData or table
         New rows; a table is encoded as the training table was. The outcome is not needed.
     unseen : {"population", "marginal", "membership", "nearest", "adapt"}, optional
@@ -57,12 +55,10 @@ def predict(
     pooled : bool
         For "membership" and "nearest": whether to pool the features of all rows of a new cluster.
         Otherwise each row is treated as a separate cluster, as in the ARMED paper.
-    draws : int
-        Posterior draws.
+    draws, seed : int
+        Posterior draws, and their seed; by default that of the fit.
     prob : float
         Probability of the intervals.
-    seed : int, optional
-        Seed of the draws; by default that of the posterior.
     others : bool
         Whether to predict the program's other outcomes, too. Reconstructed images cost a pass of
         the decoder for each draw.

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from scipy import special, stats
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
@@ -93,8 +93,6 @@ def compare_modes(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     data : ClusteredData or table
         Rows with outcomes; rows of new clusters are scored. They should not include rows of the
         support.
@@ -130,22 +128,14 @@ def compare_modes(
         modes = ["population", "marginal"]
         modes += ["membership", BY_ROW, "nearest"] if rows.n_features else []
         modes += ["adapt"] if support is not None else []
-    classifiers = Classifiers() if classifiers is None else classifiers
+    options: dict[str, Any] = {"factor": factor, "draws": draws, "prob": prob, "seed": seed}
+    options["classifiers"] = Classifiers() if classifiers is None else classifiers
+    labelled = {"adapt": support}
     with warnings.catch_warnings():
         # The warning of alien clusters is not needed: the table shows how membership performs.
         warnings.filterwarnings("ignore", message="no cluster of")
         made = [
-            score_mode(
-                posterior,
-                rows,
-                mode,
-                support=support if mode == "adapt" else None,
-                factor=factor,
-                draws=draws,
-                prob=prob,
-                seed=seed,
-                classifiers=classifiers,
-            )
+            score_mode(posterior, rows, mode, support=labelled.get(mode), **options)
             for mode in modes
         ]
     table = pd.DataFrame([{"mode": scores.mode, **scores.summary} for scores in made])
@@ -168,12 +158,7 @@ def score_mode(
     seed: int | None = None,
     classifiers: Classifiers | None = None,
 ) -> ClusterScores:
-    """Scores of one mode by cluster; see `compare_modes` for the parameters.
-
-    Raises
-    ------
-    ValueError
-        If the outcome is not known, or no cluster is new.
+    """Scores of one mode by cluster; see `compare_modes` for the parameters and errors.
 
     Examples
     --------
@@ -213,7 +198,9 @@ def score_mode(
     used = rows if pooled else one_cluster_per_row(model, rows)
     log_rows = _log_densities(posterior, used, source, draws)
     made = predict_rows(posterior, used, source, draws=draws, prob=prob, seed=seed)
-    elpd = _by_draws(log_rows, codes)
+    # log E[prod_i p(y_i | draw)] of each cluster, as the mean over draws.
+    by_cluster = np.stack([np.bincount(codes, row_values) for row_values in log_rows])
+    elpd = scipy.special.logsumexp(by_cluster, axis=0) - np.log(len(log_rows))
     if unseen in ("marginal", "adapt"):
         exact = _joint_log_density(posterior, rows, support, factor, new[factor], draws, seed)
         elpd = np.where(np.isnan(exact), elpd, exact)
@@ -266,7 +253,7 @@ def _scored(
         add("width", upper - lower)
         add("crps", crps(outcome, y))
         table |= {f"{name}_p": value for name, value in p_values.items()}
-        summary["pit_distance"] = float(stats.kstest(p_values["mean"], "uniform").statistic)
+        summary["pit_distance"] = float(scipy.stats.kstest(p_values["mean"], "uniform").statistic)
     if mean.ndim == 2 or set(np.unique(y)) <= {0.0, 1.0}:
         chance = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
         add("accuracy", (chance.argmax(1) == y).astype(float))
@@ -274,7 +261,7 @@ def _scored(
             from sklearn import metrics  # slow to import
 
             summary["auroc"] = float(metrics.roc_auc_score(y, chance[:, 1]))
-    add("log_score", special.logsumexp(log_rows, axis=0) - np.log(len(log_rows)))
+    add("log_score", scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows)))
     return table | {"elpd": elpd}, summary | {"elpd": float(elpd.sum())}
 
 
@@ -329,14 +316,6 @@ def _log_densities(
     return np.concatenate(pieces, 1)
 
 
-def _by_draws(
-    log_rows: Float[np.ndarray, "draws rows"], codes: Int[np.ndarray, " rows"]
-) -> Float[np.ndarray, " clusters"]:
-    """Return log E[prod_i p(y_i | draw)] of each cluster, as the mean over draws."""
-    sums = np.stack([np.bincount(codes, row_values) for row_values in log_rows])
-    return special.logsumexp(sums, axis=0) - np.log(len(sums))
-
-
 def _joint_log_density(
     posterior: Posterior,
     data: ClusteredData,
@@ -349,14 +328,14 @@ def _joint_log_density(
     """Return log p(y_k | support) of each cluster, its effects integrated out in every draw.
 
     NaN if the cluster shares rows with another new cluster of the factor. The mean over draws of
-    `_by_draws` is too noisy for clusters with many rows.
+    the effects, too, is too noisy for clusters with many rows.
     """
     both = data if support is None else joined(posterior, support, data)
     whole = _evidence(posterior, both, factor, draws, seed)
     part = {} if support is None else _evidence(posterior, support, factor, draws, seed)
     nothing = np.zeros(draws)
     joint = {
-        label: special.logsumexp(values) - special.logsumexp(part.get(label, nothing))
+        label: scipy.special.logsumexp(values) - scipy.special.logsumexp(part.get(label, nothing))
         for label, values in whole.items()
     }
     return np.array([joint.get(str(label), np.nan) for label in labels])

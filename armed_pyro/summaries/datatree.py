@@ -42,13 +42,7 @@ LARGEST_OTHER = 200e6
 
 
 def arviz_api() -> ModuleType:
-    """ArviZ with the API of version 1: ``arviz`` or, in earlier versions, ``arviz.preview``.
-
-    Examples
-    --------
-    >>> hasattr(arviz_api(), "plot_ppc_dist")
-    True
-    """
+    """ArviZ with the API of version 1: ``arviz`` or, in earlier versions, ``arviz.preview``."""
     import arviz  # slow to import, and rarely needed
 
     if int(arviz.__version__.partition(".")[0]) >= 1:
@@ -73,8 +67,6 @@ def to_datatree(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     draws : int
         Draws of the posterior and of the prior, as one chain.
     groups : sequence of str, optional
@@ -92,7 +84,7 @@ def to_datatree(
         - sample_stats: objective and evidence lower bound per row for each step of the training,
           whether the step ran compiled, and its seconds (median of its window).
     seed : int, optional
-        Seed of the draws; by default that of the fit. The posterior draws are those of
+        Seed of the draws, by default that of the fit: the posterior draws are those of
         ``fit.draws(draws, seed=seed)``.
 
     Returns
@@ -111,7 +103,7 @@ def to_datatree(
     --------
     ``fit.to_datatree(groups=["posterior", "log_likelihood"])``, for ``arviz.loo``.
     """
-    wanted = list(GROUPS) if groups is None else [groups] if isinstance(groups, str) else groups
+    wanted = GROUPS if groups is None else [groups] if isinstance(groups, str) else groups
     for name in wanted:
         if name not in GROUPS:
             raise unknown("group", name, GROUPS)
@@ -130,13 +122,8 @@ def _posterior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dat
         with posterior.model.seeded(seed + 1):
             return _replicated(posterior, draws, posterior.draws(draws, seed=seed))
     source = Marginal(posterior.draws(draws, seed=seed), seed)
-    chunks = [
-        part.outcome
-        for part in predict_chunks(posterior, posterior.data, source, draws=draws, seed=seed)
-    ]
-    return _by_row(
-        posterior, draws, {posterior.data.outcome_name: chunks}, posterior.model.family.integer
-    )
+    parts = predict_chunks(posterior, posterior.data, source, draws=draws, seed=seed)
+    return _by_row(posterior, draws, {posterior.data.outcome_name: [p.outcome for p in parts]})
 
 
 def _prior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
@@ -170,36 +157,20 @@ def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
             drawn |= {other.name: density.sample() for other, density in densities.items()}
         for name, sample in drawn.items():
             blocks.setdefault(name, []).append(sample.cpu().numpy())
-    return _by_row(
-        posterior, draws, blocks, model.family.integer, posterior.data.features.dim() - 1
-    )
+    return _by_row(posterior, draws, blocks)
 
 
 def log_likelihood(
     posterior: Posterior, draws: int, seed: int, *, others: bool = True
 ) -> xr.Dataset:
-    """Log-likelihood of every training row (chain, draw, row), by outcome; see `to_datatree`.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    draws, seed : int
-        Number and seed of the posterior draws.
-    others : bool
-        Whether to include outcomes other than the family's.
-
-    Examples
-    --------
-    ``log_likelihood(fit.posterior, 1000, seed=0)["y"]``
-    """
+    """Log-likelihood of every training row (chain, draw, row), by outcome; see `to_datatree`."""
     model, latents = posterior.model, posterior.draws(draws, seed=seed)
     blocks = dict[str, list[np.ndarray]]()
     with torch.no_grad():
         for rows in _blocks(posterior, draws, others=others):
             for name, values in log_likelihoods(model, rows, latents, others=others).items():
                 blocks.setdefault(name, []).append(values.cpu().numpy())
-    return _by_row(posterior, draws, blocks, whole=False)
+    return _by_row(posterior, draws, blocks, drawn=False)
 
 
 def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
@@ -232,33 +203,32 @@ def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
 
 
 def _sample_stats(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
-    traces = {"loss": posterior.history.loss, "elbo": posterior.history.elbo}
+    history, steps = posterior.history, np.arange(1, len(posterior.history.loss) + 1)
+    window = np.searchsorted(history.step, steps)
+    traces = {"loss": history.loss, "elbo": history.elbo}
     variables = {name: ("step", np.asarray(values, float)) for name, values in traces.items()}
-    schedule = json.dumps(posterior.schedule.to_json())
-    settings = {"seed": posterior.seed, "stopped": posterior.stopped, "schedule": schedule}
-    settings["draws_by"] = "guide" if posterior.refined is None else posterior.refined.method
-    settings["particles"] = posterior.history.particles
-    steps = np.arange(1, len(posterior.history.loss) + 1)
-    window = np.searchsorted(posterior.history.step, steps)
-    for name, values in (
-        ("compiled", posterior.history.compiled),
-        ("seconds", posterior.history.seconds),
-    ):
+    by_window: dict[str, Any] = {"compiled": history.compiled, "seconds": history.seconds}
+    for name, values in by_window.items():
         if values:
             variables[name] = ("step", np.append(values, values[-1])[window])
+    settings = {
+        "seed": posterior.seed,
+        "stopped": posterior.stopped,
+        "schedule": json.dumps(posterior.schedule.to_json()),
+        "draws_by": "guide" if posterior.refined is None else posterior.refined.method,
+        "particles": history.particles,
+    }
     return xr.Dataset(variables, {"step": steps}, ATTRIBUTES | settings)
 
 
-Maker = Callable[["Posterior", int, int], xr.Dataset]
+Maker = Callable[[Posterior, int, int], xr.Dataset]
 GROUPS: Mapping[str, Maker] = {
-    "posterior": lambda posterior, n, seed: latent_dataset(
-        posterior.model, posterior.draws(n, seed=seed), n
+    "posterior": lambda fitted, n, seed: latent_dataset(
+        fitted.model, fitted.draws(n, seed=seed), n
     ),
     "posterior_predictive": _posterior_predictive,
     "log_likelihood": log_likelihood,
-    "prior": lambda posterior, n, seed: latent_dataset(
-        posterior.model, _prior_draws(posterior, n, seed), n
-    ),
+    "prior": lambda fitted, n, seed: latent_dataset(fitted.model, _prior_draws(fitted, n, seed), n),
     "prior_predictive": _prior_predictive,
     "observed_data": _observed_data,
     "constant_data": _constant_data,
@@ -283,24 +253,13 @@ def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
 def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
     """Draws of every latent site with labelled dimensions, on the original scale.
 
-    Parameters
-    ----------
-    model : MixedEffects
-        The bound program.
-    latents : dict of str to Tensor
-        Draws; random effects may be missing.
-    draws : int
-        Number of draws; a site with a single draw is repeated.
-
-    Examples
-    --------
-    ``latent_dataset(fit.model, fit.draws(100), 100)["site_sd"]``
+    Random effects may be missing from `latents`. A quantity that is known in advance has a single
+    draw, which is repeated.
     """
     variables: Variables = {}
     coords: dict[str, Any] = {}
 
     def add(name: str, dims: tuple[str, ...], values: Tensor) -> None:
-        # A quantity that is known in advance has a single draw.
         shape = (1, draws, *values.shape[1:])
         array = np.broadcast_to(values.cpu().numpy(), shape)
         variables[name] = (("chain", "draw", *dims), np.ascontiguousarray(array))
@@ -338,19 +297,21 @@ def _by_row(
     posterior: Posterior,
     draws: int,
     blocks: Mapping[str, Sequence[np.ndarray]],
-    whole: bool,
-    inner: int = 0,
+    *,
+    drawn: bool = True,
 ) -> xr.Dataset:
-    """Draws of quantities of each row, from blocks "... rows" of consecutive rows.
+    """Draws of a quantity of each row and outcome, from blocks "... rows" of consecutive rows.
 
-    Blocks of other outcomes have `inner` further dimensions.
+    If the quantity is a draw of the outcome, other outcomes have the dimensions of the features,
+    and outcomes of some families are integers.
     """
     variables: Variables = {}
     for name, parts in blocks.items():
-        axes, integer = (0, whole) if name == posterior.data.outcome_name else (inner, False)
-        full = [
-            np.broadcast_to(part, (draws, *part.shape[part.ndim - 1 - axes :])) for part in parts
-        ]
+        other = name != posterior.data.outcome_name
+        axes = posterior.data.features.dim() - 1 if drawn and other else 0
+        inner = axes + 1  # dimensions of the rows and their values
+        full = [np.broadcast_to(part, (draws, *part.shape[-inner:])) for part in parts]
+        integer = drawn and not other and posterior.model.family.integer
         values = _counts(np.concatenate(full, 1), integer)
         variables[variable_name(name)] = (("chain", "draw", "row", *_axes(axes)), values[None])
     return _dataset(posterior, variables, chain=[0], draw=np.arange(draws))
