@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["Adapted", "adapt", "check_support"]
 
-
 # Importance weights are used up to this Pareto k-hat (Vehtari et al. 2024); above it they are
 # dominated by a few draws.
 K_HAT = 0.7
@@ -42,8 +40,6 @@ class Adapted:
 
     Attributes
     ----------
-    posterior : Posterior
-        The fitted program.
     support : ClusteredData
         All labelled rows so far.
     latents : mapping of str to Tensor
@@ -57,7 +53,7 @@ class Adapted:
         ess and k_hat of the draws' weights; reweighted (1, or 0 if the weights were unreliable and
         the fit's draws were kept); efficiency, the lowest share of effective particles (1 for
         gaussian outcomes, where the posterior is exact).
-    draws, seed, update_seen
+    posterior, draws, seed, update_seen
         The arguments of `adapt`.
 
     Examples
@@ -78,14 +74,9 @@ class Adapted:
 
     def adapt(self, support: ClusteredData | pd.DataFrame) -> Adapted:
         """The posterior given these rows and all earlier ones, as if all had come at once."""
-        more = self.posterior.encode(support)
-        return adapt(
-            self.posterior,
-            joined(self.posterior, self.support, more),
-            draws=self.draws,
-            seed=self.seed,
-            update_seen=self.update_seen,
-        )
+        rows = joined(self.posterior, self.support, self.posterior.encode(support))
+        settings: dict[str, Any] = {"draws": self.draws, "seed": self.seed}
+        return adapt(self.posterior, rows, update_seen=self.update_seen, **settings)
 
     def predict(self, data: ClusteredData | pd.DataFrame, *, prob: float = 0.9) -> Prediction:
         """E[y] and y of new rows, in seen clusters, clusters of the support, and other clusters.
@@ -117,12 +108,11 @@ class Adapted:
             matrix = factor.to_original.double()
             values = (self.effects[factor.name].double() @ matrix.mT).cpu().numpy()
             lower, upper = np.quantile(values, [tail, 1 - tail], axis=0)
-            for (place, label), (t, term) in product(
-                enumerate(self.labels[factor.name]), enumerate(factor.terms)
-            ):
-                sample, ends = values[:, place, t], (lower[place, t], upper[place, t])
-                moments = sample.mean(), sample.std(ddof=1)
-                records.append((factor.name, label, int(counts[label]), term, *moments, *ends))
+            for i, label in enumerate(self.labels[factor.name]):
+                for j, term in enumerate(factor.terms):
+                    sample, name = values[:, i, j], (factor.name, label, int(counts[label]), term)
+                    moments = sample.mean(), sample.std(ddof=1)
+                    records.append((*name, *moments, lower[i, j], upper[i, j]))
         names = ["factor", "cluster", "rows", "term", "mean", "sd", "lower", "upper"]
         return pd.DataFrame(records, columns=names)
 
@@ -138,16 +128,13 @@ class _AdaptedEffects(EffectSource):
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         adapted = self.labels[factor.name]
-        place = np.full(len(labels), -1)
-        if len(adapted):
-            place = adapted.get_indexer(as_seen(labels, adapted))
+        place = adapted.get_indexer(as_seen(labels, adapted))
         unknown = place < 0
-        rest, modes = self.others.effects(factor, labels[unknown])
+        rest, _ = self.others.effects(factor, labels[unknown])
         both = rest.new_empty(len(rest), len(labels), rest.shape[-1])
         both[:, torch.as_tensor(unknown)] = rest
         both[:, torch.as_tensor(~unknown)] = self.known[factor.name][:, place[~unknown]]
-        names = iter(modes)
-        return both, [next(names) if new else "adapt" for new in unknown]
+        return both, np.where(unknown, "marginal", "adapt").tolist()
 
 
 def adapt(

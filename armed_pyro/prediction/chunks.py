@@ -39,30 +39,15 @@ def predict_chunks(
     """Yield the predictions of `predict` in blocks of consecutive rows, in bounded memory.
 
     The expected outcomes do not depend on the block size. The draws of the outcome do, as each
-    block has its own random numbers.
-
-    Parameters
-    ----------
-    source : EffectSource
-        The posterior draws, and the random effects of new clusters.
-    draws : int
-        Draws of the outcome where the program has no latent site.
-    chunk : int, optional
-        Rows per block; by default the arrays of a block take about 100 MB.
-    outcomes : bool
-        Whether to draw the outcome and to predict other outcomes. Tables of expected outcomes need
-        neither; their `Prediction.outcome` holds the predictor.
-    others : bool
-        Whether other outcomes are predicted, if `outcomes` is true.
+    block has its own random numbers. `source` has the posterior draws and the effects of new
+    clusters; `draws` is their number where the program has no latent site. By default the arrays of
+    a block take about 100 MB. Without `outcomes`, which tables of expected outcomes do not need,
+    `Prediction.outcome` holds the predictor, and no other outcome is predicted.
 
     Raises
     ------
     ValueError
         If there are no rows, fewer than two draws, or `prob` is not a probability.
-
-    Examples
-    --------
-    ``for part in predict_chunks(fit.posterior, rows, source): part.to_frame()``
     """
     reconstruct = outcomes and others
     check_settings(draws, prob)

@@ -19,7 +19,6 @@ from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Classifiers", "ClusterClassifier", "calibration_error", "train_classifier"]
 
-
 STEPS, BATCH, RATE = 1500, 256, 0.01
 # Training stops once the held-out loss has not fallen in PATIENCE checks, one every EVERY steps.
 EVERY, PATIENCE = 25, 6
@@ -27,6 +26,8 @@ EVERY, PATIENCE = 25, 6
 HELD_OUT, BINS = 0.3, 10
 # Hidden units of the classifier if the architecture of the fit cannot be reused.
 WIDTH = 32
+Logits = Float[Tensor, "rows clusters"]
+Codes = Int[Tensor, " rows"]
 # With more features than this, only hidden activations are compared and not the features too.
 MOST_FEATURES = 100
 # Rows in one pass of the trained network.
@@ -39,39 +40,27 @@ STATISTICS = ("log_prior", "centers", "whiten", "counts")
 class ClusterClassifier:
     r"""p(k | x) = softmax(net(x) / temperature), and the centre of each cluster's features.
 
+    n rows of one cluster count as 1 + (n - 1) `pooling` independent rows, with pooling between 0
+    and 1. Temperature and pooling are chosen on rows that the network was not trained on (Guo,
+    Pleiss, Sun, Weinberger 2017, "On calibration of modern neural networks", ICML).
+
     `report` has scores on rows used for nothing else: rows (their number), accuracy, chance (share
     of the largest cluster), log_loss, ece (expected calibration error) and ece_before (the same at
     temperature 1).
-
-    Examples
-    --------
-    ``fit.classifier("site").report["ece"]``
-
-    References
-    ----------
-    Guo, Pleiss, Sun, Weinberger (2017), "On calibration of modern neural networks", ICML.
     """
 
     factor: str
-    # The architecture of the fit, trained from new initial weights, with one output per cluster.
-    net: nn.Module
-    # Chosen on rows that the classifier was not trained on.
+    net: nn.Module  # the fit's architecture, trained anew, with one output per cluster
     temperature: float
-    # Between 0 and 1: n rows of one cluster count as 1 + (n - 1) pooling independent rows.
-    # Estimated from held-out rows pooled by cluster.
     pooling: float
-    # Logarithms of the clusters' shares of the training rows.
-    log_prior: Float[Tensor, " clusters"]
-    # Mean features, in coordinates in which rows have unit variance within clusters.
-    centers: Float[Tensor, "clusters q"]
-    # Matrix that transforms features to these coordinates.
-    whiten: Float[Tensor, "q q"]
-    # Number of training rows of each cluster.
-    counts: Float[Tensor, " clusters"]
+    log_prior: Float[Tensor, " clusters"]  # logarithms of their shares of the training rows
+    centers: Float[Tensor, "clusters q"]  # mean features, with unit variance within clusters
+    whiten: Float[Tensor, "q q"]  # matrix that transforms features to these coordinates
+    counts: Float[Tensor, " clusters"]  # number of training rows
     report: Mapping[str, float]
 
     @torch.no_grad()
-    def log_prob(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows clusters"]:
+    def log_prob(self, x: Float[Tensor, "rows ..."]) -> Logits:
         """Return log p(k | x) of standardised features."""
         logits = torch.cat([self.net(part).flatten(1) for part in x.split(AT_ONCE)])
         return torch.log_softmax(logits / self.temperature, -1).double()
@@ -98,10 +87,8 @@ class ClusterClassifier:
     ) -> ClusterClassifier:
         """The classifier with the tensors that `tensors` returned."""
         net = _architecture(model, len(tensors["log_prior"]))
-        prefix = "net."
-        net.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        )
+        weights = {k.removeprefix("net."): v for k, v in tensors.items() if k not in STATISTICS}
+        net.load_state_dict(weights)
         statistics = {name: tensors[name] for name in STATISTICS}
         return cls(factor, net.eval(), temperature, pooling, **statistics, report=dict(report))
 
@@ -239,7 +226,7 @@ def _coordinates(net: nn.Module, x: Float[Tensor, "rows ..."]) -> Float[Tensor, 
     return torch.cat([x, hidden], 1) if few else hidden
 
 
-def _parts(codes: Int[Tensor, " rows"], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(codes: Codes, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows for training, for stopping and calibration, and for scores; stratified by cluster."""
     rng = np.random.default_rng([seed, 11])
     order = rng.permutation(len(codes))
@@ -280,7 +267,7 @@ def _train(net: nn.Module, x: Tensor, codes: Tensor, x_held: Tensor, codes_held:
     net.eval().requires_grad_(False)
 
 
-def _temperature(logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " rows"]) -> float:
+def _temperature(logits: Logits, codes: Codes) -> float:
     """The temperature with the lowest log-loss."""
 
     def loss(log_temperature: float) -> float:
@@ -289,11 +276,7 @@ def _temperature(logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " ro
     return math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x)
 
 
-def _pooling(
-    log_ratio: Float[Tensor, "rows clusters"],
-    codes: Int[Tensor, " rows"],
-    log_prior: Float[Tensor, " clusters"],
-) -> float:
+def _pooling(log_ratio: Logits, codes: Codes, log_prior: Float[Tensor, " clusters"]) -> float:
     """The pooling with the lowest log-loss of each cluster given the sum of its rows' evidence.
 
     Small errors that all rows of a cluster share add up. Without pooling, the sum would be certain
@@ -311,9 +294,7 @@ def _pooling(
     return min((0.0, inner, 1.0), key=loss)
 
 
-def _report(
-    logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " rows"], temperature: float
-) -> dict[str, float]:
+def _report(logits: Logits, codes: Codes, temperature: float) -> dict[str, float]:
     truth = codes.cpu().numpy()
     before, after = (torch.softmax(logits / t, -1).cpu().numpy() for t in (1.0, temperature))
     return {

@@ -17,7 +17,6 @@ from armed_pyro.rows.batch import Rows
 
 __all__ = ["Conditional", "GroupDraws"]
 
-
 # Newton's method: most iterations, longest step, and the length of step that ends it.
 ITERATIONS, LONGEST_STEP, CLOSE = 30, 4.0, 1e-2
 # Newton steps in each draw, from the mode at the mean of all draws. The modes may stay inexact:

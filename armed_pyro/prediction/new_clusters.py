@@ -24,7 +24,6 @@ from armed_pyro.rows.in_memory import HeldRows
 
 __all__ = ["Conditioned", "condition"]
 
-
 Node = tuple[int, int]  # factor, cluster
 # Groups of clusters that share no rows, and the rows of each group.
 Groups = tuple[list[list[Node]], list[Tensor]]

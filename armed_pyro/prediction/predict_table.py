@@ -23,11 +23,10 @@ from armed_pyro.prediction.similarity import (
     warn_if_alien,
 )
 from armed_pyro.prediction.unseen import RESEMBLING, check_mode, one_cluster_per_row
-from armed_pyro.program.blocks import BLOCK_VALUES
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.streaming.parquet_table import TableBlocks
 
 __all__ = ["predict_table"]
-
 
 Report = Callable[[str, int, int], Any]
 # Rows in one block for the classifiers.
@@ -76,9 +75,8 @@ def predict_table(
     names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
     wanted = tuple(name for name in names if name is not None)
     if any(name not in table.columns for name in wanted):  # for the error of `encode`
-        ClusteredData.encode(
-            next(table.blocks(1), pd.DataFrame(columns=list(table.columns))), schema
-        )
+        first = next(table.blocks(1), pd.DataFrame(columns=list(table.columns)))
+        ClusteredData.encode(first, schema)
     new = _new_clusters(posterior, schema, table, report)
     check_mode(unseen, new, support=support is not None)
     resembling = unseen in RESEMBLING and any(map(len, new.values()))
@@ -90,19 +88,15 @@ def predict_table(
         source = source_of(posterior, unseen, new, support, evidence, **settings)
 
     def parts() -> Iterator[Prediction]:
-        terms = sum(len(factor.terms) for factor in posterior.model.factors)
-        terms += len(posterior.model.data_facts().columns)
-        start = 0
-        for frame in table.blocks(max(1, BLOCK_VALUES // (draws * terms)), wanted):
-            data = ClusteredData.encode(frame, schema)
-            block_source = source
+        size, start = BLOCK_VALUES // (draws * values_per_row(posterior.model)), 0
+        for frame in table.blocks(max(1, size), wanted):
+            data, block_source = ClusteredData.encode(frame, schema), source
             if block_source is None:
                 data = one_cluster_per_row(posterior.model, data, start)
                 block_evidence = gather_evidence(posterior, data, classifiers)
                 block_source = source_of(posterior, unseen, new, None, block_evidence, **settings)
-            yield from predict_chunks(
-                posterior, data, block_source, prob=prob, draws=draws, seed=seed, outcomes=False
-            )
+            options = {**settings, "prob": prob, "outcomes": False}
+            yield from predict_chunks(posterior, data, block_source, **options)
             start += len(frame)
 
     return parts(), None if evidence is None else evidence.table()
@@ -144,7 +138,7 @@ def _evidence(
     report: Report,
 ) -> Evidence:
     """Evidence of every new cluster, pooled over all its rows."""
-    total, done = Evidence({}, {}), 0
+    total, done = Evidence({}), 0
     for frame in table.blocks(EVIDENCE_ROWS, wanted):
         data = ClusteredData.encode(frame, schema)
         total = merge_evidence(total, gather_evidence(posterior, data, classifiers))

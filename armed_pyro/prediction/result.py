@@ -52,12 +52,8 @@ class Prediction:
         Draws of y; class codes for categorical outcomes.
     unseen : Shaped[ndarray, "rows"]
         Mode used for rows in clusters not seen in training; empty for rows in seen clusters.
-    row_labels : pandas.Index
-        Labels of the rows.
-    outcome_name : str
-        Name of the outcome.
-    classes : tuple or None
-        Labels of the classes.
+    row_labels, outcome_name, classes
+        Labels of the rows, name of the outcome, and labels of the classes if it has any.
     prob : float
         Probability of the (equal-tailed) intervals.
     new : mapping of str to NewEffects

@@ -24,36 +24,26 @@ from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.predict import effect_source
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters, one_cluster_per_row
-from armed_pyro.program.blocks import BLOCK_VALUES
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 
 __all__ = ["ClusterScores", "compare_modes", "crps", "evaluate", "score_mode"]
 
-
 # The mode of the ARMED paper: "membership" with each row as a separate cluster.
 BY_ROW = "membership by row"
+ByRow = Float[np.ndarray, " rows"]
+ByCluster = Float[np.ndarray, " clusters"]
+DrawsByRow = Float[np.ndarray, "draws rows"]
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterScores:
     """Scores of one mode on the outcomes of new clusters.
 
-    Attributes
-    ----------
-    mode : str
-        The mode.
-    table : pandas.DataFrame
-        One row per cluster: factor, cluster, rows; rmse (of the posterior mean); coverage and width
-        of the predictive intervals of outcomes; crps (continuous ranked probability score, mean
-        over rows; not for classes); log_score (mean log predictive density of a row); elpd (joint
-        log predictive density of all rows of the cluster); mean_p and sd_p (mid-p-values of the
-        mean and standard deviation of the cluster's outcomes, among replicated outcomes).
-    pit : Float[ndarray, "rows"]
-        Probability integral transform of every outcome, randomised if it is discrete. Uniform if
-        predictions are calibrated; NaN for classes.
-    summary : mapping of str to float
-        Scores over all rows and clusters.
-    row_labels : pandas.Index
-        Labels of the rows of `pit`.
+    `table` has one row per cluster: factor, cluster, rows; rmse (of the posterior mean); coverage
+    and width of the predictive intervals of outcomes; crps (continuous ranked probability score,
+    mean over rows; not for classes); log_score (mean log predictive density of a row); elpd (joint
+    log predictive density of all rows of the cluster); mean_p and sd_p (mid-p-values of the mean
+    and standard deviation of the cluster's outcomes, among replicated outcomes).
 
     References
     ----------
@@ -63,9 +53,11 @@ class ClusterScores:
 
     mode: str
     table: pd.DataFrame
-    pit: Float[np.ndarray, " rows"]
-    summary: Mapping[str, float]
-    row_labels: pd.Index
+    # Probability integral transform of every outcome, randomised if it is discrete. Uniform if
+    # predictions are calibrated; NaN for classes.
+    pit: ByRow
+    summary: Mapping[str, float]  # scores over all rows and clusters
+    row_labels: pd.Index  # of `pit`
 
     def to_dataset(self) -> xr.Dataset:
         """Scores with the dimensions <factor> and row, labelled as in `Prediction.to_datatree`."""
@@ -204,15 +196,12 @@ def score_mode(
     if unseen in ("marginal", "adapt"):
         exact = _joint_log_density(posterior, rows, support, factor, new[factor], draws, seed)
         elpd = np.where(np.isnan(exact), elpd, exact)
-    table, summary = _scored(codes, y, made, log_rows, elpd)
-    labels = {"factor": factor, "cluster": new[factor].astype(object)}
-    pit = _pit(y, made, seed)
-    return ClusterScores(mode, pd.DataFrame(labels | table), pit, summary, rows.row_labels)
+    scores, summary = _scored(codes, y, made, log_rows, elpd)
+    table = pd.DataFrame({"factor": factor, "cluster": new[factor].astype(object), **scores})
+    return ClusterScores(mode, table, _pit(y, made, seed), summary, rows.row_labels)
 
 
-def crps(
-    draws: Float[np.ndarray, "draws rows"], y: Float[np.ndarray, " rows"]
-) -> Float[np.ndarray, " rows"]:
+def crps(draws: DrawsByRow, y: ByRow) -> ByRow:
     """Continuous ranked probability score E|X - y| - E|X - X'| / 2, estimated without bias.
 
     Examples
@@ -229,10 +218,10 @@ def crps(
 
 def _scored(
     codes: Int[np.ndarray, " rows"],
-    y: Float[np.ndarray, " rows"],
+    y: ByRow,
     made: Prediction,
-    log_rows: Float[np.ndarray, "draws rows"],
-    elpd: Float[np.ndarray, " clusters"],
+    log_rows: DrawsByRow,
+    elpd: ByCluster,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Scores of every cluster, and over all rows."""
     mean, outcome, n = made.mean, made.outcome.astype(float), len(elpd)
@@ -265,7 +254,7 @@ def _scored(
     return table | {"elpd": elpd}, summary | {"elpd": float(elpd.sum())}
 
 
-def _pit(y: Float[np.ndarray, " rows"], made: Prediction, seed: int) -> np.ndarray:
+def _pit(y: ByRow, made: Prediction, seed: int) -> np.ndarray:
     """Randomised probability integral transforms; NaN for classes."""
     if made.expected.ndim == 3:
         return np.full(len(y), np.nan)
@@ -274,11 +263,8 @@ def _pit(y: Float[np.ndarray, " rows"], made: Prediction, seed: int) -> np.ndarr
 
 
 def _replicated(
-    outcome: Float[np.ndarray, "draws rows"],
-    y: Float[np.ndarray, " rows"],
-    codes: Int[np.ndarray, " rows"],
-    n: int,
-) -> dict[str, Float[np.ndarray, " clusters"]]:
+    outcome: DrawsByRow, y: ByRow, codes: Int[np.ndarray, " rows"], n: int
+) -> dict[str, ByCluster]:
     """Mid-p-values of each cluster's mean and standard deviation among replicated outcomes."""
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(n))
@@ -301,17 +287,16 @@ def _replicated(
 @torch.no_grad()
 def _log_densities(
     posterior: Posterior, data: ClusteredData, source: EffectSource, draws: int
-) -> Float[np.ndarray, "draws rows"]:
+) -> DrawsByRow:
     """Return log p(y_i | draw) of every row."""
     model = posterior.model
     levels = model.data_facts().levels_with(data)
     rows = model.encode(data, levels)
     latents, _ = with_new_effects(model, source, levels, rows)
     n = max([0, *(site.shape[0] for site in latents.values() if site.dim() > 1)]) or draws
-    terms = sum(len(factor.terms) for factor in model.factors) + 1
     pieces = [
         model.log_likelihood(part, latents).expand(n, -1).double().cpu().numpy()
-        for part in rows.chunks(max(1, BLOCK_VALUES // (n * terms)))
+        for part in rows.chunks(max(1, BLOCK_VALUES // (n * values_per_row(model))))
     ]
     return np.concatenate(pieces, 1)
 
@@ -324,11 +309,11 @@ def _joint_log_density(
     labels: pd.Index,
     draws: int,
     seed: int,
-) -> Float[np.ndarray, " clusters"]:
+) -> ByCluster:
     """Return log p(y_k | support) of each cluster, its effects integrated out in every draw.
 
-    NaN if the cluster shares rows with another new cluster of the factor. The mean over draws of
-    the effects, too, is too noisy for clusters with many rows.
+    NaN if the cluster shares rows with another new cluster of the factor. A mean over draws of the
+    effects, too, would be too noisy for clusters with many rows.
     """
     both = data if support is None else joined(posterior, support, data)
     whole = _evidence(posterior, both, factor, draws, seed)
@@ -372,30 +357,12 @@ def evaluate(
     prob: float = 0.9,
     draws: int = 1000,
 ) -> pd.DataFrame:
-    """Scores of the predictions of held-out rows, one row per set.
+    """Scores of the predictions of held-out rows with outcomes, one row per set.
 
-    New clusters among the rows are predicted by the mode "marginal".
-
-    Parameters
-    ----------
-    held_out : mapping of str to ClusteredData
-        Sets of rows that were not trained on, with their outcomes, by name.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns held_out (name of the set), rows, unseen (rows in clusters not seen in training).
-        For outcomes with classes also auroc (one class against the rest), accuracy and log_loss;
-        for other outcomes rmse and coverage (share of outcomes inside their predictive interval).
-
-    Raises
-    ------
-    ValueError
-        If a set has no outcome.
-
-    Examples
-    --------
-    ``evaluate(fit.posterior, {"test": test_rows})``
+    New clusters among the rows are predicted by the mode "marginal". The columns are held_out (name
+    of the set), rows and unseen (rows in clusters not seen in training). Outcomes with classes have
+    also auroc (one class against the rest), accuracy and log_loss; other outcomes have rmse and
+    coverage (share of outcomes inside their predictive interval).
     """
     records, settings = [], {"prob": prob, "draws": draws}
     source = Marginal(posterior.draws(draws), posterior.seed)

@@ -30,7 +30,6 @@ __all__ = [
     "warn_if_alien",
 ]
 
-
 # A new cluster is alien if the p-value of its distance to all seen clusters is below this.
 ALIEN = 0.01
 
@@ -46,7 +45,8 @@ class FactorEvidence:
     """
 
     classifier: ClusterClassifier
-    labels: pd.Index  # the new clusters
+    seen: pd.Index  # labels of the seen clusters
+    labels: pd.Index  # labels of the new clusters
     rows: Float[np.ndarray, " new"]  # number of rows of each
     log_ratio: Float[np.ndarray, "new clusters"]  # sums of log p(k | x) - log pi_k
     position: Float[np.ndarray, "new q"]  # sums of features, in the classifier's coordinates
@@ -83,7 +83,6 @@ class Evidence:
     """Evidence of the features for every new cluster, by factor."""
 
     factors: Mapping[str, FactorEvidence]  # without factors that have no new clusters
-    levels: Mapping[str, pd.Index]  # labels of the seen clusters
 
     def table(self) -> pd.DataFrame:
         """Most probable seen cluster and its certainty, one row per new cluster.
@@ -104,7 +103,7 @@ class Evidence:
                 "factor": name,
                 "cluster": evidence.labels.astype(object),
                 "rows": evidence.rows.astype(int),
-                "nearest": self.levels[name].astype(object)[chance.argmax(1)],
+                "nearest": evidence.seen.astype(object)[chance.argmax(1)],
                 "probability": chance.max(1),
                 "entropy": scipy.stats.entropy(chance, axis=1),
                 "distance": distance,
@@ -169,8 +168,8 @@ def gather_evidence(
             values.new_zeros(len(labels), values.shape[1]).index_add(0, codes, values).cpu().numpy()
             for values in by_row
         ]
-        by_factor[name] = FactorEvidence(classifier, labels, rows, *sums)
-    return Evidence(by_factor, {name: facts.levels[name] for name in by_factor})
+        by_factor[name] = FactorEvidence(classifier, levels[name][:seen], labels, rows, *sums)
+    return Evidence(by_factor)
 
 
 def merge_evidence(first: Evidence, second: Evidence) -> Evidence:
@@ -178,7 +177,7 @@ def merge_evidence(first: Evidence, second: Evidence) -> Evidence:
     factors = dict(first.factors)
     for name, right in second.factors.items():
         factors[name] = _added(factors[name], right) if name in factors else right
-    return Evidence(factors, {**first.levels, **second.levels})
+    return Evidence(factors)
 
 
 def _added(left: FactorEvidence, right: FactorEvidence) -> FactorEvidence:
@@ -190,7 +189,7 @@ def _added(left: FactorEvidence, right: FactorEvidence) -> FactorEvidence:
         total[: len(a)] += a
         total[labels.get_indexer(right.labels)] += b
         sums.append(total)
-    return FactorEvidence(left.classifier, labels, *sums)
+    return FactorEvidence(left.classifier, left.seen, labels, *sums)
 
 
 def warn_if_alien(table: pd.DataFrame) -> None:

@@ -32,7 +32,6 @@ __all__ = [
     "one_cluster_per_row",
 ]
 
-
 MODES: Mapping[str, str] = {
     "population": "random effects zero: the fixed effects alone, with no cluster uncertainty",
     "marginal": "random effects drawn from N(0, D): a new cluster of the same population",

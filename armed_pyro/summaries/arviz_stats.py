@@ -16,7 +16,6 @@ from armed_pyro.summaries.datatree import arviz_api, latent_dataset, log_likelih
 
 __all__ = ["leave_one_out", "prior_sensitivity"]
 
-
 MOST_LEFT_OUT = 4000
 
 

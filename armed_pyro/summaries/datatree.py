@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -32,7 +33,6 @@ from armed_pyro.program.units import (
 from armed_pyro.rows.batch import Rows
 
 __all__ = ["GROUPS", "arviz_api", "latent_dataset", "log_likelihood", "to_datatree"]
-
 
 Draws = dict[str, Tensor]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
@@ -120,24 +120,26 @@ def to_datatree(
 def _posterior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     if posterior.model.others:
         with posterior.model.seeded(seed + 1):
-            return _replicated(posterior, draws, posterior.draws(draws, seed=seed))
+            latents = posterior.draws(draws, seed=seed)
+            return _by_row(posterior, draws, _replicated(posterior, draws, latents))
     source = Marginal(posterior.draws(draws, seed=seed), seed)
     parts = predict_chunks(posterior, posterior.data, source, draws=draws, seed=seed)
-    return _by_row(posterior, draws, {posterior.data.outcome_name: [p.outcome for p in parts]})
+    name = posterior.data.outcome_name
+    return _by_row(posterior, draws, ({name: torch.from_numpy(p.outcome)} for p in parts))
 
 
 def _prior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     latents = _prior_draws(posterior, draws, seed)
     with posterior.model.seeded(seed + 3):
-        return _replicated(posterior, draws, latents)
+        return _by_row(posterior, draws, _replicated(posterior, draws, latents))
 
 
-def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
+def _replicated(posterior: Posterior, draws: int, latents: Draws) -> Iterator[Draws]:
     """Draws of the outcomes given these latent sites; other outcomes are left out if too large.
 
     All outcomes of a row are drawn from the same latent sites.
     """
-    model, blocks = posterior.model, dict[str, list[np.ndarray]]()
+    model = posterior.model
     values = draws * posterior.data.n_rows * math.prod(model.data_facts().feature_shape)
     others = bool(model.others) and 4 * values <= LARGEST_OTHER
     if model.others and not others:
@@ -146,7 +148,7 @@ def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
             f"{4e-9 * values:.1f} GB and are left out: ask for fewer draws, or use "
             "Fit.predict(rows).others, which holds their means and sds",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     for rows in _blocks(posterior, draws, others=others):
         predictor = model.predictor(rows, latents, return_fixed=False, others=others)
@@ -155,38 +157,35 @@ def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
         if others:
             densities = model.other_densities(predictor.others, latents, rows)
             drawn |= {other.name: density.sample() for other, density in densities.items()}
-        for name, sample in drawn.items():
-            blocks.setdefault(name, []).append(sample.cpu().numpy())
-    return _by_row(posterior, draws, blocks)
+        yield drawn
 
 
 def log_likelihood(
     posterior: Posterior, draws: int, seed: int, *, others: bool = True
 ) -> xr.Dataset:
     """Log-likelihood of every training row (chain, draw, row), by outcome; see `to_datatree`."""
-    model, latents = posterior.model, posterior.draws(draws, seed=seed)
-    blocks = dict[str, list[np.ndarray]]()
+    latents = posterior.draws(draws, seed=seed)
+    blocks = (
+        log_likelihoods(posterior.model, rows, latents, others=others)
+        for rows in _blocks(posterior, draws, others=others)
+    )
     with torch.no_grad():
-        for rows in _blocks(posterior, draws, others=others):
-            for name, values in log_likelihoods(model, rows, latents, others=others).items():
-                blocks.setdefault(name, []).append(values.cpu().numpy())
-    return _by_row(posterior, draws, blocks, drawn=False)
+        return _by_row(posterior, draws, blocks, drawn=False)
 
 
 def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
-    variables: Variables = {}
-    if posterior.data.outcome is not None:
-        outcome = _counts(posterior.data.outcome.numpy(), posterior.model.family.integer)
-        variables[variable_name(posterior.data.outcome_name)] = (("row",), outcome)
-    features = posterior.model.data_facts().scaling.standardise(posterior.data.features).numpy()
-    for other in posterior.model.others:
+    data, model, variables = posterior.data, posterior.model, Variables()
+    if data.outcome is not None:
+        outcome = _counts(data.outcome.numpy(), model.family.integer)
+        variables[variable_name(data.outcome_name)] = (("row",), outcome)
+    features = model.data_facts().scaling.standardise(data.features).numpy()
+    for other in model.others:
         variables[variable_name(other.name)] = (("row", *_axes(features.ndim - 1)), features)
     return _dataset(posterior, variables)
 
 
 def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
-    data, coords = posterior.data, {}
-    variables: Variables = {}
+    data, coords, variables = posterior.data, {}, Variables()
     if data.n_features:
         dims = _axes(data.features.dim() - 1)
         if data.feature_names:
@@ -195,9 +194,8 @@ def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     for name, grouping in data.groupings.items():
         labels = label_values(grouping.levels)[grouping.codes.numpy()]
         variables[variable_name(name)] = (("row",), labels)
-    roles = {"trials": data.trials, "offset": data.offset, "weights": data.weights}
-    for name, values in roles.items():
-        if values is not None:
+    for name in ("trials", "offset", "weights"):
+        if (values := getattr(data, name)) is not None:
             variables[name] = (("row",), values.numpy())
     return _dataset(posterior, variables, **coords)
 
@@ -256,8 +254,7 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
     Random effects may be missing from `latents`. A quantity that is known in advance has a single
     draw, which is repeated.
     """
-    variables: Variables = {}
-    coords: dict[str, Any] = {}
+    variables, coords = Variables(), dict[str, Any]()
 
     def add(name: str, dims: tuple[str, ...], values: Tensor) -> None:
         shape = (1, draws, *values.shape[1:])
@@ -294,26 +291,25 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
 
 
 def _by_row(
-    posterior: Posterior,
-    draws: int,
-    blocks: Mapping[str, Sequence[np.ndarray]],
-    *,
-    drawn: bool = True,
+    posterior: Posterior, draws: int, blocks: Iterable[Mapping[str, Tensor]], *, drawn: bool = True
 ) -> xr.Dataset:
-    """Draws of a quantity of each row and outcome, from blocks "... rows" of consecutive rows.
+    """Draws of a quantity of each row, from blocks "... rows" of consecutive rows, by outcome.
 
     If the quantity is a draw of the outcome, other outcomes have the dimensions of the features,
     and outcomes of some families are integers.
     """
-    variables: Variables = {}
-    for name, parts in blocks.items():
-        other = name != posterior.data.outcome_name
-        axes = posterior.data.features.dim() - 1 if drawn and other else 0
-        inner = axes + 1  # dimensions of the rows and their values
-        full = [np.broadcast_to(part, (draws, *part.shape[-inner:])) for part in parts]
-        integer = drawn and not other and posterior.model.family.integer
-        values = _counts(np.concatenate(full, 1), integer)
-        variables[variable_name(name)] = (("chain", "draw", "row", *_axes(axes)), values[None])
+    variables, by_name = Variables(), defaultdict[str, list[np.ndarray]](list)
+    for block in blocks:
+        for name, values in block.items():
+            main = name == posterior.data.outcome_name
+            inner = posterior.data.features.dim() if drawn and not main else 1
+            shape = (draws, *values.shape[-inner:])
+            by_name[name].append(np.broadcast_to(values.cpu().numpy(), shape))
+    for name, parts in by_name.items():
+        integer = drawn and name == posterior.data.outcome_name and posterior.model.family.integer
+        array = _counts(np.concatenate(parts, 1), integer)
+        dims = ("chain", "draw", "row", *_axes(array.ndim - 2))
+        variables[variable_name(name)] = (dims, array[None])
     return _dataset(posterior, variables, chain=[0], draw=np.arange(draws))
 
 

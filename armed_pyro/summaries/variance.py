@@ -27,13 +27,11 @@ from armed_pyro.rows.batch import Rows
 
 __all__ = ["fixed_effects", "random_effects", "variance_components"]
 
-
 Row = tuple[str, str, str, Tensor]  # factor, term, statistic, draws
 Weights = Float[Tensor, "draws 1 fixed_terms"]
-# Most rows over which the variances of the fixed and random parts are averaged.
-MOST_ROWS = 20_000
-# Rows times draws in one block.
-MOST_VALUES = 2**20
+# Most rows over which the variances of the fixed and random parts are averaged, and rows times
+# draws in one block.
+MOST_ROWS, MOST_VALUES = 20_000, 2**20
 
 
 def variance_components(
