@@ -37,14 +37,7 @@ def gaussian():
 def weights_of(result, support, draws, seed=0, update=False):
     """Draws, log-weights and effects before resampling."""
     latents = dict(result.draws(draws, seed=seed))
-    facts = result.model.data_facts()
-    levels = facts.levels_with(support)
-    new = {f.name: levels[f.name][len(facts.levels[f.name]) :] for f in result.model.factors}
-    effects = {
-        f.name: latents[f.effect_site].new_zeros(draws, len(new[f.name]), len(f.terms))
-        for f in result.model.factors
-    }
-    made = condition(result.posterior, support, latents, effects, seed, update_seen=update)
+    made = condition(result.posterior, support, latents, seed, update_seen=update)
     quality = {"efficiency": made.efficiency}
     return made.latents, made.log_weights, made.effects, quality
 

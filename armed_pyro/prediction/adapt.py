@@ -187,7 +187,8 @@ def adapt(
     effects: Latents = {f.name: marginal.effects(f, new[f.name])[0] for f in model.factors}
     quality = {"ess": float(draws), "k_hat": -np.inf, "reweighted": 1.0, "efficiency": 1.0}
     if support.n_rows and model.factors:
-        made = condition(posterior, support, latents, effects, seed, update_seen=update_seen)
+        options: dict[str, Any] = {"effects": effects, "update_seen": update_seen}
+        made = condition(posterior, support, latents, seed, **options)
         latents, effects, quality["efficiency"] = made.latents, made.effects, made.efficiency
         index = _resampled(made.log_weights, seed, quality)
         if index is not None:
@@ -205,12 +206,8 @@ def check_support(
 ) -> None:
     """Check that the rows have outcomes and belong to new clusters, of the data to be predicted.
 
-    `new_in_data` are the new clusters of the data; by default the support may have any.
-
-    Raises
-    ------
-    ValueError
-        If an outcome is missing, a row lies in seen clusters only, or a cluster is not in the data.
+    `new_in_data` are the new clusters of the data; by default the support may have any. ValueError
+    tells of a missing outcome, a row in seen clusters only, or a cluster that is not in the data.
     """
     model, facts = posterior.model, posterior.model.data_facts()
     if support.outcome is None:

@@ -42,12 +42,8 @@ def predict_chunks(
     block has its own random numbers. `source` has the posterior draws and the effects of new
     clusters; `draws` is their number where the program has no latent site. By default the arrays of
     a block take about 100 MB. Without `outcomes`, which tables of expected outcomes do not need,
-    `Prediction.outcome` holds the predictor, and no other outcome is predicted.
-
-    Raises
-    ------
-    ValueError
-        If there are no rows, fewer than two draws, or `prob` is not a probability.
+    `Prediction.outcome` holds the predictor, and no other outcome is predicted. Raises ValueError
+    if there are no rows, fewer than two draws, or `prob` is not a probability.
     """
     reconstruct = outcomes and others
     check_settings(draws, prob)

@@ -52,15 +52,15 @@ def condition(
     posterior: Posterior,
     support: ClusteredData,
     latents: Latents,
-    effects: Mapping[str, Float[Tensor, "draws new terms"]],
     seed: int,
     *,
+    effects: Mapping[str, Float[Tensor, "draws new terms"]] | None = None,
     update_seen: bool = False,
 ) -> Conditioned:
     """Draw the effects of all clusters of the support given each posterior draw.
 
-    `effects` has a draw for each new cluster; those of clusters with rows are replaced. With
-    `update_seen`, the effects of seen clusters in the support are replaced, too.
+    `effects` are those of the new clusters, zero by default; those of clusters with rows are
+    replaced. With `update_seen`, the effects of seen clusters in the support are replaced, too.
     """
     model, facts = posterior.model, posterior.model.data_facts()
     levels = facts.levels_with(support)
@@ -76,16 +76,17 @@ def condition(
         source = _with_training(posterior, source, levels, free)
     source = model.compute(source)
     trained = torch.arange(len(source)) >= support.n_rows
-    zeroed = dict(latents)
+    zeroed, zeros = dict(latents), {}
     for f in model.factors:
         seen, new = latents[f.effect_site], len(levels[f.name]) - first_new[f.name]
-        both = torch.cat([seen, seen.new_zeros(len(seen), new, seen.shape[-1])], -2)
+        zeros[f.name] = seen.new_zeros(len(seen), new, seen.shape[-1])
+        both = torch.cat([seen, zeros[f.name]], -2)
         both[:, free[f.name].to(both.device)] = 0.0
         zeroed[f.effect_site] = both
     solver = _Solver(posterior, zeroed, source, levels, seed)
     sites = {f.effect_site for f in model.factors} if update_seen else set()
     latents = {k: v.clone() if k in sites else v for k, v in latents.items()}
-    effects = {name: value.clone() for name, value in effects.items()}
+    effects = {name: value.clone() for name, value in (effects or zeros).items()}
     total, efficiency, evidence = torch.zeros(()), 1.0, []
     most = max(1, MOST_VALUES // max(site.shape[0] for site in latents.values()))
     for nodes, rows in _in_batches(_components(model.factors, source, free), most):
@@ -195,17 +196,14 @@ def _components(
     graph = scipy.sparse.coo_array((np.ones(edges.shape[1]), tuple(edges)), shape=(total, total))
     _, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
     members: dict[int, list[Node]] = defaultdict(list)
-    present = np.unique(label[row_node[row_node >= 0].numpy()])
     for f, factor in enumerate(factors):
         for cluster in free[factor.name].nonzero()[:, 0].tolist():
             members[int(label[offset[f] + cluster])].append((f, cluster))
-    row_label = np.where(row_node.numpy() >= 0, label[row_node.numpy()], -1)
-    order = np.argsort(row_label, kind="stable")
-    left = np.searchsorted(row_label[order], present)
-    right = np.searchsorted(row_label[order], present, side="right")
+    inside = (row_node >= 0).nonzero()[:, 0].numpy()
+    of_row = pd.Series(label[row_node[inside].numpy()])
     alike: dict[tuple[int, ...], Groups] = {}
-    for component, begin, end in zip(present, left, right, strict=True):
-        nodes = members[int(component)]
+    for component, places in of_row.groupby(of_row).indices.items():
+        nodes = members[component]
         kind = tuple(f for f, _ in nodes)
         size = sum(len(factors[f].terms) for f in kind)
         if size > MOST_EFFECTS and len(kind) > 1:
@@ -216,7 +214,7 @@ def _components(
             )
         groups, rows = alike.setdefault(kind, ([], []))
         groups.append(nodes)
-        rows.append(torch.from_numpy(order[begin:end].copy()))
+        rows.append(torch.from_numpy(inside[places]))
     yield from alike.values()
 
 

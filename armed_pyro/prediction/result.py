@@ -60,7 +60,7 @@ class Prediction:
         Random effects of the new clusters, by factor; empty if each row was a separate cluster.
     membership : pandas.DataFrame or None
         For the modes "membership" and "nearest", the seen cluster that each new cluster resembles;
-        see `armed_pyro.prediction.similarity.Evidence.table`.
+        see `armed_pyro.prediction.similarity.evidence_table`.
     others : mapping of str to Reconstructed
         The program's other outcomes, by name.
 

@@ -330,18 +330,11 @@ def _evidence(
     posterior: Posterior, data: ClusteredData, factor: str, draws: int, seed: int
 ) -> dict[str, Float[np.ndarray, " draws"]]:
     """Return log p(y_k | draw) of each new cluster without connections to others of its factor."""
-    model = posterior.model
-    if not model.factors:
-        return {}
+    model, by_label = posterior.model, {}
     latents, new = posterior.draws(draws, seed=seed), new_clusters(model, data)
-    effects = {
-        f.name: latents[f.effect_site].new_zeros(draws, len(new[f.name]), len(f.terms))
-        for f in model.factors
-    }
-    by_label = {}
     number = [f.name for f in model.factors].index(factor)
     seen = len(model.data_facts().levels[factor])
-    for groups, evidence in condition(posterior, data, latents, effects, seed).evidence:
+    for groups, evidence in condition(posterior, data, latents, seed).evidence:
         for place, nodes in enumerate(groups):
             clusters = [cluster for f, cluster in nodes if f == number]
             if len(clusters) == 1:

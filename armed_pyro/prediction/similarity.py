@@ -25,6 +25,7 @@ __all__ = [
     "Evidence",
     "FactorEvidence",
     "Resembling",
+    "evidence_table",
     "gather_evidence",
     "merge_evidence",
     "warn_if_alien",
@@ -78,40 +79,34 @@ class FactorEvidence:
         return new, np.where(new > seen.max(), p_value, np.maximum(p_value, 1 / (k + 1)))
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """Evidence of the features for every new cluster, by factor."""
+Evidence = Mapping[str, FactorEvidence]  # by factor; factors without new clusters are left out
 
-    factors: Mapping[str, FactorEvidence]  # without factors that have no new clusters
 
-    def table(self) -> pd.DataFrame:
-        """Most probable seen cluster and its certainty, one row per new cluster.
+def evidence_table(evidence: Evidence) -> pd.DataFrame:
+    """Most probable seen cluster and its certainty, one row per new cluster.
 
-        Returns
-        -------
-        pandas.DataFrame
-            Columns factor, cluster, rows, nearest (the seen cluster with the highest probability),
-            probability, entropy (in nats; 0 is certain), distance (to the nearest seen cluster's
-            features, in standard deviations within clusters), p_value (of that distance), alien
-            (p-value below 0.01: the features resemble no seen cluster's).
-        """
-        parts = []
-        for name, evidence in self.factors.items():
-            chance = evidence.probability()
-            distance, p_value = evidence.distance()
-            columns = {
-                "factor": name,
-                "cluster": evidence.labels.astype(object),
-                "rows": evidence.rows.astype(int),
-                "nearest": evidence.seen.astype(object)[chance.argmax(1)],
-                "probability": chance.max(1),
-                "entropy": scipy.stats.entropy(chance, axis=1),
-                "distance": distance,
-                "p_value": p_value,
-                "alien": p_value < ALIEN,
-            }
-            parts.append(pd.DataFrame(columns))
-        return pd.concat(parts, ignore_index=True)
+    The columns are factor, cluster, rows, nearest (the seen cluster with the highest probability),
+    probability, entropy (in nats; 0 is certain), distance (to the nearest seen cluster's features,
+    in standard deviations within clusters), p_value (of that distance), and alien (p-value below
+    0.01: the features resemble no seen cluster's).
+    """
+    parts = []
+    for name, of_factor in evidence.items():
+        chance = of_factor.probability()
+        distance, p_value = of_factor.distance()
+        columns = {
+            "factor": name,
+            "cluster": of_factor.labels.astype(object),
+            "rows": of_factor.rows.astype(int),
+            "nearest": of_factor.seen.astype(object)[chance.argmax(1)],
+            "probability": chance.max(1),
+            "entropy": scipy.stats.entropy(chance, axis=1),
+            "distance": distance,
+            "p_value": p_value,
+            "alien": p_value < ALIEN,
+        }
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +123,7 @@ class Resembling(EffectSource):
         draws, mode = len(seen), "nearest" if self.nearest else "membership"
         if not len(labels):
             return seen[:, :0], []
-        evidence = self.evidence.factors[factor.name]
+        evidence = self.evidence[factor.name]
         chance = evidence.probability()[evidence.labels.get_indexer(labels)]
         if self.nearest:
             chosen = np.broadcast_to(chance.argmax(1)[:, None], (len(labels), draws))
@@ -160,24 +155,19 @@ def gather_evidence(
         classifier = classifiers.of(posterior, name)
         codes, x = source.codes[name][index] - seen, source.x[index]
         rows = torch.bincount(codes, minlength=len(labels)).double().cpu().numpy()
-        by_row = (
-            classifier.log_prob(x) - classifier.log_prior,
-            classifier.position(x).double(),
-        )
+        by_row = (classifier.log_prob(x) - classifier.log_prior, classifier.position(x).double())
         sums = [
             values.new_zeros(len(labels), values.shape[1]).index_add(0, codes, values).cpu().numpy()
             for values in by_row
         ]
         by_factor[name] = FactorEvidence(classifier, levels[name][:seen], labels, rows, *sums)
-    return Evidence(by_factor)
+    return by_factor
 
 
 def merge_evidence(first: Evidence, second: Evidence) -> Evidence:
     """Evidence of both sets of rows together."""
-    factors = dict(first.factors)
-    for name, right in second.factors.items():
-        factors[name] = _added(factors[name], right) if name in factors else right
-    return Evidence(factors)
+    added = {name: _added(first[name], second[name]) for name in first.keys() & second.keys()}
+    return {**first, **second, **added}
 
 
 def _added(left: FactorEvidence, right: FactorEvidence) -> FactorEvidence:
@@ -193,7 +183,7 @@ def _added(left: FactorEvidence, right: FactorEvidence) -> FactorEvidence:
 
 
 def warn_if_alien(table: pd.DataFrame) -> None:
-    """Warn of new clusters in `Evidence.table` whose features resemble no seen cluster's."""
+    """Warn of new clusters in `evidence_table` whose features resemble no seen cluster's."""
     for factor, rows in table[table["alien"]].groupby("factor"):
         warnings.warn(
             f"no cluster of {factor!r} seen in training has features like those of "

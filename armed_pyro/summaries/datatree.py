@@ -114,9 +114,6 @@ def to_datatree(
     return xr.DataTree.from_dict({name: group for name, group in made.items() if group.data_vars})
 
 
-# --- the groups -------------------------------------------------------------------------------
-
-
 def _posterior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     if posterior.model.others:
         with posterior.model.seeded(seed + 1):
@@ -232,9 +229,6 @@ GROUPS: Mapping[str, Maker] = {
     "constant_data": _constant_data,
     "sample_stats": _sample_stats,
 }
-
-
-# --- parts of groups --------------------------------------------------------------------------
 
 
 def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:

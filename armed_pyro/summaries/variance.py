@@ -175,10 +175,7 @@ def _shares(
 
 
 def _fixed_variance(
-    model: MixedEffects,
-    rows: Rows,
-    activations: Mapping[str, Tensor],
-    weights: Weights | None,
+    model: MixedEffects, rows: Rows, activations: Mapping[str, Tensor], weights: Weights | None
 ) -> Float[Tensor, "draws_or_1 columns"]:
     """Variance of the fixed part over the rows."""
     if weights is None:
@@ -195,10 +192,7 @@ def _fixed_variance(
 
 
 def _means(
-    model: MixedEffects,
-    rows: Rows,
-    weights: Weights | None,
-    random: Float[Tensor, "draws columns"],
+    model: MixedEffects, rows: Rows, weights: Weights | None, random: Float[Tensor, "draws columns"]
 ) -> Float[Tensor, "draws columns"]:
     """Mean outcome over the rows, and over random effects whose variances are `random`."""
     size = max(1, MOST_VALUES // max(1, len(rows) * random.shape[-1]))
