@@ -203,9 +203,15 @@ def predict_table(
     new = _new_clusters(posterior, schema, table, report)
     check_mode(unseen, new, support=support is not None)
     resembling = unseen in RESEMBLING and any(map(len, new.values()))
-    evidence = source = None
+    evidence: Evidence | None = None
+    source = membership = None
     if resembling and pooled:
-        evidence = _evidence(posterior, schema, table, wanted, classifiers, report)
+        evidence = {}
+        for frame in _reported(table, EVIDENCE_ROWS, wanted, "comparing clusters", report):
+            data = ClusteredData.encode(frame, schema)
+            evidence = merge_evidence(evidence, gather_evidence(posterior, data, classifiers))
+        membership = evidence_table(evidence)
+        warn_if_alien(membership)
     settings: dict[str, Any] = {"draws": draws, "seed": seed}
     if pooled or not resembling:
         source = _source_of(posterior, unseen, new, support, evidence, **settings)
@@ -222,7 +228,7 @@ def predict_table(
             yield from predict_chunks(posterior, data, block_source, **options)
             start += len(frame)
 
-    return parts(), None if evidence is None else evidence_table(evidence)
+    return parts(), membership
 
 
 def _new_clusters(
@@ -247,23 +253,6 @@ def _new_clusters(
         levels = as_seen(reduce(Grouping.cross, groupings).levels, seen)
         new[factor] = levels[~levels.isin(seen)]
     return new
-
-
-def _evidence(
-    posterior: Posterior,
-    schema: Schema,
-    table: TableBlocks,
-    wanted: tuple[str, ...],
-    classifiers: Classifiers,
-    report: Report,
-) -> Evidence:
-    """Evidence of every new cluster, pooled over all its rows."""
-    total: Evidence = {}
-    for frame in _reported(table, EVIDENCE_ROWS, wanted, "comparing clusters", report):
-        data = ClusteredData.encode(frame, schema)
-        total = merge_evidence(total, gather_evidence(posterior, data, classifiers))
-    warn_if_alien(evidence_table(total))
-    return total
 
 
 def _reported(

@@ -160,7 +160,7 @@ def gather_evidence(
             values.new_zeros(len(labels), values.shape[1]).index_add(0, codes, values).cpu().numpy()
             for values in by_row
         ]
-        by_factor[name] = FactorEvidence(classifier, levels[name][:seen], labels, rows, *sums)
+        by_factor[name] = FactorEvidence(classifier, facts.levels[name], labels, rows, *sums)
     return by_factor
 
 
