@@ -21,9 +21,9 @@ from armed_pyro.engine.processes import (
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.fit_result import Fit
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.divergence import TrainingDiverged
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.train import GuideFactory, train
+from armed_pyro.inference.training_run import TrainingDiverged
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.streaming.on_disk import StreamedRows

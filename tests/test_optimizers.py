@@ -375,7 +375,7 @@ def test_state_is_that_of_every_factor_read_in_batches():
 
 def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     """Of a wide layer's effects those of a batch are trained on: read again, they are others'."""
-    monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", 64)
+    monkeypatch.setattr("armed_pyro.inference.phases.LARGEST_STEP", 64)
     data, calls, read = many(), [], LazyAdam.read
 
     def counted(self, rows):

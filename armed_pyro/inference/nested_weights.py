@@ -74,14 +74,7 @@ class Weighted:
 def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weighted:
     """Map noise to the guide's draws, and compute their log-weights.
 
-    Parameters
-    ----------
-    model, guide : MixedEffects, Guide
-        The program and its approximate posterior.
-    rows : Rows
-        All rows or a mini-batch; with several particles, a mini-batch of whole clusters.
-    noise : Noise
-        The guide's random numbers, and the log-ratio of their density to the standard normal's.
+    With several particles a mini-batch must hold whole clusters.
     """
     nested, outcome = guide.nested(), model.data_facts().outcome_name
     site = "" if nested is None else nested.effect_site

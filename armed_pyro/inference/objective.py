@@ -32,11 +32,6 @@ class Objective:
     posterior (Roeder, Wu, Duvenaud 2017). The second term trains the network only. Latent sites are
     detached in it, because it would count their likelihood twice. The adversaries' gradients reach
     the network reversed.
-
-    Parameters
-    ----------
-    model, guide : MixedEffects, Guide
-        The program and its approximate posterior.
     """
 
     model: MixedEffects
@@ -45,12 +40,7 @@ class Objective:
     def __call__(self, rows: Rows, progress: float | Tensor = 1.0) -> Loss:
         """The objective on all rows or a mini-batch, a mean over rows.
 
-        Parameters
-        ----------
-        rows : Rows
-            All rows, or a mini-batch with its weights.
-        progress : float or Float[Tensor, ""]
-            Share of the training steps taken, for the warm-up of the adversaries.
+        `progress` is the share of the training steps taken, for the warm-up of the adversaries.
         """
         n = self.model.data_facts().n_rows
         share = rows.scale * len(rows) / n  # 1 unless several processes share the rows
@@ -104,29 +94,14 @@ class NestedBound:
     With one particle from the guide's conditional this is the usual bound. With more particles it
     approaches the bound with the random effects integrated out. Mini-batches of whole clusters
     estimate it without bias (Geffner and Domke 2022).
-
-    Parameters
-    ----------
-    model, guide : MixedEffects, Guide
-        The program and its approximate posterior.
-    particles : int
-        Number M of draws of each cluster's random effects per draw of theta.
     """
 
     model: MixedEffects
     guide: Guide
-    particles: int
+    particles: int  # M: draws of each cluster's random effects per draw of theta
 
     def __call__(self, rows: Rows, draws: int) -> Loss:
-        """The loss on all rows or on a mini-batch of whole clusters, a mean over rows.
-
-        Parameters
-        ----------
-        rows : Rows
-            The rows.
-        draws : int
-            Number of draws of theta to average over.
-        """
+        """The loss on all rows or whole clusters: a mean over rows, and over draws of theta."""
         like = self.model.reference()
         if self.particles == 1:
             noise = gaussian_noise(self.guide, rows, draws, like)

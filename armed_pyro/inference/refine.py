@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import pyro
 import torch
@@ -35,47 +34,7 @@ def refine(
     seed: int | None = None,
     progress: bool = True,
 ) -> Posterior:
-    """The posterior with better draws, at the same network weights.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    method : {"psis", "nuts"}
-        "psis" weighs draws of the guide. The weights are nested (a few particles for each cluster
-        within each draw of the hyperparameters) and Pareto smoothed. "nuts" is the No-U-Turn
-        sampler in the coordinates in which the guide is standard normal. It is slower by far, but
-        right even if the guide is not (k-hat above 0.7).
-    draws : int
-        Number of draws, with NUTS over all chains. With very many clusters psis keeps fewer.
-    chains, warmup : int
-        Number of NUTS chains, and of warm-up steps per chain.
-    seed : int, optional
-        Seed of the draws; that of the training by default.
-    progress : bool
-        Whether to show a progress bar.
-
-    Returns
-    -------
-    Posterior
-        All results of it use these draws. Their quality is in ``posterior.refined.quality``, and
-        `Fit.diagnostics` judges it.
-
-    Raises
-    ------
-    ValueError
-        If the method is unknown, a number is too small, or the program has no latent site. If the
-        fit keeps only a sample of its rows, and its draws were not weighed during training.
-
-    Examples
-    --------
-    ``fit(model, data).refine().variance_components()``
-
-    References
-    ----------
-    Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
-    Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo".
-    """
+    """The posterior with better draws, at the same network weights; see `Fit.refine`."""
     if method not in METHODS:
         known = "; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items())
         raise ValueError(f"unknown method {method!r}: choose one of {known}")
@@ -133,11 +92,13 @@ def _nuts(
             start = dict(gaussian_noise(guide, rows, 1, model.reference()).values)
             kernel = NUTS(potential_fn=potential, target_accept_prob=0.85, max_tree_depth=7)
 
-            def advance(*_: Any) -> None:
-                bar.advance(task)
-
             mcmc = MCMC(
-                kernel, draws, warmup, initial_params=start, disable_progbar=True, hook_fn=advance
+                kernel,
+                draws,
+                warmup,
+                initial_params=start,
+                disable_progbar=True,
+                hook_fn=lambda *_: bar.advance(task),
             )
             mcmc.run()
             sampled.append(mcmc.get_samples())

@@ -24,40 +24,14 @@ __all__ = ["TrainingTask"]
 
 @dataclass(frozen=True, eq=False)
 class TrainingTask:
-    """Program, guide, rows and settings of a training run.
-
-    Attributes
-    ----------
-    model : MixedEffects
-        The bound program, trained in place.
-    guide : Guide
-        The guide of the program, trained in place.
-    data : ClusteredData
-        The training rows that the posterior keeps: all, or a sample.
-    source : RowSource
-        All training rows.
-    share : Share
-        The rows that this process trains the network on.
-    validation : Rows, optional
-        Rows whose loss decides when the network's training ends.
-    schedule : Schedule
-        Length and rates of training.
-    seed : int
-        Seed of the run.
-    compile : {"auto", "always", "never"}
-        Whether steps are compiled.
-
-    Examples
-    --------
-    ``Run(TrainingTask.single(model, guide, data, Schedule(steps=100)))``
-    """
+    """The bound program and its guide, trained in place; rows and settings of a training run."""
 
     model: MixedEffects
     guide: Guide
-    data: ClusteredData
-    source: RowSource
-    share: Share
-    validation: Rows | None
+    data: ClusteredData  # the rows that the posterior keeps: all, or a sample
+    source: RowSource  # all rows
+    share: Share  # the rows that this process trains the network on
+    validation: Rows | None  # their loss decides when the network's training ends
     schedule: Schedule
     seed: int
     compile: CompileMode = "auto"
