@@ -42,23 +42,8 @@ class LazyAdam:
     1 / sqrt(share of batches with the cluster). `torch.optim.SparseAdam` corrects all clusters'
     bias by one common number of steps.
 
-    Parameters
-    ----------
-    guide : Guide
-        The whole guide.
-    counts : mapping of str to Int[Tensor, "clusters"]
-        Rows in each cluster, of the factors whose clusters are read batch by batch.
-    room : int
-        Rows of a batch.
-    eps : float
-        Adam's; its betas are 0.9 and 0.99.
-
-    Attributes
-    ----------
-    guide : Guide
-        The small guide.
-    tables : dict of str to ClusterTable
-        By factor.
+    `counts` are the rows in each cluster of the factors whose clusters are read batch by batch, and
+    `room` the rows of a batch. `guide` is the small guide, and `tables` has an entry per factor.
 
     Examples
     --------
@@ -100,10 +85,9 @@ class LazyAdam:
         return _Reading(self, objective) if self.tables else objective
 
     def read(self, rows: Rows) -> Rows:
-        """Read the clusters of some rows; the rows as the small guide numbers them.
+        """Read the clusters of the rows; the rows as the small guide numbers them.
 
-        The rows may come with all clusters, or with only those that they draw, of which there
-        may be no more than there is room for.
+        The rows come with all clusters, or with those that they draw, at most as many as `room`.
         """
         memberships = dict(rows.memberships)
         for name, table in self.tables.items():
@@ -133,6 +117,7 @@ class LazyAdam:
 class _Reading:
     """An objective that reads the clusters it needs."""
 
+    # Equal for equal objectives, which are not compiled anew.
     lazy: LazyAdam
     objective: Callable[..., Loss]
 
@@ -149,23 +134,8 @@ class ClusterTable(Update):
     read as a hundred. Until `release` the whole guide's parameters and buffers are views of the
     table.
 
-    Parameters
-    ----------
-    whole, small : PseudoObservations
-        The guide's numbers of all clusters, and of those of a batch.
-    names : mapping of int to str
-        Name of each of the small guide's parameters, by identity.
-    counts : Int[Tensor, "clusters"]
-        Rows in each cluster.
-    eps : float
-        Adam's.
-
-    Attributes
-    ----------
-    names : tuple of str
-        Trained parameters.
-    state : dict of str to Tensor
-        Moments and numbers of steps of all clusters, as views.
+    `names` maps the identity of the small guide's parameters to their names; afterwards it holds
+    those of the trained ones. `state` views the moments and numbers of steps of all clusters.
     """
 
     values: Tensor

@@ -26,16 +26,8 @@ METHODS: Mapping[str, str] = {
 class RefinedDraws:
     """Posterior draws that replace the guide's.
 
-    Attributes
-    ----------
-    method : str
-        "psis" or "nuts".
-    pool : mapping of str to Tensor
-        Candidate draws of all latent sites, in the shapes that a guide returns.
-    quality : mapping of str to float
-        k_hat and ess (psis), or r_hat, ess and divergences (nuts); the worst over all sites.
-    index : Int[Tensor, "draws"], optional
-        Position of each draw in the pool; None takes the whole pool in order.
+    `quality` holds k_hat and ess (psis), or r_hat, ess and divergences (nuts); the worst over all
+    sites.
 
     Examples
     --------
@@ -44,10 +36,11 @@ class RefinedDraws:
     tensor([0.2000, 0.2000, 0.1000])
     """
 
-    method: str
-    pool: Mapping[str, Tensor]
+    method: str  # one of `METHODS`
+    pool: Mapping[str, Tensor]  # candidate draws of all latent sites, in a guide's shapes
     quality: Mapping[str, float] = field(default_factory=dict)
-    # Resampled effects are not copied: with very many clusters a second copy may not fit.
+    # Position of each draw in the pool; None takes the whole pool in order. Resampled effects are
+    # not copied: with very many clusters a second copy may not fit.
     index: Int[Tensor, " draws"] | None = None
 
     def __len__(self) -> int:
@@ -74,19 +67,9 @@ class RefinedDraws:
 class ImportanceDraws:
     """Proposed draws with nested importance weights.
 
-    Attributes
-    ----------
-    latents : mapping of str to Tensor
-        Draws of all latent sites; the nested effects are resampled within each draw.
-    log_weights : Float[ndarray, "draws"]
-        Pareto-smoothed, normalised log-weights.
-    k_hat : float
-        Shape of the weights' tail; below 0.7 the weights are reliable (Vehtari et al. 2024).
-    clusters : Float[ndarray, "draws watched"]
-        log p(y_k | theta) of the nested clusters whose k-hat is not missing.
-    cluster_k_hat : Float[ndarray, "clusters"]
-        k-hat of each cluster's particles over all draws. Of more than 500 clusters it is computed
-        for 500 at random and nan for the others.
+    `k_hat` is the shape of the weights' tail; below 0.7 the weights are reliable (Vehtari et al.
+    2024). `cluster_k_hat` is that of each cluster's particles over all draws. Of more than 500
+    clusters it is computed for 500 at random and nan for the others.
 
     Examples
     --------
@@ -96,10 +79,10 @@ class ImportanceDraws:
     (4.0, tensor([0, 1, 2, 3]))
     """
 
-    latents: Mapping[str, Tensor]
-    log_weights: Float[np.ndarray, " draws"]
+    latents: Mapping[str, Tensor]  # the nested effects are resampled within each draw
+    log_weights: Float[np.ndarray, " draws"]  # Pareto smoothed, normalised
     k_hat: float
-    clusters: Float[np.ndarray, "draws watched"]
+    clusters: Float[np.ndarray, "draws watched"]  # log p(y_k | theta) where k-hat is computed
     cluster_k_hat: Float[np.ndarray, " clusters"]
 
     @property
@@ -113,10 +96,7 @@ class ImportanceDraws:
         return float(1 / np.sum(self.weights**2))
 
     def resample(self, n: int) -> Int[Tensor, " n"]:
-        """Positions of n draws of equal weight.
-
-        The resampling is systematic: a draw of weight w comes floor(n w) or ceil(n w) times.
-        """
+        """Positions of n draws; systematically, one of weight w floor(n w) or ceil(n w) times."""
         edges = (np.arange(n) + float(torch.rand(()))) / n
         index = np.searchsorted(np.cumsum(self.weights), edges).clip(max=len(self.weights) - 1)
         return torch.as_tensor(index)

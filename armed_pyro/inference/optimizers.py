@@ -24,15 +24,7 @@ class Optimizers(nn.Module):
 
     The norm is taken for the network and for the guide separately, so that a strong adversary
     does not slow the guide down. All of it are operations on tensors, which a captured step holds.
-
-    Parameters
-    ----------
-    model, lazy : MixedEffects, LazyAdam
-        The program, and the guide with what it keeps of clusters.
-    schedule : Schedule
-        Rates, and the norm at which gradients are clipped (c).
-    eps : float
-        Adam's epsilon for the guide.
+    `eps` is Adam's for the guide.
     """
 
     def __init__(self, model: MixedEffects, lazy: LazyAdam, schedule: Schedule, eps: float) -> None:
@@ -43,10 +35,8 @@ class Optimizers(nn.Module):
         shared = {name: p for name, p in guided.items() if name not in by_cluster}
         of_guide: list[Update] = [Adam(shared, eps=eps), *lazy.tables.values()]
         of_network: list[Update] = [Adam(_trained("model", model))]
-        self._groups = (
-            (of_guide, schedule.learning_rate),
-            (of_network, schedule.net_learning_rate),
-        )
+        rates = schedule.learning_rate, schedule.net_learning_rate
+        self._groups = tuple(zip((of_guide, of_network), rates, strict=True))
         self.updates = nn.ModuleList([*of_guide, *of_network])
         self.updates.to(model.reference().device)  # also where nothing is trained
 
@@ -56,13 +46,7 @@ class Optimizers(nn.Module):
     ) -> Float[Tensor, ""]:
         """One step: the norm of the gradient. If it is not finite, no parameter changes.
 
-        Parameters
-        ----------
-        parameters : mapping of str to Tensor
-            The trained parameters, by their names after "model." or "guide.".
-        gradients : mapping of str to Tensor or None
-        factor : Float[Tensor, ""]
-            Multiplies the scheduled rates.
+        Parameters and gradients are named "model..." and "guide...". `factor` multiplies the rates.
         """
         joined = [[update.joined(gradients) for update in group] for group, _ in self._groups]
         squares = [torch.stack([part.square().sum() for part in parts]).sum() for parts in joined]

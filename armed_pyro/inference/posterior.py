@@ -21,45 +21,23 @@ __all__ = ["Posterior"]
 class Posterior:
     """p(theta, u | y) of a trained program, as draws of its guide or refined draws.
 
-    Tables, predictions, checks and files are all made from a `Posterior`. `armed_pyro.Fit` wraps a
-    posterior and has one method for each of them.
-
-    Attributes
-    ----------
-    model : MixedEffects
-        The bound program with its trained network and adversaries.
-    guide : Guide
-        The approximate posterior.
-    data : ClusteredData
-        The training rows, or a sample of them (see `sampled`).
-    history : History
-        Record of the training steps.
-    schedule : Schedule
-        Length and learning rates of the training.
-    seed : int
-        Seed of the training, and the default seed of draws.
-    stopped : str
-        Why training ended: "converged" or "validation" if it succeeded, "steps" if the steps ran
-        out, "diverged" if the loss did.
-    importance : ImportanceDraws, optional
-        The guide's draws with importance weights; None until they are computed.
-    refined : RefinedDraws, optional
-        Draws that replace those of the guide.
+    Tables, predictions, checks and files are all made from a `Posterior`; `armed_pyro.Fit` has one
+    method for each of them.
 
     Examples
     --------
     ``fit(model, data).posterior.draws(100)["site_sd"]``
     """
 
-    model: MixedEffects
+    model: MixedEffects  # bound, with its trained network and adversaries
     guide: Guide
-    data: ClusteredData
+    data: ClusteredData  # the training rows, or a sample of them: see `sampled`
     history: History
     schedule: Schedule
-    seed: int
-    stopped: str
-    importance: ImportanceDraws | None = None
-    refined: RefinedDraws | None = None
+    seed: int  # of the training; default of all draws
+    stopped: str  # "converged" or "validation" (both good), "steps" or "diverged"
+    importance: ImportanceDraws | None = None  # the guide's draws, weighted
+    refined: RefinedDraws | None = None  # draws that replace the guide's
 
     @property
     def sampled(self) -> bool:
@@ -74,10 +52,8 @@ class Posterior:
     def draws(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """n joint posterior draws of all latent sites, in standardised units.
 
-        Returns
-        -------
-        dict of str to Tensor
-            Random effects have shape "n clusters terms", other sites "n 1 ...".
+        Random effects have shape "n clusters terms", other sites "n 1 ...". The seed is by default
+        that of the training.
         """
         with self.model.seeded(self.seed if seed is None else seed):
             if self.refined is not None:
@@ -87,12 +63,7 @@ class Posterior:
     def hyperparameters(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """n joint posterior draws as from `draws`, without the random effects.
 
-        Memory does not grow with the number of clusters.
-
-        Returns
-        -------
-        dict of str to Tensor
-            Each site has shape "n 1 ...".
+        Each site has shape "n 1 ...". Memory does not grow with the number of clusters.
         """
         effects = {factor.effect_site for factor in self.model.factors}
         with self.model.seeded(self.seed if seed is None else seed):
@@ -110,13 +81,7 @@ class Posterior:
             return {site: draws for site, draws in drawn.items() if site not in effects}
 
     def encode(self, data: ClusteredData | pd.DataFrame) -> ClusteredData:
-        """New rows in the encoding of the training table.
-
-        Raises
-        ------
-        ValueError
-            If a table is given but the model was fitted to arrays.
-        """
+        """New rows in the encoding of the training table; ValueError without one."""
         if isinstance(data, ClusteredData):
             return data
         schema = self.model.data_facts().schema
