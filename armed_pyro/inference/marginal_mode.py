@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import Noise, gaussian_noise, no_noise, proposal_noise
-from armed_pyro.inference.nested_weights import weigh
+from armed_pyro.guides.noise import Noise, no_noise, proposal_noise
+from armed_pyro.inference.nested_weights import bound_noise, nested_from, weigh
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
@@ -51,13 +51,6 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     rows the search uses a sample of whole clusters. A few Newton steps, with the gradient of all
     rows and the curvature of the sample, then lead to the mode of all rows (Bollapragada, Byrd,
     Nocedal 2019).
-
-    Parameters
-    ----------
-    model, guide : MixedEffects, Guide
-        The program with its network frozen, and its guide.
-    source : RowSource
-        All training rows.
     """
     hyper = guide.hyperparameters
     searchable = guide.nested() is not None or not model.factors
@@ -92,7 +85,7 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
             if (float(step.norm()) if exact else _distance(before, best, frame)) < NEAR:
                 break
         if sample is not None:
-            before = _newton_steps(model, guide, source, frame)
+            _newton_steps(model, guide, source, frame)
         elif not exact:
             guide.refresh(model, source)
     except (torch.linalg.LinAlgError, ArithmeticError):  # type: ignore[attr-defined]
@@ -197,11 +190,8 @@ def _sample_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _S
     return _Sample(HeldRows(rows.x, rows.y, codes, counts, *optional), rows)
 
 
-def _newton_steps(
-    model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor
-) -> Float[Tensor, " size"]:
+def _newton_steps(model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor) -> None:
     """Newton steps to the mode of the posterior given all rows, in units of the frame."""
-    best = _center(guide)
     for round_ in range(NEWTON_STEPS):
         if not round_ or not guide.exact(model):
             guide.refresh(model, source)
@@ -210,11 +200,9 @@ def _newton_steps(
         step = torch.zeros_like(point)
         for part in posterior.parts(point):
             step += torch.autograd.grad(part, point)[0]
-        best = posterior.theta(step)
-        guide.hyperparameters.set_normal(best, frame)
+        guide.hyperparameters.set_normal(posterior.theta(step), frame)
         if float(step.norm()) < NEAR:
             break
-    return best
 
 
 @dataclass(frozen=True)
@@ -254,19 +242,11 @@ class _Posterior:
                 spread = weigh(model, guide, rows, trial).particles.var(1)
             particles = 1 if float(spread.max()) < 1e-6 else particles
         noises: list[Noise] = []
-        shared: dict[str, Tensor] = {}
         for clusters in by_piece:
-            if nested is None or particles == 1:
-                noise = gaussian_noise(guide, clusters, draws, like)
-            else:
-                noise = proposal_noise(guide, clusters, draws, particles, like, heavy=False)
-            if nested is not None:
-                # All sites but the nested effects have the same noise in every piece.
-                shared = shared or {
-                    k: v for k, v in noise.values.items() if k != nested.effect_site
-                }
-                noise = replace(noise, values={**noise.values, **shared})
-            noises.append(noise)
+            noise = bound_noise(guide, clusters, draws, particles, like)
+            # All sites but the nested effects have the same noise in every piece.
+            site = "" if nested is None else nested.effect_site
+            noises.append(nested_from(noise, site, noises[0] if noises else noise))
         return cls(model, guide, pieces, noises)
 
     def parts(self, theta_noise: Tensor) -> Iterator[Float[Tensor, ""]]:

@@ -15,11 +15,11 @@ from pyro import poutine
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import Noise, NoiseMessenger
+from armed_pyro.guides.noise import Noise, NoiseMessenger, gaussian_noise, proposal_noise
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Weighted", "log_prior", "weigh"]
+__all__ = ["Weighted", "bound_noise", "log_prior", "nested_from", "weigh"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,22 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
     log_likelihood = (scale * log_likelihood).expand(*particles.shape[:-1], -1)
     particles = particles.index_add(-1, membership.position, log_likelihood.to(particles))
     return Weighted(latents, outer, hyper, particles, 1.0 if weight is None else weight)
+
+
+def bound_noise(guide: Guide, rows: Rows, draws: int, particles: int, like: Tensor) -> Noise:
+    """Noise of the guide's own draws of theta, with so many particles of the nested effects."""
+    if particles == 1:
+        return gaussian_noise(guide, rows, draws, like)
+    return proposal_noise(guide, rows, draws, particles, like, heavy=False)
+
+
+def nested_from(noise: Noise, site: str, first: Noise) -> Noise:
+    """The noise of the first piece of the rows, but for the nested effects that of this piece."""
+    values, ratios = (
+        {**shared, **{name: value for name, value in piece.items() if name == site}}
+        for shared, piece in ((first.values, noise.values), (first.log_ratio, noise.log_ratio))
+    )
+    return Noise(values, ratios, noise.held)
 
 
 def log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tensor, " draws"]:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from armed_pyro.engine.loss import Loss
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import gaussian_noise, proposal_noise
-from armed_pyro.inference.nested_weights import weigh
+from armed_pyro.inference.nested_weights import bound_noise, weigh
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import Predictor
 from armed_pyro.rows.batch import Rows
@@ -103,10 +102,7 @@ class NestedBound:
     def __call__(self, rows: Rows, draws: int) -> Loss:
         """The loss on all rows or whole clusters: a mean over rows, and over draws of theta."""
         like = self.model.reference()
-        if self.particles == 1:
-            noise = gaussian_noise(self.guide, rows, draws, like)
-        else:
-            noise = proposal_noise(self.guide, rows, draws, self.particles, like, heavy=False)
+        noise = bound_noise(self.guide, rows, draws, self.particles, like)
         total = weigh(self.model, self.guide, rows, noise).total().mean()
         elbo = total / self.model.data_facts().n_rows
         zero = torch.zeros_like(elbo)
