@@ -90,13 +90,8 @@ class Fit:
         'Why training ended: "converged", "validation" (both good), "steps" or "diverged".',
     )
     refined = _part(lambda p: p.refined, "Draws that replace those of the guide; see `refine`.")
-    sampled = _part(
-        lambda p: p.sampled,
-        "Whether `data` is only a sample of the training rows, as for a `StreamedData`.",
-    )
-    converged = _part(
-        lambda p: p.converged, "Whether the loss had stopped improving when training ended."
-    )
+    sampled = _part(lambda p: p.sampled, "Whether `data` is a sample, as for a `StreamedData`.")
+    converged = _part(lambda p: p.converged, "Whether the loss had stopped improving at the end.")
 
     draws = _verb(Posterior.draws)
     hyperparameters = _verb(Posterior.hyperparameters)
@@ -128,10 +123,7 @@ class Fit:
         return weighed(self.posterior)
 
     def diagnostics(self) -> Diagnostics:
-        """Verdict on the fit (pass, warn or fail), with reasons and next steps.
-
-        The checks are those of `armed_pyro.checks.diagnostics.diagnose`.
-        """
+        """Verdict on the fit (pass, warn or fail), with reasons and next steps."""
         return self._verdict
 
     @cached_property

@@ -363,7 +363,9 @@ def settled(random, family="gaussian", **options):
 
 
 def shared_noise(monkeypatch, noise):
-    monkeypatch.setattr("armed_pyro.inference.nested_weights.gaussian_noise", lambda *arguments: noise)
+    monkeypatch.setattr(
+        "armed_pyro.inference.nested_weights.gaussian_noise", lambda *arguments: noise
+    )
 
 
 def given(guide, values, rows):

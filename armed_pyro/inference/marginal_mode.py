@@ -197,9 +197,7 @@ def _newton_steps(model: MixedEffects, guide: Guide, source: RowSource, frame: T
             guide.refresh(model, source)
         posterior = _Posterior.of(model, guide, source)
         point = posterior.point()
-        step = torch.zeros_like(point)
-        for part in posterior.parts(point):
-            step += torch.autograd.grad(part, point)[0]
+        _, step = posterior.slope(point)
         guide.hyperparameters.set_normal(posterior.theta(step), frame)
         if float(step.norm()) < NEAR:
             break
@@ -258,10 +256,18 @@ class _Posterior:
             weighted = weigh(self.model, self.guide, rows, noise)
             yield share * (weighted.total() - weighted.hyper).mean()
 
+    def slope(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-density and its gradient at the theta that the guide makes of this noise."""
+        total, gradient = point.new_zeros(()), torch.zeros_like(point)
+        for part in self.parts(point):
+            gradient += torch.autograd.grad(part, point)[0]
+            total += part.detach()
+        return total, gradient
+
     def point(self) -> Tensor:
         """The noise of the guide's centre."""
-        point = torch.zeros(1, 1, 1, self.guide.hyperparameters.size)
-        return point.to(self.model.reference()).requires_grad_(True)
+        size = self.guide.hyperparameters.size
+        return self.model.reference().new_zeros(1, 1, 1, size).requires_grad_()
 
     def theta(self, noise: Tensor) -> Float[Tensor, " size"]:
         """The hyperparameters that the guide makes of this noise; ArithmeticError if not finite."""
@@ -279,11 +285,9 @@ class _Posterior:
         )
 
         def loss() -> Tensor:
-            point.grad, total = torch.zeros_like(point), point.new_zeros(())
-            for part in self.parts(point):
-                point.grad -= torch.autograd.grad(part, point)[0]
-                total -= part.detach()
-            return total
+            total, gradient = self.slope(point)
+            point.grad = -gradient
+            return -total
 
         optimizer.step(loss)
         return self.theta(point)
@@ -300,8 +304,7 @@ class _Posterior:
         if not torch.isfinite(hessian).all():
             raise ArithmeticError("the curvature of the marginal posterior is not finite")
         values, vectors = torch.linalg.eigh(-0.5 * (hessian + hessian.mT))
-        widest = hyper.frame @ vectors
-        least = (widest.norm(dim=0) / WIDEST) ** 2
+        least = ((hyper.frame @ vectors).norm(dim=0) / WIDEST) ** 2
         values = torch.maximum(values, least)
         root = torch.linalg.cholesky((vectors / values) @ vectors.mT)
         return root, root.mT @ gradient

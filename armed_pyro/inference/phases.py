@@ -15,10 +15,9 @@ from armed_pyro.engine.compiled_step import CompileMode, Steps
 from armed_pyro.engine.loss import Loss
 from armed_pyro.engine.schedule import MOVING, History, Pace, split_r_hat
 from armed_pyro.engine.shards import Share
-from armed_pyro.inference.cluster_adam import LazyAdam
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.objective import NestedBound, Objective
-from armed_pyro.inference.optimizers import Optimizers
+from armed_pyro.inference.optimizers import LazyAdam, Optimizers
 from armed_pyro.inference.task import TrainingTask
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
@@ -75,12 +74,8 @@ class Phase(ABC):
         """Take a step; return its loss and the norm of its gradient."""
 
     @abstractmethod
-    def accuracy(self, losses: list[Loss], history: History) -> list[float]:
-        """Accuracy of each adversary in a window."""
-
-    @abstractmethod
     def close_window(self, losses: list[Loss], history: History) -> None:
-        """Record a window, and cut the rates if it brought no improvement."""
+        """Record the adversaries' accuracy, and cut the rates if the window did not improve."""
 
     def refresh(self, step: int) -> None:
         """Refresh the guide from all rows, unless it is exact or falling rates let it converge."""
@@ -156,11 +151,9 @@ class NetworkPhase(Phase):
         loss, norm = self.steps(self.objective, rows, progress, factor=rate, remaining=steps - step)
         return self.share.mean(loss), norm
 
-    def accuracy(self, losses: list[Loss], history: History) -> list[float]:
-        values: list[float] = torch.stack([loss.accuracy.cpu() for loss in losses]).mean(0).tolist()
-        return values
-
     def close_window(self, losses: list[Loss], history: History) -> None:
+        accuracies = torch.stack([loss.accuracy.cpu() for loss in losses])
+        history.adversary_accuracy.append(accuracies.mean(0).tolist())
         if self.task.validation is None:
             self.plateau.training(np.array(history.loss[-len(losses) :]))
             return
@@ -256,11 +249,9 @@ class FrozenPhase(Phase):
         self.plateau.cuts = task.schedule.stages
         return loss
 
-    def accuracy(self, losses: list[Loss], history: History) -> list[float]:
-        # The adversaries are no longer trained, so their last accuracy stays.
-        return history.adversary_accuracy[-1] if history.adversary_accuracy else []
-
     def close_window(self, losses: list[Loss], history: History) -> None:
+        # The adversaries are no longer trained, so their last accuracy stays.
+        history.adversary_accuracy += history.adversary_accuracy[-1:] or [[]]
         # In posterior sds; the frame alone gives them only near the mode.
         sds = self.task.guide.hyperparameters.log_scale.detach().exp().cpu().numpy()
         r_hat, drift = split_r_hat(np.stack(self.iterates[-2 * len(losses) :]) / sds)

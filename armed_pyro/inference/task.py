@@ -11,11 +11,10 @@ from torch import Tensor
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.checkpoint import digest, module_tensors, restore_module
 from armed_pyro.engine.compiled_step import CompileMode
-from armed_pyro.engine.processes import ALONE
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
-from armed_pyro.program.model import MixedEffects, log_likelihoods, trains_network
+from armed_pyro.program.model import MixedEffects, log_likelihoods
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
 
@@ -31,25 +30,10 @@ class TrainingTask:
     data: ClusteredData  # the rows that the posterior keeps: all, or a sample
     source: RowSource  # all rows
     share: Share  # the rows that this process trains the network on
-    validation: Rows | None  # their loss decides when the network's training ends
     schedule: Schedule
-    seed: int
+    validation: Rows | None = None  # their loss decides when the network's training ends
+    seed: int = 0
     compile: CompileMode = "auto"
-
-    @classmethod
-    def single(
-        cls,
-        model: MixedEffects,
-        guide: Guide,
-        data: ClusteredData,
-        schedule: Schedule,
-        *,
-        compile: CompileMode = "auto",  # noqa: A002
-    ) -> TrainingTask:
-        """The task of one process, with rows in memory, seed 0 and no validation rows."""
-        source = model.encode(data)
-        share = Share.of(ALONE, source, model.network if trains_network(model) else None)
-        return cls(model, guide, data, source, share, None, schedule, 0, compile)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers of program and guide."""

@@ -63,14 +63,8 @@ def train(
     """Train a bound program in place, and weigh the draws of its guide.
 
     The scales and priors of the program stay fixed, so it can also be trained on data drawn from
-    its prior. `armed_pyro.fit` documents the other parameters.
-
-    Parameters
-    ----------
-    source : RowSource, optional
-        All training rows, if `data` holds only a sample of them for the posterior to keep.
-    processes : Processes
-        The processes that train together.
+    its prior. `source` holds all training rows if `data` is only a sample of them, for the
+    posterior to keep. `armed_pyro.fit` documents the other parameters.
 
     Raises
     ------
@@ -105,7 +99,7 @@ def train(
         share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
         bound_guide = guide(bound, share.rows).to(target)
         task = TrainingTask(
-            bound, bound_guide, data, rows, share, held_out, schedule, seed, compile
+            bound, bound_guide, data, rows, share, schedule, held_out, seed, compile
         )
         run = Run(task)
         if resume and path is not None:

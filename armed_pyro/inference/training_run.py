@@ -114,7 +114,6 @@ class Run:
         history.step.append(self.step)
         history.compiled.append(phase.steps.compiled)
         history.seconds.append(phase.steps.seconds)
-        history.adversary_accuracy.append(phase.accuracy(losses, history))
         phase.share.average_buffers(task.model.network)
         if task.validation is not None:
             history.validation.append(task.validation_loss(task.validation, phase.share))
@@ -131,9 +130,10 @@ class Run:
 
     def result(self) -> Posterior:
         """The posterior at the present state."""
-        task = self.task
-        settings = task.schedule, task.seed, self.stopped
-        return Posterior(task.model, task.guide, task.data, self.history, *settings)
+        task, schedule, seed = self.task, self.task.schedule, self.task.seed
+        return Posterior(
+            task.model, task.guide, task.data, self.history, schedule, seed, self.stopped
+        )
 
     def save(self) -> Checkpoint:
         """A checkpoint from which training continues exactly as without interruption."""
