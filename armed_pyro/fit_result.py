@@ -16,9 +16,8 @@ from armed_pyro.checks import diagnostics
 from armed_pyro.checks.diagnostics import Diagnostics
 from armed_pyro.explain import attribution, boundaries, decode, invariance
 from armed_pyro.inference import refine
-from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.prediction import adapt, predict, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.report.results import Results, Verdict

@@ -12,9 +12,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro.guides.noise import proposal_noise
-from armed_pyro.inference.draws import ImportanceDraws, resampled
-from armed_pyro.inference.nested_weights import Weighted, nested_from, weigh
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled, weigh
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.cluster_chunks import Pieces

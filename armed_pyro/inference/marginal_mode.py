@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import Noise, no_noise, proposal_noise
+from armed_pyro.guides.noise import no_noise, proposal_noise
 from armed_pyro.inference.nested_weights import bound_noise, nested_from, weigh
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
@@ -61,8 +61,7 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     frame = torch.diag(_first_scale(model, guide, source))
     before = _center(guide)
     try:
-        sample = _sample_clusters(model, guide, source)
-        searched = source if sample is None else sample.source
+        searched, sample = _searched(model, guide, source)
         _start_effects(model, guide, searched)
         exact = guide.exact(model)
         known = before
@@ -71,7 +70,7 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
                 guide.refresh(model, searched)
             before = _center(guide)
             hyper.set_normal(before, frame)
-            posterior = _Posterior.of(model, guide, source, sample)
+            posterior = _Posterior(model, guide, searched, sample)
             best = posterior.climb()
             hyper.set_normal(best, frame)
             if exact and round_ and _distance(known, best, frame) < NEAR:
@@ -162,23 +161,17 @@ def _center(guide: Guide) -> Float[Tensor, " size"]:
         return hyper.distribution().push(torch.zeros_like(hyper.anchor))
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """A sample of whole clusters."""
-
-    source: HeldRows  # as a separate data set
-    rows: Rows  # weighted, so that they stand for all rows
-
-
-def _sample_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _Sample | None:
-    """A random sample of whole clusters; None if the search should use all rows."""
+def _searched(
+    model: MixedEffects, guide: Guide, source: RowSource
+) -> tuple[RowSource, Rows | None]:
+    """All rows, or a sample of whole clusters, and the sample weighted to stand for all rows."""
     nested = guide.nested()
     if nested is None or len(model.factors) > 1 or len(source) <= SEARCHED:
-        return None
+        return source, None
     clusters = len(source.counts[nested.name])
     share = clusters * SEARCHED // len(source)
     if share < FEWEST_SEARCHED:
-        return None
+        return source, None
     chosen = torch.randperm(clusters)[:share].sort().values.to(source.like.device)
     rows = source.whole_clusters(nested.name, chosen)
     codes = {name: m.index[m.position] for name, m in rows.memberships.items()}
@@ -187,7 +180,7 @@ def _sample_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _S
         for name, code in codes.items()
     }
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
-    return _Sample(HeldRows(rows.x, rows.y, codes, counts, *optional), rows)
+    return HeldRows(rows.x, rows.y, codes, counts, *optional), rows
 
 
 def _newton_steps(model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor) -> None:
@@ -195,7 +188,7 @@ def _newton_steps(model: MixedEffects, guide: Guide, source: RowSource, frame: T
     for round_ in range(NEWTON_STEPS):
         if not round_ or not guide.exact(model):
             guide.refresh(model, source)
-        posterior = _Posterior.of(model, guide, source)
+        posterior = _Posterior(model, guide, source)
         point = posterior.point()
         _, step = posterior.slope(point)
         guide.hyperparameters.set_normal(posterior.theta(step), frame)
@@ -203,49 +196,41 @@ def _newton_steps(model: MixedEffects, guide: Guide, source: RowSource, frame: T
             break
 
 
-@dataclass(frozen=True)
 class _Posterior:
     """log p(theta | y) up to a constant, with the same noise of all other sites at every theta."""
 
-    model: MixedEffects
-    guide: Guide
-    pieces: Pieces
-    noise: list[Noise]
-
-    @classmethod
-    def of(
-        cls, model: MixedEffects, guide: Guide, source: RowSource, sample: _Sample | None = None
-    ) -> _Posterior:
-        like, nested = model.reference(), guide.nested()
+    def __init__(
+        self, model: MixedEffects, guide: Guide, source: RowSource, sample: Rows | None = None
+    ) -> None:
+        self.model, self.guide = model, guide
+        like, nested, held = model.reference(), guide.nested(), isinstance(source, HeldRows)
         # Several draws matter only to sites that are neither hyperparameters nor nested. Of an
         # exact conditional the centre is enough.
         exact = guide.exact(model)
         draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
-        n = len(source if sample is None else sample.source)
+        n = len(source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
         if sample is None:
-            size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
-            pieces = Pieces.of(source, size, guide.nested_name(), keep=isinstance(source, HeldRows))
+            size = size if held else min(size, SEARCHED)
+            self.pieces = Pieces.of(source, size, guide.nested_name(), keep=held)
         else:
-            index = None if nested is None else sample.rows.memberships[nested.name].index
-            pieces = Pieces(lambda: iter([sample.rows]), [index], [1.0])
-        by_piece = list(pieces.without_rows(model.clusters(), guide.nested_name()))
+            index = None if nested is None else sample.memberships[nested.name].index
+            self.pieces = Pieces(lambda: iter([sample]), [index], [1.0])
+        by_piece = list(self.pieces.without_rows(model.clusters(), guide.nested_name()))
         if exact:
-            return cls(model, guide, pieces, [no_noise(guide, rows, like) for rows in by_piece])
+            self.noise = [no_noise(guide, rows, like) for rows in by_piece]
+            return
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
-            rows = next(pieces.read())
+            rows = next(self.pieces.read())
             trial = proposal_noise(guide, rows, draws, 2, like, stretch=False, heavy=False)
             with torch.no_grad():
                 spread = weigh(model, guide, rows, trial).particles.var(1)
             particles = 1 if float(spread.max()) < 1e-6 else particles
-        noises: list[Noise] = []
-        for clusters in by_piece:
-            noise = bound_noise(guide, clusters, draws, particles, like)
-            # All sites but the nested effects have the same noise in every piece.
-            site = "" if nested is None else nested.effect_site
-            noises.append(nested_from(noise, site, noises[0] if noises else noise))
-        return cls(model, guide, pieces, noises)
+        drawn = [bound_noise(guide, rows, draws, particles, like) for rows in by_piece]
+        # All sites but the nested effects have the same noise in every piece.
+        site = "" if nested is None else nested.effect_site
+        self.noise = [nested_from(noise, site, drawn[0]) for noise in drawn]
 
     def parts(self, theta_noise: Tensor) -> Iterator[Float[Tensor, ""]]:
         """The log-density piece by piece, at the theta that the guide makes of this noise."""

@@ -19,7 +19,7 @@ from armed_pyro.guides.noise import Noise, NoiseMessenger, gaussian_noise, propo
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Weighted", "bound_noise", "log_prior", "nested_from", "weigh"]
+__all__ = ["Weighted", "bound_noise", "log_prior", "nested_from", "resampled", "weigh"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,22 @@ def log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tenso
         if "log_prob" in node:
             total = total + node["log_prob"].reshape(-1)
     return total
+
+
+def resampled(weighted: Weighted, site: str) -> dict[str, Tensor]:
+    """Draws with one particle per cluster, picked by weight; sites have shape "n 1 ..."."""
+    latents = {
+        name: value.squeeze(1) if value.dim() > 2 and value.shape[1] == 1 else value
+        for name, value in weighted.latents.items()
+    }
+    if site:
+        value = weighted.latents[site]  # draws particles clusters terms
+        gumbel = -torch.log(-torch.log(torch.rand_like(weighted.particles)))
+        index = (weighted.particles + gumbel).argmax(1)
+        value = value.expand(len(index), *value.shape[1:])
+        picked = index[:, None, :, None].expand(-1, 1, -1, value.shape[-1])
+        latents[site] = value.gather(1, picked)[:, 0]
+    return latents
 
 
 def _density(trace: poutine.Trace, name: str) -> dist.TorchDistribution:

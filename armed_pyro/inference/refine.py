@@ -15,10 +15,9 @@ from torch import Tensor
 
 from armed_pyro.guides.base import joined
 from armed_pyro.guides.noise import Noise, gaussian_noise
-from armed_pyro.inference.draws import METHODS, RefinedDraws, resampled
 from armed_pyro.inference.importance_sampling import BLOCK, affordable, importance_draws
-from armed_pyro.inference.nested_weights import weigh
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.nested_weights import resampled, weigh
+from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
 from armed_pyro.rows.batch import Rows
 
 __all__ = ["refine"]

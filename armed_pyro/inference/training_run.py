@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.loss import Loss
@@ -195,7 +194,9 @@ class Run:
     def _divergence(self, cause: str) -> TrainingDiverged:
         """Go back to the last good state, and make the error to raise."""
         schedule = self.task.schedule
-        cause += _not_finite(self.task.state())
+        bad = [name for name, value in self.task.state().items() if not value.isfinite().all()]
+        if bad:
+            cause += f"; parameters not finite: {', '.join(bad[:3])}"
         self.task.return_to(self._good)
         self.phase.keep_best()
         self.phase.release()
@@ -218,9 +219,3 @@ def _blame(loss: Loss) -> str:
     }
     bad = [name for name, value in parts.items() if not math.isfinite(float(value))]
     return f"{' and '.join(bad) or 'the total'} is not finite"
-
-
-def _not_finite(state: Mapping[str, Tensor]) -> str:
-    """Clause that names up to three parameters that are not finite; empty if all are finite."""
-    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
-    return f"; parameters not finite: {', '.join(bad[:3])}" if bad else ""
