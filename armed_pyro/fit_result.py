@@ -110,10 +110,7 @@ class Fit:
     def importance(self) -> ImportanceDraws:
         """The guide's draws with their importance weights.
 
-        Raises
-        ------
-        ValueError
-            If the fit keeps only a sample of its rows, and the draws were not weighted in training.
+        ValueError if the fit keeps a sample of its rows, and they were not weighted in training.
         """
         return self._weighed.importance or importance_draws(self.posterior)
 
@@ -211,12 +208,10 @@ class Fit:
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
         """Write the fit to a folder, completely or not at all; `load` reads it.
 
-        A fit in the folder is replaced; other files in it are kept.
+        The folder is made if needed. A fit in it is replaced; other files are kept.
 
         Parameters
         ----------
-        folder : path
-            It is made if it does not exist.
         draws : int
             Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
         prob : float

@@ -30,11 +30,6 @@ from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["DivergenceError", "fit"]
 
-NOT_FROM_FILES = (
-    "several processes cannot yet train on rows that are streamed from a file: read the rows into "
-    "memory, as ClusteredData, or start a single process"
-)
-
 
 class DivergenceError(RuntimeError):
     """The loss or its gradient is no longer finite, or the loss has diverged.
@@ -43,11 +38,7 @@ class DivergenceError(RuntimeError):
 
     Examples
     --------
-    >>> def fitted_or_last_good_state(model, data):
-    ...     try:
-    ...         return fit(model, data)
-    ...     except DivergenceError as error:
-    ...         return error.fit
+    ``except DivergenceError as error: error.fit.summary()``
     """
 
     def __init__(self, message: str, fit: Fit) -> None:
@@ -80,8 +71,7 @@ def fit(
     Parameters
     ----------
     data : ClusteredData or StreamedData
-        For streamed rows the fit keeps a sample of whole clusters, at most 50,000 rows, for its
-        checks.
+        Of streamed rows the fit keeps a sample of whole clusters, at most 50,000 rows, for checks.
     validation : ClusteredData, optional
         Rows whose loss decides when to cut the learning rates, when to stop training the network,
         and which weights of the network are kept. The guide is then trained further until it has
@@ -91,8 +81,7 @@ def fit(
     guide : callable
         Makes the variational family from the bound model and its rows.
     refine : bool
-        Whether to weight the guide's draws by importance after training, if its Pareto k-hat allows
-        it; see `Fit.refine`.
+        Whether to weight the guide's draws by importance, if Pareto k-hat allows; see `Fit.refine`.
     seed : int
         Seed of mini-batches and draws. Torch's global random state does not change.
     device : str
@@ -108,8 +97,7 @@ def fit(
     checkpoint : path, optional
         File to which the state is written after every window of steps.
     resume : bool
-        Whether to continue from `checkpoint` if the file exists. The result equals that of an
-        uninterrupted run.
+        Continue from `checkpoint` if it exists, with the result of an uninterrupted run.
     progress : bool
         Whether to show a progress bar.
 
@@ -137,7 +125,10 @@ def fit(
     target = torch.device(_device(device))
     processes = ALONE if distributed == "never" else join(target)
     if processes.several and not isinstance(data, ClusteredData):
-        raise ValueError(NOT_FROM_FILES)
+        raise ValueError(
+            "several processes cannot yet train on rows that are streamed from a file: read the "
+            "rows into memory, as ClusteredData, or start a single process"
+        )
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # Binding draws the initial weights of the adversaries.

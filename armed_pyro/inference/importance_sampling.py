@@ -21,7 +21,6 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["BLOCK", "affordable", "importance_draws", "refinable", "weighed"]
 
-
 # Log-likelihoods (rows times draws times particles): in total, in one block of draws, and the total
 # at which even the fewest draws take too long.
 MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**32
@@ -37,8 +36,7 @@ MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 def refinable(posterior: Posterior, source: RowSource | None = None) -> bool:
     """Whether importance weights exist or can be computed in acceptable time.
 
-    They need a latent site and all training rows. A fit that keeps only a sample of the rows needs
-    them as `source`.
+    They need a latent site and all training rows: as `source` if the fit keeps only a sample.
     """
     if posterior.importance is not None:
         return True
@@ -76,8 +74,7 @@ def importance_draws(
     Large data get fewer draws, but at least 200. The proposal of the hyperparameters has heavier
     tails than the guide; otherwise the tail of as few as 200 weights looks heavy by chance.
 
-    `source` holds the training rows with the frozen network's outputs; they are computed from
-    `posterior.data` by default.
+    `source` holds the training rows with the frozen network's outputs, by default computed anew.
     """
     model, guide = posterior.model, posterior.guide
     source = model.compute(model.encode(posterior.data)) if source is None else source
@@ -159,8 +156,7 @@ class _Collected:
     def smoothed(self) -> ImportanceDraws:
         """The draws with Pareto-smoothed weights, and the k-hat of each watched cluster."""
         log_weights, k_hat = pareto_smooth(self.totals.double().cpu().numpy()[None])
-        # Draws of negligible weight do not matter, so their particles must not set a cluster's
-        # k-hat.
+        # Draws of negligible weight do not matter: their particles must not set a cluster's k-hat.
         counts = torch.as_tensor(len(self.totals) * np.exp(log_weights[0, : len(self.tails)]) > 0.3)
         tails = self.tails[counts] if counts.any() else self.tails
         by_cluster, watched = np.full(self.n_clusters, np.nan), self.watched.numpy()

@@ -21,7 +21,6 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]
 
-
 # Log-likelihoods (rows times draws times particles) in one evaluation.
 LARGEST_STEP = 2**21
 ROUNDS = 6

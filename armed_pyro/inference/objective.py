@@ -64,8 +64,7 @@ class Objective:
             for adversary in self.model.adversaries
         ]
         adversarial = share * sum((result.cross_entropy for result in results), zero)
-        accuracies = [result.accuracy for result in results]
-        accuracy = torch.stack(accuracies) if accuracies else elbo.new_zeros(0)
+        accuracy = torch.stack([r.accuracy for r in results]) if results else elbo.new_zeros(0)
         parts = elbo.detach(), fixed.detach(), adversarial.detach()
         return Loss(total + adversarial, *parts, accuracy)
 
@@ -101,8 +100,7 @@ class NestedBound:
 
     def __call__(self, rows: Rows, draws: int) -> Loss:
         """The loss on all rows or whole clusters: a mean over rows, and over draws of theta."""
-        like = self.model.reference()
-        noise = bound_noise(self.guide, rows, draws, self.particles, like)
+        noise = bound_noise(self.guide, rows, draws, self.particles, self.model.reference())
         total = weigh(self.model, self.guide, rows, noise).total().mean()
         elbo = total / self.model.data_facts().n_rows
         zero = torch.zeros_like(elbo)

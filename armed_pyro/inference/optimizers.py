@@ -155,8 +155,8 @@ class LazyAdam:
 
     def release(self) -> None:
         """Give the whole guide its own memory again; afterwards the tables are of no use."""
-        for table in self.tables.values():
-            table.release()
+        for tensor in [tensor for table in self.tables.values() for tensor in table.whole]:
+            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,11 @@ class ClusterTable(Update):
     A cluster's row holds its place in the batch, its number of data rows, the guide's fixed
     numbers, its trained ones, their moments, and the number of steps. One row is one place of
     memory: spread over a dozen tensors, a million clusters would take several times as long to
-    read as a hundred. Until `release` the whole guide's parameters and buffers are views of the
-    table.
+    read as a hundred.
 
     `names` maps the identity of the small guide's parameters to their names; afterwards it holds
-    those of the trained ones. `state` views the moments and numbers of steps of all clusters.
+    those of the trained ones. `whole` are the whole guide's parameters and buffers, and `state` the
+    moments and numbers of steps of all clusters: views of the table.
     """
 
     values: Tensor
@@ -199,8 +199,8 @@ class ClusterTable(Update):
         self._small, self.eps = (small,), eps  # in a tuple: it is the guide's part, not this one's
         self._trained = [p.requires_grad for p in small.parameters()]
         self.names = tuple(names[id(p)] for p in small.parameters() if p.requires_grad)
-        self._whole = self._fixed_first(whole)
-        self._shapes = [tensor.shape[1:] for tensor in self._whole]
+        self.whole = self._fixed_first(whole)
+        self._shapes = [tensor.shape[1:] for tensor in self.whole]
         self._widths = [shape.numel() for shape in self._shapes]
         self._fixed = sum(self._widths[: len(self._widths) - len(self.names)])
         n, like, width = len(counts), whole.location.detach(), sum(self._widths) - self._fixed
@@ -210,7 +210,7 @@ class ClusterTable(Update):
         _, sizes, *views, mean, square, count = columns
         sizes[:, 0] = counts
         self.state = {"mean": mean, "square": square, "count": count}
-        for tensor, shape, view in zip(self._whole, self._shapes, views, strict=True):
+        for tensor, shape, view in zip(self.whole, self._shapes, views, strict=True):
             tensor.data = view.unflatten(1, shape).copy_(tensor.detach())
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("targets", counts.new_zeros(len(small.location)), persistent=False)
@@ -280,11 +280,6 @@ class ClusterTable(Update):
         moved = trained + adam_change(gradient, mean, square, count, rate, self.eps)
         rows = torch.cat([fixed, moved, mean, square, count], 1)
         self.values.index_copy_(0, self.targets, rows)
-
-    def release(self) -> None:
-        """Give the whole guide its own memory again."""
-        for tensor in self._whole:
-            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _trained(prefix: str, module: nn.Module) -> dict[str, Tensor]:

@@ -1,31 +1,34 @@
-"""The two phases of a training run: their rows, objectives, steps and stopping rules."""
+"""The two phases of a training run: their task, rows, objectives, steps and stopping rules."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from armed_pyro.engine.checkpoint import module_tensors, restore_module
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.engine.checkpoint import digest, module_tensors, restore_module
 from armed_pyro.engine.compiled_step import CompileMode, Steps
 from armed_pyro.engine.loss import Loss
-from armed_pyro.engine.schedule import MOVING, History, Pace, split_r_hat
+from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_hat
 from armed_pyro.engine.shards import Share
+from armed_pyro.guides.base import Guide
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.inference.optimizers import LazyAdam, Optimizers
-from armed_pyro.inference.task import TrainingTask
+from armed_pyro.program.model import MixedEffects, log_likelihoods
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.shuffle import Passes
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["FrozenPhase", "NetworkPhase", "Phase"]
+__all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask"]
 
 # Multiplications of one draw of all random effects beyond which the guide stays at the mode.
 MOST_WORK = 2**27
@@ -33,10 +36,68 @@ MOST_WORK = 2**27
 MOST_READ = 2**18
 
 
+@dataclass(frozen=True, eq=False)
+class TrainingTask:
+    """The bound program and its guide, trained in place; rows and settings of a training run."""
+
+    model: MixedEffects
+    guide: Guide
+    data: ClusteredData  # the rows that the posterior keeps: all, or a sample
+    source: RowSource  # all rows
+    share: Share  # the rows that this process trains the network on
+    schedule: Schedule
+    validation: Rows | None = None  # their loss decides when the network's training ends
+    seed: int = 0
+    compile: CompileMode = "auto"
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all parameters and buffers of program and guide."""
+        return module_tensors("model", self.model) | module_tensors("guide", self.guide)
+
+    def return_to(self, state: dict[str, Tensor]) -> None:
+        """Put back the tensors of `state`."""
+        restore_module("model", self.model, state)
+        restore_module("guide", self.guide, state)
+
+    def validation_loss(self, rows: Rows, share: Share) -> float:
+        """Mean of -log p(y_i) at the guide's centre, with zero effects for new clusters."""
+        self.model.eval()
+        with torch.no_grad():
+            counts = {name: len(m.index) for name, m in rows.memberships.items()}
+            center = self.guide.center(self.model.clusters())
+            latents = self.model.extend(center, counts, population=True)
+
+            def log_prob(rows: Rows) -> Tensor:
+                return torch.stack([*log_likelihoods(self.model, rows, latents).values()]).sum(0)
+
+            mean = share.mean_over_rows(log_prob, rows)
+        self.model.train()
+        return -mean
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that a checkpoint shares with the run that resumes from it, as JSON values."""
+        model, encoding = self.model, self.model.data_facts().to_json()
+        return {
+            "data": digest(self.source, encoding),
+            "validation": self.validation and digest(self.validation, encoding),
+            "terms": [str(term) for term in model.terms],
+            "family": model.family.name,
+            "adversary": [adversary.settings() for adversary in model.adversaries],
+            "priors": repr(model.priors),
+            "weights": [model.fixed_weight, repr(model.others)],
+            "network or guide": {name: list(t.shape) for name, t in self.state().items()},
+            "schedule": self.schedule.to_json(),
+            "seed": self.seed,
+            "layout of the optimizers' state": 2,
+            "processes": self.share.processes.size,
+        }
+
+
 class Phase(ABC):
     """Abstract phase: `NetworkPhase` trains network and guide, `FrozenPhase` the guide alone."""
 
     trains_network: bool
+    frozen_rows: RowSource | None = None  # all rows with the frozen network's outputs
 
     def __init__(self, task: TrainingTask, share: Share) -> None:
         self.task, self.share, self.passes = task, share, Passes(self.one_pass)
@@ -186,6 +247,7 @@ class FrozenPhase(Phase):
     """
 
     trains_network = False
+    frozen_rows: RowSource
 
     def __init__(self, before: Phase, particles: int | None = None) -> None:
         task = before.task
@@ -194,8 +256,8 @@ class FrozenPhase(Phase):
         self.frozen = [p for p in task.model.parameters() if p.requires_grad]
         task.model.requires_grad_(False)
         task.guide.settle()
-        self.rows: RowSource = before.share.compute(task.model.compute, task.source)
-        super().__init__(task, before.share.ended(self.rows))
+        self.frozen_rows = before.share.compute(task.model.compute, task.source)
+        super().__init__(task, before.share.ended(self.frozen_rows))
         # Centre of q(theta) after each step since the rates were last cut.
         self.iterates: list[np.ndarray] = []
         self.particles = self._start() if particles is None else particles
@@ -211,10 +273,10 @@ class FrozenPhase(Phase):
     def _start(self) -> int:
         """Set the guide to the mode; the number of particles that the bound needs there."""
         task = self.task
-        start_at_mode(task.model, task.guide, self.rows)
+        start_at_mode(task.model, task.guide, self.frozen_rows)
         if task.guide.nested() is None or modulates(task.model):
             return 1
-        return task.schedule.particles or particles_needed(task.model, task.guide, self.rows)
+        return task.schedule.particles or particles_needed(task.model, task.guide, self.frozen_rows)
 
     @property
     def pace(self) -> Pace:
@@ -285,17 +347,17 @@ class FrozenPhase(Phase):
     def _most_rows(self) -> int:
         """Most rows of one step."""
         most = LARGEST_STEP // (2 * self.particles * row_cost(self.task.model))
-        return most if isinstance(self.rows, HeldRows) else min(most, MOST_READ)
+        return most if isinstance(self.frozen_rows, HeldRows) else min(most, MOST_READ)
 
     def _step_rows(self) -> Rows:
-        if len(self.rows) <= self._most_rows():
-            return self.rows.all()
+        if len(self.frozen_rows) <= self._most_rows():
+            return self.frozen_rows.all()
         return self.next_batch() if self.task.guide.nested() is None else next(self.passes)
 
     def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
         nested = self.task.guide.nested_name()
         if nested is None:
             return super().one_pass(generator)
-        clusters = len(self.rows.counts[nested])
-        size = max(1, clusters * self._most_rows() // (2 * len(self.rows)))
-        return self.rows.cluster_batches(nested, size, generator)
+        clusters = len(self.frozen_rows.counts[nested])
+        size = max(1, clusters * self._most_rows() // (2 * len(self.frozen_rows)))
+        return self.frozen_rows.cluster_batches(nested, size, generator)

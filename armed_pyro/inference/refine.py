@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pyro
@@ -18,7 +18,6 @@ from armed_pyro.guides.noise import Noise, gaussian_noise
 from armed_pyro.inference.importance_sampling import BLOCK, affordable, importance_draws
 from armed_pyro.inference.nested_weights import resampled, weigh
 from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
-from armed_pyro.rows.batch import Rows
 
 __all__ = ["refine"]
 
@@ -90,7 +89,6 @@ def _nuts(
             torch.manual_seed(seed + 101 * chain + 6)
             start = dict(gaussian_noise(guide, rows, 1, model.reference()).values)
             kernel = NUTS(potential_fn=potential, target_accept_prob=0.85, max_tree_depth=7)
-
             mcmc = MCMC(
                 kernel,
                 draws,
@@ -102,25 +100,16 @@ def _nuts(
             mcmc.run()
             sampled.append(mcmc.get_samples())
             divergences += len(mcmc.diagnostics()["divergences"]["chain 0"])
-    noise = {name: torch.stack([chain[name] for chain in sampled]) for name in sampled[0]}
-    flat = {name: value.flatten(0, 1)[:, 0] for name, value in noise.items()}
-    latents = joined(list(_latents(posterior, rows, flat)))
-    quality = _mixing(latents, chains) | {"divergences": float(divergences)}
-    return latents, quality
-
-
-def _latents(
-    posterior: Posterior, rows: Rows, noise: Mapping[str, Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Latent sites that the guide makes of this noise, in blocks of draws."""
-    n = len(next(iter(noise.values())))
+    noise = {name: torch.cat([chain[name] for chain in sampled])[:, 0] for name in sampled[0]}
+    nested, blocks = guide.nested(), []
     size = max(1, BLOCK // max(1, len(rows)))
-    for start in range(0, n, size):
-        part = {name: value[start : start + size] for name, value in noise.items()}
+    for values in zip(*(value.split(size) for value in noise.values()), strict=True):
+        block = Noise(dict(zip(noise, values, strict=True)), {})
         with torch.no_grad(), pyro.validation_enabled(False):
-            weighted = weigh(posterior.model, posterior.guide, rows, Noise(part, {}))
-        nested = posterior.guide.nested()
-        yield resampled(weighted, nested.effect_site if nested else "")
+            weighted = weigh(model, guide, rows, block)
+        blocks.append(resampled(weighted, nested.effect_site if nested else ""))
+    latents = joined(blocks)
+    return latents, _mixing(latents, chains) | {"divergences": float(divergences)}
 
 
 def _mixing(latents: Mapping[str, Tensor], chains: int) -> dict[str, float]:

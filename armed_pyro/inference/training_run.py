@@ -12,11 +12,9 @@ import torch
 from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.loss import Loss
 from armed_pyro.engine.schedule import History, Plateau
-from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase
+from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase, TrainingTask
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.inference.task import TrainingTask
 from armed_pyro.program.model import trains_network
-from armed_pyro.rows.source import RowSource
 
 __all__ = ["Run", "TrainingDiverged"]
 
@@ -57,11 +55,6 @@ class Run:
     def step(self) -> int:
         """Steps taken."""
         return len(self.history.loss)
-
-    @property
-    def frozen_rows(self) -> RowSource | None:
-        """The rows with the frozen network's outputs; None while the network is trained."""
-        return self.phase.rows if isinstance(self.phase, FrozenPhase) else None
 
     def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
         """Take steps until convergence or until they run out.
