@@ -151,7 +151,8 @@ class Posterior:
     def hyperparameters(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """n joint posterior draws as from `draws`, without the random effects.
 
-        Each site has shape "n 1 ...". Memory does not grow with the number of clusters.
+        Each site has shape "n 1 ...". The seed is by default that of the training. Memory does not
+        grow with the number of clusters.
         """
         effects = {factor.effect_site for factor in self.model.factors}
         with self.model.seeded(self.seed if seed is None else seed):
