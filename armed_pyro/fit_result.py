@@ -47,7 +47,7 @@ def _verb(
             kwargs.setdefault("classifiers", fit.classifiers)
         return function(fit.posterior, *args, **kwargs)
 
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = inspect.signature(function).replace(parameters=[itself, *shown])  # type: ignore[attr-defined]
     hidden = rf"^({posterior.name}|classifiers) : .*\n(?:    .*\n)+"
     method.__doc__ = re.sub(hidden, "", inspect.getdoc(function) or "", flags=re.MULTILINE)
