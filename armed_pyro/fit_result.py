@@ -119,7 +119,7 @@ class Fit:
         return weighed(self.posterior)
 
     def diagnostics(self) -> Diagnostics:
-        """Verdict on the fit (pass, warn or fail), with reasons and next steps."""
+        """Verdict (pass, warn or fail) of `armed_pyro.checks.diagnostics`, with reasons."""
         return self._verdict
 
     @cached_property

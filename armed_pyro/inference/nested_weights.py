@@ -117,14 +117,14 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
 
 
 def bound_noise(guide: Guide, rows: Rows, draws: int, particles: int, like: Tensor) -> Noise:
-    """Noise of the guide's own draws of theta, with so many particles of the nested effects."""
+    """Noise of the guide's own draws of theta, with M particles of the nested effects for each."""
     if particles == 1:
         return gaussian_noise(guide, rows, draws, like)
     return proposal_noise(guide, rows, draws, particles, like, heavy=False)
 
 
 def nested_from(noise: Noise, site: str, first: Noise) -> Noise:
-    """The noise of the first piece of the rows, but for the nested effects that of this piece."""
+    """The noise of the first piece of the rows; for the nested effects, that of this piece."""
     values, ratios = (
         {**shared, **{name: value for name, value in piece.items() if name == site}}
         for shared, piece in ((first.values, noise.values), (first.log_ratio, noise.log_ratio))
