@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from armed_pyro.checks import rank_tests
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
-from armed_pyro.inference.divergence import TrainingDiverged
 from armed_pyro.inference.train import train
+from armed_pyro.inference.training_run import TrainingDiverged
 from armed_pyro.program.blocks import BLOCK_VALUES
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.source import RowSource

@@ -38,7 +38,7 @@ class Guide(nn.Module, ABC):
     `nested`, `nested_name` importance sampling, and training on whole clusters
     `every_cluster`         training, to choose the clusters of a mini-batch
     `work`, `most_draws`    importance sampling and training, to size their blocks
-    `clusterwise`           `armed_pyro.inference.cluster_adam`, for mini-batches
+    `clusterwise`           `armed_pyro.inference.optimizers`, for mini-batches
     `narrowed`              the same
     `draws`                 everything that reads a fitted posterior
     ======================= ======================================================================
@@ -164,7 +164,7 @@ class Guide(nn.Module, ABC):
         """The parameters that belong to single clusters, by factor; empty by default.
 
         A mini-batch trains only the entries of its clusters, see
-        `armed_pyro.inference.cluster_adam`.
+        `armed_pyro.inference.optimizers`.
         """
         return {}
 
