@@ -15,7 +15,7 @@ from armed_pyro import ClusteredData, Known, MixedEffects, Priors, Slopes, Struc
 from armed_pyro.distributions.observed_normal import ObservedNormal
 from armed_pyro.distributions.whitened import WhitenedDiagonal, WhitenedNormal
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.guides.pseudo_observations import newton_excess
+from armed_pyro.guides.row_sums import newton_excess
 from armed_pyro.inference.objective import Objective
 
 N, K = 60, 6
@@ -294,7 +294,7 @@ def test_steps_towards_large_counts_are_short_but_lead_to_the_same_place(random,
     moves = [(b - a).abs().max() for a, b in itertools.pairwise(steps)]
     assert max(moves) < 4
     assert max(moves[-10:]) < 0.5, "what 32 draws leave open"
-    monkeypatch.setattr("armed_pyro.guides.pseudo_observations.LONGEST_STEP", 1e9)
+    monkeypatch.setattr("armed_pyro.guides.row_sums.LONGEST_STEP", 1e9)
     long = settled()
     assert long[0].abs().max() > 3.5
     one, other = (torch.stack(each[-10:]).mean(0) for each in (long, steps))
