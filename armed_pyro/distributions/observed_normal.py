@@ -35,21 +35,11 @@ class ObservedNormal(Pushforward):
     10,000 clusters with 4 effects each took 1.55 times as long with it, of 1,000 clusters with 8
     effects 1.65 times.
 
-    Parameters
-    ----------
-    scale : Float[Tensor, "... terms terms"]
-        L, lower triangular.
-    tau : Float[Tensor, "..."]
-        Residual precision; with draws, it has a 1 in the place of the clusters.
-    base, trained : Float[Tensor, "clusters terms terms"]
-        B and C; B gets no gradient.
-    location : Float[Tensor, "... clusters terms"]
-        m.
-    moving : Float[Tensor, "... clusters terms"], optional
-        m again, as a function of other latent quantities. Its gradient is that of both the draw
-        and its density.
-    batch : torch.Size, optional
-        Draws and clusters, if they do not follow from the other arguments.
+    `scale` is L, lower triangular; `base` and `trained` are B and C, and B gets no gradient;
+    `location` is m. The residual precision `tau` has a 1 in the place of the clusters, if there
+    are draws. `moving` is m again, as a function of other latent quantities; its gradient is that
+    of both the draw and its density. `batch` is the shape of draws and clusters, if it does not
+    follow from the other arguments.
 
     Examples
     --------
@@ -63,12 +53,12 @@ class ObservedNormal(Pushforward):
 
     def __init__(
         self,
-        scale: Tensor,
-        tau: Tensor,
-        base: Tensor,
-        trained: Tensor,
-        location: Tensor,
-        moving: Tensor | None = None,
+        scale: Float[Tensor, "... terms terms"],
+        tau: Float[Tensor, "..."],
+        base: Float[Tensor, "clusters terms terms"],
+        trained: Float[Tensor, "clusters terms terms"],
+        location: Float[Tensor, "... clusters terms"],
+        moving: Float[Tensor, "... clusters terms"] | None = None,
         batch: torch.Size | None = None,
     ) -> None:
         self.scale, self.tau, self.location, self.moving = scale, tau, location, moving

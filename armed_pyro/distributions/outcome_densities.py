@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -16,12 +17,7 @@ __all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson", "LogitBinom
 class LogPoisson(dist.Poisson):
     """Poisson distribution with a given log-rate.
 
-    log y! is computed once per row, not once per draw of the log-rate.
-
-    Parameters
-    ----------
-    log_rate : Float[Tensor, "... rows"]
-        Logarithm of the rate.
+    log y! is computed once per row, not once per draw of the log-rate ("... rows").
 
     Examples
     --------
@@ -29,7 +25,7 @@ class LogPoisson(dist.Poisson):
     tensor(-1.)
     """
 
-    def __init__(self, log_rate: Tensor) -> None:
+    def __init__(self, log_rate: Float[Tensor, "... rows"]) -> None:
         self.log_rate = log_rate
         super().__init__(log_rate.exp(), validate_args=False)  # type: ignore[no-untyped-call]
 
@@ -45,20 +41,13 @@ class LogitBinomial(dist.Binomial):
 
     The binomial coefficient is computed once per row, not once per draw of the logit.
 
-    Parameters
-    ----------
-    trials : Float[Tensor, "rows"]
-        Numbers of trials.
-    logit : Float[Tensor, "... rows"]
-        Logit of the probability of success.
-
     Examples
     --------
     >>> LogitBinomial(torch.tensor(1.0), torch.tensor(0.0)).log_prob(torch.tensor(1.0)).exp()
     tensor(0.5000)
     """
 
-    def __init__(self, trials: Tensor, logit: Tensor) -> None:
+    def __init__(self, trials: Float[Tensor, " rows"], logit: Float[Tensor, "... rows"]) -> None:
         self.trials, self.logit = trials, logit
         super().__init__(trials, logits=logit, validate_args=False)
 
@@ -74,14 +63,8 @@ class LogitBinomial(dist.Binomial):
 class LogNegativeBinomial(dist.NegativeBinomial):
     """Negative binomial distribution with a given log-mean and shape.
 
-    Terms without the mean are computed once per draw of the shape and row.
-
-    Parameters
-    ----------
-    log_mean : Float[Tensor, "... rows"]
-        Logarithm of the mean mu.
-    shape : Float[Tensor, "..."]
-        alpha, with variance mu + mu^2 / alpha.
+    The variance is mu + mu^2 / alpha, with the mean mu and the shape alpha. Terms without the mean
+    are computed once per draw of the shape and row.
 
     Examples
     --------
@@ -89,7 +72,7 @@ class LogNegativeBinomial(dist.NegativeBinomial):
     tensor(0.5000)
     """
 
-    def __init__(self, log_mean: Tensor, shape: Tensor) -> None:
+    def __init__(self, log_mean: Float[Tensor, "... rows"], shape: Float[Tensor, "..."]) -> None:
         self.log_mean, self.shape = log_mean, shape
         super().__init__(shape, logits=log_mean - shape.log(), validate_args=False)
 
@@ -107,16 +90,8 @@ class LogNegativeBinomial(dist.NegativeBinomial):
 class IndependentNormal(dist.TorchDistribution):
     """Independent normal values around a mean, with one sd for all values of a row.
 
-    The sum of squares is computed once, not once per draw of the sd.
-
-    Parameters
-    ----------
-    mean : Tensor
-        Shape "... rows ..."; the last `event_dim` dimensions are those of a row's values.
-    sd : Tensor
-        Shape "..." or "... 1", without the values' dimensions.
-    event_dim : int
-        Number of dimensions of a row's values.
+    The sum of squares is computed once, not once per draw of the sd. The mean's last `event_dim`
+    dimensions are those of a row's values, which the sd ("..." or "... 1") does not have.
 
     Examples
     --------

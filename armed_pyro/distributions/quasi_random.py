@@ -24,19 +24,7 @@ STRETCH = (1.6, 1.4, 1.2)
 
 
 def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
-    """sinh(t asinh(normal)), and its log-density minus that of standard normal noise.
-
-    Parameters
-    ----------
-    normal : Float[Tensor, "... size"]
-        Standard normal noise.
-
-    Returns
-    -------
-    noise : Float[Tensor, "... size"]
-        The stretched noise.
-    log_ratio : Float[Tensor, "..."]
-        Difference of the log-densities of `size` coordinates.
+    """sinh(t asinh(normal)), and its log-density minus that of standard normal noise ("...").
 
     Examples
     --------
@@ -54,21 +42,13 @@ def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
     return noise, sum_last(0.5 * (squares[0] - squares[1]) - log_det)
 
 
-def lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def lattice(
+    draws: int, particles: int, shape: tuple[int, ...], like: Tensor
+) -> Float[Tensor, "draws particles clusters terms"]:
     """Evenly spread points of (0, 1)^terms: a rank-1 lattice, shifted at random.
 
-    Parameters
-    ----------
-    draws, particles : int
-        Number of lattices, and of points of each.
-    shape : (int, int)
-        Clusters and terms; every draw and cluster has a shift of its own.
-    like : Tensor
-        A tensor of the wanted precision and device.
-
-    Returns
-    -------
-    Float[Tensor, "draws particles clusters terms"]
+    `shape` is the number of clusters and of terms; every draw and cluster has its own shift. The
+    points are in the precision and on the device of `like`.
 
     Examples
     --------

@@ -25,11 +25,6 @@ class Pushforward(dist.TorchDistribution, ABC):
 
     `push` keeps its last value and noise. The density of that very tensor is computed from the
     noise, which is cheaper than inverting the map, and exact where the map is hardly invertible.
-
-    Attributes
-    ----------
-    dtype, device : torch.dtype, torch.device
-        Precision and device of the draws.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -53,23 +48,19 @@ class Pushforward(dist.TorchDistribution, ABC):
 class Whitened(Pushforward, ABC):
     r"""u = L z with z = m + C^{-\top} noise.
 
-    The prior's covariance L L' is never inverted, so a standard deviation near zero is safe.
+    L is `scale`, m is `mean` and C is `root`; z's precision is C C'. The prior's covariance L L'
+    is never inverted, so a standard deviation near zero is safe.
 
-    Parameters
-    ----------
-    scale : Tensor
-        L.
-    mean : Float[Tensor, "... terms"]
-        m.
-    root : Tensor
-        C, with z's precision C C'.
-    detached : Whitened, optional
-        The same distribution with trained parameters that get no gradients. If given, it supplies
-        the density of draws, and gradients stick the landing (Roeder, Wu, Duvenaud 2017).
+    `detached` is the same distribution with trained parameters that get no gradients. If given, it
+    supplies the density of draws, and gradients stick the landing (Roeder, Wu, Duvenaud 2017).
     """
 
     def __init__(
-        self, scale: Tensor, mean: Tensor, root: Tensor, detached: Whitened | None = None
+        self,
+        scale: Tensor,
+        mean: Float[Tensor, "... terms"],
+        root: Tensor,
+        detached: Whitened | None = None,
     ) -> None:
         self.scale, self.mean_whitened, self.root = scale, mean, root
         self.detached = detached

@@ -29,22 +29,9 @@ FULL_STEPS = 6
 
 @dataclass(frozen=True)
 class _GlobalSite:
-    """A hyperparameter's site, and its place in theta.
+    """A hyperparameter's site, whose coordinates are ``theta[..., start:stop]``.
 
-    Attributes
-    ----------
-    name : str
-        Name of the Pyro site.
-    start, stop : int
-        Its coordinates are ``theta[..., start:stop]``.
-    shape : torch.Size
-        Shape of the unconstrained value.
-    event_dim : int
-        Dimensions of the site's event.
-    transform : torch.distributions.Transform
-        From the unconstrained value to the site's support.
-    positive : bool
-        Whether the support is the positive numbers.
+    `transform` maps the unconstrained value, of this `shape`, to the site's support.
     """
 
     name: str
@@ -84,11 +71,6 @@ class Hyperparameters(nn.Module):
     With many hyperparameters, each row of the flow's matrices is a sum of many trained numbers,
     all moved at once by Adam, and the noise of their gradients would add up. Beyond
     `FULL_STEPS` hyperparameters the matrices are therefore trained in smaller units.
-
-    Parameters
-    ----------
-    model : MixedEffects
-        A bound program.
 
     Attributes
     ----------
@@ -211,8 +193,7 @@ def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
             transform = CorrelationCholesky()
         free = transform.inv(node["value"])
         stop = start + free.numel()
-        event_dim = distribution.event_dim
-        positive = _is_positive(distribution.support)
+        positive, event_dim = _is_positive(distribution.support), distribution.event_dim
         sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform, positive))
         start = stop
     return tuple(sites)
