@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from armed_pyro.distributions.precision_normal import PrecisionNormal
+from armed_pyro.distributions.whitened import PrecisionNormal
 
 SIZE = 4
 

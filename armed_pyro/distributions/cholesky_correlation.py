@@ -26,13 +26,6 @@ class CorrelationCholesky(CorrCholeskyTransform):
     References
     ----------
     Stan Reference Manual, "Cholesky factors of correlation matrices".
-
-    Examples
-    --------
-    >>> CorrelationCholesky()(torch.zeros(3))
-    tensor([[1., 0., 0.],
-            [0., 1., 0.],
-            [0., 0., 1.]])
     """
 
     def _call(self, x: Float[Tensor, "... pairs"]) -> Float[Tensor, "... D D"]:

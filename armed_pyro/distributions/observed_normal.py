@@ -40,15 +40,6 @@ class ObservedNormal(Pushforward):
     are draws. `moving` is m again, as a function of other latent quantities; its gradient is that
     of both the draw and its density. `batch` is the shape of draws and clusters, if it does not
     follow from the other arguments.
-
-    Examples
-    --------
-    A prior and an observation that are both standard normal, with the observation at 2:
-
-    >>> unit = torch.eye(1)[None]  # one cluster, one term
-    >>> q = ObservedNormal(torch.eye(1), torch.ones(1), unit, unit, torch.full((1, 1), 2.0))
-    >>> q.mean
-    tensor([[1.]])
     """
 
     def __init__(

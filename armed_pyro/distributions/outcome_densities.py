@@ -18,11 +18,6 @@ class LogPoisson(dist.Poisson):
     """Poisson distribution with a given log-rate.
 
     log y! is computed once per row, not once per draw of the log-rate ("... rows").
-
-    Examples
-    --------
-    >>> LogPoisson(torch.tensor(0.0)).log_prob(torch.tensor(1.0))
-    tensor(-1.)
     """
 
     def __init__(self, log_rate: Float[Tensor, "... rows"]) -> None:
@@ -40,11 +35,6 @@ class LogitBinomial(dist.Binomial):
     """Binomial distribution with a given logit of the probability.
 
     The binomial coefficient is computed once per row, not once per draw of the logit.
-
-    Examples
-    --------
-    >>> LogitBinomial(torch.tensor(1.0), torch.tensor(0.0)).log_prob(torch.tensor(1.0)).exp()
-    tensor(0.5000)
     """
 
     def __init__(self, trials: Float[Tensor, " rows"], logit: Float[Tensor, "... rows"]) -> None:
@@ -65,11 +55,6 @@ class LogNegativeBinomial(dist.NegativeBinomial):
 
     The variance is mu + mu^2 / alpha, with the mean mu and the shape alpha. Terms without the mean
     are computed once per draw of the shape and row.
-
-    Examples
-    --------
-    >>> LogNegativeBinomial(torch.tensor(0.0), torch.tensor(1.0)).log_prob(torch.tensor(0.0)).exp()
-    tensor(0.5000)
     """
 
     def __init__(self, log_mean: Float[Tensor, "... rows"], shape: Float[Tensor, "..."]) -> None:
@@ -92,11 +77,6 @@ class IndependentNormal(dist.TorchDistribution):
 
     The sum of squares is computed once, not once per draw of the sd. The mean's last `event_dim`
     dimensions are those of a row's values, which the sd ("..." or "... 1") does not have.
-
-    Examples
-    --------
-    >>> IndependentNormal(torch.zeros(3, 2), torch.ones(1), 1).log_prob(torch.zeros(3, 2))
-    tensor([-1.8379, -1.8379, -1.8379])
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

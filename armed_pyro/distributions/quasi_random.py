@@ -24,13 +24,7 @@ STRETCH = (1.6, 1.4, 1.2)
 
 
 def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
-    """sinh(t asinh(normal)), and its log-density minus that of standard normal noise ("...").
-
-    Examples
-    --------
-    >>> stretched(torch.tensor([0.0, 1.0]))[0]
-    tensor([0.0000, 1.5718])
-    """
+    """sinh(t asinh(normal)), and its log-density minus that of standard normal noise ("...")."""
     stretch = STRETCH[min(normal.shape[-1], len(STRETCH)) - 1]
     # asinh written out: torch's own is slow.
     size = normal.abs()
@@ -49,11 +43,6 @@ def lattice(
 
     `shape` is the number of clusters and of terms; every draw and cluster has its own shift. The
     points are in the precision and on the device of `like`.
-
-    Examples
-    --------
-    >>> lattice(2, 4, (3, 1), torch.ones(1)).shape
-    torch.Size([2, 4, 3, 1])
     """
     # Made on the device: a copy to it would make the step wait.
     exact: dict[str, Any] = {"dtype": torch.float64, "device": like.device}

@@ -22,11 +22,6 @@ def precision_root(whitened: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n
     It is computed column by column, for all matrices at once. In exact arithmetic every pivot is at
     least 1, because L'AL is positive semi-definite. Pivots are clamped to that, and to the rounding
     error of a large diagonal.
-
-    Examples
-    --------
-    >>> precision_root(torch.tensor([[3.0]]))
-    tensor([[2.]])
     """
     n = whitened.shape[-1]
     rest = whitened + torch.eye(n, dtype=whitened.dtype, device=whitened.device)

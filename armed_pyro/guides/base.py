@@ -24,24 +24,8 @@ class Guide(nn.Module, ABC):
 
     theta are the hyperparameters (family parameters, standard deviations, correlations, latent
     fixed effects) and u the random effects. A guide is an ordinary Pyro guide: calling it samples
-    every latent site of the program, under the program's site names. The rest of the protocol
-    tells training, importance sampling and prediction how to use it:
-
-    ======================= ======================================================================
-    method                  caller
-    ======================= ======================================================================
-    `forward`               the objectives, `draws`, importance sampling, refinement
-    `center`                training and the search for the mode
-    `noise_shapes`          `armed_pyro.guides.noise`, which makes the noise of a draw
-    `refresh`, `exact`      training and the search for the mode
-    `settle`                training, when the network is frozen
-    `nested`, `nested_name` importance sampling, and training on whole clusters
-    `every_cluster`         training, to choose the clusters of a mini-batch
-    `work`, `most_draws`    importance sampling and training, to size their blocks
-    `clusterwise`           `armed_pyro.inference.cluster_adam`, for mini-batches
-    `narrowed`              the same
-    `draws`                 everything that reads a fitted posterior
-    ======================= ======================================================================
+    every latent site of the program, under the program's site names. Its other methods tell
+    training, importance sampling and prediction how to use it.
 
     Sites that a guide samples beyond those of the program start with an underscore and are
     auxiliary (``infer={"is_auxiliary": True}``): ``_theta`` holds all hyperparameters in
@@ -81,17 +65,18 @@ class Guide(nn.Module, ABC):
     def center(self, rows: Rows) -> dict[str, Tensor]:
         """The latent sites at the guide's centre: theta at zero noise, u at its mean given theta.
 
-        Nothing is random, and no Pyro site is sampled. Values have no leading dimensions: effects
-        are "clusters terms".
+        Training and the search for the mode call it. No Pyro site is sampled. Values
+        have no leading dimensions: effects are "clusters terms".
         """
 
     @abstractmethod
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
         """Shape of the standard normal noise behind one draw of each random site.
 
-        It is ``(size,)`` for sites without clusters, such as ``_theta``, and ``(clusters, terms)``
-        for random effects. Sites that are functions of others, and empty ones, are left out. Each
-        site that is listed has a `Pushforward` distribution, which maps the noise to the draw.
+        `armed_pyro.guides.noise` makes the noise. The shape is ``(size,)`` for sites without
+        clusters, such as ``_theta``, and ``(clusters, terms)`` for random effects. Sites that are
+        functions of others, and empty ones, are left out. Each site that is listed has a
+        `Pushforward` distribution, which maps the noise to the draw.
         """
 
     @abstractmethod
@@ -137,7 +122,7 @@ class Guide(nn.Module, ABC):
     def work(self) -> int:
         """Multiplications of one joint draw of all random effects, beyond the work of the rows.
 
-        The default is 0. Training and importance sampling take fewer draws where it is large.
+        Training and importance sampling take fewer draws where it is large.
         """
         return 0
 

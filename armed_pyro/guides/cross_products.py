@@ -81,22 +81,12 @@ class DenseCrossProducts(CrossProducts):
 class SparseCrossProducts(CrossProducts):
     """B as its nonzero entries, for designs in which few pairs share rows.
 
-    An entry (k, j) is nonzero if any of its terms is. The Gram matrix is a sum over pairs of
-    entries of the same cluster.
+    An entry (k, j) is nonzero if any of its terms is. `cluster` and `effect` are k and j of each
+    nonzero entry, ordered by k, then j; `place` is where its terms stand in the flattened B.
 
-    Attributes
-    ----------
-    shape : (int, int, int)
-        Clusters, terms, effects.
-    values, place : Tensor
-        The terms of each nonzero entry, and their places in the flattened B.
-    cluster, effect : Tensor
-        k and j of each nonzero entry, ordered by k, then j.
-    first, second : Tensor
-        Both entries of each pair, the effect of `second` at or before that of `first`.
-    cell : Tensor
-        Place of each pair in the flattened lower triangle of the Gram matrix. Pairs are sorted
-        by it: otherwise the sum over pairs would jump about in memory.
+    The Gram matrix is a sum over pairs of entries of the same cluster, with the effect of `second`
+    at or before that of `first`; `cell` is a pair's place in its flattened lower triangle. Pairs
+    are sorted by it: otherwise the sum over pairs would jump about in memory.
     """
 
     shape: tuple[int, int, int]

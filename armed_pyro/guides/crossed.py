@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -12,11 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.distributions.precision_normal import PrecisionNormal
 from armed_pyro.distributions.small_matrices import multiply, precision_root, solve
-from armed_pyro.distributions.whitened import WhitenedNormal
+from armed_pyro.distributions.whitened import PrecisionNormal, WhitenedNormal
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.block_scale import BlockScale
 from armed_pyro.guides.cross_products import CrossProducts, cross_products
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.pseudo_observations import FULL_TERMS
@@ -27,7 +25,7 @@ from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["CrossedGuide", "choose_guide"]
+__all__ = ["BlockScale", "CrossedGuide", "choose_guide"]
 
 
 # The joint conditional needs a dense matrix over the effects of all factors but the largest, whose
@@ -45,18 +43,7 @@ def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
 
     It is affordable with at most 16 terms per factor, no terms on filters, at most 2,500 random
     effects in all factors but the largest, and at most 5e7 pairs of one of these effects and one
-    of the largest factor's.
-
-    The guide starts from the training rows in `source`.
-
-    Examples
-    --------
-    >>> from armed_pyro import ClusteredData
-    >>> groups = {"g": [0, 0, 1, 1], "h": [0, 1, 0, 1]}
-    >>> data = ClusteredData.from_arrays([[0.0], [1.0], [3.0], [4.0]], [1, 2, 5, 6], groups)
-    >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g) + (1 | h)").bind(data)
-    >>> type(choose_guide(model)).__name__
-    'CrossedGuide'
+    of the largest factor's. The guide starts from the training rows in `source`.
     """
     sizes = sorted(_size(model, factor) for factor in model.factors)
     dense = sum(sizes[:-1])
@@ -289,10 +276,8 @@ class CrossedGuide(Guide):
 
     def _scale_of_others(self, latents: Latents) -> BlockScale:
         """L_2."""
-        return BlockScale(
-            [factor.scale_matrix(latents) for factor in self.others],
-            [self.clusters[factor.name] for factor in self.others],
-        )
+        blocks = [factor.scale_matrix(latents) for factor in self.others]
+        return BlockScale(blocks, [self.clusters[factor.name] for factor in self.others])
 
     def _effects(
         self, latents: Latents, z: Float[Tensor, "... 1 effects"]
@@ -359,3 +344,45 @@ class LargestGivenOthers:
         mean = solve(root.mT, pull[..., None], upper=True)[..., 0]
         detached = None if self.detached is None else self.detached.at(effects, membership)
         return WhitenedNormal(self.scale, mean, root, detached)
+
+
+@dataclass(frozen=True)
+class BlockScale:
+    r"""L = blockdiag(L_1, ..., L_1, L_2, ...), never written out, with u = L z.
+
+    `blocks` are lower triangular, one per factor; it is repeated for each of the factor's
+    `clusters`.
+    """
+
+    blocks: Sequence[Float[Tensor, "... terms terms"]]
+    clusters: Sequence[int]
+
+    def times(self, vector: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
+        """L v."""
+        return self._by_block(self.blocks, vector)
+
+    def transpose_times(self, vector: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
+        """L' v."""
+        return self._by_block([block.mT for block in self.blocks], vector)
+
+    def both(self, matrix: Float[Tensor, "... m m"]) -> Float[Tensor, "... m m"]:
+        """L' M L, for a symmetric matrix M."""
+        of_rows = [block.mT.unsqueeze(-3) for block in self.blocks]
+        return self._by_block(of_rows, self._by_block(of_rows, matrix).mT)
+
+    def diagonal_bound(self, diagonal: Float[Tensor, " m"]) -> Float[Tensor, "... m"]:
+        """Upper bound of diag(L' M L), for any positive definite M with this diagonal.
+
+        (sum_i L_ij v_i)^2 <= terms sum_i L_ij^2 v_i^2; with single terms the bound is attained.
+        """
+        squares = [block.shape[-1] * block.mT**2 for block in self.blocks]
+        return self._by_block(squares, diagonal)
+
+    def _by_block(self, blocks: Sequence[Tensor], vector: Tensor) -> Tensor:
+        sizes = [block.shape[-1] * k for block, k in zip(blocks, self.clusters, strict=True)]
+        pieces = [
+            multiply(block.unsqueeze(-3), part.unflatten(-1, (-1, block.shape[-1]))).flatten(-2)
+            for block, part in zip(blocks, vector.split(sizes, -1), strict=True)
+        ]
+        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+        return torch.cat([piece.expand(*batch, -1) for piece in pieces], -1)

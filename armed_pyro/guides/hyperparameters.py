@@ -72,22 +72,8 @@ class Hyperparameters(nn.Module):
     all moved at once by Adam, and the noise of their gradients would add up. Beyond
     `FULL_STEPS` hyperparameters the matrices are therefore trained in smaller units.
 
-    Attributes
-    ----------
-    known : dict of str to Tensor
-        Hyperparameters that are given by their priors, and have no place in theta.
-    size : int
-        Length of theta.
-    shaped : bool
-        Whether skewness, tails and dependent scales are trained.
-
-    Examples
-    --------
-    >>> from armed_pyro import ClusteredData
-    >>> data = ClusteredData.from_arrays([[0.0], [1.0], [3.0]], [1, 2, 5], {"g": [0, 0, 1]})
-    >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
-    >>> sorted(Hyperparameters(model)())
-    ['g_sd', 'residual_sd']
+    Hyperparameters that are `known` from their priors have no place in theta, whose length is
+    `size`. If q(theta) is `shaped`, skewness, tails and dependent scales are trained.
     """
 
     anchor: Tensor

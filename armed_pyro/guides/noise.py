@@ -61,10 +61,6 @@ class NoiseMessenger(Messenger):
 
     The number of draws is that of the noise; no plate of draws is needed. Sites that are left out
     are sampled as usual.
-
-    Examples
-    --------
-    ``with NoiseMessenger(noise.values): latents = guide(rows)``
     """
 
     def __init__(self, values: Mapping[str, Tensor], *, held: bool = False) -> None:

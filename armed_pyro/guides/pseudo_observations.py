@@ -39,19 +39,9 @@ class PseudoObservations(nn.Module):
     at the identity. The trained C_k, m_k and G_k are therefore of order 1, whether a cluster has
     two rows or ten thousand.
 
-    Attributes
-    ----------
-    base, root : Float[Tensor, "clusters terms terms"] or Float[Tensor, "clusters terms"]
-        R_k and C_k; their diagonals unless `full`.
-    location : Float[Tensor, "clusters terms"]
-        m_k.
-    cross : Float[Tensor, "clusters terms n_fixed"] or None
-        G_k; None without latent fixed effects.
-    conjugate : bool
-        Whether `observe` sets them at every refresh; otherwise only at the start. True for at
-        most 16 terms.
-    full : bool
-        Whether the precision matrices are full; True for 2 to 16 terms.
+    `base` and `root` are R_k and C_k, "clusters terms terms", or their diagonals unless `full`
+    (for 2 to 16 terms). `location` is m_k, and `cross` is G_k, None without latent fixed effects.
+    `observe` sets `conjugate` ones (of at most 16 terms) at every refresh, others at the start.
     """
 
     base: Tensor
