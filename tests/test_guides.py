@@ -56,7 +56,8 @@ def conditional(guide, rows, theta=None, site="site_effect"):
 
 def moments(q):
     """Mean and covariance matrices of q(u | theta)."""
-    if isinstance(q, WhitenedNormal | ObservedNormal):
+    q = q.whitened if isinstance(q, ObservedNormal) else q
+    if isinstance(q, WhitenedNormal):
         root = torch.linalg.solve_triangular(q.root, q.scale.mT, upper=False)
         return q.mean, root.mT @ root
     return q.mean, torch.diag_embed((q.scale / q.root) ** 2)

@@ -41,11 +41,8 @@ class Flow(Pushforward, ABC):
 
     The log-density of a draw that `push` has just made has only the gradient along the draw. The
     part that is left out has expectation zero, and the part that remains has variance zero where
-    the flow equals the posterior (sticking the landing). F and a get no gradients.
-
-    References
-    ----------
-    Roeder, Wu, Duvenaud (2017), "Sticking the landing", NeurIPS 30.
+    the flow equals the posterior (Roeder, Wu, Duvenaud 2017, "Sticking the landing", NeurIPS 30).
+    F and a get no gradients.
     """
 
     def __init__(
@@ -138,11 +135,7 @@ class AutoregressiveNormal(Flow):
 
     F (lower triangular) and a are not trained, so the trained parameters are of order 1. The flow
     lets the scale of a fixed effect depend on the residual sd, and the log of an sd near zero be
-    skewed.
-
-    References
-    ----------
-    Jones and Pewsey (2009), Biometrika 96(4): sinh-arcsinh distributions.
+    skewed by a sinh-arcsinh distribution (Jones and Pewsey 2009, Biometrika 96(4)).
     """
 
     def _framed(self, noise: Vectors) -> Vectors:

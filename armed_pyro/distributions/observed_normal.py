@@ -80,11 +80,6 @@ class ObservedNormal(Pushforward):
         """Mean of the effects."""
         return self.whitened.mean
 
-    @property
-    def root(self) -> Float[Tensor, "... terms terms"]:
-        """Cholesky factor of the precision of L^{-1} u."""
-        return self.whitened.root
-
     def push(self, noise: Float[Tensor, "... terms"]) -> Float[Tensor, "... terms"]:
         batch = max(noise.dim() - 1, len(self.batch_shape))
         arguments = (
@@ -124,11 +119,8 @@ class _Draw(torch.autograd.Function):
 
     .. math:: -R^{-\top} \big(\mathrm{sym}(a y^\top) + \mathrm{sym}(\Phi(e a^\top))\big) R^{-1}
 
-    where Phi takes the lower triangle and half the diagonal.
-
-    References
-    ----------
-    Murray (2016), "Differentiation of the Cholesky decomposition", arXiv:1602.07527.
+    where Phi takes the lower triangle and half the diagonal (Murray 2016, "Differentiation of the
+    Cholesky decomposition", arXiv:1602.07527).
     """
 
     @staticmethod
@@ -149,10 +141,8 @@ class _Draw(torch.autograd.Function):
         turned = _product(inverse, half)
         pulled = _along(turned, seen)
         z = _along(_t(inverse), tau * pulled + noise)
-        constant = LOG_SQRT_2PI * len(noise)
-        diagonal = scale.diagonal().movedim(-1, 0)
-        log_det = (pivots / diagonal).log().sum(0)
-        density = log_det - 0.5 * noise.square().sum(0) - constant
+        log_det = (pivots / scale.diagonal().movedim(-1, 0)).log().sum(0)
+        density = log_det - 0.5 * noise.square().sum(0) - LOG_SQRT_2PI * len(noise)
         kept = (base, root, location, tau, scale, noise, inverse, turned, seen, pulled, z)
         ctx.save_for_backward(*kept)
         ctx.shapes = trained.shape, location.shape, moving is not None
@@ -243,7 +233,6 @@ def _identity(like: Float[Tensor, "n n ..."]) -> Tensor:
 
 def _halved(matrix: Float[Tensor, "n n ..."]) -> Float[Tensor, "n n ..."]:
     """The lower triangle, with half the diagonal."""
-    ones = torch.ones_like(_identity(matrix))
-    mask = ones.flatten(2)[..., 0].tril() if ones.dim() > 2 else ones.tril()
-    lower = mask.reshape(ones.shape) - 0.5 * _identity(matrix)
-    return matrix * lower
+    identity = _identity(matrix)
+    lower = torch.ones_like(identity).movedim((0, 1), (-2, -1)).tril().movedim((-2, -1), (0, 1))
+    return matrix * (lower - 0.5 * identity)

@@ -57,8 +57,6 @@ def lattice(
 def _generator(points: int, terms: int) -> tuple[int, ...]:
     """Generating vector of a rank-1 lattice, chosen component by component.
 
-    References
-    ----------
     Sloan and Reztsov (2002), Mathematics of Computation 71(237).
     """
     index = np.arange(points)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["FEW", "multiply", "precision_root", "solve", "solve_lower", "sum_last"]
+__all__ = ["FEW", "multiply", "precision_root", "solve", "sum_last"]
 
 
 # Up to this size, element by element is several times faster than batched linear algebra.
@@ -51,13 +51,6 @@ def multiply(
         return (matrix @ vector[..., None])[..., 0]
     columns = zip(matrix.unbind(-1), vector.unbind(-1), strict=True)
     return reduce(torch.add, (column * value[..., None] for column, value in columns))
-
-
-def solve_lower(
-    matrix: Float[Tensor, "... terms terms"], vector: Float[Tensor, "... terms"]
-) -> Float[Tensor, "... terms"]:
-    """x with matrix x = vector, for many small lower triangular matrices."""
-    return solve(matrix, vector[..., None], upper=False)[..., 0]
 
 
 def solve(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import constraints
 
-from armed_pyro.distributions.small_matrices import multiply, solve, solve_lower, sum_last
+from armed_pyro.distributions.small_matrices import multiply, solve, sum_last
 
 __all__ = [
     "LOG_SQRT_2PI",
@@ -25,8 +25,6 @@ __all__ = [
 
 
 Vectors = Float[Tensor, "... terms"]
-
-
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -141,7 +139,7 @@ class WhitenedNormal(Whitened):
         return multiply(self.scale, z)
 
     def _whitened(self, value: Vectors) -> Vectors:
-        return solve_lower(self.scale, value)
+        return solve(self.scale, value[..., None], upper=False)[..., 0]
 
     def _spread(self, noise: Vectors) -> Vectors:
         return solve(self.root.mT, noise[..., None], upper=True)[..., 0]
@@ -205,8 +203,7 @@ class PrecisionNormal(WhitenedNormal):
         with torch.no_grad():
             density = super().log_prob(value)
         arguments = density, self.precision, self.pull, value, self.root.detach()
-        with_gradients: Tensor = _Density.apply(*arguments)  # type: ignore[no-untyped-call]
-        return with_gradients
+        return _Density.apply(*arguments)  # type: ignore[no-untyped-call]
 
     def _log_det(self) -> Float[Tensor, "..."]:
         return self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -92,18 +92,9 @@ class CrossedGuide(Guide):
     The bound program has several factors. A_0, b_0 and H_0 are set from the rows of `source`;
     without them q(u | theta) starts at the prior.
 
-    Attributes
-    ----------
-    within : Float[Tensor, "clusters terms terms"]
-        A_0 within each cluster of the largest factor.
-    between : Float[Tensor, "clusters terms effects"]
-        B.
-    rest : Float[Tensor, "effects effects"]
-        A_0 of all other factors.
-    pull, slope : Float[Tensor, "all_effects"], Float[Tensor, "all_effects fixed"]
-        b_0 and H_0, the largest factor first.
-    log_scale, shift, shift_slope : torch.nn.Parameter
-        log e, delta and Gamma, in the same order.
+    `within` is A_0 within each cluster of the largest factor, `between` is B, and `rest` is A_0 of
+    all other factors. `pull` and `slope` are b_0 and H_0, the largest factor first. `log_scale`,
+    `shift` and `shift_slope` are log e, delta and Gamma, in the same order.
 
     Examples
     --------
@@ -116,11 +107,11 @@ class CrossedGuide(Guide):
     torch.Size([3, 2, 1])
     """
 
-    within: Tensor
-    between: Tensor
-    rest: Tensor
-    pull: Tensor
-    slope: Tensor
+    within: Float[Tensor, "clusters terms terms"]
+    between: Float[Tensor, "clusters terms effects"]
+    rest: Float[Tensor, "effects effects"]
+    pull: Float[Tensor, " all_effects"]
+    slope: Float[Tensor, "all_effects fixed"]
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
@@ -156,7 +147,7 @@ class CrossedGuide(Guide):
         return model.family.is_quadratic
 
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
-        k, t, m = self.between.shape
+        _, t, m = self.between.shape
         k = len(rows.memberships[self.largest.name].index)
         shapes = {"_theta": (self.hyperparameters.size,), "_crossed": (m,)}
         return {s: n for s, n in shapes.items() if n != (0,)} | {self.largest.effect_site: (k, t)}
@@ -256,11 +247,8 @@ class CrossedGuide(Guide):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """e_1 ("clusters terms"), e_2 ("effects"), A_11 by cluster, and b ("... all_effects")."""
         k, t, _ = self.between.shape
-        e: Tensor = self.log_scale.exp()
-        shift: Tensor = self.shift
-        shift_slope: Tensor = self.shift_slope
-        if detach:
-            e, shift, shift_slope = e.detach(), shift.detach(), shift_slope.detach()
+        trained: tuple[Tensor, ...] = (self.log_scale.exp(), self.shift, self.shift_slope)
+        e, shift, shift_slope = (part.detach() for part in trained) if detach else trained
         e1, e2 = e[: k * t].reshape(k, t), e[k * t :]
         within = self.within * e1[:, :, None] * e1[:, None, :]
         b = self.pull

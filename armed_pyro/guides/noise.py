@@ -36,19 +36,14 @@ PROPOSAL_DF, SHARE_ALONG_ONE, ALONG_ONE = 8.0, 0.3, 3.0
 class Noise:
     r"""Noise of a guide's sites: S draws of every site, M particles of the nested effects.
 
-    Attributes
-    ----------
-    values : mapping of str to Tensor
-        Noise by site: "draws 1 clusters terms" for random effects, "draws 1 1 size" for sites
-        without clusters, "draws particles clusters terms" for the guide's nested factor.
-    log_ratio : mapping of str to Tensor
-        Log-density of a site's noise minus that of standard normal noise, one value per draw (and
-        particle and cluster). Sites that are left out have standard normal noise.
-    held : bool
-        Whether random effects are constants, so that gradients in the hyperparameters flow
-        through densities only. Where the conditional is exact,
-        :math:`p(y, u \mid \theta) / q(u \mid \theta)` is the same for all u, and these gradients
-        are right and cheaper.
+    `values` are "draws 1 clusters terms" for random effects, "draws 1 1 size" for sites without
+    clusters, and "draws particles clusters terms" for the guide's nested factor. `log_ratio` is
+    the log-density of a site's noise minus that of standard normal noise, one value per draw (and
+    particle and cluster); sites that are left out have standard normal noise.
+
+    If `held`, random effects are constants, and gradients in the hyperparameters flow through
+    densities only. Where the conditional is exact, :math:`p(y, u \mid \theta) / q(u \mid \theta)`
+    is the same for all u, and these gradients are right and cheaper.
     """
 
     values: Mapping[str, Tensor]

@@ -150,10 +150,7 @@ def observe(
     quadratic = model.family.is_quadratic
     sums = [
         ClusterSums.zeros(
-            target.base,
-            target.base.shape,
-            target.n_fixed,
-            quadratic=quadratic and not factor.filters,
+            target.base, target.base.shape, target.n_fixed, exact=quadratic and not factor.filters
         )
         for factor, target in zip(model.factors, pseudo, strict=True)
     ]

@@ -47,12 +47,10 @@ class ClusterSums:
     slope: Effects | None
 
     @classmethod
-    def zeros(
-        cls, like: Tensor, shape: Sequence[int], n_fixed: int, *, quadratic: bool
-    ) -> ClusterSums:
-        """Sums over no rows, with a precision of this shape."""
+    def zeros(cls, like: Tensor, shape: Sequence[int], n_fixed: int, *, exact: bool) -> ClusterSums:
+        """Sums over no rows, with a precision of this shape; `exact` if no step is too long."""
         precision, pull = like.new_zeros(shape), like.new_zeros(shape[:2])
-        slope = None if quadratic else torch.zeros_like(pull)
+        slope = None if exact else torch.zeros_like(pull)
         return cls(precision, pull, like.new_zeros(*shape[:2], n_fixed), slope)
 
     def add(
@@ -117,7 +115,7 @@ def joint_sums(
     fixed = len(model.fixed_terms()) if model.bayesian_head else 0
     quadratic, levels = model.family.is_quadratic, model.data_facts().levels
     sizes = [(len(levels[factor.name]), len(factor.terms)) for factor in factors]
-    sums = [ClusterSums.zeros(like, (k, t, t), fixed, quadratic=quadratic) for k, t in sizes]
+    sums = [ClusterSums.zeros(like, (k, t, t), fixed, exact=quadratic) for k, t in sizes]
     cells = {
         (a, b): like.new_zeros(sizes[a][0] * sizes[b][0], sizes[a][1], sizes[b][1])
         for a, b in itertools.combinations(range(len(factors)), 2)
