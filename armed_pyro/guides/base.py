@@ -29,12 +29,7 @@ class Guide(nn.Module, ABC):
 
     Sites that a guide samples beyond those of the program start with an underscore and are
     auxiliary (``infer={"is_auxiliary": True}``): ``_theta`` holds all hyperparameters in
-    unconstrained coordinates.
-
-    Attributes
-    ----------
-    hyperparameters : Hyperparameters
-        q(theta).
+    unconstrained coordinates. `hyperparameters` is q(theta).
 
     Examples
     --------

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import CorrCholeskyTransform
@@ -163,21 +164,18 @@ def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
     training = model.training
     model.eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trace = poutine.trace(model).get_trace(facts.one_row(like))
+        trace = prune_subsample_sites(poutine.trace(model).get_trace(facts.one_row(like)))
     model.train(training)
-    effects = {factor.effect_site for factor in model.factors}
+    inside = {facts.outcome_name, *(factor.effect_site for factor in model.factors)}
     sites, start = [], 0
-    for name, node in sorted(trace.nodes.items(), key=lambda item: item[0] == "fixed_effect"):
-        outside = name in effects or name == facts.outcome_name
-        if node["type"] != "sample" or node["is_observed"] or outside:
+    for name in sorted(trace.stochastic_nodes, key=lambda name: name == "fixed_effect"):
+        if name in inside:
             continue
-        if type(node["fn"]).__name__ == "_Subsample":
-            continue
-        distribution = cast("dist.TorchDistribution", node["fn"])
+        distribution = cast("dist.TorchDistribution", trace.nodes[name]["fn"])
         transform = biject_to(distribution.support)
         if isinstance(transform, CorrCholeskyTransform):
             transform = CorrelationCholesky()
-        free = transform.inv(node["value"])
+        free = transform.inv(trace.nodes[name]["value"])
         stop = start + free.numel()
         positive, event_dim = _is_positive(distribution.support), distribution.event_dim
         sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform, positive))
