@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +16,11 @@ from torch import Tensor
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.outcome_densities import LogitBinomial
 from armed_pyro.families.family import (
+    Array,
     Draws,
     Eta,
     Family,
+    Numbers,
     Parameters,
     RowValues,
     arrays,
@@ -28,8 +29,6 @@ from armed_pyro.families.family import (
     outcome_of,
 )
 from armed_pyro.rows.batch import Rows
-
-__all__ = ["Bernoulli", "Binomial", "Categorical", "LogitFamily"]
 
 
 class LogitFamily(Family, ABC):
@@ -52,7 +51,7 @@ class Bernoulli(LogitFamily):
     statistics = ("mean",)
     no_residuals = "any probability fits single trials"
 
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y != 0) & (y != 1)
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
@@ -64,9 +63,7 @@ class Bernoulli(LogitFamily):
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return torch.sigmoid(eta[..., 0])
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         return rng.binomial(1, _sigmoid(eta[:, 0]))
 
 
@@ -79,7 +76,7 @@ class Binomial(LogitFamily):
     needs_trials = True
     statistics = ("mean", "sd", "zeros")
 
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y < 0) | (y != y.round()) | (y > self._trials(data.trials))
 
     def _trials(self, trials: Tensor | None) -> Tensor:
@@ -102,9 +99,7 @@ class Binomial(LogitFamily):
         hits, trials, mean = arrays(y, self._trials(rows.trials), self.mean(eta, rows))
         return torch.from_numpy(stats.binom.cdf(hits, trials, mean / trials))
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         return rng.binomial(trials, _sigmoid(eta[:, 0]))
 
 
@@ -136,7 +131,7 @@ class Categorical(LogitFamily):
                 "them"
             )
 
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return torch.zeros_like(y, dtype=torch.bool)
 
     def columns(self, data: ClusteredData) -> tuple[str, ...]:
@@ -164,9 +159,7 @@ class Categorical(LogitFamily):
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return torch.softmax(self._logits(eta), -1)
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         logits = np.hstack([np.zeros_like(eta[:, :1]), eta])
         return (logits + rng.gumbel(size=logits.shape)).argmax(1)

@@ -29,11 +29,9 @@ class Reconstruction:
     on filters of earlier layers. All values of a row have the same residual sd, the latent site
     ``<name>_sd``.
 
-    The likelihood treats the values of a row as independent given g, although neighbouring pixels
-    are correlated. With weight 1, an image of 4,096 pixels dominates the label, and the posterior
-    of effects on filters is too narrow. A weight of 1 over the number of values counts each row as
-    one observation.
-
+    The values of a row are independent given g, although neighbouring pixels are correlated. With
+    weight 1, an image of 4,096 pixels dominates the label, and the posterior of effects on filters
+    is too narrow. A weight of 1 over the number of values counts each row as one observation.
     `Fit.adapt` uses the family's outcome of new clusters, and not this one.
 
     Attributes
@@ -80,18 +78,8 @@ class Reconstruction:
         scale = self.prior.scales([""], like.new_ones(1), 1.0)
         return self.prior.sample(self.sd_site, scale[0])
 
-    def distribution(
-        self, mean: Float[Tensor, "... rows ..."], sd: Float[Tensor, "..."], rows: Rows
-    ) -> TorchDistribution:
-        """p(x | g), with batch shape "... rows".
-
-        Parameters
-        ----------
-        mean : Float[Tensor, "... rows ..."]
-            g(x).
-        sd : Float[Tensor, "..."]
-            Residual sd, in the features' units, with size 1 in the dimension of the rows.
-        """
+    def distribution(self, mean: Tensor, sd: Tensor, rows: Rows) -> TorchDistribution:
+        """p(x | g = mean), batch shape "... rows"; `sd` has size 1 in the dimension of the rows."""
         return IndependentNormal(mean, sd, rows.x.dim() - 1)
 
     def information(

@@ -173,7 +173,7 @@ def check_names(model: Plan) -> None:
     names += [parameter.name for parameter in model.family.parameters]
     names += [name for other in model.others for name in (other.name, other.sd_site)]
     for factor in model.factors:
-        names += [factor.name, factor.effect_site, *factor.joint_covariance.sites()]
+        names += [factor.name, *factor.sites()]
     names.append(outcome)
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ValueError(

@@ -195,7 +195,7 @@ class Plan(LocalModule):
         starts |= {other.sd_site: other.start for other in self.others}
         values = {name: torch.tensor(start, dtype=torch.float64) for name, start in starts.items()}
         for factor in self.factors:
-            values |= factor.joint_covariance.starts()
+            values |= factor.starts()
         return values
 
     def precision(self, latents: Latents) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Term
 
 __all__ = ["parse_terms"]
-
 
 _TERM = re.compile(r"^\s*\(?([^()|]+?)(\|\|?)([^()|]+?)\)?\s*$")
 _GRAMMAR = "write it as '(1 + x | site)', '(1 + x || site)', '(0 + x | site)' or '(1 | a/b)'"
@@ -54,8 +54,7 @@ def _parse(text: str) -> list[Term]:
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
     left, bar, right = match.groups()
     pieces = [piece.strip() for piece in re.sub(r"-\s*1\b", "+ 0", left).split("+")]
-    if not all(pieces):
-        pieces = [piece for piece in pieces if piece]
+    pieces = [piece for piece in pieces if piece]
     bad = [piece for piece in pieces if re.search(r"[*/^(]", piece)]
     if bad or not pieces:
         raise ValueError(
@@ -67,8 +66,7 @@ def _parse(text: str) -> list[Term]:
     path = [name.strip() for name in right.split("/")]
     if not all(path):
         raise ValueError(f"a grouping factor is missing in the term {text!r}: {_GRAMMAR}")
-    factors = [":".join(path[: depth + 1]) for depth in range(len(path))]
-    factors = [re.sub(r"\s*:\s*", ":", factor) for factor in factors]
+    factors = [re.sub(r"\s*:\s*", ":", factor) for factor in accumulate(path, "{}:{}".format)]
     return [RandomEffects(factor, slopes, intercept, bar == "|") for factor in factors]
 
 

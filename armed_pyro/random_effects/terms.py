@@ -20,14 +20,9 @@ __all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
 
 
 class Term(ABC):
-    """Random effects of one grouping factor with their own covariance matrix.
+    """Random effects of one grouping factor, ``"site"`` or ``"school:class"``.
 
     A term is a frozen dataclass. Its fields are saved with a fit.
-
-    Attributes
-    ----------
-    factor : str
-        Grouping factor, ``"site"`` or ``"school:class"``.
     """
 
     factor: str
@@ -38,14 +33,7 @@ class Term(ABC):
 
     @abstractmethod
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
-        """The term's columns, for these features and a network with these activation widths.
-
-        Parameters
-        ----------
-        features : FeatureScaling
-            Names and scales of the features.
-        widths : mapping of str to int
-            Width of the activations at each path of `layers`.
+        """The term's columns, for these features and widths of the activations at `layers`.
 
         Raises
         ------
@@ -68,8 +56,6 @@ class RandomEffects(Term):
         Grouping factor, ``"site"`` or ``"school:class"``.
     slopes : tuple of str
         Features, by encoded name or by column. A categorical column stands for all its contrasts.
-    intercept : bool
-        Whether there is a random intercept.
     correlated : bool
         Whether the effects are correlated, lme4's ``|``, or independent, ``||``.
     covariance : str, Covariance or None
@@ -89,8 +75,7 @@ class RandomEffects(Term):
     covariance: str | Covariance | None = None
 
     def __post_init__(self) -> None:
-        if self.covariance is not None:
-            covariance_named(self.covariance)
+        _covariance(self)  # which refuses an unknown name
         if not self.intercept and not self.slopes:
             raise ValueError(f"the term {self} has neither an intercept nor a slope")
 
@@ -106,11 +91,8 @@ class RandomEffects(Term):
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         columns: list[int] = []
         for slope in self.slopes:
-            positions = [
-                position
-                for position, names in enumerate(zip(features.names, features.sources, strict=True))
-                if slope in names
-            ]
+            pairs = enumerate(zip(features.names, features.sources, strict=True))
+            positions = [position for position, names in pairs if slope in names]
             if not positions:
                 known = [*features.names, *features.sources]
                 near = get_close_matches(slope, known, n=1)
@@ -136,15 +118,13 @@ class Slopes(Term):
 
     Attributes
     ----------
-    factor : str
-        Grouping factor.
     on : str
         Module path of the layer, such as ``"3"`` or ``"encoder.2"``; feature maps are averaged
         over space.
     correlated : bool
         Whether the slopes are correlated; independent by default, as layers are wide.
     covariance : str, Covariance or None
-        Another kind of covariance, by name or with settings, which then replaces `correlated`.
+        As of `RandomEffects`.
 
     References
     ----------
@@ -162,8 +142,7 @@ class Slopes(Term):
     covariance: str | Covariance | None = None
 
     def __post_init__(self) -> None:
-        if self.covariance is not None:
-            covariance_named(self.covariance)
+        _covariance(self)  # which refuses an unknown name
 
     def __str__(self) -> str:
         more = ", correlated=True" if self.correlated else ""
@@ -191,8 +170,6 @@ class FilterScaleBias(Term):
 
     Attributes
     ----------
-    factor : str
-        Grouping factor.
     at : str
         Module path of the layer, such as ``"decoder.conv3"``.
 
@@ -220,7 +197,7 @@ class FilterScaleBias(Term):
 
 
 def _covariance(term: RandomEffects | Slopes) -> Covariance:
-    """The term's kind of covariance."""
+    """The term's kind of covariance, or a `ValueError` for an unknown name."""
     if term.covariance is not None:
         return covariance_named(term.covariance)
     return Correlated() if term.correlated else Independent()

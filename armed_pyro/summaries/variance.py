@@ -124,11 +124,11 @@ def _factor_rows(
         yield factor.name, term, "sd", variance[:, position].sqrt()
     for position, term in enumerate(factor.terms):
         yield factor.name, term, "variance", variance[:, position]
-    for i, j in factor.joint_covariance.pairs():
+    for i, j in factor.pairs():
         name = f"{factor.terms[i]},{factor.terms[j]}"
         product = (variance[:, i] * variance[:, j]).sqrt()
         yield factor.name, name, "cor", covariance[:, i, j] / product
-    for group, quantity, values in factor.joint_covariance.quantities(latents):
+    for group, quantity, values in factor.quantities(latents):
         yield factor.name, ",".join(group.terms), quantity, values.to(torch.float64)
 
 
