@@ -75,8 +75,11 @@ class Reconstruction:
 
     def sample_sd(self, like: Tensor) -> Tensor:
         """Sample the residual sd, in units of the features' sd, in the precision of `like`."""
-        scale = self.prior.scales([""], like.new_ones(1), 1.0)
-        return self.prior.sample(self.sd_site, scale[0])
+        return self.prior.sample(self.sd_site, self.prior_scale(like))
+
+    def prior_scale(self, like: Tensor) -> Float[Tensor, ""]:
+        """Scale of the residual sd's prior, in units of the features' sd."""
+        return self.prior.scales([""], like.new_ones(1), 1.0)[0]
 
     def distribution(self, mean: Tensor, sd: Tensor, rows: Rows) -> TorchDistribution:
         """p(x | g = mean), batch shape "... rows"; `sd` has size 1 in the dimension of the rows."""

@@ -14,27 +14,13 @@ from armed_pyro.networks.taps import head_path, pooled, tapped
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
 
-__all__ = [
-    "activation_widths",
-    "check_names",
-    "needs_fixed_run",
-    "unreached",
-    "warn_if_small",
-]
+__all__ = ["activation_widths", "check_names", "needs_fixed_run", "unreached", "warn_if_small"]
 
 
 def activation_widths(model: Plan) -> dict[str, int]:
-    """Widths of the layers that terms and adversaries tap, by module path.
+    """Widths of the layers that terms and adversaries tap, by module path, after checks.
 
     They come from one pass of the network over two rows of zeros.
-
-    Raises
-    ------
-    ValueError
-        If the network does not accept the features, does not give one output for every column of
-        the predictor, never runs a tapped layer, or does not rebuild the features where a
-        reconstruction expects them; or if the head is to be Bayesian, but the last linear layer
-        does not give the network's output.
     """
     output, record = _probe(model)
     _check_shapes(model, output, record)
@@ -93,8 +79,7 @@ def _check_shapes(model: Plan, output: Tensor, record: Mapping[str, Tensor]) -> 
 def unreached(model: Plan) -> frozenset[str]:
     """Tapped layers, and "" for the output, that no effect inside the network can change.
 
-    They are those whose activations for random features are equal with and without random
-    effects.
+    Their activations for random features are equal with and without random effects.
     """
     paths = ["", *model.layers()]
     if not modulates(model):
@@ -155,14 +140,7 @@ def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> 
 
 
 def check_names(model: Plan) -> None:
-    """Check that all sites and plates have different names, and that priors name existing factors.
-
-    Raises
-    ------
-    ValueError
-        If the outcome or a grouping factor has the name of another quantity of the program, or
-        a prior is given for a factor that has no random effects.
-    """
+    """Check that sites and plates have different names, and that priors name existing factors."""
     outcome, priors = model.data_facts().outcome_name, model.priors.sd
     factors = [factor.name for factor in model.factors]
     if isinstance(priors, Mapping):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from armed_pyro.networks.filters import modulated
 from armed_pyro.program.plan import Plan
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 
@@ -21,18 +22,18 @@ __all__ = [
     "effects_at",
     "filter_effects",
     "linear_predictor",
+    "modulated_runs",
     "modulates",
-    "predict_rows",
+    "reaches_predictor",
     "row_cost",
 ]
 
-
-Latents = Mapping[str, Tensor]
+Eta = Float[Tensor, "... rows columns"]
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Linear predictors of rows, on the original scale.
+    """Linear predictors of rows, on the original scale, from `MixedEffects.predictor`.
 
     "Inside" are the effects on filters. A pass of the network without them is left out where
     nobody asked for it and effects inside change the predictor.
@@ -50,27 +51,18 @@ class Predictor:
         are those that effects inside cannot reach.
     others : mapping of str to Float[Tensor, "... rows ..."]
         Means of the program's other outcomes, by name; empty unless requested.
-
-    Examples
-    --------
-    ``MixedEffects.predictor`` and calling the program return it:
-    ``model.predictor(rows, latents).eta``
     """
 
-    eta: Float[Tensor, "... rows columns"]
-    fixed: Float[Tensor, "... rows columns"] | None
+    eta: Eta
+    fixed: Eta | None
     output: Tensor | None
     activations: Mapping[str, Tensor]
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def linear_predictor(
-    model: Plan,
-    rows: Rows,
-    output: Tensor,
-    activations: Mapping[str, Tensor],
-    latents: Latents,
-) -> Float[Tensor, "... rows columns"]:
+    model: Plan, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents
+) -> Eta:
     """Fixed and random effects, from the network's output and activations.
 
     Factors without a site in `latents` count as zero.
@@ -101,70 +93,22 @@ def row_cost(model: Plan) -> int:
     return max(1, math.prod(model.data_facts().feature_shape)) if modulates(model) else 1
 
 
-def predict_rows(
-    model: Plan, rows: Rows, latents: Latents, *, return_fixed: bool, others: bool
+def modulated_runs(
+    model: Plan, rows: Rows, latents: Latents, inside: Sequence[Factor], *, others: bool
 ) -> Predictor:
-    """`MixedEffects.predictor`, with as few passes of the network as possible.
+    """Run the network once per draw, with the effects of the factors `inside`.
 
-    Layers that the filter effects cannot reach give the same output with and without them, so
-    one pass serves both. If the effects reach nothing that was requested, it is a pass without
-    them.
+    `fixed` is None, `output` is that of the last draw, which is of use if no effect reaches it, and
+    the activations are those that no effect reaches.
     """
-    inside = [
-        factor for factor in model.factors if factor.filters and factor.effect_site in latents
-    ]
-    reached = bool(inside) and reaches_predictor(model)
-    rebuilt = any(other.at not in model.unreached for other in model.others) if others else False
-    if not (reached or (inside and rebuilt)):
-        output, activations = model.run_network(rows)
-        fixed = model.fixed_predictor(rows, output, activations, latents)
-        eta = linear_predictor(model, rows, output, activations, latents)
-        means = {other.name: activations[other.at] for other in model.others} if others else {}
-        return Predictor(eta, fixed, output, activations, means)
-    runs = _modulated_runs(model, rows, latents, inside, others)
-    if return_fixed:
-        output, activations = model.run_network(rows)
-    elif reached:
-        return Predictor(runs.eta, None, None, runs.activations, runs.others)
-    else:
-        output, activations = runs.output, runs.activations
-    fixed = model.fixed_predictor(rows, output, activations, latents)
-    return Predictor(runs.eta, fixed, output, activations, runs.others)
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Results of one modulated pass per draw.
-
-    Attributes
-    ----------
-    eta : Float[Tensor, "... rows columns"]
-        Linear predictors.
-    others : mapping of str to Float[Tensor, "... rows ..."]
-        Means of the other outcomes.
-    output : Tensor
-        The network's output in the last draw, which is of use if no effect reaches it.
-    activations : mapping of str to Tensor
-        The tapped activations that no effect reaches.
-    """
-
-    eta: Float[Tensor, "... rows columns"]
-    others: Mapping[str, Tensor]
-    output: Tensor
-    activations: Mapping[str, Tensor]
-
-
-def _modulated_runs(
-    model: Plan, rows: Rows, latents: Latents, inside: Sequence[Factor], others: bool
-) -> _Runs:
-    """Run the network once per draw, with the effects of the factors `inside`."""
     effects = {factor.effect_site: latents[factor.effect_site] for factor in inside}
     lead = torch.broadcast_shapes(*(value.shape[:-2] for value in effects.values()))
     effects = {site: value.expand(*lead, *value.shape[-2:]) for site, value in effects.items()}
     rebuilt, known = (model.others if others else ()), model.known()
     etas: list[Tensor] = []
     means: dict[str, list[Tensor]] = {other.name: [] for other in rebuilt}
-    rows, activations = replace(rows, computed=None), dict[str, Tensor]()
+    rows = replace(rows, computed=None)
+    activations: Latents = {}
     for index in product(*map(range, lead)):
         drawn = {
             name: value if name in known else _at(effects.get(name, value), index)
@@ -173,21 +117,20 @@ def _modulated_runs(
         blocks = [
             pair
             for factor in inside
-            for pair in effects_at(factor, filter_effects(factor, drawn[factor.effect_site], rows))
+            for pair in effects_at(factor, filter_effects(factor, drawn, rows))
         ]
         with modulated(model.network, blocks):
-            output, tapped = model.run_network(rows, whole=True)
-        etas.append(linear_predictor(model, rows, output, tapped, drawn))
+            output, activations = model.run_network(rows, whole=True)
+        etas.append(linear_predictor(model, rows, output, activations, drawn))
         for other in rebuilt:
-            means[other.name].append(tapped[other.at])
-        activations = dict(tapped)
+            means[other.name].append(activations[other.at])
 
     def stacked(values: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(values)).reshape(*lead, *values[0].shape)
 
     unreached = {path: value for path, value in activations.items() if path in model.unreached}
     rebuilt_means = {name: stacked(values) for name, values in means.items()}
-    return _Runs(stacked(etas), rebuilt_means, activations[""], unreached)
+    return Predictor(stacked(etas), None, activations[""], unreached, rebuilt_means)
 
 
 def _at(value: Tensor, index: tuple[int, ...]) -> Tensor:
@@ -198,10 +141,12 @@ def _at(value: Tensor, index: tuple[int, ...]) -> Tensor:
 
 
 def filter_effects(
-    factor: Factor, effects: Float[Tensor, "clusters terms"], rows: Rows
+    factor: Factor, point: Latents, rows: Rows
 ) -> Float[Tensor, "rows filter_terms"]:
-    """Each row's effects on filters: those of its cluster."""
-    return effects[rows.memberships[factor.name].position, factor.n_linear :]
+    """Each row's effects on filters: those of its cluster, or zeros without a site in `point`."""
+    if factor.effect_site not in point:
+        return rows.x.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
+    return point[factor.effect_site][rows.memberships[factor.name].position, factor.n_linear :]
 
 
 def effects_at(
