@@ -132,7 +132,7 @@ class Known(ScalePrior):
     Raises
     ------
     ValueError
-        If there is no scale, or, when the terms are known, none for one of them.
+        If there is no scale, or a mapping has none for one of the terms.
 
     Examples
     --------

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyro.distributions as dist
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
+from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
@@ -79,34 +80,6 @@ class Family(ABC):
     of a family, such as fixed degrees of freedom, are fields of its dataclass: numbers, texts or
     `ScalePrior`s, which are saved with a fit.
 
-    Attributes
-    ----------
-    name : str
-        Name of the family, in calls, files and messages.
-    support : str
-        Possible outcomes in words, for messages.
-    integer : bool
-        Whether outcomes are whole numbers. Residuals are then drawn between the CDF's values at
-        y - 1 and y.
-    is_quadratic : bool
-        Whether log p(y | eta) is quadratic in its single column eta, with mean eta and curvature
-        `precision`. The guide's conditional of the random effects is then exact.
-    is_class : bool
-        Whether outcomes are classes. Predictions are then scored by accuracy and area under the
-        curve.
-    is_probability : bool
-        Whether the mean (of one trial) is a probability.
-    multiclass : bool
-        Whether outcomes are codes of any number of classes, with a column for all but the first.
-    needs_trials : bool
-        Whether every row needs a number of trials.
-    needs_mean : bool
-        Whether `residual_variance` depends on the mean; `marginal_mean` must then be defined.
-    statistics : tuple of {"mean", "sd", "zeros"}
-        Statistics of each cluster's outcomes that the posterior predictive checks compare.
-    no_residuals : str
-        Reason why residuals cannot be checked; empty where they can.
-
     Examples
     --------
     >>> from armed_pyro.families.registry import family_named
@@ -115,17 +88,25 @@ class Family(ABC):
     (True, False, ['shape'])
     """
 
-    name: ClassVar[str]
-    support: ClassVar[str]
+    name: ClassVar[str]  # in calls, files and messages
+    support: ClassVar[str]  # possible outcomes in words
+    # Whether outcomes are whole numbers. A residual is then drawn at random between the values of
+    # the distribution function at y - 1 and y.
     integer: ClassVar[bool] = False
+    # Whether log p(y | eta) is quadratic in its single column eta, with mean eta and curvature
+    # `precision`. The guide's conditional of the random effects is then exact.
     is_quadratic: ClassVar[bool] = False
+    # Whether outcomes are classes: predictions are scored by accuracy and area under the curve.
     is_class: ClassVar[bool] = False
-    is_probability: ClassVar[bool] = False
+    is_probability: ClassVar[bool] = False  # whether the mean (of one trial) is a probability
+    # Whether outcomes are codes of any number of classes; the first has no column of the predictor.
     multiclass: ClassVar[bool] = False
-    needs_trials: ClassVar[bool] = False
+    needs_trials: ClassVar[bool] = False  # whether every row needs a number of trials
+    # Whether `residual_variance` depends on the mean outcome; `marginal_mean` is then required.
     needs_mean: ClassVar[bool] = False
+    # Of each cluster's outcomes, for posterior predictive checks: of "mean", "sd", "zeros".
     statistics: ClassVar[tuple[str, ...]] = ("mean", "sd")
-    no_residuals: ClassVar[str] = ""
+    no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
 
     def __str__(self) -> str:
         settings = ", ".join(
@@ -160,7 +141,7 @@ class Family(ABC):
         if data.classes is not None and len(data.classes) != 2:
             raise ValueError(
                 f"the outcome {data.outcome_name!r} has {len(data.classes)} labels "
-                f"({listed(data.classes)}), but family {self.name!r} needs {self.support}; "
+                f"({listing(data.classes, 3)}), but family {self.name!r} needs {self.support}; "
                 "use family 'categorical' for labels"
             )
         bad = self.outside(y, data)
@@ -169,8 +150,8 @@ class Family(ABC):
             raise ValueError(
                 f"family {self.name!r} needs {self.support}, but the outcome "
                 f"{data.outcome_name!r} is outside that range in {int(bad.sum())} row(s), e.g. "
-                f"row(s) {listed(rows)} with {listed(y[bad][:3].tolist())}: correct the rows or "
-                "choose another family"
+                f"row(s) {listing(rows, 3)} with {listing(y[bad][:3].tolist())}: correct the rows "
+                "or choose another family"
             )
 
     def columns(self, data: ClusteredData) -> tuple[str, ...]:
@@ -274,12 +255,6 @@ class Family(ABC):
 def arrays(*values: Tensor) -> tuple[Array, ...]:
     """Tensors as float64 arrays, for scipy."""
     return tuple(value.detach().double().cpu().numpy() for value in values)
-
-
-def listed(values: Sequence[Any], most: int = 3) -> str:
-    """The first `most` values as text, followed by dots if there are more."""
-    shown = ", ".join(str(value) for value in list(values)[:most])
-    return shown + (", ..." if len(values) > most else "")
 
 
 def outcome_of(data: ClusteredData) -> RowValues:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
+from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.outcome_densities import LogitBinomial
 from armed_pyro.families.family import (
@@ -24,7 +25,6 @@ from armed_pyro.families.family import (
     Parameters,
     RowValues,
     arrays,
-    listed,
     mean_offset,
     outcome_of,
 )
@@ -127,7 +127,7 @@ class Categorical(LogitFamily):
         if data.classes is None and not torch.equal(present, torch.arange(len(present)).to(y)):
             raise ValueError(
                 f"family {self.name!r} needs {self.support}, but {data.outcome_name!r} has the "
-                f"values {listed(present.tolist(), 6)}: store the classes as strings, or recode "
+                f"values {listing(present.tolist(), 6)}: store the classes as strings, or recode "
                 "them"
             )
 

@@ -25,9 +25,8 @@ class Reconstruction:
     .. math:: \log p(x_i, y_i \mid \cdot) = \log p(y_i \mid \eta_i)
         + w \sum_j \log N(x_{ij}; g_j(x_i), sd^2)
 
-    Here g is the output of a module, such as a decoder's last layer. It includes cluster effects
-    on filters of earlier layers. All values of a row have the same residual sd, the latent site
-    ``<name>_sd``.
+    Here g is the output of a module, such as a decoder's last layer, with the cluster effects on
+    filters of earlier layers. All values have the same residual sd, the latent site ``<name>_sd``.
 
     The values of a row are independent given g, although neighbouring pixels are correlated. With
     weight 1, an image of 4,096 pixels dominates the label, and the posterior of effects on filters

@@ -51,10 +51,11 @@ def mixed_model(
         \eta_i &= (1, x_i)^\top \beta + (1, x_{i0}, x_{i1}, \dots)^\top u_{k(i)}, \quad
             y_i \sim Family(\eta_i, parameters)
 
+    The data have features x0, x1, ..., the outcome ``y``, drawn by `Family.simulate`, and the
+    grouping factor ``site``.
+
     Parameters
     ----------
-    family : str
-        Name of a family; the outcome is drawn by `Family.simulate`.
     rows : int or sequence of int
         Number of rows in each cluster.
     sd : sequence of float
@@ -68,20 +69,13 @@ def mixed_model(
         Values of the family's parameters by name, such as the residual sd (gaussian) or the shape
         (negative binomial). A single number is the value of every parameter.
     trials : int
-        Trials of each row (binomial).
-
-    Returns
-    -------
-    ClusteredData
-        Features x0, x1, ...; outcome ``y``; grouping factor ``site``.
-    MixedModelTruth
-        Parameters and random effects.
+        Trials of each row, where the family needs them.
 
     Raises
     ------
     ValueError
-        If sizes do not match, an sd is negative, the family is unknown, or the correlations are
-        not a correlation matrix.
+        If sizes do not match, an sd is negative, the family is unknown, or R is no correlation
+        matrix.
 
     Examples
     --------

@@ -57,13 +57,7 @@ def sensitivities(
         with modulated(model.network, effects_at(factor, effects)):
             output, tapped = model.run_network(replace(rows, computed=None), whole=True)
             eta = linear_predictor(model, rows, output, tapped, fixed)
-        create = rows.x.requires_grad
-        slopes = [
-            torch.autograd.grad(
-                eta[..., column].sum(), effects, retain_graph=True, create_graph=create
-            )[0]
-            for column in range(columns)
-        ]
+        slopes = _gradients(eta, effects, create_graph=rows.x.requires_grad)
     spread = model.data_facts().spread
     return torch.cat([linear, torch.stack(slopes, -1) / spread], 1)
 
@@ -117,6 +111,14 @@ def _leaf(effects: Tensor) -> Tensor:
     return effects.detach().clone().requires_grad_(True)
 
 
+def _gradients(columns: Tensor, inputs: Tensor, *, create_graph: bool = False) -> list[Tensor]:
+    """Gradient in the inputs of the sum of each column."""
+    return [
+        torch.autograd.grad(values.sum(), inputs, retain_graph=True, create_graph=create_graph)[0]
+        for values in columns.unbind(-1)
+    ]
+
+
 def _pulled_back(
     mean: Tensor, effects: Sequence[Tensor], cotangent: Tensor, *, create_graph: bool = False
 ) -> Float[Tensor, "rows terms"]:
@@ -129,10 +131,7 @@ def _jacobian(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows va
     """J, one column per effect: J'v is linear in v, and its derivatives in v are J's columns."""
     v = torch.zeros_like(mean).requires_grad_(True)
     pulled = _pulled_back(mean, effects, v, create_graph=True)
-    columns = [
-        torch.autograd.grad(column.sum(), v, retain_graph=True)[0] for column in pulled.unbind(1)
-    ]
-    return torch.stack([column.flatten(1) for column in columns], -1)
+    return torch.stack([column.flatten(1) for column in _gradients(pulled, v)], -1)
 
 
 def _combined(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows combinations terms"]:
@@ -174,10 +173,7 @@ def curvature(
             eta = predictor.eta.detach().requires_grad_(True)
             log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
             (slope,) = torch.autograd.grad(log_prob.sum(), eta, create_graph=True)
-            second = [
-                torch.autograd.grad(slope[..., column].sum(), eta, retain_graph=True)[0]
-                for column in range(eta.shape[-1])
-            ]
+            second = _gradients(slope, eta)
         # The Hessian's diagonal: each column's derivative of its own slope.
         diagonal = torch.stack([part[..., column] for column, part in enumerate(second)], -1)
         weight = (-diagonal * spread**2 / tau).reshape(-1, *eta.shape[-2:]).mean(0).clamp(min=1e-4)

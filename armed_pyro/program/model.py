@@ -135,8 +135,8 @@ class MixedEffects(Plan):
     def compute(self, source: Source) -> Source:
         """The same rows with the frozen network's output and activations, computed once.
 
-        Rows are returned unchanged if effects inside the network make it depend on latent sites,
-        or if they are in files: the network then runs whenever they are read.
+        They are unchanged if effects inside make the network depend on latent sites, or if they are
+        in files: the network then runs whenever they are read.
         """
         if modulates(self) or not isinstance(source, HeldRows):
             return source
@@ -186,13 +186,7 @@ class MixedEffects(Plan):
         return predictor
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
-        """log p(y_i | latent sites) of every row, times the row's weight.
-
-        Raises
-        ------
-        ValueError
-            If the rows have no outcome.
-        """
+        """log p(y_i | latent sites) of every row, times its weight; see `Rows.outcome`."""
         values = log_likelihoods(self, rows, latents, others=False)
         return values[self.data_facts().outcome_name]
 
@@ -207,16 +201,14 @@ class MixedEffects(Plan):
 
         Parameters
         ----------
-        rows : Rows
-            n rows.
         latents : mapping of str to Tensor
             Random effects "... clusters terms"; the family's parameters and fixed effects with a
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
         return_fixed : bool
-            Whether the result has to include the predictor, output and activations without random
-            effects. If False, they may be left out, which saves a pass of the network.
+            If False, the predictor, output and activations without random effects may be left out,
+            which saves a pass of the network.
         others : bool
-            Whether the result has to include the means of the other outcomes.
+            Whether the means of the other outcomes are computed.
         """
         means: Latents
         inside = [f for f in self.factors if f.filters and f.effect_site in latents]

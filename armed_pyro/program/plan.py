@@ -20,9 +20,8 @@ from armed_pyro.networks.taps import head_path, run
 from armed_pyro.priors import Known, Priors
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.random_effects.covariance import Latents
-from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
-from armed_pyro.random_effects.terms import Term
+from armed_pyro.random_effects.terms import Term, parse_terms
 from armed_pyro.rows.batch import Rows
 
 __all__ = ["Plan"]

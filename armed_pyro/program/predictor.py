@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -36,28 +36,16 @@ class Predictor:
     """Linear predictors of rows, on the original scale, from `MixedEffects.predictor`.
 
     "Inside" are the effects on filters. A pass of the network without them is left out where
-    nobody asked for it and effects inside change the predictor.
-
-    Attributes
-    ----------
-    eta : Float[Tensor, "... rows columns"]
-        Fixed and random effects, centre and offset.
-    fixed : Float[Tensor, "... rows columns"] or None
-        The same without random effects; None if the pass without effects inside was left out.
-    output : Float[Tensor, "rows ..."] or None
-        The network's output without effects inside; None as for `fixed`.
-    activations : mapping of str to Tensor
-        Tapped activations without effects inside, by module path. If that pass was left out, they
-        are those that effects inside cannot reach.
-    others : mapping of str to Float[Tensor, "... rows ..."]
-        Means of the program's other outcomes, by name; empty unless requested.
+    nobody asked for it and effects inside change the predictor. `fixed` and `output` are then None.
     """
 
-    eta: Eta
-    fixed: Eta | None
-    output: Tensor | None
+    eta: Eta  # fixed and random effects, centre and offset
+    fixed: Eta | None  # the same without random effects
+    output: Tensor | None  # the network's output without effects inside
+    # Tapped activations without effects inside, by module path. If that pass was left out, they are
+    # those that effects inside cannot reach.
     activations: Mapping[str, Tensor]
-    others: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Tensor]  # means of the other outcomes, if requested, by name
 
 
 def linear_predictor(

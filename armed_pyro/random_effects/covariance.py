@@ -62,27 +62,18 @@ class Covariance(ABC):
     It is one subclass and one entry in `COVARIANCES`. The subclass is a frozen dataclass, whose
     fields are settings: numbers, texts or `ScalePrior`s, which are saved with a fit.
 
-    Attributes
-    ----------
-    name : str
-        Name of the kind, in calls and files.
-    diagonal : bool
-        Whether R is the identity.
-    any_origin : bool
-        Whether this kind contains M D M' for each of its covariances D and every matrix M.
-        Features are then centred, which does not change the model and makes inference easier.
-    clusters_independent : bool
-        Whether effects of different clusters are independent given the covariance.
-
     Examples
     --------
     >>> covariance_named("independent").diagonal
     True
     """
 
-    name: ClassVar[str]
-    diagonal: ClassVar[bool] = False
+    name: ClassVar[str]  # in calls and files
+    diagonal: ClassVar[bool] = False  # whether R is the identity
+    # Whether this kind contains M D M' for each of its covariances D and every matrix M. Features
+    # are then centred, which does not change the model and makes inference easier.
     any_origin: ClassVar[bool] = False
+    # Whether effects of different clusters are independent given the covariance.
     clusters_independent: ClassVar[bool] = True
 
     @abstractmethod

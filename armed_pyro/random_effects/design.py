@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.networks.taps import pooled
 from armed_pyro.random_effects.covariance import Covariance, Independent
 
@@ -72,24 +73,20 @@ class InputBlock(LinearBlock):
     index: Tensor
 
     def __init__(
-        self,
-        names: list[str],
-        columns: list[int],
-        mean: list[float],
-        scale: list[float],
-        intercept: bool,
-        covariance: Covariance,
+        self, features: FeatureScaling, columns: list[int], intercept: bool, covariance: Covariance
     ) -> None:
         centred = intercept and covariance.any_origin
-        slope = torch.diag(1 / torch.tensor(scale, dtype=torch.float64))
-        shift = torch.tensor(mean, dtype=torch.float64) @ slope
+        index = torch.tensor(columns, dtype=torch.long)
+        slope = torch.diag(1 / torch.tensor(features.scale, dtype=torch.float64)[index])
+        shift = torch.tensor(features.mean, dtype=torch.float64)[index] @ slope
         to_original = torch.block_diag(slope.new_ones(1, 1), slope) if intercept else slope
         if centred:
             to_original[0, 1:] = -shift
-        super().__init__(["Intercept"] * intercept + names, covariance, to_original)
+        names = ["Intercept"] * intercept + [features.names[column] for column in columns]
+        super().__init__(names, covariance, to_original)
         self.intercept = intercept
         self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
-        self.register_buffer("index", torch.tensor(columns, dtype=torch.long), False)
+        self.register_buffer("index", index, False)
 
     def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
         slopes = [x[:, self.index] + self.shift] if len(self.index) else []

@@ -63,9 +63,7 @@ class Factor(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        linear = [block for block in blocks if isinstance(block, LinearBlock)]
-        filters = [block for block in blocks if isinstance(block, FilterBlock)]
-        self._blocks = nn.ModuleList([*linear, *filters])
+        self._blocks = nn.ModuleList(sorted(blocks, key=lambda b: isinstance(b, FilterBlock)))
         self.n_columns = len(columns)
         names = [term for block in self.blocks for term in block.names]
         if twice := [term for place, term in enumerate(names) if term in names[:place]]:
@@ -74,19 +72,17 @@ class Factor(nn.Module):
             )
         multiplied = [
             (term, f"{term}[{column}]" if column else term, default / block.width**0.5)
-            for block in linear
+            for block in self.linear
             for term in block.names
             for column in columns
         ]  # dividing by sqrt(width) keeps the variance of phi'u independent of a layer's width
-        inside = [(term, term, FILTER_SCALE) for block in filters for term in block.names]
+        inside = [(term, term, FILTER_SCALE) for block in self.filters for term in block.names]
         labels = multiplied + inside
         self.terms = tuple(label for _, label, _ in labels)
         self.n_linear = len(multiplied)
-        parts = [
-            torch.kron(block.to_original, torch.eye(self.n_columns, dtype=torch.float64)) * spread
-            for block in linear
-        ]
-        matrix = torch.block_diag(*parts, *[block.to_original for block in filters])
+        by_column = torch.eye(self.n_columns, dtype=torch.float64)
+        parts = [torch.kron(block.to_original, by_column) * spread for block in self.linear]
+        matrix = torch.block_diag(*parts, *[block.to_original for block in self.filters])
         unit = 1 / matrix.diagonal()
         self.prior = priors.of(name)
         scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
@@ -95,10 +91,23 @@ class Factor(nn.Module):
         self.register_buffer("unit", unit, persistent=False)
         self.register_buffer("prior_scale", prior_scale, persistent=False)
         self.groups = [
-            (group, covariance.with_priors(priors))
-            for group, covariance in _groups(name, self.terms, linear, self.n_columns)
+            (group, covariance.with_priors(priors)) for group, covariance in self._correlated()
         ]
         self._check_groups()
+
+    def _correlated(self) -> Iterator[tuple[TermGroup, Covariance]]:
+        """Groups of correlated terms: one per correlated block and column of the predictor."""
+        places, start = list[tuple[tuple[int, ...], Covariance]](), 0
+        for block in self.linear:
+            stop = start + len(block.names) * self.n_columns
+            if not block.covariance.diagonal:
+                columns = [range(start + c, stop, self.n_columns) for c in range(self.n_columns)]
+                places += [(tuple(column), block.covariance) for column in columns]
+            start = stop
+        for number, (group, covariance) in enumerate(places):
+            names = tuple(self.terms[place] for place in group)
+            only = len(places) == 1
+            yield TermGroup(self.name, group, names, None if only else number), covariance
 
     def _check_groups(self) -> None:
         if isinstance(self.prior, Known) and self.groups:
@@ -267,10 +276,7 @@ class Factor(nn.Module):
         return noise @ (scale.squeeze(-3) if scale.dim() > 2 else scale).mT
 
     def extended(self, latents: Latents, count: int, *, population: bool) -> Effects:
-        """Effects of the seen clusters, followed by new clusters up to `count`.
-
-        Effects of new clusters are zero with `population`, and otherwise drawn from their prior.
-        """
+        """Effects of seen clusters, then of new ones up to `count`; see `MixedEffects.extend`."""
         seen = latents[self.effect_site]
         new = count - seen.shape[-2]
         effects = seen.new_zeros(*seen.shape[:-2], new, seen.shape[-1])
@@ -303,13 +309,7 @@ class Factor(nn.Module):
 
 
 def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
-    """The factor with this name; the first factor if the name is None.
-
-    Raises
-    ------
-    ValueError
-        If there is no such factor, or the program has no factor.
-    """
+    """The factor with this name, by default the first; a `ValueError` if there is none."""
     by_name = {factor.name: factor for factor in factors}
     if not by_name:
         raise ValueError("the program has no random effects, so its clusters do not differ")
@@ -321,19 +321,3 @@ def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
 def weighted(membership: Membership) -> ScaleMessenger:
     """Handler that multiplies the log-density of each cluster's sites by the cluster's weight."""
     return ScaleMessenger(1.0 if membership.weight is None else membership.weight)
-
-
-def _groups(
-    factor: str, terms: Sequence[str], blocks: Sequence[LinearBlock], n_columns: int
-) -> Iterator[tuple[TermGroup, Covariance]]:
-    """Groups of correlated terms: one per correlated block and column of the predictor."""
-    places, start = list[tuple[tuple[int, ...], Covariance]](), 0
-    for block in blocks:
-        stop = start + len(block.names) * n_columns
-        if not block.covariance.diagonal:
-            by_column = [range(start + c, stop, n_columns) for c in range(n_columns)]
-            places += [(tuple(column), block.covariance) for column in by_column]
-        start = stop
-    for number, (group, covariance) in enumerate(places):
-        names = tuple(terms[place] for place in group)
-        yield TermGroup(factor, group, names, number if len(places) > 1 else None), covariance
