@@ -31,6 +31,8 @@ from armed_pyro.families.family import (
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 
+__all__ = ["CountFamily", "NegativeBinomial", "Poisson", "Shape"]
+
 # brms' default prior of the shape, InverseGamma(concentration, rate).
 SHAPE_PRIOR = (0.4, 0.3)
 # exp(30) is 1e13, beyond any count. Without this limit, one extreme draw of the predictor would

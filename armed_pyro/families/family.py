@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +18,8 @@ from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
+
+__all__ = ["Family", "Parameter", "arrays", "mean_offset", "outcome_of"]
 
 # The linear predictor: one column, or one for every class but the first.
 Eta = Float[Tensor, "... rows columns"]
@@ -40,12 +42,6 @@ class Parameter(ABC):
     The site is in standardised units. Methods of `Family` get the value on the outcome's scale.
     `name` is the name of the site, and of the parameter in tables and files. `start` is the guide's
     initial value, in standardised units; it must lie inside the prior's support.
-
-    Examples
-    --------
-    >>> from armed_pyro.families.gaussian import ResidualSd
-    >>> ResidualSd().describe(Priors(), spread=2.0)
-    'HalfStudentT(3, 2)'
     """
 
     name: str
@@ -109,9 +105,7 @@ class Family(ABC):
     no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
 
     def __str__(self) -> str:
-        settings = ", ".join(
-            f"{field.name}={getattr(self, field.name)!r}" for field in fields(self)
-        )
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{self.name}({settings})" if settings else self.name
 
     # --- the outcome's data -----------------------------------------------------------------
@@ -125,13 +119,7 @@ class Family(ABC):
         """Predictor of the mean outcome, without offset; the network's output is added to it."""
 
     def check(self, data: ClusteredData) -> None:
-        """Check that there are outcomes and trials, and that outcomes lie in the support.
-
-        Raises
-        ------
-        ValueError
-            If not; the message names the rows.
-        """
+        """Raise a `ValueError` if outcomes or trials are missing, or outcomes are `outside`."""
         if self.needs_trials and data.trials is None:
             raise ValueError(
                 f"family {self.name!r} needs the number of trials of each row: name its column "
@@ -183,12 +171,12 @@ class Family(ABC):
 
     @abstractmethod
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
-        """p(y | eta, parameters), with batch shape "... rows"; `rows` have the trials.
+        """p(y | eta, parameters), with batch shape "... rows".
 
         Raises
         ------
         ValueError
-            If a parameter or the trials are missing.
+            If a parameter, or the trials of the rows, are missing.
         """
 
     @abstractmethod

@@ -27,6 +27,8 @@ from armed_pyro.families.family import (
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows.batch import Rows
 
+__all__ = ["Gaussian", "ResidualSd"]
+
 
 class ResidualSd(Parameter):
     """Residual sd of a gaussian outcome, with the prior `Priors.residual_sd`."""

@@ -30,6 +30,8 @@ from armed_pyro.families.family import (
 )
 from armed_pyro.rows.batch import Rows
 
+__all__ = ["Bernoulli", "Binomial", "Categorical", "LogitFamily"]
+
 
 class LogitFamily(Family, ABC):
     """Logit link; on the scale of eta, the residual is standard logistic with variance pi^2 / 3."""

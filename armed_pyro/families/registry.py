@@ -14,13 +14,7 @@ FAMILIES: dict[str, type[Family]] = {family.name: family for family in _KINDS}
 
 
 def family_named(name: str | Family) -> Family:
-    """The family with this name and default settings; a `Family` is returned as it is.
-
-    Examples
-    --------
-    >>> family_named("poisson").name
-    'poisson'
-    """
+    """The family with this name and default settings; a `Family` is returned as it is."""
     if isinstance(name, Family):
         return name
     if name not in FAMILIES:

@@ -30,13 +30,6 @@ class Facts:
 
     A feature enters the network as ``(x - feature_mean) / feature_scale``; the linear predictor
     is ``center + spread * (f + phi' u)`` with f and u in standardised units.
-
-    Examples
-    --------
-    >>> from armed_pyro.families.registry import family_named
-    >>> data = ClusteredData.from_arrays([[0.0], [1.0], [3.0]], [1, 2, 5], {"g": [0, 0, 1]})
-    >>> Facts.of(data, family_named("gaussian"), ["g"]).counts["g"]
-    tensor([2, 1])
     """
 
     n_rows: int
@@ -99,17 +92,16 @@ class Facts:
     @property
     def scaling(self) -> FeatureScaling:
         """Names, means and scales of the features."""
-        return FeatureScaling(
-            self.feature_names, self.sources, self.feature_mean, self.feature_scale
-        )
+        names, mean, scale = self.feature_names, self.feature_mean, self.feature_scale
+        return FeatureScaling(names, self.sources, mean, scale)
 
     def encode(
         self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
     ) -> HeldRows:
         """Rows as tensors with the precision and device of `like`.
 
-        Codes refer to the cluster labels `levels`, by default those seen in training. A
-        `ValueError` is raised if features are missing, or clusters are not among `levels`.
+        Codes refer to `levels`, by default the cluster labels seen in training. A `ValueError` is
+        raised if features are missing, or clusters are not among `levels`.
         """
         levels = self.levels if levels is None else levels
         if data.feature_names != self.feature_names:

@@ -12,12 +12,7 @@ from torch.nn.functional import pad
 
 from armed_pyro.networks.filters import modulated
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.program.predictor import (
-    effects_at,
-    filter_effects,
-    linear_predictor,
-    reaches_predictor,
-)
+from armed_pyro.program.predictor import linear_predictor, reaches_predictor
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -32,11 +27,7 @@ MOST_EXACT, COMBINATIONS = 16, 8
 
 
 def sensitivities(
-    model: MixedEffects,
-    rows: Rows,
-    factor: Factor,
-    activations: Mapping[str, Tensor],
-    point: Latents,
+    model: MixedEffects, rows: Rows, factor: Factor, activations: Latents, point: Latents
 ) -> Float[Tensor, "rows terms columns"]:
     r"""Z: derivative of each row's predictor in its cluster's effects, in units of the spread.
 
@@ -53,8 +44,8 @@ def sensitivities(
         return pad(linear, (0, 0, 0, len(factor.terms) - factor.n_linear))
     fixed = {name: value for name, value in point.items() if name == "fixed_effect"}
     with torch.enable_grad():
-        effects = _leaf(filter_effects(factor, point, rows))
-        with modulated(model.network, effects_at(factor, effects)):
+        effects = _leaf(factor.filter_effects(point, rows))
+        with modulated(model.network, factor.by_layer(effects)):
             output, tapped = model.run_network(replace(rows, computed=None), whole=True)
             eta = linear_predictor(model, rows, output, tapped, fixed)
         slopes = _gradients(eta, effects, create_graph=rows.x.requires_grad)
@@ -83,9 +74,9 @@ def reconstruction_slopes(
     facts, tau = model.data_facts(), model.precision(point).mean()
     counts = rows.x.new_ones(len(rows)) if rows.weights is None else rows.weights
     with torch.enable_grad():
-        effects = [_leaf(filter_effects(factor, point, rows)) for factor in inside]
+        effects = [_leaf(factor.filter_effects(point, rows)) for factor in inside]
         pairs = zip(inside, effects, strict=True)
-        blocks = [block for factor, value in pairs for block in effects_at(factor, value)]
+        blocks = [block for factor, value in pairs for block in factor.by_layer(value)]
         with modulated(model.network, blocks):
             _, activations = model.run_network(replace(rows, computed=None), whole=True)
         # The terms of all factors, side by side.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro._pyro_module import LocalModule
-from armed_pyro.families.family import Family, Parameters
+from armed_pyro.families.family import Eta, Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import family_named
 from armed_pyro.networks.adversary import Adversary
@@ -179,9 +179,7 @@ class Plan(LocalModule):
         tau = self.family.precision({name: latents[name] for name in names if name in latents})
         return self.reference().new_ones(()) if tau is None else tau
 
-    def density(
-        self, eta: Float[Tensor, "... rows columns"], latents: Latents, rows: Rows
-    ) -> dist.TorchDistribution:
+    def density(self, eta: Eta, latents: Latents, rows: Rows) -> dist.TorchDistribution:
         """p(y | eta, parameters of the family), on the outcome's scale."""
         return self.family.distribution(eta, self.family_parameters(latents), rows)
 
@@ -216,8 +214,8 @@ class Plan(LocalModule):
         return run(self.net, rows.x, self.layers(), head, whole=whole)
 
     def fixed_predictor(
-        self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents
-    ) -> Float[Tensor, "... rows columns"]:
+        self, rows: Rows, output: Tensor, activations: Latents, latents: Latents
+    ) -> Eta:
         """Linear predictor without random effects, from the network's output and activations."""
         facts = self.data_facts()
         base = rows.x.new_tensor(facts.center)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.families.family import Eta
 from armed_pyro.networks.filters import modulated
 from armed_pyro.program.plan import Plan
 from armed_pyro.random_effects.covariance import Latents
@@ -19,16 +19,12 @@ from armed_pyro.rows.batch import Rows
 
 __all__ = [
     "Predictor",
-    "effects_at",
-    "filter_effects",
     "linear_predictor",
     "modulated_runs",
     "modulates",
     "reaches_predictor",
     "row_cost",
 ]
-
-Eta = Float[Tensor, "... rows columns"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def modulated_runs(
         blocks = [
             pair
             for factor in inside
-            for pair in effects_at(factor, filter_effects(factor, drawn, rows))
+            for pair in factor.by_layer(factor.filter_effects(drawn, rows))
         ]
         with modulated(model.network, blocks):
             output, activations = model.run_network(rows, whole=True)
@@ -126,24 +122,3 @@ def _at(value: Tensor, index: tuple[int, ...]) -> Tensor:
     if value.dim() <= len(index):
         return value
     return value[tuple(min(i, size - 1) for i, size in zip(index, value.shape, strict=False))]
-
-
-def filter_effects(
-    factor: Factor, point: Latents, rows: Rows
-) -> Float[Tensor, "rows filter_terms"]:
-    """Each row's effects on filters: those of its cluster, or zeros without a site in `point`."""
-    if factor.effect_site not in point:
-        return rows.x.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
-    return point[factor.effect_site][rows.memberships[factor.name].position, factor.n_linear :]
-
-
-def effects_at(
-    factor: Factor, effects: Float[Tensor, "rows filter_terms"]
-) -> list[tuple[str, Tensor]]:
-    """Module paths of the layers that the factor's effects change, each with its effects.
-
-    The result is what `armed_pyro.networks.filters.modulated` takes.
-    """
-    widths = [len(block.names) for block in factor.filters]
-    paths = [block.path for block in factor.filters]
-    return list(zip(paths, effects.split(widths, -1), strict=True))

@@ -15,14 +15,7 @@ from torch import Tensor
 
 from armed_pyro.priors import Priors
 
-__all__ = [
-    "COVARIANCES",
-    "Correlated",
-    "Covariance",
-    "Independent",
-    "TermGroup",
-    "covariance_named",
-]
+__all__ = ["COVARIANCES", "Correlated", "Covariance", "Independent", "covariance_named"]
 
 # Values of latent sites by name.
 Latents = Mapping[str, Tensor]
@@ -44,13 +37,7 @@ class TermGroup:
     number: int | None = None
 
     def site(self, quantity: str) -> str:
-        """Name of the group's site for a quantity.
-
-        Examples
-        --------
-        >>> TermGroup("site", (0, 1), ("Intercept", "age"), 1).site("cor_cholesky")
-        'site_cor_cholesky_1'
-        """
+        """Name of the group's site for a quantity, such as ``"site_cor_cholesky_1"``."""
         number = "" if self.number is None else f"_{self.number}"
         return f"{self.factor}_{quantity}{number}"
 
@@ -174,16 +161,10 @@ COVARIANCES: dict[str, type[Covariance]] = {kind.name: kind for kind in (Correla
 
 
 def covariance_named(name: str | Covariance) -> Covariance:
-    """The covariance with this name and default settings; a `Covariance` is returned as it is.
-
-    Examples
-    --------
-    >>> covariance_named("correlated")
-    Correlated(concentration=None)
-    """
+    """The covariance with this name and default settings; a `Covariance` is returned as it is."""
     if isinstance(name, Covariance):
         return name
     if name not in COVARIANCES:
-        known = ", ".join(sorted(COVARIANCES))
-        raise ValueError(f"unknown covariance {name!r}: choose one of {known}")
+        kinds = ", ".join(sorted(COVARIANCES))
+        raise ValueError(f"unknown covariance {name!r}: choose one of {kinds}")
     return COVARIANCES[name]()

@@ -21,7 +21,7 @@ from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.priors import Known, Priors
 from armed_pyro.random_effects.covariance import Covariance, Latents, Matrix, TermGroup
 from armed_pyro.random_effects.design import Block, FilterBlock, LinearBlock
-from armed_pyro.rows.batch import Membership
+from armed_pyro.rows.batch import Membership, Rows
 
 __all__ = ["Factor", "factor_named", "weighted"]
 
@@ -288,6 +288,20 @@ class Factor(nn.Module):
         """phi, the columns of all terms except those on filters."""
         columns = [block.columns(x, activations) for block in self.linear]
         return torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
+
+    def filter_effects(self, latents: Latents, rows: Rows) -> Float[Tensor, "rows filter_terms"]:
+        """Each row's effects on filters: those of its cluster, or zeros without a latent site."""
+        if self.effect_site not in latents:
+            return rows.x.new_zeros(len(rows), len(self.terms) - self.n_linear)
+        return latents[self.effect_site][rows.memberships[self.name].position, self.n_linear :]
+
+    def by_layer(
+        self, effects: Float[Tensor, "rows filter_terms"]
+    ) -> list[tuple[str, Float[Tensor, "rows 2*filters"]]]:
+        """Layers with their effects, as `armed_pyro.networks.filters.modulated` takes them."""
+        widths = [len(block.names) for block in self.filters]
+        paths = [block.path for block in self.filters]
+        return list(zip(paths, effects.split(widths, -1), strict=True))
 
     def contribution(
         self, phi: Float[Tensor, "rows phi_columns"], membership: Membership, effects: Effects
