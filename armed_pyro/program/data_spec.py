@@ -121,18 +121,10 @@ class Facts:
             codes[factor] = torch.as_tensor(places)[grouping.codes].to(like.device, torch.long)
             counts[factor] = torch.bincount(codes[factor], minlength=len(index))
 
-        def tensor(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(like)
-
-        return HeldRows(
-            self.scaling.standardise(data.features).to(like),
-            tensor(data.outcome),
-            codes,
-            counts,
-            tensor(data.trials),
-            tensor(data.offset),
-            tensor(data.weights),
-        )
+        optional = (data.outcome, data.trials, data.offset, data.weights)
+        y, trials, offset, weights = (v if v is None else v.to(like) for v in optional)
+        x = self.scaling.standardise(data.features).to(like)
+        return HeldRows(x, y, codes, counts, trials, offset, weights)
 
     def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
         """Labels of the clusters seen in training, followed by new ones in these data."""

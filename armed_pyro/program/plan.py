@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -76,14 +76,14 @@ class Plan(LocalModule):
     def adversaries(self) -> tuple[Adversary, ...]:
         """The adversaries."""
         # Not by attribute, which PyroModule intercepts: their weights are no sites of the density.
-        return cast(
-            "tuple[Adversary, ...]", tuple(cast("nn.ModuleList", self._modules["_adversaries"]))
-        )
+        modules: Any = self._modules["_adversaries"]
+        return tuple(modules)
 
     @property
     def factors(self) -> tuple[Factor, ...]:
         """The grouping factors with random effects; none before the model is bound."""
-        return cast("tuple[Factor, ...]", tuple(cast("nn.ModuleList", self._modules["_factors"])))
+        modules: Any = self._modules["_factors"]
+        return tuple(modules)
 
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""

@@ -93,7 +93,17 @@ class Factor(nn.Module):
         self.groups = [
             (group, covariance.with_priors(priors)) for group, covariance in self._correlated()
         ]
-        self._check_groups()
+        if isinstance(self.prior, Known) and self.groups:
+            raise ValueError(
+                f"the sds of {name!r} are given as known, but its terms are correlated: write them "
+                "as independent, with '||'"
+            )
+        for _, covariance in self.groups:
+            if not covariance.clusters_independent:
+                raise ValueError(
+                    f"the covariance {covariance.name!r} of {name!r} makes its clusters depend on "
+                    "each other, for which there is no guide yet"
+                )
 
     def _correlated(self) -> Iterator[tuple[TermGroup, Covariance]]:
         """Groups of correlated terms: one per correlated block and column of the predictor."""
@@ -108,19 +118,6 @@ class Factor(nn.Module):
             names = tuple(self.terms[place] for place in group)
             only = len(places) == 1
             yield TermGroup(self.name, group, names, None if only else number), covariance
-
-    def _check_groups(self) -> None:
-        if isinstance(self.prior, Known) and self.groups:
-            raise ValueError(
-                f"the sds of {self.name!r} are given as known, but its terms are correlated: write "
-                "them as independent, with '||'"
-            )
-        for _, covariance in self.groups:
-            if not covariance.clusters_independent:
-                raise ValueError(
-                    f"the covariance {covariance.name!r} of {self.name!r} makes its clusters "
-                    "depend on each other, for which there is no guide yet"
-                )
 
     @property
     def blocks(self) -> tuple[Block, ...]:
