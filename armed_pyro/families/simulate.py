@@ -110,7 +110,7 @@ def mixed_model(
     eta = x @ beta + (x[:, : len(scale), None] * row_effects).sum(1)
     parameters = dispersion
     if not isinstance(parameters, Mapping):
-        parameters = dict.fromkeys((one.name for one in outcome.parameters), parameters)
+        parameters = {parameter.name: parameters for parameter in outcome.parameters}
     data = ClusteredData.from_arrays(
         x[:, 1:],
         outcome.simulate(rng, eta, parameters, trials).astype(float),
@@ -126,10 +126,9 @@ def _correlations(cor: float | np.ndarray, n: int) -> np.ndarray:
     matrix = np.asarray(cor, dtype=float)
     if matrix.ndim == 0:
         matrix = np.full((n, n), float(matrix)) + (1 - float(matrix)) * np.eye(n)
-    unit = (
-        matrix.shape == (n, n) and np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1)
-    )
-    if not unit or np.linalg.eigvalsh(matrix).min() <= 0:
+    symmetric = matrix.shape == (n, n) and np.allclose(matrix, matrix.T)
+    correlations = symmetric and np.allclose(np.diag(matrix), 1)
+    if not correlations or np.linalg.eigvalsh(matrix).min() <= 0:
         raise ValueError(
             f"`cor` must be one correlation, or a positive definite {n} x {n} correlation matrix, "
             f"not {np.asarray(cor).tolist()}"

@@ -152,32 +152,27 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """The facts as JSON values, by name of the field."""
-        values = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in vars(self).items()
-        }
-        return values | {
+        tuples = {name: list(value) for name, value in vars(self).items() if type(value) is tuple}
+        encoded = {
             "classes": None if self.classes is None else index_to_json(pd.Index(self.classes)),
             "levels": {factor: index_to_json(levels) for factor, levels in self.levels.items()},
             "counts": {factor: counts.tolist() for factor, counts in self.counts.items()},
             "schema": None if self.schema is None else self.schema.to_json(),
         }
+        return {**vars(self), **tuples, **encoded}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
         """The facts that `to_json` wrote."""
         classes, schema = values["classes"], values["schema"]
-        plain: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
+        tuples = {name: tuple(value) for name, value in values.items() if type(value) is list}
         decoded: dict[str, Any] = {
             "classes": None if classes is None else tuple(index_from_json(classes)),
             "levels": {name: index_from_json(index) for name, index in values["levels"].items()},
             "counts": {name: torch.tensor(counts) for name, counts in values["counts"].items()},
             "schema": None if schema is None else Schema.from_json(schema),
         }
-        return cls(**plain | decoded)
+        return cls(**{**values, **tuples, **decoded})
 
 
 def _spread(features: Tensor) -> float:

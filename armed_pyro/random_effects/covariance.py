@@ -48,11 +48,6 @@ class Covariance(ABC):
     The sds are a site of the factor. A kind of covariance defines R, its sites and their priors.
     It is one subclass and one entry in `COVARIANCES`. The subclass is a frozen dataclass, whose
     fields are settings: numbers, texts or `ScalePrior`s, which are saved with a fit.
-
-    Examples
-    --------
-    >>> covariance_named("independent").diagonal
-    True
     """
 
     name: ClassVar[str]  # in calls and files

@@ -63,7 +63,8 @@ class Factor(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self._blocks = nn.ModuleList(sorted(blocks, key=lambda b: isinstance(b, FilterBlock)))
+        linear_first = sorted(blocks, key=lambda block: isinstance(block, FilterBlock))
+        self._blocks = nn.ModuleList(linear_first)
         self.n_columns = len(columns)
         names = [term for block in self.blocks for term in block.names]
         if twice := [term for place, term in enumerate(names) if term in names[:place]]:
@@ -116,8 +117,7 @@ class Factor(nn.Module):
             start = stop
         for number, (group, covariance) in enumerate(places):
             names = tuple(self.terms[place] for place in group)
-            only = len(places) == 1
-            yield TermGroup(self.name, group, names, None if only else number), covariance
+            yield TermGroup(self.name, group, names, number if places[1:] else None), covariance
 
     @property
     def blocks(self) -> tuple[Block, ...]:
