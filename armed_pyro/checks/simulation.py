@@ -206,12 +206,11 @@ def quantities(
     known = model.known()
     for factor in model.factors:
         name, terms = factor.name, factor.terms
-        covariance = factor.joint_covariance
-        if covariance.sd_site not in known:
+        if factor.sd_site not in known:
             sd = factor.sd(latents).reshape(-1, len(terms))
-            values |= {f"{covariance.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
-        values |= covariance.correlations(latents)
-        values |= {group.site(n): value for group, n, value in covariance.quantities(latents)}
+            values |= {f"{factor.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
+        values |= factor.correlations(latents)
+        values |= {group.site(n): value for group, n, value in factor.quantities(latents)}
         effects, levels = latents[factor.effect_site], model.data_facts().levels[name]
         for k in sorted({0, len(levels) // 2, len(levels) - 1}):
             values |= {

@@ -82,7 +82,7 @@ class Marginal(EffectSource):
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         seen = self.latents[factor.effect_site]
         noise = label_noise(self.seed, factor.name, labels, seen, self._kept)
-        effects = factor.joint_covariance.effects(self.latents, noise)
+        effects = factor.effects_of(self.latents, noise)
         return effects, ["marginal"] * len(labels)
 
 

@@ -271,7 +271,7 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             product = variance[..., :, None] * variance[..., None, :]
             coords[f"{term}_bis"] = list(factor.terms)
             add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
-        for group, quantity, values in factor.joint_covariance.quantities(latents):
+        for group, quantity, values in factor.quantities(latents):
             add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
     for parameter, values in original_parameters(model, latents).items():
         add(parameter, (), values)

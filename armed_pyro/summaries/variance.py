@@ -131,11 +131,11 @@ def _factor_rows(factor: Factor, latents: Draws) -> Iterator[Row]:
     for statistic, values in {"sd": variance.sqrt(), "variance": variance}.items():
         for term, draws in zip(factor.terms, values.unbind(1), strict=True):
             yield factor.name, term, statistic, draws
-    for i, j in factor.joint_covariance.pairs():
+    for i, j in factor.pairs():
         name = f"{factor.terms[i]},{factor.terms[j]}"
         product = (variance[:, i] * variance[:, j]).sqrt()
         yield factor.name, name, "cor", covariance[:, i, j] / product
-    for group, quantity, values in factor.joint_covariance.quantities(latents):
+    for group, quantity, values in factor.quantities(latents):
         yield factor.name, ",".join(group.terms), quantity, values.to(torch.float64)
 
 
