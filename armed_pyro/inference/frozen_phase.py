@@ -10,6 +10,7 @@ from torch import Tensor
 
 from armed_pyro.engine.loss import Loss
 from armed_pyro.engine.schedule import MOVING, History, Pace, split_r_hat
+from armed_pyro.engine.shards import Share
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.objective import NestedBound
 from armed_pyro.inference.phase import Phase
@@ -57,7 +58,7 @@ class FrozenPhase(Phase):
         task.model.requires_grad_(False)
         task.guide.settle()
         self.rows: RowSource = before.share.compute(task.model.compute, task.source)
-        super().__init__(task, before.share.ended(self.rows))
+        super().__init__(task, Share(before.share.processes, self.rows))
         self.particles = 1
         self.iterates: list[np.ndarray] = []
 

@@ -18,7 +18,7 @@ from armed_pyro.inference.cluster_adam import LazyAdam
 from armed_pyro.inference.optimizers import Optimizers
 from armed_pyro.inference.task import TrainingTask
 from armed_pyro.rows.batch import Rows
-from armed_pyro.rows.shuffle import Passes
+from armed_pyro.rows.passes import Passes
 
 __all__ = ["Phase"]
 
@@ -106,7 +106,7 @@ class Phase(ABC):
         """Refresh the guide from all rows, unless falling rates already let it converge."""
         if self.plateau.cuts or self.task.schedule.rate(step) != 1 or not self.refreshes():
             return
-        with self.share.common_numbers(self.task.seed, step):
+        with self.share.sharing.common_numbers(self.task.seed, step):
             self.task.guide.refresh(self.task.model, self.share.rows)
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro.networks.filters import modulated
+from armed_pyro.networks.taps import modulated
 from armed_pyro.program.plan import Plan
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
@@ -209,7 +209,7 @@ def effects_at(
 ) -> list[tuple[str, Tensor]]:
     """Module paths of the layers that the factor's effects change, each with its effects.
 
-    The result is what `armed_pyro.networks.filters.modulated` takes.
+    The result is what `armed_pyro.networks.taps.modulated` takes.
     """
     widths = [len(block.names) for block in factor.filters]
     paths = [block.path for block in factor.filters]

@@ -50,12 +50,12 @@ class Rows:
 
     Attributes
     ----------
-    x : Float[Tensor, "rows features"] or Float[Tensor, "rows ..."]
+    x : Float[Tensor, "rows ..."]
         Standardised features.
     y : Tensor or None
         Outcomes on their original scale (class codes for categorical outcomes).
     memberships : mapping of str to Membership
-        One entry per grouping factor.
+        By grouping factor.
     scale : float
         N / n, the factor by which the rows' log-likelihood is multiplied.
     trials, offset, weights : Float[Tensor, "rows"] or None
@@ -79,13 +79,7 @@ class Rows:
         return len(self.x)
 
     def outcome(self) -> Tensor:
-        """The outcomes.
-
-        Raises
-        ------
-        ValueError
-            If they are not known.
-        """
+        """The outcomes; ValueError if they are not known."""
         if self.y is None:
             raise ValueError("the rows have no outcome, which their log-likelihood needs")
         return self.y

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
-from armed_pyro.rows.read_ahead import ahead
+from armed_pyro.rows.passes import ahead
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["Pieces"]
@@ -20,33 +20,18 @@ class Pieces:
     """All rows of a source in pieces; the clusters of a nested factor stay whole.
 
     The program multiplies a piece by 1 / share. The sum over pieces multiplies its log-weights by
-    the share.
-
-    Attributes
-    ----------
-    read : callable
-        Returns an iterator over the pieces.
-    clusters : list of (Tensor or None)
-        The nested factor's clusters in each piece; None for all clusters.
-    shares : list of float
-        Each piece's share of all clusters, or of all rows without a nested factor.
+    the share: of all clusters, or of all rows without a nested factor.
     """
 
     read: Callable[[], Iterator[Rows]]
-    clusters: list[Tensor | None]
+    clusters: list[Tensor | None]  # the nested factor's clusters in each piece; None for all
     shares: list[float]
 
     @classmethod
     def of(cls, source: RowSource, size: int, factor: str | None, *, keep: bool = False) -> Pieces:
-        """Pieces of about `size` rows.
+        """Pieces of about `size` rows, in whole clusters of a factor.
 
-        Parameters
-        ----------
-        factor : str, optional
-            The grouping factor whose clusters stay whole.
-        keep : bool
-            Whether pieces of whole clusters are made once and kept. Otherwise they are made in
-            every pass.
+        With `keep`, pieces of whole clusters are made once; otherwise in every pass.
         """
         n = len(source)
         if n <= size:
@@ -65,12 +50,7 @@ class Pieces:
     def without_rows(self, all_clusters: Rows, factor: str | None) -> Iterator[Rows]:
         """Yield the clusters of each piece without rows; their noise is drawn for these.
 
-        Parameters
-        ----------
-        all_clusters : Rows
-            No rows, but every cluster of every factor.
-        factor : str or None
-            The nested factor.
+        `all_clusters` has no rows, but every cluster of every factor; `factor` is the nested one.
         """
         for clusters in self.clusters:
             if clusters is None or factor is None:

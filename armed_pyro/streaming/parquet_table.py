@@ -21,17 +21,6 @@ __all__ = ["TableBlocks"]
 class TableBlocks:
     """The table in a file; Parquet is streamed, other formats are held in memory.
 
-    Attributes
-    ----------
-    path : Path
-        The file.
-    frame : pandas.DataFrame or None
-        The table, if it is held in memory.
-    n_rows : int
-        Number of rows.
-    columns : tuple of str
-        Names of the columns.
-
     Examples
     --------
     >>> import tempfile
@@ -42,47 +31,34 @@ class TableBlocks:
     """
 
     path: Path
-    frame: pd.DataFrame | None
+    frame: pd.DataFrame | None  # the table, if it is held in memory
     n_rows: int
     columns: tuple[str, ...]
 
     @classmethod
     def open(cls, path: Path) -> TableBlocks:
-        """The table in a file.
-
-        Raises
-        ------
-        ValueError
-            If there is no such file, or it is not a readable table.
-        """
+        """The table in a file; ValueError if it is not a readable table."""
         if path.name.lower().endswith((".parquet", ".pq")) and path.is_file():
             try:
                 file = pq.ParquetFile(path)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is not a readable Parquet file ({error})") from error
-            names = tuple(file.schema_arrow.names)
             if file.metadata.num_rows:
-                return cls(path, None, file.metadata.num_rows, names)
+                return cls(path, None, file.metadata.num_rows, tuple(file.schema_arrow.names))
         frame = read_table(path)  # raises the error for a missing or unreadable file
         return cls(path, frame, len(frame), tuple(frame.columns))
 
     def blocks(self, size: int, columns: tuple[str, ...] | None = None) -> Iterator[pd.DataFrame]:
         """Yield the rows in order, at most `size` at a time.
 
-        Parameters
-        ----------
-        size : int
-            Rows per block.
-        columns : tuple of str, optional
-            Columns to read; by default all. Names of absent columns are ignored.
+        By default, all columns are read. Names of absent columns are ignored.
         """
-        wanted = [name for name in self.columns if columns is None or name in columns]
+        wanted = self._wanted(columns)
         if self.frame is not None:
             for start in range(0, self.n_rows, size):
                 yield self.frame[wanted].iloc[start : start + size]
             return
-        # Without these settings, pyarrow holds whole row groups in memory.
-        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
+        with self._parquet() as file:
             for batch in file.iter_batches(size, columns=wanted):
                 yield batch.to_pandas()
 
@@ -90,13 +66,11 @@ class TableBlocks:
         self, rows: Int[np.ndarray, " taken"], columns: Sequence[str] | None = None
     ) -> pd.DataFrame:
         """The Parquet rows with these increasing numbers; only their row groups are read."""
-        wanted = [name for name in self.columns if columns is None or name in columns]
-        parts = []
-        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
+        wanted, parts = self._wanted(columns), []
+        with self._parquet() as file:
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
             starts = np.cumsum([0, *sizes])
-            groups = np.unique(np.searchsorted(starts, rows, "right") - 1)
-            for group in groups:
+            for group in np.unique(np.searchsorted(starts, rows, "right") - 1):
                 start = starts[group]
                 for batch in file.iter_batches(row_groups=[int(group)], columns=wanted):
                     low, high = np.searchsorted(rows, [start, start + batch.num_rows])
@@ -105,6 +79,13 @@ class TableBlocks:
         frame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
         frame.index = pd.Index(rows)
         return frame
+
+    def _wanted(self, columns: Sequence[str] | None) -> list[str]:
+        return [name for name in self.columns if columns is None or name in columns]
+
+    def _parquet(self) -> pq.ParquetFile:
+        # Without these settings, pyarrow holds whole row groups in memory.
+        return pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20)
 
     @property
     def types(self) -> dict[str, pa.DataType]:

@@ -1,29 +1,46 @@
-"""An endless sequence of mini-batches, made of random passes over the rows."""
+"""Batches read ahead by a thread, and an endless sequence of passes over the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Passes"]
+__all__ = ["Passes", "ahead"]
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """Yield the items, which a thread makes up to `depth` items ahead.
+
+    An error in the thread is raised in place of its item. The thread ends when the loop over the
+    items ends, also by an error.
+    """
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, "read-ahead")
+    try:
+        pending = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, iterator, end))
+            yield item  # type: ignore[misc]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Passes:
     """Mini-batches of pass after pass, each in a new random order; can be saved and resumed.
 
-    Orders are drawn by torch's global generator. The generator's state before a pass stands for
-    the order of the rows, so a checkpoint need not hold the order.
-
-    Parameters
-    ----------
-    begin : callable
-        Starts a pass and returns its batches. It must use the generator only before the first
-        batch; otherwise a restored pass differs.
+    Torch's global generator draws the orders. Its state before a pass stands for the order of the
+    rows, so a checkpoint need not hold the order. `begin` starts a pass and returns its batches.
+    It must use the generator only before the first batch; otherwise a restored pass differs.
 
     Examples
     --------
@@ -40,7 +57,6 @@ class Passes:
         self._state, self._taken = torch.empty(0, dtype=torch.uint8), 0
 
     def __next__(self) -> Rows:
-        """The next mini-batch."""
         rows = next(self._batches, None)
         if rows is None:
             self._state, self._taken = torch.get_rng_state(), 0
