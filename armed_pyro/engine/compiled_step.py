@@ -55,17 +55,11 @@ class Steps:
     Random numbers, dropout and running statistics of batch normalisation equal those of the eager
     step.
 
-    Parameters
-    ----------
-    modules : mapping of str to torch.nn.Module
-        The modules that the objective runs. Their parameters and buffers are inputs of the graph.
-    update : torch.nn.Module
-        Is called with the trained parameters, their gradients (tensor or None), both by name in
-        `modules`, and a factor of the rates. Changes the parameters and the module's buffers in
-        place, and returns the norm of the gradient.
-    mode : {"auto", "always", "never"}
-        "always" compiles at the second step with the same shapes. Steps whose number of rows
-        always changes stay eager.
+    The objective runs the `modules`, whose parameters and buffers are inputs of the graph. `update`
+    is called with the trained parameters, their gradients (tensor or None), both by name in
+    `modules`, and a factor of the rates. It changes the parameters and its own buffers in place,
+    and returns the norm of the gradient. "always" compiles at the second step with the same shapes;
+    steps whose number of rows always changes stay eager.
     """
 
     def __init__(

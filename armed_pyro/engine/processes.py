@@ -52,7 +52,7 @@ def join(device: torch.device) -> Processes:
         if not _torchrun() or int(os.environ["WORLD_SIZE"]) < 2:
             return ALONE
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-        atexit.register(_leave)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
@@ -73,12 +73,6 @@ def local_device() -> str:
 def _torchrun() -> bool:
     """Whether torchrun started this process."""
     return all(name in os.environ for name in TORCHRUN)
-
-
-def _leave() -> None:
-    """Disconnect from the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -152,8 +146,8 @@ class Processes:
             yield
         except RuntimeError as error:
             text = str(error)
-            lost = isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
-            if self.several and lost:
+            from_connection = "gloo" in text or "NCCL" in text
+            if self.several and (from_connection or isinstance(error, dist.DistError)):
                 raise ConnectionError(
                     f"process {self.rank} of {self.size} lost another process of this run, which "
                     "has ended early: its output says why"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -175,19 +174,16 @@ class Share:
 
     def compute(self, compute: Callable[[RowSource], RowSource], source: RowSource) -> RowSource:
         """``compute(source)``; each process computes its share, and shares are exchanged."""
-        if not (isinstance(source, HeldRows) and self.several):
-            return compute(source)
-        share = compute(self.rows)
-        computed = share.computed if isinstance(share, HeldRows) else None
-        if computed is None:
-            return source
+        share = compute(self.rows if self.several else source)
+        if not (self.several and isinstance(source, HeldRows) and isinstance(share, HeldRows)):
+            return share
         most, joined = max(map(len, self.places)), {}
-        for name, values in sorted(computed.items()):
+        for name, values in sorted((share.computed or {}).items()):
             joined[name] = values.new_empty(len(source), *values.shape[1:])
             parts = self.processes.gather(values, most)
             for place, part in zip(self.places, parts, strict=True):
                 joined[name][place.to(values.device)] = part[: len(place)]
-        return replace(source, computed=joined)
+        return replace(source, computed=joined or None)
 
 
 def _selected(rows: Rows, index: Tensor) -> Rows:
@@ -219,12 +215,11 @@ def _places(source: HeldRows, size: int, *, whole_clusters: bool) -> tuple[Tenso
 
 def _balanced(counts: list[int], size: int) -> tuple[list[int], list[int]]:
     """Each cluster's process and each process's rows; the largest clusters are assigned first."""
-    owners, heap = [0] * len(counts), [(0, rank) for rank in range(size)]
+    owners, loads = [0] * len(counts), [0] * size
     for cluster in sorted(range(len(counts)), key=lambda cluster: -counts[cluster]):
-        load, rank = heapq.heappop(heap)
-        owners[cluster] = rank
-        heapq.heappush(heap, (load + counts[cluster], rank))
-    return owners, [load for load, _ in heap]
+        owners[cluster] = loads.index(min(loads))
+        loads[owners[cluster]] += counts[cluster]
+    return owners, loads
 
 
 class _Module(nn.Module):

@@ -18,7 +18,7 @@ from armed_pyro.inference.nested_weights import Weighted, weigh
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.predictor import modulates, row_cost
-from armed_pyro.rows.cluster_chunks import Pieces
+from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["BLOCK", "affordable", "importance_draws", "refinable", "weighed"]

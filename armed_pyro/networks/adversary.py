@@ -55,8 +55,7 @@ class Adversary(LocalModule):
     factor : str
         Grouping factor whose clusters the activations should not reveal.
     taps : sequence of str
-        Paths of the modules whose outputs the classifier sees; feature maps are averaged over
-        space.
+        Paths of the modules whose outputs the classifier sees, feature maps averaged over space.
     weight : float
         Strength of the reversed gradient, relative to the mean log-likelihood of a row.
     hidden : sequence of int

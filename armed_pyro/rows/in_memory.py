@@ -76,11 +76,7 @@ class HeldRows(RowSource):
         return Rows(self.x, self.y, memberships, scale, *optional)
 
     def batches(
-        self,
-        size: int,
-        generator: torch.Generator | None = None,
-        *,
-        dense_up_to: int | None = None,
+        self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
     ) -> Iterator[Rows]:
         for index in whole_splits(len(self), size, generator):
             yield self.batch(index.to(self.x.device), dense_up_to=dense_up_to)

@@ -73,11 +73,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def batches(
-        self,
-        size: int,
-        generator: torch.Generator | None = None,
-        *,
-        dense_up_to: int | None = None,
+        self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
     ) -> Iterator[Rows]:
         r"""Yield one pass over the rows in random order, in mini-batches of `size` rows.
 

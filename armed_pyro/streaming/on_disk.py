@@ -20,6 +20,7 @@ from armed_pyro.rows.passes import ahead
 from armed_pyro.rows.source import RowSource
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.encoded_table import EncodedTable, group_rows
+from armed_pyro.streaming.parquet_table import group_starts, take_rows
 
 __all__ = ["StreamedRows"]
 
@@ -61,11 +62,7 @@ class StreamedRows(RowSource):
         return self._held(table, encoded=True).all()
 
     def batches(
-        self,
-        size: int,
-        generator: torch.Generator | None = None,
-        *,
-        dense_up_to: int | None = None,
+        self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
     ) -> Iterator[Rows]:
         # The thread that reads ahead needs a generator that no other thread uses.
         seed = int(torch.randint(2**62, (), generator=generator))
@@ -182,8 +179,8 @@ class StreamedRows(RowSource):
             column = torch.tensor(table[scanned.cluster(factor)].to_numpy())
             codes[factor] = column.to(self.like.device, torch.long)
         x, y = torch.from_numpy(values).to(self.like), tensor("outcome")
-        roles = {name: tensor(name) for name in ("trials", "offset", "weights")}
-        return HeldRows(x, y, codes, self.counts, **roles)
+        trials, offset, weights = tensor("trials"), tensor("offset"), tensor("weights")
+        return HeldRows(x, y, codes, self.counts, trials, offset, weights)
 
 
 class _SortedFile:
@@ -191,10 +188,8 @@ class _SortedFile:
 
     def __init__(self, path: Path, order: np.ndarray, counts: np.ndarray) -> None:
         self.path, self.order, self.ranks = path, order, np.argsort(order)
-        self.starts = np.cumsum([0, *counts])
-        self.metadata = pq.read_metadata(path)
-        sizes = [self.metadata.row_group(k).num_rows for k in range(self.metadata.num_row_groups)]
-        self.group_starts = np.cumsum([0, *sizes])
+        self.starts, self.metadata = np.cumsum([0, *counts]), pq.read_metadata(path)
+        self.groups = group_starts(self.metadata)
 
     def read(self, chosen: Int[np.ndarray, " chosen"]) -> pa.Table:
         """All rows of the chosen clusters, in the order of the file."""
@@ -202,11 +197,5 @@ class _SortedFile:
         sizes = np.diff(self.starts)[ranks]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         rows = np.repeat(self.starts[ranks], sizes) + within
-        groups = np.searchsorted(self.group_starts, rows, "right") - 1
-        parts = []
         with pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False) as file:
-            for group in np.unique(groups):
-                low, high = np.searchsorted(groups, [group, group + 1])
-                table = file.read_row_group(group, use_threads=False)
-                parts.append(table.take(rows[low:high] - self.group_starts[group]))
-        return pa.concat_tables(parts)
+            return take_rows(file, self.groups, rows)

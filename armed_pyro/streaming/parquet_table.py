@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from armed_pyro.data.files import read_table
 
-__all__ = ["TableBlocks"]
+__all__ = ["TableBlocks", "group_starts", "take_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,17 +66,9 @@ class TableBlocks:
         self, rows: Int[np.ndarray, " taken"], columns: Sequence[str] | None = None
     ) -> pd.DataFrame:
         """The Parquet rows with these increasing numbers; only their row groups are read."""
-        wanted, parts = self._wanted(columns), []
         with self._parquet() as file:
-            sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
-            starts = np.cumsum([0, *sizes])
-            for group in np.unique(np.searchsorted(starts, rows, "right") - 1):
-                start = starts[group]
-                for batch in file.iter_batches(row_groups=[int(group)], columns=wanted):
-                    low, high = np.searchsorted(rows, [start, start + batch.num_rows])
-                    parts.append(pa.Table.from_batches([batch]).take(rows[low:high] - start))
-                    start += batch.num_rows
-        frame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+            taken = take_rows(file, group_starts(file.metadata), rows, self._wanted(columns))
+        frame = taken.unify_dictionaries().to_pandas()
         frame.index = pd.Index(rows)
         return frame
 
@@ -92,3 +84,26 @@ class TableBlocks:
         """Arrow's types of the columns of the Parquet file."""
         schema = pq.read_schema(self.path)
         return dict(zip(schema.names, schema.types, strict=True))
+
+
+def group_starts(metadata: pq.FileMetaData) -> Int[np.ndarray, " groups_and_end"]:
+    """Number of the first row of each row group, and the number of rows."""
+    sizes = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
+    return np.cumsum([0, *sizes])
+
+
+def take_rows(
+    file: pq.ParquetFile,
+    starts: Int[np.ndarray, " groups_and_end"],
+    rows: Int[np.ndarray, " taken"],
+    columns: list[str] | None = None,
+) -> pa.Table:
+    """The rows with these increasing numbers, from row groups with these `group_starts`."""
+    parts = []
+    for group in np.unique(np.searchsorted(starts, rows, "right") - 1).tolist():
+        start = starts[group]
+        for batch in file.iter_batches(row_groups=[group], columns=columns, use_threads=False):
+            low, high = np.searchsorted(rows, [start, start + batch.num_rows])
+            parts.append(pa.Table.from_batches([batch]).take(rows[low:high] - start))
+            start += batch.num_rows
+    return pa.concat_tables(parts)

@@ -81,8 +81,7 @@ class StreamedData:
         Raises
         ------
         ValueError
-            If the file is not a readable Parquet table, or if its values are not valid; the message
-            names the first such row.
+            If the file is no readable Parquet table, or, with the first such row, for bad values.
         """
         table = TableBlocks.open(Path(path))
         if table.frame is not None:
