@@ -26,7 +26,7 @@ from armed_pyro.inference.training_run import Run
 from armed_pyro.networks.adversary import reverse_gradient
 from armed_pyro.program.model import trains_network
 from armed_pyro.random_effects.terms import Term
-from armed_pyro.rows.shuffle import Passes
+from armed_pyro.rows.passes import Passes
 
 __all__ = [
     "Step",

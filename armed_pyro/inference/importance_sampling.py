@@ -16,7 +16,7 @@ from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.predictor import modulates, row_cost
-from armed_pyro.rows.cluster_chunks import Pieces
+from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["BLOCK", "affordable", "importance_draws", "refinable", "weighed"]

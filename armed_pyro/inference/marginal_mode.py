@@ -15,8 +15,8 @@ from armed_pyro.inference.nested_weights import bound_noise, nested_from, weigh
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
-from armed_pyro.rows.cluster_chunks import Pieces
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]

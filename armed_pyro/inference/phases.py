@@ -25,7 +25,7 @@ from armed_pyro.program.model import MixedEffects, log_likelihoods
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.rows.shuffle import Passes
+from armed_pyro.rows.passes import Passes
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask"]
@@ -144,7 +144,7 @@ class Phase(ABC):
         if self.plateau.cuts or task.schedule.rate(step) != 1:
             return
         if self.trains_network or not task.guide.exact(task.model):
-            with self.share.common_numbers(task.seed, step):
+            with self.share.sharing.common_numbers(task.seed, step):
                 task.guide.refresh(task.model, self.share.rows)
 
     @abstractmethod
@@ -257,7 +257,7 @@ class FrozenPhase(Phase):
         task.model.requires_grad_(False)
         task.guide.settle()
         self.frozen_rows = before.share.compute(task.model.compute, task.source)
-        super().__init__(task, before.share.ended(self.frozen_rows))
+        super().__init__(task, Share(before.share.processes, self.frozen_rows))
         # Centre of q(theta) after each step since the rates were last cut.
         self.iterates: list[np.ndarray] = []
         self.particles = self._start() if particles is None else particles

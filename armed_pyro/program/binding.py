@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
-from armed_pyro.networks.filters import modulated
-from armed_pyro.networks.taps import pooled, tapped
+from armed_pyro.networks.taps import modulated, pooled, tapped
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
 

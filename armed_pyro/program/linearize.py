@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from armed_pyro.networks.filters import modulated
+from armed_pyro.networks.taps import modulated
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import linear_predictor, reaches_predictor
 from armed_pyro.random_effects.covariance import Latents

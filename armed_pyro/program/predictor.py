@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from armed_pyro.families.family import Eta
-from armed_pyro.networks.filters import modulated
+from armed_pyro.networks.taps import modulated
 from armed_pyro.program.plan import Plan
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
