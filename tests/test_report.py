@@ -19,7 +19,7 @@ from armed_pyro import (
     Slopes,
     fit,
 )
-from armed_pyro.cli.prediction_file import write_predictions
+from armed_pyro.cli.predict import write_predictions
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 from armed_pyro.prediction.chunks import predict_chunks

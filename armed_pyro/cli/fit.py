@@ -15,7 +15,7 @@ from armed_pyro._memory import most_held
 from armed_pyro.cli.console import out, say
 from armed_pyro.cli.options import FitOptions, Missing
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
-from armed_pyro.cli.training_data import TrainingTable, byte_size, outputs
+from armed_pyro.cli.training_data import byte_size, bytes_needed, outputs, training_rows
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import write_table
 from armed_pyro.engine.processes import first_process
@@ -31,6 +31,7 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.terms import Slopes, Term
 from armed_pyro.report.text import summarize
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["fit_table"]
@@ -38,17 +39,7 @@ __all__ = ["fit_table"]
 
 @dataclass(frozen=True, eq=False)
 class SplitRows:
-    """Rows to train on, and rows that are held out.
-
-    Attributes
-    ----------
-    training : ClusteredData or StreamedData
-        Rows that the program is trained on.
-    validation : ClusteredData, optional
-        Rows of training clusters, whose loss decides when training stops.
-    held_out : dict of str to ClusteredData
-        Rows that the predictions are evaluated on, by name in the evaluation.
-    """
+    """Rows to train on, to stop training by, and to evaluate predictions on (by name)."""
 
     training: ClusteredData | StreamedData
     validation: ClusteredData | None = None
@@ -58,18 +49,17 @@ class SplitRows:
 def fit_table(options: FitOptions) -> None:
     """Fit a program to a table, save it to a folder, and print its summary.
 
-    Raises
-    ------
-    ValueError
-        Before training, if an option does not fit the table, the folder or another option.
-    typer.Exit
-        With code 1 if the loss diverged, and 130 after an interrupt. A message says which state
-        was saved.
+    The command exits with code 1 if the loss diverged, and with 130 after an interrupt; a message
+    says which state was saved.
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
-    _check(options)
-    schedule = _schedule(options)
+    if not 0 < options.prob < 1:
+        raise ValueError(f"--prob must lie between 0 and 1, not {options.prob}")
+    if options.adversary_weight is not None and options.adversary is None:
+        raise ValueError("--adversary-weight needs --adversary FACTOR")
+    steps = Schedule.steps if options.steps is None else options.steps
+    schedule = Schedule(steps=steps, batch_size=options.batch_size)
     terms = parse_terms(options.random)
     terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
     family = family_named(options.family)
@@ -81,29 +71,18 @@ def fit_table(options: FitOptions) -> None:
     run = options.run
     result.save(run, draws=options.draws, prob=options.prob)
     _print_fit(result, split.held_out, run, options.prob)
-    if not isinstance(split.training, ClusteredData):
+    if isinstance(split.training, StreamedData):
         out.print(f"Most memory held: {most_held() / 1e9:.2f} GB")
-    (run / CHECKPOINT).unlink(missing_ok=True)
-    (run / PARTIAL).unlink(missing_ok=True)
-
-
-def _check(options: FitOptions) -> None:
-    if not 0 < options.prob < 1:
-        raise ValueError(f"--prob must lie between 0 and 1, not {options.prob}")
-    if options.adversary_weight is not None and options.adversary is None:
-        raise ValueError("--adversary-weight needs --adversary FACTOR")
-
-
-def _schedule(options: FitOptions) -> Schedule:
-    if options.steps is None:
-        return Schedule(batch_size=options.batch_size)
-    return Schedule(steps=options.steps, batch_size=options.batch_size)
+    for name in (CHECKPOINT, PARTIAL):
+        (run / name).unlink(missing_ok=True)
 
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
     """The table's rows, split as the options say; a streamed table cannot be split."""
-    table = TrainingTable.open(options.data, byte_size(options.memory))
-    rows = table.rows(
+    table = TableBlocks.open(options.data)
+    rows = training_rows(
+        table,
+        byte_size(options.memory),
         options.run.parent,
         outcome=options.outcome,
         clusters=_cluster_columns(terms, options.adversary, table.columns),
@@ -119,8 +98,8 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
     if options.hold_out_clusters is not None or options.validate_rows is not None:
         raise ValueError(
             f"rows cannot be held out of {options.data}, which is streamed: it would take about "
-            f"{table.need / 1e9:.1f} GB of memory. Keep them in a file of their own, or raise "
-            "--memory"
+            f"{bytes_needed(table) / 1e9:.1f} GB of memory. Keep them in a file of their own, or "
+            "raise --memory"
         )
     # On SIGTERM, SystemExit unwinds the run, so that its temporary files are deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -128,8 +107,7 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
 
 
 def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> SplitRows:
-    validation = None
-    held_out = {}
+    validation, held_out = None, {}
     if options.hold_out_clusters is not None:
         rows, held_out["clusters"] = rows.hold_out_clusters(
             terms[0].factor, fraction=options.hold_out_clusters, seed=options.seed
@@ -141,18 +119,10 @@ def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> S
 
 
 def _program(
-    options: FitOptions,
-    terms: Sequence[Term],
-    family: Family,
-    rows: ClusteredData | StreamedData,
+    options: FitOptions, terms: Sequence[Term], family: Family, rows: ClusteredData | StreamedData
 ) -> MixedEffects:
-    net = network(
-        options.net,
-        rows.n_features,
-        outputs(rows, family),
-        seed=options.seed,
-        **_widths(options.hidden, options.net),
-    )
+    widths, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
+    net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **widths)
     adversaries = []
     if options.adversary is not None:
         weight = 1.0 if options.adversary_weight is None else options.adversary_weight
@@ -163,8 +133,7 @@ def _program(
 
 def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:
     """Fit with a checkpoint in the run's folder; if training ends early, say what was saved."""
-    run = options.run
-    checkpoint = run / CHECKPOINT
+    run, checkpoint = options.run, options.run / CHECKPOINT
     if first_process() and not options.resume:
         checkpoint.unlink(missing_ok=True)
     try:
