@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro._messages import unknown
+from armed_pyro._messages import check_known
 from armed_pyro._optional import extra
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
@@ -45,18 +45,16 @@ class Attribution:
     method : str
         One of `METHODS`.
     posterior : xarray.Dataset
-        Draws (chain, draw, feature[, column]), in units of the predictor, per standard deviation
-        of the feature:
+        Draws (chain, draw, feature[, column]), in units of the predictor per sd of the feature. The
+        sds are the coordinate ``scale`` (1 for 0/1 columns). Images have axis_1, axis_2, ... for
+        feature.
 
-        - importance: \|slope\|, or the mean over rows of \|attribution\|. Without dimensions chain
-          and draw unless the network's last layer is latent: other weights are point estimates.
+        - importance: \|slope\|, or the mean over rows of \|attribution\|. Without chain and draw
+          unless the network's last layer is latent: other weights are point estimates.
         - slope: the signed gradient; only for the method "gradient".
         - ``<factor>_slope`` (..., cluster, feature): deviation of each cluster's slope.
         - ``<factor>_sd``: sd of these deviations over clusters; see
           `armed_pyro.explain.attribution.attribution`.
-
-        The coordinate ``scale`` holds the features' sds (1 for 0/1 columns). Images have the
-        dimensions axis_1, axis_2, ... instead of feature.
     rows : xarray.DataArray
         Posterior mean of every row's signed attribution (row, feature[, column]).
 
@@ -81,58 +79,48 @@ class Attribution:
     rows: xr.DataArray
 
     def table(self, *, prob: float = 0.9, units: str = "sd") -> pd.DataFrame:
-        r"""Posterior means and intervals, the most important feature first.
+        """Posterior means and equal-tailed intervals of probability `prob`, by importance.
 
-        Parameters
-        ----------
-        prob : float
-            Probability of the equal-tailed intervals.
-        units : {"sd", "original"}
-            Per standard deviation of the feature, or per unit of it. Integrated gradients and
-            Grad-CAM are parts of the predictor, not slopes, and allow "sd" only.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Columns feature, column (if the predictor has several), and for importance, slope
-            (method "gradient") and every ``<factor>_sd``: the mean, under this name, and the
-            interval, ``..._lower`` and ``..._upper``, NaN for point estimates.
+        Values are per standard deviation of the feature (`units` "sd") or per unit of it
+        ("original"). The columns are feature, column (if the predictor has several), and for
+        importance, slope (method "gradient") and every ``<factor>_sd``: the mean, under this name,
+        and the interval, ``..._lower`` and ``..._upper``, NaN for point estimates.
 
         Raises
         ------
         ValueError
-            If `prob` is not a probability, or there are no such units for the method.
+            If `prob` is not a probability, or there are no such units for the method: integrated
+            gradients and Grad-CAM are parts of the predictor, not slopes.
         """
         if not 0 < prob < 1:
             raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
-        if units not in ("sd", "original"):
-            raise unknown("unit", units, ("sd", "original"))
+        check_known("unit", [units], ("sd", "original"))
         if units == "original" and self.method != "gradient":
             raise ValueError(
                 f"attributions by {self.method!r} are parts of the predictor, not slopes: they "
                 'have no original units; choose units="sd", or the method "gradient"'
             )
         data = self.posterior
-        shown = {str(k): array for k, array in data.items() if not str(k).endswith("_slope")}
         scale = data["scale"] if units == "original" else 1.0
         inner = [dim for dim in data["importance"].dims if dim not in ("chain", "draw")]
-        table = data["importance"].isel(chain=0, draw=0, missing_dims="ignore")
-        labels = table.to_dataframe("value").reset_index()[inner].astype(str)
+        first = data["importance"].isel(chain=0, draw=0, missing_dims="ignore")
+        labels = first.to_dataframe("value").reset_index()[inner].astype(str)
         features = [dim for dim in inner if dim != "column"]
         frame = pd.DataFrame({"feature": labels[features].agg(",".join, axis=1)})
         if "column" in inner:
             frame["column"] = labels["column"]
         tail = (1 - prob) / 2
-        for name, values in shown.items():
+        for name, values in data.items():
+            if str(name).endswith("_slope"):
+                continue
             drawn = (values / scale).transpose("chain", "draw", *inner, missing_dims="ignore")
             flat = drawn.to_numpy().reshape(-1, len(frame))
             frame[name] = flat.mean(0)
             for end, share in (("lower", tail), ("upper", 1 - tail)):
                 latent = "draw" in drawn.dims
                 frame[f"{name}_{end}"] = np.quantile(flat, share, axis=0) if latent else np.nan
-        table = frame.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
-        table.attrs |= {"prob": prob, "units": units, "method": self.method}
-        return table
+        frame.attrs |= {"prob": prob, "units": units, "method": self.method}
+        return frame.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
 
 
 def attribution(
@@ -167,22 +155,18 @@ def attribution(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     method : str
         "gradient" (as in the ARMED paper), "integrated", or "grad_cam" (for networks of images).
         The last two need captum.
     data : ClusteredData or table, optional
-        Rows to explain, and the rows of the mean input; by default the training rows. If there are
-        more than 1,000, a random sample of 1,000 is explained.
+        Rows to explain, and the rows of the mean input; by default the training rows. Of more than
+        1,000, a random sample of 1,000 is explained.
     layer : str, optional
         Module path of the feature maps, for Grad-CAM.
     columns : sequence of str, optional
         Columns of the predictor, such as classes of the outcome; by default all.
-    draws : int
-        Posterior draws.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
+    draws, seed : int
+        Posterior draws, and their seed; by default that of the fit.
 
     Raises
     ------
@@ -191,18 +175,13 @@ def attribution(
     ImportError
         If captum is needed and not installed.
 
-    Examples
-    --------
-    ``fit.attribution("integrated", data=held_out).table()``
-
     References
     ----------
     Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7): gradients at the mean.
     Sundararajan, Taly, Yan (2017), "Axiomatic attribution for deep networks", ICML.
     Selvaraju et al. (2017), "Grad-CAM", ICCV.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
+    check_known("method", [method], METHODS)
     if (method == "grad_cam") != (layer is not None):
         raise ValueError(
             "Grad-CAM, and no other method, needs `layer`, the module path of feature maps: pass "
@@ -231,7 +210,7 @@ def attribution(
     if layer is not None:
         by_draw = (_positive(values, x.shape[2:]) for values in by_draw)
     importance, rows = [], torch.zeros(()).to(x)
-    for values in by_draw:
+    for values in by_draw:  # one at a time, as all at once need much memory
         importance.append(values.abs().mean(0))
         rows = rows + values / len(weights)
     fixed = {"importance": torch.stack(importance)}
@@ -254,8 +233,6 @@ def jacobian(
 ) -> Float[Tensor, "outputs ..."]:
     """Return d values / d x of a single row.
 
-    Examples
-    --------
     >>> x = torch.ones(1, 2, requires_grad=True)
     >>> jacobian((x**2).flatten(), x)
     tensor([[2., 0.],
@@ -288,9 +265,7 @@ def _sample(x: Tensor, seed: int) -> Tensor:
 def _chosen(names: Sequence[str], columns: Sequence[str] | None) -> list[int]:
     """Numbers of the wanted columns of the predictor."""
     wanted = list(names) if columns is None else list(columns)
-    for name in wanted:
-        if name not in names:
-            raise unknown("column of the predictor", name, names)
+    check_known("column of the predictor", wanted, names)
     return [list(names).index(name) for name in wanted]
 
 

@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro._messages import unknown
+from armed_pyro._messages import check_known
 from armed_pyro._optional import extra
 from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
@@ -80,12 +80,7 @@ class DecodedEffects:
     def plot(self) -> Figure:
         """Images under the fixed effects and by cluster, the differences, and the walk.
 
-        At most eight clusters are shown: those with the largest differences.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed.
+        At most eight clusters are shown: those with the largest differences. Needs matplotlib.
         """
         mpl = extra("matplotlib", "plotting")
         from matplotlib.figure import Figure
@@ -156,8 +151,6 @@ def decoded(
 
     Parameters
     ----------
-    posterior : Posterior
-        A fit that reconstructs images, or whose predictor has a column for each pixel.
     row : ClusteredData or table
         The image to decode: one row, whose cluster does not matter.
     shape : sequence of int, optional
@@ -170,20 +163,15 @@ def decoded(
         Grouping factor; by default the first with random effects.
     columns : sequence of str, optional
         Columns of the predictor that are pixels; by default all columns.
-    draws : int
-        Posterior draws; each costs a pass of the network.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
+    draws, seed : int
+        Posterior draws, each of which costs a pass of the network, and their seed; by default that
+        of the fit.
 
     Raises
     ------
     ValueError
         If there is more than one row, the shape is missing or does not fit, or there is no such
         outcome, factor or column.
-
-    Examples
-    --------
-    ``decoded(fit.posterior, rows.take([0]), shape=(28, 28)).plot()``
 
     References
     ----------
@@ -250,16 +238,7 @@ def _walk(
 class _Images:
     """The images of a program, as a function of the random effects of a factor.
 
-    Attributes
-    ----------
-    model : MixedEffects
-        The bound program.
-    factor : Factor
-        The grouping factor.
-    outcome : str or None
-        Name of the other outcome; None for the predictor.
-    pixels : tuple of int
-        Values of the outcome, or columns of the predictor, that are pixels.
+    The pixels are values of another outcome or, if that is None, columns of the predictor.
     """
 
     model: MixedEffects
@@ -275,15 +254,12 @@ class _Images:
         facts, others = model.data_facts(), [other.name for other in model.others]
         if name is None:
             name = others[0] if others and columns is None else facts.outcome_name
-        if name not in (*others, facts.outcome_name):
-            raise unknown("outcome", name, (*others, facts.outcome_name))
+        check_known("outcome", [name], (*others, facts.outcome_name))
         if name in others and columns is not None:
             raise ValueError(
                 f"`columns` are of the predictor: leave out either them or of={name!r}"
             )
-        for column in columns or ():
-            if column not in facts.columns:
-                raise unknown("column of the predictor", column, facts.columns)
+        check_known("column of the predictor", columns or (), facts.columns)
         if name in others:
             return cls(model, factor, name, tuple(range(math.prod(facts.feature_shape))))
         chosen = facts.columns if columns is None else columns

@@ -97,7 +97,7 @@ def invariance(
     permutations: int = 999,
     seed: int | None = None,
 ) -> Invariance:
-    r"""Accuracy of probes that predict the cluster from the learned features, against chance.
+    """Accuracy of probes that predict the cluster from the learned features, against chance.
 
     A linear probe (logistic regression) and a small network (32 units) are trained on each layer's
     standardised activations, independently of the fit's adversary, and are scored on held-out
@@ -116,20 +116,16 @@ def invariance(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     data : ClusteredData or table, optional
-        Rows, of seen or unseen clusters; by default the training rows. If there are more than
-        5,000, a random sample of 5,000 is used.
+        Rows, of seen or unseen clusters; by default the training rows. Of more than 5,000, a random
+        sample of 5,000 is used.
     factor : str, optional
         Grouping factor; by default that of the adversary or, without one, of the random effects.
     layers : sequence of str, optional
         Module paths; feature maps are averaged over space. By default the adversary's taps or,
         without an adversary, the input of the last linear layer.
-    folds : int
-        Number of folds m, stratified by cluster.
-    permutations : int
-        Permutations of each fold.
+    folds, permutations : int
+        Number of folds m, stratified by cluster, and of permutations of each.
     seed : int, optional
         Seed of folds, probes and permutations; by default that of the fit.
 
@@ -144,10 +140,6 @@ def invariance(
     Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), for the two indices: Davies
     and Bouldin (1979); Caliński and Harabasz (1974).
     Ojala and Garriga (2010), "Permutation tests for studying classifier performance", JMLR 11.
-
-    Examples
-    --------
-    ``print(fit.invariance())``
     """
     model, seed = posterior.model, posterior.seed if seed is None else seed
     rows = posterior.data if data is None else posterior.encode(data)
@@ -183,15 +175,6 @@ def activations(
     """Outputs of modules for the rows, by path; inputs of modules under ``"<path"``.
 
     Feature maps are averaged over space.
-
-    Raises
-    ------
-    ValueError
-        If the network has no such module, or does not run it.
-
-    Examples
-    --------
-    ``activations(fit.model, rows, ["0", "<2"])["0"]``
     """
     source = model.encode(data, model.data_facts().levels_with(data))
     inputs = [layer[1:] for layer in layers if layer.startswith("<")]
@@ -255,16 +238,9 @@ def _strata(data: ClusteredData) -> Int[np.ndarray, " rows"] | None:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Permutation test of a probe that predicts the clusters.
+    """Permutation test of a probe that predicts the clusters `codes`.
 
-    Attributes
-    ----------
-    codes : Int[ndarray, "rows"]
-        Clusters to predict.
-    groups : mapping of str to Int[ndarray, "rows"]
-        Groups of rows whose clusters are exchangeable, by the suffix of the null hypothesis.
-    folds, permutations, seed : int
-        The arguments of `invariance`.
+    `groups` are groups of rows whose clusters are exchangeable, by suffix of the null hypothesis.
     """
 
     codes: Int[np.ndarray, " rows"]
@@ -283,11 +259,9 @@ class _Reading:
         rng, codes = np.random.default_rng([self.seed, 23]), self.codes
         scores = {"accuracy": 0.0}
         for name in ("", "_within"):
-            scores |= (
-                {f"chance{name}": 0.0, f"p{name}": 1.0}
-                if name in self.groups
-                else {f"chance{name}": np.nan, f"p{name}": np.nan}
-            )
+            tested = name in self.groups
+            scores |= {f"chance{name}": 0.0 if tested else np.nan}
+            scores |= {f"p{name}": 1.0 if tested else np.nan}
         # Stratified by cluster only, so that the split could have produced every permutation of the
         # held-out clusters. Strata of cluster and outcome would fix how often the two coincide.
         split = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
@@ -300,12 +274,8 @@ class _Reading:
             hits = float((predicted == truth).sum())
             scores["accuracy"] += hits / len(codes)
             for name, groups in self.groups.items():
-                by_chance = np.array(
-                    [
-                        (predicted == _permuted(rng, truth, groups[held])).sum()
-                        for _ in range(self.permutations)
-                    ]
-                )
+                drawn = (_permuted(rng, truth, groups[held]) for _ in range(self.permutations))
+                by_chance = np.array([(predicted == clusters).sum() for clusters in drawn])
                 scores[f"chance{name}"] += float(by_chance.mean()) / len(codes)
                 p = (1 + float((by_chance >= hits).sum())) / (self.permutations + 1)
                 scores[f"p{name}"] = min(scores[f"p{name}"], self.folds * p)
@@ -318,9 +288,8 @@ def _permuted(
     """Clusters permuted among the rows of each group."""
     shuffled = np.empty_like(codes)
     # Both sides are sorted by group; the right one is in random order within each group.
-    shuffled[np.argsort(groups, kind="stable")] = codes[
-        np.lexsort((rng.permutation(len(codes)), groups))
-    ]
+    random_order = np.lexsort((rng.permutation(len(codes)), groups))
+    shuffled[np.argsort(groups, kind="stable")] = codes[random_order]
     return shuffled
 
 
@@ -330,10 +299,7 @@ def _indices(
     """Davies-Bouldin and Calinski-Harabasz index; NaN if features or labels do not vary."""
     from sklearn import metrics
 
-    count = len(np.unique(labels))
-    if not 1 < count < len(labels) or not features.std(0).any():
-        return {"davies_bouldin": np.nan, "calinski_harabasz": np.nan}
-    return {
-        "davies_bouldin": float(metrics.davies_bouldin_score(features, labels)),
-        "calinski_harabasz": float(metrics.calinski_harabasz_score(features, labels)),
-    }
+    scores = [metrics.davies_bouldin_score, metrics.calinski_harabasz_score]
+    varied = 1 < len(np.unique(labels)) < len(labels) and features.std(0).any()
+    values = [float(score(features, labels)) if varied else np.nan for score in scores]
+    return dict(zip(("davies_bouldin", "calinski_harabasz"), values, strict=True))
