@@ -20,10 +20,6 @@ def release() -> None:
 
     glibc keeps freed blocks for reuse; after many arrays of up to 32 MB each, that can be hundreds
     of megabytes. This returns them within milliseconds.
-
-    Examples
-    --------
-    >>> release()
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

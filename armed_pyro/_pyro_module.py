@@ -26,15 +26,6 @@ class LocalModule(PyroModule):
 
     Two models in one process cannot overwrite each other's parameters, and a fitted model can be
     copied, saved and deleted like any torch module.
-
-    Parameters
-    ----------
-    name : str
-        Pyro's name of the module.
-
-    Examples
-    --------
-    ``class Program(LocalModule): ...``
     """
 
     def __init__(self, name: str = "") -> None:

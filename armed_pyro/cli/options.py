@@ -30,7 +30,7 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
     ...     steps: int = 5
     >>> command = takes(Options)(print)
     >>> inspect.signature(command)
-    <Signature (steps: int = 5)>
+    <Signature (steps: int = 5) -> None>
     >>> command(steps=6)
     Options(steps=6)
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.progress import Progress, TaskID
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import PredictOptions
 from armed_pyro.cli.saved_run import load_run
-from armed_pyro.data.files import read_table, write_table
+from armed_pyro.data.files import draft_of, read_table, write_table
 from armed_pyro.prediction.predict_table import predict_table
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -92,29 +91,23 @@ def write_predictions(parts: Iterator[Prediction], path: Path) -> Iterator[int]:
     The file appears only once it is complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The draft is in the same folder, because replacing is atomic only within one file system.
-    draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
     name = path.name.lower()
     writer: Any = None
-    try:
-        with ExitStack() as files:
-            for part in parts:
-                frame = part.to_frame()
-                if name.endswith((".csv", ".csv.gz")):
-                    first = writer is None
-                    if first:
-                        text = gzip.open if name.endswith(".gz") else open
-                        writer = files.enter_context(text(draft, "wt", encoding="utf-8"))
-                    frame.to_csv(writer, header=first, index=False)
-                else:
-                    block = pa.Table.from_pandas(frame, preserve_index=False)
-                    if writer is None:
-                        writer = files.enter_context(pq.ParquetWriter(draft, block.schema))
-                    writer.write_table(block)
-                yield len(frame)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with draft_of(path) as draft, ExitStack() as files:
+        for part in parts:
+            frame = part.to_frame()
+            if name.endswith((".csv", ".csv.gz")):
+                first = writer is None
+                if first:
+                    text = gzip.open if name.endswith(".gz") else open
+                    writer = files.enter_context(text(draft, "wt", encoding="utf-8"))
+                frame.to_csv(writer, header=first, index=False)
+            else:
+                block = pa.Table.from_pandas(frame, preserve_index=False)
+                if writer is None:
+                    writer = files.enter_context(pq.ParquetWriter(draft, block.schema))
+                writer.write_table(block)
+            yield len(frame)
 
 
 def _print_table(name: str, table: pd.DataFrame, path: Path) -> None:

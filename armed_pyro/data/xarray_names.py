@@ -17,8 +17,6 @@ RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "
 def variable_name(name: str) -> str:
     """A column's name as a variable's name: without ``/``, and not one of the reserved names.
 
-    Examples
-    --------
     >>> variable_name("km/h"), variable_name("draw"), variable_name("a:b")
     ('km_h', 'draw_', 'a:b')
     """
@@ -31,8 +29,6 @@ def label_values(labels: pd.Index) -> Shaped[np.ndarray, " labels"]:
 
     Distinct labels stay distinct.
 
-    Examples
-    --------
     >>> label_values(pd.Index([1, "b"], dtype=object)).tolist()
     ['1', 'b']
     """

@@ -26,30 +26,6 @@ TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell of a table; text is aligned left, numbers right."""
-
-    text: str
-    is_text: bool
-
-
-@dataclass(frozen=True)
-class Table:
-    """The cells of a table."""
-
-    head: tuple[Cell, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-
-
-@dataclass(frozen=True)
-class Image:
-    """A plot as base64 SVG, and the words that stand for it."""
-
-    svg: str
-    alt: str
-
-
-@dataclass(frozen=True)
 class Remark:
     """A sentence and its mood, which is the CSS class "good" or "bad"."""
 
@@ -66,26 +42,9 @@ def page(
 ) -> str:
     """The results of a fit as one self-contained HTML page with tables and plots.
 
-    Parameters
-    ----------
-    results : Results
-        The tables and the verdict of the fit.
-    random_effects : pandas.DataFrame
-        Table with columns factor, term, cluster, mean, lower, upper, at the probability of
-        `results`; see `armed_pyro.summaries.random_effects`.
-    title : str
-        Heading of the page.
-    evaluation : pandas.DataFrame, optional
-        Table of `armed_pyro.prediction.evaluation.evaluate`.
-
-    Raises
-    ------
-    ImportError
-        If matplotlib is not installed.
-
-    Examples
-    --------
-    ``page(fit.results(), random_effects(fit.posterior))``
+    The table of random effects has columns factor, term, cluster, mean, lower, upper, at the
+    probability of the results; see `armed_pyro.summaries.random_effects`. The evaluation is a table
+    of `armed_pyro.prediction.evaluation.evaluate`. Matplotlib must be installed.
     """
     mpl = extra("matplotlib", "a report")
     with mpl.rc_context({**PLAIN, "svg.hashsalt": "armed_pyro", "axes.edgecolor": FAINT}):
@@ -97,7 +56,11 @@ def page(
     components = results.variance_components
     is_spread = components.statistic.isin(["sd", "variance", "cor"])
     figures = results.verdict.figures.items()
-    return _template().render(
+    source = (files("armed_pyro.report") / TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.tests["text_column"] = pd.api.types.is_string_dtype
+    environment.filters["cell"] = _cell
+    return environment.from_string(source).render(
         title=title or "Mixed-effects fit",
         prob=f"{results.prob:.0%}",
         program=_program(results),
@@ -106,20 +69,13 @@ def page(
         verdict=_verdict(results),
         checks=_checks(results.verdict.checks),
         figures={name: f"{value:.4g}" for name, value in figures if value is not None},
-        spreads=_table(components[is_spread]),
-        shares=_table(components[~is_spread]),
-        fixed_effects=_table(results.fixed_effects),
+        spreads=components[is_spread],
+        shares=components[~is_spread],
+        fixed_effects=results.fixed_effects,
         forests=forests,
-        evaluation=None if evaluation is None else _table(evaluation),
+        evaluation=evaluation,
         priors=priors(results.posterior.model),
     )
-
-
-def _template() -> jinja2.Template:
-    """The page's template; it escapes every value that is filled in."""
-    source = (files("armed_pyro.report") / TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(source)
 
 
 def _program(results: Results) -> dict[str, str]:
@@ -158,24 +114,19 @@ def _verdict(results: Results) -> Remark:
     return Remark("good" if verdict == "pass" else "bad", verdict.upper())
 
 
-def _checks(checks: pd.DataFrame) -> Table:
+def _checks(checks: pd.DataFrame) -> pd.DataFrame:
     shown = checks[["verdict", "name", "reason", "advice"]]
-    return _table(shown if shown["advice"].any() else shown.drop(columns="advice"))
+    return shown if shown["advice"].any() else shown.drop(columns="advice")
 
 
-def _table(frame: pd.DataFrame) -> Table:
-    head = (Cell(str(name), pd.api.types.is_string_dtype(frame[name])) for name in frame)
-    rows = (tuple(map(_cell, row)) for row in frame.itertuples(index=False))
-    return Table(tuple(head), tuple(rows))
-
-
-def _cell(value: Any) -> Cell:
+def _cell(value: Any) -> str:
     if isinstance(value, str):
-        return Cell(value, is_text=True)
-    return Cell("" if pd.isna(value) else f"{value:.4g}", is_text=False)
+        return value
+    return "" if pd.isna(value) else f"{value:.4g}"
 
 
-def _image(figure: Figure, alt: str) -> Image:
+def _image(figure: Figure, alt: str) -> dict[str, str]:
+    """A plot as base64 SVG, and the words that stand for it."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
-    return Image(base64.b64encode(file.getvalue()).decode(), alt)
+    return {"svg": base64.b64encode(file.getvalue()).decode(), "alt": alt}

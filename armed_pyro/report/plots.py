@@ -27,10 +27,6 @@ def loss_curves(history: History) -> Figure:
     """Training loss, and the validation loss if there is one, over the steps.
 
     Each point of the training loss is the mean of consecutive steps, in a band of their range.
-
-    Examples
-    --------
-    ``loss_curves(fit.history).savefig("loss.svg")``
     """
     from matplotlib.figure import Figure
 
@@ -58,15 +54,8 @@ def loss_curves(history: History) -> Figure:
 def forest(effects: pd.DataFrame) -> Figure:
     """Posterior mean and interval of every cluster, sorted by the first term.
 
-    Parameters
-    ----------
-    effects : pandas.DataFrame
-        One factor's rows of `armed_pyro.summaries.random_effects`: columns term, cluster, mean,
-        lower, upper, each term with the same clusters in the same order.
-
-    Examples
-    --------
-    ``forest(random_effects(fit.posterior).query("factor == 'site'"))``
+    The table has one factor's rows of `armed_pyro.summaries.random_effects`, each term with the
+    same clusters in the same order.
     """
     from matplotlib.figure import Figure
 

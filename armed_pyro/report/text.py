@@ -12,12 +12,7 @@ __all__ = ["priors", "summarize"]
 
 
 def summarize(results: Results) -> str:
-    """The summary of a fit as text, in the layout of lme4 and brms.
-
-    Examples
-    --------
-    ``print(summarize(fit.results()))``
-    """
+    """The summary of a fit as text, in the layout of lme4 and brms."""
     lines = (f"  {site}: {prior}" for site, prior in priors(results.posterior.model).items())
     return "\n\n".join(
         [
@@ -32,12 +27,7 @@ def summarize(results: Results) -> str:
 
 
 def priors(model: MixedEffects) -> dict[str, str]:
-    """Prior of every latent site, in the units of the data.
-
-    Examples
-    --------
-    ``priors(fit.model)["site_sd[Intercept]"]``
-    """
+    """Prior of every latent site, in the units of the data."""
     facts = model.data_facts()
     lines: dict[str, str] = {}
     for factor in model.factors:
