@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from armed_pyro import ClusteredData
-from armed_pyro.cli.training_data import byte_size, bytes_needed, outputs, training_rows
+from armed_pyro.cli.fit import byte_size, bytes_needed, outputs, training_rows
 from armed_pyro.families.registry import family_named
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData

@@ -279,10 +279,10 @@ class ClusteredData:
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
-        One-dimensional variables are the columns of a table, and the parameters are those of
-        `from_frame`, `trials`, `offset` and `weights` included. A feature variable with more
-        dimensions is an array, as in `from_arrays`. If it has two dimensions, the coordinate of
-        the second names the features. The coordinate of `row_dim` labels the rows.
+        One-dimensional variables are the columns of a table, as in `from_frame` (`trials`, `offset`
+        and `weights` included). A feature variable with more dimensions must be the only feature,
+        and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
+        the features. The coordinate of `row_dim` labels the rows.
 
         Raises
         ------

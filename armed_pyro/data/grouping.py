@@ -17,15 +17,9 @@ from torch import Tensor
 class Grouping:
     """One grouping factor: the cluster of each row.
 
-    Attributes
-    ----------
-    codes : Int64[Tensor, "rows"]
-        Position of each row's cluster in `levels`.
-    levels : pd.Index
-        Labels of the clusters, in their original type, sorted where they can be.
+    `codes` are positions, Int64[Tensor, "rows"], in the labels of the clusters, `levels`. These
+    have their original type, and are sorted where they can be.
 
-    Examples
-    --------
     >>> Grouping.from_labels(["b", "a", "b"]).codes.tolist()
     [1, 0, 1]
     """

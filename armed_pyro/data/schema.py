@@ -36,25 +36,11 @@ Terms = tuple[tuple[str, ...], ...]
 class Schema:
     """How the columns of a table become tensors, fixed once on the training table.
 
-    Encoding a second table with the same schema gives the same feature columns, in the same
-    order, with the same meaning.
-
-    Attributes
-    ----------
-    outcome : str
-        Column of the outcome.
-    terms : tuple of tuple of str
-        Feature terms, each a product of columns: ``(("age",), ("age", "sex"))``.
-    levels : mapping of str to pd.Index
-        Categories of each categorical feature column; the first is the reference.
-    indicators : tuple of str
-        Numeric feature columns that hold only 0 and 1, and are therefore not standardised.
-    clusters : tuple of str
-        Columns of the grouping factors.
-    trials, offset, weights : str or None
-        Columns of these row-wise numbers.
-    classes : pd.Index or None
-        Labels of a categorical outcome; None for a numeric outcome.
+    Encoding a second table with the same schema gives the same feature columns, in the same order,
+    with the same meaning. Feature terms are products of columns: ``(("age",), ("age", "sex"))``.
+    The first of the `levels` of a categorical feature column is its reference. `indicators` are
+    numeric feature columns that hold only 0 and 1, and are therefore not standardised. `classes`
+    are the labels of a categorical outcome; None for a numeric outcome.
 
     Examples
     --------

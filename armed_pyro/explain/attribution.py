@@ -27,6 +27,7 @@ from armed_pyro.random_effects.grouping_factor import Factor
 __all__ = ["METHODS", "Attribution", "attribution", "jacobian"]
 
 
+Latents = Mapping[str, Tensor]
 # Most rows that integrated gradients and Grad-CAM explain; nodes of the integral over the path.
 MOST_ROWS, NODES = 1000, 50
 METHODS: Mapping[str, str] = {
@@ -153,20 +154,11 @@ def attribution(
     as D of a hidden layer's slopes spreads their variance over all features: it does not know the
     direction in which clusters differ.
 
-    Parameters
-    ----------
-    method : str
-        "gradient" (as in the ARMED paper), "integrated", or "grad_cam" (for networks of images).
-        The last two need captum.
-    data : ClusteredData or table, optional
-        Rows to explain, and the rows of the mean input; by default the training rows. Of more than
-        1,000, a random sample of 1,000 is explained.
-    layer : str, optional
-        Module path of the feature maps, for Grad-CAM.
-    columns : sequence of str, optional
-        Columns of the predictor, such as classes of the outcome; by default all.
-    draws, seed : int
-        Posterior draws, and their seed; by default that of the fit.
+    The rows of `data` (by default the training rows) are explained, a random sample of 1,000 if
+    there are more, and the mean input is theirs. The method is "gradient" (as in the ARMED paper),
+    "integrated", or "grad_cam", for networks of images and their feature maps at the module path
+    `layer`; the last two need captum. `columns` are columns of the predictor, such as classes of
+    the outcome, by default all. The default seed is that of the fit.
 
     Raises
     ------
@@ -279,7 +271,7 @@ def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "
 
 
 def _weights(
-    model: MixedEffects, latents: Mapping[str, Tensor], chosen: list[int]
+    model: MixedEffects, latents: Latents, chosen: list[int]
 ) -> Float[Tensor, "draws basis columns"]:
     """Weights of the basis in units of the predictor; a single draw unless they are latent."""
     spread, columns = model.data_facts().spread, len(model.data_facts().columns)
@@ -292,7 +284,7 @@ def _weights(
 def _between(
     model: MixedEffects,
     factor: Factor,
-    latents: Mapping[str, Tensor],
+    latents: Latents,
     mean: Float[Tensor, "1 features"],
     chosen: list[int],
 ) -> dict[str, Tensor]:
@@ -362,11 +354,7 @@ def _column_last(values: Tensor, lead: int, single: bool) -> Tensor:
 
 
 def _labelled(
-    model: MixedEffects,
-    fixed: Mapping[str, Tensor],
-    random: Mapping[str, Tensor],
-    chosen: list[int],
-    draws: int,
+    model: MixedEffects, fixed: Latents, random: Latents, chosen: list[int], draws: int
 ) -> xr.Dataset:
     """Draws of fixed and random quantities as a dataset with labelled dimensions."""
     facts = model.data_facts()
@@ -375,25 +363,21 @@ def _labelled(
     inner: tuple[str, ...] = tuple(f"axis_{axis}" for axis in range(1, axes + 1))
     if facts.feature_names:
         inner = ("feature",)
-        coords["feature"] = list(facts.feature_names)
-        coords["scale"] = ("feature", list(facts.feature_scale))
+        coords |= {"feature": list(facts.feature_names), "scale": (inner, facts.feature_scale)}
     single = len(facts.columns) == 1
     if not single:
         inner = (*inner, "column")
         coords["column"] = [facts.columns[column] for column in chosen]
     variables: dict[str, Any] = {}
-    for name, values in fixed.items():
-        array = _column_last(values, 1, single).cpu().numpy()
-        latent = model.bayesian_head
-        variables[name] = (("chain", "draw", *inner), array[None]) if latent else (inner, array[0])
-    for name, values in random.items():
-        factor = name.rpartition("_")[0]
-        by_cluster = name.endswith("_slope")
+    for name, values in {**fixed, **random}.items():
+        factor, by_cluster = name.removesuffix("_slope"), name.endswith("_slope")
         cluster = (variable_name(factor),) if by_cluster else ()
         coords |= {dim: label_values(facts.levels[factor]) for dim in cluster}
-        array = _column_last(values, 2 if by_cluster else 1, single).cpu().numpy()
-        # An sd that is known in advance has a single draw.
-        shape = (1, draws, *array.shape[1:])
-        dims = ("chain", "draw", *cluster, *inner)
-        variables[variable_name(name)] = (dims, np.broadcast_to(array, shape))
+        array = _column_last(values, 1 + len(cluster), single).cpu().numpy()
+        if name in fixed and not model.bayesian_head:
+            variables[name] = (inner, array[0])
+        else:  # an sd that is known in advance has a single draw
+            shape = (1, draws, *array.shape[1:])
+            dims = ("chain", "draw", *cluster, *inner)
+            variables[variable_name(name)] = (dims, np.broadcast_to(array, shape))
     return xr.Dataset(variables, coords)

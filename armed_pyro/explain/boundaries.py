@@ -129,22 +129,11 @@ def boundaries(
 ) -> Boundaries:
     """E[y | x, cluster] over two features, with all other features at their training means.
 
-    Effects of other grouping factors are zero. For counts out of trials it is the expected share.
-
-    Parameters
-    ----------
-    features : tuple of str
-        Two feature columns: the horizontal and the vertical axis.
-    factor : str, optional
-        Grouping factor; by default the first with random effects.
-    of : optional
-        The class whose probability is shown, if the outcome has more than two.
-    extent : tuple, optional
-        Lowest and highest value of each feature; by default those of the training rows.
-    size : int
-        Points on each axis.
-    draws, seed : int
-        Posterior draws, and their seed; by default that of the fit.
+    The features are the horizontal and the vertical axis, each with `size` points from its lowest
+    to its highest value: `extent`, or by default that of the training rows. Effects of all grouping
+    factors but `factor`, by default the first with random effects, are zero. `of` is the class
+    whose probability is shown, if the outcome has more than two. For counts out of trials it is the
+    expected share. The default seed is that of the fit.
 
     Raises
     ------

@@ -149,23 +149,12 @@ def decoded(
     is the first right singular vector of Z: the direction of the effects' distribution in which
     images differ most. This is exact if eta is linear in the effects.
 
-    Parameters
-    ----------
-    row : ClusteredData or table
-        The image to decode: one row, whose cluster does not matter.
-    shape : sequence of int, optional
-        (height, width) or (channels, height, width) of the pixels in their order. By default that
-        of the features, for an outcome that reconstructs them.
-    of : str, optional
-        Name of the outcome that is an image: another outcome, such as "image", or the family's. By
-        default the first other outcome or, if there is none, the family's.
-    factor : str, optional
-        Grouping factor; by default the first with random effects.
-    columns : sequence of str, optional
-        Columns of the predictor that are pixels; by default all columns.
-    draws, seed : int
-        Posterior draws, each of which costs a pass of the network, and their seed; by default that
-        of the fit.
+    `row` is the image to decode, whose cluster does not matter. `of` is the name of the outcome
+    that is an image: another outcome, such as "image" (by default the first), or the family's, with
+    a pixel for each of the predictor's `columns` (by default all). `shape` is (height, width) or
+    (channels, height, width) of the pixels in their order; an outcome that reconstructs the
+    features has their shape by default. The factor is by default the first with random effects.
+    Each draw costs a pass of the network. The default seed is that of the fit.
 
     Raises
     ------

@@ -114,20 +114,12 @@ def invariance(
     folds (Bonferroni), at least m / (permutations + 1). Two folds therefore have the highest power;
     more folds leave more rows for training.
 
-    Parameters
-    ----------
-    data : ClusteredData or table, optional
-        Rows, of seen or unseen clusters; by default the training rows. Of more than 5,000, a random
-        sample of 5,000 is used.
-    factor : str, optional
-        Grouping factor; by default that of the adversary or, without one, of the random effects.
-    layers : sequence of str, optional
-        Module paths; feature maps are averaged over space. By default the adversary's taps or,
-        without an adversary, the input of the last linear layer.
-    folds, permutations : int
-        Number of folds m, stratified by cluster, and of permutations of each.
-    seed : int, optional
-        Seed of folds, probes and permutations; by default that of the fit.
+    The rows of `data` may be of seen or unseen clusters; by default they are the training rows. Of
+    more than 5,000, a random sample of 5,000 is used. The factor is by default that of the
+    adversary or, without one, of the random effects. `layers` are module paths, by default the
+    adversary's taps or, without one, the input of the last linear layer; feature maps are averaged
+    over space. The default seed, of folds (stratified by cluster), probes and permutations, is that
+    of the fit.
 
     Raises
     ------

@@ -15,7 +15,7 @@ from armed_pyro._optional import extra
 from armed_pyro._plotting import FAINT, PLAIN
 from armed_pyro.report.plots import forest, loss_curves
 from armed_pyro.report.results import Results
-from armed_pyro.report.text import priors
+from armed_pyro.report.text import adversaries, how_training_ended, priors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,16 +81,12 @@ def page(
 def _program(results: Results) -> dict[str, str]:
     model, facts = results.posterior.model, results.posterior.model.data_facts()
     layers = [module for module in model.net.modules() if not list(module.children())]
-    adversaries = [
-        f"{adversary.factor}, on {', '.join(adversary.taps)}, weight {adversary.weight:g}"
-        for adversary in model.adversaries
-    ]
     lines = {
         "Outcome": f"{facts.outcome_name} ({model.family})",
         "Features": ", ".join(facts.feature_names) or "none",
         "Network": " → ".join(map(str, layers)),
         "Random effects": " + ".join(map(str, model.terms)) or "none",
-        "Adversary": "; ".join(adversaries),
+        "Adversary": "; ".join(adversaries(model)),
         "Rows": f"{facts.n_rows:,}",
         "Clusters": ", ".join(f"{len(level):,} of {name}" for name, level in facts.levels.items()),
         "Seed": str(results.posterior.seed),
@@ -99,14 +95,8 @@ def _program(results: Results) -> dict[str, str]:
 
 
 def _convergence(results: Results) -> Remark:
-    meaning = {
-        "converged": ("good", "Converged: the evidence lower bound has stopped improving"),
-        "validation": ("good", "Converged: the validation loss has stopped improving"),
-        "steps": ("bad", "Not converged: the steps ran out; allow more"),
-        "diverged": ("bad", "Diverged: these are the last good parameters"),
-    }
-    mood, text = meaning[results.posterior.stopped]
-    return Remark(mood, f"{text} ({len(results.posterior.history.loss):,} steps).")
+    text = how_training_ended(results.posterior)
+    return Remark("good" if results.posterior.converged else "bad", text[0].upper() + text[1:])
 
 
 def _verdict(results: Results) -> Remark:
