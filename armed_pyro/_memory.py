@@ -6,8 +6,6 @@ import ctypes
 import resource
 import sys
 
-__all__ = ["most_held", "release"]
-
 
 def most_held() -> int:
     """Peak memory of this process, in bytes."""

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_known", "count_rows", "listing", "unknown"]
-
 
 def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
     """The error for a name that does not exist, with the nearest existing name.

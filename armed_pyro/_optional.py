@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["extra"]
-
 
 def extra(module: str, what: str) -> ModuleType:
     """A module of the extra ``analysis``, where `what` names in the message what needs it.

@@ -9,8 +9,6 @@ import pyro
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 
-__all__ = ["LocalModule"]
-
 
 class _SeenBySVI(Messenger):
     """Gives module-local parameters the attribute by which `pyro.infer.SVI` recognises them."""

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-__all__ = ["err", "messages", "out", "say"]
-
 # Markup and emoji codes are off, because names in the data may look like them: [bold], :school:.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)

@@ -35,8 +35,6 @@ from armed_pyro.report.text import summarize
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
-__all__ = ["byte_size", "bytes_needed", "fit_table", "outputs", "training_rows"]
-
 # Bytes of memory of the process without a table, and of one value of the table in all its copies.
 BASE, BYTES_HELD = 500_000_000, 64
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}

@@ -14,8 +14,6 @@ import typer
 
 from armed_pyro.cli.console import messages
 
-__all__ = ["DemoOptions", "FitOptions", "Missing", "PredictOptions", "ReportOptions", "takes"]
-
 T = TypeVar("T")
 Compile = StrEnum("Compile", ["auto", "always", "never"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])

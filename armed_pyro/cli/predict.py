@@ -21,8 +21,6 @@ from armed_pyro.prediction.predict_table import predict_table
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.streaming.parquet_table import TableBlocks
 
-__all__ = ["predict_to_file", "write_predictions"]
-
 Report = Callable[[str, int, int], None]
 
 

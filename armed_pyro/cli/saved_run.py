@@ -15,8 +15,6 @@ from armed_pyro.report.html import page
 from armed_pyro.storage.manifest import read_family
 from armed_pyro.summaries.random_effects import random_effects
 
-__all__ = ["CHECKPOINT", "EVALUATION", "PARTIAL", "check_run_folder", "load_run", "report_page"]
-
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.safetensors"
 # A killed process may leave this incomplete checkpoint.

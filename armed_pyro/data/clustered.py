@@ -25,8 +25,6 @@ from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
 from armed_pyro.data.schema import Schema
 
-__all__ = ["ClusteredData"]
-
 
 @dataclass(frozen=True, eq=False)
 class ClusteredData:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 
-__all__ = ["FeatureScaling"]
-
 
 @dataclass(frozen=True)
 class FeatureScaling:

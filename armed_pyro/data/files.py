@@ -158,8 +158,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type:
-    ignore[return-value]
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _first_bad_byte(path: Path) -> int:

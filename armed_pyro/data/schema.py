@@ -26,9 +26,6 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
 
-__all__ = ["Schema", "parse_terms"]
-
-
 Terms = tuple[tuple[str, ...], ...]
 
 

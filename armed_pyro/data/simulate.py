@@ -10,8 +10,6 @@ from jaxtyping import Float
 
 from armed_pyro.data.clustered import ClusteredData
 
-__all__ = ["SpiralsTruth", "check_sizes", "spirals"]
-
 
 @dataclass(frozen=True, eq=False)
 class SpiralsTruth:

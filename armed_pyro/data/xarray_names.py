@@ -6,9 +6,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Shaped
 
-__all__ = ["label_values", "variable_name"]
-
-
 # Dimensions of ArviZ's schema and variables of constant_data: other variables must not take these
 # names.
 RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights")

@@ -24,9 +24,6 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.design import InputBlock
 from armed_pyro.random_effects.grouping_factor import Factor
 
-__all__ = ["METHODS", "Attribution", "attribution", "jacobian"]
-
-
 Latents = Mapping[str, Tensor]
 # Most rows that integrated gradients and Grad-CAM explain; nodes of the integral over the path.
 MOST_ROWS, NODES = 1000, 50

@@ -24,10 +24,6 @@ from armed_pyro.rows.batch import Membership, Rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-__all__ = ["Boundaries", "boundaries", "plane"]
-
-
 Extent = Sequence[tuple[float, float]]
 Points = tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " rows"]]
 # Clusters that a figure shows unless others are asked for.

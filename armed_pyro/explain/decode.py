@@ -28,10 +28,6 @@ from armed_pyro.rows.batch import Membership
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-__all__ = ["DecodedEffects", "decoded"]
-
-
 # Steps along the largest component, in its sds.
 STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 # Clusters in a figure.

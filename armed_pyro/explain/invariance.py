@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,6 @@ from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.taps import head_path, pooled, tapped
 from armed_pyro.program.model import MixedEffects
 
-__all__ = ["Invariance", "invariance"]
-
-
 # Rows for the probes, at most.
 MOST_ROWS = 5000
 # Outcomes with more than FEW distinct values are cut into BINS groups of similar outcomes.
@@ -28,19 +25,13 @@ FEW, BINS = 10, 10
 
 
 # scikit-learn is imported where it is used, as it is slow to import.
-def _linear_probe(seed: int) -> Any:
+def _probe(name: str, seed: int) -> Any:
     from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(max_iter=1000)
-
-
-def _network_probe(seed: int) -> Any:
     from sklearn.neural_network import MLPClassifier
 
+    if name == "linear":
+        return LogisticRegression(max_iter=1000)
     return MLPClassifier((32,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=seed)
-
-
-PROBES: Mapping[str, Callable[[int], Any]] = {"linear": _linear_probe, "network": _network_probe}
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +141,8 @@ def invariance(
     reading = _Reading(codes, groups, folds, permutations, seed)
     tests, indices = [], []
     for layer, features in activations(model, rows, _layers(model, factor, layers)).items():
-        for name, probe in PROBES.items():
-            scores = reading.test(probe(seed), features)
+        for name in ("linear", "network"):
+            scores = reading.test(_probe(name, seed), features)
             # fmax ignores a p_within of NaN.
             leak = float(np.fmax(scores["p"], scores["p_within"]))
             tests.append({"layer": layer, "probe": name} | scores | {"p_leak": leak})

@@ -14,9 +14,6 @@ from jaxtyping import Float
 from armed_pyro._messages import check_known
 from armed_pyro.explain.attribution import Attribution
 
-__all__ = ["ProbeTest", "probe_test"]
-
-
 # Fits per model, at least.
 FEWEST = 2
 

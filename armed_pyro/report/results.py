@@ -9,8 +9,6 @@ import pandas as pd
 
 from armed_pyro.inference.posterior import Posterior
 
-__all__ = ["Results", "Verdict"]
-
 
 @dataclass(frozen=True, eq=False)
 class Verdict:

@@ -9,8 +9,6 @@ from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.results import Results
 
-__all__ = ["adversaries", "how_training_ended", "priors", "summarize"]
-
 ENDINGS = {
     "converged": "converged: the evidence lower bound has stopped improving",
     "validation": "converged: the validation loss has stopped improving",

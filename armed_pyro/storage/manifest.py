@@ -26,9 +26,6 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
 
-__all__ = ["MANIFEST", "VERSION", "describe", "program", "read_family", "read_manifest", "reading"]
-
-
 MANIFEST = "manifest.json"
 FORMAT = "armed_pyro fit"
 
@@ -70,20 +67,11 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         "model": {
             "random": [_entry("kind", term, TERMS) for term in model.terms],
             "family": family if len(family) > 1 else model.family.name,
-            "priors": {
-                "sd": sd_priors,
-                "cor": priors.cor,
-                "fixed_sd": priors.fixed_sd,
-                "residual_sd": _entry("kind", priors.residual_sd, PRIORS),
-            },
+            "priors": {**_fields(priors), "sd": sd_priors},
             "bayesian_head": model.bayesian_head,
             "fixed_weight": model.fixed_weight,
             "adversaries": [adversary.settings() for adversary in model.adversaries],
-            "others": [
-                {"at": other.at, "name": other.name, "weight": other.weight}
-                | {"prior": _entry("kind", other.prior, PRIORS)}
-                for other in model.others
-            ],
+            "others": [_fields(other) for other in model.others],
         },
         "network": {
             "made_by": getattr(net, "armed_pyro_network", None),
@@ -154,19 +142,16 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     """
     with reading(path):
         plan, settings = manifest["model"], manifest["network"]
-        fields, sd = plan["priors"], plan["priors"]["sd"]
+        sd = plan["priors"]["sd"]
         by_factor = {k: _made("kind", v, PRIORS) for k, v in sd.get("factors", {}).items()}
-        priors = Priors(
-            sd=_made("kind", sd["all"], PRIORS) if "all" in sd else by_factor,
-            cor=fields["cor"],
-            fixed_sd=fields["fixed_sd"],
-            residual_sd=_made("kind", fields["residual_sd"], PRIORS),
-        )
+        sd = _made("kind", sd["all"], PRIORS) if "all" in sd else by_factor
+        names = ("cor", "fixed_sd", "residual_sd")
+        priors = Priors(sd=sd, **{name: _made_field(plan["priors"][name]) for name in names})
         random = [_made("kind", term, TERMS) for term in plan["random"]]
         adversaries = [Adversary(**entry) for entry in plan["adversaries"]]
         # Manifests from before there were other outcomes lack the entry.
         others = [
-            Reconstruction(**{**entry, "prior": _made("kind", entry["prior"], PRIORS)})
+            Reconstruction(**{name: _made_field(value) for name, value in entry.items()})
             for entry in plan.get("others", [])
         ]
         family = read_family(plan["family"])
@@ -216,7 +201,12 @@ def _entry(key: str, value: Any, known: Mapping[str, type]) -> dict[str, Any]:
             f"a fit with the {role} {type(value).__name__} cannot be saved, as it could not be "
             f"read again; use one of {', '.join(known)}"
         )
-    return {key: name} | {field: _plain(content) for field, content in vars(value).items()}
+    return {key: name, **_fields(value)}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of an object as JSON values."""
+    return {name: _plain(content) for name, content in vars(value).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -34,9 +34,6 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.summaries.datatree import GROUPS
 
-__all__ = ["GUIDES", "check_saveable", "load", "save"]
-
-
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
 VARIANCE, DIAGNOSTICS = "variance_components.csv", "diagnostics.json"
 # Files that training may leave in the folder to which its fit is then saved.
