@@ -458,7 +458,7 @@ class ClusteredData:
             raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
         if labels is not None:
             positions = grouping.levels.get_indexer(pd.Index(labels))
-            if len(missing := pd.Index(labels)[positions < 0]):
+            if missing := pd.Index(labels)[positions < 0].tolist():
                 raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
         else:
             n_held = max(1, round(_check_fraction(fraction) * grouping.n_clusters))

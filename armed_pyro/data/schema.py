@@ -211,12 +211,12 @@ class Schema:
     def from_json(cls, content: Mapping[str, Any]) -> Schema:
         """Read a schema that `to_json` wrote."""
         try:
+            classes = content["classes"]
             values = {field.name: content[field.name] for field in fields(cls)}
             values["terms"] = tuple(tuple(term) for term in values["terms"])
             values["levels"] = {k: index_from_json(v) for k, v in values["levels"].items()}
             values |= {name: tuple(values[name]) for name in ("indicators", "clusters")}
-            if values["classes"] is not None:
-                values["classes"] = index_from_json(values["classes"])
+            values["classes"] = None if classes is None else index_from_json(classes)
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(

@@ -360,7 +360,10 @@ def _labelled(
     inner: tuple[str, ...] = tuple(f"axis_{axis}" for axis in range(1, axes + 1))
     if facts.feature_names:
         inner = ("feature",)
-        coords |= {"feature": list(facts.feature_names), "scale": (inner, facts.feature_scale)}
+        coords |= {
+            "feature": list(facts.feature_names),
+            "scale": (inner, list(facts.feature_scale)),
+        }
     single = len(facts.columns) == 1
     if not single:
         inner = (*inner, "column")
