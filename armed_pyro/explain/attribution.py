@@ -179,18 +179,22 @@ def attribution(
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, not {draws}")
     model, seed = posterior.model, posterior.seed if seed is None else seed
-    chosen = _chosen(model.data_facts().columns, columns)
+    names = model.data_facts().columns
+    check_known("column of the predictor", columns or (), names)
+    chosen = [names.index(name) for name in (names if columns is None else columns)]
     source = posterior.data if data is None else posterior.encode(data)
     x = _inputs(model, source)
-    mean, sample = x.mean(0, keepdim=True), _sample(x, seed)
-    labels = pd.Index(["mean"]) if method == "gradient" else source.row_labels.take(sample.tolist())
+    mean = x.mean(0, keepdim=True)
+    sample = np.sort(np.random.default_rng([seed, 17]).permutation(len(x))[:MOST_ROWS])
+    labels = pd.Index(["mean"]) if method == "gradient" else source.row_labels.take(sample)
+    explained = x[torch.as_tensor(sample, device=x.device)]
     if method == "gradient":
         at = mean.clone().requires_grad_(True)
         parts = jacobian(_basis(model, at, chosen)[0], at)[None]
     elif layer is None:
-        parts = _integrated(model, x[sample], mean, chosen)
+        parts = _integrated(model, explained, mean, chosen)
     else:
-        parts = _maps(model, x[sample], chosen, layer)
+        parts = _maps(model, explained, chosen, layer)
     latents = posterior.draws(draws, seed=seed)
     weights = _weights(model, latents, chosen)
     # Attributions are linear in the basis, so the network runs once for all draws. Only Grad-CAM
@@ -199,7 +203,7 @@ def attribution(
     if layer is not None:
         by_draw = (_positive(values, x.shape[2:]) for values in by_draw)
     importance, rows = [], torch.zeros(()).to(x)
-    for values in by_draw:  # one at a time, as all at once need much memory
+    for values in by_draw:
         importance.append(values.abs().mean(0))
         rows = rows + values / len(weights)
     fixed = {"importance": torch.stack(importance)}
@@ -243,19 +247,6 @@ def _inputs(model: MixedEffects, data: ClusteredData) -> Tensor:
     if not data.n_features:
         raise ValueError("the model has no features, so there is nothing to attribute to")
     return model.encode(data, model.data_facts().levels_with(data)).x
-
-
-def _sample(x: Tensor, seed: int) -> Tensor:
-    """Indices of at most `MOST_ROWS` random rows, in order."""
-    chosen = np.random.default_rng([seed, 17]).permutation(len(x))[:MOST_ROWS]
-    return torch.as_tensor(np.sort(chosen), device=x.device)
-
-
-def _chosen(names: Sequence[str], columns: Sequence[str] | None) -> list[int]:
-    """Numbers of the wanted columns of the predictor."""
-    wanted = list(names) if columns is None else list(columns)
-    check_known("column of the predictor", wanted, names)
-    return [list(names).index(name) for name in wanted]
 
 
 def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "rows basis"]:

@@ -78,8 +78,6 @@ class Boundaries:
         ------
         ValueError
             If there is no such cluster, or the rows have no outcome.
-        ImportError
-            If matplotlib is not installed.
         """
         mpl = extra("matplotlib", "plotting")
         from matplotlib.figure import Figure

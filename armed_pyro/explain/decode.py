@@ -86,7 +86,8 @@ class DecodedEffects:
         inner = list(data["fixed"].dims)
         size = (data["difference"] ** 2).mean(inner).to_numpy()
         shown = np.sort(np.argsort(-size, kind="stable")[:MOST_CLUSTERS])
-        labels, steps = data[cluster].to_numpy(), data["step"].to_numpy()
+        labels, steps = data[cluster].to_numpy().astype(str), data["step"].to_numpy()
+        titles = [label if label.startswith(name) else f"{name} {label}" for label in labels]
         columns = 1 + max(len(shown), len(steps))
         with mpl.rc_context({**PLAIN, "axes.titlesize": 9}):
             figure = Figure(figsize=(1.25 * columns + 1.2, 4.9), layout="constrained")
@@ -100,7 +101,7 @@ class DecodedEffects:
             _draw(axes[0, 0], data["fixed"], "fixed effects", **grey)
             rows = [
                 [
-                    _draw(axes[0, place], data["image"][k], _named(name, labels[k]), **grey)
+                    _draw(axes[0, place], data["image"][k], titles[k], **grey)
                     for place, k in enumerate(shown, 1)
                 ],
                 [_draw(axes[1, k], change, "", **signed) for k, change in enumerate(changes, 1)],
@@ -285,11 +286,6 @@ class _Images:
         if self.outcome is None:
             return made.eta[..., list(self.pixels)]
         return made.others[self.outcome].flatten(-x.dim() + 1)
-
-
-def _named(factor: str, label: Any) -> str:
-    """A cluster's label, preceded by the factor's name unless it starts with it."""
-    return str(label) if str(label).startswith(factor) else f"{factor} {label}"
 
 
 def _style(colours: str, *images: xr.DataArray) -> dict[str, Any]:

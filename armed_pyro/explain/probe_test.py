@@ -142,6 +142,7 @@ def probe_test(
             pairs.append([model, t, s, float((d > 0).mean()), np.median(d), up, down])
         p_true, p_probe = max(above), min(1.0, len(below) * min(below))
         verdict = "true features first" if p_true <= level else "undecided"
+        difference = margins[model] - margins[first]
         record = {
             "model": model,
             "fits": len(ratio),
@@ -149,9 +150,7 @@ def probe_test(
             "margin": float(np.median(margins[model])),
             "p_true_first": p_true,
             "p_probe_first": p_probe,
-            "p_difference": np.nan
-            if model == first
-            else _signed_rank(margins[model] - margins[first], "two-sided"),
+            "p_difference": np.nan if model == first else _signed_rank(difference, "two-sided"),
             "verdict": "a probe first" if p_probe <= level else verdict,
         }
         records.append(record)
