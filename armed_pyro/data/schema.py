@@ -70,9 +70,7 @@ class Schema:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
-        trials: str | None = None,
-        offset: str | None = None,
-        weights: str | None = None,
+        **roles: str | None,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
 
@@ -88,7 +86,6 @@ class Schema:
         """
         table = as_pandas(frame)
         clusters = column_names(clusters, "clusters")
-        roles = {"trials": trials, "offset": offset, "weights": weights}
         reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
         if features is None:
             terms: Terms = tuple((str(name),) for name in table.columns if name not in reserved)
