@@ -163,10 +163,8 @@ def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, C
         classifiers = _classifiers(model, manifest.get("classifiers", []), tensors)
     with reading(path / POSTERIOR):
         data = _data(path / POSTERIOR, manifest["data"], facts)
-    model.eval()
-    return Posterior(
-        model, guide, data, history, schedule, seed, stopped, refined=refined
-    ), classifiers
+    parts = (model.eval(), guide, data, history, schedule, seed, stopped)
+    return Posterior(*parts, refined=refined), classifiers
 
 
 # --- the folder -------------------------------------------------------------------------------
