@@ -20,14 +20,11 @@ def messages() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}", "yellow")
+        warnings.showwarning = lambda message, *_, **__: err.print(
+            f"Warning: {message}", style="yellow"
+        )
         try:
             yield
         except (ValueError, OSError, ImportError) as error:
-            say(f"Error: {error}", "red")
+            err.print(f"Error: {error}", style="red")
             raise typer.Exit(2) from error
-
-
-def say(message: str, style: str) -> None:
-    """Print a message on stderr."""
-    err.print(message, style=style)

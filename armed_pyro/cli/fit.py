@@ -14,7 +14,7 @@ from typing import Any, cast
 import typer
 
 from armed_pyro._memory import most_held
-from armed_pyro.cli.console import out, say
+from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import FitOptions, Missing
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
 from armed_pyro.data.clustered import ClusteredData
@@ -156,13 +156,13 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
             raise typer.Exit(1) from error
         error.fit.save(run)
         checkpoint.unlink(missing_ok=True)
-        say(f"Error: {error}\nThat state is in {run}, marked as diverged.", "red")
+        err.print(f"Error: {error}\nThat state is in {run}, marked as diverged.", style="red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         kept = "nothing was kept, as the first window of steps was not over"
         if checkpoint.exists():
             kept = f"the state is kept in {checkpoint}: continue with the same command and --resume"
-        say(f"Interrupted; {kept}", "yellow")
+        err.print(f"Interrupted; {kept}", style="yellow")
         raise typer.Exit(130) from error
 
 
