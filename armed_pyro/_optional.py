@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def extra(module: str, what: str) -> ModuleType:
-    """A module of the extra ``analysis``, where `what` names in the message what needs it.
+    """A module of the extra ``analysis``; the error names `what` needs it.
 
     >>> extra("statsmodel", "this")
     Traceback (most recent call last):
