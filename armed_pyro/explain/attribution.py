@@ -155,7 +155,7 @@ def attribution(
     there are more, and the mean input is theirs. The method is "gradient" (as in the ARMED paper),
     "integrated", or "grad_cam", for networks of images and their feature maps at the module path
     `layer`; the last two need captum. `columns` are columns of the predictor, such as classes of
-    the outcome, by default all. The default seed is that of the fit.
+    the outcome, by default all. `draws` are posterior draws; their default seed is that of the fit.
 
     Raises
     ------

@@ -127,7 +127,7 @@ def boundaries(
     to its highest value: `extent`, or by default that of the training rows. Effects of all grouping
     factors but `factor`, by default the first with random effects, are zero. `of` is the class
     whose probability is shown, if the outcome has more than two. For counts out of trials it is the
-    expected share. The default seed is that of the fit.
+    expected share. `draws` are posterior draws; their default seed is that of the fit.
 
     Raises
     ------

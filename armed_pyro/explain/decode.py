@@ -151,7 +151,7 @@ def decoded(
     a pixel for each of the predictor's `columns` (by default all). `shape` is (height, width) or
     (channels, height, width) of the pixels in their order; an outcome that reconstructs the
     features has their shape by default. The factor is by default the first with random effects.
-    Each draw costs a pass of the network. The default seed is that of the fit.
+    `draws` are posterior draws, each a pass of the network; their default seed is that of the fit.
 
     Raises
     ------
