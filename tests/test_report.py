@@ -23,10 +23,10 @@ from armed_pyro.cli.prediction_file import write_predictions
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 from armed_pyro.prediction.chunks import predict_chunks
-from armed_pyro.prediction.evaluation import evaluate
+from armed_pyro.prediction.scores import evaluate
 from armed_pyro.prediction.unseen import Marginal
 from armed_pyro.report.html import page
-from armed_pyro.summaries.random_effects import random_effects
+from armed_pyro.summaries.variance import random_effects
 
 
 def clustered(outcome: str = "gaussian", clusters: int = 6) -> ClusteredData:

@@ -15,8 +15,7 @@ from armed_pyro.checks.predictive_checks import (
     residual_uniformity,
 )
 from armed_pyro.families.family import Family
-from armed_pyro.inference.draws import ImportanceDraws
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.summaries.arviz_stats import prior_sensitivity

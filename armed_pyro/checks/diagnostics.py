@@ -11,9 +11,8 @@ import pandas as pd
 
 from armed_pyro.checks.data_checks import data_checks, effective_clusters, predictive_checks
 from armed_pyro.checks.inference_checks import ORDER, Check, inference_checks
-from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.inference.importance_sampling import affordable, weighed
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.summaries.arviz_stats import leave_one_out
 
 __all__ = ["Diagnostics", "diagnose"]

@@ -10,8 +10,7 @@ import numpy as np
 
 from armed_pyro.engine.schedule import MOVING
 from armed_pyro.guides.noise import proposal_variance
-from armed_pyro.inference.draws import ImportanceDraws
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 
 __all__ = ["ORDER", "Check", "inference_checks", "k_hat_threshold"]
 

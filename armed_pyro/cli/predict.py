@@ -15,7 +15,7 @@ from armed_pyro.cli.prediction_file import write_predictions
 from armed_pyro.cli.saved_run import load_run
 from armed_pyro.data.files import read_table, write_table
 from armed_pyro.fit_result import Fit
-from armed_pyro.prediction.predict_table import predict_table
+from armed_pyro.prediction.predict import predict_table
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.streaming.parquet_table import TableBlocks
 

@@ -8,7 +8,7 @@ from armed_pyro.cli.console import out
 from armed_pyro.cli.options import ReportOptions
 from armed_pyro.cli.saved_run import EVALUATION, load_run
 from armed_pyro.report.html import page
-from armed_pyro.summaries.random_effects import random_effects
+from armed_pyro.summaries.variance import random_effects
 
 __all__ = ["write_report"]
 

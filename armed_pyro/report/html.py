@@ -72,11 +72,11 @@ def page(
         The tables and the verdict of the fit.
     random_effects : pandas.DataFrame
         Table with columns factor, term, cluster, mean, lower, upper, at the probability of
-        `results`; see `armed_pyro.summaries.random_effects`.
+        `results`; see `armed_pyro.summaries.variance.random_effects`.
     title : str
         Heading of the page.
     evaluation : pandas.DataFrame, optional
-        Table of `armed_pyro.prediction.evaluation.evaluate`.
+        Table of `armed_pyro.prediction.scores.evaluate`.
 
     Raises
     ------

@@ -61,8 +61,8 @@ def forest(effects: pd.DataFrame) -> Figure:
     Parameters
     ----------
     effects : pandas.DataFrame
-        One factor's rows of `armed_pyro.summaries.random_effects`: columns term, cluster, mean,
-        lower, upper, each term with the same clusters in the same order.
+        One factor's rows of `armed_pyro.summaries.variance.random_effects`: columns term, cluster,
+        mean, lower, upper, each term with the same clusters in the same order.
 
     Examples
     --------

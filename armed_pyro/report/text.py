@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from armed_pyro.inference.draws import METHODS
+from armed_pyro.inference.posterior import METHODS
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.results import Results
 

@@ -26,8 +26,7 @@ from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.guides.structured import StructuredGuide
-from armed_pyro.inference.draws import RefinedDraws
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
