@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -21,6 +21,7 @@ from armed_pyro.guides.pseudo_observations import FULL_TERMS
 from armed_pyro.guides.row_sums import joint_sums
 from armed_pyro.guides.structured import REFRESH_DRAWS, StructuredGuide
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
@@ -34,8 +35,6 @@ MOST_DENSE = 2_500
 MOST_CROSS_PRODUCTS = 50_000_000
 # Elements in the matrices of the draws that are made at once.
 MOST_VALUES = 4_000_000
-
-Latents = Mapping[str, Tensor]
 
 
 def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:

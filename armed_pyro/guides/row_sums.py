@@ -12,6 +12,7 @@ from torch import Tensor
 
 from armed_pyro.program.linearize import curvature, mean_draws, sensitivities
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
@@ -25,7 +26,6 @@ BLOCK_ROWS = 2**16
 # Units of the link by which one Newton step may move a cluster's effects.
 LONGEST_STEP = 3.0
 
-Latents = Mapping[str, Tensor]
 # Z'WZ of each cluster, or its diagonal.
 Precision = Float[Tensor, "clusters terms terms"] | Float[Tensor, "clusters terms"]
 Effects = Float[Tensor, "clusters terms"]

@@ -22,7 +22,7 @@ from armed_pyro.prediction.chunks import new_effects, predict_rows
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
-from armed_pyro.program.predictor import Latents
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["Adapted", "adapt", "check_support"]

@@ -18,7 +18,8 @@ from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.laplace import Conditional, GroupDraws
 from armed_pyro.prediction.unseen import label_noise
 from armed_pyro.program.linearize import mean_draws, sensitivities
-from armed_pyro.program.predictor import Latents, modulates
+from armed_pyro.program.predictor import modulates
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.in_memory import HeldRows
 

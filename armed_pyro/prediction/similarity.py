@@ -18,7 +18,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.prediction.unseen import EffectSource, generator
-from armed_pyro.program.predictor import Latents
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.program.predictor import Latents
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = [
