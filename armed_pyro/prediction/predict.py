@@ -90,7 +90,7 @@ def predict(
 
     Examples
     --------
-    ``predict(fit.posterior, rows, unseen="marginal").to_frame()``
+    ``fit.predict(rows, unseen="marginal").to_frame()``
     """
     check_settings(draws, prob)
     data = posterior.encode(data)

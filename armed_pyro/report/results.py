@@ -9,8 +9,6 @@ import pandas as pd
 
 from armed_pyro.inference.posterior import Posterior
 
-__all__ = ["Results", "Verdict"]
-
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
@@ -26,10 +24,6 @@ class Verdict:
         Numbers that are reported without a verdict.
     brief : str
         The verdict in words, and the checks that did not pass.
-
-    Examples
-    --------
-    ``fit.results().verdict.brief``
     """
 
     verdict: str
@@ -40,23 +34,7 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The tables and the verdict of a fit.
-
-    Attributes
-    ----------
-    posterior : Posterior
-        The program and how it was trained.
-    prob : float
-        Probability of the equal-tailed intervals in the tables.
-    variance_components, fixed_effects : pandas.DataFrame
-        Tables as `Fit.variance_components` and `Fit.fixed_effects` make them.
-    verdict : Verdict
-        Whether the fit can be trusted.
-
-    Examples
-    --------
-    ``summarize(fit.results(prob=0.8))``
-    """
+    """The tables and the verdict of a fit; `prob` is the probability of the tables' intervals."""
 
     posterior: Posterior
     prob: float
