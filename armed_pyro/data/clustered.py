@@ -17,7 +17,6 @@ from armed_pyro.data.columns import (
     Missing,
     as_numbers,
     check_rows,
-    check_varying,
     code_outcome,
     finite_tensor,
 )
@@ -55,6 +54,9 @@ class ClusteredData:
         Index of the table that the rows came from.
     schema : Schema or None
         Encoding of the table; None for arrays.
+    slopes : Float64[Tensor, "rows columns"] or None
+        Columns that random slopes may use but that do not enter the network, with their names,
+        sources and kinds in `slope_names`, `slope_sources` and `slope_continuous`.
 
     Examples
     --------
@@ -77,6 +79,10 @@ class ClusteredData:
     weights: Tensor | None
     row_labels: pd.Index
     schema: Schema | None
+    slopes: Tensor | None = None
+    slope_names: tuple[str, ...] = ()
+    slope_sources: tuple[str, ...] = ()
+    slope_continuous: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -91,7 +97,7 @@ class ClusteredData:
             check_rows(self.weights, self.weights >= 0, "weights", "at least 0", self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        names = ("features", "outcome", "trials", "offset", "weights")
+        names = ("features", "outcome", "trials", "offset", "weights", "slopes")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
@@ -102,6 +108,8 @@ class ClusteredData:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
+        slopes: Sequence[str] | str = (),
+        categorical: Sequence[str] = (),
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
@@ -109,9 +117,9 @@ class ClusteredData:
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
 
-        Boolean, text and categorical columns hold categories. Their order is sorted or, for a
-        categorical column, the column's own; the first category is the reference. The intercept
-        is never a feature.
+        Boolean, text and categorical columns hold categories, and numeric columns do if they are
+        in `categorical` or in ``factor()``. Their order is sorted or, for a categorical column, the
+        column's own; the first category is the reference. The intercept is never a feature.
 
         Parameters
         ----------
@@ -122,8 +130,14 @@ class ClusteredData:
         clusters
             Columns of the grouping factors; row-wise splits go by the first.
         features
-            Columns, or a formula of columns with ``+ : * ^``, such as ``"age * sex"``; None for
-            every column that has no other role.
+            Columns, or a formula of columns with ``+ : * ^``, such as ``"age * factor(dose)"``.
+            ``"1"`` or ``[]`` is an intercept alone, and ``"0 + age"`` has no intercept. None and
+            ``"."`` stand for every column that has no other role and does not identify rows.
+        slopes
+            Columns, or a formula, that random slopes may use beside the features, and that do not
+            enter the network.
+        categorical
+            Numeric columns whose values are categories.
         trials, offset, weights
             Columns of row-wise numbers.
         missing
@@ -135,8 +149,9 @@ class ClusteredData:
             If a column cannot be used in its role; see `Schema.infer` and `encode`.
         """
         frame = as_pandas(frame)
-        roles = {"trials": trials, "offset": offset, "weights": weights}
-        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+        roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        roles |= {"features": features, "slopes": slopes, "categorical": categorical}
+        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **roles)
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
     @classmethod
@@ -168,7 +183,7 @@ class ClusteredData:
         """
         table = schema.select(frame, outcome_required=outcome_required, missing=missing)
         design, names, sources = schema.design(table)
-        numeric = schema.numeric
+        extra, extra_names, extra_sources = schema.slope_design(table)
         per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
         for role in per_row:
             if (name := getattr(schema, role)) in table:
@@ -177,7 +192,7 @@ class ClusteredData:
             features=torch.from_numpy(design),
             feature_names=names,
             sources=tuple(":".join(source) for source in sources),
-            continuous=tuple(not numeric.isdisjoint(source) for source in sources),
+            continuous=schema.continuous(sources),
             outcome_name=schema.outcome,
             outcome=schema.outcomes(table),
             classes=None if schema.classes is None else tuple(schema.classes.tolist()),
@@ -188,6 +203,10 @@ class ClusteredData:
             **per_row,
             row_labels=table.index,
             schema=schema,
+            slopes=torch.from_numpy(extra) if extra_names else None,
+            slope_names=extra_names,
+            slope_sources=tuple(":".join(source) for source in extra_sources),
+            slope_continuous=schema.continuous(extra_sources),
         )
 
     @classmethod
@@ -273,6 +292,7 @@ class ClusteredData:
         features: Sequence[str] | str | None = None,
         row_dim: str = "row",
         missing: Missing = "error",
+        categorical: Sequence[str] = (),
         **roles: str | None,
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
@@ -305,7 +325,13 @@ class ClusteredData:
             columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
             table = pd.DataFrame(columns, index=rows)
             return cls.from_frame(
-                table, outcome=outcome, clusters=clusters, features=chosen, missing=missing, **roles
+                table,
+                outcome=outcome,
+                clusters=clusters,
+                features=chosen,
+                categorical=categorical,
+                missing=missing,
+                **roles,
             )
         if len(names) > 1:
             raise ValueError(
@@ -330,6 +356,11 @@ class ClusteredData:
     def n_rows(self) -> int:
         """Number of rows."""
         return len(self.features)
+
+    @property
+    def intercept(self) -> bool:
+        """Whether the fixed effects have an intercept, which ``0 +`` in the features removes."""
+        return self.schema is None or self.schema.intercept
 
     @property
     def n_features(self) -> int:
@@ -365,7 +396,10 @@ class ClusteredData:
             return self.groupings[factor]
         outer, _, inner = factor.rpartition(":")
         if not outer:
-            raise unknown("grouping factor", factor, self.groupings)
+            raise ValueError(
+                f"{unknown('grouping factor', factor, self.groupings)} Add its column to clusters="
+                f"[...]: all columns of a nested term such as '(1 | a/b)' are clusters."
+            )
         return self.grouping(outer).cross(self.grouping(inner))
 
     def split_rows(
@@ -477,7 +511,7 @@ class ClusteredData:
         Raises
         ------
         ValueError
-            If the outcome or a feature is constant, or a factor tells nothing of its variance.
+            If the outcome is constant, or a factor tells nothing of its variance.
         """
         if self.n_rows == 0:
             raise ValueError("There are no rows to train on.")
@@ -487,8 +521,6 @@ class ClusteredData:
             raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
         for name, grouping in self.groupings.items():
             check_informative(name, grouping.levels, grouping.counts)
-        if self.feature_names:
-            check_varying(self.feature_names, (self.features != self.features[0]).any(dim=0))
 
 
 def _check_fraction(fraction: float | None) -> float:
