@@ -262,7 +262,7 @@ class ClusteredData:
             )
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
         roles = {"trials": trials, "offset": offset, "weights": weights}
-        per_row = {
+        per_row: dict[str, Any] = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
         }
         fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if width else ()
@@ -293,7 +293,7 @@ class ClusteredData:
         row_dim: str = "row",
         missing: Missing = "error",
         categorical: Sequence[str] = (),
-        **roles: str | None,
+        **roles: Any,
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 

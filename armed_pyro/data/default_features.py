@@ -27,14 +27,7 @@ def default_features(table: pd.DataFrame, reserved: Collection[str]) -> tuple[st
     """
     names = [str(name) for name in table.columns if name not in reserved]
     left_out = [name for name in names if identifies_rows(table[name])]
-    if left_out:
-        warnings.warn(
-            f"{listing(left_out)} identifies the rows (row names, a running number, or nearly as "
-            "many categories as rows) and is not taken as a feature; if it is one, name the "
-            "features (features=, command line: --features).",
-            UserWarning,
-            stacklevel=4,
-        )
+    warn_of_identifiers(left_out)
     return tuple(name for name in names if name not in left_out)
 
 
@@ -50,3 +43,15 @@ def identifies_rows(column: pd.Series) -> bool:
         return False
     values = np.sort(column.to_numpy())
     return values[0] in (0, 1) and bool((np.diff(values) == 1).all())
+
+
+def warn_of_identifiers(names: Collection[str]) -> None:
+    """Warn of columns that are not taken as features by default, if there are any."""
+    if names:
+        warnings.warn(
+            f"not taken as features, as they identify rows (row names, a running number, or nearly "
+            f"as many categories as rows): {listing(names)}. To take them, name the features "
+            "(features=[...], command line: --features).",
+            UserWarning,
+            stacklevel=5,
+        )

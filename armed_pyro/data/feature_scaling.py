@@ -11,8 +11,6 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 
-_COLUMNS = ("names", "sources", "mean", "scale")
-
 
 @dataclass(frozen=True)
 class FeatureScaling:
@@ -58,8 +56,13 @@ class FeatureScaling:
         self, other: FeatureScaling, indicators: Mapping[str, tuple[str, ...]]
     ) -> FeatureScaling:
         """The scaling of these columns, followed by those of another."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in _COLUMNS)
-        return FeatureScaling(*(first + second for first, second in pairs), indicators)
+        return FeatureScaling(
+            self.names + other.names,
+            self.sources + other.sources,
+            self.mean + other.mean,
+            self.scale + other.scale,
+            indicators,
+        )
 
     def standardise(self, features: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """(x - mean) / scale, in double precision; images are returned as they are."""

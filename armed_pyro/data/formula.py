@@ -58,8 +58,8 @@ def parse_features(features: Sequence[str] | str) -> Formula:
         )
     if re.search(r"(?<![\w.`])\.(?![\w.`])", text):
         raise ValueError(
-            f"Cannot read features={features!r}: '.' stands for all other columns, but only alone, as "
-            "features='.'. Name the columns."
+            f"Cannot read features={features!r}: '.' stands for all other columns, but only "
+            "alone, as features='.'. Name the columns."
         )
     try:
         formula = Formulaic(text)
