@@ -30,7 +30,7 @@ from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.scores import evaluate
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms
-from armed_pyro.random_effects.terms import Slopes, Term
+from armed_pyro.random_effects.terms import RandomEffects, Slopes, Term
 from armed_pyro.report.text import summarize
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData

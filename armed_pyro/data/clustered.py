@@ -23,6 +23,7 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
 from armed_pyro.data.schema import Schema
+from armed_pyro.data.stratify import stratified_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -420,7 +421,7 @@ class ClusteredData:
         rng = np.random.default_rng([seed, 1])
         steps = np.floor(np.arange(self.n_rows + 1) * fraction + rng.random())
         held = np.zeros(self.n_rows, dtype=bool)
-        held[self._order(by, seed)] = np.diff(steps) > 0
+        held[stratified_order(self, by, seed)] = np.diff(steps) > 0
         for grouping in self.groupings.values():
             codes = grouping.codes.numpy()
             emptied = np.bincount(codes[~held], minlength=grouping.n_clusters) == 0
@@ -448,34 +449,8 @@ class ClusteredData:
         if not 2 <= n <= self.n_rows:
             raise ValueError(f"n must be between 2 and the {self.n_rows} rows, found {n}.")
         fold = np.empty(self.n_rows, dtype=np.int64)
-        fold[self._order(None, seed)] = np.arange(self.n_rows) % n
+        fold[stratified_order(self, None, seed)] = np.arange(self.n_rows) % n
         return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
-
-    def _order(self, by: str | None, seed: int) -> np.ndarray:
-        """Rows in an order whose evenly spaced samples are stratified by cluster and outcome.
-
-        Clusters follow each other in random order. Within a cluster, rows are sorted by an outcome
-        that is categorical or has at most ten values. They are then rotated by a random number of
-        places; without the rotation, even spacing would favour one end of the outcome.
-        (scikit-learn's splitters refuse strata smaller than the number of folds, and clusters are
-        often smaller.)
-        """
-        factor = by or next(iter(self.groupings), None)
-        rng, n = np.random.default_rng([seed, 0]), self.n_rows
-        clusters = strata = np.zeros(n, dtype=np.int64)
-        if factor is not None:
-            clusters = self.grouping(factor).codes.numpy()
-        if self.outcome is not None and self.outcome.ndim == 1:
-            values, codes = np.unique(self.outcome.numpy(), return_inverse=True)
-            strata = codes if self.classes is not None or len(values) <= 10 else strata
-        counts = np.bincount(clusters)
-        shuffle = rng.permutation(len(counts))
-        cluster, counts = shuffle[clusters], counts[np.argsort(shuffle)]
-        order = np.lexsort((rng.permutation(n), strata, cluster))
-        place = np.empty(n, dtype=np.int64)
-        place[order] = np.arange(n) - (np.cumsum(counts) - counts)[cluster[order]]
-        place = (place + rng.integers(counts)[cluster]) % counts[cluster]
-        return np.lexsort((place, cluster))
 
     def hold_out_clusters(
         self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0

@@ -149,7 +149,8 @@ def check_not_numbers(column: pd.Series) -> None:
     """
     if isinstance(column.dtype, pd.CategoricalDtype) or dtypes.is_bool_dtype(column.dtype):
         return
-    texts = pd.Series([v.strip() for v in column.unique() if isinstance(v, str)], dtype=object)
+    distinct = dict.fromkeys(value.strip() for value in column if isinstance(value, str))
+    texts = pd.Series(list(distinct), dtype=object)
     numbers = texts[texts.str.fullmatch(_NUMBER) & texts.str.contains(r"\d")]
     others = texts[~texts.isin(numbers)]
     fractions = numbers[numbers.str.contains(r"[.,%<>]")]

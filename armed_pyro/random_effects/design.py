@@ -99,7 +99,8 @@ class InputBlock(LinearBlock):
         self.register_buffer("index", index, False)
 
     def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
-        slopes = x[:, self.index] + self.shift
+        # Images have no columns to choose from.
+        slopes = x[:, self.index] + self.shift if len(self.index) else x.new_zeros(len(x), 0)
         if self.intercept:
             return torch.cat([x.new_ones(len(x), 1), slopes], -1)
         if self.contrasts:
