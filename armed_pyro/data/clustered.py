@@ -293,13 +293,12 @@ class ClusteredData:
         features: Sequence[str] | str | None = None,
         row_dim: str = "row",
         missing: Missing = "error",
-        categorical: Sequence[str] = (),
         **roles: Any,
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
-        One-dimensional variables are the columns of a table, as in `from_frame` (`trials`, `offset`
-        and `weights` included). A feature variable with more dimensions must be the only feature,
+        One-dimensional variables are the columns of a table, as in `from_frame`, whose other
+        parameters are `roles`. A feature variable with more dimensions must be the only feature,
         and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
         the features. The coordinate of `row_dim` labels the rows.
 
@@ -314,7 +313,8 @@ class ClusteredData:
             for name, variable in dataset.variables.items()
             if row_dim in variable.dims
         }
-        taken = [outcome, *clusters, *(name for name in roles.values() if name)]
+        row_roles = {k: v for k, v in roles.items() if k in ("trials", "offset", "weights") and v}
+        taken = [outcome, *clusters, *row_roles.values()]
         if features is None:
             features = [n for n in along if n in dataset.data_vars and n not in taken]
         chosen = [features] if isinstance(features, str) and features in along else features
@@ -325,15 +325,8 @@ class ClusteredData:
         if all(along[name].ndim == 1 for name in names):
             columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
             table = pd.DataFrame(columns, index=rows)
-            return cls.from_frame(
-                table,
-                outcome=outcome,
-                clusters=clusters,
-                features=chosen,
-                categorical=categorical,
-                missing=missing,
-                **roles,
-            )
+            settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
+            return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
         if len(names) > 1:
             raise ValueError(
                 f"An array must be the only feature, found {names}. Name one with features=."
@@ -342,7 +335,7 @@ class ClusteredData:
         if array.ndim == 2:
             labels = dataset.indexes.get(array.dims[1], range(array.shape[1]))
             feature_names = [v if isinstance(v, str) else f"{names[0]}[{v}]" for v in labels]
-        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in roles.items() if v}
+        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in row_roles.items()}
         return cls.from_arrays(
             array.to_numpy(),
             along[outcome].to_numpy(),
@@ -397,10 +390,8 @@ class ClusteredData:
             return self.groupings[factor]
         outer, _, inner = factor.rpartition(":")
         if not outer:
-            raise ValueError(
-                f"{unknown('grouping factor', factor, self.groupings)} Add its column to clusters="
-                f"[...]: all columns of a nested term such as '(1 | a/b)' are clusters."
-            )
+            known = unknown("grouping factor", factor, self.groupings)
+            raise ValueError(f"{known} Add {factor!r} to clusters=[...], as each part of 'a/b'.")
         return self.grouping(outer).cross(self.grouping(inner))
 
     def split_rows(
@@ -421,7 +412,7 @@ class ClusteredData:
         rng = np.random.default_rng([seed, 1])
         steps = np.floor(np.arange(self.n_rows + 1) * fraction + rng.random())
         held = np.zeros(self.n_rows, dtype=bool)
-        held[stratified_order(self, by, seed)] = np.diff(steps) > 0
+        held[self._order(by, seed)] = np.diff(steps) > 0
         for grouping in self.groupings.values():
             codes = grouping.codes.numpy()
             emptied = np.bincount(codes[~held], minlength=grouping.n_clusters) == 0
@@ -449,8 +440,18 @@ class ClusteredData:
         if not 2 <= n <= self.n_rows:
             raise ValueError(f"n must be between 2 and the {self.n_rows} rows, found {n}.")
         fold = np.empty(self.n_rows, dtype=np.int64)
-        fold[stratified_order(self, None, seed)] = np.arange(self.n_rows) % n
+        fold[self._order(None, seed)] = np.arange(self.n_rows) % n
         return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
+
+    def _order(self, by: str | None, seed: int) -> np.ndarray:
+        """`stratified_order` of the rows, by a factor or the first one."""
+        factor = by or next(iter(self.groupings), None)
+        clusters = np.zeros(self.n_rows, np.int64)
+        if factor is not None:
+            clusters = self.grouping(factor).codes.numpy()
+        y = self.outcome
+        outcome = None if y is None or y.ndim != 1 else y.numpy()
+        return stratified_order(clusters, outcome, seed, categorical=self.classes is not None)
 
     def hold_out_clusters(
         self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0

@@ -79,10 +79,12 @@ def moments(
     """Means and sds of the continuous columns, 0 and 1 of others; roots of mean squares at 0."""
     scaled = torch.tensor(continuous, dtype=torch.bool)
     mean, scale = values.mean(0), values.std(0)
+    # The rounding errors of a constant column's mean must not become its scale.
+    constant = (values == values[:1]).all(0)
+    mean, scale = torch.where(constant, values[0], mean), scale.masked_fill(constant, 0.0)
     if not centred:
         mean, scale = torch.zeros_like(mean), values.square().mean(0).sqrt()
     mean = torch.where(scaled, mean, torch.zeros_like(mean))
-    # A constant column has no scale; checks decide later whether it may stay.
     scale = torch.where(scaled & (scale > 0), scale, torch.ones_like(scale))
     return tuple(mean.tolist()), tuple(scale.tolist())
 

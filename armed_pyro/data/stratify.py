@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-
-if TYPE_CHECKING:
-    from armed_pyro.data.clustered import ClusteredData
+from jaxtyping import Int, Shaped
 
 
-def stratified_order(data: ClusteredData, by: str | None, seed: int) -> np.ndarray:
+def stratified_order(
+    clusters: Int[np.ndarray, " rows"],
+    outcome: Shaped[np.ndarray, " rows"] | None,
+    seed: int,
+    *,
+    categorical: bool,
+) -> Int[np.ndarray, " rows"]:
     """Rows in an order whose evenly spaced samples are stratified by cluster and outcome.
 
     Clusters follow each other in random order. Within a cluster, rows are sorted by an outcome
@@ -19,14 +21,11 @@ def stratified_order(data: ClusteredData, by: str | None, seed: int) -> np.ndarr
     (scikit-learn's splitters refuse strata smaller than the number of folds, and clusters are
     often smaller.)
     """
-    factor = by or next(iter(data.groupings), None)
-    rng, n = np.random.default_rng([seed, 0]), data.n_rows
-    clusters = strata = np.zeros(n, dtype=np.int64)
-    if factor is not None:
-        clusters = data.grouping(factor).codes.numpy()
-    if data.outcome is not None and data.outcome.ndim == 1:
-        values, codes = np.unique(data.outcome.numpy(), return_inverse=True)
-        strata = codes if data.classes is not None or len(values) <= 10 else strata
+    rng, n = np.random.default_rng([seed, 0]), len(clusters)
+    strata = np.zeros(n, dtype=np.int64)
+    if outcome is not None:
+        values, codes = np.unique(outcome, return_inverse=True)
+        strata = codes if categorical or len(values) <= 10 else strata
     counts = np.bincount(clusters)
     shuffle = rng.permutation(len(counts))
     cluster, counts = shuffle[clusters], counts[np.argsort(shuffle)]

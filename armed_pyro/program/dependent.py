@@ -79,8 +79,6 @@ def _reason(
 ) -> str:
     """Why a column is dropped: the columns of which it is a combination."""
     column, earlier = matrix[:, place], [k for k in kept if k < place]
-    if not column.any():
-        return f"{names[place]!r} is 0 in every row"
     if (column == column[0]).all():
         return f"{names[place]!r} is constant"
     weights = np.linalg.lstsq(matrix[:, earlier], column, rcond=None)[0]

@@ -54,11 +54,11 @@ def original_fixed_effects(model: MixedEffects, latents: Draws) -> Float[Tensor,
     constant = [0] if model.has_intercept else constant
     if model.linear:
         kept, first = facts.kept, int(model.has_intercept)
-        scale = torch.tensor(facts.feature_scale).to(values)[kept, None]
-        mean = torch.tensor(facts.feature_mean).to(values)[kept, None]
+        scale = values.new_tensor(facts.feature_scale)[kept, None]
+        mean = values.new_tensor(facts.feature_mean)[kept, None]
         values[:, first:] /= scale
         values[:, constant] -= (values[:, first:] * mean).sum(1, keepdim=True)
-    values[:, constant] += torch.tensor(facts.center).to(values)
+    values[:, constant] += values.new_tensor(facts.center)
     return values.flatten(1)
 
 
