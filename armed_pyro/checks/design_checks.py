@@ -164,7 +164,7 @@ def _equation(
 def _sides(
     posterior: Posterior, y: Float[np.ndarray, " rows"], trials: Tensor | None
 ) -> Float[np.ndarray, " rows"] | None:
-    """1 if an outcome is the largest possible, -1 if the smallest, 0 between; None if continuous."""
+    """1 at the largest possible outcome, -1 at the smallest, 0 between; None if continuous."""
     family = posterior.model.family
     if not family.integer or family.multiclass:
         return None
@@ -180,19 +180,19 @@ def _separation(
     x: Columns, sides: Float[np.ndarray, " rows"], names: tuple[str, ...], intercept: bool
 ) -> Check:
     columns = separating(x, sides, intercept)
-    check = ("model", "separation")
+    name = "separation"
     if columns is None:
-        return Check(*check, "not checked", "there are too many rows and columns to search")
+        return Check("model", name, "not checked", "there are too many rows and columns to search")
     if not columns:
-        return Check(*check, "pass", "no column separates the outcomes", is_misfit=False)
+        return Check("model", name, "pass", "no column separates the outcomes", is_misfit=False)
     listed = ", ".join(names[place] for place in columns[:MOST_TERMS])
     more = ", ..." if len(columns) > MOST_TERMS else ""
     reason = (
-        f"{listed}{more} separates the outcomes: without a prior the estimate would be infinite, so "
-        "that its size is the prior's (complete or quasi-complete separation)"
+        f"{listed}{more} separates the outcomes: without a prior the estimate would be infinite, "
+        "so that its size is the prior's (complete or quasi-complete separation)"
     )
     advice = "report its sign, not its size; merge levels, or give a prior that you can justify"
-    return Check(*check, "warn", reason, advice=advice, is_misfit=False)
+    return Check("model", name, "warn", reason, advice=advice, is_misfit=False)
 
 
 def separating(

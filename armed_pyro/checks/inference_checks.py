@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pyro
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
-from armed_pyro.checks.check import Check, severity
+from armed_pyro.checks.check import Check, Word, severity
 from armed_pyro.engine.schedule import MOVING
 from armed_pyro.guides.hyperparameters import is_positive
 from armed_pyro.guides.noise import proposal_variance
@@ -57,21 +58,21 @@ def finite_draws(latents: Mapping[str, Tensor]) -> Iterator[Check]:
 
 def _training(posterior: Posterior) -> Iterator[Check]:
     steps, history = len(posterior.history.loss), posterior.history
-    check, stopped = ("computation", "training"), posterior.stopped
+    name, stopped = "training", posterior.stopped
     if stopped == "diverged":
         reason = "the training diverged, and these are its last good parameters"
         advice = "see the message of fit"
-        yield Check(*check, "fail", reason, advice=advice)
+        yield Check("computation", name, "fail", reason, advice=advice)
     elif stopped == "steps":
         reason = f"the training had not converged when its {steps} steps ran out"
         early = history.settled is None
         if early:
             reason += ", before the guide was settled at the network's final weights"
-        verdict = "fail" if early and posterior.schedule.stages else "warn"
-        yield Check(*check, verdict, reason, advice=MORE_STEPS)
+        verdict: Word = "fail" if early and posterior.schedule.stages else "warn"
+        yield Check("computation", name, verdict, reason, advice=MORE_STEPS)
     else:
         end = "was stopped by validation, then settled," if stopped == "validation" else "converged"
-        yield Check(*check, "pass", f"the training {end} after {steps} steps")
+        yield Check("computation", name, "pass", f"the training {end} after {steps} steps")
     yield from _iterates(posterior)
 
 
@@ -115,7 +116,7 @@ def _weights(posterior: Posterior, weighted: ImportanceDraws) -> Iterator[Check]
         if posterior.model.factors and posterior.guide.nested() is None:
             # Weights of this many effects at once degenerate with any guide: k-hat proves nothing.
             verdict = "warn"
-            reason = "whether the approximate posterior of many crossed effects is accurate cannot be verified"
+            reason = "the approximation of many crossed effects at once cannot be verified"
     yield Check(
         "computation",
         "accuracy of the draws",
@@ -277,7 +278,7 @@ def _positive_sites(model: MixedEffects) -> set[str]:
     """Names of the sites whose support is the positive numbers."""
     with model.seeded(0), pyro.validation_enabled(False):
         row = model.data_facts().one_row(model.reference())
-        nodes: Mapping[str, dict[str, object]] = poutine.trace(model).get_trace(row).nodes
+        nodes: Mapping[str, Any] = poutine.trace(model).get_trace(row).nodes
     return {
         name
         for name, node in nodes.items()

@@ -95,7 +95,8 @@ def _normality(name: str, factor: Factor, shapes: list[Shape], p: list[float]) -
     advice = ""
     if verdict != "pass":
         flat = worst.statistic == "excess kurtosis" and worst.value < 0
-        kind = "in groups" if flat else "skewed" if worst.statistic == "skewness" else "long-tailed"
+        kind = "skewed" if worst.statistic == "skewness" else "long-tailed"
+        kind = "in groups" if flat else kind
         reason = f"random effects of {factor.name} are {kind}, not normal ({found})"
         groups = (
             "look at their histogram: groups of clusters point to a missing feature of clusters"
@@ -173,8 +174,8 @@ def residual_check(posterior: Posterior, latents: Draws) -> Iterator[Check]:
         "model",
         "residuals",
         verdict,
-        f"the distribution of family {family.name!r} {fits} the outcomes: its probabilities are off "
-        f"by up to {distance:.3f} (quantile residuals against uniform, p = {p:.2g})",
+        f"the distribution of family {family.name!r} {fits} the outcomes: its probabilities are "
+        f"off by up to {distance:.3f} (quantile residuals against uniform, p = {p:.2g})",
         distance,
         "largest error of a predicted probability (Kolmogorov-Smirnov distance)",
         MISSED,
@@ -203,7 +204,7 @@ def residual_uniformity(
     ----------
     Dunn and Smyth (1996), JCGS 5(3): randomized quantile residuals.
     """
-    tests = []
+    tests, n = [], 0
     for quantiles in _residuals(posterior, latents, seed):
         if quantiles is None:
             return None
@@ -211,8 +212,9 @@ def residual_uniformity(
             share = 1 - np.isfinite(quantiles).mean()
             raise ValueError(f"predictions are not finite numbers in {share:.0%} of the rows")
         tests.append(scipy.stats.kstest(quantiles, "uniform"))
+        n = len(quantiles)
     p = float(np.median([test.pvalue for test in tests]))
-    error = 0.82 / len(quantiles) ** 0.5  # 1.645 sqrt(1/4 / n), where the distributions differ most
+    error = 0.82 / n**0.5  # 1.645 sqrt(1/4 / n), where the distributions differ most
     return p, float(np.mean([test.statistic for test in tests])), error
 
 

@@ -217,8 +217,8 @@ def _predictive(
     verdict = severity(ratio, DEVIATES, DEVIATES_FAR, noise=p > LEVEL)
     words = {"zeros": "share of zeros"}.get(statistic, statistic)
     reason = (
-        f"the {words} of the outcome in each cluster of {factor} deviates {ratio:.2f} times as much "
-        f"as predicted (posterior predictive p = {p:.2g})"
+        f"the {words} of the outcome in each cluster of {factor} deviates {ratio:.2f} times as "
+        f"much as predicted (posterior predictive p = {p:.2g})"
     )
     return Check(
         "model",
@@ -244,7 +244,10 @@ def _advice(family: Family, factor: str, statistic: str) -> str:
             "of every row"
         )
     if family.parameters:
-        return f"the spread differs between clusters of {factor}: transform the outcome, or another family"
+        return (
+            f"the spread differs between clusters of {factor}: transform the outcome, or choose "
+            "another family"
+        )
     return f"more random effects of {factor} (a slope), or another family"
 
 

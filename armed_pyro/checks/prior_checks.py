@@ -137,8 +137,8 @@ def _boundary(name: str, sds: Float[np.ndarray, " draws"]) -> Check:
         "model",
         f"boundary of {name}",
         verdict,
-        f"the sd of {name} {can} be told from zero: {median:.3g} [{low:.3g}, {high:.3g}], {near:.0%} "
-        "of its posterior lies near zero",
+        f"the sd of {name} {can} be told from zero: {median:.3g} [{low:.3g}, {high:.3g}], "
+        f"{near:.0%} of its posterior lies near zero",
         near,
         "share of the posterior below a fifth of its 90% quantile",
         NEAR_ZERO,
