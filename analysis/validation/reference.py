@@ -111,8 +111,8 @@ class Comparison:
         One row per quantity: mean, sd and median by the fit, by its guide alone and by NUTS; lme4's
         estimate; z (difference of the means in posterior sds of NUTS) and ratio of the sds.
     summary : dict of str to float or str
-        Worst z and ratio, those of the random effects, k-hat, both verdicts, R-hat and ESS of NUTS, and
-        the seconds of both. Those of NUTS are also scaled to the fit's Monte Carlo error.
+        Worst z and ratio, those of the random effects, k-hat, both verdicts, R-hat and ESS of NUTS,
+        and the seconds of both. Those of NUTS are also scaled to the fit's Monte Carlo error.
     """
 
     table: pd.DataFrame
