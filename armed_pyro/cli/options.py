@@ -190,8 +190,8 @@ class FitOptions:
     refine: Annotated[
         Refine,
         option(
-            "Posterior draws: the guide's, weighted (psis), or those of the No-U-Turn sampler, exact "
-            "but slow; the expected time is told first: --refine nuts"
+            "Posterior draws: the guide's, weighted (psis), or exact but slow ones by NUTS, whose "
+            "expected time is told first: --refine nuts"
         ),
     ] = Refine.psis
     strict: Annotated[

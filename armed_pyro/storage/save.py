@@ -272,9 +272,9 @@ def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
         try:
             group = GROUPS[name](posterior, draws, posterior.seed)
         except (ArithmeticError, ValueError, RuntimeError) as error:
-            if name == "constant_data" or posterior.converged:
-                raise
-            # A diverged fit may have rates that are not finite. What can be computed is kept.
+            if name in ("observed_data", "constant_data"):
+                raise  # the fit could not be loaded without them
+            # Rates of a diverged fit may not be finite. What can be computed is kept.
             cause = str(error).strip().partition("\n")[0]
             warnings.warn(
                 f"{POSTERIOR} is without {name}, which could not be computed: {cause}",
