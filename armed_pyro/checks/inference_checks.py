@@ -115,7 +115,7 @@ def _weights(posterior: Posterior, weighted: ImportanceDraws) -> Iterator[Check]
         if posterior.model.factors and posterior.guide.nested() is None:
             # Weights of this many effects at once degenerate with any guide: k-hat proves nothing.
             verdict = "warn"
-            reason = "the approximation of many crossed effects at once cannot be verified"
+            reason = "the approximation of so many effects at once cannot be verified by weights"
     yield Check(
         "computation",
         "accuracy of the draws",
