@@ -15,8 +15,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from armed_pyro import DivergenceError, Fit, Schedule
-from armed_pyro.cli import app, demo
+from armed_pyro import DivergenceError, Fit, Schedule, cli
+from armed_pyro.cli import app
 from armed_pyro.cli import fit as fit_module
 from armed_pyro.families.registry import FAMILIES
 from armed_pyro.prediction.unseen import MODES
@@ -502,10 +502,10 @@ def test_demo_calls_the_entry_point(tmp_path, monkeypatch):
         def load(self):
             return lambda argv: (tmp_path / "called").write_text(" ".join(argv))
 
-    monkeypatch.setattr(demo, "entry_points", lambda **_: [Point()])
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [Point()])
     assert call("demo", "--out", tmp_path / "demo").exit_code == 0
     assert (tmp_path / "called").read_text() == f"--out {tmp_path / 'demo'}"
-    monkeypatch.setattr(demo, "entry_points", lambda **_: [])
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
     refused("demo", message="not installed")
 
 
