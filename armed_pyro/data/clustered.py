@@ -23,7 +23,7 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
 from armed_pyro.data.schema import Schema
-from armed_pyro.data.stratify import stratified_order
+from armed_pyro.data.stratify import check_fraction, stratified_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -408,7 +408,7 @@ class ClusteredData:
         ValueError
             If `fraction` is not between 0 and 1, or leaves no validation rows.
         """
-        _check_fraction(fraction)
+        check_fraction(fraction)
         rng = np.random.default_rng([seed, 1])
         steps = np.floor(np.arange(self.n_rows + 1) * fraction + rng.random())
         held = np.zeros(self.n_rows, dtype=bool)
@@ -471,7 +471,7 @@ class ClusteredData:
             if missing := pd.Index(labels)[positions < 0].tolist():
                 raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
         else:
-            n_held = max(1, round(_check_fraction(fraction) * grouping.n_clusters))
+            n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
             positions = np.random.default_rng(seed).permutation(grouping.n_clusters)[:n_held]
         held = np.isin(grouping.codes.numpy(), positions)
         if held.all() or not held.any():
@@ -497,10 +497,3 @@ class ClusteredData:
             raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
         for name, grouping in self.groupings.items():
             check_informative(name, grouping.levels, grouping.counts)
-
-
-def _check_fraction(fraction: float | None) -> float:
-    """The fraction, checked to lie strictly between 0 and 1."""
-    if fraction is None or not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
-    return fraction

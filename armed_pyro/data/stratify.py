@@ -1,4 +1,4 @@
-"""The order of rows from which stratified samples are taken."""
+"""Stratified samples of rows: the order that they are taken from, and their size."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ def stratified_order(
     place[order] = np.arange(n) - (np.cumsum(counts) - counts)[cluster[order]]
     place = (place + rng.integers(counts)[cluster]) % counts[cluster]
     return np.lexsort((place, cluster))
+
+
+def check_fraction(fraction: float | None) -> float:
+    """The fraction, checked to lie strictly between 0 and 1."""
+    if fraction is None or not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
+    return fraction
