@@ -1,0 +1,144 @@
+"""Checks of single clusters and rows: outliers, and clusters with a large influence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import scipy
+import torch
+from torch import Tensor
+
+from armed_pyro.checks.check import Check, severity
+from armed_pyro.checks.findings import Kind, unchecked
+from armed_pyro.checks.quantile_residuals import QuantileResiduals
+from armed_pyro.checks.score_tests import Tested
+from armed_pyro.guides.base import selected
+from armed_pyro.inference.draws import ImportanceDraws
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.psis import pareto_smooth
+
+__all__ = ["outlier_checks"]
+
+
+CLUSTERS = Kind("outlying clusters", "distance from the mean, in sds,", 3.0, 6.0)
+ROWS = Kind("outlying rows", "size of the residual, in sds,", 4.0, 8.0)
+INFLUENCE, INFLUENTIAL = "influence of clusters", 2.0
+MOST_DRAWS, MOST_EFFECTS = 40, 2**22
+
+
+def outlier_checks(
+    posterior: Posterior,
+    latents: Mapping[str, Tensor],
+    residuals: QuantileResiduals,
+    weighted: ImportanceDraws | None,
+) -> Iterator[Check]:
+    """Checks of single clusters and rows."""
+    yield from _clusters(posterior, latents)
+    yield _rows(posterior, residuals)
+    yield from _influence(posterior, weighted)
+
+
+def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
+    r"""Clusters whose whitened effects :math:`|L^{-1} u_k|^2` are too large for a chi-square."""
+    tests = list[Tested]()
+    for factor in posterior.model.factors:
+        effects = latents[factor.effect_site]
+        if effects.dim() < 3 or effects.shape[1] < 5 or effects.shape[-1] > 50:
+            continue
+        drawn = selected(
+            latents, slice(max(5, min(MOST_DRAWS, MOST_EFFECTS // effects[0].numel())))
+        )
+        u = drawn[factor.effect_site]
+        scale = factor.scale_matrix(drawn)
+        scale = scale.expand(len(u), 1, *scale.shape[-2:])[:, 0]
+        z = torch.linalg.solve_triangular(scale, u.mT, upper=False)
+        squares = z.square().sum(-2).double().cpu().numpy()  # draws clusters
+        p = np.median(scipy.stats.chi2.sf(squares, u.shape[-1]), axis=0)
+        distance = np.sqrt(squares.mean(0))
+        labels = posterior.model.data_facts().levels[factor.name]
+        tests += [
+            Tested(f"{labels[k]} ({factor.name})", float(distance[k]), float(p[k]))
+            for k in range(len(p))
+        ]
+    if not tests:
+        if posterior.model.factors:
+            yield unchecked(CLUSTERS.name, "too few clusters")
+        return
+    yield CLUSTERS.judge(
+        tests,
+        "no cluster lies far outside the others",
+        "clusters far outside the others: {}",
+        lambda test: (
+            "look at the rows of these clusters: errors of the data, or a feature that sets them "
+            "apart"
+        ),
+    )
+
+
+def _rows(posterior: Posterior, residuals: QuantileResiduals) -> Check:
+    if residuals.z is None:
+        return unchecked(ROWS.name, "the family has no residuals of single rows")
+    labels = posterior.data.row_labels
+    p = np.median(2 * scipy.stats.norm.sf(np.abs(residuals.z)), axis=1)
+    size = np.abs(residuals.z).mean(1)
+    worst = np.argsort(p)[:20]
+    # Holm's correction for all rows, of which only the worst can be significant.
+    tests = [
+        Tested(f"{labels[residuals.index[i]]}", float(size[i]), min(1.0, float(p[i]) * len(p)))
+        for i in worst
+    ]
+    return ROWS.judge(
+        [Tested(test.subject, test.effect, test.p / len(tests)) for test in tests],
+        "no row is an outlier",
+        "rows far from what is expected: {}",
+        lambda test: "look at these rows: errors of the data, or a family with heavier tails",
+    )
+
+
+def _influence(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterator[Check]:
+    """Shift of the hyperparameters' means if a cluster is left out, by importance weights."""
+    nested = posterior.guide.nested_name()
+    if weighted is None or nested is None or not weighted.clusters.size:
+        return
+    sites = {
+        name: value.reshape(len(value), -1).double().cpu().numpy()
+        for name, value in weighted.latents.items()
+        if value.dim() > 1 and value.shape[1] == 1 and name in _reported(posterior)
+    }
+    draws = np.column_stack(list(sites.values())) if sites else np.zeros((len(weighted.weights), 0))
+    mean = weighted.weights @ draws
+    sd = np.sqrt(weighted.weights @ (draws - mean) ** 2)
+    if not (sd > 0).any():
+        return
+    draws, mean, sd = draws[:, sd > 0], mean[sd > 0], sd[sd > 0]
+    watched = np.flatnonzero(~np.isnan(weighted.cluster_k_hat))
+    smoothed, k_hat = pareto_smooth(weighted.log_weights - weighted.clusters.T)
+    shift = np.abs(np.exp(smoothed) @ draws - mean) / sd  # clusters quantities
+    largest = shift.max(1)
+    worst = int(largest.argmax())
+    label = posterior.model.data_facts().levels[nested][watched[worst]]
+    word = severity(float(largest[worst]), INFLUENTIAL)
+    guess = " or more (its weights are unreliable)" if k_hat[worst] > 0.7 else ""
+    reason = (
+        f"without cluster {label!r} of {nested}, an estimate would move by "
+        f"{largest[worst]:.1f} posterior sds{guess} (importance weights)"
+    )
+    advice = f"fit without cluster {label!r} and compare" if word != "pass" else ""
+    yield Check(
+        "model",
+        INFLUENCE,
+        word,
+        reason,
+        effect=float(largest[worst]),
+        effect_name="shift of an estimate, in posterior sds",
+        threshold=INFLUENTIAL,
+        advice=advice,
+    )
+
+
+def _reported(posterior: Posterior) -> set[str]:
+    """Sites whose estimates are reported: fixed effects, sds, and the family's parameters."""
+    model = posterior.model
+    parameters = {parameter.name for parameter in model.family.parameters}
+    return {"fixed_effect", *parameters, *(f"{factor.name}_sd" for factor in model.factors)}
