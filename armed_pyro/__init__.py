@@ -10,8 +10,8 @@ if TYPE_CHECKING:
         SimulationCalibration as SimulationCalibration,
         simulation_calibration as simulation_calibration,
     )
-    from armed_pyro.checks.diagnostics import Diagnostics as Diagnostics
-    from armed_pyro.checks.inference_checks import Check as Check
+    from armed_pyro.checks.verdict import Diagnostics as Diagnostics
+    from armed_pyro.checks.check import Check as Check
     from armed_pyro.data.clustered import ClusteredData as ClusteredData
     from armed_pyro.data.files import read_table as read_table, write_table as write_table
     from armed_pyro.engine.schedule import Schedule as Schedule
@@ -57,10 +57,10 @@ _MODULES = {
     "Adversary": "networks.adversary",
     "Attribution": "explain.attribution",
     "Boundaries": "explain.boundaries",
-    "Check": "checks.inference_checks",
+    "Check": "checks.check",
     "ClusteredData": "data.clustered",
     "DecodedEffects": "explain.decode",
-    "Diagnostics": "checks.diagnostics",
+    "Diagnostics": "checks.verdict",
     "DivergenceError": "fitting",
     "Exponential": "priors",
     "FilterScaleBias": "random_effects.terms",

@@ -9,12 +9,28 @@ from typing import Literal, get_args
 
 import numpy as np
 
-__all__ = ["SEVERITY", "Check", "Part", "Word", "checked", "failed", "severity"]
+__all__ = [
+    "BROKEN",
+    "LEVEL",
+    "SEVERITY",
+    "Check",
+    "Part",
+    "Word",
+    "cause",
+    "checked",
+    "failed",
+    "severity",
+]
 
 
 Part = Literal["computation", "model"]
 Word = Literal["pass", "warn", "fail", "not checked"]
 SEVERITY: tuple[Word, ...] = ("not checked", "pass", "warn", "fail")
+# Level of the tests of one kind together. Each part of the verdict has at most 20 kinds, so that a
+# healthy fit warns in at most 2%.
+LEVEL = 1e-3
+# Errors of numerics, such as a rate that is not finite or a matrix that is not positive definite.
+BROKEN = (ArithmeticError, ValueError, RuntimeError, np.linalg.LinAlgError)
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,9 @@ class Check:
         90% interval of the effect.
     advice : str
         Next step, or the term to add; empty if the check passed.
+    is_misfit : bool
+        Whether a bad result means that the model contradicts the data. False if it means that the
+        data say too little of a quantity.
 
     Raises
     ------
@@ -69,6 +88,7 @@ class Check:
     p: float | None = None
     interval: tuple[float, float] | None = None
     advice: str = ""
+    is_misfit: bool = True
 
     def __post_init__(self) -> None:
         if self.part not in get_args(Part) or self.verdict not in SEVERITY:
@@ -122,5 +142,16 @@ def checked(part: Part, name: str, checks: Callable[[], Iterable[Check]]) -> Ite
     """
     try:
         yield from checks()
-    except (ArithmeticError, ValueError, RuntimeError, np.linalg.LinAlgError) as error:
-        yield failed(part, name, str(error).strip().partition("\n")[0] or type(error).__name__)
+    except BROKEN as error:
+        yield failed(part, name, cause(error))
+
+
+def cause(error: BaseException) -> str:
+    """The first line of an error's message, or its name.
+
+    Examples
+    --------
+    >>> cause(ValueError("the draws are not finite")), cause(ZeroDivisionError())
+    ('the draws are not finite', 'ZeroDivisionError')
+    """
+    return str(error).strip().partition("\n")[0] or type(error).__name__

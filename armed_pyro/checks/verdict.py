@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,15 +14,11 @@ from armed_pyro.checks.check import SEVERITY, Check, Part, Word
 __all__ = ["Diagnostics", "Verdict"]
 
 
-CONCLUSIONS: dict[tuple[Part, Word], str] = {
-    ("computation", "pass"): "trustworthy",
-    ("computation", "warn"): "to be taken with care",
-    ("computation", "fail"): "not trustworthy",
-    ("computation", "not checked"): "not checked",
-    ("model", "pass"): "no misfit found",
-    ("model", "warn"): "misfit found",
-    ("model", "fail"): "serious misfit found",
-    ("model", "not checked"): "not checked",
+COMPUTATION: dict[Word, str] = {
+    "pass": "trustworthy",
+    "warn": "to be taken with care",
+    "fail": "not trustworthy",
+    "not checked": "not checked",
 }
 
 
@@ -65,9 +61,18 @@ class Verdict:
     @property
     def sentence(self) -> str:
         """The verdict in words, with all misfits, and the names of what was not checked."""
-        text = CONCLUSIONS[self.part, self.word]
-        if self.misfits:
-            text += ": " + "; ".join(check.reason for check in self.misfits)
+        if self.part == "computation":
+            text = _listed(COMPUTATION[self.word], self.misfits)
+        elif self.word == "not checked":
+            text = "not checked"
+        else:
+            wrong = [check for check in self.misfits if check.is_misfit]
+            vague = [check for check in self.misfits if not check.is_misfit]
+            serious = any(check.verdict == "fail" for check in wrong)
+            found = "serious misfit found" if serious else "misfit found"
+            text = _listed(found, wrong) if wrong else "no misfit found"
+            if vague:
+                text = _listed(f"{text}; the data say little", vague)
         if self.unchecked:
             text += f" (not checked: {', '.join(check.name for check in self.unchecked)})"
         return text + "."
@@ -83,6 +88,11 @@ class Verdict:
             "misfits": [check.name for check in self.misfits],
             "not_checked": {check.name: check.reason for check in self.unchecked},
         }
+
+
+def _listed(title: str, checks: Sequence[Check]) -> str:
+    """The title, followed by the reasons of the checks."""
+    return ": ".join([title, *filter(None, ["; ".join(check.reason for check in checks)])])
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,15 +96,15 @@ def page(
         }
     components = results.variance_components
     is_spread = components.statistic.isin(["sd", "variance", "cor"])
-    figures = results.verdict.figures.items()
+    figures = results.verdicts.figures.items()
     return _template().render(
         title=title or "Mixed-effects fit",
         prob=f"{results.prob:.0%}",
         program=_program(results),
         convergence=_convergence(results),
         loss=loss,
-        verdict=_verdict(results),
-        checks=_checks(results.verdict.checks),
+        verdicts=_verdicts(results),
+        checks=_checks(results.verdicts.checks),
         figures={name: f"{value:.4g}" for name, value in figures if value is not None},
         spreads=_table(components[is_spread]),
         shares=_table(components[~is_spread]),
@@ -153,13 +153,15 @@ def _convergence(results: Results) -> Remark:
     return Remark(mood, f"{text} ({len(results.posterior.history.loss):,} steps).")
 
 
-def _verdict(results: Results) -> Remark:
-    verdict = results.verdict.verdict
-    return Remark("good" if verdict == "pass" else "bad", verdict.upper())
+def _verdicts(results: Results) -> list[Remark]:
+    return [
+        Remark("good" if found.word == "pass" else "bad", f"{part.capitalize()}: {found.sentence}")
+        for part, found in results.verdicts.conclusions.items()
+    ]
 
 
 def _checks(checks: pd.DataFrame) -> Table:
-    shown = checks[["verdict", "name", "reason", "advice"]]
+    shown = checks[["part", "verdict", "name", "reason", "advice"]]
     return _table(shown if shown["advice"].any() else shown.drop(columns="advice"))
 
 

@@ -9,38 +9,59 @@ import pandas as pd
 
 from armed_pyro.inference.posterior import Posterior
 
-__all__ = ["Results", "Verdict"]
+__all__ = ["Conclusion", "Results", "Verdicts"]
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """The answer to "Can the fit be trusted?".
+@dataclass(frozen=True)
+class Conclusion:
+    """The verdict on one part of a fit.
 
     Attributes
     ----------
-    verdict : {"pass", "warn", "fail"}
-        The worst answer of all checks.
-    checks : pandas.DataFrame
-        One row per check, with columns verdict, name, reason and advice among others.
-    figures : mapping of str to float or None
-        Numbers that are reported without a verdict.
-    brief : str
-        The verdict in words, and the checks that did not pass.
+    word : {"pass", "warn", "fail", "not checked"}
+        The worst result of the part's checks.
+    sentence : str
+        The verdict in words.
 
     Examples
     --------
-    ``fit.results().verdict.brief``
+    >>> Conclusion("pass", "trustworthy.").word
+    'pass'
     """
 
-    verdict: str
+    word: str
+    sentence: str
+
+
+@dataclass(frozen=True, eq=False)
+class Verdicts:
+    """Whether the draws of a fit can be trusted, and whether its model misfits.
+
+    Attributes
+    ----------
+    conclusions : mapping of str to Conclusion
+        The verdicts on "computation" and "model".
+    checks : pandas.DataFrame
+        One row per check, with columns verdict, part, name, reason and advice among others.
+    figures : mapping of str to float or None
+        Numbers that are reported without a verdict.
+    text : str
+        Both verdicts in words, with advice.
+
+    Examples
+    --------
+    ``fit.results().verdicts.text``
+    """
+
+    conclusions: Mapping[str, Conclusion]
     checks: pd.DataFrame
     figures: Mapping[str, float | None]
-    brief: str
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The tables and the verdict of a fit.
+    """The tables and the verdicts of a fit.
 
     Attributes
     ----------
@@ -50,8 +71,8 @@ class Results:
         Probability of the equal-tailed intervals in the tables.
     variance_components, fixed_effects : pandas.DataFrame
         Tables as `Fit.variance_components` and `Fit.fixed_effects` make them.
-    verdict : Verdict
-        Whether the fit can be trusted.
+    verdicts : Verdicts
+        Whether the draws can be trusted, and whether the model misfits.
 
     Examples
     --------
@@ -62,4 +83,4 @@ class Results:
     prob: float
     variance_components: pd.DataFrame
     fixed_effects: pd.DataFrame
-    verdict: Verdict
+    verdicts: Verdicts

@@ -26,7 +26,7 @@ def summarize(results: Results) -> str:
             _random(results),
             _fixed(results),
             _convergence(results),
-            _section("Verdict", results.verdict.brief),
+            results.verdicts.text,
         ]
     )
 
