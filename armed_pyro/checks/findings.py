@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from armed_pyro.checks.check import Check, Word, severity
+from armed_pyro.checks.check import LEVEL, Check, Word, severity
 from armed_pyro.checks.score_tests import Tested, adjusted
 
 __all__ = ["Kind", "amount", "ratio", "unchecked"]
 
 
-# Largest p-value of a misfit, corrected for the number of tests of its kind. With a dozen kinds,
-# about 1 in 100 right models would be reported if the effects did not have to matter as well.
-LEVEL = 1e-3
 MOST_NAMED = 3
 
 

@@ -4,46 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 from torch import Tensor
 
-from armed_pyro.checks.check import Check, checked, failed
+from armed_pyro.checks.check import BROKEN, Check, cause, checked, failed
 from armed_pyro.checks.order_checks import order_checks
 from armed_pyro.checks.outlier_checks import outlier_checks
 from armed_pyro.checks.predictor_checks import predictor_checks
 from armed_pyro.checks.quantile_residuals import QuantileResiduals
 from armed_pyro.checks.spread_checks import dispersion_checks, shape_checks, spread_checks
-from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.inference.posterior import Posterior
 
 __all__ = ["misfit_checks"]
 
 
-NUMERICAL = (ArithmeticError, ValueError, RuntimeError, np.linalg.LinAlgError)
-
 # Each stage takes the residuals without the misfits of the stages before, and hands them on.
 Stage = Callable[[QuantileResiduals], tuple[list[Check], QuantileResiduals]]
 
 
-def misfit_checks(
-    posterior: Posterior, latents: Mapping[str, Tensor], weighted: ImportanceDraws | None
-) -> Iterator[Check]:
+def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     """Checks of predictor, spread, order, outliers and influence.
 
     Parameters
     ----------
     posterior : Posterior
-        The fitted program.
+        The fitted program; the influence of clusters is checked if it has importance weights.
     latents : mapping of str to Tensor
         Posterior draws, as returned by `Fit.draws`; the first 40 or fewer are used.
-    weighted : ImportanceDraws or None
-        The posterior's importance weights, if they were computed.
     """
-    try:
-        residuals = QuantileResiduals.of(posterior, latents, seed=posterior.seed)
-    except NUMERICAL as error:
-        yield failed("model", "residuals", str(error).partition("\n")[0])
-        return
+    residuals = QuantileResiduals.of(posterior, latents, seed=posterior.seed)
     stages: dict[str, Stage] = {
         "dispersion": lambda left: dispersion_checks(posterior, left),
         "predictor": lambda left: predictor_checks(posterior, latents, left),
@@ -53,11 +41,9 @@ def misfit_checks(
         try:
             checks, residuals = stage(residuals)
             yield from checks
-        except NUMERICAL as error:
-            yield failed("model", name, str(error).partition("\n")[0])
+        except BROKEN as error:
+            yield failed("model", name, cause(error))
     left = residuals
     yield from checked("model", "order", lambda: order_checks(posterior, left))
     yield from checked("model", "shape", lambda: shape_checks(posterior, left))
-    yield from checked(
-        "model", "outliers", lambda: outlier_checks(posterior, latents, left, weighted)
-    )
+    yield from checked("model", "outliers", lambda: outlier_checks(posterior, latents, left))

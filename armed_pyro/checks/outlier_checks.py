@@ -14,7 +14,6 @@ from armed_pyro.checks.findings import Kind, unchecked
 from armed_pyro.checks.quantile_residuals import QuantileResiduals
 from armed_pyro.checks.score_tests import Tested
 from armed_pyro.guides.base import selected
-from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
 
@@ -31,12 +30,11 @@ def outlier_checks(
     posterior: Posterior,
     latents: Mapping[str, Tensor],
     residuals: QuantileResiduals,
-    weighted: ImportanceDraws | None,
 ) -> Iterator[Check]:
     """Checks of single clusters and rows."""
     yield from _clusters(posterior, latents)
     yield _rows(posterior, residuals)
-    yield from _influence(posterior, weighted)
+    yield from _influence(posterior)
 
 
 def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
@@ -79,6 +77,8 @@ def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[C
 def _rows(posterior: Posterior, residuals: QuantileResiduals) -> Check:
     if residuals.z is None:
         return unchecked(ROWS.name, "the family has no residuals of single rows")
+    if residuals.dispersed:
+        return unchecked(ROWS.name, "the dispersion is wrong; it has to be mended first")
     labels = posterior.data.row_labels
     p = np.median(2 * scipy.stats.norm.sf(np.abs(residuals.z)), axis=1)
     size = np.abs(residuals.z).mean(1)
@@ -96,9 +96,9 @@ def _rows(posterior: Posterior, residuals: QuantileResiduals) -> Check:
     )
 
 
-def _influence(posterior: Posterior, weighted: ImportanceDraws | None) -> Iterator[Check]:
+def _influence(posterior: Posterior) -> Iterator[Check]:
     """Shift of the hyperparameters' means if a cluster is left out, by importance weights."""
-    nested = posterior.guide.nested_name()
+    nested, weighted = posterior.guide.nested_name(), posterior.importance
     if weighted is None or nested is None or not weighted.clusters.size:
         return
     sites = {

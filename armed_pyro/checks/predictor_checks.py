@@ -64,7 +64,7 @@ def _curves(posterior: Posterior, residuals: QuantileResiduals) -> tuple[Check, 
             if basis.shape[1]:
                 tests.append(curve(_label(name, column), column.values, basis))
                 bases[tests[-1].subject] = basis
-    linear = posterior.model.linear
+    linear, factors = posterior.model.linear, posterior.model.factors
 
     def advice(test: Tested) -> str:
         name = test.subject.partition(" (class ")[0]
@@ -78,10 +78,10 @@ def _curves(posterior: Posterior, residuals: QuantileResiduals) -> tuple[Check, 
     check = CURVE.judge(tests, "no curve is left in the residuals", found, advice)
     for misfit in CURVE.misfits(tests):
         # A curve in the predictor is removed only if no feature explains it.
-        basis = bases.get(misfit.subject)
-        if basis is None:
-            basis = curve_basis(residuals.eta.mean((1, 2)))
-        residuals = residuals.cleaned(partial(without_curve, basis=basis))
+        basis = bases.get(misfit.subject, curve_basis(residuals.eta.mean((1, 2))))
+        # The random intercepts have absorbed a part of the curve's clusters' means.
+        columns = [basis, *(_within(basis, residuals.codes[f.name]) for f in factors)]
+        residuals = residuals.cleaned(partial(without_curve, basis=np.hstack(columns)))
     return check, residuals
 
 
@@ -94,6 +94,10 @@ def within(
     weight = np.ones(len(x)) if weight is None else weight
     total = np.bincount(codes, weight)
     return np.asarray(x - (np.bincount(codes, weight * x) / np.where(total, total, 1))[codes])
+
+
+def _within(basis: np.ndarray, codes: Int[np.ndarray, " rows"]) -> np.ndarray:
+    return np.column_stack([within(column, codes) for column in basis.T])
 
 
 def _slope_columns(factors: Sequence[Factor], name: str) -> set[int]:

@@ -89,6 +89,8 @@ class QuantileResiduals:
         Cluster of each row for every grouping factor of the data, numbered without gaps.
     index : Int[ndarray, "rows"]
         Positions of the rows in the data, ascending.
+    dispersed : bool
+        Whether the dispersion was found to be wrong, and the residuals were divided by their sd.
 
     References
     ----------
@@ -107,6 +109,7 @@ class QuantileResiduals:
     features: Float[np.ndarray, "rows features"]
     codes: Mapping[str, Int[np.ndarray, " rows"]]
     index: Int[np.ndarray, " rows"]
+    dispersed: bool = False
 
     def cleaned(
         self, remove: Callable[[Float[np.ndarray, "rows draws"]], Float[np.ndarray, "rows draws"]]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import scipy
+from jaxtyping import Float
 
 from armed_pyro.checks.check import Check
 from armed_pyro.checks.findings import Kind, ratio, unchecked
@@ -35,6 +37,7 @@ SPREAD_BY_FACTOR = Kind("spread by cluster", "sd of the clusters' log of the res
 DISPERSION = Kind("dispersion", "variance relative to the family's", 1.2, 2.0, ratio)
 ZEROS = Kind("zeros", "zeros relative to those expected", 1.2, 2.0, ratio)
 SKEWNESS = Kind("skewness", "skewness", 0.4, 1.5)
+DISPERSION_FIRST = "the dispersion is wrong; it has to be mended first"
 TAILS = Kind("tails", "excess kurtosis", 1.0, 6.0)
 
 
@@ -47,8 +50,30 @@ def dispersion_checks(
         reason = "" if residuals.z is not None else no_residuals(family)
         return [unchecked(DISPERSION.name, reason)] if reason else [], residuals
     dispersion = _dispersion(residuals, residuals.z, family.name)
-    checks = [dispersion, _zeros(residuals, residuals.zeros)]
-    return checks, residuals if dispersion.verdict == "pass" else residuals.cleaned(lambda z: z)
+    zeros = _zeros(residuals, residuals.zeros)
+    if dispersion.verdict in ("pass", "not checked"):
+        return [dispersion, zeros], residuals
+    # Zeros, spread and tails follow from the dispersion, and would be reported again.
+    if family.name == "poisson":
+        zeros = _zeros(residuals, overdispersed_zeros(residuals.outcome, residuals.zeros))
+    else:
+        zeros = unchecked(ZEROS.name, DISPERSION_FIRST)
+    return [dispersion, zeros], replace(residuals.cleaned(lambda z: z), dispersed=True)
+
+
+def overdispersed_zeros(
+    y: Float[np.ndarray, " rows"], zeros: Float[np.ndarray, "rows draws"]
+) -> Float[np.ndarray, "rows draws"]:
+    r"""P(y = 0) of negative binomial counts with the means of poisson counts.
+
+    .. math:: P(y = 0) = (1 + \mu / s)^{-s}, \quad \mu = -\log P_{poisson}(y = 0), \quad
+              1 / s = \frac{\sum (y - \mu)^2 - \mu}{\sum \mu^2}
+
+    Zeros beyond these are more than overdispersion explains.
+    """
+    mean = -np.log(zeros.clip(1e-300, 1 - 1e-12))
+    inverse = (((y[:, None] - mean) ** 2 - mean).sum(0) / (mean**2).sum(0)).clip(min=1e-6)
+    return np.asarray(np.exp(-np.log1p(mean * inverse) / inverse))
 
 
 def spread_checks(
@@ -56,8 +81,9 @@ def spread_checks(
 ) -> tuple[list[Check], QuantileResiduals]:
     """Checks of where the spread differs, and the residuals divided by it."""
     family = posterior.model.family
-    if residuals.z is None:
-        return [unchecked(SPREAD.name, no_residuals(family))], residuals
+    if residuals.z is None or residuals.dispersed:
+        reason = DISPERSION_FIRST if residuals.dispersed else no_residuals(family)
+        return [unchecked(SPREAD.name, reason)], residuals
     scores = spread_scores(residuals.z)
     scores -= scores.mean(0)  # the overall spread is tested as the dispersion
     tests, bases = [curve_by_draw(PREDICTOR, scores, residuals.eta[..., 0])], dict[str, Any]()
@@ -103,8 +129,9 @@ def spread_checks(
 
 def shape_checks(posterior: Posterior, residuals: QuantileResiduals) -> Iterator[Check]:
     """Checks of skewness and tails."""
-    if residuals.z is None:
-        yield unchecked(TAILS.name, no_residuals(posterior.model.family))
+    if residuals.z is None or residuals.dispersed:
+        no_reason = no_residuals(posterior.model.family)
+        yield unchecked(TAILS.name, DISPERSION_FIRST if residuals.dispersed else no_reason)
         return
     skewness, tails = moments(residuals.z)
     yield SKEWNESS.judge(
