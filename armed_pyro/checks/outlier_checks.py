@@ -134,6 +134,7 @@ def _influence(posterior: Posterior) -> Iterator[Check]:
         effect_name="shift of an estimate, in posterior sds",
         threshold=INFLUENTIAL,
         advice=advice,
+        is_misfit=False,
     )
 
 

@@ -47,7 +47,10 @@ def predictor_checks(
     curves, residuals = _curves(posterior, residuals)
     slopes, residuals = _slopes(posterior, residuals)
     factors, residuals = _factors(posterior, residuals)
-    return [curves, *slopes, *factors, *_context(posterior, latents, residuals)], residuals
+    checks = [curves, *slopes, *factors, *_context(posterior, latents, residuals)]
+    if (more := len(residuals.names) - MOST_FEATURES) > 0:
+        checks.append(unchecked("further features", f"{more} features beyond the first 100"))
+    return checks, residuals
 
 
 def _label(subject: str, column: MeanResiduals) -> str:
@@ -191,10 +194,11 @@ def _context(
         effects = drawn[factor.effect_site]
         codes = residuals.codes[factor.name]
         count = int(codes.max()) + 1
-        if not places or effects.dim() < 3 or not FEWEST_CLUSTERS <= count == effects.shape[1]:
+        if not places or effects.dim() < 3 or count < FEWEST_CLUSTERS:
             continue
         sd = factor.scale_matrix(drawn)[..., places[0], : places[0] + 1].square().sum(-1).sqrt()
         v = (effects[..., places[0]] / sd).double().cpu().numpy().T
+        v = v[residuals.clusters[factor.name]]
         sizes = np.bincount(codes)
         for place, name in enumerate(residuals.names[:MOST_FEATURES]):
             x = residuals.features[:, place]

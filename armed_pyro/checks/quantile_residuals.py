@@ -87,6 +87,8 @@ class QuantileResiduals:
         Features on their original scale; without columns for images.
     codes : mapping of str to Int[ndarray, "rows"]
         Cluster of each row for every grouping factor of the data, numbered without gaps.
+    clusters : mapping of str to Int[ndarray, "clusters"]
+        Clusters that the codes number, as positions among those of the training data.
     index : Int[ndarray, "rows"]
         Positions of the rows in the data, ascending.
     dispersed : bool
@@ -108,6 +110,7 @@ class QuantileResiduals:
     sources: tuple[str, ...]
     features: Float[np.ndarray, "rows features"]
     codes: Mapping[str, Int[np.ndarray, " rows"]]
+    clusters: Mapping[str, Int[np.ndarray, " clusters"]]
     index: Int[np.ndarray, " rows"]
     dispersed: bool = False
 
@@ -178,6 +181,11 @@ class QuantileResiduals:
             score = _score(model.family, eta, parameters, rows)
             weight = 1 / (information + 0.25 * information.mean())
             dispersion = float((weight * score**2).sum() / (weight * information).sum())
+        groupings = {name: grouping.codes for name, grouping in data.groupings.items()}
+        codes = {
+            name: np.unique(values.cpu().numpy()[index], return_inverse=True)
+            for name, values in {**groupings, **source.codes}.items()
+        }
         table = bool(data.feature_names) and data.features.dim() == 2
         features = data.features[index].double().numpy() if table else np.zeros((len(index), 0))
         return cls(
@@ -190,10 +198,8 @@ class QuantileResiduals:
             data.feature_names if table else (),
             data.sources if table else (),
             features,
-            {
-                name: np.unique(grouping.codes.numpy()[index], return_inverse=True)[1]
-                for name, grouping in data.groupings.items()
-            },
+            {name: codes for name, (_, codes) in codes.items()},
+            {name: clusters for name, (clusters, _) in codes.items()},
             index,
         )
 
