@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import scipy
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.checks.check import Check, severity
@@ -23,6 +26,7 @@ __all__ = ["outlier_checks"]
 CLUSTERS = Kind("outlying clusters", "distance from the mean, in sds,", 3.0, 6.0)
 ROWS = Kind("outlying rows", "size of the residual, in sds,", 4.0, 8.0)
 INFLUENCE, INFLUENTIAL = "influence of clusters", 2.0
+MOST_WORST = 20
 MOST_DRAWS, MOST_EFFECTS = 40, 2**22
 
 
@@ -37,6 +41,20 @@ def outlier_checks(
     yield from _influence(posterior)
 
 
+def _worst(
+    effect: Float[np.ndarray, " units"], p: Float[np.ndarray, " units"], name: Callable[[int], str]
+) -> list[Tested]:
+    """Tests of the units with the smallest p-values, for Holm's correction of all units.
+
+    Only these can be significant, and lists of thousands of tests would take time.
+    """
+    worst = np.argsort(p)[:MOST_WORST]
+    factor = len(p) / len(worst)
+    return [
+        Tested(name(int(i)), float(effect[i]), min(1.0, float(p[i]) * factor)) for i in worst
+    ]
+
+
 def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     r"""Clusters whose whitened effects :math:`|L^{-1} u_k|^2` are too large for a chi-square."""
     tests = list[Tested]()
@@ -45,7 +63,8 @@ def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[C
         if effects.dim() < 3 or effects.shape[1] < 5 or effects.shape[-1] > 50:
             continue
         drawn = selected(
-            latents, slice(max(5, min(MOST_DRAWS, MOST_EFFECTS // effects[0].numel())))
+            latents, slice(max(5, min(MOST_WORST = 20
+MOST_DRAWS, MOST_EFFECTS // effects[0].numel())))
         )
         u = drawn[factor.effect_site]
         scale = factor.scale_matrix(drawn)
@@ -55,10 +74,7 @@ def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[C
         p = np.median(scipy.stats.chi2.sf(squares, u.shape[-1]), axis=0)
         distance = np.sqrt(squares.mean(0))
         labels = posterior.model.data_facts().levels[factor.name]
-        tests += [
-            Tested(f"{labels[k]} ({factor.name})", float(distance[k]), float(p[k]))
-            for k in range(len(p))
-        ]
+        tests += _worst(distance, p, partial(_label, factor.name, labels))
     if not tests:
         if posterior.model.factors:
             yield unchecked(CLUSTERS.name, "too few clusters")
@@ -74,6 +90,10 @@ def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[C
     )
 
 
+def _label(factor: str, levels: pd.Index, place: int) -> str:
+    return f"{levels[place]} ({factor})"
+
+
 def _rows(posterior: Posterior, residuals: QuantileResiduals) -> Check:
     if residuals.z is None:
         return unchecked(ROWS.name, "the family has no residuals of single rows")
@@ -82,14 +102,9 @@ def _rows(posterior: Posterior, residuals: QuantileResiduals) -> Check:
     labels = posterior.data.row_labels
     p = np.median(2 * scipy.stats.norm.sf(np.abs(residuals.z)), axis=1)
     size = np.abs(residuals.z).mean(1)
-    worst = np.argsort(p)[:20]
-    # Holm's correction for all rows, of which only the worst can be significant.
-    tests = [
-        Tested(f"{labels[residuals.index[i]]}", float(size[i]), min(1.0, float(p[i]) * len(p)))
-        for i in worst
-    ]
+    tests = _worst(size, p, lambda i: str(labels[residuals.index[i]]))
     return ROWS.judge(
-        [Tested(test.subject, test.effect, test.p / len(tests)) for test in tests],
+        tests,
         "no row is an outlier",
         "rows far from what is expected: {}",
         lambda test: "look at these rows: errors of the data, or a family with heavier tails",
@@ -121,10 +136,10 @@ def _influence(posterior: Posterior) -> Iterator[Check]:
     word = severity(float(largest[worst]), INFLUENTIAL)
     guess = " or more (its weights are unreliable)" if k_hat[worst] > 0.7 else ""
     reason = (
-        f"without cluster {label!r} of {nested}, an estimate would move by "
+        f"without cluster {label} of {nested}, an estimate would move by "
         f"{largest[worst]:.1f} posterior sds{guess} (importance weights)"
     )
-    advice = f"fit without cluster {label!r} and compare" if word != "pass" else ""
+    advice = f"fit without cluster {label} and compare" if word != "pass" else ""
     yield Check(
         "model",
         INFLUENCE,

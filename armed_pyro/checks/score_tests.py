@@ -92,11 +92,15 @@ def curve_basis(x: Rows) -> Float[np.ndarray, "rows columns"]:
     distinct = len(np.unique(x[: 10**4]))
     columns = [x, x**2, x**3, *(np.maximum(x - k, 0) for k in np.quantile(x, [1 / 3, 2 / 3]))]
     columns = columns[: 5 if distinct >= 12 and len(x) >= 100 else max(1, min(3, distinct - 1))]
-    stacked = np.column_stack([np.ones(len(x)), *columns])
-    q, r = np.linalg.qr(stacked / np.linalg.norm(stacked, axis=0))
-    independent = np.abs(r.diagonal()) > 1e-8
-    independent[0] = False
-    return q[:, independent]
+    stacked = np.column_stack([column - column.mean() for column in columns])
+    return _orthonormal(stacked)
+
+
+def _orthonormal(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows rank"]:
+    """Orthonormal columns with the same span."""
+    length = np.linalg.norm(columns, axis=0)
+    u, s, _ = np.linalg.svd(columns[:, length > 0] / length[length > 0], full_matrices=False)
+    return np.asarray(u[:, s > 1e-8])
 
 
 def curve(subject: str, z: Residuals, basis: Float[np.ndarray, "rows columns"]) -> Tested:
@@ -186,8 +190,7 @@ def between_clusters(
 
 def without_curve(z: Residuals, basis: Float[np.ndarray, "rows columns"]) -> Residuals:
     """Residuals without their projection on these columns, which need not be orthogonal."""
-    q, r = np.linalg.qr(basis)
-    q = q[:, np.abs(r.diagonal()) > 1e-8]
+    q = _orthonormal(basis)
     return np.asarray(z - q @ (q.T @ z))
 
 
@@ -209,7 +212,8 @@ def spread_scores(z: Residuals) -> Residuals:
     >>> spread_scores(np.array([[0.6745]])).round(3).tolist()
     [[0.0]]
     """
-    return np.asarray(scipy.special.ndtri(1 - 2 * scipy.special.ndtr(-np.abs(z)).clip(1e-16, 0.5)))
+    outside = 2 * scipy.special.ndtr(-np.abs(z))  # P(|Z| > |z|)
+    return np.asarray(-scipy.special.ndtri(outside.clip(1e-16, 1 - 1e-15)))
 
 
 def lag_one(
