@@ -50,9 +50,7 @@ def _worst(
     """
     worst = np.argsort(p)[:MOST_WORST]
     factor = len(p) / len(worst)
-    return [
-        Tested(name(int(i)), float(effect[i]), min(1.0, float(p[i]) * factor)) for i in worst
-    ]
+    return [Tested(name(int(i)), float(effect[i]), min(1.0, float(p[i]) * factor)) for i in worst]
 
 
 def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
@@ -63,8 +61,7 @@ def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[C
         if effects.dim() < 3 or effects.shape[1] < 5 or effects.shape[-1] > 50:
             continue
         drawn = selected(
-            latents, slice(max(5, min(MOST_WORST = 20
-MOST_DRAWS, MOST_EFFECTS // effects[0].numel())))
+            latents, slice(max(5, min(MOST_DRAWS, MOST_EFFECTS // effects[0].numel())))
         )
         u = drawn[factor.effect_site]
         scale = factor.scale_matrix(drawn)
