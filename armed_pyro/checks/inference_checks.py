@@ -19,6 +19,7 @@ from armed_pyro.guides.hyperparameters import is_positive
 from armed_pyro.guides.noise import proposal_variance
 from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.summaries.datatree import latent_dataset
 
@@ -33,7 +34,6 @@ GUIDE_BIAS, GUIDE_RATIO = 0.25, 1.3
 DRIFT = 0.25
 FEWEST_CHAIN_DRAWS = 400.0  # effective draws, for an error of 0.05 posterior sds
 MORE_STEPS = "allow more steps: Schedule(steps=...), --steps"
-NUTS = 'take slower but exact draws: fit.refine("nuts"), armed-pyro fit --refine nuts'
 
 
 def inference_checks(posterior: Posterior) -> Iterator[Check]:
@@ -125,11 +125,11 @@ def _weights(posterior: Posterior, weighted: ImportanceDraws) -> Iterator[Check]
         error if math.isfinite(error) else None,
         "error of the worst mean or sd, in posterior sds",
         INACCURATE,
-        advice="" if verdict == "pass" else NUTS,
+        advice="" if verdict == "pass" else _exact(posterior),
     )
     if posterior.refined is None and verdict == "pass":
         yield _guide(posterior.model, weighted)
-    yield from _by_cluster(weighted)
+    yield from _by_cluster(posterior, weighted)
 
 
 def _error(posterior: Posterior, weighted: ImportanceDraws) -> tuple[float, str]:
@@ -194,7 +194,15 @@ def _guide(model: MixedEffects, weighted: ImportanceDraws) -> Check:
     )
 
 
-def _by_cluster(weighted: ImportanceDraws) -> Iterator[Check]:
+def _exact(posterior: Posterior) -> str:
+    """Advice to draw by NUTS, with the expected time."""
+    advice = 'take slower but exact draws: fit.refine("nuts"), armed-pyro fit --refine nuts'
+    if posterior.sampled:
+        return "fit the table in memory, or a part of it, which allows exact draws (NUTS)"
+    return f"{advice} (about {duration(nuts_seconds(posterior))})"
+
+
+def _by_cluster(posterior: Posterior, weighted: ImportanceDraws) -> Iterator[Check]:
     if not len(weighted.cluster_k_hat):
         return
     k_hats = weighted.cluster_k_hat[~np.isnan(weighted.cluster_k_hat)]
@@ -211,7 +219,7 @@ def _by_cluster(weighted: ImportanceDraws) -> Iterator[Check]:
         bad,
         "share of the clusters with k-hat above 0.7",
         0.05,
-        advice="" if verdict == "pass" else NUTS,
+        advice="" if verdict == "pass" else _exact(posterior),
     )
 
 

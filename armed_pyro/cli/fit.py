@@ -13,7 +13,7 @@ import typer
 
 from armed_pyro._memory import most_held
 from armed_pyro.cli.console import out, say
-from armed_pyro.cli.options import FitOptions, Missing
+from armed_pyro.cli.options import FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
 from armed_pyro.cli.training_data import TrainingTable, byte_size, outputs
 from armed_pyro.data.clustered import ClusteredData
@@ -24,6 +24,7 @@ from armed_pyro.families.family import Family
 from armed_pyro.families.registry import family_named
 from armed_pyro.fit_result import Fit
 from armed_pyro.fitting import DivergenceError, fit
+from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.evaluation import evaluate
@@ -63,8 +64,8 @@ def fit_table(options: FitOptions) -> None:
     ValueError
         Before training, if an option does not fit the table, the folder or another option.
     typer.Exit
-        With code 1 if the loss diverged, and 130 after an interrupt. A message says which state
-        was saved.
+        With code 1 if the loss diverged, and 130 after an interrupt; a message says which state
+        was saved. With code 3 if `strict` and either verdict is "fail", after saving.
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
@@ -79,12 +80,23 @@ def fit_table(options: FitOptions) -> None:
     if not first_process():
         return
     run = options.run
+    if options.refine is Refine.nuts:
+        result = _by_nuts(result)
     result.save(run, draws=options.draws, prob=options.prob)
     _print_fit(result, split.held_out, run, options.prob)
     if not isinstance(split.training, ClusteredData):
         out.print(f"Most memory held: {most_held() / 1e9:.2f} GB")
     (run / CHECKPOINT).unlink(missing_ok=True)
     (run / PARTIAL).unlink(missing_ok=True)
+    if options.strict and result.diagnostics().failed:
+        raise typer.Exit(3)
+
+
+def _by_nuts(result: Fit) -> Fit:
+    """The fit with draws by NUTS, after saying how long they will take."""
+    seconds = nuts_seconds(result.posterior)
+    say(f"Drawing by NUTS, which will take about {duration(seconds)}", "")
+    return result.refine("nuts")
 
 
 def _check(options: FitOptions) -> None:

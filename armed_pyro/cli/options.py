@@ -17,6 +17,7 @@ __all__ = [
     "FitOptions",
     "Missing",
     "PredictOptions",
+    "Refine",
     "ReportOptions",
     "takes",
 ]
@@ -25,6 +26,7 @@ T = TypeVar("T")
 Compile = StrEnum("Compile", ["auto", "always", "never"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 Missing = StrEnum("Missing", ["error", "drop"])
+Refine = StrEnum("Refine", ["psis", "nuts"])
 
 
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
@@ -185,6 +187,21 @@ class FitOptions:
     ] = Compile.auto
     draws: Annotated[int, option("Posterior draws to save: --draws 2000")] = 1000
     prob: Probability = 0.9
+    refine: Annotated[
+        Refine,
+        option(
+            "Posterior draws: the guide's, weighted (psis), or exact but slow ones by NUTS, whose "
+            "expected time is told first: --refine nuts"
+        ),
+    ] = Refine.psis
+    strict: Annotated[
+        bool,
+        option(
+            "Exit with code 3, after saving, if the verdict on the computation or on the model is "
+            "'fail'",
+            "--strict",
+        ),
+    ] = False
     memory: Annotated[
         str | None,
         option(

@@ -226,6 +226,10 @@ class Run:
         """Go back to the last good state, and make the error to raise."""
         schedule = self.task.schedule
         cause += not_finite(self.task.state())
+        extremes = "features and outcome"
+        if self.task.data.offset is not None:
+            largest = float(self.task.data.offset.abs().max())
+            extremes = f"features, outcome and offset (up to {largest:.4g}; take logs of exposures)"
         self.task.return_to(self._good)
         self.phase.keep_best()
         self.phase.release()
@@ -233,7 +237,7 @@ class Run:
         return TrainingDiverged(
             f"the loss diverged at step {self.step + 1}: {cause}. Try a lower learning rate "
             f"(now {schedule.learning_rate} for the guide, {schedule.net_learning_rate} for the "
-            "network), and look for extreme values in features and outcome. The error's `fit` "
-            "attribute holds the last good state.",
+            f"network), and look for extreme values in {extremes}. The error's `fit` attribute "
+            "holds the last good state.",
             self.result(),
         )
