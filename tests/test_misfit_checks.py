@@ -210,7 +210,7 @@ def test_a_left_out_slope_is_named():
     assert 0.4 < checks["left-out slopes"].effect < 0.9
     with_slope = judged(fitted(frame.assign(y=rng.normal(frame.eta + slopes)), random="(x | g)"))
     assert misfits(with_slope) == set()
-    assert with_slope["left-out slopes"].verdict == "not checked"
+    assert "left-out slopes" not in with_slope
 
 
 def test_a_left_out_square_is_named():
@@ -316,6 +316,38 @@ def test_single_trials_are_checked_by_their_scores(fault):
     assert expected[fault] <= misfits(checks) <= expected[fault] | {"non-linearity"}
     assert fault != "none" or misfits(checks) == set()
     assert checks["spread"].verdict == "not checked"
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_classes_are_checked_by_their_scores(left_out):
+    rng, frame = table(clusters=60, rows=20)
+    logits = np.column_stack([0 * frame.eta, frame.eta, -frame.eta + 0.5])
+    if left_out:
+        logits[:, 1] += 2 * rng.normal(size=60)[frame.g] * frame.x
+    frame["y"] = np.array(["a", "b", "c"])[(logits + rng.gumbel(size=(1200, 3))).argmax(1)]
+    data = ClusteredData.from_frame(frame, outcome="y", clusters=["g"], features=["x"])
+    model = MixedEffects(linear(1, 3), "(1 | g)", "categorical", bayesian_head=True)
+    checks = judged(fit(model, data, progress=False))
+    assert ("left-out slopes" in misfits(checks)) is left_out
+    if left_out:
+        assert "x by g (class b)" in checks["left-out slopes"].reason
+        assert checks["left-out slopes"].advice.startswith("add (0 + x | g)")
+    else:
+        assert misfits(checks) == set()
+
+
+def test_few_rows_are_not_tested():
+    rng, frame = table(clusters=5, rows=3)
+    checks = judged(fitted(frame.assign(y=rng.normal(frame.eta))))
+    assert set(checks) == {"residuals", "misfit"}
+    assert checks["misfit"].verdict == "not checked"
+
+
+def test_rows_sorted_by_outcome_are_not_autocorrelated():
+    rng, frame = table()
+    frame["y"] = rng.normal(frame.eta)
+    checks = judged(fitted(frame.sort_values(["g", "y"])))
+    assert checks["autocorrelation"].verdict == "not checked"
 
 
 def test_predictions_that_are_not_finite_fail():

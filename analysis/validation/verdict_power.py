@@ -176,6 +176,9 @@ FAULTS = (
 
 
 def _outcome(rng: np.random.Generator, family: str, eta: Array) -> Array:
+    if family == "categorical":
+        logits = np.column_stack([np.zeros(len(eta)), eta, 0.5 - eta])
+        return (logits + rng.gumbel(size=logits.shape)).argmax(1).astype(float)
     if family == "gaussian":
         return eta + rng.normal(size=len(eta))
     if family == "bernoulli":
@@ -211,7 +214,14 @@ def _healthy(family: str, kind: str) -> Callable[[np.random.Generator], pd.DataF
 
 RANDOM = {"slopes": "(1 + x | g)", "crossed": "(1 | g) + (1 | h)"}
 KINDS = ("balanced", "few large", "many small", "slopes", "crossed")
-FAMILIES = ("gaussian", "bernoulli", "binomial", "poisson", "negative_binomial")
+FAMILIES = (
+    "gaussian",
+    "bernoulli",
+    "binomial",
+    "poisson",
+    "negative_binomial",
+    "categorical",
+)
 HEALTHY = tuple(
     Design(f"{family}, {kind}", family, RANDOM.get(kind, "(1 | g)"), _healthy(family, kind))
     for family in FAMILIES
@@ -231,7 +241,8 @@ def _checks(design: Design, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     data = ClusteredData.from_frame(
         table.assign(trials=8), outcome="y", clusters=factors, features=["x"], **trials
     )
-    model = MixedEffects(linear(1), design.random, design.family, bayesian_head=True)
+    outputs = 3 if design.family == "categorical" else 1
+    model = MixedEffects(linear(1, outputs), design.random, design.family, bayesian_head=True)
     return table, fit(model, data, seed=seed, progress=False).diagnostics().to_frame()
 
 

@@ -11,7 +11,7 @@ from armed_pyro.checks.check import BROKEN, SEVERITY, Check, Part, cause, checke
 from armed_pyro.checks.design_checks import design_checks
 from armed_pyro.checks.inference_checks import finite_draws, inference_checks
 from armed_pyro.checks.misfit_checks import misfit_checks
-from armed_pyro.checks.pivotal_checks import normality_checks, residual_check
+from armed_pyro.checks.pivotal_checks import normality_checks
 from armed_pyro.checks.predictive_checks import predictive_checks
 from armed_pyro.checks.prior_checks import (
     boundary_checks,
@@ -44,8 +44,7 @@ GROUPS: tuple[tuple[Part, str, Group], ...] = (
     ("model", "prior sensitivity", sensitivity_checks),
     ("model", "coefficients", coefficient_checks),
     ("model", "normality", normality_checks),
-    ("model", "residuals", residual_check),
-    ("model", "misfit", misfit_checks),
+    ("model", "residuals", misfit_checks),
 )
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor
 
 from armed_pyro.checks.check import BROKEN, Check, cause, checked, failed
+from armed_pyro.checks.findings import unchecked
 from armed_pyro.checks.order_checks import order_checks
 from armed_pyro.checks.outlier_checks import outlier_checks
+from armed_pyro.checks.pivotal_checks import residual_check
 from armed_pyro.checks.predictor_checks import predictor_checks
 from armed_pyro.checks.quantile_residuals import QuantileResiduals
 from armed_pyro.checks.spread_checks import dispersion_checks, shape_checks, spread_checks
@@ -17,12 +19,13 @@ from armed_pyro.inference.posterior import Posterior
 __all__ = ["misfit_checks"]
 
 
+FEWEST_ROWS = 20
 # Each stage takes the residuals without the misfits of the stages before, and hands them on.
 Stage = Callable[[QuantileResiduals], tuple[list[Check], QuantileResiduals]]
 
 
 def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    """Checks of predictor, spread, order, outliers and influence.
+    """Checks of the residuals' law, predictor, spread, order, outliers and influence.
 
     Parameters
     ----------
@@ -32,6 +35,10 @@ def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
         Posterior draws, as returned by `Fit.draws`; the first 40 or fewer are used.
     """
     residuals = QuantileResiduals.of(posterior, latents, seed=posterior.seed)
+    yield residual_check(posterior.model.family, residuals)
+    if len(residuals.index) < FEWEST_ROWS:
+        yield unchecked("misfit", f"{len(residuals.index)} rows are too few for score tests")
+        return
     stages: dict[str, Stage] = {
         "dispersion": lambda left: dispersion_checks(posterior, left),
         "predictor": lambda left: predictor_checks(posterior, latents, left),

@@ -120,7 +120,7 @@ def _slopes(
 ) -> tuple[list[Check], QuantileResiduals]:
     factors = posterior.model.factors
     tests, terms = list[Tested](), dict[str, str]()
-    columns = dict[str, tuple[np.ndarray, np.ndarray]]()
+    columns, candidates = dict[str, tuple[np.ndarray, np.ndarray]](), False
     for factor in factors:
         codes = residuals.codes[factor.name]
         present = _slope_columns(factors, factor.name)
@@ -128,6 +128,7 @@ def _slopes(
             x = residuals.features[:, place]
             if place in present or within(x, codes).var() < 1e-6 * x.var():
                 continue
+            candidates = True
             for column in residuals.mean:
                 a = column.slope * within(x, codes, column.slope**2)
                 subject = _label(f"{name} by {factor.name}", column)
@@ -136,9 +137,9 @@ def _slopes(
                 tests += [test] if test else []
                 columns[subject] = a, codes
     if not tests:
-        if not factors:
+        if not candidates:
             return [], residuals
-        reason = "no feature without a random slope varies within enough clusters"
+        reason = "the features vary within fewer than 5 clusters"
         return [unchecked(SLOPES.name, reason)], residuals
     check = SLOPES.judge(
         tests,

@@ -27,7 +27,6 @@ MOST_ROWS = 50_000
 MOST_DRAWS, FEWEST_DRAWS = 40, 10
 MOST_VALUES = 2**19  # rows times draws
 LARGEST = 8.0  # beyond it, 1 - Phi(z) is smaller than the rounding of a distribution function
-FEWEST_ROWS = 20
 
 Draws = Mapping[str, Tensor]
 
@@ -151,13 +150,11 @@ class QuantileResiduals:
         Raises
         ------
         ValueError
-            If there are fewer than 20 rows, or predictions are not finite.
+            If predictions are not finite.
         """
         model, data = posterior.model, posterior.data
         source = model.encode(data)
         index = _chosen(posterior, seed)
-        if len(index) < FEWEST_ROWS:
-            raise ValueError(f"{len(index)} rows with a weight are too few for tests of residuals")
         most = FEWEST_DRAWS if modulates(model) else max(FEWEST_DRAWS, MOST_VALUES // len(index))
         drawn = selected(latents, slice(min(MOST_DRAWS, most)))
         rows = source.batch(
@@ -266,15 +263,16 @@ def _mean_residuals(
     score = _score(family, eta, parameters, rows)
     if not np.isfinite(score).all():
         raise ValueError("the score of the outcome is not finite")
-    return tuple(
-        MeanResiduals(
-            column,
-            (score[..., c] / np.sqrt(information[..., c])).T,
-            _relative(information[..., c].mean(0)),
-            (1 / information[..., c] - 6).mean(0) if family.is_class else None,
-        )
-        for c, column in enumerate(columns)
-    )
+    residuals = list[MeanResiduals]()
+    for c, column in enumerate(columns):
+        values, kurtosis = (score[..., c] / np.sqrt(information[..., c])).T, None
+        if family.is_class:
+            kurtosis = (1 / information[..., c] - 6).mean(0)
+        else:  # the information is that of an exponential family, which this need not be
+            values /= np.sqrt((values**2).mean(0))
+        slope = _relative(information[..., c].mean(0))
+        residuals.append(MeanResiduals(column, values, slope, kurtosis))
+    return tuple(residuals)
 
 
 def _relative(information: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
