@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
 from armed_pyro.checks.check import Check, Word, severity
+from armed_pyro.checks.quantities import reported
 from armed_pyro.engine.schedule import MOVING
 from armed_pyro.guides.hyperparameters import is_positive
 from armed_pyro.guides.noise import proposal_variance
@@ -21,7 +21,6 @@ from armed_pyro.inference.draws import ImportanceDraws
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.summaries.datatree import latent_dataset
 
 __all__ = ["finite_draws", "inference_checks"]
 
@@ -145,7 +144,9 @@ def _error(posterior: Posterior, weighted: ImportanceDraws) -> tuple[float, str]
         return math.inf, ""
     unseen = 0.5 * float(weights.max()) / (1 - k_hat)
     worst, name = 0.0, "the draws"
-    for quantity, draws in _quantities(posterior, weighted.latents).items():
+    for quantity, values in reported(posterior, weighted.latents).items():
+        # The error of a skewed sd's mean and sd is dominated by a few extreme draws.
+        draws = np.log(values) if (values > 0).all() else values
         centred = draws - weights @ draws
         variance = float(weights @ centred**2)
         if variance <= 1e-24 * (1 + float(np.abs(draws).max())) ** 2:
@@ -155,27 +156,6 @@ def _error(posterior: Posterior, weighted: ImportanceDraws) -> tuple[float, str]
         if not max(mean, sd) <= worst:
             worst, name = max(mean, sd), quantity
     return worst + 3 * unseen, name
-
-
-def _quantities(
-    posterior: Posterior, latents: Mapping[str, Tensor]
-) -> dict[str, Float[np.ndarray, " draws"]]:
-    """Draws of every reported hyperparameter on the original scale; sds as logarithms."""
-    effects = {factor.effect_site for factor in posterior.model.factors}
-    outside = {name: value for name, value in latents.items() if name not in effects}
-    n = max([1, *(len(value) for value in outside.values() if value.dim() > 1)])
-    values: dict[str, np.ndarray] = {}
-    for name, array in latent_dataset(posterior.model, outside, n).data_vars.items():
-        draws = array.to_numpy()[0].reshape(n, -1).astype(float)
-        labels = [""]
-        if array.ndim == 3:
-            labels = [f"[{label}]" for label in array[array.dims[-1]].to_numpy()]
-        for place in range(draws.shape[1]):
-            column = draws[:, place]
-            label = labels[place] if len(labels) == draws.shape[1] else f"[{place}]"
-            # The error of a skewed sd's mean and sd is dominated by a few extreme draws.
-            values[f"{name}{label}"] = np.log(column) if (column > 0).all() else column
-    return values
 
 
 def _guide(model: MixedEffects, weighted: ImportanceDraws) -> Check:

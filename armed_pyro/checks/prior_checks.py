@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.checks.check import Check, severity
+from armed_pyro.checks.quantities import reported
 from armed_pyro.inference.nested_weights import log_prior
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.units import original_covariance
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.summaries.arviz_stats import prior_sensitivity
-from armed_pyro.summaries.datatree import latent_dataset, prior_draws
+from armed_pyro.summaries.datatree import prior_draws
 
 __all__ = [
     "boundary_checks",
@@ -190,24 +191,15 @@ def _prior_shifts(posterior: Posterior, latents: Draws) -> dict[str, float]:
 
     The mean of h moves by Cov(h, log prior) log 2 for each doubling of the prior's power.
     """
-    effects = {factor.effect_site for factor in posterior.model.factors}
-    outside = {name: value for name, value in latents.items() if name not in effects}
-    n = max([0, *(value.shape[0] for value in outside.values() if value.dim() > 1)])
-    if not n:
-        return {}
     prior = log_prior(posterior.model, latents).double().cpu().numpy()
-    centred, shifts = prior - prior.mean(), dict[str, float]()
     if not np.isfinite(prior).all():
         raise ValueError("the prior's density is not finite in some draws")
-    for name, array in latent_dataset(posterior.model, outside, n).data_vars.items():
-        draws = array.to_numpy()[0].astype(float)
-        moved = np.tensordot(centred, draws - draws.mean(0), 1) / n * math.log(2)
-        spread = draws.std(0)
-        sizes = np.abs(moved) / np.where(spread > 0, spread, np.inf)
-        labels = [array[dim].to_numpy() for dim in array.dims[2:]]
-        for place in np.ndindex(sizes.shape):
-            label = ",".join(str(values[i]) for values, i in zip(labels, place, strict=True))
-            shifts[f"{name}[{label}]" if label else str(name)] = float(sizes[place])
+    shifts = dict[str, float]()
+    for name, draws in reported(posterior, latents).items():
+        spread = float(draws.std())
+        if len(draws) == len(prior) and spread > 0:
+            moved = float(np.mean((draws - draws.mean()) * (prior - prior.mean())))
+            shifts[name] = abs(moved) * math.log(2) / spread
     return shifts
 
 

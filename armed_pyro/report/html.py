@@ -161,7 +161,7 @@ def _verdicts(results: Results) -> list[Remark]:
 
 
 def _checks(checks: pd.DataFrame) -> Table:
-    shown = checks[["part", "verdict", "name", "reason", "advice"]]
+    shown = checks[["part", "verdict", "name", "reason", "effect", "threshold", "p", "advice"]]
     return _table(shown if shown["advice"].any() else shown.drop(columns="advice"))
 
 
