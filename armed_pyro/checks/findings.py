@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from armed_pyro.checks.check import LEVEL, Check, Word, severity
 from armed_pyro.checks.score_tests import Tested, adjusted
 
-__all__ = ["Kind", "amount", "ratio", "unchecked"]
+__all__ = ["Kind", "amount", "features_first", "ratio", "unchecked"]
 
 
 MOST_NAMED = 3
@@ -112,6 +112,23 @@ class Kind:
             p=worst.p,
             advice="; ".join(dict.fromkeys(advice(test) for test in misfits[:MOST_NAMED])),
         )
+
+
+def features_first(kind: Kind, tests: Sequence[Tested], predictor: str) -> list[Tested]:
+    """The tests without those of the predictor, if a feature shows the misfit as well.
+
+    Parameters
+    ----------
+    kind : Kind
+        The kind of misfit.
+    tests : sequence of Tested
+        Tests of the features, and of the predictor.
+    predictor : str
+        How the subjects of tests of the predictor begin.
+    """
+    features = [test for test in tests if not test.subject.startswith(predictor)]
+    found = any(not test.subject.startswith(predictor) for test in kind.misfits(tests))
+    return features if found else list(tests)
 
 
 def unchecked(name: str, reason: str) -> Check:

@@ -52,5 +52,5 @@ def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
             yield failed("model", name, cause(error))
     left = residuals
     yield from checked("model", "order", lambda: order_checks(posterior, left))
-    yield from checked("model", "shape", lambda: shape_checks(posterior, left))
+    yield from checked("model", "shape", lambda: shape_checks(left))
     yield from checked("model", "outliers", lambda: outlier_checks(posterior, latents, left))

@@ -16,6 +16,7 @@ from armed_pyro.checks.check import Check, severity
 from armed_pyro.checks.findings import Kind, unchecked
 from armed_pyro.checks.quantile_residuals import QuantileResiduals
 from armed_pyro.checks.score_tests import Tested
+from armed_pyro.checks.spread_checks import DISPERSION_FIRST
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
@@ -37,7 +38,8 @@ def outlier_checks(
 ) -> Iterator[Check]:
     """Checks of single clusters and rows."""
     yield from _clusters(posterior, latents)
-    yield _rows(posterior, residuals)
+    if residuals.z is not None:
+        yield _rows(posterior, residuals, residuals.z)
     yield from _influence(posterior)
 
 
@@ -91,14 +93,14 @@ def _label(factor: str, levels: pd.Index, place: int) -> str:
     return f"{levels[place]} ({factor})"
 
 
-def _rows(posterior: Posterior, residuals: QuantileResiduals) -> Check:
-    if residuals.z is None:
-        return unchecked(ROWS.name, "the family has no residuals of single rows")
+def _rows(
+    posterior: Posterior, residuals: QuantileResiduals, z: Float[np.ndarray, "rows draws"]
+) -> Check:
     if residuals.dispersed:
-        return unchecked(ROWS.name, "the dispersion is wrong; it has to be mended first")
+        return unchecked(ROWS.name, DISPERSION_FIRST)
     labels = posterior.data.row_labels
-    p = np.median(2 * scipy.stats.norm.sf(np.abs(residuals.z)), axis=1)
-    size = np.abs(residuals.z).mean(1)
+    p = np.median(2 * scipy.stats.norm.sf(np.abs(z)), axis=1)
+    size = np.abs(z).mean(1)
     tests = _worst(size, p, lambda i: str(labels[residuals.index[i]]))
     return ROWS.judge(
         tests,

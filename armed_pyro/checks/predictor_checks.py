@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.checks.check import Check
-from armed_pyro.checks.findings import Kind, unchecked
+from armed_pyro.checks.findings import Kind, features_first, unchecked
 from armed_pyro.checks.quantile_residuals import MeanResiduals, QuantileResiduals
 from armed_pyro.checks.score_tests import (
     Tested,
@@ -68,11 +68,12 @@ def _curves(posterior: Posterior, residuals: QuantileResiduals) -> tuple[Check, 
                 tests.append(curve(_label(name, column), column.values, basis))
                 bases[tests[-1].subject] = basis
     linear, factors = posterior.model.linear, posterior.model.factors
+    tests = features_first(CURVE, tests, PREDICTOR)
 
     def advice(test: Tested) -> str:
         name = test.subject.partition(" (class ")[0]
         if name == PREDICTOR:
-            return "another link or a transformed outcome, if no single feature is named"
+            return "another link or a transformed outcome"
         if not linear:
             return f"a larger network or longer training, as {name} is not used fully"
         return f"add I({name}**2) or a spline of {name}"
@@ -80,7 +81,6 @@ def _curves(posterior: Posterior, residuals: QuantileResiduals) -> tuple[Check, 
     found = "the residuals still depend on {}"
     check = CURVE.judge(tests, "no curve is left in the residuals", found, advice)
     for misfit in CURVE.misfits(tests):
-        # A curve in the predictor is removed only if no feature explains it.
         basis = bases.get(misfit.subject, curve_basis(residuals.eta.mean((1, 2))))
         # The random intercepts have absorbed a part of the curve's clusters' means.
         columns = [basis, *(_within(basis, residuals.codes[f.name]) for f in factors)]

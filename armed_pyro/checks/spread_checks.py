@@ -11,7 +11,7 @@ import scipy
 from jaxtyping import Float
 
 from armed_pyro.checks.check import Check
-from armed_pyro.checks.findings import Kind, ratio, unchecked
+from armed_pyro.checks.findings import Kind, features_first, ratio, unchecked
 from armed_pyro.checks.predictor_checks import MOST_FEATURES, PREDICTOR
 from armed_pyro.checks.quantile_residuals import QuantileResiduals
 from armed_pyro.checks.score_tests import (
@@ -26,10 +26,9 @@ from armed_pyro.checks.score_tests import (
     without_curve,
     without_slopes,
 )
-from armed_pyro.families.family import Family
 from armed_pyro.inference.posterior import Posterior
 
-__all__ = ["dispersion_checks", "shape_checks", "spread_checks"]
+__all__ = ["DISPERSION_FIRST", "dispersion_checks", "shape_checks", "spread_checks"]
 
 
 SPREAD = Kind("spread", "sd of the log of the residual sd", 0.15, 0.6)
@@ -47,8 +46,7 @@ def dispersion_checks(
     """Checks of the dispersion of whole numbers and of zeros, and residuals of variance 1."""
     family = posterior.model.family
     if residuals.z is None or residuals.zeros is None:
-        reason = "" if residuals.z is not None else no_residuals(family)
-        return [unchecked(DISPERSION.name, reason)] if reason else [], residuals
+        return [], residuals
     dispersion = _dispersion(residuals, residuals.z, family.name)
     zeros = _zeros(residuals, residuals.zeros)
     if dispersion.verdict in ("pass", "not checked"):
@@ -81,9 +79,10 @@ def spread_checks(
 ) -> tuple[list[Check], QuantileResiduals]:
     """Checks of where the spread differs, and the residuals divided by it."""
     family = posterior.model.family
-    if residuals.z is None or residuals.dispersed:
-        reason = DISPERSION_FIRST if residuals.dispersed else no_residuals(family)
-        return [unchecked(SPREAD.name, reason)], residuals
+    if residuals.z is None:
+        return [], residuals
+    if residuals.dispersed:
+        return [unchecked(SPREAD.name, DISPERSION_FIRST)], residuals
     scores = spread_scores(residuals.z)
     scores -= scores.mean(0)  # the overall spread is tested as the dispersion
     tests, bases = [curve_by_draw(PREDICTOR, scores, residuals.eta[..., 0])], dict[str, Any]()
@@ -99,7 +98,7 @@ def spread_checks(
     ]
     clusters = [_log_sd(test) for test in by_factor if test]
     kind = "a residual sd" if family.parameters else "a dispersion"
-    tests = list(map(_log_sd, tests))
+    tests = features_first(SPREAD, list(map(_log_sd, tests)), PREDICTOR)
     checks = [
         SPREAD.judge(
             tests,
@@ -127,11 +126,12 @@ def spread_checks(
     return checks, residuals
 
 
-def shape_checks(posterior: Posterior, residuals: QuantileResiduals) -> Iterator[Check]:
+def shape_checks(residuals: QuantileResiduals) -> Iterator[Check]:
     """Checks of skewness and tails."""
-    if residuals.z is None or residuals.dispersed:
-        no_reason = no_residuals(posterior.model.family)
-        yield unchecked(TAILS.name, DISPERSION_FIRST if residuals.dispersed else no_reason)
+    if residuals.z is None:
+        return
+    if residuals.dispersed:
+        yield unchecked(TAILS.name, DISPERSION_FIRST)
         return
     skewness, tails = moments(residuals.z)
     yield SKEWNESS.judge(
@@ -150,11 +150,6 @@ def shape_checks(posterior: Posterior, residuals: QuantileResiduals) -> Iterator
             else "another family: the residuals have lighter tails than it"
         ),
     )
-
-
-def no_residuals(family: Family) -> str:
-    """Why the residuals of this family cannot be checked."""
-    return family.no_residuals or f"family {family.name!r} gives no distribution function"
 
 
 def _log_sd(test: Tested) -> Tested:
