@@ -265,10 +265,13 @@ def _fault(design: Design, seed: int) -> dict[str, object]:
 def _right(design: Design, seed: int) -> dict[str, object]:
     _, checks = _checks(design, seed)
     reported = checks[checks.verdict.isin(["warn", "fail"])]
+    computation = reported.part == "computation"
     return {
         "design": design.name,
         "seed": seed,
-        **{part: (reported.part == part).any() for part in ("model", "computation")},
+        "model": (~computation & reported.is_misfit.astype(bool)).any(),
+        "computation": computation.any(),
+        "data say little": (~computation & ~reported.is_misfit.astype(bool)).any(),
         "reported": ", ".join(reported.name),
     }
 
@@ -324,8 +327,9 @@ def main() -> None:
     if options.healthy:
         healthy = healthy_warned(options.healthy, workers=options.workers)
         healthy.to_csv(options.out / "healthy.csv", index=False)
-        print(healthy.groupby("design", sort=False)[["model", "computation"]].mean().round(3))
-        print(healthy[["model", "computation"]].mean().round(4).to_string())
+        parts = ["model", "computation", "data say little"]
+        print(healthy.groupby("design", sort=False)[parts].mean().round(3).to_string())
+        print(healthy[parts].mean().round(4).to_string())
         print(healthy["reported"][healthy["reported"] != ""].value_counts().to_string())
 
 

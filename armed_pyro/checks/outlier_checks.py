@@ -26,7 +26,7 @@ __all__ = ["outlier_checks"]
 
 CLUSTERS = Kind("outlying clusters", "distance from the mean, in sds,", 3.0, 6.0)
 ROWS = Kind("outlying rows", "size of the residual, in sds,", 4.0, 8.0)
-INFLUENCE, INFLUENTIAL = "influence of clusters", 2.0
+INFLUENCE, INFLUENTIAL = "influence of clusters", 1.5
 MOST_WORST = 20
 MOST_DRAWS, MOST_EFFECTS = 40, 2**22
 
@@ -111,16 +111,17 @@ def _rows(
 
 
 def _influence(posterior: Posterior) -> Iterator[Check]:
-    """Shift of the hyperparameters' means if a cluster is left out, by importance weights."""
+    """Shift of the fixed effects if a cluster is left out, by importance weights.
+
+    Sds are not judged: without the cluster with the largest effect, an sd is always smaller.
+    """
     nested, weighted = posterior.guide.nested_name(), posterior.importance
     if weighted is None or nested is None or not weighted.clusters.size:
         return
-    sites = {
-        name: value.reshape(len(value), -1).double().cpu().numpy()
-        for name, value in weighted.latents.items()
-        if value.dim() > 1 and value.shape[1] == 1 and name in _reported(posterior)
-    }
-    draws = np.column_stack(list(sites.values())) if sites else np.zeros((len(weighted.weights), 0))
+    value = weighted.latents.get("fixed_effect")
+    if value is None:
+        return
+    draws = value.reshape(len(value), -1).double().cpu().numpy()
     mean = weighted.weights @ draws
     sd = np.sqrt(weighted.weights @ (draws - mean) ** 2)
     if not (sd > 0).any():
@@ -135,7 +136,7 @@ def _influence(posterior: Posterior) -> Iterator[Check]:
     word = severity(float(largest[worst]), INFLUENTIAL)
     guess = " or more (its weights are unreliable)" if k_hat[worst] > 0.7 else ""
     reason = (
-        f"without cluster {label} of {nested}, an estimate would move by "
+        f"without cluster {label} of {nested}, a fixed effect would move by "
         f"{largest[worst]:.1f} posterior sds{guess} (importance weights)"
     )
     advice = f"fit without cluster {label} and compare" if word != "pass" else ""
@@ -145,15 +146,8 @@ def _influence(posterior: Posterior) -> Iterator[Check]:
         word,
         reason,
         effect=float(largest[worst]),
-        effect_name="shift of an estimate, in posterior sds",
+        effect_name="shift of a fixed effect, in posterior sds",
         threshold=INFLUENTIAL,
         advice=advice,
         is_misfit=False,
     )
-
-
-def _reported(posterior: Posterior) -> set[str]:
-    """Sites whose estimates are reported: fixed effects, sds, and the family's parameters."""
-    model = posterior.model
-    parameters = {parameter.name for parameter in model.family.parameters}
-    return {"fixed_effect", *parameters, *(f"{factor.name}_sd" for factor in model.factors)}
