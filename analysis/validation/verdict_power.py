@@ -236,10 +236,13 @@ def _checks(design: Design, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The data set of this seed, and the checks of its fit."""
     torch.set_num_threads(1)
     table = design.draw(np.random.default_rng(seed))
-    trials = {"trials": "trials"} if design.family == "binomial" else {}
     factors = [name for name in ("g", "h") if name in table]
     data = ClusteredData.from_frame(
-        table.assign(trials=8), outcome="y", clusters=factors, features=["x"], **trials
+        table.assign(trials=8),
+        outcome="y",
+        clusters=factors,
+        features=["x"],
+        trials="trials" if design.family == "binomial" else None,
     )
     outputs = 3 if design.family == "categorical" else 1
     model = MixedEffects(linear(1, outputs), design.random, design.family, bayesian_head=True)
