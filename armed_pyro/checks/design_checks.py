@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Float
+from scipy.linalg import solve_triangular
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -117,21 +118,26 @@ def dependencies(
     unit = centred / np.where(size > 0, size, 1.0)
     found: dict[str, float] = {}
     kept = list[int]()
+    # Cholesky factor of the kept columns' products, row by row; sums of squares take much longer.
+    products, factor = unit.T @ unit, np.zeros((x.shape[1], x.shape[1]))
     for place in range(x.shape[1]):  # earlier columns are kept, as in lme4
-        weights, left = np.zeros(0), 1.0
+        root = factor[: len(kept), : len(kept)]
+        row = np.zeros(0)
+        if kept:
+            row = solve_triangular(root, products[kept, place], lower=True)
+        left = float(products[place, place] - row @ row)
         if size[place] <= 1e-12 * (1 + np.abs(x[:, place]).max()):
-            left = 0.0
-        elif kept:
-            weights = np.linalg.lstsq(unit[:, kept], unit[:, place], rcond=None)[0]
-            left = float(np.sum((unit[:, place] - unit[:, kept] @ weights) ** 2))
+            row, left = np.zeros_like(row), 0.0
         if left > NEARLY:
+            factor[len(kept), : len(kept)], factor[len(kept), len(kept)] = row, left**0.5
             kept.append(place)
             continue
+        weights = solve_triangular(root, row, lower=True, trans="T") if kept else row
         # Coefficients on the original scale, and the constant.
-        slopes = weights * size[place] / size[kept[: len(weights)]]
-        slopes = slopes * scales[place] / scales[kept[: len(weights)]]
+        slopes = weights * size[place] / size[kept]
+        slopes = slopes * scales[place] / scales[kept]
         origin = means + scales * center
-        constant = origin[place] - slopes @ origin[kept[: len(weights)]]
+        constant = origin[place] - slopes @ origin[kept]
         text = _equation(names, place, kept, slopes, constant if intercept else 0.0)
         found[text] = 0.0 if left <= ROUNDING else left
     return found
@@ -151,9 +157,9 @@ def _equation(
     text = ""
     for name, slope in used:
         sign = "-" if slope < 0 else "+" if text else ""
-        factor = "" if abs(abs(slope) - 1) < 1e-6 else f"{abs(slope):.4g} "
+        factor = "" if abs(abs(slope) - 1) < 1e-5 else f"{abs(slope):.4g} "
         text += f" {sign} {factor}{name}" if text else f"{sign}{factor}{name}"
-    if abs(constant) > 1e-6 * (1 + largest):
+    if abs(constant) > 1e-5 * (1 + largest):
         text += f" {'-' if constant < 0 else '+'} {abs(constant):.4g}"
     return f"{names[place]} = {text}"
 

@@ -17,7 +17,6 @@ from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.units import original_covariance
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.summaries.arviz_stats import prior_sensitivity
-from armed_pyro.summaries.datatree import prior_draws
 
 __all__ = [
     "boundary_checks",
@@ -54,9 +53,9 @@ def effective_clusters(posterior: Posterior) -> dict[str, float]:
 
 def variance_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
     """Checks that the data, and not only the prior, say how large each sd is."""
-    prior = prior_draws(posterior, PRIOR_DRAWS, posterior.seed)
     for factor in posterior.model.factors:
-        shares = _prior_shares(factor, latents, prior)
+        with posterior.model.seeded(posterior.seed):
+            shares = _prior_shares(factor, latents)
         if not shares:
             continue  # fixed by the prior
         term = max(shares, key=lambda name: shares[name])
@@ -80,7 +79,7 @@ def variance_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
         )
 
 
-def _prior_shares(factor: Factor, latents: Draws, prior: Draws) -> dict[str, float]:
+def _prior_shares(factor: Factor, latents: Draws) -> dict[str, float]:
     r"""Uncertainty of each term's sd that the data leave, relative to that of the prior.
 
     .. math:: \min\left(\frac{\log(q_{95} / q_{50})}{\log(q^0_{95} / q^0_{50})},
@@ -92,7 +91,9 @@ def _prior_shares(factor: Factor, latents: Draws, prior: Draws) -> dict[str, flo
     if factor.sd(latents).dim() < 3:
         return {}
     draws = _columns(factor.sd(latents), len(factor.terms))
-    before = _columns(factor.sd(prior), len(factor.terms))
+    covariance = factor.joint_covariance
+    prior = covariance.prior.density(covariance.prior_scale).sample(torch.Size([PRIOR_DRAWS]))
+    before = _columns(prior, len(factor.terms))
     grouped, shares = _units(factor), dict[str, float]()
     for place, term in enumerate(factor.terms):
         if term in grouped:
@@ -158,15 +159,16 @@ def sensitivity_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
     }
     distances = prior_sensitivity(posterior, latents)
     shifts = _prior_shifts(posterior, latents)
-    # A coefficient of a network's last layer is interpreted together with the others.
-    skipped = units if posterior.model.linear else units | {n for n in shifts if n[:6] == "fixed_"}
-    names = [name for name in distances if name in shifts and name not in skipped]
+    if posterior.model.bayesian_head and not posterior.model.linear:
+        # Coefficients of a network's last layer are interpreted together.
+        units |= {f"fixed_effect[{term}]" for term in posterior.model.fixed_terms()}
+    names = [name for name in distances if name in shifts and name not in units]
     if not names:
         return
     moved = [name for name in names if distances[name] > SENSITIVE and shifts[name] >= SHIFTED]
     worst = max(moved or names, key=lambda name: shifts[name])
     shown = ", ".join(moved[:3]) + (", ..." if len(moved) > 3 else "")
-    shift = shifts[worst] if moved or distances[worst] > SENSITIVE else min(shifts[worst], SHIFTED)
+    shift = shifts[worst]
     verdict = severity(shift, SHIFTED, noise=not moved)
     reason = f"the priors hardly move the estimates: {worst} by {shift:.2f} posterior sds"
     if moved:

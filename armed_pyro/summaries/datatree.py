@@ -31,7 +31,7 @@ from armed_pyro.program.units import (
 )
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["GROUPS", "arviz_api", "latent_dataset", "log_likelihood", "prior_draws", "to_datatree"]
+__all__ = ["GROUPS", "arviz_api", "latent_dataset", "log_likelihood", "to_datatree"]
 
 
 Draws = dict[str, Tensor]
@@ -140,7 +140,7 @@ def _posterior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dat
 
 
 def _prior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
-    latents = prior_draws(posterior, draws, seed)
+    latents = _prior_draws(posterior, draws, seed)
     with posterior.model.seeded(seed + 3):
         return _replicated(posterior, draws, latents)
 
@@ -257,7 +257,7 @@ GROUPS: Mapping[str, Maker] = {
     "posterior_predictive": _posterior_predictive,
     "log_likelihood": log_likelihood,
     "prior": lambda posterior, n, seed: latent_dataset(
-        posterior.model, prior_draws(posterior, n, seed), n
+        posterior.model, _prior_draws(posterior, n, seed), n
     ),
     "prior_predictive": _prior_predictive,
     "observed_data": _observed_data,
@@ -269,7 +269,7 @@ GROUPS: Mapping[str, Maker] = {
 # --- parts of groups --------------------------------------------------------------------------
 
 
-def prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
+def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
     """Draws of all latent sites from the prior, in the shapes of the guide's draws."""
     model = posterior.model
     # A single row is enough: latent sites cover all clusters and do not depend on the rows.
