@@ -85,6 +85,7 @@ def _curves(posterior: Posterior, residuals: QuantileResiduals) -> tuple[Check, 
         # The random intercepts have absorbed a part of the curve's clusters' means.
         columns = [basis, *(_within(basis, residuals.codes[f.name]) for f in factors)]
         residuals = residuals.cleaned(partial(without_curve, basis=np.hstack(columns)))
+        residuals = residuals.recentred(factor.name for factor in factors)
     return check, residuals
 
 
@@ -150,6 +151,7 @@ def _slopes(
     for misfit in SLOPES.misfits(tests):
         a, codes = columns[misfit.subject]
         residuals = residuals.cleaned(partial(without_slopes, a=a, codes=codes))
+        residuals = residuals.recentred(factor.name for factor in factors)
     return [check], residuals
 
 

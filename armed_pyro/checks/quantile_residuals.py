@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyro
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from armed_pyro.checks.score_tests import without_slopes
 from armed_pyro.families.family import Family
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
@@ -29,6 +31,7 @@ MOST_VALUES = 2**19  # rows times draws
 LARGEST = 8.0  # beyond it, 1 - Phi(z) is smaller than the rounding of a distribution function
 
 Draws = Mapping[str, Tensor]
+Residuals = Float[np.ndarray, "rows draws"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +116,7 @@ class QuantileResiduals:
     index: Int[np.ndarray, " rows"]
     dispersed: bool = False
 
-    def cleaned(
-        self, remove: Callable[[Float[np.ndarray, "rows draws"]], Float[np.ndarray, "rows draws"]]
-    ) -> QuantileResiduals:
+    def cleaned(self, remove: Callable[[Residuals], Residuals]) -> QuantileResiduals:
         """Residuals without a misfit that was found, with a mean square of 1 in every draw.
 
         The tests that follow then find further misfits only: without this, a left-out curve would
@@ -133,6 +134,18 @@ class QuantileResiduals:
 
         mean = tuple(map(values, self.mean))
         return replace(self, mean=mean, z=None if self.z is None else mean[0].values)
+
+    def recentred(self, factors: Iterable[str]) -> QuantileResiduals:
+        """Residuals whose means in the clusters of these factors are new draws of N(0, 1 / rows).
+
+        A posterior draw of the random intercepts has the uncertainty of the whole residual. After
+        a large part of it was removed, their noise is too large for what is left, and looks like
+        a correlation within clusters.
+        """
+        rng, residuals = np.random.default_rng(0), self
+        for name in factors:
+            residuals = residuals.cleaned(partial(_recentred, codes=self.codes[name], rng=rng))
+        return residuals
 
     @classmethod
     def of(cls, posterior: Posterior, latents: Draws, *, seed: int = 0) -> QuantileResiduals:
@@ -168,11 +181,14 @@ class QuantileResiduals:
                 name: value.reshape(-1, 1).double()
                 for name, value in model.family_parameters(drawn).items()
             }
-        if not torch.isfinite(eta).all():
-            raise ValueError("the predictions are not finite")
+            mean = model.family.mean(eta, rows)
+        finite = torch.isfinite(mean)
+        if not finite.all():
+            share = 1 - finite.double().mean()
+            raise ValueError(f"predictions are not finite numbers in {share:.0%} of the rows")
         z, zeros = _quantiles(model.family, eta, parameters, rows, seed)
         information = _information(model.family, eta, parameters, rows)
-        mean = _mean_residuals(model, eta, parameters, rows, z, information)
+        columns = _mean_residuals(model, eta, parameters, rows, z, information)
         dispersion = 1.0
         if zeros is not None:
             score = _score(model.family, eta, parameters, rows)
@@ -187,7 +203,7 @@ class QuantileResiduals:
         features = data.features[index].double().numpy() if table else np.zeros((len(index), 0))
         return cls(
             z,
-            mean,
+            columns,
             eta.double().cpu().numpy().transpose(1, 0, 2),
             zeros,
             dispersion,
@@ -199,6 +215,17 @@ class QuantileResiduals:
             {name: clusters for name, (clusters, _) in codes.items()},
             index,
         )
+
+
+def _recentred(
+    z: Residuals, codes: Int[np.ndarray, " rows"], rng: np.random.Generator
+) -> Residuals:
+    sizes = np.bincount(codes)
+    left = without_slopes(z, np.ones(len(codes)), codes)
+    square = (left**2).mean(0)
+    # Residuals within clusters have 1 - clusters / rows of the variance.
+    left = left * np.sqrt((1 - len(sizes) / len(codes)) / np.where(square > 0, square, 1))
+    return left + (rng.normal(size=(len(sizes), z.shape[1])) / np.sqrt(sizes)[:, None])[codes]
 
 
 def _chosen(posterior: Posterior, seed: int) -> Int[np.ndarray, " rows"]:
