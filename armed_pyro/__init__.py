@@ -49,48 +49,38 @@ if TYPE_CHECKING:
     )
     from armed_pyro.streaming.streamed_data import StreamedData as StreamedData
 
-# Every public name and the module that defines it. The module is imported when the name is first
-# asked for, so that `import armed_pyro` and the command line's help do not wait for torch.
-_MODULES = {
-    "FAMILIES": "families.registry",
-    "Adapted": "prediction.adapt",
-    "Adversary": "networks.adversary",
-    "Attribution": "explain.attribution",
-    "Boundaries": "explain.boundaries",
-    "Check": "checks.check",
-    "ClusteredData": "data.clustered",
-    "DecodedEffects": "explain.decode",
-    "Diagnostics": "checks.verdict",
-    "DivergenceError": "fitting",
-    "Exponential": "priors",
-    "FilterScaleBias": "random_effects.terms",
-    "Fit": "fit_result",
-    "Guide": "guides.base",
-    "HalfNormal": "priors",
-    "HalfStudentT": "priors",
-    "Invariance": "explain.invariance",
-    "Known": "priors",
-    "MixedEffects": "program.model",
-    "Prediction": "prediction.result",
-    "Priors": "priors",
-    "ProbeTest": "explain.probe_test",
-    "RandomEffects": "random_effects.terms",
-    "Reconstruction": "families.reconstruction",
-    "Schedule": "engine.schedule",
-    "SimulationCalibration": "checks.calibration",
-    "Slopes": "random_effects.terms",
-    "StreamedData": "streaming.streamed_data",
-    "StructuredGuide": "guides.structured",
-    "compare_modes": "fit_result",
-    "crps": "prediction.scores",
-    "fit": "fitting",
-    "probe_test": "explain.probe_test",
-    "read_table": "data.files",
-    "score_mode": "fit_result",
-    "simulation_calibration": "checks.calibration",
-    "write_table": "data.files",
+# The public names of every module. A module is imported when one of its names is first asked for,
+# so that `import armed_pyro` and the command line's help do not wait for torch.
+_NAMES = {
+    "checks.calibration": "SimulationCalibration simulation_calibration",
+    "checks.check": "Check",
+    "checks.verdict": "Diagnostics",
+    "data.clustered": "ClusteredData",
+    "data.files": "read_table write_table",
+    "engine.schedule": "Schedule",
+    "explain.attribution": "Attribution",
+    "explain.boundaries": "Boundaries",
+    "explain.decode": "DecodedEffects",
+    "explain.invariance": "Invariance",
+    "explain.probe_test": "ProbeTest probe_test",
+    "families.reconstruction": "Reconstruction",
+    "families.registry": "FAMILIES",
+    "fit_result": "Fit compare_modes score_mode",
+    "fitting": "DivergenceError fit",
+    "guides.base": "Guide",
+    "guides.structured": "StructuredGuide",
+    "networks.adversary": "Adversary",
+    "prediction.adapt": "Adapted",
+    "prediction.result": "Prediction",
+    "prediction.scores": "crps",
+    "priors": "Exponential HalfNormal HalfStudentT Known Priors",
+    "program.model": "MixedEffects",
+    "random_effects.terms": "FilterScaleBias RandomEffects Slopes",
+    "streaming.streamed_data": "StreamedData",
 }
-__all__ = list(_MODULES)
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+# Constants, classes, functions.
+__all__ = sorted(_MODULES, key=lambda name: (not name.isupper(), name[0].islower(), name))
 
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise that any name exists

@@ -6,8 +6,6 @@ import ctypes
 import resource
 import sys
 
-__all__ = ["most_held", "release"]
-
 
 def most_held() -> int:
     """Peak memory of this process, in bytes."""
@@ -20,10 +18,6 @@ def release() -> None:
 
     glibc keeps freed blocks for reuse; after many arrays of up to 32 MB each, that can be hundreds
     of megabytes. This returns them within milliseconds.
-
-    Examples
-    --------
-    >>> release()
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
-
-__all__ = ["count_rows", "listing", "unknown"]
 
 
 def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
     """The error for a name that does not exist, with the nearest existing name.
 
-    Parameters
-    ----------
-    what : str
-        The kind of thing that is named, such as ``"column"``.
-    name : object
-        The name that does not exist.
-    known : iterable
-        The names that exist.
-
-    Examples
-    --------
     >>> unknown("column", "agee", ["age", "sex"])
     ValueError("There is no column 'agee'. Did you mean 'age'? There are: 'age', 'sex'.")
     """
@@ -34,11 +21,16 @@ def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
     return ValueError(f"There is no {what} {name!r}.{hint} There are: {listing(options)}.")
 
 
+def check_known(what: str, names: Iterable[Any], known: Collection[Any]) -> None:
+    """Raise `unknown` for the first of these names that does not exist."""
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, known)
+
+
 def listing(items: Iterable[Any], most: int = 10) -> str:
     """Items as text, at most `most` of them, followed by the number of the rest.
 
-    Examples
-    --------
     >>> listing(["a", "b", "c"], most=2)
     "'a', 'b' and 1 more"
     """

@@ -5,26 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["extra"]
-
 
 def extra(module: str, what: str) -> ModuleType:
-    """A module of the extra ``analysis``.
+    """A module of the extra ``analysis``; the error names `what` needs it.
 
-    Parameters
-    ----------
-    module : str
-        Its full name.
-    what : str
-        What needs it, for the message.
-
-    Raises
-    ------
-    ImportError
-        If it is not installed; the message says how to install it.
-
-    Examples
-    --------
     >>> extra("statsmodel", "this")
     Traceback (most recent call last):
     ImportError: this needs statsmodel, which is not installed: pip install 'armed_pyro[analysis]'

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ACCENT", "FAINT", "INK", "PLAIN", "tidy"]
-
 INK, ACCENT, FAINT = "#1f2933", "#2b6cb0", "#a0aec0"
 # Settings of matplotlib. Names in the data are shown as they are: "$x$" is no formula.
 PLAIN: Mapping[str, Any] = {"font.size": 9, "text.parse_math": False}

@@ -9,8 +9,6 @@ import pyro
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 
-__all__ = ["LocalModule"]
-
 
 class _SeenBySVI(Messenger):
     """Gives module-local parameters the attribute by which `pyro.infer.SVI` recognises them."""
@@ -26,15 +24,6 @@ class LocalModule(PyroModule):
 
     Two models in one process cannot overwrite each other's parameters, and a fitted model can be
     copied, saved and deleted like any torch module.
-
-    Parameters
-    ----------
-    name : str
-        Pyro's name of the module.
-
-    Examples
-    --------
-    ``class Program(LocalModule): ...``
     """
 
     def __init__(self, name: str = "") -> None:

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Concatenate, ParamSpec, TypeVar
 
-import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from armed_pyro.checks import diagnostics
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.explain import attribution, boundaries, decode, invariance
-from armed_pyro.explain.attribution import Attribution
-from armed_pyro.explain.boundaries import Boundaries, Extent
-from armed_pyro.explain.decode import DecodedEffects
-from armed_pyro.explain.invariance import Invariance
 from armed_pyro.guides.base import Guide
 from armed_pyro.inference import refine
-from armed_pyro.inference.draws import ImportanceDraws, RefinedDraws
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
 from armed_pyro.prediction import adapt, predict, scores
-from armed_pyro.prediction.adapt import Adapted
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
-from armed_pyro.prediction.result import Prediction
-from armed_pyro.prediction.scores import ClusterScores
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.results import Conclusion, Results, Verdicts
 from armed_pyro.report.text import summarize
 from armed_pyro.storage import save
 from armed_pyro.summaries import datatree, variance
 
-if TYPE_CHECKING:
-    import xarray as xr
-
 __all__ = ["Fit", "compare_modes", "score_mode"]
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def _verb(
+    function: Callable[Concatenate[Posterior, P], Result],
+) -> Callable[Concatenate[Fit, P], Result]:
+    """A function of a posterior as a method of `Fit`, with its signature and its documentation.
+
+    A function that takes `classifiers` gets those of the fit.
+    """
+    posterior, *others = inspect.signature(function).parameters.values()
+    shown = [parameter for parameter in others if parameter.name != "classifiers"]
+
+    @wraps(function)
+    def method(fit: Fit, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        if len(shown) < len(others):
+            kwargs.setdefault("classifiers", fit.classifiers)
+        return function(fit.posterior, *args, **kwargs)
+
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = inspect.signature(function).replace(parameters=[itself, *shown])  # type: ignore[attr-defined]
+    hidden = rf"^({posterior.name}|classifiers) : .*\n(?:    .*\n)+"
+    method.__doc__ = re.sub(hidden, "", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    return method
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,33 +119,33 @@ class Fit:
 
     @property
     def sampled(self) -> bool:
-        """Whether `data` is only a sample of the training rows, as for a `StreamedData`."""
+        """Whether `data` is a sample, as for a `StreamedData`."""
         return self.posterior.sampled
 
     @property
     def converged(self) -> bool:
-        """Whether the loss had stopped improving when training ended."""
+        """Whether the loss had stopped improving at the end."""
         return self.posterior.converged
 
-    def draws(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
-        """n joint posterior draws of all latent sites; see `Posterior.draws`."""
-        return self.posterior.draws(n, seed=seed)
-
-    def hyperparameters(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
-        """n joint posterior draws of all sites but the random effects.
-
-        See `Posterior.hyperparameters`.
-        """
-        return self.posterior.hyperparameters(n, seed=seed)
+    draws = _verb(Posterior.draws)
+    hyperparameters = _verb(Posterior.hyperparameters)
+    predict = _verb(predict.predict)
+    compare_modes = _verb(scores.compare_modes)
+    score_mode = _verb(scores.score_mode)
+    adapt = _verb(adapt.adapt)
+    variance_components = _verb(variance.variance_components)
+    fixed_effects = _verb(variance.fixed_effects)
+    to_datatree = _verb(datatree.to_datatree)
+    attribution = _verb(attribution.attribution)
+    invariance = _verb(invariance.invariance)
+    decoded = _verb(decode.decoded)
+    boundaries = _verb(boundaries.boundaries)
 
     @property
     def importance(self) -> ImportanceDraws:
         """The guide's draws with their importance weights.
 
-        Raises
-        ------
-        ValueError
-            If the fit keeps only a sample of its rows, and the draws were not weighted in training.
+        ValueError if the fit keeps a sample of its rows, and they were not weighted in training.
         """
         return self._weighed.importance or importance_draws(self.posterior)
 
@@ -138,10 +154,7 @@ class Fit:
         return weighed(self.posterior)
 
     def diagnostics(self) -> Diagnostics:
-        """Two verdicts: whether the draws can be trusted, and whether the model misfits.
-
-        See `armed_pyro.checks.diagnostics.diagnose`.
-        """
+        """Verdicts on computation and model; see `armed_pyro.checks.diagnostics.diagnose`."""
         return self._verdict
 
     @cached_property
@@ -158,107 +171,52 @@ class Fit:
         seed: int | None = None,
         progress: bool = True,
     ) -> Fit:
-        """The fit with better posterior draws, by importance weights or by NUTS.
+        """The fit with better posterior draws, at the same network weights.
 
-        See `armed_pyro.inference.refine.refine`.
+        All results of the new fit use these draws. Their quality is in ``refined.quality``, and
+        `diagnostics` judges it.
+
+        Parameters
+        ----------
+        method : {"psis", "nuts"}
+            "psis" weighs draws of the guide. The weights are nested (a few particles for each
+            cluster within each draw of the hyperparameters) and Pareto smoothed. "nuts" is the
+            No-U-Turn sampler in the coordinates in which the guide is standard normal. It is slower
+            by far, but right even if the guide is not (k-hat above 0.7).
+        draws : int
+            Number of draws, with NUTS over all chains. With very many clusters psis keeps fewer.
+        chains, warmup : int
+            Number of NUTS chains, and of warm-up steps per chain.
+        seed : int, optional
+            By default that of the training.
+        progress : bool
+            Whether to show a progress bar.
+
+        Raises
+        ------
+        ValueError
+            If the method is unknown, a number is too small, or the program has no latent site. If
+            the fit keeps only a sample of its rows, and its draws were not weighed during training.
+
+        Examples
+        --------
+        ``fit(model, data).refine().variance_components()``
+
+        References
+        ----------
+        Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
+        Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo".
         """
-        options: dict[str, Any] = {"chains": chains, "warmup": warmup, "progress": progress}
-        posterior = refine.refine(self.posterior, method, draws=draws, seed=seed, **options)
+        posterior = refine.refine(
+            self.posterior,
+            method,
+            draws=draws,
+            chains=chains,
+            warmup=warmup,
+            seed=seed,
+            progress=progress,
+        )
         return replace(self, posterior=posterior)
-
-    def predict(
-        self,
-        data: ClusteredData | pd.DataFrame,
-        *,
-        unseen: str | None = None,
-        support: ClusteredData | pd.DataFrame | None = None,
-        pooled: bool = True,
-        draws: int = 1000,
-        prob: float = 0.9,
-        seed: int | None = None,
-        others: bool = True,
-    ) -> Prediction:
-        """E[y | x, cluster] and y for new rows, with their posterior uncertainty.
-
-        See `armed_pyro.prediction.predict.predict`.
-        """
-        return predict.predict(
-            self.posterior,
-            data,
-            unseen=unseen,
-            support=support,
-            pooled=pooled,
-            draws=draws,
-            prob=prob,
-            seed=seed,
-            others=others,
-            classifiers=self.classifiers,
-        )
-
-    def compare_modes(
-        self,
-        data: ClusteredData | pd.DataFrame,
-        *,
-        modes: Sequence[str] | None = None,
-        support: ClusteredData | pd.DataFrame | None = None,
-        factor: str | None = None,
-        draws: int = 1000,
-        prob: float = 0.9,
-        seed: int | None = None,
-    ) -> pd.DataFrame:
-        """Scores of the predictions for new clusters, one row per mode.
-
-        See `armed_pyro.prediction.scores.compare_modes`.
-        """
-        return scores.compare_modes(
-            self.posterior,
-            data,
-            modes=modes,
-            support=support,
-            factor=factor,
-            draws=draws,
-            prob=prob,
-            seed=seed,
-            classifiers=self.classifiers,
-        )
-
-    def score_mode(
-        self,
-        data: ClusteredData | pd.DataFrame,
-        mode: str,
-        *,
-        support: ClusteredData | pd.DataFrame | None = None,
-        factor: str | None = None,
-        draws: int = 1000,
-        prob: float = 0.9,
-        seed: int | None = None,
-    ) -> ClusterScores:
-        """Scores of one mode by cluster; see `armed_pyro.prediction.scores.score_mode`."""
-        return scores.score_mode(
-            self.posterior,
-            data,
-            mode,
-            support=support,
-            factor=factor,
-            draws=draws,
-            prob=prob,
-            seed=seed,
-            classifiers=self.classifiers,
-        )
-
-    def adapt(
-        self,
-        support: ClusteredData | pd.DataFrame,
-        *,
-        draws: int = 1000,
-        seed: int | None = None,
-        update_seen: bool = False,
-    ) -> Adapted:
-        """The posterior of new clusters given a few labelled rows, without further training.
-
-        See `armed_pyro.prediction.adapt.adapt`.
-        """
-        return adapt.adapt(self.posterior, support, draws=draws, seed=seed, update_seen=update_seen)
 
     def classifier(self, factor: str) -> ClusterClassifier:
         """The classifier p(cluster | features) of a factor; trained at the first call.
@@ -266,127 +224,6 @@ class Fit:
         See `armed_pyro.prediction.cluster_classifier.train_classifier`.
         """
         return self.classifiers.of(self.posterior, factor)
-
-    def variance_components(
-        self, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
-    ) -> pd.DataFrame:
-        """Table of sds, correlations, variances, shares, ICCs and R2.
-
-        See `armed_pyro.summaries.variance.variance_components`.
-        """
-        return variance.variance_components(self.posterior, draws=draws, prob=prob, seed=seed)
-
-    def fixed_effects(
-        self, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
-    ) -> pd.DataFrame:
-        """Table of the latent fixed effects on the original scale; empty for a plain network.
-
-        See `armed_pyro.summaries.variance.fixed_effects`.
-        """
-        return variance.fixed_effects(self.posterior, draws=draws, prob=prob, seed=seed)
-
-    def attribution(
-        self,
-        method: str = "gradient",
-        *,
-        data: ClusteredData | pd.DataFrame | None = None,
-        layer: str | None = None,
-        columns: Sequence[str] | None = None,
-        draws: int = 1000,
-        seed: int | None = None,
-    ) -> Attribution:
-        """Importance of features for the fixed effects, and sds of their slopes over clusters.
-
-        See `armed_pyro.explain.attribution.attribution`.
-        """
-        return attribution.attribution(
-            self.posterior, method, data=data, layer=layer, columns=columns, draws=draws, seed=seed
-        )
-
-    def invariance(
-        self,
-        data: ClusteredData | pd.DataFrame | None = None,
-        *,
-        factor: str | None = None,
-        layers: Sequence[str] | None = None,
-        folds: int = 2,
-        permutations: int = 999,
-        seed: int | None = None,
-    ) -> Invariance:
-        """Accuracy of probes that predict the cluster from the network's features, against chance.
-
-        See `armed_pyro.explain.invariance.invariance`.
-        """
-        return invariance.invariance(
-            self.posterior,
-            data,
-            factor=factor,
-            layers=layers,
-            folds=folds,
-            permutations=permutations,
-            seed=seed,
-        )
-
-    def decoded(
-        self,
-        row: ClusteredData | pd.DataFrame,
-        *,
-        shape: Sequence[int] | None = None,
-        of: str | None = None,
-        factor: str | None = None,
-        columns: Sequence[str] | None = None,
-        draws: int = 100,
-        seed: int | None = None,
-    ) -> DecodedEffects:
-        """An image under every cluster's random effects, and along their largest component.
-
-        See `armed_pyro.explain.decode.decoded`.
-        """
-        return decode.decoded(
-            self.posterior,
-            row,
-            shape=shape,
-            of=of,
-            factor=factor,
-            columns=columns,
-            draws=draws,
-            seed=seed,
-        )
-
-    def boundaries(
-        self,
-        features: tuple[str, str],
-        *,
-        factor: str | None = None,
-        of: Any = None,
-        extent: Extent | None = None,
-        size: int = 60,
-        draws: int = 200,
-        seed: int | None = None,
-    ) -> Boundaries:
-        """E[y | x, cluster] over two features, for every cluster.
-
-        See `armed_pyro.explain.boundaries.boundaries`.
-        """
-        return boundaries.boundaries(
-            self.posterior,
-            features,
-            factor=factor,
-            of=of,
-            extent=extent,
-            size=size,
-            draws=draws,
-            seed=seed,
-        )
-
-    def to_datatree(
-        self, *, draws: int = 1000, groups: Sequence[str] | None = None, seed: int | None = None
-    ) -> xr.DataTree:
-        """Draws, predictions, log-likelihoods and data as an ArviZ tree, on the original scale.
-
-        See `armed_pyro.summaries.datatree.to_datatree`.
-        """
-        return datatree.to_datatree(self.posterior, draws=draws, groups=groups, seed=seed)
 
     def summary(self, *, prob: float = 0.9) -> None:
         """Print the program, data, variance components, fixed effects and convergence."""
@@ -408,7 +245,23 @@ class Fit:
         )
 
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
-        """Write the fit to a folder; see `armed_pyro.storage.save.save`."""
+        """Write the fit to a folder, completely or not at all; `load` reads it.
+
+        The folder is made if needed. A fit in it is replaced; other files are kept.
+
+        Parameters
+        ----------
+        draws : int
+            Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
+        prob : float
+            Probability of the intervals in ``variance_components.csv``.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds other files but no fit, or the program has a user-defined guide,
+            term, family or prior, which could not be read again. Nothing is written then.
+        """
         save.check_saveable(self.posterior, folder)
         save.save(
             self.posterior,
@@ -421,7 +274,20 @@ class Fit:
 
     @classmethod
     def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:
-        """Read a fit from a folder; see `armed_pyro.storage.save.load`."""
+        """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
+
+        Parameters
+        ----------
+        net : torch.nn.Module, optional
+            A network of the fit's architecture; a copy of it gets the weights of the fit. Not
+            needed for networks that are registered by name (``linear``, ``dense``).
+
+        Raises
+        ------
+        ValueError
+            If the folder holds no fit, a file is missing, damaged or of a newer version, or the
+            network is unknown or has other parameters.
+        """
         return cls(*save.load(folder, net))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,44 +14,31 @@ from armed_pyro.engine.processes import (
     ALONE,
     DISTRIBUTED_MODES,
     DistributedMode,
-    Processes,
     join,
     local_device,
 )
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.fit_result import Fit
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.divergence import TrainingDiverged
-from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.train import GuideFactory, train
+from armed_pyro.inference.training_run import TrainingDiverged
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.rows.source import RowSource
 from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
 
 __all__ = ["DivergenceError", "fit"]
 
-NOT_FROM_FILES = (
-    "several processes cannot yet train on rows that are streamed from a file: read the rows into "
-    "memory, as ClusteredData, or start a single process"
-)
-
 
 class DivergenceError(RuntimeError):
     """The loss or its gradient is no longer finite, or the loss has diverged.
 
-    Attributes
-    ----------
-    fit : Fit
-        The fit at the start of the window of steps with the lowest mean loss.
+    `fit` is the fit at the start of the window of steps with the lowest mean loss.
 
     Examples
     --------
-    >>> def fitted_or_last_good_state(model, data):
-    ...     try:
-    ...         return fit(model, data)
-    ...     except DivergenceError as error:
-    ...         return error.fit
+    ``except DivergenceError as error: error.fit.summary()``
     """
 
     def __init__(self, message: str, fit: Fit) -> None:
@@ -83,11 +70,8 @@ def fit(
 
     Parameters
     ----------
-    model : MixedEffects
-        The program to fit.
     data : ClusteredData or StreamedData
-        Training rows, in memory or streamed from a file. For streamed rows the fit keeps a sample
-        of whole clusters, at most 50,000 rows, for its checks.
+        Of streamed rows the fit keeps a sample of whole clusters, at most 50,000 rows, for checks.
     validation : ClusteredData, optional
         Rows whose loss decides when to cut the learning rates, when to stop training the network,
         and which weights of the network are kept. The guide is then trained further until it has
@@ -97,8 +81,7 @@ def fit(
     guide : callable
         Makes the variational family from the bound model and its rows.
     refine : bool
-        Whether to weight the guide's draws by importance after training, if its Pareto k-hat allows
-        it; see `Fit.refine`.
+        Whether to weight the guide's draws by importance, if Pareto k-hat allows; see `Fit.refine`.
     seed : int
         Seed of mini-batches and draws. Torch's global random state does not change.
     device : str
@@ -114,8 +97,7 @@ def fit(
     checkpoint : path, optional
         File to which the state is written after every window of steps.
     resume : bool
-        Whether to continue from `checkpoint` if the file exists. The result equals that of an
-        uninterrupted run.
+        Continue from `checkpoint` if it exists, with the result of an uninterrupted run.
     progress : bool
         Whether to show a progress bar.
 
@@ -142,47 +124,53 @@ def fit(
         raise ValueError(f"`distributed` is {distributed!r}, but must be one of {modes}")
     target = torch.device(_device(device))
     processes = ALONE if distributed == "never" else join(target)
+    if processes.several and not isinstance(data, ClusteredData):
+        raise ValueError(
+            "several processes cannot yet train on rows that are streamed from a file: read the "
+            "rows into memory, as ClusteredData, or start a single process"
+        )
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # Binding draws the initial weights of the adversaries.
         torch.manual_seed(seed)
-        settings: dict[str, Any] = {
-            "validation": validation,
-            "schedule": schedule,
-            "guide": guide,
-            "refine": refine,
-            "seed": seed,
-            "compile": compile,
-            "processes": processes,
-            "checkpoint": checkpoint,
-            "resume": resume,
-            "progress": progress,
-        }
         try:
-            return Fit(_train(model, data, target, processes, settings, progress=progress))
+            with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
+                posterior = train(
+                    bound,
+                    kept,
+                    source=source,
+                    validation=validation,
+                    schedule=schedule,
+                    guide=guide,
+                    refine=refine,
+                    seed=seed,
+                    compile=compile,
+                    processes=processes,
+                    checkpoint=checkpoint,
+                    resume=resume,
+                    progress=progress,
+                )
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error
+        return Fit(posterior)
 
 
-def _train(
+@contextmanager
+def _bound(
     model: MixedEffects,
     data: ClusteredData | StreamedData,
     target: torch.device,
-    processes: Processes,
-    settings: Mapping[str, Any],
+    seed: int,
     *,
     progress: bool,
-) -> Posterior:
-    """Bind a copy of the model to the rows, and train it."""
+) -> Iterator[tuple[MixedEffects, ClusteredData, RowSource | None]]:
+    """A copy of the model bound to the rows, the rows to keep, and all rows if these are fewer."""
     if isinstance(data, ClusteredData):
-        return train(model.bind(data).to(target), data, **settings)
-    if processes.several:
-        raise ValueError(NOT_FROM_FILES)
-    with data.encoded(model.factor_names(), settings["seed"], progress=progress) as table:
+        yield model.bind(data).to(target), data, None
+        return
+    with data.encoded(model.factor_names(), seed, progress=progress) as table:
         bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
-        source = StreamedRows(table, bound.reference())
-        sample = table.sample(bound.largest_factor())
-        return train(bound, sample, source=source, **settings)
+        yield bound, table.sample(bound.largest_factor()), StreamedRows(table, bound.reference())
 
 
 def _device(name: str) -> str:

@@ -16,6 +16,8 @@ from armed_pyro._messages import unknown
 
 __all__ = ["Exponential", "HalfNormal", "HalfStudentT", "Known", "Priors", "ScalePrior"]
 
+Scales = Float[Tensor, " terms"]
+
 
 @dataclass(frozen=True)
 class ScalePrior(ABC):
@@ -37,36 +39,19 @@ class ScalePrior(ABC):
             if value is not None and not value > 0:
                 raise ValueError(f"the scale of a prior must be positive, not {value}")
 
-    def scales(
-        self,
-        terms: Sequence[str],
-        unit: Float[Tensor, " terms"],
-        default: Float[Tensor, " terms"] | float,
-    ) -> Float[Tensor, " terms"]:
-        """Scale of each term's prior in internal units, ``scale * unit`` or the default.
+    def scales(self, terms: Sequence[str], unit: Scales, default: Scales | float) -> Scales:
+        """Scale of each term's prior in internal units: ``scale * unit``, or the default.
 
-        Parameters
-        ----------
-        terms : sequence of str
-            Names of the terms.
-        unit : Float[Tensor, "terms"]
-            Internal units per unit of the data.
-        default : Float[Tensor, "terms"] or float
-            Scales in internal units for terms without a scale of their own.
-
-        Raises
-        ------
-        ValueError
-            If the mapping names a term that does not exist.
+        `unit` is in internal units per unit of the data. A `ValueError` is raised if the mapping
+        names a term that does not exist.
         """
-        if isinstance(self.scale, Mapping):
-            for name in self.scale:
-                if name not in terms:
-                    raise unknown("random-effect term for the prior's scale", name, terms)
-        chosen = [
-            self.scale.get(term) if isinstance(self.scale, Mapping) else self.scale
-            for term in terms
-        ]
+        by_term = (
+            self.scale if isinstance(self.scale, Mapping) else dict.fromkeys(terms, self.scale)
+        )
+        for name in by_term:
+            if name not in terms:
+                raise unknown("random-effect term for the prior's scale", name, terms)
+        chosen = [by_term.get(term) for term in terms]
         defaults = torch.as_tensor(default).expand(len(terms)).tolist()
         values = [
             fallback if value is None else value * factor
@@ -76,11 +61,10 @@ class ScalePrior(ABC):
 
     def sample(self, name: str, scale: Tensor) -> Tensor:
         """Sample the latent site `name` from this prior, with the shape of `scale`."""
-        prior = self.density(scale).to_event(scale.dim())
-        return pyro.sample(name, prior)
+        return pyro.sample(name, self.density(scale).to_event(scale.dim()))
 
     @abstractmethod
-    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+    def density(self, scale: Scales) -> dist.TorchDistribution:
         """The prior with these scales, one independent element per term."""
 
     @abstractmethod
@@ -98,7 +82,7 @@ class HalfNormal(ScalePrior):
     'HalfNormal(2)'
     """
 
-    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+    def density(self, scale: Scales) -> dist.TorchDistribution:
         return dist.HalfNormal(scale)
 
     def describe(self, scale: float) -> str:
@@ -117,7 +101,7 @@ class HalfStudentT(ScalePrior):
 
     df: float = 3.0
 
-    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+    def density(self, scale: Scales) -> dist.TorchDistribution:
         return dist.FoldedDistribution(dist.StudentT(self.df, scale.new_zeros(()), scale))
 
     def describe(self, scale: float) -> str:
@@ -134,7 +118,7 @@ class Exponential(ScalePrior):
     'Exponential(mean 2)'
     """
 
-    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+    def density(self, scale: Scales) -> dist.TorchDistribution:
         return dist.Exponential(1 / scale)
 
     def describe(self, scale: float) -> str:
@@ -148,7 +132,7 @@ class Known(ScalePrior):
     Raises
     ------
     ValueError
-        If there is no scale, or, when the terms are known, none for one of them.
+        If there is no scale, or a mapping has none for one of the terms.
 
     Examples
     --------
@@ -161,12 +145,7 @@ class Known(ScalePrior):
             raise ValueError("Known needs the standard deviation: Known(0.5)")
         super().__post_init__()
 
-    def scales(
-        self,
-        terms: Sequence[str],
-        unit: Float[Tensor, " terms"],
-        default: Float[Tensor, " terms"] | float,
-    ) -> Float[Tensor, " terms"]:
+    def scales(self, terms: Sequence[str], unit: Scales, default: Scales | float) -> Scales:
         for term in terms:
             if isinstance(self.scale, Mapping) and term not in self.scale:
                 raise ValueError(f"Known gives no standard deviation for the term {term!r}: add it")
@@ -175,7 +154,7 @@ class Known(ScalePrior):
     def sample(self, name: str, scale: Tensor) -> Tensor:
         return pyro.deterministic(name, scale, event_dim=scale.dim())
 
-    def density(self, scale: Float[Tensor, " terms"]) -> dist.TorchDistribution:
+    def density(self, scale: Scales) -> dist.TorchDistribution:
         return dist.Delta(scale)
 
     def describe(self, scale: float) -> str:
@@ -189,18 +168,17 @@ class Priors:
     Attributes
     ----------
     sd : ScalePrior or mapping of str to ScalePrior
-        Prior of the random effects' standard deviations, for all grouping factors or by factor.
-        The default, after brms, is a half-t with 3 degrees of freedom. Its scale is sd(outcome)
-        for gaussian outcomes and 2.5 on the link scale for others; for slopes, per standard
-        deviation of the feature, and for slopes on a hidden layer divided by the square root of
-        its width. If a slope is correlated with the intercept, the prior of the intercept's sd
-        refers to the features' means, like brms' prior of the fixed intercept.
+        Prior of the random effects' sds, for all grouping factors or by factor. The default, after
+        brms, is a half-t with 3 degrees of freedom. Its scale is sd(outcome) for gaussian outcomes
+        and 2.5 on the link scale for others; for slopes, per sd of the feature, and for slopes on
+        a hidden layer divided by the square root of its width. If a slope is correlated with the
+        intercept, the prior of the intercept's sd refers to the features' means, like brms' prior
+        of the fixed intercept.
     cor : float
-        Concentration eta of the LKJ prior of a factor's correlation matrix,
-        p(R) ~ det(R)^(eta - 1).
+        Concentration eta of the LKJ prior of correlation matrices, p(R) ~ det(R)^(eta - 1).
     fixed_sd : float
-        Standard deviation of the normal prior of latent fixed effects, in standard deviations of
-        the outcome (absolute on the link scale) per standard deviation of the feature.
+        sd of the normal prior of latent fixed effects, in sds of the outcome (absolute on the link
+        scale) per sd of the feature.
     residual_sd : ScalePrior
         Prior of the residual sd of gaussian outcomes; default as for `sd`.
 

@@ -37,16 +37,9 @@ def gaussian():
 def weights_of(result, support, draws, seed=0, update=False):
     """Draws, log-weights and effects before resampling."""
     latents = dict(result.draws(draws, seed=seed))
-    facts = result.model.data_facts()
-    levels = facts.levels_with(support)
-    new = {f.name: levels[f.name][len(facts.levels[f.name]) :] for f in result.model.factors}
-    effects = {
-        f.name: latents[f.effect_site].new_zeros(draws, len(new[f.name]), len(f.terms))
-        for f in result.model.factors
-    }
-    quality = {"efficiency": 1.0}
-    total = condition(result.posterior, support, latents, effects, new, seed, update, quality)
-    return latents, total, effects, quality
+    made = condition(result.posterior, support, latents, seed, update_seen=update)
+    quality = {"efficiency": made.efficiency}
+    return made.latents, made.log_weights, made.effects, quality
 
 
 def of_cluster(data, cluster, n=None):

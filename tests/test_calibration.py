@@ -24,8 +24,8 @@ from armed_pyro import (
 from armed_pyro.checks import rank_tests as uniformity
 from armed_pyro.checks.calibration import SimulationCalibration, simulation_calibration
 from armed_pyro.checks.simulation import held
-from armed_pyro.inference.divergence import TrainingDiverged
 from armed_pyro.inference.train import train
+from armed_pyro.inference.training_run import TrainingDiverged
 
 SITES, PER_SITE, NOISE, EFFECT = 7, 4, 0.8, 1.1
 TINY = Schedule(steps=3, window=3, stages=0)

@@ -219,7 +219,7 @@ def test_a_run_cut_short_once_settled_goes_on_to_the_same_parameters(
 ):
     options, largest = SETTLED[name]
     if largest is not None:
-        monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", largest)
+        monkeypatch.setattr("armed_pyro.inference.phases.LARGEST_STEP", largest)
     whole = run(schedule=WINDOWS, refine=False, **options)
     history, path = whole.history, tmp_path / "run.checkpoint"
     windows = after + (history.step.index(history.settled) + 1 if history.settled else 0)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from armed_pyro import DivergenceError, Fit, Schedule
-from armed_pyro.cli import app, demo
+from armed_pyro import DivergenceError, Fit, Schedule, cli
+from armed_pyro.cli import app
 from armed_pyro.cli import fit as fit_module
 from armed_pyro.families.registry import FAMILIES
 from armed_pyro.prediction.unseen import MODES
@@ -301,6 +301,25 @@ def test_divergence_keeps_the_last_good_state(data, tmp_path, monkeypatch):
     assert "diverged" in (run / "diagnostics.json").read_text()
 
 
+def test_an_exposure_as_offset_ends_in_the_message_of_divergence(tmp_path):
+    rng = np.random.default_rng(0)
+    days, site = rng.uniform(50, 2000, 200), np.repeat(np.arange(10), 20)
+    y = rng.poisson(days * np.exp(rng.normal(-3, 0.5, 10))[site])
+    frame = pd.DataFrame({"y": y, "x": rng.normal(size=200), "days": days, "site": site})
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    run, more = tmp_path / "run", ["--offset", "days", "--family", "poisson"]
+    done = call(*fit(tmp_path / "rows.csv", run, *more, random="(1 | site)", features="x"))
+    assert done.exit_code == 1
+    assert "Traceback" not in done.output
+    assert "the loss diverged at step 1" in done.stderr
+    assert "offset (up to 199" in done.stderr
+    assert "posterior_predictive, which could not be computed: invalid Poisson rate" in done.stderr
+    assert {path.name for path in run.iterdir()} == FILES
+    assert Fit.load(run).stopped == "diverged"
+    loaded = json.loads((run / "diagnostics.json").read_text())
+    assert loaded["computation"]["verdict"] == loaded["model"]["verdict"] == "fail"
+
+
 def test_strict_exits_with_3_where_a_verdict_is_fail(data, tmp_path):
     table(sites=2, rows=40).to_csv(tmp_path / "two.csv", index=False)
     random = {"random": "(1 | site)", "features": "dose"}
@@ -483,10 +502,10 @@ def test_demo_calls_the_entry_point(tmp_path, monkeypatch):
         def load(self):
             return lambda argv: (tmp_path / "called").write_text(" ".join(argv))
 
-    monkeypatch.setattr(demo, "entry_points", lambda **_: [Point()])
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [Point()])
     assert call("demo", "--out", tmp_path / "demo").exit_code == 0
     assert (tmp_path / "called").read_text() == f"--out {tmp_path / 'demo'}"
-    monkeypatch.setattr(demo, "entry_points", lambda **_: [])
+    monkeypatch.setattr(cli, "entry_points", lambda **_: [])
     refused("demo", message="not installed")
 
 

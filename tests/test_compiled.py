@@ -11,7 +11,7 @@ from torch import nn
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.engine import compiled_step
 from armed_pyro.engine.compiled_step import Steps
-from armed_pyro.engine.cuda_graph import Recording
+from armed_pyro.engine.compiler import Recording
 from armed_pyro.families.simulate import mixed_model
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.objective import NestedBound, Objective

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from armed_pyro.distributions.small_matrices import multiply, precision_root, solve_lower, sum_last
+from armed_pyro.distributions.small_matrices import multiply, precision_root, solve, sum_last
 from armed_pyro.distributions.whitened import Pushforward, WhitenedDiagonal, WhitenedNormal
 
 SIZES = [1, 2, 3, 4, 5, 7]
@@ -221,7 +221,7 @@ def test_small_matrices_are_multiplied_and_solved_as_by_linear_algebra(terms):
     torch.testing.assert_close(multiply(matrix, vector), (matrix @ vector[..., None])[..., 0])
     full = torch.randn(2, 4, terms, terms).double()
     torch.testing.assert_close(multiply(full, vector), (full @ vector[..., None])[..., 0])
-    solved = solve_lower(matrix, vector)
+    solved = solve(matrix, vector[..., None], upper=False)[..., 0]
     torch.testing.assert_close((matrix @ solved[..., None])[..., 0], vector)
     torch.testing.assert_close(sum_last(vector), vector.sum(-1))
 

@@ -7,10 +7,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from armed_pyro import ClusteredData, MixedEffects
 from armed_pyro.engine.compiler import capture
 from armed_pyro.guides.cross_products import (
-    CachedCrossProducts,
     DenseCrossProducts,
     SparseCrossProducts,
-    SparsityPattern,
     cross_products,
 )
 from armed_pyro.guides.crossed import CrossedGuide
@@ -37,8 +35,7 @@ def matrix(terms=2, seed=0):
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_sums_are_those_of_the_whole_matrix(kind, batch, terms):
     between = matrix(terms)
-    pattern = SparsityPattern.of(between) if kind == "sparse" else None
-    found = cross_products(between, pattern)
+    found = cross_products(between) if kind == "sparse" else DenseCrossProducts(between)
     assert isinstance(found, SparseCrossProducts if kind == "sparse" else DenseCrossProducts)
     half = torch.randn(*batch, K, terms, terms).double()
     product = half @ between
@@ -53,14 +50,14 @@ def test_sums_are_those_of_the_whole_matrix(kind, batch, terms):
 
 def test_first_and_second_derivatives_are_right():
     half = torch.randn(K, 2, 2).double().requires_grad_(True)
-    found = cross_products(matrix(), SparsityPattern.of(matrix()))
+    found = cross_products(matrix())
     assert torch.autograd.gradcheck(found.gram, half)
     assert torch.autograd.gradgradcheck(found.gram, half)
 
 
 def test_a_pattern_holds_every_pair_once():
     between = matrix()
-    pattern = SparsityPattern.of(between)
+    pattern = SparseCrossProducts.found_in(between)
     there = (between != 0).any(1)
     assert len(pattern.cluster) == there.sum()
     counts = there.sum(1)
@@ -70,10 +67,10 @@ def test_a_pattern_holds_every_pair_once():
     assert (row >= column).all()
 
 
-def test_there_is_none_where_pairs_are_many(monkeypatch):
+def test_they_are_dense_where_pairs_are_many(monkeypatch):
     monkeypatch.setattr("armed_pyro.guides.cross_products.SPARSE", 30)
-    assert SparsityPattern.of(torch.ones(K, 1, M)) is None
-    assert SparsityPattern.of(torch.eye(200)[:, None]) is not None
+    assert isinstance(cross_products(torch.ones(K, 1, M)), DenseCrossProducts)
+    assert isinstance(cross_products(torch.eye(200)[:, None]), SparseCrossProducts)
 
 
 def guide_of_few_rows():
@@ -107,7 +104,7 @@ def test_they_are_gathered_anew_when_rows_say_something_new():
         guide.between.copy_(torch.rand_like(state))
     dense = DenseCrossProducts(guide.between).gram(torch.ones(8, 1, 1).double())
     torch.testing.assert_close(guide._cross_products().gram(torch.ones(8, 1, 1).double()), dense)
-    assert isinstance(guide._cache, CachedCrossProducts)
+    assert guide._cross_products() is guide._cross_products()
 
 
 @pytest.mark.filterwarnings("ignore:there are fewer rows")

@@ -169,7 +169,7 @@ def test_where_steps_would_take_too_long_the_mode_is_kept(monkeypatch) -> None:
     model = MixedEffects(nn.Linear(1, 1), "(1 | a) + (1 | b)", bayesian_head=True)
     trained = fit(model, data, seed=1, progress=False)
     assert trained.guide.work() == 60 * 25**2 + 25**3 // 3
-    monkeypatch.setattr("armed_pyro.inference.frozen_phase.MOST_WORK", 0)
+    monkeypatch.setattr("armed_pyro.inference.phases.MOST_WORK", 0)
     kept = fit(model, data, seed=1, progress=False)
     assert kept.stopped == "converged"
     assert len(kept.history.loss) == 1 < len(trained.history.loss)

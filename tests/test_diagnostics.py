@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,9 +281,7 @@ def test_predictions_that_are_not_finite_fail_and_lose_nothing(value, tmp_path):
     assert found.computation.word == "fail"
     assert found.model.word == "fail"
     json.dumps(found.to_json(), allow_nan=False)
-    with pytest.warns(UserWarning, match="could not be computed"):
-        diverged.save(tmp_path / "run")
-    assert (tmp_path / "run" / "model.safetensors").is_file()
+    diverged.save(tmp_path / "run")
     assert Fit.load(tmp_path / "run").stopped == "diverged"
 
 
@@ -305,7 +304,7 @@ def test_k_hat_warns_where_means_and_sds_may_be_wrong():
     assert wrong.verdict == "warn"
     assert wrong.effect > wrong.threshold
     assert "refine nuts" in wrong.advice
-    assert "seconds" in wrong.advice
+    assert re.search(r"about \d+ (second|minute)s", wrong.advice)
     assert accuracy(k_hat=1.2).verdict == "fail"
     assert accuracy(k_hat=np.inf).verdict == "fail"
 
@@ -336,11 +335,12 @@ def test_small_departures_of_many_clusters_from_normal_pass():
 
 def test_a_small_distance_of_residuals_passes_in_any_number_of_rows():
     def nearly(rng, eta, x):
-        return np.round(eta + 2 * rng.normal(size=len(eta)))  # a discrete score
+        return eta + (rng.gamma(20, size=len(eta)) - 20) / 20**0.5  # skewness 0.45
 
     _, found = diagnosed(simulate(nearly, clusters=200, rows=40), "gaussian")
     (check,) = named(found, "residuals")
     assert check.p < 1e-3
+    assert 0.02 < check.effect < 0.05
     assert check.verdict == "pass"
 
 

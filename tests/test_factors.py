@@ -138,7 +138,7 @@ def test_terms_are_uncorrelated_with_each_other():
     model, _ = bind(TERMS["two correlated terms"])
     (factor,) = model.factors
     sites = ("site_cor_cholesky_0", "site_cor_cholesky_1")
-    assert factor.joint_covariance.sites()[2:] == sites
+    assert factor.sites()[3:] == sites
     cor = draw(factor)["site_cor"]
     assert (cor[:2, 2:] == 0).all()
     assert (cor[:2, :2] != 0).all()
@@ -149,7 +149,7 @@ def test_every_class_has_effects_and_correlations_of_its_own():
     model, _ = bind("(1 + age | site)", classes=3)
     (factor,) = model.factors
     assert factor.terms == ("Intercept[1]", "Intercept[2]", "age[1]", "age[2]")
-    assert [group.places for group, _ in factor.joint_covariance.groups] == [(0, 2), (1, 3)]
+    assert [group.places for group, _ in factor.groups] == [(0, 2), (1, 3)]
     cor = draw(factor)["site_cor"]
     assert (cor[0, [1, 3]] == 0).all()
     assert (cor[1, [0, 2]] == 0).all()
@@ -224,7 +224,7 @@ def test_layers_and_inputs_in_one_factor():
     model, data = bind(["(1 + age | site)", Slopes("site", on="1")], net=net)
     (factor,) = model.factors
     assert factor.terms == ("Intercept", "age", "1[0]", "1[1]", "1[2]")
-    assert [group.places for group, _ in factor.joint_covariance.groups] == [(0, 1)]
+    assert [group.places for group, _ in factor.groups] == [(0, 1)]
     rows = model.encode(data).all()
     hidden = net[:2](rows.x)
     phi = factor.design(rows.x, {"1": hidden})

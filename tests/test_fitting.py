@@ -293,7 +293,7 @@ def test_a_program_with_an_adversary_settles_only_after_the_game():
 def test_iterates_that_still_move_are_told_from_those_that_rest(monkeypatch):
     schedule = Schedule(steps=150, window=50, stages=0, learning_rate=0.01)
     rests = run(linear(), schedule=schedule).history
-    monkeypatch.setattr("armed_pyro.inference.frozen_phase.start_at_mode", lambda *arguments: None)
+    monkeypatch.setattr("armed_pyro.inference.phases.start_at_mode", lambda *arguments: None)
     moves = run(linear(), schedule=schedule).history
     assert moves.drift[0] > 0.5 > 0.2 > max(rests.drift[1:])
     assert moves.r_hat[0] > 1.05 > max(rests.r_hat[1:])
@@ -352,7 +352,7 @@ def limit_steps(monkeypatch, step, search):
         batches.append(rows)
         return rows
 
-    monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", step)
+    monkeypatch.setattr("armed_pyro.inference.phases.LARGEST_STEP", step)
     monkeypatch.setattr("armed_pyro.inference.marginal_mode.LARGEST_STEP", search)
     monkeypatch.setattr(HeldRows, "whole_clusters", recorded)
     return batches

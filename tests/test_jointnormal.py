@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from armed_pyro.distributions.precision_normal import PrecisionNormal
+from armed_pyro.distributions.whitened import PrecisionNormal
 
 SIZE = 4
 
@@ -25,7 +25,7 @@ def dense(precision, pull):
 @pytest.mark.parametrize("batch", [(), (3, 1)])
 def test_density_of_any_value(batch, trained):
     precision, pull = natural(*batch)
-    q = PrecisionNormal.of(precision.requires_grad_(trained), pull)
+    q = PrecisionNormal(precision.requires_grad_(trained), pull)
     value = torch.randn(*batch, SIZE).double()
     expected = dense(precision, pull).log_prob(value)
     torch.testing.assert_close(q.log_prob(value), expected)
@@ -34,7 +34,7 @@ def test_density_of_any_value(batch, trained):
 
 def test_draws_and_their_density():
     precision, pull = natural()
-    q = PrecisionNormal.of(precision, pull)
+    q = PrecisionNormal(precision, pull)
     noise = torch.randn(50_000, SIZE).double()
     value = q.push(noise)
     torch.testing.assert_close(q.log_prob(value), dense(precision, pull).log_prob(value))
@@ -51,7 +51,7 @@ def test_first_and_second_derivatives_are_right(batch):
 
     def density(half, pull, value):
         # Symmetric, whatever the difference quotient adds to one element.
-        return PrecisionNormal.of(0.5 * (half + half.mT), pull).log_prob(value)
+        return PrecisionNormal(0.5 * (half + half.mT), pull).log_prob(value)
 
     given = [one.requires_grad_(True) for one in (precision, pull, value)]
     assert torch.autograd.gradcheck(density, given)
@@ -62,7 +62,7 @@ def test_derivatives_are_those_of_the_way_by_the_cholesky_factor():
     precision, pull = natural(3)
     value = torch.randn(3, SIZE).double()
     found = []
-    for density in (PrecisionNormal.of, dense):
+    for density in (PrecisionNormal, dense):
         given = [one.clone().requires_grad_(True) for one in (precision, pull)]
         total = density(*given).log_prob(value).sum()
         by_precision, by_pull = torch.autograd.grad(total, given)
@@ -77,15 +77,15 @@ def test_a_shared_precision_gets_the_gradient_of_all():
     pulls = pull + torch.randn(3, 1, SIZE).double()
     value = torch.randn(3, 1, SIZE).double()
     shared = precision.clone().requires_grad_(True)
-    (one,) = torch.autograd.grad(PrecisionNormal.of(shared, pulls).log_prob(value).sum(), shared)
+    (one,) = torch.autograd.grad(PrecisionNormal(shared, pulls).log_prob(value).sum(), shared)
     apart = precision.expand(3, 1, SIZE, SIZE).clone().requires_grad_(True)
-    (other,) = torch.autograd.grad(PrecisionNormal.of(apart, pulls).log_prob(value).sum(), apart)
+    (other,) = torch.autograd.grad(PrecisionNormal(apart, pulls).log_prob(value).sum(), apart)
     torch.testing.assert_close(one, other.sum((0, 1)))
 
 
 def test_expanded_it_is_the_same():
     precision, pull = natural()
-    q = PrecisionNormal.of(precision, pull)
+    q = PrecisionNormal(precision, pull)
     wide = q.expand((3, 1))
     assert wide.batch_shape == (3, 1)
     assert wide.expand((3, 1)) is wide
@@ -98,6 +98,6 @@ def test_judged_by_another_distribution():
     """Where what is trained is held, gradients stick the landing."""
     precision, pull = natural()
     trained = precision.clone().requires_grad_(True)
-    q = PrecisionNormal.of(trained, pull, PrecisionNormal.of(precision, pull))
+    q = PrecisionNormal(trained, pull, PrecisionNormal(precision, pull))
     value = q.push(torch.randn(SIZE).double())
     torch.testing.assert_close(q.log_prob(value), dense(precision, pull).log_prob(value))

@@ -17,7 +17,7 @@ from armed_pyro.prediction.cluster_classifier import (
     calibration_error,
     train_classifier,
 )
-from armed_pyro.prediction.similarity import gather_evidence, merge_evidence
+from armed_pyro.prediction.similarity import evidence_table, gather_evidence, merge_evidence
 from armed_pyro.prediction.unseen import one_cluster_per_row
 
 SHORT = Schedule(steps=20, window=10, stages=0)
@@ -122,7 +122,7 @@ def test_its_architecture_follows_the_network():
 def test_pooled_evidence_is_the_sum_of_the_rows(trained):
     new = table(20, centers=[1.0], names="n", seed=3)
     data = ClusteredData.encode(new, trained.data.schema)
-    one = gather_evidence(trained.posterior, data, trained.classifiers).factors["site"]
+    one = gather_evidence(trained.posterior, data, trained.classifiers)["site"]
     classifier = trained.classifier("site")
     log_p = classifier.log_prob(trained.model.encode(data, {"site": pd.Index([*"abcdn"])}).x)
     share = (1 + 19 * classifier.pooling) / 20
@@ -133,7 +133,7 @@ def test_pooled_evidence_is_the_sum_of_the_rows(trained):
         gather_evidence(trained.posterior, data.take(part), trained.classifiers)
         for part in (slice(0, 8), slice(8, 20))
     ]
-    both = merge_evidence(*halves).factors["site"]
+    both = merge_evidence(*halves)["site"]
     np.testing.assert_allclose(both.probability(), one.probability(), rtol=1e-6)
     np.testing.assert_allclose(both.distance()[0], one.distance()[0], rtol=1e-6)
 
@@ -143,7 +143,7 @@ def test_one_rows_evidence_is_its_class_probability(trained):
     data = ClusteredData.encode(new, trained.data.schema)
     alone = gather_evidence(
         trained.posterior, one_cluster_per_row(trained.model, data), trained.classifiers
-    ).factors["site"]
+    )["site"]
     x = trained.model.encode(data, {"site": pd.Index([*"abcdn"])}).x
     np.testing.assert_allclose(
         alone.probability(), trained.classifier("site").log_prob(x).exp(), rtol=1e-5
@@ -154,13 +154,9 @@ def test_membership_is_the_mixture_of_the_seen_clusters_posteriors(trained):
     draws = 4000
     new = table(1, centers=[0.0], names="n", seed=3).assign(x=0.0)
     made = trained.predict(new, unseen="membership", draws=draws)
-    chance = (
-        gather_evidence(
-            trained.posterior, ClusteredData.encode(new, trained.data.schema), trained.classifiers
-        )
-        .factors["site"]
-        .probability()[0]
-    )
+    chance = gather_evidence(
+        trained.posterior, ClusteredData.encode(new, trained.data.schema), trained.classifiers
+    )["site"].probability()[0]
     assert chance.max() < 0.8, "there must be something to mix"
     seen = trained.draws(draws)["site_effect"][..., 0].double() * trained.model.facts.spread
     mean = float((seen.mean(0) * torch.as_tensor(chance)).sum())
@@ -217,7 +213,7 @@ def test_alien_is_rarely_said_of_clusters_of_the_same_kind():
     seen, unseen = data.hold_out_clusters("site", labels=names[30:])
     model = MixedEffects(nn.Linear(2, 1), "(1 | site)")
     result = fit(model, seen, schedule=SHORT, refine=False, progress=False)
-    table = gather_evidence(result.posterior, unseen, result.classifiers).table()
+    table = evidence_table(gather_evidence(result.posterior, unseen, result.classifiers))
     # That one lies further off than all 30 has the probability 1 / 31, on average over the 30.
     assert table["alien"].mean() < 0.06
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from armed_pyro._memory import most_held, release
-from armed_pyro.cli.training_data import byte_size
+from armed_pyro.cli.fit import byte_size
 
 STATM = Path("/proc/self/statm")
 SIZE, COUNT = 100_000, 600  # each too small for pages of its own

@@ -23,7 +23,7 @@ from armed_pyro import (
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.objective import Objective
 from armed_pyro.inference.train import train
-from armed_pyro.networks.filters import modulated
+from armed_pyro.networks.taps import modulated
 from armed_pyro.program.linearize import sensitivities
 
 SITES, FILTERS = 5, 3

@@ -363,7 +363,9 @@ def settled(random, family="gaussian", **options):
 
 
 def shared_noise(monkeypatch, noise):
-    monkeypatch.setattr("armed_pyro.inference.objective.gaussian_noise", lambda *arguments: noise)
+    monkeypatch.setattr(
+        "armed_pyro.inference.nested_weights.gaussian_noise", lambda *arguments: noise
+    )
 
 
 def given(guide, values, rows):
@@ -427,7 +429,7 @@ def test_at_the_posterior_the_bound_is_the_log_marginal_likelihood(particles, mo
     if particles > 1:
         plain = partial(proposal_noise, stretch=False, heavy=False)
         monkeypatch.setattr(
-            "armed_pyro.inference.objective.proposal_noise",
+            "armed_pyro.inference.nested_weights.proposal_noise",
             lambda *arguments, heavy: plain(*arguments),
         )
     for _ in range(3):

@@ -19,11 +19,12 @@ from armed_pyro import (
 from armed_pyro.distributions.whitened import Pushforward
 from armed_pyro.engine.adam import BETAS, Adam
 from armed_pyro.engine.compiled_step import Steps
+from armed_pyro.engine.processes import ALONE
+from armed_pyro.engine.shards import Share
 from armed_pyro.guides.crossed import CrossedGuide
-from armed_pyro.inference.cluster_adam import LazyAdam
 from armed_pyro.inference.objective import Objective
-from armed_pyro.inference.optimizers import Optimizers
-from armed_pyro.inference.task import TrainingTask
+from armed_pyro.inference.optimizers import LazyAdam, Optimizers
+from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.training_run import Run
 
 K, N = 60, 120
@@ -375,7 +376,7 @@ def test_state_is_that_of_every_factor_read_in_batches():
 
 def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     """Of a wide layer's effects those of a batch are trained on: read again, they are others'."""
-    monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", 64)
+    monkeypatch.setattr("armed_pyro.inference.phases.LARGEST_STEP", 64)
     data, calls, read = many(), [], LazyAdam.read
 
     def counted(self, rows):
@@ -389,7 +390,9 @@ def test_a_settled_step_reads_its_clusters_once(monkeypatch):
     source = model.encode(data)
     with pyro.validation_enabled(False):
         guide = StructuredGuide(model, source)
-        run = Run(TrainingTask.single(model, guide, data, schedule, compile="never"))
+        share = Share(ALONE, source, ())
+        task = TrainingTask(model, guide, data, source, share, schedule, compile="never")
+        run = Run(task)
         run.freeze()
         assert run.phase.lazy.tables
         for _ in range(3):

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import FunctionType
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY, MODELS, ANALYSIS = ROOT / "armed_pyro", ROOT / "models", ROOT / "analysis"
 
@@ -53,6 +55,24 @@ def test_public_names_have_docstrings():
             and not inspect.getdoc(getattr(value, member))  # its own, or the abstract class's
         ]
     assert missing == []
+
+
+EXPLAINED = [
+    *("adapt", "attribution", "boundaries", "compare_modes", "decoded", "draws", "hyperparameters"),
+    *("invariance", "predict", "refine", "to_datatree", "variance_components"),
+]
+
+
+@pytest.mark.parametrize("verb", EXPLAINED)
+def test_the_help_of_a_fits_method_explains_its_options(verb):
+    method = getattr(public_names()["Fit"], verb)
+    doc, (itself, *options) = inspect.getdoc(method), inspect.signature(method).parameters
+    assert itself == "self"
+    assert options
+    assert not {"posterior", "classifiers"} & {*options}
+    assert not re.search("^(posterior|classifiers) : ", doc, flags=re.MULTILINE)
+    words = re.findall(r"\w+", doc)
+    assert [option for option in options if option not in words] == []
 
 
 def examples_in(docstring: str) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
 from armed_pyro.prediction.chunks import predict_chunks
-from armed_pyro.prediction.sources import effect_source
+from armed_pyro.prediction.predict import effect_source
 from armed_pyro.prediction.unseen import MODES
 
 PLAIN = ("population", "marginal")  # the others are in test_membership and test_adaptation

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from armed_pyro.rows.read_ahead import ahead
+from armed_pyro.rows.passes import ahead
 
 
 def test_items_come_in_order_and_are_made_ahead_of_their_use_but_not_too_far():

@@ -5,8 +5,7 @@ import gc
 import pytest
 import torch
 
-from armed_pyro.engine.compiler import capture
-from armed_pyro.engine.cuda_graph import Recording
+from armed_pyro.engine.compiler import Recording, capture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from armed_pyro import ClusteredData, Fit, HalfNormal, Known, MixedEffects, Priors, Schedule, fit
 from armed_pyro.families.simulate import mixed_model
-from armed_pyro.inference.draws import RefinedDraws
 from armed_pyro.inference.importance_sampling import importance_draws
+from armed_pyro.inference.posterior import RefinedDraws
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.models.linear import linear
 

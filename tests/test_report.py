@@ -19,14 +19,14 @@ from armed_pyro import (
     Slopes,
     fit,
 )
-from armed_pyro.cli.prediction_file import write_predictions
+from armed_pyro.cli.predict import write_predictions
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 from armed_pyro.prediction.chunks import predict_chunks
-from armed_pyro.prediction.evaluation import evaluate
+from armed_pyro.prediction.scores import evaluate
 from armed_pyro.prediction.unseen import Marginal
 from armed_pyro.report.html import page
-from armed_pyro.summaries.random_effects import random_effects
+from armed_pyro.summaries.variance import random_effects
 
 
 def clustered(outcome: str = "gaussian", clusters: int = 6) -> ClusteredData:
@@ -181,7 +181,7 @@ def test_page_of_many_clusters_terms_and_an_adversary():
     model = MixedEffects(dense(2, 1, (5,)), terms, adversary=Adversary("site<b>", ["1"]))
     result = fit(model, data, schedule=Schedule(steps=30), progress=False, device="cpu")
     text = shown(result)
-    assert "Not converged" in text
+    assert "NOT CONVERGED" in text
     assert "without uncertainty of their own" in text
     assert "weight 1" in text
     assert "held-out" not in text

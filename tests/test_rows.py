@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.rows.shuffle import Passes
+from armed_pyro.rows.passes import Passes
 
 SITE = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 3, 3])
 DOSE = torch.tensor([0, 1] * 6)

@@ -378,7 +378,7 @@ def test_a_factor_with_few_clusters_but_most_effects_is_taken_whole(tmp_path, mo
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
     model = MixedEffects(net, ["(1 | a)", Slopes("b", on="1")])
     data = stream(two_factors(), tmp_path, clusters=["a", "b"])
-    monkeypatch.setattr("armed_pyro.inference.frozen_phase.LARGEST_STEP", 2 * 600)
+    monkeypatch.setattr("armed_pyro.inference.phases.LARGEST_STEP", 2 * 600)
     whole, asked = StreamedRows.whole_clusters, []
 
     def recorded(self, factor, chosen):

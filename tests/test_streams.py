@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
 from armed_pyro.cli import app
 from armed_pyro.models.linear import linear
-from armed_pyro.prediction.predict_table import predict_table
+from armed_pyro.prediction.predict import predict_table
 from armed_pyro.prediction.unseen import MODES
 from armed_pyro.streaming.parquet_table import TableBlocks
 
@@ -57,8 +57,8 @@ def test_blocks_give_what_the_whole_table_gives(run, rows, tmp_path, monkeypatch
     whole = result.predict(rows, unseen=mode, support=support, draws=40)
     path = tmp_path / f"rows{suffix}"
     rows.to_csv(path, index=False) if suffix == ".csv" else rows.to_parquet(path)
-    monkeypatch.setattr("armed_pyro.prediction.predict_table.BLOCK_VALUES", 40 * 5 * 37)
-    monkeypatch.setattr("armed_pyro.prediction.predict_table.EVIDENCE_ROWS", 50)
+    monkeypatch.setattr("armed_pyro.prediction.predict.BLOCK_VALUES", 40 * 5 * 37)
+    monkeypatch.setattr("armed_pyro.prediction.predict.EVIDENCE_ROWS", 50)
     opened = TableBlocks.open(path)
     told = []
     parts, membership = predict_table(
@@ -83,7 +83,7 @@ def test_row_by_row_membership_in_blocks(run, rows, tmp_path, monkeypatch):
     result = Fit.load(run)
     whole = result.predict(rows, unseen="membership", pooled=False, draws=10)
     rows.to_parquet(tmp_path / "rows.parquet")
-    monkeypatch.setattr("armed_pyro.prediction.predict_table.BLOCK_VALUES", 10 * 5 * 41)
+    monkeypatch.setattr("armed_pyro.prediction.predict.BLOCK_VALUES", 10 * 5 * 41)
     opened = TableBlocks.open(tmp_path / "rows.parquet")
     parts, _ = predict_table(result.posterior, opened, unseen="membership", pooled=False, draws=10)
     expected = np.concatenate([part.expected for part in parts], 1)
@@ -148,7 +148,7 @@ def test_errors_leave_nothing_behind(run, rows, tmp_path):
 
 def test_a_bad_row_late_in_the_table_leaves_no_file(run, rows, tmp_path, monkeypatch):
     rows.assign(x=rows.x.where(rows.index < 250)).to_parquet(tmp_path / "rows.parquet")
-    monkeypatch.setattr("armed_pyro.prediction.predict_table.BLOCK_VALUES", 20 * 5 * 37)
+    monkeypatch.setattr("armed_pyro.prediction.predict.BLOCK_VALUES", 20 * 5 * 37)
     done = call("predict", run, tmp_path / "rows.parquet", "--unseen", "marginal", "--draws", 20,
                 "--out", tmp_path / "pred.parquet")  # fmt: skip
     assert done.exit_code == 2

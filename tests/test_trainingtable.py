@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 
 from armed_pyro import ClusteredData
-from armed_pyro.cli.training_data import TrainingTable, byte_size, outputs
+from armed_pyro.cli.fit import byte_size, bytes_needed, outputs, training_rows
 from armed_pyro.families.registry import family_named
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
 ROLES = {"outcome": "y", "clusters": ["g"]}
@@ -19,20 +20,18 @@ def write(folder, suffix=".parquet"):
 
 
 def test_a_parquet_table_is_streamed_where_memory_is_too_small(tmp_path):
-    path = write(tmp_path)
-    small = TrainingTable.open(path, 1000)
-    assert small.columns == ("y", "x", "g")
-    rows = small.rows(tmp_path / "new", **ROLES)
+    table = TableBlocks.open(write(tmp_path))
+    assert table.columns == ("y", "x", "g")
+    rows = training_rows(table, 1000, tmp_path / "new", **ROLES)
     assert isinstance(rows, StreamedData)
     assert rows.memory == 1000
-    large = TrainingTable.open(path, 10**10)
-    assert isinstance(large.rows(tmp_path, **ROLES), ClusteredData)
-    assert large.need == small.need > 1000
+    assert isinstance(training_rows(table, 10**10, tmp_path, **ROLES), ClusteredData)
+    assert bytes_needed(table) == 500_000_000 + 64 * 4 * 3
 
 
 def test_csv_is_never_streamed(tmp_path):
-    table = TrainingTable.open(write(tmp_path, ".csv"), 1000)
-    assert isinstance(table.rows(tmp_path, **ROLES), ClusteredData)
+    table = TableBlocks.open(write(tmp_path, ".csv"))
+    assert isinstance(training_rows(table, 1000, tmp_path, **ROLES), ClusteredData)
 
 
 @pytest.mark.parametrize(

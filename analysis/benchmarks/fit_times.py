@@ -21,7 +21,7 @@ from armed_pyro.analysis.benchmarks.training_steps import Task
 from armed_pyro.engine.schedule import MOVING, split_r_hat
 from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.linear import linear
-from armed_pyro.rows.shuffle import Passes
+from armed_pyro.rows.passes import Passes
 
 __all__ = ["Job", "Times", "compare", "insteval", "jobs"]
 

@@ -18,13 +18,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes
 from armed_pyro.data.simulate import spirals
 from armed_pyro.engine.compiled_step import CompileMode
+from armed_pyro.engine.processes import ALONE
+from armed_pyro.engine.shards import Share
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.task import TrainingTask
+from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.training_run import Run
 from armed_pyro.networks.adversary import reverse_gradient
 from armed_pyro.program.model import trains_network
 from armed_pyro.random_effects.terms import Term
-from armed_pyro.rows.shuffle import Passes
+from armed_pyro.rows.passes import Passes
 
 __all__ = [
     "Step",
@@ -116,7 +118,8 @@ def program_step(
     source = model.encode(data)
     with pyro.validation_enabled(False):
         guide = choose_guide(model, source).to(device)
-        run = Run(TrainingTask.single(model, guide, data, schedule, compile=mode))
+        share = Share(ALONE, source, ())
+        run = Run(TrainingTask(model, guide, data, source, share, schedule, compile=mode))
         if not trains_network(model):
             run.freeze()
     model.train(run.phase.trains_network)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
@@ -17,8 +18,7 @@ from armed_pyro.checks.quantities import reported
 from armed_pyro.engine.schedule import MOVING
 from armed_pyro.guides.hyperparameters import is_positive
 from armed_pyro.guides.noise import proposal_variance
-from armed_pyro.inference.draws import ImportanceDraws
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.program.model import MixedEffects
 
@@ -115,7 +115,7 @@ def _weights(posterior: Posterior, weighted: ImportanceDraws) -> Iterator[Check]
         if posterior.model.factors and posterior.guide.nested() is None:
             # Weights of this many effects at once degenerate with any guide: k-hat proves nothing.
             verdict = "warn"
-            reason = "the approximation of many crossed effects at once cannot be verified"
+            reason = "the approximation of so many effects at once cannot be verified by weights"
     yield Check(
         "computation",
         "accuracy of the draws",
@@ -135,27 +135,35 @@ def _error(posterior: Posterior, weighted: ImportanceDraws) -> tuple[float, str]
     r"""Error of the worst mean or sd that weighted draws give, in posterior sds; its quantity.
 
     The error is the Monte Carlo error :math:`\sqrt{\sum w_i^2 (h_i - \bar h)^2} / sd(h)`, and the
-    same of the sd, plus what the weights' tail hides. If weights have a Pareto tail of shape k and
-    the largest is w, the draws miss a mass of w / (2 (1 - k)), which is taken to lie three sds from
-    the mean.
+    same of the sd. If k-hat is so high that this error cannot be relied on (Vehtari et al. 2024),
+    what the weights' tail hides is added: with a Pareto tail of shape k and the largest weight w,
+    the draws miss a mass of w / (2 (1 - k)), which is taken to lie three sds from the mean.
     """
     weights, k_hat = weighted.weights, max(0.0, weighted.k_hat)
     if k_hat >= 1:
         return math.inf, ""
-    unseen = 0.5 * float(weights.max()) / (1 - k_hat)
+    reliable = k_hat < min(1 - 1 / math.log10(len(weights)), 0.7)
+    unseen = 0.0 if reliable else 0.5 * float(weights.max()) / (1 - k_hat)
     worst, name = 0.0, "the draws"
     for quantity, values in reported(posterior, weighted.latents).items():
-        # The error of a skewed sd's mean and sd is dominated by a few extreme draws.
-        draws = np.log(values) if (values > 0).all() else values
-        centred = draws - weights @ draws
-        variance = float(weights @ centred**2)
-        if variance <= 1e-24 * (1 + float(np.abs(draws).max())) ** 2:
-            continue
-        mean = math.sqrt(weights**2 @ centred**2 / variance)
-        sd = math.sqrt(weights**2 @ (centred**2 - variance) ** 2) / (2 * variance)
-        if not max(mean, sd) <= worst:
-            worst, name = max(mean, sd), quantity
+        error = _monte_carlo_error(weights, values)
+        if (values > 0).all():  # skewed, or near zero: extreme draws dominate one of the two
+            error = min(error, _monte_carlo_error(weights, np.log(values)))
+        if not error <= worst:
+            worst, name = error, quantity
     return worst + 3 * unseen, name
+
+
+def _monte_carlo_error(
+    weights: Float[np.ndarray, " draws"], draws: Float[np.ndarray, " draws"]
+) -> float:
+    """Error of the mean or the sd of weighted draws, the larger, in sds; 0 for a constant."""
+    centred = draws - weights @ draws
+    variance = float(weights @ centred**2)
+    if variance <= 1e-24 * (1 + float(np.abs(draws).max())) ** 2:
+        return 0.0
+    mean = math.sqrt(weights**2 @ centred**2 / variance)
+    return max(mean, math.sqrt(weights**2 @ (centred**2 - variance) ** 2) / (2 * variance))
 
 
 def _guide(model: MixedEffects, weighted: ImportanceDraws) -> Check:

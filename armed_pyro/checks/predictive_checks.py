@@ -17,8 +17,7 @@ from armed_pyro.checks.check import BROKEN, LEVEL, Check, cause, failed, severit
 from armed_pyro.checks.rank_tests import holm
 from armed_pyro.families.family import Family
 from armed_pyro.guides.base import selected
-from armed_pyro.inference.draws import ImportanceDraws
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates

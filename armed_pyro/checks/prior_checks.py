@@ -91,8 +91,7 @@ def _prior_shares(factor: Factor, latents: Draws) -> dict[str, float]:
     if factor.sd(latents).dim() < 3:
         return {}
     draws = _columns(factor.sd(latents), len(factor.terms))
-    covariance = factor.joint_covariance
-    prior = covariance.prior.density(covariance.prior_scale).sample(torch.Size([PRIOR_DRAWS]))
+    prior = factor.prior.density(factor.prior_scale).sample(torch.Size([PRIOR_DRAWS]))
     before = _columns(prior, len(factor.terms))
     grouped, shares = _units(factor), dict[str, float]()
     for place, term in enumerate(factor.terms):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from armed_pyro.checks import rank_tests
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
-from armed_pyro.inference.divergence import TrainingDiverged
 from armed_pyro.inference.train import train
+from armed_pyro.inference.training_run import TrainingDiverged
 from armed_pyro.program.blocks import BLOCK_VALUES
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.source import RowSource
@@ -206,12 +206,11 @@ def quantities(
     known = model.known()
     for factor in model.factors:
         name, terms = factor.name, factor.terms
-        covariance = factor.joint_covariance
-        if covariance.sd_site not in known:
+        if factor.sd_site not in known:
             sd = factor.sd(latents).reshape(-1, len(terms))
-            values |= {f"{covariance.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
-        values |= covariance.correlations(latents)
-        values |= {group.site(n): value for group, n, value in covariance.quantities(latents)}
+            values |= {f"{factor.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
+        values |= factor.correlations(latents)
+        values |= {group.site(n): value for group, n, value in factor.quantities(latents)}
         effects, levels = latents[factor.effect_site], model.data_facts().levels[name]
         for k in sorted({0, len(levels) // 2, len(levels) - 1}):
             values |= {

@@ -1,5 +1,105 @@
-"""The command line ``armed-pyro``."""
+"""The command line ``armed-pyro``, with the commands fit, predict, report and demo.
 
-from armed_pyro.cli.app import app
+Each command imports its work when it runs. Torch, pyro and pandas take seconds to import, and
+``--help`` or a mistyped option should not wait for them.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any, final
+
+import typer
+from typer.core import TyperCommand
+
+from armed_pyro.cli.console import out
+from armed_pyro.cli.options import DemoOptions, FitOptions, PredictOptions, ReportOptions, takes
 
 __all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Mixed-effects deep learning: networks with random effects, fitted as a Pyro program.",
+)
+
+
+@final
+class FilledInCommand(TyperCommand):
+    """A command whose help names families, modes or the number of steps; see `option`."""
+
+    def get_help(self, ctx: Any) -> str:
+        """The help text, with these names filled in."""
+        from armed_pyro.engine.schedule import Schedule
+        from armed_pyro.families.registry import FAMILIES
+        from armed_pyro.prediction.unseen import MODES
+
+        modes = "; ".join(f"{name}, {meaning}" for name, meaning in MODES.items())
+        parameters: list[Any] = self.params
+        for parameter in parameters:
+            parameter.help = parameter.help.format(
+                families=", ".join(FAMILIES), modes=modes, steps=Schedule.steps
+            )
+        return super().get_help(ctx)
+
+
+@app.command("fit", cls=FilledInCommand)
+@takes(FitOptions)
+def fit_command(options: FitOptions) -> None:
+    """Fit a network with random effects to a table.
+
+    armed-pyro fit sleep.csv --outcome Reaction --random "(1 + Days | Subject)" --out run
+
+    Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli fit ...
+    """
+    from armed_pyro.cli.fit import fit_table
+
+    fit_table(options)
+
+
+@app.command("predict", cls=FilledInCommand)
+@takes(PredictOptions)
+def predict_command(options: PredictOptions) -> None:
+    """Predict the expected outcome of new rows, in their order, with its uncertainty.
+
+    armed-pyro predict run new.csv --unseen marginal --out pred.csv
+
+    Parquet tables are read and written block by block, whatever their size.
+    """
+    from armed_pyro.cli.predict import predict_to_file
+
+    predict_to_file(options)
+
+
+@app.command("report")
+@takes(ReportOptions)
+def report_command(options: ReportOptions) -> None:
+    """Write a fit's results as one HTML page with tables and plots.
+
+    armed-pyro report run --out report.html
+    """
+    from armed_pyro.cli.saved_run import report_page
+
+    text = report_page(options.run, options.net, options.prob)
+    options.html.parent.mkdir(parents=True, exist_ok=True)
+    options.html.write_text(text, encoding="utf-8")
+    out.print(f"The report is in {options.html}")
+
+
+@app.command("demo")
+@takes(DemoOptions)
+def demo_command(options: DemoOptions) -> None:
+    """Fit, report and predict on demonstration data.
+
+    armed-pyro demo --out demo
+    """
+    registered = list(entry_points(group="armed_pyro.demos", name="fertility"))
+    if not registered:
+        raise ValueError("the demonstration is not installed: install armed_pyro again")
+    try:
+        main = registered[0].load()
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the demo needs {error.name}: see armed_pyro[analysis]") from error
+    main(["--out", str(options.folder)])

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-__all__ = ["err", "messages", "out", "say"]
-
 # Markup and emoji codes are off, because names in the data may look like them: [bold], :school:.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr=True)
@@ -22,14 +20,11 @@ def messages() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}", "yellow")
+        warnings.showwarning = lambda message, *_, **__: err.print(
+            f"Warning: {message}", style="yellow"
+        )
         try:
             yield
         except (ValueError, OSError, ImportError) as error:
-            say(f"Error: {error}", "red")
+            err.print(f"Error: {error}", style="red")
             raise typer.Exit(2) from error
-
-
-def say(message: str, style: str) -> None:
-    """Print a message on stderr."""
-    err.print(message, style=style)

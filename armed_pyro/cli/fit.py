@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -12,12 +14,11 @@ from typing import Any, cast
 import typer
 
 from armed_pyro._memory import most_held
-from armed_pyro.cli.console import out, say
+from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
-from armed_pyro.cli.training_data import TrainingTable, byte_size, outputs
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.files import write_table
+from armed_pyro.data.files import read_table, write_table
 from armed_pyro.engine.processes import first_process
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.family import Family
@@ -27,29 +28,21 @@ from armed_pyro.fitting import DivergenceError, fit
 from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
-from armed_pyro.prediction.evaluation import evaluate
+from armed_pyro.prediction.scores import evaluate
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.random_effects.formula import parse_terms
-from armed_pyro.random_effects.terms import Slopes, Term
+from armed_pyro.random_effects.terms import Slopes, Term, parse_terms
 from armed_pyro.report.text import summarize
+from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
-__all__ = ["fit_table"]
+# Bytes of memory of the process without a table, and of one value of the table in all its copies.
+BASE, BYTES_HELD = 500_000_000, 64
+UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 
 
 @dataclass(frozen=True, eq=False)
 class SplitRows:
-    """Rows to train on, and rows that are held out.
-
-    Attributes
-    ----------
-    training : ClusteredData or StreamedData
-        Rows that the program is trained on.
-    validation : ClusteredData, optional
-        Rows of training clusters, whose loss decides when training stops.
-    held_out : dict of str to ClusteredData
-        Rows that the predictions are evaluated on, by name in the evaluation.
-    """
+    """Rows to train on, to stop training by, and to evaluate predictions on (by name)."""
 
     training: ClusteredData | StreamedData
     validation: ClusteredData | None = None
@@ -59,18 +52,18 @@ class SplitRows:
 def fit_table(options: FitOptions) -> None:
     """Fit a program to a table, save it to a folder, and print its summary.
 
-    Raises
-    ------
-    ValueError
-        Before training, if an option does not fit the table, the folder or another option.
-    typer.Exit
-        With code 1 if the loss diverged, and 130 after an interrupt; a message says which state
-        was saved. With code 3 if `strict` and either verdict is "fail", after saving.
+    The command exits with code 1 if the loss diverged, and with 130 after an interrupt; a message
+    says which state was saved. With `strict` it exits with 3, after saving, if either verdict is
+    "fail".
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
-    _check(options)
-    schedule = _schedule(options)
+    if not 0 < options.prob < 1:
+        raise ValueError(f"--prob must lie between 0 and 1, not {options.prob}")
+    if options.adversary_weight is not None and options.adversary is None:
+        raise ValueError("--adversary-weight needs --adversary FACTOR")
+    steps = Schedule.steps if options.steps is None else options.steps
+    schedule = Schedule(steps=steps, batch_size=options.batch_size)
     terms = parse_terms(options.random)
     terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
     family = family_named(options.family)
@@ -84,10 +77,10 @@ def fit_table(options: FitOptions) -> None:
         result = _by_nuts(result)
     result.save(run, draws=options.draws, prob=options.prob)
     _print_fit(result, split.held_out, run, options.prob)
-    if not isinstance(split.training, ClusteredData):
+    if isinstance(split.training, StreamedData):
         out.print(f"Most memory held: {most_held() / 1e9:.2f} GB")
-    (run / CHECKPOINT).unlink(missing_ok=True)
-    (run / PARTIAL).unlink(missing_ok=True)
+    for name in (CHECKPOINT, PARTIAL):
+        (run / name).unlink(missing_ok=True)
     if options.strict and result.diagnostics().failed:
         raise typer.Exit(3)
 
@@ -95,27 +88,16 @@ def fit_table(options: FitOptions) -> None:
 def _by_nuts(result: Fit) -> Fit:
     """The fit with draws by NUTS, after saying how long they will take."""
     seconds = nuts_seconds(result.posterior)
-    say(f"Drawing by NUTS, which will take about {duration(seconds)}", "")
+    err.print(f"Drawing by NUTS, which will take about {duration(seconds)}")
     return result.refine("nuts")
-
-
-def _check(options: FitOptions) -> None:
-    if not 0 < options.prob < 1:
-        raise ValueError(f"--prob must lie between 0 and 1, not {options.prob}")
-    if options.adversary_weight is not None and options.adversary is None:
-        raise ValueError("--adversary-weight needs --adversary FACTOR")
-
-
-def _schedule(options: FitOptions) -> Schedule:
-    if options.steps is None:
-        return Schedule(batch_size=options.batch_size)
-    return Schedule(steps=options.steps, batch_size=options.batch_size)
 
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
     """The table's rows, split as the options say; a streamed table cannot be split."""
-    table = TrainingTable.open(options.data, byte_size(options.memory))
-    rows = table.rows(
+    table = TableBlocks.open(options.data)
+    rows = training_rows(
+        table,
+        byte_size(options.memory),
         options.run.parent,
         outcome=options.outcome,
         clusters=_cluster_columns(terms, options.adversary, table.columns),
@@ -131,8 +113,8 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
     if options.hold_out_clusters is not None or options.validate_rows is not None:
         raise ValueError(
             f"rows cannot be held out of {options.data}, which is streamed: it would take about "
-            f"{table.need / 1e9:.1f} GB of memory. Keep them in a file of their own, or raise "
-            "--memory"
+            f"{bytes_needed(table) / 1e9:.1f} GB of memory. Keep them in a file of their own, or "
+            "raise --memory"
         )
     # On SIGTERM, SystemExit unwinds the run, so that its temporary files are deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -140,8 +122,7 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
 
 
 def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> SplitRows:
-    validation = None
-    held_out = {}
+    validation, held_out = None, {}
     if options.hold_out_clusters is not None:
         rows, held_out["clusters"] = rows.hold_out_clusters(
             terms[0].factor, fraction=options.hold_out_clusters, seed=options.seed
@@ -153,18 +134,10 @@ def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> S
 
 
 def _program(
-    options: FitOptions,
-    terms: Sequence[Term],
-    family: Family,
-    rows: ClusteredData | StreamedData,
+    options: FitOptions, terms: Sequence[Term], family: Family, rows: ClusteredData | StreamedData
 ) -> MixedEffects:
-    net = network(
-        options.net,
-        rows.n_features,
-        outputs(rows, family),
-        seed=options.seed,
-        **_widths(options.hidden, options.net),
-    )
+    widths, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
+    net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **widths)
     adversaries = []
     if options.adversary is not None:
         weight = 1.0 if options.adversary_weight is None else options.adversary_weight
@@ -175,8 +148,7 @@ def _program(
 
 def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:
     """Fit with a checkpoint in the run's folder; if training ends early, say what was saved."""
-    run = options.run
-    checkpoint = run / CHECKPOINT
+    run, checkpoint = options.run, options.run / CHECKPOINT
     if first_process() and not options.resume:
         checkpoint.unlink(missing_ok=True)
     try:
@@ -196,13 +168,13 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
             raise typer.Exit(1) from error
         error.fit.save(run)
         checkpoint.unlink(missing_ok=True)
-        say(f"Error: {error}\nThat state is in {run}, marked as diverged.", "red")
+        err.print(f"Error: {error}\nThat state is in {run}, marked as diverged.", style="red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         kept = "nothing was kept, as the first window of steps was not over"
         if checkpoint.exists():
             kept = f"the state is kept in {checkpoint}: continue with the same command and --resume"
-        say(f"Interrupted; {kept}", "yellow")
+        err.print(f"Interrupted; {kept}", style="yellow")
         raise typer.Exit(130) from error
 
 
@@ -245,3 +217,53 @@ def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, pr
     files = sorted(path.name for path in run.iterdir() if path.name not in (CHECKPOINT, PARTIAL))
     out.print(f"\nIn {run}: {', '.join(files)}")
     out.print(f"Next: armed-pyro report {run} --out report.html")
+
+
+def bytes_needed(table: TableBlocks) -> int:
+    """Estimated bytes of memory for the table in memory, with those of the process."""
+    return BASE + BYTES_HELD * table.n_rows * len(table.columns)
+
+
+def training_rows(
+    table: TableBlocks, memory: int, folder: Path, **roles: Any
+) -> ClusteredData | StreamedData:
+    """The rows; those of a Parquet table that needs more memory (in bytes) are streamed.
+
+    `folder` gets the temporary files of a streamed table. The roles of columns, and the errors,
+    are those of `ClusteredData.from_frame`.
+    """
+    if table.frame is None and bytes_needed(table) > memory:
+        folder.mkdir(parents=True, exist_ok=True)
+        return StreamedData.scan(table.path, memory=memory, folder=folder, **roles)
+    frame = read_table(table.path) if table.frame is None else table.frame
+    return ClusteredData.from_frame(frame, **roles)
+
+
+def outputs(rows: ClusteredData | StreamedData, family: Family) -> int:
+    """Number of outputs that a network needs for the outcome of these rows."""
+    if isinstance(rows, ClusteredData):
+        return family.outputs(len(family.columns(rows)))
+    if not family.multiclass:
+        return family.outputs(1)
+    classes = rows.scanned.schema.classes
+    if classes is None:
+        raise ValueError(
+            "the classes of a streamed outcome must be text or categories, not numbers: write "
+            "them to the table as text"
+        )
+    return family.outputs(len(classes) - 1)
+
+
+def byte_size(text: str | None) -> int:
+    """Number of bytes in text such as 2GB or 500 MB; half of the machine's memory for None.
+
+    >>> byte_size("1.5 GB")
+    1500000000
+    """
+    if text is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?b?)\s*", text.lower())
+    unit = match and (match[2] if match[2] in UNITS else match[2] + "b")
+    if not match or unit not in UNITS or match[1].count(".") > 1 or not float(match[1]) > 0:
+        raise ValueError(f"expected a size such as 2GB or 500MB, found {text!r}")
+    return int(float(match[1]) * UNITS[unit])

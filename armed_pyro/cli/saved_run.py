@@ -1,4 +1,4 @@
-"""The folder of a run: its files, and the fit that it holds."""
+"""The folder of a run: its files, the fit that it holds, and its report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
+
 from armed_pyro.fit_result import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.report.html import page
 from armed_pyro.storage.manifest import read_family
-
-__all__ = ["CHECKPOINT", "EVALUATION", "PARTIAL", "check_run_folder", "load_run"]
+from armed_pyro.summaries.variance import random_effects
 
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.safetensors"
@@ -38,21 +40,7 @@ def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def load_run(run: Path, net: str | None) -> Fit:
-    """The fit in a folder.
-
-    Parameters
-    ----------
-    run : Path
-        The folder.
-    net : str or None
-        Name of the user's network, ``FILE.py:NAME``, which is made with the fit's sizes; None for
-        a network of the library.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds no fit, or the fit needs the user's network and `net` is None.
-    """
+    """The fit in a folder; a network of the user, `net`, is made with the sizes of the fit."""
     try:
         manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
         facts, family = Facts.from_json(manifest["facts"]), read_family(manifest["model"]["family"])
@@ -65,3 +53,13 @@ def load_run(run: Path, net: str | None) -> Fit:
         return Fit.load(run)
     n_outputs = family.outputs(len(facts.columns))
     return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))
+
+
+def report_page(run: Path, net: str | None, prob: float) -> str:
+    """The report of a saved fit, with the evaluation that ``armed-pyro fit`` saved."""
+    evaluation = run / EVALUATION
+    held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
+    fitted = load_run(run, net)
+    effects = random_effects(fitted.posterior, prob=prob)
+    title = run.resolve().name
+    return page(fitted.results(prob=prob), effects, title=title, evaluation=held_out)

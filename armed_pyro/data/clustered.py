@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro._messages import unknown
+from armed_pyro._messages import check_known, unknown
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
@@ -24,9 +24,6 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
 from armed_pyro.data.schema import Schema
-from armed_pyro.data.splits import check_fraction, stratified_order
-
-__all__ = ["ClusteredData"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +37,9 @@ class ClusteredData:
     ----------
     features : Float64[Tensor, "rows features"] or Float[Tensor, "rows ..."]
         On the original scale, after categorical encoding. Images have more than two dimensions.
-    feature_names : tuple of str
-        Names of the encoded columns (``"age"``, ``"sex[T.male]"``); empty for images.
-    sources : tuple of str
-        Table column that each encoded column came from (``"sex"``; ``"age:sex"``).
+    feature_names, sources : tuple of str
+        Names of the encoded columns (``"age"``, ``"sex[T.male]"``), and the table column that each
+        came from (``"sex"``; ``"age:sex"``); empty for images.
     continuous : tuple of bool
         True for the encoded columns that are standardised. Dummies and columns of 0 and 1 are not.
     outcome_name : str
@@ -152,24 +148,10 @@ class ClusteredData:
         outcome_required: bool = False,
         missing: Missing = "error",
     ) -> ClusteredData:
-        """Encode a table's rows as tensors and labelled levels, by a schema.
+        """Encode a table's rows, with the columns of a schema, as tensors and labelled levels.
 
-        Parameters
-        ----------
-        frame
-            A pandas, polars or pyarrow table with the columns of the schema.
-        schema
-            Encoding of the training table.
-        outcome_required
-            If False, a table whose outcome column is absent or has missing values is encoded
-            without an outcome, and weights may be absent too.
-        missing
-            Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
-
-        Returns
-        -------
-        ClusteredData
-            Features as Float64[Tensor, "rows features"], on their original scale.
+        Unless `outcome_required`, a table whose outcome is absent or has missing values is encoded
+        without an outcome, and weights may be absent too. `missing` is as in `from_frame`.
 
         Raises
         ------
@@ -187,12 +169,10 @@ class ClusteredData:
         table = schema.select(frame, outcome_required=outcome_required, missing=missing)
         design, names, sources = schema.design(table)
         numeric = schema.numeric
-
-        def role(name: str | None, what: str) -> Tensor | None:
-            if name is None or name not in table:
-                return None
-            return torch.from_numpy(as_numbers(table[name], what))
-
+        per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
+        for role in per_row:
+            if (name := getattr(schema, role)) in table:
+                per_row[role] = torch.from_numpy(as_numbers(table[name], role))
         return cls(
             features=torch.from_numpy(design),
             feature_names=names,
@@ -205,9 +185,7 @@ class ClusteredData:
                 name: Grouping.from_labels(table[name], f"cluster column {name!r}")
                 for name in schema.clusters
             },
-            trials=role(schema.trials, "trials"),
-            offset=role(schema.offset, "offset"),
-            weights=role(schema.weights, "weights"),
+            **per_row,
             row_labels=table.index,
             schema=schema,
         )
@@ -299,18 +277,17 @@ class ClusteredData:
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
-        One-dimensional variables are the columns of a table, and the parameters are those of
-        `from_frame`, `trials`, `offset` and `weights` included. A feature variable with more
-        dimensions is an array, as in `from_arrays`. If it has two dimensions, the coordinate of
-        the second names the features. The coordinate of `row_dim` labels the rows.
+        One-dimensional variables are the columns of a table, as in `from_frame` (`trials`, `offset`
+        and `weights` included). A feature variable with more dimensions must be the only feature,
+        and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
+        the features. The coordinate of `row_dim` labels the rows.
 
         Raises
         ------
         ValueError
             If a variable or dimension does not exist, or an array is not the only feature.
         """
-        if row_dim not in dataset.dims:
-            raise unknown("dimension", row_dim, dataset.dims)
+        check_known("dimension", [row_dim], dataset.dims)
         along = {
             str(name): variable.transpose(row_dim, ...)
             for name, variable in dataset.variables.items()
@@ -321,9 +298,7 @@ class ClusteredData:
             features = [n for n in along if n in dataset.data_vars and n not in taken]
         chosen = [features] if isinstance(features, str) and features in along else features
         names = [] if isinstance(chosen, str) else list(chosen)
-        for name in [*taken, *names]:
-            if name not in along:
-                raise unknown(f"variable along {row_dim!r} called", name, along)
+        check_known(f"variable along {row_dim!r} called", [*taken, *names], along)
         rows = dataset.indexes.get(row_dim, pd.RangeIndex(dataset.sizes[row_dim]))
 
         if all(along[name].ndim == 1 for name in names):
@@ -407,7 +382,7 @@ class ClusteredData:
         ValueError
             If `fraction` is not between 0 and 1, or leaves no validation rows.
         """
-        check_fraction(fraction)
+        _check_fraction(fraction)
         rng = np.random.default_rng([seed, 1])
         steps = np.floor(np.arange(self.n_rows + 1) * fraction + rng.random())
         held = np.zeros(self.n_rows, dtype=bool)
@@ -443,10 +418,30 @@ class ClusteredData:
         return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
 
     def _order(self, by: str | None, seed: int) -> np.ndarray:
+        """Rows in an order whose evenly spaced samples are stratified by cluster and outcome.
+
+        Clusters follow each other in random order. Within a cluster, rows are sorted by an outcome
+        that is categorical or has at most ten values. They are then rotated by a random number of
+        places; without the rotation, even spacing would favour one end of the outcome.
+        (scikit-learn's splitters refuse strata smaller than the number of folds, and clusters are
+        often smaller.)
+        """
         factor = by or next(iter(self.groupings), None)
-        clusters = torch.zeros(len(self)).long() if factor is None else self.grouping(factor).codes
-        categorical = self.classes is not None
-        return stratified_order(clusters, self.outcome, seed, categorical=categorical)
+        rng, n = np.random.default_rng([seed, 0]), self.n_rows
+        clusters = strata = np.zeros(n, dtype=np.int64)
+        if factor is not None:
+            clusters = self.grouping(factor).codes.numpy()
+        if self.outcome is not None and self.outcome.ndim == 1:
+            values, codes = np.unique(self.outcome.numpy(), return_inverse=True)
+            strata = codes if self.classes is not None or len(values) <= 10 else strata
+        counts = np.bincount(clusters)
+        shuffle = rng.permutation(len(counts))
+        cluster, counts = shuffle[clusters], counts[np.argsort(shuffle)]
+        order = np.lexsort((rng.permutation(n), strata, cluster))
+        place = np.empty(n, dtype=np.int64)
+        place[order] = np.arange(n) - (np.cumsum(counts) - counts)[cluster[order]]
+        place = (place + rng.integers(counts)[cluster]) % counts[cluster]
+        return np.lexsort((place, cluster))
 
     def hold_out_clusters(
         self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0
@@ -463,11 +458,10 @@ class ClusteredData:
             raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
         if labels is not None:
             positions = grouping.levels.get_indexer(pd.Index(labels))
-            for position, label in zip(positions, labels, strict=True):
-                if position < 0:
-                    raise unknown(f"cluster of {factor!r} called", label, grouping.levels)
+            if missing := pd.Index(labels)[positions < 0].tolist():
+                raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
         else:
-            n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
+            n_held = max(1, round(_check_fraction(fraction) * grouping.n_clusters))
             positions = np.random.default_rng(seed).permutation(grouping.n_clusters)[:n_held]
         held = np.isin(grouping.codes.numpy(), positions)
         if held.all() or not held.any():
@@ -495,3 +489,10 @@ class ClusteredData:
             check_informative(name, grouping.levels, grouping.counts)
         if self.feature_names:
             check_varying(self.feature_names, (self.features != self.features[0]).any(dim=0))
+
+
+def _check_fraction(fraction: float | None) -> float:
+    """The fraction, checked to lie strictly between 0 and 1."""
+    if fraction is None or not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
+    return fraction

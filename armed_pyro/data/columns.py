@@ -12,7 +12,7 @@ import torch
 from pandas.api import types as dtypes
 from torch import Tensor
 
-from armed_pyro._messages import count_rows, listing, unknown
+from armed_pyro._messages import check_known, count_rows, listing
 from armed_pyro.data.grouping import code_labels
 
 Missing = Literal["error", "drop"]
@@ -29,9 +29,7 @@ def code_outcome(
         return finite_tensor(outcome, what), None
     codes, levels = code_labels(outcome, what)
     known = tuple(levels.tolist() if classes is None else classes)
-    for level in levels:
-        if level not in known:
-            raise unknown(f"class of the {what} called", level, known)
+    check_known(f"class of the {what} called", levels, known)
     positions = [known.index(level) for level in levels]
     return torch.tensor(positions, dtype=torch.float64)[codes], known
 
@@ -41,11 +39,6 @@ def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
 
     Up to two dimensions the result is float64. With more, floating types are kept and other types
     become float32.
-
-    Raises
-    ------
-    ValueError
-        If the values are no real numbers, or one of them is missing or infinite.
     """
     try:
         # NumPy first: torch would read a list of numbers in single precision.
@@ -95,9 +88,7 @@ def column_names(names: Sequence[str], what: str) -> tuple[str, ...]:
 
 def pick(table: pd.DataFrame, names: Collection[str]) -> pd.DataFrame:
     """The named columns of a table, each once."""
-    for name in names:
-        if name not in table:
-            raise unknown("column", name, table.columns)
+    check_known("column", names, table.columns)
     return table[list(dict.fromkeys(names))]
 
 

@@ -10,24 +10,14 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 
-__all__ = ["FeatureScaling"]
-
 
 @dataclass(frozen=True)
 class FeatureScaling:
     """(x - mean) / scale, with mean 0 and scale 1 for dummies and for columns of 0 and 1.
 
-    Attributes
-    ----------
-    names : tuple of str
-        Encoded columns (``"age"``, ``"sex[T.male]"``); empty for images.
-    sources : tuple of str
-        Table column that each encoded column was made from.
-    mean, scale : tuple of float
-        Mean and standard deviation over the training rows; empty for images, which are not scaled.
+    Names, table columns (`sources`), mean and standard deviation over the training rows are those
+    of the encoded columns; all are empty for images, which are not scaled.
 
-    Examples
-    --------
     >>> scaling = FeatureScaling(("age",), ("age",), (50.0,), (10.0,))
     >>> scaling.standardise(torch.tensor([[60.0]])).tolist()
     [[1.0]]

@@ -9,6 +9,8 @@ import os
 import uuid
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,15 +22,7 @@ from armed_pyro._messages import listing
 
 
 def as_pandas(frame: Any) -> pd.DataFrame:
-    """A pandas, polars or pyarrow table as a pandas table; a pandas table is returned as it is.
-
-    Raises
-    ------
-    TypeError
-        If the argument is not a table.
-    ValueError
-        If the column names are not text, or not distinct.
-    """
+    """A pandas, polars or pyarrow table as a pandas table; a pandas table is returned as it is."""
     if not isinstance(frame, pd.DataFrame):
         try:
             frame = nw.from_native(frame, eager_only=True).to_pandas()
@@ -95,15 +89,21 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     ...     read_table(f"{folder}/rows.parquet").age.tolist()
     [1, 2]
     """
-    path = Path(path)
-    is_csv = _is_csv(path)
-    # The draft is in the same folder, because replacing is atomic only within one file system.
-    draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
-    try:
+    is_csv = _is_csv(Path(path))
+    with draft_of(Path(path)) as draft:
         if is_csv:
             frame.to_csv(draft, index=False)
         else:
             frame.to_parquet(draft, index=False)
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A path to write to; its file replaces `path` once it is complete, or is deleted."""
+    # The draft is in the same folder, because replacing is atomic only within one file system.
+    draft = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
+    try:
+        yield draft
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -17,15 +17,9 @@ from torch import Tensor
 class Grouping:
     """One grouping factor: the cluster of each row.
 
-    Attributes
-    ----------
-    codes : Int64[Tensor, "rows"]
-        Position of each row's cluster in `levels`.
-    levels : pd.Index
-        Labels of the clusters, in their original type, sorted where they can be.
+    `codes` are positions, Int64[Tensor, "rows"], in the labels of the clusters, `levels`. These
+    have their original type, and are sorted where they can be.
 
-    Examples
-    --------
     >>> Grouping.from_labels(["b", "a", "b"]).codes.tolist()
     [1, 0, 1]
     """
@@ -62,11 +56,6 @@ class Grouping:
         """The cells of two factors, crossed or nested: one cluster per pair that occurs.
 
         Levels are text, ``"a1:b1"``, in the order of this factor's levels, then of the other's.
-
-        Raises
-        ------
-        ValueError
-            If two cells have the same text.
         """
         pairs, codes = np.unique(
             self.codes.numpy() * other.n_clusters + other.codes.numpy(), return_inverse=True
@@ -113,23 +102,8 @@ def as_seen(levels: pd.Index, seen: pd.Index) -> pd.Index:
 def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
     """Codes of row labels, and the levels they index: sorted, or in a categorical's own order.
 
-    Parameters
-    ----------
-    labels
-        Shape "rows": labels of one type, or of a mixture that need not be sortable.
-    what
-        Name of the labels in messages, such as ``"cluster column 'site'"``.
-
-    Returns
-    -------
-    codes : Int64[ndarray, "rows"]
-    levels : pd.Index
-        The labels that occur, in their original type.
-
-    Raises
-    ------
-    ValueError
-        If a label is missing, or of a type that cannot be saved.
+    Labels may be of a mixture of types that cannot be sorted. `what` names them in messages, such
+    as ``"cluster column 'site'"``.
     """
     series = pd.Series(labels.numpy() if isinstance(labels, Tensor) else labels)
     if n_missing := int(series.isna().sum()):
@@ -153,13 +127,7 @@ def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
 
 
 def index_to_json(index: pd.Index) -> dict[str, Any]:
-    """Labels as ``{"dtype", "values"}`` in JSON's types; `index_from_json` reads it back.
-
-    Raises
-    ------
-    TypeError
-        If a label is not an integer, float, boolean, text, date or timestamp.
-    """
+    """Labels as ``{"dtype", "values"}`` in JSON's types; `index_from_json` reads it back."""
     dtype, values = str(index.dtype), list(index.tolist())
     if isinstance(index, pd.DatetimeIndex):
         return {"dtype": dtype, "values": [value.isoformat() for value in values]}
@@ -176,13 +144,7 @@ def index_to_json(index: pd.Index) -> dict[str, Any]:
 
 
 def index_from_json(content: Mapping[str, Any]) -> pd.Index:
-    """Read labels that `index_to_json` wrote, with their dtype.
-
-    Raises
-    ------
-    ValueError
-        If the content has another form.
-    """
+    """Read labels that `index_to_json` wrote, with their dtype."""
     try:
         dtype, values = content["dtype"], content["values"]
         if dtype == "date":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,6 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
 
-__all__ = ["Schema", "parse_terms"]
-
-
 Terms = tuple[tuple[str, ...], ...]
 
 
@@ -36,25 +33,11 @@ Terms = tuple[tuple[str, ...], ...]
 class Schema:
     """How the columns of a table become tensors, fixed once on the training table.
 
-    Encoding a second table with the same schema gives the same feature columns, in the same
-    order, with the same meaning.
-
-    Attributes
-    ----------
-    outcome : str
-        Column of the outcome.
-    terms : tuple of tuple of str
-        Feature terms, each a product of columns: ``(("age",), ("age", "sex"))``.
-    levels : mapping of str to pd.Index
-        Categories of each categorical feature column; the first is the reference.
-    indicators : tuple of str
-        Numeric feature columns that hold only 0 and 1, and are therefore not standardised.
-    clusters : tuple of str
-        Columns of the grouping factors.
-    trials, offset, weights : str or None
-        Columns of these row-wise numbers.
-    classes : pd.Index or None
-        Labels of a categorical outcome; None for a numeric outcome.
+    Encoding a second table with the same schema gives the same feature columns, in the same order,
+    with the same meaning. Feature terms are products of columns: ``(("age",), ("age", "sex"))``.
+    The first of the `levels` of a categorical feature column is its reference. `indicators` are
+    numeric feature columns that hold only 0 and 1, and are therefore not standardised. `classes`
+    are the labels of a categorical outcome; None for a numeric outcome.
 
     Examples
     --------
@@ -87,9 +70,7 @@ class Schema:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
-        trials: str | None = None,
-        offset: str | None = None,
-        weights: str | None = None,
+        **roles: str | None,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
 
@@ -105,7 +86,6 @@ class Schema:
         """
         table = as_pandas(frame)
         clusters = column_names(clusters, "clusters")
-        roles = {"trials": trials, "offset": offset, "weights": weights}
         reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
         if features is None:
             terms: Terms = tuple((str(name),) for name in table.columns if name not in reserved)
@@ -131,7 +111,9 @@ class Schema:
                     f"{len(table)} rows without missing values: nothing can be learned from it. "
                     "Leave it out."
                 )
-        target = table[outcome]
+        target, classes = table[outcome], None
+        if is_categorical(target):
+            classes = code_labels(target, f"outcome {outcome!r}")[1]
         return cls(
             outcome=outcome,
             terms=terms,
@@ -141,9 +123,7 @@ class Schema:
             ),
             clusters=clusters,
             **roles,
-            classes=(
-                code_labels(target, f"outcome {outcome!r}")[1] if is_categorical(target) else None
-            ),
+            classes=classes,
         )
 
     @property
@@ -162,12 +142,9 @@ class Schema:
         optional = set() if outcome_required else {self.outcome, self.weights}
         if not outcome_required and self.outcome in table and table[self.outcome].isna().any():
             table = table.drop(columns=self.outcome)
-        wanted = [self.outcome, *self.clusters, self.trials, self.offset, self.weights]
-        wanted += self.columns
-        table = pick(
-            table,
-            [name for name in wanted if name and (name in table or name not in optional)],
-        )
+        roles = [self.outcome, *self.clusters, self.trials, self.offset, self.weights]
+        wanted = [name for name in (*roles, *self.columns) if name]
+        table = pick(table, [name for name in wanted if name in table or name not in optional])
         if table.empty:
             raise ValueError("The table has no rows; at least one is needed.")
         table = complete_rows(table, missing).infer_objects()
@@ -219,39 +196,25 @@ class Schema:
     def to_json(self) -> dict[str, Any]:
         """The schema in JSON's types; `from_json` reads it back."""
         return {
-            "outcome": self.outcome,
+            **vars(self),
             "terms": [list(term) for term in self.terms],
             "levels": {name: index_to_json(index) for name, index in self.levels.items()},
             "indicators": list(self.indicators),
             "clusters": list(self.clusters),
-            "trials": self.trials,
-            "offset": self.offset,
-            "weights": self.weights,
             "classes": None if self.classes is None else index_to_json(self.classes),
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Schema:
-        """Read a schema that `to_json` wrote.
-
-        Raises
-        ------
-        ValueError
-            If an entry is missing or of the wrong kind.
-        """
+        """Read a schema that `to_json` wrote."""
         try:
             classes = content["classes"]
-            return cls(
-                outcome=content["outcome"],
-                terms=tuple(tuple(term) for term in content["terms"]),
-                levels={name: index_from_json(e) for name, e in content["levels"].items()},
-                indicators=tuple(content["indicators"]),
-                clusters=tuple(content["clusters"]),
-                trials=content["trials"],
-                offset=content["offset"],
-                weights=content["weights"],
-                classes=None if classes is None else index_from_json(classes),
-            )
+            values = {field.name: content[field.name] for field in fields(cls)}
+            values["terms"] = tuple(tuple(term) for term in values["terms"])
+            values["levels"] = {k: index_from_json(v) for k, v in values["levels"].items()}
+            values |= {name: tuple(values[name]) for name in ("indicators", "clusters")}
+            values["classes"] = None if classes is None else index_from_json(classes)
+            return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"This is not a schema written by Schema.to_json ({error!r}); save the fit again."
@@ -264,13 +227,6 @@ def parse_terms(features: Sequence[str] | str) -> Terms:
     Only plain column names are accepted as factors: a formula is stored with a fit, and loading
     one must never execute code.
 
-    Raises
-    ------
-    ValueError
-        If the formula cannot be parsed, or has a left-hand side, a ``|`` or a function call.
-
-    Examples
-    --------
     >>> parse_terms("age * sex")
     (('age',), ('sex',), ('age', 'sex'))
     """

@@ -10,21 +10,14 @@ from jaxtyping import Float
 
 from armed_pyro.data.clustered import ClusteredData
 
-__all__ = ["SpiralsTruth", "check_sizes", "spirals"]
-
 
 @dataclass(frozen=True, eq=False)
 class SpiralsTruth:
     """Parameters from which the spirals were drawn.
 
-    Attributes
-    ----------
-    radius : Float[ndarray, "clusters"]
-        Radius of each cluster's spirals at the end of their turn.
-    ratio : Float[ndarray, "clusters"]
-        Share of each cluster's rows that are of class 1.
-    noise, probe_sd : float
-        Standard deviations of the coordinates and of the probes.
+    These are the radius of each cluster's spirals at the end of their turn, the share of each
+    cluster's rows that are of class 1 (`ratio`), and the standard deviations of the coordinates
+    (`noise`) and of the probes.
     """
 
     radius: Float[np.ndarray, " clusters"]
@@ -39,15 +32,9 @@ class SpiralsTruth:
 
         .. math:: P(y = 1 | x) \propto \sum_k P(k | probes) \, p_k \, p(x_1, x_2 | r_k, y = 1)
 
-        The sum is over equally frequent clusters. Choosing the class with the higher probability
-        gives the highest expected accuracy that any classifier of these rows can reach.
-
-        Parameters
-        ----------
-        data : ClusteredData
-            Rows that `spirals` returned with this truth.
-        cluster_known : bool
-            Whether the row's cluster is known, and replaces P(k | probes).
+        The sum is over equally frequent clusters; a known cluster replaces P(k | probes). The class
+        with the higher probability gives the highest expected accuracy that any classifier of these
+        rows, which `spirals` returned with this truth, can reach.
         """
         x, probes = np.split(data.features.numpy(), [2], axis=1)
         distance = ((probes[:, None] - self.ratio[:, None]) ** 2).sum(-1)
@@ -86,28 +73,11 @@ def spirals(
         x_i &\sim N\big(\rho_i (\cos(t_i + \pi y_i), \sin(t_i + \pi y_i)), noise^2 I\big), \quad
             probe_i \sim N(p_k, probe\_sd^2)
 
+    Each cluster has `rows` rows; a share :math:`p_k` of them, rounded to whole rows, is of class 1.
     A cluster of radius 1 fills the square from -1 to 1. With `ratio_sd` above 0 the cluster
     confounds: a probe depends on the frequency of class 1 in the row's cluster, and on nothing
-    else.
-
-    Parameters
-    ----------
-    n_clusters, rows : int
-        Number of clusters, and of rows in each. A share :math:`p_k` of a cluster's rows, rounded
-        to whole rows, is of class 1.
-    radius_sd, noise, ratio_sd, probe_sd : float
-        Standard deviations.
-    probes : int
-        Number of probe features.
-    seed : int
-        Seed of the draws.
-
-    Returns
-    -------
-    ClusteredData
-        Features x1, x2, probe1, ...; outcome ``label`` (0 or 1); grouping factor ``site``.
-    SpiralsTruth
-        The clusters' radii and class ratios.
+    else. The data have features x1, x2, probe1, ...; outcome ``label`` (0 or 1); grouping factor
+    ``site``.
 
     Raises
     ------
@@ -157,13 +127,7 @@ def _spiral(
 
 
 def check_sizes(n_clusters: int, sizes: Sequence[int], least: int) -> None:
-    """Check that there are at least two clusters, with at least `least` rows each.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer clusters or rows.
-    """
+    """Raise ValueError unless there are two clusters, with at least `least` rows each."""
     if n_clusters < 2 or min(sizes, default=0) < least:
         raise ValueError(
             f"clustered data need at least 2 clusters with at least {least} row(s) each, not "

@@ -6,9 +6,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Shaped
 
-__all__ = ["label_values", "variable_name"]
-
-
 # Dimensions of ArviZ's schema and variables of constant_data: other variables must not take these
 # names.
 RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights")
@@ -17,8 +14,6 @@ RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "
 def variable_name(name: str) -> str:
     """A column's name as a variable's name: without ``/``, and not one of the reserved names.
 
-    Examples
-    --------
     >>> variable_name("km/h"), variable_name("draw"), variable_name("a:b")
     ('km_h', 'draw_', 'a:b')
     """
@@ -31,8 +26,6 @@ def label_values(labels: pd.Index) -> Shaped[np.ndarray, " labels"]:
 
     Distinct labels stay distinct.
 
-    Examples
-    --------
     >>> label_values(pd.Index([1, "b"], dtype=object)).tolist()
     ['1', 'b']
     """

@@ -20,19 +20,9 @@ class CorrelationCholesky(CorrCholeskyTransform):
     .. math:: r = \tanh x, \quad L_{ij} = r_{ij} \prod_{k < j} \sqrt{1 - r_{ik}^2}, \quad j \le i,
               \quad r_{ii} = 1
 
-    The map is torch's. It indexes by places that are computed beforehand instead of by masks, so
-    it can be compiled.
-
-    References
-    ----------
-    Stan Reference Manual, "Cholesky factors of correlation matrices".
-
-    Examples
-    --------
-    >>> CorrelationCholesky()(torch.zeros(3))
-    tensor([[1., 0., 0.],
-            [0., 1., 0.],
-            [0., 0., 1.]])
+    The map is torch's, and that of the Stan Reference Manual, "Cholesky factors of correlation
+    matrices". It indexes by places that are computed beforehand instead of by masks, so it can be
+    compiled.
     """
 
     def _call(self, x: Float[Tensor, "... pairs"]) -> Float[Tensor, "... D D"]:

@@ -15,20 +15,14 @@ from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Pushforward
 __all__ = ["AutoregressiveNormal", "CoupledNormal", "Flow", "FlowParameters"]
 
 
+Vectors = Float[Tensor, "... size"]
+
+
 @dataclass(frozen=True)
 class FlowParameters:
-    """Parameters of a `Flow`; the symbols are those of `AutoregressiveNormal`.
+    """Parameters of a `Flow`: a, F, m, l, A, C, B, k and t of `AutoregressiveNormal`.
 
-    Attributes
-    ----------
-    anchor, frame : Tensor
-        a and F, which are not trained; F is lower triangular.
-    shift, log_scale : Tensor
-        m and l.
-    coupling, twist, bow : Tensor
-        A, C and B, strictly lower triangular.
-    skew, log_tail : Tensor
-        k and t.
+    F is lower triangular; A, C and B are strictly so. a and F are not trained.
     """
 
     anchor: Float[Tensor, " size"]
@@ -47,18 +41,8 @@ class Flow(Pushforward, ABC):
 
     The log-density of a draw that `push` has just made has only the gradient along the draw. The
     part that is left out has expectation zero, and the part that remains has variance zero where
-    the flow equals the posterior (sticking the landing). F and a get no gradients.
-
-    Parameters
-    ----------
-    parameters : FlowParameters
-        The parameters.
-    batch_shape : torch.Size
-        Shape of independent copies.
-
-    References
-    ----------
-    Roeder, Wu, Duvenaud (2017), "Sticking the landing", NeurIPS 30.
+    the flow equals the posterior (Roeder, Wu, Duvenaud 2017, "Sticking the landing", NeurIPS 30).
+    F and a get no gradients.
     """
 
     def __init__(
@@ -75,7 +59,7 @@ class Flow(Pushforward, ABC):
         shape = torch.Size(batch_shape)
         return self if shape == self.batch_shape else type(self)(self.parameters, shape)
 
-    def push(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def push(self, noise: Vectors) -> Vectors:
         x = self._framed(noise)
         value = self.parameters.anchor + x @ self.parameters.frame.mT
         self._drawn = (value, x, noise)
@@ -90,22 +74,22 @@ class Flow(Pushforward, ABC):
         return density + (slope * (x - x.detach())).sum(-1)
 
     @abstractmethod
-    def _framed(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _framed(self, noise: Vectors) -> Vectors:
         """x as a function of the noise."""
 
     @abstractmethod
-    def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
+    def _log_prob(self, noise: Vectors) -> Float[Tensor, "..."]:
         """log q(theta) of the theta that this noise becomes."""
 
     @abstractmethod
-    def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _slope(self, noise: Vectors) -> Vectors:
         """d log q / d x: the gradient in the noise, solved by the map's triangular Jacobian."""
 
     @abstractmethod
-    def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _pull(self, value: Vectors) -> Vectors:
         """The noise that becomes this value."""
 
-    def _solved_frame(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _solved_frame(self, value: Vectors) -> Vectors:
         """x - m."""
         p = self.parameters
         return _solve(p.frame, value - p.anchor, upper=False) - p.shift
@@ -121,21 +105,21 @@ class CoupledNormal(Flow):
         \epsilon \sim N(0, I), \quad \theta = a + F x
     """
 
-    def _framed(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _framed(self, noise: Vectors) -> Vectors:
         p = self.parameters
         return p.shift + p.log_scale.exp() * (noise + noise @ p.coupling.mT)
 
-    def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
+    def _log_prob(self, noise: Vectors) -> Float[Tensor, "..."]:
         p = self.parameters
         log_det = p.log_scale + p.frame.diagonal().log()
         return (-0.5 * noise**2 - LOG_SQRT_2PI - log_det).sum(-1)
 
-    def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _slope(self, noise: Vectors) -> Vectors:
         p = self.parameters
         upper = (self._identity() + p.coupling).mT
         return -_solve(upper, noise, upper=True) * (-p.log_scale).exp()
 
-    def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _pull(self, value: Vectors) -> Vectors:
         p = self.parameters
         scaled = self._solved_frame(value) * (-p.log_scale).exp()
         return _solve(self._identity() + p.coupling, scaled, upper=False)
@@ -151,33 +135,28 @@ class AutoregressiveNormal(Flow):
 
     F (lower triangular) and a are not trained, so the trained parameters are of order 1. The flow
     lets the scale of a fixed effect depend on the residual sd, and the log of an sd near zero be
-    skewed.
-
-    References
-    ----------
-    Jones and Pewsey (2009), Biometrika 96(4): sinh-arcsinh distributions.
+    skewed by a sinh-arcsinh distribution (Jones and Pewsey 2009, Biometrika 96(4)).
     """
 
-    def _framed(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _framed(self, noise: Vectors) -> Vectors:
         p = self.parameters
         s = torch.sinh(p.log_tail.exp() * torch.asinh(noise) + p.skew)
         return p.shift + self._scale(s) * (s + s @ p.coupling.mT)
 
-    def _scale(self, s: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _scale(self, s: Vectors) -> Vectors:
         # tanh bounds the exponent: otherwise the scale would collapse in a tail.
         p = self.parameters
         t = torch.tanh(s)
         return (p.log_scale + t @ p.twist.mT + t**2 @ p.bow.mT).exp()
 
-    def _log_prob(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "..."]:
+    def _log_prob(self, noise: Vectors) -> Float[Tensor, "..."]:
         p = self.parameters
         inner = p.log_tail.exp() * torch.asinh(noise) + p.skew
         log_det = torch.log(torch.cosh(inner)) + p.log_tail - 0.5 * torch.log1p(noise**2)
-        log_det = log_det + self._scale(torch.sinh(inner)).log()
-        log_det = log_det + p.frame.diagonal().log()
+        log_det = log_det + self._scale(torch.sinh(inner)).log() + p.frame.diagonal().log()
         return (-0.5 * noise**2 - LOG_SQRT_2PI - log_det).sum(-1)
 
-    def _slope(self, noise: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _slope(self, noise: Vectors) -> Vectors:
         p = self.parameters
         root, tail = torch.sqrt(1 + noise**2), p.log_tail.exp()
         inner = tail * torch.asinh(noise) + p.skew
@@ -192,7 +171,7 @@ class AutoregressiveNormal(Flow):
         jacobian = scale[..., None] * (self._identity() + p.coupling) + moved * bend
         return _solve(jacobian.mT, by_s, upper=True)
 
-    def _pull(self, value: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def _pull(self, value: Vectors) -> Vectors:
         # Component by component: the scale of x_i depends on the s_j before it.
         p, x = self.parameters, self._solved_frame(value)
         s = torch.zeros_like(x)
@@ -202,7 +181,5 @@ class AutoregressiveNormal(Flow):
         return torch.sinh((torch.asinh(s) - p.skew) * (-p.log_tail).exp())
 
 
-def _solve(
-    matrix: Float[Tensor, "... size size"], vector: Float[Tensor, "... size"], *, upper: bool
-) -> Float[Tensor, "... size"]:
+def _solve(matrix: Float[Tensor, "... size size"], vector: Vectors, *, upper: bool) -> Vectors:
     return torch.linalg.solve_triangular(matrix, vector[..., None], upper=upper)[..., 0]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -16,20 +17,10 @@ __all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson", "LogitBinom
 class LogPoisson(dist.Poisson):
     """Poisson distribution with a given log-rate.
 
-    log y! is computed once per row, not once per draw of the log-rate.
-
-    Parameters
-    ----------
-    log_rate : Float[Tensor, "... rows"]
-        Logarithm of the rate.
-
-    Examples
-    --------
-    >>> LogPoisson(torch.tensor(0.0)).log_prob(torch.tensor(1.0))
-    tensor(-1.)
+    log y! is computed once per row, not once per draw of the log-rate ("... rows").
     """
 
-    def __init__(self, log_rate: Tensor) -> None:
+    def __init__(self, log_rate: Float[Tensor, "... rows"]) -> None:
         self.log_rate = log_rate
         super().__init__(log_rate.exp(), validate_args=False)  # type: ignore[no-untyped-call]
 
@@ -44,21 +35,9 @@ class LogitBinomial(dist.Binomial):
     """Binomial distribution with a given logit of the probability.
 
     The binomial coefficient is computed once per row, not once per draw of the logit.
-
-    Parameters
-    ----------
-    trials : Float[Tensor, "rows"]
-        Numbers of trials.
-    logit : Float[Tensor, "... rows"]
-        Logit of the probability of success.
-
-    Examples
-    --------
-    >>> LogitBinomial(torch.tensor(1.0), torch.tensor(0.0)).log_prob(torch.tensor(1.0)).exp()
-    tensor(0.5000)
     """
 
-    def __init__(self, trials: Tensor, logit: Tensor) -> None:
+    def __init__(self, trials: Float[Tensor, " rows"], logit: Float[Tensor, "... rows"]) -> None:
         self.trials, self.logit = trials, logit
         super().__init__(trials, logits=logit, validate_args=False)
 
@@ -74,22 +53,11 @@ class LogitBinomial(dist.Binomial):
 class LogNegativeBinomial(dist.NegativeBinomial):
     """Negative binomial distribution with a given log-mean and shape.
 
-    Terms without the mean are computed once per draw of the shape and row.
-
-    Parameters
-    ----------
-    log_mean : Float[Tensor, "... rows"]
-        Logarithm of the mean mu.
-    shape : Float[Tensor, "..."]
-        alpha, with variance mu + mu^2 / alpha.
-
-    Examples
-    --------
-    >>> LogNegativeBinomial(torch.tensor(0.0), torch.tensor(1.0)).log_prob(torch.tensor(0.0)).exp()
-    tensor(0.5000)
+    The variance is mu + mu^2 / alpha, with the mean mu and the shape alpha. Terms without the mean
+    are computed once per draw of the shape and row.
     """
 
-    def __init__(self, log_mean: Tensor, shape: Tensor) -> None:
+    def __init__(self, log_mean: Float[Tensor, "... rows"], shape: Float[Tensor, "..."]) -> None:
         self.log_mean, self.shape = log_mean, shape
         super().__init__(shape, logits=log_mean - shape.log(), validate_args=False)
 
@@ -107,21 +75,8 @@ class LogNegativeBinomial(dist.NegativeBinomial):
 class IndependentNormal(dist.TorchDistribution):
     """Independent normal values around a mean, with one sd for all values of a row.
 
-    The sum of squares is computed once, not once per draw of the sd.
-
-    Parameters
-    ----------
-    mean : Tensor
-        Shape "... rows ..."; the last `event_dim` dimensions are those of a row's values.
-    sd : Tensor
-        Shape "..." or "... 1", without the values' dimensions.
-    event_dim : int
-        Number of dimensions of a row's values.
-
-    Examples
-    --------
-    >>> IndependentNormal(torch.zeros(3, 2), torch.ones(1), 1).log_prob(torch.zeros(3, 2))
-    tensor([-1.8379, -1.8379, -1.8379])
+    The sum of squares is computed once, not once per draw of the sd. The mean's last `event_dim`
+    dimensions are those of a row's values, which the sd ("..." or "... 1") does not have.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

@@ -24,25 +24,7 @@ STRETCH = (1.6, 1.4, 1.2)
 
 
 def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
-    """sinh(t asinh(normal)), and its log-density minus that of standard normal noise.
-
-    Parameters
-    ----------
-    normal : Float[Tensor, "... size"]
-        Standard normal noise.
-
-    Returns
-    -------
-    noise : Float[Tensor, "... size"]
-        The stretched noise.
-    log_ratio : Float[Tensor, "..."]
-        Difference of the log-densities of `size` coordinates.
-
-    Examples
-    --------
-    >>> stretched(torch.tensor([0.0, 1.0]))[0]
-    tensor([0.0000, 1.5718])
-    """
+    """sinh(t asinh(normal)), and its log-density minus that of standard normal noise ("...")."""
     stretch = STRETCH[min(normal.shape[-1], len(STRETCH)) - 1]
     # asinh written out: torch's own is slow.
     size = normal.abs()
@@ -54,26 +36,13 @@ def stretched(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
     return noise, sum_last(0.5 * (squares[0] - squares[1]) - log_det)
 
 
-def lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def lattice(
+    draws: int, particles: int, shape: tuple[int, ...], like: Tensor
+) -> Float[Tensor, "draws particles clusters terms"]:
     """Evenly spread points of (0, 1)^terms: a rank-1 lattice, shifted at random.
 
-    Parameters
-    ----------
-    draws, particles : int
-        Number of lattices, and of points of each.
-    shape : (int, int)
-        Clusters and terms; every draw and cluster has a shift of its own.
-    like : Tensor
-        A tensor of the wanted precision and device.
-
-    Returns
-    -------
-    Float[Tensor, "draws particles clusters terms"]
-
-    Examples
-    --------
-    >>> lattice(2, 4, (3, 1), torch.ones(1)).shape
-    torch.Size([2, 4, 3, 1])
+    `shape` is the number of clusters and of terms; every draw and cluster has its own shift. The
+    points are in the precision and on the device of `like`.
     """
     # Made on the device: a copy to it would make the step wait.
     exact: dict[str, Any] = {"dtype": torch.float64, "device": like.device}
@@ -88,8 +57,6 @@ def lattice(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) ->
 def _generator(points: int, terms: int) -> tuple[int, ...]:
     """Generating vector of a rank-1 lattice, chosen component by component.
 
-    References
-    ----------
     Sloan and Reztsov (2002), Mathematics of Computation 71(237).
     """
     index = np.arange(points)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["FEW", "multiply", "precision_root", "solve", "solve_lower", "substitute", "sum_last"]
+__all__ = ["FEW", "multiply", "precision_root", "solve", "sum_last"]
 
 
 # Up to this size, element by element is several times faster than batched linear algebra.
@@ -22,16 +22,6 @@ def precision_root(whitened: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n
     It is computed column by column, for all matrices at once. In exact arithmetic every pivot is at
     least 1, because L'AL is positive semi-definite. Pivots are clamped to that, and to the rounding
     error of a large diagonal.
-
-    Parameters
-    ----------
-    whitened : Float[Tensor, "... n n"]
-        L'AL.
-
-    Examples
-    --------
-    >>> precision_root(torch.tensor([[3.0]]))
-    tensor([[2.]])
     """
     n = whitened.shape[-1]
     rest = whitened + torch.eye(n, dtype=whitened.dtype, device=whitened.device)
@@ -63,27 +53,13 @@ def multiply(
     return reduce(torch.add, (column * value[..., None] for column, value in columns))
 
 
-def solve_lower(
-    matrix: Float[Tensor, "... terms terms"], vector: Float[Tensor, "... terms"]
-) -> Float[Tensor, "... terms"]:
-    """x with matrix x = vector, for many small lower triangular matrices."""
-    return solve(matrix, vector[..., None], upper=False)[..., 0]
-
-
 def solve(
     matrix: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"], *, upper: bool
 ) -> Float[Tensor, "... n columns"]:
     """X with matrix X = right, for many triangular matrices."""
-    if matrix.shape[-1] > FEW:
-        return torch.linalg.solve_triangular(matrix, right, upper=upper)
-    return substitute(matrix, right, upper=upper)
-
-
-def substitute(
-    matrix: Float[Tensor, "... n n"], right: Float[Tensor, "... n columns"], *, upper: bool
-) -> Float[Tensor, "... n columns"]:
-    """X with matrix X = right, for triangular matrices, by substitution row by row."""
     n = matrix.shape[-1]
+    if n > FEW:
+        return torch.linalg.solve_triangular(matrix, right, upper=upper)
     solved: dict[int, Tensor] = {}
     for i in reversed(range(n)) if upper else range(n):
         known = (matrix[..., i, j, None] * row for j, row in solved.items())

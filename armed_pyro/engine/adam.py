@@ -18,30 +18,15 @@ Gradients = Mapping[str, Tensor | None]
 
 
 def adam_change(
-    gradient: Float[Tensor, "..."],
-    mean: Float[Tensor, "..."],
-    square: Float[Tensor, "..."],
-    count: Float[Tensor, "..."],
-    rate: Float[Tensor, ""],
-    eps: float,
-) -> Float[Tensor, "..."]:
-    r"""The change of the parameters in one step of Adam; moments and count change in place.
+    gradient: Tensor, mean: Tensor, square: Tensor, count: Tensor, rate: Tensor, eps: float
+) -> Tensor:
+    r"""The change of the parameters in step t of Adam; moments and count change in place.
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
         \Delta w = - \rho \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    Parameters
-    ----------
-    gradient : Float[Tensor, "..."]
-        g.
-    mean, square : Float[Tensor, "..."]
-        m and v.
-    count : Float[Tensor, "..."]
-        t, the number of steps; broadcasts against the moments.
-    rate : Float[Tensor, ""]
-        rho.
-    eps : float
+    The count t broadcasts against the moments m (`mean`) and v (`square`).
     """
     mean.lerp_(gradient, 1 - BETAS[0])
     square.lerp_(gradient.square(), 1 - BETAS[1])
@@ -73,32 +58,11 @@ class Adam(Update):
     fused `torch.optim.Adam` is as fast, but torch's compiler cannot compile it. In a compiled step,
     `torch.optim.Adam` took 0.46 ms instead of 0.13 ms for the 17 parameters of a small network,
     longer than the rest of the step.
-
-    Parameters
-    ----------
-    parameters : mapping of str to Tensor
-        Parameters by name.
-    eps : float
-
-    Attributes
-    ----------
-    mean, square : Float[Tensor, "width"]
-        Moments of the gradient.
-    count : Float[Tensor, ""]
-        Number of steps.
-
-    Examples
-    --------
-    >>> w = {"w": torch.tensor([1.0, 2.0])}
-    >>> adam = Adam(w)
-    >>> adam(w, adam.joined({"w": torch.tensor([3.0, -1.0])}), torch.tensor(0.1))
-    >>> w["w"]
-    tensor([0.9000, 2.1000])
     """
 
-    mean: Tensor
-    square: Tensor
-    count: Tensor
+    mean: Float[Tensor, " width"]
+    square: Float[Tensor, " width"]
+    count: Float[Tensor, ""]
 
     def __init__(self, parameters: Mapping[str, Tensor], eps: float = 1e-8) -> None:
         super().__init__()
@@ -110,13 +74,12 @@ class Adam(Update):
         self.register_buffer("count", like.new_zeros(()))
 
     def joined(self, gradients: Gradients) -> Float[Tensor, " width"]:
-        parts = []
+        zeros = self.mean.new_zeros
+        parts = [zeros(0)]
         for name, width in zip(self.names, self._widths, strict=True):
             gradient = gradients[name]
-            parts.append(
-                self.mean.new_zeros(width) if gradient is None else gradient.reshape(width)
-            )
-        return torch.cat(parts) if parts else self.mean.new_zeros(0)
+            parts.append(zeros(width) if gradient is None else gradient.reshape(width))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def forward(

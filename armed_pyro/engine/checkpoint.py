@@ -18,25 +18,16 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["VERSION", "Checkpoint", "digest", "module_tensors", "restore_module"]
 
-
 # Version of the guide's parameters in checkpoints and saved fits.
 VERSION = 3
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State of a training run after a step.
+    """State of a training run after a step."""
 
-    Attributes
-    ----------
-    tensors : dict of str to Tensor
-        Parameters, buffers, optimizer moments and random state, by name.
-    record : dict
-        Step, history, stopping state and settings, as JSON values.
-    """
-
-    tensors: dict[str, Tensor]
-    record: dict[str, Any]
+    tensors: dict[str, Tensor]  # parameters, buffers, optimizer moments and random state
+    record: dict[str, Any]  # step, history, stopping state and settings, as JSON values
 
     def write(self, path: Path) -> None:
         """Write the checkpoint to `path`; if the process is killed, the old file stays whole."""
@@ -49,13 +40,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """The checkpoint at `path`.
-
-        Raises
-        ------
-        ValueError
-            If the file is damaged, not a checkpoint, or of another `VERSION`.
-        """
+        """The checkpoint at `path`; ValueError if it is damaged or of another `VERSION`."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

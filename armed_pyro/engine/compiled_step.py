@@ -8,15 +8,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from armed_pyro.engine.compiler import capture, compile_graph
-from armed_pyro.engine.cuda_graph import Recording
+from armed_pyro.engine.compiler import Recording, TensorFunction, capture, compile_graph
 from armed_pyro.engine.loss import Loss
 from armed_pyro.rows.batch import Membership, Rows
 
@@ -36,7 +35,8 @@ WARM_UP = 3
 AGREEMENT = 1e-3
 UPDATE = "optimizer"
 TENSOR = object()  # marks the place of a tensor among the inputs
-Objective = Callable[..., Loss]
+Objective: TypeAlias = Callable[..., Loss]
+Taken: TypeAlias = tuple[Loss, Tensor]  # the loss of a step, and the norm of its gradient
 
 
 class Steps:
@@ -55,22 +55,11 @@ class Steps:
     Random numbers, dropout and running statistics of batch normalisation equal those of the eager
     step.
 
-    Parameters
-    ----------
-    modules : mapping of str to torch.nn.Module
-        The modules that the objective runs. Their parameters and buffers are inputs of the graph.
-    update : torch.nn.Module
-        Is called with the trained parameters, their gradients (tensor or None), both by name in
-        `modules`, and a factor of the rates. Changes the parameters and the module's buffers in
-        place, and returns the norm of the gradient.
-    mode : {"auto", "always", "never"}
-        "always" compiles at the second step with the same shapes. Steps whose number of rows
-        always changes stay eager.
-
-    Attributes
-    ----------
-    problem : str
-        The reason why steps are not compiled; empty if there is none.
+    The objective runs the `modules`, whose parameters and buffers are inputs of the graph. `update`
+    is called with the trained parameters, their gradients (tensor or None), both by name in
+    `modules`, and a factor of the rates. It changes the parameters and its own buffers in place,
+    and returns the norm of the gradient. "always" compiles at the second step with the same shapes;
+    steps whose number of rows always changes stay eager.
     """
 
     def __init__(
@@ -84,7 +73,7 @@ class Steps:
         self._key: Any = None
         self._graph: _Graph | None = None
         self._seconds: list[float] = []
-        self.problem = ""
+        self.problem = ""  # the reason why steps are not compiled
 
     @property
     def compiled(self) -> bool:
@@ -98,23 +87,16 @@ class Steps:
 
     def __call__(
         self, objective: Objective, *inputs: Any, factor: float = 1.0, remaining: int = 0
-    ) -> tuple[Loss, Tensor]:
-        """Take one step; its loss, and the norm of the gradient.
+    ) -> Taken:
+        """Take one step, at learning rates times `factor`, with `remaining` steps to follow.
 
-        Parameters
-        ----------
-        objective : callable
-            Returns the loss. An objective that is not equal to the last one is compiled anew.
-        *inputs : Tensor, Rows or number
-            Arguments of the objective. The values of tensors may change from step to step; if
-            anything else changes, such as their shapes, the step is compiled anew.
-        factor : float
-            Multiplies the learning rates.
-        remaining : int
-            Number of steps after this one.
+        The values of tensors among the objective's inputs may change from step to step. If
+        anything else changes, such as their shapes or the objective, the step is compiled anew.
         """
         leaves, structure = pytree.tree_flatten(inputs)
-        key = (objective, structure, [_constant(leaf) for leaf in leaves], self._trained())
+        # A graph is compiled for the tensors' shape, type and device, and for other values.
+        constants = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
+        key = (objective, structure, constants, self._trained())
         if key != self._key:
             self._key, self._graph, self._seconds = key, None, []
         elif self._due(remaining):
@@ -130,9 +112,7 @@ class Steps:
         self._seconds.append(time.perf_counter() - start)
         return taken
 
-    def _eager(
-        self, objective: Objective, inputs: Sequence[Any], factor: Tensor
-    ) -> tuple[Loss, Tensor]:
+    def _eager(self, objective: Objective, inputs: Sequence[Any], factor: Tensor) -> Taken:
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         for parameter in trained.values():
             parameter.grad = None
@@ -166,7 +146,7 @@ class Steps:
     def _compile(self, objective: Objective, inputs: Sequence[Any]) -> _Graph | None:
         """A new graph; the present one, after a warning, if the new graph fails."""
         try:
-            graph = _Graph(self.modules, objective, inputs, compile=not self._records())
+            graph = _Graph(self.modules, objective, inputs, is_compiled=not self._records())
             self.problem = graph.disagreement(partial(self._eager, objective, inputs), inputs)
             if not self.problem:
                 return graph
@@ -182,14 +162,6 @@ class Steps:
         return self._graph
 
 
-def _constant(leaf: Any) -> Any:
-    """The part of an input for which a graph is compiled: shape, type and device, or the value."""
-    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-
-
-# --- the graph ------------------------------------------------------------------------------------
-
-
 class _Step(nn.Module):
     """Modules whose `forward` is a training step."""
 
@@ -199,8 +171,7 @@ class _Step(nn.Module):
 
     def forward(
         self, trained: Mapping[str, Tensor], inputs: Sequence[Any], factor: Tensor
-    ) -> tuple[Loss, Tensor]:
-        """The loss, and the norm of its gradient in the trained parameters."""
+    ) -> Taken:
         loss = self.objective(*inputs)
         gradients = torch.autograd.grad(loss.total, list(trained.values()), allow_unused=True)
         named = dict(zip(trained, gradients, strict=True))
@@ -211,20 +182,14 @@ class _Graph:
     """A step as a graph, for one objective and inputs of fixed shapes."""
 
     def __init__(
-        self,
-        modules: nn.ModuleDict,
-        objective: Objective,
-        inputs: Sequence[Any],
-        *,
-        compile: bool,  # noqa: A002
+        self, modules: nn.ModuleDict, objective: Objective, inputs: Sequence[Any], is_compiled: bool
     ) -> None:
-        self.is_compiled = compile
+        self.is_compiled = is_compiled
         self._module = _Step(modules, objective)
         parameters = dict(modules.named_parameters())
         self._trained = [name for name, p in parameters.items() if p.requires_grad]
-        frozen = [name for name in parameters if name not in self._trained]
-        named: dict[str, Tensor] = {name: parameters[name] for name in (*self._trained, *frozen)}
-        named.update(modules.named_buffers())
+        trained_first = {name: parameters[name] for name in self._trained} | parameters
+        named: dict[str, Tensor] = {**trained_first, **dict(modules.named_buffers())}
         # Detached tensors share the memory of parameters and buffers, which change in place.
         self._names, self._state = list(named), [values.detach() for values in named.values()]
         leaves, self._structure = pytree.tree_flatten(inputs)
@@ -235,9 +200,7 @@ class _Graph:
             graph = capture(self._step, example, trained=len(self._trained))
             self._run = self._runnable(graph, example)
 
-    def _runnable(
-        self, graph: torch.fx.GraphModule, example: Sequence[Tensor]
-    ) -> Callable[..., Sequence[Tensor]]:
+    def _runnable(self, graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> TensorFunction:
         """The graph, compiled if it is to be, and recorded on a GPU."""
         run = compile_graph(graph, example) if self.is_compiled else graph
         if not self._unit.is_cuda:
@@ -259,16 +222,14 @@ class _Graph:
         numbers = torch.stack([loss.total, loss.elbo, loss.fixed, loss.adversarial, norm])
         return [torch.cat([numbers, loss.accuracy]).detach()]
 
-    def __call__(self, leaves: Sequence[Any], factor: Tensor) -> tuple[Loss, Tensor]:
+    def __call__(self, leaves: Sequence[Any], factor: Tensor) -> Taken:
         with torch.no_grad():
             (joined,) = self._run(*self._state, *_tensors(leaves), factor)
         joined = joined.cpu()  # one wait for a GPU, not one per result
         total, elbo, fixed, adversarial, norm = joined[:5].unbind()
         return Loss(total, elbo, fixed, adversarial, joined[5:]), norm
 
-    def disagreement(
-        self, eager: Callable[[Tensor], tuple[Loss, Tensor]], inputs: Sequence[Any]
-    ) -> str:
+    def disagreement(self, eager: Callable[[Tensor], Taken], inputs: Sequence[Any]) -> str:
         """The difference to an eager step from the same state, in words; empty if there is none."""
         leaves, results = pytree.tree_leaves(inputs), []
         for step in (partial(self, leaves), eager):

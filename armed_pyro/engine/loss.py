@@ -12,24 +12,10 @@ __all__ = ["Loss"]
 
 @dataclass(frozen=True)
 class Loss:
-    """Parts of the objective, each a mean over rows.
+    """Parts of the objective, each a mean over rows; training minimises `total`."""
 
-    Attributes
-    ----------
-    total : Float[Tensor, ""]
-        ``-elbo + lambda_F * fixed + adversarial``, which training minimises.
-    elbo : Float[Tensor, ""]
-        Estimate of the evidence lower bound, divided by the number of rows.
-    fixed : Float[Tensor, ""]
-        -log p(y | fixed effects alone).
-    adversarial : Float[Tensor, ""]
-        Sum of the adversaries' cross-entropies.
-    accuracy : Float[Tensor, "adversaries"]
-        Fraction of rows whose cluster each adversary predicts.
-    """
-
-    total: Float[Tensor, ""]
-    elbo: Float[Tensor, ""]
-    fixed: Float[Tensor, ""]
-    adversarial: Float[Tensor, ""]
-    accuracy: Float[Tensor, " adversaries"]
+    total: Float[Tensor, ""]  # -elbo + lambda_F * fixed + adversarial
+    elbo: Float[Tensor, ""]  # estimate of the evidence lower bound, divided by the number of rows
+    fixed: Float[Tensor, ""]  # -log p(y | fixed effects alone)
+    adversarial: Float[Tensor, ""]  # sum of the adversaries' cross-entropies
+    accuracy: Float[Tensor, " adversaries"]  # fraction of rows whose cluster each one predicts

@@ -34,7 +34,6 @@ __all__ = [
     "mixed",
 ]
 
-
 DistributedMode = Literal["auto", "never"]
 DISTRIBUTED_MODES: tuple[DistributedMode, ...] = get_args(DistributedMode)
 
@@ -48,12 +47,12 @@ def join(device: torch.device) -> Processes:
     The first call connects them, by gloo and for tensors on a GPU by NCCL.
     """
     if not dist.is_available():
-        return Processes()
+        return ALONE
     if not dist.is_initialized():
         if not _torchrun() or int(os.environ["WORLD_SIZE"]) < 2:
-            return Processes()
+            return ALONE
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-        atexit.register(_leave)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
@@ -76,29 +75,12 @@ def _torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN)
 
 
-def _leave() -> None:
-    """Disconnect from the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @dataclass(frozen=True)
 class Processes:
-    """Processes that fit one model together; the methods of a single process do nothing.
+    """Processes that fit one model together; the methods of a single process do nothing."""
 
-    Attributes
-    ----------
-    rank, size : int
-        This process's number, from 0, and the number of processes.
-
-    Examples
-    --------
-    >>> Processes(rank=0, size=2).first, Processes().several
-    (True, False)
-    """
-
-    rank: int = 0
-    size: int = 1
+    rank: int = 0  # this process's number, from 0
+    size: int = 1  # number of processes
 
     @property
     def first(self) -> bool:
@@ -146,8 +128,9 @@ class Processes:
     @contextmanager
     def common_numbers(self, *seed: int) -> Iterator[None]:
         """Random numbers drawn inside are the same in every process."""
-        with torch.random.fork_rng():
-            torch.manual_seed(mixed(*seed))
+        with torch.random.fork_rng(enabled=self.several):
+            if self.several:
+                torch.manual_seed(mixed(*seed))
             yield
 
     @contextmanager
@@ -156,7 +139,9 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if self.several and _is_lost(error):
+            text = str(error)
+            from_connection = "gloo" in text or "NCCL" in text
+            if self.several and (from_connection or isinstance(error, dist.DistError)):
                 raise ConnectionError(
                     f"process {self.rank} of {self.size} lost another process of this run, which "
                     "has ended early: its output says why"
@@ -164,18 +149,10 @@ class Processes:
             raise
 
 
-def _is_lost(error: RuntimeError) -> bool:
-    """Whether an error comes from a lost connection."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
-
-
 def mixed(*numbers: int) -> int:
     """A seed that depends on all of the numbers."""
-    state = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(
-        1, np.uint64
-    )
-    return int(state[0] >> 1)
+    sequence = np.random.SeedSequence([number % 2**64 for number in numbers])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 ALONE = Processes()

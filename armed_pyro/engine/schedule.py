@@ -12,7 +12,6 @@ from jaxtyping import Float
 
 __all__ = ["MOVING", "History", "Pace", "Plateau", "Schedule", "split_r_hat"]
 
-
 # R-hat of the iterates from which on the guide moves: the halves differ by half a posterior sd.
 MOVING = 1.05
 # Windows without a new best loss after which a moving guide is taken to fluctuate around a point;
@@ -75,8 +74,7 @@ class Schedule:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        positive = ("steps", "learning_rate", "net_learning_rate", "decay", "patience", "clip")
-        for name in positive:
+        for name in ("steps", "learning_rate", "net_learning_rate", "decay", "patience", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, not {getattr(self, name)}")
         for name in ("batch_size", "window", "particles"):
@@ -95,14 +93,7 @@ class Schedule:
         return self.window or frozen or max(100, n_rows // self.batch(n_rows))
 
     def plateau(self, n_rows: int) -> Plateau:
-        """The rule that cuts the rates for data with `n_rows` rows.
-
-        Examples
-        --------
-        >>> plateau = Schedule().plateau(1000)
-        >>> plateau.training(np.array([1.0, 1.0])), plateau.training(np.array([1.0, 1.0]))
-        (False, True)
-        """
+        """The rule that cuts the rates for data with `n_rows` rows."""
         return Plateau(tolerance=0.01 / n_rows, patience=self.patience)
 
     def rate(self, step: int) -> float:
@@ -122,15 +113,6 @@ class Pace:
     Four times the draws halve the noise of a gradient. Steps may then be twice as long, and half
     as many suffice.
 
-    Attributes
-    ----------
-    draws : int
-        Draws of the hyperparameters per step.
-    window : int
-        Steps per window.
-    rate : float
-        Factor of the learning rate.
-
     Examples
     --------
     >>> Pace.of(180, network=False)
@@ -139,20 +121,16 @@ class Pace:
     Pace(draws=8, window=25, rate=1.0)
     """
 
-    draws: int
-    window: int
-    rate: float
+    draws: int  # of the hyperparameters, per step
+    window: int  # steps
+    rate: float  # factor of the learning rate
 
     @classmethod
     def of(cls, likelihoods: int, *, network: bool) -> Pace:
         """The pace for a number of log-likelihoods per draw of the hyperparameters.
 
-        Parameters
-        ----------
-        likelihoods : int
-            Rows, times draws of the random effects given the hyperparameters.
-        network : bool
-            Whether the network runs once per draw, because of effects inside it.
+        Each row has one for every draw of the random effects given the hyperparameters. `network`
+        tells whether the network runs once per draw, because of effects inside it.
         """
         if network:
             return cls(draws=2, window=25, rate=1.0)
@@ -179,13 +157,7 @@ class Plateau:
     def training(self, losses: np.ndarray, *, moving: bool = False) -> bool:
         """Whether the rates are cut after a window of training losses.
 
-        Parameters
-        ----------
-        losses : ndarray
-            Training losses of the window.
-        moving : bool
-            Whether the guide still moves. Then there is no cut before `WANDERING` windows without
-            a new best loss.
+        While the guide moves, there is no cut before `WANDERING` windows without a new best loss.
         """
         mean, variance = float(losses.mean()), float(losses.var() / len(losses))
         better = mean < self.best - self.tolerance
@@ -233,15 +205,8 @@ def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float
     Iterates m are means of the guide, in posterior sds, so this is the R-hat of draws from the
     guides. Both results are the largest over components; NaN for fewer than four iterates.
 
-    References
-    ----------
-    Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational inference",
-    NeurIPS.
-
-    Examples
-    --------
-    >>> split_r_hat(np.array([[0.0], [0.0], [1.0], [1.0]]))
-    (1.224744871391589, 1.0)
+    Source: Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational
+    inference", NeurIPS.
     """
     n = len(iterates) // 2
     if n < 2:
@@ -254,52 +219,28 @@ def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float
 
 @dataclass
 class History:
-    """Record of a fit: losses of every step, and other quantities of every window.
+    """Record of a fit: losses of every step, and other quantities of every window."""
 
-    Attributes
-    ----------
-    loss, elbo : list of float
-        Objective and evidence lower bound, each per row, at every step.
-    step : list of int
-        Last step of each window.
-    rate : list of float
-        Factor of the learning rates in each window.
-    validation : list of float
-        -log p(y | fit) per validation row at the end of each window.
-    adversary_accuracy : list of list of float
-        Fraction of training rows whose cluster each adversary predicted, mean over the window.
-    settled : int or None
-        Step after which the network was frozen and only the guide was trained.
-    particles : int
-        Draws of each cluster's random effects per step after `settled`.
-    r_hat, drift : list of float
-        `split_r_hat` of the iterates of q(theta), for each window after `settled`.
-    compiled : list of bool
-        Whether steps ran compiled at the end of each window.
-    seconds : list of float
-        Median time of a step at the end of each window.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    elbo: list[float] = field(default_factory=list)
-    step: list[int] = field(default_factory=list)
-    rate: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)  # objective per row, at every step
+    elbo: list[float] = field(default_factory=list)  # evidence lower bound per row, at every step
+    step: list[int] = field(default_factory=list)  # last step of each window
+    rate: list[float] = field(default_factory=list)  # factor of the learning rates
+    validation: list[float] = field(default_factory=list)  # -log p(y | fit) per validation row
+    # Fraction of training rows whose cluster each adversary predicted, mean over the window.
     adversary_accuracy: list[list[float]] = field(default_factory=list)
-    settled: int | None = None
-    particles: int = 1
+    settled: int | None = None  # step after which the network was frozen
+    particles: int = 1  # draws of each cluster's random effects per step after `settled`
+    # `split_r_hat` of the iterates of q(theta), for each window after `settled`.
     r_hat: list[float] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
-    compiled: list[bool] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list, compare=False)
+    compiled: list[bool] = field(default_factory=list)  # whether steps ran compiled
+    seconds: list[float] = field(default_factory=list, compare=False)  # median time of a step
 
     def status(self, chances: Sequence[tuple[str, float]]) -> str:
         """The latest losses and accuracies in one line.
 
-        Parameters
-        ----------
-        chances : sequence of (str, float)
-            Every adversary's factor, and the accuracy of always naming its largest cluster.
+        `chances` has every adversary's factor, and the accuracy of always naming its largest
+        cluster.
         """
         text = f"loss {np.mean(self.loss[-50:]):.4f}"
         if self.validation:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,14 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from armed_pyro.engine.loss import Loss
-from armed_pyro.engine.processes import Processes, mixed
+from armed_pyro.engine.processes import ALONE, Processes, mixed
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.rows.shuffle import Passes
+from armed_pyro.rows.passes import Passes
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["Share"]
-
 
 # Largest ratio of a process's rows to the mean, and of the mean to a process's rows, up to which
 # clusters are kept whole.
@@ -49,19 +46,12 @@ class Share:
     theta and u. The expectation of L_r does not depend on the other processes' draws, so the
     average is unbiased, and has less noise than with common draws.
 
-    Attributes
-    ----------
-    processes : Processes
-        All W processes, whether or not they share the rows.
-    rows : RowSource
-        This process's rows. Their `counts` are the numbers of rows in all processes.
-    places : tuple of Int[Tensor, "rows"]
-        The numbers of each process's rows; empty if every process has all rows.
+    Without a network to train, and once it is frozen, every process has all rows, and W is 1.
     """
 
-    processes: Processes
-    rows: RowSource
-    places: tuple[Int[Tensor, " rows"], ...]
+    processes: Processes  # all processes, whether or not they share the rows
+    rows: RowSource  # of this process; their `counts` are the numbers of rows in all processes
+    places: tuple[Int[Tensor, " rows"], ...] = ()  # numbers of each process's rows, if shared
 
     @classmethod
     def of(cls, processes: Processes, source: RowSource, network: nn.Module | None) -> Share:
@@ -69,20 +59,10 @@ class Share:
 
         Rows are shared at random instead if a large cluster would make the shares uneven, or if
         the network has batch normalisation, which would remove effects common to a process's
-        clusters from the activations. Without a network to train, every process keeps all rows.
-
-        Parameters
-        ----------
-        network : torch.nn.Module, optional
-            The network, if it is to be trained.
-
-        Raises
-        ------
-        ValueError
-            If there are fewer rows than processes.
+        clusters from the activations. `network` is None if it is not to be trained.
         """
         if network is None or not processes.several:
-            return cls(processes, source, ())
+            return cls(processes, source)
         if not isinstance(source, HeldRows):
             raise ValueError("rows in files cannot be shared by several processes: read them first")
         if len(source) < processes.size:
@@ -95,19 +75,22 @@ class Share:
         return cls(processes, replace(rows, reduce=processes.total), places)
 
     @property
+    def sharing(self) -> Processes:
+        """The W processes that share the rows; one alone if they do not."""
+        return self.processes if self.places else ALONE
+
+    @property
     def several(self) -> bool:
         """Whether the rows are shared."""
         return bool(self.places)
 
     def batch(self, size: int) -> int:
         """Number of rows that each process adds to a batch of `size` rows."""
-        if not self.several:
-            return size
-        return min([-(-size // len(self.places)), *map(len, self.places)])
+        return min([-(-size // self.sharing.size), *map(len, self.places)])
 
     def together(self, size: int) -> int:
         """Number of rows in a batch of about `size` rows to which processes add equal parts."""
-        return max(1, len(self.places)) * self.batch(size)
+        return self.sharing.size * self.batch(size)
 
     def weigh(self, rows: Rows) -> Rows:
         """Rows of this process, weighted such that the average over processes is the objective.
@@ -121,7 +104,7 @@ class Share:
             factor: membership if membership.complete else self._united(membership, len(rows))
             for factor, membership in rows.memberships.items()
         }
-        return replace(rows, memberships=memberships, scale=len(self.places) * rows.scale)
+        return replace(rows, memberships=memberships, scale=self.sharing.size * rows.scale)
 
     def _united(self, membership: Membership, most: int) -> Membership:
         """The membership with the clusters that other processes draw, at weight 0."""
@@ -129,7 +112,7 @@ class Share:
         united = drawn[drawn >= 0].unique()
         place = torch.searchsorted(united, membership.index)
         weight = self.rows.like.new_zeros(len(united))
-        weight[place] = len(self.places)
+        weight[place] = self.sharing.size
         if membership.weight is not None:
             weight[place] *= membership.weight
         return replace(membership, index=united, position=place[membership.position], weight=weight)
@@ -139,14 +122,7 @@ class Share:
     ) -> Callable[..., Loss]:
         """The objective, with gradients that DistributedDataParallel averages over processes.
 
-        Parameters
-        ----------
-        objective : callable
-            Returns the loss.
-        modules : mapping of str to torch.nn.Module
-            The modules whose parameters the objective reads.
-        adversaries : int
-            Number of accuracies in the loss.
+        The objective reads the parameters of the modules; its loss has an accuracy per adversary.
         """
         if not self.several:
             return objective
@@ -162,7 +138,7 @@ class Share:
         if not self.several:
             return loss
         parts = [getattr(loss, field.name).detach().reshape(-1) for field in fields(Loss)]
-        means = self.processes.total(torch.cat(parts)) / len(self.places)
+        means = self.sharing.total(torch.cat(parts)) / self.sharing.size
         total, elbo, fixed, adversarial = means[:4]
         return Loss(total, elbo, fixed, adversarial, means[4:])
 
@@ -177,49 +153,37 @@ class Share:
         torch.manual_seed(mixed(*seed, 1 + self.processes.rank))
         return Passes(passes.begin)
 
-    def common_numbers(self, *seed: int) -> AbstractContextManager[None]:
-        """Random numbers drawn inside are the same in every process, if rows are shared."""
-        return self.processes.common_numbers(*seed) if self.several else nullcontext()
-
     def use_common_numbers(self, *seed: int) -> None:
         """Seed the random numbers of all processes equally, if rows are shared."""
         if self.several:
             torch.manual_seed(mixed(*seed, 0))
 
-    def ended(self, rows: RowSource) -> Share:
-        """The share after the network is frozen: every process has all `rows`."""
-        return Share(self.processes, rows, ())
-
     def average_buffers(self, network: nn.Module) -> None:
         """Average the network's running statistics over processes."""
-        if self.several:
-            for buffer in network.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.processes.total(buffer) / len(self.places))
+        for buffer in network.buffers():
+            if self.several and buffer.is_floating_point():
+                buffer.copy_(self.sharing.total(buffer) / self.sharing.size)
 
     def mean_over_rows(self, log_prob: Callable[[Rows], Tensor], rows: Rows) -> float:
         """Mean log-density of rows that every process has; each process evaluates a part."""
-        if self.several:
-            index = torch.arange(self.processes.rank, len(rows), len(self.places))
-            rows, n = _selected(rows, index.to(rows.x.device)), len(rows)
-            return float(self.processes.total(log_prob(rows).sum())) / n
-        return float(log_prob(rows).mean())
+        if not self.several:
+            return float(log_prob(rows).mean())
+        index = torch.arange(self.sharing.rank, len(rows), self.sharing.size)
+        part = _selected(rows, index.to(rows.x.device))
+        return float(self.sharing.total(log_prob(part).sum())) / len(rows)
 
     def compute(self, compute: Callable[[RowSource], RowSource], source: RowSource) -> RowSource:
         """``compute(source)``; each process computes its share, and shares are exchanged."""
-        if not (isinstance(source, HeldRows) and self.several):
-            return compute(source)
-        share = compute(self.rows)
-        computed = share.computed if isinstance(share, HeldRows) else None
-        if computed is None:
-            return source
+        share = compute(self.rows if self.several else source)
+        if not (self.several and isinstance(source, HeldRows) and isinstance(share, HeldRows)):
+            return share
         most, joined = max(map(len, self.places)), {}
-        for name, values in sorted(computed.items()):
+        for name, values in sorted((share.computed or {}).items()):
             joined[name] = values.new_empty(len(source), *values.shape[1:])
             parts = self.processes.gather(values, most)
             for place, part in zip(self.places, parts, strict=True):
                 joined[name][place.to(values.device)] = part[: len(place)]
-        return replace(source, computed=joined)
+        return replace(source, computed=joined or None)
 
 
 def _selected(rows: Rows, index: Tensor) -> Rows:
@@ -251,12 +215,11 @@ def _places(source: HeldRows, size: int, *, whole_clusters: bool) -> tuple[Tenso
 
 def _balanced(counts: list[int], size: int) -> tuple[list[int], list[int]]:
     """Each cluster's process and each process's rows; the largest clusters are assigned first."""
-    owners, heap = [0] * len(counts), [(0, rank) for rank in range(size)]
+    owners, loads = [0] * len(counts), [0] * size
     for cluster in sorted(range(len(counts)), key=lambda cluster: -counts[cluster]):
-        load, rank = heapq.heappop(heap)
-        owners[cluster] = rank
-        heapq.heappush(heap, (load + counts[cluster], rank))
-    return owners, [load for load, _ in heap]
+        owners[cluster] = loads.index(min(loads))
+        loads[owners[cluster]] += counts[cluster]
+    return owners, loads
 
 
 class _Module(nn.Module):

@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro._messages import unknown
+from armed_pyro._messages import check_known
 from armed_pyro._optional import extra
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
@@ -24,9 +24,7 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.design import InputBlock
 from armed_pyro.random_effects.grouping_factor import Factor
 
-__all__ = ["METHODS", "Attribution", "attribution", "jacobian"]
-
-
+Latents = Mapping[str, Tensor]
 # Most rows that integrated gradients and Grad-CAM explain; nodes of the integral over the path.
 MOST_ROWS, NODES = 1000, 50
 METHODS: Mapping[str, str] = {
@@ -45,18 +43,16 @@ class Attribution:
     method : str
         One of `METHODS`.
     posterior : xarray.Dataset
-        Draws (chain, draw, feature[, column]), in units of the predictor, per standard deviation
-        of the feature:
+        Draws (chain, draw, feature[, column]), in units of the predictor per sd of the feature. The
+        sds are the coordinate ``scale`` (1 for 0/1 columns). Images have axis_1, axis_2, ... for
+        feature.
 
-        - importance: \|slope\|, or the mean over rows of \|attribution\|. Without dimensions chain
-          and draw unless the network's last layer is latent: other weights are point estimates.
+        - importance: \|slope\|, or the mean over rows of \|attribution\|. Without chain and draw
+          unless the network's last layer is latent: other weights are point estimates.
         - slope: the signed gradient; only for the method "gradient".
         - ``<factor>_slope`` (..., cluster, feature): deviation of each cluster's slope.
         - ``<factor>_sd``: sd of these deviations over clusters; see
           `armed_pyro.explain.attribution.attribution`.
-
-        The coordinate ``scale`` holds the features' sds (1 for 0/1 columns). Images have the
-        dimensions axis_1, axis_2, ... instead of feature.
     rows : xarray.DataArray
         Posterior mean of every row's signed attribution (row, feature[, column]).
 
@@ -81,58 +77,48 @@ class Attribution:
     rows: xr.DataArray
 
     def table(self, *, prob: float = 0.9, units: str = "sd") -> pd.DataFrame:
-        r"""Posterior means and intervals, the most important feature first.
+        """Posterior means and equal-tailed intervals of probability `prob`, by importance.
 
-        Parameters
-        ----------
-        prob : float
-            Probability of the equal-tailed intervals.
-        units : {"sd", "original"}
-            Per standard deviation of the feature, or per unit of it. Integrated gradients and
-            Grad-CAM are parts of the predictor, not slopes, and allow "sd" only.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Columns feature, column (if the predictor has several), and for importance, slope
-            (method "gradient") and every ``<factor>_sd``: the mean, under this name, and the
-            interval, ``..._lower`` and ``..._upper``, NaN for point estimates.
+        Values are per standard deviation of the feature (`units` "sd") or per unit of it
+        ("original"). The columns are feature, column (if the predictor has several), and for
+        importance, slope (method "gradient") and every ``<factor>_sd``: the mean, under this name,
+        and the interval, ``..._lower`` and ``..._upper``, NaN for point estimates.
 
         Raises
         ------
         ValueError
-            If `prob` is not a probability, or there are no such units for the method.
+            If `prob` is not a probability, or there are no such units for the method: integrated
+            gradients and Grad-CAM are parts of the predictor, not slopes.
         """
         if not 0 < prob < 1:
             raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
-        if units not in ("sd", "original"):
-            raise unknown("unit", units, ("sd", "original"))
+        check_known("unit", [units], ("sd", "original"))
         if units == "original" and self.method != "gradient":
             raise ValueError(
                 f"attributions by {self.method!r} are parts of the predictor, not slopes: they "
                 'have no original units; choose units="sd", or the method "gradient"'
             )
         data = self.posterior
-        shown = {str(k): array for k, array in data.items() if not str(k).endswith("_slope")}
         scale = data["scale"] if units == "original" else 1.0
         inner = [dim for dim in data["importance"].dims if dim not in ("chain", "draw")]
-        table = data["importance"].isel(chain=0, draw=0, missing_dims="ignore")
-        labels = table.to_dataframe("value").reset_index()[inner].astype(str)
+        first = data["importance"].isel(chain=0, draw=0, missing_dims="ignore")
+        labels = first.to_dataframe("value").reset_index()[inner].astype(str)
         features = [dim for dim in inner if dim != "column"]
         frame = pd.DataFrame({"feature": labels[features].agg(",".join, axis=1)})
         if "column" in inner:
             frame["column"] = labels["column"]
         tail = (1 - prob) / 2
-        for name, values in shown.items():
+        for name, values in data.items():
+            if str(name).endswith("_slope"):
+                continue
             drawn = (values / scale).transpose("chain", "draw", *inner, missing_dims="ignore")
             flat = drawn.to_numpy().reshape(-1, len(frame))
             frame[name] = flat.mean(0)
             for end, share in (("lower", tail), ("upper", 1 - tail)):
                 latent = "draw" in drawn.dims
                 frame[f"{name}_{end}"] = np.quantile(flat, share, axis=0) if latent else np.nan
-        table = frame.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
-        table.attrs |= {"prob": prob, "units": units, "method": self.method}
-        return table
+        frame.attrs |= {"prob": prob, "units": units, "method": self.method}
+        return frame.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
 
 
 def attribution(
@@ -165,24 +151,11 @@ def attribution(
     as D of a hidden layer's slopes spreads their variance over all features: it does not know the
     direction in which clusters differ.
 
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    method : str
-        "gradient" (as in the ARMED paper), "integrated", or "grad_cam" (for networks of images).
-        The last two need captum.
-    data : ClusteredData or table, optional
-        Rows to explain, and the rows of the mean input; by default the training rows. If there are
-        more than 1,000, a random sample of 1,000 is explained.
-    layer : str, optional
-        Module path of the feature maps, for Grad-CAM.
-    columns : sequence of str, optional
-        Columns of the predictor, such as classes of the outcome; by default all.
-    draws : int
-        Posterior draws.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
+    The rows of `data` (by default the training rows) are explained, a random sample of 1,000 if
+    there are more, and the mean input is theirs. The method is "gradient" (as in the ARMED paper),
+    "integrated", or "grad_cam", for networks of images and their feature maps at the module path
+    `layer`; the last two need captum. `columns` are columns of the predictor, such as classes of
+    the outcome, by default all. `draws` are posterior draws; their default seed is that of the fit.
 
     Raises
     ------
@@ -191,18 +164,13 @@ def attribution(
     ImportError
         If captum is needed and not installed.
 
-    Examples
-    --------
-    ``fit.attribution("integrated", data=held_out).table()``
-
     References
     ----------
     Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7): gradients at the mean.
     Sundararajan, Taly, Yan (2017), "Axiomatic attribution for deep networks", ICML.
     Selvaraju et al. (2017), "Grad-CAM", ICCV.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
+    check_known("method", [method], METHODS)
     if (method == "grad_cam") != (layer is not None):
         raise ValueError(
             "Grad-CAM, and no other method, needs `layer`, the module path of feature maps: pass "
@@ -211,18 +179,22 @@ def attribution(
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, not {draws}")
     model, seed = posterior.model, posterior.seed if seed is None else seed
-    chosen = _chosen(model.data_facts().columns, columns)
+    names = model.data_facts().columns
+    check_known("column of the predictor", columns or (), names)
+    chosen = [names.index(name) for name in (names if columns is None else columns)]
     source = posterior.data if data is None else posterior.encode(data)
     x = _inputs(model, source)
-    mean, sample = x.mean(0, keepdim=True), _sample(x, seed)
-    labels = pd.Index(["mean"]) if method == "gradient" else source.row_labels.take(sample.tolist())
+    mean = x.mean(0, keepdim=True)
+    sample = np.sort(np.random.default_rng([seed, 17]).permutation(len(x))[:MOST_ROWS])
+    labels = pd.Index(["mean"]) if method == "gradient" else source.row_labels.take(sample)
+    explained = x[torch.as_tensor(sample, device=x.device)]
     if method == "gradient":
         at = mean.clone().requires_grad_(True)
         parts = jacobian(_basis(model, at, chosen)[0], at)[None]
     elif layer is None:
-        parts = _integrated(model, x[sample], mean, chosen)
+        parts = _integrated(model, explained, mean, chosen)
     else:
-        parts = _maps(model, x[sample], chosen, layer)
+        parts = _maps(model, explained, chosen, layer)
     latents = posterior.draws(draws, seed=seed)
     weights = _weights(model, latents, chosen)
     # Attributions are linear in the basis, so the network runs once for all draws. Only Grad-CAM
@@ -254,8 +226,6 @@ def jacobian(
 ) -> Float[Tensor, "outputs ..."]:
     """Return d values / d x of a single row.
 
-    Examples
-    --------
     >>> x = torch.ones(1, 2, requires_grad=True)
     >>> jacobian((x**2).flatten(), x)
     tensor([[2., 0.],
@@ -279,21 +249,6 @@ def _inputs(model: MixedEffects, data: ClusteredData) -> Tensor:
     return model.encode(data, model.data_facts().levels_with(data)).x
 
 
-def _sample(x: Tensor, seed: int) -> Tensor:
-    """Indices of at most `MOST_ROWS` random rows, in order."""
-    chosen = np.random.default_rng([seed, 17]).permutation(len(x))[:MOST_ROWS]
-    return torch.as_tensor(np.sort(chosen), device=x.device)
-
-
-def _chosen(names: Sequence[str], columns: Sequence[str] | None) -> list[int]:
-    """Numbers of the wanted columns of the predictor."""
-    wanted = list(names) if columns is None else list(columns)
-    for name in wanted:
-        if name not in names:
-            raise unknown("column of the predictor", name, names)
-    return [list(names).index(name) for name in wanted]
-
-
 def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "rows basis"]:
     """Factor of `_weights`: inputs of the latent last layer, or columns of the output."""
     rows = replace(model.data_facts().one_row(model.reference()), x=x)
@@ -304,7 +259,7 @@ def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "
 
 
 def _weights(
-    model: MixedEffects, latents: Mapping[str, Tensor], chosen: list[int]
+    model: MixedEffects, latents: Latents, chosen: list[int]
 ) -> Float[Tensor, "draws basis columns"]:
     """Weights of the basis in units of the predictor; a single draw unless they are latent."""
     spread, columns = model.data_facts().spread, len(model.data_facts().columns)
@@ -317,7 +272,7 @@ def _weights(
 def _between(
     model: MixedEffects,
     factor: Factor,
-    latents: Mapping[str, Tensor],
+    latents: Latents,
     mean: Float[Tensor, "1 features"],
     chosen: list[int],
 ) -> dict[str, Tensor]:
@@ -387,11 +342,7 @@ def _column_last(values: Tensor, lead: int, single: bool) -> Tensor:
 
 
 def _labelled(
-    model: MixedEffects,
-    fixed: Mapping[str, Tensor],
-    random: Mapping[str, Tensor],
-    chosen: list[int],
-    draws: int,
+    model: MixedEffects, fixed: Latents, random: Latents, chosen: list[int], draws: int
 ) -> xr.Dataset:
     """Draws of fixed and random quantities as a dataset with labelled dimensions."""
     facts = model.data_facts()
@@ -400,25 +351,24 @@ def _labelled(
     inner: tuple[str, ...] = tuple(f"axis_{axis}" for axis in range(1, axes + 1))
     if facts.feature_names:
         inner = ("feature",)
-        coords["feature"] = list(facts.feature_names)
-        coords["scale"] = ("feature", list(facts.feature_scale))
+        coords |= {
+            "feature": list(facts.feature_names),
+            "scale": (inner, list(facts.feature_scale)),
+        }
     single = len(facts.columns) == 1
     if not single:
         inner = (*inner, "column")
         coords["column"] = [facts.columns[column] for column in chosen]
     variables: dict[str, Any] = {}
-    for name, values in fixed.items():
-        array = _column_last(values, 1, single).cpu().numpy()
-        latent = model.bayesian_head
-        variables[name] = (("chain", "draw", *inner), array[None]) if latent else (inner, array[0])
-    for name, values in random.items():
-        factor = name.rpartition("_")[0]
-        by_cluster = name.endswith("_slope")
+    for name, values in {**fixed, **random}.items():
+        factor, by_cluster = name.removesuffix("_slope"), name.endswith("_slope")
         cluster = (variable_name(factor),) if by_cluster else ()
         coords |= {dim: label_values(facts.levels[factor]) for dim in cluster}
-        array = _column_last(values, 2 if by_cluster else 1, single).cpu().numpy()
-        # An sd that is known in advance has a single draw.
-        shape = (1, draws, *array.shape[1:])
-        dims = ("chain", "draw", *cluster, *inner)
-        variables[variable_name(name)] = (dims, np.broadcast_to(array, shape))
+        array = _column_last(values, 1 + len(cluster), single).cpu().numpy()
+        if name in fixed and not model.bayesian_head:
+            variables[name] = (inner, array[0])
+        else:  # an sd that is known in advance has a single draw
+            shape = (1, draws, *array.shape[1:])
+            dims = ("chain", "draw", *cluster, *inner)
+            variables[variable_name(name)] = (dims, np.broadcast_to(array, shape))
     return xr.Dataset(variables, coords)

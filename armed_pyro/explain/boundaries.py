@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from armed_pyro._messages import unknown
+from armed_pyro._messages import check_known
 from armed_pyro._optional import extra
 from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
@@ -24,11 +24,8 @@ from armed_pyro.rows.batch import Membership, Rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-__all__ = ["Boundaries", "boundaries", "draw_panel", "plane"]
-
-
 Extent = Sequence[tuple[float, float]]
+Points = tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " rows"]]
 # Clusters that a figure shows unless others are asked for.
 MOST_CLUSTERS = 8
 BLUE, RED = "#2166ac", "#b2182b"
@@ -43,9 +40,8 @@ class Boundaries:
     factor : str
         The grouping factor.
     surface : xarray.DataArray
-        Posterior mean of E[y | x, cluster], with dimensions (cluster, second feature, first
-        feature): the probability of class 1 for binary outcomes, and of the class `of` for
-        outcomes with several classes.
+        Posterior mean of E[y | x, cluster] (cluster, second feature, first feature): the
+        probability of class 1 for binary outcomes, and of the class `of` for several classes.
     fixed : xarray.DataArray
         The same surface for the fixed effects alone.
     level : float or None
@@ -74,33 +70,22 @@ class Boundaries:
     of: Any = None
 
     def plot(self, data: ClusteredData | None = None, *, clusters: Sequence[Any] = ()) -> Figure:
-        """One panel for the fixed effects and one per cluster, with the cluster's rows as points.
+        """One panel for the fixed effects, and one per cluster with its rows in `data` as points.
 
-        Parameters
-        ----------
-        data : ClusteredData, optional
-            Rows to draw, with their outcomes.
-        clusters : sequence, optional
-            Labels of the clusters to draw; by default the first eight.
+        `clusters` are labels of the clusters to draw; by default the first eight.
 
         Raises
         ------
         ValueError
             If there is no such cluster, or the rows have no outcome.
-        ImportError
-            If matplotlib is not installed.
         """
         mpl = extra("matplotlib", "plotting")
         from matplotlib.figure import Figure
 
         name, second, first = (str(dim) for dim in self.surface.dims)
         known = self.surface[name].to_numpy().tolist()
-        for label in clusters:
-            if label not in known:
-                raise unknown(f"cluster of {self.factor!r}", label, known)
-        shown = [known.index(label) for label in clusters] or list(range(len(known)))[
-            :MOST_CLUSTERS
-        ]
+        check_known(f"cluster of {self.factor!r}", clusters, known)
+        shown = list(map(known.index, clusters)) or list(range(len(known)))[:MOST_CLUSTERS]
         columns = min(5, len(shown) + 1)
         height = -(-(len(shown) + 1) // columns)
         x, y = self.surface[first].to_numpy(), self.surface[second].to_numpy()
@@ -110,11 +95,11 @@ class Boundaries:
         with mpl.rc_context({**PLAIN, "axes.titlesize": 9}):
             figure = Figure(figsize=(2.1 * columns + 0.9, 2.1 * height + 0.5), layout="constrained")
             axes = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
-            image = draw_panel(axes[0, 0], self.fixed.to_numpy(), (x, y), **style)
+            image = _draw_panel(axes[0, 0], self.fixed.to_numpy(), (x, y), **style)
             axes[0, 0].set_title("fixed effects", color=INK)
             for axis, k in zip(axes.flat[1:], shown, strict=False):
                 points = None if data is None else _points(data, self, known[k])
-                draw_panel(axis, self.surface[k].to_numpy(), (x, y), points, **style)
+                _draw_panel(axis, self.surface[k].to_numpy(), (x, y), points, **style)
                 axis.set_title(f"{self.factor} {known[k]}", color=INK)
             for number, axis in enumerate(axes.flat):
                 axis.set_visible(number <= len(shown))
@@ -138,38 +123,18 @@ def boundaries(
 ) -> Boundaries:
     """E[y | x, cluster] over two features, with all other features at their training means.
 
-    Effects of other grouping factors are zero. For counts out of trials it is the expected share.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        A fit to feature columns.
-    features : tuple of str
-        Two feature columns: the horizontal and the vertical axis.
-    factor : str, optional
-        Grouping factor; by default the first with random effects.
-    of : optional
-        The class whose probability is shown, if the outcome has more than two.
-    extent : tuple, optional
-        Lowest and highest value of each feature; by default those of the training rows.
-    size : int
-        Points on each axis.
-    draws : int
-        Posterior draws.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
+    The features are the horizontal and the vertical axis, each with `size` points from its lowest
+    to its highest value: `extent`, or by default that of the training rows. Effects of all grouping
+    factors but `factor`, by default the first with random effects, are zero. `of` is the class
+    whose probability is shown, if the outcome has more than two. For counts out of trials it is the
+    expected share. `draws` are posterior draws; their default seed is that of the fit.
 
     Raises
     ------
     ValueError
         If a feature, factor or class does not exist, or a class is needed and not named.
-
-    Examples
-    --------
-    ``boundaries(fit.posterior, ("age", "dose")).plot(data)``
     """
     model, facts = posterior.model, posterior.model.data_facts()
-    _check_features(posterior, features, extent)
     chosen = factor_named(model.factors, factor)
     classes = facts.classes if len(facts.columns) > 1 else None
     if classes is not None and of not in classes:
@@ -177,9 +142,8 @@ def boundaries(
     if draws < 2 or size < 2:
         raise ValueError(f"`draws` and `size` must be at least 2, not {draws} and {size}")
     axes = _axes(posterior, features, extent, size)
-    means = (
-        posterior.data.features.mean(0).tolist() if posterior.data.n_rows else facts.feature_mean
-    )
+    rows = posterior.data.features
+    means = rows.mean(0).tolist() if len(rows) else facts.feature_mean
     centre = dict(zip(facts.feature_names, means, strict=True))
     x = facts.scaling.standardise(plane(axes, centre).features).to(model.reference())
     latents = posterior.draws(draws, seed=seed)
@@ -198,7 +162,7 @@ def boundaries(
 
     with torch.no_grad():
         values = torch.stack([surface(k) for k in [*range(len(levels)), None]]).cpu().numpy()
-    second, first = features[1], features[0]
+    first, second = features
     of = facts.classes[1] if classes is None and facts.classes is not None else of
     probability = model.family.is_probability
     event = facts.outcome_name if of is None else f"{facts.outcome_name} = {of}"
@@ -209,30 +173,23 @@ def boundaries(
     return Boundaries(chosen.name, by_cluster, fixed, 0.5 if probability else None, of)
 
 
-def _check_features(posterior: Posterior, features: tuple[str, str], extent: Extent | None) -> None:
+def _axes(
+    posterior: Posterior, features: tuple[str, str], extent: Extent | None, size: int
+) -> dict[str, Float[np.ndarray, " points"]]:
+    """Values of each feature, from the lowest to the highest."""
     names = posterior.model.data_facts().feature_names
-    for name in features:
-        if name not in names:
-            raise unknown("feature", name, names)
+    check_known("feature", features, names)
     if len(set(features)) != 2:
         raise ValueError(f"give two different features, not {features}")
     if extent is None and not posterior.data.n_rows:
         raise ValueError("the fit was kept without its training rows: give an `extent`")
-
-
-def _axes(
-    posterior: Posterior, features: tuple[str, str], extent: Extent | None, size: int
-) -> dict[str, Float[np.ndarray, " points"]]:
     if extent is None:
-        columns = [posterior.model.data_facts().feature_names.index(name) for name in features]
-        values = posterior.data.features[:, columns].numpy()
+        values = posterior.data.features[:, list(map(names.index, features))].numpy()
         extent = tuple(zip(values.min(0), values.max(0), strict=True))
     return {name: np.linspace(*ends, size) for name, ends in zip(features, extent, strict=True)}
 
 
-def _points(
-    data: ClusteredData, result: Boundaries, cluster: Any
-) -> tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " rows"]]:
+def _points(data: ClusteredData, result: Boundaries, cluster: Any) -> Points:
     """Features and outcomes of a cluster's rows."""
     if data.outcome is None:
         raise ValueError("points are coloured by their outcome, but the rows have none")
@@ -254,8 +211,6 @@ def plane(
 
     The first feature varies fastest, clusters slowest.
 
-    Examples
-    --------
     >>> rows = plane({"x": np.arange(3.0), "y": np.arange(2.0)}, {"x": 0, "y": 0, "z": 7})
     >>> rows.features[:4].tolist()
     [[0.0, 0.0, 7.0], [1.0, 0.0, 7.0], [2.0, 0.0, 7.0], [0.0, 1.0, 7.0]]
@@ -272,41 +227,19 @@ def plane(
     )
 
 
-def draw_panel(
+def _draw_panel(
     axis: Any,
     surface: Float[np.ndarray, "y x"],
     grid: tuple[np.ndarray, np.ndarray],
-    points: tuple[Float[np.ndarray, "rows 2"], Float[np.ndarray, " rows"]] | None = None,
+    points: Points | None = None,
     *,
-    vmin: float = 0.0,
-    vmax: float = 1.0,
-    level: float | None = 0.5,
+    vmin: float,
+    vmax: float,
+    level: float | None,
 ) -> Any:
     """Draw a surface as colours, its boundary as a line, and rows as points coloured by outcome.
 
-    Parameters
-    ----------
-    axis : matplotlib.axes.Axes
-        The panel.
-    surface : Float[ndarray, "y x"]
-        Values over the grid.
-    grid : tuple of ndarray
-        Values of the horizontal and of the vertical axis.
-    points : tuple of ndarray, optional
-        Positions and outcomes of rows.
-    vmin, vmax : float
-        Values of the lowest and the highest colour.
-    level : float or None
-        Value of the boundary; points above it are red, others blue.
-
-    Returns
-    -------
-    matplotlib.image.AxesImage
-        The surface, for a colour bar.
-
-    Examples
-    --------
-    ``draw_panel(axes, probability, (x, y), (rows, outcomes))``
+    Points above the level of the boundary are red, others blue. Returns the surface's image.
     """
     x, y = grid
     ends = (x[0], x[-1], y[0], y[-1])

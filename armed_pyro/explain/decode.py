@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro._messages import unknown
+from armed_pyro._messages import check_known
 from armed_pyro._optional import extra
 from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
@@ -27,10 +27,6 @@ from armed_pyro.rows.batch import Membership
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-__all__ = ["DecodedEffects", "decoded"]
-
 
 # Steps along the largest component, in its sds.
 STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)
@@ -80,12 +76,7 @@ class DecodedEffects:
     def plot(self) -> Figure:
         """Images under the fixed effects and by cluster, the differences, and the walk.
 
-        At most eight clusters are shown: those with the largest differences.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed.
+        At most eight clusters are shown: those with the largest differences. Needs matplotlib.
         """
         mpl = extra("matplotlib", "plotting")
         from matplotlib.figure import Figure
@@ -95,7 +86,8 @@ class DecodedEffects:
         inner = list(data["fixed"].dims)
         size = (data["difference"] ** 2).mean(inner).to_numpy()
         shown = np.sort(np.argsort(-size, kind="stable")[:MOST_CLUSTERS])
-        labels, steps = data[cluster].to_numpy(), data["step"].to_numpy()
+        labels, steps = data[cluster].to_numpy().astype(str), data["step"].to_numpy()
+        titles = [label if label.startswith(name) else f"{name} {label}" for label in labels]
         columns = 1 + max(len(shown), len(steps))
         with mpl.rc_context({**PLAIN, "axes.titlesize": 9}):
             figure = Figure(figsize=(1.25 * columns + 1.2, 4.9), layout="constrained")
@@ -109,7 +101,7 @@ class DecodedEffects:
             _draw(axes[0, 0], data["fixed"], "fixed effects", **grey)
             rows = [
                 [
-                    _draw(axes[0, place], data["image"][k], _named(name, labels[k]), **grey)
+                    _draw(axes[0, place], data["image"][k], titles[k], **grey)
                     for place, k in enumerate(shown, 1)
                 ],
                 [_draw(axes[1, k], change, "", **signed) for k, change in enumerate(changes, 1)],
@@ -154,36 +146,18 @@ def decoded(
     is the first right singular vector of Z: the direction of the effects' distribution in which
     images differ most. This is exact if eta is linear in the effects.
 
-    Parameters
-    ----------
-    posterior : Posterior
-        A fit that reconstructs images, or whose predictor has a column for each pixel.
-    row : ClusteredData or table
-        The image to decode: one row, whose cluster does not matter.
-    shape : sequence of int, optional
-        (height, width) or (channels, height, width) of the pixels in their order. By default that
-        of the features, for an outcome that reconstructs them.
-    of : str, optional
-        Name of the outcome that is an image: another outcome, such as "image", or the family's. By
-        default the first other outcome or, if there is none, the family's.
-    factor : str, optional
-        Grouping factor; by default the first with random effects.
-    columns : sequence of str, optional
-        Columns of the predictor that are pixels; by default all columns.
-    draws : int
-        Posterior draws; each costs a pass of the network.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
+    `row` is the image to decode, whose cluster does not matter. `of` is the name of the outcome
+    that is an image: another outcome, such as "image" (by default the first), or the family's, with
+    a pixel for each of the predictor's `columns` (by default all). `shape` is (height, width) or
+    (channels, height, width) of the pixels in their order; an outcome that reconstructs the
+    features has their shape by default. The factor is by default the first with random effects.
+    `draws` are posterior draws, each a pass of the network; their default seed is that of the fit.
 
     Raises
     ------
     ValueError
         If there is more than one row, the shape is missing or does not fit, or there is no such
         outcome, factor or column.
-
-    Examples
-    --------
-    ``decoded(fit.posterior, rows.take([0]), shape=(28, 28)).plot()``
 
     References
     ----------
@@ -250,16 +224,7 @@ def _walk(
 class _Images:
     """The images of a program, as a function of the random effects of a factor.
 
-    Attributes
-    ----------
-    model : MixedEffects
-        The bound program.
-    factor : Factor
-        The grouping factor.
-    outcome : str or None
-        Name of the other outcome; None for the predictor.
-    pixels : tuple of int
-        Values of the outcome, or columns of the predictor, that are pixels.
+    The pixels are values of another outcome or, if that is None, columns of the predictor.
     """
 
     model: MixedEffects
@@ -275,15 +240,12 @@ class _Images:
         facts, others = model.data_facts(), [other.name for other in model.others]
         if name is None:
             name = others[0] if others and columns is None else facts.outcome_name
-        if name not in (*others, facts.outcome_name):
-            raise unknown("outcome", name, (*others, facts.outcome_name))
+        check_known("outcome", [name], (*others, facts.outcome_name))
         if name in others and columns is not None:
             raise ValueError(
                 f"`columns` are of the predictor: leave out either them or of={name!r}"
             )
-        for column in columns or ():
-            if column not in facts.columns:
-                raise unknown("column of the predictor", column, facts.columns)
+        check_known("column of the predictor", columns or (), facts.columns)
         if name in others:
             return cls(model, factor, name, tuple(range(math.prod(facts.feature_shape))))
         chosen = facts.columns if columns is None else columns
@@ -324,11 +286,6 @@ class _Images:
         if self.outcome is None:
             return made.eta[..., list(self.pixels)]
         return made.others[self.outcome].flatten(-x.dim() + 1)
-
-
-def _named(factor: str, label: Any) -> str:
-    """A cluster's label, preceded by the factor's name unless it starts with it."""
-    return str(label) if str(label).startswith(factor) else f"{factor} {label}"
 
 
 def _style(colours: str, *images: xr.DataArray) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,6 @@ from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.taps import head_path, pooled, tapped
 from armed_pyro.program.model import MixedEffects
 
-__all__ = ["Invariance", "invariance"]
-
-
 # Rows for the probes, at most.
 MOST_ROWS = 5000
 # Outcomes with more than FEW distinct values are cut into BINS groups of similar outcomes.
@@ -28,19 +25,13 @@ FEW, BINS = 10, 10
 
 
 # scikit-learn is imported where it is used, as it is slow to import.
-def _linear_probe(seed: int) -> Any:
+def _probe(name: str, seed: int) -> Any:
     from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(max_iter=1000)
-
-
-def _network_probe(seed: int) -> Any:
     from sklearn.neural_network import MLPClassifier
 
+    if name == "linear":
+        return LogisticRegression(max_iter=1000)
     return MLPClassifier((32,), solver="lbfgs", alpha=1.0, max_iter=200, random_state=seed)
-
-
-PROBES: Mapping[str, Callable[[int], Any]] = {"linear": _linear_probe, "network": _network_probe}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +88,7 @@ def invariance(
     permutations: int = 999,
     seed: int | None = None,
 ) -> Invariance:
-    r"""Accuracy of probes that predict the cluster from the learned features, against chance.
+    """Accuracy of probes that predict the cluster from the learned features, against chance.
 
     A linear probe (logistic regression) and a small network (32 units) are trained on each layer's
     standardised activations, independently of the fit's adversary, and are scored on held-out
@@ -114,24 +105,12 @@ def invariance(
     folds (Bonferroni), at least m / (permutations + 1). Two folds therefore have the highest power;
     more folds leave more rows for training.
 
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    data : ClusteredData or table, optional
-        Rows, of seen or unseen clusters; by default the training rows. If there are more than
-        5,000, a random sample of 5,000 is used.
-    factor : str, optional
-        Grouping factor; by default that of the adversary or, without one, of the random effects.
-    layers : sequence of str, optional
-        Module paths; feature maps are averaged over space. By default the adversary's taps or,
-        without an adversary, the input of the last linear layer.
-    folds : int
-        Number of folds m, stratified by cluster.
-    permutations : int
-        Permutations of each fold.
-    seed : int, optional
-        Seed of folds, probes and permutations; by default that of the fit.
+    The rows of `data` may be of seen or unseen clusters; by default they are the training rows. Of
+    more than 5,000, a random sample of 5,000 is used. The factor is by default that of the
+    adversary or, without one, of the random effects. `layers` are module paths, by default the
+    adversary's taps or, without one, the input of the last linear layer; feature maps are averaged
+    over space. The default seed, of folds (stratified by cluster), probes and permutations, is that
+    of the fit.
 
     Raises
     ------
@@ -144,10 +123,6 @@ def invariance(
     Nguyen, Treacher, Montillo (2023), IEEE TPAMI 45(7), for the two indices: Davies
     and Bouldin (1979); Caliński and Harabasz (1974).
     Ojala and Garriga (2010), "Permutation tests for studying classifier performance", JMLR 11.
-
-    Examples
-    --------
-    ``print(fit.invariance())``
     """
     model, seed = posterior.model, posterior.seed if seed is None else seed
     rows = posterior.data if data is None else posterior.encode(data)
@@ -166,8 +141,8 @@ def invariance(
     reading = _Reading(codes, groups, folds, permutations, seed)
     tests, indices = [], []
     for layer, features in activations(model, rows, _layers(model, factor, layers)).items():
-        for name, probe in PROBES.items():
-            scores = reading.test(probe(seed), features)
+        for name in ("linear", "network"):
+            scores = reading.test(_probe(name, seed), features)
             # fmax ignores a p_within of NaN.
             leak = float(np.fmax(scores["p"], scores["p_within"]))
             tests.append({"layer": layer, "probe": name} | scores | {"p_leak": leak})
@@ -183,15 +158,6 @@ def activations(
     """Outputs of modules for the rows, by path; inputs of modules under ``"<path"``.
 
     Feature maps are averaged over space.
-
-    Raises
-    ------
-    ValueError
-        If the network has no such module, or does not run it.
-
-    Examples
-    --------
-    ``activations(fit.model, rows, ["0", "<2"])["0"]``
     """
     source = model.encode(data, model.data_facts().levels_with(data))
     inputs = [layer[1:] for layer in layers if layer.startswith("<")]
@@ -255,16 +221,9 @@ def _strata(data: ClusteredData) -> Int[np.ndarray, " rows"] | None:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Permutation test of a probe that predicts the clusters.
+    """Permutation test of a probe that predicts the clusters `codes`.
 
-    Attributes
-    ----------
-    codes : Int[ndarray, "rows"]
-        Clusters to predict.
-    groups : mapping of str to Int[ndarray, "rows"]
-        Groups of rows whose clusters are exchangeable, by the suffix of the null hypothesis.
-    folds, permutations, seed : int
-        The arguments of `invariance`.
+    `groups` are groups of rows whose clusters are exchangeable, by suffix of the null hypothesis.
     """
 
     codes: Int[np.ndarray, " rows"]
@@ -283,11 +242,9 @@ class _Reading:
         rng, codes = np.random.default_rng([self.seed, 23]), self.codes
         scores = {"accuracy": 0.0}
         for name in ("", "_within"):
-            scores |= (
-                {f"chance{name}": 0.0, f"p{name}": 1.0}
-                if name in self.groups
-                else {f"chance{name}": np.nan, f"p{name}": np.nan}
-            )
+            tested = name in self.groups
+            scores |= {f"chance{name}": 0.0 if tested else np.nan}
+            scores |= {f"p{name}": 1.0 if tested else np.nan}
         # Stratified by cluster only, so that the split could have produced every permutation of the
         # held-out clusters. Strata of cluster and outcome would fix how often the two coincide.
         split = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
@@ -300,12 +257,8 @@ class _Reading:
             hits = float((predicted == truth).sum())
             scores["accuracy"] += hits / len(codes)
             for name, groups in self.groups.items():
-                by_chance = np.array(
-                    [
-                        (predicted == _permuted(rng, truth, groups[held])).sum()
-                        for _ in range(self.permutations)
-                    ]
-                )
+                drawn = (_permuted(rng, truth, groups[held]) for _ in range(self.permutations))
+                by_chance = np.array([(predicted == clusters).sum() for clusters in drawn])
                 scores[f"chance{name}"] += float(by_chance.mean()) / len(codes)
                 p = (1 + float((by_chance >= hits).sum())) / (self.permutations + 1)
                 scores[f"p{name}"] = min(scores[f"p{name}"], self.folds * p)
@@ -318,9 +271,8 @@ def _permuted(
     """Clusters permuted among the rows of each group."""
     shuffled = np.empty_like(codes)
     # Both sides are sorted by group; the right one is in random order within each group.
-    shuffled[np.argsort(groups, kind="stable")] = codes[
-        np.lexsort((rng.permutation(len(codes)), groups))
-    ]
+    random_order = np.lexsort((rng.permutation(len(codes)), groups))
+    shuffled[np.argsort(groups, kind="stable")] = codes[random_order]
     return shuffled
 
 
@@ -330,10 +282,7 @@ def _indices(
     """Davies-Bouldin and Calinski-Harabasz index; NaN if features or labels do not vary."""
     from sklearn import metrics
 
-    count = len(np.unique(labels))
-    if not 1 < count < len(labels) or not features.std(0).any():
-        return {"davies_bouldin": np.nan, "calinski_harabasz": np.nan}
-    return {
-        "davies_bouldin": float(metrics.davies_bouldin_score(features, labels)),
-        "calinski_harabasz": float(metrics.calinski_harabasz_score(features, labels)),
-    }
+    scores = [metrics.davies_bouldin_score, metrics.calinski_harabasz_score]
+    varied = 1 < len(np.unique(labels)) < len(labels) and features.std(0).any()
+    values = [float(score(features, labels)) if varied else np.nan for score in scores]
+    return dict(zip(("davies_bouldin", "calinski_harabasz"), values, strict=True))

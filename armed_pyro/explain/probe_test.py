@@ -11,11 +11,8 @@ import pandas as pd
 import scipy
 from jaxtyping import Float
 
-from armed_pyro._messages import unknown
+from armed_pyro._messages import check_known
 from armed_pyro.explain.attribution import Attribution
-
-__all__ = ["ProbeTest", "probe_test"]
-
 
 # Fits per model, at least.
 FEWEST = 2
@@ -83,12 +80,12 @@ def probe_test(
     - p_probe_first tests "no probe is more important than a true feature". It is the smallest
       p-value of the other side, times the number of pairs (Bonferroni).
     - p_difference (two-sided) tests whether the margins :math:`\min_t \min_s d_{fts}` have the same
-      distribution as those of the reference model, paired by fit.
+      distribution as those of the model `reference` (by default the first), paired by fit.
 
     The test treats fits as independent. Fits to overlapping folds of a data set are not quite
     independent, and describe that data set only: use several data sets or seeds for wider claims.
-    With n fits no one-sided p-value is below :math:`2^{-n}`, so a verdict at the 5% level needs at
-    least five fits.
+    With n fits no one-sided p-value is below :math:`2^{-n}`, so a verdict at the 5% `level` needs
+    at least five fits.
 
     Parameters
     ----------
@@ -97,10 +94,6 @@ def probe_test(
         numbers by feature. Position f is the same fold or seed for all models.
     true, probes : sequence of str
         Features that affect the outcome, and features that carry only cluster information.
-    reference : str, optional
-        Model that the others are compared with; by default the first.
-    level : float
-        Level of the verdicts.
 
     Raises
     ------
@@ -138,8 +131,7 @@ def probe_test(
             f"{counts}"
         )
     first = next(iter(importances)) if reference is None else reference
-    if first not in importances:
-        raise unknown("model", first, importances)
+    check_known("model", [first], importances)
     ratios = {model: _log_ratios(fits, true, probes) for model, fits in importances.items()}
     margins = {model: ratio.min(1) for model, ratio in ratios.items()}
     records, pairs = [], []
@@ -150,6 +142,7 @@ def probe_test(
             pairs.append([model, t, s, float((d > 0).mean()), np.median(d), up, down])
         p_true, p_probe = max(above), min(1.0, len(below) * min(below))
         verdict = "true features first" if p_true <= level else "undecided"
+        difference = margins[model] - margins[first]
         record = {
             "model": model,
             "fits": len(ratio),
@@ -157,9 +150,7 @@ def probe_test(
             "margin": float(np.median(margins[model])),
             "p_true_first": p_true,
             "p_probe_first": p_probe,
-            "p_difference": np.nan
-            if model == first
-            else _signed_rank(margins[model] - margins[first], "two-sided"),
+            "p_difference": np.nan if model == first else _signed_rank(difference, "two-sided"),
             "verdict": "a probe first" if p_probe <= level else verdict,
         }
         records.append(record)
@@ -176,9 +167,8 @@ def _log_ratios(
     rows = []
     for fit in fits:
         by_feature = _by_feature(fit)
+        check_known("feature", (*true, *probes), by_feature)
         for name in (*true, *probes):
-            if name not in by_feature:
-                raise unknown("feature", name, by_feature)
             if not by_feature[name] >= 0:
                 raise ValueError(
                     f"an importance must be at least 0, not {by_feature[name]} ({name})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +16,15 @@ from torch import Tensor
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.outcome_densities import LogNegativeBinomial, LogPoisson
 from armed_pyro.families.family import (
+    Array,
     Draws,
     Eta,
     Family,
+    Numbers,
     Parameter,
     Parameters,
     RowValues,
+    Unit,
     arrays,
     outcome_of,
 )
@@ -46,7 +48,7 @@ class CountFamily(Family, ABC):
     needs_mean = True
     statistics = ("mean", "sd", "zeros")
 
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y < 0) | (y != y.round())
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
@@ -81,9 +83,7 @@ class Poisson(CountFamily):
 
         return torch.from_numpy(stats.poisson.cdf(*arrays(y, self.mean(eta, rows))))
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         return rng.poisson(np.exp(eta[:, 0]))
 
 
@@ -92,7 +92,7 @@ class Shape(Parameter):
 
     name = "shape"
 
-    def sample(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor:
+    def sample(self, priors: Priors, unit: Unit) -> Tensor:
         concentration, rate = (unit.new_tensor(value) for value in SHAPE_PRIOR)
         return pyro.sample(self.name, dist.InverseGamma(concentration, rate))
 
@@ -122,8 +122,6 @@ class NegativeBinomial(CountFamily):
         count, mean, shape = arrays(y, self.mean(eta, rows), self.value(parameters, "shape"))
         return torch.from_numpy(stats.nbinom.cdf(count, shape, shape / (shape + mean)))
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         shape = parameters["shape"]
         return rng.negative_binomial(shape, shape / (shape + np.exp(eta[:, 0])))

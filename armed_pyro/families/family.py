@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyro.distributions as dist
@@ -14,22 +14,12 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
+from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 
-__all__ = [
-    "Draws",
-    "Eta",
-    "Family",
-    "Parameter",
-    "Parameters",
-    "RowValues",
-    "arrays",
-    "listed",
-    "mean_offset",
-    "outcome_of",
-]
+__all__ = ["Family", "Parameter", "arrays", "mean_offset", "outcome_of"]
 
 # The linear predictor: one column, or one for every class but the first.
 Eta = Float[Tensor, "... rows columns"]
@@ -39,55 +29,33 @@ RowValues = Float[Tensor, " rows"]
 Draws = Float[Tensor, " draws"]
 # Values of a family's parameters by name, shape "..." or "... 1" (a 1 in the place of the rows).
 Parameters = Mapping[str, Tensor]
+# Standardised units per unit of the outcome, in the program's precision.
+Unit = Float[Tensor, " 1"]
+# The same two for simulated data: predictors or outcomes, and values of the parameters.
+Array = np.ndarray
+Numbers = Mapping[str, float]
 
 
 class Parameter(ABC):
     """A parameter that all rows share, such as a residual sd: one latent site.
 
     The site is in standardised units. Methods of `Family` get the value on the outcome's scale.
-
-    Attributes
-    ----------
-    name : str
-        Name of the site, and of the parameter in tables and files.
-    start : float
-        Initial value of the guide, in standardised units. It must lie inside the prior's support.
-
-    Examples
-    --------
-    >>> from armed_pyro.families.gaussian import ResidualSd
-    >>> ResidualSd().describe(Priors(), spread=2.0)
-    'HalfStudentT(3, 2)'
+    `name` is the name of the site, and of the parameter in tables and files. `start` is the guide's
+    initial value, in standardised units; it must lie inside the prior's support.
     """
 
     name: str
     start: float = 0.7
 
     @abstractmethod
-    def sample(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor:
-        """Sample the latent site from its prior.
-
-        Parameters
-        ----------
-        priors : Priors
-            The program's priors.
-        unit : Float[Tensor, "1"]
-            Standardised units per unit of the outcome, in the program's precision.
-        """
+    def sample(self, priors: Priors, unit: Unit) -> Tensor:
+        """Sample the latent site from its prior."""
 
     @abstractmethod
     def describe(self, priors: Priors, spread: float) -> str:
-        """The prior as text, in the units of the outcome.
+        """The prior as text in units of the outcome; `spread` is one standardised unit in these."""
 
-        Parameters
-        ----------
-        priors : Priors
-            The program's priors.
-        spread : float
-            Outcome units per standardised unit.
-        """
-
-    def known(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor | None:
+    def known(self, priors: Priors, unit: Unit) -> Tensor | None:
         """The value, if the prior fixes the parameter; None if it is estimated."""
         return None
 
@@ -101,43 +69,12 @@ class Family(ABC):
     r"""p(y | eta, parameters): the distribution of an outcome given its linear predictor.
 
     The predictor eta has shape "... rows columns": one column, or one for every class but the
-    first. The outcome and eta are on the outcome's original scale.
+    first. The outcome, eta and parameters are on the outcome's original scale.
 
-    A family is one file in ``armed_pyro/families/`` and one line in the registry there. It must
-    define `outside`, `center`, `distribution`, `mean` and `residual_variance`. All other members
-    have defaults, which suit an outcome that is neither a count nor a class. Settings of a family,
-    such as fixed degrees of freedom, are fields of its dataclass: numbers, texts or `ScalePrior`s,
-    which are saved with a fit.
-
-    Attributes
-    ----------
-    name : str
-        Name of the family, in calls, files and messages.
-    support : str
-        Possible outcomes in words, for messages.
-    integer : bool
-        Whether outcomes are whole numbers. A residual is then drawn at random between the values
-        of the distribution function at y - 1 and y.
-    is_quadratic : bool
-        Whether log p(y | eta) is quadratic in its single column eta, with mean eta and curvature
-        `precision`. The guide's conditional of the random effects is then exact.
-    is_class : bool
-        Whether an outcome is one of two or more classes. Predictions are then scored by accuracy
-        and area under the curve.
-    is_probability : bool
-        Whether the mean (of one trial) is a probability.
-    multiclass : bool
-        Whether outcomes are codes of any number of classes, with one column of the predictor for
-        each class but the first.
-    needs_trials : bool
-        Whether every row needs a number of trials.
-    needs_mean : bool
-        Whether `residual_variance` depends on the mean outcome; `marginal_mean` must then be
-        given.
-    statistics : tuple of {"mean", "sd", "zeros"}
-        Statistics of each cluster's outcomes that the posterior predictive checks compare.
-    no_residuals : str
-        Reason why residuals cannot be checked, in words; empty where they can.
+    A family must define `outside`, `center`, `distribution`, `mean` and `residual_variance`. All
+    other members have defaults, which suit an outcome that is neither a count nor a class. Settings
+    of a family, such as fixed degrees of freedom, are fields of its dataclass: numbers, texts or
+    `ScalePrior`s, which are saved with a fit.
 
     Examples
     --------
@@ -147,27 +84,34 @@ class Family(ABC):
     (True, False, ['shape'])
     """
 
-    name: ClassVar[str]
-    support: ClassVar[str]
+    name: ClassVar[str]  # in calls, files and messages
+    support: ClassVar[str]  # possible outcomes in words
+    # Whether outcomes are whole numbers. A residual is then drawn at random between the values of
+    # the distribution function at y - 1 and y.
     integer: ClassVar[bool] = False
+    # Whether log p(y | eta) is quadratic in its single column eta, with mean eta and curvature
+    # `precision`. The guide's conditional of the random effects is then exact.
     is_quadratic: ClassVar[bool] = False
+    # Whether outcomes are classes: predictions are scored by accuracy and area under the curve.
     is_class: ClassVar[bool] = False
-    is_probability: ClassVar[bool] = False
+    is_probability: ClassVar[bool] = False  # whether the mean (of one trial) is a probability
+    # Whether outcomes are codes of any number of classes; the first has no column of the predictor.
     multiclass: ClassVar[bool] = False
-    needs_trials: ClassVar[bool] = False
+    needs_trials: ClassVar[bool] = False  # whether every row needs a number of trials
+    # Whether `residual_variance` depends on the mean outcome; `marginal_mean` is then required.
     needs_mean: ClassVar[bool] = False
+    # Of each cluster's outcomes, for posterior predictive checks: of "mean", "sd", "zeros".
     statistics: ClassVar[tuple[str, ...]] = ("mean", "sd")
-    no_residuals: ClassVar[str] = ""
+    no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
 
     def __str__(self) -> str:
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        settings = ", ".join(f"{name}={value!r}" for name, value in values)
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{self.name}({settings})" if settings else self.name
 
     # --- the outcome's data -----------------------------------------------------------------
 
     @abstractmethod
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         """True for each outcome outside the family's support."""
 
     @abstractmethod
@@ -175,14 +119,7 @@ class Family(ABC):
         """Predictor of the mean outcome, without offset; the network's output is added to it."""
 
     def check(self, data: ClusteredData) -> None:
-        """Check that the outcome suits the family.
-
-        Raises
-        ------
-        ValueError
-            If outcomes or trials are missing, or outcomes lie outside the support; the message
-            names the rows.
-        """
+        """Raise a `ValueError` if outcomes or trials are missing, or outcomes are `outside`."""
         if self.needs_trials and data.trials is None:
             raise ValueError(
                 f"family {self.name!r} needs the number of trials of each row: name its column "
@@ -192,7 +129,7 @@ class Family(ABC):
         if data.classes is not None and len(data.classes) != 2:
             raise ValueError(
                 f"the outcome {data.outcome_name!r} has {len(data.classes)} labels "
-                f"({listed(data.classes)}), but family {self.name!r} needs {self.support}; "
+                f"({listing(data.classes, 3)}), but family {self.name!r} needs {self.support}; "
                 "use family 'categorical' for labels"
             )
         bad = self.outside(y, data)
@@ -201,8 +138,8 @@ class Family(ABC):
             raise ValueError(
                 f"family {self.name!r} needs {self.support}, but the outcome "
                 f"{data.outcome_name!r} is outside that range in {int(bad.sum())} row(s), e.g. "
-                f"row(s) {listed(rows)} with {listed(y[bad][:3].tolist())}: correct the rows or "
-                "choose another family"
+                f"row(s) {listing(rows, 3)} with {listing(y[bad][:3].tolist())}: correct the rows "
+                "or choose another family"
             )
 
     def columns(self, data: ClusteredData) -> tuple[str, ...]:
@@ -236,19 +173,10 @@ class Family(ABC):
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         """p(y | eta, parameters), with batch shape "... rows".
 
-        Parameters
-        ----------
-        eta : Float[Tensor, "... rows columns"]
-            The predictor.
-        parameters : mapping of str to Tensor
-            Values on the outcome's scale.
-        rows : Rows
-            The rows, for their trials.
-
         Raises
         ------
         ValueError
-            If a parameter or the trials are missing.
+            If a parameter, or the trials of the rows, are missing.
         """
 
     @abstractmethod
@@ -272,12 +200,7 @@ class Family(ABC):
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         """Variance of an observation on the scale of eta (Nakagawa, Johnson, Schielzeth 2017).
 
-        Parameters
-        ----------
-        parameters : mapping of str to Float[Tensor, "draws"]
-            Values on the outcome's scale.
-        mean : Float[Tensor, "draws"]
-            Mean outcome, as returned by `marginal_mean`; zeros unless `needs_mean`.
+        `mean` is that of `marginal_mean`, or zeros unless `needs_mean`.
         """
 
     def marginal_mean(
@@ -297,21 +220,10 @@ class Family(ABC):
         """
         return None
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
-        """Outcomes drawn given the predictor, for simulated data; by default by `distribution`.
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
+        """Outcomes drawn given eta "rows columns", for simulated data; by default `distribution`'s.
 
-        Parameters
-        ----------
-        rng : Generator
-            Source of the random numbers.
-        eta : Float[ndarray, "rows columns"]
-            The predictor.
-        parameters : mapping of str to float
-            Values on the outcome's scale.
-        trials : int
-            Trials of every row, where the family needs them.
+        Every row has this number of trials, where the family needs them.
         """
         values = {name: torch.tensor(value).double() for name, value in parameters.items()}
         n = len(eta)
@@ -321,37 +233,19 @@ class Family(ABC):
             return self.distribution(torch.from_numpy(eta), values, rows).sample().numpy()
 
     def value(self, parameters: Parameters, name: str) -> Tensor:
-        """The value of a parameter.
-
-        Raises
-        ------
-        ValueError
-            If the parameter is missing.
-        """
+        """The value of a parameter, or a `ValueError` if it is missing."""
         if name not in parameters:
             raise ValueError(f"family {self.name!r} needs its {name}")
         return parameters[name]
 
 
-def arrays(*values: Tensor) -> tuple[np.ndarray, ...]:
+def arrays(*values: Tensor) -> tuple[Array, ...]:
     """Tensors as float64 arrays, for scipy."""
     return tuple(value.detach().double().cpu().numpy() for value in values)
 
 
-def listed(values: Sequence[Any], most: int = 3) -> str:
-    """The first `most` values as text, followed by dots if there are more."""
-    shown = ", ".join(str(value) for value in list(values)[:most])
-    return shown + (", ..." if len(values) > most else "")
-
-
-def outcome_of(data: ClusteredData) -> Float[Tensor, " rows"]:
-    """The outcome of the data.
-
-    Raises
-    ------
-    ValueError
-        If the data have no outcome.
-    """
+def outcome_of(data: ClusteredData) -> RowValues:
+    """The outcome of the data, or a `ValueError` if there is none."""
     if data.outcome is None:
         raise ValueError(f"the outcome {data.outcome_name!r} is missing from the data")
     return data.outcome

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
@@ -14,12 +12,15 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.families.family import (
+    Array,
     Draws,
     Eta,
     Family,
+    Numbers,
     Parameter,
     Parameters,
     RowValues,
+    Unit,
     arrays,
     outcome_of,
 )
@@ -34,13 +35,13 @@ class ResidualSd(Parameter):
 
     name = "residual_sd"
 
-    def _scale(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor:
+    def _scale(self, priors: Priors, unit: Unit) -> Tensor:
         return priors.residual_sd.scales([""], unit, Gaussian().effect_scale())[0]
 
-    def sample(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor:
+    def sample(self, priors: Priors, unit: Unit) -> Tensor:
         return priors.residual_sd.sample(self.name, self._scale(priors, unit))
 
-    def known(self, priors: Priors, unit: Float[Tensor, " 1"]) -> Tensor | None:
+    def known(self, priors: Priors, unit: Unit) -> Tensor | None:
         return self._scale(priors, unit) if isinstance(priors.residual_sd, Known) else None
 
     def describe(self, priors: Priors, spread: float) -> str:
@@ -64,7 +65,7 @@ class Gaussian(Family):
     def parameters(self) -> tuple[Parameter, ...]:
         return (ResidualSd(),)
 
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return ~torch.isfinite(y)
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
@@ -103,9 +104,7 @@ class Gaussian(Family):
         outcome, mean, sd = arrays(y, self.mean(eta, rows), self.value(parameters, "residual_sd"))
         return torch.from_numpy(stats.norm.cdf(outcome, mean, sd))
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         return rng.normal(eta[:, 0], parameters["residual_sd"])
 
 

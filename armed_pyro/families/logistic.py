@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,16 +13,18 @@ from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
+from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.outcome_densities import LogitBinomial
 from armed_pyro.families.family import (
+    Array,
     Draws,
     Eta,
     Family,
+    Numbers,
     Parameters,
     RowValues,
     arrays,
-    listed,
     mean_offset,
     outcome_of,
 )
@@ -52,7 +53,7 @@ class Bernoulli(LogitFamily):
     statistics = ("mean",)
     no_residuals = "any probability fits single trials"
 
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y != 0) & (y != 1)
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
@@ -64,9 +65,7 @@ class Bernoulli(LogitFamily):
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return torch.sigmoid(eta[..., 0])
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         return rng.binomial(1, _sigmoid(eta[:, 0]))
 
 
@@ -79,7 +78,7 @@ class Binomial(LogitFamily):
     needs_trials = True
     statistics = ("mean", "sd", "zeros")
 
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y < 0) | (y != y.round()) | (y > self._trials(data.trials))
 
     def _trials(self, trials: Tensor | None) -> Tensor:
@@ -102,9 +101,7 @@ class Binomial(LogitFamily):
         hits, trials, mean = arrays(y, self._trials(rows.trials), self.mean(eta, rows))
         return torch.from_numpy(stats.binom.cdf(hits, trials, mean / trials))
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         return rng.binomial(trials, _sigmoid(eta[:, 0]))
 
 
@@ -132,11 +129,11 @@ class Categorical(LogitFamily):
         if data.classes is None and not torch.equal(present, torch.arange(len(present)).to(y)):
             raise ValueError(
                 f"family {self.name!r} needs {self.support}, but {data.outcome_name!r} has the "
-                f"values {listed(present.tolist(), 6)}: store the classes as strings, or recode "
+                f"values {listing(present.tolist(), 6)}: store the classes as strings, or recode "
                 "them"
             )
 
-    def outside(self, y: Float[Tensor, " rows"], data: ClusteredData) -> Bool[Tensor, " rows"]:
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return torch.zeros_like(y, dtype=torch.bool)
 
     def columns(self, data: ClusteredData) -> tuple[str, ...]:
@@ -164,9 +161,7 @@ class Categorical(LogitFamily):
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return torch.softmax(self._logits(eta), -1)
 
-    def simulate(
-        self, rng: Generator, eta: np.ndarray, parameters: Mapping[str, float], trials: int
-    ) -> np.ndarray:
+    def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         logits = np.hstack([np.zeros_like(eta[:, :1]), eta])
         return (logits + rng.gumbel(size=logits.shape)).argmax(1)

@@ -25,15 +25,12 @@ class Reconstruction:
     .. math:: \log p(x_i, y_i \mid \cdot) = \log p(y_i \mid \eta_i)
         + w \sum_j \log N(x_{ij}; g_j(x_i), sd^2)
 
-    Here g is the output of a module, such as a decoder's last layer. It includes cluster effects
-    on filters of earlier layers. All values of a row have the same residual sd, the latent site
-    ``<name>_sd``.
+    Here g is the output of a module, such as a decoder's last layer, with the cluster effects on
+    filters of earlier layers. All values have the same residual sd, the latent site ``<name>_sd``.
 
-    The likelihood treats the values of a row as independent given g, although neighbouring pixels
-    are correlated. With weight 1, an image of 4,096 pixels dominates the label, and the posterior
-    of effects on filters is too narrow. A weight of 1 over the number of values counts each row as
-    one observation.
-
+    The values of a row are independent given g, although neighbouring pixels are correlated. With
+    weight 1, an image of 4,096 pixels dominates the label, and the posterior of effects on filters
+    is too narrow. A weight of 1 over the number of values counts each row as one observation.
     `Fit.adapt` uses the family's outcome of new clusters, and not this one.
 
     Attributes
@@ -77,21 +74,14 @@ class Reconstruction:
 
     def sample_sd(self, like: Tensor) -> Tensor:
         """Sample the residual sd, in units of the features' sd, in the precision of `like`."""
-        scale = self.prior.scales([""], like.new_ones(1), 1.0)
-        return self.prior.sample(self.sd_site, scale[0])
+        return self.prior.sample(self.sd_site, self.prior_scale(like))
 
-    def distribution(
-        self, mean: Float[Tensor, "... rows ..."], sd: Float[Tensor, "..."], rows: Rows
-    ) -> TorchDistribution:
-        """p(x | g), with batch shape "... rows".
+    def prior_scale(self, like: Tensor) -> Float[Tensor, ""]:
+        """Scale of the residual sd's prior, in units of the features' sd."""
+        return self.prior.scales([""], like.new_ones(1), 1.0)[0]
 
-        Parameters
-        ----------
-        mean : Float[Tensor, "... rows ..."]
-            g(x).
-        sd : Float[Tensor, "..."]
-            Residual sd, in the features' units, with size 1 in the dimension of the rows.
-        """
+    def distribution(self, mean: Tensor, sd: Tensor, rows: Rows) -> TorchDistribution:
+        """p(x | g = mean), batch shape "... rows"; `sd` has size 1 in the dimension of the rows."""
         return IndependentNormal(mean, sd, rows.x.dim() - 1)
 
     def information(

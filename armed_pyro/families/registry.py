@@ -9,32 +9,12 @@ from armed_pyro.families.logistic import Bernoulli, Binomial, Categorical
 
 __all__ = ["FAMILIES", "family_named"]
 
-FAMILIES: dict[str, type[Family]] = {
-    family.name: family
-    for family in (
-        Gaussian,
-        Bernoulli,
-        Binomial,
-        Categorical,
-        Poisson,
-        NegativeBinomial,
-    )
-}
+_KINDS = (Gaussian, Bernoulli, Binomial, Categorical, Poisson, NegativeBinomial)
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in _KINDS}
 
 
 def family_named(name: str | Family) -> Family:
-    """The family with this name and default settings; a `Family` is returned as it is.
-
-    Raises
-    ------
-    ValueError
-        If there is no such family.
-
-    Examples
-    --------
-    >>> family_named("poisson").name
-    'poisson'
-    """
+    """The family with this name and default settings; a `Family` is returned as it is."""
     if isinstance(name, Family):
         return name
     if name not in FAMILIES:

@@ -22,29 +22,14 @@ class MixedModelTruth:
     Terms have the program's order: by column of phi (intercept, x0, x1, ...), then, for
     categorical outcomes, by column of the predictor.
 
-    Attributes
-    ----------
-    coefficients : Float[ndarray, "fixed columns"]
-        Fixed effects, the intercept first.
-    sd : Float[ndarray, "terms"]
-        Standard deviations of the random effects.
-    cor : Float[ndarray, "terms terms"]
-        Their correlations.
-    effects : Float[ndarray, "clusters terms"]
-        The random effects.
-    eta : Float[ndarray, "rows columns"]
-        The linear predictor.
-    dispersion : float or mapping of str to float
-        The family's parameters, such as the residual sd (gaussian) or the shape (negative
-        binomial). Families without parameters ignore it.
     """
 
-    coefficients: Float[np.ndarray, "fixed columns"]
-    sd: Float[np.ndarray, " terms"]
+    coefficients: Float[np.ndarray, "fixed columns"]  # the intercept first
+    sd: Float[np.ndarray, " terms"]  # of the random effects
     cor: Float[np.ndarray, "terms terms"]
     effects: Float[np.ndarray, "clusters terms"]
     eta: Float[np.ndarray, "rows columns"]
-    dispersion: float | Mapping[str, float]
+    dispersion: float | Mapping[str, float]  # the family's parameters, if it has any
 
 
 def mixed_model(
@@ -66,12 +51,11 @@ def mixed_model(
         \eta_i &= (1, x_i)^\top \beta + (1, x_{i0}, x_{i1}, \dots)^\top u_{k(i)}, \quad
             y_i \sim Family(\eta_i, parameters)
 
+    The data have features x0, x1, ..., the outcome ``y``, drawn by `Family.simulate`, and the
+    grouping factor ``site``.
+
     Parameters
     ----------
-    family : str
-        Name of a family; the outcome is drawn by `Family.simulate`.
-    n_clusters : int
-        Number of clusters.
     rows : int or sequence of int
         Number of rows in each cluster.
     sd : sequence of float
@@ -85,22 +69,13 @@ def mixed_model(
         Values of the family's parameters by name, such as the residual sd (gaussian) or the shape
         (negative binomial). A single number is the value of every parameter.
     trials : int
-        Trials of each row (binomial).
-    seed : int
-        Seed of the draws.
-
-    Returns
-    -------
-    ClusteredData
-        Features x0, x1, ...; outcome ``y``; grouping factor ``site``.
-    MixedModelTruth
-        Parameters and random effects.
+        Trials of each row, where the family needs them.
 
     Raises
     ------
     ValueError
-        If sizes do not match, an sd is negative, the family is unknown, or the correlations are
-        not a correlation matrix.
+        If sizes do not match, an sd is negative, the family is unknown, or R is no correlation
+        matrix.
 
     Examples
     --------
@@ -122,10 +97,9 @@ def mixed_model(
         )
     if beta.shape[1] > 1 and not outcome.multiclass:
         raise ValueError(f"family {family!r} has one predictor: give `coefficients` as a list")
-    one_column = _correlations(cor, len(scale))
     columns = beta.shape[1]
     sds = np.repeat(scale, columns)
-    correlations = np.kron(one_column, np.eye(columns))
+    correlations = np.kron(_correlations(cor, len(scale)), np.eye(columns))
 
     rng = np.random.default_rng(seed)
     site = np.repeat(np.arange(n_clusters), sizes)
@@ -134,11 +108,9 @@ def mixed_model(
     effects = white @ np.linalg.cholesky(correlations).T * sds
     row_effects = effects[site].reshape(len(site), len(scale), columns)
     eta = x @ beta + (x[:, : len(scale), None] * row_effects).sum(1)
-    parameters = (
-        dispersion
-        if isinstance(dispersion, Mapping)
-        else {parameter.name: dispersion for parameter in outcome.parameters}
-    )
+    parameters = dispersion
+    if not isinstance(parameters, Mapping):
+        parameters = {parameter.name: parameters for parameter in outcome.parameters}
     data = ClusteredData.from_arrays(
         x[:, 1:],
         outcome.simulate(rng, eta, parameters, trials).astype(float),
@@ -155,11 +127,8 @@ def _correlations(cor: float | np.ndarray, n: int) -> np.ndarray:
     if matrix.ndim == 0:
         matrix = np.full((n, n), float(matrix)) + (1 - float(matrix)) * np.eye(n)
     symmetric = matrix.shape == (n, n) and np.allclose(matrix, matrix.T)
-    if (
-        not symmetric
-        or not np.allclose(np.diag(matrix), 1)
-        or np.linalg.eigvalsh(matrix).min() <= 0
-    ):
+    correlations = symmetric and np.allclose(np.diag(matrix), 1)
+    if not correlations or np.linalg.eigvalsh(matrix).min() <= 0:
         raise ValueError(
             f"`cor` must be one correlation, or a positive definite {n} x {n} correlation matrix, "
             f"not {np.asarray(cor).tolist()}"

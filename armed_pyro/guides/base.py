@@ -27,30 +27,10 @@ class Guide(nn.Module, ABC):
     every latent site of the program, under the program's site names. The rest of the protocol
     tells training, importance sampling and prediction how to use it:
 
-    ======================= ======================================================================
-    method                  caller
-    ======================= ======================================================================
-    `forward`               the objectives, `draws`, importance sampling, refinement
-    `center`                training and the search for the mode
-    `noise_shapes`          `armed_pyro.guides.noise`, which makes the noise of a draw
-    `refresh`, `exact`      training and the search for the mode
-    `settle`                training, when the network is frozen
-    `nested`, `nested_name` importance sampling, and training on whole clusters
-    `every_cluster`         training, to choose the clusters of a mini-batch
-    `work`, `most_draws`    importance sampling and training, to size their blocks
-    `clusterwise`           `armed_pyro.inference.cluster_adam`, for mini-batches
-    `narrowed`              the same
-    `draws`                 everything that reads a fitted posterior
-    ======================= ======================================================================
-
+    ======================= ===============================================================
     Sites that a guide samples beyond those of the program start with an underscore and are
     auxiliary (``infer={"is_auxiliary": True}``): ``_theta`` holds all hyperparameters in
-    unconstrained coordinates.
-
-    Attributes
-    ----------
-    hyperparameters : Hyperparameters
-        q(theta).
+    unconstrained coordinates. `hyperparameters` is q(theta).
 
     Examples
     --------
@@ -66,12 +46,8 @@ class Guide(nn.Module, ABC):
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         """Sample all latent sites, with random effects for the clusters of `rows`.
 
-        The guide runs inside any plates of draws that the caller has opened ("..." below).
-
-        Parameters
-        ----------
-        rows : Rows
-            A batch; only its memberships are read.
+        The guide runs inside any plates of draws that the caller has opened ("..." below), and
+        reads only the memberships of the rows.
 
         Returns
         -------
@@ -85,25 +61,18 @@ class Guide(nn.Module, ABC):
     def center(self, rows: Rows) -> dict[str, Tensor]:
         """The latent sites at the guide's centre: theta at zero noise, u at its mean given theta.
 
-        Nothing is random, and no Pyro site is sampled.
-
-        Returns
-        -------
-        dict of str to Tensor
-            One value of each site, without leading dimensions: "clusters terms" for effects.
+        Training and the search for the mode call it. No Pyro site is sampled. Values
+        have no leading dimensions: effects are "clusters terms".
         """
 
     @abstractmethod
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
         """Shape of the standard normal noise behind one draw of each random site.
 
-        Returns
-        -------
-        dict of str to tuple of int
-            ``(size,)`` for sites without clusters, such as ``_theta``, and ``(clusters, terms)``
-            for random effects. Sites that are functions of others, and empty ones, are left out.
-            Each site that is listed has a `Pushforward` distribution, which maps the noise to the
-            draw.
+        `armed_pyro.guides.noise` makes the noise. The shape is ``(size,)`` for sites without
+        clusters, such as ``_theta``, and ``(clusters, terms)`` for random effects. Sites that are
+        functions of others, and empty ones, are left out. Each site that is listed has a
+        `Pushforward` distribution, which maps the noise to the draw.
         """
 
     @abstractmethod
@@ -112,13 +81,6 @@ class Guide(nn.Module, ABC):
 
         Training calls it between steps, and the search for the mode after moves of theta. Guides
         that have nothing to set return at once.
-
-        Parameters
-        ----------
-        model : MixedEffects
-            The bound program.
-        source : RowSource
-            All training rows.
         """
 
     def exact(self, model: MixedEffects) -> bool:
@@ -156,7 +118,7 @@ class Guide(nn.Module, ABC):
     def work(self) -> int:
         """Multiplications of one joint draw of all random effects, beyond the work of the rows.
 
-        The default is 0. Training and importance sampling take fewer draws where it is large.
+        Training and importance sampling take fewer draws where it is large.
         """
         return 0
 
@@ -164,17 +126,14 @@ class Guide(nn.Module, ABC):
         """The parameters that belong to single clusters, by factor; empty by default.
 
         A mini-batch trains only the entries of its clusters, see
-        `armed_pyro.inference.cluster_adam`.
+        `armed_pyro.inference.optimizers`.
         """
         return {}
 
     def narrowed(self, sizes: Mapping[str, int]) -> Guide:
         """A copy with room for fewer clusters, which shares all parameters not in `clusterwise`.
 
-        Parameters
-        ----------
-        sizes : mapping of str to int
-            Number of clusters, for some of the factors of `clusterwise`.
+        `sizes` are numbers of clusters, for some of the factors of `clusterwise`.
 
         Raises
         ------
@@ -193,19 +152,10 @@ class Guide(nn.Module, ABC):
         self.hyperparameters.train_shape()
 
     def draws(self, rows: Rows, n: int) -> dict[str, Tensor]:
-        """n joint draws of all latent sites, without gradients.
+        """n joint draws of all latent sites, without gradients, made `most_draws` at a time.
 
-        Parameters
-        ----------
-        rows : Rows
-            Rows whose clusters are drawn; `MixedEffects.clusters` gives every cluster.
-        n : int
-            Number of draws, made `most_draws` at a time.
-
-        Returns
-        -------
-        dict of str to Tensor
-            Random effects with shape "n clusters terms", other sites with "n 1 ...".
+        Effects of the clusters of `rows` have the shape "n clusters terms", other sites "n 1 ...".
+        `MixedEffects.clusters` gives rows of every cluster.
         """
         pieces = []
         with torch.no_grad():

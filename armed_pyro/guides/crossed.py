@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
@@ -11,22 +12,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from armed_pyro.distributions.precision_normal import PrecisionNormal
 from armed_pyro.distributions.small_matrices import multiply, precision_root, solve
-from armed_pyro.distributions.whitened import WhitenedNormal
+from armed_pyro.distributions.whitened import PrecisionNormal, WhitenedNormal
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.block_scale import BlockScale
-from armed_pyro.guides.cross_products import CachedCrossProducts, CrossProducts, cross_products
+from armed_pyro.guides.cross_products import CrossProducts, cross_products
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.pseudo_observations import FULL_TERMS
-from armed_pyro.guides.row_sums import row_sums
+from armed_pyro.guides.row_sums import joint_sums
 from armed_pyro.guides.structured import REFRESH_DRAWS, StructuredGuide
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["CrossedGuide", "choose_guide"]
+__all__ = ["BlockScale", "CrossedGuide", "choose_guide"]
 
 
 # The joint conditional needs a dense matrix over the effects of all factors but the largest, whose
@@ -36,31 +36,13 @@ MOST_CROSS_PRODUCTS = 50_000_000
 # Elements in the matrices of the draws that are made at once.
 MOST_VALUES = 4_000_000
 
-Latents = Mapping[str, Tensor]
-
 
 def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
     """`CrossedGuide` for several factors where it is affordable, else `StructuredGuide`.
 
     It is affordable with at most 16 terms per factor, no terms on filters, at most 2,500 random
     effects in all factors but the largest, and at most 5e7 pairs of one of these effects and one
-    of the largest factor's.
-
-    Parameters
-    ----------
-    model : MixedEffects
-        A bound program.
-    source : RowSource, optional
-        Training rows, from which the guide starts.
-
-    Examples
-    --------
-    >>> from armed_pyro import ClusteredData
-    >>> groups = {"g": [0, 0, 1, 1], "h": [0, 1, 0, 1]}
-    >>> data = ClusteredData.from_arrays([[0.0], [1.0], [3.0], [4.0]], [1, 2, 5, 6], groups)
-    >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g) + (1 | h)").bind(data)
-    >>> type(choose_guide(model)).__name__
-    'CrossedGuide'
+    of the largest factor's. The guide starts from the training rows in `source`.
     """
     sizes = sorted(_size(model, factor) for factor in model.factors)
     dense = sum(sizes[:-1])
@@ -106,26 +88,12 @@ class CrossedGuide(Guide):
     with B = A_{0,12}, dense or sparse: see `armed_pyro.guides.cross_products`. Memory is
     O(effects of the largest factor x effects of the others). Every step draws all clusters.
 
-    Parameters
-    ----------
-    model : MixedEffects
-        A bound program with several factors.
-    source : RowSource, optional
-        Training rows, from which A_0, b_0 and H_0 are set; without them q(u | theta) starts at
-        the prior.
+    The bound program has several factors. A_0, b_0 and H_0 are set from the rows of `source`;
+    without them q(u | theta) starts at the prior.
 
-    Attributes
-    ----------
-    within : Float[Tensor, "clusters terms terms"]
-        A_0 within each cluster of the largest factor.
-    between : Float[Tensor, "clusters terms effects"]
-        B.
-    rest : Float[Tensor, "effects effects"]
-        A_0 of all other factors.
-    pull, slope : Float[Tensor, "all_effects"], Float[Tensor, "all_effects fixed"]
-        b_0 and H_0, the largest factor first.
-    log_scale, shift, shift_slope : torch.nn.Parameter
-        log e, delta and Gamma, in the same order.
+    `within` is A_0 within each cluster of the largest factor, `between` is B, and `rest` is A_0 of
+    all other factors. `pull` and `slope` are b_0 and H_0, the largest factor first. `log_scale`,
+    `shift` and `shift_slope` are log e, delta and Gamma, in the same order.
 
     Examples
     --------
@@ -138,24 +106,24 @@ class CrossedGuide(Guide):
     torch.Size([3, 2, 1])
     """
 
-    within: Tensor
-    between: Tensor
-    rest: Tensor
-    pull: Tensor
-    slope: Tensor
+    within: Float[Tensor, "clusters terms terms"]
+    between: Float[Tensor, "clusters terms effects"]
+    rest: Float[Tensor, "effects effects"]
+    pull: Float[Tensor, " all_effects"]
+    slope: Float[Tensor, "all_effects fixed"]
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
-        self._cache: CachedCrossProducts | None = None
+        self._cache: tuple[Tensor, int, CrossProducts] | None = None
         like = model.reference()
         self.hyperparameters = Hyperparameters(model)
         self.model_precision = model.precision
-        *dense, self.largest = sorted(model.factors, key=lambda factor: _size(model, factor))
-        self.dense = tuple(dense)
+        *others, self.largest = sorted(model.factors, key=lambda factor: _size(model, factor))
+        self.others = tuple(others)
         levels = model.data_facts().levels
         self.clusters = {factor.name: len(levels[factor.name]) for factor in model.factors}
         k, t = self.clusters[self.largest.name], len(self.largest.terms)
-        m = sum(_size(model, factor) for factor in self.dense)
+        m = sum(_size(model, factor) for factor in self.others)
         fixed = len(model.fixed_terms()) if model.bayesian_head else 0
         self.register_buffer("within", like.new_zeros(k, t, t))
         self.register_buffer("between", like.new_zeros(k, t, m))
@@ -178,7 +146,7 @@ class CrossedGuide(Guide):
         return model.family.is_quadratic
 
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
-        k, t, m = self.between.shape
+        _, t, m = self.between.shape
         k = len(rows.memberships[self.largest.name].index)
         shapes = {"_theta": (self.hyperparameters.size,), "_crossed": (m,)}
         return {s: n for s, n in shapes.items() if n != (0,)} | {self.largest.effect_site: (k, t)}
@@ -202,7 +170,7 @@ class CrossedGuide(Guide):
         others, largest = self._joint(latents)
         z = pyro.sample("_crossed", others, infer={"is_auxiliary": True})
         effects = self._effects(latents, z)
-        for factor, value in effects.items():
+        for factor, value in self._by_factor(effects).items():
             with factor.plate(rows.memberships[factor.name]):
                 log_det = -factor.log_det_scale(latents).expand(value.shape[:-1])
                 point = dist.Delta(value, log_det, event_dim=1)
@@ -210,17 +178,17 @@ class CrossedGuide(Guide):
         membership = rows.memberships[self.largest.name]
         with self.largest.plate(membership):
             site = self.largest.effect_site
-            latents[site] = pyro.sample(site, largest.at(_flat(effects), membership))
+            latents[site] = pyro.sample(site, largest.at(effects, membership))
         return latents
 
     def center(self, rows: Rows) -> dict[str, Tensor]:
         latents = self.hyperparameters.center()
         others, largest = self._joint(latents)
         effects = self._effects(latents, others.mean)
-        for factor, value in effects.items():
+        for factor, value in self._by_factor(effects).items():
             latents[factor.effect_site] = value
         membership = rows.memberships[self.largest.name]
-        latents[self.largest.effect_site] = largest.at(_flat(effects), membership).mean
+        latents[self.largest.effect_site] = largest.at(effects, membership).mean
         return latents
 
     def _joint(
@@ -236,58 +204,50 @@ class CrossedGuide(Guide):
         k, t, _ = self.between.shape
         products, tau = self._cross_products(), self.model_precision(latents)
         e1, e2, within, b = self._natural(products, latents.get("fixed_effect"), detach)
-        scale = self.largest.scale_matrix(latents)
         tau_b = tau[..., None] * b
         tau_b1 = tau_b[..., : k * t].reshape(*tau_b.shape[:-2], k, t)
-        sqrt_tau = tau.sqrt()[..., None]
+        scale, scale_2 = self.largest.scale_matrix(latents), self._scale_of_others(latents)
         root = precision_root(tau[..., None, None] * (scale.mT @ within @ scale))
         r = solve(root, scale.mT @ tau_b1[..., None], upper=False)[..., 0]
-        # Times sqrt(tau), so that the Gram matrix is tau times the sum in S.
-        half = sqrt_tau[..., None] * solve(root, scale.mT * e1[..., None, :], upper=False)
-        gram = products.gram(half)
+        half = solve(root, scale.mT * e1[..., None, :], upper=False)
+        # H and r have the clusters where tau, S and r_2 have a 1.
+        gram = products.gram(tau.sqrt()[..., None, None] * half)
         gram = gram.unsqueeze(-3) if gram.dim() > 2 else gram
-        eliminated = e2 * products.transpose_times(multiply(half.mT, r))
+        eliminated = products.transpose_times(multiply(half.mT, r))
         eliminated = eliminated.unsqueeze(-2) if eliminated.dim() > 1 else eliminated
-        scales = BlockScale(
-            [factor.scale_matrix(latents) for factor in self.dense],
-            [self.clusters[factor.name] for factor in self.dense],
-        )
-        r2 = scales.right((tau_b[..., k * t :] - sqrt_tau * eliminated)[..., None, :])[..., 0, :]
-        scales = replace(scales, rows=sqrt_tau * e2)
+        r2 = scale_2.transpose_times(tau_b[..., k * t :] - tau[..., None] * e2 * eliminated)
         # Where sds are drawn far too large, the difference of two large numbers is not positive.
-        bound = 1 + scales.diagonal_bound(self.rest.diagonal())
+        bound = 1 + tau[..., None] * scale_2.diagonal_bound(e2**2 * self.rest.diagonal())
         ridge = 1e3 * torch.finfo(gram.dtype).eps * bound
-        schur = scales.both(self.rest - gram) + torch.diag_embed(1 + ridge)
-        tau_half = sqrt_tau[..., None] * half
+        seen = tau[..., None, None] * (e2[:, None] * e2) * (self.rest - gram)
+        schur = scale_2.both(seen) + torch.diag_embed(1 + ridge)
+        tau_half = tau[..., None, None] * half
         largest = LargestGivenOthers(scale, root, r, tau_half, products, e2, detached[1])
-        return PrecisionNormal.of(schur, r2, detached[0]), largest
+        return PrecisionNormal(schur, r2, detached[0]), largest
 
     def _cross_products(self) -> CrossProducts:
         """B in its dense or sparse form, made anew whenever `between` has changed."""
-        between, cache = self.between, self._cache
-        if cache is not None and cache.holds(between):
-            return cache.products
-        if (
-            cache is not None
-            and cache.between is not between
-            and cache.between.device == between.device
-        ):
-            # Another tensor on the same device is the input of a step that is being captured as a
-            # graph. Its values must not be read, so the last pattern is used.
-            return cross_products(between, cache.pattern)
-        self._cache = CachedCrossProducts.of(between)
-        return self._cache.products
+        between = self.between
+        if self._cache is not None:
+            tensor, version, products = self._cache
+            if tensor is between and version == between._version:
+                return products
+            if tensor is not between and tensor.device == between.device:
+                # This is the input of a step that is being captured as a graph. Its values must
+                # not be read, so the last form and nonzero places are used.
+                return products.of(between)
+        products = cross_products(between)
+        # torch raises the version with every change in place.
+        self._cache = between, between._version, products
+        return products
 
     def _natural(
         self, products: CrossProducts, fixed: Tensor | None, detach: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """e_1 ("clusters terms"), e_2 ("effects"), A_11 by cluster, and b ("... all_effects")."""
         k, t, _ = self.between.shape
-        e: Tensor = self.log_scale.exp()
-        shift: Tensor = self.shift
-        shift_slope: Tensor = self.shift_slope
-        if detach:
-            e, shift, shift_slope = e.detach(), shift.detach(), shift_slope.detach()
+        trained: tuple[Tensor, ...] = (self.log_scale.exp(), self.shift, self.shift_slope)
+        e, shift, shift_slope = (part.detach() for part in trained) if detach else trained
         e1, e2 = e[: k * t].reshape(k, t), e[k * t :]
         within = self.within * e1[:, :, None] * e1[:, None, :]
         b = self.pull
@@ -301,32 +261,46 @@ class CrossedGuide(Guide):
         second = e2 * (products.transpose_times(e1 * shift1) + scaled2 @ self.rest)
         return e1, e2, within, b + torch.cat([first.flatten(-2), second], -1)
 
-    def _effects(self, latents: Latents, z: Float[Tensor, "... effects"]) -> dict[Factor, Tensor]:
-        """u_2 = L_2 z_2, "... clusters terms" for each factor but the largest."""
-        effects, start = {}, 0
-        for factor in self.dense:
-            k, t = self.clusters[factor.name], len(factor.terms)
-            whitened = z[..., start : start + k * t].reshape(*z.shape[:-2], k, t)
-            effects[factor] = multiply(factor.scale_matrix(latents), whitened)
-            start += k * t
-        return effects
+    def _scale_of_others(self, latents: Latents) -> BlockScale:
+        """L_2."""
+        blocks = [factor.scale_matrix(latents) for factor in self.others]
+        return BlockScale(blocks, [self.clusters[factor.name] for factor in self.others])
+
+    def _effects(
+        self, latents: Latents, z: Float[Tensor, "... 1 effects"]
+    ) -> Float[Tensor, "... effects"]:
+        """u_2 = L_2 z_2."""
+        effects = self._scale_of_others(latents).times(z)
+        return effects.squeeze(-2) if effects.dim() > 1 else effects
+
+    def _by_factor(self, values: Float[Tensor, "... effects"]) -> dict[Factor, Tensor]:
+        """The part of each factor but the largest, "... clusters terms"."""
+        shapes = [(self.clusters[factor.name], len(factor.terms)) for factor in self.others]
+        parts = values.split([k * t for k, t in shapes], -1)
+        return {
+            factor: part.unflatten(-1, shape)
+            for factor, part, shape in zip(self.others, parts, shapes, strict=True)
+        }
 
     @torch.no_grad()
     def _observe(self, model: MixedEffects, latents: Latents, source: RowSource) -> None:
         """Set A_0, b_0 and H_0 from all rows, and e, delta and Gamma back to 1, 0 and 0."""
-        factors = [self.largest, *self.dense]
-        sizes = [(self.clusters[factor.name], len(factor.terms)) for factor in factors]
-        sums = row_sums(model, factors, sizes, latents, source)
+        sums, blocks = joint_sums(model, [self.largest, *self.others], latents, source)
         for trained in (self.log_scale, self.shift, self.shift_slope):
             trained.zero_()
-        self.within.copy_(sums.within)
-        self.pull.copy_(torch.cat([pull.flatten() for pull in sums.pulls]))
-        self.slope.copy_(torch.cat([slope.flatten(0, 1) for slope in sums.slopes]))
-        sums.write_blocks(self.between, self.rest)
-
-
-def _flat(effects: Mapping[Factor, Tensor]) -> Float[Tensor, "... effects"]:
-    return torch.cat([value.flatten(-2) for value in effects.values()], -1)
+        self.within.copy_(sums[0].precision)
+        self.pull.copy_(torch.cat([part.pull.flatten() for part in sums]))
+        self.slope.copy_(torch.cat([part.cross.flatten(0, 1) for part in sums]))
+        self.rest.copy_(torch.block_diag(*(one for part in sums[1:] for one in part.precision)))
+        stops = [0, *itertools.accumulate(part.pull.numel() for part in sums[1:])]
+        places = [slice(start, stop) for start, stop in itertools.pairwise(stops)]
+        for (a, b), block in blocks.items():
+            if a == 0:
+                self.between[..., places[b - 1]] = block
+            else:
+                block = block.flatten(0, 1)
+                self.rest[places[a - 1], places[b - 1]] = block
+                self.rest[places[b - 1], places[a - 1]] = block.mT
 
 
 @dataclass(frozen=True)
@@ -336,22 +310,8 @@ class LargestGivenOthers:
     .. math:: u_{1,k} = L_1 z_{1,k}, \quad
         z_{1,k} \sim N\big(C_k^{-\top} (r_k - \tau H_k B_k e_2 u_2), (C_k C_k^\top)^{-1}\big)
 
-    Attributes
-    ----------
-    scale : Float[Tensor, "... terms terms"]
-        L_1.
-    root : Float[Tensor, "... clusters terms terms"]
-        C.
-    pull : Float[Tensor, "... clusters terms"]
-        r.
-    half : Float[Tensor, "... clusters terms terms"]
-        tau H.
-    products : CrossProducts
-        B.
-    multipliers : Float[Tensor, "effects"]
-        e_2.
-    detached : LargestGivenOthers or None
-        The same without gradients of trained parameters: see `Whitened`.
+    `scale` is L_1, `root` C, `pull` r, `half` tau H, `products` B and `multipliers` e_2. `detached`
+    is the same without gradients of trained parameters: see `Whitened`.
     """
 
     scale: Float[Tensor, "... terms terms"]
@@ -371,3 +331,45 @@ class LargestGivenOthers:
         mean = solve(root.mT, pull[..., None], upper=True)[..., 0]
         detached = None if self.detached is None else self.detached.at(effects, membership)
         return WhitenedNormal(self.scale, mean, root, detached)
+
+
+@dataclass(frozen=True)
+class BlockScale:
+    r"""L = blockdiag(L_1, ..., L_1, L_2, ...), never written out, with u = L z.
+
+    `blocks` are lower triangular, one per factor; it is repeated for each of the factor's
+    `clusters`.
+    """
+
+    blocks: Sequence[Float[Tensor, "... terms terms"]]
+    clusters: Sequence[int]
+
+    def times(self, vector: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
+        """L v."""
+        return self._by_block(self.blocks, vector)
+
+    def transpose_times(self, vector: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
+        """L' v."""
+        return self._by_block([block.mT for block in self.blocks], vector)
+
+    def both(self, matrix: Float[Tensor, "... m m"]) -> Float[Tensor, "... m m"]:
+        """L' M L, for a symmetric matrix M."""
+        of_rows = [block.mT.unsqueeze(-3) for block in self.blocks]
+        return self._by_block(of_rows, self._by_block(of_rows, matrix).mT)
+
+    def diagonal_bound(self, diagonal: Float[Tensor, " m"]) -> Float[Tensor, "... m"]:
+        """Upper bound of diag(L' M L), for any positive definite M with this diagonal.
+
+        (sum_i L_ij v_i)^2 <= terms sum_i L_ij^2 v_i^2; with single terms the bound is attained.
+        """
+        squares = [block.shape[-1] * block.mT**2 for block in self.blocks]
+        return self._by_block(squares, diagonal)
+
+    def _by_block(self, blocks: Sequence[Tensor], vector: Tensor) -> Tensor:
+        sizes = [block.shape[-1] * k for block, k in zip(blocks, self.clusters, strict=True)]
+        pieces = [
+            multiply(block.unsqueeze(-3), part.unflatten(-1, (-1, block.shape[-1]))).flatten(-2)
+            for block, part in zip(blocks, vector.split(sizes, -1), strict=True)
+        ]
+        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+        return torch.cat([piece.expand(*batch, -1) for piece in pieces], -1)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import CorrCholeskyTransform
@@ -29,22 +30,9 @@ FULL_STEPS = 6
 
 @dataclass(frozen=True)
 class _GlobalSite:
-    """A hyperparameter's site, and its place in theta.
+    """A hyperparameter's site, whose coordinates are ``theta[..., start:stop]``.
 
-    Attributes
-    ----------
-    name : str
-        Name of the Pyro site.
-    start, stop : int
-        Its coordinates are ``theta[..., start:stop]``.
-    shape : torch.Size
-        Shape of the unconstrained value.
-    event_dim : int
-        Dimensions of the site's event.
-    transform : torch.distributions.Transform
-        From the unconstrained value to the site's support.
-    positive : bool
-        Whether the support is the positive numbers.
+    `transform` maps the unconstrained value, of this `shape`, to the site's support.
     """
 
     name: str
@@ -85,27 +73,8 @@ class Hyperparameters(nn.Module):
     all moved at once by Adam, and the noise of their gradients would add up. Beyond
     `FULL_STEPS` hyperparameters the matrices are therefore trained in smaller units.
 
-    Parameters
-    ----------
-    model : MixedEffects
-        A bound program.
-
-    Attributes
-    ----------
-    known : dict of str to Tensor
-        Hyperparameters that are given by their priors, and have no place in theta.
-    size : int
-        Length of theta.
-    shaped : bool
-        Whether skewness, tails and dependent scales are trained.
-
-    Examples
-    --------
-    >>> from armed_pyro import ClusteredData
-    >>> data = ClusteredData.from_arrays([[0.0], [1.0], [3.0]], [1, 2, 5], {"g": [0, 0, 1]})
-    >>> model = MixedEffects(nn.Linear(1, 1).double(), "(1 | g)").bind(data)
-    >>> sorted(Hyperparameters(model)())
-    ['g_sd', 'residual_sd']
+    Hyperparameters that are `known` from their priors have no place in theta, whose length is
+    `size`. If q(theta) is `shaped`, skewness, tails and dependent scales are trained.
     """
 
     anchor: Tensor
@@ -195,24 +164,20 @@ def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
     training = model.training
     model.eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trace = poutine.trace(model).get_trace(facts.one_row(like))
+        trace = prune_subsample_sites(poutine.trace(model).get_trace(facts.one_row(like)))
     model.train(training)
-    effects = {factor.effect_site for factor in model.factors}
+    inside = {facts.outcome_name, *(factor.effect_site for factor in model.factors)}
     sites, start = [], 0
-    for name, node in sorted(trace.nodes.items(), key=lambda item: item[0] == "fixed_effect"):
-        outside = name in effects or name == facts.outcome_name
-        if node["type"] != "sample" or node["is_observed"] or outside:
+    for name in sorted(trace.stochastic_nodes, key=lambda name: name == "fixed_effect"):
+        if name in inside:
             continue
-        if type(node["fn"]).__name__ == "_Subsample":
-            continue
-        distribution = cast("dist.TorchDistribution", node["fn"])
+        distribution = cast("dist.TorchDistribution", trace.nodes[name]["fn"])
         transform = biject_to(distribution.support)
         if isinstance(transform, CorrCholeskyTransform):
             transform = CorrelationCholesky()
-        free = transform.inv(node["value"])
+        free = transform.inv(trace.nodes[name]["value"])
         stop = start + free.numel()
-        event_dim = distribution.event_dim
-        positive = is_positive(distribution.support)
+        positive, event_dim = is_positive(distribution.support), distribution.event_dim
         sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform, positive))
         start = stop
     return tuple(sites)

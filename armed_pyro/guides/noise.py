@@ -36,19 +36,14 @@ PROPOSAL_DF, SHARE_ALONG_ONE, ALONG_ONE = 8.0, 0.3, 3.0
 class Noise:
     r"""Noise of a guide's sites: S draws of every site, M particles of the nested effects.
 
-    Attributes
-    ----------
-    values : mapping of str to Tensor
-        Noise by site: "draws 1 clusters terms" for random effects, "draws 1 1 size" for sites
-        without clusters, "draws particles clusters terms" for the guide's nested factor.
-    log_ratio : mapping of str to Tensor
-        Log-density of a site's noise minus that of standard normal noise, one value per draw (and
-        particle and cluster). Sites that are left out have standard normal noise.
-    held : bool
-        Whether random effects are treated as constants, so that gradients in the hyperparameters
-        flow through densities only. Where the conditional is exact,
-        :math:`p(y, u \mid \theta) / q(u \mid \theta)` is the same for all u, and these gradients
-        are right and cheaper.
+    `values` are "draws 1 clusters terms" for random effects, "draws 1 1 size" for sites without
+    clusters, and "draws particles clusters terms" for the guide's nested factor. `log_ratio` is
+    the log-density of a site's noise minus that of standard normal noise, one value per draw (and
+    particle and cluster); sites that are left out have standard normal noise.
+
+    If `held`, random effects are constants, and gradients in the hyperparameters flow through
+    densities only. Where the conditional is exact, :math:`p(y, u \mid \theta) / q(u \mid \theta)`
+    is the same for all u, and these gradients are right and cheaper.
     """
 
     values: Mapping[str, Tensor]
@@ -59,18 +54,8 @@ class Noise:
 class NoiseMessenger(Messenger):
     """Pyro handler under which a guide's sites take their noise from here.
 
-    The number of draws is that of the noise; no plate of draws is needed.
-
-    Parameters
-    ----------
-    values : mapping of str to Tensor
-        As of `Noise`. Sites that are left out are sampled as usual.
-    held : bool
-        Whether random effects get no gradients: see `Noise`.
-
-    Examples
-    --------
-    ``with NoiseMessenger(noise.values): latents = guide(rows)``
+    The number of draws is that of the noise; no plate of draws is needed. Sites that are left out
+    are sampled as usual.
     """
 
     def __init__(self, values: Mapping[str, Tensor], *, held: bool = False) -> None:
@@ -90,7 +75,7 @@ class NoiseMessenger(Messenger):
 def gaussian_noise(guide: Guide, rows: Rows, draws: int, like: Tensor) -> Noise:
     """Standard normal noise in the precision and on the device of `like`; one particle per draw."""
     shapes = guide.noise_shapes(rows).items()
-    return Noise({site: _normal(draws, 1, shape, like) for site, shape in shapes}, {})
+    return Noise({site: _normal(draws, shape, like) for site, shape in shapes}, {})
 
 
 def no_noise(guide: Guide, rows: Rows, like: Tensor) -> Noise:
@@ -111,24 +96,10 @@ def proposal_noise(
 ) -> Noise:
     """Noise of importance-sampling proposals: heavier tails, and evenly spread particles.
 
-    The nested effects' noise comes from randomly shifted lattices, with one lattice of M points
-    for each draw and cluster.
-
-    Parameters
-    ----------
-    guide : Guide
-        The guide that will turn the noise into draws.
-    rows : Rows
-        Rows whose clusters are drawn.
-    draws, particles : int
-        S draws of every site and M particles of the nested effects for each.
-    like : Tensor
-        A tensor of the wanted precision and device.
-    heavy : bool
-        Whether the hyperparameters' noise has the tails of `_heavy_tailed` instead of normal ones.
-    stretch : bool
-        Whether the nested effects' normal tails are stretched by ``sinh(t asinh(.))``, with t 1.6
-        for one effect per cluster, 1.4 for two and 1.2 for more.
+    The nested effects' noise comes from randomly shifted lattices, with one lattice of `particles`
+    points for each draw and cluster; with `stretch`, its tails are those of
+    `armed_pyro.distributions.quasi_random.stretched`. With `heavy`, the hyperparameters' noise has
+    the tails of `_heavy_tailed`.
     """
     nested = guide.nested()
     values, ratio = {}, {}
@@ -139,9 +110,9 @@ def proposal_noise(
             if stretch:
                 values[site], ratio[site] = stretched(normal)
         elif site == "_theta" and heavy:
-            values[site], ratio[site] = _heavy_tailed(_normal(draws, 1, shape, like))
+            values[site], ratio[site] = _heavy_tailed(_normal(draws, shape, like))
         else:
-            values[site] = _normal(draws, 1, shape, like)
+            values[site] = _normal(draws, shape, like)
     return Noise(values, ratio)
 
 
@@ -152,9 +123,8 @@ def proposal_variance(size: int) -> float:
     return (1 - SHARE_ALONG_ONE) * student_t + SHARE_ALONG_ONE * along_one
 
 
-def _normal(draws: int, particles: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    size = (draws, particles, *_padded(shape))
-    return torch.randn(size, dtype=like.dtype, device=like.device)
+def _normal(draws: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.randn((draws, 1, *_padded(shape)), dtype=like.dtype, device=like.device)
 
 
 def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -162,25 +132,15 @@ def _padded(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) > 1 else (1, *shape)
 
 
-def _heavy_tailed(normal: Float[Tensor, "... size"]) -> tuple[Tensor, Tensor]:
+def _heavy_tailed(
+    normal: Float[Tensor, "draws ... size"],
+) -> tuple[Tensor, Float[Tensor, " draws"]]:
     r"""Noise with heavy tails in all directions, heavier along single coordinates; its log-ratio.
 
     A mixture: multivariate t with probability 0.7, else normal except for one coordinate, which is
     t with three times the scale. A posterior with a long tail, such as that of an sd near zero,
     departs from the guide along one coordinate, and tails of that length in all coordinates would
     waste draws.
-
-    Parameters
-    ----------
-    normal : Float[Tensor, "... size"]
-        Standard normal noise, from which the result is made.
-
-    Returns
-    -------
-    noise : Float[Tensor, "... size"]
-        The noise.
-    log_ratio : Float[Tensor, "draws"]
-        As of `Noise`.
     """
     size, df = normal.shape[-1], PROPOSAL_DF
     chi2 = torch.distributions.Chi2(normal.new_tensor(df)).sample(normal.shape[:-1])

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from armed_pyro.guides.row_sums import ClusterSums, effects_part, fixed_part, newton_excess
 from armed_pyro.program.linearize import curvature, mean_draws, reconstruction_slopes, sensitivities
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
-from armed_pyro.random_effects.design import LayerBlock, by_column
+from armed_pyro.random_effects.design import LayerBlock
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["FULL_TERMS", "PseudoObservations", "newton_excess", "observe"]
+__all__ = ["FULL_TERMS", "PseudoObservations", "observe"]
 
 
 # Up to this many terms a cluster's effects get a full precision matrix, beyond it a diagonal one:
 # the matrix costs O(clusters x terms^2) memory.
 FULL_TERMS = 16
-# Units of the link by which one Newton step may move a cluster's effects.
-LONGEST_STEP = 3.0
 # A GPU's library decomposes at most this many matrices in one call.
 MOST_AT_ONCE = 2**13
 # Elements of designs, features and draws in a block of rows.
@@ -41,28 +39,9 @@ class PseudoObservations(nn.Module):
     at the identity. The trained C_k, m_k and G_k are therefore of order 1, whether a cluster has
     two rows or ten thousand.
 
-    Parameters
-    ----------
-    factor : Factor
-        The grouping factor.
-    n_clusters, n_fixed : int
-        Numbers of clusters and of latent fixed effects beta.
-    like : Tensor
-        A tensor of the wanted precision and device.
-
-    Attributes
-    ----------
-    base, root : Float[Tensor, "clusters terms terms"] or Float[Tensor, "clusters terms"]
-        R_k and C_k; their diagonals unless `full`.
-    location : Float[Tensor, "clusters terms"]
-        m_k.
-    cross : Float[Tensor, "clusters terms n_fixed"] or None
-        G_k; None without latent fixed effects.
-    conjugate : bool
-        Whether `observe` sets them at every refresh; otherwise only at the start. True for at
-        most 16 terms.
-    full : bool
-        Whether the precision matrices are full; True for 2 to 16 terms.
+    `base` and `root` are R_k and C_k, "clusters terms terms", or their diagonals unless `full`
+    (for 2 to 16 terms). `location` is m_k, and `cross` is G_k, None without latent fixed effects.
+    `observe` sets `conjugate` ones (of at most 16 terms) at every refresh, others at the start.
     """
 
     base: Tensor
@@ -73,12 +52,11 @@ class PseudoObservations(nn.Module):
     def __init__(self, factor: Factor, n_clusters: int, n_fixed: int, like: Tensor) -> None:
         super().__init__()
         terms = len(factor.terms)
-        self.conjugate = terms <= FULL_TERMS
+        self.conjugate, self.n_fixed = terms <= FULL_TERMS, n_fixed
         self.full = terms > 1 and self.conjugate
         shape = (n_clusters, terms, terms) if self.full else (n_clusters, terms)
-        unit = torch.eye(terms) if self.full else torch.ones(terms)
         self.register_buffer("base", clusters_last(like.new_zeros(shape)))
-        self.root = nn.Parameter(clusters_last(unit.to(like).expand(shape)))
+        self.root = nn.Parameter(clusters_last(self._unit().expand(shape)))
         self.location = nn.Parameter(clusters_last(like.new_zeros(n_clusters, terms)))
         # Without G_k, the sds of latent fixed effects would be far too small.
         cross = clusters_last(like.new_zeros(n_clusters, terms, n_fixed))
@@ -93,14 +71,7 @@ class PseudoObservations(nn.Module):
     ) -> tuple[Tensor, Tensor, Float[Tensor, "... clusters terms"]]:
         """R_k, C_k (or their diagonals) and m_k - G_k beta of the clusters drawn.
 
-        Parameters
-        ----------
-        membership : Membership
-            The clusters drawn.
-        fixed : Float[Tensor, "... 1 n_fixed"] or None
-            beta.
-        detach : bool
-            Whether C_k, m_k and G_k get no gradients.
+        With `detach`, C_k, m_k and G_k get no gradients.
         """
         # Gathering all clusters in order would copy them, and the gather's gradient is slow.
         index = slice(None) if membership.complete else membership.index
@@ -115,24 +86,22 @@ class PseudoObservations(nn.Module):
 
     def narrowed(self, factor: Factor, clusters: int) -> PseudoObservations:
         """New pseudo-observations of the same kind for this number of clusters, at their start."""
-        fixed = 0 if self.cross is None else self.cross.shape[-1]
-        return PseudoObservations(factor, clusters, fixed, self.location)
+        return PseudoObservations(factor, clusters, self.n_fixed, self.location)
+
+    def _unit(self) -> Tensor:
+        """C_k at the start, or its diagonal."""
+        ones = self.base.new_ones(self.base.shape[-1])
+        return ones.diag() if self.full else ones
 
     @torch.no_grad()
-    def start(self, precision: Tensor, pull: Tensor, cross: Tensor | None) -> None:
-        """Set A_k, A_k m_k and A_k G_k to these values, in place; C_k to the identity.
-
-        Parameters
-        ----------
-        precision : Tensor
-            A_k, of the shape of `base`.
-        pull : Float[Tensor, "clusters terms"]
-            A_k m_k.
-        cross : Float[Tensor, "clusters terms n_fixed"] or None
-            A_k G_k.
-        """
-        unit = torch.eye(self.base.shape[-1]) if self.full else torch.ones(self.base.shape[-1])
-        self.root.copy_(unit.to(self.root).expand(self.root.shape))
+    def start(
+        self,
+        precision: Tensor,
+        pull: Float[Tensor, "clusters terms"],
+        cross: Float[Tensor, "clusters terms n_fixed"],
+    ) -> None:
+        """Set A_k or its diagonal, A_k m_k and A_k G_k, in place, and C_k to the identity."""
+        self.root.copy_(self._unit().expand(self.root.shape))
         if self.full:
             pieces = [torch.linalg.eigh(piece) for piece in precision.split(MOST_AT_ONCE)]
             values, vectors = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -142,7 +111,7 @@ class PseudoObservations(nn.Module):
             solve = (vectors * inverse[..., None, :]) @ vectors.mT
             self.base.copy_(vectors * values.clamp(min=1e-12).sqrt()[..., None, :])
             self.location.copy_((solve @ pull[..., None])[..., 0])
-            if self.cross is not None and cross is not None:
+            if self.cross is not None:
                 self.cross.copy_(solve @ cross)
             return
         # Units of a wide layer are correlated: without the division by their number, each of them
@@ -150,65 +119,13 @@ class PseudoObservations(nn.Module):
         inverse = 1 / (precision.clamp(min=1e-12) * precision.shape[-1])
         self.base.copy_(precision.clamp(min=1e-12).sqrt())
         self.location.copy_(inverse * pull)
-        if self.cross is not None and cross is not None:
+        if self.cross is not None:
             self.cross.copy_(inverse[..., None] * cross)
 
 
 def clusters_last(values: Float[Tensor, "clusters ..."]) -> Float[Tensor, "clusters ..."]:
     """A copy in which each element of all clusters is contiguous in memory."""
     return values.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0)
-
-
-def newton_excess(
-    factor: Factor,
-    latents: Mapping[str, Tensor],
-    effects: Float[Tensor, "clusters terms"] | None,
-    precision: Tensor,
-    slope: Float[Tensor, "clusters terms"],
-) -> tuple[Float[Tensor, "clusters terms"], Float[Tensor, "clusters 1"]]:
-    """Gradient of the log-posterior in the effects, and the fraction by which a step is too long.
-
-    A full Newton step overshoots where a count is far larger than expected. It may move a
-    cluster's effects by at most `LONGEST_STEP` units of the link. Shortening leaves the mode
-    where it is, because the gradient is zero there.
-
-    Parameters
-    ----------
-    factor : Factor
-        The grouping factor.
-    latents : mapping of str to Tensor
-        Hyperparameters, a point or draws.
-    effects : Float[Tensor, "clusters terms"] or None
-        The present effects; None for zeros.
-    precision : Float[Tensor, "clusters terms terms"] or Float[Tensor, "clusters terms"]
-        Minus the second derivative of the log-likelihood in the effects, or its diagonal.
-    slope : Float[Tensor, "clusters terms"]
-        Its first derivative.
-
-    Returns
-    -------
-    gradient : Float[Tensor, "clusters terms"]
-        Gradient of log-likelihood and log-prior.
-    excess : Float[Tensor, "clusters 1"]
-        1 - `LONGEST_STEP` / length of the step, and 0 for steps that are short enough.
-    """
-    terms = slope.shape[-1]
-    effects = torch.zeros_like(slope) if effects is None else effects
-    # The sds' geometric mean over draws: the arithmetic mean follows the largest draws.
-    sds = factor.sd(latents).reshape(-1, terms)
-    sd = sds.log().mean(0).exp()
-    if precision.dim() == 3:
-        scales = factor.scale_matrix(latents).reshape(-1, terms, terms) / sds[..., None]
-        root = sd[:, None] * scales.mean(0)
-        prior = torch.linalg.inv(root @ root.mT + 1e-4 * torch.diag(sd**2))
-        gradient = slope - effects @ prior
-        step = torch.linalg.solve(precision + prior, gradient)
-    else:
-        prior = sd**-2
-        gradient = slope - effects * prior
-        step = gradient / (precision * terms + prior)
-    length = step.abs().amax(-1, keepdim=True)
-    return gradient, (1 - LONGEST_STEP / length.clamp(min=LONGEST_STEP)).nan_to_num(0.0)
 
 
 def observe(
@@ -227,21 +144,14 @@ def observe(
     Gauss-Newton step, and the other outcomes add to it
     (`armed_pyro.program.linearize.reconstruction_slopes`).
 
-    Parameters
-    ----------
-    model : MixedEffects
-        The bound program.
-    pseudo : sequence of PseudoObservations
-        One for each of the program's factors. Those that are not `conjugate` are set only while
-        they are zero.
-    latents : mapping of str to Tensor
-        Hyperparameters, with random effects or without (zeros), a point or draws.
-    source : RowSource
-        All training rows.
+    `pseudo` has one entry per factor; those that are not `conjugate` are set only while they are
+    zero. Without random effects in `latents`, they are zero.
     """
     quadratic = model.family.is_quadratic
     sums = [
-        _ClusterSums.zeros(target, quadratic=quadratic and not factor.filters)
+        ClusterSums.zeros(
+            target.base, target.base.shape, target.n_fixed, exact=quadratic and not factor.filters
+        )
         for factor, target in zip(model.factors, pseudo, strict=True)
     ]
     means = mean_draws(model, latents)
@@ -257,7 +167,12 @@ def observe(
     draws = max([1, *(len(value) for value in point.values() if value.dim() > 1)])
     size = max(1, BLOCK_VALUES // max(widest, math.prod(source.row_shape), draws))
     for rows, weight, residual, activations in curvature(model, source, point, size):
-        _add_outcome(model, sums, means, rows, weight, residual, activations)
+        x, fixed = fixed_part(model, means, weight, residual, activations)
+        for factor, part in zip(model.factors, sums, strict=True):
+            z = sensitivities(model, rows, factor, activations, means)
+            response = fixed + effects_part(factor, means, rows, z, weight)
+            position = rows.memberships[factor.name].position
+            part.add(position, z, weight, response, residual, x)
         _add_reconstructions(model, sums, means, rows, point)
     for factor, target, part in zip(model.factors, pseudo, sums, strict=True):
         total = part.total(source)
@@ -272,76 +187,9 @@ def observe(
             target.start(precision, pull, total.cross)
 
 
-@dataclass(frozen=True)
-class _ClusterSums:
-    """Sums over the rows of each cluster of a factor.
-
-    Attributes
-    ----------
-    precision : Float[Tensor, "clusters terms terms"] or Float[Tensor, "clusters terms"]
-        Z'WZ or its diagonal.
-    pull : Float[Tensor, "clusters terms"]
-        Z'(r + W (Z u + X beta)).
-    cross : Float[Tensor, "clusters terms n_fixed"] or None
-        Z'WX, with latent fixed effects.
-    slope : Float[Tensor, "clusters terms"] or None
-        Z'r, where a Newton step may be too long.
-    """
-
-    precision: Tensor
-    pull: Float[Tensor, "clusters terms"]
-    cross: Float[Tensor, "clusters terms n_fixed"] | None
-    slope: Float[Tensor, "clusters terms"] | None
-
-    @classmethod
-    def zeros(cls, target: PseudoObservations, *, quadratic: bool) -> _ClusterSums:
-        # Row-major, unlike `target`: rows are added to whole clusters.
-        precision = target.base.new_zeros(target.base.shape)
-        cross = None if target.cross is None else target.base.new_zeros(target.cross.shape)
-        pull = target.base.new_zeros(target.location.shape)
-        return cls(precision, pull, cross, None if quadratic else torch.zeros_like(pull))
-
-    def total(self, source: RowSource) -> _ClusterSums:
-        """The sums over the rows of all processes."""
-        cross, slope = (
-            part if part is None else source.total(part) for part in (self.cross, self.slope)
-        )
-        return _ClusterSums(source.total(self.precision), source.total(self.pull), cross, slope)
-
-
-def _add_outcome(
-    model: MixedEffects,
-    sums: Sequence[_ClusterSums],
-    means: Mapping[str, Tensor],
-    rows: Rows,
-    weight: Float[Tensor, "rows columns"],
-    residual: Float[Tensor, "rows columns"],
-    activations: Mapping[str, Tensor],
-) -> None:
-    """Add a block of rows to every factor's sums, in place."""
-    columns = weight.shape[-1]
-    x = by_column(model.head_inputs(activations), columns) if model.bayesian_head else None
-    linear = 0.0 if x is None else (x * means["fixed_effect"][:, None]).sum(1)
-    for factor, part in zip(model.factors, sums, strict=True):
-        position = rows.memberships[factor.name].position
-        z = sensitivities(model, rows, factor, activations, means)
-        weighted = z * weight[:, None, :]
-        response = residual + weight * linear
-        if factor.effect_site in means:
-            effects = means[factor.effect_site][position]
-            response = response + weight * torch.einsum("ntc,nt->nc", z, effects)
-        square = weighted @ z.mT if part.precision.dim() == 3 else (weighted * z).sum(-1)
-        part.precision.index_add_(0, position, square)
-        part.pull.index_add_(0, position, (z * response[:, None, :]).sum(-1))
-        if part.slope is not None:
-            part.slope.index_add_(0, position, (z * residual[:, None, :]).sum(-1))
-        if part.cross is not None and x is not None:
-            part.cross.index_add_(0, position, weighted @ x.mT)
-
-
 def _add_reconstructions(
     model: MixedEffects,
-    sums: Sequence[_ClusterSums],
+    sums: Sequence[ClusterSums],
     means: Mapping[str, Tensor],
     rows: Rows,
     point: Mapping[str, Tensor],

@@ -1,4 +1,4 @@
-"""Sums over all rows from which `CrossedGuide` makes its joint conditional."""
+"""Sums over the rows of each cluster, from which guides make their conditionals."""
 
 from __future__ import annotations
 
@@ -6,186 +6,180 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from armed_pyro.guides.pseudo_observations import newton_excess
-from armed_pyro.program.linearize import curvature, mean_draws
+from armed_pyro.program.linearize import curvature, mean_draws, sensitivities
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["RowSums", "row_sums"]
+__all__ = ["ClusterSums", "effects_part", "fixed_part", "joint_sums", "newton_excess"]
 
 
-# Rows whose curvature is computed at once.
+# Rows whose curvature is computed at once for several factors together.
 BLOCK_ROWS = 2**16
+# Units of the link by which one Newton step may move a cluster's effects.
+LONGEST_STEP = 3.0
 
-Latents = Mapping[str, Tensor]
+# Z'WZ of each cluster, or its diagonal.
+Precision = Float[Tensor, "clusters terms terms"] | Float[Tensor, "clusters terms"]
+Effects = Float[Tensor, "clusters terms"]
+ByColumn = Float[Tensor, "rows terms columns"]
+Columns = Float[Tensor, "rows columns"]
 
 
 @dataclass(frozen=True)
-class RowSums:
-    r"""Z'WZ, Z'(r + W eta) and Z'WX of several factors, with W and r of `curvature`.
+class ClusterSums:
+    r"""Z'WZ, Z'(r + W eta), Z'WX and Z'r of each cluster of a factor, W and r of `curvature`.
 
-    eta = Z u + X beta is the predictor's linear part at the means of u and beta. Factors are in
-    the order of `factors`; clusters and terms of a factor are its first dimensions.
-
-    Attributes
-    ----------
-    factors : sequence of Factor
-        The factor with most effects, then the others.
-    sizes : sequence of (int, int)
-        Clusters and terms of each factor.
-    within : Float[Tensor, "clusters terms terms"]
-        Z'WZ of the first factor, whose other entries are zero.
-    cells : mapping of (int, int) to Float[Tensor, "pairs_of_clusters terms terms"]
-        Z_a'WZ_b of every pair of factors a <= b but (0, 0), by pair of clusters: cluster i of a
-        and j of b are at i * (clusters of b) + j.
-    pulls : sequence of Float[Tensor, "clusters terms"]
-        Z'(r + W eta) of each factor.
-    slopes : sequence of Float[Tensor, "clusters terms fixed"]
-        Z'WX of each factor.
-    gradients : sequence of Float[Tensor, "clusters terms"]
-        Z'r of each factor.
+    eta = Z u + X beta, with the means of u and beta, is the predictor's part that the guide takes
+    for linear. `slope`, Z'r, is None where no Newton step is too long.
     """
 
-    factors: Sequence[Factor]
-    sizes: Sequence[tuple[int, int]]
-    within: Float[Tensor, "clusters terms terms"]
-    cells: Mapping[tuple[int, int], Float[Tensor, "pairs terms_a terms_b"]]
-    pulls: Sequence[Float[Tensor, "clusters terms"]]
-    slopes: Sequence[Float[Tensor, "clusters terms fixed"]]
-    gradients: Sequence[Float[Tensor, "clusters terms"]]
+    precision: Precision
+    pull: Effects
+    cross: Float[Tensor, "clusters terms n_fixed"]
+    slope: Effects | None
 
     @classmethod
-    def zeros(
-        cls, factors: Sequence[Factor], sizes: Sequence[tuple[int, int]], fixed: int, like: Tensor
-    ) -> RowSums:
-        """Sums over no rows, in the precision and on the device of `like`."""
-        k, t = sizes[0]
-        pairs = itertools.combinations_with_replacement(range(len(factors)), 2)
-        return cls(
-            factors,
-            sizes,
-            like.new_zeros(k, t, t),
-            {
-                (a, b): like.new_zeros(sizes[a][0] * sizes[b][0], sizes[a][1], sizes[b][1])
-                for a, b in pairs
-                if (a, b) != (0, 0)
-            },
-            [like.new_zeros(k, t) for k, t in sizes],
-            [like.new_zeros(k, t, fixed) for k, t in sizes],
-            [like.new_zeros(k, t) for k, t in sizes],
-        )
+    def zeros(cls, like: Tensor, shape: Sequence[int], n_fixed: int, *, exact: bool) -> ClusterSums:
+        """Sums over no rows, with a precision of this shape; `exact` if no step is too long."""
+        precision, pull = like.new_zeros(shape), like.new_zeros(shape[:2])
+        slope = None if exact else torch.zeros_like(pull)
+        return cls(precision, pull, like.new_zeros(*shape[:2], n_fixed), slope)
 
     def add(
         self,
-        model: MixedEffects,
-        means: Latents,
-        rows: Rows,
-        weight: Float[Tensor, "rows columns"],
-        residual: Float[Tensor, "rows columns"],
-        activations: Mapping[str, Tensor],
+        position: Int[Tensor, " rows"],
+        z: ByColumn,
+        weight: Columns,
+        response: Columns,
+        residual: Columns,
+        x: ByColumn | None,
     ) -> None:
-        """Add a block of rows, in place."""
-        positions = [rows.memberships[factor.name].position for factor in self.factors]
-        columns = weight.shape[-1]
-        phi = [factor.design(rows.x, activations) for factor in self.factors]
-        z = [by_column(design, columns) for design in phi]
-        response = residual
-        for factor, design in zip(self.factors, phi, strict=True):
-            if factor.effect_site in means:
-                membership, effects = rows.memberships[factor.name], means[factor.effect_site]
-                response = response + weight * factor.contribution(design, membership, effects)
-        weighted = [design * weight[:, None, :] for design in z]
-        self.within.index_add_(0, positions[0], weighted[0] @ z[0].mT)
-        for (a, b), cell in self.cells.items():
-            place = positions[a] * self.sizes[b][0] + positions[b]
-            cell.index_add_(0, place, weighted[a] @ z[b].mT)
-        if model.bayesian_head:
-            x = by_column(model.head_inputs(activations), columns)
-            response = response + weight * (x * means["fixed_effect"][:, None]).sum(1)
-            for position, design, slope in zip(positions, weighted, self.slopes, strict=True):
-                slope.index_add_(0, position, design @ x.mT)
-        parts = zip(positions, z, self.pulls, self.gradients, strict=True)
-        for position, design, pull, gradient in parts:
-            pull.index_add_(0, position, (design * response[:, None, :]).sum(-1))
-            gradient.index_add_(0, position, (design * residual[:, None, :]).sum(-1))
+        """Add a block of rows, in place; their response is r + W eta."""
+        weighted = z * weight[:, None, :]
+        square = weighted @ z.mT if self.precision.dim() == 3 else (weighted * z).sum(-1)
+        self.precision.index_add_(0, position, square)
+        self.pull.index_add_(0, position, (z * response[:, None, :]).sum(-1))
+        if self.slope is not None:
+            self.slope.index_add_(0, position, (z * residual[:, None, :]).sum(-1))
+        if x is not None:
+            self.cross.index_add_(0, position, weighted @ x.mT)
 
-    def totals(self, source: RowSource) -> RowSums:
+    def total(self, source: RowSource) -> ClusterSums:
         """The sums over the rows of all processes."""
-        return RowSums(
-            self.factors,
-            self.sizes,
-            source.total(self.within),
-            {pair: source.total(cell) for pair, cell in self.cells.items()},
-            [source.total(pull) for pull in self.pulls],
-            [source.total(slope) for slope in self.slopes],
-            [source.total(gradient) for gradient in self.gradients],
-        )
-
-    def shortened(self, latents: Latents, means: Latents) -> list[Tensor]:
-        """`pulls`, so that a Newton step from the means moves no effect too far.
-
-        All clusters share one fraction: shortening parts of a joint step would change its
-        direction.
-        """
-        precisions = [self.within]
-        precisions += [self.cells[a, a][:: k + 1] for a, (k, _) in enumerate(self.sizes) if a]
-        steps = [
-            newton_excess(factor, latents, means.get(factor.effect_site), precision, gradient)
-            for factor, precision, gradient in zip(
-                self.factors, precisions, self.gradients, strict=True
-            )
-        ]
-        largest = max(float(excess.max()) for _, excess in steps)
-        return [
-            pull - largest * gradient for pull, (gradient, _) in zip(self.pulls, steps, strict=True)
-        ]
-
-    def write_blocks(
-        self,
-        between: Float[Tensor, "clusters terms effects"],
-        rest: Float[Tensor, "effects effects"],
-    ) -> None:
-        """Write Z_1'WZ_2 into `between` and Z_2'WZ_2 into `rest`, Z_2 being all other factors.
-
-        In place, because `between` is the guide's largest tensor.
-        """
-        starts = [0, 0, *itertools.accumulate(k * t for k, t in self.sizes[1:])]
-        for (a, b), cell in self.cells.items():
-            (k_a, t_a), (k_b, t_b) = self.sizes[a], self.sizes[b]
-            block = cell.reshape(k_a, k_b, t_a, t_b).permute(0, 2, 1, 3)
-            effects_b = slice(starts[b], starts[b] + k_b * t_b)
-            if a == 0:
-                between[..., effects_b] = block.reshape(k_a, t_a, k_b * t_b)
-            else:
-                block = block.reshape(k_a * t_a, k_b * t_b)
-                effects_a = slice(starts[a], starts[a] + k_a * t_a)
-                rest[effects_a, effects_b] = block
-                rest[effects_b, effects_a] = block.mT
+        cross = source.total(self.cross)
+        slope = None if self.slope is None else source.total(self.slope)
+        return ClusterSums(source.total(self.precision), source.total(self.pull), cross, slope)
 
 
-def row_sums(
+def fixed_part(
     model: MixedEffects,
-    factors: Sequence[Factor],
-    sizes: Sequence[tuple[int, int]],
-    latents: Latents,
-    source: RowSource,
-) -> RowSums:
-    """The sums over all rows at these latent sites, a point or draws.
+    means: Latents,
+    weight: Columns,
+    residual: Columns,
+    activations: Mapping[str, Tensor],
+) -> tuple[ByColumn | None, Columns]:
+    """X, or None without latent fixed effects, and r + W X beta."""
+    if not model.bayesian_head:
+        return None, residual
+    x = by_column(model.head_inputs(activations), weight.shape[-1])
+    return x, residual + weight * (x * means["fixed_effect"][:, None]).sum(1)
 
-    For families that are not quadratic, `pulls` are those of a Newton step that is short enough.
+
+def effects_part(
+    factor: Factor, means: Latents, rows: Rows, z: ByColumn, weight: Columns
+) -> Columns | float:
+    """W Z u, or 0 without effects."""
+    if factor.effect_site not in means:
+        return 0.0
+    effects = means[factor.effect_site][rows.memberships[factor.name].position]
+    return weight * torch.einsum("ntc,nt->nc", z, effects)
+
+
+def joint_sums(
+    model: MixedEffects, factors: Sequence[Factor], latents: Latents, source: RowSource
+) -> tuple[list[ClusterSums], dict[tuple[int, int], Float[Tensor, "clusters terms effects"]]]:
+    """Sums of each factor, and Z_a'WZ_b of all pairs a < b of factors.
+
+    eta contains the effects of all factors; `latents` are a point or draws. For families that are
+    not quadratic, `pull` is that of a Newton step that moves no effect too far.
     """
-    means = mean_draws(model, latents)
+    like, means = model.reference(), mean_draws(model, latents)
     fixed = len(model.fixed_terms()) if model.bayesian_head else 0
-    sums = RowSums.zeros(factors, sizes, fixed, model.reference())
+    quadratic, levels = model.family.is_quadratic, model.data_facts().levels
+    sizes = [(len(levels[factor.name]), len(factor.terms)) for factor in factors]
+    sums = [ClusterSums.zeros(like, (k, t, t), fixed, exact=quadratic) for k, t in sizes]
+    cells = {
+        (a, b): like.new_zeros(sizes[a][0] * sizes[b][0], sizes[a][1], sizes[b][1])
+        for a, b in itertools.combinations(range(len(factors)), 2)
+    }
     for rows, weight, residual, activations in curvature(model, source, latents, BLOCK_ROWS):
-        sums.add(model, means, rows, weight, residual, activations)
-    sums = sums.totals(source)
-    if model.family.is_quadratic:
-        return sums
-    return replace(sums, pulls=sums.shortened(latents, means))
+        positions = [rows.memberships[factor.name].position for factor in factors]
+        z = [sensitivities(model, rows, factor, activations, means) for factor in factors]
+        x, response = fixed_part(model, means, weight, residual, activations)
+        for factor, design in zip(factors, z, strict=True):
+            response = response + effects_part(factor, means, rows, design, weight)
+        for part, position, design in zip(sums, positions, z, strict=True):
+            part.add(position, design, weight, response, residual, x)
+        for (a, b), cell in cells.items():
+            place = positions[a] * sizes[b][0] + positions[b]
+            cell.index_add_(0, place, (z[a] * weight[:, None, :]) @ z[b].mT)
+    blocks = {
+        (a, b): source.total(cell)
+        .unflatten(0, (sizes[a][0], sizes[b][0]))
+        .transpose(1, 2)
+        .flatten(2)
+        for (a, b), cell in cells.items()
+    }
+    sums = [part.total(source) for part in sums]
+    steps = [
+        newton_excess(factor, latents, means.get(factor.effect_site), part.precision, part.slope)
+        for factor, part in zip(factors, sums, strict=True)
+        if part.slope is not None
+    ]
+    if steps:
+        # All clusters share one fraction: shortening parts of a joint step would change its
+        # direction.
+        most = max(float(excess.max()) for _, excess in steps)
+        sums = [
+            replace(part, pull=part.pull - most * gradient)
+            for part, (gradient, _) in zip(sums, steps, strict=True)
+        ]
+    return sums, blocks
+
+
+def newton_excess(
+    factor: Factor, latents: Latents, effects: Effects | None, precision: Precision, slope: Effects
+) -> tuple[Effects, Float[Tensor, "clusters 1"]]:
+    """Gradient of the log-posterior in the effects, and the fraction by which a step is too long.
+
+    A full Newton step overshoots where a count is far larger than expected. It may move a
+    cluster's effects by at most `LONGEST_STEP` units of the link: the fraction is
+    1 - `LONGEST_STEP` / length of the step, or 0. Shortening leaves the mode where it is, because
+    the gradient is zero there. The log-likelihood has the derivative `slope` and minus the second
+    derivative `precision` at these effects (None for zeros).
+    """
+    terms = slope.shape[-1]
+    effects = torch.zeros_like(slope) if effects is None else effects
+    # The sds' geometric mean over draws: the arithmetic mean follows the largest draws.
+    sds = factor.sd(latents).reshape(-1, terms)
+    sd = sds.log().mean(0).exp()
+    if precision.dim() == 3:
+        scales = factor.scale_matrix(latents).reshape(-1, terms, terms) / sds[..., None]
+        root = sd[:, None] * scales.mean(0)
+        prior = torch.linalg.inv(root @ root.mT + 1e-4 * torch.diag(sd**2))
+        gradient = slope - effects @ prior
+        step = torch.linalg.solve(precision + prior, gradient)
+    else:
+        prior = sd**-2
+        gradient = slope - effects * prior
+        step = gradient / (precision * terms + prior)
+    length = step.abs().amax(-1, keepdim=True)
+    return gradient, (1 - LONGEST_STEP / length.clamp(min=LONGEST_STEP)).nan_to_num(0.0)

@@ -49,15 +49,8 @@ class StructuredGuide(Guide):
     of different factors are independent given theta, so the variance components of crossed
     factors come out too certain.
 
-    Memory is O(clusters x terms^2), or O(clusters x terms) beyond 16 terms.
-
-    Parameters
-    ----------
-    model : MixedEffects
-        A bound program.
-    source : RowSource, optional
-        Training rows, from which the pseudo-observations start; without them they start at the
-        prior.
+    Memory is O(clusters x terms^2), or O(clusters x terms) beyond 16 terms. The pseudo-observations
+    of the bound program start from the rows of `source`, and without them at the prior.
 
     Examples
     --------

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from rich.progress import Progress
 from torch import Tensor
 
-from armed_pyro.guides.noise import Noise, proposal_noise
-from armed_pyro.inference.draws import ImportanceDraws, resampled
-from armed_pyro.inference.nested_weights import Weighted, weigh
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.guides.noise import proposal_noise
+from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled, weigh
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.predictor import modulates, row_cost
-from armed_pyro.rows.cluster_chunks import Pieces
+from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["BLOCK", "affordable", "importance_draws", "refinable", "weighed"]
-
 
 # Log-likelihoods (rows times draws times particles): in total, in one block of draws, and the total
 # at which even the fewest draws take too long.
@@ -39,8 +36,7 @@ MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 def refinable(posterior: Posterior, source: RowSource | None = None) -> bool:
     """Whether importance weights exist or can be computed in acceptable time.
 
-    They need a latent site and all training rows. A fit that keeps only a sample of the rows needs
-    them as `source`.
+    They need a latent site and all training rows: as `source` if the fit keeps only a sample.
     """
     if posterior.importance is not None:
         return True
@@ -78,14 +74,7 @@ def importance_draws(
     Large data get fewer draws, but at least 200. The proposal of the hyperparameters has heavier
     tails than the guide; otherwise the tail of as few as 200 weights looks heavy by chance.
 
-    Parameters
-    ----------
-    source : RowSource, optional
-        The training rows with the frozen network's outputs; computed from `posterior.data` if None.
-    seed : int, optional
-        Seed of the draws; the posterior's by default.
-    progress : bool
-        Whether to show a progress bar.
+    `source` holds the training rows with the frozen network's outputs, by default computed anew.
     """
     model, guide = posterior.model, posterior.guide
     source = model.compute(model.encode(posterior.data)) if source is None else source
@@ -98,49 +87,51 @@ def importance_draws(
     if per_draw > MOST_AT_ONCE:
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
     pieces = Pieces.of(source, rows_at_once, guide.nested_name())
-    collected = _Collected.of(posterior, n, particles)
+    collected = _Collected(posterior, n, particles)
     with model.seeded(seed + 4), Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("importance weights", total=n * len(pieces.shares))
         for start in range(0, n, size):
             draws = slice(start, min(start + size, n))
-            step = partial(bar.advance, task, draws.stop - draws.start)
-            _weigh(posterior, pieces, collected, draws, particles, step)
-    log_weights, k_hat = pareto_smooth(collected.totals.double().cpu().numpy()[None])
-    # Draws of negligible weight do not matter, so their particles must not set a cluster's k-hat.
-    counts = torch.as_tensor(n * np.exp(log_weights[0, : len(collected.tails)]) > 0.3)
-    if not counts.any():
-        counts = torch.ones_like(counts)
-    clusters = collected.clusters.double().cpu().numpy()
-    by_cluster = _cluster_k_hat(posterior, collected.tails[counts])
-    latents = collected.latents
-    return ImportanceDraws(latents, log_weights[0], float(k_hat[0]), clusters, by_cluster)
+            for _ in collected.weigh(pieces, draws):
+                bar.advance(task, draws.stop - draws.start)
+    return collected.smoothed()
 
 
-@dataclass(frozen=True)
 class _Collected:
-    """Log-weights and sites of all draws; log p(y_k | theta) and log-ratios of watched clusters."""
+    """Log-weights and sites of all draws; log p(y_k | theta) and log-ratios of watched clusters.
 
-    # The arrays are allocated once and filled block by block. Joining blocks would take their
-    # memory twice, and small arrays kept between large freed ones would fragment the heap.
-    site: str  # of the nested effects; empty without a nested factor
-    n_clusters: int
-    watched: Int[Tensor, " watched"]
-    totals: Float[Tensor, " draws"]
-    clusters: Float[Tensor, "draws watched"]
-    tails: Float[Tensor, "kept particles watched"]
-    latents: dict[str, Tensor]
+    The arrays are allocated once and filled block by block. Joining blocks would take their memory
+    twice, and small arrays kept between large freed ones would fragment the heap.
+    """
 
-    @classmethod
-    def of(cls, posterior: Posterior, draws: int, particles: int) -> _Collected:
-        nested, watched = posterior.guide.nested(), _watched(posterior)
-        like = posterior.model.reference()
+    def __init__(self, posterior: Posterior, draws: int, particles: int) -> None:
+        model, nested, like = posterior.model, posterior.guide.nested(), posterior.model.reference()
+        self.model, self.guide, self.particles = model, posterior.guide, particles
+        self.site = "" if nested is None else nested.effect_site
+        self.n_clusters = 0 if nested is None else len(model.data_facts().levels[nested.name])
+        # Clusters whose k-hat is computed.
+        watched = np.random.default_rng(0).permutation(self.n_clusters)[:MOST_CLUSTERS]
+        self.watched = torch.as_tensor(np.sort(watched))
+        self.totals, self.clusters = like.new_zeros(draws), like.new_zeros(draws, len(watched))
         kept = max(1, min(draws, 4000 // particles))  # draws whose particles give the k-hats
-        tails = torch.zeros(kept, particles, len(watched), dtype=like.dtype)
-        totals, clusters = like.new_zeros(draws), like.new_zeros(draws, len(watched))
-        site = "" if nested is None else nested.effect_site
-        return cls(site, _nested_clusters(posterior), watched, totals, clusters, tails, {})
+        self.tails = torch.zeros(kept, particles, len(watched), dtype=like.dtype)
+        self.latents: dict[str, Tensor] = {}
 
-    def put(self, draws: slice, chosen: Int[Tensor, " chosen"] | None, weighted: Weighted) -> None:
+    def weigh(self, pieces: Pieces, draws: slice) -> Iterator[None]:
+        """Make these draws, and add up their log-weights piece by piece of the rows."""
+        count, like, first = draws.stop - draws.start, self.model.reference(), None
+        several = self.particles > 1
+        for rows, chosen, share in zip(pieces.read(), pieces.clusters, pieces.shares, strict=True):
+            noise = proposal_noise(self.guide, rows, count, self.particles, like, stretch=several)
+            # All sites but the nested effects have the same draws in every piece.
+            first = first or noise
+            noise = nested_from(noise, self.site, first)
+            weighted = weigh(self.model, self.guide, rows, noise)
+            self.totals[draws] += share * weighted.total()
+            self._put(draws, chosen, weighted)
+            yield
+
+    def _put(self, draws: slice, chosen: Int[Tensor, " chosen"] | None, weighted: Weighted) -> None:
         """Fill in these draws for the chosen clusters (None: all), one resampled particle each."""
         target, source = torch.arange(len(self.watched)), self.watched
         if chosen is not None:
@@ -162,32 +153,18 @@ class _Collected:
                 self.latents[name] = value.new_empty(shape)
             self.latents[name][draws, place if nested else slice(None)] = value
 
-
-def _weigh(
-    posterior: Posterior,
-    pieces: Pieces,
-    collected: _Collected,
-    draws: slice,
-    particles: int,
-    advance: Callable[[], None],
-) -> None:
-    """Make these draws, and add up their log-weights over all pieces of the rows."""
-    model, guide, count = posterior.model, posterior.guide, draws.stop - draws.start
-    shared: dict[str, Tensor] = {}
-    outer: dict[str, Tensor] = {}
-    for rows, chosen, share in zip(pieces.read(), pieces.clusters, pieces.shares, strict=True):
-        noise = proposal_noise(
-            guide, rows, count, particles, model.reference(), stretch=particles > 1
-        )
-        # All sites but the nested effects have the same draws in every piece.
-        if not shared:
-            shared = {k: v for k, v in noise.values.items() if k != collected.site}
-            outer = {k: v for k, v in noise.log_ratio.items() if k != collected.site}
-        values, ratio = {**noise.values, **shared}, {**noise.log_ratio, **outer}
-        weighted = weigh(model, guide, rows, Noise(values, ratio))
-        collected.totals[draws] += share * weighted.total()
-        collected.put(draws, chosen, weighted)
-        advance()
+    def smoothed(self) -> ImportanceDraws:
+        """The draws with Pareto-smoothed weights, and the k-hat of each watched cluster."""
+        log_weights, k_hat = pareto_smooth(self.totals.double().cpu().numpy()[None])
+        # Draws of negligible weight do not matter: their particles must not set a cluster's k-hat.
+        counts = torch.as_tensor(len(self.totals) * np.exp(log_weights[0, : len(self.tails)]) > 0.3)
+        tails = self.tails[counts] if counts.any() else self.tails
+        by_cluster, watched = np.full(self.n_clusters, np.nan), self.watched.numpy()
+        by_cluster[watched] = -np.inf
+        if self.particles > 1:
+            by_cluster[watched] = pareto_smooth(tails.flatten(0, 1).T.double().numpy())[1]
+        clusters = self.clusters.double().cpu().numpy()
+        return ImportanceDraws(self.latents, log_weights[0], float(k_hat[0]), clusters, by_cluster)
 
 
 def affordable(posterior: Posterior) -> int:
@@ -198,26 +175,3 @@ def affordable(posterior: Posterior) -> int:
     levels = model.data_facts().levels
     effects = sum(len(factor.terms) * len(levels[factor.name]) for factor in model.factors)
     return max(FEWEST_DRAWS, MOST_VALUES // max(1, effects))
-
-
-def _nested_clusters(posterior: Posterior) -> int:
-    """Number of clusters of the nested factor; 0 without one."""
-    nested = posterior.guide.nested_name()
-    return 0 if nested is None else len(posterior.model.data_facts().levels[nested])
-
-
-def _watched(posterior: Posterior) -> Int[Tensor, " watched"]:
-    """Clusters of the nested factor whose k-hat is computed: all, or 500 at random."""
-    n = _nested_clusters(posterior)
-    return torch.as_tensor(np.sort(np.random.default_rng(0).permutation(n)[:MOST_CLUSTERS]))
-
-
-def _cluster_k_hat(
-    posterior: Posterior, log_ratios: Float[Tensor, "draws particles watched"]
-) -> np.ndarray:
-    """k-hat of the watched clusters' particles, nan for all others."""
-    watched, k_hat = _watched(posterior).numpy(), np.full(_nested_clusters(posterior), np.nan)
-    k_hat[watched] = -np.inf
-    if log_ratios.shape[1] > 1:
-        k_hat[watched] = pareto_smooth(log_ratios.flatten(0, 1).T.double().numpy())[1]
-    return k_hat

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import Noise, gaussian_noise, no_noise, proposal_noise
-from armed_pyro.inference.nested_weights import weigh
+from armed_pyro.guides.noise import no_noise, proposal_noise
+from armed_pyro.inference.nested_weights import bound_noise, nested_from, weigh
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
-from armed_pyro.rows.cluster_chunks import Pieces
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]
-
 
 # Log-likelihoods (rows times draws times particles) in one evaluation.
 LARGEST_STEP = 2**21
@@ -51,13 +50,6 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     rows the search uses a sample of whole clusters. A few Newton steps, with the gradient of all
     rows and the curvature of the sample, then lead to the mode of all rows (Bollapragada, Byrd,
     Nocedal 2019).
-
-    Parameters
-    ----------
-    model, guide : MixedEffects, Guide
-        The program with its network frozen, and its guide.
-    source : RowSource
-        All training rows.
     """
     hyper = guide.hyperparameters
     searchable = guide.nested() is not None or not model.factors
@@ -68,8 +60,7 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     frame = torch.diag(_first_scale(model, guide, source))
     before = _center(guide)
     try:
-        sample = _sample_clusters(model, guide, source)
-        searched = source if sample is None else sample.source
+        searched, sample = _searched(model, guide, source)
         _start_effects(model, guide, searched)
         exact = guide.exact(model)
         known = before
@@ -78,7 +69,7 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
                 guide.refresh(model, searched)
             before = _center(guide)
             hyper.set_normal(before, frame)
-            posterior = _Posterior.of(model, guide, source, sample)
+            posterior = _Posterior(model, guide, searched, sample)
             best = posterior.climb()
             hyper.set_normal(best, frame)
             if exact and round_ and _distance(known, best, frame) < NEAR:
@@ -92,7 +83,7 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
             if (float(step.norm()) if exact else _distance(before, best, frame)) < NEAR:
                 break
         if sample is not None:
-            before = _newton_steps(model, guide, source, frame)
+            _newton_steps(model, guide, source, frame)
         elif not exact:
             guide.refresh(model, source)
     except (torch.linalg.LinAlgError, ArithmeticError):  # type: ignore[attr-defined]
@@ -141,9 +132,7 @@ def _start_effects(model: MixedEffects, guide: Guide, source: RowSource) -> None
 
 def _first_scale(model: MixedEffects, guide: Guide, source: RowSource) -> Float[Tensor, " size"]:
     """Search units of about n^-1/2, the sd of a parameter that n clusters or rows inform."""
-    sizes = {
-        factor.joint_covariance.sd_site: len(source.counts[factor.name]) for factor in model.factors
-    }
+    sizes = {factor.sd_site: len(source.counts[factor.name]) for factor in model.factors}
     fewest = min([len(source), *sizes.values()])
     of_rows = ["fixed_effect", *(parameter.name for parameter in model.family.parameters)]
     sizes |= dict.fromkeys(of_rows, len(source))
@@ -169,23 +158,17 @@ def _center(guide: Guide) -> Float[Tensor, " size"]:
         return hyper.distribution().push(torch.zeros_like(hyper.anchor))
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """A sample of whole clusters."""
-
-    source: HeldRows  # as a separate data set
-    rows: Rows  # weighted, so that they stand for all rows
-
-
-def _sample_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _Sample | None:
-    """A random sample of whole clusters; None if the search should use all rows."""
+def _searched(
+    model: MixedEffects, guide: Guide, source: RowSource
+) -> tuple[RowSource, Rows | None]:
+    """All rows, or a sample of whole clusters, and the sample weighted to stand for all rows."""
     nested = guide.nested()
     if nested is None or len(model.factors) > 1 or len(source) <= SEARCHED:
-        return None
+        return source, None
     clusters = len(source.counts[nested.name])
     share = clusters * SEARCHED // len(source)
     if share < FEWEST_SEARCHED:
-        return None
+        return source, None
     chosen = torch.randperm(clusters)[:share].sort().values.to(source.like.device)
     rows = source.whole_clusters(nested.name, chosen)
     codes = {name: m.index[m.position] for name, m in rows.memberships.items()}
@@ -194,80 +177,57 @@ def _sample_clusters(model: MixedEffects, guide: Guide, source: RowSource) -> _S
         for name, code in codes.items()
     }
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
-    return _Sample(HeldRows(rows.x, rows.y, codes, counts, *optional), rows)
+    return HeldRows(rows.x, rows.y, codes, counts, *optional), rows
 
 
-def _newton_steps(
-    model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor
-) -> Float[Tensor, " size"]:
+def _newton_steps(model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor) -> None:
     """Newton steps to the mode of the posterior given all rows, in units of the frame."""
-    best = _center(guide)
     for round_ in range(NEWTON_STEPS):
         if not round_ or not guide.exact(model):
             guide.refresh(model, source)
-        posterior = _Posterior.of(model, guide, source)
+        posterior = _Posterior(model, guide, source)
         point = posterior.point()
-        step = torch.zeros_like(point)
-        for part in posterior.parts(point):
-            step += torch.autograd.grad(part, point)[0]
-        best = posterior.theta(step)
-        guide.hyperparameters.set_normal(best, frame)
+        _, step = posterior.slope(point)
+        guide.hyperparameters.set_normal(posterior.theta(step), frame)
         if float(step.norm()) < NEAR:
             break
-    return best
 
 
-@dataclass(frozen=True)
 class _Posterior:
     """log p(theta | y) up to a constant, with the same noise of all other sites at every theta."""
 
-    model: MixedEffects
-    guide: Guide
-    pieces: Pieces
-    noise: list[Noise]
-
-    @classmethod
-    def of(
-        cls, model: MixedEffects, guide: Guide, source: RowSource, sample: _Sample | None = None
-    ) -> _Posterior:
-        like, nested = model.reference(), guide.nested()
+    def __init__(
+        self, model: MixedEffects, guide: Guide, source: RowSource, sample: Rows | None = None
+    ) -> None:
+        self.model, self.guide = model, guide
+        like, nested, held = model.reference(), guide.nested(), isinstance(source, HeldRows)
         # Several draws matter only to sites that are neither hyperparameters nor nested. Of an
         # exact conditional the centre is enough.
         exact = guide.exact(model)
         draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
-        n = len(source if sample is None else sample.source)
+        n = len(source)
         size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
         if sample is None:
-            size = size if isinstance(source, HeldRows) else min(size, SEARCHED)
-            pieces = Pieces.of(source, size, guide.nested_name(), keep=isinstance(source, HeldRows))
+            size = size if held else min(size, SEARCHED)
+            self.pieces = Pieces.of(source, size, guide.nested_name(), keep=held)
         else:
-            index = None if nested is None else sample.rows.memberships[nested.name].index
-            pieces = Pieces(lambda: iter([sample.rows]), [index], [1.0])
-        by_piece = list(pieces.without_rows(model.clusters(), guide.nested_name()))
+            index = None if nested is None else sample.memberships[nested.name].index
+            self.pieces = Pieces(lambda: iter([sample]), [index], [1.0])
+        by_piece = list(self.pieces.without_rows(model.clusters(), guide.nested_name()))
         if exact:
-            return cls(model, guide, pieces, [no_noise(guide, rows, like) for rows in by_piece])
+            self.noise = [no_noise(guide, rows, like) for rows in by_piece]
+            return
         particles = min(16, max(1, LARGEST_STEP // (size * draws)))
         if nested is not None and particles > 1:
-            rows = next(pieces.read())
+            rows = next(self.pieces.read())
             trial = proposal_noise(guide, rows, draws, 2, like, stretch=False, heavy=False)
             with torch.no_grad():
                 spread = weigh(model, guide, rows, trial).particles.var(1)
             particles = 1 if float(spread.max()) < 1e-6 else particles
-        noises: list[Noise] = []
-        shared: dict[str, Tensor] = {}
-        for clusters in by_piece:
-            if nested is None or particles == 1:
-                noise = gaussian_noise(guide, clusters, draws, like)
-            else:
-                noise = proposal_noise(guide, clusters, draws, particles, like, heavy=False)
-            if nested is not None:
-                # All sites but the nested effects have the same noise in every piece.
-                shared = shared or {
-                    k: v for k, v in noise.values.items() if k != nested.effect_site
-                }
-                noise = replace(noise, values={**noise.values, **shared})
-            noises.append(noise)
-        return cls(model, guide, pieces, noises)
+        drawn = [bound_noise(guide, rows, draws, particles, like) for rows in by_piece]
+        # All sites but the nested effects have the same noise in every piece.
+        site = "" if nested is None else nested.effect_site
+        self.noise = [nested_from(noise, site, drawn[0]) for noise in drawn]
 
     def parts(self, theta_noise: Tensor) -> Iterator[Float[Tensor, ""]]:
         """The log-density piece by piece, at the theta that the guide makes of this noise."""
@@ -278,10 +238,18 @@ class _Posterior:
             weighted = weigh(self.model, self.guide, rows, noise)
             yield share * (weighted.total() - weighted.hyper).mean()
 
+    def slope(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-density and its gradient at the theta that the guide makes of this noise."""
+        total, gradient = point.new_zeros(()), torch.zeros_like(point)
+        for part in self.parts(point):
+            gradient += torch.autograd.grad(part, point)[0]
+            total += part.detach()
+        return total, gradient
+
     def point(self) -> Tensor:
         """The noise of the guide's centre."""
-        point = torch.zeros(1, 1, 1, self.guide.hyperparameters.size)
-        return point.to(self.model.reference()).requires_grad_(True)
+        size = self.guide.hyperparameters.size
+        return self.model.reference().new_zeros(1, 1, 1, size).requires_grad_()
 
     def theta(self, noise: Tensor) -> Float[Tensor, " size"]:
         """The hyperparameters that the guide makes of this noise; ArithmeticError if not finite."""
@@ -299,11 +267,9 @@ class _Posterior:
         )
 
         def loss() -> Tensor:
-            point.grad, total = torch.zeros_like(point), point.new_zeros(())
-            for part in self.parts(point):
-                point.grad -= torch.autograd.grad(part, point)[0]
-                total -= part.detach()
-            return total
+            total, gradient = self.slope(point)
+            point.grad = -gradient
+            return -total
 
         optimizer.step(loss)
         return self.theta(point)
@@ -320,8 +286,7 @@ class _Posterior:
         if not torch.isfinite(hessian).all():
             raise ArithmeticError("the curvature of the marginal posterior is not finite")
         values, vectors = torch.linalg.eigh(-0.5 * (hessian + hessian.mT))
-        widest = hyper.frame @ vectors
-        least = (widest.norm(dim=0) / WIDEST) ** 2
+        least = ((hyper.frame @ vectors).norm(dim=0) / WIDEST) ** 2
         values = torch.maximum(values, least)
         root = torch.linalg.cholesky((vectors / values) @ vectors.mT)
         return root, root.mT @ gradient

@@ -15,11 +15,11 @@ from pyro import poutine
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import Noise, NoiseMessenger
+from armed_pyro.guides.noise import Noise, NoiseMessenger, gaussian_noise, proposal_noise
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Weighted", "log_prior", "weigh"]
+__all__ = ["Weighted", "bound_noise", "log_prior", "nested_from", "resampled", "weigh"]
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,9 @@ class Weighted:
     .. math:: \hat p(y_k \mid \theta) = \frac{1}{M} \sum_m
         \frac{p(y_k \mid u_{km}, \theta) \, p(u_{km} \mid \theta)}{r(u_{km} \mid \theta)}
 
-    Attributes
-    ----------
-    latents : mapping of str to Tensor
-        Sites in the shapes that a guide returns: "draws 1 ...", and nested effects "draws particles
-        clusters terms".
-    outer : Float[Tensor, "draws"]
-        log p(theta) minus the log-density of theta under the proposal. Without a nested factor, the
-        log-likelihood of all rows is added.
-    hyper : Float[Tensor, "draws"]
-        -log q of the guide's site ``_theta``, which is a part of `outer`.
-    particles : Float[Tensor, "draws particles clusters"]
-        Log-weights of the particles.
-    cluster_weight : Float[Tensor, "clusters"] or float
-        Weight of each cluster in a mini-batch.
+    `outer` is log p(theta) minus the log-density of theta under the proposal. Without a nested
+    factor, the log-likelihood of all rows is added. `hyper` is its part -log q(theta), of the
+    guide's site ``_theta``. `particles` are log-weights.
 
     References
     ----------
@@ -53,18 +42,17 @@ class Weighted:
     hierarchical models", ICML.
     """
 
-    latents: dict[str, Tensor]
+    latents: dict[str, Tensor]  # "draws 1 ..."; nested effects "draws particles clusters terms"
     outer: Float[Tensor, " draws"]
     hyper: Float[Tensor, " draws"]
     particles: Float[Tensor, "draws particles clusters"]
-    cluster_weight: Tensor | float
+    cluster_weight: Tensor | float  # of each cluster in a mini-batch
 
     def clusters(self) -> Float[Tensor, "draws clusters"]:
         """Estimate of log p(y_k | theta) for every nested cluster."""
-        m = self.particles.shape[1]
-        if m == 1:
+        if self.particles.shape[1] == 1:
             return self.particles[:, 0]
-        return torch.logsumexp(self.particles, 1) - math.log(m)
+        return torch.logsumexp(self.particles, 1) - math.log(self.particles.shape[1])
 
     def total(self) -> Float[Tensor, " draws"]:
         """Log-weight of every draw; its expectation is a lower bound of the log evidence."""
@@ -74,31 +62,28 @@ class Weighted:
 def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weighted:
     """Map noise to the guide's draws, and compute their log-weights.
 
-    Parameters
-    ----------
-    model, guide : MixedEffects, Guide
-        The program and its approximate posterior.
-    rows : Rows
-        All rows or a mini-batch; with several particles, a mini-batch of whole clusters.
-    noise : Noise
-        The guide's random numbers, and the log-ratio of their density to the standard normal's.
+    With several particles a mini-batch must hold whole clusters.
     """
     nested, outcome = guide.nested(), model.data_facts().outcome_name
     site = "" if nested is None else nested.effect_site
     with NoiseMessenger(noise.values, held=noise.held):
         guide_trace = poutine.trace(guide).get_trace(rows)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(rows)
-    inside = (site, outcome)
-    guide_trace.compute_log_prob(lambda name, _: name not in inside)
-    model_trace.compute_log_prob(lambda name, node: name not in inside and not node["is_observed"])
+
+    def counts(name: str, node: Any) -> bool:
+        skipped = name in (site, outcome) or node["is_observed"]
+        return not skipped and type(node["fn"]).__name__ != "_Subsample"
+
+    guide_trace.compute_log_prob(counts)
+    model_trace.compute_log_prob(counts)
     draws = max(value.shape[0] for value in noise.values.values()) if noise.values else 1
     zero = model.reference().new_zeros(draws)
     outer, hyper = zero, zero
-    for name, node in model_trace.nodes.items():
-        if _counts(node, name, inside):
+    for node in model_trace.nodes.values():
+        if "log_prob" in node:
             outer = outer + _by_draw(node["log_prob"])
     for name, node in guide_trace.nodes.items():
-        if _counts(node, name, inside):
+        if "log_prob" in node:
             outer = outer - _by_draw(node["log_prob"])
             if name == "_theta":
                 hyper = hyper - _by_draw(node["log_prob"])
@@ -131,6 +116,22 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
     return Weighted(latents, outer, hyper, particles, 1.0 if weight is None else weight)
 
 
+def bound_noise(guide: Guide, rows: Rows, draws: int, particles: int, like: Tensor) -> Noise:
+    """Noise of the guide's own draws of theta, with M particles of the nested effects for each."""
+    if particles == 1:
+        return gaussian_noise(guide, rows, draws, like)
+    return proposal_noise(guide, rows, draws, particles, like, heavy=False)
+
+
+def nested_from(noise: Noise, site: str, first: Noise) -> Noise:
+    """The noise of the first piece of the rows; for the nested effects, that of this piece."""
+    values, ratios = (
+        {**shared, **{name: value for name, value in piece.items() if name == site}}
+        for shared, piece in ((first.values, noise.values), (first.log_ratio, noise.log_ratio))
+    )
+    return Noise(values, ratios, noise.held)
+
+
 def log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tensor, " draws"]:
     """Joint log-density of each draw over all sites outside the plates over clusters."""
     effects = {factor.effect_site for factor in model.factors}
@@ -147,13 +148,24 @@ def log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tenso
     return total
 
 
+def resampled(weighted: Weighted, site: str) -> dict[str, Tensor]:
+    """Draws with one particle per cluster, picked by weight; sites have shape "n 1 ..."."""
+    latents = {
+        name: value.squeeze(1) if value.dim() > 2 and value.shape[1] == 1 else value
+        for name, value in weighted.latents.items()
+    }
+    if site:
+        value = weighted.latents[site]  # draws particles clusters terms
+        gumbel = -torch.log(-torch.log(torch.rand_like(weighted.particles)))
+        index = (weighted.particles + gumbel).argmax(1)
+        value = value.expand(len(index), *value.shape[1:])
+        picked = index[:, None, :, None].expand(-1, 1, -1, value.shape[-1])
+        latents[site] = value.gather(1, picked)[:, 0]
+    return latents
+
+
 def _density(trace: poutine.Trace, name: str) -> dist.TorchDistribution:
     return cast("dist.TorchDistribution", trace.nodes[name]["fn"])
-
-
-def _counts(node: Any, name: str, inside: tuple[str, str]) -> bool:
-    skipped = node["type"] != "sample" or node["is_observed"] or name in inside
-    return not skipped and type(node["fn"]).__name__ != "_Subsample"
 
 
 def _by_draw(log_prob: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from armed_pyro.engine.loss import Loss
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.noise import gaussian_noise, proposal_noise
-from armed_pyro.inference.nested_weights import weigh
+from armed_pyro.inference.nested_weights import bound_noise, weigh
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import Predictor
 from armed_pyro.rows.batch import Rows
@@ -32,11 +31,6 @@ class Objective:
     posterior (Roeder, Wu, Duvenaud 2017). The second term trains the network only. Latent sites are
     detached in it, because it would count their likelihood twice. The adversaries' gradients reach
     the network reversed.
-
-    Parameters
-    ----------
-    model, guide : MixedEffects, Guide
-        The program and its approximate posterior.
     """
 
     model: MixedEffects
@@ -45,12 +39,7 @@ class Objective:
     def __call__(self, rows: Rows, progress: float | Tensor = 1.0) -> Loss:
         """The objective on all rows or a mini-batch, a mean over rows.
 
-        Parameters
-        ----------
-        rows : Rows
-            All rows, or a mini-batch with its weights.
-        progress : float or Float[Tensor, ""]
-            Share of the training steps taken, for the warm-up of the adversaries.
+        `progress` is the share of the training steps taken, for the warm-up of the adversaries.
         """
         n = self.model.data_facts().n_rows
         share = rows.scale * len(rows) / n  # 1 unless several processes share the rows
@@ -75,8 +64,7 @@ class Objective:
             for adversary in self.model.adversaries
         ]
         adversarial = share * sum((result.cross_entropy for result in results), zero)
-        accuracies = [result.accuracy for result in results]
-        accuracy = torch.stack(accuracies) if accuracies else elbo.new_zeros(0)
+        accuracy = torch.stack([r.accuracy for r in results]) if results else elbo.new_zeros(0)
         parts = elbo.detach(), fixed.detach(), adversarial.detach()
         return Loss(total + adversarial, *parts, accuracy)
 
@@ -104,34 +92,15 @@ class NestedBound:
     With one particle from the guide's conditional this is the usual bound. With more particles it
     approaches the bound with the random effects integrated out. Mini-batches of whole clusters
     estimate it without bias (Geffner and Domke 2022).
-
-    Parameters
-    ----------
-    model, guide : MixedEffects, Guide
-        The program and its approximate posterior.
-    particles : int
-        Number M of draws of each cluster's random effects per draw of theta.
     """
 
     model: MixedEffects
     guide: Guide
-    particles: int
+    particles: int  # M: draws of each cluster's random effects per draw of theta
 
     def __call__(self, rows: Rows, draws: int) -> Loss:
-        """The loss on all rows or on a mini-batch of whole clusters, a mean over rows.
-
-        Parameters
-        ----------
-        rows : Rows
-            The rows.
-        draws : int
-            Number of draws of theta to average over.
-        """
-        like = self.model.reference()
-        if self.particles == 1:
-            noise = gaussian_noise(self.guide, rows, draws, like)
-        else:
-            noise = proposal_noise(self.guide, rows, draws, self.particles, like, heavy=False)
+        """The loss on all rows or whole clusters: a mean over rows, and over draws of theta."""
+        noise = bound_noise(self.guide, rows, draws, self.particles, self.model.reference())
         total = weigh(self.model, self.guide, rows, noise).total().mean()
         elbo = total / self.model.data_facts().n_rows
         zero = torch.zeros_like(elbo)

@@ -1,65 +1,131 @@
-"""Posterior: a bound program, its guide, and the draws behind every result."""
+"""Posterior: a bound program, its guide, and the weighted or refined draws behind every result."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import History, Schedule
-from armed_pyro.guides.base import Guide
-from armed_pyro.inference.draws import ImportanceDraws, RefinedDraws
+from armed_pyro.guides.base import Guide, selected
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Membership
 
-__all__ = ["Posterior"]
+__all__ = ["METHODS", "ImportanceDraws", "Posterior", "RefinedDraws"]
+
+METHODS: Mapping[str, str] = {
+    "psis": "importance-weighted draws of the guide, Pareto smoothed",
+    "nuts": "Hamiltonian Monte Carlo in the guide's coordinates, the network frozen",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RefinedDraws:
+    """Posterior draws that replace the guide's.
+
+    `quality` holds k_hat and ess (psis), or r_hat, ess and divergences (nuts); the worst over all
+    sites.
+
+    Examples
+    --------
+    >>> pool = {"site_sd": torch.tensor([[[0.1]], [[0.2]]])}
+    >>> RefinedDraws("psis", pool, index=torch.tensor([1, 1, 0])).latents["site_sd"].flatten()
+    tensor([0.2000, 0.2000, 0.1000])
+    """
+
+    method: str  # one of `METHODS`
+    pool: Mapping[str, Tensor]  # candidate draws of all latent sites, in a guide's shapes
+    quality: Mapping[str, float] = field(default_factory=dict)
+    # Position of each draw in the pool; None takes the whole pool in order. Resampled effects are
+    # not copied: with very many clusters a second copy may not fit.
+    index: Int[Tensor, " draws"] | None = None
+
+    def __len__(self) -> int:
+        return len(self._index())
+
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        """Draws of all latent sites, in the shapes that a guide returns."""
+        return selected(self.pool, self._index())
+
+    def choose(self, n: int) -> dict[str, Tensor]:
+        """n draws at random; with repeats only if there are fewer than n."""
+        size = len(self)
+        chosen = torch.randperm(size)[:n] if n <= size else torch.randint(size, (n,))
+        return selected(self.pool, self._index()[chosen])
+
+    def _index(self) -> Int[Tensor, " draws"]:
+        if self.index is not None:
+            return self.index
+        return torch.arange(max(site.shape[0] for site in self.pool.values() if site.dim() > 1))
+
+
+@dataclass(frozen=True, eq=False)
+class ImportanceDraws:
+    """Proposed draws with nested importance weights.
+
+    `k_hat` is the shape of the weights' tail; below 0.7 the weights are reliable (Vehtari et al.
+    2024). `cluster_k_hat` is that of each cluster's particles over all draws. Of more than 500
+    clusters it is computed for 500 at random and nan for the others.
+
+    Examples
+    --------
+    >>> none = np.zeros((4, 0))
+    >>> equal = ImportanceDraws({}, np.log(np.full(4, 0.25)), 0.1, none, np.zeros(0))
+    >>> equal.effective, equal.resample(4)
+    (4.0, tensor([0, 1, 2, 3]))
+    """
+
+    latents: Mapping[str, Tensor]  # the nested effects are resampled within each draw
+    log_weights: Float[np.ndarray, " draws"]  # Pareto smoothed, normalised
+    k_hat: float
+    clusters: Float[np.ndarray, "draws watched"]  # log p(y_k | theta) where k-hat is computed
+    cluster_k_hat: Float[np.ndarray, " clusters"]
+
+    @property
+    def weights(self) -> Float[np.ndarray, " draws"]:
+        """Normalised weights."""
+        return np.exp(self.log_weights)
+
+    @property
+    def effective(self) -> float:
+        """Effective sample size, 1 / sum of squared weights."""
+        return float(1 / np.sum(self.weights**2))
+
+    def resample(self, n: int) -> Int[Tensor, " n"]:
+        """Positions of n draws; systematically, one of weight w floor(n w) or ceil(n w) times."""
+        edges = (np.arange(n) + float(torch.rand(()))) / n
+        index = np.searchsorted(np.cumsum(self.weights), edges).clip(max=len(self.weights) - 1)
+        return torch.as_tensor(index)
 
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
     """p(theta, u | y) of a trained program, as draws of its guide or refined draws.
 
-    Tables, predictions, checks and files are all made from a `Posterior`. `armed_pyro.Fit` wraps a
-    posterior and has one method for each of them.
-
-    Attributes
-    ----------
-    model : MixedEffects
-        The bound program with its trained network and adversaries.
-    guide : Guide
-        The approximate posterior.
-    data : ClusteredData
-        The training rows, or a sample of them (see `sampled`).
-    history : History
-        Record of the training steps.
-    schedule : Schedule
-        Length and learning rates of the training.
-    seed : int
-        Seed of the training, and the default seed of draws.
-    stopped : str
-        Why training ended: "converged" or "validation" if it succeeded, "steps" if the steps ran
-        out, "diverged" if the loss did.
-    importance : ImportanceDraws, optional
-        The guide's draws with importance weights; None until they are computed.
-    refined : RefinedDraws, optional
-        Draws that replace those of the guide.
+    Tables, predictions, checks and files are all made from a `Posterior`; `armed_pyro.Fit` has one
+    method for each of them.
 
     Examples
     --------
     ``fit(model, data).posterior.draws(100)["site_sd"]``
     """
 
-    model: MixedEffects
+    model: MixedEffects  # bound, with its trained network and adversaries
     guide: Guide
-    data: ClusteredData
+    data: ClusteredData  # the training rows, or a sample of them: see `sampled`
     history: History
     schedule: Schedule
-    seed: int
-    stopped: str
-    importance: ImportanceDraws | None = None
-    refined: RefinedDraws | None = None
+    seed: int  # of the training; default of all draws
+    stopped: str  # "converged" or "validation" (both good), "steps" or "diverged"
+    importance: ImportanceDraws | None = None  # the guide's draws, weighted
+    refined: RefinedDraws | None = None  # draws that replace the guide's
 
     @property
     def sampled(self) -> bool:
@@ -74,10 +140,8 @@ class Posterior:
     def draws(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """n joint posterior draws of all latent sites, in standardised units.
 
-        Returns
-        -------
-        dict of str to Tensor
-            Random effects have shape "n clusters terms", other sites "n 1 ...".
+        Random effects have shape "n clusters terms", other sites "n 1 ...". The seed is by default
+        that of the training.
         """
         with self.model.seeded(self.seed if seed is None else seed):
             if self.refined is not None:
@@ -87,12 +151,8 @@ class Posterior:
     def hyperparameters(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """n joint posterior draws as from `draws`, without the random effects.
 
-        Memory does not grow with the number of clusters.
-
-        Returns
-        -------
-        dict of str to Tensor
-            Each site has shape "n 1 ...".
+        Each site has shape "n 1 ...". The seed is by default that of the training. Memory does not
+        grow with the number of clusters.
         """
         effects = {factor.effect_site for factor in self.model.factors}
         with self.model.seeded(self.seed if seed is None else seed):
@@ -110,13 +170,7 @@ class Posterior:
             return {site: draws for site, draws in drawn.items() if site not in effects}
 
     def encode(self, data: ClusteredData | pd.DataFrame) -> ClusteredData:
-        """New rows in the encoding of the training table.
-
-        Raises
-        ------
-        ValueError
-            If a table is given but the model was fitted to arrays.
-        """
+        """New rows in the encoding of the training table; ValueError without one."""
         if isinstance(data, ClusteredData):
             return data
         schema = self.model.data_facts().schema

@@ -45,7 +45,6 @@ def pareto_smooth(
     failed = np.isnan(log_weights).any(axis=1) | np.isnan(k_hat)
     log_weights = np.where(failed[:, None], np.nan_to_num(safe, nan=-np.inf), log_weights)
     k_hat = np.where(failed, np.inf, k_hat)
-    even = np.full(log_ratios.shape[1], -np.log(log_ratios.shape[1]))
-    log_weights = np.where(flat[:, None], even, log_weights)
+    log_weights = np.where(flat[:, None], -np.log(log_ratios.shape[1]), log_weights)
     log_weights = log_weights - np.logaddexp.reduce(log_weights, axis=1, keepdims=True)
     return log_weights, np.where(flat, -np.inf, k_hat)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pyro
 import torch
@@ -18,10 +17,9 @@ from torch import Tensor
 
 from armed_pyro.guides.base import joined
 from armed_pyro.guides.noise import Noise, gaussian_noise
-from armed_pyro.inference.draws import METHODS, RefinedDraws, resampled
 from armed_pyro.inference.importance_sampling import BLOCK, affordable, importance_draws
-from armed_pyro.inference.nested_weights import weigh
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.nested_weights import resampled, weigh
+from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
 from armed_pyro.rows.batch import Rows
 
 __all__ = ["duration", "nuts_seconds", "refine"]
@@ -42,47 +40,7 @@ def refine(
     seed: int | None = None,
     progress: bool = True,
 ) -> Posterior:
-    """The posterior with better draws, at the same network weights.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    method : {"psis", "nuts"}
-        "psis" weighs draws of the guide. The weights are nested (a few particles for each cluster
-        within each draw of the hyperparameters) and Pareto smoothed. "nuts" is the No-U-Turn
-        sampler in the coordinates in which the guide is standard normal. It is slower by far, but
-        right even if the guide is not (k-hat above 0.7).
-    draws : int
-        Number of draws, with NUTS over all chains. With very many clusters psis keeps fewer.
-    chains, warmup : int
-        Number of NUTS chains, and of warm-up steps per chain.
-    seed : int, optional
-        Seed of the draws; that of the training by default.
-    progress : bool
-        Whether to show a progress bar.
-
-    Returns
-    -------
-    Posterior
-        All results of it use these draws. Their quality is in ``posterior.refined.quality``, and
-        `Fit.diagnostics` judges it.
-
-    Raises
-    ------
-    ValueError
-        If the method is unknown, a number is too small, or the program has no latent site. If the
-        fit keeps only a sample of its rows, and its draws were not weighed during training.
-
-    Examples
-    --------
-    ``fit(model, data).refine().variance_components()``
-
-    References
-    ----------
-    Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
-    Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo".
-    """
+    """The posterior with better draws, at the same network weights; see `Fit.refine`."""
     if method not in METHODS:
         known = "; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items())
         raise ValueError(f"unknown method {method!r}: choose one of {known}")
@@ -134,21 +92,27 @@ def _nuts(
             torch.manual_seed(seed + 101 * chain + 6)
             start = dict(gaussian_noise(guide, rows, 1, model.reference()).values)
             kernel = NUTS(potential_fn=potential, target_accept_prob=0.85, max_tree_depth=7)
-
-            def advance(*_: Any) -> None:
-                bar.advance(task)
-
             mcmc = MCMC(
-                kernel, draws, warmup, initial_params=start, disable_progbar=True, hook_fn=advance
+                kernel,
+                draws,
+                warmup,
+                initial_params=start,
+                disable_progbar=True,
+                hook_fn=lambda *_: bar.advance(task),
             )
             mcmc.run()
             sampled.append(mcmc.get_samples())
             divergences += len(mcmc.diagnostics()["divergences"]["chain 0"])
-    noise = {name: torch.stack([chain[name] for chain in sampled]) for name in sampled[0]}
-    flat = {name: value.flatten(0, 1)[:, 0] for name, value in noise.items()}
-    latents = joined(list(_latents(posterior, rows, flat)))
-    quality = _mixing(latents, chains) | {"divergences": float(divergences)}
-    return latents, quality
+    noise = {name: torch.cat([chain[name] for chain in sampled])[:, 0] for name in sampled[0]}
+    nested, blocks = guide.nested(), []
+    size = max(1, BLOCK // max(1, len(rows)))
+    for values in zip(*(value.split(size) for value in noise.values()), strict=True):
+        block = Noise(dict(zip(noise, values, strict=True)), {})
+        with torch.no_grad(), pyro.validation_enabled(False):
+            weighted = weigh(model, guide, rows, block)
+        blocks.append(resampled(weighted, nested.effect_site if nested else ""))
+    latents = joined(blocks)
+    return latents, _mixing(latents, chains) | {"divergences": float(divergences)}
 
 
 def _potential(posterior: Posterior, rows: Rows, noise: dict[str, Tensor]) -> Tensor:
@@ -195,20 +159,6 @@ def duration(seconds: float) -> str:
         if seconds > 1.2 * size:
             return f"{max(2, round(seconds / size))} {unit}"
     return f"{10 * math.ceil(seconds / 10)} seconds"
-
-
-def _latents(
-    posterior: Posterior, rows: Rows, noise: Mapping[str, Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Latent sites that the guide makes of this noise, in blocks of draws."""
-    n = len(next(iter(noise.values())))
-    size = max(1, BLOCK // max(1, len(rows)))
-    for start in range(0, n, size):
-        part = {name: value[start : start + size] for name, value in noise.items()}
-        with torch.no_grad(), pyro.validation_enabled(False):
-            weighted = weigh(posterior.model, posterior.guide, rows, Noise(part, {}))
-        nested = posterior.guide.nested()
-        yield resampled(weighted, nested.effect_site if nested else "")
 
 
 def _mixing(latents: Mapping[str, Tensor], chains: int) -> dict[str, float]:

@@ -21,9 +21,9 @@ from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
+from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.refine import refine as refined_by
-from armed_pyro.inference.task import TrainingTask
 from armed_pyro.inference.training_run import Run
 from armed_pyro.program.model import MixedEffects, trains_network
 from armed_pyro.rows.source import RowSource
@@ -63,26 +63,12 @@ def train(
     """Train a bound program in place, and weigh the draws of its guide.
 
     The scales and priors of the program stay fixed, so it can also be trained on data drawn from
-    its prior. `armed_pyro.fit` documents the other parameters.
+    its prior. `source` holds all training rows if `data` is only a sample of them, for the
+    posterior to keep. `armed_pyro.fit` documents the other parameters.
 
-    Parameters
-    ----------
-    source : RowSource, optional
-        All training rows, if `data` holds only a sample of them for the posterior to keep.
-    processes : Processes
-        The processes that train together.
-
-    Raises
-    ------
-    TrainingDiverged
-        If the loss or its gradient is not finite, or the loss grows beyond all bounds.
-    ValueError
-        If `compile` is unknown, `resume` comes without `checkpoint`, the checkpoint belongs to
-        another run, or the processes differ in their rows, schedules or seeds.
-
-    Examples
-    --------
-    ``train(model.bind(data), replace(data, outcome=y_drawn_from_the_prior))``
+    Raises `TrainingDiverged`; and ValueError if `compile` is unknown, `resume` comes without
+    `checkpoint`, the checkpoint belongs to another run, or the processes differ in their rows,
+    schedules or seeds.
     """
     schedule = Schedule() if schedule is None else schedule
     if compile not in COMPILE_MODES:
@@ -105,7 +91,7 @@ def train(
         share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
         bound_guide = guide(bound, share.rows).to(target)
         task = TrainingTask(
-            bound, bound_guide, data, rows, share, held_out, schedule, seed, compile
+            bound, bound_guide, data, rows, share, schedule, held_out, seed, compile
         )
         run = Run(task)
         if resume and path is not None:
@@ -115,7 +101,7 @@ def train(
         with _threads(size), _progress_bar(schedule.steps, shown) as report:
             run.train(path, report)
         processes.same(bound, bound_guide)
-    posterior, frozen_rows = run.result(), run.frozen_rows
+    posterior, frozen_rows = run.result(), run.phase.frozen_rows
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,38 +12,29 @@ import torch
 from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.loss import Loss
 from armed_pyro.engine.schedule import History, Plateau
-from armed_pyro.inference.divergence import TrainingDiverged, blame, not_finite
-from armed_pyro.inference.frozen_phase import FrozenPhase
-from armed_pyro.inference.network_phase import NetworkPhase
-from armed_pyro.inference.phase import Phase
+from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase, TrainingTask
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.inference.task import TrainingTask
 from armed_pyro.program.model import trains_network
-from armed_pyro.rows.source import RowSource
 
-__all__ = ["Run"]
+__all__ = ["Run", "TrainingDiverged"]
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818
+    """The loss or its gradient is no longer finite, or the loss grew beyond all bounds.
+
+    `posterior` is that at the start of the window of steps with the lowest mean loss.
+    """
+
+    def __init__(self, message: str, posterior: Posterior) -> None:
+        super().__init__(message)
+        self.posterior = posterior
 
 
 class Run:
     """A training run with its history and last good state; its phases take the steps.
 
-    Parameters
-    ----------
-    task : TrainingTask
-        Program, guide, rows and settings of the run.
-
-    Attributes
-    ----------
-    phase : Phase
-        The present phase: `NetworkPhase`, then `FrozenPhase`.
-    history : History
-        The record of the steps so far.
-    stopped : str
-        Why training ended; empty until then.
-
-    Examples
-    --------
-    ``Run(task).train(None, lambda step, text: None)``
+    `phase` is a `NetworkPhase`, then a `FrozenPhase`. `stopped` says why training ended, and is
+    empty until then.
     """
 
     def __init__(self, task: TrainingTask) -> None:
@@ -66,20 +56,11 @@ class Run:
         """Steps taken."""
         return len(self.history.loss)
 
-    @property
-    def frozen_rows(self) -> RowSource | None:
-        """The rows with the frozen network's outputs; None while the network is trained."""
-        return self.phase.rows if isinstance(self.phase, FrozenPhase) else None
-
     def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
         """Take steps until convergence or until they run out.
 
-        Parameters
-        ----------
-        path : Path, optional
-            File of the checkpoint, written after each window; None writes no checkpoint.
-        report : callable
-            Called after each window with the number of steps and the state in words.
+        After each window the checkpoint is written to `path`, and `report` is called with the
+        number of steps and the state in words.
         """
         task = self.task
         if not self.step and not self._trains_network:
@@ -101,13 +82,7 @@ class Run:
         self.phase.release()
 
     def take_step(self) -> Loss:
-        """Take one step; return its loss, computed before the parameters changed.
-
-        Raises
-        ------
-        TrainingDiverged
-            If the loss or its gradient is not finite, or the loss grew beyond all bounds.
-        """
+        """Take one step; return its loss before the parameters changed, or raise the divergence."""
         self._rate = self.phase.rate(self.step)
         try:
             loss, norm = self.phase.take(self.step)
@@ -115,7 +90,7 @@ class Run:
             raise self._divergence("a covariance matrix is degenerate") from error
         total = float(loss.total.detach())
         if not math.isfinite(total):
-            raise self._divergence(blame(loss))
+            raise self._divergence(_blame(loss))
         if not math.isfinite(norm):
             raise self._divergence("its gradient is not finite")
         self._record(loss)
@@ -131,7 +106,6 @@ class Run:
         history.step.append(self.step)
         history.compiled.append(phase.steps.compiled)
         history.seconds.append(phase.steps.seconds)
-        history.adversary_accuracy.append(phase.accuracy(losses, history))
         phase.share.average_buffers(task.model.network)
         if task.validation is not None:
             history.validation.append(task.validation_loss(task.validation, phase.share))
@@ -148,9 +122,10 @@ class Run:
 
     def result(self) -> Posterior:
         """The posterior at the present state."""
-        task, history = self.task, self.history
-        settings = task.schedule, task.seed, self.stopped
-        return Posterior(task.model, task.guide, task.data, history, *settings)
+        task, schedule, seed = self.task, self.task.schedule, self.task.seed
+        return Posterior(
+            task.model, task.guide, task.data, self.history, schedule, seed, self.stopped
+        )
 
     def save(self) -> Checkpoint:
         """A checkpoint from which training continues exactly as without interruption."""
@@ -167,21 +142,19 @@ class Run:
         return Checkpoint(tensors, record)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of the same run.
-
-        Raises
-        ------
-        ValueError
-            If the checkpoint belongs to another run.
-        """
+        """Continue from a checkpoint of the same run; ValueError for one of another run."""
         tensors, record = checkpoint.tensors, checkpoint.record
-        self._check_same(record["run"])
+        identity = self.task.identity()
+        changed = sorted(name for name in identity if identity[name] != record["run"].get(name))
+        if changed:
+            raise ValueError(
+                f"the checkpoint belongs to another run (different {', '.join(changed)}): resume "
+                "with the same data, model, schedule and seed, or delete the checkpoint"
+            )
         self.history = History(**record["history"])
         self.task.return_to(tensors)
         if self.history.settled is not None:
-            frozen = FrozenPhase(self.phase)
-            frozen.resume(self.history.particles)
-            self.phase = frozen
+            self.phase = FrozenPhase(self.phase, self.history.particles)
         self._good = self.task.state()
         self.phase.restore(tensors)
         torch.set_rng_state(tensors["random"])
@@ -190,23 +163,12 @@ class Run:
         self.phase.plateau = Plateau.from_json(record["plateau"])
         self.stopped = record["stopped"]
 
-    def _check_same(self, saved: dict[str, Any]) -> None:
-        identity = self.task.identity()
-        changed = sorted(name for name in identity if identity[name] != saved.get(name))
-        if changed:
-            raise ValueError(
-                f"the checkpoint belongs to another run (different {', '.join(changed)}): resume "
-                "with the same data, model, schedule and seed, or delete the checkpoint"
-            )
-
     def freeze(self) -> None:
         """Freeze the network at its best, and start the second phase."""
         self.phase.keep_best()
         self.phase.share.use_common_numbers(self.task.seed, self.step)
-        frozen = FrozenPhase(self.phase)
-        frozen.start()
-        self.phase = frozen
-        self.history.particles, self.history.settled = frozen.particles, self.step
+        self.phase = FrozenPhase(self.phase)
+        self.history.particles, self.history.settled = self.phase.particles, self.step
         self._good, self._good_loss = self.task.state(), math.inf
 
     def _stops_at_mode(self) -> bool:
@@ -225,7 +187,9 @@ class Run:
     def _divergence(self, cause: str) -> TrainingDiverged:
         """Go back to the last good state, and make the error to raise."""
         schedule = self.task.schedule
-        cause += not_finite(self.task.state())
+        bad = [name for name, value in self.task.state().items() if not value.isfinite().all()]
+        if bad:
+            cause += f"; parameters not finite: {', '.join(bad[:3])}"
         extremes = "features and outcome"
         if self.task.data.offset is not None:
             largest = float(self.task.data.offset.abs().max())
@@ -241,3 +205,14 @@ class Run:
             "holds the last good state.",
             self.result(),
         )
+
+
+def _blame(loss: Loss) -> str:
+    """Name the parts of a loss that are not finite."""
+    parts = {
+        "the evidence lower bound": loss.elbo,
+        "the likelihood under fixed effects alone": loss.fixed,
+        "the adversaries' cross-entropy": loss.adversarial,
+    }
+    bad = [name for name, value in parts.items() if not math.isfinite(float(value))]
+    return f"{' and '.join(bad) or 'the total'} is not finite"

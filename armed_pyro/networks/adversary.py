@@ -18,29 +18,12 @@ from armed_pyro.networks.taps import pooled
 __all__ = ["Adversary", "Round", "reverse_gradient"]
 
 
-class _ReverseGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, strength: Tensor) -> Tensor:
-        ctx.save_for_backward(strength)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (strength,) = ctx.saved_tensors
-        return -strength * grads[0], None
-
-
 def reverse_gradient(x: Tensor, strength: Tensor) -> Tensor:
-    """x forward, ``-strength`` times the gradient backward (Ganin et al., JMLR 2016).
-
-    Examples
-    --------
-    >>> x = torch.ones(1, requires_grad=True)
-    >>> reverse_gradient(x, torch.tensor(2.0)).sum().backward()
-    >>> x.grad
-    tensor([-2.])
-    """
-    return _ReverseGradient.apply(x, strength)  # type: ignore[no-untyped-call]
+    """x forward, ``-strength`` times the gradient backward (Ganin et al., JMLR 2016)."""
+    same = x.view_as(x)
+    if same.requires_grad:
+        same.register_hook(lambda gradient: -strength * gradient)
+    return same
 
 
 @dataclass(frozen=True)
@@ -64,8 +47,7 @@ class Adversary(LocalModule):
     factor : str
         Grouping factor whose clusters the activations should not reveal.
     taps : sequence of str
-        Paths of the modules whose outputs the classifier sees; feature maps are averaged over
-        space.
+        Paths of the modules whose outputs the classifier sees, feature maps averaged over space.
     weight : float
         Strength of the reversed gradient, relative to the mean log-likelihood of a row.
     hidden : sequence of int
@@ -99,22 +81,15 @@ class Adversary(LocalModule):
             raise ValueError(f"the adversary's weight must not be negative, not {weight}")
         if not 0 <= warmup <= 1:
             raise ValueError(f"`warmup` is a share of the steps, from 0 to 1, not {warmup}")
-        self.factor = factor
-        self.taps = tuple(taps)
-        self.weight = float(weight)
-        self.hidden = tuple(hidden)
-        self.warmup = float(warmup)
+        self.factor, self.taps, self.hidden = factor, tuple(taps), tuple(hidden)
+        self.weight, self.warmup = float(weight), float(warmup)
         self.classifier: nn.Module | None = None
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as the manifest of a saved fit holds them."""
-        return {
-            "factor": self.factor,
-            "taps": list(self.taps),
-            "weight": self.weight,
-            "hidden": list(self.hidden),
-            "warmup": self.warmup,
-        }
+        names = ("factor", "taps", "weight", "hidden", "warmup")
+        values = {name: getattr(self, name) for name in names}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     def strength(self, progress: float | Tensor) -> Float[Tensor, ""]:
         """w(t), the strength of the reversed gradient after this share of the training steps."""
@@ -133,23 +108,14 @@ class Adversary(LocalModule):
     def logits(
         self, activations: Mapping[str, Tensor], strength: Tensor
     ) -> Float[Tensor, "rows clusters"]:
-        """Logits of every cluster; gradients into the activations are reversed.
-
-        Raises
-        ------
-        ValueError
-            If `build` has not made the classifier yet.
-        """
+        """Logits of every cluster; gradients into the activations are reversed."""
         if self.classifier is None:
             raise ValueError("the adversary is laid out when its model is bound to data")
         seen = torch.cat([pooled(activations[path]) for path in self.taps], -1)
         return self.classifier(reverse_gradient(seen, strength))
 
     def forward(
-        self,
-        activations: Mapping[str, Tensor],
-        codes: Int[Tensor, " rows"],
-        strength: Tensor,
+        self, activations: Mapping[str, Tensor], codes: Int[Tensor, " rows"], strength: Tensor
     ) -> Round:
         """The mean cross-entropy of the rows' clusters, a term of the loss, and the accuracy."""
         logits = self.logits(activations, strength)

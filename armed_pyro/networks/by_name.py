@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -19,7 +20,6 @@ from armed_pyro._messages import listing, unknown
 
 __all__ = ["GROUP", "hidden_activations", "is_file", "network"]
 
-
 # The library never imports a concrete network: it finds networks by this group of entry points.
 GROUP = "armed_pyro.models"
 _ACTIVATIONS = (
@@ -33,23 +33,11 @@ def network(
 ) -> nn.Module:
     """The network `name`, for features "rows n_features" and outputs "rows n_outputs".
 
-    Parameters
-    ----------
-    name : str
-        A name in the entry-point group ``armed_pyro.models``, such as ``linear`` or ``dense``; or
-        ``FILE.py:NAME``. The file is executed. NAME is a network, or a class or function that
-        returns a network when called with ``(n_features, n_outputs)`` or without arguments.
-    n_features, n_outputs : int
-        Widths of features and outputs.
-    seed : int
-        Seed of the initial weights; the state of torch's global generator does not change.
-    **arguments
-        Further arguments of a network that has an entry point.
-
-    Raises
-    ------
-    ValueError
-        If there is no such network, or making it fails.
+    `name` is in the entry-point group ``armed_pyro.models``, such as ``linear`` or ``dense``, or it
+    is ``FILE.py:NAME``. The file is executed. NAME is a network, or a class or function that
+    returns a network when called with ``(n_features, n_outputs)`` or without arguments. Only
+    networks with an entry point take further `arguments`. The seed is that of the initial weights;
+    the state of torch's global generator does not change.
 
     Examples
     --------
@@ -83,16 +71,6 @@ def hidden_activations(net: nn.Module) -> tuple[str, ...]:
 
     These are the activation modules, such as ReLU. A network without any, because it calls
     functions instead, gives its linear layers except the last.
-
-    Raises
-    ------
-    ValueError
-        If the network has no hidden layer.
-
-    Examples
-    --------
-    >>> hidden_activations(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
-    ('1',)
     """
     modules = dict(net.named_modules())
     linear = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
@@ -162,7 +140,7 @@ def _sizes(make: Any, name: str, n_features: int, n_outputs: int) -> dict[str, i
         key
         for key, parameter in parameters.items()
         if parameter.default is parameter.empty
-        and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     arguments = {key: value for key, value in sizes.items() if key in parameters}
     if not arguments and len(required) == 2:
@@ -190,14 +168,7 @@ def _explained(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = type(error).__name__
-        raise ValueError(f"{what}{_line(error, path)}: {kind}: {error}") from error
-
-
-def _line(error: Exception, path: Path) -> str:
-    trace, line = error.__traceback__, None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return "" if line is None else f" in line {line}"
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f" in line {lines[-1]}" if lines else ""
+        raise ValueError(f"{what}{where}: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Activations of a network recorded by module path, without editing the network."""
+"""Activations of a network recorded or modulated by hooks, without editing the network."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["head_path", "module_at", "pooled", "run", "tapped"]
-
+__all__ = ["head_path", "modulated", "module_at", "pooled", "run", "tapped"]
 
 # Limits on the rows, and on the feature values, of one forward pass without gradients: the feature
 # maps of thousands of images would take gigabytes.
@@ -20,12 +19,9 @@ MOST_ROWS, MOST_VALUES = 4096, 2**21
 
 
 def module_at(net: nn.Module, path: str) -> nn.Module:
-    """The sub-module of `net` at a dotted path, such as ``"encoder.3"``; ``""`` is the network.
+    """The sub-module at a dotted path, such as ``"encoder.3"``; ``""`` is the network.
 
-    Raises
-    ------
-    ValueError
-        If the network has no such module; the message names the nearest path.
+    Raises ValueError with the nearest path if there is no such module.
     """
     try:
         return net.get_submodule(path)
@@ -52,25 +48,14 @@ def tapped(
 
     The yielded mapping fills as the network runs: the key ``path`` holds an output, the key
     ``"<path"`` an input. The hooks are removed when the context ends.
-
-    Raises
-    ------
-    ValueError
-        If the network has no module at one of the paths.
     """
     record: dict[str, Tensor] = {}
 
     def keep_output(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            record[path] = output
-
-        return hook
+        return lambda module, args, output: record.update({path: output})
 
     def keep_input(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            record[f"<{path}"] = args[0]
-
-        return hook
+        return lambda module, args: record.update({f"<{path}": args[0]})
 
     with ExitStack() as hooks:
         for path in dict.fromkeys(outputs):
@@ -80,6 +65,30 @@ def tapped(
             handle = module_at(net, path).register_forward_pre_hook(keep_input(path))
             hooks.callback(handle.remove)
         yield record
+
+
+@contextmanager
+def modulated(
+    net: nn.Module, effects_at: Sequence[tuple[str, Float[Tensor, "rows 2*filters"]]]
+) -> Iterator[None]:
+    r"""Inside the context, layers output :math:`(1 + a_{ic}) h_{ic} + b_{ic}` for row i, filter c.
+
+    The effects of each layer are its scales a, then its biases b.
+    """
+
+    def scale_and_shift(effects: Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            over_space = (...,) + (None,) * (output.dim() - 2)
+            scale, bias = effects.chunk(2, -1)
+            return (1 + scale[over_space]) * output + bias[over_space]
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path, effects in effects_at:
+            handle = module_at(net, path).register_forward_hook(scale_and_shift(effects))
+            hooks.callback(handle.remove)
+        yield
 
 
 def run(
@@ -93,18 +102,8 @@ def run(
     """The network's output, and outputs (or inputs) of its modules, as `tapped` records them.
 
     The record holds the network's output too, under the empty path. Without gradients, a large
-    number of rows runs in blocks, which bounds the memory of the feature maps.
-
-    Parameters
-    ----------
-    net : nn.Module
-        The network.
-    x : Float[Tensor, "rows ..."]
-        Its features.
-    outputs, inputs : sequence of str
-        Module paths.
-    whole : bool
-        Whether all rows must run at once, as hooks with one value per row need.
+    number of rows runs in blocks, which bounds the memory of the feature maps, unless `whole`:
+    hooks with one value per row need all rows at once.
     """
     size = min(MOST_ROWS, max(1, MOST_VALUES // max(1, x[:1].numel())))
     blocks = [x] if whole or torch.is_grad_enabled() or len(x) <= size else x.split(size)
@@ -120,13 +119,7 @@ def run(
 
 
 def head_path(net: nn.Module) -> str:
-    """Module path of the network's last linear layer; empty if that layer is the network itself.
-
-    Raises
-    ------
-    ValueError
-        If the network has no linear layer.
-    """
+    """Module path of the network's last linear layer; empty if that layer is the network itself."""
     paths = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not paths:
         raise ValueError("a Bayesian head needs a network with a torch.nn.Linear layer")

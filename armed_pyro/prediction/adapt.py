@@ -18,16 +18,15 @@ from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth
-from armed_pyro.prediction.chunks import new_effects, predict_chunks
+from armed_pyro.prediction.chunks import new_effects, predict_rows
 from armed_pyro.prediction.new_clusters import condition
-from armed_pyro.prediction.result import Prediction, Reconstructed
+from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = ["Adapted", "adapt", "check_support"]
 
-
-Latents = Mapping[str, Tensor]
 # Importance weights are used up to this Pareto k-hat (Vehtari et al. 2024); above it they are
 # dominated by a few draws.
 K_HAT = 0.7
@@ -41,8 +40,6 @@ class Adapted:
 
     Attributes
     ----------
-    posterior : Posterior
-        The fitted program.
     support : ClusteredData
         All labelled rows so far.
     latents : mapping of str to Tensor
@@ -56,7 +53,7 @@ class Adapted:
         ess and k_hat of the draws' weights; reweighted (1, or 0 if the weights were unreliable and
         the fit's draws were kept); efficiency, the lowest share of effective particles (1 for
         gaussian outcomes, where the posterior is exact).
-    draws, seed, update_seen
+    posterior, draws, seed, update_seen
         The arguments of `adapt`.
 
     Examples
@@ -77,14 +74,9 @@ class Adapted:
 
     def adapt(self, support: ClusteredData | pd.DataFrame) -> Adapted:
         """The posterior given these rows and all earlier ones, as if all had come at once."""
-        more = self.posterior.encode(support)
-        return adapt(
-            self.posterior,
-            joined(self.posterior, self.support, more),
-            draws=self.draws,
-            seed=self.seed,
-            update_seen=self.update_seen,
-        )
+        rows = joined(self.posterior, self.support, self.posterior.encode(support))
+        settings: dict[str, Any] = {"draws": self.draws, "seed": self.seed}
+        return adapt(self.posterior, rows, update_seen=self.update_seen, **settings)
 
     def predict(self, data: ClusteredData | pd.DataFrame, *, prob: float = 0.9) -> Prediction:
         """E[y] and y of new rows, in seen clusters, clusters of the support, and other clusters.
@@ -94,18 +86,8 @@ class Adapted:
         """
         rows, source = self.posterior.encode(data), self.source()
         settings: dict[str, Any] = {"draws": self.draws, "prob": prob, "seed": self.seed}
-        parts = list(predict_chunks(self.posterior, rows, source, **settings))
-        joint = [np.concatenate([getattr(part, name) for part in parts], 1)
-                 for name in ("expected", "outcome")]  # fmt: skip
-        return replace(
-            parts[0],
-            expected=joint[0],
-            outcome=joint[1],
-            unseen=np.concatenate([part.unseen for part in parts]),
-            row_labels=rows.row_labels,
-            new=new_effects(self.posterior.model, source, rows),
-            others=Reconstructed.joined(parts),
-        )
+        made = predict_rows(self.posterior, rows, source, **settings)
+        return replace(made, new=new_effects(self.posterior.model, source, rows))
 
     def source(self) -> EffectSource:
         """The source of the new clusters' effects."""
@@ -115,12 +97,10 @@ class Adapted:
     def table(self, *, prob: float = 0.9) -> pd.DataFrame:
         """Effects of the new clusters on the original scale, one row per cluster and term.
 
-        Returns
-        -------
-        pandas.DataFrame
-            Columns factor, cluster, rows (number of labelled rows), term, mean, sd, lower, upper.
+        The columns are factor, cluster, rows (number of labelled rows), term, mean, sd, lower and
+        upper.
         """
-        records: list[dict[str, Any]] = []
+        records: list[tuple[Any, ...]] = []
         tail = (1 - prob) / 2
         for factor in self.posterior.model.factors:
             grouping = self.support.grouping(factor.name)
@@ -128,14 +108,11 @@ class Adapted:
             matrix = factor.to_original.double()
             values = (self.effects[factor.name].double() @ matrix.mT).cpu().numpy()
             lower, upper = np.quantile(values, [tail, 1 - tail], axis=0)
-            for place, label in enumerate(self.labels[factor.name]):
-                for t, term in enumerate(factor.terms):
-                    sample = values[:, place, t]
-                    records.append(
-                        {"factor": factor.name, "cluster": label, "rows": int(counts[label]),
-                         "term": term, "mean": sample.mean(), "sd": sample.std(ddof=1),
-                         "lower": lower[place, t], "upper": upper[place, t]}
-                    )  # fmt: skip
+            for i, label in enumerate(self.labels[factor.name]):
+                for j, term in enumerate(factor.terms):
+                    sample, name = values[:, i, j], (factor.name, label, int(counts[label]), term)
+                    moments = sample.mean(), sample.std(ddof=1)
+                    records.append((*name, *moments, lower[i, j], upper[i, j]))
         names = ["factor", "cluster", "rows", "term", "mean", "sd", "lower", "upper"]
         return pd.DataFrame(records, columns=names)
 
@@ -151,16 +128,13 @@ class _AdaptedEffects(EffectSource):
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         adapted = self.labels[factor.name]
-        place = np.full(len(labels), -1)
-        if len(adapted):
-            place = adapted.get_indexer(as_seen(labels, adapted))
+        place = adapted.get_indexer(as_seen(labels, adapted))
         unknown = place < 0
-        rest, modes = self.others.effects(factor, labels[unknown])
+        rest, _ = self.others.effects(factor, labels[unknown])
         both = rest.new_empty(len(rest), len(labels), rest.shape[-1])
         both[:, torch.as_tensor(unknown)] = rest
         both[:, torch.as_tensor(~unknown)] = self.known[factor.name][:, place[~unknown]]
-        names = iter(modes)
-        return both, [next(names) if new else "adapt" for new in unknown]
+        return both, np.where(unknown, "marginal", "adapt").tolist()
 
 
 def adapt(
@@ -184,14 +158,10 @@ def adapt(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     support : ClusteredData or table
         Rows with outcomes, of clusters not seen in training. It may be empty.
-    draws : int
-        Posterior draws.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
+    draws, seed : int
+        Posterior draws, and their seed; by default that of the fit.
     update_seen : bool
         Whether the support may hold rows of clusters seen in training. Their effects are then drawn
         anew, given their training rows and the support.
@@ -205,20 +175,22 @@ def adapt(
     --------
     ``fit.adapt(rows_with_outcomes).predict(rows_to_come)``
     """
-    model, facts = posterior.model, posterior.model.data_facts()
+    model = posterior.model
     seed = posterior.seed if seed is None else seed
     if isinstance(support, pd.DataFrame) and support.empty:
         support = posterior.data.take([])
     support = posterior.encode(support)
     check_support(posterior, support, update_seen=update_seen)
-    latents = dict(posterior.draws(draws, seed=seed))
-    new = new_clusters(facts, model, support)
+    latents: Latents = posterior.draws(draws, seed=seed)
+    new = new_clusters(model, support)
     marginal = Marginal(latents, seed)
-    effects = {f.name: marginal.effects(f, new[f.name])[0].clone() for f in model.factors}
+    effects: Latents = {f.name: marginal.effects(f, new[f.name])[0] for f in model.factors}
     quality = {"ess": float(draws), "k_hat": -np.inf, "reweighted": 1.0, "efficiency": 1.0}
     if support.n_rows and model.factors:
-        weights = condition(posterior, support, latents, effects, new, seed, update_seen, quality)
-        index = _resampled(weights, seed, quality)
+        options: dict[str, Any] = {"effects": effects, "update_seen": update_seen}
+        made = condition(posterior, support, latents, seed, **options)
+        latents, effects, quality["efficiency"] = made.latents, made.effects, made.efficiency
+        index = _resampled(made.log_weights, seed, quality)
         if index is not None:
             latents = selected(latents, index)
             effects = {k: v[index] for k, v in effects.items()}
@@ -232,21 +204,10 @@ def check_support(
     *,
     update_seen: bool = False,
 ) -> None:
-    """Check that the rows have outcomes and belong to new clusters of the data.
+    """Check that the rows have outcomes and belong to new clusters, of the data to be predicted.
 
-    Parameters
-    ----------
-    new_in_data : mapping of str to pandas.Index, optional
-        New clusters among the rows to be predicted. The support may have no others.
-
-    Raises
-    ------
-    ValueError
-        If an outcome is missing, a row lies in seen clusters only, or a cluster is not in the data.
-
-    Examples
-    --------
-    ``check_support(fit.posterior, rows_with_outcomes)``
+    `new_in_data` are the new clusters of the data; by default the support may have any. ValueError
+    tells of a missing outcome, a row in seen clusters only, or a cluster that is not in the data.
     """
     model, facts = posterior.model, posterior.model.data_facts()
     if support.outcome is None:
@@ -257,12 +218,12 @@ def check_support(
     if not support.n_rows or not model.factors:
         return
     model.family.check(support)
-    new = new_clusters(facts, model, support)
+    new = new_clusters(model, support)
     is_new = np.zeros(support.n_rows, dtype=bool)
     for factor in model.factors:
-        is_new |= pd.Index(
-            as_seen(support.grouping(factor.name).levels, facts.levels[factor.name])
-        ).isin(new[factor.name])[support.grouping(factor.name).codes.numpy()]
+        grouping = support.grouping(factor.name)
+        levels = as_seen(grouping.levels, facts.levels[factor.name])
+        is_new |= levels.isin(new[factor.name])[grouping.codes.numpy()]
     if not update_seen and not is_new.all():
         first = model.factors[-1].name
         known = pd.unique(support.grouping(first).labels()[~is_new])
@@ -286,14 +247,7 @@ def check_support(
 def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) -> ClusteredData:
     """The rows of both data sets, those of the first one first.
 
-    Raises
-    ------
-    ValueError
-        If only one of them has outcomes, trials, offsets or weights.
-
-    Examples
-    --------
-    ``joined(fit.posterior, first_rows, more_rows)``
+    Raises ValueError if only one of them has outcomes, trials, offsets or weights.
     """
     if not first.n_rows or not second.n_rows:
         return first if first.n_rows else second

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,7 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 
-__all__ = ["check_settings", "new_effects", "predict_chunks", "with_new_effects"]
+__all__ = ["check_settings", "new_effects", "predict_chunks", "predict_rows", "with_new_effects"]
 
 
 def predict_chunks(
@@ -37,38 +39,11 @@ def predict_chunks(
     """Yield the predictions of `predict` in blocks of consecutive rows, in bounded memory.
 
     The expected outcomes do not depend on the block size. The draws of the outcome do, as each
-    block has its own random numbers.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    data : ClusteredData or table
-        New rows.
-    source : EffectSource
-        The posterior draws, and the random effects of new clusters.
-    draws : int
-        Draws of the outcome where the program has no latent site.
-    prob : float
-        Probability of the intervals.
-    seed : int, optional
-        Seed of the outcomes' draws; by default that of the fit.
-    chunk : int, optional
-        Rows per block; by default the arrays of a block take about 100 MB.
-    outcomes : bool
-        Whether to draw the outcome and to predict other outcomes. Tables of expected outcomes need
-        neither.
-    others : bool
-        Whether other outcomes are predicted, if `outcomes` is true.
-
-    Raises
-    ------
-    ValueError
-        If there are no rows, fewer than two draws, or `prob` is not a probability.
-
-    Examples
-    --------
-    ``for part in predict_chunks(fit.posterior, rows, source): part.to_frame()``
+    block has its own random numbers. `source` has the posterior draws and the effects of new
+    clusters; `draws` is their number where the program has no latent site. By default the arrays of
+    a block take about 100 MB. Without `outcomes`, which tables of expected outcomes do not need,
+    `Prediction.outcome` holds the predictor, and no other outcome is predicted. Raises ValueError
+    if there are no rows, fewer than two draws, or `prob` is not a probability.
     """
     reconstruct = outcomes and others
     check_settings(draws, prob)
@@ -103,6 +78,27 @@ def predict_chunks(
         )
 
 
+def predict_rows(
+    posterior: Posterior, data: ClusteredData, source: EffectSource, **settings: Any
+) -> Prediction:
+    """The blocks of `predict_chunks` as one prediction."""
+    parts = list(predict_chunks(posterior, data, source, **settings))
+    return replace(
+        parts[0],
+        expected=np.concatenate([part.expected for part in parts], 1),
+        outcome=np.concatenate([part.outcome for part in parts], 1),
+        unseen=np.concatenate([part.unseen for part in parts]),
+        row_labels=data.row_labels,
+        others={
+            name: Reconstructed(
+                np.concatenate([part.others[name].mean for part in parts]),
+                np.concatenate([part.others[name].sd for part in parts]),
+            )
+            for name in parts[0].others
+        },
+    )
+
+
 def _reconstructed(means: Tensor, rows: Rows) -> Reconstructed:
     """Mean and sd over the draws "... rows values"; there may be a single draw."""
     draws = means.reshape(-1, *rows.x.shape)
@@ -114,27 +110,8 @@ def with_new_effects(
 ) -> tuple[dict[str, Tensor], Shaped[np.ndarray, " rows"]]:
     """Posterior draws with the effects of new clusters appended, and the mode of each row.
 
-    Parameters
-    ----------
-    model : MixedEffects
-        The bound program.
-    source : EffectSource
-        The posterior draws, and the random effects of new clusters.
-    levels : mapping of str to pandas.Index
-        Labels of all clusters, seen ones first: the codes of `rows` point to them.
-    rows : HeldRows
-        The encoded rows.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Draws of all latent sites.
-    Shaped[ndarray, "rows"]
-        Mode of each row; empty for rows in seen clusters only.
-
-    Examples
-    --------
-    ``latents, modes = with_new_effects(model, source, facts.levels_with(data), rows)``
+    The codes of `rows` point to `levels`, seen clusters first. The mode is empty for rows in seen
+    clusters only.
     """
     latents, used = dict(source.latents), np.full(len(rows), "", dtype="<U10")
     for factor in model.factors:
@@ -152,33 +129,21 @@ def with_new_effects(
 def new_effects(
     model: MixedEffects, source: EffectSource, data: ClusteredData
 ) -> dict[str, NewEffects]:
-    """Effects of all new clusters of these rows by factor, on the original scale.
-
-    Examples
-    --------
-    ``new_effects(model, source, data)["site"].values.mean(0)``
-    """
+    """Effects of all new clusters of these rows by factor, on the original scale."""
     by_factor = {}
-    labels = new_clusters(model.data_facts(), model, data)
+    new = new_clusters(model, data)
     for factor in model.factors:
-        if len(labels[factor.name]):
+        if len(labels := new[factor.name]):
             with torch.no_grad():
-                effects, modes = source.effects(factor, labels[factor.name])
+                effects, modes = source.effects(factor, labels)
                 values = effects.double() @ factor.to_original.to(effects.device).double().mT
             array = values.cpu().numpy()
-            by_factor[factor.name] = NewEffects(
-                labels[factor.name], factor.terms, array, tuple(modes)
-            )
+            by_factor[factor.name] = NewEffects(labels, factor.terms, array, tuple(modes))
     return by_factor
 
 
 def check_settings(draws: int, prob: float) -> None:
-    """Raise ValueError if there are fewer than two draws, or `prob` is not a probability.
-
-    Examples
-    --------
-    >>> check_settings(draws=1000, prob=0.9)
-    """
+    """Raise ValueError if there are fewer than two draws, or `prob` is not a probability."""
     if not 0 < prob < 1:
         raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
     if draws < 2:

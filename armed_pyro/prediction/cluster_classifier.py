@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,6 @@ from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Classifiers", "ClusterClassifier", "calibration_error", "train_classifier"]
 
-
 STEPS, BATCH, RATE = 1500, 256, 0.01
 # Training stops once the held-out loss has not fallen in PATIENCE checks, one every EVERY steps.
 EVERY, PATIENCE = 25, 6
@@ -27,78 +26,54 @@ EVERY, PATIENCE = 25, 6
 HELD_OUT, BINS = 0.3, 10
 # Hidden units of the classifier if the architecture of the fit cannot be reused.
 WIDTH = 32
+Logits = Float[Tensor, "rows clusters"]
+Codes = Int[Tensor, " rows"]
 # With more features than this, only hidden activations are compared and not the features too.
 MOST_FEATURES = 100
+# Rows in one pass of the trained network.
+AT_ONCE = 4096
+# The tensors of a classifier that are not weights of its network.
+STATISTICS = ("log_prior", "centers", "whiten", "counts")
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterClassifier:
     r"""p(k | x) = softmax(net(x) / temperature), and the centre of each cluster's features.
 
-    Attributes
-    ----------
-    factor : str
-        Grouping factor.
-    net : torch.nn.Module
-        The architecture of the fit, trained from new initial weights, with one output per cluster.
-    temperature : float
-        Chosen on rows that the classifier was not trained on.
-    pooling : float
-        Between 0 and 1: n rows of one cluster count as 1 + (n - 1) pooling independent rows.
-        Estimated from held-out rows pooled by cluster.
-    log_prior : Float[Tensor, "clusters"]
-        Logarithms of the clusters' shares of the training rows.
-    centers : Float[Tensor, "clusters q"]
-        Mean features of each cluster, in coordinates in which rows have unit variance within
-        clusters.
-    whiten : Float[Tensor, "q q"]
-        Matrix that transforms features to these coordinates.
-    counts : Float[Tensor, "clusters"]
-        Number of training rows of each cluster.
-    report : mapping of str to float
-        Scores on rows used for nothing else: rows (their number), accuracy, chance (share of the
-        largest cluster), log_loss, ece (expected calibration error) and ece_before (the same at
-        temperature 1).
+    n rows of one cluster count as 1 + (n - 1) `pooling` independent rows, with pooling between 0
+    and 1. Temperature and pooling are chosen on rows that the network was not trained on (Guo,
+    Pleiss, Sun, Weinberger 2017, "On calibration of modern neural networks", ICML).
 
-    Examples
-    --------
-    ``fit.classifier("site").report["ece"]``
-
-    References
-    ----------
-    Guo, Pleiss, Sun, Weinberger (2017), "On calibration of modern neural networks", ICML.
+    `report` has scores on rows used for nothing else: rows (their number), accuracy, chance (share
+    of the largest cluster), log_loss, ece (expected calibration error) and ece_before (the same at
+    temperature 1).
     """
 
     factor: str
-    net: nn.Module
+    net: nn.Module  # the fit's architecture, trained anew, with one output per cluster
     temperature: float
     pooling: float
-    log_prior: Float[Tensor, " clusters"]
-    centers: Float[Tensor, "clusters q"]
-    whiten: Float[Tensor, "q q"]
-    counts: Float[Tensor, " clusters"]
+    log_prior: Float[Tensor, " clusters"]  # logarithms of their shares of the training rows
+    centers: Float[Tensor, "clusters q"]  # mean features, with unit variance within clusters
+    whiten: Float[Tensor, "q q"]  # matrix that transforms features to these coordinates
+    counts: Float[Tensor, " clusters"]  # number of training rows
     report: Mapping[str, float]
 
     @torch.no_grad()
-    def log_prob(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows clusters"]:
+    def log_prob(self, x: Float[Tensor, "rows ..."]) -> Logits:
         """Return log p(k | x) of standardised features."""
-        pieces = [
-            torch.log_softmax(self.net(part).flatten(1) / self.temperature, -1)
-            for part in x.split(4096)
-        ]
-        return torch.cat(pieces).double()
+        logits = torch.cat([self.net(part).flatten(1) for part in x.split(AT_ONCE)])
+        return torch.log_softmax(logits / self.temperature, -1).double()
 
     @torch.no_grad()
     def position(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows q"]:
         """Features in the coordinates of `centers`."""
-        pieces = [_coordinates(self.net, part) for part in x.split(4096)]
-        return torch.cat(pieces) @ self.whiten
+        return _coordinates(self.net, x) @ self.whiten
 
     def tensors(self) -> dict[str, Tensor]:
         """All trained tensors by name, from which `restore` makes the classifier again."""
-        statistics = ("log_prior", "centers", "whiten", "counts")
         weights = {f"net.{name}": value for name, value in self.net.state_dict().items()}
-        return {name: getattr(self, name) for name in statistics} | weights
+        return {name: getattr(self, name) for name in STATISTICS} | weights
 
     @classmethod
     def restore(
@@ -112,49 +87,20 @@ class ClusterClassifier:
     ) -> ClusterClassifier:
         """The classifier with the tensors that `tensors` returned."""
         net = _architecture(model, len(tensors["log_prior"]))
-        weights = {
-            name.removeprefix("net."): value
-            for name, value in tensors.items()
-            if name.startswith("net.")
-        }
+        weights = {k.removeprefix("net."): v for k, v in tensors.items() if k not in STATISTICS}
         net.load_state_dict(weights)
-        names = ("log_prior", "centers", "whiten", "counts")
-        log_prior, centers, whiten, counts = (tensors[name] for name in names)
-        settings = factor, net.eval(), temperature, pooling
-        return cls(*settings, log_prior, centers, whiten, counts, dict(report))
+        statistics = {name: tensors[name] for name in STATISTICS}
+        return cls(factor, net.eval(), temperature, pooling, **statistics, report=dict(report))
 
 
-class Classifiers(Mapping[str, ClusterClassifier]):
-    """Trained classifiers by factor; `of` trains a missing one.
-
-    Parameters
-    ----------
-    trained : mapping of str to ClusterClassifier, optional
-        Classifiers of a saved fit.
-
-    Examples
-    --------
-    >>> len(Classifiers())
-    0
-    """
-
-    def __init__(self, trained: Mapping[str, ClusterClassifier] | None = None) -> None:
-        self._trained = dict(trained or {})
-
-    def __getitem__(self, factor: str) -> ClusterClassifier:
-        return self._trained[factor]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._trained)
-
-    def __len__(self) -> int:
-        return len(self._trained)
+class Classifiers(dict[str, ClusterClassifier]):
+    """Trained classifiers by factor; `of` trains a missing one."""
 
     def of(self, posterior: Posterior, factor: str) -> ClusterClassifier:
         """The classifier of a factor's clusters, trained at the first call."""
-        if factor not in self._trained:
-            self._trained[factor] = train_classifier(posterior, factor)
-        return self._trained[factor]
+        if factor not in self:
+            self[factor] = train_classifier(posterior, factor)
+        return self[factor]
 
 
 def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
@@ -165,10 +111,6 @@ def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
     ValueError
         If there is no such factor, there are no features, or the fit holds no training rows or only
         a sample of them.
-
-    Examples
-    --------
-    ``train_classifier(fit.posterior, "site").report["accuracy"]``
     """
     model, data = posterior.model, posterior.data
     facts = model.data_facts()
@@ -202,7 +144,7 @@ def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
         temperature = _temperature(logits, codes[tune])
         report = _report(net(x[judge]).flatten(1).double(), codes[judge], temperature)
         report["chance"] = float(shares.max() / shares.sum())
-        position = torch.cat([_coordinates(net, part) for part in x.split(4096)])
+        position = _coordinates(net, x)
         sums = position.new_zeros(len(shares), position.shape[1]).index_add(0, codes, position)
         centers = sums / shares[:, None]
         residual = position - centers[codes]
@@ -215,8 +157,8 @@ def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
         log_prior = (shares / shares.sum()).double().log()
         ratio = torch.log_softmax(logits / temperature, -1) - log_prior
         pooling = _pooling(ratio, codes[tune], log_prior)
-    settings = factor, net, temperature, pooling
-    return ClusterClassifier(*settings, log_prior, centers @ whiten, whiten, shares, report)
+    statistics = log_prior, centers @ whiten, whiten, shares
+    return ClusterClassifier(factor, net, temperature, pooling, *statistics, report)
 
 
 def calibration_error(
@@ -233,18 +175,16 @@ def calibration_error(
     """
     top = probability.max(1)
     right = probability.argmax(1) == codes
-    order = np.argsort(top, kind="stable")
-    bins = np.array_split(order, max(1, min(BINS, len(order) // 10)))
-    gaps = [
-        len(rows) * abs(float(right[rows].mean() - top[rows].mean())) for rows in bins if len(rows)
-    ]
-    return sum(gaps) / max(1, len(top))
+    bins = np.array_split(np.argsort(top, kind="stable"), max(1, min(BINS, len(top) // 10)))
+    gaps = [len(rows) * abs(float(right[rows].mean() - top[rows].mean())) for rows in bins]
+    return sum(gaps) / len(top)
 
 
 def _architecture(model: MixedEffects, clusters: int) -> nn.Module:
     """The layers of the fit's network with new initial weights and one output per cluster.
 
-    Falls back to a small network with one hidden layer.
+    Falls back to a small network with one hidden layer if the last layer's output is not the
+    network's output, or if it has a fixed width.
     """
     facts, like = model.data_facts(), model.reference()
     probe = torch.zeros(2, *facts.feature_shape).to(like)
@@ -276,15 +216,17 @@ def _coordinates(net: nn.Module, x: Float[Tensor, "rows ..."]) -> Float[Tensor, 
     Hidden layers tell apart clusters whose mean features are the same. The features show shifts
     that no hidden layer was trained to detect.
     """
-    path = head_path(net)
-    with tapped(net, (), [path]) as record:
-        net(x)
-    hidden = record[f"<{path}"].flatten(1)
+    path, pieces = head_path(net), []
+    for part in x.split(AT_ONCE):
+        with tapped(net, (), [path]) as record:
+            net(part)
+        pieces.append(record[f"<{path}"].flatten(1))
+    hidden = torch.cat(pieces)
     few = x.dim() == 2 and x.shape[1] <= MOST_FEATURES
     return torch.cat([x, hidden], 1) if few else hidden
 
 
-def _parts(codes: Int[Tensor, " rows"], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(codes: Codes, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows for training, for stopping and calibration, and for scores; stratified by cluster."""
     rng = np.random.default_rng([seed, 11])
     order = rng.permutation(len(codes))
@@ -325,7 +267,7 @@ def _train(net: nn.Module, x: Tensor, codes: Tensor, x_held: Tensor, codes_held:
     net.eval().requires_grad_(False)
 
 
-def _temperature(logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " rows"]) -> float:
+def _temperature(logits: Logits, codes: Codes) -> float:
     """The temperature with the lowest log-loss."""
 
     def loss(log_temperature: float) -> float:
@@ -334,11 +276,7 @@ def _temperature(logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " ro
     return math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-3.0, 4.0), method="bounded").x)
 
 
-def _pooling(
-    log_ratio: Float[Tensor, "rows clusters"],
-    codes: Int[Tensor, " rows"],
-    log_prior: Float[Tensor, " clusters"],
-) -> float:
+def _pooling(log_ratio: Logits, codes: Codes, log_prior: Float[Tensor, " clusters"]) -> float:
     """The pooling with the lowest log-loss of each cluster given the sum of its rows' evidence.
 
     Small errors that all rows of a cluster share add up. Without pooling, the sum would be certain
@@ -356,9 +294,7 @@ def _pooling(
     return min((0.0, inner, 1.0), key=loss)
 
 
-def _report(
-    logits: Float[Tensor, "rows clusters"], codes: Int[Tensor, " rows"], temperature: float
-) -> dict[str, float]:
+def _report(logits: Logits, codes: Codes, temperature: float) -> dict[str, float]:
     truth = codes.cpu().numpy()
     before, after = (torch.softmax(logits / t, -1).cpu().numpy() for t in (1.0, temperature))
     return {

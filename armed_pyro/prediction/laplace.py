@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +15,8 @@ from armed_pyro.families.family import Parameters
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Conditionals", "conditionals"]
+__all__ = ["Conditional", "GroupDraws"]
 
-
-Latents = Mapping[str, Tensor]
 # Newton's method: most iterations, longest step, and the length of step that ends it.
 ITERATIONS, LONGEST_STEP, CLOSE = 30, 4.0, 1e-2
 # Newton steps in each draw, from the mode at the mean of all draws. The modes may stay inexact:
@@ -29,41 +27,17 @@ PARTICLES, BLOCK = (8, 16, 64), 2**23
 
 
 @dataclass(frozen=True)
-class Conditionals:
-    """Draws of the effects of C groups of clusters given S posterior draws of all other sites.
+class GroupDraws:
+    """Draws of the effects of C groups of clusters given S posterior draws of all other sites."""
 
-    Attributes
-    ----------
-    effects : Float[Tensor, "draws groups size"]
-        u = L z.
-    evidence : Float[Tensor, "draws groups"]
-        log p(y of the group's rows | all other sites of the draw).
-    efficiency : Float[Tensor, "groups"]
-        Effective number of particles divided by their number, averaged over draws; 1 if exact.
-
-    Examples
-    --------
-    ``conditionals(model, latents, rows, base, design, lower, place, 3).evidence.mean(0)``
-    """
-
-    effects: Float[Tensor, "draws groups size"]
-    evidence: Float[Tensor, "draws groups"]
-    efficiency: Float[Tensor, " groups"]
+    effects: Float[Tensor, "draws groups size"]  # u = L z
+    evidence: Float[Tensor, "draws groups"]  # log p(y of the group's rows | other sites)
+    efficiency: Float[Tensor, " groups"]  # effective share of the particles; 1 if exact
 
 
-@torch.no_grad()
-def conditionals(
-    model: MixedEffects,
-    latents: Latents,
-    rows: Rows,
-    base: Float[Tensor, "draws rows columns"],
-    design: Float[Tensor, "rows size columns"],
-    lower: Float[Tensor, "draws size size"],
-    place: Int[Tensor, " rows"],
-    groups: int,
-    noise: Float[Tensor, "draws groups size"] | None = None,
-) -> Conditionals:
-    r"""Draw from p(u_c | y_c, all other sites) for groups of clusters that share no rows.
+@dataclass(frozen=True)
+class Conditional:
+    r"""p(z_c | y_c, all other sites) for groups of clusters that share no rows, in every draw.
 
     .. math:: \eta_i = base_i + s \, Z_i^\top L z_{c(i)}, \quad z_c \sim N(0, I)
 
@@ -72,87 +46,54 @@ def conditionals(
     particles around the mode, on lattices with stretched tails, are weighted by the likelihood, and
     one particle is drawn by these weights.
 
-    Parameters
-    ----------
-    model : MixedEffects
-        The bound program.
-    latents : mapping of str to Tensor
-        Posterior draws, for the parameters of the family.
-    rows : Rows
-        The rows, with outcomes.
-    base : Float[Tensor, "draws rows columns"]
-        Predictor without these effects; "1 rows columns" if all draws share it.
-    design : Float[Tensor, "rows size columns"]
-        Z, the columns of a group's effects.
-    lower : Float[Tensor, "draws size size"]
-        L, block-diagonal over the group's clusters.
-    place : Int[Tensor, "rows"]
-        Group of each row.
-    groups : int
-        C.
-    noise : Float[Tensor, "draws groups size"], optional
-        Standard normal noise for exact draws.
-
-    Examples
-    --------
-    See `Conditionals`.
+    Where all draws share a value, its first dimension may be 1.
     """
-    parameters = _parameters(model, latents)
-    n = max([len(base), len(lower), *map(len, parameters.values())])
-    if noise is not None:
-        n = max(n, len(noise))
-    size, columns = design.shape[1:]
-    exact = model.family.is_quadratic
-    particles = 1 if exact else PARTICLES[min(size, len(PARTICLES)) - 1]
-    width = max(size * size + size * columns, particles * columns)
-    step = max(1, BLOCK // (max(1, len(rows), groups) * width))
-    start = None
-    if not exact:  # the mode at the mean of all draws is a few Newton steps from that of each
-        middle = _Problem(
-            model,
-            {name: value.mean(0, keepdim=True) for name, value in parameters.items()},
-            rows,
-            base.mean(0, keepdim=True),
-            design,
-            lower.mean(0, keepdim=True),
-            place,
-            groups,
-        )
-        start = middle.mode(base.new_zeros(1, groups, size), ITERATIONS)[0]
-    pieces = []
-    for first in range(0, n, step):
-        part = slice(first, min(first + step, n))
-
-        def in_block(values: Tensor, part: slice = part) -> Tensor:
-            return values if len(values) == 1 else values[part]
-
-        count = part.stop - part.start
-        values = {name: in_block(value) for name, value in parameters.items()}
-        problem = _Problem(
-            model, values, rows, in_block(base), design, in_block(lower), place, groups
-        )
-        begin = (
-            base.new_zeros(count, groups, size) if start is None else start.expand(count, -1, -1)
-        )
-        mode, root = problem.mode(begin.clone(), 1 if exact else STEPS)
-        block_noise = None if noise is None else in_block(noise)
-        pieces.append(problem.draw(mode, root, particles, block_noise))
-    effects, evidence, share = (torch.cat(blocks) for blocks in zip(*pieces, strict=True))
-    return Conditionals(effects, evidence, share.mean(0))
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """log p(y, z) in one block of draws; the fields are arguments of `conditionals`."""
 
     model: MixedEffects
-    parameters: Parameters  # as latent sites, in standardised units
+    parameters: Parameters  # the family's latent sites "draws 1", in standardised units
     rows: Rows
-    base: Tensor
-    design: Tensor
-    lower: Tensor
-    place: Tensor
-    groups: int
+    base: Float[Tensor, "draws rows columns"]  # the predictor without these effects
+    design: Float[Tensor, "rows size columns"]  # Z
+    lower: Float[Tensor, "draws size size"]  # L, block-diagonal over the group's clusters
+    place: Int[Tensor, " rows"]  # group of each row
+    groups: int  # C
+
+    @torch.no_grad()
+    def draw(self, noise: Float[Tensor, "draws groups size"]) -> GroupDraws:
+        """Draw the effects, block by block of draws; exact draws transform the normal `noise`."""
+        n = max(map(len, [self.base, self.lower, noise, *self.parameters.values()]))
+        size, columns = self.design.shape[1:]
+        exact = self.model.family.is_quadratic
+        particles = 1 if exact else PARTICLES[min(size, len(PARTICLES)) - 1]
+        width = max(size * size + size * columns, particles * columns)
+        step = max(1, BLOCK // (max(1, len(self.rows), self.groups) * width))
+        start = self.base.new_zeros(1, self.groups, size)
+        if not exact:  # the mode at the mean of all draws is a few Newton steps from that of each
+            middle = self._with(lambda values: values.mean(0, keepdim=True))
+            start = middle.mode(start, ITERATIONS)[0]
+        pieces = []
+        for first in range(0, n, step):
+
+            def in_block(values: Tensor, first: int = first) -> Tensor:
+                return values if len(values) == 1 else values[first : first + step]
+
+            block, count = self._with(in_block), min(step, n - first)
+            begin = start.expand(count, -1, -1).clone()
+            mode, root = block.mode(begin, 1 if exact else STEPS)
+            pieces.append(
+                block.exact_draw(mode, root, in_block(noise))
+                if particles == 1
+                else block.particle_draw(mode, root, particles)
+            )
+        effects, evidence, share = (torch.cat(blocks) for blocks in zip(*pieces, strict=True))
+        return GroupDraws(effects, evidence, share.mean(0))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Conditional:
+        """The same problem with everything that has draws changed."""
+        parameters = {name: change(value) for name, value in self.parameters.items()}
+        return replace(
+            self, parameters=parameters, base=change(self.base), lower=change(self.lower)
+        )
 
     def log_likelihood(self, eta: Float[Tensor, "... rows columns"]) -> Float[Tensor, "... rows"]:
         shape = (-1, *(1,) * (eta.dim() - 2))
@@ -247,22 +188,22 @@ class _Problem:
                 break
         return z, root
 
-    def draw(
-        self, mode: Tensor, root: Tensor, particles: int, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Effects of each group and draw, log-evidence, and efficiency of the particles."""
+    def exact_draw(self, mode: Tensor, root: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """Effects, log-evidence and efficiency of every group and draw, of a quadratic family."""
+        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        likelihood = self._by_group(self.log_likelihood(self.predictor(mode)))
+        evidence = likelihood - 0.5 * (mode**2).sum(-1) - log_det
+        z = mode + torch.linalg.solve_triangular(root.mT, noise[..., None], upper=True)[..., 0]
+        return z @ self.lower.mT, evidence, torch.ones_like(evidence)
+
+    def particle_draw(self, mode: Tensor, root: Tensor, particles: int) -> tuple[Tensor, ...]:
+        """Effects, log-evidence and efficiency of every group and draw, by weighted particles."""
         draws, groups, size = mode.shape
         log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        if particles == 1:
-            likelihood = self._by_group(self.log_likelihood(self.predictor(mode)))
-            evidence = likelihood - 0.5 * (mode**2).sum(-1) - log_det
-            normal = torch.randn_like(mode) if noise is None else noise
-            z = mode + torch.linalg.solve_triangular(root.mT, normal[..., None], upper=True)[..., 0]
-            return z @ self.lower.mT, evidence, torch.ones_like(evidence)
         points = torch.special.ndtri(lattice(draws, particles, (groups, size), mode))
         points, ratio = stretched(points)
-        spread = torch.linalg.solve_triangular(root.mT[:, None], points[..., None], upper=True)
-        z = mode[:, None] + spread[..., 0]
+        offset = torch.linalg.solve_triangular(root.mT[:, None], points[..., None], upper=True)
+        z = mode[:, None] + offset[..., 0]
         log_weight = self._by_group(self.log_likelihood(self.predictor(z)))
         log_weight = log_weight - 0.5 * (z**2).sum(-1) + 0.5 * (points**2).sum(-1)
         log_weight = log_weight - log_det[:, None] - ratio
@@ -276,8 +217,3 @@ class _Problem:
     def _by_group(self, values: Float[Tensor, "draws ... rows"]) -> Tensor:
         zero = values.new_zeros(*values.shape[:-1], self.groups)
         return zero.index_add(-1, self.place, values)
-
-
-def _parameters(model: MixedEffects, latents: Latents) -> dict[str, Float[Tensor, "draws 1"]]:
-    names = [parameter.name for parameter in model.family.parameters]
-    return {name: latents[name].reshape(-1, 1) for name in names if name in latents}

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import scipy
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.laplace import Conditionals, conditionals
+from armed_pyro.prediction.laplace import Conditional, GroupDraws
 from armed_pyro.prediction.unseen import label_noise
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.predictor import modulates
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.in_memory import HeldRows
 
-__all__ = ["condition"]
+__all__ = ["Conditioned", "condition"]
 
-
-Latents = Mapping[str, Tensor]
 Node = tuple[int, int]  # factor, cluster
+# Groups of clusters that share no rows, and the rows of each group.
+Groups = tuple[list[list[Node]], list[Tensor]]
 # Effects in one joint conditional, whose dense precision matrix grows with their square.
 MOST_EFFECTS = 500
 # Rows times draws in one batch of groups.
@@ -35,51 +37,31 @@ MOST_VALUES = 2**25
 LINEARISED = 3
 
 
+@dataclass(frozen=True)
+class Conditioned:
+    """Posterior draws whose effects of the support's clusters are drawn given its rows."""
+
+    latents: Latents
+    effects: Mapping[str, Float[Tensor, "draws new terms"]]  # of the new clusters, by factor
+    log_weights: Float[Tensor, " draws"]  # log p(y_support | draw)
+    efficiency: float  # the lowest of any group's particles
+    # For each batch its groups, and log p(y of the group | draw) "draws groups".
+    evidence: list[tuple[list[list[Node]], Tensor]]
+
+
 def condition(
     posterior: Posterior,
     support: ClusteredData,
-    latents: dict[str, Tensor],
-    effects: dict[str, Tensor],
-    new: Mapping[str, pd.Index],
+    latents: Latents,
     seed: int,
-    update_seen: bool,
-    quality: dict[str, float],
-    evidence: list[tuple[list[list[Node]], Tensor]] | None = None,
-) -> Tensor:
+    *,
+    effects: Mapping[str, Float[Tensor, "draws new terms"]] | None = None,
+    update_seen: bool = False,
+) -> Conditioned:
     """Draw the effects of all clusters of the support given each posterior draw.
 
-    `latents`, `effects`, `quality` and `evidence` are updated in place.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    support : ClusteredData
-        Rows with outcomes.
-    latents : dict of str to Tensor
-        Draws of the fit. If `update_seen` is set, effects of seen clusters are replaced.
-    effects : dict of str to Float[Tensor, "draws new terms"]
-        Effects of the new clusters by factor; those of clusters in the support are replaced.
-    new : mapping of str to pandas.Index
-        Labels of the new clusters.
-    seed : int
-        Seed of the noise.
-    update_seen : bool
-        Whether the effects of seen clusters in the support are drawn anew, too.
-    quality : dict of str to float
-        Its efficiency is lowered to the lowest efficiency of any group's particles.
-    evidence : list, optional
-        Gets one entry per batch: groups of clusters, as pairs of factor and cluster number, and
-        log p(y of the group | draw).
-
-    Returns
-    -------
-    Float[Tensor, "draws"]
-        log p(y_support | draw), the draws' log-weights.
-
-    Examples
-    --------
-    `Fit.adapt` calls it: ``fit.adapt(rows).effects``.
+    `effects` are those of the new clusters, zero by default; those of clusters with rows are
+    replaced. With `update_seen`, the effects of seen clusters in the support are replaced, too.
     """
     model, facts = posterior.model, posterior.model.data_facts()
     levels = facts.levels_with(support)
@@ -95,69 +77,114 @@ def condition(
         source = _with_training(posterior, source, levels, free)
     source = model.compute(source)
     trained = torch.arange(len(source)) >= support.n_rows
-    extended = dict(latents)
+    zeroed, zeros = dict(latents), {}
     for f in model.factors:
-        zero = latents[f.effect_site]
-        both = torch.cat([zero, zero.new_zeros(len(zero), len(new[f.name]), zero.shape[-1])], -2)
+        seen, new = latents[f.effect_site], len(levels[f.name]) - first_new[f.name]
+        zeros[f.name] = seen.new_zeros(len(seen), new, seen.shape[-1])
+        both = torch.cat([seen, zeros[f.name]], -2)
         both[:, free[f.name].to(both.device)] = 0.0
-        extended[f.effect_site] = both
-    total = torch.zeros(())
-    noise = {f.name: _noise(f, levels[f.name], latents, seed) for f in model.factors}
+        zeroed[f.effect_site] = both
+    solver = _Solver(posterior, zeroed, source, levels, seed)
+    sites = {f.effect_site for f in model.factors} if update_seen else set()
+    latents = {k: v.clone() if k in sites else v for k, v in latents.items()}
+    effects = {name: value.clone() for name, value in (effects or zeros).items()}
+    total, efficiency, evidence = torch.zeros(()), 1.0, []
     most = max(1, MOST_VALUES // max(site.shape[0] for site in latents.values()))
     for nodes, rows in _in_batches(_components(model.factors, source, free), most):
-        solved = _solve(posterior, extended, source, nodes, rows, noise, seed)
+        solved = solver.solve((nodes, rows))
         total = total + solved.evidence.sum(1).double().cpu()
-        if evidence is not None:
-            evidence.append((nodes, solved.evidence))
-        quality["efficiency"] = min(quality["efficiency"], float(solved.efficiency.min()))
+        evidence.append((nodes, solved.evidence))
+        efficiency = min(efficiency, float(solved.efficiency.min()))
         old = [index[trained[index]] for index in rows]
         if any(map(len, old)):  # the draws are already conditional on training rows
-            before = _solve(posterior, extended, source, nodes, old, noise, seed)
-            total = total - before.evidence.sum(1).double().cpu()
+            total = total - solver.solve((nodes, old)).evidence.sum(1).double().cpu()
         for group, members in enumerate(nodes):
-            start = 0
-            for number, cluster in members:
+            widths = [len(model.factors[f].terms) for f, _ in members]
+            values = solved.effects[:, group].split(widths, -1)
+            for (number, cluster), value in zip(members, values, strict=True):
                 factor = model.factors[number]
-                stop = start + len(factor.terms)
-                value, k = solved.effects[:, group, start:stop], first_new[factor.name]
+                k = first_new[factor.name]
                 if cluster >= k:
                     effects[factor.name][:, cluster - k] = value
                 else:
-                    updated = latents[factor.effect_site].clone()
-                    updated[:, cluster] = value
-                    latents[factor.effect_site] = updated
-                start = stop
-    return total
+                    latents[factor.effect_site][:, cluster] = value
+    return Conditioned(latents, effects, total, efficiency, evidence)
 
 
-def _noise(
-    factor: Factor, labels: pd.Index, latents: Latents, seed: int
-) -> Callable[[list[int]], Tensor]:
-    """A function from cluster numbers to their noise."""
+@dataclass(frozen=True)
+class _Solver:
+    """Conditionals of groups of clusters with the same factors."""
 
-    def noise_of(clusters: list[int]) -> Tensor:
-        return label_noise(seed, factor.name, labels[clusters], latents[factor.effect_site])
+    posterior: Posterior
+    latents: Latents  # with the new clusters' effects; the effects that are drawn are zero
+    source: HeldRows
+    levels: Mapping[str, pd.Index]
+    seed: int
 
-    return noise_of
+    def solve(self, groups: Groups) -> GroupDraws:
+        """Draws of the groups' effects."""
+        solved = self._linearised(groups)
+        if modulates(self.posterior.model):
+            # The predictor is not linear in effects on filters: a linearisation holds only locally.
+            for _ in range(LINEARISED):
+                solved = self._linearised(groups, solved.effects.mean(0))
+        return solved
+
+    def _linearised(
+        self, groups: Groups, around: Float[Tensor, "groups size"] | None = None
+    ) -> GroupDraws:
+        """The draws if the predictor is linearised at the effects `around`, by default zero."""
+        (nodes, rows), source, latents = groups, self.source, dict(self.latents)
+        model = self.posterior.model
+        index = torch.cat(rows).to(source.x.device)
+        lengths = torch.tensor([len(r) for r in rows])
+        place = torch.repeat_interleave(torch.arange(len(rows)), lengths).to(index)
+        batch = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
+        # Every group has one cluster in each slot, all of the slot's factor.
+        factors = [model.factors[f] for f, _ in nodes[0]]
+        slots = [
+            torch.tensor([cluster for _, cluster in slot]) for slot in zip(*nodes, strict=True)
+        ]
+        point = mean_draws(model, latents) if modulates(model) else {}
+        if around is not None:
+            sizes = [len(factor.terms) for factor in factors]
+            for factor, clusters, value in zip(
+                factors, slots, around.split(sizes, -1), strict=True
+            ):
+                site = factor.effect_site
+                latents[site] = latents[site].clone()
+                latents[site][:, clusters] = value
+                point[site] = latents[site].mean(0)
+        base = model.predictor(batch, latents)
+        eta = base.eta if base.eta.dim() == 3 else base.eta[None]
+        designs, noise, lower = [], [], []
+        for factor, clusters in zip(factors, slots, strict=True):
+            in_cluster = source.codes[factor.name][index] == clusters.to(index)[place]
+            z = sensitivities(model, batch, factor, base.activations, point)
+            designs.append(z * in_cluster[:, None, None])
+            labels = self.levels[factor.name][clusters.numpy()]
+            noise.append(label_noise(self.seed, factor.name, labels, latents[factor.effect_site]))
+            scale = factor.scale_matrix(latents)
+            lower.append(scale.reshape(-1, *scale.shape[-2:]))
+        z = torch.cat(designs, 1)
+        if around is not None:
+            eta = eta - model.data_facts().spread * torch.einsum("ntc,nt->nc", z, around[place])
+        names = [p.name for p in model.family.parameters if p.name in latents]
+        parameters = {name: latents[name].reshape(-1, 1) for name in names}
+        joint = _block_diagonal(lower)
+        conditional = Conditional(model, parameters, batch, eta, z, joint, place, len(nodes))
+        with model.seeded(self.seed + 13):
+            return conditional.draw(torch.cat(noise, -1))
 
 
 def _components(
     factors: tuple[Factor, ...], source: HeldRows, free: Mapping[str, Tensor]
-) -> Iterator[tuple[list[list[Node]], list[Tensor]]]:
+) -> Iterator[Groups]:
     """Connected components of free clusters, where an edge is a row that two clusters share.
 
-    Yields
-    ------
-    list of list of Node
-        Clusters of every component. All components of one item have the same factors, so that
-        their arrays have the same shape.
-    list of Tensor
-        Rows of every component.
+    All components of one item have the same factors, so that their arrays have the same shape.
     """
-    offset, start = {}, 0
-    for f, factor in enumerate(factors):
-        offset[f] = start
-        start += len(free[factor.name])
+    *offset, total = np.cumsum([0, *(len(free[factor.name]) for factor in factors)]).tolist()
     pairs = []
     row_node = torch.full((len(source),), -1)
     for f, factor in enumerate(factors):
@@ -167,23 +194,17 @@ def _components(
         pairs.append(torch.stack([row_node[both], node[both]]))
         row_node = torch.where(row_node >= 0, row_node, node)
     edges = torch.cat(pairs, 1).numpy()
-    graph = scipy.sparse.coo_array(
-        (np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(start, start)
-    )
+    graph = scipy.sparse.coo_array((np.ones(edges.shape[1]), tuple(edges)), shape=(total, total))
     _, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
     members: dict[int, list[Node]] = defaultdict(list)
-    present = np.unique(label[row_node[row_node >= 0].numpy()])
     for f, factor in enumerate(factors):
         for cluster in free[factor.name].nonzero()[:, 0].tolist():
-            component = int(label[offset[f] + cluster])
-            members[component].append((f, cluster))
-    row_label = np.where(row_node.numpy() >= 0, label[row_node.numpy()], -1)
-    order = np.argsort(row_label, kind="stable")
-    left = np.searchsorted(row_label[order], present)
-    right = np.searchsorted(row_label[order], present, side="right")
-    alike: dict[tuple[int, ...], tuple[list[list[Node]], list[Tensor]]] = {}
-    for component, begin, end in zip(present, left, right, strict=True):
-        nodes = members[int(component)]
+            members[int(label[offset[f] + cluster])].append((f, cluster))
+    inside = (row_node >= 0).nonzero()[:, 0].numpy()
+    of_row = pd.Series(label[row_node[inside].numpy()])
+    alike: dict[tuple[int, ...], Groups] = {}
+    for component, places in of_row.groupby(of_row).indices.items():
+        nodes = members[component]
         kind = tuple(f for f, _ in nodes)
         size = sum(len(factors[f].terms) for f in kind)
         if size > MOST_EFFECTS and len(kind) > 1:
@@ -194,13 +215,11 @@ def _components(
             )
         groups, rows = alike.setdefault(kind, ([], []))
         groups.append(nodes)
-        rows.append(torch.from_numpy(order[begin:end].copy()))
+        rows.append(torch.from_numpy(inside[places]))
     yield from alike.values()
 
 
-def _in_batches(
-    alike: Iterator[tuple[list[list[Node]], list[Tensor]]], most: int
-) -> Iterator[tuple[list[list[Node]], list[Tensor]]]:
+def _in_batches(alike: Iterator[Groups], most: int) -> Iterator[Groups]:
     """The same groups, with at most `most` rows at a time, or a single group."""
     for nodes, rows in alike:
         start, held = 0, 0
@@ -210,88 +229,6 @@ def _in_batches(
                 start, held = place, 0
             held += len(index)
         yield nodes[start:], rows[start:]
-
-
-def _solve(
-    posterior: Posterior,
-    latents: Latents,
-    source: HeldRows,
-    nodes: list[list[Node]],
-    rows: list[Tensor],
-    noise: Mapping[str, Callable[[list[int]], Tensor]],
-    seed: int,
-) -> Conditionals:
-    """The conditionals of groups of clusters with the same factors."""
-    solved = _linearised(posterior, latents, source, nodes, rows, noise, seed)
-    if modulates(posterior.model):
-        # The predictor is not linear in effects on filters: a linearisation holds only locally.
-        for _ in range(LINEARISED):
-            around = solved.effects.mean(0)
-            solved = _linearised(posterior, latents, source, nodes, rows, noise, seed, around)
-    return solved
-
-
-def _linearised(
-    posterior: Posterior,
-    latents: Latents,
-    source: HeldRows,
-    nodes: list[list[Node]],
-    rows: list[Tensor],
-    noise: Mapping[str, Callable[[list[int]], Tensor]],
-    seed: int,
-    around: Float[Tensor, "groups terms"] | None = None,
-) -> Conditionals:
-    """The conditionals for the predictor linearised in the effects.
-
-    Parameters
-    ----------
-    around : Float[Tensor, "groups terms"], optional
-        Effects at which the predictor is linearised; by default zero.
-    """
-    model = posterior.model
-    spread = model.data_facts().spread
-    index = torch.cat(rows).to(source.x.device)
-    place = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(r) for r in rows]))
-    place = place.to(index)
-    batch = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
-    point = mean_draws(model, latents) if modulates(model) else {}
-    if around is not None:
-        latents = dict(latents)
-        sizes = [len(model.factors[f].terms) for f, _ in nodes[0]]
-        for slot, (value, (f, _)) in enumerate(zip(around.split(sizes, -1), nodes[0], strict=True)):
-            site, clusters = model.factors[f].effect_site, [group[slot][1] for group in nodes]
-            latents[site] = latents[site].clone()
-            latents[site][:, clusters] = value
-            point[site] = latents[site].mean(0)
-    base = model.predictor(batch, latents)
-    pieces, normal = [], []
-    for slot, (f, _) in enumerate(nodes[0]):
-        factor = model.factors[f]
-        members: Int[Tensor, " groups"] = torch.tensor([group[slot][1] for group in nodes]).to(
-            index
-        )
-        in_cluster = source.codes[factor.name][index] == members[place]
-        z = sensitivities(model, batch, factor, base.activations, point)
-        pieces.append(z * in_cluster[:, None, None])
-        normal.append(noise[factor.name](members.tolist()))
-    scales = [model.factors[f].scale_matrix(latents) for f, _ in nodes[0]]
-    lower = [scale.reshape(-1, *scale.shape[-2:]) for scale in scales]
-    eta = base.eta if base.eta.dim() == 3 else base.eta[None]
-    z = torch.cat(pieces, 1)
-    if around is not None:
-        eta = eta - spread * torch.einsum("ntc,nt->nc", z, around[place])
-    with model.seeded(seed + 13):
-        return conditionals(
-            model,
-            latents,
-            batch,
-            eta,
-            z,
-            _block_diagonal(lower),
-            place,
-            len(nodes),
-            torch.cat(normal, -1),
-        )
 
 
 def _block_diagonal(blocks: list[Tensor]) -> Tensor:
@@ -329,13 +266,8 @@ def _with_training(
         second = first.new_ones(len(training)) if second is None else second
         return torch.cat([first, second[index]])
 
-    codes = {
-        name: torch.cat([values, training.codes[name][index]])
-        for name, values in source.codes.items()
-    }
-    counts = {
-        name: torch.bincount(values, minlength=len(levels[name])) for name, values in codes.items()
-    }
+    codes = {k: torch.cat([v, training.codes[k][index]]) for k, v in source.codes.items()}
+    counts = {k: torch.bincount(v, minlength=len(levels[k])) for k, v in codes.items()}
     x = torch.cat([source.x, training.x[index]])
     y, trials, offset, weights = (both(name) for name in ("y", "trials", "offset", "weights"))
     return HeldRows(x, y, codes, counts, trials, offset, weights)

@@ -1,21 +1,47 @@
-"""predict(): E[y | x, cluster] and y for rows of seen and new clusters."""
+"""E[y | x, cluster] and y for rows of seen and new clusters, in memory or block by block."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.grouping import Grouping, as_seen
+from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.chunks import check_settings, new_effects, predict_chunks
+from armed_pyro.prediction.adapt import adapt, check_support
+from armed_pyro.prediction.chunks import check_settings, new_effects, predict_chunks, predict_rows
 from armed_pyro.prediction.cluster_classifier import Classifiers
-from armed_pyro.prediction.result import Prediction, Reconstructed
-from armed_pyro.prediction.sources import effect_source
-from armed_pyro.prediction.unseen import one_cluster_per_row
+from armed_pyro.prediction.result import Prediction
+from armed_pyro.prediction.similarity import (
+    Evidence,
+    Resembling,
+    evidence_table,
+    gather_evidence,
+    merge_evidence,
+    warn_if_alien,
+)
+from armed_pyro.prediction.unseen import (
+    RESEMBLING,
+    EffectSource,
+    Marginal,
+    Population,
+    check_mode,
+    new_clusters,
+    one_cluster_per_row,
+)
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
+from armed_pyro.streaming.parquet_table import TableBlocks
 
-__all__ = ["predict"]
+__all__ = ["effect_source", "predict", "predict_table"]
+
+Report = Callable[[str, int, int], Any]
+# Rows in one block for the classifiers.
+EVIDENCE_ROWS = 65_536
 
 
 def predict(
@@ -35,8 +61,6 @@ def predict(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     data : ClusteredData or table
         New rows; a table is encoded as the training table was. The outcome is not needed.
     unseen : {"population", "marginal", "membership", "nearest", "adapt"}, optional
@@ -48,12 +72,10 @@ def predict(
     pooled : bool
         For "membership" and "nearest": whether to pool the features of all rows of a new cluster.
         Otherwise each row is treated as a separate cluster, as in the ARMED paper.
-    draws : int
-        Posterior draws.
+    draws, seed : int
+        Posterior draws, and their seed; by default that of the fit.
     prob : float
         Probability of the intervals.
-    seed : int, optional
-        Seed of the draws; by default that of the posterior.
     others : bool
         Whether to predict the program's other outcomes, too. Reconstructed images cost a pass of
         the decoder for each draw.
@@ -68,9 +90,8 @@ def predict(
 
     Examples
     --------
-    ``predict(fit.posterior, rows, unseen="marginal").to_frame()``
+    ``fit.predict(rows, unseen="marginal").to_frame()``
     """
-    settings: dict[str, Any] = {"draws": draws, "prob": prob, "seed": seed}
     check_settings(draws, prob)
     data = posterior.encode(data)
     source, membership = effect_source(
@@ -83,20 +104,163 @@ def predict(
         seed=seed,
         classifiers=classifiers,
     )
-    by_row = unseen in ("membership", "nearest") and not pooled
+    by_row = unseen in RESEMBLING and not pooled
     rows = one_cluster_per_row(posterior.model, data) if by_row else data
-    parts = list(predict_chunks(posterior, rows, source, others=others, **settings))
+    made = predict_rows(posterior, rows, source, draws=draws, prob=prob, seed=seed, others=others)
     new = {} if by_row else new_effects(posterior.model, source, data)
-    first = parts[0]
-    return Prediction(
-        np.concatenate([part.expected for part in parts], 1),
-        np.concatenate([part.outcome for part in parts], 1),
-        np.concatenate([part.unseen for part in parts]),
-        data.row_labels,
-        first.outcome_name,
-        first.classes,
-        prob,
-        new,
-        membership,
-        Reconstructed.joined(parts),
-    )
+    return replace(made, new=new, membership=membership)
+
+
+def effect_source(
+    posterior: Posterior,
+    data: ClusteredData,
+    unseen: str | None,
+    *,
+    support: ClusteredData | pd.DataFrame | None = None,
+    pooled: bool = True,
+    draws: int = 1000,
+    seed: int | None = None,
+    classifiers: Classifiers | None = None,
+) -> tuple[EffectSource, pd.DataFrame | None]:
+    """Check the mode; return the source of the new clusters' effects, and the membership table.
+
+    The parameters are those of `predict`; the table is that of `evidence_table`. Raises ValueError
+    if the mode is missing, unknown, or lacks the support that it needs.
+    """
+    new = new_clusters(posterior.model, data)
+    check_mode(unseen, new, support=support is not None)
+    evidence = table = None
+    if unseen in RESEMBLING and any(map(len, new.values())):
+        evidence = gather_evidence(
+            posterior,
+            data if pooled else one_cluster_per_row(posterior.model, data),
+            Classifiers() if classifiers is None else classifiers,
+        )
+        table = evidence_table(evidence)
+        warn_if_alien(table)
+    source = _source_of(posterior, unseen, new, support, evidence, draws=draws, seed=seed)
+    return source, table
+
+
+def _source_of(
+    posterior: Posterior,
+    unseen: str | None,
+    new: Mapping[str, pd.Index],
+    support: ClusteredData | pd.DataFrame | None = None,
+    evidence: Evidence | None = None,
+    *,
+    draws: int = 1000,
+    seed: int | None = None,
+) -> EffectSource:
+    """The source of new clusters' effects under a mode that `check_mode` has accepted.
+
+    `new` are the labels of all new clusters. `evidence` is needed for "membership" and "nearest".
+    """
+    seed = posterior.seed if seed is None else seed
+    if unseen == "adapt" and support is not None:
+        rows = posterior.encode(support)
+        check_support(posterior, rows, new)
+        return adapt(posterior, rows, draws=draws, seed=seed).source()
+    latents = posterior.draws(draws, seed=seed)
+    if evidence is not None:
+        return Resembling(latents, seed, evidence, nearest=unseen == "nearest")
+    return Population(latents) if unseen == "population" else Marginal(latents, seed)
+
+
+def predict_table(
+    posterior: Posterior,
+    table: TableBlocks,
+    *,
+    unseen: str | None = None,
+    support: pd.DataFrame | None = None,
+    pooled: bool = True,
+    draws: int = 1000,
+    prob: float = 0.9,
+    seed: int | None = None,
+    classifiers: Classifiers | None = None,
+    report: Report = lambda name, done, total: None,
+) -> tuple[Iterator[Prediction], pd.DataFrame | None]:
+    """Expected outcomes of a table's rows in blocks, and the membership table.
+
+    Rows need not be sorted by cluster: the effects of a new cluster are a function of the seed and
+    its label, and are the same in every block. A first pass over the table lists the clusters. The
+    modes "membership" and "nearest" read the features of new clusters in a second pass, from which
+    pooled evidence gives the membership table. `report` is called with the name of the pass, the
+    number of rows read, and the number of all rows. `Prediction.outcome` holds the predictor
+    instead of draws of y. All other parameters, and the errors, which come before the first block,
+    are those of `predict`.
+    """
+    classifiers = Classifiers() if classifiers is None else classifiers
+    schema = posterior.model.data_facts().schema
+    if schema is None:
+        raise ValueError("the model was fitted to arrays, so it cannot read a table")
+    check_settings(draws, prob)
+    names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
+    wanted = tuple(name for name in names if name is not None)
+    if any(name not in table.columns for name in wanted):  # for the error of `encode`
+        first = next(table.blocks(1), pd.DataFrame(columns=list(table.columns)))
+        ClusteredData.encode(first, schema)
+    new = _new_clusters(posterior, schema, table, report)
+    check_mode(unseen, new, support=support is not None)
+    resembling = unseen in RESEMBLING and any(map(len, new.values()))
+    evidence: Evidence | None = None
+    source = membership = None
+    if resembling and pooled:
+        evidence = {}
+        for frame in _reported(table, EVIDENCE_ROWS, wanted, "comparing clusters", report):
+            data = ClusteredData.encode(frame, schema)
+            evidence = merge_evidence(evidence, gather_evidence(posterior, data, classifiers))
+        membership = evidence_table(evidence)
+        warn_if_alien(membership)
+    settings: dict[str, Any] = {"draws": draws, "seed": seed}
+    if pooled or not resembling:
+        source = _source_of(posterior, unseen, new, support, evidence, **settings)
+
+    def parts() -> Iterator[Prediction]:
+        size, start = BLOCK_VALUES // (draws * values_per_row(posterior.model)), 0
+        for frame in table.blocks(max(1, size), wanted):
+            data, block_source = ClusteredData.encode(frame, schema), source
+            if block_source is None:
+                data = one_cluster_per_row(posterior.model, data, start)
+                block_evidence = gather_evidence(posterior, data, classifiers)
+                block_source = _source_of(posterior, unseen, new, None, block_evidence, **settings)
+            options = {**settings, "prob": prob, "outcomes": False}
+            yield from predict_chunks(posterior, data, block_source, **options)
+            start += len(frame)
+
+    return parts(), membership
+
+
+def _new_clusters(
+    posterior: Posterior, schema: Schema, table: TableBlocks, report: Report
+) -> dict[str, pd.Index]:
+    """Labels of the clusters not seen in training, from the cluster columns alone."""
+    columns = {
+        factor.name: [factor.name] if factor.name in schema.clusters else factor.name.split(":")
+        for factor in posterior.model.factors
+    }
+    cells: dict[str, pd.DataFrame] = {}
+    for frame in _reported(table, 2**18, schema.clusters, "listing clusters", report):
+        for factor, names in columns.items():
+            distinct = [cells.get(factor), frame[names].drop_duplicates()]
+            cells[factor] = pd.concat(distinct).drop_duplicates()
+    new = {}
+    for factor, names in columns.items():
+        groupings = [
+            Grouping.from_labels(cells[factor][name], f"cluster column {name!r}") for name in names
+        ]
+        seen = posterior.model.data_facts().levels[factor]
+        levels = as_seen(reduce(Grouping.cross, groupings).levels, seen)
+        new[factor] = levels[~levels.isin(seen)]
+    return new
+
+
+def _reported(
+    table: TableBlocks, size: int, columns: tuple[str, ...], name: str, report: Report
+) -> Iterator[pd.DataFrame]:
+    """The blocks of a pass, each reported once it was used."""
+    done = 0
+    for frame in table.blocks(size, columns):
+        yield frame
+        done += len(frame)
+        report(name, done, table.n_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,28 +18,12 @@ __all__ = ["NewEffects", "Prediction", "Reconstructed"]
 
 @dataclass(frozen=True, eq=False)
 class NewEffects:
-    """Random effects of the clusters of one factor that were not seen in training.
+    """Random effects of the clusters of one factor that were not seen in training."""
 
-    Attributes
-    ----------
-    labels : pandas.Index
-        The clusters.
-    terms : tuple of str
-        Names of the effects.
-    values : Float[ndarray, "draws new terms"]
-        Draws, on the original scale.
-    modes : tuple of str
-        Mode used for each cluster.
-
-    Examples
-    --------
-    ``fit.predict(rows, unseen="marginal").new["site"].values``
-    """
-
-    labels: pd.Index
+    labels: pd.Index  # the clusters
     terms: tuple[str, ...]
-    values: Float[np.ndarray, "draws new terms"]
-    modes: tuple[str, ...]
+    values: Float[np.ndarray, "draws new terms"]  # on the original scale
+    modes: tuple[str, ...]  # mode used for each cluster
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,30 +31,10 @@ class Reconstructed:
     """Posterior mean and sd of every row's reconstructed features.
 
     Draws are not kept: each would take as much memory as the rows.
-
-    Attributes
-    ----------
-    mean, sd : Float[ndarray, "rows ..."]
-        Posterior mean and standard deviation of every value.
-
-    Examples
-    --------
-    ``fit.predict(rows).others["image"].mean``
     """
 
     mean: Float[np.ndarray, "rows ..."]
     sd: Float[np.ndarray, "rows ..."]
-
-    @classmethod
-    def joined(cls, parts: Sequence[Prediction]) -> dict[str, Reconstructed]:
-        """The reconstructions of consecutive blocks of rows, by the name of the outcome."""
-        return {
-            name: cls(
-                np.concatenate([part.others[name].mean for part in parts]),
-                np.concatenate([part.others[name].sd for part in parts]),
-            )
-            for name in parts[0].others
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +52,15 @@ class Prediction:
         Draws of y; class codes for categorical outcomes.
     unseen : Shaped[ndarray, "rows"]
         Mode used for rows in clusters not seen in training; empty for rows in seen clusters.
-    row_labels : pandas.Index
-        Labels of the rows.
-    outcome_name : str
-        Name of the outcome.
-    classes : tuple or None
-        Labels of the classes.
+    row_labels, outcome_name, classes
+        Labels of the rows, name of the outcome, and labels of the classes if it has any.
     prob : float
         Probability of the (equal-tailed) intervals.
     new : mapping of str to NewEffects
         Random effects of the new clusters, by factor; empty if each row was a separate cluster.
     membership : pandas.DataFrame or None
         For the modes "membership" and "nearest", the seen cluster that each new cluster resembles;
-        see `armed_pyro.prediction.similarity.Evidence.table`.
+        see `armed_pyro.prediction.similarity.evidence_table`.
     others : mapping of str to Reconstructed
         The program's other outcomes, by name.
 
@@ -139,21 +99,15 @@ class Prediction:
     def interval(
         self, prob: float | None = None, *, of: str = "expected"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ends of the equal-tailed interval of the expected outcome, or of the outcome.
+        """Ends of the equal-tailed interval, with the probability of the prediction by default.
 
-        Parameters
-        ----------
-        prob : float, optional
-            Probability of the interval; by default that of the prediction.
-        of : {"expected", "outcome"}
-            Credible interval of E[y], or predictive interval of y.
+        It is the credible interval of E[y], or the predictive interval of y (of="outcome").
         """
         if of not in ("expected", "outcome"):
             raise ValueError(f"`of` is 'expected' or 'outcome', not {of!r}")
         tail = (1 - (self.prob if prob is None else prob)) / 2
         draws = self.expected if of == "expected" else self.outcome
-        lower, upper = np.quantile(draws, [tail, 1 - tail], axis=0)
-        return lower, upper
+        return tuple(np.quantile(draws, [tail, 1 - tail], axis=0))
 
     def to_frame(self) -> pd.DataFrame:
         """Table with mean, sd, lower, upper (by class for categorical outcomes) and unseen."""
@@ -176,24 +130,19 @@ class Prediction:
         """
         dims = ("chain", "draw", "row")
         coords: dict[str, object] = {"row": self.row_labels.to_numpy()}
-        expected_dims: tuple[str, ...] = dims
+        expected_dims = (*dims, "class")[: self.expected.ndim + 1]
         if self.expected.ndim == 3:
-            expected_dims = (*dims, "class")
             coords["class"] = list(self.classes or range(self.expected.shape[2]))
-        reconstructions = {}
+        variables: dict[str, object] = {
+            self.outcome_name: (dims, self.outcome[None]),
+            f"{self.outcome_name}_expected": (expected_dims, self.expected[None]),
+            "unseen": ("row", self.unseen),
+        }
         for name, other in self.others.items():
             axes = ("row", *(f"axis_{i}" for i in range(1, other.mean.ndim)))
-            reconstructions[f"{name}_expected"] = (axes, other.mean)
-            reconstructions[f"{name}_expected_sd"] = (axes, other.sd)
-        return xr.Dataset(
-            {
-                self.outcome_name: (dims, self.outcome[None]),
-                f"{self.outcome_name}_expected": (expected_dims, self.expected[None]),
-                "unseen": ("row", self.unseen),
-                **reconstructions,
-            },
-            coords,
-        )
+            variables[f"{name}_expected"] = (axes, other.mean)
+            variables[f"{name}_expected_sd"] = (axes, other.sd)
+        return xr.Dataset(variables, coords)
 
     def to_datatree(self, observed: ClusteredData | None = None) -> xr.DataTree:
         """Draws in ArviZ's schema: the groups predictions and predictions_constant_data.
@@ -202,25 +151,18 @@ class Prediction:
         ``<factor>_effect`` (chain, draw, <factor>, <factor>_term), and the mode used for each
         cluster as ``<factor>_mode``.
 
-        Parameters
-        ----------
-        observed : ClusteredData, optional
-            The predicted rows. Their clusters go to ``predictions_constant_data``; their outcomes,
-            if known, go to ``observed_data``, for ArviZ's predictive checks
-            (``group="predictions"``).
+        The clusters of `observed`, the predicted rows, go to ``predictions_constant_data``. Their
+        outcomes, if known, go to ``observed_data``, for ArviZ's predictive checks
+        (``group="predictions"``).
 
         Examples
         --------
         ``fit.predict(rows, unseen="marginal").to_datatree()["predictions"]``
         """
-        outcome = variable_name(self.outcome_name)
-        predictions = self.to_dataset()
-        if outcome != self.outcome_name:
-            predictions = predictions.rename({self.outcome_name: outcome})
-        row = label_values(self.row_labels)
-        predictions = predictions.assign_coords(
-            chain=[0], draw=np.arange(len(self.expected)), row=row
-        )
+        outcome, row = variable_name(self.outcome_name), label_values(self.row_labels)
+        predictions = self.to_dataset().rename({self.outcome_name: outcome})
+        draw = np.arange(len(self.expected))
+        predictions = predictions.assign_coords(chain=[0], draw=draw, row=row)
         for name, effects in self.new.items():
             base = name.replace("/", "_")
             cluster, term = variable_name(base), f"{base}_term"

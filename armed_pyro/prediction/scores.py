@@ -1,9 +1,9 @@
-"""Scores of the predictions for new clusters, by cluster and by mode."""
+"""Scores of predictions: of held-out rows, and of new clusters by mode."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,46 +18,32 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support, joined
-from armed_pyro.prediction.chunks import predict_chunks, with_new_effects
+from armed_pyro.prediction.chunks import predict_rows, with_new_effects
 from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.new_clusters import condition
+from armed_pyro.prediction.predict import effect_source
 from armed_pyro.prediction.result import Prediction
-from armed_pyro.prediction.sources import effect_source
-from armed_pyro.prediction.unseen import EffectSource, new_clusters, one_cluster_per_row
-from armed_pyro.program.blocks import BLOCK_VALUES
+from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters, one_cluster_per_row
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 
-__all__ = ["ClusterScores", "compare_modes", "crps", "score_mode"]
-
+__all__ = ["ClusterScores", "compare_modes", "crps", "evaluate", "score_mode"]
 
 # The mode of the ARMED paper: "membership" with each row as a separate cluster.
 BY_ROW = "membership by row"
+ByRow = Float[np.ndarray, " rows"]
+ByCluster = Float[np.ndarray, " clusters"]
+DrawsByRow = Float[np.ndarray, "draws rows"]
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterScores:
     """Scores of one mode on the outcomes of new clusters.
 
-    Attributes
-    ----------
-    mode : str
-        The mode.
-    table : pandas.DataFrame
-        One row per cluster: factor, cluster, rows; rmse (of the posterior mean); coverage and width
-        of the predictive intervals of outcomes; crps (continuous ranked probability score, mean
-        over rows; not for classes); log_score (mean log predictive density of a row); elpd (joint
-        log predictive density of all rows of the cluster); mean_p and sd_p (mid-p-values of the
-        mean and standard deviation of the cluster's outcomes, among replicated outcomes).
-    pit : Float[ndarray, "rows"]
-        Probability integral transform of every outcome, randomised if it is discrete. Uniform if
-        predictions are calibrated; NaN for classes.
-    summary : mapping of str to float
-        Scores over all rows and clusters.
-    row_labels : pandas.Index
-        Labels of the rows of `pit`.
-
-    Examples
-    --------
-    ``score_mode(fit, held_out, "marginal").table``
+    `table` has one row per cluster: factor, cluster, rows; rmse (of the posterior mean); coverage
+    and width of the predictive intervals of outcomes; crps (continuous ranked probability score,
+    mean over rows; not for classes); log_score (mean log predictive density of a row); elpd (joint
+    log predictive density of all rows of the cluster); mean_p and sd_p (mid-p-values of the mean
+    and standard deviation of the cluster's outcomes, among replicated outcomes).
 
     References
     ----------
@@ -67,9 +53,11 @@ class ClusterScores:
 
     mode: str
     table: pd.DataFrame
-    pit: Float[np.ndarray, " rows"]
-    summary: Mapping[str, float]
-    row_labels: pd.Index
+    # Probability integral transform of every outcome, randomised if it is discrete. Uniform if
+    # predictions are calibrated; NaN for classes.
+    pit: ByRow
+    summary: Mapping[str, float]  # scores over all rows and clusters
+    row_labels: pd.Index  # of `pit`
 
     def to_dataset(self) -> xr.Dataset:
         """Scores with the dimensions <factor> and row, labelled as in `Prediction.to_datatree`."""
@@ -97,8 +85,6 @@ def compare_modes(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     data : ClusteredData or table
         Rows with outcomes; rows of new clusters are scored. They should not include rows of the
         support.
@@ -109,14 +95,8 @@ def compare_modes(
         Labelled rows of the new clusters, for "adapt".
     factor : str, optional
         The grouping factor whose new clusters are scored; by default the first with new clusters.
-    draws : int
-        Posterior draws.
-    prob : float
-        Probability of the predictive intervals.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
-    classifiers : Classifiers, optional
-        Classifiers for "membership" and "nearest"; a missing one is trained.
+    draws, prob, seed, classifiers
+        See `armed_pyro.prediction.predict.predict`.
 
     Returns
     -------
@@ -140,15 +120,14 @@ def compare_modes(
         modes = ["population", "marginal"]
         modes += ["membership", BY_ROW, "nearest"] if rows.n_features else []
         modes += ["adapt"] if support is not None else []
-    settings: dict[str, Any] = {"factor": factor, "draws": draws, "prob": prob, "seed": seed}
-    settings["classifiers"] = Classifiers() if classifiers is None else classifiers
+    options: dict[str, Any] = {"factor": factor, "draws": draws, "prob": prob, "seed": seed}
+    options["classifiers"] = Classifiers() if classifiers is None else classifiers
+    labelled = {"adapt": support}
     with warnings.catch_warnings():
         # The warning of alien clusters is not needed: the table shows how membership performs.
         warnings.filterwarnings("ignore", message="no cluster of")
         made = [
-            score_mode(
-                posterior, rows, mode, support=support if mode == "adapt" else None, **settings
-            )
+            score_mode(posterior, rows, mode, support=labelled.get(mode), **options)
             for mode in modes
         ]
     table = pd.DataFrame([{"mode": scores.mode, **scores.summary} for scores in made])
@@ -171,12 +150,7 @@ def score_mode(
     seed: int | None = None,
     classifiers: Classifiers | None = None,
 ) -> ClusterScores:
-    """Scores of one mode by cluster; see `compare_modes` for the parameters.
-
-    Raises
-    ------
-    ValueError
-        If the outcome is not known, or no cluster is new.
+    """Scores of one mode by cluster; see `compare_modes` for the parameters and errors.
 
     Examples
     --------
@@ -189,7 +163,7 @@ def score_mode(
             f"scores compare predictions with outcomes, but the rows have no {facts.outcome_name!r}"
         )
     model.family.check(rows)
-    new = new_clusters(facts, model, rows)
+    new = new_clusters(model, rows)
     named = [name for name, labels in new.items() if len(labels)]
     factor = factor or next(iter(named), None)
     if factor not in named:
@@ -199,38 +173,35 @@ def score_mode(
         )
     codes = model.encode(rows, facts.levels_with(rows)).codes[factor].cpu().numpy()
     seen = len(facts.levels[factor])
+    y = rows.outcome.numpy()[codes >= seen]
     rows = rows.take(codes >= seen)
     codes = codes[codes >= seen] - seen
     unseen, pooled = ("membership", False) if mode == BY_ROW else (mode, True)
     seed = posterior.seed if seed is None else seed
+    source: EffectSource
     if unseen == "adapt" and support is not None:
-        support_rows = posterior.encode(support)
-        check_support(posterior, support_rows)
-        source: EffectSource = adapt(posterior, support_rows, draws=draws, seed=seed).source()
+        support = posterior.encode(support)
+        check_support(posterior, support)
+        source = adapt(posterior, support, draws=draws, seed=seed).source()
     else:
-        support_rows = None
-        source, _ = effect_source(
-            posterior,
-            rows,
-            unseen,
-            pooled=pooled,
-            draws=draws,
-            seed=seed,
-            classifiers=classifiers,
-        )
+        support = None
+        options: dict[str, Any] = {"draws": draws, "seed": seed, "classifiers": classifiers}
+        source, _ = effect_source(posterior, rows, unseen, pooled=pooled, **options)
     used = rows if pooled else one_cluster_per_row(model, rows)
     log_rows = _log_densities(posterior, used, source, draws)
-    parts = list(predict_chunks(posterior, used, source, draws=draws, prob=prob, seed=seed))
-    elpd = _by_draws(log_rows, codes)
+    made = predict_rows(posterior, used, source, draws=draws, prob=prob, seed=seed)
+    # log E[prod_i p(y_i | draw)] of each cluster, as the mean over draws.
+    by_cluster = np.stack([np.bincount(codes, row_values) for row_values in log_rows])
+    elpd = scipy.special.logsumexp(by_cluster, axis=0) - np.log(len(log_rows))
     if unseen in ("marginal", "adapt"):
-        exact = _joint_log_density(posterior, rows, support_rows, factor, new[factor], draws, seed)
+        exact = _joint_log_density(posterior, rows, support, factor, new[factor], draws, seed)
         elpd = np.where(np.isnan(exact), elpd, exact)
-    return _scored(mode, factor, new[factor], codes, rows, parts, log_rows, elpd, prob, seed)
+    scores, summary = _scored(codes, y, made, log_rows, elpd)
+    table = pd.DataFrame({"factor": factor, "cluster": new[factor].astype(object), **scores})
+    return ClusterScores(mode, table, _pit(y, made, seed), summary, rows.row_labels)
 
 
-def crps(
-    draws: Float[np.ndarray, "draws rows"], y: Float[np.ndarray, " rows"]
-) -> Float[np.ndarray, " rows"]:
+def crps(draws: DrawsByRow, y: ByRow) -> ByRow:
     """Continuous ranked probability score E|X - y| - E|X - X'| / 2, estimated without bias.
 
     Examples
@@ -246,73 +217,54 @@ def crps(
 
 
 def _scored(
-    mode: str,
-    factor: str,
-    labels: pd.Index,
     codes: Int[np.ndarray, " rows"],
-    data: ClusteredData,
-    parts: list[Prediction],
-    log_rows: Float[np.ndarray, "draws rows"],
-    elpd: Float[np.ndarray, " clusters"],
-    prob: float,
-    seed: int,
-) -> ClusterScores:
-    """Scores from predictive draws, log-densities of rows, and joint ones of clusters."""
-    assert data.outcome is not None  # for mypy: checked before
-    y, n = data.outcome.numpy(), len(labels)
-    mean = np.concatenate([part.mean for part in parts])
-    outcome = np.concatenate([part.outcome for part in parts], 1).astype(float)
+    y: ByRow,
+    made: Prediction,
+    log_rows: DrawsByRow,
+    elpd: ByCluster,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Scores of every cluster, and over all rows."""
+    mean, outcome, n = made.mean, made.outcome.astype(float), len(elpd)
     counts = np.bincount(codes, minlength=n)
-
-    def average(values: np.ndarray) -> np.ndarray:
-        return np.bincount(codes, values, minlength=n) / np.maximum(counts, 1)
-
-    row_score = scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows))
-    table: dict[str, Any] = {"factor": factor, "cluster": labels.astype(object), "rows": counts}
+    table: dict[str, Any] = {"rows": counts}
     summary = {"clusters": float(n), "rows": float(len(y))}
+
+    def add(name: str, by_row: np.ndarray, scale: Callable[[Any], Any] = np.asarray) -> None:
+        table[name] = scale(np.bincount(codes, by_row, minlength=n) / np.maximum(counts, 1))
+        summary[name] = float(scale(by_row.mean()))
+
     if mean.ndim == 1:
-        lower, upper = np.quantile(outcome, [(1 - prob) / 2, (1 + prob) / 2], axis=0)
-        inside = ((lower <= y) & (y <= upper)).astype(float)
-        ranked = crps(outcome, y)
-        table |= {
-            "rmse": np.sqrt(average((y - mean) ** 2)),
-            "coverage": average(inside),
-            "width": average(upper - lower),
-            "crps": average(ranked),
-        }
+        lower, upper = np.quantile(outcome, [(1 - made.prob) / 2, (1 + made.prob) / 2], axis=0)
         p_values = _replicated(outcome, y, codes, n)
+        add("rmse", (y - mean) ** 2, np.sqrt)
+        add("coverage", ((lower <= y) & (y <= upper)).astype(float))
+        summary["mean_coverage"] = float((np.abs(p_values["mean"] - 0.5) <= made.prob / 2).mean())
+        add("width", upper - lower)
+        add("crps", crps(outcome, y))
         table |= {f"{name}_p": value for name, value in p_values.items()}
-        summary |= {
-            "rmse": float(np.sqrt(((y - mean) ** 2).mean())),
-            "coverage": float(inside.mean()),
-            "mean_coverage": float((np.abs(p_values["mean"] - 0.5) <= prob / 2).mean()),
-            "width": float((upper - lower).mean()),
-            "crps": float(ranked.mean()),
-            "pit_distance": float(scipy.stats.kstest(p_values["mean"], "uniform").statistic),
-        }
+        summary["pit_distance"] = float(scipy.stats.kstest(p_values["mean"], "uniform").statistic)
     if mean.ndim == 2 or set(np.unique(y)) <= {0.0, 1.0}:
         chance = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
-        right = (chance.argmax(1) == y).astype(float)
-        table["accuracy"] = average(right)
-        summary["accuracy"] = float(right.mean())
+        add("accuracy", (chance.argmax(1) == y).astype(float))
         if chance.shape[1] == 2 and 0 < y.mean() < 1:
             from sklearn import metrics  # slow to import
 
             summary["auroc"] = float(metrics.roc_auc_score(y, chance[:, 1]))
-    table |= {"log_score": average(row_score), "elpd": elpd}
-    summary |= {"log_score": float(row_score.mean()), "elpd": float(elpd.sum())}
+    add("log_score", scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows)))
+    return table | {"elpd": elpd}, summary | {"elpd": float(elpd.sum())}
+
+
+def _pit(y: ByRow, made: Prediction, seed: int) -> np.ndarray:
+    """Randomised probability integral transforms; NaN for classes."""
+    if made.expected.ndim == 3:
+        return np.full(len(y), np.nan)
     uniform = np.random.default_rng([seed, 23]).random(len(y))
-    pit = (outcome < y).mean(0) + uniform * (outcome == y).mean(0)
-    pit = pit if mean.ndim == 1 else np.full(len(y), np.nan)
-    return ClusterScores(mode, pd.DataFrame(table), pit, summary, data.row_labels)
+    return (made.outcome < y).mean(0) + uniform * (made.outcome == y).mean(0)
 
 
 def _replicated(
-    outcome: Float[np.ndarray, "draws rows"],
-    y: Float[np.ndarray, " rows"],
-    codes: Int[np.ndarray, " rows"],
-    n: int,
-) -> dict[str, Float[np.ndarray, " clusters"]]:
+    outcome: DrawsByRow, y: ByRow, codes: Int[np.ndarray, " rows"], n: int
+) -> dict[str, ByCluster]:
     """Mid-p-values of each cluster's mean and standard deviation among replicated outcomes."""
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(n))
@@ -335,27 +287,18 @@ def _replicated(
 @torch.no_grad()
 def _log_densities(
     posterior: Posterior, data: ClusteredData, source: EffectSource, draws: int
-) -> Float[np.ndarray, "draws rows"]:
+) -> DrawsByRow:
     """Return log p(y_i | draw) of every row."""
     model = posterior.model
     levels = model.data_facts().levels_with(data)
     rows = model.encode(data, levels)
     latents, _ = with_new_effects(model, source, levels, rows)
     n = max([0, *(site.shape[0] for site in latents.values() if site.dim() > 1)]) or draws
-    terms = sum(len(factor.terms) for factor in model.factors) + 1
     pieces = [
         model.log_likelihood(part, latents).expand(n, -1).double().cpu().numpy()
-        for part in rows.chunks(max(1, BLOCK_VALUES // (n * terms)))
+        for part in rows.chunks(max(1, BLOCK_VALUES // (n * values_per_row(model))))
     ]
     return np.concatenate(pieces, 1)
-
-
-def _by_draws(
-    log_rows: Float[np.ndarray, "draws rows"], codes: Int[np.ndarray, " rows"]
-) -> Float[np.ndarray, " clusters"]:
-    """Return log E[prod_i p(y_i | draw)] of each cluster, as the mean over draws."""
-    sums = np.stack([np.bincount(codes, row_values) for row_values in log_rows])
-    return scipy.special.logsumexp(sums, axis=0) - np.log(len(sums))
 
 
 def _joint_log_density(
@@ -366,49 +309,85 @@ def _joint_log_density(
     labels: pd.Index,
     draws: int,
     seed: int,
-) -> Float[np.ndarray, " clusters"]:
+) -> ByCluster:
     """Return log p(y_k | support) of each cluster, its effects integrated out in every draw.
 
-    NaN if the cluster shares rows with another new cluster of the factor. The mean over draws of
-    `_by_draws` is too noisy for clusters with many rows.
+    NaN if the cluster shares rows with another new cluster of the factor. A mean over draws of the
+    effects, too, would be too noisy for clusters with many rows.
     """
     both = data if support is None else joined(posterior, support, data)
     whole = _evidence(posterior, both, factor, draws, seed)
     part = {} if support is None else _evidence(posterior, support, factor, draws, seed)
     nothing = np.zeros(draws)
-    return np.array(
-        [
-            np.nan
-            if str(label) not in whole
-            else scipy.special.logsumexp(whole[str(label)])
-            - scipy.special.logsumexp(part.get(str(label), nothing))
-            for label in labels
-        ]
-    )
+    joint = {
+        label: scipy.special.logsumexp(values) - scipy.special.logsumexp(part.get(label, nothing))
+        for label, values in whole.items()
+    }
+    return np.array([joint.get(str(label), np.nan) for label in labels])
 
 
 def _evidence(
     posterior: Posterior, data: ClusteredData, factor: str, draws: int, seed: int
 ) -> dict[str, Float[np.ndarray, " draws"]]:
     """Return log p(y_k | draw) of each new cluster without connections to others of its factor."""
-    model, facts = posterior.model, posterior.model.data_facts()
-    latents = dict(posterior.draws(draws, seed=seed))
-    if not model.factors:
-        return {}
-    new = new_clusters(facts, model, data)
-    effects = {
-        f.name: latents[f.effect_site].new_zeros(draws, len(new[f.name]), len(f.terms))
-        for f in model.factors
-    }
-    parts: list[Any] = []
-    condition(posterior, data, latents, effects, new, seed, False, {"efficiency": 1.0}, parts)
-    by_label = {}
+    model, by_label = posterior.model, {}
+    latents, new = posterior.draws(draws, seed=seed), new_clusters(model, data)
     number = [f.name for f in model.factors].index(factor)
-    seen = len(facts.levels[factor])
-    for groups, evidence in parts:
+    seen = len(model.data_facts().levels[factor])
+    for groups, evidence in condition(posterior, data, latents, seed).evidence:
         for place, nodes in enumerate(groups):
             clusters = [cluster for f, cluster in nodes if f == number]
             if len(clusters) == 1:
                 value = evidence[:, place].double().cpu().numpy()
                 by_label[str(new[factor][clusters[0] - seen])] = np.broadcast_to(value, draws)
     return by_label
+
+
+def evaluate(
+    posterior: Posterior,
+    held_out: Mapping[str, ClusteredData],
+    *,
+    prob: float = 0.9,
+    draws: int = 1000,
+) -> pd.DataFrame:
+    """Scores of the predictions of held-out rows with outcomes, one row per set.
+
+    New clusters among the rows are predicted by the mode "marginal". The columns are held_out (name
+    of the set), rows and unseen (rows in clusters not seen in training). Outcomes with classes have
+    also auroc (one class against the rest), accuracy and log_loss; other outcomes have rmse and
+    coverage (share of outcomes inside their predictive interval).
+    """
+    records, settings = [], {"prob": prob, "draws": draws}
+    source = Marginal(posterior.draws(draws), posterior.seed)
+    for name, data in held_out.items():
+        if data.outcome is None:
+            raise ValueError(f"the held-out rows {name!r} have no outcome to compare with")
+        made, y = predict_rows(posterior, data, source, **settings), data.outcome.numpy()
+        unseen = int((made.unseen != "").sum())
+        record: dict[str, Any] = {"held_out": name, "rows": len(y), "unseen": unseen}
+        if posterior.model.family.is_class:
+            record |= _class_scores(y.astype(int), made.mean)
+        else:
+            lower, upper = made.interval(of="outcome")
+            record["rmse"] = float(np.sqrt(((y - made.mean) ** 2).mean()))
+            record["coverage"] = float(((lower <= y) & (y <= upper)).mean())
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def _class_scores(y: np.ndarray, mean: np.ndarray) -> dict[str, float]:
+    from sklearn import metrics  # slow to import
+
+    probability = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
+    # The AUROC of a class is undefined if all rows, or none, are of that class.
+    areas = [
+        metrics.roc_auc_score(y == code, probability[:, code])
+        for code in range(1 if mean.ndim == 1 else 0, probability.shape[1])
+        if 0 < (y == code).sum() < len(y)
+    ]
+    labels = np.arange(probability.shape[1])
+    return {
+        "auroc": float(np.mean(areas)) if areas else float("nan"),
+        "accuracy": float(metrics.accuracy_score(y, probability.argmax(1))),
+        "log_loss": float(metrics.log_loss(y, probability, labels=labels)),
+    }

@@ -18,19 +18,19 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.prediction.unseen import EffectSource, generator
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = [
     "Evidence",
     "FactorEvidence",
     "Resembling",
+    "evidence_table",
     "gather_evidence",
     "merge_evidence",
     "warn_if_alien",
 ]
 
-
-Latents = Mapping[str, Tensor]
 # A new cluster is alien if the p-value of its distance to all seen clusters is below this.
 ALIEN = 0.01
 
@@ -43,38 +43,20 @@ class FactorEvidence:
         + \frac{1 + (n - 1) \rho}{n} \sum_i [\log p(k \mid x_i) - \log \pi_k] + const
 
     with rho the `pooling` of the classifier: at 1 the rows are independent given the cluster.
-
-    Attributes
-    ----------
-    classifier : ClusterClassifier
-        Classifier of the factor's seen clusters.
-    labels : pandas.Index
-        The new clusters.
-    rows : Float[ndarray, "new"]
-        Number of rows of each new cluster.
-    log_ratio : Float[ndarray, "new clusters"]
-        Sums of log p(k | x) - log pi_k.
-    position : Float[ndarray, "new q"]
-        Sums of the features, in the coordinates of the classifier.
-
-    Examples
-    --------
-    ``gather_evidence(fit.posterior, rows, Classifiers()).factors["site"].probability()``
     """
 
     classifier: ClusterClassifier
-    labels: pd.Index
-    rows: Float[np.ndarray, " new"]
-    log_ratio: Float[np.ndarray, "new clusters"]
-    position: Float[np.ndarray, "new q"]
+    seen: pd.Index  # labels of the seen clusters
+    labels: pd.Index  # labels of the new clusters
+    rows: Float[np.ndarray, " new"]  # number of rows of each
+    log_ratio: Float[np.ndarray, "new clusters"]  # sums of log p(k | x) - log pi_k
+    position: Float[np.ndarray, "new q"]  # sums of features, in the classifier's coordinates
 
     def probability(self) -> Float[np.ndarray, "new clusters"]:
         """p(k | features of all rows of the cluster)."""
         n, log_prior = self.rows[:, None], self.classifier.log_prior.cpu().numpy()
         logits = self.log_ratio * (1 + (n - 1) * self.classifier.pooling) / n + log_prior
-        logits = logits - logits.max(1, keepdims=True)
-        weights = np.exp(logits)
-        return weights / weights.sum(1, keepdims=True)
+        return scipy.special.softmax(logits, 1)
 
     def distance(self) -> tuple[Float[np.ndarray, " new"], Float[np.ndarray, " new"]]:
         """Distance to the centre of the nearest seen cluster, and its p-value.
@@ -97,101 +79,60 @@ class FactorEvidence:
         return new, np.where(new > seen.max(), p_value, np.maximum(p_value, 1 / (k + 1)))
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """Evidence of the features for every new cluster, by factor.
+Evidence = Mapping[str, FactorEvidence]  # by factor; factors without new clusters are left out
 
-    Attributes
-    ----------
-    factors : mapping of str to FactorEvidence
-        Evidence by factor; factors without new clusters are left out.
-    levels : mapping of str to pandas.Index
-        Labels of the seen clusters, by factor.
 
-    Examples
-    --------
-    ``gather_evidence(fit.posterior, rows, Classifiers()).table()``
+def evidence_table(evidence: Evidence) -> pd.DataFrame:
+    """Most probable seen cluster and its certainty, one row per new cluster.
+
+    The columns are factor, cluster, rows, nearest (the seen cluster with the highest probability),
+    probability, entropy (in nats; 0 is certain), distance (to the nearest seen cluster's features,
+    in standard deviations within clusters), p_value (of that distance), and alien (p-value below
+    0.01: the features resemble no seen cluster's).
     """
-
-    factors: Mapping[str, FactorEvidence]
-    levels: Mapping[str, pd.Index]
-
-    def table(self) -> pd.DataFrame:
-        """Most probable seen cluster and its certainty, one row per new cluster.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Columns factor, cluster, rows, nearest (the seen cluster with the highest probability),
-            probability, entropy (in nats; 0 is certain), distance (to the nearest seen cluster's
-            features, in standard deviations within clusters), p_value (of that distance), alien
-            (p-value below 0.01: the features resemble no seen cluster's).
-        """
-        parts = []
-        for name, evidence in self.factors.items():
-            chance = evidence.probability()
-            distance, p_value = evidence.distance()
-            entropy = scipy.stats.entropy(chance, axis=1) if len(chance) else np.zeros(0)
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "factor": name,
-                        "cluster": evidence.labels.astype(object),
-                        "rows": evidence.rows.astype(int),
-                        "nearest": self.levels[name].astype(object)[chance.argmax(1)],
-                        "probability": chance.max(1),
-                        "entropy": entropy,
-                        "distance": distance,
-                        "p_value": p_value,
-                        "alien": p_value < ALIEN,
-                    }
-                )
-            )
-        return pd.concat(parts, ignore_index=True)
+    parts = []
+    for name, of_factor in evidence.items():
+        chance = of_factor.probability()
+        distance, p_value = of_factor.distance()
+        columns = {
+            "factor": name,
+            "cluster": of_factor.labels.astype(object),
+            "rows": of_factor.rows.astype(int),
+            "nearest": of_factor.seen.astype(object)[chance.argmax(1)],
+            "probability": chance.max(1),
+            "entropy": scipy.stats.entropy(chance, axis=1),
+            "distance": distance,
+            "p_value": p_value,
+            "alien": p_value < ALIEN,
+        }
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Resembling(EffectSource):
-    r"""u = u_k of the same posterior draw, with a seen cluster k drawn from p(k | x).
-
-    Attributes
-    ----------
-    seed : int
-        The clusters k of a new cluster are drawn from this seed and its label.
-    evidence : Evidence
-        Evidence for p(k | x).
-    nearest : bool
-        Whether k is always the most probable cluster.
-
-    Examples
-    --------
-    ``fit.predict(rows, unseen="membership")``
-    """
+    """u = u_k of the same posterior draw, with a seen cluster k drawn from p(k | x)."""
 
     latents: Latents
-    seed: int
+    seed: int  # the clusters k of a new cluster are drawn from this seed and its label
     evidence: Evidence
-    nearest: bool = False
+    nearest: bool = False  # whether k is always the most probable cluster
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         seen = self.latents[factor.effect_site]
         draws, mode = len(seen), "nearest" if self.nearest else "membership"
         if not len(labels):
             return seen[:, :0], []
-        evidence = self.evidence.factors[factor.name]
+        evidence = self.evidence[factor.name]
         chance = evidence.probability()[evidence.labels.get_indexer(labels)]
         if self.nearest:
             chosen = np.broadcast_to(chance.argmax(1)[:, None], (len(labels), draws))
         else:
-            edges = np.cumsum(chance, 1)
-            chosen = np.stack(
-                [
-                    np.searchsorted(
-                        edge, generator(self.seed, factor.name, str(label)).random(draws)
-                    )
-                    for edge, label in zip(edges, labels, strict=True)
-                ]
-            ).clip(max=chance.shape[1] - 1)
+            places = []
+            for edges, label in zip(np.cumsum(chance, 1), labels, strict=True):
+                uniform = generator(self.seed, factor.name, str(label)).random(draws)
+                places.append(np.searchsorted(edges, uniform))
+            chosen = np.stack(places).clip(max=chance.shape[1] - 1)
         index = torch.as_tensor(chosen.copy(), device=seen.device).mT
         picked = index[..., None].expand(-1, -1, seen.shape[-1])
         return seen.gather(1, picked), [mode] * len(labels)
@@ -200,12 +141,7 @@ class Resembling(EffectSource):
 def gather_evidence(
     posterior: Posterior, data: ClusteredData, classifiers: Classifiers
 ) -> Evidence:
-    """Evidence of the features of these rows; a missing classifier is trained.
-
-    Examples
-    --------
-    ``gather_evidence(fit.posterior, rows, Classifiers()).table()``
-    """
+    """Evidence of the features of these rows; a missing classifier is trained."""
     model, facts = posterior.model, posterior.model.data_facts()
     levels = facts.levels_with(data)
     source = model.encode(data, levels)
@@ -218,67 +154,36 @@ def gather_evidence(
             continue
         classifier = classifiers.of(posterior, name)
         codes, x = source.codes[name][index] - seen, source.x[index]
-        ratio = classifier.log_prob(x) - classifier.log_prior
-        position = classifier.position(x).double()
-
-        def summed(values: Tensor, codes: Tensor = codes, n: int = len(labels)) -> np.ndarray:
-            zero = values.new_zeros(n, values.shape[1])
-            return zero.index_add(0, codes, values).cpu().numpy()
-
         rows = torch.bincount(codes, minlength=len(labels)).double().cpu().numpy()
-        by_factor[name] = FactorEvidence(classifier, labels, rows, summed(ratio), summed(position))
-    return Evidence(by_factor, {name: facts.levels[name] for name in by_factor})
+        by_row = (classifier.log_prob(x) - classifier.log_prior, classifier.position(x).double())
+        sums = [
+            values.new_zeros(len(labels), values.shape[1]).index_add(0, codes, values).cpu().numpy()
+            for values in by_row
+        ]
+        by_factor[name] = FactorEvidence(classifier, facts.levels[name], labels, rows, *sums)
+    return by_factor
 
 
 def merge_evidence(first: Evidence, second: Evidence) -> Evidence:
-    """Evidence of both sets of rows together.
+    """Evidence of both sets of rows together."""
+    added = {name: _added(first[name], second[name]) for name in first.keys() & second.keys()}
+    return {**first, **second, **added}
 
-    Examples
-    --------
-    ``merge_evidence(evidence, gather_evidence(fit.posterior, more_rows, classifiers))``
-    """
-    factors = dict(first.factors)
-    for name, right in second.factors.items():
-        left = factors.get(name)
-        if left is None:
-            factors[name] = right
-            continue
-        labels = left.labels.append(right.labels[~right.labels.isin(left.labels)])
-        places = labels.get_indexer(left.labels), labels.get_indexer(right.labels)
 
-        def added(
-            a: np.ndarray,
-            b: np.ndarray,
-            places: tuple[np.ndarray, np.ndarray] = places,
-            n: int = len(labels),
-        ) -> np.ndarray:
-            total = np.zeros((n, *a.shape[1:]))
-            total[places[0]] += a
-            total[places[1]] += b
-            return total
-
-        factors[name] = FactorEvidence(
-            left.classifier,
-            labels,
-            added(left.rows, right.rows),
-            added(left.log_ratio, right.log_ratio),
-            added(left.position, right.position),
-        )
-    return Evidence(factors, {**first.levels, **second.levels})
+def _added(left: FactorEvidence, right: FactorEvidence) -> FactorEvidence:
+    labels = left.labels.append(right.labels[~right.labels.isin(left.labels)])
+    sums = []
+    for name in ("rows", "log_ratio", "position"):
+        a, b = getattr(left, name), getattr(right, name)
+        total = np.zeros((len(labels), *a.shape[1:]))
+        total[: len(a)] += a
+        total[labels.get_indexer(right.labels)] += b
+        sums.append(total)
+    return FactorEvidence(left.classifier, left.seen, labels, *sums)
 
 
 def warn_if_alien(table: pd.DataFrame) -> None:
-    """Warn of new clusters whose features resemble no seen cluster's.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        `Evidence.table`.
-
-    Examples
-    --------
-    ``warn_if_alien(evidence.table())``
-    """
+    """Warn of new clusters in `evidence_table` whose features resemble no seen cluster's."""
     for factor, rows in table[table["alien"]].groupby("factor"):
         warnings.warn(
             f"no cluster of {factor!r} seen in training has features like those of "

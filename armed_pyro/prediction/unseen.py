@@ -15,12 +15,13 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
-from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
 __all__ = [
     "MODES",
+    "RESEMBLING",
     "EffectSource",
     "Marginal",
     "Population",
@@ -31,9 +32,6 @@ __all__ = [
     "one_cluster_per_row",
 ]
 
-
-Latents = Mapping[str, Tensor]
-
 MODES: Mapping[str, str] = {
     "population": "random effects zero: the fixed effects alone, with no cluster uncertainty",
     "marginal": "random effects drawn from N(0, D): a new cluster of the same population",
@@ -41,24 +39,15 @@ MODES: Mapping[str, str] = {
     "nearest": "those of the seen cluster that the new one's features resemble most",
     "adapt": "their posterior given a few labelled rows of the new clusters (the support)",
 }
+RESEMBLING = ("membership", "nearest")  # the modes that compare features
 # Bytes of noise that `Marginal` keeps for later blocks of rows.
 MOST_KEPT = 2**28
 
 
 class EffectSource(ABC):
-    """Source of the random effects of new clusters, one draw for each posterior draw.
+    """Source of the random effects of new clusters, one draw for each posterior draw."""
 
-    Attributes
-    ----------
-    latents : mapping of str to Tensor
-        Posterior draws of all latent sites, including the effects of seen clusters.
-
-    Examples
-    --------
-    ``effects, modes = Population(latents).effects(factor, pd.Index(["s9"]))``
-    """
-
-    latents: Latents
+    latents: Latents  # posterior draws of all sites, including the effects of seen clusters
 
     @abstractmethod
     def effects(
@@ -72,12 +61,7 @@ class EffectSource(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Population(EffectSource):
-    """u = 0: the fixed effects alone.
-
-    Examples
-    --------
-    ``fit.predict(rows, unseen="population")``
-    """
+    """u = 0: the fixed effects alone."""
 
     latents: Latents
 
@@ -89,26 +73,16 @@ class Population(EffectSource):
 
 @dataclass(frozen=True, eq=False)
 class Marginal(EffectSource):
-    r"""u = L z with :math:`L L^\top = D` of the same posterior draw and z standard normal.
-
-    Attributes
-    ----------
-    seed : int
-        The noise z of a cluster is a function of this seed and its label.
-
-    Examples
-    --------
-    ``fit.predict(rows, unseen="marginal")``
-    """
+    r"""u = L z with :math:`L L^\top = D` of the same posterior draw and z standard normal."""
 
     latents: Latents
-    seed: int
+    seed: int  # the noise z of a cluster is a function of this seed and its label
     _kept: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         seen = self.latents[factor.effect_site]
         noise = label_noise(self.seed, factor.name, labels, seen, self._kept)
-        effects = factor.joint_covariance.effects(self.latents, noise)
+        effects = factor.effects_of(self.latents, noise)
         return effects, ["marginal"] * len(labels)
 
 
@@ -121,23 +95,10 @@ def label_noise(
 ) -> Float[Tensor, "draws new terms"]:
     """Standard normal noise of clusters, a function of seed, factor and label alone.
 
-    All rows of a cluster therefore share it, whatever their order and blocks.
+    All rows of a cluster therefore share it, whatever their order and blocks. The noise has the
+    draws, terms, precision and device of `like`, the seen clusters' effects. `kept` holds the noise
+    of earlier calls; new noise is added up to `MOST_KEPT` bytes.
 
-    Parameters
-    ----------
-    seed : int
-        The seed.
-    factor : str
-        Grouping factor of the clusters.
-    labels : sequence
-        Labels of the clusters.
-    like : Float[Tensor, "draws clusters terms"]
-        Effects of the seen clusters: the noise has their draws, terms, precision and device.
-    kept : dict, optional
-        Noise of earlier calls, by factor and label. New noise is added up to `MOST_KEPT` bytes.
-
-    Examples
-    --------
     >>> like = torch.zeros(2, 1, 1)
     >>> both = label_noise(0, "site", ["a", "b"], like)
     >>> bool((both[:, 1:] == label_noise(0, "site", ["b"], like)).all())
@@ -159,25 +120,15 @@ def label_noise(
 
 
 def generator(seed: int, *names: str) -> np.random.Generator:
-    """A random number generator for this seed and these names, independent of all others.
-
-    Examples
-    --------
-    >>> bool(generator(0, "site", "a").random() == generator(0, "site", "a").random())
-    True
-    """
+    """A random number generator for this seed and these names, independent of all others."""
     text = "\0".join([str(seed), *names]).encode()
     key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def new_clusters(facts: Facts, model: MixedEffects, data: ClusteredData) -> dict[str, pd.Index]:
-    """Labels of the clusters not seen in training, for each factor with random effects.
-
-    Examples
-    --------
-    ``new_clusters(model.data_facts(), model, rows)["site"]``
-    """
+def new_clusters(model: MixedEffects, data: ClusteredData) -> dict[str, pd.Index]:
+    """Labels of the clusters not seen in training, for each factor with random effects."""
+    facts = model.data_facts()
     levels = facts.levels_with(data)
     return {f.name: levels[f.name][len(facts.levels[f.name]) :] for f in model.factors}
 
@@ -185,22 +136,6 @@ def new_clusters(facts: Facts, model: MixedEffects, data: ClusteredData) -> dict
 def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool = False) -> None:
     """Check that the mode is one of `MODES`, is set if clusters are new, and has its support.
 
-    Parameters
-    ----------
-    unseen : str or None
-        The mode.
-    new : mapping of str to pandas.Index
-        Labels of the new clusters, by factor.
-    support : bool
-        Whether there are labelled rows of new clusters.
-
-    Raises
-    ------
-    ValueError
-        If the mode is missing or unknown, or support is missing or unused.
-
-    Examples
-    --------
     >>> check_mode("marginal", {"site": pd.Index(["s9"])})
     """
     modes = "\n".join(f"  {name}: {meaning}" for name, meaning in MODES.items())
@@ -211,17 +146,19 @@ def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool
             f"support rows are used by the mode 'adapt' only, found the mode {unseen!r}: pass "
             "unseen='adapt' (command line: --unseen adapt), or leave the support out"
         )
-    if unseen is None and any(len(labels) for labels in new.values()):
-        lines = []
-        for factor, labels in new.items():
-            if len(labels):
-                shown = ", ".join(sorted(map(str, labels))[:5]) + ", ..." * (len(labels) > 5)
-                lines.append(f"{len(labels)} of {factor!r} ({shown})")
+    some_new = any(map(len, new.values()))
+    if unseen is None and some_new:
+        lines = [
+            f"{len(labels)} of {factor!r} "
+            f"({', '.join(sorted(map(str, labels))[:5])}{', ...' * (len(labels) > 5)})"
+            for factor, labels in new.items()
+            if len(labels)
+        ]
         raise ValueError(
             f"the rows have clusters that were not seen in training: {'; '.join(lines)}. Say with "
             f"unseen=... (command line: --unseen) what to assume of them:\n{modes}"
         )
-    if unseen == "adapt" and not support and any(len(labels) for labels in new.values()):
+    if unseen == "adapt" and not support and some_new:
         raise ValueError(
             "the mode 'adapt' needs labelled rows of the new clusters: pass support=rows (command "
             "line: --support FILE). Without such rows, use 'marginal', which then gives the same"
@@ -229,20 +166,9 @@ def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool
 
 
 def one_cluster_per_row(model: MixedEffects, data: ClusteredData, start: int = 0) -> ClusteredData:
-    """The same rows, each row of a new cluster as a separate cluster.
+    """The same rows, each row of a new cluster as a separate cluster, named by the row's number.
 
-    Parameters
-    ----------
-    model : MixedEffects
-        The bound program.
-    data : ClusteredData
-        The rows.
-    start : int
-        Number of the first row. The new clusters are named by the numbers of their rows.
-
-    Examples
-    --------
-    ``one_cluster_per_row(model, rows).grouping("site").levels``
+    The rows are numbered from `start`.
     """
     facts, groupings = model.data_facts(), dict(data.groupings)
     levels = facts.levels_with(data)

@@ -3,73 +3,67 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
-from armed_pyro.networks.filters import modulated
-from armed_pyro.networks.taps import head_path, pooled, tapped
+from armed_pyro.networks.taps import modulated, pooled, tapped
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
 
-__all__ = [
-    "activation_widths",
-    "check_names",
-    "needs_fixed_run",
-    "unreached",
-    "warn_if_small",
-]
+__all__ = ["activation_widths", "check_names", "needs_fixed_run", "unreached", "warn_if_small"]
 
 
 def activation_widths(model: Plan) -> dict[str, int]:
-    """Widths of the layers that terms and adversaries tap, by module path.
+    """Widths of the layers that terms and adversaries tap, by module path, after checks.
 
     They come from one pass of the network over two rows of zeros.
-
-    Raises
-    ------
-    ValueError
-        If the network does not accept the features, does not give one output for every column of
-        the predictor, never runs a tapped layer, or does not rebuild the features where a
-        reconstruction expects them; or if the head is to be Bayesian, but the last linear layer
-        does not give the network's output.
     """
-    output, record = _probe(model)
-    _check_shapes(model, output, record)
+    record = _probe(model)
+    _check_shapes(model, record)
     paths = dict.fromkeys(path for term in model.terms for path in term.layers())
     paths |= dict.fromkeys(path for adversary in model.adversaries for path in adversary.taps)
     return {path: pooled(record[path]).shape[-1] for path in paths}
 
 
-def _probe(model: Plan) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The network's output for two rows of zeros, and the activations that were recorded."""
-    facts, like, net = model.data_facts(), model.reference(), model.net
-    x = torch.zeros(2, *facts.feature_shape, dtype=like.dtype, device=like.device)
-    head = [head_path(net)] if model.bayesian_head else []
-    training = net.training
+def _run(
+    model: Plan, x: Tensor, effects: Sequence[tuple[str, Tensor]] = (), head: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Activations in one pass in evaluation mode, and the output as ""."""
+    net, training = model.net, model.net.training
     net.eval()
     try:
-        with torch.no_grad(), tapped(net, model.layers(), head) as record:
+        # Taps record a layer's output after the effects on it.
+        with torch.no_grad(), modulated(net, effects), tapped(net, model.layers(), head) as record:
             output = net(x)
+    finally:
+        net.train(training)
+    return {**record, "": output}
+
+
+def _probe(model: Plan) -> dict[str, Tensor]:
+    """The network's output for two rows of zeros, and the activations that were recorded."""
+    facts, like = model.data_facts(), model.reference()
+    x = torch.zeros(2, *facts.feature_shape, dtype=like.dtype, device=like.device)
+    head = [model.head_path()] if model.bayesian_head else []
+    try:
+        record = _run(model, x, head=head)
         if head:
-            _check_head(net, head[0], record.get(f"<{head[0]}"), x)
-        return output, record
+            _check_head(model, head[0], record.get(f"<{head[0]}"), x)
+        return record
     except RuntimeError as error:
         raise ValueError(
             f"the network cannot take the features, of shape "
             f"(rows, {', '.join(map(str, facts.feature_shape))}) "
             f"({', '.join(facts.feature_names) or 'unnamed'}): {error}"
         ) from error
-    finally:
-        net.train(training)
 
 
-def _check_shapes(model: Plan, output: Tensor, record: Mapping[str, Tensor]) -> None:
+def _check_shapes(model: Plan, record: Mapping[str, Tensor]) -> None:
     """Check the shapes of the output and of the recorded activations for two rows."""
-    facts = model.data_facts()
-    output = output.reshape(2, -1)
+    facts, output = model.data_facts(), record[""].reshape(2, -1)
     columns = model.family.contrasts(output).shape[-1]
     if columns != len(facts.columns):
         raise ValueError(
@@ -93,13 +87,12 @@ def _check_shapes(model: Plan, output: Tensor, record: Mapping[str, Tensor]) -> 
 def unreached(model: Plan) -> frozenset[str]:
     """Tapped layers, and "" for the output, that no effect inside the network can change.
 
-    They are those whose activations for random features are equal with and without random
-    effects.
+    Their activations for random features are equal with and without random effects.
     """
     paths = ["", *model.layers()]
     if not modulates(model):
         return frozenset(paths)
-    facts, like, net = model.data_facts(), model.reference(), model.net
+    facts, like = model.data_facts(), model.reference()
     noise = torch.Generator().manual_seed(0)
     x = torch.randn(2, *facts.feature_shape, generator=noise).to(like)
     blocks = [
@@ -107,18 +100,7 @@ def unreached(model: Plan) -> frozenset[str]:
         for factor in model.factors
         for block in factor.filters
     ]
-    runs = []
-    training = net.training
-    net.eval()
-    try:
-        for effects in ([], blocks):
-            # Taps record a layer's output after the effects on it.
-            with torch.no_grad(), modulated(net, effects), tapped(net, model.layers()) as record:
-                output = net(x)
-            runs.append({**record, "": output})
-    finally:
-        net.train(training)
-    without, within = runs
+    without, within = _run(model, x), _run(model, x, blocks)
     return frozenset(path for path in paths if torch.equal(without[path], within[path]))
 
 
@@ -130,7 +112,7 @@ def needs_fixed_run(model: Plan) -> bool:
     return not wanted <= model.unreached
 
 
-def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> None:
+def _check_head(model: Plan, path: str, hidden: Tensor | None, x: Tensor) -> None:
     """Check that the network returns the head's output unchanged, by replacing that output."""
     noise = torch.Generator().manual_seed(0)
     replaced: list[Tensor] = []
@@ -139,10 +121,9 @@ def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> 
         replaced.append(torch.linspace(-3, 3, output.numel()).to(output).view_as(output))
         return replaced[-1]
 
-    hook = net.get_submodule(path).register_forward_hook(replace)
+    hook = model.net.get_submodule(path).register_forward_hook(replace)
     try:
-        with torch.no_grad():
-            output = net(torch.randn(x.shape, generator=noise).to(x))
+        output = _run(model, torch.randn(x.shape, generator=noise).to(x))[""]
     finally:
         hook.remove()
     vectors = hidden is not None and hidden.dim() == 2 and len(replaced) == 1
@@ -155,14 +136,7 @@ def _check_head(net: nn.Module, path: str, hidden: Tensor | None, x: Tensor) -> 
 
 
 def check_names(model: Plan) -> None:
-    """Check that all sites and plates have different names, and that priors name existing factors.
-
-    Raises
-    ------
-    ValueError
-        If the outcome or a grouping factor has the name of another quantity of the program, or
-        a prior is given for a factor that has no random effects.
-    """
+    """Check that sites and plates have different names, and that priors name existing factors."""
     outcome, priors = model.data_facts().outcome_name, model.priors.sd
     factors = [factor.name for factor in model.factors]
     if isinstance(priors, Mapping):
@@ -173,7 +147,7 @@ def check_names(model: Plan) -> None:
     names += [parameter.name for parameter in model.family.parameters]
     names += [name for other in model.others for name in (other.name, other.sd_site)]
     for factor in model.factors:
-        names += [factor.name, factor.effect_site, *factor.joint_covariance.sites()]
+        names += [factor.name, *factor.sites()]
     names.append(outcome)
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
         raise ValueError(

@@ -30,78 +30,27 @@ class Facts:
 
     A feature enters the network as ``(x - feature_mean) / feature_scale``; the linear predictor
     is ``center + spread * (f + phi' u)`` with f and u in standardised units.
-
-    Attributes
-    ----------
-    n_rows : int
-        Number of training rows.
-    feature_names, sources : tuple of str
-        Names of the features, and of the data's columns that they were made of.
-    feature_shape : tuple of int
-        Shape of one row's features.
-    feature_mean, feature_scale : tuple of float
-        Means and scales by which a table's features are standardised; empty for other features.
-    outcome_name : str
-        Name of the outcome.
-    classes : tuple or None
-        Classes of a categorical outcome.
-    columns : tuple of str
-        Names of the predictor's columns; a single empty name unless the outcome has classes.
-    center : tuple of float
-        Centre of each column of the predictor.
-    spread : float
-        Outcome units per standardised unit.
-    levels : mapping of str to pandas.Index
-        Labels of the clusters seen in training, by grouping factor.
-    counts : mapping of str to Int[Tensor, "clusters"]
-        Number of training rows in each cluster.
-    schema : Schema or None
-        Schema by which new tables are encoded.
-    feature_spread : float
-        sd of all values of the features as they enter the network, taken together.
-
-    Examples
-    --------
-    >>> from armed_pyro.families.registry import family_named
-    >>> data = ClusteredData.from_arrays([[0.0], [1.0], [3.0]], [1, 2, 5], {"g": [0, 0, 1]})
-    >>> Facts.of(data, family_named("gaussian"), ["g"]).counts["g"]
-    tensor([2, 1])
     """
 
     n_rows: int
     feature_names: tuple[str, ...]
-    sources: tuple[str, ...]
-    feature_shape: tuple[int, ...]
-    feature_mean: tuple[float, ...]
+    sources: tuple[str, ...]  # the data's columns that the features were made of
+    feature_shape: tuple[int, ...]  # of one row
+    feature_mean: tuple[float, ...]  # empty unless the features are a table's
     feature_scale: tuple[float, ...]
     outcome_name: str
     classes: tuple[Any, ...] | None
-    columns: tuple[str, ...]
-    center: tuple[float, ...]
-    spread: float
-    levels: Mapping[str, pd.Index]
-    counts: Mapping[str, Int[Tensor, " clusters"]]
-    schema: Schema | None
-    feature_spread: float = 1.0
+    columns: tuple[str, ...]  # of the predictor; one empty name unless the outcome has classes
+    center: tuple[float, ...]  # of each column
+    spread: float  # outcome units per standardised unit
+    levels: Mapping[str, pd.Index]  # labels of the clusters seen in training, by factor
+    counts: Mapping[str, Int[Tensor, " clusters"]]  # training rows in each cluster
+    schema: Schema | None  # by which new tables are encoded
+    feature_spread: float = 1.0  # sd of all values of the features that enter the network
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
-        """Facts of the data, after the checks that need no network.
-
-        Parameters
-        ----------
-        data : ClusteredData
-            The training data.
-        family : Family
-            The outcome's family.
-        factors : iterable of str
-            Grouping factors of the program.
-
-        Raises
-        ------
-        ValueError
-            If the data cannot be fitted: see `ClusteredData.check_training` and `Family.check`.
-        """
+        """Facts of the training data, after `ClusteredData.check_training` and `Family.check`."""
         data.check_training()
         family.check(data)
         scaling = FeatureScaling.of(data)
@@ -143,28 +92,16 @@ class Facts:
     @property
     def scaling(self) -> FeatureScaling:
         """Names, means and scales of the features."""
-        return FeatureScaling(
-            self.feature_names, self.sources, self.feature_mean, self.feature_scale
-        )
+        names, mean, scale = self.feature_names, self.feature_mean, self.feature_scale
+        return FeatureScaling(names, self.sources, mean, scale)
 
     def encode(
         self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
     ) -> HeldRows:
         """Rows as tensors with the precision and device of `like`.
 
-        Parameters
-        ----------
-        data : ClusteredData
-            Data with the training data's features.
-        like : Tensor
-            A tensor of the wanted precision and device.
-        levels : mapping of str to pandas.Index, optional
-            Cluster labels that the codes refer to; by default those seen in training.
-
-        Raises
-        ------
-        ValueError
-            If features are missing, or clusters are not among `levels`.
+        Codes refer to `levels`, by default the cluster labels seen in training. A `ValueError` is
+        raised if features are missing, or clusters are not among `levels`.
         """
         levels = self.levels if levels is None else levels
         if data.feature_names != self.feature_names:
@@ -184,18 +121,10 @@ class Facts:
             codes[factor] = torch.as_tensor(places)[grouping.codes].to(like.device, torch.long)
             counts[factor] = torch.bincount(codes[factor], minlength=len(index))
 
-        def tensor(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(like)
-
-        return HeldRows(
-            self.scaling.standardise(data.features).to(like),
-            tensor(data.outcome),
-            codes,
-            counts,
-            tensor(data.trials),
-            tensor(data.offset),
-            tensor(data.weights),
-        )
+        optional = (data.outcome, data.trials, data.offset, data.weights)
+        y, trials, offset, weights = (v if v is None else v.to(like) for v in optional)
+        x = self.scaling.standardise(data.features).to(like)
+        return HeldRows(x, y, codes, counts, trials, offset, weights)
 
     def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
         """Labels of the clusters seen in training, followed by new ones in these data."""
@@ -218,52 +147,32 @@ class Facts:
         """A row of zeros without an outcome, in the first cluster of every factor."""
         first = torch.zeros(1, dtype=torch.long, device=like.device)
         memberships = {name: Membership(first, first) for name in self.levels}
-        return Rows(
-            like.new_zeros(1, *self.feature_shape), None, memberships, trials=like.new_ones(1)
-        )
+        x = like.new_zeros(1, *self.feature_shape)
+        return Rows(x, None, memberships, trials=like.new_ones(1))
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as JSON values."""
-        return {
-            "n_rows": self.n_rows,
-            "feature_names": list(self.feature_names),
-            "sources": list(self.sources),
-            "feature_shape": list(self.feature_shape),
-            "feature_mean": list(self.feature_mean),
-            "feature_scale": list(self.feature_scale),
-            "outcome_name": self.outcome_name,
+        """The facts as JSON values, by name of the field."""
+        tuples = {name: list(value) for name, value in vars(self).items() if type(value) is tuple}
+        encoded = {
             "classes": None if self.classes is None else index_to_json(pd.Index(self.classes)),
-            "columns": list(self.columns),
-            "center": list(self.center),
-            "spread": self.spread,
             "levels": {factor: index_to_json(levels) for factor, levels in self.levels.items()},
             "counts": {factor: counts.tolist() for factor, counts in self.counts.items()},
             "schema": None if self.schema is None else self.schema.to_json(),
-            "feature_spread": self.feature_spread,
         }
+        return {**vars(self), **tuples, **encoded}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
         """The facts that `to_json` wrote."""
         classes, schema = values["classes"], values["schema"]
-        return cls(
-            n_rows=int(values["n_rows"]),
-            feature_names=tuple(values["feature_names"]),
-            sources=tuple(values["sources"]),
-            feature_shape=tuple(values["feature_shape"]),
-            feature_mean=tuple(values["feature_mean"]),
-            feature_scale=tuple(values["feature_scale"]),
-            outcome_name=values["outcome_name"],
-            classes=None if classes is None else tuple(index_from_json(classes)),
-            columns=tuple(values["columns"]),
-            center=tuple(values["center"]),
-            spread=float(values["spread"]),
-            levels={name: index_from_json(index) for name, index in values["levels"].items()},
-            counts={name: torch.tensor(counts) for name, counts in values["counts"].items()},
-            schema=None if schema is None else Schema.from_json(schema),
-            # Manifests written before other outcomes existed do not have it.
-            feature_spread=float(values.get("feature_spread", 1.0)),
-        )
+        tuples = {name: tuple(value) for name, value in values.items() if type(value) is list}
+        decoded: dict[str, Any] = {
+            "classes": None if classes is None else tuple(index_from_json(classes)),
+            "levels": {name: index_from_json(index) for name, index in values["levels"].items()},
+            "counts": {name: torch.tensor(counts) for name, counts in values["counts"].items()},
+            "schema": None if schema is None else Schema.from_json(schema),
+        }
+        return cls(**{**values, **tuples, **decoded})
 
 
 def _spread(features: Tensor) -> float:

@@ -10,15 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from armed_pyro.networks.filters import modulated
+from armed_pyro.networks.taps import modulated
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.program.predictor import (
-    Latents,
-    effects_at,
-    filter_effects,
-    linear_predictor,
-    reaches_predictor,
-)
+from armed_pyro.program.predictor import linear_predictor, reaches_predictor
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
@@ -26,37 +21,20 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["curvature", "mean_draws", "reconstruction_slopes", "sensitivities"]
 
-
 # Up to MOST_EXACT effects, the curvature of a reconstruction is exact; beyond that it is estimated
 # from this number of random combinations of a row's values.
 MOST_EXACT, COMBINATIONS = 16, 8
 
 
 def sensitivities(
-    model: MixedEffects,
-    rows: Rows,
-    factor: Factor,
-    activations: Mapping[str, Tensor],
-    point: Latents,
+    model: MixedEffects, rows: Rows, factor: Factor, activations: Latents, point: Latents
 ) -> Float[Tensor, "rows terms columns"]:
     r"""Z: derivative of each row's predictor in its cluster's effects, in units of the spread.
 
     It is phi for effects on the predictor. The predictor is not linear in effects on filters;
-    for these Z is the gradient at `point`.
-
-    Parameters
-    ----------
-    model : MixedEffects
-        The bound program.
-    rows : Rows
-        The rows.
-    factor : Factor
-        The grouping factor.
-    activations : mapping of str to Tensor
-        Tapped activations without effects inside.
-    point : mapping of str to Tensor
-        Fixed effects, if they are latent, and random effects "clusters terms". A factor that is
-        left out counts as zero.
+    for these Z is the gradient at `point`, which holds fixed effects, if they are latent, and
+    random effects "clusters terms". A factor that is left out counts as zero. `activations` are
+    those without effects inside.
     """
     columns = len(model.data_facts().columns)
     linear = by_column(factor.design(rows.x, activations), columns)
@@ -64,22 +42,13 @@ def sensitivities(
         return linear
     if not reaches_predictor(model):
         return pad(linear, (0, 0, 0, len(factor.terms) - factor.n_linear))
-    effects = linear.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
-    if factor.effect_site in point:
-        effects = filter_effects(factor, point[factor.effect_site], rows)
     fixed = {name: value for name, value in point.items() if name == "fixed_effect"}
     with torch.enable_grad():
-        effects = effects.detach().clone().requires_grad_(True)
-        with modulated(model.network, effects_at(factor, effects)):
+        effects = _leaf(factor.filter_effects(point, rows))
+        with modulated(model.network, factor.by_layer(effects)):
             output, tapped = model.run_network(replace(rows, computed=None), whole=True)
             eta = linear_predictor(model, rows, output, tapped, fixed)
-        create = rows.x.requires_grad
-        slopes = [
-            torch.autograd.grad(
-                eta[..., column].sum(), effects, retain_graph=True, create_graph=create
-            )[0]
-            for column in range(columns)
-        ]
+        slopes = _gradients(eta, effects, create_graph=rows.x.requires_grad)
     spread = model.data_facts().spread
     return torch.cat([linear, torch.stack(slopes, -1) / spread], 1)
 
@@ -95,14 +64,8 @@ def reconstruction_slopes(
     :math:`\sum v v^\top = J^\top W J`. With few effects there is one v for every value of a row.
     With more, a few combinations of the values with random signs have that sum as expectation.
 
-    Yields
-    ------
-    factor : Factor
-        Each factor with effects inside; none if no other outcome depends on them.
-    slope : Float[Tensor, "rows terms"]
-        The slope, zero for effects on the predictor.
-    roots : Float[Tensor, "rows combinations terms"]
-        The vectors v, zero for effects on the predictor.
+    Each factor with effects inside is yielded with its slope and vectors v, which are zero for
+    effects on the predictor; none is if no other outcome depends on them.
     """
     rebuilt = [other for other in model.others if other.at not in model.unreached]
     inside = [factor for factor in model.factors if factor.filters] if rebuilt else []
@@ -111,15 +74,9 @@ def reconstruction_slopes(
     facts, tau = model.data_facts(), model.precision(point).mean()
     counts = rows.x.new_ones(len(rows)) if rows.weights is None else rows.weights
     with torch.enable_grad():
-        effects = [
-            filter_effects(factor, point[factor.effect_site], rows)
-            if factor.effect_site in point
-            else rows.x.new_zeros(len(rows), len(factor.terms) - factor.n_linear)
-            for factor in inside
-        ]
-        effects = [value.detach().clone().requires_grad_(True) for value in effects]
+        effects = [_leaf(factor.filter_effects(point, rows)) for factor in inside]
         pairs = zip(inside, effects, strict=True)
-        blocks = [block for factor, value in pairs for block in effects_at(factor, value)]
+        blocks = [block for factor, value in pairs for block in factor.by_layer(value)]
         with modulated(model.network, blocks):
             _, activations = model.run_network(replace(rows, computed=None), whole=True)
         # The terms of all factors, side by side.
@@ -140,29 +97,32 @@ def reconstruction_slopes(
         yield factor, pad(first, (factor.n_linear, 0)), pad(second, (factor.n_linear, 0))
 
 
+def _leaf(effects: Tensor) -> Tensor:
+    """A copy with respect to which gradients are taken."""
+    return effects.detach().clone().requires_grad_(True)
+
+
+def _gradients(columns: Tensor, inputs: Tensor, *, create_graph: bool = False) -> list[Tensor]:
+    """Gradient in the inputs of the sum of each column."""
+    return [
+        torch.autograd.grad(values.sum(), inputs, retain_graph=True, create_graph=create_graph)[0]
+        for values in columns.unbind(-1)
+    ]
+
+
 def _pulled_back(
     mean: Tensor, effects: Sequence[Tensor], cotangent: Tensor, *, create_graph: bool = False
 ) -> Float[Tensor, "rows terms"]:
     """J' cotangent of every row, with the effects of all factors side by side."""
-    gradients = torch.autograd.grad(
-        mean,
-        list(effects),
-        cotangent,
-        retain_graph=True,
-        create_graph=create_graph,
-        materialize_grads=True,
-    )
-    return torch.cat(gradients, 1)
+    options = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+    return torch.cat(torch.autograd.grad(mean, list(effects), cotangent, **options), 1)
 
 
 def _jacobian(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows values terms"]:
     """J, one column per effect: J'v is linear in v, and its derivatives in v are J's columns."""
     v = torch.zeros_like(mean).requires_grad_(True)
     pulled = _pulled_back(mean, effects, v, create_graph=True)
-    columns = [
-        torch.autograd.grad(column.sum(), v, retain_graph=True)[0] for column in pulled.unbind(1)
-    ]
-    return torch.stack([column.flatten(1) for column in columns], -1)
+    return torch.stack([column.flatten(1) for column in _gradients(pulled, v)], -1)
 
 
 def _combined(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows combinations terms"]:
@@ -171,52 +131,28 @@ def _combined(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows co
     return torch.stack([_pulled_back(mean, effects, sign) for sign in signs], 1) / COMBINATIONS**0.5
 
 
-def mean_draws(model: MixedEffects, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def mean_draws(model: MixedEffects, latents: Latents) -> dict[str, Tensor]:
     """Means over draws of random effects "clusters terms" and of latent fixed effects "terms".
 
     Points, without draws, stay as they are. Other sites are left out.
     """
-    means = {
-        factor.effect_site: latents[factor.effect_site]
-        for factor in model.factors
-        if factor.effect_site in latents
-    }
+    sites = [factor.effect_site for factor in model.factors if factor.effect_site in latents]
+    means = {site: latents[site] for site in sites}
     means = {site: value.mean(0) if value.dim() == 3 else value for site, value in means.items()}
     if "fixed_effect" in latents:
-        means["fixed_effect"] = (
-            latents["fixed_effect"].reshape(-1, len(model.fixed_terms())).mean(0)
-        )
+        fixed = latents["fixed_effect"].reshape(-1, len(model.fixed_terms()))
+        means["fixed_effect"] = fixed.mean(0)
     return means
 
 
 def curvature(
-    model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor], size: int
+    model: MixedEffects, source: RowSource, latents: Latents, size: int
 ) -> Iterator[tuple[Rows, Tensor, Tensor, Mapping[str, Tensor]]]:
-    """Blocks of rows, with the curvature and slope of their log-likelihood averaged over draws.
+    """Blocks of at most `size` rows with W, r "rows columns" and their tapped activations.
 
-    The network is in evaluation mode meanwhile.
-
-    Parameters
-    ----------
-    model : MixedEffects
-        The bound program.
-    source : RowSource
-        All rows.
-    latents : mapping of str to Tensor
-        Latent sites, a point or draws.
-    size : int
-        Largest number of rows in a block.
-
-    Yields
-    ------
-    rows : Rows
-        At most `size` rows.
-    weight : Float[Tensor, "rows columns"]
-        W, minus the second derivative in each column of the predictor, divided by tau.
-    residual : Float[Tensor, "rows columns"]
-        r, the first derivative, divided by tau.
-    activations : mapping of str to Tensor
-        Tapped activations.
+    W is minus the second derivative of the log-likelihood in each column of the predictor, r the
+    first derivative; both are divided by tau and averaged over draws. The network is in evaluation
+    mode meanwhile.
     """
     training = model.training
     model.eval()
@@ -228,10 +164,7 @@ def curvature(
             eta = predictor.eta.detach().requires_grad_(True)
             log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
             (slope,) = torch.autograd.grad(log_prob.sum(), eta, create_graph=True)
-            second = [
-                torch.autograd.grad(slope[..., column].sum(), eta, retain_graph=True)[0]
-                for column in range(eta.shape[-1])
-            ]
+            second = _gradients(slope, eta)
         # The Hessian's diagonal: each column's derivative of its own slope.
         diagonal = torch.stack([part[..., column] for column, part in enumerate(second)], -1)
         weight = (-diagonal * spread**2 / tau).reshape(-1, *eta.shape[-2:]).mean(0).clamp(min=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -20,17 +20,22 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.program import binding
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
-from armed_pyro.program.predictor import Predictor, modulates, predict_rows
+from armed_pyro.program.predictor import (
+    Predictor,
+    linear_predictor,
+    modulated_runs,
+    modulates,
+    reaches_predictor,
+)
+from armed_pyro.random_effects.covariance import Latents
+from armed_pyro.random_effects.design import Block
 from armed_pyro.random_effects.grouping_factor import Factor
-from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["MixedEffects", "counted", "log_likelihoods", "trains_network"]
 
-
-Latents = Mapping[str, Tensor]
 Source = TypeVar("Source", bound=RowSource)
 
 
@@ -86,12 +91,7 @@ class MixedEffects(Plan):
     """
 
     def bind(self, data: ClusteredData | Facts) -> MixedEffects:
-        """A copy for these data, with factors, priors and adversaries sized and scaled.
-
-        Parameters
-        ----------
-        data : ClusteredData or Facts
-            The training data, or what is known of them.
+        """A copy for these training data, with factors, priors and adversaries sized and scaled.
 
         Raises
         ------
@@ -99,25 +99,19 @@ class MixedEffects(Plan):
             If data, terms, module paths and the network's output do not fit together. The message
             says which of them, and what to do.
         """
-        facts = (
-            data if isinstance(data, Facts) else Facts.of(data, self.family, self.factor_names())
-        )
+        facts = data
+        if isinstance(facts, ClusteredData):
+            facts = Facts.of(facts, self.family, self.factor_names())
         bound = copy.deepcopy(self)
         bound.facts = facts
         widths = binding.activation_widths(bound)
-        by_factor: dict[str, list[Term]] = {}
+        blocks: dict[str, list[Block]] = {}
         for term in self.terms:
-            by_factor.setdefault(term.factor, []).append(term)
+            blocks.setdefault(term.factor, []).append(term.block(facts.scaling, widths))
+        scales = (self.family.effect_scale(), facts.spread)
         bound._factors = nn.ModuleList(
-            Factor(
-                name,
-                [term.block(facts.scaling, widths) for term in terms],
-                facts.columns,
-                self.priors,
-                self.family.effect_scale(),
-                facts.spread,
-            )
-            for name, terms in by_factor.items()
+            Factor(name, of_factor, facts.columns, self.priors, *scales)
+            for name, of_factor in blocks.items()
         )
         for adversary in bound.adversaries:
             adversary.build(widths, len(facts.levels[adversary.factor]))
@@ -128,26 +122,21 @@ class MixedEffects(Plan):
         return bound
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
-        """The data's rows as tensors, in the program's precision and on its device.
-
-        See `Facts.encode` for parameters and errors.
-        """
+        """The data's rows as tensors in the program's precision and device; see `Facts.encode`."""
         return self.data_facts().encode(data, self.reference(), levels)
 
     def largest_factor(self) -> str | None:
         """The grouping factor with the most random effects; None without random effects."""
         levels = self.data_facts().levels
-        sizes = {
-            factor.name: len(levels[factor.name]) * len(factor.terms) for factor in self.factors
-        }
+        sizes = {f.name: len(levels[f.name]) * len(f.terms) for f in self.factors}
         return max(sizes, key=lambda name: sizes[name], default=None)
 
     @torch.no_grad()
     def compute(self, source: Source) -> Source:
         """The same rows with the frozen network's output and activations, computed once.
 
-        Rows are returned unchanged if effects inside the network make it depend on latent sites,
-        or if they are in files: the network then runs whenever they are read.
+        They are unchanged if effects inside make the network depend on latent sites, or if they are
+        in files: the network then runs whenever they are read.
         """
         if modulates(self) or not isinstance(source, HeldRows):
             return source
@@ -159,15 +148,9 @@ class MixedEffects(Plan):
     ) -> dict[str, Tensor]:
         """Latent sites with random effects for clusters beyond those seen in training.
 
-        Parameters
-        ----------
-        latents : mapping of str to Tensor
-            Draws for the clusters seen in training.
-        counts : mapping of str to int
-            Number of clusters of each factor in the result, those seen in training included.
-        population : bool
-            Whether the new clusters' effects are zero. Otherwise each draw of D gives them one
-            draw of N(0, D).
+        There are `counts` clusters of each factor in the result, those seen included. With
+        `population`, new clusters have effects of zero. Otherwise each draw of D gives them one
+        draw of N(0, D).
         """
         effects = {
             factor.effect_site: factor.extended(latents, counts[factor.name], population=population)
@@ -178,14 +161,10 @@ class MixedEffects(Plan):
     def forward(self, rows: Rows | RowSource) -> Predictor:
         """Sample every latent site and the outcome; observe the outcome if it is known.
 
-        Parameters
-        ----------
-        rows : Rows or RowSource
-            A batch, or a source, which stands for all of its rows.
+        A `RowSource` stands for all of its rows.
         """
         rows = rows.all() if isinstance(rows, RowSource) else rows
-        facts = self.data_facts()
-        unit = self.reference().new_tensor([1 / facts.spread])
+        unit, outcome = self.unit(), self.data_facts().outcome_name
         latents: dict[str, Tensor] = {}
         for parameter in self.family.parameters:
             latents[parameter.name] = parameter.sample(self.priors, unit)
@@ -200,52 +179,61 @@ class MixedEffects(Plan):
             rows, latents, return_fixed=binding.needs_fixed_run(self), others=True
         )
         with pyro.plate("row", len(rows), dim=-1), counted(rows):
-            pyro.sample(facts.outcome_name, self.density(predictor.eta, latents, rows), obs=rows.y)
+            pyro.sample(outcome, self.density(predictor.eta, latents, rows), obs=rows.y)
             for other, density in self.other_densities(predictor.others, latents, rows).items():
                 with poutine.scale(scale=other.weight):
                     pyro.sample(other.name, density, obs=rows.x)
         return predictor
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
-        """log p(y_i | latent sites) of every row, times the row's weight.
-
-        Raises
-        ------
-        ValueError
-            If the rows have no outcome.
-        """
-        eta = self.predictor(rows, latents).eta
-        log_prob = self.density(eta, latents, rows).log_prob(rows.outcome())
-        return log_prob if rows.weights is None else rows.weights * log_prob
+        """log p(y_i | latent sites) of every row, times its weight; see `Rows.outcome`."""
+        values = log_likelihoods(self, rows, latents, others=False)
+        return values[self.data_facts().outcome_name]
 
     def predictor(
         self, rows: Rows, latents: Latents, *, return_fixed: bool = True, others: bool = False
     ) -> Predictor:
         """Linear predictors given the latent sites, vectorised over draws.
 
+        Layers that the filter effects cannot reach give the same output with and without them, so
+        one pass of the network serves both. If the effects reach nothing that was requested, it is
+        a pass without them.
+
         Parameters
         ----------
-        rows : Rows
-            n rows.
         latents : mapping of str to Tensor
             Random effects "... clusters terms"; the family's parameters and fixed effects with a
             1 in the place of the rows: "... 1 fixed_terms". Factors left out count as zero.
         return_fixed : bool
-            Whether the result has to include the predictor, output and activations without random
-            effects. If False, they may be left out, which saves a pass of the network.
+            If False, the predictor, output and activations without random effects may be left out,
+            which saves a pass of the network.
         others : bool
-            Whether the result has to include the means of the other outcomes.
+            Whether the means of the other outcomes are computed.
         """
-        return predict_rows(self, rows, latents, return_fixed=return_fixed, others=others)
+        means: Latents
+        inside = [f for f in self.factors if f.filters and f.effect_site in latents]
+        reached = bool(inside) and reaches_predictor(self)
+        rebuilt = others and any(other.at not in self.unreached for other in self.others)
+        if not (reached or (inside and rebuilt)):
+            output, activations = self.run_network(rows)
+            eta = linear_predictor(self, rows, output, activations, latents)
+            means = {other.name: activations[other.at] for other in self.others if others}
+        else:
+            runs = modulated_runs(self, rows, latents, inside, others=others)
+            if reached and not return_fixed:
+                return replace(runs, output=None)
+            eta, means = runs.eta, runs.others
+            output, activations = cast("Tensor", runs.output), runs.activations
+            if return_fixed:
+                output, activations = self.run_network(rows)
+        fixed = self.fixed_predictor(rows, output, activations, latents)
+        return Predictor(eta, fixed, output, activations, means)
 
 
 def log_likelihoods(
     model: MixedEffects, rows: Rows, latents: Latents, *, others: bool = True
 ) -> dict[str, Float[Tensor, "... rows"]]:
-    """Log-likelihood of every row, times its weight, by name of the outcome.
-
-    With `others`, it includes the other outcomes, times their weights.
-    """
+    """log p of every row, times its weight, by outcome; with `others`, of these too, weighted."""
     predictor = model.predictor(rows, latents, return_fixed=False, others=others)
     density = model.density(predictor.eta, latents, rows)
     values = {model.data_facts().outcome_name: density.log_prob(rows.outcome())}
@@ -260,15 +248,14 @@ def log_likelihoods(
 @contextmanager
 def counted(rows: Rows) -> Iterator[None]:
     """Handlers under which each row's log-likelihood counts `rows.scale` times its weight."""
-    with ExitStack() as handlers:
-        if rows.weights is None:
-            handlers.enter_context(poutine.scale(scale=rows.scale))
-        else:
-            # Pyro's scales must be positive, so rows of weight 0 are masked.
-            counts = cast("torch.BoolTensor", rows.weights > 0)
-            weights = torch.where(counts, rows.weights, 1)
-            handlers.enter_context(poutine.scale(scale=rows.scale * weights))
-            handlers.enter_context(poutine.mask(mask=counts))
+    if rows.weights is None:
+        with poutine.scale(scale=rows.scale):
+            yield
+        return
+    # Pyro's scales must be positive, so rows of weight 0 are masked.
+    counts = cast("torch.BoolTensor", rows.weights > 0)
+    weights = torch.where(counts, rows.weights, 1)
+    with poutine.scale(scale=rows.scale * weights), poutine.mask(mask=counts):
         yield
 
 

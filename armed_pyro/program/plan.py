@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -12,19 +12,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro._pyro_module import LocalModule
-from armed_pyro.families.family import Family, Parameters
+from armed_pyro.families.family import Eta, Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import family_named
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.taps import head_path, run
 from armed_pyro.priors import Known, Priors
 from armed_pyro.program.data_spec import Facts
-from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
-from armed_pyro.random_effects.terms import Term
+from armed_pyro.random_effects.terms import Term, parse_terms
 from armed_pyro.rows.batch import Rows
-
-Latents = Mapping[str, Tensor]
 
 __all__ = ["Plan"]
 
@@ -34,23 +32,11 @@ class Plan(LocalModule):
 
     Abstract: `MixedEffects` adds the joint density, and documents the parameters. Before
     `MixedEffects.bind` there are no factors, and `data_facts` raises an error.
-
-    Attributes
-    ----------
-    facts : Facts or None
-        What the program knows of its data; None before it is bound.
-    unreached : frozenset of str
-        Tapped layers, and "" for the output, that effects inside the network cannot change.
-
-    Raises
-    ------
-    TypeError
-        If `net` is not a module.
-    ValueError
-        If `fixed_weight` is negative, or terms or family cannot be read.
     """
 
     facts: Facts | None
+    # Tapped layers, and "" for the output, that effects inside the network cannot change.
+    unreached: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -80,7 +66,6 @@ class Plan(LocalModule):
         self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
         self._factors = nn.ModuleList()
         self.facts = None
-        self.unreached: frozenset[str] = frozenset()
 
     @property
     def network(self) -> nn.Module:
@@ -91,14 +76,14 @@ class Plan(LocalModule):
     def adversaries(self) -> tuple[Adversary, ...]:
         """The adversaries."""
         # Not by attribute, which PyroModule intercepts: their weights are no sites of the density.
-        return cast(
-            "tuple[Adversary, ...]", tuple(cast("nn.ModuleList", self._modules["_adversaries"]))
-        )
+        modules: Any = self._modules["_adversaries"]
+        return tuple(modules)
 
     @property
     def factors(self) -> tuple[Factor, ...]:
         """The grouping factors with random effects; none before the model is bound."""
-        return cast("tuple[Factor, ...]", tuple(cast("nn.ModuleList", self._modules["_factors"])))
+        modules: Any = self._modules["_factors"]
+        return tuple(modules)
 
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""
@@ -118,12 +103,13 @@ class Plan(LocalModule):
         parameters = self.network.parameters()
         return next((p for p in parameters if p.is_floating_point()), torch.zeros(()))
 
+    def unit(self) -> Float[Tensor, " 1"]:
+        """Standardised units per unit of the outcome."""
+        return self.reference().new_tensor([1 / self.data_facts().spread])
+
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """A context without gradients whose draws come from this seed.
-
-        The generators' states are restored afterwards.
-        """
+        """A context without gradients whose draws come from this seed and change no generator."""
         device = self.reference().device
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
@@ -131,13 +117,7 @@ class Plan(LocalModule):
             yield
 
     def data_facts(self) -> Facts:
-        """Sizes, names, scales and labels of the data to which the program is bound.
-
-        Raises
-        ------
-        ValueError
-            If the model has not been bound.
-        """
+        """Facts of the data to which the program is bound, or a `ValueError` before that."""
         if self.facts is None:
             raise ValueError("the model is not bound to data yet: call model.bind(data), or fit it")
         return self.facts
@@ -149,12 +129,9 @@ class Plan(LocalModule):
     @property
     def linear(self) -> bool:
         """Whether the fixed effects are latent coefficients of the input features."""
-        facts = self.data_facts()
-        return (
-            self.bayesian_head
-            and isinstance(self.network, nn.Linear)
-            and self.network.in_features == len(facts.feature_names)
-        )
+        net, features = self.network, self.data_facts().feature_names
+        linear = isinstance(net, nn.Linear) and net.in_features == len(features)
+        return self.bayesian_head and linear
 
     def head_path(self) -> str:
         """Module path of the network's last linear layer; empty if that is the network itself."""
@@ -174,17 +151,15 @@ class Plan(LocalModule):
     def known(self) -> dict[str, Tensor]:
         """Latent quantities that are known by their priors, not estimated, by site."""
         known = {site: value for factor in self.factors for site, value in factor.known().items()}
-        unit = self.reference().new_tensor([1 / self.data_facts().spread])
+        unit = self.unit()
         for parameter in self.family.parameters:
             value = parameter.known(self.priors, unit)
             if value is not None:
                 known[parameter.name] = value
-        ones = self.reference().new_ones(1)
-        return known | {
-            other.sd_site: other.prior.scales([""], ones, 1.0)[0]
-            for other in self.others
-            if isinstance(other.prior, Known)
-        }
+        for other in self.others:
+            if isinstance(other.prior, Known):
+                known[other.sd_site] = other.prior_scale(unit)
+        return known
 
     def starts(self) -> dict[str, Tensor]:
         """Values at which the guide starts, by latent site, in double precision.
@@ -195,7 +170,7 @@ class Plan(LocalModule):
         starts |= {other.sd_site: other.start for other in self.others}
         values = {name: torch.tensor(start, dtype=torch.float64) for name, start in starts.items()}
         for factor in self.factors:
-            values |= factor.joint_covariance.starts()
+            values |= factor.starts()
         return values
 
     def precision(self, latents: Latents) -> Tensor:
@@ -204,9 +179,7 @@ class Plan(LocalModule):
         tau = self.family.precision({name: latents[name] for name in names if name in latents})
         return self.reference().new_ones(()) if tau is None else tau
 
-    def density(
-        self, eta: Float[Tensor, "... rows columns"], latents: Latents, rows: Rows
-    ) -> dist.TorchDistribution:
+    def density(self, eta: Eta, latents: Latents, rows: Rows) -> dist.TorchDistribution:
         """p(y | eta, parameters of the family), on the outcome's scale."""
         return self.family.distribution(eta, self.family_parameters(latents), rows)
 
@@ -229,17 +202,10 @@ class Plan(LocalModule):
             for other in self.others
         }
 
-    def run_network(
-        self, rows: Rows, *, whole: bool = False
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The network's output, and its tapped activations by module path.
+    def run_network(self, rows: Rows, *, whole: bool = False) -> tuple[Tensor, Latents]:
+        """The network's output, and its tapped activations by module path; see `taps.run`.
 
-        Parameters
-        ----------
-        rows : Rows
-            The rows. If they carry results of a frozen network, these are returned.
-        whole : bool
-            As of `armed_pyro.networks.taps.run`.
+        If the rows carry results of a frozen network, these are returned.
         """
         if rows.computed is not None:
             return rows.computed[""], rows.computed
@@ -248,8 +214,8 @@ class Plan(LocalModule):
         return run(self.net, rows.x, self.layers(), head, whole=whole)
 
     def fixed_predictor(
-        self, rows: Rows, output: Tensor, activations: Mapping[str, Tensor], latents: Latents
-    ) -> Float[Tensor, "... rows columns"]:
+        self, rows: Rows, output: Tensor, activations: Latents, latents: Latents
+    ) -> Eta:
         """Linear predictor without random effects, from the network's output and activations."""
         facts = self.data_facts()
         base = rows.x.new_tensor(facts.center)

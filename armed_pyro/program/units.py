@@ -19,13 +19,6 @@ def original_covariance(factor: Factor, latents: Draws) -> Float[Tensor, "draws 
     """M D M': the random effects' covariance matrix in original units.
 
     M, ``factor.to_original``, takes effects from standardised to original units.
-
-    Parameters
-    ----------
-    factor : Factor
-        The grouping factor.
-    latents : dict of str to Tensor
-        Draws of the hyperparameters.
     """
     covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
     matrix = factor.to_original.to(covariance)
@@ -47,18 +40,15 @@ def original_sd(
     return _flat(latents[other.sd_site], 0).to(torch.float64) * model.data_facts().feature_spread
 
 
-def original_fixed_effects(
-    model: MixedEffects, latents: Draws
-) -> Float[Tensor, "draws fixed_terms"]:
+def original_fixed_effects(model: MixedEffects, latents: Draws) -> Float[Tensor, "draws terms"]:
     """Latent fixed effects in outcome units per unit of the feature.
 
     The intercept is the predictor at x = 0, centre included. Coefficients of a deep network's
     last layer are per unit of its activations.
     """
     facts = model.data_facts()
-    columns = len(facts.columns)
     values = _flat(latents["fixed_effect"], 1).to(torch.float64) * facts.spread
-    values = values.unflatten(-1, (-1, columns)).clone()
+    values = values.unflatten(-1, (-1, len(facts.columns))).clone()
     intercept = model.fixed_terms()[0].startswith("Intercept")
     if model.linear:
         scale = torch.tensor(facts.feature_scale).to(values)[:, None]

@@ -9,10 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.networks.taps import pooled
 from armed_pyro.random_effects.covariance import Covariance, Independent
 
-__all__ = ["Block", "FilterBlock", "LinearBlock", "by_column"]
+__all__ = ["Block", "FilterBlock", "InputBlock", "LayerBlock", "LinearBlock", "by_column"]
+
+Columns = Float[Tensor, "rows columns"]
 
 
 def by_column(
@@ -27,22 +30,12 @@ def by_column(
 
 
 class Block(nn.Module, ABC):
-    """Effects of one term, laid out for the features of one data set.
+    """Effects of one term, one per name, laid out for the features of one data set.
 
-    Attributes
-    ----------
-    names : tuple of str
-        One name per effect.
-    covariance : Covariance
-        Kind of covariance of the effects; independent for a single effect.
-    width : int
-        Number of effects that are interpreted together: those of the units of a hidden layer.
-    to_original : Float[Tensor, "columns columns"]
-        u_original = to_original @ u_internal, up to the outcome's spread.
+    u_original = to_original @ u_internal, up to the outcome's spread. `width` is the number of
+    effects that are interpreted together, as those of the units of a hidden layer.
     """
 
-    names: tuple[str, ...]
-    covariance: Covariance
     width: int = 1
     to_original: Tensor
 
@@ -59,9 +52,7 @@ class LinearBlock(Block, ABC):
     """Effects that multiply columns phi in the linear predictor."""
 
     @abstractmethod
-    def columns(
-        self, x: Tensor, activations: Mapping[str, Tensor]
-    ) -> Float[Tensor, "rows columns"]:
+    def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
         """phi of the rows with standardised features x."""
 
     def paths(self) -> tuple[str, ...]:
@@ -82,33 +73,22 @@ class InputBlock(LinearBlock):
     index: Tensor
 
     def __init__(
-        self,
-        names: list[str],
-        columns: list[int],
-        mean: list[float],
-        scale: list[float],
-        intercept: bool,
-        covariance: Covariance,
+        self, features: FeatureScaling, columns: list[int], intercept: bool, covariance: Covariance
     ) -> None:
         centred = intercept and covariance.any_origin
-        slope = torch.diag(1 / torch.tensor(scale, dtype=torch.float64))
-        if intercept:
-            size = len(names) + 1
-            to_original = torch.eye(size, dtype=torch.float64)
-            to_original[1:, 1:] = slope
-            if centred:
-                to_original[0, 1:] = -torch.tensor(mean, dtype=torch.float64) @ slope
-        else:
-            to_original = slope
-        super().__init__(["Intercept"] * intercept + names, covariance, to_original)
+        index = torch.tensor(columns, dtype=torch.long)
+        slope = torch.diag(1 / torch.tensor(features.scale, dtype=torch.float64)[index])
+        shift = torch.tensor(features.mean, dtype=torch.float64)[index] @ slope
+        to_original = torch.block_diag(slope.new_ones(1, 1), slope) if intercept else slope
+        if centred:
+            to_original[0, 1:] = -shift
+        names = ["Intercept"] * intercept + [features.names[column] for column in columns]
+        super().__init__(names, covariance, to_original)
         self.intercept = intercept
-        shift = torch.tensor(mean, dtype=torch.float64) @ slope
         self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
-        self.register_buffer("index", torch.tensor(columns, dtype=torch.long), False)
+        self.register_buffer("index", index, False)
 
-    def columns(
-        self, x: Tensor, activations: Mapping[str, Tensor]
-    ) -> Float[Tensor, "rows columns"]:
+    def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
         slopes = [x[:, self.index] + self.shift] if len(self.index) else []
         return torch.cat([x.new_ones(len(x), 1)] * self.intercept + slopes, -1)
 
@@ -119,12 +99,9 @@ class LayerBlock(LinearBlock):
     def __init__(self, path: str, width: int, covariance: Covariance) -> None:
         names = [f"{path}[{unit}]" for unit in range(width)]
         super().__init__(names, covariance, torch.eye(width, dtype=torch.float64))
-        self.path = path
-        self.width = width
+        self.path, self.width = path, width
 
-    def columns(
-        self, x: Tensor, activations: Mapping[str, Tensor]
-    ) -> Float[Tensor, "rows columns"]:
+    def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
         return pooled(activations[self.path])
 
     def paths(self) -> tuple[str, ...]:
@@ -137,5 +114,4 @@ class FilterBlock(Block):
     def __init__(self, path: str, filters: int) -> None:
         names = [f"{path}.{kind}[{c}]" for kind in ("scale", "bias") for c in range(filters)]
         super().__init__(names, Independent(), torch.eye(2 * filters, dtype=torch.float64))
-        self.path = path
-        self.width = 2 * filters
+        self.path, self.width = path, 2 * filters

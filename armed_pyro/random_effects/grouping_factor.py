@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import reduce
+from itertools import combinations
 from typing import cast
 
 import pyro
@@ -16,48 +18,39 @@ from torch import Tensor, nn
 from armed_pyro._messages import unknown
 from armed_pyro.distributions.small_matrices import FEW
 from armed_pyro.distributions.whitened import WhitenedNormal
-from armed_pyro.priors import Priors
-from armed_pyro.random_effects.covariance import Covariance, JointCovariance, TermGroup
+from armed_pyro.priors import Known, Priors
+from armed_pyro.random_effects.covariance import Covariance, Latents, Matrix, TermGroup
 from armed_pyro.random_effects.design import Block, FilterBlock, LinearBlock
-from armed_pyro.rows.batch import Membership
+from armed_pyro.rows.batch import Membership, Rows
 
 __all__ = ["Factor", "factor_named", "weighted"]
 
-
 # Prior scale of the sds of effects on filters, relative scales and biases.
 FILTER_SCALE = 0.3
+# Initial sd of the guide, in standardised units, for a factor with at most two terms. A factor with
+# more terms, such as those of a layer's units, starts with the same sum of variances.
+START_SD = 0.5
+
+Effects = Float[Tensor, "... clusters terms"]
 
 
 class Factor(nn.Module):
-    r"""Random effects of one grouping factor.
+    r"""Random effects of one grouping factor, with covariance matrix D = diag(sd) R diag(sd).
 
-    .. math:: sd \sim p(sd), \quad R_b \sim p(R_b), \quad
-              u_k \sim N(0, diag(sd) R diag(sd)), \quad k = 1, \dots, K
+    .. math:: sd \sim p(sd), \quad R_b \sim p(R_b), \quad u_k \sim N(0, D), \quad k = 1, \dots, K
 
-    R has one block :math:`R_b` for each correlated term and column of the predictor; see
-    `armed_pyro.random_effects.covariance`. The sites are those of the covariance and, in a plate
-    over clusters, ``<factor>_effect``.
+    R has one block :math:`R_b`, of a `Covariance`, for each correlated term and column of the
+    predictor; elsewhere it is the identity. The sites are ``<factor>_sd``, those of the blocks,
+    ``<factor>_cor`` unless R is the identity and, in a plate over clusters, ``<factor>_effect``.
 
     Effects are ordered by column of phi, then by column of the predictor. Effects on filters come
-    last; all columns of the predictor share them.
-
-    Parameters
-    ----------
-    name : str
-        The grouping factor.
-    blocks : sequence of Block
-        One block per term.
-    columns : sequence of str
-        Names of the predictor's columns.
-    priors : Priors
-        Priors of the program.
-    default : float
-        Scale of the sds' prior, if the prior has no scale of its own.
-    spread : float
-        Outcome units per standardised unit.
+    last; all columns of the predictor share them. `default` is the scale of the sds' prior, if the
+    prior has none of its own; `spread` is in outcome units per standardised unit.
     """
 
     to_original: Tensor
+    unit: Tensor  # standardised units per original unit of each term
+    prior_scale: Tensor  # of the sds, in standardised units
 
     def __init__(
         self,
@@ -70,9 +63,8 @@ class Factor(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        linear = [block for block in blocks if isinstance(block, LinearBlock)]
-        filters = [block for block in blocks if isinstance(block, FilterBlock)]
-        self._blocks = nn.ModuleList([*linear, *filters])
+        linear_first = sorted(blocks, key=lambda block: isinstance(block, FilterBlock))
+        self._blocks = nn.ModuleList(linear_first)
         self.n_columns = len(columns)
         names = [term for block in self.blocks for term in block.names]
         if twice := [term for place, term in enumerate(names) if term in names[:place]]:
@@ -81,28 +73,51 @@ class Factor(nn.Module):
             )
         multiplied = [
             (term, f"{term}[{column}]" if column else term, default / block.width**0.5)
-            for block in linear
+            for block in self.linear
             for term in block.names
             for column in columns
         ]  # dividing by sqrt(width) keeps the variance of phi'u independent of a layer's width
-        inside = [(term, term, FILTER_SCALE) for block in filters for term in block.names]
-        self.terms = tuple(label for _, label, _ in multiplied + inside)
+        inside = [(term, term, FILTER_SCALE) for block in self.filters for term in block.names]
+        labels = multiplied + inside
+        self.terms = tuple(label for _, label, _ in labels)
         self.n_linear = len(multiplied)
-        parts = [
-            torch.kron(block.to_original, torch.eye(self.n_columns, dtype=torch.float64)) * spread
-            for block in linear
-        ]
-        matrix = torch.block_diag(*parts, *[block.to_original for block in filters])
+        by_column = torch.eye(self.n_columns, dtype=torch.float64)
+        parts = [torch.kron(block.to_original, by_column) * spread for block in self.linear]
+        matrix = torch.block_diag(*parts, *[block.to_original for block in self.filters])
         unit = 1 / matrix.diagonal()
+        self.prior = priors.of(name)
+        scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
+        prior_scale = self.prior.scales([term for term, *_ in labels], unit, scales)
         self.register_buffer("to_original", matrix, persistent=False)
-        scales = torch.tensor([scale for *_, scale in multiplied + inside], dtype=unit.dtype)
-        prior = priors.of(name)
-        prior_scale = prior.scales([term for term, *_ in multiplied + inside], unit, scales)
-        groups = [
-            (group, covariance.with_priors(priors))
-            for group, covariance in _groups(name, self.terms, linear, self.n_columns)
+        self.register_buffer("unit", unit, persistent=False)
+        self.register_buffer("prior_scale", prior_scale, persistent=False)
+        self.groups = [
+            (group, covariance.with_priors(priors)) for group, covariance in self._correlated()
         ]
-        self.joint_covariance = JointCovariance(name, self.terms, prior, prior_scale, unit, groups)
+        if isinstance(self.prior, Known) and self.groups:
+            raise ValueError(
+                f"the sds of {name!r} are given as known, but its terms are correlated: write them "
+                "as independent, with '||'"
+            )
+        for _, covariance in self.groups:
+            if not covariance.clusters_independent:
+                raise ValueError(
+                    f"the covariance {covariance.name!r} of {name!r} makes its clusters depend on "
+                    "each other, for which there is no guide yet"
+                )
+
+    def _correlated(self) -> Iterator[tuple[TermGroup, Covariance]]:
+        """Groups of correlated terms: one per correlated block and column of the predictor."""
+        places, start = list[tuple[tuple[int, ...], Covariance]](), 0
+        for block in self.linear:
+            stop = start + len(block.names) * self.n_columns
+            if not block.covariance.diagonal:
+                columns = [range(start + c, stop, self.n_columns) for c in range(self.n_columns)]
+                places += [(tuple(column), block.covariance) for column in columns]
+            start = stop
+        for number, (group, covariance) in enumerate(places):
+            names = tuple(self.terms[place] for place in group)
+            yield TermGroup(self.name, group, names, number if places[1:] else None), covariance
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -122,25 +137,33 @@ class Factor(nn.Module):
     @property
     def diagonal(self) -> bool:
         """Whether all effects of a cluster are independent given their sds."""
-        return self.joint_covariance.diagonal
+        return not self.groups
 
     @property
-    def prior_scale(self) -> Float[Tensor, " terms"]:
-        """Scales of the sds' priors, in standardised units."""
-        return self.joint_covariance.prior_scale
+    def sd_site(self) -> str:
+        """Name of the site of the sds."""
+        return f"{self.name}_sd"
 
     @property
     def effect_site(self) -> str:
         """Name of the site of the random effects."""
         return f"{self.name}_effect"
 
-    def describe_priors(self) -> dict[str, str]:
-        """Priors of the terms' sds and of their correlations, in the units of the data."""
-        return self.joint_covariance.describe_priors()
+    def sites(self) -> tuple[str, ...]:
+        """Names of all sites, and of the site that correlated effects would have."""
+        of_groups = [site for group, kind in self.groups for site in kind.sites(group)]
+        return (self.effect_site, self.sd_site, f"{self.name}_cor", *of_groups)
 
-    def forward(self, membership: Membership) -> Float[Tensor, "... clusters terms"]:
+    # --- priors -----------------------------------------------------------------------------
+
+    def forward(self, membership: Membership) -> Effects:
         """Sample the hyperparameters, and the random effects of the batch's clusters."""
-        latents = self.joint_covariance.sample()
+        latents = {self.sd_site: self.prior.sample(self.sd_site, self.prior_scale)}
+        for group, covariance in self.groups:
+            latents |= covariance.sample(group, self.prior_scale)
+        if not self.diagonal:
+            root = self._correlation_cholesky(latents)
+            pyro.deterministic(f"{self.name}_cor", root @ root.mT, event_dim=2)
         scale = self.scale(latents)
         with self.plate(membership), weighted(membership):
             if self.diagonal:
@@ -155,62 +178,130 @@ class Factor(nn.Module):
         """The plate over the batch's clusters."""
         return pyro.plate(self.name, len(membership.index), dim=-1)
 
-    def scale(
-        self, latents: Mapping[str, Tensor]
-    ) -> Float[Tensor, "... terms"] | Float[Tensor, "... terms terms"]:
-        """L with u = L z: the vector of sds if effects are independent, otherwise a matrix."""
-        return self.joint_covariance.scale(latents)
+    def known(self) -> dict[str, Tensor]:
+        """Values of the hyperparameters that the priors fix."""
+        return {self.sd_site: self.prior_scale} if isinstance(self.prior, Known) else {}
 
-    def scale_matrix(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms terms"]:
+    def starts(self) -> dict[str, Tensor]:
+        """Initial values of the guide, by site; see `Covariance.starts`."""
+        size = len(self.terms)
+        sd = START_SD / math.sqrt(max(1, size / 2))
+        values = {self.sd_site: torch.full((size,), sd, dtype=torch.float64)}
+        for group, covariance in self.groups:
+            values |= covariance.starts(group)
+        return values
+
+    def describe_priors(self) -> dict[str, str]:
+        """Priors of the terms' sds and of their correlations, in the units of the data."""
+        lines = {
+            f"{self.sd_site}[{term}]": self.prior.describe(float(scale / unit))
+            for term, scale, unit in zip(self.terms, self.prior_scale, self.unit, strict=True)
+        }
+        for group, covariance in self.groups:
+            lines |= covariance.describe(group)
+        return lines
+
+    # --- the covariance matrix, given the latent sites --------------------------------------
+
+    def sd(self, latents: Latents) -> Float[Tensor, "... terms"]:
+        """Standard deviations of the terms."""
+        return latents[self.sd_site]
+
+    def _correlation_cholesky(self, latents: Latents) -> Matrix:
+        """Cholesky factor of R, assembled from the groups' factors."""
+        if len(self.groups) == 1 and len(self.groups[0][0].terms) == len(self.terms):
+            group, covariance = self.groups[0]
+            return covariance.cholesky(group, latents)
+        sd = self.sd(latents)
+        full = torch.eye(len(self.terms), dtype=sd.dtype, device=sd.device)
+        full = full.expand(*sd.shape[:-1], *full.shape).clone()
+        for group, covariance in self.groups:
+            index = torch.tensor(group.places, device=sd.device)
+            full[..., index[:, None], index] = covariance.cholesky(group, latents)
+        return full
+
+    def scale(self, latents: Latents) -> Float[Tensor, "... terms"] | Matrix:
+        """L with u = L z: the vector of sds if effects are independent, otherwise a matrix."""
+        sd = self.sd(latents)
+        return sd if self.diagonal else sd[..., :, None] * self._correlation_cholesky(latents)
+
+    def scale_matrix(self, latents: Latents) -> Matrix:
         """L as a matrix, even if effects are independent."""
         scale = self.scale(latents)
         return torch.diag_embed(scale) if self.diagonal else scale
 
-    def log_det_scale(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "..."]:
+    def log_det_scale(self, latents: Latents) -> Float[Tensor, "..."]:
         """log |L|."""
         scale = self.scale(latents)
         diagonal = scale if self.diagonal else scale.diagonal(dim1=-2, dim2=-1)
         return diagonal.log().sum(-1)
 
-    def sd(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms"]:
-        """Standard deviations of the terms."""
-        return self.joint_covariance.sd(latents)
+    def covariance(self, latents: Latents) -> Matrix:
+        """D, in standardised units."""
+        scale = self.scale(latents)
+        return torch.diag_embed(scale**2) if self.diagonal else scale @ scale.mT
 
-    def known(self) -> dict[str, Tensor]:
-        """Values of the hyperparameters that the priors fix."""
-        return self.joint_covariance.known()
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Positions of every pair of correlated terms."""
+        for group, _ in self.groups:
+            yield from combinations(group.places, 2)
 
-    def covariance(self, latents: Mapping[str, Tensor]) -> Float[Tensor, "... terms terms"]:
-        """D, the covariance matrix of a cluster's effects, in standardised units."""
-        return self.joint_covariance.matrix(latents)
+    def correlations(self, latents: Latents) -> dict[str, Float[Tensor, " draws"]]:
+        """Correlation of every pair of terms of a group, in standardised units."""
+        values = {}
+        for group, covariance in self.groups:
+            root = covariance.cholesky(group, latents)
+            root = root.reshape(-1, *root.shape[-2:])
+            for i, j in combinations(range(len(group.terms)), 2):
+                name = f"{self.name}_cor[{group.terms[i]},{group.terms[j]}]"
+                values[name] = (root[:, i] * root[:, j]).sum(-1)
+        return values
 
-    def extended(
-        self, latents: Mapping[str, Tensor], count: int, *, population: bool
-    ) -> Float[Tensor, "... count terms"]:
-        """Effects of the seen clusters, followed by new clusters up to `count`.
+    def quantities(self, latents: Latents) -> Iterator[tuple[TermGroup, str, Tensor]]:
+        """Further rows of tables, by group and name; see `Covariance.quantities`."""
+        for group, covariance in self.groups:
+            for name, values in covariance.quantities(group, latents).items():
+                yield group, name, values.reshape(-1)
 
-        Effects of new clusters are zero with `population`, and otherwise drawn from their prior;
-        see `MixedEffects.extend`.
-        """
+    # --- effects and their columns ----------------------------------------------------------
+
+    def effects_of(self, latents: Latents, noise: Effects) -> Effects:
+        """u = L z for standard normal noise z, with the same draws as the latent sites."""
+        scale = self.scale(latents)  # draws come with size 1 in the dimension of the clusters
+        if self.diagonal:
+            return scale * noise
+        return noise @ (scale.squeeze(-3) if scale.dim() > 2 else scale).mT
+
+    def extended(self, latents: Latents, count: int, *, population: bool) -> Effects:
+        """Effects of seen clusters, then of new ones up to `count`; see `MixedEffects.extend`."""
         seen = latents[self.effect_site]
         new = count - seen.shape[-2]
-        noise = seen.new_zeros(*seen.shape[:-2], new, seen.shape[-1])
+        effects = seen.new_zeros(*seen.shape[:-2], new, seen.shape[-1])
         if not population and new:
-            noise = self.joint_covariance.effects(latents, torch.randn_like(noise))
-        return torch.cat([seen, noise], -2)
+            effects = self.effects_of(latents, torch.randn_like(effects))
+        return torch.cat([seen, effects], -2)
 
-    def design(
-        self, x: Tensor, activations: Mapping[str, Tensor]
-    ) -> Float[Tensor, "rows phi_columns"]:
+    def design(self, x: Tensor, activations: Latents) -> Float[Tensor, "rows phi_columns"]:
         """phi, the columns of all terms except those on filters."""
         columns = [block.columns(x, activations) for block in self.linear]
         return torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
 
+    def filter_effects(self, latents: Latents, rows: Rows) -> Float[Tensor, "rows filter_terms"]:
+        """Each row's effects on filters: those of its cluster, or zeros without a latent site."""
+        if self.effect_site not in latents:
+            return rows.x.new_zeros(len(rows), len(self.terms) - self.n_linear)
+        return latents[self.effect_site][rows.memberships[self.name].position, self.n_linear :]
+
+    def by_layer(
+        self, effects: Float[Tensor, "rows filter_terms"]
+    ) -> list[tuple[str, Float[Tensor, "rows 2*filters"]]]:
+        """Layers with their effects, as `armed_pyro.networks.taps.modulated` takes them."""
+        widths = [len(block.names) for block in self.filters]
+        paths = [block.path for block in self.filters]
+        return list(zip(paths, effects.split(widths, -1), strict=True))
+
     def contribution(
-        self,
-        phi: Float[Tensor, "rows phi_columns"],
-        membership: Membership,
-        effects: Float[Tensor, "... clusters terms"],
+        self, phi: Float[Tensor, "rows phi_columns"], membership: Membership, effects: Effects
     ) -> Float[Tensor, "... rows columns"]:
         """phi_i' u_{g(i)} for every row and column of the predictor."""
         effects = effects[..., : self.n_linear]
@@ -221,24 +312,15 @@ class Factor(nn.Module):
             return torch.einsum("nq,...nqp->...np", phi, by_row)
         # Term by term: a gather and a sum over a short last dimension are slow.
         by_term = effects.unflatten(-1, (-1, self.n_columns)).unbind(-2)
-        terms = zip(phi.unbind(-1), by_term, strict=True)
-        return reduce(
-            torch.add,
-            (
-                column[:, None] * effect.index_select(-2, membership.position)
-                for column, effect in terms
-            ),
+        products = (
+            column[:, None] * effect.index_select(-2, membership.position)
+            for column, effect in zip(phi.unbind(-1), by_term, strict=True)
         )
+        return reduce(torch.add, products)
 
 
 def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
-    """The factor with this name; the first factor if the name is None.
-
-    Raises
-    ------
-    ValueError
-        If there is no such factor, or the program has no factor.
-    """
+    """The factor with this name, by default the first; a `ValueError` if there is none."""
     by_name = {factor.name: factor for factor in factors}
     if not by_name:
         raise ValueError("the program has no random effects, so its clusters do not differ")
@@ -250,30 +332,3 @@ def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
 def weighted(membership: Membership) -> ScaleMessenger:
     """Handler that multiplies the log-density of each cluster's sites by the cluster's weight."""
     return ScaleMessenger(1.0 if membership.weight is None else membership.weight)
-
-
-def _groups(
-    factor: str, terms: Sequence[str], blocks: Sequence[LinearBlock], n_columns: int
-) -> list[tuple[TermGroup, Covariance]]:
-    """Groups of correlated terms: one per correlated block and column of the predictor."""
-    places, start = list[tuple[tuple[int, ...], Covariance]](), 0
-    for block in blocks:
-        stop = start + len(block.names)
-        if not block.covariance.diagonal:
-            places += [
-                (tuple(range(start * n_columns + c, stop * n_columns, n_columns)), block.covariance)
-                for c in range(n_columns)
-            ]
-        start = stop
-    return [
-        (
-            TermGroup(
-                factor,
-                group,
-                tuple(terms[place] for place in group),
-                number if len(places) > 1 else None,
-            ),
-            covariance,
-        )
-        for number, (group, covariance) in enumerate(places)
-    ]

@@ -1,11 +1,13 @@
-"""Random-effect terms as a user writes them, and the blocks of columns that they stand for."""
+"""Random-effect terms as a user writes them, in lme4's syntax or as objects."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import accumulate
 
 from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.random_effects.covariance import (
@@ -16,36 +18,27 @@ from armed_pyro.random_effects.covariance import (
 )
 from armed_pyro.random_effects.design import Block, FilterBlock, InputBlock, LayerBlock
 
-__all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
+__all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term", "parse_terms"]
+
+_TERM = re.compile(r"^\s*\(?([^()|]+?)(\|\|?)([^()|]+?)\)?\s*$")
+_GRAMMAR = "write it as '(1 + x | site)', '(1 + x || site)', '(0 + x | site)' or '(1 | a/b)'"
 
 
 class Term(ABC):
-    """Random effects of one grouping factor with their own covariance matrix.
+    """Random effects of one grouping factor, ``"site"`` or ``"school:class"``.
 
     A term is a frozen dataclass. Its fields are saved with a fit.
-
-    Attributes
-    ----------
-    factor : str
-        Grouping factor, ``"site"`` or ``"school:class"``.
     """
 
     factor: str
 
-    @abstractmethod
     def layers(self) -> tuple[str, ...]:
-        """Module paths of the activations that the term needs."""
+        """Module paths of the activations that the term needs; none by default."""
+        return ()
 
     @abstractmethod
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
-        """The term's columns, for these features and a network with these activation widths.
-
-        Parameters
-        ----------
-        features : FeatureScaling
-            Names and scales of the features.
-        widths : mapping of str to int
-            Width of the activations at each path of `layers`.
+        """The term's columns, for these features and widths of the activations at `layers`.
 
         Raises
         ------
@@ -68,8 +61,6 @@ class RandomEffects(Term):
         Grouping factor, ``"site"`` or ``"school:class"``.
     slopes : tuple of str
         Features, by encoded name or by column. A categorical column stands for all its contrasts.
-    intercept : bool
-        Whether there is a random intercept.
     correlated : bool
         Whether the effects are correlated, lme4's ``|``, or independent, ``||``.
     covariance : str, Covariance or None
@@ -89,8 +80,7 @@ class RandomEffects(Term):
     covariance: str | Covariance | None = None
 
     def __post_init__(self) -> None:
-        if self.covariance is not None:
-            covariance_named(self.covariance)
+        _covariance(self)  # which refuses an unknown name
         if not self.intercept and not self.slopes:
             raise ValueError(f"the term {self} has neither an intercept nor a slope")
 
@@ -100,17 +90,11 @@ class RandomEffects(Term):
         effects = " + ".join(["1" if self.intercept else "0", *self.slopes])
         return f"{kind}({effects} {bar} {self.factor})"
 
-    def layers(self) -> tuple[str, ...]:
-        return ()
-
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         columns: list[int] = []
         for slope in self.slopes:
-            positions = [
-                position
-                for position, names in enumerate(zip(features.names, features.sources, strict=True))
-                if slope in names
-            ]
+            pairs = enumerate(zip(features.names, features.sources, strict=True))
+            positions = [position for position, names in pairs if slope in names]
             if not positions:
                 known = [*features.names, *features.sources]
                 near = get_close_matches(slope, known, n=1)
@@ -120,14 +104,7 @@ class RandomEffects(Term):
                     f"the features are: {', '.join(features.names) or 'none'}"
                 )
             columns += [position for position in positions if position not in columns]
-        return InputBlock(
-            names=[features.names[column] for column in columns],
-            columns=columns,
-            mean=[features.mean[column] for column in columns],
-            scale=[features.scale[column] for column in columns],
-            intercept=self.intercept,
-            covariance=_covariance(self),
-        )
+        return InputBlock(features, columns, self.intercept, _covariance(self))
 
 
 @dataclass(frozen=True)
@@ -136,15 +113,13 @@ class Slopes(Term):
 
     Attributes
     ----------
-    factor : str
-        Grouping factor.
     on : str
         Module path of the layer, such as ``"3"`` or ``"encoder.2"``; feature maps are averaged
         over space.
     correlated : bool
         Whether the slopes are correlated; independent by default, as layers are wide.
     covariance : str, Covariance or None
-        Another kind of covariance, by name or with settings, which then replaces `correlated`.
+        As of `RandomEffects`.
 
     References
     ----------
@@ -162,8 +137,7 @@ class Slopes(Term):
     covariance: str | Covariance | None = None
 
     def __post_init__(self) -> None:
-        if self.covariance is not None:
-            covariance_named(self.covariance)
+        _covariance(self)  # which refuses an unknown name
 
     def __str__(self) -> str:
         more = ", correlated=True" if self.correlated else ""
@@ -191,8 +165,6 @@ class FilterScaleBias(Term):
 
     Attributes
     ----------
-    factor : str
-        Grouping factor.
     at : str
         Module path of the layer, such as ``"decoder.conv3"``.
 
@@ -220,7 +192,82 @@ class FilterScaleBias(Term):
 
 
 def _covariance(term: RandomEffects | Slopes) -> Covariance:
-    """The term's kind of covariance."""
+    """The term's kind of covariance, or a `ValueError` for an unknown name."""
     if term.covariance is not None:
         return covariance_named(term.covariance)
     return Correlated() if term.correlated else Independent()
+
+
+def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
+    """Random-effect terms from lme4's syntax.
+
+    ``(1 + x | g)`` is a correlated intercept and slope; the intercept is implied, and ``0 +``
+    removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
+    ``(1 | a)`` and ``(1 | a:b)``. One string may hold several terms, joined by ``+``.
+
+    Raises
+    ------
+    ValueError
+        If a string does not follow the syntax, or two terms of a factor have the same column.
+
+    Examples
+    --------
+    >>> [str(term) for term in parse_terms("(1 + age | site) + (1 | school/class)")]
+    ['(1 + age | site)', '(1 | school)', '(1 | school:class)']
+    """
+    parsed: list[Term] = []
+    for term in [terms] if isinstance(terms, str | Term) else terms:
+        if not isinstance(term, str | Term):
+            raise TypeError(f"a random-effect term is a string or a Term, not {term!r}")
+        parsed += _parse(term) if isinstance(term, str) else [term]
+    _check_overlap(parsed)
+    return tuple(parsed)
+
+
+def _parse(text: str) -> list[Term]:
+    """Terms of a string, which may join several in parentheses."""
+    if not text.strip().startswith("("):
+        return _parse_term(text)
+    pieces = re.findall(r"\([^()]*\)", text)
+    if not pieces or re.sub(r"\([^()]*\)", "", text).replace("+", "").strip():
+        raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
+    return [term for piece in pieces for term in _parse_term(piece)]
+
+
+def _parse_term(text: str) -> list[Term]:
+    match = _TERM.match(text)
+    if match is None:
+        raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
+    left, bar, right = match.groups()
+    pieces = [piece.strip() for piece in re.sub(r"-\s*1\b", "+ 0", left).split("+")]
+    pieces = [piece for piece in pieces if piece]
+    bad = [piece for piece in pieces if re.search(r"[*/^(]", piece)]
+    if bad or not pieces:
+        raise ValueError(
+            f"cannot read {bad[0] if bad else left!r} in the term {text!r}: slopes are names of "
+            f"features joined by '+'; {_GRAMMAR}"
+        )
+    slopes = tuple(dict.fromkeys(piece for piece in pieces if piece not in ("0", "1")))
+    intercept = "0" not in pieces
+    path = [name.strip() for name in right.split("/")]
+    if not all(path):
+        raise ValueError(f"a grouping factor is missing in the term {text!r}: {_GRAMMAR}")
+    factors = [re.sub(r"\s*:\s*", ":", factor) for factor in accumulate(path, "{}:{}".format)]
+    return [RandomEffects(factor, slopes, intercept, bar == "|") for factor in factors]
+
+
+def _check_overlap(terms: list[Term]) -> None:
+    taken: dict[tuple[str, str], Term] = {}
+    for term in terms:
+        # A layer's path may be "1", which is also the name of the intercept.
+        kind = "filters of" if isinstance(term, FilterScaleBias) else "layer"
+        names = tuple(f"{kind} {path}" for path in term.layers())
+        if isinstance(term, RandomEffects):
+            names = (*(("1",) if term.intercept else ()), *term.slopes)
+        for name in names:
+            other = taken.setdefault((term.factor, name), term)
+            if other is not term:
+                raise ValueError(
+                    f"{other} and {term} both give {term.factor!r} the column {name!r}: "
+                    "write '0 +' in one of them, or join them"
+                )

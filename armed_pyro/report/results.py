@@ -9,8 +9,6 @@ import pandas as pd
 
 from armed_pyro.inference.posterior import Posterior
 
-__all__ = ["Conclusion", "Results", "Verdicts"]
-
 
 @dataclass(frozen=True)
 class Conclusion:
@@ -61,23 +59,7 @@ class Verdicts:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The tables and the verdicts of a fit.
-
-    Attributes
-    ----------
-    posterior : Posterior
-        The program and how it was trained.
-    prob : float
-        Probability of the equal-tailed intervals in the tables.
-    variance_components, fixed_effects : pandas.DataFrame
-        Tables as `Fit.variance_components` and `Fit.fixed_effects` make them.
-    verdicts : Verdicts
-        Whether the draws can be trusted, and whether the model misfits.
-
-    Examples
-    --------
-    ``summarize(fit.results(prob=0.8))``
-    """
+    """The tables and the verdicts of a fit; `prob` is the probability of the tables' intervals."""
 
     posterior: Posterior
     prob: float

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import pandas as pd
 
-from armed_pyro.inference.draws import METHODS
+from armed_pyro.inference.posterior import METHODS, Posterior
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.results import Results
 
-__all__ = ["priors", "summarize"]
+ENDINGS = {
+    "converged": "converged: the evidence lower bound has stopped improving",
+    "validation": "converged: the validation loss has stopped improving",
+    "steps": "NOT CONVERGED: the steps ran out; allow more with Schedule(steps=...)",
+    "diverged": "DIVERGED: these are the last good parameters",
+}
 
 
 def summarize(results: Results) -> str:
-    """The summary of a fit as text, in the layout of lme4 and brms.
-
-    Examples
-    --------
-    ``print(summarize(fit.results()))``
-    """
-    lines = (f"  {site}: {prior}" for site, prior in priors(results.posterior.model).items())
-    return "\n\n".join(
-        [
-            _head(results.posterior.model),
-            _section("Priors", "\n".join(lines)),
-            _random(results),
-            _fixed(results),
-            _convergence(results),
-            results.verdicts.text,
-        ]
-    )
+    """The summary of a fit as text, in the layout of lme4 and brms."""
+    model = results.posterior.model
+    lines = (f"  {site}: {prior}" for site, prior in priors(model).items())
+    parts = [_head(model), _section("Priors", "\n".join(lines)), _random(results), _fixed(results)]
+    parts += [_convergence(results), results.verdicts.text]
+    return "\n\n".join(parts)
 
 
 def priors(model: MixedEffects) -> dict[str, str]:
-    """Prior of every latent site, in the units of the data.
-
-    Examples
-    --------
-    ``priors(fit.model)["site_sd[Intercept]"]``
-    """
+    """Prior of every latent site, in the units of the data."""
     facts = model.data_facts()
     lines: dict[str, str] = {}
     for factor in model.factors:
@@ -54,6 +43,16 @@ def priors(model: MixedEffects) -> dict[str, str]:
         number = scale if isinstance(scale, float | int) else 1.0
         lines[other.sd_site] = other.prior.describe(facts.feature_spread * float(number))
     return lines or {"(none)": "the program has no latent site"}
+
+
+def adversaries(model: MixedEffects) -> list[str]:
+    """Factor, layers and weight of every adversary."""
+    return [f"{a.factor}, on {', '.join(a.taps)}, weight {a.weight:g}" for a in model.adversaries]
+
+
+def how_training_ended(posterior: Posterior) -> str:
+    """Why and when the training ended."""
+    return f"{ENDINGS[posterior.stopped]} ({len(posterior.history.loss):,} steps)"
 
 
 def _section(title: str, body: str) -> str:
@@ -81,12 +80,7 @@ def _head(model: MixedEffects) -> str:
         f"weight {other.weight:.4g}"
         for other in model.others
     ]
-    lines += [
-        f"  Adversary: {adversary.factor}, on {', '.join(adversary.taps)}, "
-        f"weight {adversary.weight:g}"
-        for adversary in model.adversaries
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  Adversary: {line}" for line in adversaries(model))])
 
 
 def _random(results: Results) -> str:
@@ -110,26 +104,21 @@ def _fixed(results: Results) -> str:
 
 
 def _convergence(results: Results) -> str:
-    reasons = {
-        "converged": "converged: the evidence lower bound has stopped improving",
-        "validation": "converged: the validation loss has stopped improving",
-        "steps": "NOT CONVERGED: the steps ran out; allow more with Schedule(steps=...)",
-        "diverged": "DIVERGED: these are the last good parameters",
-    }
-    history, facts = results.posterior.history, results.posterior.model.data_facts()
-    lines = [f"  {reasons[results.posterior.stopped]} ({len(history.loss)} steps)"]
+    posterior = results.posterior
+    history, facts = posterior.history, posterior.model.data_facts()
+    lines = [f"  {how_training_ended(posterior)}"]
     if history.elbo:
         last = history.elbo[-min(len(history.elbo), 100) :]
         lines.append(f"  Evidence lower bound: {sum(last) / len(last) * facts.n_rows:.2f}")
     draws = "the guide's own"
-    if results.posterior.refined is not None:
-        qualities = results.posterior.refined.quality.items()
+    if posterior.refined is not None:
+        qualities = posterior.refined.quality.items()
         quality = ", ".join(f"{name} {value:.3g}" for name, value in qualities)
-        draws = f"{METHODS[results.posterior.refined.method]} ({quality})"
+        draws = f"{METHODS[posterior.refined.method]} ({quality})"
     lines.append(f"  Posterior draws: {draws}")
     # There is no accuracy if training diverged in the first window of steps.
     accuracies = history.adversary_accuracy[-1] if history.adversary_accuracy else []
-    for adversary, accuracy in zip(results.posterior.model.adversaries, accuracies, strict=False):
+    for adversary, accuracy in zip(posterior.model.adversaries, accuracies, strict=False):
         counts = facts.counts[adversary.factor]
         lines.append(
             f"  Adversary of {adversary.factor}: accuracy {accuracy:.3f}, "

@@ -5,41 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
-from armed_pyro.rows.source import RowSource, memberships_of, whole_splits
+from armed_pyro.rows.source import RowSource, whole_splits
 
 __all__ = ["HeldRows"]
 
 
 @dataclass(frozen=True)
 class HeldRows(RowSource):
-    """Rows in the memory of one device, sliced into mini-batches.
+    """Rows in the memory of one device; the attributes are those of `Rows` and `RowSource`.
 
-    Attributes
-    ----------
-    codes : mapping of str to Int[Tensor, "rows"]
-        Cluster of each row, for every grouping factor.
-    counts : mapping of str to Int[Tensor, "clusters"]
-        Number of rows in each cluster. Clusters may have further rows in other processes.
-    x, y, trials, offset, weights, computed
-        As in `Rows`.
-
-    Examples
-    --------
-    >>> codes = {"site": torch.tensor([0, 0, 1, 1])}
-    >>> rows = HeldRows(torch.zeros(4, 1), torch.arange(4.0), codes, {"site": torch.tensor([2, 2])})
-    >>> rows.whole_clusters("site", torch.tensor([1])).y
-    tensor([2., 3.])
+    Clusters may have further rows in other processes, which `counts` include.
     """
 
     x: Tensor
     y: Tensor | None
-    codes: Mapping[str, Int[Tensor, " rows"]]
+    codes: Mapping[str, Int[Tensor, " rows"]]  # cluster of each row, for every grouping factor
     counts: Mapping[str, Int[Tensor, " clusters"]]
     trials: Float[Tensor, " rows"] | None = None
     offset: Float[Tensor, " rows"] | None = None
@@ -64,26 +51,17 @@ class HeldRows(RowSource):
     def take(self, index: Int[Tensor, " taken"]) -> HeldRows:
         """The rows `index` as a source with the same `counts`."""
 
-        # `index_select` copies whole rows, which takes a fraction of the time of indexing.
-        def take(values: Tensor | None) -> Tensor | None:
+        def take(values: Any) -> Any:
+            if isinstance(values, Mapping):
+                return {name: take(tensor) for name, tensor in values.items()}
+            # `index_select` copies whole rows, which takes a fraction of the time of indexing.
             return None if values is None else values.index_select(0, index)
 
-        def take_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: values.index_select(0, index) for name, values in tensors.items()}
-
-        return replace(
-            self,
-            x=self.x.index_select(0, index),
-            y=take(self.y),
-            codes=take_each(self.codes),
-            trials=take(self.trials),
-            offset=take(self.offset),
-            weights=take(self.weights),
-            computed=self.computed and take_each(self.computed),
-        )
+        names = ("x", "y", "codes", "trials", "offset", "weights", "computed")
+        return replace(self, **{name: take(getattr(self, name)) for name in names})
 
     def all(self) -> Rows:
-        return self.of(memberships_of(self.codes, self, 1.0, ()), 1.0)
+        return self.of(self.memberships(self.codes), 1.0)
 
     def of(self, memberships: Mapping[str, Membership], scale: float) -> Rows:
         """All rows, with these memberships and this scale."""
@@ -91,11 +69,7 @@ class HeldRows(RowSource):
         return Rows(self.x, self.y, memberships, scale, *optional)
 
     def batches(
-        self,
-        size: int,
-        generator: torch.Generator | None = None,
-        *,
-        dense_up_to: int | None = None,
+        self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
     ) -> Iterator[Rows]:
         for index in whole_splits(len(self), size, generator):
             yield self.batch(index.to(self.x.device), dense_up_to=dense_up_to)
@@ -104,21 +78,18 @@ class HeldRows(RowSource):
         """The rows `index`, drawn independently of the outcome, with the weights of `batches`."""
         scale, taken = len(self) / len(index), self.take(index)
         sampled = self.sampled(len(index), dense_up_to)
-        return taken.of(memberships_of(taken.codes, self, scale, sampled), scale)
+        return taken.of(self.memberships(taken.codes, scale, sampled), scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         # Time and memory do not depend on the number of clusters.
-        counts, n = self.counts[factor], len(self.counts[factor])
-        sizes, (order, starts) = counts[chosen], self._by_cluster[factor]
+        counts, (order, starts) = self.counts[factor], self._by_cluster[factor]
+        sizes, scale = counts[chosen], len(counts) / len(chosen)
         place = torch.arange(len(chosen), device=chosen.device).repeat_interleave(sizes)
         within = torch.arange(len(place), device=place.device) - (sizes.cumsum(0) - sizes)[place]
         rows = self.batch(order[starts[chosen][place] + within], dense_up_to=len(self))
-        weight = self.x.new_full((len(chosen),), n / len(chosen))
-        memberships = {
-            **rows.memberships,
-            factor: Membership(chosen, place, weight, complete=False),
-        }
-        return replace(rows, memberships=memberships, scale=n / len(chosen))
+        weight = self.x.new_full((len(chosen),), scale)
+        whole = Membership(chosen, place, weight, complete=False)
+        return replace(rows, memberships={**rows.memberships, factor: whole}, scale=scale)
 
     @cached_property
     def _by_cluster(self) -> dict[str, tuple[Tensor, Tensor]]:

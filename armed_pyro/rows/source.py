@@ -12,7 +12,7 @@ from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
 
-__all__ = ["RowSource", "memberships_of", "whole_splits"]
+__all__ = ["RowSource", "whole_splits"]
 
 
 class RowSource(ABC):
@@ -73,30 +73,20 @@ class RowSource(ABC):
 
     @abstractmethod
     def batches(
-        self,
-        size: int,
-        generator: torch.Generator | None = None,
-        *,
-        dense_up_to: int | None = None,
+        self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
     ) -> Iterator[Rows]:
         r"""Yield one pass over the rows in random order, in mini-batches of `size` rows.
 
         No row comes twice. Up to ``size - 1`` rows are left out, as their batch would be smaller.
 
         The likelihood is multiplied by N / size, so that the objective stays unbiased. If a
-        factor has at most `dense_up_to` clusters, all of them are drawn with weight 1. Otherwise
-        only the batch's clusters are drawn: cluster k, with m_k of its n_k rows in the batch, gets
-        the weight (N / size) m_k / n_k, the share of its prior and entropy that its rows bring.
+        factor has at most `dense_up_to` clusters (by default 4 `size`), all of them are drawn with
+        weight 1. Otherwise only the batch's clusters are drawn: cluster k, with m_k of its n_k
+        rows in the batch, gets the weight (N / size) m_k / n_k, the share of its prior and entropy
+        that its rows bring.
 
-        Parameters
-        ----------
-        size : int
-            Number of rows in a batch.
-        generator : torch.Generator, optional
-            Draws the order of the rows; by default torch's global generator. All draws must come
-            before the first batch, so that a generator in the same state yields the same pass.
-        dense_up_to : int, optional
-            Largest number of clusters that are all drawn in every batch; by default 4 `size`.
+        The generator, by default torch's global one, draws the order of the rows. All draws must
+        come before the first batch, so that a generator in the same state yields the same pass.
         """
 
     def sampled(self, size: int, dense_up_to: int | None = None) -> set[str]:
@@ -129,37 +119,26 @@ class RowSource(ABC):
     def chunks(self, size: int) -> Iterator[Rows]:
         """Yield blocks of at most `size` rows in order; every cluster is drawn with weight 1."""
 
+    def memberships(
+        self,
+        codes: Mapping[str, Int[Tensor, " rows"]],
+        scale: float = 1.0,
+        sampled: Collection[str] = (),
+    ) -> dict[str, Membership]:
+        """Memberships of the rows with these clusters, weighted as in `batches`.
 
-def memberships_of(
-    codes: Mapping[str, Int[Tensor, " rows"]],
-    source: RowSource,
-    scale: float,
-    sampled: Collection[str],
-) -> dict[str, Membership]:
-    """Memberships of a batch's rows, weighted as in `RowSource.batches`.
-
-    All clusters of a factor are drawn; of the `sampled` factors, only the clusters of the rows.
-
-    Parameters
-    ----------
-    codes : mapping of str to Int[Tensor, "rows"]
-        Cluster of each row in the batch, for every factor.
-    source : RowSource
-        The source of the batch.
-    scale : float
-        N divided by the number of rows in the batch.
-    sampled : collection of str
-        See `RowSource.sampled`.
-    """
-    memberships = {}
-    for factor, rows in codes.items():
-        if factor not in sampled:
-            memberships[factor] = Membership(source.all_clusters[factor], rows)
-        else:
-            present, position, m = torch.unique(rows, return_inverse=True, return_counts=True)
-            weight = (scale * m / source.counts[factor][present]).to(source.like.dtype)
-            memberships[factor] = Membership(present, position, weight, complete=False)
-    return memberships
+        All clusters of a factor are drawn; of the `sampled` factors, only the clusters of the
+        rows. `scale` is N divided by the number of rows.
+        """
+        memberships = {}
+        for factor, rows in codes.items():
+            if factor not in sampled:
+                memberships[factor] = Membership(self.all_clusters[factor], rows)
+            else:
+                present, position, m = torch.unique(rows, return_inverse=True, return_counts=True)
+                weight = (scale * m / self.counts[factor][present]).to(self.like.dtype)
+                memberships[factor] = Membership(present, position, weight, complete=False)
+        return memberships
 
 
 def whole_splits(

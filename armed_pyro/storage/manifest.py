@@ -26,9 +26,6 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
 
-__all__ = ["MANIFEST", "VERSION", "describe", "program", "read_family", "read_manifest", "reading"]
-
-
 MANIFEST = "manifest.json"
 FORMAT = "armed_pyro fit"
 
@@ -48,15 +45,8 @@ Kind = TypeVar("Kind")
 def describe(posterior: Posterior) -> dict[str, Any]:
     """The program, the training and the network's parameters, as JSON values.
 
-    Raises
-    ------
-    ValueError
-        If the program has a user-defined family, term or prior, which could not be read again, or
-        a precision other than single or double.
-
-    Examples
-    --------
-    ``describe(fit.posterior)["training"]["seed"]``
+    A user-defined family, term or prior, which could not be read again, is a ValueError, and so is
+    a precision other than single or double.
     """
     model, net, priors = posterior.model, posterior.model.net, posterior.model.priors
     dtype = str(model.reference().dtype).removeprefix("torch.")
@@ -64,31 +54,24 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         raise ValueError(
             f"a network in {dtype} cannot be saved: convert it to one of {list(DTYPES)}"
         )
-    sd = priors.sd
-    sd_priors = (
-        {"all": _named(sd, PRIORS)} if isinstance(sd, ScalePrior) else {"factors": _by_factor(sd)}
-    )
+    sd_priors: dict[str, Any] = {}
+    if isinstance(priors.sd, ScalePrior):
+        sd_priors["all"] = _entry("kind", priors.sd, PRIORS)
+    else:
+        sd_priors["factors"] = {k: _entry("kind", v, PRIORS) for k, v in priors.sd.items()}
+    family = _entry("name", model.family, FAMILIES)
     return {
         "format": FORMAT,
         "version": VERSION,
         "armed_pyro": version("armed_pyro"),
         "model": {
-            "random": [_named(term, TERMS) for term in model.terms],
-            "family": _family(model.family),
-            "priors": {
-                "sd": sd_priors,
-                "cor": priors.cor,
-                "fixed_sd": priors.fixed_sd,
-                "residual_sd": _named(priors.residual_sd, PRIORS),
-            },
+            "random": [_entry("kind", term, TERMS) for term in model.terms],
+            "family": family if len(family) > 1 else model.family.name,
+            "priors": {**_fields(priors), "sd": sd_priors},
             "bayesian_head": model.bayesian_head,
             "fixed_weight": model.fixed_weight,
             "adversaries": [adversary.settings() for adversary in model.adversaries],
-            "others": [
-                {"at": other.at, "name": other.name, "weight": other.weight}
-                | {"prior": _named(other.prior, PRIORS)}
-                for other in model.others
-            ],
+            "others": [_fields(other) for other in model.others],
         },
         "network": {
             "made_by": getattr(net, "armed_pyro_network", None),
@@ -106,17 +89,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in a folder.
-
-    Raises
-    ------
-    ValueError
-        If there is none, it is damaged, another program wrote it, or its version is not `VERSION`.
-
-    Examples
-    --------
-    ``read_manifest(Path("run"))["model"]["family"]``
-    """
+    """The manifest in a folder, if it is that of a fit in format `VERSION`."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: expected one that a fit was saved to")
     path = folder / MANIFEST
@@ -143,16 +116,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors in the content of a file into a ValueError that names the file.
-
-    Examples
-    --------
-    ``with reading(path): values = json.loads(path.read_text())``
-    """
-    wrong = (SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError)
+    """Turn errors in the content of a file into a ValueError that names the file."""
+    wrong = (
+        SafetensorError,
+        RuntimeError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    )
     try:
         yield
-    except (*wrong, AttributeError) as error:
+    except wrong as error:
         raise ValueError(
             f"{path} is damaged or was changed ({type(error).__name__}: {error}): save the fit "
             "again, or put a copy of the file back"
@@ -162,39 +138,20 @@ def reading(path: Path) -> Iterator[None]:
 def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> MixedEffects:
     """The unbound program of a manifest, with a copy of `net` or the network that it names.
 
-    Parameters
-    ----------
-    manifest : mapping
-        Result of `read_manifest`.
-    path : Path
-        File of the manifest, for error messages.
-    net : torch.nn.Module or None
-        A network of the fit's architecture.
-
-    Raises
-    ------
-    ValueError
-        If the manifest is damaged, there is no network, or its parameters are not those of the fit.
-
-    Examples
-    --------
-    ``program(read_manifest(folder), folder / MANIFEST, None).bind(data)``
+    `path` is the file of the manifest, for messages. The network must have the fit's parameters.
     """
     with reading(path):
         plan, settings = manifest["model"], manifest["network"]
-        fields, sd = plan["priors"], plan["priors"]["sd"]
-        by_factor = {name: _made(prior, PRIORS) for name, prior in sd.get("factors", {}).items()}
-        priors = Priors(
-            sd=_made(sd["all"], PRIORS) if "all" in sd else by_factor,
-            cor=fields["cor"],
-            fixed_sd=fields["fixed_sd"],
-            residual_sd=_made(fields["residual_sd"], PRIORS),
-        )
-        random = [_made(term, TERMS) for term in plan["random"]]
+        sd = plan["priors"]["sd"]
+        by_factor = {k: _made("kind", v, PRIORS) for k, v in sd.get("factors", {}).items()}
+        sd = _made("kind", sd["all"], PRIORS) if "all" in sd else by_factor
+        names = ("cor", "fixed_sd", "residual_sd")
+        priors = Priors(sd=sd, **{name: _made_field(plan["priors"][name]) for name in names})
+        random = [_made("kind", term, TERMS) for term in plan["random"]]
         adversaries = [Adversary(**entry) for entry in plan["adversaries"]]
         # Manifests from before there were other outcomes lack the entry.
         others = [
-            Reconstruction(**{**entry, "prior": _made(entry["prior"], PRIORS)})
+            Reconstruction(**{name: _made_field(value) for name, value in entry.items()})
             for entry in plan.get("others", [])
         ]
         family = read_family(plan["family"])
@@ -235,79 +192,51 @@ def _network(made_by: Mapping[str, Any] | None) -> nn.Module:
         ) from error
 
 
-def _named(value: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """A term or prior as the name of its class and its fields."""
-    kind = type(value).__name__
-    if kinds.get(kind) is not type(value):
-        raise _not_saved("term or prior", type(value), kinds)
-    return {"kind": kind, **_fields(value)}
+def _entry(key: str, value: Any, known: Mapping[str, type]) -> dict[str, Any]:
+    """An object as the name of its class, under this key, and its fields as JSON values."""
+    name = type(value).__name__ if key == "kind" else value.name
+    if known.get(name) is not type(value):
+        role = {"kind": "term or prior", "name": "family"}.get(key, key)
+        raise ValueError(
+            f"a fit with the {role} {type(value).__name__} cannot be saved, as it could not be "
+            f"read again; use one of {', '.join(known)}"
+        )
+    return {key: name, **_fields(value)}
 
 
 def _fields(value: Any) -> dict[str, Any]:
     """The fields of an object as JSON values."""
-    return {name: _plain(field) for name, field in vars(value).items()}
+    return {name: _plain(content) for name, content in vars(value).items()}
 
 
 def _plain(value: Any) -> Any:
     """The value of a field as JSON."""
     if isinstance(value, ScalePrior):
-        return _named(value, PRIORS)
+        return _entry("kind", value, PRIORS)
     if isinstance(value, Covariance):
-        if COVARIANCES.get(value.name) is not type(value):
-            raise _not_saved("covariance", type(value), COVARIANCES)
-        return {"covariance": value.name, **_fields(value)}
+        return _entry("covariance", value, COVARIANCES)
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _family(family: Family) -> str | dict[str, Any]:
-    """The name of a family, or its name and fields if it has fields."""
-    if FAMILIES.get(family.name) is not type(family):
-        raise _not_saved("family", type(family), FAMILIES)
-    fields = _fields(family)
-    return {"name": family.name, **fields} if fields else family.name
-
-
-def read_family(entry: str | Mapping[str, Any]) -> Family:
-    """The family of a manifest's entry.
-
-    Raises
-    ------
-    KeyError
-        If there is no such family.
-
-    Examples
-    --------
-    >>> read_family("poisson").name
-    'poisson'
-    """
-    if isinstance(entry, str):
-        return FAMILIES[entry]()
-    fields = {name: _made_field(value) for name, value in entry.items() if name != "name"}
-    return FAMILIES[str(entry["name"])](**fields)
-
-
-def _by_factor(values: Mapping[str, ScalePrior]) -> dict[str, Any]:
-    return {name: _named(value, PRIORS) for name, value in values.items()}
-
-
-def _made(entry: Mapping[str, Any], kinds: Mapping[str, type[Kind]]) -> Kind:
-    """The term or prior that `_named` described."""
-    fields = {name: _made_field(value) for name, value in entry.items() if name != "kind"}
-    return kinds[str(entry["kind"])](**fields)
+def _made(key: str, entry: Mapping[str, Any], known: Mapping[str, type[Kind]]) -> Kind:
+    """The object that `_entry` described."""
+    fields = {name: _made_field(value) for name, value in entry.items() if name != key}
+    return known[str(entry[key])](**fields)
 
 
 def _made_field(value: Any) -> Any:
     """The value that `_plain` described."""
     if isinstance(value, Mapping) and value.get("kind") in PRIORS:
-        return _made(value, PRIORS)
+        return _made("kind", value, PRIORS)
     if isinstance(value, Mapping) and value.get("covariance") in COVARIANCES:
-        fields = {name: _made_field(field) for name, field in value.items() if name != "covariance"}
-        return COVARIANCES[value["covariance"]](**fields)
+        return _made("covariance", value, COVARIANCES)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _not_saved(role: str, kind: type, known: Mapping[str, Any]) -> ValueError:
-    return ValueError(
-        f"a fit with the {role} {kind.__name__} cannot be saved, as it could not be read again; "
-        f"use one of {', '.join(known)}"
-    )
+def read_family(entry: str | Mapping[str, Any]) -> Family:
+    """The family of a manifest's entry.
+
+    >>> read_family("poisson").name
+    'poisson'
+    """
+    return _made("name", {"name": entry} if isinstance(entry, str) else entry, FAMILIES)

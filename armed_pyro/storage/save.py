@@ -26,16 +26,12 @@ from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.guides.structured import StructuredGuide
-from armed_pyro.inference.draws import RefinedDraws
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.summaries.datatree import GROUPS
-
-__all__ = ["GUIDES", "check_saveable", "load", "save"]
-
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
 VARIANCE, DIAGNOSTICS = "variance_components.csv", "diagnostics.json"
@@ -45,6 +41,8 @@ CHECKPOINTS = {"checkpoint.safetensors", "checkpoint.partial"}
 LARGEST_GROUP = 200e6
 # Bytes of random effects in posterior.nc; beyond it fewer draws are written.
 LARGEST_POSTERIOR = 100e6
+# Fields of a classifier in the manifest.
+CLASSIFIER = ("factor", "temperature", "pooling", "report")
 # Guides that can be saved, by their names in the manifest.
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
@@ -53,17 +51,7 @@ GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
 
 
 def check_saveable(posterior: Posterior, folder: str | Path) -> None:
-    """Raise the errors of `save` without writing, before tables and verdict are computed.
-
-    Raises
-    ------
-    ValueError
-        As `save`.
-
-    Examples
-    --------
-    ``check_saveable(fit.posterior, "run")``
-    """
+    """Raise the errors of `save` without writing, before tables and verdict are computed."""
     _check_target(Path(folder).resolve())
     _guide_name(posterior)
     describe(posterior)
@@ -82,33 +70,15 @@ def save(
 
     The folder gets ``model.safetensors`` (weights of network, adversaries and guide),
     ``manifest.json`` (program, training and labels), ``posterior.nc`` (`Fit.to_datatree`, with
-    the training rows), ``variance_components.csv`` and ``diagnostics.json``. A fit in the folder is
+    the training rows; groups of more than 200 MB are left out, with a warning),
+    ``variance_components.csv`` and ``diagnostics.json`` (the verdict). A fit in the folder is
     replaced; other files in it are kept.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    folder : path
-        The folder; it is made if it does not exist.
-    classifiers : Classifiers
-        The trained classifiers of clusters.
-    variance_components : pandas.DataFrame
-        Table for ``variance_components.csv``.
-    verdict : mapping
-        Verdict and checks as JSON values, for ``diagnostics.json``.
-    draws : int
-        Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
 
     Raises
     ------
     ValueError
         If the folder holds other files but no fit, or the program has a user-defined guide, term,
         family or prior, which could not be read again. Nothing is written then.
-
-    Examples
-    --------
-    ``fit.save("run"); Fit.load("run").predict(new_rows)``
     """
     check_saveable(posterior, folder)
     target = Path(folder).resolve()
@@ -123,7 +93,7 @@ def save(
         del tensors
         # Only the owner can read the file that save_file makes.
         shutil.copymode(partial / MANIFEST, partial / MODEL)
-        _write_groups(posterior, partial / POSTERIOR, _fewer(posterior, draws))
+        _write_groups(posterior, partial / POSTERIOR, draws)
         variance_components.to_csv(partial / VARIANCE, index=False)
         _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
         _put(partial, target)
@@ -147,14 +117,7 @@ def _contents(
         tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
     manifest["classifiers"] = []
     for number, classifier in enumerate(classifiers.values()):
-        manifest["classifiers"].append(
-            {
-                "factor": classifier.factor,
-                "temperature": classifier.temperature,
-                "pooling": classifier.pooling,
-                "report": classifier.report,
-            }
-        )
+        manifest["classifiers"].append({name: getattr(classifier, name) for name in CLASSIFIER})
         tensors |= {f"classifier{number}.{k}": v for k, v in classifier.tensors().items()}
     return manifest, tensors
 
@@ -162,30 +125,15 @@ def _contents(
 def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, Classifiers]:
     """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
-    Parameters
-    ----------
-    folder : path
-        The folder.
-    net : torch.nn.Module, optional
-        A network of the fit's architecture; a copy of it gets the weights of the fit. Not needed
-        for networks from functions registered as ``armed_pyro.models`` (``linear``, ``dense``).
-
-    Returns
-    -------
-    Posterior
-        The fitted program.
-    Classifiers
-        The classifiers of clusters that were saved.
+    `net` is a network of the fit's architecture; a copy of it gets the weights of the fit. It is
+    not needed for networks from functions registered as ``armed_pyro.models`` (``linear``,
+    ``dense``). The classifiers of clusters are those that were saved.
 
     Raises
     ------
     ValueError
         If the folder holds no fit, a file is missing, damaged or of a newer version, or the
         network is unknown or has other parameters.
-
-    Examples
-    --------
-    ``posterior, _ = load("run")``
     """
     path = Path(folder)
     manifest = read_manifest(path)
@@ -207,14 +155,15 @@ def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, C
     with reading(path / MODEL):
         restore_module("model", model, tensors)
         restore_module("guide", guide, tensors)
-        refined = _refined(manifest.get("refined"), tensors)
+        refined = None
+        if (record := manifest.get("refined")) is not None:
+            draws = _within(tensors, "refined.")
+            refined = RefinedDraws(record["method"], draws, record["quality"])
         classifiers = _classifiers(model, manifest.get("classifiers", []), tensors)
     with reading(path / POSTERIOR):
         data = _data(path / POSTERIOR, manifest["data"], facts)
-    posterior = Posterior(
-        model.eval(), guide, data, history, schedule, seed, stopped, refined=refined
-    )
-    return posterior, classifiers
+    parts = (model.eval(), guide, data, history, schedule, seed, stopped)
+    return Posterior(*parts, refined=refined), classifiers
 
 
 # --- the folder -------------------------------------------------------------------------------
@@ -267,7 +216,19 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
-    """Write the groups of `Fit.to_datatree` one at a time, as all at once need much memory."""
+    """Write the groups of `Fit.to_datatree` one at a time, as all at once need much memory.
+
+    There are at most as many draws as have random effects that fit into `LARGEST_POSTERIOR`.
+    """
+    most = max(2, int(LARGEST_POSTERIOR / (8 * max(1, _n_effects(posterior)))))
+    if draws > most:
+        warnings.warn(
+            f"{POSTERIOR} has {most} draws instead of {draws}, whose random effects would exceed "
+            f"{LARGEST_POSTERIOR / 1e6:.0f} MB",
+            UserWarning,
+            stacklevel=4,
+        )
+        draws = most
     for name in _groups(posterior, draws):
         try:
             group = GROUPS[name](posterior, draws, posterior.seed)
@@ -291,29 +252,16 @@ def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
 # --- its contents -----------------------------------------------------------------------------
 
 
-def _fewer(posterior: Posterior, draws: int) -> int:
-    """Number of draws whose random effects fit into `LARGEST_POSTERIOR`."""
-    facts = posterior.model.data_facts()
-    effects = sum(len(f.terms) * len(facts.levels[f.name]) for f in posterior.model.factors)
-    most = max(2, int(LARGEST_POSTERIOR / (8 * max(1, effects))))
-    if draws > most:
-        warnings.warn(
-            f"{POSTERIOR} has {most} draws instead of {draws}, whose random effects would exceed "
-            f"{LARGEST_POSTERIOR / 1e6:.0f} MB",
-            UserWarning,
-            stacklevel=4,
-        )
-    return min(draws, most)
+def _n_effects(posterior: Posterior) -> int:
+    """Number of random effects."""
+    levels = posterior.model.data_facts().levels
+    return sum(len(f.terms) * len(levels[f.name]) for f in posterior.model.factors)
 
 
 def _groups(posterior: Posterior, draws: int) -> list[str]:
     """Groups of the tree that are not too large for the file."""
-    effects = [
-        len(factor.terms) * len(posterior.model.data_facts().levels[factor.name])
-        for factor in posterior.model.factors
-    ]
     by_row = ("posterior_predictive", "log_likelihood", "prior_predictive")
-    numbers = {**dict.fromkeys(by_row, posterior.data.n_rows), "prior": sum(effects)}
+    numbers = {**dict.fromkeys(by_row, posterior.data.n_rows), "prior": _n_effects(posterior)}
     left_out = [name for name, n in numbers.items() if 8 * draws * n > LARGEST_GROUP]
     if left_out:
         warnings.warn(
@@ -326,21 +274,9 @@ def _groups(posterior: Posterior, draws: int) -> list[str]:
     return [name for name in GROUPS if name not in left_out]
 
 
-def _refined(
-    record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
-) -> RefinedDraws | None:
-    if record is None:
-        return None
-    return RefinedDraws(record["method"], _within(tensors, "refined."), record["quality"])
-
-
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with the prefix, by the rest of the name."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _classifiers(
@@ -348,8 +284,7 @@ def _classifiers(
 ) -> Classifiers:
     trained = {}
     for number, record in enumerate(records):
-        names = ("factor", "temperature", "pooling", "report")
-        settings = {name: record[name] for name in names}
+        settings = {name: record[name] for name in CLASSIFIER}
         weights = _within(tensors, f"classifier{number}.")
         trained[record["factor"]] = ClusterClassifier.restore(model, tensors=weights, **settings)
     return Classifiers(trained)
@@ -360,15 +295,10 @@ def _training_end(posterior: Posterior) -> dict[str, Any]:
     history, facts = posterior.history, posterior.model.data_facts()
     adversaries = []
     for place, adversary in enumerate(posterior.model.adversaries):
-        counts = facts.counts[adversary.factor]
-        accuracy = [window[place] for window in history.adversary_accuracy[-1:]]
-        adversaries.append(
-            {
-                "factor": adversary.factor,
-                "accuracy": accuracy[0] if accuracy else None,
-                "chance": float(counts.max() / counts.sum()),
-            }
-        )
+        counts, windows = facts.counts[adversary.factor], history.adversary_accuracy
+        accuracy = windows[-1][place] if windows else None
+        chance = float(counts.max() / counts.sum())
+        adversaries.append({"factor": adversary.factor, "accuracy": accuracy, "chance": chance})
     return {
         "converged": posterior.converged,
         "stopped": posterior.stopped,

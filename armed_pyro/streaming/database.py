@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from typing import Any
 
 import duckdb
 import torch
@@ -25,11 +26,8 @@ def database(
 
     DuckDB spills to a temporary folder in `folder`, which is removed afterwards.
     """
-    limit = max(int(SHARE * memory), LEAST + columns * LEAST_COLUMN)
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "memory_limit": f"{limit}B",
-        "threads": torch.get_num_threads(),
-    }
+    limit = f"{max(int(SHARE * memory), LEAST + columns * LEAST_COLUMN)}B"
+    settings: dict[str, Any] = {"memory_limit": limit, "threads": torch.get_num_threads()}
     with (
         tempfile.TemporaryDirectory(prefix=".armed_pyro-sort-", dir=folder) as spill,
         duckdb.connect(config={**settings, "temp_directory": spill}) as connection,

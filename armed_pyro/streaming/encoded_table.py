@@ -20,12 +20,11 @@ from torch import Tensor
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import check_varying
 from armed_pyro.data.grouping import Grouping
-from armed_pyro.data.schema import Schema
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import TableScan, complete_blocks
 
-__all__ = ["EncodedTable", "encode", "encoded_columns", "group_rows"]
+__all__ = ["EncodedTable", "encode", "group_rows"]
 
 # Number of rows that a fit keeps for its checks and for saving, and the smallest number of whole
 # clusters among them; below it, rows are kept without regard to clusters.
@@ -42,64 +41,38 @@ class EncodedTable:
     The file has columns for the features (``x0, x1, ...``), for the outcome, trials, offset and
     weights, as far as the data have them, for the clusters (``cluster0, ...``, positions among the
     levels of each cluster column), for the row's number in the table (``row``), and for a random
-    number by which rows are shuffled (``key``).
-
-    Attributes
-    ----------
-    path : Path
-        The file.
-    scanned : TableScan
-        Result of the first pass over the table.
-    feature_mean, feature_scale : Float[Tensor, "features"]
-        Means and sds of the features of all rows; 0 and 1 for indicators.
-    digest : bytes
-        Hash of the rows.
-    memory, seed : int
-        Memory limit of the fit's process in bytes, and the seed of the sample that a fit keeps.
-    factors : tuple of str
-        Grouping factors that the program needs.
+    number by which rows are shuffled (``key``). Means and sds are those of the features of all
+    rows; 0 and 1 for indicators.
     """
 
     path: Path
     scanned: TableScan
+    memory: int  # limit of the fit's process, in bytes
+    seed: int  # of the shuffle and of the sample that a fit keeps
+    factors: tuple[str, ...]  # grouping factors that the program needs
+    digest: bytes  # hash of the rows
     feature_mean: Float[Tensor, " features"]
     feature_scale: Float[Tensor, " features"]
-    digest: bytes
-    memory: int
-    seed: int
-    factors: tuple[str, ...] = ()
-
-    @property
-    def features(self) -> list[str]:
-        """Names of the feature columns."""
-        return _features(self.scanned.first)
-
-    @property
-    def numbers(self) -> list[str]:
-        """Names of the columns of outcome, trials, offset and weights."""
-        return _numbers(self.scanned.first)
-
-    def cluster(self, factor: str) -> str:
-        """Name of the column with the clusters of a factor."""
-        return f"cluster{list(self.scanned.levels).index(factor)}"
 
     def outcomes(self) -> ClusteredData:
         """All rows without features and clusters."""
-        rows = self._rows([*self.numbers, "row"], "true")
+        rows = self._rows([*self.scanned.numbers, "row"], "true")
         nothing: dict[str, Any] = dict.fromkeys(("feature_names", "sources", "continuous"), ())
         return replace(rows, features=torch.zeros(len(rows), 0), groupings={}, **nothing)
 
     def sample(self, factor: str | None) -> ClusteredData:
         """About 50,000 rows at most, in whole clusters of a factor if these are at least 20."""
-        where, parameters = f"key < {SAMPLE_ROWS} / {self.scanned.n_rows}::DOUBLE", {}
+        scanned, parameters = self.scanned, {}
+        where = f"key < {SAMPLE_ROWS} / {scanned.n_rows}::DOUBLE"
         if factor is not None:
-            counts = self.scanned.counts[factor].numpy()
+            counts = scanned.counts[factor].numpy()
             order = np.random.default_rng([self.seed, 12]).permutation(len(counts))
             n = max(1, int(np.searchsorted(np.cumsum(counts[order]), SAMPLE_ROWS, "right")))
             if n >= min(FEWEST_CLUSTERS, len(counts)):
                 parameters = {"chosen": order[:n].tolist()}
-                where = f"{self.cluster(factor)} IN (SELECT unnest($chosen))"
-        names = [*self.features, *self.numbers, *map(self.cluster, self.scanned.levels), "row"]
+                where = f"{scanned.cluster(factor)} IN (SELECT unnest($chosen))"
+        clusters = map(scanned.cluster, scanned.levels)
+        names = [*scanned.features, *scanned.numbers, *clusters, "row"]
         return self._rows(names, where, **parameters).take(slice(None))
 
     def _rows(self, names: list[str], where: str, **parameters: Any) -> ClusteredData:
@@ -108,17 +81,18 @@ class EncodedTable:
             query = f"SELECT {', '.join(names)} FROM read_parquet($path) WHERE {where}"
             parameters["path"] = glob.escape(str(self.path))
             columns = connection.execute(query, parameters).fetchnumpy()
+        scanned = self.scanned
         tensors = {name: torch.from_numpy(np.asarray(values)) for name, values in columns.items()}
-        features = [tensors[name] for name in self.features if name in tensors]
+        features = [tensors[name] for name in scanned.features if name in tensors]
         none = torch.zeros(len(columns["row"]), 0, dtype=torch.float64)
-        numbers: dict[str, Any] = {name: tensors[name] for name in self.numbers}
+        numbers: dict[str, Any] = {name: tensors[name] for name in scanned.numbers}
         return replace(
-            self.scanned.first,
+            scanned.first,
             features=torch.stack(features, 1) if features else none,
             groupings={
-                factor: Grouping(tensors[self.cluster(factor)].long(), levels)
-                for factor, levels in self.scanned.levels.items()
-                if self.cluster(factor) in tensors
+                factor: Grouping(tensors[scanned.cluster(factor)].long(), levels)
+                for factor, levels in scanned.levels.items()
+                if scanned.cluster(factor) in tensors
             },
             row_labels=pd.Index(columns["row"]),
             **numbers,
@@ -131,34 +105,28 @@ def encode(
     path: Path,
     memory: int,
     seed: int,
-    report: Callable[[int], Any] = lambda done: None,
+    factors: tuple[str, ...],
+    report: Callable[[int], Any],
 ) -> EncodedTable:
     """Read a scanned table again and write its encoded rows to the file `path`.
 
-    `report` is called with the number of rows written since its last call.
-
-    Raises
-    ------
-    ValueError
-        If a feature is constant.
+    `report` gets the number of rows written since its last call. Constant features are refused.
     """
-    schema, first = scanned.schema, scanned.first
+    schema = scanned.schema
+    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
+    used = dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None)
     digest, rng = hashlib.blake2b(), np.random.default_rng([seed, 13])
-    names = [*_features(first), *_numbers(first)]
+    names = [*scanned.features, *scanned.numbers]
     fields: dict[str, pa.DataType] = dict.fromkeys(names, pa.float64())
     fields |= {f"cluster{place}": pa.int32() for place in range(len(scanned.levels))}
     columns_of = pa.schema({**fields, "row": pa.int64(), "key": pa.float64()})
     # In split byte streams, values that fit single precision take half of the space.
-    settings = {
-        "compression": "lz4",
-        "use_dictionary": False,
-        "use_byte_stream_split": [*names, "key"],
-    }
-    with pq.ParquetWriter(path, columns_of, **settings) as writer:
-        for block in complete_blocks(table, encoded_columns(schema)):
+    settings = {"compression": "lz4", "use_byte_stream_split": [*names, "key"]}
+    with pq.ParquetWriter(path, columns_of, use_dictionary=False, **settings) as writer:
+        for block in complete_blocks(table, tuple(used)):
             rows = ClusteredData.encode(block, schema, outcome_required=True)
             columns = [*rows.features.numpy().T]
-            columns += [getattr(rows, name).numpy() for name in _numbers(rows)]
+            columns += [getattr(rows, name).numpy() for name in scanned.numbers]
             for factor, levels in scanned.levels.items():
                 grouping = rows.groupings[factor]
                 columns.append(levels.get_indexer(grouping.levels)[grouping.codes.numpy()])
@@ -169,14 +137,8 @@ def encode(
             encoded = pa.table([*map(pa.array, columns)], names=columns_of.names)
             writer.write_table(encoded.cast(columns_of), group_rows(len(columns)))
             report(len(rows))
-    mean, scale = _scaling(path, first, memory)
-    return EncodedTable(path, scanned, mean, scale, digest.digest(), memory, seed)
-
-
-def encoded_columns(schema: Schema) -> tuple[str, ...]:
-    """Names of the table's columns that a schema reads, without repetitions."""
-    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
-    return tuple(dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None))
+    scaling = _scaling(path, scanned, memory)
+    return EncodedTable(path, scanned, memory, seed, factors, digest.digest(), *scaling)
 
 
 def group_rows(columns: int) -> int:
@@ -184,22 +146,11 @@ def group_rows(columns: int) -> int:
     return max(1, GROUP_BYTES // (4 * columns) // VECTOR) * VECTOR
 
 
-def _features(rows: ClusteredData) -> list[str]:
-    """Names of the feature columns in the file."""
-    return [f"x{place}" for place in range(rows.n_features)]
-
-
-def _numbers(rows: ClusteredData) -> list[str]:
-    """Names of those among outcome, trials, offset and weights that the data have."""
-    names = ("outcome", "trials", "offset", "weights")
-    return [name for name in names if getattr(rows, name) is not None]
-
-
-def _scaling(path: Path, first: ClusteredData, memory: int) -> tuple[Tensor, Tensor]:
+def _scaling(path: Path, scanned: TableScan, memory: int) -> tuple[Tensor, Tensor]:
     """Means and sds of the features in the file; 0 and 1 for indicators."""
-    if not first.n_features:
+    first, names = scanned.first, scanned.features
+    if not names:
         return torch.zeros(0), torch.ones(0)
-    names = _features(first)
     moments = [f"avg({x}), stddev_samp({x}), (min({x}) < max({x}))::DOUBLE" for x in names]
     with database(memory, path.parent, len(names)) as connection:
         rows = connection.read_parquet(glob.escape(str(path)))

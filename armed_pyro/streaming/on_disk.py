@@ -16,10 +16,11 @@ from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
-from armed_pyro.rows.read_ahead import ahead
-from armed_pyro.rows.source import RowSource, memberships_of
+from armed_pyro.rows.passes import ahead
+from armed_pyro.rows.source import RowSource
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.encoded_table import EncodedTable, group_rows
+from armed_pyro.streaming.parquet_table import group_starts, take_rows
 
 __all__ = ["StreamedRows"]
 
@@ -33,14 +34,8 @@ class StreamedRows(RowSource):
     Mini-batches of rows come from a shuffled copy. Every pass draws eight of its row groups at a
     time and mixes their rows. Whole clusters come from a copy sorted by cluster. The order of the
     clusters is random, so that a batch of random clusters is one stretch of the file. A copy is
-    made when it is first needed. Memory holds only the current block of rows and those read ahead.
-
-    Parameters
-    ----------
-    table : EncodedTable
-        The rows in the order of the table. Copies are made in the folder of its file.
-    like : Tensor
-        A tensor with the precision and device of the batches.
+    made when it is first needed, in the folder of the encoded table's file. Memory holds only the
+    current block of rows and those read ahead. Batches have the precision and device of `like`.
     """
 
     def __init__(self, table: EncodedTable, like: Tensor) -> None:
@@ -57,7 +52,7 @@ class StreamedRows(RowSource):
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        return (len(self.table.features),)
+        return (len(self.table.scanned.features),)
 
     def fingerprint(self) -> Iterator[bytes]:
         yield self.table.digest
@@ -67,11 +62,7 @@ class StreamedRows(RowSource):
         return self._held(table, encoded=True).all()
 
     def batches(
-        self,
-        size: int,
-        generator: torch.Generator | None = None,
-        *,
-        dense_up_to: int | None = None,
+        self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
     ) -> Iterator[Rows]:
         # The thread that reads ahead needs a generator that no other thread uses.
         seed = int(torch.randint(2**62, (), generator=generator))
@@ -79,7 +70,7 @@ class StreamedRows(RowSource):
         for held, order in ahead(self._mixed(self._shuffled, size, seed)):
             for start in range(0, len(order) - size + 1, size):
                 taken = held.take(order[start : start + size])
-                yield taken.of(memberships_of(taken.codes, self, scale, sampled), scale)
+                yield taken.of(self.memberships(taken.codes, scale, sampled), scale)
 
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         counts = self.counts[factor]
@@ -89,7 +80,7 @@ class StreamedRows(RowSource):
         scale = len(counts) / len(chosen)
         weight = self.like.new_full((len(chosen),), scale)
         membership = Membership(chosen, place[held.codes[factor]], weight, complete=False)
-        return held.of({**memberships_of(held.codes, self, 1.0, ()), factor: membership}, scale)
+        return held.of({**self.memberships(held.codes), factor: membership}, scale)
 
     def cluster_order(self, factor: str) -> Int[Tensor, " clusters"]:
         return torch.from_numpy(self._by_cluster(factor).order).to(self.like.device)
@@ -110,12 +101,13 @@ class StreamedRows(RowSource):
         with pq.ParquetFile(self.table.path, pre_buffer=False) as file:
             for batch in ahead(file.iter_batches(size, None, self._columns, use_threads=False)):
                 held = self._held(pa.Table.from_batches([batch]), encoded=True)
-                yield held.of(memberships_of(held.codes, self, 1.0, ()), len(self) / len(held))
+                yield held.of(self.memberships(held.codes), len(self) / len(held))
 
     @property
     def _columns(self) -> list[str]:
         """Names of the encoded file's columns that become tensors."""
-        return [*self.table.features, *self.table.numbers, *map(self.table.cluster, self.counts)]
+        scanned = self.table.scanned
+        return [*scanned.features, *scanned.numbers, *map(scanned.cluster, self.counts)]
 
     @cached_property
     def _shuffled(self) -> Path:
@@ -125,15 +117,15 @@ class StreamedRows(RowSource):
     def _by_cluster(self, factor: str) -> _SortedFile:
         """The copy sorted by a factor's clusters."""
         if factor not in self._sorted:
-            counts, column = self.counts[factor].cpu().numpy(), self.table.cluster(factor)
+            counts, column = self.counts[factor].cpu().numpy(), self.table.scanned.cluster(factor)
             order = np.random.default_rng(self.table.seed).permutation(len(counts))
             ranks = pa.table({"code": order, "rank": np.arange(len(order))})
             tables = f"read_parquet($path) JOIN ranks ON {column} = code"
-            path = self._copy(column, tables, "rank, row", ranks=ranks)
+            path = self._copy(column, tables, "rank, row", ranks)
             self._sorted[factor] = _SortedFile(path, order, counts[order])
         return self._sorted[factor]
 
-    def _copy(self, name: str, tables: str, order: str, **views: pa.Table) -> Path:
+    def _copy(self, name: str, tables: str, order: str, ranks: pa.Table | None = None) -> Path:
         """Write a file with the standardised rows in another order."""
         table, path = self.table, self.table.path.with_name(f"{name}.parquet")
         scaling = zip(table.feature_mean.tolist(), table.feature_scale.tolist(), strict=True)
@@ -144,8 +136,8 @@ class StreamedRows(RowSource):
         ]
         columns += self._columns[len(columns) :]
         with database(table.memory, path.parent, len(columns)) as connection:
-            for view, contents in views.items():
-                connection.register(view, contents)
+            if ranks is not None:
+                connection.register("ranks", ranks)
             connection.execute(
                 f"COPY (SELECT {', '.join(columns)} FROM {tables} ORDER BY {order}) TO $target "
                 f"(FORMAT parquet, COMPRESSION lz4_raw, ROW_GROUP_SIZE {group_rows(len(columns))})",
@@ -168,8 +160,9 @@ class StreamedRows(RowSource):
 
     def _held(self, table: pa.Table, *, encoded: bool = False) -> HeldRows:
         """Rows of a file as tensors; the encoded file's features are standardised here."""
-        values = np.empty((len(table), len(self.table.features)), np.float32)
-        for place, name in enumerate(self.table.features):
+        scanned = self.table.scanned
+        values = np.empty((len(table), len(scanned.features)), np.float32)
+        for place, name in enumerate(scanned.features):
             feature = table[name].to_numpy()
             if encoded:
                 mean, scale = self.table.feature_mean[place], self.table.feature_scale[place]
@@ -177,12 +170,13 @@ class StreamedRows(RowSource):
             values[:, place] = feature
 
         def tensor(name: str) -> Tensor | None:
-            present = name in self.table.numbers
-            return torch.tensor(table[name].to_numpy()).to(self.like) if present else None
+            if name not in scanned.numbers:
+                return None
+            return torch.tensor(table[name].to_numpy()).to(self.like)
 
         codes = {}
         for factor in self.counts:
-            column = torch.tensor(table[self.table.cluster(factor)].to_numpy())
+            column = torch.tensor(table[scanned.cluster(factor)].to_numpy())
             codes[factor] = column.to(self.like.device, torch.long)
         x, y = torch.from_numpy(values).to(self.like), tensor("outcome")
         trials, offset, weights = tensor("trials"), tensor("offset"), tensor("weights")
@@ -194,10 +188,8 @@ class _SortedFile:
 
     def __init__(self, path: Path, order: np.ndarray, counts: np.ndarray) -> None:
         self.path, self.order, self.ranks = path, order, np.argsort(order)
-        self.starts = np.cumsum([0, *counts])
-        self.metadata = pq.read_metadata(path)
-        sizes = [self.metadata.row_group(k).num_rows for k in range(self.metadata.num_row_groups)]
-        self.group_starts = np.cumsum([0, *sizes])
+        self.starts, self.metadata = np.cumsum([0, *counts]), pq.read_metadata(path)
+        self.groups = group_starts(self.metadata)
 
     def read(self, chosen: Int[np.ndarray, " chosen"]) -> pa.Table:
         """All rows of the chosen clusters, in the order of the file."""
@@ -205,11 +197,5 @@ class _SortedFile:
         sizes = np.diff(self.starts)[ranks]
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         rows = np.repeat(self.starts[ranks], sizes) + within
-        groups = np.searchsorted(self.group_starts, rows, "right") - 1
-        parts = []
         with pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False) as file:
-            for group in np.unique(groups):
-                low, high = np.searchsorted(groups, [group, group + 1])
-                table = file.read_row_group(group, use_threads=False)
-                parts.append(table.take(rows[low:high] - self.group_starts[group]))
-        return pa.concat_tables(parts)
+            return take_rows(file, self.groups, rows)

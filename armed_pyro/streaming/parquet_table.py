@@ -14,75 +14,42 @@ from jaxtyping import Int
 
 from armed_pyro.data.files import read_table
 
-__all__ = ["TableBlocks"]
+__all__ = ["TableBlocks", "group_starts", "take_rows"]
 
 
 @dataclass(frozen=True, eq=False)
 class TableBlocks:
-    """The table in a file; Parquet is streamed, other formats are held in memory.
-
-    Attributes
-    ----------
-    path : Path
-        The file.
-    frame : pandas.DataFrame or None
-        The table, if it is held in memory.
-    n_rows : int
-        Number of rows.
-    columns : tuple of str
-        Names of the columns.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     pd.DataFrame({"x": range(5)}).to_parquet(f"{folder}/t.parquet")
-    ...     [len(block) for block in TableBlocks.open(Path(f"{folder}/t.parquet")).blocks(2)]
-    [2, 2, 1]
-    """
+    """The table in a file; Parquet is streamed, other formats are held in memory."""
 
     path: Path
-    frame: pd.DataFrame | None
+    frame: pd.DataFrame | None  # the table, if it is held in memory
     n_rows: int
     columns: tuple[str, ...]
 
     @classmethod
     def open(cls, path: Path) -> TableBlocks:
-        """The table in a file.
-
-        Raises
-        ------
-        ValueError
-            If there is no such file, or it is not a readable table.
-        """
+        """The table in a file; ValueError if it is not a readable table."""
         if path.name.lower().endswith((".parquet", ".pq")) and path.is_file():
             try:
                 file = pq.ParquetFile(path)
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{path} is not a readable Parquet file ({error})") from error
-            names = tuple(file.schema_arrow.names)
             if file.metadata.num_rows:
-                return cls(path, None, file.metadata.num_rows, names)
+                return cls(path, None, file.metadata.num_rows, tuple(file.schema_arrow.names))
         frame = read_table(path)  # raises the error for a missing or unreadable file
         return cls(path, frame, len(frame), tuple(frame.columns))
 
     def blocks(self, size: int, columns: tuple[str, ...] | None = None) -> Iterator[pd.DataFrame]:
         """Yield the rows in order, at most `size` at a time.
 
-        Parameters
-        ----------
-        size : int
-            Rows per block.
-        columns : tuple of str, optional
-            Columns to read; by default all. Names of absent columns are ignored.
+        By default, all columns are read. Names of absent columns are ignored.
         """
-        wanted = [name for name in self.columns if columns is None or name in columns]
+        wanted = self._wanted(columns)
         if self.frame is not None:
             for start in range(0, self.n_rows, size):
                 yield self.frame[wanted].iloc[start : start + size]
             return
-        # Without these settings, pyarrow holds whole row groups in memory.
-        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
+        with self._parquet() as file:
             for batch in file.iter_batches(size, columns=wanted):
                 yield batch.to_pandas()
 
@@ -90,24 +57,44 @@ class TableBlocks:
         self, rows: Int[np.ndarray, " taken"], columns: Sequence[str] | None = None
     ) -> pd.DataFrame:
         """The Parquet rows with these increasing numbers; only their row groups are read."""
-        wanted = [name for name in self.columns if columns is None or name in columns]
-        parts = []
-        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20) as file:
-            sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
-            starts = np.cumsum([0, *sizes])
-            groups = np.unique(np.searchsorted(starts, rows, "right") - 1)
-            for group in groups:
-                start = starts[group]
-                for batch in file.iter_batches(row_groups=[int(group)], columns=wanted):
-                    low, high = np.searchsorted(rows, [start, start + batch.num_rows])
-                    parts.append(pa.Table.from_batches([batch]).take(rows[low:high] - start))
-                    start += batch.num_rows
-        frame = pa.concat_tables(parts).unify_dictionaries().to_pandas()
+        with self._parquet() as file:
+            taken = take_rows(file, group_starts(file.metadata), rows, self._wanted(columns))
+        frame = taken.unify_dictionaries().to_pandas()
         frame.index = pd.Index(rows)
         return frame
+
+    def _wanted(self, columns: Sequence[str] | None) -> list[str]:
+        return [name for name in self.columns if columns is None or name in columns]
+
+    def _parquet(self) -> pq.ParquetFile:
+        # Without these settings, pyarrow holds whole row groups in memory.
+        return pq.ParquetFile(self.path, pre_buffer=False, buffer_size=2**20)
 
     @property
     def types(self) -> dict[str, pa.DataType]:
         """Arrow's types of the columns of the Parquet file."""
         schema = pq.read_schema(self.path)
         return dict(zip(schema.names, schema.types, strict=True))
+
+
+def group_starts(metadata: pq.FileMetaData) -> Int[np.ndarray, " groups_and_end"]:
+    """Number of the first row of each row group, and the number of rows."""
+    sizes = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
+    return np.cumsum([0, *sizes])
+
+
+def take_rows(
+    file: pq.ParquetFile,
+    starts: Int[np.ndarray, " groups_and_end"],
+    rows: Int[np.ndarray, " taken"],
+    columns: list[str] | None = None,
+) -> pa.Table:
+    """The rows with these increasing numbers, from row groups with these `group_starts`."""
+    parts = []
+    for group in np.unique(np.searchsorted(starts, rows, "right") - 1).tolist():
+        start = starts[group]
+        for batch in file.iter_batches(row_groups=[group], columns=columns, use_threads=False):
+            low, high = np.searchsorted(rows, [start, start + batch.num_rows])
+            parts.append(pa.Table.from_batches([batch]).take(rows[low:high] - start))
+            start += batch.num_rows
+    return pa.concat_tables(parts)

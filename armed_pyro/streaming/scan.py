@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import torch
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from armed_pyro._messages import count_rows, listing
@@ -21,7 +23,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.schema import Schema, parse_terms
-from armed_pyro.rows.read_ahead import ahead
+from armed_pyro.rows.passes import ahead
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.parquet_table import TableBlocks
 
@@ -33,47 +35,45 @@ BLOCK_ROWS = 65_536
 
 @dataclass(frozen=True, eq=False)
 class TableScan:
-    """Result of one pass over a table.
+    """Result of one pass over a table; `levels` and `counts` are those of every cluster column."""
 
-    Attributes
-    ----------
-    schema : Schema
-        The rules by which rows become tensors.
-    first : ClusteredData
-        The first complete row.
-    levels, counts : dict of str to pandas.Index, Int64[Tensor, "clusters"]
-        Labels of the clusters in every cluster column, and their numbers of rows.
-    n_rows : int
-        Rows without missing values.
-    """
-
-    schema: Schema
-    first: ClusteredData
+    schema: Schema  # the rules by which rows become tensors
+    first: ClusteredData  # the first complete row
     levels: dict[str, pd.Index]
-    counts: dict[str, Tensor]
-    n_rows: int
+    counts: dict[str, Int[Tensor, " clusters"]]
+    n_rows: int  # rows without missing values
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the feature columns of encoded rows."""
+        return [f"x{place}" for place in range(self.first.n_features)]
+
+    @property
+    def numbers(self) -> list[str]:
+        """Names of those among outcome, trials, offset and weights that the data have."""
+        names = ("outcome", "trials", "offset", "weights")
+        return [name for name in names if getattr(self.first, name) is not None]
+
+    def cluster(self, factor: str) -> str:
+        """Name of the column of encoded rows with the clusters of a factor."""
+        return f"cluster{list(self.levels).index(factor)}"
 
 
 def scan(
     table: TableBlocks,
-    *,
     outcome: str,
     clusters: Sequence[str],
     features: Sequence[str] | str | None = None,
     missing: Missing = "error",
+    *,
     memory: int,
     folder: str | PathLike[str] | None = None,
     **roles: str | None,
 ) -> TableScan:
     """Read a table once; see `ClusteredData.from_frame` for the parameters.
 
-    DuckDB finds the numbers of rows that show every category and cluster. pyarrow reads their
-    values, so that labels have the same types as in a table in memory.
-
-    Raises
-    ------
-    ValueError
-        As `Schema.infer`; or for missing or infinite values, with the first such row of the file.
+    Raises ValueError as `Schema.infer`, or for missing or infinite values, with the first such row
+    of the file.
     """
     if missing not in ("error", "drop"):
         raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
@@ -87,10 +87,10 @@ def scan(
     pick(pd.DataFrame(columns=list(table.columns)), used)
     with database(memory, folder) as connection:
         try:
-            names = _number_rows(connection, table)
-            n_rows = _select_complete(connection, table, names, used, missing)
-            witnesses = _witnesses(connection, table, names, [*columns, outcome])
-            levels_counts = {name: _clusters(connection, table, names, name) for name in clusters}
+            views = _Views(connection, table)
+            n_rows = views.select_complete(used, missing)
+            witnesses = views.witnesses([*columns, outcome])
+            labels_counts = {name: views.clusters(name) for name in clusters}
         except duckdb.Error as error:
             raise ValueError(f"{table.path} cannot be read: {error}") from error
     if n_rows < table.n_rows:
@@ -99,94 +99,92 @@ def scan(
     frame = table.take(witnesses)
     schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
-    levels = {name: labels for name, (labels, _) in levels_counts.items()}
-    counts = {name: sizes for name, (_, sizes) in levels_counts.items()}
+    levels = {name: labels for name, (labels, _) in labels_counts.items()}
+    counts = {name: sizes for name, (_, sizes) in labels_counts.items()}
     return TableScan(schema, first, levels, counts, n_rows)
 
 
-def _number_rows(connection: duckdb.DuckDBPyConnection, table: TableBlocks) -> dict[str, str]:
-    """Create the view "numbered" of the file, with row numbers; its name of every column."""
-    # Columns are named by their place, because DuckDB treats "x" and "X" as the same name.
-    names = {name: f"c{place}" for place, name in enumerate(table.columns)}
-    path = glob.escape(str(table.path))
-    connection.read_parquet(path, file_row_number=True).create_view("file")
-    listed = ", ".join([*names.values(), "place"])
-    connection.execute(f"CREATE VIEW numbered AS SELECT * FROM file AS t({listed})")
-    return names
+class _Views:
+    """DuckDB's views of a file: its rows with their numbers, and those without missing values.
 
+    DuckDB finds the numbers of rows that show every category and cluster. pyarrow reads their
+    values, so that labels have the same types as in a table in memory.
+    """
 
-def _select_complete(
-    connection: duckdb.DuckDBPyConnection,
-    table: TableBlocks,
-    names: dict[str, str],
-    used: list[str],
-    missing: Missing,
-) -> int:
-    """Create the view "complete" of the rows without missing values; their number."""
-    floating = [names[name] for name in used if pa.types.is_floating(table.types[name])]
-    holes = [f"{names[name]} IS NULL" for name in used] + [f"isnan({name})" for name in floating]
-    hole, infinite = " OR ".join(holes), " OR ".join(f"isinf({name})" for name in floating)
-    ((first_hole, first_infinite, n_rows),) = connection.execute(
-        f"SELECT min(place) FILTER ({hole}), min(place) FILTER ({infinite or 'false'}), "
-        f"count(*) FILTER (NOT ({hole})) FROM numbered"
-    ).fetchall()
-    if first_infinite is not None:
-        row = table.take(np.array([first_infinite]), used).select_dtypes("number").astype(float)
-        raise ValueError(
-            f"Infinite values in {row.columns[np.isinf(row.to_numpy()[0])][0]!r}, first in row "
-            f"{first_infinite} of {table.path}, counted from 0. Replace them by finite ones, or by "
-            "missing values and pass missing='drop' (command line: --missing drop)."
+    def __init__(self, connection: duckdb.DuckDBPyConnection, table: TableBlocks) -> None:
+        self.connection, self.table, self.types = connection, table, table.types
+        # Columns are named by their place, because DuckDB treats "x" and "X" as the same name.
+        self.names = {name: f"c{place}" for place, name in enumerate(table.columns)}
+        path = glob.escape(str(table.path))
+        connection.read_parquet(path, file_row_number=True).create_view("file")
+        listed = ", ".join([*self.names.values(), "place"])
+        connection.execute(f"CREATE VIEW numbered AS SELECT * FROM file AS t({listed})")
+
+    def select_complete(self, used: list[str], missing: Missing) -> int:
+        """Create the view "complete" of the rows without missing values; their number."""
+        names, path = self.names, self.table.path
+        floating = [names[name] for name in used if pa.types.is_floating(self.types[name])]
+        holes = [f"{names[name]} IS NULL" for name in used]
+        hole = " OR ".join([*holes, *(f"isnan({name})" for name in floating)])
+        infinite = " OR ".join(f"isinf({name})" for name in floating) or "false"
+        ((first_hole, first_infinite, n_rows),) = self._rows(
+            f"SELECT min(place) FILTER ({hole}), min(place) FILTER ({infinite}), "
+            f"count(*) FILTER (NOT ({hole})) FROM numbered"
         )
-    if first_hole is not None and missing == "error":
-        row = table.take(np.array([first_hole]), used)
-        raise ValueError(
-            f"Missing values in {listing(row.columns[row.isna().to_numpy()[0]])}, first in row "
-            f"{first_hole} of {table.path}, counted from 0. Fill them in, or leave such rows out "
-            "with missing='drop' (command line: --missing drop)."
-        )
-    if not n_rows:
-        raise ValueError(f"Every row of {table.path} has missing values. Leave columns out.")
-    where = "" if first_hole is None else f" WHERE NOT ({hole})"
-    connection.execute(f"CREATE VIEW complete AS SELECT * FROM numbered{where}")
-    return int(n_rows)
+        if first_infinite is not None:
+            row = self._take([first_infinite], used).select_dtypes("number").astype(float)
+            raise ValueError(
+                f"Infinite values in {row.columns[np.isinf(row.to_numpy()[0])][0]!r}, first in row "
+                f"{first_infinite} of {path}, counted from 0. Replace them by finite ones, or by "
+                "missing values and pass missing='drop' (command line: --missing drop)."
+            )
+        if first_hole is not None and missing == "error":
+            row = self._take([first_hole], used)
+            raise ValueError(
+                f"Missing values in {listing(row.columns[row.isna().to_numpy()[0]])}, first in row "
+                f"{first_hole} of {path}, counted from 0. Fill them in, or leave such rows out "
+                "with missing='drop' (command line: --missing drop)."
+            )
+        if not n_rows:
+            raise ValueError(f"Every row of {path} has missing values. Leave columns out.")
+        where = "" if first_hole is None else f" WHERE NOT ({hole})"
+        self.connection.execute(f"CREATE VIEW complete AS SELECT * FROM numbered{where}")
+        return int(n_rows)
 
+    def witnesses(self, columns: list[str]) -> Int[np.ndarray, " rows"]:
+        """Rows from which a schema follows: every category, and a number other than 0 and 1."""
+        numeric = [
+            f"min(place) FILTER ({self.names[name]} NOT IN (0, 1))"
+            for name in columns
+            if pa.types.is_integer(self.types[name]) or pa.types.is_floating(self.types[name])
+        ]
+        query = f"SELECT {', '.join(['min(place)', *numeric])} FROM complete"
+        ((first, *others),) = self._rows(query)
+        row = self._take([first], columns)
+        places = [[first], [place for place in others if place is not None]]
+        places += [self._groups(name)[0] for name in columns if is_categorical(row[name])]
+        return np.unique(np.concatenate(places).astype(np.int64))
 
-def _groups(connection: duckdb.DuckDBPyConnection, column: str) -> Int[np.ndarray, "2 values"]:
-    """First row and number of rows of every value in a column, in order of appearance."""
-    query = f"SELECT min(place), count(*) FROM complete GROUP BY {column} ORDER BY 1"
-    return np.array(connection.execute(query).fetchall(), np.int64).T
+    def clusters(self, name: str) -> tuple[pd.Index, Tensor]:
+        """Labels in the order of a table in memory, and their numbers of rows."""
+        firsts, sizes = self._groups(name)
+        labels = self._take(firsts, [name])[name]
+        if isinstance(labels.dtype, pd.CategoricalDtype):
+            labels = labels.astype(labels.cat.categories.dtype)
+        codes, levels = code_labels(labels, f"cluster column {name!r}")
+        return levels, torch.from_numpy(sizes[np.argsort(codes)])
 
+    def _groups(self, name: str) -> Int[np.ndarray, "2 values"]:
+        """First row and number of rows of every value in a column, in order of appearance."""
+        column = self.names[name]
+        query = f"SELECT min(place), count(*) FROM complete GROUP BY {column} ORDER BY 1"
+        return np.array(self._rows(query), np.int64).T
 
-def _witnesses(
-    connection: duckdb.DuckDBPyConnection,
-    table: TableBlocks,
-    names: dict[str, str],
-    columns: list[str],
-) -> Int[np.ndarray, " rows"]:
-    """Rows from which a schema follows: every category, and a number other than 0 and 1."""
-    numeric = [
-        f"min(place) FILTER ({names[name]} NOT IN (0, 1))"
-        for name in columns
-        if pa.types.is_integer(table.types[name]) or pa.types.is_floating(table.types[name])
-    ]
-    query = f"SELECT {', '.join(['min(place)', *numeric])} FROM complete"
-    ((first, *others),) = connection.execute(query).fetchall()
-    row = table.take(np.array([first]), columns)
-    places = [[first], [place for place in others if place is not None]]
-    places += [_groups(connection, names[n])[0] for n in columns if is_categorical(row[n])]
-    return np.unique(np.concatenate(places).astype(np.int64))
+    def _rows(self, query: str) -> list[Any]:
+        return self.connection.execute(query).fetchall()
 
-
-def _clusters(
-    connection: duckdb.DuckDBPyConnection, table: TableBlocks, names: dict[str, str], name: str
-) -> tuple[pd.Index, Tensor]:
-    """Labels in the order of a table in memory, and their numbers of rows."""
-    firsts, sizes = _groups(connection, names[name])
-    labels = table.take(firsts, [name])[name]
-    if isinstance(labels.dtype, pd.CategoricalDtype):
-        labels = labels.astype(labels.cat.categories.dtype)
-    codes, levels = code_labels(labels, f"cluster column {name!r}")
-    return levels, torch.from_numpy(sizes[np.argsort(codes)])
+    def _take(self, rows: ArrayLike, columns: list[str]) -> pd.DataFrame:
+        return self.table.take(np.asarray(rows), columns)
 
 
 def complete_blocks(table: TableBlocks, columns: Sequence[str]) -> Iterator[pd.DataFrame]:

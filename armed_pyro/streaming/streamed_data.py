@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,10 +32,8 @@ class StreamedData:
 
     Attributes
     ----------
-    table : TableBlocks
-        The file.
-    scanned : TableScan
-        Schema, and labels and numbers of rows of the clusters.
+    table, scanned : TableBlocks, TableScan
+        The file; and its schema, and labels and numbers of rows of its clusters.
     feature_names : tuple of str
         Names of the encoded feature columns.
     memory : int
@@ -83,8 +81,7 @@ class StreamedData:
         Raises
         ------
         ValueError
-            If the file is not a readable Parquet table, or if its values are not valid; the message
-            names the first such row.
+            If the file is no readable Parquet table, or, with the first such row, for bad values.
         """
         table = TableBlocks.open(Path(path))
         if table.frame is not None:
@@ -94,14 +91,7 @@ class StreamedData:
             )
         roles = {"trials": trials, "offset": offset, "weights": weights}
         scanned = scan(
-            table,
-            outcome=outcome,
-            clusters=clusters,
-            features=features,
-            missing=missing,
-            memory=memory,
-            folder=folder,
-            **roles,
+            table, outcome, clusters, features, missing, memory=memory, folder=folder, **roles
         )
         return cls(table, scanned, scanned.first.feature_names, memory, folder)
 
@@ -121,19 +111,9 @@ class StreamedData:
     ) -> Iterator[EncodedTable]:
         """The encoded rows in a temporary file; it and its copies are deleted at the end.
 
-        Parameters
-        ----------
-        factors : sequence of str
-            Grouping factors that the program needs.
-        seed : int
-            Seed of the shuffle and of the sample that a fit keeps.
-        progress : bool
-            Whether to show a progress bar.
-
-        Raises
-        ------
-        ValueError
-            If a factor consists of cells, or a factor or a feature does not vary.
+        The program needs the `factors`. The seed is that of the shuffle and of the sample that a
+        fit keeps. Raises ValueError if a factor consists of cells, or a factor or a feature does
+        not vary.
         """
         for name in factors:
             if name not in self.scanned.levels:
@@ -146,10 +126,11 @@ class StreamedData:
             path = Path(folder) / "rows.parquet"
             with Progress(disable=not progress, transient=True) as bar:
                 report = partial(bar.advance, bar.add_task("encoding rows", total=self.n_rows))
-                table = encode(self.table, self.scanned, path, self.memory, seed, report)
+                settings = self.memory, seed, tuple(factors)
+                encoded = encode(self.table, self.scanned, path, *settings, report)
             bar.console.print(
                 f"{path.stat().st_size / 1e9:.2f} GB of rows in temporary files in {folder}, "
                 "removed at the end",
                 markup=False,
             )
-            yield replace(table, factors=tuple(factors))
+            yield encoded

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import product
 
 import numpy as np
 import xarray as xr
@@ -15,32 +16,17 @@ from armed_pyro.summaries.datatree import arviz_api, latent_dataset, log_likelih
 
 __all__ = ["leave_one_out", "prior_sensitivity"]
 
-
-# Rows that are left out, at most; beyond it a random sample of them stands for all.
 MOST_LEFT_OUT = 4000
 
 
 def leave_one_out(posterior: Posterior) -> dict[str, float]:
-    """Leave-one-out cross-validation of the rows by Pareto-smoothed importance sampling.
+    """elpd_loo, elpd_loo_se, p_loo and elpd_loo_bad, by Pareto-smoothed importance sampling.
 
-    If there are more than 4,000 rows, a random sample of 4,000 is left out. The other rows are
-    estimated by a difference estimator from their log predictive density, and the standard error
-    includes the sampling error.
-
-    Returns
-    -------
-    dict of str to float
-        elpd_loo, elpd_loo_se, p_loo, and elpd_loo_bad, the number of rows with k-hat above 0.7.
-        Empty if nothing is latent.
-
-    Examples
-    --------
-    ``leave_one_out(fit.posterior)["elpd_loo"]``
-
-    References
-    ----------
-    Magnusson et al. (2020), "Leave-one-out cross-validation for Bayesian model comparison in
-    large data", AISTATS.
+    elpd_loo_bad is the number of rows with k-hat above 0.7. If there are more than 4,000 rows, a
+    random sample of 4,000 is left out. The other rows are estimated by a difference estimator from
+    their log predictive density (Magnusson et al. 2020, "Leave-one-out cross-validation for
+    Bayesian model comparison in large data", AISTATS), and the standard error includes the sampling
+    error. Empty if nothing is latent.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of high k-hats, which are counted below
@@ -55,9 +41,8 @@ def leave_one_out(posterior: Posterior) -> dict[str, float]:
         if n <= MOST_LEFT_OUT:
             result, error = arviz_api().loo(tree, pointwise=True), 0.0
         else:
-            result = arviz_api().loo_subsample(
-                tree, MOST_LEFT_OUT, pointwise=True, seed=posterior.seed
-            )
+            options = {"pointwise": True, "seed": posterior.seed}
+            result = arviz_api().loo_subsample(tree, MOST_LEFT_OUT, **options)
             error = float(result.subsampling_se)
     share = min(1.0, MOST_LEFT_OUT / n)
     return {
@@ -77,29 +62,10 @@ def _tilted(values: xr.DataArray) -> xr.DataArray:
 def prior_sensitivity(posterior: Posterior, latents: Mapping[str, Tensor]) -> dict[str, float]:
     """Power-scaling sensitivity of every reported quantity to the priors of all hyperparameters.
 
-    The sensitivity is the cumulative Jensen-Shannon distance that the posterior of a quantity
-    moves, per log2 unit of the power, if all priors are raised to a power near 1. Values above 0.05
-    are noticeable.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    latents : mapping of str to Tensor
-        Posterior draws.
-
-    Returns
-    -------
-    dict of str to float
-        Sensitivity by quantity, such as ``site_sd[Intercept]``. Empty if no prior can be scaled.
-
-    Examples
-    --------
-    ``prior_sensitivity(fit.posterior, fit.draws())["site_sd[Intercept]"]``
-
-    References
-    ----------
-    Kallioinen et al. (2024), Statistics and Computing 34(57).
+    The sensitivity is the cumulative Jensen-Shannon distance that the posterior of a quantity, such
+    as ``site_sd[Intercept]``, moves per log2 unit of the power, if all priors are raised to a power
+    near 1 (Kallioinen et al. 2024, Statistics and Computing 34(57)). Values above 0.05 are
+    noticeable. Empty if no prior can be scaled.
     """
     n = max([0, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
     if not n:
@@ -122,16 +88,10 @@ def prior_sensitivity(posterior: Posterior, latents: Mapping[str, Tensor]) -> di
     result = result.dataset if isinstance(result, xr.DataTree) else result
     sensitivity: dict[str, float] = {}
     for name, array in result.data_vars.items():
-        for labels, value in _cells(array):
+        axes = [array[dim].to_numpy() for dim in array.dims]
+        for labels, value in zip(product(*axes), array.to_numpy().flat, strict=True):
             one_term = str(name).endswith("_cor") and len(set(labels)) == 1
             if np.isfinite(value) and not one_term:
-                label = f"[{','.join(labels)}]" if labels else ""
-                sensitivity[f"{name}{label}"] = value
+                label = f"[{','.join(map(str, labels))}]" if labels else ""
+                sensitivity[f"{name}{label}"] = float(value)
     return sensitivity
-
-
-def _cells(array: xr.DataArray) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Yield every value with its labels."""
-    for place in np.ndindex(array.shape):
-        labels = (array[dim].to_numpy()[i] for dim, i in zip(array.dims, place, strict=True))
-        yield tuple(map(str, labels)), float(array.to_numpy()[place])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,6 @@ from armed_pyro.rows.batch import Rows
 
 __all__ = ["GROUPS", "arviz_api", "latent_dataset", "log_likelihood", "to_datatree"]
 
-
 Draws = dict[str, Tensor]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
 ATTRIBUTES = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
@@ -42,13 +42,7 @@ LARGEST_OTHER = 200e6
 
 
 def arviz_api() -> ModuleType:
-    """ArviZ with the API of version 1: ``arviz`` or, in earlier versions, ``arviz.preview``.
-
-    Examples
-    --------
-    >>> hasattr(arviz_api(), "plot_ppc_dist")
-    True
-    """
+    """ArviZ with the API of version 1: ``arviz`` or, in earlier versions, ``arviz.preview``."""
     import arviz  # slow to import, and rarely needed
 
     if int(arviz.__version__.partition(".")[0]) >= 1:
@@ -73,8 +67,6 @@ def to_datatree(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
     draws : int
         Draws of the posterior and of the prior, as one chain.
     groups : sequence of str, optional
@@ -92,7 +84,7 @@ def to_datatree(
         - sample_stats: objective and evidence lower bound per row for each step of the training,
           whether the step ran compiled, and its seconds (median of its window).
     seed : int, optional
-        Seed of the draws; by default that of the fit. The posterior draws are those of
+        Seed of the draws, by default that of the fit: the posterior draws are those of
         ``fit.draws(draws, seed=seed)``.
 
     Returns
@@ -111,7 +103,7 @@ def to_datatree(
     --------
     ``fit.to_datatree(groups=["posterior", "log_likelihood"])``, for ``arviz.loo``.
     """
-    wanted = list(GROUPS) if groups is None else [groups] if isinstance(groups, str) else groups
+    wanted = GROUPS if groups is None else [groups] if isinstance(groups, str) else groups
     for name in wanted:
         if name not in GROUPS:
             raise unknown("group", name, GROUPS)
@@ -122,35 +114,29 @@ def to_datatree(
     return xr.DataTree.from_dict({name: group for name, group in made.items() if group.data_vars})
 
 
-# --- the groups -------------------------------------------------------------------------------
-
-
 def _posterior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     if posterior.model.others:
         with posterior.model.seeded(seed + 1):
-            return _replicated(posterior, draws, posterior.draws(draws, seed=seed))
+            latents = posterior.draws(draws, seed=seed)
+            return _by_row(posterior, draws, _replicated(posterior, draws, latents))
     source = Marginal(posterior.draws(draws, seed=seed), seed)
-    chunks = [
-        part.outcome
-        for part in predict_chunks(posterior, posterior.data, source, draws=draws, seed=seed)
-    ]
-    return _by_row(
-        posterior, draws, {posterior.data.outcome_name: chunks}, posterior.model.family.integer
-    )
+    parts = predict_chunks(posterior, posterior.data, source, draws=draws, seed=seed)
+    name = posterior.data.outcome_name
+    return _by_row(posterior, draws, ({name: torch.from_numpy(p.outcome)} for p in parts))
 
 
 def _prior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     latents = _prior_draws(posterior, draws, seed)
     with posterior.model.seeded(seed + 3):
-        return _replicated(posterior, draws, latents)
+        return _by_row(posterior, draws, _replicated(posterior, draws, latents))
 
 
-def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
+def _replicated(posterior: Posterior, draws: int, latents: Draws) -> Iterator[Draws]:
     """Draws of the outcomes given these latent sites; other outcomes are left out if too large.
 
     All outcomes of a row are drawn from the same latent sites.
     """
-    model, blocks = posterior.model, dict[str, list[np.ndarray]]()
+    model = posterior.model
     values = draws * posterior.data.n_rows * math.prod(model.data_facts().feature_shape)
     others = bool(model.others) and 4 * values <= LARGEST_OTHER
     if model.others and not others:
@@ -159,7 +145,7 @@ def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
             f"{4e-9 * values:.1f} GB and are left out: ask for fewer draws, or use "
             "Fit.predict(rows).others, which holds their means and sds",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     for rows in _blocks(posterior, draws, others=others):
         predictor = model.predictor(rows, latents, return_fixed=False, others=others)
@@ -168,54 +154,35 @@ def _replicated(posterior: Posterior, draws: int, latents: Draws) -> xr.Dataset:
         if others:
             densities = model.other_densities(predictor.others, latents, rows)
             drawn |= {other.name: density.sample() for other, density in densities.items()}
-        for name, sample in drawn.items():
-            blocks.setdefault(name, []).append(sample.cpu().numpy())
-    return _by_row(
-        posterior, draws, blocks, model.family.integer, posterior.data.features.dim() - 1
-    )
+        yield drawn
 
 
 def log_likelihood(
     posterior: Posterior, draws: int, seed: int, *, others: bool = True
 ) -> xr.Dataset:
-    """Log-likelihood of every training row (chain, draw, row), by outcome; see `to_datatree`.
-
-    Parameters
-    ----------
-    posterior : Posterior
-        The fitted program.
-    draws, seed : int
-        Number and seed of the posterior draws.
-    others : bool
-        Whether to include outcomes other than the family's.
-
-    Examples
-    --------
-    ``log_likelihood(fit.posterior, 1000, seed=0)["y"]``
-    """
-    model, latents = posterior.model, posterior.draws(draws, seed=seed)
-    blocks = dict[str, list[np.ndarray]]()
+    """Log-likelihood of every training row (chain, draw, row), by outcome; see `to_datatree`."""
+    latents = posterior.draws(draws, seed=seed)
+    blocks = (
+        log_likelihoods(posterior.model, rows, latents, others=others)
+        for rows in _blocks(posterior, draws, others=others)
+    )
     with torch.no_grad():
-        for rows in _blocks(posterior, draws, others=others):
-            for name, values in log_likelihoods(model, rows, latents, others=others).items():
-                blocks.setdefault(name, []).append(values.cpu().numpy())
-    return _by_row(posterior, draws, blocks, whole=False)
+        return _by_row(posterior, draws, blocks, drawn=False)
 
 
 def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
-    variables: Variables = {}
-    if posterior.data.outcome is not None:
-        outcome = _counts(posterior.data.outcome.numpy(), posterior.model.family.integer)
-        variables[variable_name(posterior.data.outcome_name)] = (("row",), outcome)
-    features = posterior.model.data_facts().scaling.standardise(posterior.data.features).numpy()
-    for other in posterior.model.others:
+    data, model, variables = posterior.data, posterior.model, Variables()
+    if data.outcome is not None:
+        outcome = _counts(data.outcome.numpy(), model.family.integer)
+        variables[variable_name(data.outcome_name)] = (("row",), outcome)
+    features = model.data_facts().scaling.standardise(data.features).numpy()
+    for other in model.others:
         variables[variable_name(other.name)] = (("row", *_axes(features.ndim - 1)), features)
     return _dataset(posterior, variables)
 
 
 def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
-    data, coords = posterior.data, {}
-    variables: Variables = {}
+    data, coords, variables = posterior.data, {}, Variables()
     if data.n_features:
         dims = _axes(data.features.dim() - 1)
         if data.feature_names:
@@ -224,49 +191,44 @@ def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     for name, grouping in data.groupings.items():
         labels = label_values(grouping.levels)[grouping.codes.numpy()]
         variables[variable_name(name)] = (("row",), labels)
-    roles = {"trials": data.trials, "offset": data.offset, "weights": data.weights}
-    for name, values in roles.items():
-        if values is not None:
+    for name in ("trials", "offset", "weights"):
+        if (values := getattr(data, name)) is not None:
             variables[name] = (("row",), values.numpy())
     return _dataset(posterior, variables, **coords)
 
 
 def _sample_stats(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
-    traces = {"loss": posterior.history.loss, "elbo": posterior.history.elbo}
+    history, steps = posterior.history, np.arange(1, len(posterior.history.loss) + 1)
+    window = np.searchsorted(history.step, steps)
+    traces = {"loss": history.loss, "elbo": history.elbo}
     variables = {name: ("step", np.asarray(values, float)) for name, values in traces.items()}
-    schedule = json.dumps(posterior.schedule.to_json())
-    settings = {"seed": posterior.seed, "stopped": posterior.stopped, "schedule": schedule}
-    settings["draws_by"] = "guide" if posterior.refined is None else posterior.refined.method
-    settings["particles"] = posterior.history.particles
-    steps = np.arange(1, len(posterior.history.loss) + 1)
-    window = np.searchsorted(posterior.history.step, steps)
-    for name, values in (
-        ("compiled", posterior.history.compiled),
-        ("seconds", posterior.history.seconds),
-    ):
+    by_window: dict[str, Any] = {"compiled": history.compiled, "seconds": history.seconds}
+    for name, values in by_window.items():
         if values:
             variables[name] = ("step", np.append(values, values[-1])[window])
+    settings = {
+        "seed": posterior.seed,
+        "stopped": posterior.stopped,
+        "schedule": json.dumps(posterior.schedule.to_json()),
+        "draws_by": "guide" if posterior.refined is None else posterior.refined.method,
+        "particles": history.particles,
+    }
     return xr.Dataset(variables, {"step": steps}, ATTRIBUTES | settings)
 
 
-Maker = Callable[["Posterior", int, int], xr.Dataset]
+Maker = Callable[[Posterior, int, int], xr.Dataset]
 GROUPS: Mapping[str, Maker] = {
-    "posterior": lambda posterior, n, seed: latent_dataset(
-        posterior.model, posterior.draws(n, seed=seed), n
+    "posterior": lambda fitted, n, seed: latent_dataset(
+        fitted.model, fitted.draws(n, seed=seed), n
     ),
     "posterior_predictive": _posterior_predictive,
     "log_likelihood": log_likelihood,
-    "prior": lambda posterior, n, seed: latent_dataset(
-        posterior.model, _prior_draws(posterior, n, seed), n
-    ),
+    "prior": lambda fitted, n, seed: latent_dataset(fitted.model, _prior_draws(fitted, n, seed), n),
     "prior_predictive": _prior_predictive,
     "observed_data": _observed_data,
     "constant_data": _constant_data,
     "sample_stats": _sample_stats,
 }
-
-
-# --- parts of groups --------------------------------------------------------------------------
 
 
 def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
@@ -283,24 +245,12 @@ def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
 def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:
     """Draws of every latent site with labelled dimensions, on the original scale.
 
-    Parameters
-    ----------
-    model : MixedEffects
-        The bound program.
-    latents : dict of str to Tensor
-        Draws; random effects may be missing.
-    draws : int
-        Number of draws; a site with a single draw is repeated.
-
-    Examples
-    --------
-    ``latent_dataset(fit.model, fit.draws(100), 100)["site_sd"]``
+    Random effects may be missing from `latents`. A quantity that is known in advance has a single
+    draw, which is repeated.
     """
-    variables: Variables = {}
-    coords: dict[str, Any] = {}
+    variables, coords = Variables(), dict[str, Any]()
 
     def add(name: str, dims: tuple[str, ...], values: Tensor) -> None:
-        # A quantity that is known in advance has a single draw.
         shape = (1, draws, *values.shape[1:])
         array = np.broadcast_to(values.cpu().numpy(), shape)
         variables[name] = (("chain", "draw", *dims), np.ascontiguousarray(array))
@@ -321,7 +271,7 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             product = variance[..., :, None] * variance[..., None, :]
             coords[f"{term}_bis"] = list(factor.terms)
             add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
-        for group, quantity, values in factor.joint_covariance.quantities(latents):
+        for group, quantity, values in factor.quantities(latents):
             add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
     for parameter, values in original_parameters(model, latents).items():
         add(parameter, (), values)
@@ -335,24 +285,25 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
 
 
 def _by_row(
-    posterior: Posterior,
-    draws: int,
-    blocks: Mapping[str, Sequence[np.ndarray]],
-    whole: bool,
-    inner: int = 0,
+    posterior: Posterior, draws: int, blocks: Iterable[Mapping[str, Tensor]], *, drawn: bool = True
 ) -> xr.Dataset:
-    """Draws of quantities of each row, from blocks "... rows" of consecutive rows.
+    """Draws of a quantity of each row, from blocks "... rows" of consecutive rows, by outcome.
 
-    Blocks of other outcomes have `inner` further dimensions.
+    If the quantity is a draw of the outcome, other outcomes have the dimensions of the features,
+    and outcomes of some families are integers.
     """
-    variables: Variables = {}
-    for name, parts in blocks.items():
-        axes, integer = (0, whole) if name == posterior.data.outcome_name else (inner, False)
-        full = [
-            np.broadcast_to(part, (draws, *part.shape[part.ndim - 1 - axes :])) for part in parts
-        ]
-        values = _counts(np.concatenate(full, 1), integer)
-        variables[variable_name(name)] = (("chain", "draw", "row", *_axes(axes)), values[None])
+    variables, by_name = Variables(), defaultdict[str, list[np.ndarray]](list)
+    for block in blocks:
+        for name, values in block.items():
+            main = name == posterior.data.outcome_name
+            inner = posterior.data.features.dim() if drawn and not main else 1
+            shape = (draws, *values.shape[-inner:])
+            by_name[name].append(np.broadcast_to(values.cpu().numpy(), shape))
+    for name, parts in by_name.items():
+        integer = drawn and name == posterior.data.outcome_name and posterior.model.family.integer
+        array = _counts(np.concatenate(parts, 1), integer)
+        dims = ("chain", "draw", "row", *_axes(array.ndim - 2))
+        variables[variable_name(name)] = (dims, array[None])
     return _dataset(posterior, variables, chain=[0], draw=np.arange(draws))
 
 

@@ -1,4 +1,4 @@
-"""Variance components, intraclass correlations and R2 on the original scale."""
+"""Tables of variance components, fixed effects and random effects on the original scale."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from armed_pyro.program.units import (
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["fixed_effects", "variance_components"]
+__all__ = ["fixed_effects", "random_effects", "variance_components"]
 
-
-# Most rows over which the variances of the fixed and random parts are averaged.
-MOST_ROWS = 20_000
-# Rows times draws in one block.
-MOST_VALUES = 2**20
+Row = tuple[str, str, str, Tensor]  # factor, term, statistic, draws
+Weights = Float[Tensor, "draws 1 fixed_terms"]
+# Most rows over which the variances of the fixed and random parts are averaged, and rows times
+# draws in one block.
+MOST_ROWS, MOST_VALUES = 20_000, 2**20
 
 
 def variance_components(
@@ -55,14 +55,10 @@ def variance_components(
 
     Parameters
     ----------
-    posterior : Posterior
-        The fitted program.
-    draws : int
-        Posterior draws.
+    draws, seed : int
+        Posterior draws, and their seed; by default that of the fit.
     prob : float
         Probability of the equal-tailed intervals.
-    seed : int, optional
-        Seed of the draws; by default that of the fit.
 
     Returns
     -------
@@ -77,15 +73,13 @@ def variance_components(
     ``variance_components(fit.posterior).query("statistic == 'icc'")``
     """
     model, latents = posterior.model, posterior.hyperparameters(draws, seed=seed)
-    rows: list[tuple[str, str, str, Tensor]] = []
+    rows: list[Row] = []
     for factor in model.factors:
-        rows += list(_factor_rows(model, factor, latents))
+        rows += _factor_rows(factor, latents)
     parameters = original_parameters(model, latents)
-    residual = model.family.residual_rows(parameters)
-    rows += [("Residual", "", statistic, values) for statistic, values in residual.items()]
-    for other in model.others:
-        rows.append(("Residual", other.name, "sd", original_sd(model, other, latents)))
-    rows += list(_shares(posterior, latents, parameters))
+    rows += [("Residual", "", k, v) for k, v in model.family.residual_rows(parameters).items()]
+    rows += [("Residual", o.name, "sd", original_sd(model, o, latents)) for o in model.others]
+    rows += _shares(posterior, latents, parameters)
     return _table(rows, ["factor", "term", "statistic"], prob)
 
 
@@ -94,47 +88,60 @@ def fixed_effects(
 ) -> pd.DataFrame:
     """Posterior of the latent fixed effects on the original scale.
 
-    The parameters are those of `variance_components`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns term, mean, median, sd, lower, upper; no rows for a network without latent
-        weights.
-
-    Examples
-    --------
-    ``fixed_effects(fit.posterior).set_index("term")["mean"]``
+    The columns are term, mean, median, sd, lower, upper; a network without latent weights has no
+    rows. The parameters are those of `variance_components`.
     """
-    model = posterior.model
-    if not model.bayesian_head:
-        return _table([], ["term"], prob)
-    values = original_fixed_effects(model, posterior.hyperparameters(draws, seed=seed))
-    terms = model.fixed_terms()
-    return _table([(term, values[:, i]) for i, term in enumerate(terms)], ["term"], prob)
+    model, rows = posterior.model, list[tuple[str, Tensor]]()
+    if model.bayesian_head:
+        values = original_fixed_effects(model, posterior.hyperparameters(draws, seed=seed))
+        rows = list(zip(model.fixed_terms(), values.unbind(1), strict=True))
+    return _table(rows, ["term"], prob)
 
 
-def _factor_rows(
-    model: MixedEffects, factor: Factor, latents: Draws
-) -> Iterator[tuple[str, str, str, Tensor]]:
-    """Yield factor, term, statistic and draws of sds, variances and correlations."""
+def random_effects(
+    posterior: Posterior, *, draws: int = 1000, prob: float = 0.9, seed: int | None = None
+) -> pd.DataFrame:
+    """Posterior mean and interval of every cluster's random effects, on the original scale.
+
+    The columns are factor, term, cluster, mean, lower, upper. The parameters are those of
+    `variance_components`.
+    """
+    latents = posterior.draws(draws, seed=seed)
+    levels = posterior.model.data_facts().levels
+    tail = (1 - prob) / 2
+    columns = ["factor", "term", "cluster", "mean", "lower", "upper"]
+    tables = []
+    for factor in posterior.model.factors:
+        effects = latents[factor.effect_site].to(factor.to_original)
+        original = (effects @ factor.to_original.mT).cpu().numpy()
+        statistics = original.mean(0), *np.quantile(original, [tail, 1 - tail], axis=0)
+        # Labels become objects: concatenating integers of one factor with decimals of another would
+        # turn the integers into decimals.
+        clusters = levels[factor.name].astype(object)
+        for place, term in enumerate(factor.terms):
+            values = factor.name, term, clusters, *(values[:, place] for values in statistics)
+            tables.append(pd.DataFrame(dict(zip(columns, values, strict=True))))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _factor_rows(factor: Factor, latents: Draws) -> Iterator[Row]:
+    """Yield sds, variances and correlations."""
     covariance = original_covariance(factor, latents)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
-    for position, term in enumerate(factor.terms):
-        yield factor.name, term, "sd", variance[:, position].sqrt()
-    for position, term in enumerate(factor.terms):
-        yield factor.name, term, "variance", variance[:, position]
-    for i, j in factor.joint_covariance.pairs():
+    for statistic, values in {"sd": variance.sqrt(), "variance": variance}.items():
+        for term, draws in zip(factor.terms, values.unbind(1), strict=True):
+            yield factor.name, term, statistic, draws
+    for i, j in factor.pairs():
         name = f"{factor.terms[i]},{factor.terms[j]}"
         product = (variance[:, i] * variance[:, j]).sqrt()
         yield factor.name, name, "cor", covariance[:, i, j] / product
-    for group, quantity, values in factor.joint_covariance.quantities(latents):
+    for group, quantity, values in factor.quantities(latents):
         yield factor.name, ",".join(group.terms), quantity, values.to(torch.float64)
 
 
 def _shares(
     posterior: Posterior, latents: Draws, parameters: Mapping[str, Tensor]
-) -> Iterator[tuple[str, str, str, Tensor]]:
+) -> Iterator[Row]:
     """Yield ICCs, shares of the variance and R2 for every column of the predictor."""
     model, facts = posterior.model, posterior.model.data_facts()
     chosen = np.random.default_rng(0).permutation(posterior.data.n_rows)[:MOST_ROWS]
@@ -168,10 +175,7 @@ def _shares(
 
 
 def _fixed_variance(
-    model: MixedEffects,
-    rows: Rows,
-    activations: Mapping[str, Tensor],
-    weights: Float[Tensor, "draws 1 fixed_terms"] | None,
+    model: MixedEffects, rows: Rows, activations: Mapping[str, Tensor], weights: Weights | None
 ) -> Float[Tensor, "draws_or_1 columns"]:
     """Variance of the fixed part over the rows."""
     if weights is None:
@@ -188,10 +192,7 @@ def _fixed_variance(
 
 
 def _means(
-    model: MixedEffects,
-    rows: Rows,
-    weights: Float[Tensor, "draws 1 fixed_terms"] | None,
-    random: Float[Tensor, "draws columns"],
+    model: MixedEffects, rows: Rows, weights: Weights | None, random: Float[Tensor, "draws columns"]
 ) -> Float[Tensor, "draws columns"]:
     """Mean outcome over the rows, and over random effects whose variances are `random`."""
     size = max(1, MOST_VALUES // max(1, len(rows) * random.shape[-1]))

@@ -1,0 +1,363 @@
+"""The two phases of a training run: their task, rows, objectives, steps and stopping rules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.engine.checkpoint import digest, module_tensors, restore_module
+from armed_pyro.engine.compiled_step import CompileMode, Steps
+from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_hat
+from armed_pyro.engine.shards import Share
+from armed_pyro.guides.base import Guide
+from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
+from armed_pyro.inference.objective import NestedBound, Objective
+from armed_pyro.inference.optimizers import LazyAdam, Optimizers
+from armed_pyro.program.model import MixedEffects, log_likelihoods
+from armed_pyro.program.predictor import modulates, row_cost
+from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.passes import Passes
+from armed_pyro.rows.source import RowSource
+
+__all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask"]
+
+# Multiplications of one draw of all random effects beyond which the guide stays at the mode.
+MOST_WORK = 2**27
+# Most rows that one step reads from files.
+MOST_READ = 2**18
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingTask:
+    """The bound program and its guide, trained in place; rows and settings of a training run."""
+
+    model: MixedEffects
+    guide: Guide
+    data: ClusteredData  # the rows that the posterior keeps: all, or a sample
+    source: RowSource  # all rows
+    share: Share  # the rows that this process trains the network on
+    schedule: Schedule
+    validation: Rows | None = None  # their loss decides when the network's training ends
+    seed: int = 0
+    compile: CompileMode = "auto"
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all parameters and buffers of program and guide."""
+        return module_tensors("model", self.model) | module_tensors("guide", self.guide)
+
+    def return_to(self, state: dict[str, Tensor]) -> None:
+        """Put back the tensors of `state`."""
+        restore_module("model", self.model, state)
+        restore_module("guide", self.guide, state)
+
+    def validation_loss(self, rows: Rows, share: Share) -> float:
+        """Mean of -log p(y_i) at the guide's centre, with zero effects for new clusters."""
+        self.model.eval()
+        with torch.no_grad():
+            counts = {name: len(m.index) for name, m in rows.memberships.items()}
+            center = self.guide.center(self.model.clusters())
+            latents = self.model.extend(center, counts, population=True)
+
+            def log_prob(rows: Rows) -> Tensor:
+                return torch.stack([*log_likelihoods(self.model, rows, latents).values()]).sum(0)
+
+            mean = share.mean_over_rows(log_prob, rows)
+        self.model.train()
+        return -mean
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that a checkpoint shares with the run that resumes from it, as JSON values."""
+        model, encoding = self.model, self.model.data_facts().to_json()
+        return {
+            "data": digest(self.source, encoding),
+            "validation": self.validation and digest(self.validation, encoding),
+            "terms": [str(term) for term in model.terms],
+            "family": model.family.name,
+            "adversary": [adversary.settings() for adversary in model.adversaries],
+            "priors": repr(model.priors),
+            "weights": [model.fixed_weight, repr(model.others)],
+            "network or guide": {name: list(t.shape) for name, t in self.state().items()},
+            "schedule": self.schedule.to_json(),
+            "seed": self.seed,
+            "layout of the optimizers' state": 2,
+            "processes": self.share.processes.size,
+        }
+
+
+class Phase(ABC):
+    """Abstract phase: `NetworkPhase` trains network and guide, `FrozenPhase` the guide alone."""
+
+    trains_network: bool
+    frozen_rows: RowSource | None = None  # all rows with the frozen network's outputs
+
+    def __init__(self, task: TrainingTask, share: Share) -> None:
+        self.task, self.share, self.passes = task, share, Passes(self.one_pass)
+        self.plateau = task.schedule.plateau(len(task.source))
+
+    def prepare(self, batch_size: int, rate: float) -> None:
+        """Make optimizers and steps of `batch_size` rows; `rate` multiplies the guide's rate."""
+        task = self.task
+        # The gradient's noise vanishes if the guide is exact. A gradient below a hundredth of a nat
+        # per unit is no reason to move then, and Adam must not scale it up.
+        eps = 0.01 / len(task.source)
+        self.lazy = LazyAdam.of(task.guide, task.source, self.share.together(batch_size), eps)
+        mode: CompileMode = "never" if self.share.several else task.compile
+        schedule = replace(task.schedule, learning_rate=rate * task.schedule.learning_rate)
+        self.optimizers = Optimizers(task.model, self.lazy, schedule, eps)
+        self.modules = {"model": task.model, "guide": self.lazy.guide}
+        self.steps = Steps(self.modules, self.optimizers, mode)
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates at this step."""
+        schedule = self.task.schedule
+        return schedule.rate(step) * schedule.decay**self.plateau.cuts
+
+    @property
+    def finished(self) -> bool:
+        """Whether the rates have been cut as often as the schedule asks for."""
+        return 0 < self.task.schedule.stages <= self.plateau.cuts
+
+    @abstractmethod
+    def window(self) -> int:
+        """Steps of one window."""
+
+    @abstractmethod
+    def take(self, step: int) -> tuple[Loss, Tensor]:
+        """Take a step; return its loss and the norm of its gradient."""
+
+    @abstractmethod
+    def close_window(self, losses: list[Loss], history: History) -> None:
+        """Record the adversaries' accuracy, and cut the rates if the window did not improve."""
+
+    def refresh(self, step: int) -> None:
+        """Refresh the guide from all rows, unless it is exact or falling rates let it converge."""
+        task = self.task
+        if self.plateau.cuts or task.schedule.rate(step) != 1:
+            return
+        if self.trains_network or not task.guide.exact(task.model):
+            with self.share.sharing.common_numbers(task.seed, step):
+                task.guide.refresh(task.model, self.share.rows)
+
+    @abstractmethod
+    def keep_best(self) -> None:
+        """Return to the best state, if the phase records it."""
+
+    def release(self) -> None:
+        """Return all parameters to the guide, and put the program into evaluation mode."""
+        self.lazy.release()
+        self.task.model.eval()
+
+    def next_batch(self) -> Rows:
+        """The next mini-batch, or all rows if one batch holds them."""
+        n = len(self.task.source)
+        whole = self.task.schedule.batch(n) == n
+        return self.share.rows.all() if whole else next(self.passes)
+
+    def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
+        """One pass over the rows in mini-batches, in an order drawn from `generator`."""
+        task, source = self.task, self.share.rows
+        n = len(task.source)
+        size = task.schedule.batch(n)
+        # `prepare` makes room for this many clusters, unless a step looks them up itself.
+        sampled = source.sampled(self.share.together(size))
+        whole = self.lazy.tables.keys() >= sampled and not self.share.several
+        dense = n if whole or task.guide.every_cluster() else 4 * self.share.together(size)
+        return source.batches(self.share.batch(size), generator, dense_up_to=dense)
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimizers, clusters' moments and position in the pass, for a checkpoint."""
+        tensors = module_tensors("optimizers", self.optimizers) | self.lazy.state()
+        return tensors | self.passes.state()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put back the tensors of `state`."""
+        restore_module("optimizers", self.optimizers, tensors)
+        self.lazy.restore(tensors)
+        self.passes.restore(tensors)
+
+
+class NetworkPhase(Phase):
+    """Trains on mini-batches, one draw per step, until training or validation loss stops falling.
+
+    `best` is the state with the lowest validation loss; empty without validation rows.
+    """
+
+    trains_network = True
+
+    def __init__(self, task: TrainingTask) -> None:
+        super().__init__(task, task.share)
+        self.prepare(task.schedule.batch(len(task.source)), 1.0)
+        self.best: dict[str, Tensor] = {}
+        objective = Objective(task.model, self.lazy.guide)
+        averaged = self.share.averaged(objective, self.modules, len(task.model.adversaries))
+        self.objective = self.lazy.reading(averaged)
+
+    def window(self) -> int:
+        return self.task.schedule.window_steps(len(self.task.source))
+
+    def take(self, step: int) -> tuple[Loss, Tensor]:
+        task, steps = self.task, self.task.schedule.steps
+        progress = task.source.like.new_full((), step / steps)
+        rows = self.share.weigh(self.next_batch())
+        rate = self.rate(step)
+        loss, norm = self.steps(self.objective, rows, progress, factor=rate, remaining=steps - step)
+        return self.share.mean(loss), norm
+
+    def close_window(self, losses: list[Loss], history: History) -> None:
+        accuracies = torch.stack([loss.accuracy.cpu() for loss in losses])
+        history.adversary_accuracy.append(accuracies.mean(0).tolist())
+        if self.task.validation is None:
+            self.plateau.training(np.array(history.loss[-len(losses) :]))
+            return
+        best, cut = self.plateau.validation(history.validation[-1])
+        if best:
+            self.best = self.task.state()
+        elif cut:
+            self.keep_best()
+
+    def keep_best(self) -> None:
+        if self.best:
+            self.task.return_to(self.best)
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {f"best.{name}": value for name, value in self.best.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        super().restore(tensors)
+        best = {k: v for k, v in tensors.items() if k.startswith("best.")}
+        self.best = {k.removeprefix("best."): v for k, v in best.items()}
+
+
+class FrozenPhase(Phase):
+    """Trains q(theta) with several draws per step, started at the mode of p(theta | y).
+
+    The constructor ends the phase before, freezes the network, and computes its outputs once,
+    unless effects inside the network change them. The guide is then set to the mode. A checkpoint
+    gives the number of particles (draws of each cluster's random effects per draw of theta) in
+    place of the search for the mode, and `restore` fills in the state.
+    """
+
+    trains_network = False
+    frozen_rows: RowSource
+
+    def __init__(self, before: Phase, particles: int | None = None) -> None:
+        task = before.task
+        before.release()
+        # With effects inside the network it still runs in every step, but no longer learns.
+        self.frozen = [p for p in task.model.parameters() if p.requires_grad]
+        task.model.requires_grad_(False)
+        task.guide.settle()
+        self.frozen_rows = before.share.compute(task.model.compute, task.source)
+        super().__init__(task, Share(before.share.processes, self.frozen_rows))
+        # Centre of q(theta) after each step since the rates were last cut.
+        self.iterates: list[np.ndarray] = []
+        self.particles = self._start() if particles is None else particles
+        n, most = len(task.source), self._most_rows()
+        # Clusters' parameters are trained, in mini-batches, only if no factor is nested.
+        batches = task.guide.nested() is None and n > most
+        rate = self.pace.rate
+        if not batches and n > most:
+            # The noisy gradient of a sample of clusters must not move the guide from the mode.
+            rate *= (most / (2 * n)) ** 0.5
+        self.prepare(task.schedule.batch(n) if batches else n, rate)
+
+    def _start(self) -> int:
+        """Set the guide to the mode; the number of particles that the bound needs there."""
+        task = self.task
+        start_at_mode(task.model, task.guide, self.frozen_rows)
+        if task.guide.nested() is None or modulates(task.model):
+            return 1
+        return task.schedule.particles or particles_needed(task.model, task.guide, self.frozen_rows)
+
+    @property
+    def pace(self) -> Pace:
+        """Draws per step, steps per window and factor of the learning rate."""
+        n = len(self.task.source) * self.particles
+        return Pace.of(n, network=modulates(self.task.model))
+
+    def window(self) -> int:
+        return self.task.schedule.window_steps(len(self.task.source), self.pace.window)
+
+    def take(self, step: int) -> tuple[Loss, Tensor]:
+        task = self.task
+        rows = self._step_rows()
+        bound = NestedBound(task.model, self.lazy.guide, self.particles)
+        draws = max(1, min(self.pace.draws, self._most_rows() // max(1, len(rows))))
+        objective, remaining = self.lazy.reading(bound), task.schedule.steps - step
+        loss, norm = self.steps(objective, rows, draws, factor=self.rate(step), remaining=remaining)
+        self.iterates.append(self._center())
+        return loss, norm
+
+    def loss_at_mode(self) -> Loss | None:
+        """The loss at the mode if steps would take too long, else None.
+
+        A loss ends the phase: the guide stays at the mode, and importance weights correct it.
+        """
+        task = self.task
+        if task.guide.work() <= MOST_WORK or not task.schedule.stages:
+            return None
+        with torch.no_grad():
+            loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)
+        self.iterates = [self._center()]
+        self.plateau.cuts = task.schedule.stages
+        return loss
+
+    def close_window(self, losses: list[Loss], history: History) -> None:
+        # The adversaries are no longer trained, so their last accuracy stays.
+        history.adversary_accuracy += history.adversary_accuracy[-1:] or [[]]
+        # In posterior sds; the frame alone gives them only near the mode.
+        sds = self.task.guide.hyperparameters.log_scale.detach().exp().cpu().numpy()
+        r_hat, drift = split_r_hat(np.stack(self.iterates[-2 * len(losses) :]) / sds)
+        history.r_hat.append(r_hat)
+        history.drift.append(drift)
+        # The loss can be flat while the guide still moves.
+        window = np.array(history.loss[-len(losses) :])
+        if self.plateau.training(window, moving=r_hat >= MOVING):
+            self.iterates = []
+
+    def keep_best(self) -> None:
+        """Keep the last state, because it has converged."""
+
+    def release(self) -> None:
+        super().release()
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+
+    def state(self) -> dict[str, Tensor]:
+        shape = len(self.iterates), self.task.guide.hyperparameters.size
+        iterates = torch.tensor(np.array(self.iterates).reshape(shape))
+        return super().state() | {"iterates": iterates}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        super().restore(tensors)
+        self.iterates = list(tensors["iterates"].numpy())
+
+    def _center(self) -> np.ndarray:
+        return self.task.guide.hyperparameters.shift.detach().cpu().numpy().copy()
+
+    def _most_rows(self) -> int:
+        """Most rows of one step."""
+        most = LARGEST_STEP // (2 * self.particles * row_cost(self.task.model))
+        return most if isinstance(self.frozen_rows, HeldRows) else min(most, MOST_READ)
+
+    def _step_rows(self) -> Rows:
+        if len(self.frozen_rows) <= self._most_rows():
+            return self.frozen_rows.all()
+        return self.next_batch() if self.task.guide.nested() is None else next(self.passes)
+
+    def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
+        nested = self.task.guide.nested_name()
+        if nested is None:
+            return super().one_pass(generator)
+        clusters = len(self.frozen_rows.counts[nested])
+        size = max(1, clusters * self._most_rows() // (2 * len(self.frozen_rows)))
+        return self.frozen_rows.cluster_batches(nested, size, generator)
