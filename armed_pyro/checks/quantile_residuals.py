@@ -14,12 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.checks.score_tests import without_slopes
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.families.family import Family
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
 from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.in_memory import HeldRows
 
 __all__ = ["MeanResiduals", "QuantileResiduals"]
 
@@ -191,14 +193,8 @@ class QuantileResiduals:
         columns = _mean_residuals(model, eta, parameters, rows, z, information)
         dispersion = 1.0
         if zeros is not None:
-            score = _score(model.family, eta, parameters, rows)
-            weight = 1 / (information + 0.25 * information.mean())
-            dispersion = float((weight * score**2).sum() / (weight * information).sum())
-        groupings = {name: grouping.codes for name, grouping in data.groupings.items()}
-        codes = {
-            name: np.unique(values.cpu().numpy()[index], return_inverse=True)
-            for name, values in {**groupings, **source.codes}.items()
-        }
+            dispersion = _dispersion(_score(model.family, eta, parameters, rows), information)
+        codes = _codes(data, source, index)
         table = bool(data.feature_names) and data.features.dim() == 2
         features = data.features[index].double().numpy() if table else np.zeros((len(index), 0))
         return cls(
@@ -215,6 +211,20 @@ class QuantileResiduals:
             {name: clusters for name, (clusters, _) in codes.items()},
             index,
         )
+
+
+def _codes(
+    data: ClusteredData, source: HeldRows, index: Int[np.ndarray, " rows"]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Clusters among the rows, and each row's place among these, for every factor of the data.
+
+    The clusters of the program's factors are numbered as in the training data.
+    """
+    groupings = {name: grouping.codes for name, grouping in data.groupings.items()}
+    return {
+        name: np.unique(values.cpu().numpy()[index], return_inverse=True)
+        for name, values in {**groupings, **source.codes}.items()
+    }
 
 
 def _recentred(
@@ -273,6 +283,14 @@ def _quantiles(
     if not np.isfinite(residuals).all():
         raise ValueError("the distribution function of the outcome is not finite")
     return residuals, np.column_stack(zeros) if zeros else None
+
+
+def _dispersion(
+    score: Float[np.ndarray, "draws rows 1"], information: Float[np.ndarray, "draws rows 1"]
+) -> float:
+    """Squared scores relative to their expectation; rows of little information weigh less."""
+    weight = 1 / (information + 0.25 * information.mean())
+    return float((weight * score**2).sum() / (weight * information).sum())
 
 
 def _mean_residuals(
