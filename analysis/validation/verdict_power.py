@@ -289,9 +289,11 @@ def _run(
     return pd.DataFrame(Parallel(n_jobs=workers)(jobs))
 
 
-def faults_found(data_sets: int = 100, *, workers: int = 1) -> pd.DataFrame:
+def faults_found(
+    data_sets: int = 100, designs: Sequence[Design] = FAULTS, *, workers: int = 1
+) -> pd.DataFrame:
     """One row per data set with a fault: the classical p-value, and whether it was found."""
-    return _run(_fault, FAULTS, data_sets, workers)
+    return _run(_fault, designs, data_sets, workers)
 
 
 def healthy_warned(data_sets: int = 20, *, workers: int = 1) -> pd.DataFrame:
@@ -312,17 +314,21 @@ def _summary(faults: pd.DataFrame) -> Iterator[dict[str, object]]:
         }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line: print both tables, and write one CSV file for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=100, help="data sets of each fault")
     parser.add_argument("--healthy", type=int, default=20, help="data sets of each right model")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("results/verdict_power"))
-    options = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="one data set of two faults only")
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.smoke:
+        options.faults, options.healthy = 1, 0
     if options.faults:
-        faults = faults_found(options.faults, workers=options.workers)
+        designs = FAULTS[:2] if options.smoke else FAULTS
+        faults = faults_found(options.faults, designs, workers=options.workers)
         faults.to_csv(options.out / "faults.csv", index=False)
         print(pd.DataFrame(_summary(faults)).round(3).to_string(index=False))
         also = faults["also"][faults["also"] != ""].value_counts()

@@ -61,9 +61,10 @@ def _curves(posterior: Posterior, residuals: QuantileResiduals) -> tuple[Check, 
     tests, bases = list[Tested](), dict[str, np.ndarray]()
     for c, column in enumerate(residuals.mean):
         predictor = residuals.eta[..., c]
-        tests.append(curve_by_draw(_label(PREDICTOR, column), column.values, predictor))
+        subject = _label(PREDICTOR, column)
+        tests.append(curve_by_draw(subject, column.values, predictor, column.slope))
         for place, name in enumerate(residuals.names[:MOST_FEATURES]):
-            basis = curve_basis(residuals.features[:, place])
+            basis = curve_basis(residuals.features[:, place], column.slope)
             if basis.shape[1]:
                 tests.append(curve(_label(name, column), column.values, basis))
                 bases[tests[-1].subject] = basis

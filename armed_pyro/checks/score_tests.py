@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy
-import scipy.sparse
 from jaxtyping import Float, Int
 
 from armed_pyro.checks import rank_tests
@@ -75,10 +74,11 @@ def adjusted(tests: Sequence[Tested]) -> list[Tested]:
     return sorted(corrected, key=lambda test: (test.p, -abs(test.effect)))
 
 
-def curve_basis(x: Rows) -> Float[np.ndarray, "rows columns"]:
+def curve_basis(x: Rows, weight: Rows | None = None) -> Float[np.ndarray, "rows columns"]:
     """x, its square and its cube, and a bend at each tercile; fewer for few distinct values.
 
-    Columns are orthonormal, and orthogonal to a constant.
+    Columns are orthonormal, and orthogonal to a constant. With weights, by which the predictor
+    shifts the residuals, they are columns times weights, orthogonal to the weights.
 
     Examples
     --------
@@ -92,8 +92,9 @@ def curve_basis(x: Rows) -> Float[np.ndarray, "rows columns"]:
     distinct = len(np.unique(x[: 10**4]))
     columns = [x, x**2, x**3, *(np.maximum(x - k, 0) for k in np.quantile(x, [1 / 3, 2 / 3]))]
     columns = columns[: 5 if distinct >= 12 and len(x) >= 100 else max(1, min(3, distinct - 1))]
-    stacked = np.column_stack([column - column.mean() for column in columns])
-    return _orthonormal(stacked)
+    weight = np.ones(len(x)) if weight is None else weight
+    stacked = np.column_stack(columns)
+    return _orthonormal(weight[:, None] * (stacked - np.average(stacked, 0, weight**2)))
 
 
 def _orthonormal(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows rank"]:
@@ -115,9 +116,9 @@ def curve(subject: str, z: Residuals, basis: Float[np.ndarray, "rows columns"]) 
     return _curve(subject, (basis.T @ z) ** 2, n, m)
 
 
-def curve_by_draw(subject: str, z: Residuals, x: Residuals) -> Tested:
+def curve_by_draw(subject: str, z: Residuals, x: Residuals, weight: Rows | None = None) -> Tested:
     """`curve` with a regressor that differs between the draws, such as the predictor."""
-    projected = [(curve_basis(x[:, d]).T @ z[:, d]) ** 2 for d in range(z.shape[1])]
+    projected = [(curve_basis(x[:, d], weight).T @ z[:, d]) ** 2 for d in range(z.shape[1])]
     width = max(map(len, projected))
     squares = np.column_stack([np.pad(p, (0, width - len(p))) for p in projected])
     return _curve(subject, squares, len(z), max(1, width))
