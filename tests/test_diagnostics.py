@@ -137,7 +137,9 @@ def test_an_sd_that_cannot_be_told_from_zero_is_named():
     nothing = simulate(gaussian, clusters=30, effects=lambda rng, n: np.zeros(n))
     _, found = diagnosed(nothing, "gaussian")
     (check,) = named(found, "boundary of site[Intercept]")
-    assert check.verdict == "warn"
+    assert check.verdict == "note"
+    assert found.model.word == "pass"
+    assert "cannot be told from zero" in found.model.sentence
     assert "leave" not in check.advice
 
 
