@@ -197,7 +197,8 @@ def _selected(rows: Rows, index: Tensor) -> Rows:
         for factor, membership in rows.memberships.items()
     }
     optional = (select(rows.trials), select(rows.offset), select(rows.weights))
-    return Rows(rows.x[index], select(rows.y), memberships, rows.scale, *optional)
+    slopes = select(rows.slopes)
+    return Rows(rows.x[index], select(rows.y), memberships, rows.scale, *optional, slopes=slopes)
 
 
 def _places(source: HeldRows, size: int, *, whole_clusters: bool) -> tuple[Tensor, ...]:

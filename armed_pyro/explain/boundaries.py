@@ -146,6 +146,8 @@ def boundaries(
     means = rows.mean(0).tolist() if len(rows) else facts.feature_mean
     centre = dict(zip(facts.feature_names, means, strict=True))
     x = facts.scaling.standardise(plane(axes, centre).features).to(model.reference())
+    # Columns of random slopes beside the features are at their means, which is 0 standardised.
+    slopes = x.new_zeros(len(x), len(facts.slope_names)) if facts.slope_names else None
     latents = posterior.draws(draws, seed=seed)
     kept = {k: v for k, v in latents.items() if k in (chosen.effect_site, "fixed_effect")}
     levels = facts.levels[chosen.name]
@@ -153,7 +155,9 @@ def boundaries(
 
     def surface(cluster: int | None) -> Tensor:
         membership = Membership(all_clusters, torch.full((len(x),), cluster or 0, device=x.device))
-        rows = Rows(x, None, {chosen.name: membership}, trials=torch.ones_like(x[:, 0]))
+        rows = Rows(
+            x, None, {chosen.name: membership}, trials=torch.ones_like(x[:, 0]), slopes=slopes
+        )
         predictor = model.predictor(rows, kept)
         assert predictor.fixed is not None  # for mypy: the fixed part is returned by default
         mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)

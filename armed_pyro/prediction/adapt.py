@@ -253,7 +253,7 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
         return first if first.n_rows else second
     both = (first, second)
     optional: dict[str, Any] = {}
-    for role in ("outcome", "trials", "offset", "weights"):
+    for role in ("outcome", "trials", "offset", "weights", "slopes"):
         pair = [getattr(data, role) for data in both]
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f"one set of support rows has {role}, the other has none")
