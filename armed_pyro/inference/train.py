@@ -78,7 +78,7 @@ def train(
     rows = bound.encode(data) if source is None else source
     held_out = None
     if validation is not None:
-        held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
+        held_out = bound.encode(validation, bound.data_facts().levels_with(validation))
     path = None if checkpoint is None else Path(checkpoint)
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from armed_pyro.engine.checkpoint import Checkpoint
-from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import History, Plateau
 from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase, TrainingTask
 from armed_pyro.inference.posterior import Posterior
