@@ -17,7 +17,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.inference.psis import pareto_smooth
+from armed_pyro.inference.psis import pareto_smooth, systematic
 from armed_pyro.prediction.chunks import new_effects, predict_rows
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction
@@ -107,12 +107,12 @@ class Adapted:
             counts = pd.Series(grouping.counts.numpy(), index=grouping.levels)
             matrix = factor.to_original.double()
             values = (self.effects[factor.name].double() @ matrix.mT).cpu().numpy()
-            lower, upper = np.quantile(values, [tail, 1 - tail], axis=0)
             for i, label in enumerate(self.labels[factor.name]):
                 for j, term in enumerate(factor.terms):
-                    sample, name = values[:, i, j], (factor.name, label, int(counts[label]), term)
-                    moments = sample.mean(), sample.std(ddof=1)
-                    records.append((*name, *moments, lower[i, j], upper[i, j]))
+                    sample = values[:, i, j]
+                    ends = np.quantile(sample, [tail, 1 - tail])
+                    name = (factor.name, label, int(counts[label]), term)
+                    records.append((*name, sample.mean(), sample.std(ddof=1), *ends))
         names = ["factor", "cluster", "rows", "term", "mean", "sd", "lower", "upper"]
         return pd.DataFrame(records, columns=names)
 
@@ -294,6 +294,5 @@ def _resampled(log_weights: Tensor, seed: int, quality: dict[str, float]) -> Ten
             stacklevel=4,
         )
         return None
-    edges = (np.arange(len(weights)) + np.random.default_rng([seed, 17]).random()) / len(weights)
-    index = np.searchsorted(np.cumsum(weights), edges).clip(max=len(weights) - 1)
-    return torch.as_tensor(index)
+    uniform = np.random.default_rng([seed, 17]).random()
+    return torch.as_tensor(systematic(weights, len(weights), uniform))
