@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.networks.taps import head_path, tapped
+from armed_pyro.networks.taps import head_path, run
 from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Classifiers", "ClusterClassifier", "calibration_error", "train_classifier"]
@@ -30,9 +30,7 @@ Logits = Float[Tensor, "rows clusters"]
 Codes = Int[Tensor, " rows"]
 # With more features than this, only hidden activations are compared and not the features too.
 MOST_FEATURES = 100
-# Rows in one pass of the trained network.
-AT_ONCE = 4096
-# The tensors of a classifier that are not weights of its network.
+# The tensors of a classifier that are not weights of its network, in the order of its fields.
 STATISTICS = ("log_prior", "centers", "whiten", "counts")
 
 
@@ -62,8 +60,8 @@ class ClusterClassifier:
     @torch.no_grad()
     def log_prob(self, x: Float[Tensor, "rows ..."]) -> Logits:
         """Return log p(k | x) of standardised features."""
-        logits = torch.cat([self.net(part).flatten(1) for part in x.split(AT_ONCE)])
-        return torch.log_softmax(logits / self.temperature, -1).double()
+        logits, _ = run(self.net, x)
+        return torch.log_softmax(logits.flatten(1) / self.temperature, -1).double()
 
     @torch.no_grad()
     def position(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows q"]:
@@ -89,8 +87,8 @@ class ClusterClassifier:
         net = _architecture(model, len(tensors["log_prior"]))
         weights = {k.removeprefix("net."): v for k, v in tensors.items() if k not in STATISTICS}
         net.load_state_dict(weights)
-        statistics = {name: tensors[name] for name in STATISTICS}
-        return cls(factor, net.eval(), temperature, pooling, **statistics, report=dict(report))
+        statistics = (tensors[name] for name in STATISTICS)
+        return cls(factor, net.eval(), temperature, pooling, *statistics, dict(report))
 
 
 class Classifiers(dict[str, ClusterClassifier]):
@@ -216,12 +214,9 @@ def _coordinates(net: nn.Module, x: Float[Tensor, "rows ..."]) -> Float[Tensor, 
     Hidden layers tell apart clusters whose mean features are the same. The features show shifts
     that no hidden layer was trained to detect.
     """
-    path, pieces = head_path(net), []
-    for part in x.split(AT_ONCE):
-        with tapped(net, (), [path]) as record:
-            net(part)
-        pieces.append(record[f"<{path}"].flatten(1))
-    hidden = torch.cat(pieces)
+    path = head_path(net)
+    _, record = run(net, x, (), [path])
+    hidden = record[f"<{path}"].flatten(1)
     few = x.dim() == 2 and x.shape[1] <= MOST_FEATURES
     return torch.cat([x, hidden], 1) if few else hidden
 
