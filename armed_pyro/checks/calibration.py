@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -327,6 +327,8 @@ def simulation_calibration(
 
 def _collect(recovery: Recovery, simulations: int, workers: int, progress: bool) -> list[Recovered]:
     """Results of all simulations, in order."""
+    from joblib import Parallel, delayed
+
     columns = (
         TextColumn("calibrating"),
         BarColumn(),
@@ -336,19 +338,11 @@ def _collect(recovery: Recovery, simulations: int, workers: int, progress: bool)
         TextColumn("{task.description}", markup=False),
     )
     results: list[Recovered] = []
+    tasks = (delayed(recovery.run)(number) for number in range(simulations))
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("", total=simulations)
-        for result in _results(recovery, simulations, workers):
+        for result in Parallel(workers, backend="loky", return_as="generator")(tasks):
             results.append(result)
             failed = sum(bool(result.error) for result in results)
             bar.update(task, advance=1, description=f"{failed} failed" if failed else "")
     return results
-
-
-def _results(recovery: Recovery, simulations: int, workers: int) -> Iterator[Recovered]:
-    if workers == 1:
-        return map(recovery.run, range(simulations))
-    from joblib import Parallel, delayed
-
-    tasks = (delayed(recovery.run)(number) for number in range(simulations))
-    return iter(Parallel(workers, backend="loky", return_as="generator")(tasks))

@@ -18,7 +18,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.adapt import adapt, check_support, joined
+from armed_pyro.prediction.adapt import adapt, joined
 from armed_pyro.prediction.chunks import predict_rows, with_new_effects
 from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.new_clusters import condition
@@ -176,7 +176,6 @@ def score_mode(
     seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
         support = posterior.encode(support)
-        check_support(posterior, support)
         source: EffectSource = adapt(posterior, support, draws=draws, seed=seed).source()
     else:
         support = None
