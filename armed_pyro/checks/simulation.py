@@ -105,8 +105,9 @@ class Recovery:
         with bound.seeded(self._seeds(number)[0]), pyro.validation_enabled(False):
             # The data's outcome is observed in this trace, which does not affect the prior draws.
             trace = prune_subsample_sites(poutine.trace(bound).get_trace(rows))
-            values = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
-            eta = trace.nodes["_RETURN"]["value"].eta
+            nodes: Mapping[str, Any] = trace.nodes
+            values = {name: nodes[name]["value"] for name in trace.stochastic_nodes}
+            eta = nodes["_RETURN"]["value"].eta
             if torch.isfinite(eta).all():
                 outcome = bound.density(eta, bound.known() | values, rows).sample()
             else:

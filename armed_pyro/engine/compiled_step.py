@@ -54,7 +54,9 @@ class Loss:
 
     @classmethod
     def of(cls, numbers: Float[Tensor, " numbers"]) -> Loss:
-        return cls(*numbers[:4].unbind(), numbers[4:])
+        """The loss with these parts."""
+        total, elbo, fixed, adversarial = numbers[:4].unbind()
+        return cls(total, elbo, fixed, adversarial, numbers[4:])
 
 
 Objective: TypeAlias = Callable[..., Loss]

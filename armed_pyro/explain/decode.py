@@ -106,9 +106,9 @@ class DecodedEffects:
                 (data["walk"], walk_titles, walked),
             ]
             for row, (images, names, style) in zip(axes, rows, strict=True):
-                for axis, image, title in zip(row[1:], images, names, strict=False):
-                    drawn = _draw(axis, image, title, **style)
-                figure.colorbar(drawn, ax=row, shrink=0.8, pad=0.01)
+                panels = zip(row[1:], images, names, strict=False)
+                drawn = [_draw(axis, image, title, **style) for axis, image, title in panels]
+                figure.colorbar(drawn[0], ax=row, shrink=0.8, pad=0.01)
             for axis in axes.flat:
                 axis.set_axis_off()
             component = f"largest\ncomponent,\n{data.attrs['share']:.0%} of the\nvariance"

@@ -30,7 +30,7 @@ Logits = Float[Tensor, "rows clusters"]
 Codes = Int[Tensor, " rows"]
 # With more features than this, only hidden activations are compared and not the features too.
 MOST_FEATURES = 100
-# The tensors of a classifier that are not weights of its network, in the order of its fields.
+# The tensors of a classifier that are not weights of its network.
 STATISTICS = ("log_prior", "centers", "whiten", "counts")
 
 
@@ -87,8 +87,8 @@ class ClusterClassifier:
         net = _architecture(model, len(tensors["log_prior"]))
         weights = {k.removeprefix("net."): v for k, v in tensors.items() if k not in STATISTICS}
         net.load_state_dict(weights)
-        statistics = (tensors[name] for name in STATISTICS)
-        return cls(factor, net.eval(), temperature, pooling, *statistics, dict(report))
+        statistics = {name: tensors[name] for name in STATISTICS}
+        return cls(factor, net.eval(), temperature, pooling, **statistics, report=dict(report))
 
 
 class Classifiers(dict[str, ClusterClassifier]):
