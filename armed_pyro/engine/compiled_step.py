@@ -211,9 +211,9 @@ class _Graph:
         self.is_compiled = is_compiled
         self._module = _Step(modules, objective)
         parameters = dict(modules.named_parameters())
-        self._trained = [name for name, p in parameters.items() if p.requires_grad]
-        trained_first = {name: parameters[name] for name in self._trained} | parameters
-        named: dict[str, Tensor] = {**trained_first, **dict(modules.named_buffers())}
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        named: dict[str, Tensor] = {**trained, **parameters, **dict(modules.named_buffers())}
+        self._trained = list(trained)
         # Detached tensors share the memory of parameters and buffers, which change in place.
         self._names, self._state = list(named), [values.detach() for values in named.values()]
         leaves, self._structure = pytree.tree_flatten(inputs)
@@ -243,7 +243,7 @@ class _Graph:
         trained = {name: state[name] for name in self._trained}
         inside = {f"parts.{name}": values for name, values in state.items()}
         loss, norm = functional_call(self._module, inside, (trained, inputs, flat[-1]))
-        return [torch.cat([loss.joined(), norm.reshape(1)])]
+        return [torch.cat([loss.joined(), norm.detach().reshape(1)])]
 
     def __call__(self, leaves: Sequence[Any], factor: Tensor) -> Taken:
         with torch.no_grad():

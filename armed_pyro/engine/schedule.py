@@ -113,8 +113,6 @@ class Pace:
     Four times the draws halve the noise of a gradient. Steps may then be twice as long, and half
     as many suffice.
 
-    Examples
-    --------
     >>> Pace.of(180, network=False)
     Pace(draws=32, window=12, rate=2.0)
     >>> Pace.of(10_000, network=False)
@@ -203,10 +201,9 @@ def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float
         W = 1 + \overline{Var}(m)
 
     Iterates m are means of the guide, in posterior sds, so this is the R-hat of draws from the
-    guides. Both results are the largest over components; NaN for fewer than four iterates.
-
-    Source: Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational
-    inference", NeurIPS.
+    guides. Both results are the largest over components; NaN for fewer than four iterates. Source:
+    Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational inference",
+    NeurIPS.
     """
     n = len(iterates) // 2
     if n < 2:

@@ -104,11 +104,8 @@ class Classifiers(dict[str, ClusterClassifier]):
 def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
     """Train p(k | x) on 70% of the training rows; stop, calibrate and score it on the others.
 
-    Raises
-    ------
-    ValueError
-        If there is no such factor, there are no features, or the fit holds no training rows or only
-        a sample of them.
+    ValueError if there is no such factor, there are no features, or the fit holds no training rows
+    or only a sample of them.
     """
     model, data = posterior.model, posterior.data
     facts = model.data_facts()
@@ -146,8 +143,7 @@ def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
         sums = position.new_zeros(len(shares), position.shape[1]).index_add(0, codes, position)
         centers = sums / shares[:, None]
         residual = position - centers[codes]
-        freedom = max(1, len(x) - len(shares))
-        within = residual.mT @ residual / freedom
+        within = residual.mT @ residual / max(1, len(x) - len(shares))
         # Without the ridge, features that do not vary within clusters have infinite distances.
         ridge = 1e-3 * position.var(0).clamp(min=1e-6) if len(x) > 1 else torch.ones(())
         root = torch.linalg.cholesky(within + torch.diag(ridge.expand(len(within))))
@@ -166,8 +162,6 @@ def calibration_error(
 
     All bins hold the same number of rows.
 
-    Examples
-    --------
     >>> calibration_error(np.array([[0.5, 0.5], [0.5, 0.5]]), np.array([0, 1]))
     0.0
     """

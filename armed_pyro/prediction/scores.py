@@ -223,7 +223,7 @@ def _scored(
     table: dict[str, Any] = {"rows": counts}
     summary = {"clusters": float(n), "rows": float(len(y))}
 
-    def add(name: str, by_row: np.ndarray, scale: Callable[[Any], Any] = np.asarray) -> None:
+    def add(name: str, by_row: ByRow, scale: Callable[[Any], Any] = np.asarray) -> None:
         table[name] = scale(np.bincount(codes, by_row, minlength=n) / np.maximum(counts, 1))
         summary[name] = float(scale(by_row.mean()))
 
@@ -238,7 +238,7 @@ def _scored(
         table |= {f"{name}_p": value for name, value in p_values.items()}
         summary["pit_distance"] = float(scipy.stats.kstest(p_values["mean"], "uniform").statistic)
     if mean.ndim == 2 or set(np.unique(y)) <= {0.0, 1.0}:
-        chance = _by_class(mean)
+        chance = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
         add("accuracy", (chance.argmax(1) == y).astype(float))
         if chance.shape[1] == 2 and 0 < y.mean() < 1:
             from sklearn import metrics  # slow to import
@@ -246,11 +246,6 @@ def _scored(
             summary["auroc"] = float(metrics.roc_auc_score(y, chance[:, 1]))
     add("log_score", scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows)))
     return table | {"elpd": elpd}, summary | {"elpd": float(elpd.sum())}
-
-
-def _by_class(mean: np.ndarray) -> Float[np.ndarray, "rows classes"]:
-    """Probabilities of all classes, of which a binary mean is the second's."""
-    return mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
 
 
 def _pit(y: ByRow, made: Prediction, seed: int) -> np.ndarray:
@@ -378,7 +373,7 @@ def evaluate(
 def _class_scores(y: np.ndarray, mean: np.ndarray) -> dict[str, float]:
     from sklearn import metrics  # slow to import
 
-    probability = _by_class(mean)
+    probability = mean if mean.ndim == 2 else np.stack([1 - mean, mean], 1)
     # The AUROC of a class is undefined if all rows, or none, are of that class.
     areas = [
         metrics.roc_auc_score(y == code, probability[:, code])
