@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from armed_pyro._optional import extra
 from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.checks import rank_tests
-from armed_pyro.checks.simulation import Recovered, Recovery, check_outcomes, held, one_thread
+from armed_pyro.checks.simulation import Recovered, Recovery, check_outcomes, held
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
+from armed_pyro.inference.train import progress_bar
 from armed_pyro.program.model import MixedEffects
 
 if TYPE_CHECKING:
@@ -311,11 +311,18 @@ def simulation_calibration(
             "the data have weights other than 0 and 1: no outcomes can be drawn whose likelihood "
             "is the weighted one; calibrate without them: dataclasses.replace(data, weights=None)"
         )
+    from joblib import Parallel, delayed  # slow to import
+
     settings = Schedule() if schedule is None else schedule
     recovery = Recovery(held(model, data), data, draws, settings, refine, seed)
-    with one_thread():
-        check_outcomes(recovery, simulations)
-        results = _collect(recovery, simulations, workers, progress)
+    check_outcomes(recovery, simulations)
+    results: list[Recovered] = []
+    tasks = (delayed(recovery.run)(number) for number in range(simulations))
+    with progress_bar("calibrating", "fit", simulations, progress) as report:
+        for result in Parallel(workers, backend="loky", return_as="generator")(tasks):
+            results.append(result)
+            failed = sum(bool(result.error) for result in results)
+            report(len(results), f"{failed} failed" if failed else "")
     errors = [f"simulation {i}: {result.error}" for i, result in enumerate(results) if result.error]
     ranks = {i: result.ranks for i, result in enumerate(results) if not result.error}
     if not ranks:
@@ -323,26 +330,3 @@ def simulation_calibration(
     table = pd.DataFrame.from_dict(ranks, orient="index").rename_axis("simulation")
     unconverged = sum(not result.error and not result.converged for result in results)
     return SimulationCalibration(table, draws, tuple(errors), unconverged)
-
-
-def _collect(recovery: Recovery, simulations: int, workers: int, progress: bool) -> list[Recovered]:
-    """Results of all simulations, in order."""
-    from joblib import Parallel, delayed
-
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        TextColumn("fit {task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    results: list[Recovered] = []
-    tasks = (delayed(recovery.run)(number) for number in range(simulations))
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("", total=simulations)
-        for result in Parallel(workers, backend="loky", return_as="generator")(tasks):
-            results.append(result)
-            failed = sum(bool(result.error) for result in results)
-            bar.update(task, advance=1, description=f"{failed} failed" if failed else "")
-    return results

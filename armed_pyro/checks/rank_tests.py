@@ -47,9 +47,7 @@ def chi_square(ranks: Ranks, draws: int) -> float:
     """
     edges = bin_edges(len(ranks), draws)
     expected = np.diff(edges) * len(ranks) / (draws + 1)
-    observed = np.histogram(ranks, edges)[0]
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return float(scipy.stats.chi2.sf(statistic, len(expected) - 1))
+    return float(scipy.stats.chisquare(np.histogram(ranks, edges)[0], expected).pvalue)
 
 
 def bin_band(n: int, draws: int, prob: float) -> tuple[np.ndarray, np.ndarray]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from armed_pyro.checks import rank_tests
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
-from armed_pyro.inference.train import train
+from armed_pyro.inference.train import threads, train
 from armed_pyro.inference.training_run import TrainingDiverged
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.model import MixedEffects
@@ -29,7 +28,7 @@ from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import factor_named
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["Recovered", "Recovery", "check_outcomes", "held", "one_thread", "quantities"]
+__all__ = ["Recovered", "Recovery", "check_outcomes", "held", "quantities"]
 
 LARGEST_COUNT = 1e9
 
@@ -57,17 +56,6 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
 def _evaluate(net: nn.Module, args: tuple[Any, ...]) -> None:
     """Put the frozen network in evaluation mode, because training puts it in training mode."""
     net.eval()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch with one thread, because rounding of sums depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +107,7 @@ class Recovery:
         }
         return Truth(bound.known() | latents, eta, outcome.to(torch.float64))
 
-    @one_thread()
+    @threads(1)  # rounding of sums depends on the number of threads
     def run(self, number: int) -> Recovered:
         """Fit the outcome drawn with this number, and rank the truth among posterior draws."""
         _, training, posterior, ties = self._seeds(number)
@@ -194,6 +182,7 @@ def _log_likelihood(
     return total
 
 
+@threads(1)
 def check_outcomes(recovery: Recovery, simulations: int) -> None:
     """Draw every data set once, before the first is fitted.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -148,7 +148,7 @@ class Plateau:
     tolerance: float
     patience: int
     cuts: int = 0
-    previous: tuple[float, float] | None = None
+    previous: list[float] | None = None  # mean and squared standard error of the last window
     best: float = math.inf
     waited: int = 0
 
@@ -162,7 +162,7 @@ class Plateau:
         self.best, self.waited = (mean, 0) if better else (self.best, self.waited + 1)
         if moving and self.waited < WANDERING:
             return False
-        last, self.previous = self.previous, (mean, variance)
+        last, self.previous = self.previous, [mean, variance]
         if last is None:
             return False
         slack = max(self.tolerance, math.sqrt(variance + last[1]))
@@ -182,16 +182,6 @@ class Plateau:
             self.cuts += 1
             self.previous, self.waited = None, 0
         return stalled
-
-    def to_json(self) -> dict[str, Any]:
-        """The state as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Plateau:
-        """The state that `to_json` wrote."""
-        previous = values["previous"]
-        return cls(**{**values, "previous": None if previous is None else tuple(previous)})
 
 
 def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float]:
