@@ -16,7 +16,8 @@ class FeatureScaling:
     """(x - mean) / scale, with mean 0 and scale 1 for dummies and for columns of 0 and 1.
 
     Names, table columns (`sources`), mean and standard deviation over the training rows are those
-    of the encoded columns; all are empty for images, which are not scaled.
+    of the encoded columns; all are empty for images, which are not scaled. `average` are the means
+    of all columns, dummies included; empty in fits that were saved before it was kept.
 
     >>> scaling = FeatureScaling(("age",), ("age",), (50.0,), (10.0,))
     >>> scaling.standardise(torch.tensor([[60.0]])).tolist()
@@ -27,6 +28,7 @@ class FeatureScaling:
     sources: tuple[str, ...]
     mean: tuple[float, ...]
     scale: tuple[float, ...]
+    average: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, data: ClusteredData) -> FeatureScaling:
@@ -35,9 +37,11 @@ class FeatureScaling:
         if not len(continuous):
             return cls(data.feature_names, data.sources, (), ())
         mean, scale = data.features.mean(0), data.features.std(0)
+        average = tuple(mean.tolist())
         mean = torch.where(continuous, mean, torch.zeros_like(mean))
         scale = torch.where(continuous, scale, torch.ones_like(scale))
-        return cls(data.feature_names, data.sources, tuple(mean.tolist()), tuple(scale.tolist()))
+        names, sources = data.feature_names, data.sources
+        return cls(names, sources, tuple(mean.tolist()), tuple(scale.tolist()), average)
 
     def standardise(self, features: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         """(x - mean) / scale, in double precision; images are returned as they are."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["FEW", "multiply", "precision_root", "solve", "sum_last"]
+__all__ = ["FEW", "lower_triangular", "multiply", "precision_root", "solve", "sum_last"]
 
 
 # Up to this size, element by element is several times faster than batched linear algebra.
@@ -34,6 +34,13 @@ def precision_root(whitened: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n
         columns.append(pad(torch.cat([pivot, below], -1), (j, 0)))
         rest = rest[..., 1:, 1:] - below[..., :, None] * below[..., None, :]
     return torch.stack(columns, -1)
+
+
+def lower_triangular(root: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+    """The lower triangular L, with positive diagonal, for which L L' = root root'."""
+    upper = torch.linalg.qr(root.mT).R
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(root)
+    return (signs[..., None] * upper).mT
 
 
 def sum_last(values: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:

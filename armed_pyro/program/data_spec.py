@@ -47,6 +47,7 @@ class Facts:
     counts: Mapping[str, Int[Tensor, " clusters"]]  # training rows in each cluster
     schema: Schema | None  # by which new tables are encoded
     feature_spread: float = 1.0  # sd of all values of the features that enter the network
+    feature_average: tuple[float, ...] = ()  # as of `FeatureScaling.average`
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
@@ -72,6 +73,7 @@ class Facts:
             schema=data.schema,
             # Features of a table are standardised.
             feature_spread=1.0 if scaling.mean else _spread(data.features),
+            feature_average=scaling.average,
         )
 
     @classmethod
@@ -85,6 +87,7 @@ class Facts:
             feature_shape=(first.n_features,),
             feature_mean=tuple(table.feature_mean.tolist()),
             feature_scale=tuple(table.feature_scale.tolist()),
+            feature_average=tuple(table.feature_average.tolist()),
             levels={name: table.scanned.levels[name] for name in table.factors},
             counts={name: table.scanned.counts[name] for name in table.factors},
         )
@@ -93,7 +96,7 @@ class Facts:
     def scaling(self) -> FeatureScaling:
         """Names, means and scales of the features."""
         names, mean, scale = self.feature_names, self.feature_mean, self.feature_scale
-        return FeatureScaling(names, self.sources, mean, scale)
+        return FeatureScaling(names, self.sources, mean, scale, self.feature_average)
 
     def encode(
         self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None

@@ -40,8 +40,10 @@ def priors(model: MixedEffects) -> dict[str, str]:
         lines[parameter.name] = parameter.describe(model.priors, facts.spread)
     for other in model.others:
         scale = other.prior.scale
-        number = scale if isinstance(scale, float | int) else 1.0
-        lines[other.sd_site] = other.prior.describe(facts.feature_spread * float(number))
+        default = not isinstance(scale, float | int)
+        number = 1.0 if default else float(scale)
+        prior = other.prior.describe(facts.feature_spread * number)
+        lines[other.sd_site] = prior + ", scaled to the data" * default
     return lines or {"(none)": "the program has no latent site"}
 
 
