@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from armed_pyro import ClusteredData, MixedEffects, Slopes
+from armed_pyro import ClusteredData, HalfNormal, MixedEffects, Priors, Slopes
 from armed_pyro.engine.adam import Adam
 from armed_pyro.guides.hyperparameters import Hyperparameters
 
@@ -44,3 +44,35 @@ def test_steps_at_full_rate_come_near_a_normal_posterior_of_many_hyperparameters
         divergences.append(divergence.item())
     # 16 nats at 65 hyperparameters, were their matrices moved as fast as those of few.
     assert np.mean(divergences[-100:]) < most
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("origin", [0.0, 2000.0])
+def test_sites_at_zero_follow_from_coordinates_at_the_means(classes, origin):
+    """D at x = 0 is M D M', and the density gains the map's |det|, here by automatic gradients."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 2)) + origin, rng.normal(size=60)
+    y = (np.arange(60) % classes).astype(str) if classes else y
+    data = ClusteredData.from_arrays(x, y, {"g": np.arange(60) % 6})
+    labels = ["Intercept[1]", "Intercept[2]"] if classes else ["Intercept"]
+    family = "categorical" if classes else "gaussian"
+    priors = Priors(sd=HalfNormal(dict.fromkeys(labels, 5.0)))
+    net = nn.Linear(2, classes or 1).double()
+    model = MixedEffects(net, "(1 + x0 + x1 | g)", family, priors=priors).bind(data)
+    (factor,), hyper = model.factors, Hyperparameters(model)
+    theta = 0.5 * torch.randn(hyper.size, generator=torch.Generator().manual_seed(1)).double()
+
+    def free(theta):
+        """The sites, correlations by their elements below the diagonal."""
+        values, _ = hyper._read(theta)
+        below = torch.ones(3, 3).tril(-1).bool()
+        parts = [v[below] if "cholesky" in k else v.reshape(-1) for k, v in values.items()]
+        return torch.cat(parts)
+
+    values, log_densities = hyper._read(theta)
+    jacobian = torch.autograd.functional.jacobian(free, theta)
+    expected = -torch.linalg.slogdet(jacobian)[1]
+    torch.testing.assert_close(sum(log_densities.values()), expected, rtol=1e-5, atol=1e-4)
+    at_means = {site.name: site.read(theta)[0] for site in hyper.sites}
+    root = at_means["g_sd"][:, None] * factor._correlation_cholesky(at_means)
+    torch.testing.assert_close(factor.covariance(values), root @ root.T, rtol=1e-6, atol=1e-6)
