@@ -93,7 +93,9 @@ class Factor(nn.Module):
         unit = 1 / matrix.diagonal()
         self.prior = priors.of(name)
         scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
-        prior_scale = self.prior.scales([term for term, *_ in labels], unit, scales)
+        # Without the predictor's column.
+        self._names = [name for name, *_ in labels]
+        prior_scale = self.prior.scales(self._names, unit, scales)
         self.register_buffer("to_original", matrix, persistent=False)
         self._place_sites(by_column)
         self.register_buffer("unit", unit, persistent=False)
@@ -120,8 +122,8 @@ class Factor(nn.Module):
             size = len(block.names) * self.n_columns
             part = block.from_zero()
             if part is not None and block.covariance.any_origin:
-                intercepts = self.terms[start : start + self.n_columns]
-                if not any(self.prior.sets(term) for term in intercepts):
+                if not self.prior.sets(block.names[0]):
+                    intercepts = self.terms[start : start + self.n_columns]
                     self.at_means |= dict.fromkeys(intercepts, block.shifted)
                     part = None
             parts.append(torch.eye(size) if part is None else torch.kron(part, by_column))
@@ -218,9 +220,11 @@ class Factor(nn.Module):
     def describe_priors(self) -> dict[str, str]:
         """Priors of the terms' sds and of their correlations, in the units of the data."""
         lines = {}
-        for term, scale, unit in zip(self.terms, self.prior_scale, self.unit, strict=True):
+        for term, name, scale, unit in zip(
+            self.terms, self._names, self.prior_scale, self.unit, strict=True
+        ):
             prior = self.prior.describe(float(scale / unit)) + self._means(term)
-            default = float(unit) != 1 and not self.prior.sets(term)
+            default = float(unit) != 1 and not self.prior.sets(name)
             lines[f"{self.sd_site}[{term}]"] = prior + ", scaled to the data" * default
         for group, covariance in self.groups:
             means = self._means(group.terms[0])
