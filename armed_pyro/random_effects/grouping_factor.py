@@ -121,11 +121,11 @@ class Factor(nn.Module):
         for block in self.linear:
             size = len(block.names) * self.n_columns
             part = block.from_zero()
-            if part is not None and block.covariance.any_origin:
-                if not self.prior.sets(block.names[0]):
-                    intercepts = self.terms[start : start + self.n_columns]
-                    self.at_means |= dict.fromkeys(intercepts, block.shifted)
-                    part = None
+            free = part is not None and block.covariance.any_origin
+            if free and not self.prior.sets(block.names[0]):
+                intercepts = self.terms[start : start + self.n_columns]
+                self.at_means |= dict.fromkeys(intercepts, block.shifted)
+                part = None
             parts.append(torch.eye(size) if part is None else torch.kron(part, by_column))
             start += size
         matrix = torch.block_diag(*parts, torch.eye(len(self.terms) - start)).double()
