@@ -48,16 +48,18 @@ def test_steps_at_full_rate_come_near_a_normal_posterior_of_many_hyperparameters
 
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("origin", [0.0, 2000.0])
-def test_sites_at_zero_follow_from_coordinates_at_the_means(classes, origin):
+@pytest.mark.parametrize("bar", ["|", "||"])
+def test_sites_at_zero_follow_from_coordinates_at_the_means(classes, origin, bar):
     """D at x = 0 is M D M', and the density gains the map's |det|, here by automatic gradients."""
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(60, 2)) + origin, rng.normal(size=60)
+    x, y = rng.normal([origin, 0], size=(60, 2)), rng.normal(size=60)
+    x[:, 1] = np.arange(60) % 2  # not centred
     y = (np.arange(60) % classes).astype(str) if classes else y
     data = ClusteredData.from_arrays(x, y, {"g": np.arange(60) % 6})
     family = "categorical" if classes else "gaussian"
     priors = Priors(sd=HalfNormal({"Intercept": 5.0}))
     net = nn.Linear(2, classes or 1).double()
-    model = MixedEffects(net, "(1 + x0 + x1 | g)", family, priors=priors).bind(data)
+    model = MixedEffects(net, f"(1 + x0 + x1 {bar} g)", family, priors=priors).bind(data)
     (factor,), hyper = model.factors, Hyperparameters(model)
     theta = 0.5 * torch.randn(hyper.size, generator=torch.Generator().manual_seed(1)).double()
 
@@ -73,5 +75,12 @@ def test_sites_at_zero_follow_from_coordinates_at_the_means(classes, origin):
     expected = -torch.linalg.slogdet(jacobian)[1]
     torch.testing.assert_close(sum(log_densities.values()), expected, rtol=1e-5, atol=1e-4)
     at_means = {site.name: site.read(theta)[0] for site in hyper.sites}
-    root = at_means["g_sd"][:, None] * factor._correlation_cholesky(at_means)
-    torch.testing.assert_close(factor.covariance(values), root @ root.T, rtol=1e-6, atol=1e-6)
+    if bar == "|":
+        root = at_means["g_sd"][:, None] * factor._correlation_cholesky(at_means)
+        torch.testing.assert_close(factor.covariance(values), root @ root.T, rtol=1e-6, atol=1e-6)
+    else:
+        columns, sd = max(1, classes - 1), values["g_sd"]
+        torch.testing.assert_close(factor.effect_sd(values)[:columns], at_means["g_sd"][:columns])
+        ratios = sd[columns : 2 * columns] / sd[:columns]
+        torch.testing.assert_close(ratios, at_means["g_sd"][columns : 2 * columns])
+        assert torch.equal(sd[2 * columns :], at_means["g_sd"][2 * columns :])

@@ -73,8 +73,8 @@ class Hyperparameters(nn.Module):
     all moved at once by Adam, and the noise of their gradients would add up. Beyond
     `FULL_STEPS` hyperparameters the matrices are therefore trained in smaller units.
 
-    Where an sd's prior holds at x = 0, theta holds the sds and correlations at the features' means,
-    and `Factor.at_zero` gives the sites: theta does not depend on the origin of x.
+    Where sds stand at x = 0, theta holds other coordinates, which do not depend on the origin of x,
+    and `Factor.from_guide` gives the sites.
 
     Hyperparameters that are `known` from their priors have no place in theta, whose length is
     `size`. If q(theta) is `shaped`, skewness, tails and dependent scales are trained.
@@ -131,7 +131,7 @@ class Hyperparameters(nn.Module):
         values = {name: value for name, (value, _) in read.items()}
         log_densities = {name: log_density for name, (_, log_density) in read.items()}
         for factor in self._moving:
-            moved, log_det = factor.at_zero(values)
+            moved, log_det = factor.from_guide(values)
             if moved:
                 values |= moved
                 log_densities[factor.sd_site] = log_densities[factor.sd_site] - log_det

@@ -118,6 +118,7 @@ class Factor(nn.Module):
     def _place_sites(self, by_column: Tensor) -> None:
         """Set T and, by name of an intercept whose prior holds at features' means, `at_means`."""
         parts, self.at_means, start = [], dict[str, tuple[str, ...]](), 0
+        self._moved: list[tuple[int, ...]] = []  # places of terms whose sites are at x = 0
         for block in self.linear:
             size = len(block.names) * self.n_columns
             part = block.from_zero()
@@ -126,6 +127,9 @@ class Factor(nn.Module):
                 intercepts = self.terms[start : start + self.n_columns]
                 self.at_means |= dict.fromkeys(intercepts, block.shifted)
                 part = None
+            if part is not None:
+                columns = range(start, start + self.n_columns)
+                self._moved += [tuple(range(c, start + size, self.n_columns)) for c in columns]
             parts.append(torch.eye(size) if part is None else torch.kron(part, by_column))
             start += size
         matrix = torch.block_diag(*parts, torch.eye(len(self.terms) - start)).double()
@@ -267,30 +271,36 @@ class Factor(nn.Module):
         root = sd[..., :, None] * self._correlation_cholesky(latents)
         return root if self.from_zero is None else lower_triangular(self.from_zero.to(sd) @ root)
 
-    def at_zero(self, latents: Latents) -> tuple[dict[str, Tensor], Float[Tensor, "..."] | float]:
-        """Sites of correlated groups at x = 0, from those at the means, and the map's log |det|.
+    def from_guide(self, values: Latents) -> tuple[dict[str, Tensor], Float[Tensor, "..."] | float]:
+        """Sites that stand at x = 0, from a guide's coordinates, and the map's log |det|.
 
-        Guides work at the means, where sds and correlations are nearly independent of the origin of
-        x. Sites of groups that stand at the means, and of other kinds of covariance, stay.
+        A guide's posterior should not depend on the origin of x. Its coordinates are sds and
+        correlations at the features' means where terms are correlated. Where they are not, they are
+        the intercept's sd at the means, about which the rows say most, and the ratio of each
+        slope's sd to the intercept's at x = 0: far from zero, the rows know only a sum of squares.
+        Slopes on features with mean zero, such as dummies, keep their sds.
         """
         moved: dict[str, Tensor] = {}
         log_det: Tensor | float = 0.0
-        for group, covariance in self.groups:
-            if self.from_zero is None or not covariance.any_origin:
-                continue
-            index = torch.tensor(group.places, device=self.unit.device)
-            part = self.from_zero[index[:, None], index]
-            if not bool(part.triu(1).any()):
-                continue
-            (site,) = covariance.sites(group)
-            sd, cholesky = moved.get(self.sd_site, self.sd(latents)), latents[site]
+        kinds = {group.places: (group, covariance) for group, covariance in self.groups}
+        for places in self._moved if self.from_zero is not None and self.sd_site in values else ():
+            index = torch.tensor(places, device=self.unit.device)
+            sd = moved.get(self.sd_site, values[self.sd_site])
             sds = sd[..., index]
-            at_means = sds[..., :, None] * cholesky
-            root = lower_triangular(torch.linalg.inv(part).to(sd) @ at_means)
-            zero_sds = root.norm(dim=-1)
-            zero_cholesky = root / zero_sds[..., None]
-            log_det = log_det + _log_volume(sds, cholesky) - _log_volume(zero_sds, zero_cholesky)
-            moved |= {self.sd_site: sd.index_copy(-1, index, zero_sds), site: zero_cholesky}
+            part = cast("Tensor", self.from_zero)[index[:, None], index].to(sd)
+            group, covariance = kinds.get(places, (None, None))
+            if group is not None and covariance is not None and covariance.any_origin:
+                (site,) = covariance.sites(group)
+                root = lower_triangular(torch.linalg.inv(part) @ (sds[..., None] * values[site]))
+                zero = root.norm(dim=-1)
+                moved[site] = root / zero[..., None]
+                log_det = log_det + _log_volume(sds, values[site]) - _log_volume(zero, moved[site])
+            else:
+                ratios = torch.cat([torch.ones_like(sds[..., :1]), sds[..., 1:]], -1)
+                intercept = sds[..., :1] / (ratios * part[0]).norm(dim=-1, keepdim=True)
+                zero = torch.where(part[0] == 0, sds, ratios * intercept)
+                log_det = log_det + (zero.log() - sds.log()).sum(-1)
+            moved[self.sd_site] = sd.index_copy(-1, index, zero)
         return moved, log_det
 
     def scale_matrix(self, latents: Latents) -> Matrix:
