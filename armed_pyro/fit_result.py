@@ -8,19 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
 from armed_pyro.checks import diagnostics
-from armed_pyro.checks.diagnostics import Diagnostics
+from armed_pyro.checks.verdict import Diagnostics
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.explain import attribution, boundaries, decode, invariance
+from armed_pyro.guides.base import Guide
 from armed_pyro.inference import refine
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
-from armed_pyro.inference.posterior import ImportanceDraws, Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
 from armed_pyro.prediction import adapt, predict, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
-from armed_pyro.report.results import Results, Verdict
+from armed_pyro.program.model import MixedEffects
+from armed_pyro.report.results import Conclusion, Results, Verdicts
 from armed_pyro.report.text import summarize
 from armed_pyro.storage import save
 from armed_pyro.summaries import datatree, variance
@@ -54,11 +58,6 @@ def _verb(
     return method
 
 
-def _part(part: Callable[[Posterior], Result], doc: str) -> Result:
-    """A part of the posterior as a read-only property of `Fit`."""
-    return cast("Result", property(lambda fit: part(fit.posterior), doc=doc))
-
-
 @dataclass(frozen=True, eq=False)
 class Fit:
     """A fitted model, with one method for each result.
@@ -78,19 +77,55 @@ class Fit:
     posterior: Posterior
     classifiers: Classifiers = field(default_factory=Classifiers)
 
-    model = _part(lambda p: p.model, "The bound program with its trained network and adversaries.")
-    guide = _part(lambda p: p.guide, "The approximate posterior.")
-    data = _part(lambda p: p.data, "The training rows, or a sample of them: see `sampled`.")
-    history = _part(lambda p: p.history, "Record of the training.")
-    schedule = _part(lambda p: p.schedule, "Length and learning rates of the training.")
-    seed = _part(lambda p: p.seed, "Seed of the training, and default seed of the draws.")
-    stopped = _part(
-        lambda p: p.stopped,
-        'Why training ended: "converged", "validation" (both good), "steps" or "diverged".',
-    )
-    refined = _part(lambda p: p.refined, "Draws that replace those of the guide; see `refine`.")
-    sampled = _part(lambda p: p.sampled, "Whether `data` is a sample, as for a `StreamedData`.")
-    converged = _part(lambda p: p.converged, "Whether the loss had stopped improving at the end.")
+    @property
+    def model(self) -> MixedEffects:
+        """The bound program with its trained network and adversaries."""
+        return self.posterior.model
+
+    @property
+    def guide(self) -> Guide:
+        """The approximate posterior."""
+        return self.posterior.guide
+
+    @property
+    def data(self) -> ClusteredData:
+        """The training rows, or a sample of them: see `sampled`."""
+        return self.posterior.data
+
+    @property
+    def history(self) -> History:
+        """Record of the training."""
+        return self.posterior.history
+
+    @property
+    def schedule(self) -> Schedule:
+        """Length and learning rates of the training."""
+        return self.posterior.schedule
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training, and default seed of the draws."""
+        return self.posterior.seed
+
+    @property
+    def stopped(self) -> str:
+        """Why training ended: "converged", "validation" (both good), "steps" or "diverged"."""
+        return self.posterior.stopped
+
+    @property
+    def refined(self) -> RefinedDraws | None:
+        """Draws that replace those of the guide; see `refine`."""
+        return self.posterior.refined
+
+    @property
+    def sampled(self) -> bool:
+        """Whether `data` is a sample, as for a `StreamedData`."""
+        return self.posterior.sampled
+
+    @property
+    def converged(self) -> bool:
+        """Whether the loss had stopped improving at the end."""
+        return self.posterior.converged
 
     draws = _verb(Posterior.draws)
     hyperparameters = _verb(Posterior.hyperparameters)
@@ -119,12 +154,12 @@ class Fit:
         return weighed(self.posterior)
 
     def diagnostics(self) -> Diagnostics:
-        """Verdict (pass, warn or fail) of `armed_pyro.checks.diagnostics`, with reasons."""
+        """Verdicts on computation and model; see `armed_pyro.checks.diagnostics.diagnose`."""
         return self._verdict
 
     @cached_property
     def _verdict(self) -> Diagnostics:
-        return diagnostics.diagnose(self._weighed)
+        return diagnostics.diagnose(self.posterior, lambda: self._weighed)
 
     def refine(
         self,
@@ -196,13 +231,17 @@ class Fit:
 
     def results(self, *, prob: float = 0.9) -> Results:
         """The tables and the verdict, for `armed_pyro.report`."""
-        verdict = self.diagnostics()
+        found = self.diagnostics()
+        conclusions: dict[str, Conclusion] = {
+            verdict.part: Conclusion(verdict.word, verdict.sentence)
+            for verdict in (found.computation, found.model)
+        }
         return Results(
             posterior=self.posterior,
             prob=prob,
             variance_components=self.variance_components(prob=prob),
             fixed_effects=self.fixed_effects(prob=prob),
-            verdict=Verdict(verdict.verdict, verdict.to_frame(), verdict.figures, verdict.brief()),
+            verdicts=Verdicts(conclusions, found.to_frame(), found.figures, str(found)),
         )
 
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -74,8 +74,11 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Tens
     import torch._inductor
 
     settings = GPU if any(tensor.is_cuda for tensor in inputs) else CPU
-    with warnings.catch_warnings(), _errors_only("torch._inductor"), torch.no_grad():
+    logger = logging.getLogger("torch._inductor")
+    with warnings.catch_warnings(), torch.no_grad(), ExitStack() as at_end:
         warnings.simplefilter("ignore")
+        at_end.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         run: Any = torch._inductor.standalone_compile(
             graph,
             list(inputs),
@@ -84,18 +87,6 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Tens
         )
         run(*inputs)
     return cast("TensorFunction", run)
-
-
-@contextmanager
-def _errors_only(name: str) -> Iterator[None]:
-    """Silence a logger's messages below errors."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 class Recording:

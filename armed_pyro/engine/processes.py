@@ -77,13 +77,7 @@ def _torchrun() -> bool:
 
 @dataclass(frozen=True)
 class Processes:
-    """Processes that fit one model together; the methods of a single process do nothing.
-
-    Examples
-    --------
-    >>> Processes(rank=0, size=2).first, Processes().several
-    (True, False)
-    """
+    """Processes that fit one model together; the methods of a single process do nothing."""
 
     rank: int = 0  # this process's number, from 0
     size: int = 1  # number of processes

@@ -157,8 +157,7 @@ class Plateau:
     def training(self, losses: np.ndarray, *, moving: bool = False) -> bool:
         """Whether the rates are cut after a window of training losses.
 
-        While the guide still moves, there is no cut before `WANDERING` windows without a new best
-        loss.
+        While the guide moves, there is no cut before `WANDERING` windows without a new best loss.
         """
         mean, variance = float(losses.mean()), float(losses.var() / len(losses))
         better = mean < self.best - self.tolerance
@@ -206,15 +205,8 @@ def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float
     Iterates m are means of the guide, in posterior sds, so this is the R-hat of draws from the
     guides. Both results are the largest over components; NaN for fewer than four iterates.
 
-    References
-    ----------
-    Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational inference",
-    NeurIPS.
-
-    Examples
-    --------
-    >>> split_r_hat(np.array([[0.0], [0.0], [1.0], [1.0]]))
-    (1.224744871391589, 1.0)
+    Source: Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational
+    inference", NeurIPS.
     """
     n = len(iterates) // 2
     if n < 2:

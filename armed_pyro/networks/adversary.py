@@ -19,15 +19,7 @@ __all__ = ["Adversary", "Round", "reverse_gradient"]
 
 
 def reverse_gradient(x: Tensor, strength: Tensor) -> Tensor:
-    """x forward, ``-strength`` times the gradient backward (Ganin et al., JMLR 2016).
-
-    Examples
-    --------
-    >>> x = torch.ones(1, requires_grad=True)
-    >>> reverse_gradient(x, torch.tensor(2.0)).sum().backward()
-    >>> x.grad
-    tensor([-2.])
-    """
+    """x forward, ``-strength`` times the gradient backward (Ganin et al., JMLR 2016)."""
     same = x.view_as(x)
     if same.requires_grad:
         same.register_hook(lambda gradient: -strength * gradient)

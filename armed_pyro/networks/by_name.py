@@ -71,11 +71,6 @@ def hidden_activations(net: nn.Module) -> tuple[str, ...]:
 
     These are the activation modules, such as ReLU. A network without any, because it calls
     functions instead, gives its linear layers except the last.
-
-    Examples
-    --------
-    >>> hidden_activations(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
-    ('1',)
     """
     modules = dict(net.named_modules())
     linear = [path for path, module in modules.items() if isinstance(module, nn.Linear)]

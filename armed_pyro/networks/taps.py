@@ -74,13 +74,6 @@ def modulated(
     r"""Inside the context, layers output :math:`(1 + a_{ic}) h_{ic} + b_{ic}` for row i, filter c.
 
     The effects of each layer are its scales a, then its biases b.
-
-    Examples
-    --------
-    >>> net, effects = nn.Identity(), torch.tensor([[0.5, 2.0]])
-    >>> with modulated(nn.Sequential(net), [("0", effects)]):
-    ...     net(torch.ones(1, 1))
-    tensor([[3.5000]])
     """
 
     def scale_and_shift(effects: Tensor) -> Any:

@@ -373,7 +373,7 @@ class Factor(nn.Module):
     def by_layer(
         self, effects: Float[Tensor, "rows filter_terms"]
     ) -> list[tuple[str, Float[Tensor, "rows 2*filters"]]]:
-        """Layers with their effects, as `armed_pyro.networks.filters.modulated` takes them."""
+        """Layers with their effects, as `armed_pyro.networks.taps.modulated` takes them."""
         widths = [len(block.names) for block in self.filters]
         paths = [block.path for block in self.filters]
         return list(zip(paths, effects.split(widths, -1), strict=True))

@@ -22,13 +22,6 @@ class HeldRows(RowSource):
     """Rows in the memory of one device; the attributes are those of `Rows` and `RowSource`.
 
     Clusters may have further rows in other processes, which `counts` include.
-
-    Examples
-    --------
-    >>> codes = {"site": torch.tensor([0, 0, 1, 1])}
-    >>> rows = HeldRows(torch.zeros(4, 1), torch.arange(4.0), codes, {"site": torch.tensor([2, 2])})
-    >>> rows.whole_clusters("site", torch.tensor([1])).y
-    tensor([2., 3.])
     """
 
     x: Tensor

@@ -44,14 +44,6 @@ class Passes:
     Torch's global generator draws the orders. Its state before a pass stands for the order of the
     rows, so a checkpoint need not hold the order. `begin` starts a pass and returns its batches.
     It must use the generator only before the first batch; otherwise a restored pass differs.
-
-    Examples
-    --------
-    >>> from armed_pyro.rows.in_memory import HeldRows
-    >>> rows = HeldRows(torch.zeros(4, 1), torch.arange(4.0), {}, {})
-    >>> passes = Passes(lambda generator: rows.batches(2, generator))
-    >>> sorted([*next(passes).y.tolist(), *next(passes).y.tolist()])
-    [0.0, 1.0, 2.0, 3.0]
     """
 
     def __init__(self, begin: Callable[[torch.Generator], Iterator[Rows]]) -> None:
@@ -110,8 +102,9 @@ class Pieces:
         chosen = [order[place == piece].sort().values for piece in place.unique()]
         whole = partial(source.whole_clusters, factor)
         shares = [len(clusters) / len(order) for clusters in chosen]
-        read: Callable[[], Iterator[Rows]] = lambda: ahead(map(whole, chosen))  # noqa: E731
-        return cls(partial(iter, list(map(whole, chosen))) if keep else read, [*chosen], shares)
+        if keep:
+            return cls(partial(iter, [*map(whole, chosen)]), [*chosen], shares)
+        return cls(lambda: ahead(map(whole, chosen)), [*chosen], shares)
 
     def without_rows(self, all_clusters: Rows, factor: str | None) -> Iterator[Rows]:
         """Yield the clusters of each piece without rows; their noise is drawn for these.

@@ -111,8 +111,7 @@ def encode(
 ) -> EncodedTable:
     """Read a scanned table again and write its encoded rows to the file `path`.
 
-    `report` is called with the number of rows written since its last call. Raises ValueError if a
-    feature is constant.
+    `report` gets the number of rows written since its last call. Constant features are refused.
     """
     schema = scanned.schema
     roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)

@@ -19,16 +19,7 @@ __all__ = ["TableBlocks", "group_starts", "take_rows"]
 
 @dataclass(frozen=True, eq=False)
 class TableBlocks:
-    """The table in a file; Parquet is streamed, other formats are held in memory.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     pd.DataFrame({"x": range(5)}).to_parquet(f"{folder}/t.parquet")
-    ...     [len(block) for block in TableBlocks.open(Path(f"{folder}/t.parquet")).blocks(2)]
-    [2, 2, 1]
-    """
+    """The table in a file; Parquet is streamed, other formats are held in memory."""
 
     path: Path
     frame: pd.DataFrame | None  # the table, if it is held in memory
