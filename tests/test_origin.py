@@ -34,16 +34,29 @@ def posterior(result, term, factor="site"):
     return np.array([row["mean"], row["sd"]])
 
 
-@pytest.mark.parametrize("priors", [Priors(), Priors(sd=HalfNormal({"Intercept": 500.0}))])
-def test_uncentred_years_are_fitted_as_well_as_centred_ones(priors):
-    """Also with a prior at year 0, which is far from the guide's coordinates."""
-    near, far = (fitted(years(origin), "(1 + year | site)", priors=priors) for origin in (0, 2000))
+def test_uncentred_years_are_fitted_as_centred_ones():
+    near, far = (fitted(years(origin), "(1 + year | site)") for origin in (0, 2000))
     for term, factor in (("year", "site"), ("", "Residual")):
-        expected, found = posterior(near, term, factor), posterior(far, term, factor)
-        # The prior at year 0 is flat for sds of the intercept; otherwise it is the same prior.
-        assert np.abs(found - expected).max() < 0.1 * expected[1]
-    assert far.posterior.refined.quality["k_hat"] < 0.5
-    assert far.posterior.refined.quality["ess"] > 0.5 * near.posterior.refined.quality["ess"]
+        np.testing.assert_allclose(
+            posterior(near, term, factor), posterior(far, term, factor), 1e-6
+        )
+    quality = [result.posterior.refined.quality["k_hat"] for result in (near, far)]
+    assert quality[0] == pytest.approx(quality[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("bar", ["|", "||"])
+def test_a_prior_at_zero_has_reliable_weights(bar):
+    """The rows say most of the sd at the mean of years, and the prior holds far from it."""
+    priors = Priors(sd=HalfNormal({"Intercept": 5.0}))
+    quality = fitted(years(20), f"(1 + year {bar} site)", priors=priors).posterior.refined.quality
+    assert quality["k_hat"] < 0.5
+    assert quality["ess"] > 2000
+
+
+def test_a_prior_on_a_correlation_that_must_be_nearly_one_is_said_aloud():
+    priors = Priors(sd=HalfNormal({"Intercept": 5.0}))
+    with pytest.warns(UserWarning, match=r"site_sd\[Intercept\] holds at year = 0, .* centre year"):
+        fitted(years(2000), "(1 + year | site)", priors=priors)
 
 
 def test_independent_terms_far_from_zero_have_reliable_weights():

@@ -121,6 +121,7 @@ class MixedEffects(Plan):
         bound.unreached = binding.unreached(bound)
         binding.check_names(bound)
         binding.warn_if_small(bound)
+        binding.warn_if_far(bound)
         return bound
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
