@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import nn
 
 from armed_pyro import ClusteredData, HalfNormal, Known, MixedEffects, Priors, Slopes
+from armed_pyro.distributions.small_matrices import lower_triangular, sheared_diagonal
 from armed_pyro.rows.batch import Membership
 
 F64 = torch.float64
@@ -132,6 +133,20 @@ def test_a_prior_that_is_set_holds_at_zero(classes):
         lines = factor.describe_priors()
         assert lines[f"site_sd[{factor.terms[0]}]"] == "HalfNormal(20)"
         assert lines[f"site_sd[{factor.terms[-1]}]"].endswith("scaled to the data")
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_scales_far_from_zero_keep_their_digits_in_single_precision(size):
+    """T diag(sd) is singular to rounding, its Cholesky factor is not."""
+    row = torch.cat([torch.ones(1), torch.linspace(300, 500, size - 1)]).double()
+    sd = torch.linspace(1, 2, size).double()
+    sd[0] = 1e-3
+    matrix = torch.eye(size).double()
+    matrix[0] = row
+    exact = lower_triangular(matrix * sd)
+    torch.testing.assert_close(sheared_diagonal(row, sd), exact, rtol=1e-6, atol=0)
+    single = sheared_diagonal(row.float(), sd.float())
+    torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_independent_effects_are_independent_at_zero():

@@ -46,6 +46,7 @@ def test_steps_at_full_rate_come_near_a_normal_posterior_of_many_hyperparameters
     assert np.mean(divergences[-100:]) < most
 
 
+@pytest.mark.filterwarnings("ignore:the prior of g_sd")
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("origin", [0.0, 2000.0])
 @pytest.mark.parametrize("bar", ["|", "||"])

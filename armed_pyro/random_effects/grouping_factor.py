@@ -16,7 +16,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
-from armed_pyro.distributions.small_matrices import FEW, lower_triangular
+from armed_pyro.distributions.small_matrices import FEW, lower_triangular, sheared_diagonal
 from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.priors import Known, Priors
 from armed_pyro.random_effects.covariance import Covariance, Latents, Matrix, TermGroup
@@ -269,7 +269,20 @@ class Factor(nn.Module):
         if self.diagonal:
             return sd
         root = sd[..., :, None] * self._correlation_cholesky(latents)
-        return root if self.from_zero is None else lower_triangular(self.from_zero.to(sd) @ root)
+        if self.from_zero is None:
+            return root
+        root = root.clone()
+        correlated = {place for group, _ in self.groups for place in group.places}
+        for places in self._moved:
+            index = torch.tensor(places, device=sd.device)
+            block = (..., index[:, None], index)
+            part = self.from_zero[block].to(sd)
+            root[block] = (
+                lower_triangular(part @ root[block])
+                if correlated.issuperset(places)
+                else sheared_diagonal(part[0], sd[..., index])
+            )
+        return root
 
     def from_guide(self, values: Latents) -> tuple[dict[str, Tensor], Float[Tensor, "..."] | float]:
         """Sites that stand at x = 0, from a guide's coordinates, and the map's log |det|.
