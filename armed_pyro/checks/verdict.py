@@ -31,11 +31,13 @@ class Verdict:
     part : {"computation", "model"}
         The part: whether the draws can be trusted, or whether the model fits the data.
     word : {"pass", "warn", "fail", "not checked"}
-        The worst result of the part's checks.
+        The worst result of the part's checks; a note counts as "pass".
     misfits : tuple of Check
         The checks that warn or fail, failed checks first.
     unchecked : tuple of Check
         The checks that were not made.
+    notes : tuple of Check
+        The checks that found nothing wrong, but something that a reader must know.
 
     Examples
     --------
@@ -48,6 +50,7 @@ class Verdict:
     word: Word
     misfits: tuple[Check, ...] = ()
     unchecked: tuple[Check, ...] = ()
+    notes: tuple[Check, ...] = ()
 
     @classmethod
     def of(cls, part: Part, checks: Iterable[Check]) -> Verdict:
@@ -55,14 +58,18 @@ class Verdict:
         those = [check for check in checks if check.part == part]
         those.sort(key=lambda check: -SEVERITY.index(check.verdict))
         word: Word = those[0].verdict if those else "not checked"
-        misfits = tuple(check for check in those if check.verdict in ("warn", "fail"))
-        return cls(part, word, misfits, tuple(c for c in those if c.verdict == "not checked"))
+        kinds: list[tuple[Word, ...]] = [("warn", "fail"), ("not checked",), ("note",)]
+        found = [tuple(check for check in those if check.verdict in words) for words in kinds]
+        return cls(part, "pass" if word == "note" else word, *found)
 
     @property
     def sentence(self) -> str:
-        """The verdict in words, with all misfits, and the names of what was not checked."""
+        """The verdict in words, with all misfits and notes, and what was not checked."""
         if self.part == "computation":
-            text = _listed(COMPUTATION[self.word], self.misfits)
+            found = COMPUTATION[self.word]
+            if self.word == "pass" and self.unchecked:
+                found = "no fault found"
+            text = _listed(found, self.misfits)
         elif self.word == "not checked":
             text = "not checked"
         else:
@@ -73,6 +80,8 @@ class Verdict:
             text = _listed(found, wrong) if wrong else "no misfit found"
             if vague:
                 text = _listed(f"{text}; the data say little", vague)
+        if self.notes:
+            text = _listed(f"{text}; note", self.notes)
         if self.unchecked:
             text += f" (not checked: {', '.join(check.name for check in self.unchecked)})"
         return text + "."
@@ -172,7 +181,8 @@ class Diagnostics:
 def _lines(verdict: Verdict) -> Iterator[str]:
     """The verdict, and the advice of its misfits."""
     yield str(verdict)
-    yield from dict.fromkeys(f"  -> {check.advice}" for check in verdict.misfits if check.advice)
+    told = (*verdict.misfits, *verdict.notes)
+    yield from dict.fromkeys(f"  -> {check.advice}" for check in told if check.advice)
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
