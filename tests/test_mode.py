@@ -1,6 +1,7 @@
 """The start at the mode of the marginal posterior, against dense computations of it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -180,9 +181,20 @@ PROGRAMS = {
 }
 
 
+def test_the_mode_under_a_prior_at_zero_is_exact():
+    """In coordinates at the features' means, with the volume of the map to x = 0."""
+    model, guide, source = started("(1 + x0 | site)")
+    mode, covariance = mode_and_covariance(Dense(model, guide, source).gaussian, start_of(guide))
+    np.testing.assert_allclose(guide.hyperparameters.anchor.numpy(), mode, rtol=0, atol=1e-3)
+    sd = np.sqrt(np.diag(covariance))
+    assert (np.abs(covariance_of(guide) - covariance) / sd / sd[:, None]).max() < 0.03
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_with_gaussian_outcomes_it_is_the_mode_of_the_exact_marginal_posterior(name):
-    model, guide, source = started(PROGRAMS[name])
+    # The default scale of a correlated intercept's sd holds at the features' means.
+    priors = replace(FLAT, sd=HalfNormal()) if name == "correlated" else FLAT
+    model, guide, source = started(PROGRAMS[name], priors=priors)
     mode, covariance = mode_and_covariance(Dense(model, guide, source).gaussian, start_of(guide))
     np.testing.assert_allclose(guide.hyperparameters.anchor.numpy(), mode, rtol=0, atol=1e-3)
     sd = np.sqrt(np.diag(covariance))
