@@ -58,6 +58,7 @@ class Facts:
     # By categorical column, the indicators of all its levels, for (0 + f | g). Empty in a fit that
     # was saved when that term had no indicator of the first level.
     indicators: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    feature_average: tuple[float, ...] = ()  # as of `FeatureScaling.average`
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
@@ -98,6 +99,7 @@ class Facts:
             slope_mean=extra.mean,
             slope_scale=extra.scale,
             indicators=indicators_of(data.schema),
+            feature_average=scaling.average,
         )
 
     @classmethod
@@ -111,6 +113,7 @@ class Facts:
             feature_shape=(first.n_features,),
             feature_mean=tuple(table.feature_mean.tolist()),
             feature_scale=tuple(table.feature_scale.tolist()),
+            feature_average=tuple(table.feature_average.tolist()),
             levels={name: table.scanned.levels[name] for name in table.factors},
             counts={name: table.scanned.counts[name] for name in table.factors},
         )
@@ -119,13 +122,13 @@ class Facts:
     def scaling(self) -> FeatureScaling:
         """Names, means and scales of the features."""
         names, mean, scale = self.feature_names, self.feature_mean, self.feature_scale
-        return FeatureScaling(names, self.sources, mean, scale)
+        return FeatureScaling(names, self.sources, mean, scale, average=self.feature_average)
 
     @property
     def slope_scaling(self) -> FeatureScaling:
         """Names, means and scales of the columns that only random slopes use."""
         columns = (self.slope_names, self.slope_sources, self.slope_mean, self.slope_scale)
-        return FeatureScaling(*columns)
+        return FeatureScaling(*columns, average=self.slope_mean)
 
     @property
     def design_scaling(self) -> FeatureScaling:
