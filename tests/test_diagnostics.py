@@ -381,7 +381,9 @@ def test_collinear_columns_are_named():
     site = np.repeat(np.arange(20), 10)
     a = rng.normal(size=200)
     y = a + rng.normal(size=20)[site] + rng.normal(size=200)
-    frame = pd.DataFrame({"y": y, "a": a, "b": 2 * a + 3, "site": site})
+    # The fit drops exact copies. It keeps b, whose noise is just above rounding errors.
+    frame = pd.DataFrame({"y": y, "a": a, "b": 2 * a + 3 + 4e-6 * rng.normal(size=200)})
+    frame["site"] = site
     data = ClusteredData.from_frame(frame, outcome="y", clusters=["site"])
     result = fit(MixedEffects(linear(2), "(1 | site)", bayesian_head=True), data, progress=False)
     found = result.diagnostics()
@@ -392,6 +394,21 @@ def test_collinear_columns_are_named():
     (check,) = named(found, "coefficients")
     assert check.verdict == "warn"
     assert "a, b" in check.reason
+
+
+def test_columns_that_were_dropped_are_named():
+    rng = np.random.default_rng(0)
+    site, a = np.repeat(np.arange(20), 10), rng.normal(size=200)
+    y = a + rng.normal(size=20)[site] + rng.normal(size=200)
+    frame = pd.DataFrame({"y": y, "a": a, "b": 2 * a + 3, "site": site})
+    data = ClusteredData.from_frame(frame, outcome="y", clusters=["site"])
+    with pytest.warns(UserWarning, match=r"dropped 'b' \('b' is a copy of 'a'\)"):
+        result = fit(
+            MixedEffects(linear(2), "(1 | site)", bayesian_head=True), data, progress=False
+        )
+    (check,) = named(result.diagnostics(), "collinear")
+    assert check.verdict == "pass"
+    assert "have been dropped: b" in check.reason
 
 
 def test_dependencies_of_columns():
