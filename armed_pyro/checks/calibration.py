@@ -302,6 +302,8 @@ def simulation_calibration(
     >>> list(result.ranks)[:3]
     ['site_sd[Intercept]', 'site_effect[0,Intercept]', 'site_effect[2,Intercept]']
     """
+    from joblib import Parallel, delayed  # slow to import
+
     least = {"simulations": (simulations, 10), "draws": (draws, 9), "workers": (workers, 1)}
     for name, (value, smallest) in (least | {"seed": (seed, 0)}).items():
         if value < smallest:
@@ -311,8 +313,6 @@ def simulation_calibration(
             "the data have weights other than 0 and 1: no outcomes can be drawn whose likelihood "
             "is the weighted one; calibrate without them: dataclasses.replace(data, weights=None)"
         )
-    from joblib import Parallel, delayed  # slow to import
-
     settings = Schedule() if schedule is None else schedule
     recovery = Recovery(held(model, data), data, draws, settings, refine, seed)
     check_outcomes(recovery, simulations)
