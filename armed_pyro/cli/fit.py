@@ -104,7 +104,7 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         clusters=_cluster_columns(terms, options.adversary, table.columns),
         features=_features(options.features, table.columns),
         slopes=_slopes(terms, table.columns),
-        categorical=[name.strip() for name in (options.categorical or "").split(",") if name],
+        categorical=_categorical(options.categorical, terms),
         trials=options.trials,
         offset=options.offset,
         weights=options.weights,
@@ -200,6 +200,13 @@ def _features(text: str | None, table: Collection[str]) -> list[str] | str | Non
     unknown = [name for name in names if name not in table]
     formula = unknown and (len(names) == 1 or any(character in text for character in "+:*^`()~|"))
     return text if formula else names
+
+
+def _categorical(text: str | None, terms: Sequence[Term]) -> list[str]:
+    """Columns of --categorical, and those in factor() in the random effects."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    names += [n for term in terms if isinstance(term, RandomEffects) for n in term.categorical]
+    return list(dict.fromkeys(names))
 
 
 def _slopes(terms: Sequence[Term], table: Collection[str]) -> str | tuple[str, ...]:
