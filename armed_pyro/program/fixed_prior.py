@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro.data.schema import Schema, Terms
+from armed_pyro.data.formula import Terms
+from armed_pyro.data.schema import Schema
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -75,6 +75,9 @@ class LinearBlock(Block, ABC):
 class InputBlock(LinearBlock):
     """Intercept and (standardised) input features.
 
+    The first column is 1, or the indicator of the level that the contrasts `columns[:contrasts]` of
+    a factor leave out, or there is no such column.
+
     With an intercept the features are centred: cluster effects at x = 0 would be nearly collinear
     if x is far from zero. `from_zero` takes effects (u0, u1) at x = 0 to those at the features'
     means, (u0 + shift u1, u1). Features are only scaled without an intercept, beyond `MOST_CENTRED`
@@ -86,20 +89,28 @@ class InputBlock(LinearBlock):
     index: Tensor
 
     def __init__(
-        self, features: FeatureScaling, columns: list[int], intercept: bool, covariance: Covariance
+        self,
+        features: FeatureScaling,
+        columns: list[int],
+        names: Sequence[str],
+        covariance: Covariance,
+        *,
+        intercept: bool,
+        contrasts: int = 0,
     ) -> None:
         few = len(columns) < MOST_CENTRED and bool(features.average)
         centred = intercept and (covariance.any_origin or few)
         index = torch.tensor(columns, dtype=torch.long)
         slope = torch.diag(1 / torch.tensor(features.scale, dtype=torch.float64)[index])
         shift = torch.tensor(features.mean, dtype=torch.float64)[index] @ slope
-        to_original = torch.block_diag(slope.new_ones(1, 1), slope) if intercept else slope
+        first = intercept or contrasts > 0
+        to_original = torch.block_diag(slope.new_ones(1, 1), slope) if first else slope
         if centred:
             to_original[0, 1:] = -shift
-        names = ["Intercept"] * intercept + [features.names[column] for column in columns]
         super().__init__(names, covariance, to_original)
-        self.intercept = intercept
-        self.shifted = tuple(n for n, s in zip(names[intercept:], shift.tolist(), strict=True) if s)
+        self.intercept, self.contrasts = intercept, contrasts
+        slopes = names[len(names) - len(columns) :]
+        self.shifted = tuple(n for n, s in zip(slopes, shift.tolist(), strict=True) if s)
         self._zero_shift = shift if centred and self.shifted and features.average else None
         self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
         self.register_buffer("index", index, False)
@@ -112,8 +123,14 @@ class InputBlock(LinearBlock):
         return matrix
 
     def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
-        slopes = [x[:, self.index] + self.shift] if len(self.index) else []
-        return torch.cat([x.new_ones(len(x), 1)] * self.intercept + slopes, -1)
+        # Images have no columns to choose from.
+        slopes = x[:, self.index] + self.shift if len(self.index) else x.new_zeros(len(x), 0)
+        if self.intercept:
+            return torch.cat([x.new_ones(len(x), 1), slopes], -1)
+        if self.contrasts:
+            left_out = 1 - slopes[:, : self.contrasts].sum(-1, keepdim=True)
+            return torch.cat([left_out, slopes], -1)
+        return slopes
 
 
 class LayerBlock(LinearBlock):
