@@ -223,7 +223,7 @@ class Factor(nn.Module):
             index = torch.tensor(places, device=self.unit.device)
             row = cast("Tensor", self.from_zero)[places[0], index].double().cpu()
             # All sds at x = 0 are equal, as far as the intercept's at the means is moderate.
-            sds[list(places)] = torch.where(row == 0, sd, 1.0)
+            sds[list(places)] = torch.where(row == 0, sd, 1.0).to(sds)
             sds[places[0]] = sd * row.norm().clamp(max=2)
         for group, covariance in self.groups:
             values |= covariance.starts(group)
