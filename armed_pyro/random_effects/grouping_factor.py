@@ -213,10 +213,18 @@ class Factor(nn.Module):
         return {self.sd_site: self.prior_scale} if isinstance(self.prior, Known) else {}
 
     def starts(self) -> dict[str, Tensor]:
-        """Initial values of the guide, by site; see `Covariance.starts`."""
+        """Initial values of a guide's coordinates, by site; see `Covariance.starts`."""
         size = len(self.terms)
         sd = START_SD / math.sqrt(max(1, size / 2))
-        values = {self.sd_site: torch.full((size,), sd, dtype=torch.float64)}
+        sds = torch.full((size,), sd, dtype=torch.float64)
+        values = {self.sd_site: sds}
+        free = {group.places for group, covariance in self.groups if covariance.any_origin}
+        for places in (places for places in self._moved if places not in free):
+            index = torch.tensor(places, device=self.unit.device)
+            row = cast("Tensor", self.from_zero)[places[0], index].double().cpu()
+            # All sds at x = 0 are equal, as far as the intercept's at the means is moderate.
+            sds[list(places)] = torch.where(row == 0, sd, 1.0).to(sds)
+            sds[places[0]] = sd * row.norm().clamp(max=2)
         for group, covariance in self.groups:
             values |= covariance.starts(group)
         return values
