@@ -304,7 +304,10 @@ def test_k_hat_warns_where_means_and_sds_may_be_wrong():
     assert wrong.verdict == "warn"
     assert wrong.effect > wrong.threshold
     assert "refine nuts" in wrong.advice
-    assert re.search(r"about \d+ (second|minute)s", wrong.advice)
+    posterior = replace(result.posterior, importance=replace(weighted, log_weights=few))
+    lines = str(Fit(posterior).diagnostics()).splitlines()
+    assert lines[1].endswith("--refine nuts")
+    assert re.search(r"exact draws will take about \d+ (second|minute)s on this machine", lines[2])
     assert accuracy(k_hat=1.2).verdict == "fail"
     assert accuracy(k_hat=np.inf).verdict == "fail"
 

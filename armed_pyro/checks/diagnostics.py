@@ -9,7 +9,7 @@ from torch import Tensor
 
 from armed_pyro.checks.check import BROKEN, SEVERITY, Check, Part, cause, checked, failed
 from armed_pyro.checks.design_checks import design_checks
-from armed_pyro.checks.inference_checks import finite_draws, inference_checks
+from armed_pyro.checks.inference_checks import EXACT, finite_draws, inference_checks
 from armed_pyro.checks.misfit_checks import misfit_checks
 from armed_pyro.checks.pivotal_checks import normality_checks
 from armed_pyro.checks.predictive_checks import predictive_checks
@@ -23,6 +23,7 @@ from armed_pyro.checks.prior_checks import (
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.inference.importance_sampling import affordable, weighed
 from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.summaries.arviz_stats import leave_one_out
 
 __all__ = ["diagnose"]
@@ -89,7 +90,17 @@ def diagnose(posterior: Posterior, weigh: Callable[[], Posterior] | None = None)
         checks += [*_model(posterior, latents), *predictive]
         figures = _figures(posterior, clusters)
     checks.sort(key=lambda check: -SEVERITY.index(check.verdict))
-    return Diagnostics(tuple(checks), clusters, figures)
+    return Diagnostics(tuple(checks), clusters, figures, _time(posterior, checks))
+
+
+def _time(posterior: Posterior, checks: Iterable[Check]) -> str:
+    """Expected time of exact draws, if a check advises them."""
+    if not any(check.advice == EXACT for check in checks):
+        return ""
+    try:
+        return duration(nuts_seconds(posterior))
+    except BROKEN:
+        return ""
 
 
 def _model(posterior: Posterior, latents: Latents) -> Iterator[Check]:

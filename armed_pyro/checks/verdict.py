@@ -111,6 +111,9 @@ class Diagnostics:
         k_hat, ess, elpd_loo, elpd_loo_se, p_loo, elpd_loo_bad (number of rows with k-hat above
         0.7), elpd_loco, elpd_loco_se, elpd_loco_bad (number of clusters with k-hat above 0.7), and
         the effective number of clusters of each factor.
+    time : str
+        Expected time of exact draws (NUTS) on this machine, in words; empty if they are not
+        advised. It is printed and not saved, as it differs between machines.
 
     Examples
     --------
@@ -124,6 +127,7 @@ class Diagnostics:
     checks: tuple[Check, ...]
     clusters: pd.DataFrame = field(default_factory=pd.DataFrame)
     figures: Mapping[str, float | None] = field(default_factory=dict)
+    time: str = ""
 
     @property
     def computation(self) -> Verdict:
@@ -159,7 +163,10 @@ class Diagnostics:
         }
 
     def __str__(self) -> str:
-        return "\n".join([*_lines(self.computation), *_lines(self.model)])
+        lines = list(_lines(self.computation))
+        if self.time:
+            lines.append(f"     (exact draws will take about {self.time} on this machine)")
+        return "\n".join([*lines, *_lines(self.model)])
 
 
 def _lines(verdict: Verdict) -> Iterator[str]:
