@@ -23,6 +23,7 @@ from armed_pyro.data.columns import (
 )
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
+from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.schema import Schema
 
 
@@ -457,8 +458,9 @@ class ClusteredData:
         if (fraction is None) == (labels is None):
             raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
         if labels is not None:
-            positions = grouping.levels.get_indexer(pd.Index(labels))
-            if missing := pd.Index(labels)[positions < 0].tolist():
+            chosen = pd.Index(labels).unique()
+            positions = match_labels(chosen, grouping.levels, f"labels= for {factor!r}")
+            if missing := chosen[positions < 0].tolist():
                 raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
         else:
             n_held = max(1, round(_check_fraction(fraction) * grouping.n_clusters))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from armed_pyro._messages import check_known, count_rows, listing
 from armed_pyro.data.grouping import code_labels
+from armed_pyro.data.label_matching import match_labels
 
 Missing = Literal["error", "drop"]
 
@@ -148,14 +149,18 @@ def as_numbers(column: pd.Series, role: str) -> np.ndarray:
 
 
 def known_codes(column: pd.Series, levels: pd.Index, what: str) -> np.ndarray:
-    """Int64[ndarray, "rows"], the position of each label in `levels`; all labels must be there."""
+    """Int64[ndarray, "rows"], the position of each label in `levels`; all labels must be there.
+
+    Labels are compared as by `match_labels`.
+    """
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(column.cat.categories.dtype)
-    codes = levels.get_indexer(pd.Index(column))
+    present, labels = pd.factorize(column)
+    codes = match_labels(pd.Index(labels), levels, what)[present]
     if (new := codes < 0).any():
         raise ValueError(
             f"The {what} has categories that training did not: "
             f"{listing(column[new].unique())}, in {count_rows(int(new.sum()))}. Known: "
             f"{listing(levels)}. Recode these rows, or leave them out."
         )
-    return codes.astype(np.int64)
+    return codes

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.grouping import Grouping, as_seen
+from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support
@@ -250,8 +251,8 @@ def _new_clusters(
             Grouping.from_labels(cells[factor][name], f"cluster column {name!r}") for name in names
         ]
         seen = posterior.model.data_facts().levels[factor]
-        levels = as_seen(reduce(Grouping.cross, groupings).levels, seen)
-        new[factor] = levels[~levels.isin(seen)]
+        levels = reduce(Grouping.cross, groupings).levels
+        new[factor] = levels[match_labels(levels, seen, f"grouping factor {factor!r}") < 0]
     return new
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.label_matching import label_text
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -108,7 +109,7 @@ def label_noise(
     kept = {} if kept is None else kept
     pieces = []
     for label in labels:
-        key = (factor, str(label))
+        key = (factor, label_text(label))
         noise = kept.get(key)
         if noise is None:
             noise = generator(seed, *key).standard_normal((draws, terms), dtype=np.float32)
