@@ -107,7 +107,7 @@ def _check_distinct(
     labels: pd.Index, known: pd.Index, places: Int[np.ndarray, " labels"], what: str
 ) -> None:
     values, counts = np.unique(places[places >= 0], return_counts=True)
-    for place in values[counts > 1][:1]:
+    for twice in values[counts > 1][:1].tolist():
         raise ValueError(
             f"The {what} has the labels {listing(labels[places == place])}, which both could be "
             f"{listing(known[[place]])} of the training data. Write each cluster or category in "
