@@ -73,7 +73,11 @@ def test_padded_codes_that_could_be_two_clusters_are_refused(labels, known):
 def test_labels_of_cells_do_not_depend_on_the_columns_types():
     by_type = [
         Grouping.from_labels(pd.Series(outer)).cross(Grouping.from_labels(pd.Series(inner)))
-        for outer, inner in [([101, 102], [1, 2]), ([101.0, 102.0], [1, 2.0]), (["101", "102"],) * 2]
+        for outer, inner in [
+            ([101, 102], [1, 2]),
+            ([101.0, 102.0], [1, 2.0]),
+            (["101", "102"],) * 2,
+        ]
     ]
     assert [g.levels.tolist() for g in by_type[:2]] == [["101:1", "102:2"]] * 2
     assert by_type[2].levels.tolist() == ["101:101", "102:102"]

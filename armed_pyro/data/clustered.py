@@ -106,6 +106,7 @@ class ClusteredData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        event: Any = None,
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -127,6 +128,10 @@ class ClusteredData:
             every column that has no other role.
         trials, offset, weights
             Columns of row-wise numbers.
+        event
+            The label of a two-valued outcome whose probability is modelled. As in R, it is by
+            default the second: of sorted labels the last, of a categorical column its second
+            category, True, and 1.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -137,7 +142,9 @@ class ClusteredData:
         """
         frame = as_pandas(frame)
         roles = {"trials": trials, "offset": offset, "weights": weights}
-        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+        schema = Schema.infer(
+            frame, outcome=outcome, clusters=clusters, features=features, event=event, **roles
+        )
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
     @classmethod
@@ -204,6 +211,7 @@ class ClusteredData:
         trials: Any = None,
         offset: Any = None,
         weights: Any = None,
+        event: Any = None,
         row_labels: pd.Index | None = None,
     ) -> ClusteredData:
         """Take arrays or tensors of numbers as they are, and code the clusters' labels.
@@ -223,6 +231,8 @@ class ClusteredData:
             All labels of a categorical outcome, in order; needed where a label does not occur.
         trials, offset, weights
             Numbers of shape "rows".
+        event
+            As in `from_frame`.
 
         Raises
         ------
@@ -242,7 +252,7 @@ class ClusteredData:
                 f"feature_names must be {width} distinct names for features of shape "
                 f"{tuple(x.shape)}, found {list(feature_names)}."
             )
-        y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
+        y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
         roles = {"trials": trials, "offset": offset, "weights": weights}
         per_row = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
@@ -274,14 +284,15 @@ class ClusteredData:
         features: Sequence[str] | str | None = None,
         row_dim: str = "row",
         missing: Missing = "error",
+        event: Any = None,
         **roles: str | None,
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
         One-dimensional variables are the columns of a table, as in `from_frame` (`trials`, `offset`
-        and `weights` included). A feature variable with more dimensions must be the only feature,
-        and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
-        the features. The coordinate of `row_dim` labels the rows.
+        and `weights` included), and `event` is as there. A feature variable with more dimensions
+        must be the only feature, and is an array as in `from_arrays`; the coordinate of the second
+        of two dimensions names the features. The coordinate of `row_dim` labels the rows.
 
         Raises
         ------
@@ -306,7 +317,13 @@ class ClusteredData:
             columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
             table = pd.DataFrame(columns, index=rows)
             return cls.from_frame(
-                table, outcome=outcome, clusters=clusters, features=chosen, missing=missing, **roles
+                table,
+                outcome=outcome,
+                clusters=clusters,
+                features=chosen,
+                event=event,
+                missing=missing,
+                **roles,
             )
         if len(names) > 1:
             raise ValueError(
@@ -323,6 +340,7 @@ class ClusteredData:
             {name: along[name].to_numpy() for name in clusters},
             feature_names=feature_names,
             outcome_name=outcome,
+            event=event,
             row_labels=rows,
             **per_row,
         )

@@ -12,7 +12,7 @@ import torch
 from pandas.api import types as dtypes
 from torch import Tensor
 
-from armed_pyro._messages import check_known, count_rows, listing
+from armed_pyro._messages import check_known, count_rows, listing, unknown
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.label_matching import match_labels
 
@@ -20,19 +20,41 @@ Missing = Literal["error", "drop"]
 
 
 def code_outcome(
-    outcome: Any, classes: Sequence[Any] | None, what: str
+    outcome: Any, classes: Sequence[Any] | None, what: str, event: Any = None
 ) -> tuple[Tensor | None, tuple[Any, ...] | None]:
-    """An outcome as numbers; or, if it is boolean or text or has classes, as codes and classes."""
+    """An outcome as numbers; or, if it is boolean or text or has classes, as codes and classes.
+
+    With an `event` it has classes, and the event is the second of two.
+    """
     if outcome is None:
         return None, None if classes is None else tuple(classes)
     values = np.asarray(outcome)
-    if classes is None and (values.ndim != 1 or values.dtype.kind in "iuf"):
+    if event is None and classes is None and (values.ndim != 1 or values.dtype.kind in "iuf"):
         return finite_tensor(outcome, what), None
     codes, levels = code_labels(outcome, what)
     known = tuple(levels.tolist() if classes is None else classes)
+    if event is not None:
+        known = tuple(event_last(pd.Index(known), event, what).tolist())
     check_known(f"class of the {what} called", levels, known)
     positions = [known.index(level) for level in levels]
     return torch.tensor(positions, dtype=torch.float64)[codes], known
+
+
+def event_last(classes: pd.Index, event: Any, what: str) -> pd.Index:
+    """Two classes with the event, the class whose probability is modelled, as the second.
+
+    >>> event_last(pd.Index(["case", "control"]), "case", "outcome").tolist()
+    ['control', 'case']
+    """
+    if len(classes) != 2:
+        raise ValueError(
+            f"event={event!r} names one of two labels, but the {what} has {len(classes)}: "
+            f"{listing(classes)}. Leave event= (command line: --event) out."
+        )
+    (place,) = match_labels(pd.Index([event]), classes, what)
+    if place < 0:
+        raise unknown(f"label of the {what} for event=", event, classes)
+    return classes.take([1 - place, place])
 
 
 def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:

@@ -82,7 +82,8 @@ def match_labels(labels: pd.Index, known: pd.Index, what: str) -> Int[np.ndarray
         by_value = {(_kind_of(label), label): place for place, label in enumerate(known)}
         found = [by_value.get((_kind_of(label), label), -1) for label in labels]
         places = np.array(found, dtype=np.int64)
-    unmatched = [(place, label_key(labels[place])) for place in np.flatnonzero(places < 0)]
+    new = np.flatnonzero(places < 0).tolist()
+    unmatched = [(place, label_key(labels[place])) for place in new]
     # A column of numbers, or text that no reader rewrites, has no other way to be written.
     if kinds != ("number", "number") and any(
         not isinstance(labels[place], str) or _REWRITTEN.search(key) for place, key in unmatched
@@ -109,8 +110,8 @@ def _check_distinct(
     values, counts = np.unique(places[places >= 0], return_counts=True)
     for twice in values[counts > 1][:1].tolist():
         raise ValueError(
-            f"The {what} has the labels {listing(labels[places == place])}, which both could be "
-            f"{listing(known[[place]])} of the training data. Write each cluster or category in "
+            f"The {what} has the labels {listing(labels[places == twice])}, which both could be "
+            f"{listing(known[[twice]])} of the training data. Write each cluster or category in "
             "one way, and a new one under another name."
         )
 

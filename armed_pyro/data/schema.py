@@ -19,6 +19,7 @@ from armed_pyro.data.columns import (
     check_finite,
     column_names,
     complete_rows,
+    event_last,
     is_categorical,
     known_codes,
     pick,
@@ -70,6 +71,7 @@ class Schema:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
+        event: Any = None,
         **roles: str | None,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
@@ -112,8 +114,10 @@ class Schema:
                     "Leave it out."
                 )
         target, classes = table[outcome], None
-        if is_categorical(target):
+        if is_categorical(target) or event is not None:
             classes = code_labels(target, f"outcome {outcome!r}")[1]
+        if classes is not None and event is not None:
+            classes = event_last(classes, event, f"outcome {outcome!r}")
         return cls(
             outcome=outcome,
             terms=terms,

@@ -39,6 +39,7 @@ from armed_pyro.prediction.unseen import (
     warn_if_all_new,
 )
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
+from armed_pyro.program.names import tree_names
 from armed_pyro.streaming.parquet_table import TableBlocks
 
 __all__ = ["effect_source", "predict", "predict_table"]
@@ -115,7 +116,8 @@ def predict(
         warn_if_all_new(posterior.model, labels, new_clusters(posterior.model, data))
     made = predict_rows(posterior, rows, source, draws=draws, prob=prob, seed=seed, others=others)
     new = {} if by_row else new_effects(posterior.model, source, data)
-    return replace(made, new=new, membership=membership)
+    names = tree_names(posterior.model)
+    return replace(made, new=new, membership=membership, names=names)
 
 
 def effect_source(

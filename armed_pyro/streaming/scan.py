@@ -66,6 +66,7 @@ def scan(
     features: Sequence[str] | str | None = None,
     missing: Missing = "error",
     *,
+    event: Any = None,
     memory: int,
     folder: str | PathLike[str] | None = None,
     **roles: str | None,
@@ -89,7 +90,8 @@ def scan(
         try:
             views = _Views(connection, table)
             n_rows = views.select_complete(used, missing)
-            witnesses = views.witnesses([*columns, outcome])
+            categories = [] if event is None else [outcome]
+            witnesses = views.witnesses([*columns, outcome], categories)
             labels_counts = {name: views.clusters(name) for name in clusters}
         except duckdb.Error as error:
             raise ValueError(f"{table.path} cannot be read: {error}") from error
@@ -97,7 +99,9 @@ def scan(
         dropped = f"{table.n_rows - n_rows} of {count_rows(table.n_rows)}"
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
     frame = table.take(witnesses)
-    schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+    schema = Schema.infer(
+        frame, outcome=outcome, clusters=clusters, features=features, event=event, **roles
+    )
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: labels for name, (labels, _) in labels_counts.items()}
     counts = {name: sizes for name, (_, sizes) in labels_counts.items()}
@@ -151,8 +155,11 @@ class _Views:
         self.connection.execute(f"CREATE VIEW complete AS SELECT * FROM numbered{where}")
         return int(n_rows)
 
-    def witnesses(self, columns: list[str]) -> Int[np.ndarray, " rows"]:
-        """Rows from which a schema follows: every category, and a number other than 0 and 1."""
+    def witnesses(self, columns: list[str], categories: list[str]) -> Int[np.ndarray, " rows"]:
+        """Rows from which a schema follows: every category, and a number other than 0 and 1.
+
+        Numbers in the columns `categories` are categories.
+        """
         numeric = [
             f"min(place) FILTER ({self.names[name]} NOT IN (0, 1))"
             for name in columns
@@ -162,7 +169,8 @@ class _Views:
         ((first, *others),) = self._rows(query)
         row = self._take([first], columns)
         places = [[first], [place for place in others if place is not None]]
-        places += [self._groups(name)[0] for name in columns if is_categorical(row[name])]
+        by_value = [n for n in columns if n in categories or is_categorical(row[n])]
+        places += [self._groups(name)[0] for name in by_value]
         return np.unique(np.concatenate(places).astype(np.int64))
 
     def clusters(self, name: str) -> tuple[pd.Index, Tensor]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
@@ -72,6 +73,7 @@ class StreamedData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        event: Any = None,
         missing: Missing = "error",
         memory: int = 2 * 10**9,
         folder: str | os.PathLike[str] | None = None,
@@ -91,7 +93,15 @@ class StreamedData:
             )
         roles = {"trials": trials, "offset": offset, "weights": weights}
         scanned = scan(
-            table, outcome, clusters, features, missing, memory=memory, folder=folder, **roles
+            table,
+            outcome,
+            clusters,
+            features,
+            missing,
+            event=event,
+            memory=memory,
+            folder=folder,
+            **roles,
         )
         return cls(table, scanned, scanned.first.feature_names, memory, folder)
 
