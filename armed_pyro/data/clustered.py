@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro._messages import check_known, unknown
+from armed_pyro._messages import (
+    INTEGER,
+    check_known,
+    check_probability,
+    check_type,
+    unknown,
+)
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
@@ -141,6 +147,9 @@ class ClusteredData:
             If a column cannot be used in its role; see `Schema.infer` and `encode`.
         """
         frame = as_pandas(frame)
+        check_type(outcome, str, "outcome", "It is the name of a column.")
+        for role, name in {"trials": trials, "offset": offset, "weights": weights}.items():
+            check_type(name, (str, type(None)), role, "It is the name of a column.")
         roles = {"trials": trials, "offset": offset, "weights": weights}
         schema = Schema.infer(
             frame, outcome=outcome, clusters=clusters, features=features, event=event, **roles
@@ -239,6 +248,8 @@ class ClusteredData:
         ValueError
             If lengths differ, a shape is wrong, or a value is missing or infinite.
         """
+        advice = "Pass {'site': labels}, with one label per row."
+        check_type(clusters, Mapping, "clusters", advice)
         x = finite_tensor(features, "features")
         if x.ndim < 2:
             raise ValueError(
@@ -299,6 +310,8 @@ class ClusteredData:
         ValueError
             If a variable or dimension does not exist, or an array is not the only feature.
         """
+        advice = "ClusteredData.from_frame takes tables, and from_arrays arrays."
+        check_type(dataset, xr.Dataset, "dataset", advice)
         check_known("dimension", [row_dim], dataset.dims)
         along = {
             str(name): variable.transpose(row_dim, ...)
@@ -380,6 +393,7 @@ class ClusteredData:
         ValueError
             If there is no such factor.
         """
+        check_type(factor, str, "factor", "It is the name of a grouping factor.")
         if factor in self.groupings:
             return self.groupings[factor]
         outer, _, inner = factor.rpartition(":")
@@ -430,6 +444,7 @@ class ClusteredData:
         ValueError
             If `n` is below 2 or above the number of rows.
         """
+        check_type(n, INTEGER, "n")
         if not 2 <= n <= self.n_rows:
             raise ValueError(f"n must be between 2 and the {self.n_rows} rows, found {n}.")
         fold = np.empty(self.n_rows, dtype=np.int64)
@@ -513,6 +528,5 @@ class ClusteredData:
 
 def _check_fraction(fraction: float | None) -> float:
     """The fraction, checked to lie strictly between 0 and 1."""
-    if fraction is None or not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
-    return fraction
+    check_probability(fraction, "fraction")
+    return float(cast("float", fraction))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -104,7 +104,11 @@ def check_varying(names: Sequence[str], varying: Tensor) -> None:
 
 def column_names(names: Sequence[str], what: str) -> tuple[str, ...]:
     """A list of column names as a tuple."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Iterable)
+        or not all(isinstance(name, str) for name in names)
+    ):
         raise TypeError(f"{what} must be a list of column names, found {names!r}.")
     return tuple(names)
 

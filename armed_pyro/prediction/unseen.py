@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro._messages import listing
+from armed_pyro._messages import check_type, listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import label_text
@@ -143,6 +143,7 @@ def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool
     >>> check_mode("marginal", {"site": pd.Index(["s9"])})
     """
     modes = "\n".join(f"  {name}: {meaning}" for name, meaning in MODES.items())
+    check_type(unseen, (str, type(None)), "`unseen`")
     if unseen is not None and unseen not in MODES:
         raise ValueError(f"unknown mode {unseen!r} for unseen clusters; the modes are\n{modes}")
     if support and unseen != "adapt":
