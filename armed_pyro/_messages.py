@@ -59,12 +59,12 @@ def check_probability(prob: Any, what: str = "`prob`") -> None:
     >>> check_probability(95)
     Traceback (most recent call last):
     ...
-    ValueError: `prob` must lie between 0 and 1, not 95: 95% is 0.95
+    ValueError: `prob` must lie between 0 and 1, found 95: 95% is 0.95
     """
     check_type(prob, REAL, what)
     if not 0 < prob < 1:
         hint = f": {prob:g}% is {prob / 100:g}" if 1 < prob < 100 else ""
-        raise ValueError(f"{what} must lie between 0 and 1, not {prob}{hint}")
+        raise ValueError(f"{what} must lie between 0 and 1, found {prob}{hint}")
 
 
 def listing(items: Iterable[Any], most: int = 10) -> str:

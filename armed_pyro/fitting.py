@@ -162,14 +162,10 @@ def _check_arguments(
 ) -> None:
     """Raise TypeError for an argument of `fit` of another type, with the way to make it."""
     table = "Encode a table with ClusteredData.from_frame(table, outcome=..., clusters=[...])."
-    check_type(
-        model, MixedEffects, "model", "A network becomes one by MixedEffects(net, '(1 | g)')."
-    )
+    check_type(model, MixedEffects, "model", "Wrap a network: MixedEffects(net, '(1 | site)').")
     check_type(data, (ClusteredData, StreamedData), "data", table)
     check_type(validation, (ClusteredData, type(None)), "validation", table)
-    check_type(
-        schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=...), for example."
-    )
+    check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")
 
 

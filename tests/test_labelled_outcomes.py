@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, StreamedData, fit
 from armed_pyro.cli import app
 from armed_pyro.families.registry import FAMILIES, family_named
+from armed_pyro.report.text import summarize
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 CODES = {
@@ -113,7 +114,7 @@ def test_an_event_that_is_no_label_is_refused():
 
 def test_the_event_is_named_in_all_results(tmp_path):
     result = trained(encoded(event="case"))
-    text = result.summary()
+    text = summarize(result.results())
     assert "Modelled event: 'case' (the second label, against 'control')" in text
     assert "Fixed effects (of 'case', posterior mean" in text
     made = result.predict(table().drop(columns="status"), draws=20)
@@ -122,7 +123,7 @@ def test_the_event_is_named_in_all_results(tmp_path):
     assert tree["observed_data"]["status"].attrs["event"] == "case"
     result.save(tmp_path / "run", draws=20)
     loaded = Fit.load(tmp_path / "run")
-    assert loaded.summary() == text
+    assert summarize(loaded.results()) == text
     opposite = trained(encoded()).predict(table().drop(columns="status"), draws=20)
     assert np.corrcoef(opposite.mean, made.mean)[0, 1] < -0.9
 

@@ -104,11 +104,8 @@ def check_varying(names: Sequence[str], varying: Tensor) -> None:
 
 def column_names(names: Sequence[str], what: str) -> tuple[str, ...]:
     """A list of column names as a tuple."""
-    if (
-        isinstance(names, str)
-        or not isinstance(names, Iterable)
-        or not all(isinstance(name, str) for name in names)
-    ):
+    listed: object = names
+    if isinstance(listed, str) or not isinstance(listed, Iterable) or set(map(type, names)) - {str}:
         raise TypeError(f"{what} must be a list of column names, found {names!r}.")
     return tuple(names)
 
