@@ -11,7 +11,10 @@ from jaxtyping import Shaped
 
 # Dimensions of ArviZ's schema and variables of constant_data: other variables must not take these
 # names.
-RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights")
+RESERVED = (
+    *("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights"),
+    *("slopes", "slope_column"),
+)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class StreamedData:
         offset: str | None = None,
         weights: str | None = None,
         event: Any = None,
+        categorical: Sequence[str] = (),
         missing: Missing = "error",
         memory: int = 2 * 10**9,
         folder: str | os.PathLike[str] | None = None,
@@ -91,7 +92,8 @@ class StreamedData:
                 f"{path} is not a Parquet file, the only kind that is streamed: convert it, for "
                 "example with pandas.read_csv(path).to_parquet('rows.parquet')"
             )
-        roles = {"trials": trials, "offset": offset, "weights": weights}
+        roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        roles["categorical"] = categorical
         scanned = scan(
             table,
             outcome,
