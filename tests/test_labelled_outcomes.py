@@ -122,7 +122,7 @@ def test_the_event_is_named_in_all_results(tmp_path):
     tree = result.to_datatree(draws=20, groups=["observed_data"])
     assert tree["observed_data"]["status"].attrs["event"] == "case"
     result.save(tmp_path / "run", draws=20)
-    loaded = Fit.load(tmp_path / "run")
+    loaded = Fit.load(tmp_path / "run", net=nn.Linear(1, 1))
     assert summarize(loaded.results()) == text
     opposite = trained(encoded()).predict(table().drop(columns="status"), draws=20)
     assert np.corrcoef(opposite.mean, made.mean)[0, 1] < -0.9

@@ -60,7 +60,7 @@ def test_every_pair_of_factors_is_fitted_saved_and_predicted(factors, tmp_path):
         assert posterior[names[factor].cluster].values.tolist() == levels.tolist()
         assert constant[names[factor].cluster].values.tolist() == frame[factor].tolist()
     result.save(tmp_path / "run", draws=20)
-    loaded = Fit.load(tmp_path / "run")
+    loaded = Fit.load(tmp_path / "run", net=nn.Linear(1, 1))
     for name in factors:
         assert loaded.data.grouping(name).labels().tolist() == frame[name].tolist()
     new = frame.drop(columns="y").assign(**dict.fromkeys(names, 99))
