@@ -14,7 +14,6 @@ from torch import Tensor
 
 from armed_pyro._messages import (
     INTEGER,
-    check_known,
     check_type,
     unknown,
 )
@@ -25,6 +24,7 @@ from armed_pyro.data.columns import (
     code_outcome,
     finite_tensor,
 )
+from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
 from armed_pyro.data.label_matching import match_labels
@@ -312,13 +312,12 @@ class ClusteredData:
         features: Sequence[str] | str | None = None,
         row_dim: str = "row",
         missing: Missing = "error",
-        event: Any = None,
         **roles: Any,
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
         One-dimensional variables are the columns of a table, as in `from_frame`, whose other
-        parameters are `event` and `roles`. A feature variable with more dimensions must be the
+        parameters are `roles`. A feature variable with more dimensions must be the
         only feature, and is an array as in `from_arrays`; the coordinate of the second of two
         dimensions names the features. The coordinate of `row_dim` labels the rows.
 
@@ -327,49 +326,13 @@ class ClusteredData:
         ValueError
             If a variable or dimension does not exist, or an array is not the only feature.
         """
-        advice = "ClusteredData.from_frame takes tables, and from_arrays arrays."
-        check_type(dataset, xr.Dataset, "dataset", advice)
-        check_known("dimension", [row_dim], dataset.dims)
-        along = {
-            str(name): variable.transpose(row_dim, ...)
-            for name, variable in dataset.variables.items()
-            if row_dim in variable.dims
-        }
-        row_roles = {k: v for k, v in roles.items() if k in ("trials", "offset", "weights") and v}
-        taken = [outcome, *clusters, *row_roles.values()]
-        if features is None:
-            features = [n for n in along if n in dataset.data_vars and n not in taken]
-        chosen = [features] if isinstance(features, str) and features in along else features
-        names = [] if isinstance(chosen, str) else list(chosen)
-        check_known(f"variable along {row_dim!r} called", [*taken, *names], along)
-        rows = dataset.indexes.get(row_dim, pd.RangeIndex(dataset.sizes[row_dim]))
-
-        if all(along[name].ndim == 1 for name in names):
-            columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
-            table = pd.DataFrame(columns, index=rows)
-            settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
-            return cls.from_frame(
-                table, outcome=outcome, clusters=clusters, event=event, **settings
-            )
-        if len(names) > 1:
-            raise ValueError(
-                f"An array must be the only feature, found {names}. Name one with features=."
-            )
-        array, feature_names = along[names[0]], None
-        if array.ndim == 2:
-            labels = dataset.indexes.get(array.dims[1], range(array.shape[1]))
-            feature_names = [v if isinstance(v, str) else f"{names[0]}[{v}]" for v in labels]
-        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in row_roles.items()}
-        return cls.from_arrays(
-            array.to_numpy(),
-            along[outcome].to_numpy(),
-            {name: along[name].to_numpy() for name in clusters},
-            feature_names=feature_names,
-            outcome_name=outcome,
-            event=event,
-            row_labels=rows,
-            **per_row,
+        table, chosen, arrays = table_or_arrays(
+            dataset, outcome, clusters, features, row_dim, roles
         )
+        if table is None:
+            return cls.from_arrays(**arrays)
+        settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
+        return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
 
     @property
     def n_rows(self) -> int:
