@@ -108,6 +108,7 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         trials=options.trials,
         offset=options.offset,
         weights=options.weights,
+        event=options.event,
         missing="drop" if options.missing is Missing.drop else "error",
     )
     if isinstance(rows, ClusteredData):

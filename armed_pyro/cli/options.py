@@ -109,6 +109,12 @@ class FitOptions:
         None, "Widths of dense's hidden layers: --hidden 64,32 [default: 32,32]", metavar="N,N"
     )
     family: str = option("gaussian", "Outcome model, one of {families}: --family bernoulli")
+    event: str | None = option(
+        None,
+        "The label of a two-valued outcome whose probability is modelled: --event case "
+        "[default: the second in sorted order]",
+        metavar="LABEL",
+    )
     trials: str | None = column("Denominators of a binomial outcome: --trials size")
     offset: str | None = column("Known term of the predictor: --offset log_days")
     weights: str | None = column("Factors of the rows' log-likelihoods: --weights n")

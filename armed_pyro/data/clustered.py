@@ -12,7 +12,11 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro._messages import check_known, unknown
+from armed_pyro._messages import (
+    INTEGER,
+    check_type,
+    unknown,
+)
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
@@ -20,8 +24,10 @@ from armed_pyro.data.columns import (
     code_outcome,
     finite_tensor,
 )
+from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
+from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.schema import Schema
 from armed_pyro.data.stratify import check_fraction, stratified_order
 
@@ -114,6 +120,7 @@ class ClusteredData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        event: Any = None,
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -141,6 +148,10 @@ class ClusteredData:
             Numeric columns whose values are categories.
         trials, offset, weights
             Columns of row-wise numbers.
+        event
+            The label of a two-valued outcome whose probability is modelled. As in R, it is by
+            default the second: of sorted labels the last, of a categorical column its second
+            category, True, and 1.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -150,9 +161,12 @@ class ClusteredData:
             If a column cannot be used in its role; see `Schema.infer` and `encode`.
         """
         frame = as_pandas(frame)
+        check_type(outcome, str, "outcome", "It is the name of a column.")
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        for role, name in roles.items():
+            check_type(name, (str, type(None)), role, "It is the name of a column.")
         roles |= {"features": features, "slopes": slopes, "categorical": categorical}
-        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **roles)
+        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, event=event, **roles)
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
     @classmethod
@@ -223,6 +237,7 @@ class ClusteredData:
         trials: Any = None,
         offset: Any = None,
         weights: Any = None,
+        event: Any = None,
         row_labels: pd.Index | None = None,
     ) -> ClusteredData:
         """Take arrays or tensors of numbers as they are, and code the clusters' labels.
@@ -242,12 +257,16 @@ class ClusteredData:
             All labels of a categorical outcome, in order; needed where a label does not occur.
         trials, offset, weights
             Numbers of shape "rows".
+        event
+            As in `from_frame`.
 
         Raises
         ------
         ValueError
             If lengths differ, a shape is wrong, or a value is missing or infinite.
         """
+        advice = "Pass {'site': labels}, with one label per row."
+        check_type(clusters, Mapping, "clusters", advice)
         x = finite_tensor(features, "features")
         if x.ndim < 2:
             raise ValueError(
@@ -261,7 +280,7 @@ class ClusteredData:
                 f"feature_names must be {width} distinct names for features of shape "
                 f"{tuple(x.shape)}, found {list(feature_names)}."
             )
-        y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
+        y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
         roles = {"trials": trials, "offset": offset, "weights": weights}
         per_row: dict[str, Any] = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
@@ -298,53 +317,22 @@ class ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
         One-dimensional variables are the columns of a table, as in `from_frame`, whose other
-        parameters are `roles`. A feature variable with more dimensions must be the only feature,
-        and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
-        the features. The coordinate of `row_dim` labels the rows.
+        parameters are `roles`. A feature variable with more dimensions must be the
+        only feature, and is an array as in `from_arrays`; the coordinate of the second of two
+        dimensions names the features. The coordinate of `row_dim` labels the rows.
 
         Raises
         ------
         ValueError
             If a variable or dimension does not exist, or an array is not the only feature.
         """
-        check_known("dimension", [row_dim], dataset.dims)
-        along = {
-            str(name): variable.transpose(row_dim, ...)
-            for name, variable in dataset.variables.items()
-            if row_dim in variable.dims
-        }
-        row_roles = {k: v for k, v in roles.items() if k in ("trials", "offset", "weights") and v}
-        taken = [outcome, *clusters, *row_roles.values()]
-        if features is None:
-            features = [n for n in along if n in dataset.data_vars and n not in taken]
-        chosen = [features] if isinstance(features, str) and features in along else features
-        names = [] if isinstance(chosen, str) else list(chosen)
-        check_known(f"variable along {row_dim!r} called", [*taken, *names], along)
-        rows = dataset.indexes.get(row_dim, pd.RangeIndex(dataset.sizes[row_dim]))
-
-        if all(along[name].ndim == 1 for name in names):
-            columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
-            table = pd.DataFrame(columns, index=rows)
-            settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
-            return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
-        if len(names) > 1:
-            raise ValueError(
-                f"An array must be the only feature, found {names}. Name one with features=."
-            )
-        array, feature_names = along[names[0]], None
-        if array.ndim == 2:
-            labels = dataset.indexes.get(array.dims[1], range(array.shape[1]))
-            feature_names = [v if isinstance(v, str) else f"{names[0]}[{v}]" for v in labels]
-        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in row_roles.items()}
-        return cls.from_arrays(
-            array.to_numpy(),
-            along[outcome].to_numpy(),
-            {name: along[name].to_numpy() for name in clusters},
-            feature_names=feature_names,
-            outcome_name=outcome,
-            row_labels=rows,
-            **per_row,
+        table, chosen, arrays = table_or_arrays(
+            dataset, outcome, clusters, features, row_dim, roles
         )
+        if table is None:
+            return cls.from_arrays(**arrays)
+        settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
+        return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
 
     @property
     def n_rows(self) -> int:
@@ -386,6 +374,7 @@ class ClusteredData:
         ValueError
             If there is no such factor.
         """
+        check_type(factor, str, "factor", "It is the name of a grouping factor.")
         if factor in self.groupings:
             return self.groupings[factor]
         outer, _, inner = factor.rpartition(":")
@@ -437,6 +426,7 @@ class ClusteredData:
         ValueError
             If `n` is below 2 or above the number of rows.
         """
+        check_type(n, INTEGER, "n")
         if not 2 <= n <= self.n_rows:
             raise ValueError(f"n must be between 2 and the {self.n_rows} rows, found {n}.")
         fold = np.empty(self.n_rows, dtype=np.int64)
@@ -467,8 +457,9 @@ class ClusteredData:
         if (fraction is None) == (labels is None):
             raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
         if labels is not None:
-            positions = grouping.levels.get_indexer(pd.Index(labels))
-            if missing := pd.Index(labels)[positions < 0].tolist():
+            chosen = pd.Index(labels).unique()
+            positions = match_labels(chosen, grouping.levels, f"labels= for {factor!r}")
+            if missing := chosen[positions < 0].tolist():
                 raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
         else:
             n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))

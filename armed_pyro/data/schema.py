@@ -20,6 +20,7 @@ from armed_pyro.data.columns import (
     check_not_numbers,
     column_names,
     complete_rows,
+    event_last,
     is_categorical,
     known_codes,
     pick,
@@ -76,6 +77,7 @@ class Schema:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
+        event: Any = None,
         slopes: Sequence[str] | str = (),
         categorical: Sequence[str] = (),
         **roles: str | None,
@@ -124,8 +126,10 @@ class Schema:
         for name in set(columns) - set(levels):
             as_numbers(table[name], "feature")
         target, classes = table[outcome], None
-        if is_categorical(target):
+        if is_categorical(target) or event is not None:
             classes = code_labels(target, f"outcome {outcome!r}")[1]
+        if classes is not None and event is not None:
+            classes = event_last(classes, event, f"outcome {outcome!r}")
         return cls(
             outcome=outcome,
             terms=formula.terms,

@@ -131,11 +131,13 @@ class Family(ABC):
                 "family 'binomial'"
             )
         y = outcome_of(data)
-        if data.classes is not None and len(data.classes) != 2:
+        if data.classes is not None and not (self.is_probability and len(data.classes) == 2):
+            family = "bernoulli" if len(data.classes) == 2 else "categorical"
             raise ValueError(
                 f"the outcome {data.outcome_name!r} has {len(data.classes)} labels "
                 f"({listing(data.classes, 3)}), but family {self.name!r} needs {self.support}; "
-                "use family 'categorical' for labels"
+                f"use family {family!r} for labels (command line: --family {family}), or turn the "
+                "column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
         if bad.any():

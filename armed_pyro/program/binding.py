@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from armed_pyro._messages import unknown
 from armed_pyro.networks.taps import modulated, pooled, tapped
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
@@ -16,7 +15,6 @@ from armed_pyro.program.predictor import modulates
 __all__ = [
     "activation_widths",
     "check_intercept",
-    "check_names",
     "needs_fixed_run",
     "unreached",
     "warn_if_far",
@@ -156,27 +154,6 @@ def check_intercept(model: Plan) -> None:
             "the features are without an intercept ('0 +'), which has a meaning for linear fixed "
             "effects only: take nn.Linear(..., bias=False) or bayesian_head=True (command line: "
             "--net linear), or leave '0 +' out, as a network has biases of its own"
-        )
-
-
-def check_names(model: Plan) -> None:
-    """Check that sites and plates have different names, and that priors name existing factors."""
-    outcome, priors = model.data_facts().outcome_name, model.priors.sd
-    factors = [factor.name for factor in model.factors]
-    if isinstance(priors, Mapping):
-        for name in priors:
-            if name not in factors:
-                raise unknown("grouping factor with random effects for the prior", name, factors)
-    names = ["row", "draws", *["fixed_effect"] * model.bayesian_head]
-    names += [parameter.name for parameter in model.family.parameters]
-    names += [name for other in model.others for name in (other.name, other.sd_site)]
-    for factor in model.factors:
-        names += [factor.name, *factor.sites()]
-    names.append(outcome)
-    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-        raise ValueError(
-            f"two quantities of the program would be called {twice[0]!r}: give the column of the "
-            f"outcome ({outcome!r}) or of the grouping factor ({', '.join(factors)}) another name"
         )
 
 

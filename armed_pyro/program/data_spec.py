@@ -14,7 +14,8 @@ from torch import Tensor
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.feature_scaling import FeatureScaling, intercept_columns
-from armed_pyro.data.grouping import as_seen, index_from_json, index_to_json
+from armed_pyro.data.grouping import index_from_json, index_to_json
+from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.schema import Schema
 from armed_pyro.families.family import Family
 from armed_pyro.rows.batch import Membership, Rows
@@ -159,7 +160,7 @@ class Facts:
         codes, counts = {}, {}
         for factor, index in levels.items():
             grouping = data.grouping(factor)
-            places = index.get_indexer(as_seen(grouping.levels, self.levels[factor]))
+            places = match_labels(grouping.levels, index, f"grouping factor {factor!r}")
             if (places < 0).any():
                 label = listing(grouping.levels[places < 0][:1])
                 raise ValueError(f"cluster {label} of {factor!r} was not seen in training")
@@ -183,8 +184,9 @@ class Facts:
         """Labels of the clusters seen in training, followed by new ones in these data."""
         extended = {}
         for factor, seen in self.levels.items():
-            present = as_seen(data.grouping(factor).levels, seen)
-            extended[factor] = seen.append(present[~present.isin(seen)])
+            present = data.grouping(factor).levels
+            places = match_labels(present, seen, f"grouping factor {factor!r}")
+            extended[factor] = seen.append(present[places < 0])
         return extended
 
     def clusters(self, like: Tensor) -> Rows:

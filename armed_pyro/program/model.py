@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.program import binding, dependent, fixed_prior
+from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -114,17 +114,20 @@ class MixedEffects(Plan):
             parts = [part.block(scaling, widths) for part in term.expanded(scaling)]
             blocks.setdefault(term.factor, []).extend(parts)
         scales = (self.family.effect_scale(), facts.spread)
+        labels = names.site_labels(bound, blocks)
         bound._factors = nn.ModuleList(
-            Factor(name, of_factor, facts.columns, self.priors, *scales)
+            Factor(name, of_factor, facts.columns, self.priors, *scales, label=labels[name])
             for name, of_factor in blocks.items()
         )
+        names.name_plates(bound)
         for adversary in bound.adversaries:
             adversary.build(widths, len(facts.levels[adversary.factor]))
         if bound.bayesian_head:
             bound.register_buffer("fixed_root", fixed_prior.root(bound), persistent=False)
         bound.to(bound.reference())
         bound.unreached = binding.unreached(bound)
-        binding.check_names(bound)
+        names.check_names(bound)
+        names.warn_of_renamed(bound)
         binding.warn_if_small(bound)
         binding.warn_if_far(bound)
         return bound

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from armed_pyro._messages import REAL, check_type
 from armed_pyro._pyro_module import LocalModule
 from armed_pyro.families.family import Eta, Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
@@ -56,17 +57,30 @@ class Plan(LocalModule):
         super().__init__("program")
         if not isinstance(net, nn.Module):
             raise TypeError(f"the network must be a torch.nn.Module, not {type(net).__name__}")
+        terms = "Write '(1 | site)', for example; without random effects, ()."
+        check_type(random, (str, Term, Iterable), "random", terms)
+        check_type(family, (str, Family), "family")
+        check_type(adversary, (Adversary, Sequence), "adversary", "Without one, leave it out.")
+        check_type(others, (Reconstruction, Sequence), "others", "Without any, leave it out.")
+        advice = "Pass Priors(sd=...), for example."
+        check_type(priors, (Priors, type(None)), "priors", advice)
+        check_type(bayesian_head, bool, "bayesian_head")
+        check_type(fixed_weight, REAL, "fixed_weight")
         if fixed_weight < 0:
             raise ValueError(f"`fixed_weight` must not be negative, not {fixed_weight}")
         self.net = net
         self.terms = parse_terms(random)
         self.family = family_named(family)
         adversaries = [adversary] if isinstance(adversary, Adversary) else list(adversary)
+        for member in adversaries:
+            check_type(member, Adversary, "every adversary")
         self._adversaries = nn.ModuleList(adversaries)
         self.priors = Priors() if priors is None else priors
         self.bayesian_head = bayesian_head
         self.fixed_weight = float(fixed_weight)
         self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
+        for other in self.others:
+            check_type(other, Reconstruction, "every one of others")
         self._factors = nn.ModuleList()
         self.facts = None
 

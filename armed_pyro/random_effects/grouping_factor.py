@@ -50,7 +50,8 @@ class Factor(nn.Module):
 
     Effects are ordered by column of phi, then by column of the predictor. Effects on filters come
     last; all columns of the predictor share them. `default` is the scale of the sds' prior, if the
-    prior has none of its own; `spread` is in outcome units per standardised unit.
+    prior has none of its own; `spread` is in outcome units per standardised unit. Names of sites
+    start with `label`, by default the factor's name.
     """
 
     to_original: Tensor
@@ -66,9 +67,12 @@ class Factor(nn.Module):
         priors: Priors,
         default: float,
         spread: float,
+        label: str | None = None,
     ) -> None:
         super().__init__()
         self.name = name
+        self.label = name if label is None else label
+        self.plate_name = name
         linear_first = sorted(blocks, key=lambda block: isinstance(block, FilterBlock))
         self._blocks = nn.ModuleList(linear_first)
         self.n_columns = len(columns)
@@ -147,7 +151,7 @@ class Factor(nn.Module):
             start = stop
         for number, (group, covariance) in enumerate(places):
             names = tuple(self.terms[place] for place in group)
-            yield TermGroup(self.name, group, names, number if places[1:] else None), covariance
+            yield TermGroup(self.label, group, names, number if places[1:] else None), covariance
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -172,17 +176,17 @@ class Factor(nn.Module):
     @property
     def sd_site(self) -> str:
         """Name of the site of the sds."""
-        return f"{self.name}_sd"
+        return f"{self.label}_sd"
 
     @property
     def effect_site(self) -> str:
         """Name of the site of the random effects."""
-        return f"{self.name}_effect"
+        return f"{self.label}_effect"
 
     def sites(self) -> tuple[str, ...]:
         """Names of all sites, and of the site that correlated effects would have."""
         of_groups = [site for group, kind in self.groups for site in kind.sites(group)]
-        return (self.effect_site, self.sd_site, f"{self.name}_cor", *of_groups)
+        return (self.effect_site, self.sd_site, f"{self.label}_cor", *of_groups)
 
     # --- priors -----------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class Factor(nn.Module):
             latents |= covariance.sample(group, self.prior_scale)
         if self.groups:
             root = self._correlation_cholesky(latents)
-            pyro.deterministic(f"{self.name}_cor", root @ root.mT, event_dim=2)
+            pyro.deterministic(f"{self.label}_cor", root @ root.mT, event_dim=2)
         scale = self.scale(latents)
         with self.plate(membership), weighted(membership):
             if self.diagonal:
@@ -206,7 +210,7 @@ class Factor(nn.Module):
 
     def plate(self, membership: Membership) -> pyro.plate:
         """The plate over the batch's clusters."""
-        return pyro.plate(self.name, len(membership.index), dim=-1)
+        return pyro.plate(self.plate_name, len(membership.index), dim=-1)
 
     def known(self) -> dict[str, Tensor]:
         """Values of the hyperparameters that the priors fix."""

@@ -16,7 +16,7 @@ from armed_pyro._optional import extra
 from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.engine.schedule import History
 from armed_pyro.report.results import Results
-from armed_pyro.report.text import adversaries, how_training_ended, priors
+from armed_pyro.report.text import adversaries, how_training_ended, outcome_labels, priors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,6 +88,7 @@ def _program(results: Results) -> dict[str, str]:
     layers = [module for module in model.net.modules() if not list(module.children())]
     lines = {
         "Outcome": f"{facts.outcome_name} ({model.family})",
+        **outcome_labels(model),
         "Features": ", ".join(facts.feature_names) or "none",
         "Network": " → ".join(map(str, layers)),
         "Random effects": " + ".join(map(str, model.terms)) or "none",

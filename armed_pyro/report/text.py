@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from armed_pyro.inference.posterior import METHODS, Posterior
@@ -49,6 +51,23 @@ def adversaries(model: MixedEffects) -> list[str]:
     return [f"{a.factor}, on {', '.join(a.taps)}, weight {a.weight:g}" for a in model.adversaries]
 
 
+def event_of(model: MixedEffects) -> tuple[Any, ...]:
+    """The label whose probability is modelled, or nothing."""
+    classes = model.data_facts().classes
+    return () if classes is None or model.family.multiclass else classes[1:]
+
+
+def outcome_labels(model: MixedEffects) -> dict[str, str]:
+    """The modelled event, or the reference, of an outcome with labels."""
+    classes, family = model.data_facts().classes, model.family
+    if family.multiclass and classes is not None:
+        return {"Reference class": f"{classes[0]!r} (the first); the others are relative to it"}
+    if classes is not None:
+        event = f"{classes[1]!r} (the second label, against {classes[0]!r})"
+        return {"Modelled event": f"{event}; event= or --event chooses it"}
+    return {"Modelled event": "1 (against 0)"} if family.is_class and not family.multiclass else {}
+
+
 def how_training_ended(posterior: Posterior) -> str:
     """Why and when the training ended."""
     return f"{ENDINGS[posterior.stopped]} ({len(posterior.history.loss):,} steps)"
@@ -70,6 +89,7 @@ def _head(model: MixedEffects) -> str:
     lines = [
         "Mixed-effects network fitted by stochastic variational inference",
         f"  Outcome: {facts.outcome_name} ({model.family})",
+        *(f"  {name}: {line}" for name, line in outcome_labels(model).items()),
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
@@ -99,7 +119,8 @@ def _fixed(results: Results) -> str:
     if not results.posterior.model.linear:
         body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
     interval = f"{results.prob:.0%} equal-tailed interval"
-    return _section(f"Fixed effects (posterior mean, {interval})", body)
+    of = "".join(f"of {label!r}, " for label in event_of(results.posterior.model))
+    return _section(f"Fixed effects ({of}posterior mean, {interval})", body)
 
 
 def _convergence(results: Results) -> str:

@@ -68,6 +68,7 @@ def scan(
     features: Sequence[str] | str | None = None,
     missing: Missing = "error",
     *,
+    event: Any = None,
     memory: int,
     folder: str | PathLike[str] | None = None,
     categorical: Sequence[str] = (),
@@ -100,7 +101,8 @@ def scan(
             used = list(dict.fromkeys([*reserved, *columns]))
             pick(pd.DataFrame(columns=list(table.columns)), used)
             n_rows = views.select_complete(used, missing)
-            witnesses = views.witnesses([*columns, outcome], {*categorical, *formula.categorical})
+            factors = {*categorical, *formula.categorical, *([] if event is None else [outcome])}
+            witnesses = views.witnesses([*columns, outcome], factors)
             labels_counts = {name: views.clusters(name) for name in clusters}
         except duckdb.Error as error:
             raise ValueError(f"{table.path} cannot be read: {error}") from error
@@ -109,7 +111,7 @@ def scan(
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
     frame = table.take(witnesses)
     settings: dict[str, Any] = {"features": features, "categorical": categorical, **roles}
-    schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **settings)
+    schema = Schema.infer(frame, outcome=outcome, clusters=clusters, event=event, **settings)
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: labels for name, (labels, _) in labels_counts.items()}
     counts = {name: sizes for name, (_, sizes) in labels_counts.items()}

@@ -73,6 +73,7 @@ class StreamedData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        event: Any = None,
         categorical: Sequence[str] = (),
         missing: Missing = "error",
         memory: int = 2 * 10**9,
@@ -94,7 +95,15 @@ class StreamedData:
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
         roles["categorical"] = categorical
         scanned = scan(
-            table, outcome, clusters, features, missing, memory=memory, folder=folder, **roles
+            table,
+            outcome,
+            clusters,
+            features,
+            missing,
+            event=event,
+            memory=memory,
+            folder=folder,
+            **roles,
         )
         return cls(table, scanned, scanned.first.feature_names, memory, folder)
 

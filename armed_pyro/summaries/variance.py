@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro._messages import INTEGER, check_probability, check_type
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.model import MixedEffects
@@ -72,6 +73,7 @@ def variance_components(
     --------
     ``variance_components(fit.posterior).query("statistic == 'icc'")``
     """
+    _check(draws, prob)
     model, latents = posterior.model, posterior.hyperparameters(draws, seed=seed)
     rows: list[Row] = []
     for factor in model.factors:
@@ -91,6 +93,7 @@ def fixed_effects(
     The columns are term, mean, median, sd, lower, upper; a network without latent weights has no
     rows. The parameters are those of `variance_components`.
     """
+    _check(draws, prob)
     model, rows = posterior.model, list[tuple[str, Tensor]]()
     if model.bayesian_head:
         values = original_fixed_effects(model, posterior.hyperparameters(draws, seed=seed))
@@ -106,6 +109,7 @@ def random_effects(
     The columns are factor, term, cluster, mean, lower, upper. The parameters are those of
     `variance_components`.
     """
+    _check(draws, prob)
     latents = posterior.draws(draws, seed=seed)
     levels = posterior.model.data_facts().levels
     tail = (1 - prob) / 2
@@ -122,6 +126,13 @@ def random_effects(
             values = factor.name, term, clusters, *(values[:, place] for values in statistics)
             tables.append(pd.DataFrame(dict(zip(columns, values, strict=True))))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _check(draws: int, prob: float) -> None:
+    check_probability(prob)
+    check_type(draws, INTEGER, "`draws`")
+    if draws < 1:
+        raise ValueError(f"`draws` must be at least 1, not {draws}")
 
 
 def _factor_rows(factor: Factor, latents: Draws) -> Iterator[Row]:
