@@ -231,6 +231,7 @@ def residual_uniformity(
                 for name, all_draws in parameters.items()
             }
             predictor = eta[min(draw, len(eta) - 1)]
+            values = dict(model.row_parameters(values, rows))
             upper = family.cdf(y, predictor, values, rows)
             if upper is None:
                 return None

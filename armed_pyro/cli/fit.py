@@ -92,6 +92,8 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         trials=options.trials,
         offset=options.offset,
         weights=options.weights,
+        weights_kind=options.weights_kind.value,
+        se=options.se,
         missing="drop" if options.missing is Missing.drop else "error",
     )
     if isinstance(rows, ClusteredData):

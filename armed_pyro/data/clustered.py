@@ -22,8 +22,9 @@ from armed_pyro.data.columns import (
     finite_tensor,
 )
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import Grouping, check_informative
-from armed_pyro.data.schema import Schema
+from armed_pyro.data.grouping import Grouping, check_several
+from armed_pyro.data.schema import Schema, WeightsKind
+from armed_pyro.data.weights import as_weights, weights_role
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +50,15 @@ class ClusteredData:
         Labels of an outcome that was boolean, text or categorical.
     groupings : mapping of str to Grouping
     trials, offset, weights : Float64[Tensor, "rows"] or None
-        Binomial denominators; a known term of the predictor; factors of the rows'
-        log-likelihoods.
+        Binomial denominators; a known term of the predictor; weights of the `weights_kind`.
     row_labels : pd.Index
         Index of the table that the rows came from.
     schema : Schema or None
         Encoding of the table; None for arrays.
+    weights_kind : {"frequency", "precision", "se"}
+        Weights are factors of the rows' log-likelihoods ("frequency": a row counts w times), or
+        divide the residual variance, sigma^2 / w, as in lme4 and statsmodels ("precision"). They
+        are 1 / se^2, with sigma = 1, where standard errors were given ("se").
 
     Examples
     --------
@@ -77,6 +81,7 @@ class ClusteredData:
     weights: Tensor | None
     row_labels: pd.Index
     schema: Schema | None
+    weights_kind: WeightsKind = "frequency"
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -88,7 +93,10 @@ class ClusteredData:
             valid = (self.trials >= 1) & (self.trials % 1 == 0)
             check_rows(self.trials, valid, "trials", "positive whole numbers", self.row_labels)
         if self.weights is not None:
-            check_rows(self.weights, self.weights >= 0, "weights", "at least 0", self.row_labels)
+            frequency = self.weights_kind == "frequency"
+            valid = self.weights >= 0 if frequency else self.weights > 0
+            least = "at least 0" if frequency else "above 0"
+            check_rows(self.weights, valid, "weights", least, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
         names = ("features", "outcome", "trials", "offset", "weights")
@@ -105,6 +113,8 @@ class ClusteredData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        weights_kind: WeightsKind = "frequency",
+        se: str | None = None,
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -126,6 +136,12 @@ class ClusteredData:
             every column that has no other role.
         trials, offset, weights
             Columns of row-wise numbers.
+        weights_kind
+            "frequency" or "precision"; see the attribute.
+        se
+            Column of known standard errors, in place of weights: y_i ~ N(eta_i, se_i^2), as in a
+            meta-analysis. There is no further residual sd; an effect of every row, ``(1 | study)``,
+            is the heterogeneity.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -135,8 +151,11 @@ class ClusteredData:
             If a column cannot be used in its role; see `Schema.infer` and `encode`.
         """
         frame = as_pandas(frame)
+        weights, kind = weights_role(weights, weights_kind, se)
         roles = {"trials": trials, "offset": offset, "weights": weights}
-        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+        schema = Schema.infer(
+            frame, outcome=outcome, clusters=clusters, features=features, weights_kind=kind, **roles
+        )
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
     @classmethod
@@ -173,6 +192,7 @@ class ClusteredData:
         for role in per_row:
             if (name := getattr(schema, role)) in table:
                 per_row[role] = torch.from_numpy(as_numbers(table[name], role))
+        per_row["weights"] = as_weights(per_row["weights"], schema.weights_kind, table.index)
         return cls(
             features=torch.from_numpy(design),
             feature_names=names,
@@ -188,6 +208,7 @@ class ClusteredData:
             **per_row,
             row_labels=table.index,
             schema=schema,
+            weights_kind=schema.weights_kind,
         )
 
     @classmethod
@@ -203,6 +224,8 @@ class ClusteredData:
         trials: Any = None,
         offset: Any = None,
         weights: Any = None,
+        weights_kind: WeightsKind = "frequency",
+        se: Any = None,
         row_labels: pd.Index | None = None,
     ) -> ClusteredData:
         """Take arrays or tensors of numbers as they are, and code the clusters' labels.
@@ -222,6 +245,8 @@ class ClusteredData:
             All labels of a categorical outcome, in order; needed where a label does not occur.
         trials, offset, weights
             Numbers of shape "rows".
+        weights_kind, se
+            As in `from_frame`, with standard errors of shape "rows".
 
         Raises
         ------
@@ -242,10 +267,13 @@ class ClusteredData:
                 f"{tuple(x.shape)}, found {list(feature_names)}."
             )
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
+        weights, kind = weights_role(weights, weights_kind, se)
         roles = {"trials": trials, "offset": offset, "weights": weights}
         per_row = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
         }
+        labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
+        per_row["weights"] = as_weights(per_row["weights"], kind, labels)
         fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if width else ()
         return cls(
             features=x,
@@ -259,8 +287,9 @@ class ClusteredData:
                 k: Grouping.from_labels(v, f"grouping factor {k!r}") for k, v in clusters.items()
             },
             **per_row,
-            row_labels=pd.RangeIndex(len(x)) if row_labels is None else row_labels,
+            row_labels=labels,
             schema=None,
+            weights_kind=kind,
         )
 
     @classmethod
@@ -273,14 +302,15 @@ class ClusteredData:
         features: Sequence[str] | str | None = None,
         row_dim: str = "row",
         missing: Missing = "error",
+        weights_kind: WeightsKind = "frequency",
         **roles: str | None,
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
-        One-dimensional variables are the columns of a table, as in `from_frame` (`trials`, `offset`
-        and `weights` included). A feature variable with more dimensions must be the only feature,
-        and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
-        the features. The coordinate of `row_dim` labels the rows.
+        One-dimensional variables are the columns of a table, as in `from_frame` (`trials`,
+        `offset`, `weights` and `se` included). A feature variable with more dimensions must be the
+        only feature, and is an array as in `from_arrays`; the coordinate of the second of two
+        dimensions names the features. The coordinate of `row_dim` labels the rows.
 
         Raises
         ------
@@ -305,7 +335,13 @@ class ClusteredData:
             columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
             table = pd.DataFrame(columns, index=rows)
             return cls.from_frame(
-                table, outcome=outcome, clusters=clusters, features=chosen, missing=missing, **roles
+                table,
+                outcome=outcome,
+                clusters=clusters,
+                features=chosen,
+                missing=missing,
+                weights_kind=weights_kind,
+                **roles,
             )
         if len(names) > 1:
             raise ValueError(
@@ -323,6 +359,7 @@ class ClusteredData:
             feature_names=feature_names,
             outcome_name=outcome,
             row_labels=rows,
+            weights_kind=weights_kind,
             **per_row,
         )
 
@@ -486,7 +523,7 @@ class ClusteredData:
         if self.trials is None and bool((self.outcome == self.outcome[0]).all()):
             raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
         for name, grouping in self.groupings.items():
-            check_informative(name, grouping.levels, grouping.counts)
+            check_several(name, grouping.levels)
         if self.feature_names:
             check_varying(self.feature_names, (self.features != self.features[0]).any(dim=0))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
 
 Terms = tuple[tuple[str, ...], ...]
+# Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
+# residual sd is known, w = 1 / se^2 and sigma = 1.
+WeightsKind = Literal["frequency", "precision", "se"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,8 @@ class Schema:
     with the same meaning. Feature terms are products of columns: ``(("age",), ("age", "sex"))``.
     The first of the `levels` of a categorical feature column is its reference. `indicators` are
     numeric feature columns that hold only 0 and 1, and are therefore not standardised. `classes`
-    are the labels of a categorical outcome; None for a numeric outcome.
+    are the labels of a categorical outcome; None for a numeric outcome. With the `weights_kind`
+    "se", the column `weights` holds standard errors.
 
     Examples
     --------
@@ -56,6 +60,7 @@ class Schema:
     offset: str | None = None
     weights: str | None = None
     classes: pd.Index | None = None
+    weights_kind: WeightsKind = "frequency"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -70,6 +75,7 @@ class Schema:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
+        weights_kind: WeightsKind = "frequency",
         **roles: str | None,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
@@ -124,6 +130,7 @@ class Schema:
             clusters=clusters,
             **roles,
             classes=classes,
+            weights_kind=weights_kind,
         )
 
     @property
@@ -209,7 +216,8 @@ class Schema:
         """Read a schema that `to_json` wrote."""
         try:
             classes = content["classes"]
-            values = {field.name: content[field.name] for field in fields(cls)}
+            values = {field.name: content[field.name] for field in fields(cls)
+                      if field.name in content or field.name != "weights_kind"}  # fmt: skip
             values["terms"] = tuple(tuple(term) for term in values["terms"])
             values["levels"] = {k: index_from_json(v) for k, v in values["levels"].items()}
             values |= {name: tuple(values[name]) for name in ("indicators", "clusters")}

@@ -102,6 +102,10 @@ class Family(ABC):
     needs_mean: ClassVar[bool] = False
     # Of each cluster's outcomes, for posterior predictive checks: of "mean", "sd", "zeros".
     statistics: ClassVar[tuple[str, ...]] = ("mean", "sd")
+    # Whether `precision_weighted` can divide a residual variance by the weights of the rows.
+    has_residual_variance: ClassVar[bool] = False
+    # The reason, if single rows cannot tell the sd of an effect of every row, (1 | row), apart.
+    no_row_effects: ClassVar[str] = ""
     no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
 
     def __str__(self) -> str:
@@ -193,6 +197,10 @@ class Family(ABC):
         family must return its curvature, 1 / Var(y | eta), whenever its parameters are known.
         """
         return None
+
+    def precision_weighted(self, parameters: Parameters, weights: RowValues) -> Parameters:
+        """Parameters "... rows" of rows whose residual variance is divided by their weights."""
+        raise NotImplementedError(f"family {self.name!r} has no residual variance")
 
     # --- results and checks -----------------------------------------------------------------
 

@@ -78,7 +78,8 @@ class Objective:
         means = {rebuilt.name: activations[rebuilt.at] for rebuilt in model.others}
         for rebuilt, density in model.other_densities(means, latents, rows).items():
             log_prob = log_prob + rebuilt.weight * density.log_prob(rows.x)
-        return -(log_prob if rows.weights is None else rows.weights * log_prob).mean()
+        frequencies = model.frequencies(rows)
+        return -(log_prob if frequencies is None else frequencies * log_prob).mean()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.data.grouping import as_seen, index_from_json, index_to_json
-from armed_pyro.data.schema import Schema
+from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.families.family import Family
+from armed_pyro.program.row_roles import check_offset, check_weights
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.streaming.encoded_table import EncodedTable
@@ -47,12 +48,16 @@ class Facts:
     counts: Mapping[str, Int[Tensor, " clusters"]]  # training rows in each cluster
     schema: Schema | None  # by which new tables are encoded
     feature_spread: float = 1.0  # sd of all values of the features that enter the network
+    weights_kind: WeightsKind | None = None  # None without weights
+    weights_sum: float = 0.0
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
         """Facts of the training data, after `ClusteredData.check_training` and `Family.check`."""
         data.check_training()
         family.check(data)
+        check_weights(data, family)
+        check_offset(data, family)
         scaling = FeatureScaling.of(data)
         groupings = {factor: data.grouping(factor) for factor in factors}
         return cls(
@@ -72,6 +77,8 @@ class Facts:
             schema=data.schema,
             # Features of a table are standardised.
             feature_spread=1.0 if scaling.mean else _spread(data.features),
+            weights_kind=None if data.weights is None else data.weights_kind,
+            weights_sum=0.0 if data.weights is None else float(data.weights.sum()),
         )
 
     @classmethod
@@ -96,10 +103,16 @@ class Facts:
         return FeatureScaling(names, self.sources, mean, scale)
 
     def encode(
-        self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
+        self,
+        data: ClusteredData,
+        like: Tensor,
+        levels: Mapping[str, pd.Index] | None = None,
+        *,
+        image_dtype: torch.dtype | None = None,
     ) -> HeldRows:
         """Rows as tensors with the precision and device of `like`.
 
+        Features that are no table's, and so are not standardised, get the precision `image_dtype`.
         Codes refer to `levels`, by default the cluster labels seen in training. A `ValueError` is
         raised if features are missing, or clusters are not among `levels`.
         """
@@ -122,8 +135,14 @@ class Facts:
             counts[factor] = torch.bincount(codes[factor], minlength=len(index))
 
         optional = (data.outcome, data.trials, data.offset, data.weights)
+        if self.weights_kind == "se" and data.outcome is not None and data.weights is None:
+            raise ValueError(
+                "the rows have outcomes, but not the standard errors that the model needs: add "
+                "their column, or leave the outcome out"
+            )
         y, trials, offset, weights = (v if v is None else v.to(like) for v in optional)
-        x = self.scaling.standardise(data.features).to(like)
+        dtype = like.dtype if self.feature_mean or image_dtype is None else image_dtype
+        x = self.scaling.standardise(data.features).to(like.device, dtype)
         return HeldRows(x, y, codes, counts, trials, offset, weights)
 
     def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:

@@ -22,7 +22,7 @@ from armed_pyro._messages import count_rows, listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.data.grouping import code_labels
-from armed_pyro.data.schema import Schema, parse_terms
+from armed_pyro.data.schema import Schema, WeightsKind, parse_terms
 from armed_pyro.rows.passes import ahead
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -68,6 +68,7 @@ def scan(
     *,
     memory: int,
     folder: str | PathLike[str] | None = None,
+    weights_kind: WeightsKind = "frequency",
     **roles: str | None,
 ) -> TableScan:
     """Read a table once; see `ClusteredData.from_frame` for the parameters.
@@ -97,7 +98,14 @@ def scan(
         dropped = f"{table.n_rows - n_rows} of {count_rows(table.n_rows)}"
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
     frame = table.take(witnesses)
-    schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+    schema = Schema.infer(
+        frame,
+        outcome=outcome,
+        clusters=clusters,
+        features=features,
+        weights_kind=weights_kind,
+        **roles,
+    )
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: labels for name, (labels, _) in labels_counts.items()}
     counts = {name: sizes for name, (_, sizes) in labels_counts.items()}
