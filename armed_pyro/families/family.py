@@ -218,8 +218,11 @@ class Family(ABC):
         raise NotImplementedError(f"family {self.name!r} needs no mean outcome")
 
     def residual_rows(self, parameters: Parameters) -> dict[str, Draws]:
-        """Rows of the factor "Residual" in the table of variance components, by statistic."""
-        return {}
+        """Rows of the factor "Residual" in the table of variance components, by statistic.
+
+        They are the parameters by their names, unless a family overrides this.
+        """
+        return dict(parameters)
 
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues | None:
         """P(Y <= y | eta, parameters) in double precision; None, the default, if it is unknown.

@@ -197,10 +197,19 @@ class Run:
         return TrainingDiverged(
             f"the loss diverged at step {self.step + 1}: {cause}. Try a lower learning rate "
             f"(now {schedule.learning_rate} for the guide, {schedule.net_learning_rate} for the "
-            "network), and look for extreme values in features and outcome. The error's `fit` "
-            "attribute holds the last good state.",
+            f"network), and look for extreme values in features and outcome{self._offset()}. The "
+            "error's `fit` attribute holds the last good state.",
             self.result(),
         )
+
+    def _offset(self) -> str:
+        """The offset, which makes predictors extreme if it is an exposure that was not logged."""
+        data = self.task.data
+        if data.offset is None:
+            return ""
+        name = "" if data.schema is None else f" {data.schema.offset!r}"
+        lowest, highest = float(data.offset.min()), float(data.offset.max())
+        return f", and in the offset{name}, which goes from {lowest:.4g} to {highest:.4g}"
 
 
 def _blame(loss: Loss) -> str:

@@ -37,7 +37,7 @@ def check_weights(data: ClusteredData, family: Family) -> None:
             "weights_kind='precision' (command line: --weights-kind precision); divide sampling "
             "weights by their mean",
             UserWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
 
 
@@ -53,5 +53,5 @@ def check_offset(data: ClusteredData, family: Family) -> None:
             f"the {name} goes up to {largest:.4g} on the link scale of family {family.name!r}: it "
             "looks like an exposure that was not logged; give its logarithm",
             UserWarning,
-            stacklevel=5,
+            stacklevel=7,
         )

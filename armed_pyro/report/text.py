@@ -96,8 +96,9 @@ def _head(model: MixedEffects) -> str:
 
 def _random(results: Results) -> str:
     table = results.variance_components
-    spreads = table[table.statistic.isin(["sd", "cor"])].drop(columns="mean")
     shares = table[table.statistic.isin(["icc", "r2_marginal", "r2_conditional"])]
+    spreads = table[~table.statistic.isin(["variance", "share", *shares.statistic])]
+    spreads = spreads.drop(columns="mean")
     interval = f"{results.prob:.0%} equal-tailed interval"
     title = f"Variance components (posterior median, {interval})"
     return "\n".join([_section(title, _frame(spreads)), "", _frame(shares.drop(columns="mean"))])

@@ -66,8 +66,10 @@ def variance_components(
     pandas.DataFrame
         Columns factor, term, statistic (sd, variance, cor, icc, share, r2_marginal,
         r2_conditional), mean, median, sd, lower, upper. The residual and the fixed effects appear
-        as factors ``Residual`` and ``Fixed``. If the predictor has several columns, shares, ICCs
-        and R2 have one row per column, which `term` names.
+        as factors ``Residual`` and ``Fixed``; other parameters of the family have rows of
+        ``Residual`` with their names as statistic, such as the ``shape`` of a negative binomial. If
+        the predictor has several columns, shares, ICCs and R2 have one row per column, which `term`
+        names.
 
     Examples
     --------
