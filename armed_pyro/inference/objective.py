@@ -64,7 +64,8 @@ class Objective:
             for adversary in self.model.adversaries
         ]
         adversarial = share * sum((result.cross_entropy for result in results), zero)
-        accuracy = torch.stack([r.accuracy for r in results]) if results else elbo.new_zeros(0)
+        rounds = [result.accuracy for result in results]
+        accuracy = torch.stack(rounds).to(elbo) if rounds else elbo.new_zeros(0)
         parts = elbo.detach(), fixed.detach(), adversarial.detach()
         return Loss(total + adversarial, *parts, accuracy)
 
