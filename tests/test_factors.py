@@ -77,6 +77,8 @@ def test_back_transformation_is_exact(name, classes):
     internal = model.data_facts().spread * factor.contribution(phi, membership, effects)
 
     place = dict(zip(data.feature_names, data.features.T, strict=True))
+    place |= {f"sex[{level}]": place[f"sex[T.{level}]"] for level in "mx"}
+    place["sex[f]"] = 1 - place["sex[m]"] - place["sex[x]"]
     bare = [term.rpartition("[")[0] if classes else term for term in factor.terms[::columns]]
     raw = torch.stack([place.get(term, torch.ones(len(rows), dtype=F64)) for term in bare], 1)
     back = (effects @ factor.to_original.T)[membership.position].unflatten(1, (-1, columns))

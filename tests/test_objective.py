@@ -234,7 +234,7 @@ def test_elbo_at_the_posterior_with_latent_fixed_effects(random):
 def closed_form_elbo(model, source, guide):
     """E_q log p(y | u) - KL(q(u) | p(u)) for a gaussian outcome with known sds."""
     q = poutine.trace(guide).get_trace(source.all()).nodes["site_effect"]["fn"]
-    mean, half = q.mean, torch.linalg.solve_triangular(q.root, q.scale.mT, upper=False)
+    mean, half = q.mean, torch.linalg.solve_triangular(q.whitened.root, q.scale.mT, upper=False)
     S = half.mT @ half
     rows, facts, (factor,) = source.all(), model.data_facts(), model.factors
     sigma, code = model.known()["residual_sd"], source.codes["site"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_no_iterates_of_nothing_are_at_rest():
 def test_state_survives_json_and_decides_the_same():
     one = Plateau(tolerance=1e-6, patience=3)
     one.training(window(1.0))
-    other = Plateau.from_json(json.loads(json.dumps(one.to_json())))
+    other = Plateau(**json.loads(json.dumps(asdict(one))))
     assert other == one
     assert other.training(window(1.0))
     assert one.training(window(1.0))

@@ -10,7 +10,7 @@ from armed_pyro import ClusteredData, RandomEffects, Slopes
 from armed_pyro.families.gaussian import Gaussian
 from armed_pyro.networks.taps import tapped
 from armed_pyro.program.data_spec import Facts
-from armed_pyro.random_effects.terms import parse_terms
+from armed_pyro.random_effects.formula import parse_terms
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def facts():
 
 def layout(facts, term, widths=None):
     (parsed,) = parse_terms(term)
-    return parsed.block(facts.scaling, widths or {})
+    return parsed.block(facts.design_scaling, widths or {})
 
 
 SYNTAX = {

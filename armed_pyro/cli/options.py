@@ -19,6 +19,7 @@ Compile = StrEnum("Compile", ["auto", "always", "never"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 Weights = StrEnum("Weights", ["frequency", "precision"])
 Missing = StrEnum("Missing", ["error", "drop"])
+Refine = StrEnum("Refine", ["psis", "nuts"])
 
 
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
@@ -82,14 +83,22 @@ class FitOptions:
     random: list[str] = option(
         ...,
         "Random effects in lme4's syntax, repeatable: --random '(1 + age | site)'; "
-        "'(1 + age || site)' independent, '(1 | school/class)' nested",
+        "'(1 + age || site)' independent, '(1 | school/class)' nested, '(0 + arm | site)' an "
+        "effect for every level of arm; slopes need not be features; other names in `backticks`",
         metavar="TERM",
     )
     run: Path = option(..., "Folder to write the fit to: --out run", "--out", metavar="RUN")
     features: str | None = option(
         None,
-        "Columns, or a formula: --features age,sex or 'age * sex' [default: all other columns]",
+        "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 1 is an intercept "
+        "alone, '0 + age' has none [default: all other columns]",
         metavar="A,B,C",
+    )
+    categorical: str | None = option(
+        None,
+        "Numeric columns whose values are categories, as factor() in a formula: "
+        "--categorical dose,arm",
+        metavar="A,B",
     )
     net: str = option(
         "linear",
@@ -153,6 +162,17 @@ class FitOptions:
     )
     draws: int = option(1000, "Posterior draws to save: --draws 2000")
     prob: float = PROBABILITY
+    refine: Refine = option(
+        Refine.psis,
+        "Posterior draws: the guide's, weighted (psis), or exact but slow ones by NUTS, whose "
+        "expected time is told first: --refine nuts",
+    )
+    strict: bool = option(
+        False,
+        "Exit with code 3, after saving, if the verdict on the computation or on the model is "
+        "'fail'",
+        "--strict",
+    )
     memory: str | None = option(
         None,
         "Memory to stay within: a Parquet table that would take more is streamed from disk "

@@ -17,13 +17,13 @@ from armed_pyro.data.columns import (
     Missing,
     as_numbers,
     check_rows,
-    check_varying,
     code_outcome,
     finite_tensor,
 )
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_several
 from armed_pyro.data.schema import Schema, WeightsKind
+from armed_pyro.data.stratify import check_fraction, stratified_order
 from armed_pyro.data.weights import as_weights, weights_role
 
 
@@ -55,6 +55,9 @@ class ClusteredData:
         Index of the table that the rows came from.
     schema : Schema or None
         Encoding of the table; None for arrays.
+    slopes : Float64[Tensor, "rows columns"] or None
+        Columns that random slopes may use but that do not enter the network, with their names,
+        sources and kinds in `slope_names`, `slope_sources` and `slope_continuous`.
     weights_kind : {"frequency", "precision", "se"}
         Weights are factors of the rows' log-likelihoods ("frequency": a row counts w times), or
         divide the residual variance, sigma^2 / w, as in lme4 and statsmodels ("precision"). They
@@ -81,6 +84,10 @@ class ClusteredData:
     weights: Tensor | None
     row_labels: pd.Index
     schema: Schema | None
+    slopes: Tensor | None = None
+    slope_names: tuple[str, ...] = ()
+    slope_sources: tuple[str, ...] = ()
+    slope_continuous: tuple[bool, ...] = ()
     weights_kind: WeightsKind = "frequency"
 
     def __post_init__(self) -> None:
@@ -99,7 +106,7 @@ class ClusteredData:
             check_rows(self.weights, valid, "weights", least, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        names = ("features", "outcome", "trials", "offset", "weights")
+        names = ("features", "outcome", "trials", "offset", "weights", "slopes")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
@@ -110,6 +117,8 @@ class ClusteredData:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
+        slopes: Sequence[str] | str = (),
+        categorical: Sequence[str] = (),
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
@@ -119,9 +128,9 @@ class ClusteredData:
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
 
-        Boolean, text and categorical columns hold categories. Their order is sorted or, for a
-        categorical column, the column's own; the first category is the reference. The intercept
-        is never a feature.
+        Boolean, text and categorical columns hold categories, and numeric columns do if they are
+        in `categorical` or in ``factor()``. Their order is sorted or, for a categorical column, the
+        column's own; the first category is the reference. The intercept is never a feature.
 
         Parameters
         ----------
@@ -132,8 +141,14 @@ class ClusteredData:
         clusters
             Columns of the grouping factors; row-wise splits go by the first.
         features
-            Columns, or a formula of columns with ``+ : * ^``, such as ``"age * sex"``; None for
-            every column that has no other role.
+            Columns, or a formula of columns with ``+ : * ^``, such as ``"age * factor(dose)"``.
+            ``"1"`` or ``[]`` is an intercept alone, and ``"0 + age"`` has no intercept. None and
+            ``"."`` stand for every column that has no other role and does not identify rows.
+        slopes
+            Columns, or a formula, that random slopes may use beside the features, and that do not
+            enter the network.
+        categorical
+            Numeric columns whose values are categories.
         trials, offset, weights
             Columns of row-wise numbers.
         weights_kind
@@ -152,10 +167,10 @@ class ClusteredData:
         """
         frame = as_pandas(frame)
         weights, kind = weights_role(weights, weights_kind, se)
-        roles = {"trials": trials, "offset": offset, "weights": weights}
-        schema = Schema.infer(
-            frame, outcome=outcome, clusters=clusters, features=features, weights_kind=kind, **roles
-        )
+        roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        roles |= {"features": features, "slopes": slopes, "categorical": categorical}
+        roles["weights_kind"] = kind
+        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **roles)
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
     @classmethod
@@ -187,7 +202,7 @@ class ClusteredData:
         """
         table = schema.select(frame, outcome_required=outcome_required, missing=missing)
         design, names, sources = schema.design(table)
-        numeric = schema.numeric
+        extra, extra_names, extra_sources = schema.slope_design(table)
         per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
         for role in per_row:
             if (name := getattr(schema, role)) in table:
@@ -197,7 +212,7 @@ class ClusteredData:
             features=torch.from_numpy(design),
             feature_names=names,
             sources=tuple(":".join(source) for source in sources),
-            continuous=tuple(not numeric.isdisjoint(source) for source in sources),
+            continuous=schema.continuous(sources),
             outcome_name=schema.outcome,
             outcome=schema.outcomes(table),
             classes=None if schema.classes is None else tuple(schema.classes.tolist()),
@@ -208,6 +223,10 @@ class ClusteredData:
             **per_row,
             row_labels=table.index,
             schema=schema,
+            slopes=torch.from_numpy(extra) if extra_names else None,
+            slope_names=extra_names,
+            slope_sources=tuple(":".join(source) for source in extra_sources),
+            slope_continuous=schema.continuous(extra_sources),
             weights_kind=schema.weights_kind,
         )
 
@@ -269,7 +288,7 @@ class ClusteredData:
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
         weights, kind = weights_role(weights, weights_kind, se)
         roles = {"trials": trials, "offset": offset, "weights": weights}
-        per_row = {
+        per_row: dict[str, Any] = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
         }
         labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
@@ -302,15 +321,14 @@ class ClusteredData:
         features: Sequence[str] | str | None = None,
         row_dim: str = "row",
         missing: Missing = "error",
-        weights_kind: WeightsKind = "frequency",
-        **roles: str | None,
+        **roles: Any,
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
-        One-dimensional variables are the columns of a table, as in `from_frame` (`trials`,
-        `offset`, `weights` and `se` included). A feature variable with more dimensions must be the
-        only feature, and is an array as in `from_arrays`; the coordinate of the second of two
-        dimensions names the features. The coordinate of `row_dim` labels the rows.
+        One-dimensional variables are the columns of a table, as in `from_frame`, whose other
+        parameters are `roles`. A feature variable with more dimensions must be the only feature,
+        and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
+        the features. The coordinate of `row_dim` labels the rows.
 
         Raises
         ------
@@ -323,7 +341,9 @@ class ClusteredData:
             for name, variable in dataset.variables.items()
             if row_dim in variable.dims
         }
-        taken = [outcome, *clusters, *(name for name in roles.values() if name)]
+        known = ("trials", "offset", "weights", "se")
+        row_roles = {k: v for k, v in roles.items() if k in known and v}
+        taken = [outcome, *clusters, *row_roles.values()]
         if features is None:
             features = [n for n in along if n in dataset.data_vars and n not in taken]
         chosen = [features] if isinstance(features, str) and features in along else features
@@ -334,15 +354,8 @@ class ClusteredData:
         if all(along[name].ndim == 1 for name in names):
             columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
             table = pd.DataFrame(columns, index=rows)
-            return cls.from_frame(
-                table,
-                outcome=outcome,
-                clusters=clusters,
-                features=chosen,
-                missing=missing,
-                weights_kind=weights_kind,
-                **roles,
-            )
+            settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
+            return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
         if len(names) > 1:
             raise ValueError(
                 f"An array must be the only feature, found {names}. Name one with features=."
@@ -351,7 +364,7 @@ class ClusteredData:
         if array.ndim == 2:
             labels = dataset.indexes.get(array.dims[1], range(array.shape[1]))
             feature_names = [v if isinstance(v, str) else f"{names[0]}[{v}]" for v in labels]
-        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in roles.items() if v}
+        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in row_roles.items()}
         return cls.from_arrays(
             array.to_numpy(),
             along[outcome].to_numpy(),
@@ -359,7 +372,7 @@ class ClusteredData:
             feature_names=feature_names,
             outcome_name=outcome,
             row_labels=rows,
-            weights_kind=weights_kind,
+            weights_kind=roles.get("weights_kind", "frequency"),
             **per_row,
         )
 
@@ -367,6 +380,11 @@ class ClusteredData:
     def n_rows(self) -> int:
         """Number of rows."""
         return len(self.features)
+
+    @property
+    def intercept(self) -> bool:
+        """Whether the fixed effects have an intercept, which ``0 +`` in the features removes."""
+        return self.schema is None or self.schema.intercept
 
     @property
     def n_features(self) -> int:
@@ -402,7 +420,8 @@ class ClusteredData:
             return self.groupings[factor]
         outer, _, inner = factor.rpartition(":")
         if not outer:
-            raise unknown("grouping factor", factor, self.groupings)
+            known = unknown("grouping factor", factor, self.groupings)
+            raise ValueError(f"{known} Add {factor!r} to clusters=[...], as each part of 'a/b'.")
         return self.grouping(outer).cross(self.grouping(inner))
 
     def split_rows(
@@ -419,7 +438,7 @@ class ClusteredData:
         ValueError
             If `fraction` is not between 0 and 1, or leaves no validation rows.
         """
-        _check_fraction(fraction)
+        check_fraction(fraction)
         rng = np.random.default_rng([seed, 1])
         steps = np.floor(np.arange(self.n_rows + 1) * fraction + rng.random())
         held = np.zeros(self.n_rows, dtype=bool)
@@ -455,30 +474,14 @@ class ClusteredData:
         return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
 
     def _order(self, by: str | None, seed: int) -> np.ndarray:
-        """Rows in an order whose evenly spaced samples are stratified by cluster and outcome.
-
-        Clusters follow each other in random order. Within a cluster, rows are sorted by an outcome
-        that is categorical or has at most ten values. They are then rotated by a random number of
-        places; without the rotation, even spacing would favour one end of the outcome.
-        (scikit-learn's splitters refuse strata smaller than the number of folds, and clusters are
-        often smaller.)
-        """
+        """`stratified_order` of the rows, by a factor or the first one."""
         factor = by or next(iter(self.groupings), None)
-        rng, n = np.random.default_rng([seed, 0]), self.n_rows
-        clusters = strata = np.zeros(n, dtype=np.int64)
+        clusters = np.zeros(self.n_rows, np.int64)
         if factor is not None:
             clusters = self.grouping(factor).codes.numpy()
-        if self.outcome is not None and self.outcome.ndim == 1:
-            values, codes = np.unique(self.outcome.numpy(), return_inverse=True)
-            strata = codes if self.classes is not None or len(values) <= 10 else strata
-        counts = np.bincount(clusters)
-        shuffle = rng.permutation(len(counts))
-        cluster, counts = shuffle[clusters], counts[np.argsort(shuffle)]
-        order = np.lexsort((rng.permutation(n), strata, cluster))
-        place = np.empty(n, dtype=np.int64)
-        place[order] = np.arange(n) - (np.cumsum(counts) - counts)[cluster[order]]
-        place = (place + rng.integers(counts)[cluster]) % counts[cluster]
-        return np.lexsort((place, cluster))
+        y = self.outcome
+        outcome = None if y is None or y.ndim != 1 else y.numpy()
+        return stratified_order(clusters, outcome, seed, categorical=self.classes is not None)
 
     def hold_out_clusters(
         self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0
@@ -498,7 +501,7 @@ class ClusteredData:
             if missing := pd.Index(labels)[positions < 0].tolist():
                 raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
         else:
-            n_held = max(1, round(_check_fraction(fraction) * grouping.n_clusters))
+            n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
             positions = np.random.default_rng(seed).permutation(grouping.n_clusters)[:n_held]
         held = np.isin(grouping.codes.numpy(), positions)
         if held.all() or not held.any():
@@ -514,7 +517,7 @@ class ClusteredData:
         Raises
         ------
         ValueError
-            If the outcome or a feature is constant, or a factor tells nothing of its variance.
+            If the outcome is constant, or a factor tells nothing of its variance.
         """
         if self.n_rows == 0:
             raise ValueError("There are no rows to train on.")
@@ -524,12 +527,3 @@ class ClusteredData:
             raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
         for name, grouping in self.groupings.items():
             check_several(name, grouping.levels)
-        if self.feature_names:
-            check_varying(self.feature_names, (self.features != self.features[0]).any(dim=0))
-
-
-def _check_fraction(fraction: float | None) -> float:
-    """The fraction, checked to lie strictly between 0 and 1."""
-    if fraction is None or not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
-    return fraction

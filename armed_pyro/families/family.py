@@ -129,6 +129,11 @@ class Family(ABC):
                 f"family {self.name!r} needs the number of trials of each row: name its column "
                 "with trials='...' (command line: --trials COLUMN)"
             )
+        if data.trials is not None and not self.needs_trials:
+            raise ValueError(
+                f"family {self.name!r} has no trials: leave trials= (--trials) out, or choose "
+                "family 'binomial'"
+            )
         y = outcome_of(data)
         if data.classes is not None and len(data.classes) != 2:
             raise ValueError(
@@ -227,8 +232,7 @@ class Family(ABC):
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues | None:
         """P(Y <= y | eta, parameters) in double precision; None, the default, if it is unknown.
 
-        Residuals cannot be checked without it. The verdict on a fit then warns, unless
-        `no_residuals` gives the reason.
+        Residuals cannot be checked without it, which the verdict on the model then says.
         """
         return None
 

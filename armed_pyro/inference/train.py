@@ -28,7 +28,7 @@ from armed_pyro.inference.training_run import Run
 from armed_pyro.program.model import MixedEffects, trains_network
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["GuideFactory", "train"]
+__all__ = ["GuideFactory", "progress_bar", "threads", "train"]
 
 # Rows times parameters of one step below which one thread is fastest.
 SMALL_STEP = 2**24
@@ -78,7 +78,7 @@ def train(
     rows = bound.encode(data) if source is None else source
     held_out = None
     if validation is not None:
-        held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
+        held_out = bound.encode(validation, bound.data_facts().levels_with(validation))
     path = None if checkpoint is None else Path(checkpoint)
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
@@ -97,8 +97,10 @@ def train(
         if resume and path is not None:
             run.restore(Checkpoint.read(path))
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
+        # In small steps, synchronising threads costs more than it saves.
+        count = 1 if size < SMALL_STEP else torch.get_num_threads()
         shown = progress and processes.first
-        with _threads(size), _progress_bar(schedule.steps, shown) as report:
+        with threads(count), progress_bar("fitting", "step", schedule.steps, shown) as report:
             run.train(path, report)
         processes.same(bound, bound_guide)
     posterior, frozen_rows = run.result(), run.phase.frozen_rows
@@ -115,10 +117,10 @@ def train(
 
 
 @contextmanager
-def _threads(size: int) -> Iterator[None]:
-    """Use one thread for small steps, in which synchronising threads costs more than it saves."""
+def threads(count: int) -> Iterator[None]:
+    """Torch with this number of threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if size < SMALL_STEP else before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -126,11 +128,14 @@ def _threads(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(
+    title: str, unit: str, total: int, show: bool
+) -> Iterator[Callable[[int, str], None]]:
+    """A bar that is told how many units are completed, and a text."""
     columns = (
-        TextColumn("fitting"),
+        TextColumn(title),
         BarColumn(),
-        TextColumn("step {task.completed}/{task.total}"),
+        TextColumn(f"{unit} {{task.completed}}/{{task.total}}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),

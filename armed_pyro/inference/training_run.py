@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from armed_pyro.engine.checkpoint import Checkpoint
-from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import History, Plateau
 from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase, TrainingTask
 from armed_pyro.inference.posterior import Posterior
@@ -136,7 +137,7 @@ class Run:
         record = {
             "run": self.task.identity(),
             "history": self.history.to_json(),
-            "plateau": self.phase.plateau.to_json(),
+            "plateau": asdict(self.phase.plateau),
             "stopped": self.stopped,
         }
         return Checkpoint(tensors, record)
@@ -160,7 +161,7 @@ class Run:
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.task.source.like.device)
-        self.phase.plateau = Plateau.from_json(record["plateau"])
+        self.phase.plateau = Plateau(**record["plateau"])
         self.stopped = record["stopped"]
 
     def freeze(self) -> None:
@@ -190,6 +191,12 @@ class Run:
         bad = [name for name, value in self.task.state().items() if not value.isfinite().all()]
         if bad:
             cause += f"; parameters not finite: {', '.join(bad[:3])}"
+        extremes = "features and outcome"
+        data = self.task.data
+        if data.offset is not None:
+            name = "" if data.schema is None else f" {data.schema.offset!r}"
+            largest = f"up to {float(data.offset.abs().max()):.4g}; take logs of exposures"
+            extremes = f"features, outcome and offset{name} ({largest})"
         self.task.return_to(self._good)
         self.phase.keep_best()
         self.phase.release()
@@ -197,19 +204,10 @@ class Run:
         return TrainingDiverged(
             f"the loss diverged at step {self.step + 1}: {cause}. Try a lower learning rate "
             f"(now {schedule.learning_rate} for the guide, {schedule.net_learning_rate} for the "
-            f"network), and look for extreme values in features and outcome{self._offset()}. The "
-            "error's `fit` attribute holds the last good state.",
+            f"network), and look for extreme values in {extremes}. The error's `fit` attribute "
+            "holds the last good state.",
             self.result(),
         )
-
-    def _offset(self) -> str:
-        """The offset, which makes predictors extreme if it is an exposure that was not logged."""
-        data = self.task.data
-        if data.offset is None:
-            return ""
-        name = "" if data.schema is None else f" {data.schema.offset!r}"
-        lowest, highest = float(data.offset.min()), float(data.offset.max())
-        return f", and in the offset{name}, which goes from {lowest:.4g} to {highest:.4g}"
 
 
 def _blame(loss: Loss) -> str:

@@ -15,6 +15,7 @@ from armed_pyro.program.predictor import modulates
 
 __all__ = [
     "activation_widths",
+    "check_intercept",
     "check_names",
     "check_row_effects",
     "needs_fixed_run",
@@ -140,6 +141,19 @@ def _check_head(model: Plan, path: str, hidden: Tensor | None, x: Tensor) -> Non
             f"a Bayesian head needs the last linear layer ({path or 'the network'}) to give the "
             "network's output, but something follows it: move it to the end, or leave "
             "bayesian_head off"
+        )
+
+
+def check_intercept(model: Plan) -> None:
+    """Check that fixed effects without an intercept belong to a network that can be without one."""
+    net = model.network
+    if model.data_facts().intercept or model.linear:
+        return
+    if not isinstance(net, nn.Linear) or net.bias is not None:
+        raise ValueError(
+            "the features are without an intercept ('0 +'), which has a meaning for linear fixed "
+            "effects only: take nn.Linear(..., bias=False) or bayesian_head=True (command line: "
+            "--net linear), or leave '0 +' out, as a network has biases of its own"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Known
-from armed_pyro.program import binding
+from armed_pyro.program import binding, dependent
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -104,17 +104,22 @@ class MixedEffects(Plan):
             If data, terms, module paths and the network's output do not fit together. The message
             says which of them, and what to do.
         """
-        facts = data
-        if isinstance(facts, ClusteredData):
-            facts = Facts.of(facts, self.family, self.factor_names())
         bound = copy.deepcopy(self)
-        bound.facts = facts
+        if isinstance(data, ClusteredData):
+            bound.facts = Facts.of(data, self.family, self.factor_names())
+            bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
+        else:
+            bound.facts = data
+        facts = bound.data_facts()
         if facts.weights_kind == "se":
             bound.priors = replace(bound.priors, residual_sd=Known(1.0))
+        binding.check_intercept(bound)
         widths = binding.activation_widths(bound)
         blocks: dict[str, list[Block]] = {}
+        scaling = facts.design_scaling
         for term in self.terms:
-            blocks.setdefault(term.factor, []).append(term.block(facts.scaling, widths))
+            parts = [part.block(scaling, widths) for part in term.expanded(scaling)]
+            blocks.setdefault(term.factor, []).extend(parts)
         scales = (self.family.effect_scale(), facts.spread)
         bound._factors = nn.ModuleList(
             Factor(name, of_factor, facts.columns, self.priors, *scales)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,9 @@ class LinearBlock(Block, ABC):
 class InputBlock(LinearBlock):
     """Intercept and (standardised) input features.
 
+    The first column is 1, or the indicator of the level that the contrasts `columns[:contrasts]` of
+    a factor leave out, or there is no such column.
+
     With an intercept and an unrestricted covariance matrix the features are centred, which does not
     change the model and makes inference easier. With other kinds of covariance they are only
     scaled: a restriction on intercept and slope, such as their independence, then holds at x = 0,
@@ -73,24 +76,37 @@ class InputBlock(LinearBlock):
     index: Tensor
 
     def __init__(
-        self, features: FeatureScaling, columns: list[int], intercept: bool, covariance: Covariance
+        self,
+        features: FeatureScaling,
+        columns: list[int],
+        names: Sequence[str],
+        covariance: Covariance,
+        *,
+        intercept: bool,
+        contrasts: int = 0,
     ) -> None:
         centred = intercept and covariance.any_origin
         index = torch.tensor(columns, dtype=torch.long)
         slope = torch.diag(1 / torch.tensor(features.scale, dtype=torch.float64)[index])
         shift = torch.tensor(features.mean, dtype=torch.float64)[index] @ slope
-        to_original = torch.block_diag(slope.new_ones(1, 1), slope) if intercept else slope
+        first = intercept or contrasts > 0
+        to_original = torch.block_diag(slope.new_ones(1, 1), slope) if first else slope
         if centred:
             to_original[0, 1:] = -shift
-        names = ["Intercept"] * intercept + [features.names[column] for column in columns]
         super().__init__(names, covariance, to_original)
-        self.intercept = intercept
+        self.intercept, self.contrasts = intercept, contrasts
         self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
         self.register_buffer("index", index, False)
 
     def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
-        slopes = [x[:, self.index] + self.shift] if len(self.index) else []
-        return torch.cat([x.new_ones(len(x), 1)] * self.intercept + slopes, -1)
+        # Images have no columns to choose from.
+        slopes = x[:, self.index] + self.shift if len(self.index) else x.new_zeros(len(x), 0)
+        if self.intercept:
+            return torch.cat([x.new_ones(len(x), 1), slopes], -1)
+        if self.contrasts:
+            left_out = 1 - slopes[:, : self.contrasts].sum(-1, keepdim=True)
+            return torch.cat([left_out, slopes], -1)
+        return slopes
 
 
 class LayerBlock(LinearBlock):

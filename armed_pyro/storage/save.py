@@ -230,7 +230,19 @@ def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
         )
         draws = most
     for name in _groups(posterior, draws):
-        group = GROUPS[name](posterior, draws, posterior.seed)
+        try:
+            group = GROUPS[name](posterior, draws, posterior.seed)
+        except (ArithmeticError, ValueError, RuntimeError) as error:
+            if name in ("observed_data", "constant_data"):
+                raise  # the fit could not be loaded without them
+            # Rates of a diverged fit may not be finite. What can be computed is kept.
+            cause = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"{POSTERIOR} is without {name}, which could not be computed: {cause}",
+                UserWarning,
+                stacklevel=4,
+            )
+            continue
         if group.data_vars:
             group.to_netcdf(path, mode="a", group=name, engine="h5netcdf")
         del group
@@ -304,6 +316,7 @@ def _describe_data(data: ClusteredData) -> dict[str, Any]:
         row_dtype = None
     return {
         "continuous": list(data.continuous),
+        "slope_continuous": list(data.slope_continuous),
         "levels": {
             name: index_to_json(grouping.levels) for name, grouping in data.groupings.items()
         },
@@ -351,4 +364,8 @@ def _data(path: Path, record: Mapping[str, Any], facts: Facts) -> ClusteredData:
         weights=tensor("weights"),
         row_labels=labels.rename(record["row_name"]),
         schema=facts.schema,
+        slopes=tensor("slopes"),
+        slope_names=facts.slope_names,
+        slope_sources=facts.slope_sources,
+        slope_continuous=tuple(record.get("slope_continuous", ())),
     )

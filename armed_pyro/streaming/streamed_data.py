@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
@@ -74,6 +75,7 @@ class StreamedData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        categorical: Sequence[str] = (),
         weights_kind: WeightsKind = "frequency",
         se: str | None = None,
         missing: Missing = "error",
@@ -94,7 +96,8 @@ class StreamedData:
                 "example with pandas.read_csv(path).to_parquet('rows.parquet')"
             )
         weights, kind = weights_role(weights, weights_kind, se)
-        roles = {"trials": trials, "offset": offset, "weights": weights}
+        roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        roles |= {"categorical": categorical, "weights_kind": kind}
         scanned = scan(
             table,
             outcome,
@@ -103,7 +106,6 @@ class StreamedData:
             missing,
             memory=memory,
             folder=folder,
-            weights_kind=kind,
             **roles,
         )
         return cls(table, scanned, scanned.first.feature_names, memory, folder)
