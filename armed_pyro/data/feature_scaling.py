@@ -18,7 +18,8 @@ class FeatureScaling:
 
     Names, table columns (`sources`), mean and standard deviation over the training rows are those
     of the encoded columns; all are empty for images, which are not scaled. `indicators` has, by
-    categorical column, the names of the indicators of all its levels.
+    categorical column, the names of the indicators of all its levels. `average` are the means of
+    all columns, dummies included; empty in fits that were saved before it was kept.
 
     >>> scaling = FeatureScaling(("age",), ("age",), (50.0,), (10.0,))
     >>> scaling.standardise(torch.tensor([[60.0]])).tolist()
@@ -30,6 +31,7 @@ class FeatureScaling:
     mean: tuple[float, ...]
     scale: tuple[float, ...]
     indicators: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    average: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, data: ClusteredData) -> FeatureScaling:
@@ -42,7 +44,8 @@ class FeatureScaling:
             return cls(data.feature_names, data.sources, (), ())
         centred = data.intercept or bool(intercept_columns(data))
         mean, scale = moments(data.features, data.continuous, centred=centred)
-        return cls(data.feature_names, data.sources, mean, scale)
+        average = tuple(data.features.mean(0).tolist())
+        return cls(data.feature_names, data.sources, mean, scale, average=average)
 
     @classmethod
     def of_slopes(cls, data: ClusteredData) -> FeatureScaling:
@@ -50,7 +53,8 @@ class FeatureScaling:
         if data.slopes is None:
             return cls((), (), (), ())
         mean, scale = moments(data.slopes, data.slope_continuous)
-        return cls(data.slope_names, data.slope_sources, mean, scale)
+        average = tuple(data.slopes.mean(0).tolist())
+        return cls(data.slope_names, data.slope_sources, mean, scale, average=average)
 
     def joined(
         self, other: FeatureScaling, indicators: Mapping[str, tuple[str, ...]]
@@ -62,6 +66,7 @@ class FeatureScaling:
             self.mean + other.mean,
             self.scale + other.scale,
             indicators,
+            self.average + other.average,
         )
 
     def standardise(self, features: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:

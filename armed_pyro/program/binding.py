@@ -20,8 +20,12 @@ __all__ = [
     "check_row_effects",
     "needs_fixed_run",
     "unreached",
+    "warn_if_far",
     "warn_if_small",
 ]
+
+# Standard deviations of a feature between its mean and zero.
+FAR = 10.0
 
 
 def activation_widths(model: Plan) -> dict[str, int]:
@@ -211,3 +215,22 @@ def warn_if_small(model: Plan) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def warn_if_far(model: Plan) -> None:
+    """Warn of a prior of correlated terms at x = 0 if that is far from the rows."""
+    for factor in model.factors:
+        for block in factor.linear:
+            matrix = block.from_zero()
+            if matrix is None or block.covariance.diagonal or block.names[0] in factor.at_means:
+                continue
+            far = [n for n, s in zip(block.names, matrix[0].tolist(), strict=True) if abs(s) > FAR]
+            if far:
+                warnings.warn(
+                    f"the prior of {factor.sd_site}[{block.names[0]}] holds at {far[0]} = 0, more "
+                    f"than {FAR:g} sds of {far[0]} from its mean: there, intercept and slope must "
+                    "have a correlation near 1 or -1, to which the prior gives little weight; "
+                    f"centre {far[0]}, or leave out the scale of the intercept",
+                    UserWarning,
+                    stacklevel=4,
+                )

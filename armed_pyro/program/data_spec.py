@@ -61,6 +61,7 @@ class Facts:
     indicators: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     weights_kind: WeightsKind | None = None  # None without weights
     weights_sum: float = 0.0
+    feature_average: tuple[float, ...] = ()  # as of `FeatureScaling.average`
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
@@ -105,6 +106,7 @@ class Facts:
             indicators=indicators_of(data.schema),
             weights_kind=None if data.weights is None else data.weights_kind,
             weights_sum=0.0 if data.weights is None else float(data.weights.sum()),
+            feature_average=scaling.average,
         )
 
     @classmethod
@@ -118,6 +120,7 @@ class Facts:
             feature_shape=(first.n_features,),
             feature_mean=tuple(table.feature_mean.tolist()),
             feature_scale=tuple(table.feature_scale.tolist()),
+            feature_average=tuple(table.feature_average.tolist()),
             levels={name: table.scanned.levels[name] for name in table.factors},
             counts={name: table.scanned.counts[name] for name in table.factors},
         )
@@ -126,13 +129,13 @@ class Facts:
     def scaling(self) -> FeatureScaling:
         """Names, means and scales of the features."""
         names, mean, scale = self.feature_names, self.feature_mean, self.feature_scale
-        return FeatureScaling(names, self.sources, mean, scale)
+        return FeatureScaling(names, self.sources, mean, scale, average=self.feature_average)
 
     @property
     def slope_scaling(self) -> FeatureScaling:
         """Names, means and scales of the columns that only random slopes use."""
         columns = (self.slope_names, self.slope_sources, self.slope_mean, self.slope_scale)
-        return FeatureScaling(*columns)
+        return FeatureScaling(*columns, average=self.slope_mean)
 
     @property
     def design_scaling(self) -> FeatureScaling:

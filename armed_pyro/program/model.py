@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Known
-from armed_pyro.program import binding, dependent
+from armed_pyro.program import binding, dependent, fixed_prior
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -129,10 +129,15 @@ class MixedEffects(Plan):
             adversary.build(widths, len(facts.levels[adversary.factor]))
         bound._adversaries.to(bound.network_reference())
         bound._factors.to(bound.reference())
+        if bound.bayesian_head:
+            root = fixed_prior.root(bound)
+            root = None if root is None else root.to(bound.reference())
+            bound.register_buffer("fixed_root", root, persistent=False)
         bound.unreached = binding.unreached(bound)
         binding.check_names(bound)
         binding.check_row_effects(bound)
         binding.warn_if_small(bound)
+        binding.warn_if_far(bound)
         return bound
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
@@ -184,9 +189,7 @@ class MixedEffects(Plan):
         for parameter in self.family.parameters:
             latents[parameter.name] = parameter.sample(self.priors, unit)
         if self.bayesian_head:
-            zeros = unit.new_zeros(len(self.fixed_terms()))
-            prior = dist.Normal(zeros, self.priors.fixed_sd).to_event(1)
-            latents["fixed_effect"] = pyro.sample("fixed_effect", prior)
+            latents["fixed_effect"] = pyro.sample("fixed_effect", self.fixed_prior())
         latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
         for factor in self.factors:
             latents[factor.effect_site] = factor(rows.memberships[factor.name])
@@ -199,6 +202,13 @@ class MixedEffects(Plan):
                 with poutine.scale(scale=other.weight):
                     pyro.sample(other.name, density, obs=rows.x)
         return predictor
+
+    def fixed_prior(self) -> dist.TorchDistribution:
+        """p(fixed_effect), of which `armed_pyro.program.fixed_prior.root` gives the covariance."""
+        zeros, sd = self.unit().new_zeros(len(self.fixed_terms())), self.priors.fixed_sd
+        if self.fixed_root is None:
+            return dist.Normal(zeros, sd).to_event(1)
+        return dist.MultivariateNormal(zeros, scale_tril=sd * self.fixed_root)
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
         """log p(y_i | latent sites) of every row, times its weight; see `Rows.outcome`."""

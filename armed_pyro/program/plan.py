@@ -38,6 +38,8 @@ class Plan(LocalModule):
     facts: Facts | None
     # Tapped layers, and "" for the output, that effects inside the network cannot change.
     unreached: frozenset[str] = frozenset()
+    # Root of the fixed effects' prior covariance, per `Priors.fixed_sd`; None for the identity.
+    fixed_root: Tensor | None
 
     def __init__(
         self,

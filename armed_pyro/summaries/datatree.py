@@ -271,7 +271,7 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
         covariance = original_covariance(factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         add(f"{base}_sd", (term,), variance.sqrt())
-        if not factor.diagonal:
+        if factor.groups:
             product = variance[..., :, None] * variance[..., None, :]
             coords[f"{term}_bis"] = list(factor.terms)
             add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
