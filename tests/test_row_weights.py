@@ -174,8 +174,14 @@ def test_kinds_of_weights_are_saved(tmp_path):
     data, *_ = weighted_rows(weights=np.full(40, 15.0), weights_kind="precision")
     model = MixedEffects(linear(1), "(1 | site)", bayesian_head=True)
     fit(model, data, schedule=Schedule(steps=5), progress=False, refine=False).save(tmp_path)
-    facts = Fit.load(tmp_path, linear(1)).model.data_facts()
+    read = Fit.load(tmp_path, linear(1))
+    facts = read.model.data_facts()
     assert (facts.weights_kind, facts.weights_sum) == ("precision", 600)
+    assert read.data.weights_kind == "precision"
+    # Fits that were saved before there were kinds have frequencies.
+    read.model.facts = dataclasses.replace(facts, weights_kind=None)
+    rows = read.model.encode(data).all()
+    assert torch.equal(read.model.frequencies(rows), rows.weights)
 
 
 # ----------------------------------------------------------------------------- single rows

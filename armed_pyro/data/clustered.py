@@ -12,19 +12,21 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro._messages import check_known, unknown
+from armed_pyro._messages import unknown
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
     check_rows,
     code_outcome,
     finite_tensor,
+    named_features,
 )
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_several
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.stratify import check_fraction, stratified_order
-from armed_pyro.data.weights import as_weights, weights_role
+from armed_pyro.data.weights import as_weights, check_weights, weights_role
+from armed_pyro.data.xarray_columns import ROW_ROLES, column_labels, row_variables
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +61,8 @@ class ClusteredData:
         Columns that random slopes may use but that do not enter the network, with their names,
         sources and kinds in `slope_names`, `slope_sources` and `slope_continuous`.
     weights_kind : {"frequency", "precision", "se"}
-        Weights are factors of the rows' log-likelihoods ("frequency": a row counts w times), or
-        divide the residual variance, sigma^2 / w, as in lme4 and statsmodels ("precision"). They
-        are 1 / se^2, with sigma = 1, where standard errors were given ("se").
+        A row counts w times, its residual variance is sigma^2 / w (as in lme4 and statsmodels), or
+        w is 1 / se^2 and sigma = 1.
 
     Examples
     --------
@@ -100,10 +101,7 @@ class ClusteredData:
             valid = (self.trials >= 1) & (self.trials % 1 == 0)
             check_rows(self.trials, valid, "trials", "positive whole numbers", self.row_labels)
         if self.weights is not None:
-            frequency = self.weights_kind == "frequency"
-            valid = self.weights >= 0 if frequency else self.weights > 0
-            least = "at least 0" if frequency else "above 0"
-            check_rows(self.weights, valid, "weights", least, self.row_labels)
+            check_weights(self.weights, self.weights_kind, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
         names = ("features", "outcome", "trials", "offset", "weights", "slopes")
@@ -154,9 +152,8 @@ class ClusteredData:
         weights_kind
             "frequency" or "precision"; see the attribute.
         se
-            Column of known standard errors, in place of weights: y_i ~ N(eta_i, se_i^2), as in a
-            meta-analysis. There is no further residual sd; an effect of every row, ``(1 | study)``,
-            is the heterogeneity.
+            Column of known standard errors in place of weights, y_i ~ N(eta_i, se_i^2), without a
+            residual sd; in a meta-analysis, ``(1 | study)`` is the heterogeneity.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -169,7 +166,7 @@ class ClusteredData:
         weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
         roles |= {"features": features, "slopes": slopes, "categorical": categorical}
-        roles["weights_kind"] = kind
+        roles |= {"weights_kind": kind}
         schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **roles)
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
@@ -272,19 +269,7 @@ class ClusteredData:
         ValueError
             If lengths differ, a shape is wrong, or a value is missing or infinite.
         """
-        x = finite_tensor(features, "features")
-        if x.ndim < 2:
-            raise ValueError(
-                f"features must have the shape (rows, features) or more dimensions, found "
-                f"{tuple(x.shape)}. A single feature is x[:, None]."
-            )
-        width = x.shape[1] if x.ndim == 2 else 0
-        feature_names = tuple(feature_names or (f"x{i}" for i in range(width)))
-        if len(feature_names) != width or len(set(feature_names)) != width:
-            raise ValueError(
-                f"feature_names must be {width} distinct names for features of shape "
-                f"{tuple(x.shape)}, found {list(feature_names)}."
-            )
+        x, feature_names = named_features(features, feature_names)
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
         weights, kind = weights_role(weights, weights_kind, se)
         roles = {"trials": trials, "offset": offset, "weights": weights}
@@ -293,7 +278,7 @@ class ClusteredData:
         }
         labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
         per_row["weights"] = as_weights(per_row["weights"], kind, labels)
-        fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if width else ()
+        fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if feature_names else ()
         return cls(
             features=x,
             feature_names=feature_names,
@@ -335,20 +320,10 @@ class ClusteredData:
         ValueError
             If a variable or dimension does not exist, or an array is not the only feature.
         """
-        check_known("dimension", [row_dim], dataset.dims)
-        along = {
-            str(name): variable.transpose(row_dim, ...)
-            for name, variable in dataset.variables.items()
-            if row_dim in variable.dims
-        }
-        known = ("trials", "offset", "weights", "se")
-        row_roles = {k: v for k, v in roles.items() if k in known and v}
+        row_roles = {k: v for k, v in roles.items() if k in ROW_ROLES and v}
         taken = [outcome, *clusters, *row_roles.values()]
-        if features is None:
-            features = [n for n in along if n in dataset.data_vars and n not in taken]
-        chosen = [features] if isinstance(features, str) and features in along else features
+        along, chosen = row_variables(dataset, row_dim, features, taken)
         names = [] if isinstance(chosen, str) else list(chosen)
-        check_known(f"variable along {row_dim!r} called", [*taken, *names], along)
         rows = dataset.indexes.get(row_dim, pd.RangeIndex(dataset.sizes[row_dim]))
 
         if all(along[name].ndim == 1 for name in names):
@@ -360,16 +335,12 @@ class ClusteredData:
             raise ValueError(
                 f"An array must be the only feature, found {names}. Name one with features=."
             )
-        array, feature_names = along[names[0]], None
-        if array.ndim == 2:
-            labels = dataset.indexes.get(array.dims[1], range(array.shape[1]))
-            feature_names = [v if isinstance(v, str) else f"{names[0]}[{v}]" for v in labels]
         per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in row_roles.items()}
         return cls.from_arrays(
-            array.to_numpy(),
+            along[names[0]].to_numpy(),
             along[outcome].to_numpy(),
             {name: along[name].to_numpy() for name in clusters},
-            feature_names=feature_names,
+            feature_names=column_labels(dataset, along[names[0]], names[0]),
             outcome_name=outcome,
             row_labels=rows,
             weights_kind=roles.get("weights_kind", "frequency"),

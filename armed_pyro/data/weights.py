@@ -32,3 +32,11 @@ def as_weights(values: Tensor | None, kind: WeightsKind, labels: pd.Index) -> Te
         return values
     check_rows(values, values > 0, "standard errors", "above 0", labels)
     return values**-2
+
+
+def check_weights(weights: Tensor, kind: WeightsKind, labels: pd.Index) -> None:
+    """Raise ValueError for negative weights, and for precisions of 0."""
+    if kind == "frequency":
+        check_rows(weights, weights >= 0, "weights", "at least 0", labels)
+    else:
+        check_rows(weights, weights > 0, "weights", "above 0", labels)

@@ -210,7 +210,8 @@ class Plan(LocalModule):
 
     def frequencies(self, rows: Rows) -> Float[Tensor, " rows"] | None:
         """Multipliers of the rows' log-likelihoods; None stands for 1."""
-        return rows.weights if self.data_facts().weights_kind == "frequency" else None
+        # Fits that were saved before there were kinds have frequencies.
+        return None if self.data_facts().weights_kind in ("precision", "se") else rows.weights
 
     def family_parameters(self, latents: Latents) -> Parameters:
         """The family's parameters among these latent sites, on the outcome's scale."""

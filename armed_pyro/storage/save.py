@@ -362,6 +362,7 @@ def _data(path: Path, record: Mapping[str, Any], facts: Facts) -> ClusteredData:
         trials=tensor("trials"),
         offset=tensor("offset"),
         weights=tensor("weights"),
+        weights_kind=facts.weights_kind or "frequency",
         row_labels=labels.rename(record["row_name"]),
         schema=facts.schema,
         slopes=tensor("slopes"),
