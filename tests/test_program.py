@@ -201,7 +201,7 @@ def counts_density(family, y, eta, v):
 
 
 def negative_binomial(y, eta, shape):
-    """By mpmath: scipy loses up to a hundredth of a nat per row at the large shape that is drawn."""
+    """By mpmath: scipy loses a hundredth of a nat per row at the large shape that is drawn."""
     with mp.workdps(50):
         y, mean, shape = mp.mpf(float(y)), mp.exp(mp.mpf(float(eta))), mp.mpf(float(shape))
         constant = mp.loggamma(y + shape) - mp.loggamma(shape) - mp.loggamma(y + 1)
