@@ -677,7 +677,7 @@ def test_parts_that_could_not_be_read_are_not_written(small, tmp_path, options, 
                 name: getattr(MixedEffects(**settings), name)
                 for name in (
                     *("net", "terms", "family", "priors", "adversaries"),
-                    *("bayesian_head", "fixed_weight", "reference"),
+                    *("bayesian_head", "fixed_weight", "dtype", "network_reference"),
                 )
             },
         )

@@ -308,7 +308,8 @@ def simulation_calibration(
     for name, (value, smallest) in (least | {"seed": (seed, 0)}).items():
         if value < smallest:
             raise ValueError(f"`{name}` must be at least {smallest}, not {value}")
-    if data.weights is not None and bool(((data.weights != 0) & (data.weights != 1)).any()):
+    frequencies = data.weights if data.weights_kind == "frequency" else None
+    if frequencies is not None and bool(((frequencies != 0) & (frequencies != 1)).any()):
         raise ValueError(
             "the data have weights other than 0 and 1: no outcomes can be drawn whose likelihood "
             "is the weighted one; calibrate without them: dataclasses.replace(data, weights=None)"

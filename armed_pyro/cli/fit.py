@@ -109,6 +109,8 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         offset=options.offset,
         weights=options.weights,
         event=options.event,
+        weights_kind=options.weights_kind.value,
+        se=options.se,
         missing="drop" if options.missing is Missing.drop else "error",
     )
     if isinstance(rows, ClusteredData):

@@ -92,6 +92,24 @@ def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
     return tensor
 
 
+def named_features(features: Any, names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """An array of features, and the names of its columns; no names for images."""
+    x = finite_tensor(features, "features")
+    if x.ndim < 2:
+        raise ValueError(
+            f"features must have the shape (rows, features) or more dimensions, found "
+            f"{tuple(x.shape)}. A single feature is x[:, None]."
+        )
+    width = x.shape[1] if x.ndim == 2 else 0
+    names = tuple(names or (f"x{i}" for i in range(width)))
+    if len(names) != width or len(set(names)) != width:
+        raise ValueError(
+            f"feature_names must be {width} distinct names for features of shape "
+            f"{tuple(x.shape)}, found {list(names)}."
+        )
+    return x, names
+
+
 def check_rows(values: Tensor, valid: Tensor, what: str, expected: str, labels: pd.Index) -> None:
     """Raise ValueError, with the first invalid row, unless all rows' values are valid."""
     if not bool(valid.all()):

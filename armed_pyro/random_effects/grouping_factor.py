@@ -387,12 +387,13 @@ class Factor(nn.Module):
     def design(self, x: Tensor, activations: Latents) -> Float[Tensor, "rows phi_columns"]:
         """phi, the columns of all terms except those on filters."""
         columns = [block.columns(x, activations) for block in self.linear]
-        return torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
+        phi = torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
+        return phi.to(self.unit.dtype)
 
     def filter_effects(self, latents: Latents, rows: Rows) -> Float[Tensor, "rows filter_terms"]:
         """Each row's effects on filters: those of its cluster, or zeros without a latent site."""
         if self.effect_site not in latents:
-            return rows.x.new_zeros(len(rows), len(self.terms) - self.n_linear)
+            return self.unit.new_zeros(len(rows), len(self.terms) - self.n_linear)
         return latents[self.effect_site][rows.memberships[self.name].position, self.n_linear :]
 
     def by_layer(

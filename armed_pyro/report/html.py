@@ -59,7 +59,7 @@ def page(
             for factor, table in random_effects.groupby("factor", sort=False)
         }
     components = results.variance_components
-    is_spread = components.statistic.isin(["sd", "variance", "cor"])
+    is_spread = ~components.statistic.isin(["icc", "share", "r2_marginal", "r2_conditional"])
     figures = results.verdicts.figures.items()
     source = (files("armed_pyro.report") / TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)

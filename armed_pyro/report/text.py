@@ -18,6 +18,12 @@ ENDINGS = {
     "diverged": "DIVERGED: these are the last good parameters",
 }
 
+WEIGHTS = {
+    "frequency": "frequencies, with which log-likelihoods are multiplied; their sum is {:.5g}",
+    "precision": "precisions; the residual variance of a row is residual_sd^2 / weight",
+    "se": "none; the residual sds of the rows are their known standard errors",
+}
+
 
 def summarize(results: Results) -> str:
     """The summary of a fit as text, in the layout of lme4 and brms."""
@@ -37,6 +43,9 @@ def priors(model: MixedEffects) -> dict[str, str]:
     if model.bayesian_head:
         lines["fixed_effect"] = fixed_prior.describe(model)
     for parameter in model.family.parameters:
+        if facts.weights_kind == "se":
+            lines[parameter.name] = "known: the standard errors of the rows"
+            continue
         lines[parameter.name] = parameter.describe(model.priors, facts.spread)
     for other in model.others:
         scale = other.prior.scale
@@ -94,6 +103,8 @@ def _head(model: MixedEffects) -> str:
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
+    if facts.weights_kind:
+        lines.append(f"  Weights: {WEIGHTS[facts.weights_kind].format(facts.weights_sum)}")
     lines += [
         f"  Other outcome: {other.name} (features reconstructed by {other.at}), "
         f"weight {other.weight:.4g}"
@@ -104,8 +115,9 @@ def _head(model: MixedEffects) -> str:
 
 def _random(results: Results) -> str:
     table = results.variance_components
-    spreads = table[table.statistic.isin(["sd", "cor"])].drop(columns="mean")
     shares = table[table.statistic.isin(["icc", "r2_marginal", "r2_conditional"])]
+    spreads = table[~table.statistic.isin(["variance", "share", *shares.statistic])]
+    spreads = spreads.drop(columns="mean")
     interval = f"{results.prob:.0%} equal-tailed interval"
     title = f"Variance components (posterior median, {interval})"
     return "\n".join([_section(title, _frame(spreads)), "", _frame(shares.drop(columns="mean"))])

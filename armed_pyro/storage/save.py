@@ -368,6 +368,7 @@ def _data(
         trials=tensor("trials"),
         offset=tensor("offset"),
         weights=tensor("weights"),
+        weights_kind=facts.weights_kind or "frequency",
         row_labels=labels.rename(record["row_name"]),
         schema=facts.schema,
         slopes=tensor("slopes"),
