@@ -10,8 +10,8 @@ if TYPE_CHECKING:
         SimulationCalibration as SimulationCalibration,
         simulation_calibration as simulation_calibration,
     )
-    from armed_pyro.checks.diagnostics import Diagnostics as Diagnostics
-    from armed_pyro.checks.inference_checks import Check as Check
+    from armed_pyro.checks.verdict import Diagnostics as Diagnostics
+    from armed_pyro.checks.check import Check as Check
     from armed_pyro.data.clustered import ClusteredData as ClusteredData
     from armed_pyro.data.files import read_table as read_table, write_table as write_table
     from armed_pyro.engine.schedule import Schedule as Schedule
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 # so that `import armed_pyro` and the command line's help do not wait for torch.
 _NAMES = {
     "checks.calibration": "SimulationCalibration simulation_calibration",
-    "checks.diagnostics": "Diagnostics",
-    "checks.inference_checks": "Check",
+    "checks.check": "Check",
+    "checks.verdict": "Diagnostics",
     "data.clustered": "ClusteredData",
     "data.files": "read_table write_table",
     "engine.schedule": "Schedule",

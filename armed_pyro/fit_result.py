@@ -13,7 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from torch import nn
 
 from armed_pyro.checks import diagnostics
-from armed_pyro.checks.diagnostics import Diagnostics
+from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.explain import attribution, boundaries, decode, invariance
@@ -24,7 +24,7 @@ from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDr
 from armed_pyro.prediction import adapt, predict, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.report.results import Results, Verdict
+from armed_pyro.report.results import Conclusion, Results, Verdicts
 from armed_pyro.report.text import summarize
 from armed_pyro.storage import save
 from armed_pyro.summaries import datatree, variance
@@ -154,12 +154,12 @@ class Fit:
         return weighed(self.posterior)
 
     def diagnostics(self) -> Diagnostics:
-        """Verdict (pass, warn or fail) of `armed_pyro.checks.diagnostics`, with reasons."""
+        """Verdicts on computation and model; see `armed_pyro.checks.diagnostics.diagnose`."""
         return self._verdict
 
     @cached_property
     def _verdict(self) -> Diagnostics:
-        return diagnostics.diagnose(self._weighed)
+        return diagnostics.diagnose(self.posterior, lambda: self._weighed)
 
     def refine(
         self,
@@ -231,13 +231,17 @@ class Fit:
 
     def results(self, *, prob: float = 0.9) -> Results:
         """The tables and the verdict, for `armed_pyro.report`."""
-        verdict = self.diagnostics()
+        found = self.diagnostics()
+        conclusions: dict[str, Conclusion] = {
+            verdict.part: Conclusion(verdict.word, verdict.sentence)
+            for verdict in (found.computation, found.model)
+        }
         return Results(
             posterior=self.posterior,
             prob=prob,
             variance_components=self.variance_components(prob=prob),
             fixed_effects=self.fixed_effects(prob=prob),
-            verdict=Verdict(verdict.verdict, verdict.to_frame(), verdict.figures, verdict.brief()),
+            verdicts=Verdicts(conclusions, found.to_frame(), found.figures, str(found)),
         )
 
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -298,6 +299,53 @@ def test_divergence_keeps_the_last_good_state(data, tmp_path, monkeypatch):
     refused(*fit(data, run), message="diverged at step 7", code=1)
     assert {path.name for path in run.iterdir()} == FILES
     assert "diverged" in (run / "diagnostics.json").read_text()
+
+
+def test_an_exposure_as_offset_ends_in_the_message_of_divergence(tmp_path):
+    rng = np.random.default_rng(0)
+    days, site = rng.uniform(50, 2000, 200), np.repeat(np.arange(10), 20)
+    y = rng.poisson(days * np.exp(rng.normal(-3, 0.5, 10))[site])
+    frame = pd.DataFrame({"y": y, "x": rng.normal(size=200), "days": days, "site": site})
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    run, more = tmp_path / "run", ["--offset", "days", "--family", "poisson"]
+    done = call(*fit(tmp_path / "rows.csv", run, *more, random="(1 | site)", features="x"))
+    assert done.exit_code == 1
+    assert "Traceback" not in done.output
+    assert "the loss diverged at step 1" in done.stderr
+    assert "offset (up to 199" in done.stderr
+    assert "posterior_predictive, which could not be computed: invalid Poisson rate" in done.stderr
+    assert {path.name for path in run.iterdir()} == FILES
+    assert Fit.load(run).stopped == "diverged"
+    loaded = json.loads((run / "diagnostics.json").read_text())
+    assert loaded["computation"]["verdict"] == loaded["model"]["verdict"] == "fail"
+
+
+def test_strict_exits_with_3_where_a_verdict_is_fail(data, tmp_path):
+    table(sites=2, rows=40).to_csv(tmp_path / "two.csv", index=False)
+    random = {"random": "(1 | site)", "features": "dose"}
+    command = fit(tmp_path / "two.csv", tmp_path / "run", "--strict", "--steps", 400, **random)
+    done = call(*command)
+    assert done.exit_code == 3, done.output
+    assert "\nModel: no misfit found; the data say little: " in done.stdout
+    loaded = json.loads((tmp_path / "run" / "diagnostics.json").read_text())
+    assert loaded["model"]["verdict"] == "fail"
+    assert f"Model: {loaded['model']['sentence']}" in done.stdout
+    assert "exit with code 3" in " ".join(call("fit", "--help").stdout.lower().split())
+
+
+def test_refine_nuts_says_its_time_and_is_saved(data, tmp_path, monkeypatch):
+    real = Fit.refine
+    short = {"draws": 20, "chains": 2, "warmup": 5, "progress": False}
+    monkeypatch.setattr(Fit, "refine", lambda fit, method: real(fit, method, **short))
+    run = tmp_path / "run"
+    done = call(*fit(data, run, "--refine", "nuts", random="(1 | site)", features="dose"))
+    assert done.exit_code == 0, done.output
+    assert re.search(
+        r"Drawing by NUTS, which will take about \d+ (second|minute|hour)s", done.stderr
+    )
+    assert Fit.load(run).refined.method == "nuts"
+    assert "Computation: " in done.stdout
+    assert call(*fit(data, run, "--refine", "mcmc")).exit_code == 2
 
 
 def test_interrupt_says_how_to_resume(data, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from torch import nn
 from armed_pyro import (
     Adversary,
     ClusteredData,
+    Diagnostics,
     FilterScaleBias,
     Fit,
     MixedEffects,
@@ -25,7 +26,6 @@ from armed_pyro import (
     Slopes,
     fit,
 )
-from armed_pyro.checks.diagnostics import Diagnostics
 from armed_pyro.families.registry import FAMILIES
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.models.autoencoder import autoencoder_program
@@ -403,7 +403,7 @@ def test_image_programs_predict_seen_and_unseen_clusters(image_case):
 def test_image_programs_are_saved_and_loaded(image_case, tmp_path, monkeypatch):
     result, net = image_case
     # The checks take most of the time.
-    monkeypatch.setattr(Fit, "diagnostics", lambda fit: Diagnostics((), pd.DataFrame()))
+    monkeypatch.setattr(Fit, "diagnostics", lambda fit: Diagnostics(()))
     result.save(tmp_path / "run", draws=2)
     loaded = Fit.load(tmp_path / "run", net)
     new = make_images(np.arange(8) % 4 + 2)

@@ -70,7 +70,7 @@ def test_the_family_is_checked_by_its_distribution_function(run):
     (check,) = [
         check for check in names["result"].diagnostics().checks if check.name == "residuals"
     ]
-    assert check.value is not None
+    assert check.effect is not None
     family, draws = names["Gamma"](), 4000
     y = family.simulate(np.random.default_rng(0), np.full((draws, 1), 0.7), {"shape": 3.0}, 1)
     assert abs(y.mean() - np.exp(0.7)) < 4 * np.exp(0.7) / (3 * draws) ** 0.5

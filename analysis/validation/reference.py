@@ -111,8 +111,8 @@ class Comparison:
         One row per quantity: mean, sd and median by the fit, by its guide alone and by NUTS; lme4's
         estimate; z (difference of the means in posterior sds of NUTS) and ratio of the sds.
     summary : dict of str to float or str
-        Worst z and ratio, those of the random effects, k-hat, verdict, R-hat and ESS of NUTS, and
-        the seconds of both. Those of NUTS are also scaled to the fit's Monte Carlo error.
+        Worst z and ratio, those of the random effects, k-hat, both verdicts, R-hat and ESS of NUTS,
+        and the seconds of both. Those of NUTS are also scaled to the fit's Monte Carlo error.
     """
 
     table: pd.DataFrame
@@ -155,7 +155,8 @@ def compare(reference: Reference, folder: Path, *, draws: int, warmup: int) -> C
         "sd_ratio_high": float(worst["ratio"].max()),
         **effects,
         "k_hat": fitted.importance.k_hat,
-        "verdict": fitted.diagnostics().verdict,
+        "computation": fitted.diagnostics().computation.word,
+        "model": fitted.diagnostics().model.word,
         "nuts_r_hat": quality["r_hat"],
         "nuts_ess": quality["ess"],
         "seconds": seconds,

@@ -169,9 +169,12 @@ def _estimate(design: Design, seed: int) -> pd.DataFrame:
         for name, values in estimates.items()
         if name in truth
     ]
-    k_hat, verdict = diagnostics.figures.get("k_hat"), diagnostics.verdict
     return pd.DataFrame(rows)[COLUMNS].assign(
-        seconds=seconds, verdict=verdict, k_hat=k_hat, reasons="; ".join(diagnostics.reasons)
+        seconds=seconds,
+        computation=diagnostics.computation.word,
+        model=diagnostics.model.word,
+        k_hat=diagnostics.figures.get("k_hat"),
+        reasons="; ".join(diagnostics.reasons),
     )
 
 
@@ -209,7 +212,7 @@ def summary(estimates: pd.DataFrame) -> pd.DataFrame:
                 "coverage": inside.mean(),
                 "coverage_se": (inside.mean() * (1 - inside.mean()) / n) ** 0.5,
                 "k_hat": part["k_hat"].median(),
-                "passed": (part["verdict"] == "pass").mean(),
+                "passed": (part[["computation", "model"]] == "pass").all(axis=1).mean(),
                 "seconds": part["seconds"].median(),
             }
         )
@@ -265,11 +268,12 @@ BAD = (
 
 
 def verdicts(cases: Sequence[Bad], n: int) -> pd.DataFrame:
-    """Verdict and first reason for each case, n times."""
+    """Verdicts and first reason for each case, n times."""
     records = []
     for case in track(cases, description="bad cases"):
         for seed in range(n):
             diagnostics = case.fit(seed).diagnostics()
             reason = diagnostics.reasons[0] if diagnostics.reasons else ""
-            records.append([case.name, seed, diagnostics.verdict, reason])
-    return pd.DataFrame(records, columns=["case", "seed", "verdict", "reason"])
+            words = [diagnostics.computation.word, diagnostics.model.word]
+            records.append([case.name, seed, *words, reason])
+    return pd.DataFrame(records, columns=["case", "seed", "computation", "model", "reason"])

@@ -1,4 +1,4 @@
-"""Posterior predictive checks by cluster, and pivotal checks of effects and residuals."""
+"""Posterior predictive checks by cluster."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from armed_pyro.checks.check import BROKEN, LEVEL, Check, cause, failed, severity
+from armed_pyro.checks.rank_tests import holm
+from armed_pyro.families.family import Family
 from armed_pyro.guides.base import selected
-from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.posterior import ImportanceDraws, Posterior
+from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
-from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["ClusterChecks", "cluster_checks", "effect_normality", "residual_uniformity"]
+__all__ = ["MOST_ROWS", "PIVOTAL_DRAWS", "ClusterChecks", "cluster_checks", "predictive_checks"]
 
 
 Draws = Mapping[str, Tensor]
+Discrepancy = tuple[float, float, tuple[float, float]]
 # Larger data are checked in a random sample of this size: a misfit that only shows in more rows or
 # clusters is too small to matter.
-MOST_ROWS, MOST_CLUSTERS = 50_000, 500
-PIVOTAL_DRAWS = 40
+MOST_ROWS = 50_000
+PIVOTAL_DRAWS = 40  # draws by which residuals and random effects are checked
 BLOCK = 2**20  # rows times draws of one block of replications
+LARGEST_COUNT = 2.0**53  # beyond which counts are no longer exact
+# Deviation of the clusters' statistics relative to that of replications, which matters.
+DEVIATES, DEVIATES_FAR = 1.2, 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +47,14 @@ class ClusterChecks:
     table : pandas.DataFrame
         Columns cluster, rows, and for each statistic (mean, sd, zeros) its value, the median of
         its replications, and the mid-p-value.
-    overall : mapping of str to (float, float)
+    overall : mapping of str to (float, float, (float, float))
         For each statistic the posterior predictive p-value of the sum of the clusters' squared
-        standardised deviations, and that sum relative to its mean over replications.
+        standardised deviations, that sum relative to its mean over replications, and the 90%
+        interval of the ratio that replications imply.
     """
 
     table: pd.DataFrame
-    overall: Mapping[str, tuple[float, float]]
+    overall: Mapping[str, Discrepancy]
 
 
 def cluster_checks(
@@ -70,6 +78,11 @@ def cluster_checks(
     seed : int
         Seed of the replications, and of the sample of clusters.
 
+    Raises
+    ------
+    ValueError
+        If replications are not finite.
+
     References
     ----------
     Gelman, Meng, Stern (1996), Statistica Sinica 6: posterior predictive assessment.
@@ -92,6 +105,7 @@ def cluster_checks(
             eta = model.predictor(rows, draws).eta
             eta = eta.expand(min(size, n - start), *eta.shape[-2:])
             replicated = model.density(eta, draws, rows).sample()
+            _check_finite(replicated, model)
             blocks.append(_statistics(replicated, position, counts, model))
     repeated = {name: torch.cat([block[name] for block in blocks]) for name in observed}
     table: dict[str, Any] = {"cluster": labels, "rows": counts.long().cpu().numpy()}
@@ -104,17 +118,31 @@ def cluster_checks(
     return ClusterChecks(pd.DataFrame(table), overall)
 
 
+def _check_finite(replicated: Tensor, model: MixedEffects) -> None:
+    """Raise ValueError if replications are not finite, or are counts that overflow."""
+    limit = LARGEST_COUNT if model.family.integer else torch.inf
+    bad = ~(replicated.abs() < limit)
+    if bad.any():
+        share = float(bad.any(-1).to(torch.float64).mean())
+        raise ValueError(f"replicated outcomes are not finite numbers in {share:.0%} of the draws")
+
+
 def _discrepancy(
     observed: Float[np.ndarray, " clusters"], replicated: Float[np.ndarray, "draws clusters"]
-) -> tuple[float, float]:
+) -> Discrepancy:
     center, spread = replicated.mean(0), replicated.std(0)
     varies = spread > 1e-12
     spread = np.where(varies, spread, 1.0)
     weight = varies / spread**2
     actual = float((weight * (observed - center) ** 2).sum())
     expected = (weight * (replicated - center) ** 2).sum(1)
-    p = (1 + (expected >= actual).sum()) / (1 + len(expected))
-    return float(p), actual / max(float(expected.mean()), 1e-12)
+    mean, variance = float(expected.mean()), float(expected.var())
+    if not mean > 0 or not variance > 0:  # a statistic that does not vary
+        return 1.0, 1.0, (1.0, 1.0)
+    # Gamma with the replications' mean and variance, as draws are too few for small p-values.
+    gamma = scipy.stats.gamma(mean**2 / variance, scale=variance / mean)
+    ratio, error = actual / mean, 1.645 * variance**0.5 / mean
+    return float(gamma.sf(actual)), ratio, (max(0.0, ratio - error), ratio + error)
 
 
 def _statistics(
@@ -155,89 +183,77 @@ def _sampled_rows(
     return rows, torch.searchsorted(chosen.to(codes), codes[index]), levels[chosen.numpy()]
 
 
-def effect_normality(
-    factor: Factor, latents: Draws, *, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    r"""Normality of the random effects: for each term a p-value and the mean of Shapiro-Wilk's W.
-
-    In one posterior draw, :math:`z_k = L^{-1} u_k` are independent standard normal if the program
-    is correct, which makes them pivotal. The p-value is twice the smaller of the Shapiro-Wilk
-    test's and the kurtosis test's, each the median over draws. The kurtosis test detects two
-    groups of clusters even if draws are noisy. Large factors are checked in a sample of their
-    clusters; factors with fewer than 8 clusters are not checked.
-
-    References
-    ----------
-    Yuan and Johnson (2012), Biometrics 68(1): goodness-of-fit diagnostics for Bayesian
-    hierarchical models.
-    """
-    effects = latents[factor.effect_site]
-    if effects.dim() < 3 or effects.shape[1] < 8:
-        return {}
-    generator = torch.Generator().manual_seed(seed)
-    clusters = torch.randperm(effects.shape[1], generator=generator)[:MOST_CLUSTERS]
-    effects = effects[:PIVOTAL_DRAWS, clusters]
-    draws = selected(latents, slice(PIVOTAL_DRAWS))
-    scale = factor.scale_matrix(draws).expand(len(effects), 1, -1, -1)
-    z = torch.linalg.solve_triangular(scale, effects[..., None], upper=False)[..., 0]
-    z = z.double().cpu()
-    results = {}
-    for place, term in enumerate(factor.terms):
-        by_draw = z[..., place].numpy()
-        tests = [scipy.stats.shapiro(values) for values in by_draw]
-        p = float(np.median([test.pvalue for test in tests]))
-        if by_draw.shape[1] >= 20:  # the kurtosis test is inaccurate for fewer clusters
-            p = min(p, float(np.median(scipy.stats.kurtosistest(by_draw, axis=1).pvalue)))
-        results[term] = (min(1.0, 2 * p), float(np.mean([test.statistic for test in tests])))
-    return results
+def predictive_checks(
+    posterior: Posterior, latents: Draws, weighted: ImportanceDraws | None
+) -> tuple[pd.DataFrame, list[Check]]:
+    """Posterior predictive checks: a table with one row per cluster, and the verdicts."""
+    tables, found, checks = [], list[tuple[str, str, Discrepancy]](), list[Check]()
+    for factor in posterior.model.factors:
+        try:
+            compared = cluster_checks(posterior, factor.name, latents, seed=posterior.seed)
+        except BROKEN as error:
+            checks.append(failed("model", f"predictions by {factor.name}", cause(error)))
+            continue
+        table = compared.table.assign(factor=factor.name)
+        nested = posterior.guide.nested()
+        if weighted is not None and nested is factor and len(table) == len(weighted.cluster_k_hat):
+            elpd, bad = _left_out(weighted)
+            table = table.assign(k_hat=weighted.cluster_k_hat, elpd=elpd, elpd_k_hat=bad)
+        tables.append(table)
+        found += [(factor.name, name, values) for name, values in compared.overall.items()]
+    adjusted = holm(np.array([p for *_, (p, _, _) in found]))
+    for (factor_name, name, values), p in zip(found, adjusted.tolist(), strict=True):
+        checks.append(_predictive(posterior.model.family, factor_name, name, values, p))
+    whole = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    first = [name for name in ("factor", "cluster", "rows") if name in whole]
+    return whole[[*first, *(name for name in whole if name not in first)]], checks
 
 
-def residual_uniformity(
-    posterior: Posterior, latents: Draws, *, seed: int = 0
-) -> tuple[float, float] | None:
-    r"""Kolmogorov-Smirnov p-value (median over draws) and distance (mean) of quantile residuals.
+def _predictive(
+    family: Family, factor: str, statistic: str, values: Discrepancy, p: float
+) -> Check:
+    _, ratio, interval = values
+    verdict = severity(ratio, DEVIATES, DEVIATES_FAR, noise=p > LEVEL)
+    words = {"zeros": "share of zeros"}.get(statistic, statistic)
+    reason = (
+        f"the {words} of the outcome in each cluster of {factor} deviates {ratio:.2f} times as "
+        f"much as predicted (posterior predictive p = {p:.2g})"
+    )
+    return Check(
+        "model",
+        f"predictive {statistic} by {factor}",
+        verdict,
+        reason,
+        ratio,
+        f"squared deviation of the clusters' {words}, relative to predictions",
+        DEVIATES,
+        p,
+        interval,
+        "" if verdict == "pass" else _advice(family, factor, statistic),
+    )
 
-    Randomised quantile residuals :math:`F(y_i \mid \eta_i)` of one posterior draw are uniform and
-    independent if the program is correct. None if the family has no distribution function
-    (`Family.cdf`), or no residuals to check.
 
-    References
-    ----------
-    Dunn and Smyth (1996), JCGS 5(3): randomized quantile residuals.
-    """
-    model, family = posterior.model, posterior.model.family
-    if family.no_residuals:
-        return None
-    source = model.encode(posterior.data)
-    index = torch.arange(len(source))
-    if len(source) > MOST_ROWS:
-        generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(len(source), generator=generator)[:MOST_ROWS]
-    index = index.to(source.like.device)
-    rows = source.batch(index, dense_up_to=max([0, *map(len, source.counts.values())]))
-    drawn = selected(latents, slice(PIVOTAL_DRAWS))
-    with torch.no_grad():
-        eta = model.predictor(rows, drawn).eta
-        parameters = {
-            name: value.reshape(-1, 1) for name, value in model.family_parameters(drawn).items()
-        }
-        y = rows.outcome().double()
-        eta = eta.reshape(-1, *eta.shape[-2:])
-        draws = max([len(eta), *map(len, parameters.values())])
-        rng, tests = np.random.default_rng(seed), []
-        for draw in range(draws):  # draw by draw, because each needs several arrays of all rows
-            values = {
-                name: all_draws[min(draw, len(all_draws) - 1)]
-                for name, all_draws in parameters.items()
-            }
-            predictor = eta[min(draw, len(eta) - 1)]
-            upper = family.cdf(y, predictor, values, rows)
-            if upper is None:
-                return None
-            lower = family.cdf(y - 1, predictor, values, rows) if family.integer else upper
-            assert lower is not None  # for mypy: the same function returned `upper`
-            noise = rng.uniform(size=len(y))
-            quantiles = lower.numpy() + noise * (upper - lower).numpy()
-            tests.append(scipy.stats.kstest(quantiles, "uniform"))
-    p = float(np.median([test.pvalue for test in tests]))
-    return p, float(np.mean([test.statistic for test in tests]))
+def _advice(family: Family, factor: str, statistic: str) -> str:
+    """The next step if a statistic of the clusters is not as predicted."""
+    if statistic == "mean":
+        return f"more random effects of {factor} (a slope), or a feature of its clusters"
+    if family.integer and not family.is_class and not family.parameters:
+        return (
+            "overdispersion or too many zeros: family 'negative_binomial' for counts, or an effect "
+            "of every row"
+        )
+    if family.parameters:
+        return (
+            f"the spread differs between clusters of {factor}: transform the outcome, or choose "
+            "another family"
+        )
+    return f"more random effects of {factor} (a slope), or another family"
+
+
+def _left_out(weighted: ImportanceDraws) -> tuple[np.ndarray, np.ndarray]:
+    """log p(y_k | y of the other clusters) and k-hat of its weights; NaN if not computed."""
+    clusters, weighed = weighted.clusters.T, ~np.isnan(weighted.cluster_k_hat)
+    elpd, k_hat = np.full(len(weighed), np.nan), np.full(len(weighed), np.nan)
+    smoothed, k_hat[weighed] = pareto_smooth(weighted.log_weights - clusters)
+    elpd[weighed] = np.logaddexp.reduce(smoothed + clusters, axis=1)
+    return elpd, k_hat

@@ -15,7 +15,7 @@ import typer
 
 from armed_pyro._memory import most_held
 from armed_pyro.cli.console import err, out
-from armed_pyro.cli.options import FitOptions, Missing
+from armed_pyro.cli.options import FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import read_table, write_table
@@ -25,6 +25,7 @@ from armed_pyro.families.family import Family
 from armed_pyro.families.registry import family_named
 from armed_pyro.fit_result import Fit
 from armed_pyro.fitting import DivergenceError, fit
+from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.scores import evaluate
@@ -52,7 +53,8 @@ def fit_table(options: FitOptions) -> None:
     """Fit a program to a table, save it to a folder, and print its summary.
 
     The command exits with code 1 if the loss diverged, and with 130 after an interrupt; a message
-    says which state was saved.
+    says which state was saved. With `strict` it exits with 3, after saving, if either verdict is
+    "fail".
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
@@ -71,12 +73,23 @@ def fit_table(options: FitOptions) -> None:
     if not first_process():
         return
     run = options.run
+    if options.refine is Refine.nuts:
+        result = _by_nuts(result)
     result.save(run, draws=options.draws, prob=options.prob)
     _print_fit(result, split.held_out, run, options.prob)
     if isinstance(split.training, StreamedData):
         out.print(f"Most memory held: {most_held() / 1e9:.2f} GB")
     for name in (CHECKPOINT, PARTIAL):
         (run / name).unlink(missing_ok=True)
+    if options.strict and result.diagnostics().failed:
+        raise typer.Exit(3)
+
+
+def _by_nuts(result: Fit) -> Fit:
+    """The fit with draws by NUTS, after saying how long they will take."""
+    seconds = nuts_seconds(result.posterior)
+    err.print(f"Drawing by NUTS, which will take about {duration(seconds)}")
+    return result.refine("nuts")
 
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:

@@ -18,6 +18,7 @@ T = TypeVar("T")
 Compile = StrEnum("Compile", ["auto", "always", "never"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 Missing = StrEnum("Missing", ["error", "drop"])
+Refine = StrEnum("Refine", ["psis", "nuts"])
 
 
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
@@ -146,6 +147,17 @@ class FitOptions:
     )
     draws: int = option(1000, "Posterior draws to save: --draws 2000")
     prob: float = PROBABILITY
+    refine: Refine = option(
+        Refine.psis,
+        "Posterior draws: the guide's, weighted (psis), or exact but slow ones by NUTS, whose "
+        "expected time is told first: --refine nuts",
+    )
+    strict: bool = option(
+        False,
+        "Exit with code 3, after saving, if the verdict on the computation or on the model is "
+        "'fail'",
+        "--strict",
+    )
     memory: str | None = option(
         None,
         "Memory to stay within: a Parquet table that would take more is streamed from disk "

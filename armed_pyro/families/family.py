@@ -216,8 +216,7 @@ class Family(ABC):
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues | None:
         """P(Y <= y | eta, parameters) in double precision; None, the default, if it is unknown.
 
-        Residuals cannot be checked without it. The verdict on a fit then warns, unless
-        `no_residuals` gives the reason.
+        Residuals cannot be checked without it, which the verdict on the model then says.
         """
         return None
 

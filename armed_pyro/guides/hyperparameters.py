@@ -21,7 +21,7 @@ from armed_pyro.distributions.cholesky_correlation import CorrelationCholesky
 from armed_pyro.distributions.flow import AutoregressiveNormal, CoupledNormal, Flow, FlowParameters
 from armed_pyro.program.model import MixedEffects
 
-__all__ = ["Hyperparameters"]
+__all__ = ["Hyperparameters", "is_positive"]
 
 
 # With more hyperparameters than this, steps of the guide's matrices are shortened in proportion.
@@ -177,13 +177,14 @@ def _global_sites(model: MixedEffects) -> tuple[_GlobalSite, ...]:
             transform = CorrelationCholesky()
         free = transform.inv(trace.nodes[name]["value"])
         stop = start + free.numel()
-        positive, event_dim = _is_positive(distribution.support), distribution.event_dim
+        positive, event_dim = is_positive(distribution.support), distribution.event_dim
         sites.append(_GlobalSite(name, start, stop, free.shape, event_dim, transform, positive))
         start = stop
     return tuple(sites)
 
 
-def _is_positive(support: Any) -> bool:
+def is_positive(support: Any) -> bool:
+    """Whether a support is the positive numbers, such as that of an sd."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return bool(getattr(support, "lower_bound", None) == 0)

@@ -190,6 +190,10 @@ class Run:
         bad = [name for name, value in self.task.state().items() if not value.isfinite().all()]
         if bad:
             cause += f"; parameters not finite: {', '.join(bad[:3])}"
+        extremes = "features and outcome"
+        if self.task.data.offset is not None:
+            largest = float(self.task.data.offset.abs().max())
+            extremes = f"features, outcome and offset (up to {largest:.4g}; take logs of exposures)"
         self.task.return_to(self._good)
         self.phase.keep_best()
         self.phase.release()
@@ -197,8 +201,8 @@ class Run:
         return TrainingDiverged(
             f"the loss diverged at step {self.step + 1}: {cause}. Try a lower learning rate "
             f"(now {schedule.learning_rate} for the guide, {schedule.net_learning_rate} for the "
-            "network), and look for extreme values in features and outcome. The error's `fit` "
-            "attribute holds the last good state.",
+            f"network), and look for extreme values in {extremes}. The error's `fit` attribute "
+            "holds the last good state.",
             self.result(),
         )
 

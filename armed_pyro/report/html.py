@@ -60,7 +60,7 @@ def page(
         }
     components = results.variance_components
     is_spread = components.statistic.isin(["sd", "variance", "cor"])
-    figures = results.verdict.figures.items()
+    figures = results.verdicts.figures.items()
     source = (files("armed_pyro.report") / TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.tests["text_column"] = pd.api.types.is_string_dtype
@@ -71,8 +71,8 @@ def page(
         program=_program(results),
         convergence=_convergence(results),
         loss=loss,
-        verdict=_verdict(results),
-        checks=_checks(results.verdict.checks),
+        verdicts=_verdicts(results),
+        checks=_checks(results.verdicts.checks),
         figures={name: f"{value:.4g}" for name, value in figures if value is not None},
         spreads=components[is_spread],
         shares=components[~is_spread],
@@ -104,13 +104,15 @@ def _convergence(results: Results) -> Remark:
     return Remark("good" if results.posterior.converged else "bad", text[0].upper() + text[1:])
 
 
-def _verdict(results: Results) -> Remark:
-    verdict = results.verdict.verdict
-    return Remark("good" if verdict == "pass" else "bad", verdict.upper())
+def _verdicts(results: Results) -> list[Remark]:
+    return [
+        Remark("good" if found.word == "pass" else "bad", f"{part.capitalize()}: {found.sentence}")
+        for part, found in results.verdicts.conclusions.items()
+    ]
 
 
 def _checks(checks: pd.DataFrame) -> pd.DataFrame:
-    shown = checks[["verdict", "name", "reason", "advice"]]
+    shown = checks[["part", "verdict", "name", "reason", "effect", "threshold", "p", "advice"]]
     return shown if shown["advice"].any() else shown.drop(columns="advice")
 
 

@@ -10,34 +10,59 @@ import pandas as pd
 from armed_pyro.inference.posterior import Posterior
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """The answer to "Can the fit be trusted?".
+@dataclass(frozen=True)
+class Conclusion:
+    """The verdict on one part of a fit.
 
     Attributes
     ----------
-    verdict : {"pass", "warn", "fail"}
-        The worst answer of all checks.
-    checks : pandas.DataFrame
-        One row per check, with columns verdict, name, reason and advice among others.
-    figures : mapping of str to float or None
-        Numbers that are reported without a verdict.
-    brief : str
-        The verdict in words, and the checks that did not pass.
+    word : {"pass", "warn", "fail", "not checked"}
+        The worst result of the part's checks.
+    sentence : str
+        The verdict in words.
+
+    Examples
+    --------
+    >>> Conclusion("pass", "trustworthy.").word
+    'pass'
     """
 
-    verdict: str
+    word: str
+    sentence: str
+
+
+@dataclass(frozen=True, eq=False)
+class Verdicts:
+    """Whether the draws of a fit can be trusted, and whether its model misfits.
+
+    Attributes
+    ----------
+    conclusions : mapping of str to Conclusion
+        The verdicts on "computation" and "model".
+    checks : pandas.DataFrame
+        One row per check, with columns verdict, part, name, reason and advice among others.
+    figures : mapping of str to float or None
+        Numbers that are reported without a verdict.
+    text : str
+        Both verdicts in words, with advice.
+
+    Examples
+    --------
+    ``fit.results().verdicts.text``
+    """
+
+    conclusions: Mapping[str, Conclusion]
     checks: pd.DataFrame
     figures: Mapping[str, float | None]
-    brief: str
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """The tables and the verdict of a fit; `prob` is the probability of the tables' intervals."""
+    """The tables and the verdicts of a fit; `prob` is the probability of the tables' intervals."""
 
     posterior: Posterior
     prob: float
     variance_components: pd.DataFrame
     fixed_effects: pd.DataFrame
-    verdict: Verdict
+    verdicts: Verdicts

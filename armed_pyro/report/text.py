@@ -21,7 +21,7 @@ def summarize(results: Results) -> str:
     model = results.posterior.model
     lines = (f"  {site}: {prior}" for site, prior in priors(model).items())
     parts = [_head(model), _section("Priors", "\n".join(lines)), _random(results), _fixed(results)]
-    parts += [_convergence(results), _section("Verdict", results.verdict.brief)]
+    parts += [_convergence(results), results.verdicts.text]
     return "\n\n".join(parts)
 
 

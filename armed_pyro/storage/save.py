@@ -230,7 +230,19 @@ def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
         )
         draws = most
     for name in _groups(posterior, draws):
-        group = GROUPS[name](posterior, draws, posterior.seed)
+        try:
+            group = GROUPS[name](posterior, draws, posterior.seed)
+        except (ArithmeticError, ValueError, RuntimeError) as error:
+            if name in ("observed_data", "constant_data"):
+                raise  # the fit could not be loaded without them
+            # Rates of a diverged fit may not be finite. What can be computed is kept.
+            cause = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"{POSTERIOR} is without {name}, which could not be computed: {cause}",
+                UserWarning,
+                stacklevel=4,
+            )
+            continue
         if group.data_vars:
             group.to_netcdf(path, mode="a", group=name, engine="h5netcdf")
         del group

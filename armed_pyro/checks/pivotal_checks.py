@@ -1,0 +1,256 @@
+"""Checks of what is pivotal if the model is right: random effects and residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import scipy
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from armed_pyro.checks.check import LEVEL, Check, severity
+from armed_pyro.checks.predictive_checks import MOST_ROWS, PIVOTAL_DRAWS
+from armed_pyro.checks.rank_tests import holm
+from armed_pyro.guides.base import selected
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.random_effects.grouping_factor import Factor
+
+__all__ = ["Shape", "effect_shapes", "normality_checks", "residual_check", "residual_uniformity"]
+
+
+Draws = Mapping[str, Tensor]
+# Larger factors are checked in a sample of this many clusters.
+MOST_CLUSTERS = 500
+# Skewness of a gamma with shape 7; excess kurtosis of a t with 9 degrees of freedom; excess
+# kurtosis between a semicircle (-1) and a triangle (-0.6). Normal intervals hold up to these.
+SKEWED, LONG_TAILS, FLAT = 0.75, 1.5, -0.8
+# Distance of residuals from uniform, the error of a predicted probability, that matters.
+MISSED, MISSED_BY_FAR = 0.05, 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Departure of a term's random effects from a normal distribution.
+
+    Attributes
+    ----------
+    term : str
+        The term.
+    statistic : {"skewness", "excess kurtosis"}
+        What departs.
+    value : float
+        Its mean over posterior draws; 0 for a normal distribution.
+    interval : (float, float)
+        90% interval over clusters, for normal effects of this value.
+    p : float
+        p-value of a normal distribution, the median over draws.
+
+    Examples
+    --------
+    >>> Shape("Intercept", "skewness", 0.9, (0.5, 1.3), 1e-4).size
+    1.2
+    """
+
+    term: str
+    statistic: str
+    value: float
+    interval: tuple[float, float]
+    p: float
+
+    @property
+    def size(self) -> float:
+        """The departure, relative to the size that matters."""
+        if self.statistic == "skewness":
+            return abs(self.value) / SKEWED
+        return max(self.value / LONG_TAILS, self.value / FLAT)
+
+
+def normality_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
+    """Checks that the random effects of every factor are normal."""
+    shapes = [effect_shapes(f, latents, seed=posterior.seed) for f in posterior.model.factors]
+    tests = [shape for each in shapes for shape in each]
+    # Two tests of each term, as the median over draws is not uniform: twice Holm's p.
+    adjusted = (2 * holm(np.array([shape.p for shape in tests]))).clip(max=1)
+    p_of = dict(zip(map(id, tests), adjusted.tolist(), strict=True))
+    for factor, each in zip(posterior.model.factors, shapes, strict=True):
+        name = f"normality of {factor.name}"
+        if each:
+            yield _normality(name, factor, each, [p_of[id(shape)] for shape in each])
+        elif len(posterior.model.data_facts().levels[factor.name]) < 8:
+            reason = f"{factor.name!r} has fewer than 8 clusters"
+            yield Check("model", name, "not checked", reason)
+
+
+def _normality(name: str, factor: Factor, shapes: list[Shape], p: list[float]) -> Check:
+    """The verdict on the worst term of a factor."""
+    noise = [value > LEVEL for value in p]
+    place = max(range(len(shapes)), key=lambda i: (not noise[i], shapes[i].size))
+    worst = shapes[place]
+    verdict = severity(worst.size, 1.0, 2.0, noise=noise[place])
+    found = f"{worst.statistic} {worst.value:.2f} of {worst.term}, p = {p[place]:.2g}"
+    reason = f"random effects of {factor.name} look normal ({found})"
+    advice = ""
+    if verdict != "pass":
+        flat = worst.statistic == "excess kurtosis" and worst.value < 0
+        kind = "skewed" if worst.statistic == "skewness" else "long-tailed"
+        kind = "in groups" if flat else kind
+        reason = f"random effects of {factor.name} are {kind}, not normal ({found})"
+        groups = (
+            "look at their histogram: groups of clusters point to a missing feature of clusters"
+        )
+        tails = "look at their histogram: a few outlying clusters, or an outcome to transform"
+        advice = groups if flat else tails
+    limit = SKEWED if worst.statistic == "skewness" else LONG_TAILS if worst.value > 0 else FLAT
+    effect = f"{worst.statistic} of the random effects"
+    return Check(
+        "model", name, verdict, reason, worst.value, effect, limit, p[place], worst.interval, advice
+    )
+
+
+def effect_shapes(factor: Factor, latents: Draws, *, seed: int = 0) -> list[Shape]:
+    r"""Skewness and excess kurtosis of the random effects of each term.
+
+    In one posterior draw, :math:`z_k = L^{-1} u_k` are independent standard normal if the program
+    is correct, which makes them pivotal. Values are means over draws, p-values medians over draws.
+    Large factors are checked in a sample of their clusters. Factors with fewer than 8 clusters are
+    not checked; kurtosis is not checked with fewer than 20.
+
+    References
+    ----------
+    Yuan and Johnson (2012), Biometrics 68(1): goodness-of-fit diagnostics for Bayesian
+    hierarchical models.
+    """
+    effects = latents[factor.effect_site]
+    if effects.dim() < 3 or effects.shape[1] < 8:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    clusters = torch.randperm(effects.shape[1], generator=generator)[:MOST_CLUSTERS]
+    effects = effects[:PIVOTAL_DRAWS, clusters]
+    draws = selected(latents, slice(PIVOTAL_DRAWS))
+    scale = factor.scale_matrix(draws).expand(len(effects), 1, -1, -1)
+    z = torch.linalg.solve_triangular(scale, effects[..., None], upper=False)[..., 0]
+    by_draw = z.double().cpu().numpy()
+    if not np.isfinite(by_draw).all():
+        raise ValueError("the random effects' draws are not finite")
+    n, shapes = by_draw.shape[1], []
+    for place, term in enumerate(factor.terms):
+        values = by_draw[..., place]
+        skewness = float(scipy.stats.skew(values, axis=1, bias=False).mean())
+        p = float(np.median(scipy.stats.skewtest(values, axis=1).pvalue))
+        shapes.append(Shape(term, "skewness", skewness, _within(skewness, (6 / n) ** 0.5), p))
+        if n >= 20:  # the test is inaccurate for fewer clusters
+            kurtosis = float(scipy.stats.kurtosis(values, axis=1, bias=False).mean())
+            p = float(np.median(scipy.stats.kurtosistest(values, axis=1).pvalue))
+            interval = _within(kurtosis, (24 / n) ** 0.5)
+            shapes.append(Shape(term, "excess kurtosis", kurtosis, interval, p))
+    return shapes
+
+
+def _within(value: float, error: float) -> tuple[float, float]:
+    """90% interval of a value with a normal error."""
+    return value - 1.645 * error, value + 1.645 * error
+
+
+def residual_check(posterior: Posterior, latents: Draws) -> Iterator[Check]:
+    """Check that quantile residuals are uniform."""
+    family = posterior.model.family
+    if family.no_residuals:
+        reason = f"family {family.name!r}: {family.no_residuals}"
+        yield Check("model", "residuals", "not checked", reason)
+        return
+    uniformity = residual_uniformity(posterior, latents, seed=posterior.seed)
+    if uniformity is None:
+        reason = f"family {family.name!r} gives no distribution function"
+        advice = "add the method `cdf` to the family, so that its residuals can be checked"
+        yield Check("model", "residuals", "not checked", reason, advice=advice)
+        return
+    p, distance, error = uniformity
+    verdict = severity(distance, MISSED, MISSED_BY_FAR, noise=p > LEVEL)
+    fits = "fits" if verdict == "pass" else "misses"
+    yield Check(
+        "model",
+        "residuals",
+        verdict,
+        f"the distribution of family {family.name!r} {fits} the outcomes: its probabilities are "
+        f"off by up to {distance:.3f} (quantile residuals against uniform, p = {p:.2g})",
+        distance,
+        "largest error of a predicted probability (Kolmogorov-Smirnov distance)",
+        MISSED,
+        p,
+        (max(0.0, distance - error), distance + error),
+        "" if verdict == "pass" else "try another family, or transform the outcome",
+    )
+
+
+def residual_uniformity(
+    posterior: Posterior, latents: Draws, *, seed: int = 0
+) -> tuple[float, float, float] | None:
+    r"""Uniformity of quantile residuals: p-value, Kolmogorov-Smirnov distance and its error.
+
+    Randomised quantile residuals :math:`F(y_i \mid \eta_i)` of one posterior draw are uniform and
+    independent if the program is correct. The p-value is the median over draws, the distance the
+    mean; the error is half of its 90% interval for this number of rows. None if the family has no
+    distribution function (`Family.cdf`).
+
+    Raises
+    ------
+    ValueError
+        If residuals are not finite.
+
+    References
+    ----------
+    Dunn and Smyth (1996), JCGS 5(3): randomized quantile residuals.
+    """
+    tests, n = [], 0
+    for quantiles in _residuals(posterior, latents, seed):
+        if quantiles is None:
+            return None
+        if not np.isfinite(quantiles).all():
+            share = 1 - np.isfinite(quantiles).mean()
+            raise ValueError(f"predictions are not finite numbers in {share:.0%} of the rows")
+        tests.append(scipy.stats.kstest(quantiles, "uniform"))
+        n = len(quantiles)
+    p = float(np.median([test.pvalue for test in tests]))
+    error = 0.82 / n**0.5  # 1.645 sqrt(1/4 / n), where the distributions differ most
+    return p, float(np.mean([test.statistic for test in tests])), error
+
+
+def _residuals(
+    posterior: Posterior, latents: Draws, seed: int
+) -> Iterator[Float[np.ndarray, " rows"] | None]:
+    """Randomised quantile residuals of up to 50,000 rows, draw by draw; None without a CDF."""
+    model, family = posterior.model, posterior.model.family
+    source = model.encode(posterior.data)
+    index = torch.arange(len(source))
+    if len(source) > MOST_ROWS:
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randperm(len(source), generator=generator)[:MOST_ROWS]
+    index = index.to(source.like.device)
+    rows = source.batch(index, dense_up_to=max([0, *map(len, source.counts.values())]))
+    drawn = selected(latents, slice(PIVOTAL_DRAWS))
+    with torch.no_grad():
+        eta = model.predictor(rows, drawn).eta
+        parameters = {
+            name: value.reshape(-1, 1) for name, value in model.family_parameters(drawn).items()
+        }
+        y = rows.outcome().double()
+        eta = eta.reshape(-1, *eta.shape[-2:])
+        draws = max([len(eta), *map(len, parameters.values())])
+        rng = np.random.default_rng(seed)
+        for draw in range(draws):  # draw by draw, because each needs several arrays of all rows
+            values = {
+                name: all_draws[min(draw, len(all_draws) - 1)]
+                for name, all_draws in parameters.items()
+            }
+            predictor = eta[min(draw, len(eta) - 1)]
+            upper = family.cdf(y, predictor, values, rows)
+            if upper is None:
+                yield None
+                return
+            lower = family.cdf(y - 1, predictor, values, rows) if family.integer else upper
+            assert lower is not None  # for mypy: the same function returned `upper`
+            noise = rng.uniform(size=len(y))
+            yield lower.numpy() + noise * (upper - lower).numpy()

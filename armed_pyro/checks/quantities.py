@@ -1,0 +1,38 @@
+"""Draws of every reported hyperparameter, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from armed_pyro.inference.posterior import Posterior
+from armed_pyro.summaries.datatree import latent_dataset
+
+__all__ = ["reported"]
+
+
+def reported(
+    posterior: Posterior, latents: Mapping[str, Tensor]
+) -> dict[str, Float[np.ndarray, " draws"]]:
+    """Draws of every hyperparameter on the original scale; names such as ``site_sd[Intercept]``.
+
+    Random effects are left out; quantities that are known are constant.
+
+    Examples
+    --------
+    ``reported(fit.posterior, fit.draws())["site_sd[Intercept]"].mean()``
+    """
+    effects = {factor.effect_site for factor in posterior.model.factors}
+    outside = {name: value for name, value in latents.items() if name not in effects}
+    n = max([1, *(len(value) for value in outside.values() if value.dim() > 1)])
+    values: dict[str, Float[np.ndarray, " draws"]] = {}
+    for name, array in latent_dataset(posterior.model, outside, n).data_vars.items():
+        draws = array.to_numpy()[0].astype(float)
+        labels = [array[dim].to_numpy() for dim in array.dims[2:]]
+        for place in np.ndindex(draws.shape[1:]):
+            label = ",".join(str(names[i]) for names, i in zip(labels, place, strict=True))
+            values[f"{name}[{label}]" if label else str(name)] = draws[:, *place]
+    return values
