@@ -39,6 +39,18 @@ def listing(items: Iterable[Any], most: int = 10) -> str:
     return ", ".join(shown[:most]) + rest if shown else "none"
 
 
+def check_prob(prob: float, name: str = "`prob`") -> None:
+    """Raise ValueError if the probability of an interval is not between 0 and 1.
+
+    >>> check_prob(95)
+    Traceback (most recent call last):
+    ValueError: `prob` must lie between 0 and 1, not 95: write 0.95
+    """
+    if not 0 < prob < 1:
+        hint = f": write {prob / 100:g}" if 1 < prob < 100 else ""
+        raise ValueError(f"{name} must lie between 0 and 1, not {prob:g}{hint}")
+
+
 def count_rows(count: int) -> str:
     """A number of rows as text: ``1 row``, ``2 rows``."""
     return f"{count} row" if count == 1 else f"{count} rows"

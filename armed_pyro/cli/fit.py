@@ -14,6 +14,7 @@ from typing import Any, cast
 import typer
 
 from armed_pyro._memory import most_held
+from armed_pyro._messages import check_prob
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
@@ -58,8 +59,7 @@ def fit_table(options: FitOptions) -> None:
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
-    if not 0 < options.prob < 1:
-        raise ValueError(f"--prob must lie between 0 and 1, not {options.prob}")
+    check_prob(options.prob, "--prob")
     if options.adversary_weight is not None and options.adversary is None:
         raise ValueError("--adversary-weight needs --adversary FACTOR")
     steps = Schedule.steps if options.steps is None else options.steps

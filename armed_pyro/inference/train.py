@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pyro
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from armed_pyro._memory import release
 from armed_pyro.data.clustered import ClusteredData
@@ -98,7 +105,7 @@ def train(
             run.restore(Checkpoint.read(path))
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         shown = progress and processes.first
-        with _threads(size), _progress_bar(schedule.steps, shown) as report:
+        with _threads(size), _progress_bar(schedule, shown) as report:
             run.train(path, report)
         processes.same(bound, bound_guide)
     posterior, frozen_rows = run.result(), run.phase.frozen_rows
@@ -126,15 +133,20 @@ def _threads(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int, str], None]]:
+def _progress_bar(schedule: Schedule, show: bool) -> Iterator[Callable[[int, str], None]]:
+    """Steps and time; the time left only if the number of steps is fixed.
+
+    Otherwise training ends when the loss has stopped improving, mostly long before `steps`.
+    """
+    fixed = schedule.stages == 0
     columns = (
         TextColumn("fitting"),
-        BarColumn(),
-        TextColumn("step {task.completed}/{task.total}"),
+        *([BarColumn()] if fixed else [SpinnerColumn()]),
+        TextColumn("step {task.completed} of " + ("" if fixed else "at most ") + "{task.total}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        *([TimeRemainingColumn()] if fixed else []),
         TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=schedule.steps)
         yield lambda step, text: bar.update(task, completed=step, description=text)

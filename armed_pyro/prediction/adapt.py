@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from armed_pyro._messages import listing
+from armed_pyro._messages import check_prob, listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.guides.base import selected
@@ -100,6 +100,7 @@ class Adapted:
         The columns are factor, cluster, rows (number of labelled rows), term, mean, sd, lower and
         upper.
         """
+        check_prob(prob)
         records: list[tuple[Any, ...]] = []
         tail = (1 - prob) / 2
         for factor in self.posterior.model.factors:

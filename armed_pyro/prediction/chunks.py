@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from armed_pyro._messages import check_prob
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.result import NewEffects, Prediction, Reconstructed
@@ -144,7 +145,6 @@ def new_effects(
 
 def check_settings(draws: int, prob: float) -> None:
     """Raise ValueError if there are fewer than two draws, or `prob` is not a probability."""
-    if not 0 < prob < 1:
-        raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
+    check_prob(prob)
     if draws < 2:
         raise ValueError(f"a prediction needs at least 2 draws, not {draws}")

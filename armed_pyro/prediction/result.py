@@ -10,6 +10,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Shaped
 
+from armed_pyro._messages import check_prob
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
 
@@ -105,7 +106,9 @@ class Prediction:
         """
         if of not in ("expected", "outcome"):
             raise ValueError(f"`of` is 'expected' or 'outcome', not {of!r}")
-        tail = (1 - (self.prob if prob is None else prob)) / 2
+        prob = self.prob if prob is None else prob
+        check_prob(prob)
+        tail = (1 - prob) / 2
         draws = self.expected if of == "expected" else self.outcome
         return tuple(np.quantile(draws, [tail, 1 - tail], axis=0))
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro._messages import check_prob
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.model import MixedEffects
@@ -106,6 +107,7 @@ def random_effects(
     The columns are factor, term, cluster, mean, lower, upper. The parameters are those of
     `variance_components`.
     """
+    check_prob(prob)
     latents = posterior.draws(draws, seed=seed)
     levels = posterior.model.data_facts().levels
     tail = (1 - prob) / 2
@@ -210,6 +212,7 @@ def _table(
     rows: Sequence[tuple[*tuple[str, ...], Tensor]], names: list[str], prob: float
 ) -> pd.DataFrame:
     """Labels and summaries of draws, one row per quantity."""
+    check_prob(prob)
     tail = (1 - prob) / 2
     records = []
     for *labels, values in rows:
