@@ -15,7 +15,8 @@ from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
 from armed_pyro.checks.check import Check, checked, severity
 from armed_pyro.checks.design_checks import dependencies, separating
 from armed_pyro.checks.inference_checks import inference_checks
-from armed_pyro.checks.pivotal_checks import normality_checks, residual_check
+from armed_pyro.checks.misfit_checks import misfit_checks
+from armed_pyro.checks.pivotal_checks import normality_checks
 from armed_pyro.checks.predictive_checks import cluster_checks, predictive_checks
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.models.dense import dense
@@ -136,7 +137,9 @@ def test_an_sd_that_cannot_be_told_from_zero_is_named():
     nothing = simulate(gaussian, clusters=30, effects=lambda rng, n: np.zeros(n))
     _, found = diagnosed(nothing, "gaussian")
     (check,) = named(found, "boundary of site[Intercept]")
-    assert check.verdict == "warn"
+    assert check.verdict == "note"
+    assert found.model.word == "pass"
+    assert "cannot be told from zero" in found.model.sentence
     assert "leave" not in check.advice
 
 
@@ -271,7 +274,7 @@ def test_predictions_that_are_not_finite_fail_and_lose_nothing(value, tmp_path):
     assert [check.verdict for check in checks] == ["fail"]
     assert "could not be computed" in checks[0].reason
     if not value < 1000:
-        (check,) = checked("model", "residuals", lambda: residual_check(posterior, latents))
+        (check,) = checked("model", "residuals", lambda: misfit_checks(posterior, latents))
         assert check.verdict == "fail"
     with torch.no_grad():
         result.guide.hyperparameters.shift.add_(1000)
@@ -303,7 +306,10 @@ def test_k_hat_warns_where_means_and_sds_may_be_wrong():
     assert wrong.verdict == "warn"
     assert wrong.effect > wrong.threshold
     assert "refine nuts" in wrong.advice
-    assert re.search(r"about \d+ (second|minute)s", wrong.advice)
+    posterior = replace(result.posterior, importance=replace(weighted, log_weights=few))
+    lines = str(Fit(posterior).diagnostics()).splitlines()
+    assert lines[1].endswith("--refine nuts")
+    assert re.search(r"exact draws will take about \d+ (second|minute)s on this machine", lines[2])
     assert accuracy(k_hat=1.2).verdict == "fail"
     assert accuracy(k_hat=np.inf).verdict == "fail"
 

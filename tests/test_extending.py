@@ -208,7 +208,7 @@ def residuals(result):
 def test_residuals_are_checked_by_the_familys_distribution_function(result):
     check = residuals(result)
     assert check.verdict == "pass"
-    assert check.value > 0.01
+    assert check.p > 0.01
     skewed = dataclasses.replace(result.data, outcome=result.data.outcome.exp())
     wrong = Fit(dataclasses.replace(result.posterior, data=skewed))
     assert residuals(wrong).verdict == "fail"

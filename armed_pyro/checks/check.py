@@ -24,8 +24,8 @@ __all__ = [
 
 
 Part = Literal["computation", "model"]
-Word = Literal["pass", "warn", "fail", "not checked"]
-SEVERITY: tuple[Word, ...] = ("not checked", "pass", "warn", "fail")
+Word = Literal["pass", "note", "warn", "fail", "not checked"]
+SEVERITY: tuple[Word, ...] = ("not checked", "pass", "note", "warn", "fail")
 # Level of the tests of one kind together. Each part of the verdict has at most 20 kinds, so that a
 # healthy fit warns in at most 2%.
 LEVEL = 1e-3
@@ -37,9 +37,10 @@ BROKEN = (ArithmeticError, ValueError, RuntimeError, np.linalg.LinAlgError)
 class Check:
     """The result of one check of a fit.
 
-    A check warns or fails only if its effect exceeds the threshold, and is not noise. A check that
-    cannot be computed fails; a check that does not apply, or that would take too long, is "not
-    checked", which does not count as passed.
+    A check warns or fails only if its effect exceeds the threshold, and is not noise. A "note" finds
+    nothing wrong, but something that a reader of the tables must know. A check that cannot be
+    computed fails; a check that does not apply, or that would take too long, is "not checked",
+    which does not count as passed.
 
     Attributes
     ----------
@@ -47,7 +48,7 @@ class Check:
         Whether the check judges the draws, or the model that they come from.
     name : str
         Name of the check.
-    verdict : {"pass", "warn", "fail", "not checked"}
+    verdict : {"pass", "note", "warn", "fail", "not checked"}
         Result.
     reason : str
         Result in a plain sentence; technical terms follow in brackets.

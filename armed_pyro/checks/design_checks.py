@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Float
 from scipy.linalg import solve_triangular
-from scipy.optimize import linprog
 from torch import Tensor
 
 from armed_pyro.checks.check import Check, severity
@@ -218,6 +217,8 @@ def separating(
     []
     """
     design = np.column_stack([np.ones(len(x)), x]) if intercept else x
+    from scipy.optimize import linprog  # slow to import, and rarely needed
+
     whole = np.unique(np.column_stack([sides, design]), axis=0)
     if whole.size > MOST_VALUES:
         return None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from armed_pyro.checks.check import BROKEN, SEVERITY, Check, Part, cause, checked, failed
 from armed_pyro.checks.design_checks import design_checks
-from armed_pyro.checks.inference_checks import finite_draws, inference_checks
-from armed_pyro.checks.pivotal_checks import normality_checks, residual_check
+from armed_pyro.checks.inference_checks import EXACT, finite_draws, inference_checks
+from armed_pyro.checks.misfit_checks import misfit_checks
+from armed_pyro.checks.pivotal_checks import normality_checks
 from armed_pyro.checks.predictive_checks import predictive_checks
 from armed_pyro.checks.prior_checks import (
     boundary_checks,
@@ -22,6 +23,7 @@ from armed_pyro.checks.prior_checks import (
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.inference.importance_sampling import affordable, weighed
 from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.summaries.arviz_stats import leave_one_out
 
 __all__ = ["diagnose"]
@@ -43,7 +45,7 @@ GROUPS: tuple[tuple[Part, str, Group], ...] = (
     ("model", "prior sensitivity", sensitivity_checks),
     ("model", "coefficients", coefficient_checks),
     ("model", "normality", normality_checks),
-    ("model", "residuals", residual_check),
+    ("model", "residuals", misfit_checks),
 )
 
 
@@ -56,7 +58,9 @@ def diagnose(posterior: Posterior, weigh: Callable[[], Posterior] | None = None)
 
     Checks of the model are collinear columns and separation, what the data say of every sd and
     coefficient beyond the prior (power scaling; Kallioinen et al. 2024), posterior predictive
-    checks by cluster, normality of the random effects, and the distribution of the residuals.
+    checks by cluster, normality of the random effects, the distribution of the residuals, and
+    score tests of left-out curves, slopes and factors, of spread, dispersion, autocorrelation and
+    outliers.
     PSIS-LOO and leave-one-cluster-out are reported without a verdict.
 
     Parameters
@@ -86,7 +90,17 @@ def diagnose(posterior: Posterior, weigh: Callable[[], Posterior] | None = None)
         checks += [*_model(posterior, latents), *predictive]
         figures = _figures(posterior, clusters)
     checks.sort(key=lambda check: -SEVERITY.index(check.verdict))
-    return Diagnostics(tuple(checks), clusters, figures)
+    return Diagnostics(tuple(checks), clusters, figures, _time(posterior, checks))
+
+
+def _time(posterior: Posterior, checks: Iterable[Check]) -> str:
+    """Expected time of exact draws, if a check advises them."""
+    if not any(check.advice == EXACT for check in checks):
+        return ""
+    try:
+        return duration(nuts_seconds(posterior))
+    except BROKEN:
+        return ""
 
 
 def _model(posterior: Posterior, latents: Latents) -> Iterator[Check]:

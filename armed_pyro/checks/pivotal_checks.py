@@ -12,13 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.checks.check import LEVEL, Check, severity
-from armed_pyro.checks.predictive_checks import MOST_ROWS, PIVOTAL_DRAWS
+from armed_pyro.checks.predictive_checks import PIVOTAL_DRAWS
+from armed_pyro.checks.quantile_residuals import QuantileResiduals
 from armed_pyro.checks.rank_tests import holm
+from armed_pyro.families.family import Family
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.random_effects.grouping_factor import Factor
 
-__all__ = ["Shape", "effect_shapes", "normality_checks", "residual_check", "residual_uniformity"]
+__all__ = ["Shape", "effect_shapes", "normality_checks", "residual_check", "uniformity"]
 
 
 Draws = Mapping[str, Tensor]
@@ -154,23 +156,19 @@ def _within(value: float, error: float) -> tuple[float, float]:
     return value - 1.645 * error, value + 1.645 * error
 
 
-def residual_check(posterior: Posterior, latents: Draws) -> Iterator[Check]:
+def residual_check(family: Family, residuals: QuantileResiduals) -> Check:
     """Check that quantile residuals are uniform."""
-    family = posterior.model.family
     if family.no_residuals:
         reason = f"family {family.name!r}: {family.no_residuals}"
-        yield Check("model", "residuals", "not checked", reason)
-        return
-    uniformity = residual_uniformity(posterior, latents, seed=posterior.seed)
-    if uniformity is None:
+        return Check("model", "residuals", "not checked", reason)
+    if residuals.z is None:
         reason = f"family {family.name!r} gives no distribution function"
         advice = "add the method `cdf` to the family, so that its residuals can be checked"
-        yield Check("model", "residuals", "not checked", reason, advice=advice)
-        return
-    p, distance, error = uniformity
+        return Check("model", "residuals", "not checked", reason, advice=advice)
+    p, distance, error = uniformity(residuals.z)
     verdict = severity(distance, MISSED, MISSED_BY_FAR, noise=p > LEVEL)
     fits = "fits" if verdict == "pass" else "misses"
-    yield Check(
+    return Check(
         "model",
         "residuals",
         verdict,
@@ -185,72 +183,13 @@ def residual_check(posterior: Posterior, latents: Draws) -> Iterator[Check]:
     )
 
 
-def residual_uniformity(
-    posterior: Posterior, latents: Draws, *, seed: int = 0
-) -> tuple[float, float, float] | None:
-    r"""Uniformity of quantile residuals: p-value, Kolmogorov-Smirnov distance and its error.
+def uniformity(z: Float[np.ndarray, "rows draws"]) -> tuple[float, float, float]:
+    r"""Uniformity of :math:`\Phi(z)`: p-value, Kolmogorov-Smirnov distance and its error.
 
-    Randomised quantile residuals :math:`F(y_i \mid \eta_i)` of one posterior draw are uniform and
-    independent if the program is correct. The p-value is the median over draws, the distance the
-    mean; the error is half of its 90% interval for this number of rows. None if the family has no
-    distribution function (`Family.cdf`).
-
-    Raises
-    ------
-    ValueError
-        If residuals are not finite.
-
-    References
-    ----------
-    Dunn and Smyth (1996), JCGS 5(3): randomized quantile residuals.
+    The p-value is the median over draws, the distance the mean; the error is half of its 90%
+    interval for this number of rows.
     """
-    tests, n = [], 0
-    for quantiles in _residuals(posterior, latents, seed):
-        if quantiles is None:
-            return None
-        if not np.isfinite(quantiles).all():
-            share = 1 - np.isfinite(quantiles).mean()
-            raise ValueError(f"predictions are not finite numbers in {share:.0%} of the rows")
-        tests.append(scipy.stats.kstest(quantiles, "uniform"))
-        n = len(quantiles)
+    tests = [scipy.stats.kstest(draw, "norm") for draw in z.T]
     p = float(np.median([test.pvalue for test in tests]))
-    error = 0.82 / n**0.5  # 1.645 sqrt(1/4 / n), where the distributions differ most
+    error = 0.82 / len(z) ** 0.5  # 1.645 sqrt(1/4 / n), where the distributions differ most
     return p, float(np.mean([test.statistic for test in tests])), error
-
-
-def _residuals(
-    posterior: Posterior, latents: Draws, seed: int
-) -> Iterator[Float[np.ndarray, " rows"] | None]:
-    """Randomised quantile residuals of up to 50,000 rows, draw by draw; None without a CDF."""
-    model, family = posterior.model, posterior.model.family
-    source = model.encode(posterior.data)
-    index = torch.arange(len(source))
-    if len(source) > MOST_ROWS:
-        generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(len(source), generator=generator)[:MOST_ROWS]
-    index = index.to(source.like.device)
-    rows = source.batch(index, dense_up_to=max([0, *map(len, source.counts.values())]))
-    drawn = selected(latents, slice(PIVOTAL_DRAWS))
-    with torch.no_grad():
-        eta = model.predictor(rows, drawn).eta
-        parameters = {
-            name: value.reshape(-1, 1) for name, value in model.family_parameters(drawn).items()
-        }
-        y = rows.outcome().double()
-        eta = eta.reshape(-1, *eta.shape[-2:])
-        draws = max([len(eta), *map(len, parameters.values())])
-        rng = np.random.default_rng(seed)
-        for draw in range(draws):  # draw by draw, because each needs several arrays of all rows
-            values = {
-                name: all_draws[min(draw, len(all_draws) - 1)]
-                for name, all_draws in parameters.items()
-            }
-            predictor = eta[min(draw, len(eta) - 1)]
-            upper = family.cdf(y, predictor, values, rows)
-            if upper is None:
-                yield None
-                return
-            lower = family.cdf(y - 1, predictor, values, rows) if family.integer else upper
-            assert lower is not None  # for mypy: the same function returned `upper`
-            noise = rng.uniform(size=len(y))
-            yield lower.numpy() + noise * (upper - lower).numpy()

@@ -31,11 +31,13 @@ class Verdict:
     part : {"computation", "model"}
         The part: whether the draws can be trusted, or whether the model fits the data.
     word : {"pass", "warn", "fail", "not checked"}
-        The worst result of the part's checks.
+        The worst result of the part's checks; a note counts as "pass".
     misfits : tuple of Check
         The checks that warn or fail, failed checks first.
     unchecked : tuple of Check
         The checks that were not made.
+    notes : tuple of Check
+        The checks that found nothing wrong, but something that a reader must know.
 
     Examples
     --------
@@ -48,6 +50,7 @@ class Verdict:
     word: Word
     misfits: tuple[Check, ...] = ()
     unchecked: tuple[Check, ...] = ()
+    notes: tuple[Check, ...] = ()
 
     @classmethod
     def of(cls, part: Part, checks: Iterable[Check]) -> Verdict:
@@ -55,14 +58,18 @@ class Verdict:
         those = [check for check in checks if check.part == part]
         those.sort(key=lambda check: -SEVERITY.index(check.verdict))
         word: Word = those[0].verdict if those else "not checked"
-        misfits = tuple(check for check in those if check.verdict in ("warn", "fail"))
-        return cls(part, word, misfits, tuple(c for c in those if c.verdict == "not checked"))
+        kinds: list[tuple[Word, ...]] = [("warn", "fail"), ("not checked",), ("note",)]
+        found = [tuple(check for check in those if check.verdict in words) for words in kinds]
+        return cls(part, "pass" if word == "note" else word, *found)
 
     @property
     def sentence(self) -> str:
-        """The verdict in words, with all misfits, and the names of what was not checked."""
+        """The verdict in words, with all misfits and notes, and what was not checked."""
         if self.part == "computation":
-            text = _listed(COMPUTATION[self.word], self.misfits)
+            found = COMPUTATION[self.word]
+            if self.word == "pass" and self.unchecked:
+                found = "no fault found"
+            text = _listed(found, self.misfits)
         elif self.word == "not checked":
             text = "not checked"
         else:
@@ -73,6 +80,8 @@ class Verdict:
             text = _listed(found, wrong) if wrong else "no misfit found"
             if vague:
                 text = _listed(f"{text}; the data say little", vague)
+        if self.notes:
+            text = _listed(f"{text}; note", self.notes)
         if self.unchecked:
             text += f" (not checked: {', '.join(check.name for check in self.unchecked)})"
         return text + "."
@@ -111,6 +120,9 @@ class Diagnostics:
         k_hat, ess, elpd_loo, elpd_loo_se, p_loo, elpd_loo_bad (number of rows with k-hat above
         0.7), elpd_loco, elpd_loco_se, elpd_loco_bad (number of clusters with k-hat above 0.7), and
         the effective number of clusters of each factor.
+    time : str
+        Expected time of exact draws (NUTS) on this machine, in words; empty if they are not
+        advised. It is printed and not saved, as it differs between machines.
 
     Examples
     --------
@@ -124,6 +136,7 @@ class Diagnostics:
     checks: tuple[Check, ...]
     clusters: pd.DataFrame = field(default_factory=pd.DataFrame)
     figures: Mapping[str, float | None] = field(default_factory=dict)
+    time: str = ""
 
     @property
     def computation(self) -> Verdict:
@@ -159,13 +172,17 @@ class Diagnostics:
         }
 
     def __str__(self) -> str:
-        return "\n".join([*_lines(self.computation), *_lines(self.model)])
+        lines = list(_lines(self.computation))
+        if self.time:
+            lines.append(f"     (exact draws will take about {self.time} on this machine)")
+        return "\n".join([*lines, *_lines(self.model)])
 
 
 def _lines(verdict: Verdict) -> Iterator[str]:
     """The verdict, and the advice of its misfits."""
     yield str(verdict)
-    yield from dict.fromkeys(f"  -> {check.advice}" for check in verdict.misfits if check.advice)
+    told = (*verdict.misfits, *verdict.notes)
+    yield from dict.fromkeys(f"  -> {check.advice}" for check in told if check.advice)
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
