@@ -16,8 +16,9 @@ def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
     ValueError("There is no column 'agee'. Did you mean 'age'? There are: 'age', 'sex'.")
     """
     options = list(known)
-    nearest = difflib.get_close_matches(str(name), [str(option) for option in options], n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    folded = {str(option).casefold(): str(option) for option in options}
+    nearest = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    hint = f" Did you mean {folded[nearest[0]]!r}?" if nearest else ""
     return ValueError(f"There is no {what} {name!r}.{hint} There are: {listing(options)}.")
 
 
@@ -40,14 +41,14 @@ def listing(items: Iterable[Any], most: int = 10) -> str:
 
 
 def check_prob(prob: float, name: str = "`prob`") -> None:
-    """Raise ValueError if the probability of an interval is not between 0 and 1.
+    """Raise ValueError if a probability or share is not between 0 and 1.
 
     >>> check_prob(95)
     Traceback (most recent call last):
     ValueError: `prob` must lie between 0 and 1, not 95: write 0.95
     """
     if not 0 < prob < 1:
-        hint = f": write {prob / 100:g}" if 1 < prob < 100 else ""
+        hint = f": write {prob / 100:g}" if 2 <= prob < 100 else ""
         raise ValueError(f"{name} must lie between 0 and 1, not {prob:g}{hint}")
 
 

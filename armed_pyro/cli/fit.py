@@ -59,7 +59,15 @@ def fit_table(options: FitOptions) -> None:
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
+    if options.draws < 2:
+        raise ValueError(f"--draws must be at least 2, not {options.draws}")
     check_prob(options.prob, "--prob")
+    for share, name in [
+        (options.validate_rows, "--validate-rows"),
+        (options.hold_out_clusters, "--hold-out-clusters"),
+    ]:
+        if share is not None:
+            check_prob(share, name)
     if options.adversary_weight is not None and options.adversary is None:
         raise ValueError("--adversary-weight needs --adversary FACTOR")
     steps = Schedule.steps if options.steps is None else options.steps
@@ -265,5 +273,5 @@ def byte_size(text: str | None) -> int:
     match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?b?)\s*", text.lower())
     unit = match and (match[2] if match[2] in UNITS else match[2] + "b")
     if not match or unit not in UNITS or match[1].count(".") > 1 or not float(match[1]) > 0:
-        raise ValueError(f"expected a size such as 2GB or 500MB, found {text!r}")
+        raise ValueError(f"--memory: expected a size such as 2GB or 500MB, found {text!r}")
     return int(float(match[1]) * UNITS[unit])

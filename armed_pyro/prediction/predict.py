@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.columns import NEW, complete_rows
 from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
@@ -241,6 +242,7 @@ def _new_clusters(
     }
     cells: dict[str, pd.DataFrame] = {}
     for frame in _reported(table, 2**18, schema.clusters, "listing clusters", report):
+        complete_rows(frame, "error", NEW)
         for factor, names in columns.items():
             distinct = [cells.get(factor), frame[names].drop_duplicates()]
             cells[factor] = pd.concat(distinct).drop_duplicates()

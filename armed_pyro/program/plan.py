@@ -53,6 +53,8 @@ class Plan(LocalModule):
         super().__init__("program")
         if not isinstance(net, nn.Module):
             raise TypeError(f"the network must be a torch.nn.Module, not {type(net).__name__}")
+        if priors is not None and not isinstance(priors, Priors):
+            raise TypeError(f"`priors` must be Priors(sd=..., ...), not {type(priors).__name__}")
         if fixed_weight < 0:
             raise ValueError(f"`fixed_weight` must not be negative, not {fixed_weight}")
         self.net = net

@@ -91,6 +91,8 @@ def save(
         family or prior, which could not be read again. Nothing is written then.
     """
     check_saveable(posterior, folder)
+    if draws < 2:
+        raise ValueError(f"`draws` must be at least 2, not {draws}")
     target = Path(folder).resolve()
     manifest, tensors = _contents(posterior, classifiers)
     manifest["prob"] = prob
