@@ -490,7 +490,7 @@ def test_without_constants_arviz_has_nothing_to_warn_of(gaussian, tree):
         warnings.simplefilter("error")
         table = arviz_api().summary(varying)
     assert "site_cor[Intercept,x]" in table.index
-    assert not table.isna().to_numpy().any()
+    assert not table.drop(columns="r_hat").isna().to_numpy().any()  # r_hat needs several chains
 
 
 def test_known_quantities_are_constants():

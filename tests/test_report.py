@@ -202,7 +202,7 @@ def test_estimates_have_digits_by_their_sd():
     )
     shown = as_text(table)
     assert shown.iloc[0].tolist() == [
-        "Intercept", "100000003.2", "0.512", "100000002.4", "123456", "",
+        "Intercept", "100000003.25", "0.512", "100000002.41", "123456", "",
     ]  # fmt: skip
     assert shown.iloc[1].tolist() == ["[red]", "10.47", "1.546", "7.9", "7", "inf"]
 
