@@ -69,13 +69,13 @@ def interval_prob(run: Path, prob: float | None) -> float:
 def write_report(options: ReportOptions) -> None:
     """Write the report of a saved fit, with the evaluation that ``armed-pyro fit`` saved."""
     html, run = options.html, options.run
+    if html.is_dir():
+        raise ValueError(f"--out {html} is a folder, expected a file: {html / 'report.html'}")
     if html.suffix.lower() not in (".html", ".htm"):
         raise ValueError(
             f"--out must end in .html, found {str(html)!r}: reports are HTML only, which a browser "
             "can print to PDF"
         )
-    if html.is_dir():
-        raise ValueError(f"--out {html} is a folder, expected a file: {html / 'report.html'}")
     prob = interval_prob(run, options.prob)
     evaluation = run / EVALUATION
     held_out = pd.read_csv(evaluation) if evaluation.is_file() else None

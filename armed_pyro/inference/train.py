@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyro
 import torch
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -147,6 +148,6 @@ def _progress_bar(schedule: Schedule, show: bool) -> Iterator[Callable[[int, str
         *([TimeRemainingColumn()] if fixed else []),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, disable=not show) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
         task = bar.add_task("", total=schedule.steps)
         yield lambda step, text: bar.update(task, completed=step, description=text)
