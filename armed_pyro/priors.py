@@ -28,7 +28,8 @@ class ScalePrior(ABC):
     scale : float, mapping of str to float, or None
         Scale of the density in units of the outcome (of the linear predictor for non-gaussian
         families), for a random slope per unit of the feature. A mapping gives one scale per term.
-        With None, and for terms that the mapping leaves out, the scale is set from the data.
+        With None, and for terms that the mapping leaves out, the scale is set from the data. A
+        scale that is set is that of the sd in tables: for an intercept, at x = 0.
     """
 
     scale: float | Mapping[str, float] | None = None
@@ -58,6 +59,11 @@ class ScalePrior(ABC):
             for value, factor, fallback in zip(chosen, unit.tolist(), defaults, strict=True)
         ]
         return unit.new_tensor(values)
+
+    def sets(self, term: str) -> bool:
+        """Whether the scale for this term is set, not scaled to the data."""
+        scale = self.scale
+        return term in scale if isinstance(scale, Mapping) else scale is not None
 
     def sample(self, name: str, scale: Tensor) -> Tensor:
         """Sample the latent site `name` from this prior, with the shape of `scale`."""
@@ -171,14 +177,17 @@ class Priors:
         Prior of the random effects' sds, for all grouping factors or by factor. The default, after
         brms, is a half-t with 3 degrees of freedom. Its scale is sd(outcome) for gaussian outcomes
         and 2.5 on the link scale for others; for slopes, per sd of the feature, and for slopes on
-        a hidden layer divided by the square root of its width. If a slope is correlated with the
-        intercept, the prior of the intercept's sd refers to the features' means, like brms' prior
-        of the fixed intercept.
+        a hidden layer divided by the square root of its width. A scale that you set for an
+        intercept is that of its sd at x = 0. A default scale for an intercept that is correlated
+        with slopes is that of its sd at the features' means, and `Fit.summary` says so.
     cor : float
-        Concentration eta of the LKJ prior of correlation matrices, p(R) ~ det(R)^(eta - 1).
+        Concentration eta of the LKJ prior of correlation matrices, p(R) ~ det(R)^(eta - 1): those
+        at x = 0 or at the features' means, as the intercept's sd.
     fixed_sd : float
         sd of the normal prior of latent fixed effects, in sds of the outcome (absolute on the link
-        scale) per sd of the feature.
+        scale): of the intercept at the features' means, of slopes per sd of the feature, and of
+        the difference between any two levels of a factor. It does not depend on which level is the
+        reference.
     residual_sd : ScalePrior
         Prior of the residual sd of gaussian outcomes; default as for `sd`.
 

@@ -10,7 +10,7 @@ from torch import nn
 __all__ = ["linear"]
 
 
-def linear(n_features: int, n_outputs: int = 1) -> nn.Linear:
+def linear(n_features: int, n_outputs: int = 1, *, bias: bool = True) -> nn.Linear:
     r"""f(x) = W x + b in double precision, starting at zero.
 
     With ``MixedEffects(..., bayesian_head=True)`` the coefficients W and b are latent, and the
@@ -22,6 +22,8 @@ def linear(n_features: int, n_outputs: int = 1) -> nn.Linear:
         Width of x; with 0 only the intercept remains.
     n_outputs : int
         Width of f(x): 1, or the number of classes.
+    bias : bool
+        Whether there is an intercept b.
 
     Examples
     --------
@@ -31,9 +33,11 @@ def linear(n_features: int, n_outputs: int = 1) -> nn.Linear:
     with warnings.catch_warnings():
         # Without features, torch warns that there is nothing to initialise.
         warnings.simplefilter("ignore")
-        net = nn.Linear(n_features, n_outputs, dtype=torch.float64)
+        net = nn.Linear(n_features, n_outputs, bias=bias, dtype=torch.float64)
     for parameter in net.parameters():
         nn.init.zeros_(parameter)
-    arguments = {"n_features": n_features, "n_outputs": n_outputs}
+    arguments: dict[str, int] = {"n_features": n_features, "n_outputs": n_outputs}
+    if not bias:
+        arguments["bias"] = False
     net.armed_pyro_network = {"name": "linear", "arguments": arguments}  # type: ignore[assignment]
     return net

@@ -209,13 +209,42 @@ def test_own_network(data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("random", "features", "more", "terms"),
+    [
+        ("(1 + hits | site)", "1", [], ["Intercept", "hits"]),
+        ("(1 + factor(size) || `site`)", "0 + dose", ["--no-bayesian-head"], None),
+        ("(0 + ward | site)", "0 + ward", [], ["ward[w0]", "ward[w1]", "ward[w2]"]),
+        ("(1 + hits | site)", "age,hits", ["--categorical", "hits"], None),
+    ],
+)
+def test_fit_reads_designs_as_lme4_does(data, tmp_path, random, features, more, terms):
+    if "size" in random:
+        pd.read_csv(data).assign(size=lambda t: 6 + t.index % 2).to_csv(data := tmp_path / "d.csv")
+    done = call(*fit(data, tmp_path / "run", *more, random=random, features=features))
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(tmp_path / "run" / "variance_components.csv")
+    sds = table[(table.statistic == "sd") & (table.factor == "site")].term.tolist()
+    if "size" in random:
+        terms = ["Intercept", "size[6]", "size[7]"]
+    assert sds == (terms or ["Intercept", *(f"hits[T.{k}]" for k in range(1, 7))])
+    done = call("predict", tmp_path / "run", data, "--draws", 20, "--out", tmp_path / "pred.csv")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--family", "gausian"], "unknown family 'gausian'"),
         (["--outcome", "z"], "no column 'z'"),
         (["--random", "(1 + age | sit)"], "Did you mean 'site'"),
         (["--random", "(1 + )"], "cannot read"),
-        (["--random", "(1 + hits | site)"], "not among the features"),
+        (["--random", "(1 + hitz | site)"], "not among the features"),
+        (["--random", "(1 | site/room)"], "no column 'room'"),
+        (["--features", "poly(age,2)"], "would evaluate 'poly(age, 2)'"),
+        (["--features", "age^2"], "not its square"),
+        (["--features", "0 + age", "--net", "dense"], "linear fixed effects only"),
+        (["--categorical", "dosis"], "Did you mean 'dose'"),
+        (["--trials", "size"], "'gaussian' has no trials"),
         (["--features", "age,doze"], "Did you mean 'dose'"),
         (["--outcome", "hits", "--family", "binomial"], "--trials"),
         (["--outcome", "y", "--family", "poisson"], "whole numbers"),

@@ -514,8 +514,6 @@ def test_what_cannot_be_trained_on_is_refused():
         (replace(data, outcome=torch.ones(60)), "outcome 'y' has one value in all rows"),
         (data.take(data.groupings["site"].codes == 2), "'site' has a single level, 2"),
         (data.take(slice(0, 6)), "Every cluster of 'site' has one row"),
-        (data.take(data.features[:, 2] == 1), r"Constant in all training rows: 'sex\[T.m\]'\."),
-        (encode(make_frame().assign(k=4.0)), "Constant in all training rows: 'k'"),
     ]
     for bad, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -4,6 +4,7 @@ import datetime
 import sys
 import types
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 import xarray as xr
+from pyro.infer import Predictive
 from torch import nn
 
 from armed_pyro import (
@@ -26,6 +28,7 @@ from armed_pyro import (
     fit,
 )
 from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.report import text as report_text
 from armed_pyro.summaries import datatree
 from armed_pyro.summaries.datatree import GROUPS, arviz_api, to_datatree
 
@@ -169,6 +172,47 @@ def test_the_likelihood_is_that_of_the_posterior_draws(gaussian, tree):
     assert scipy.stats.kstest(z.to_numpy().ravel(), "norm").pvalue > 0.01
 
 
+@pytest.mark.parametrize("bar", ["|", "||"])
+def test_prior_draws_follow_the_printed_prior(gaussian, bar):
+    """What a user sets, what is printed and what is drawn are one thing, in the data's units."""
+    model = gaussian.model
+    if bar == "||":
+        model = MixedEffects(model.net, "(1 + x || site)", priors=model.priors, bayesian_head=True)
+        model = quick(model, gaussian.data).model
+    shown = report_text.priors(model)
+    assert shown["site_sd[Intercept]"] == "HalfNormal(20)"
+    assert shown["site_sd[x]"] == "HalfNormal(3)"
+    assert shown["residual_sd"] == "HalfNormal(7)"
+    prior = datatree.latent_dataset(model, prior_draws(model, 4000), 4000)
+    for term, scale in (("Intercept", 20.0), ("x", 3.0)):
+        draws = prior["site_sd"].sel(site_term=term).to_numpy().ravel()
+        assert scipy.stats.kstest(draws, scipy.stats.halfnorm(scale=scale).cdf).pvalue > 0.01
+        # Effects at x = 0: u / sd is standard normal.
+        u = prior["site_effect"].sel(site_term=term, site="s0").to_numpy().ravel()
+        assert scipy.stats.kstest(u / draws, "norm").pvalue > 0.01
+    if bar == "|":  # LKJ(1) of two terms is uniform, at x = 0
+        cor = prior["site_cor"][..., 0, 1].to_numpy().ravel()
+        assert scipy.stats.kstest(cor, scipy.stats.uniform(-1, 2).cdf).pvalue > 0.01
+    residual = prior["residual_sd"].to_numpy().ravel()
+    assert scipy.stats.kstest(residual, scipy.stats.halfnorm(scale=7).cdf).pvalue > 0.01
+    # The fixed effects: per sd of x in sds of y, and the intercept at the mean of x.
+    facts = model.data_facts()
+    (mean,), (sd,), (center,) = facts.feature_mean, facts.feature_scale, facts.center
+    intercept, slope = (prior["fixed_effect"][..., i].to_numpy().ravel() for i in range(2))
+    for z in (slope * sd, intercept + mean * slope - center):
+        assert scipy.stats.kstest(z / facts.spread / 2.5, "norm").pvalue > 0.01
+
+
+def prior_draws(model, n):
+    torch.manual_seed(3)
+    rows = model.data_facts().one_row(model.reference())
+    rows = replace(rows, memberships=model.clusters().memberships)
+    memberships = {k: replace(m, position=m.index[:1]) for k, m in rows.memberships.items()}
+    sites = Predictive(model, num_samples=n, parallel=True)(replace(rows, memberships=memberships))
+    sites.pop(model.data_facts().outcome_name)
+    return sites
+
+
 def test_prior_draws_have_the_scale_that_was_asked_for(gaussian):
     """HalfNormal(s): mean s sqrt(2 / pi), standard deviation s sqrt(1 - 2 / pi)."""
     n = 4000
@@ -180,12 +224,7 @@ def test_prior_draws_have_the_scale_that_was_asked_for(gaussian):
 
     check(prior["site_sd"].sel(site_term="x"), 3.0)
     check(prior["residual_sd"], 7.0)
-    # The intercept's scale is that of the effect at the mean of x, which the slope moves to x = 0.
-    sd, cor = prior["site_sd"], prior["site_cor"][..., 0, 1]
-    intercept, slope = sd.sel(site_term="Intercept"), sd.sel(site_term="x")
-    mean = float(gaussian.data.features.mean())
-    variance = intercept**2 + 2 * mean * cor * intercept * slope + (mean * slope) ** 2
-    check(np.sqrt(variance), 20.0)
+    check(prior["site_sd"].sel(site_term="Intercept"), 20.0)
     # Effects are drawn from it: E u^2 = scale^2 = 9; Var u^2 = 8 scale^4 for a half-normal scale.
     effect = one_chain(prior["site_effect"].sel(site_term="x", site="s0"))
     assert abs((effect**2).mean() / 9 - 1) < 4 * np.sqrt(8 / n)

@@ -32,7 +32,7 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.priors import ScalePrior
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance, covariance_named
-from armed_pyro.random_effects.terms import parse_terms
+from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.rows.batch import Rows
 
 LIBRARY = Path(__file__).resolve().parents[1] / "armed_pyro"

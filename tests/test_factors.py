@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import nn
 
 from armed_pyro import ClusteredData, HalfNormal, Known, MixedEffects, Priors, Slopes
+from armed_pyro.distributions.small_matrices import lower_triangular, sheared_diagonal
 from armed_pyro.rows.batch import Membership
 
 F64 = torch.float64
@@ -77,6 +78,8 @@ def test_back_transformation_is_exact(name, classes):
     internal = model.data_facts().spread * factor.contribution(phi, membership, effects)
 
     place = dict(zip(data.feature_names, data.features.T, strict=True))
+    place |= {f"sex[{level}]": place[f"sex[T.{level}]"] for level in "mx"}
+    place["sex[f]"] = 1 - place["sex[m]"] - place["sex[x]"]
     bare = [term.rpartition("[")[0] if classes else term for term in factor.terms[::columns]]
     raw = torch.stack([place.get(term, torch.ones(len(rows), dtype=F64)) for term in bare], 1)
     back = (effects @ factor.to_original.T)[membership.position].unflatten(1, (-1, columns))
@@ -110,11 +113,49 @@ def test_scale_is_a_root_of_the_covariance(name, classes):
     sites = draw(factor)
     scale, D = factor.scale(sites), factor.covariance(sites)
     torch.testing.assert_close(D, torch.diag(scale**2) if factor.diagonal else scale @ scale.T)
-    torch.testing.assert_close(D.diagonal().sqrt(), sites["site_sd"])
+    sd, cor = sites["site_sd"], sites.get("site_cor", torch.eye(len(factor.terms)).double())
+    move = torch.eye(len(sd)).double() if factor.from_zero is None else factor.from_zero
+    torch.testing.assert_close(D, move @ (sd[:, None] * cor * sd) @ move.T)
+    torch.testing.assert_close(D.diagonal().sqrt(), factor.effect_sd(sites))
     if not factor.diagonal:
-        sd = sites["site_sd"]
-        torch.testing.assert_close(D, sd[:, None] * sites["site_cor"] * sd)
         torch.testing.assert_close(scale, scale.tril())
+        assert (scale.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_prior_that_is_set_holds_at_zero(classes):
+    """The sds of tables are those of the sites, for correlated and independent terms."""
+    prior = Priors(sd=HalfNormal({"Intercept": 20.0}))
+    for bar in ("|", "||"):
+        model, _ = bind(f"(1 + age {bar} site)", classes, priors=prior)
+        (factor,) = model.factors
+        sites = draw(factor)
+        D = factor.to_original @ factor.covariance(sites) @ factor.to_original.T
+        torch.testing.assert_close(D.diagonal().sqrt(), sites["site_sd"] / factor.unit)
+        lines = factor.describe_priors()
+        assert lines[f"site_sd[{factor.terms[0]}]"] == "HalfNormal(20)"
+        assert lines[f"site_sd[{factor.terms[-1]}]"].endswith("scaled to the data")
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_scales_far_from_zero_keep_their_digits_in_single_precision(size):
+    """T diag(sd) is singular to rounding, its Cholesky factor is not."""
+    row = torch.cat([torch.ones(1), torch.linspace(300, 500, size - 1)]).double()
+    sd = torch.linspace(1, 2, size).double()
+    sd[0] = 1e-3
+    matrix = torch.eye(size).double()
+    matrix[0] = row
+    exact = lower_triangular(matrix * sd)
+    torch.testing.assert_close(sheared_diagonal(row, sd), exact, rtol=1e-6, atol=0)
+    single = sheared_diagonal(row.float(), sd.float())
+    torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_independent_effects_are_independent_at_zero():
+    """As in lme4, though effects are those at the features' means inside."""
+    (factor,) = bind("(1 + age + dose || site)")[0].factors
+    D = factor.to_original @ factor.covariance(draw(factor)) @ factor.to_original.T
+    torch.testing.assert_close(D, torch.diag(D.diagonal()), atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -188,7 +229,8 @@ def test_priors_are_in_the_units_of_the_data():
     lines = factor.describe_priors()
     assert lines["site_sd[Intercept]"] == "HalfNormal(20)"
     assert lines["site_sd[age]"] == "HalfNormal(0.3)"
-    assert lines["site_sd[dose]"] == f"HalfNormal({float(spread / sd[1]):.4g})"
+    default = f"HalfNormal({float(spread / sd[1]):.4g}), scaled to the data"
+    assert lines["site_sd[dose]"] == default
     assert "site_cor" not in lines
 
 
@@ -197,9 +239,10 @@ def test_default_priors_scale_with_the_data():
     (factor,) = model.factors
     spread, sd = float(data.outcome.std()), float(data.features[:, 0].std())
     assert factor.describe_priors() == {
-        "site_sd[Intercept]": f"HalfStudentT(3, {spread:.4g})",
-        "site_sd[age]": f"HalfStudentT(3, {spread / sd:.4g})",
-        "site_cor": "LKJ(2)",
+        "site_sd[Intercept]": f"HalfStudentT(3, {spread:.4g}) at the mean of age, "
+        "scaled to the data",
+        "site_sd[age]": f"HalfStudentT(3, {spread / sd:.4g}), scaled to the data",
+        "site_cor": "LKJ(2) at the mean of age",
     }
 
 

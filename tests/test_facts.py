@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
-from armed_pyro import ClusteredData
+from armed_pyro import ClusteredData, MixedEffects
 from armed_pyro.families.registry import family_named
 from armed_pyro.program.data_spec import Facts
 
@@ -77,6 +78,18 @@ def test_facts_survive_json(outcome, family):
     assert torch.equal(first.codes["site:ward"], second.codes["site:ward"])
 
 
+def test_a_fit_of_before_there_were_averages_keeps_its_priors_and_effects():
+    """Its guide has independent effects at x = 0, and its fixed effects were independent."""
+    values = make_facts().to_json()
+    assert len(values.pop("feature_average")) == len(values["feature_names"])
+    earlier = Facts.from_json(values)
+    net = nn.Linear(len(earlier.feature_names), 1)
+    random = [f"(1 + {earlier.feature_names[0]} || site)"]
+    model = MixedEffects(net, random, bayesian_head=True).bind(earlier)
+    assert model.fixed_root is None
+    assert model.factors[0].diagonal
+
+
 @pytest.mark.parametrize("like", [torch.zeros((), dtype=torch.float32), torch.zeros(()).double()])
 def test_rows_get_the_networks_precision(like):
     frame = make_frame().assign(n=3, e=0.5, w=2)
@@ -138,7 +151,6 @@ def test_images_are_left_as_they_are():
     [
         (lambda f: f.assign(site=1), "single level"),
         (lambda f: f.assign(site=np.arange(len(f))), "one row"),
-        (lambda f: f.assign(age=3.0), "Constant in all training rows: 'age'"),
     ],
 )
 def test_unfit_training_data_are_refused(change, message):

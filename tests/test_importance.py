@@ -123,8 +123,8 @@ def test_the_evidence_of_known_variances_is_exact_in_every_draw_or_on_average():
     Z = torch.zeros(N, K, 2).double()
     Z[torch.arange(N), source.codes["site"]] = phi
     Z, X = Z.flatten(1), torch.cat([torch.ones(N, 1).double(), rows.x], 1)
-    D = model.known()["site_sd"].repeat(K) ** 2
-    V = model.known()["residual_sd"] ** 2 * torch.eye(N).double() + (Z * D) @ Z.T
+    D = torch.block_diag(*[factor.covariance(model.known())] * K)
+    V = model.known()["residual_sd"] ** 2 * torch.eye(N).double() + Z @ D @ Z.T
     y = (rows.y - facts.center[0]) / facts.spread
     marginal = V + model.priors.fixed_sd**2 * X @ X.T
     evidence = MultivariateNormal(torch.zeros(N).double(), marginal).log_prob(y)

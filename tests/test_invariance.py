@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
-from armed_pyro.explain.invariance import MOST_ROWS, _Reading, activations
+from armed_pyro.explain.invariance import MOST_ROWS, activations, permutation_test
 
 BRIEF = Schedule(steps=5, window=5, stages=0)
 N, SITES = 400, 5
@@ -106,8 +106,9 @@ def test_p_values_are_valid():
         rng = np.random.default_rng(seed)
         codes = rng.permutation(np.arange(60) % 3)
         groups = {"": np.zeros(60, dtype=int), "_within": rng.integers(0, 2, 60)}
-        reading = _Reading(codes, groups, 2, 99, seed)
-        ps.append(reading.test(LogisticRegression(), rng.normal(size=(60, 3))))
+        settings = {"folds": 2, "permutations": 99, "seed": seed}
+        features = rng.normal(size=(60, 3))
+        ps.append(permutation_test(LogisticRegression(), features, codes, groups, **settings))
     p = pd.DataFrame(ps)[["p", "p_within"]].to_numpy()
     for level in (0.05, 0.1, 0.2):
         most = level + 3 * np.sqrt(level * (1 - level) / times)

@@ -182,7 +182,7 @@ def all_known(random, **settings):
     model, source, guide = bind(random, priors=priors, **settings)
     sigma = model.known()["residual_sd"]
     y, X, Z = standardised(model, source)
-    D = torch.diag(model.known()["site_sd"].repeat(K) ** 2)
+    D = torch.block_diag(*[model.factors[0].covariance(model.known())] * K)
     V = sigma**2 * torch.eye(N).double() + Z @ D @ Z.T
     return model, source, guide, (y, X, V)
 
@@ -243,8 +243,10 @@ def closed_form_elbo(model, source, guide):
     error = (y - (phi * mean[code]).sum(1)) ** 2
     error = error + torch.einsum("ni,nij,nj->n", phi, S[code], phi)
     likelihood = -0.5 * error / sigma**2 - sigma.log() - 0.5 * math.log(2 * math.pi)
-    D = model.known()["site_sd"] ** 2
-    kl = (S.diagonal(dim1=-2, dim2=-1) / D + mean**2 / D - 1 + D.log()).sum(-1) - S.logdet()
+    D = factor.covariance(model.known())
+    second = S + mean[..., :, None] * mean[..., None, :]
+    kl = torch.linalg.solve(D, second).diagonal(dim1=-2, dim2=-1).sum(-1) - len(D)
+    kl = kl + D.logdet() - S.logdet()
     return likelihood.sum() - 0.5 * kl.sum() - N * math.log(facts.spread)
 
 

@@ -208,14 +208,16 @@ def test_density_of_counts(family, offset):
     trace = trace_of(model, rows)
     v = values_of(trace)
     _, eta = fixed_part(model, data)
-    raw_age = data.features[:, 0].numpy()
+    age = data.features[:, 0].numpy()
+    mean, sd = age.mean(), age.std(ddof=1)
     expected = stats.halfnorm.logpdf(v["site_sd"], scale=2.5).sum()
-    expected += stats.norm.logpdf(v["site_effect"], 0, v["site_sd"]).sum()
+    # Effects are those at the mean of age; those at age 0 are independent.
+    at_zero = v["site_effect"] @ np.array([[1, 0], [-mean / sd, 1]])
+    expected += stats.norm.logpdf(at_zero, 0, v["site_sd"]).sum()
     if family == "negative_binomial":
         expected += stats.invgamma.logpdf(v["shape"], 0.4, scale=0.3)
     u = v["site_effect"][site_of(data)]
-    # Independent terms are scaled but not centred.
-    eta = eta[:, 0] + u[:, 0] + u[:, 1] * raw_age / raw_age.std(ddof=1)
+    eta = eta[:, 0] + u[:, 0] + u[:, 1] * (age - mean) / sd
     expected += counts_density(family, data.outcome.numpy(), eta, v).sum()
     assert trace.log_prob_sum().item() == pytest.approx(expected)
 
@@ -540,6 +542,8 @@ def test_new_clusters_of_every_draw():
         "site_effect": torch.zeros(2, K, 2).double(),
     }
     drawn = model.extend(latents, {"site": K + 5000}, population=False)["site_effect"][:, K:]
+    # The sds are those of effects at age 0.
+    drawn = drawn @ torch.linalg.inv(model.factors[0].from_zero).mT
     torch.testing.assert_close(
         drawn.std(1) / latents["site_sd"][:, 0], torch.ones(2, 2).double(), rtol=0.06, atol=0
     )

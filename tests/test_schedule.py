@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_no_iterates_of_nothing_are_at_rest():
 def test_state_survives_json_and_decides_the_same():
     one = Plateau(tolerance=1e-6, patience=3)
     one.training(window(1.0))
-    other = Plateau.from_json(json.loads(json.dumps(one.to_json())))
+    other = Plateau(**json.loads(json.dumps(asdict(one))))
     assert other == one
     assert other.training(window(1.0))
     assert one.training(window(1.0))
@@ -211,6 +212,6 @@ def test_a_time_left_is_shown_only_if_the_number_of_steps_is_fixed(monkeypatch, 
         return Progress(*given, **options)
 
     monkeypatch.setattr(train, "Progress", progress)
-    with train._progress_bar(Schedule(stages=stages), show=False) as report:
+    with train._training_bar(Schedule(stages=stages), show=False) as report:
         report(10, "loss 1.0 [red] :school:")
     assert any(isinstance(column, TimeRemainingColumn) for column in columns) is shown

@@ -96,7 +96,7 @@ def test_facts_are_those_of_the_table_in_memory(both):
     streamed = Facts.of_encoded(encoded, model.family)
     for field in dataclasses.fields(Facts):
         mine, other = getattr(streamed, field.name), getattr(wanted, field.name)
-        if field.name in ("feature_mean", "feature_scale", "center", "spread"):
+        if field.name in ("feature_mean", "feature_scale", "feature_average", "center", "spread"):
             np.testing.assert_allclose(mine, other, rtol=1e-10)
         elif field.name == "levels":
             assert mine["site"].equals(other["site"])

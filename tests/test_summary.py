@@ -91,10 +91,11 @@ def test_the_summary_prints_to_the_screen_and_holds_the_tables(capsys):
 def test_default_priors_are_in_the_units_of_the_data():
     shown = priors(run().model)
     sd_y, sd_x = FRAME["Reaction"].std(), FRAME["x"].std()
-    assert shown["site_sd[Intercept]"] == f"HalfStudentT(3, {sd_y:.4g})"
-    assert shown["site_sd[x]"] == f"HalfStudentT(3, {sd_y / sd_x:.4g})"
-    assert shown["site_cor"] == "LKJ(1)"
-    assert shown["residual_sd"] == f"HalfStudentT(3, {sd_y:.4g})"
+    scaled = "scaled to the data"
+    assert shown["site_sd[Intercept]"] == f"HalfStudentT(3, {sd_y:.4g}) at the mean of x, {scaled}"
+    assert shown["site_sd[x]"] == f"HalfStudentT(3, {sd_y / sd_x:.4g}), {scaled}"
+    assert shown["site_cor"] == "LKJ(1) at the mean of x"
+    assert shown["residual_sd"] == f"HalfStudentT(3, {sd_y:.4g}), {scaled}"
     assert shown["fixed_effect"].startswith("Normal(0, 2.5)")
 
 
@@ -115,8 +116,9 @@ def test_given_priors_are_shown_as_given():
 @pytest.mark.parametrize(("outcome", "family"), [("won", "bernoulli"), ("count", "poisson")])
 def test_default_priors_of_other_families_are_on_the_link_scale(outcome, family):
     shown = priors(run(outcome=outcome, family=family).model)
-    assert shown["site_sd[Intercept]"] == "HalfStudentT(3, 2.5)"
-    assert shown["site_sd[x]"] == f"HalfStudentT(3, {2.5 / FRAME['x'].std():.4g})"
+    assert shown["site_sd[Intercept]"] == "HalfStudentT(3, 2.5) at the mean of x"
+    scale = f"{2.5 / FRAME['x'].std():.4g}"
+    assert shown["site_sd[x]"] == f"HalfStudentT(3, {scale}), scaled to the data"
     assert "residual_sd" not in shown
     assert "link scale" in shown["fixed_effect"]
 

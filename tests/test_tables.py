@@ -13,8 +13,9 @@ import torch
 from armed_pyro import ClusteredData
 from armed_pyro._messages import unknown
 from armed_pyro.data.files import as_pandas, read_table, write_table
+from armed_pyro.data.formula import parse_features
 from armed_pyro.data.grouping import index_from_json, index_to_json
-from armed_pyro.data.schema import Schema, parse_terms
+from armed_pyro.data.schema import Schema
 
 
 def make_frame():
@@ -247,13 +248,13 @@ def test_a_column_named_like_an_interaction():
     ],
 )
 def test_formulas(formula, terms):
-    assert list(parse_terms(formula)) == terms
+    assert list(parse_features(formula).terms) == terms
 
 
 @pytest.mark.parametrize("formula", ["np.log(age)", "bs(age, 3)", "C(sex)", "{age + 1}", "I(age)"])
 def test_formulas_never_execute(formula):
     with pytest.raises(ValueError, match=r"would evaluate .*Compute the column first"):
-        parse_terms(f"sex + {formula}")
+        parse_features(f"sex + {formula}")
 
 
 def test_a_stored_formula_never_executes(tmp_path):
@@ -280,7 +281,7 @@ def test_a_stored_formula_never_executes(tmp_path):
 )
 def test_bad_formulas(formula, message):
     with pytest.raises(ValueError, match=message):
-        parse_terms(formula)
+        parse_features(formula)
 
 
 # ------------------------------------------------------------------------------ labels in JSON

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from armed_pyro._messages import check_prob
 from armed_pyro._optional import extra
 from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.checks import rank_tests
-from armed_pyro.checks.simulation import Recovered, Recovery, check_outcomes, held, one_thread
+from armed_pyro.checks.simulation import Recovered, Recovery, check_outcomes, held
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
+from armed_pyro.inference.train import progress_bar
 from armed_pyro.program.model import MixedEffects
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["SimulationCalibration", "simulation_calibration"]
-
 
 PROB = 0.99  # probability with which an exact posterior passes
 MOST_FAILED = 0.01  # largest share of failed fits that passes
@@ -43,11 +42,11 @@ class SimulationCalibration:
         Number of draws below the truth, 0 to `draws`; one row per simulation whose fit succeeded,
         one column per quantity.
     draws : int
-        Number of posterior draws of each fit.
+        Posterior draws of each fit.
     errors : tuple of str
         Errors of the fits that failed.
     unconverged : int
-        Number of fits whose steps ran out before they converged.
+        Fits whose steps ran out before they converged.
 
     Examples
     --------
@@ -78,23 +77,15 @@ class SimulationCalibration:
         return few and bool(self.table()["passed"].all())
 
     def table(self, *, prob: float = PROB) -> pd.DataFrame:
-        """Tests of every quantity's ranks.
+        """Tests of every quantity's ranks, one row per quantity.
 
-        Parameters
-        ----------
-        prob : float
-            Probability with which an exact posterior passes: of each quantity's ECDF band, and
-            of all quantities' verdicts together.
-
-        Returns
-        -------
-        pandas.DataFrame
-            One row per quantity. p_chi2 is of the chi-square test of binned ranks, p_ecdf of the
-            test of the ECDF, and inside_band says whether the ECDF stays in its simultaneous
-            band. coverage_50 and coverage_90 are of the central intervals, with Monte Carlo
-            standard errors se_50 and se_90. z_rank is positive if the draws lie too low.
-            p_adjusted combines the two tests, with Holm's correction for the number of
-            quantities; passed says whether it exceeds 1 - prob.
+        p_chi2 is of the chi-square test of binned ranks, p_ecdf of the test of the ECDF, and
+        inside_band says whether the ECDF stays in its simultaneous band. coverage_50 and
+        coverage_90 are of the central intervals, with Monte Carlo standard errors se_50 and se_90.
+        z_rank is positive if the draws lie too low. p_adjusted combines the two tests, with Holm's
+        correction for the number of quantities; passed says whether it exceeds 1 - prob. An exact
+        posterior passes with probability `prob`: each quantity's ECDF band, and all quantities'
+        verdicts together.
 
         Raises
         ------
@@ -105,12 +96,12 @@ class SimulationCalibration:
         records = []
         for quantity in self.ranks:
             ranks = self.ranks[quantity].to_numpy()
-            half, most = (rank_tests.coverage(ranks, self.draws, p) for p in (0.5, 0.9))
+            p_ecdf = rank_tests.ecdf(ranks, self.draws)
             record = {"quantity": quantity, "p_chi2": rank_tests.chi_square(ranks, self.draws)}
-            record |= {"p_ecdf": rank_tests.ecdf(ranks, self.draws)}
-            record |= {"inside_band": record["p_ecdf"] > 1 - prob}
-            record |= {"coverage_50": half[0], "se_50": half[1]}
-            record |= {"coverage_90": most[0], "se_90": most[1]}
+            record |= {"p_ecdf": p_ecdf, "inside_band": p_ecdf > 1 - prob}
+            for p in (50, 90):
+                share, error = rank_tests.coverage(ranks, self.draws, p / 100)
+                record |= {f"coverage_{p}": share, f"se_{p}": error}
             records.append(record | {"z_rank": rank_tests.bias(ranks, self.draws)})
         table = pd.DataFrame(records).set_index("quantity")
         smaller = np.minimum(table["p_chi2"].to_numpy(), table["p_ecdf"].to_numpy())
@@ -120,15 +111,13 @@ class SimulationCalibration:
         return table
 
     def __str__(self) -> str:
-        table, passed = self.table(), self.passed
-        count = len(table)
+        table = self.table()
         wrong = table[~table["passed"]].sort_values("p_adjusted")
-        quantities = f"{count} quantit{'y' if count == 1 else 'ies'}"
         lines = [
-            f"{'calibrated' if passed else 'NOT calibrated'}: "
-            f"{f'{len(wrong)} of ' if len(wrong) else ''}{quantities} in {self.simulations} "
-            f"simulations, {self.draws} draws each; "
-            f"smallest adjusted p = {table['p_adjusted'].min():.2g}"
+            f"{'calibrated' if self.passed else 'NOT calibrated'}: "
+            f"{f'{len(wrong)} of ' if len(wrong) else ''}{len(table)} "
+            f"quantit{'y' if len(table) == 1 else 'ies'} in {self.simulations} simulations, "
+            f"{self.draws} draws each; smallest adjusted p = {table['p_adjusted'].min():.2g}"
         ]
         lines += [
             f"  {quantity}: adjusted p = {row['p_adjusted']:.2g}, 90% intervals hold "
@@ -188,11 +177,10 @@ class SimulationCalibration:
                 axes.set_visible(False)
             grid[0, 0].set_ylim(bottom=0)
             notes = [f"draws below the truth, of {self.draws}"]
-            notes += [f"grey: {prob:.0%} band of uniform ranks"]
+            notes.append(f"grey: {prob:.0%} band of uniform ranks")
             if len(shown) < len(table):
                 notes.append(f"the worst {len(shown)} of {len(table)} quantities")
-            label = ("; " if columns > 2 else "\n").join(notes)
-            figure.supxlabel(label, fontsize=9, color=INK)
+            figure.supxlabel(("; " if columns > 2 else "\n").join(notes), fontsize=9, color=INK)
             figure.supylabel(f"simulations, of {len(self.ranks)}", fontsize=9, color=INK)
         return figure
 
@@ -273,22 +261,19 @@ def simulation_calibration(
         The rows; their outcome sets scales only. Weights must be 0 or 1, because no distribution
         of outcomes has a likelihood with other weights.
     simulations : int
-        Number of data sets drawn and fitted. With ten quantities, 300 simulations detect a
-        posterior sd that is 25% too small in 9 of 10 cases; 1,000 detect one that is 15% too
-        small.
+        Data sets drawn and fitted. With ten quantities, 300 detect a posterior sd that is 25% too
+        small in 9 of 10 cases; 1,000 detect one that is 15% too small.
     draws : int
         Posterior draws L of each fit. Bins are even if L + 1 is a multiple of 20.
     schedule : Schedule, optional
-        Length and rates of each fit's training.
+        Of each fit's training.
     refine : bool
         Whether the guide's draws are importance weighted, as in `fit`. If False, the guide itself
         is judged.
     workers : int
-        Number of processes that fit. The result does not depend on it.
+        Processes that fit. The result does not depend on their number.
     seed : int
         Seed from which the simulations' seeds are derived.
-    progress : bool
-        Whether to show a progress bar.
 
     Raises
     ------
@@ -326,45 +311,22 @@ def simulation_calibration(
             "the data have weights other than 0 and 1: no outcomes can be drawn whose likelihood "
             "is the weighted one; calibrate without them: dataclasses.replace(data, weights=None)"
         )
+    from joblib import Parallel, delayed  # slow to import
+
     settings = Schedule() if schedule is None else schedule
     recovery = Recovery(held(model, data), data, draws, settings, refine, seed)
-    with one_thread():
-        check_outcomes(recovery, simulations)
-        results = _collect(recovery, simulations, workers, progress)
-    numbered = list(enumerate(results))
-    errors = [f"simulation {i}: {result.error}" for i, result in numbered if result.error]
-    ranks = {i: result.ranks for i, result in numbered if not result.error}
+    check_outcomes(recovery, simulations)
+    results: list[Recovered] = []
+    tasks = (delayed(recovery.run)(number) for number in range(simulations))
+    with progress_bar("calibrating", "fit", simulations, progress) as report:
+        for result in Parallel(workers, backend="loky", return_as="generator")(tasks):
+            results.append(result)
+            failed = sum(bool(result.error) for result in results)
+            report(len(results), f"{failed} failed" if failed else "")
+    errors = [f"simulation {i}: {result.error}" for i, result in enumerate(results) if result.error]
+    ranks = {i: result.ranks for i, result in enumerate(results) if not result.error}
     if not ranks:
         raise RuntimeError(f"all {simulations} fits failed, the first in {errors[0]}")
     table = pd.DataFrame.from_dict(ranks, orient="index").rename_axis("simulation")
     unconverged = sum(not result.error and not result.converged for result in results)
     return SimulationCalibration(table, draws, tuple(errors), unconverged)
-
-
-def _collect(recovery: Recovery, simulations: int, workers: int, progress: bool) -> list[Recovered]:
-    """Results of all simulations, in order."""
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        TextColumn("fit {task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    results: list[Recovered] = []
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("", total=simulations)
-        for result in _results(recovery, simulations, workers):
-            results.append(result)
-            failed = sum(bool(finished.error) for finished in results)
-            bar.update(task, advance=1, description=f"{failed} failed" if failed else "")
-    return results
-
-
-def _results(recovery: Recovery, simulations: int, workers: int) -> Iterator[Recovered]:
-    if workers == 1:
-        return map(recovery.run, range(simulations))
-    from joblib import Parallel, delayed
-
-    tasks = (delayed(recovery.run)(number) for number in range(simulations))
-    return iter(Parallel(workers, backend="loky", return_as="generator")(tasks))

@@ -37,8 +37,8 @@ BROKEN = (ArithmeticError, ValueError, RuntimeError, np.linalg.LinAlgError)
 class Check:
     """The result of one check of a fit.
 
-    A check warns or fails only if its effect exceeds the threshold, and is not noise. A "note" finds
-    nothing wrong, but something that a reader of the tables must know. A check that cannot be
+    A check warns or fails only if its effect exceeds the threshold, and is not noise. A "note"
+    finds nothing wrong, but something that a reader of the tables must know. A check that cannot be
     computed fails; a check that does not apply, or that would take too long, is "not checked",
     which does not count as passed.
 

@@ -31,13 +31,15 @@ def design_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
     Coefficients inside a network are not interpreted one by one, so that only linear models are
     checked.
     """
-    model, names = posterior.model, posterior.model.data_facts().feature_names
+    model, facts = posterior.model, posterior.model.data_facts()
+    # Columns that the fit dropped have no coefficients.
+    names = tuple(facts.feature_names[place] for place in facts.kept)
     if not model.linear or not names:
         return
     chosen = np.random.default_rng(0).permutation(posterior.data.n_rows)[:MOST_ROWS]
     rows = model.encode(posterior.data.take(np.sort(chosen))).all()
-    x = rows.x.double().cpu().numpy()
-    intercept = model.fixed_terms()[0].startswith("Intercept")
+    x = rows.x.double().cpu().numpy()[:, facts.kept]
+    intercept = model.has_intercept
     yield _rank(posterior, x, intercept)
     sides = _sides(posterior, rows.outcome().double().cpu().numpy(), rows.trials)
     if sides is not None:
@@ -49,7 +51,10 @@ def design_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
 
 def _rank(posterior: Posterior, x: Columns, intercept: bool) -> Check:
     facts = posterior.model.data_facts()
-    found = dependencies(x, facts.feature_names, facts.feature_mean, facts.feature_scale, intercept)
+    names = tuple(facts.feature_names[place] for place in facts.kept)
+    mean = tuple(facts.feature_mean[place] for place in facts.kept)
+    scale = tuple(facts.feature_scale[place] for place in facts.kept)
+    found = dependencies(x, names, mean, scale, intercept)
     least = min(found.values(), default=1.0)
     if x.shape[1] + intercept > len(x):
         columns = f"{x.shape[1]} columns exceed {len(x)} rows"
@@ -70,6 +75,8 @@ def _rank(posterior: Posterior, x: Columns, intercept: bool) -> Check:
         advice = "leave one of the columns out of each"
     else:
         verdict, reason, advice = "pass", "no column is determined by the others", ""
+        if facts.dropped:
+            reason += f"; those that were have been dropped: {', '.join(facts.dropped)}"
     return Check(
         "model",
         "collinear columns",

@@ -213,7 +213,8 @@ def coefficient_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
         return
     terms = model.fixed_terms()
     draws = latents["fixed_effect"].reshape(-1, len(terms)).double()
-    ratios = dict(zip(terms, (draws.std(0) / model.priors.fixed_sd).tolist(), strict=True))
+    prior = model.fixed_prior().stddev
+    ratios = dict(zip(terms, (draws.std(0) / prior).tolist(), strict=True))
     if not torch.isfinite(draws).all():
         raise ValueError("the draws of the coefficients are not finite")
     if not ratios:

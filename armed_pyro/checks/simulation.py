@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,32 +14,29 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from armed_pyro.checks import rank_tests
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
-from armed_pyro.inference.train import train
+from armed_pyro.inference.train import threads, train
 from armed_pyro.inference.training_run import TrainingDiverged
-from armed_pyro.program.blocks import BLOCK_VALUES
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import Latents
+from armed_pyro.random_effects.grouping_factor import factor_named
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["Recovered", "Recovery", "check_outcomes", "held", "one_thread", "quantities"]
-
+__all__ = ["Recovered", "Recovery", "check_outcomes", "held", "quantities"]
 
 LARGEST_COUNT = 1e9
-
-Latents = dict[str, Tensor]
 
 
 def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
     """The program bound to the data, with a frozen network and without adversaries.
 
-    Raises
-    ------
-    ValueError
-        If model and data do not fit together, or nothing in the program is latent.
+    ValueError if model and data do not fit together, or nothing in the program is latent.
     """
     net = copy.deepcopy(model.network).requires_grad_(False)
     net.register_forward_pre_hook(_evaluate)
@@ -62,34 +58,13 @@ def _evaluate(net: nn.Module, args: tuple[Any, ...]) -> None:
     net.eval()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch with one thread, because rounding of sums depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """One draw of the whole program from its prior.
+    """One draw of the whole program from its prior."""
 
-    Attributes
-    ----------
-    latents : dict of str to Tensor
-        Latent sites and known quantities, with the shapes of one draw of `Fit.draws`.
-    eta : Float[Tensor, "rows columns"]
-        Linear predictor.
-    outcome : Float64[Tensor, "rows"]
-        Outcome on its original scale; NaN if the predictor is not finite.
-    """
-
-    latents: Latents
+    latents: Latents  # with known quantities, in the shapes of one draw of `Fit.draws`
     eta: Float[Tensor, "rows columns"]
-    outcome: Float[Tensor, " rows"]
+    outcome: Float[Tensor, " rows"]  # on its original scale; NaN if the predictor is not finite
 
 
 @dataclass(frozen=True)
@@ -103,27 +78,11 @@ class Recovered:
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """Settings of the simulations; a simulation depends on these and on its number.
+    """Settings of the simulations; a simulation depends on these and on its number."""
 
-    Attributes
-    ----------
-    bound : MixedEffects
-        Program returned by `held`.
-    data : ClusteredData
-        Rows, whose outcome is replaced.
-    n_draws : int
-        Number of posterior draws of each fit.
-    schedule : Schedule
-        Length and rates of each fit's training.
-    refine : bool
-        Whether the guide's draws are importance weighted.
-    seed : int
-        Seed from which the simulations' seeds are derived.
-    """
-
-    bound: MixedEffects
-    data: ClusteredData
-    n_draws: int
+    bound: MixedEffects  # as `held` returns it
+    data: ClusteredData  # its outcome is replaced
+    n_draws: int  # posterior draws of each fit
     schedule: Schedule
     refine: bool
     seed: int
@@ -133,33 +92,24 @@ class Recovery:
         bound, rows = self.bound, self.bound.encode(self.data).all()
         with bound.seeded(self._seeds(number)[0]), pyro.validation_enabled(False):
             # The data's outcome is observed in this trace, which does not affect the prior draws.
-            trace = poutine.trace(bound).get_trace(rows)
+            trace = prune_subsample_sites(poutine.trace(bound).get_trace(rows))
             nodes: Mapping[str, Any] = trace.nodes
-            latents: Latents = {
-                name: site["value"]
-                for name, site in nodes.items()
-                if site["type"] == "sample"
-                and not site["is_observed"]
-                and type(site["fn"]).__name__ != "_Subsample"
-            }
+            values = {name: nodes[name]["value"] for name in trace.stochastic_nodes}
             eta = nodes["_RETURN"]["value"].eta
             if torch.isfinite(eta).all():
-                outcome = bound.density(eta, bound.known() | latents, rows).sample()
+                outcome = bound.density(eta, bound.known() | values, rows).sample()
             else:
                 outcome = torch.full((len(rows),), torch.nan)
         effects = {factor.effect_site for factor in bound.factors}
         latents = {
             name: value[None] if name in effects else value[None, None]
-            for name, value in latents.items()
+            for name, value in values.items()
         }
         return Truth(bound.known() | latents, eta, outcome.to(torch.float64))
 
+    @threads(1)  # rounding of sums depends on the number of threads
     def run(self, number: int) -> Recovered:
         """Fit the outcome drawn with this number, and rank the truth among posterior draws."""
-        with one_thread():
-            return self._run(number)
-
-    def _run(self, number: int) -> Recovered:
         _, training, posterior, ties = self._seeds(number)
         truth = self.truth(number)
         data = replace(self.data, outcome=truth.outcome)
@@ -168,14 +118,8 @@ class Recovery:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(training)
-                fitted = train(
-                    bound,
-                    data,
-                    schedule=self.schedule,
-                    refine=self.refine,
-                    seed=training,
-                    progress=False,
-                )
+                settings: dict[str, Any] = {"schedule": self.schedule, "refine": self.refine}
+                fitted = train(bound, data, **settings, seed=training, progress=False)
                 draws = fitted.draws(self.n_draws, seed=posterior)
         except (TrainingDiverged, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             return Recovered({}, False, str(error))
@@ -195,7 +139,7 @@ class Recovery:
 
 
 def quantities(
-    model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor]
+    model: MixedEffects, source: RowSource, latents: Latents
 ) -> dict[str, Float[Tensor, " draws"]]:
     """The quantities that are ranked, by name, in standardised units.
 
@@ -205,13 +149,13 @@ def quantities(
     values: dict[str, Tensor] = {}
     known = model.known()
     for factor in model.factors:
-        name, terms = factor.name, factor.terms
+        terms = factor.terms
         if factor.sd_site not in known:
             sd = factor.sd(latents).reshape(-1, len(terms))
             values |= {f"{factor.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
         values |= factor.correlations(latents)
         values |= {group.site(n): value for group, n, value in factor.quantities(latents)}
-        effects, levels = latents[factor.effect_site], model.data_facts().levels[name]
+        effects, levels = latents[factor.effect_site], model.data_facts().levels[factor.name]
         for k in sorted({0, len(levels) // 2, len(levels) - 1}):
             values |= {
                 f"{factor.effect_site}[{levels[k]},{term}]": effects[:, k, i]
@@ -227,29 +171,23 @@ def quantities(
 
 
 def _log_likelihood(
-    model: MixedEffects, source: RowSource, latents: Mapping[str, Tensor]
+    model: MixedEffects, source: RowSource, latents: Latents
 ) -> Float[Tensor, " draws"]:
     """Sum over all rows of log p(y_i | latent sites)."""
     n = max(len(value) for name, value in latents.items() if name not in model.known())
-    width = sum(len(factor.terms) for factor in model.factors) + len(model.data_facts().columns)
     total = torch.zeros(n, dtype=torch.float64)
     with torch.no_grad(), pyro.validation_enabled(False):
-        for rows in source.chunks(max(1, BLOCK_VALUES // (n * width))):
+        for rows in source.chunks(max(1, BLOCK_VALUES // (n * values_per_row(model)))):
             total += model.log_likelihood(rows, latents).to(torch.float64).sum(-1)
     return total
 
 
-# --- priors too wide to simulate from -------------------------------------------------------
-
-
+@threads(1)
 def check_outcomes(recovery: Recovery, simulations: int) -> None:
     """Draw every data set once, before the first is fitted.
 
-    Raises
-    ------
-    ValueError
-        If outcomes are not finite, or are counts above 1e9; the message names the parameter whose
-        prior is responsible most often.
+    ValueError if outcomes are not finite, or are counts above 1e9; the message names the parameter
+    whose prior is responsible most often.
     """
     limit = LARGEST_COUNT if recovery.bound.family.integer else sys.float_info.max
     blame: Counter[str] = Counter()
@@ -283,14 +221,14 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
             effects = fixed | {factor.effect_site: latents[factor.effect_site]}
             parts[factor.name] = model.predictor(rows, effects).eta - base
     worst = max(parts, key=lambda name: float(_size(parts[name]).max()))
-    for factor in model.factors:
-        if factor.name == worst:
-            term = factor.terms[int(factor.sd(latents).flatten().argmax())]
-            prior = factor.describe_priors()[f"{worst}_sd[{term}]"]
-            return (
-                f"{worst}_sd[{term}] ~ {prior}: give it a tighter prior, such as "
-                f"Priors(sd={{{worst!r}: HalfNormal(0.5)}})"
-            )
+    if worst:
+        factor = factor_named(model.factors, worst)
+        term = factor.terms[int(factor.sd(latents).flatten().argmax())]
+        prior = factor.describe_priors()[f"{worst}_sd[{term}]"]
+        return (
+            f"{worst}_sd[{term}] ~ {prior}: give it a tighter prior, such as "
+            f"Priors(sd={{{worst!r}: HalfNormal(0.5)}})"
+        )
     if model.bayesian_head:
         return (
             f"fixed_effect ~ Normal(0, {model.priors.fixed_sd:.4g}): give it a tighter prior, such "

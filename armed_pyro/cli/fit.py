@@ -31,7 +31,8 @@ from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.scores import evaluate
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.random_effects.terms import Slopes, Term, parse_terms
+from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.terms import RandomEffects, Slopes, Term
 from armed_pyro.report.text import summarize
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
@@ -110,6 +111,8 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         outcome=options.outcome,
         clusters=_cluster_columns(terms, options.adversary, table.columns),
         features=_features(options.features, table.columns),
+        slopes=_slopes(terms, table.columns),
+        categorical=[name.strip() for name in (options.categorical or "").split(",") if name],
         trials=options.trials,
         offset=options.offset,
         weights=options.weights,
@@ -144,8 +147,10 @@ def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> S
 def _program(
     options: FitOptions, terms: Sequence[Term], family: Family, rows: ClusteredData | StreamedData
 ) -> MixedEffects:
-    widths, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
-    net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **widths)
+    arguments, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
+    if options.net == "linear" and isinstance(rows, ClusteredData) and not rows.intercept:
+        arguments["bias"] = False
+    net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **arguments)
     adversaries = []
     if options.adversary is not None:
         weight = 1.0 if options.adversary_weight is None else options.adversary_weight
@@ -197,12 +202,23 @@ def _cluster_columns(
 
 def _features(text: str | None, table: Collection[str]) -> list[str] | str | None:
     """Columns from a list with commas, or a formula."""
-    names = [name.strip() for name in (text or "").split(",") if name.strip()]
-    formula = len(names) == 1 and names[0] not in table and any(c in names[0] for c in "+:*^`")
-    return None if text is None else names[0] if formula else names
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in table]
+    formula = unknown and (len(names) == 1 or any(character in text for character in "+:*^`()~|"))
+    return text if formula else names
 
 
-def _widths(hidden: str | None, net: str) -> dict[str, list[int]]:
+def _slopes(terms: Sequence[Term], table: Collection[str]) -> str | tuple[str, ...]:
+    """Formula of the columns that the terms have slopes on."""
+    slopes = [slope for term in terms if isinstance(term, RandomEffects) for slope in term.slopes]
+    products = [[slope] if slope in table else slope.split(":") for slope in slopes]
+    known = [names for names in products if all(name in table for name in names)]
+    return " + ".join(":".join(f"`{name}`" for name in names) for names in known) or ()
+
+
+def _widths(hidden: str | None, net: str) -> dict[str, Any]:
     """The network's arguments for --hidden."""
     if hidden is None:
         return {}
@@ -233,18 +249,18 @@ def bytes_needed(table: TableBlocks) -> int:
 
 
 def training_rows(
-    table: TableBlocks, memory: int, folder: Path, **roles: Any
+    table: TableBlocks, memory: int, folder: Path, *, slopes: Any = (), **roles: Any
 ) -> ClusteredData | StreamedData:
     """The rows; those of a Parquet table that needs more memory (in bytes) are streamed.
 
     `folder` gets the temporary files of a streamed table. The roles of columns, and the errors,
-    are those of `ClusteredData.from_frame`.
+    are those of `ClusteredData.from_frame`; streamed rows have slopes on features only.
     """
     if table.frame is None and bytes_needed(table) > memory:
         folder.mkdir(parents=True, exist_ok=True)
         return StreamedData.scan(table.path, memory=memory, folder=folder, **roles)
     frame = read_table(table.path) if table.frame is None else table.frame
-    return ClusteredData.from_frame(frame, **roles)
+    return ClusteredData.from_frame(frame, slopes=slopes, **roles)
 
 
 def outputs(rows: ClusteredData | StreamedData, family: Family) -> int:

@@ -84,14 +84,22 @@ class FitOptions:
     random: list[str] = option(
         ...,
         "Random effects in lme4's syntax, repeatable: --random '(1 + age | site)'; "
-        "'(1 + age || site)' independent, '(1 | school/class)' nested",
+        "'(1 + age || site)' independent, '(1 | school/class)' nested, '(0 + arm | site)' an "
+        "effect for every level of arm; slopes need not be features; other names in `backticks`",
         metavar="TERM",
     )
     run: Path = option(..., "Folder to write the fit to: --out run", "--out", metavar="RUN")
     features: str | None = option(
         None,
-        "Columns, or a formula: --features age,sex or 'age * sex' [default: all other columns]",
+        "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 1 is an intercept "
+        "alone, '0 + age' has none [default: all other columns]",
         metavar="A,B,C",
+    )
+    categorical: str | None = option(
+        None,
+        "Numeric columns whose values are categories, as factor() in a formula: "
+        "--categorical dose,arm",
+        metavar="A,B",
     )
     net: str = option(
         "linear",

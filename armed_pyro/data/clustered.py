@@ -17,13 +17,13 @@ from armed_pyro.data.columns import (
     Missing,
     as_numbers,
     check_rows,
-    check_varying,
     code_outcome,
     finite_tensor,
 )
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_informative
 from armed_pyro.data.schema import Schema
+from armed_pyro.data.stratify import check_fraction, stratified_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,9 @@ class ClusteredData:
         Index of the table that the rows came from.
     schema : Schema or None
         Encoding of the table; None for arrays.
+    slopes : Float64[Tensor, "rows columns"] or None
+        Columns that random slopes may use but that do not enter the network, with their names,
+        sources and kinds in `slope_names`, `slope_sources` and `slope_continuous`.
 
     Examples
     --------
@@ -77,6 +80,10 @@ class ClusteredData:
     weights: Tensor | None
     row_labels: pd.Index
     schema: Schema | None
+    slopes: Tensor | None = None
+    slope_names: tuple[str, ...] = ()
+    slope_sources: tuple[str, ...] = ()
+    slope_continuous: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -91,7 +98,7 @@ class ClusteredData:
             check_rows(self.weights, self.weights >= 0, "weights", "at least 0", self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        names = ("features", "outcome", "trials", "offset", "weights")
+        names = ("features", "outcome", "trials", "offset", "weights", "slopes")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
@@ -102,6 +109,8 @@ class ClusteredData:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
+        slopes: Sequence[str] | str = (),
+        categorical: Sequence[str] = (),
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
@@ -109,9 +118,9 @@ class ClusteredData:
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
 
-        Boolean, text and categorical columns hold categories. Their order is sorted or, for a
-        categorical column, the column's own; the first category is the reference. The intercept
-        is never a feature.
+        Boolean, text and categorical columns hold categories, and numeric columns do if they are
+        in `categorical` or in ``factor()``. Their order is sorted or, for a categorical column, the
+        column's own; the first category is the reference. The intercept is never a feature.
 
         Parameters
         ----------
@@ -122,8 +131,14 @@ class ClusteredData:
         clusters
             Columns of the grouping factors; row-wise splits go by the first.
         features
-            Columns, or a formula of columns with ``+ : * ^``, such as ``"age * sex"``; None for
-            every column that has no other role.
+            Columns, or a formula of columns with ``+ : * ^``, such as ``"age * factor(dose)"``.
+            ``"1"`` or ``[]`` is an intercept alone, and ``"0 + age"`` has no intercept. None and
+            ``"."`` stand for every column that has no other role and does not identify rows.
+        slopes
+            Columns, or a formula, that random slopes may use beside the features, and that do not
+            enter the network.
+        categorical
+            Numeric columns whose values are categories.
         trials, offset, weights
             Columns of row-wise numbers.
         missing
@@ -135,8 +150,9 @@ class ClusteredData:
             If a column cannot be used in its role; see `Schema.infer` and `encode`.
         """
         frame = as_pandas(frame)
-        roles = {"trials": trials, "offset": offset, "weights": weights}
-        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+        roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        roles |= {"features": features, "slopes": slopes, "categorical": categorical}
+        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **roles)
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
     @classmethod
@@ -168,7 +184,7 @@ class ClusteredData:
         """
         table = schema.select(frame, outcome_required=outcome_required, missing=missing)
         design, names, sources = schema.design(table)
-        numeric = schema.numeric
+        extra, extra_names, extra_sources = schema.slope_design(table)
         per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
         for role in per_row:
             if (name := getattr(schema, role)) in table:
@@ -177,7 +193,7 @@ class ClusteredData:
             features=torch.from_numpy(design),
             feature_names=names,
             sources=tuple(":".join(source) for source in sources),
-            continuous=tuple(not numeric.isdisjoint(source) for source in sources),
+            continuous=schema.continuous(sources),
             outcome_name=schema.outcome,
             outcome=schema.outcomes(table),
             classes=None if schema.classes is None else tuple(schema.classes.tolist()),
@@ -188,6 +204,10 @@ class ClusteredData:
             **per_row,
             row_labels=table.index,
             schema=schema,
+            slopes=torch.from_numpy(extra) if extra_names else None,
+            slope_names=extra_names,
+            slope_sources=tuple(":".join(source) for source in extra_sources),
+            slope_continuous=schema.continuous(extra_sources),
         )
 
     @classmethod
@@ -243,7 +263,7 @@ class ClusteredData:
             )
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
         roles = {"trials": trials, "offset": offset, "weights": weights}
-        per_row = {
+        per_row: dict[str, Any] = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
         }
         fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if width else ()
@@ -273,12 +293,12 @@ class ClusteredData:
         features: Sequence[str] | str | None = None,
         row_dim: str = "row",
         missing: Missing = "error",
-        **roles: str | None,
+        **roles: Any,
     ) -> ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
-        One-dimensional variables are the columns of a table, as in `from_frame` (`trials`, `offset`
-        and `weights` included). A feature variable with more dimensions must be the only feature,
+        One-dimensional variables are the columns of a table, as in `from_frame`, whose other
+        parameters are `roles`. A feature variable with more dimensions must be the only feature,
         and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
         the features. The coordinate of `row_dim` labels the rows.
 
@@ -293,7 +313,8 @@ class ClusteredData:
             for name, variable in dataset.variables.items()
             if row_dim in variable.dims
         }
-        taken = [outcome, *clusters, *(name for name in roles.values() if name)]
+        row_roles = {k: v for k, v in roles.items() if k in ("trials", "offset", "weights") and v}
+        taken = [outcome, *clusters, *row_roles.values()]
         if features is None:
             features = [n for n in along if n in dataset.data_vars and n not in taken]
         chosen = [features] if isinstance(features, str) and features in along else features
@@ -304,9 +325,8 @@ class ClusteredData:
         if all(along[name].ndim == 1 for name in names):
             columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
             table = pd.DataFrame(columns, index=rows)
-            return cls.from_frame(
-                table, outcome=outcome, clusters=clusters, features=chosen, missing=missing, **roles
-            )
+            settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
+            return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
         if len(names) > 1:
             raise ValueError(
                 f"An array must be the only feature, found {names}. Name one with features=."
@@ -315,7 +335,7 @@ class ClusteredData:
         if array.ndim == 2:
             labels = dataset.indexes.get(array.dims[1], range(array.shape[1]))
             feature_names = [v if isinstance(v, str) else f"{names[0]}[{v}]" for v in labels]
-        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in roles.items() if v}
+        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in row_roles.items()}
         return cls.from_arrays(
             array.to_numpy(),
             along[outcome].to_numpy(),
@@ -330,6 +350,11 @@ class ClusteredData:
     def n_rows(self) -> int:
         """Number of rows."""
         return len(self.features)
+
+    @property
+    def intercept(self) -> bool:
+        """Whether the fixed effects have an intercept, which ``0 +`` in the features removes."""
+        return self.schema is None or self.schema.intercept
 
     @property
     def n_features(self) -> int:
@@ -365,7 +390,8 @@ class ClusteredData:
             return self.groupings[factor]
         outer, _, inner = factor.rpartition(":")
         if not outer:
-            raise unknown("grouping factor", factor, self.groupings)
+            known = unknown("grouping factor", factor, self.groupings)
+            raise ValueError(f"{known} Add {factor!r} to clusters=[...], as each part of 'a/b'.")
         return self.grouping(outer).cross(self.grouping(inner))
 
     def split_rows(
@@ -382,7 +408,7 @@ class ClusteredData:
         ValueError
             If `fraction` is not between 0 and 1, or leaves no validation rows.
         """
-        _check_fraction(fraction)
+        check_fraction(fraction)
         rng = np.random.default_rng([seed, 1])
         steps = np.floor(np.arange(self.n_rows + 1) * fraction + rng.random())
         held = np.zeros(self.n_rows, dtype=bool)
@@ -418,30 +444,14 @@ class ClusteredData:
         return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
 
     def _order(self, by: str | None, seed: int) -> np.ndarray:
-        """Rows in an order whose evenly spaced samples are stratified by cluster and outcome.
-
-        Clusters follow each other in random order. Within a cluster, rows are sorted by an outcome
-        that is categorical or has at most ten values. They are then rotated by a random number of
-        places; without the rotation, even spacing would favour one end of the outcome.
-        (scikit-learn's splitters refuse strata smaller than the number of folds, and clusters are
-        often smaller.)
-        """
+        """`stratified_order` of the rows, by a factor or the first one."""
         factor = by or next(iter(self.groupings), None)
-        rng, n = np.random.default_rng([seed, 0]), self.n_rows
-        clusters = strata = np.zeros(n, dtype=np.int64)
+        clusters = np.zeros(self.n_rows, np.int64)
         if factor is not None:
             clusters = self.grouping(factor).codes.numpy()
-        if self.outcome is not None and self.outcome.ndim == 1:
-            values, codes = np.unique(self.outcome.numpy(), return_inverse=True)
-            strata = codes if self.classes is not None or len(values) <= 10 else strata
-        counts = np.bincount(clusters)
-        shuffle = rng.permutation(len(counts))
-        cluster, counts = shuffle[clusters], counts[np.argsort(shuffle)]
-        order = np.lexsort((rng.permutation(n), strata, cluster))
-        place = np.empty(n, dtype=np.int64)
-        place[order] = np.arange(n) - (np.cumsum(counts) - counts)[cluster[order]]
-        place = (place + rng.integers(counts)[cluster]) % counts[cluster]
-        return np.lexsort((place, cluster))
+        y = self.outcome
+        outcome = None if y is None or y.ndim != 1 else y.numpy()
+        return stratified_order(clusters, outcome, seed, categorical=self.classes is not None)
 
     def hold_out_clusters(
         self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0
@@ -461,7 +471,7 @@ class ClusteredData:
             if missing := pd.Index(labels)[positions < 0].tolist():
                 raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
         else:
-            n_held = max(1, round(_check_fraction(fraction) * grouping.n_clusters))
+            n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
             positions = np.random.default_rng(seed).permutation(grouping.n_clusters)[:n_held]
         held = np.isin(grouping.codes.numpy(), positions)
         if held.all() or not held.any():
@@ -477,7 +487,7 @@ class ClusteredData:
         Raises
         ------
         ValueError
-            If the outcome or a feature is constant, or a factor tells nothing of its variance.
+            If the outcome is constant, or a factor tells nothing of its variance.
         """
         if self.n_rows == 0:
             raise ValueError("There are no rows to train on.")
@@ -487,12 +497,3 @@ class ClusteredData:
             raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
         for name, grouping in self.groupings.items():
             check_informative(name, grouping.levels, grouping.counts)
-        if self.feature_names:
-            check_varying(self.feature_names, (self.features != self.features[0]).any(dim=0))
-
-
-def _check_fraction(fraction: float | None) -> float:
-    """The fraction, checked to lie strictly between 0 and 1."""
-    if fraction is None or not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
-    return fraction

@@ -17,6 +17,13 @@ from armed_pyro.data.grouping import code_labels
 
 Missing = Literal["error", "drop"]
 
+# A number with an optional fraction, thousands, per cent or limit of detection.
+_NUMBER = r"[<>~]?\s*[+-]?(\d{1,3}([ .,']\d{3})+|\d+)?([.,]\d+)?([eE][+-]?\d+)?\s*%?"
+_MISSING_MARKS = (
+    *("", ".", "-", "--", "?", "*", "na", "n/a", "nan", "null", "none", "nd", "n.d."),
+    *("missing", "unknown", "not available", "not recorded", "#value!", "#div/0!", "#ref!"),
+)
+
 
 def code_outcome(
     outcome: Any, classes: Sequence[Any] | None, what: str
@@ -139,6 +146,32 @@ def is_categorical(column: pd.Series) -> bool:
         or dtypes.is_bool_dtype(column.dtype)
         or dtypes.is_object_dtype(column.dtype)
         or dtypes.is_string_dtype(column.dtype)
+    )
+
+
+def check_not_numbers(column: pd.Series) -> None:
+    """Raise ValueError if a column of text is a column of numbers that was read as text.
+
+    These are numbers with a fraction, such as "1,5", or numbers beside a mark for missing values.
+    Whole numbers beside words ("1", "2", "K") are categories.
+    """
+    if isinstance(column.dtype, pd.CategoricalDtype) or dtypes.is_bool_dtype(column.dtype):
+        return
+    distinct = dict.fromkeys(value.strip() for value in column if isinstance(value, str))
+    texts = pd.Series(list(distinct), dtype=object)
+    numbers = texts[texts.str.fullmatch(_NUMBER) & texts.str.contains(r"\d")]
+    others = texts[~texts.isin(numbers)]
+    fractions = numbers[numbers.str.contains(r"[.,%<>]")]
+    marked = len(others) > 0 and others.str.lower().isin(_MISSING_MARKS).all() and len(numbers) > 2
+    if not marked and (2 * len(fractions) < len(texts) or len(fractions) < 2):
+        return
+    example = fractions if len(fractions) else numbers
+    cause = "" if others.empty else f", beside {listing(others, 3)}"
+    raise ValueError(
+        f"The feature {column.name!r} is text, but holds numbers, such as {listing(example, 3)}"
+        f"{cause}. Convert it to numbers (decimal commas: pandas.read_csv(..., decimal=','); marks "
+        "of missing values: na_values=[...]), or declare its values categories with "
+        "categorical=[...] (command line: --categorical)."
     )
 
 

@@ -12,23 +12,24 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from armed_pyro._messages import listing
+from armed_pyro._messages import check_known, listing
 from armed_pyro.data.columns import (
     NEW,
     TRAINING,
     Missing,
     as_numbers,
     check_finite,
+    check_not_numbers,
     column_names,
     complete_rows,
     is_categorical,
     known_codes,
     pick,
 )
+from armed_pyro.data.default_features import default_features
 from armed_pyro.data.files import as_pandas
+from armed_pyro.data.formula import Formula, Terms, parse_features
 from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
-
-Terms = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,9 @@ class Schema:
     with the same meaning. Feature terms are products of columns: ``(("age",), ("age", "sex"))``.
     The first of the `levels` of a categorical feature column is its reference. `indicators` are
     numeric feature columns that hold only 0 and 1, and are therefore not standardised. `classes`
-    are the labels of a categorical outcome; None for a numeric outcome.
+    are the labels of a categorical outcome; None for a numeric outcome. Without an `intercept`, the
+    first categorical feature has a column for every level. `slopes` are terms that only random
+    slopes use.
 
     Examples
     --------
@@ -58,11 +61,14 @@ class Schema:
     offset: str | None = None
     weights: str | None = None
     classes: pd.Index | None = None
+    # Schemas saved before there were the next two lack them.
+    intercept: bool = True
+    slopes: Terms = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The table columns that the features are made from, each once."""
-        return tuple(dict.fromkeys(name for term in self.terms for name in term))
+        """The table columns that features and slopes are made from, each once."""
+        return Formula(self.terms + self.slopes).columns
 
     @classmethod
     def infer(
@@ -72,6 +78,8 @@ class Schema:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
+        slopes: Sequence[str] | str = (),
+        categorical: Sequence[str] = (),
         **roles: str | None,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
@@ -89,11 +97,20 @@ class Schema:
         table = as_pandas(frame)
         clusters = column_names(clusters, "clusters")
         reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
-        if features is None:
-            terms: Terms = tuple((str(name),) for name in table.columns if name not in reserved)
+        if features is None or features == ".":
+            names = default_features(table, reserved)
+            formula = Formula(tuple((name,) for name in names))
         else:
-            terms = parse_terms(features)
-        columns = list(dict.fromkeys(name for term in terms for name in term))
+            formula = parse_features(features)
+        extra = parse_features(slopes)
+        only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
+        columns = list(Formula(formula.terms + only_slopes).columns)
+        factors = {
+            *formula.categorical,
+            *extra.categorical,
+            *column_names(categorical, "categorical"),
+        }
+        check_known("feature for categorical=", sorted(factors), columns)
         for role, members in [("feature", columns), ("cluster", clusters)]:
             if outcome in members:
                 raise ValueError(
@@ -101,24 +118,19 @@ class Schema:
                 )
         table = pick(table, [*reserved, *columns]).dropna().infer_objects()
 
-        levels = {}
-        for name in columns:
-            if not is_categorical(table[name]):
-                as_numbers(table[name], "feature")
-                continue
-            levels[name] = code_labels(table[name], f"feature {name!r}")[1]
-            if len(levels[name]) == 1:
-                raise ValueError(
-                    f"Feature {name!r} has a single level, {listing(levels[name])}, in the "
-                    f"{len(table)} rows without missing values: nothing can be learned from it. "
-                    "Leave it out."
-                )
+        levels = {
+            name: _levels(table[name], by_number=name in factors)
+            for name in columns
+            if name in factors or is_categorical(table[name])
+        }
+        for name in set(columns) - set(levels):
+            as_numbers(table[name], "feature")
         target, classes = table[outcome], None
         if is_categorical(target):
             classes = code_labels(target, f"outcome {outcome!r}")[1]
         return cls(
             outcome=outcome,
-            terms=terms,
+            terms=formula.terms,
             levels=levels,
             indicators=tuple(
                 name for name in columns if name not in levels and table[name].isin([0, 1]).all()
@@ -126,12 +138,19 @@ class Schema:
             clusters=clusters,
             **roles,
             classes=classes,
+            intercept=formula.intercept,
+            slopes=only_slopes,
         )
 
     @property
     def numeric(self) -> set[str]:
         """Numeric feature columns that hold other values than 0 and 1."""
         return set(self.columns) - set(self.levels) - set(self.indicators)
+
+    def continuous(self, sources: Terms) -> tuple[bool, ...]:
+        """For the columns of these terms, whether they are standardised: see `numeric`."""
+        numeric = self.numeric
+        return tuple(not numeric.isdisjoint(source) for source in sources)
 
     def select(
         self, frame: Any, *, outcome_required: bool = False, missing: Missing = "error"
@@ -164,12 +183,28 @@ class Schema:
         return torch.from_numpy(codes.astype(np.float64))
 
     def design(self, table: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], Terms]:
-        """The design matrix without its intercept, the names of its columns, and their terms."""
+        """The features' design matrix, the names of its columns, and their terms.
+
+        The intercept is never one of the columns.
+        """
+        return self._design(table, self.terms, intercept=self.intercept)
+
+    def slope_design(self, table: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], Terms]:
+        """The same of the columns that only random slopes use, in treatment coding."""
+        return self._design(table, self.slopes, intercept=True)
+
+    def indicators_of(self, factor: str) -> tuple[str, ...]:
+        """Names of the indicators of all levels of a categorical column."""
+        return tuple(f"{factor}[{level}]" for level in self.levels[factor])
+
+    def _design(
+        self, table: pd.DataFrame, terms: Terms, *, intercept: bool
+    ) -> tuple[np.ndarray, tuple[str, ...], Terms]:
         from formulaic import SimpleFormula  # slow to import
         from formulaic.parser.types import Factor, Term
 
         factors = {}
-        for name in self.columns:
+        for name in Formula(terms).columns:
             if name in self.levels:
                 codes = known_codes(table[name], self.levels[name], f"feature {name!r}")
                 factors[name] = pd.Categorical.from_codes(codes, categories=self.levels[name])
@@ -177,14 +212,14 @@ class Schema:
                 factors[name] = as_numbers(table[name], "feature")
         # Formulaic caches factors by their text. "+1" is the intercept under a text that, unlike
         # "1", is not the name of a column in a table made from an unlabelled array.
-        intercept = Term([Factor("+1", eval_method="literal")])
-        products = [Term([Factor(n, eval_method="lookup") for n in term]) for term in self.terms]
+        ones = [Term([Factor("+1", eval_method="literal")])] * (intercept or not terms)
         # Factors are looked up, never evaluated: a saved formula must not execute code. The
-        # intercept gives treatment coding; without it, the first factor would get all levels.
-        matrix = SimpleFormula([intercept, *products], _ordering="none").get_model_matrix(
+        # intercept gives treatment coding; without it, the first factor gets all levels.
+        products = [Term([Factor(n, eval_method="lookup") for n in term]) for term in terms]
+        matrix = SimpleFormula([*ones, *products], _ordering="none").get_model_matrix(
             pd.DataFrame(factors, index=pd.RangeIndex(len(table))), context={}, output="numpy"
         )
-        blocks = matrix.model_spec.structure[1:]
+        blocks = matrix.model_spec.structure[len(ones) :]
         names = tuple(name for block in blocks for name in block.columns)
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(
@@ -192,15 +227,17 @@ class Schema:
                 "of an interaction. Rename that column."
             )
         sources = tuple(
-            term for term, block in zip(self.terms, blocks, strict=True) for _ in block.columns
+            term for term, block in zip(terms, blocks, strict=True) for _ in block.columns
         )
-        return np.ascontiguousarray(matrix, dtype=np.float64)[:, 1:].copy(), names, sources
+        values = np.ascontiguousarray(matrix, dtype=np.float64)[:, len(ones) :].copy()
+        return values, names, sources
 
     def to_json(self) -> dict[str, Any]:
         """The schema in JSON's types; `from_json` reads it back."""
         return {
             **vars(self),
             "terms": [list(term) for term in self.terms],
+            "slopes": [list(term) for term in self.slopes],
             "levels": {name: index_to_json(index) for name, index in self.levels.items()},
             "indicators": list(self.indicators),
             "clusters": list(self.clusters),
@@ -212,8 +249,10 @@ class Schema:
         """Read a schema that `to_json` wrote."""
         try:
             classes = content["classes"]
-            values = {field.name: content[field.name] for field in fields(cls)}
-            values["terms"] = tuple(tuple(term) for term in values["terms"])
+            later = {"intercept": True, "slopes": []}
+            values = {field.name: {**later, **content}[field.name] for field in fields(cls)}
+            for name in ("terms", "slopes"):
+                values[name] = tuple(tuple(term) for term in values[name])
             values["levels"] = {k: index_from_json(v) for k, v in values["levels"].items()}
             values |= {name: tuple(values[name]) for name in ("indicators", "clusters")}
             values["classes"] = None if classes is None else index_from_json(classes)
@@ -224,49 +263,14 @@ class Schema:
             ) from error
 
 
-def parse_terms(features: Sequence[str] | str) -> Terms:
-    """Feature terms of a list of columns, or of a formula with the operators ``+ : * ^``.
-
-    Only plain column names are accepted as factors: a formula is stored with a fit, and loading
-    one must never execute code.
-
-    >>> parse_terms("age * sex")
-    (('age',), ('sex',), ('age', 'sex'))
-    """
-    if not isinstance(features, str):
-        return tuple((name,) for name in dict.fromkeys(column_names(features, "features")))
-    from formulaic import Formula, SimpleFormula  # slow to import
-    from formulaic.errors import FormulaicError
-    from formulaic.parser.types import Factor
-
-    try:
-        formula = Formula(features)
-    except FormulaicError as error:
+def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:
+    """Levels of a categorical feature, checked; `by_number` if numbers may be its categories."""
+    if not by_number:
+        check_not_numbers(column)
+    levels = code_labels(column, f"feature {column.name!r}")[1]
+    if len(levels) == 1:
         raise ValueError(
-            f"Cannot read features={features!r}: {str(error).splitlines()[0]} Expected column "
-            "names joined by + : * ^, such as 'age + sex:dose' (names with spaces in `backticks`),"
-            " or a list of names."
-        ) from error
-    if not isinstance(formula, SimpleFormula):
-        raise ValueError(
-            f"features={features!r} has a '~' or '|'. Give only what stands right of '~'; random "
-            "effects such as (1 | site) belong to the model's random=[...]."
+            f"Feature {column.name!r} has a single level, {listing(levels)}, in the {len(column)} "
+            "rows without missing values: nothing can be learned from it. Leave it out."
         )
-    terms = []
-    for term in formula:
-        for factor in term.factors:
-            if factor.eval_method is Factor.EvalMethod.PYTHON:
-                raise ValueError(
-                    f"features={features!r} would evaluate {factor.expr!r}; only plain column "
-                    "names are allowed, because a saved fit must never execute code. Compute the "
-                    "column first, and name it here (a name with odd characters in `backticks`)."
-                )
-        names = [f.expr for f in term.factors if f.eval_method is Factor.EvalMethod.LOOKUP]
-        if names and len(names) < len(term.factors):
-            raise ValueError(
-                f"features={features!r} scales a column by a number, in {str(term)!r}. Features "
-                "are standardised anyway: name the column alone."
-            )
-        if names:  # a lone literal is the intercept, which is never a feature
-            terms.append(tuple(names))
-    return tuple(terms)
+    return levels

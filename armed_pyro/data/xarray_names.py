@@ -8,7 +8,10 @@ from jaxtyping import Shaped
 
 # Dimensions of ArviZ's schema and variables of constant_data: other variables must not take these
 # names.
-RESERVED = ("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights")
+RESERVED = (
+    *("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights"),
+    *("slopes", "slope_column"),
+)
 
 
 def variable_name(name: str) -> str:

@@ -9,7 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["FEW", "multiply", "precision_root", "solve", "sum_last"]
+__all__ = [
+    "FEW",
+    "lower_triangular",
+    "multiply",
+    "precision_root",
+    "sheared_diagonal",
+    "solve",
+    "sum_last",
+]
 
 
 # Up to this size, element by element is several times faster than batched linear algebra.
@@ -34,6 +42,35 @@ def precision_root(whitened: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n
         columns.append(pad(torch.cat([pivot, below], -1), (j, 0)))
         rest = rest[..., 1:, 1:] - below[..., :, None] * below[..., None, :]
     return torch.stack(columns, -1)
+
+
+def lower_triangular(root: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+    """The lower triangular L, with positive diagonal, for which L L' = root root'."""
+    # In single precision a nearly singular root would lose its last pivots.
+    upper = torch.linalg.qr(root.double().mT).R
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
+    return (signs[..., None] * upper).mT.to(root)
+
+
+def sheared_diagonal(
+    row: Float[Tensor, " n"], sd: Float[Tensor, "... n"]
+) -> Float[Tensor, "... n n"]:
+    r"""Cholesky factor of T diag(sd^2) T', for T the identity but for its first row, (1, t).
+
+    With :math:`c_j = sd_0^2 + \sum_{i > j} t_i^2 sd_i^2`, its elements are
+    :math:`L_{00} = \sqrt{c_0}`, :math:`L_{i0} = t_i sd_i^2 / \sqrt{c_0}`,
+    :math:`L_{jj} = sd_j \sqrt{c_j / c_{j-1}}` and
+    :math:`L_{ij} = -t_i t_j sd_i^2 sd_j / \sqrt{c_j c_{j-1}}`. Nothing cancels, so all of them are
+    exact where T diag(sd) is nearly singular.
+    """
+    t, sds, first = row[1:], sd[..., 1:], sd[..., :1] ** 2
+    squares = torch.cat([(t * sds) ** 2, torch.zeros_like(first)], -1)
+    c = first + squares.flip(-1).cumsum(-1).flip(-1)
+    pull, ends = t * sds**2, c[..., 1:] * c[..., :-1]
+    below = -pull[..., :, None] * (t * sds / ends.sqrt())[..., None, :]
+    inner = below.tril(-1) + torch.diag_embed(sds * (c[..., 1:] / c[..., :-1]).sqrt())
+    left = torch.cat([c[..., :1], pull], -1) / c[..., :1].sqrt()
+    return torch.cat([left[..., None], pad(inner, (0, 0, 1, 0))], -1)
 
 
 def sum_last(values: Float[Tensor, "... terms"]) -> Float[Tensor, "..."]:

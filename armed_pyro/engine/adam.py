@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -38,11 +38,26 @@ def adam_change(
 
 
 class Update(nn.Module, ABC):
-    """The update of parameters by one optimizer, from their gradients joined into one tensor."""
+    """The update of parameters by one optimizer, from their gradients joined into one tensor.
 
-    @abstractmethod
-    def joined(self, gradients: Gradients) -> Tensor:
+    The parameters are `names`, with `widths` values in each of `rows` rows (``()`` for no rows).
+    The update's first buffer has their type.
+    """
+
+    def __init__(
+        self, names: Sequence[str], widths: Sequence[int], rows: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.names, self.widths, self._rows = tuple(names), tuple(widths), rows
+
+    def joined(self, gradients: Gradients) -> Float[Tensor, "*rows width"]:
         """The parameters' gradients in one tensor; zeros for parameters without a gradient."""
+        zeros = next(self.buffers()).new_zeros
+        parts = [zeros(*self._rows, 0)]
+        for name, width in zip(self.names, self.widths, strict=True):
+            gradient, shape = gradients[name], (*self._rows, width)
+            parts.append(zeros(shape) if gradient is None else gradient.reshape(shape))
+        return torch.cat(parts, -1)
 
     @abstractmethod
     def forward(
@@ -65,21 +80,12 @@ class Adam(Update):
     count: Float[Tensor, ""]
 
     def __init__(self, parameters: Mapping[str, Tensor], eps: float = 1e-8) -> None:
-        super().__init__()
-        self.eps, self.names = eps, tuple(parameters)
-        self._widths = [parameter.numel() for parameter in parameters.values()]
+        super().__init__(tuple(parameters), [values.numel() for values in parameters.values()])
+        self.eps = eps
         like = next(iter(parameters.values()), torch.empty(0)).detach()
         for name in ("mean", "square"):
-            self.register_buffer(name, like.new_zeros(sum(self._widths)))
+            self.register_buffer(name, like.new_zeros(sum(self.widths)))
         self.register_buffer("count", like.new_zeros(()))
-
-    def joined(self, gradients: Gradients) -> Float[Tensor, " width"]:
-        zeros = self.mean.new_zeros
-        parts = [zeros(0)]
-        for name, width in zip(self.names, self._widths, strict=True):
-            gradient = gradients[name]
-            parts.append(zeros(width) if gradient is None else gradient.reshape(width))
-        return torch.cat(parts)
 
     @torch.no_grad()
     def forward(
@@ -89,5 +95,5 @@ class Adam(Update):
         rate: Float[Tensor, ""],
     ) -> None:
         change = adam_change(gradient, self.mean, self.square, self.count, rate, self.eps)
-        for name, part in zip(self.names, change.split(self._widths), strict=True):
+        for name, part in zip(self.names, change.split(self.widths), strict=True):
             parameters[name].add_(part.reshape(parameters[name].shape))

@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["VERSION", "Checkpoint", "digest", "module_tensors", "restore_module"]
@@ -70,7 +69,7 @@ def restore_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -
     module.load_state_dict({name.removeprefix(start): tensors[name] for name in names})
 
 
-def digest(rows: Rows | RowSource, encoding: Mapping[str, Any]) -> str:
+def digest(rows: RowSource, encoding: Mapping[str, Any]) -> str:
     """Hash of the rows and of the scales and labels, as JSON values, that encoded them."""
     hashed = hashlib.sha256(json.dumps(encoding, default=str).encode())
     for part in rows.fingerprint():

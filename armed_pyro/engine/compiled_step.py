@@ -7,19 +7,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from armed_pyro.engine.compiler import Recording, TensorFunction, capture, compile_graph
-from armed_pyro.engine.loss import Loss
 from armed_pyro.rows.batch import Membership, Rows
 
-__all__ = ["COMPILE_MODES", "CompileMode", "Steps"]
+__all__ = ["COMPILE_MODES", "CompileMode", "Loss", "Steps"]
 
 for record in (Membership, Rows):
     pytree.register_dataclass(record)
@@ -35,6 +36,29 @@ WARM_UP = 3
 AGREEMENT = 1e-3
 UPDATE = "optimizer"
 TENSOR = object()  # marks the place of a tensor among the inputs
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Parts of the objective, each a mean over rows; training minimises `total`."""
+
+    total: Float[Tensor, ""]  # -elbo + lambda_F * fixed + adversarial
+    elbo: Float[Tensor, ""]  # estimate of the evidence lower bound, divided by the number of rows
+    fixed: Float[Tensor, ""]  # -log p(y | fixed effects alone)
+    adversarial: Float[Tensor, ""]  # sum of the adversaries' cross-entropies
+    accuracy: Float[Tensor, " adversaries"]  # fraction of rows whose cluster each one predicts
+
+    def joined(self) -> Float[Tensor, " numbers"]:
+        """All parts as one vector without gradients, from which `of` makes the loss again."""
+        return torch.cat([getattr(self, part.name).detach().reshape(-1) for part in fields(self)])
+
+    @classmethod
+    def of(cls, numbers: Float[Tensor, " numbers"]) -> Loss:
+        """The loss with these parts."""
+        total, elbo, fixed, adversarial = numbers[:4].unbind()
+        return cls(total, elbo, fixed, adversarial, numbers[4:])
+
+
 Objective: TypeAlias = Callable[..., Loss]
 Taken: TypeAlias = tuple[Loss, Tensor]  # the loss of a step, and the norm of its gradient
 
@@ -187,9 +211,9 @@ class _Graph:
         self.is_compiled = is_compiled
         self._module = _Step(modules, objective)
         parameters = dict(modules.named_parameters())
-        self._trained = [name for name, p in parameters.items() if p.requires_grad]
-        trained_first = {name: parameters[name] for name in self._trained} | parameters
-        named: dict[str, Tensor] = {**trained_first, **dict(modules.named_buffers())}
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        named: dict[str, Tensor] = {**trained, **parameters, **dict(modules.named_buffers())}
+        self._trained = list(trained)
         # Detached tensors share the memory of parameters and buffers, which change in place.
         self._names, self._state = list(named), [values.detach() for values in named.values()]
         leaves, self._structure = pytree.tree_flatten(inputs)
@@ -219,15 +243,13 @@ class _Graph:
         trained = {name: state[name] for name in self._trained}
         inside = {f"parts.{name}": values for name, values in state.items()}
         loss, norm = functional_call(self._module, inside, (trained, inputs, flat[-1]))
-        numbers = torch.stack([loss.total, loss.elbo, loss.fixed, loss.adversarial, norm])
-        return [torch.cat([numbers, loss.accuracy]).detach()]
+        return [torch.cat([loss.joined(), norm.detach().reshape(1)])]
 
     def __call__(self, leaves: Sequence[Any], factor: Tensor) -> Taken:
         with torch.no_grad():
             (joined,) = self._run(*self._state, *_tensors(leaves), factor)
         joined = joined.cpu()  # one wait for a GPU, not one per result
-        total, elbo, fixed, adversarial, norm = joined[:5].unbind()
-        return Loss(total, elbo, fixed, adversarial, joined[5:]), norm
+        return Loss.of(joined[:-1]), joined[-1]
 
     def disagreement(self, eager: Callable[[Tensor], Taken], inputs: Sequence[Any]) -> str:
         """The difference to an eager step from the same state, in words; empty if there is none."""

@@ -110,12 +110,11 @@ class Processes:
 
     def same(self, *modules: nn.Module) -> None:
         """Copy the first process's parameters and buffers to all processes."""
-        if self.several:
-            for module in modules:
-                for values in module.state_dict().values():
-                    first = values.detach().contiguous()
-                    dist.broadcast(first, 0)
-                    values.copy_(first)
+        tensors = [value for module in modules for value in module.state_dict().values()]
+        for values in tensors if self.several else ():
+            first = values.detach().contiguous()
+            dist.broadcast(first, 0)
+            values.copy_(first)
 
     def check_same(self, value: object, problem: str) -> None:
         """Raise ValueError with a message if the repr of a value differs between processes."""

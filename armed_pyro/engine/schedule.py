@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -113,8 +113,6 @@ class Pace:
     Four times the draws halve the noise of a gradient. Steps may then be twice as long, and half
     as many suffice.
 
-    Examples
-    --------
     >>> Pace.of(180, network=False)
     Pace(draws=32, window=12, rate=2.0)
     >>> Pace.of(10_000, network=False)
@@ -150,7 +148,7 @@ class Plateau:
     tolerance: float
     patience: int
     cuts: int = 0
-    previous: tuple[float, float] | None = None
+    previous: list[float] | None = None  # mean and squared standard error of the last window
     best: float = math.inf
     waited: int = 0
 
@@ -164,7 +162,7 @@ class Plateau:
         self.best, self.waited = (mean, 0) if better else (self.best, self.waited + 1)
         if moving and self.waited < WANDERING:
             return False
-        last, self.previous = self.previous, (mean, variance)
+        last, self.previous = self.previous, [mean, variance]
         if last is None:
             return False
         slack = max(self.tolerance, math.sqrt(variance + last[1]))
@@ -185,16 +183,6 @@ class Plateau:
             self.previous, self.waited = None, 0
         return stalled
 
-    def to_json(self) -> dict[str, Any]:
-        """The state as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Plateau:
-        """The state that `to_json` wrote."""
-        previous = values["previous"]
-        return cls(**{**values, "previous": None if previous is None else tuple(previous)})
-
 
 def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float]:
     r"""R-hat of the two halves of a stretch of iterates, and the distance of the halves' means.
@@ -203,10 +191,9 @@ def split_r_hat(iterates: Float[np.ndarray, "steps size"]) -> tuple[float, float
         W = 1 + \overline{Var}(m)
 
     Iterates m are means of the guide, in posterior sds, so this is the R-hat of draws from the
-    guides. Both results are the largest over components; NaN for fewer than four iterates.
-
-    Source: Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational
-    inference", NeurIPS.
+    guides. Both results are the largest over components; NaN for fewer than four iterates. Source:
+    Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational inference",
+    NeurIPS.
     """
     n = len(iterates) // 2
     if n < 2:

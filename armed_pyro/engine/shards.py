@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.compiled_step import Loss, Objective
 from armed_pyro.engine.processes import ALONE, Processes, mixed
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
@@ -118,8 +118,8 @@ class Share:
         return replace(membership, index=united, position=place[membership.position], weight=weight)
 
     def averaged(
-        self, objective: Callable[..., Loss], modules: Mapping[str, nn.Module], adversaries: int
-    ) -> Callable[..., Loss]:
+        self, objective: Objective, modules: Mapping[str, nn.Module], adversaries: int
+    ) -> Objective:
         """The objective, with gradients that DistributedDataParallel averages over processes.
 
         The objective reads the parameters of the modules; its loss has an accuracy per adversary.
@@ -135,12 +135,11 @@ class Share:
 
     def mean(self, loss: Loss) -> Loss:
         """The loss, without its gradients, averaged over processes."""
-        if not self.several:
-            return loss
-        parts = [getattr(loss, field.name).detach().reshape(-1) for field in fields(Loss)]
-        means = self.sharing.total(torch.cat(parts)) / self.sharing.size
-        total, elbo, fixed, adversarial = means[:4]
-        return Loss(total, elbo, fixed, adversarial, means[4:])
+        return Loss.of(self._mean(loss.joined())) if self.several else loss
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes that share the rows."""
+        return self.sharing.total(values) / self.sharing.size
 
     def reshuffled(self, passes: Passes, *seed: int) -> Passes:
         """New passes over the rows, after seeding each process's random numbers differently.
@@ -162,14 +161,14 @@ class Share:
         """Average the network's running statistics over processes."""
         for buffer in network.buffers():
             if self.several and buffer.is_floating_point():
-                buffer.copy_(self.sharing.total(buffer) / self.sharing.size)
+                buffer.copy_(self._mean(buffer))
 
-    def mean_over_rows(self, log_prob: Callable[[Rows], Tensor], rows: Rows) -> float:
+    def mean_over_rows(self, log_prob: Callable[[Rows], Tensor], rows: HeldRows) -> float:
         """Mean log-density of rows that every process has; each process evaluates a part."""
         if not self.several:
-            return float(log_prob(rows).mean())
+            return float(log_prob(rows.all()).mean())
         index = torch.arange(self.sharing.rank, len(rows), self.sharing.size)
-        part = _selected(rows, index.to(rows.x.device))
+        part = rows.take(index.to(rows.x.device)).all()
         return float(self.sharing.total(log_prob(part).sum())) / len(rows)
 
     def compute(self, compute: Callable[[RowSource], RowSource], source: RowSource) -> RowSource:
@@ -184,20 +183,6 @@ class Share:
             for place, part in zip(self.places, parts, strict=True):
                 joined[name][place.to(values.device)] = part[: len(place)]
         return replace(source, computed=joined or None)
-
-
-def _selected(rows: Rows, index: Tensor) -> Rows:
-    """The rows `index` of a batch."""
-
-    def select(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[index]
-
-    memberships = {
-        factor: replace(membership, position=membership.position[index])
-        for factor, membership in rows.memberships.items()
-    }
-    optional = (select(rows.trials), select(rows.offset), select(rows.weights))
-    return Rows(rows.x[index], select(rows.y), memberships, rows.scale, *optional)
 
 
 def _places(source: HeldRows, size: int, *, whole_clusters: bool) -> tuple[Tensor, ...]:
@@ -226,7 +211,7 @@ class _Module(nn.Module):
     """An objective as a module, from its inputs to the parts of the loss."""
 
     def __init__(
-        self, objective: Callable[..., Loss], modules: Mapping[str, nn.Module], adversaries: int
+        self, objective: Objective, modules: Mapping[str, nn.Module], adversaries: int
     ) -> None:
         super().__init__()
         self.objective, self.adversaries = objective, adversaries
@@ -241,5 +226,4 @@ class _Module(nn.Module):
             # An error would leave the other processes waiting. NaN reaches all of them instead.
             nan = torch.full_like(trained.detach(), torch.nan)
             loss = Loss(nan, nan, nan, nan, nan.expand(self.adversaries))
-        loss = replace(loss, total=loss.total + 0 * trained)
-        return tuple(getattr(loss, field.name) for field in fields(Loss))
+        return loss.total + 0 * trained, loss.elbo, loss.fixed, loss.adversarial, loss.accuracy

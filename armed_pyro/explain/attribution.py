@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.functional import jacobian
 
 from armed_pyro._messages import check_known, check_prob
 from armed_pyro._optional import extra
@@ -21,10 +22,10 @@ from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.taps import module_at, tapped
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import InputBlock
 from armed_pyro.random_effects.grouping_factor import Factor
 
-Latents = Mapping[str, Tensor]
 # Most rows that integrated gradients and Grad-CAM explain; nodes of the integral over the path.
 MOST_ROWS, NODES = 1000, 50
 METHODS: Mapping[str, str] = {
@@ -113,9 +114,9 @@ class Attribution:
             drawn = (values / scale).transpose("chain", "draw", *inner, missing_dims="ignore")
             flat = drawn.to_numpy().reshape(-1, len(frame))
             frame[name] = flat.mean(0)
-            for end, share in (("lower", tail), ("upper", 1 - tail)):
-                latent = "draw" in drawn.dims
-                frame[f"{name}_{end}"] = np.quantile(flat, share, axis=0) if latent else np.nan
+            latent = "draw" in drawn.dims
+            ends = np.quantile(flat, [tail, 1 - tail], axis=0) if latent else (np.nan, np.nan)
+            frame[f"{name}_lower"], frame[f"{name}_upper"] = ends
         frame.attrs |= {"prob": prob, "units": units, "method": self.method}
         return frame.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
 
@@ -188,8 +189,7 @@ def attribution(
     labels = pd.Index(["mean"]) if method == "gradient" else source.row_labels.take(sample)
     explained = x[torch.as_tensor(sample, device=x.device)]
     if method == "gradient":
-        at = mean.clone().requires_grad_(True)
-        parts = jacobian(_basis(model, at, chosen)[0], at)[None]
+        parts = jacobian(lambda at: _basis(model, at, chosen)[0], mean)[None, :, 0]
     elif layer is None:
         parts = _integrated(model, explained, mean, chosen)
     else:
@@ -213,27 +213,11 @@ def attribution(
         for factor in model.factors:
             random |= _between(model, factor, latents, mean, chosen)
     labelled = _labelled(model, fixed, random, chosen, draws)
-    inner = [dim for dim in labelled["importance"].dims if dim not in ("chain", "draw")]
-    coords = {dim: labelled[dim].to_numpy() for dim in inner if dim in labelled.coords}
+    dims = ["row", *(dim for dim in labelled["importance"].dims if dim not in ("chain", "draw"))]
+    coords = {dim: labelled[dim].to_numpy() for dim in dims if dim in labelled.coords}
     coords["row"] = label_values(labels)
-    array = _column_last(rows, 1, "column" not in inner).cpu().numpy()
-    return Attribution(method, labelled, xr.DataArray(array, coords, ["row", *inner]))
-
-
-def jacobian(
-    values: Float[Tensor, " outputs"], x: Float[Tensor, "1 ..."]
-) -> Float[Tensor, "outputs ..."]:
-    """Return d values / d x of a single row.
-
-    >>> x = torch.ones(1, 2, requires_grad=True)
-    >>> jacobian((x**2).flatten(), x)
-    tensor([[2., 0.],
-            [0., 2.]])
-    """
-    # Without the zero term, autograd fails for constants such as the column of an intercept.
-    depending = values + 0 * x.sum()
-    slopes = [torch.autograd.grad(value, x, retain_graph=True)[0][0] for value in depending]
-    return torch.stack(slopes)
+    array = _columns_last(model, rows, 1)
+    return Attribution(method, labelled, xr.DataArray(array, coords, dims))
 
 
 def _inputs(model: MixedEffects, data: ClusteredData) -> Tensor:
@@ -276,13 +260,14 @@ def _between(
     chosen: list[int],
 ) -> dict[str, Tensor]:
     """Draws of every cluster's deviation from each slope, and of the sd of these deviations."""
-    x = mean.clone().requires_grad_(True)
-    rows = replace(model.data_facts().one_row(model.reference()), x=x)
-    _, activations = model.run_network(rows)
     point = {k: v for k, v in mean_draws(model, latents).items() if k == "fixed_effect"}
-    phi = sensitivities(model, rows, factor, activations, point)[0][:, chosen]
-    J = jacobian(phi.flatten(), x).detach().unflatten(0, phi.shape)  # terms columns features
-    J = J * model.data_facts().spread
+
+    def phi(x: Tensor) -> Float[Tensor, "terms columns"]:
+        rows = replace(model.data_facts().one_row(model.reference()), x=x)
+        _, activations = model.run_network(rows)
+        return sensitivities(model, rows, factor, activations, point)[0][:, chosen]
+
+    J = jacobian(phi, mean)[:, :, 0] * model.data_facts().spread  # terms columns features
     effects = latents[factor.effect_site].reshape(-1, *latents[factor.effect_site].shape[-2:])
     slopes = torch.einsum("dkt,tpj->dkpj", effects, J)
     sd = slopes.std(1)
@@ -299,10 +284,9 @@ def _integrated(
     captum = extra("captum.attr", "an attribution by integrated gradients")
     method = captum.IntegratedGradients(lambda rows: _basis(model, rows, chosen))
     size = _basis(model, mean, chosen).shape[1]
-    options: dict[str, Any] = {"n_steps": NODES, "internal_batch_size": max(NODES, 4096)}
-    return torch.stack(
-        [method.attribute(x, mean, target=k, **options).detach() for k in range(size)], 1
-    )
+    options: dict[str, Any] = {"n_steps": NODES, "internal_batch_size": 4096}
+    parts = [method.attribute(x, mean, target=k, **options).detach() for k in range(size)]
+    return torch.stack(parts, 1)
 
 
 def _maps(
@@ -335,9 +319,10 @@ def _positive(maps: Float[Tensor, "rows columns ..."], shape: tuple[int, ...]) -
     return captum.LayerAttribution.interpolate(maps.clamp(min=0), shape, mode)
 
 
-def _column_last(values: Tensor, lead: int, single: bool) -> Tensor:
-    """Move the predictor's columns from dimension `lead` to the end, or drop a single column."""
-    return values.select(lead, 0) if single else values.movedim(lead, -1)
+def _columns_last(model: MixedEffects, values: Tensor, at: int) -> np.ndarray:
+    """Move the predictor's columns from dimension `at` to the end; an only column is dropped."""
+    single = len(model.data_facts().columns) == 1
+    return (values.select(at, 0) if single else values.movedim(at, -1)).cpu().numpy()
 
 
 def _labelled(
@@ -349,13 +334,9 @@ def _labelled(
     axes = fixed["importance"].dim() - 2
     inner: tuple[str, ...] = tuple(f"axis_{axis}" for axis in range(1, axes + 1))
     if facts.feature_names:
-        inner = ("feature",)
-        coords |= {
-            "feature": list(facts.feature_names),
-            "scale": (inner, list(facts.feature_scale)),
-        }
-    single = len(facts.columns) == 1
-    if not single:
+        inner, scale = ("feature",), list(facts.feature_scale)
+        coords |= {"feature": list(facts.feature_names), "scale": (inner, scale)}
+    if len(facts.columns) > 1:
         inner = (*inner, "column")
         coords["column"] = [facts.columns[column] for column in chosen]
     variables: dict[str, Any] = {}
@@ -363,7 +344,7 @@ def _labelled(
         factor, by_cluster = name.removesuffix("_slope"), name.endswith("_slope")
         cluster = (variable_name(factor),) if by_cluster else ()
         coords |= {dim: label_values(facts.levels[factor]) for dim in cluster}
-        array = _column_last(values, 1 + len(cluster), single).cpu().numpy()
+        array = _columns_last(model, values, 1 + len(cluster))
         if name in fixed and not model.bayesian_head:
             variables[name] = (inner, array[0])
         else:  # an sd that is known in advance has a single draw

@@ -146,6 +146,8 @@ def boundaries(
     means = rows.mean(0).tolist() if len(rows) else facts.feature_mean
     centre = dict(zip(facts.feature_names, means, strict=True))
     x = facts.scaling.standardise(plane(axes, centre).features).to(model.reference())
+    # Columns of random slopes beside the features are at their means, which is 0 standardised.
+    slopes = x.new_zeros(len(x), len(facts.slope_names)) if facts.slope_names else None
     latents = posterior.draws(draws, seed=seed)
     kept = {k: v for k, v in latents.items() if k in (chosen.effect_site, "fixed_effect")}
     levels = facts.levels[chosen.name]
@@ -153,7 +155,9 @@ def boundaries(
 
     def surface(cluster: int | None) -> Tensor:
         membership = Membership(all_clusters, torch.full((len(x),), cluster or 0, device=x.device))
-        rows = Rows(x, None, {chosen.name: membership}, trials=torch.ones_like(x[:, 0]))
+        rows = Rows(
+            x, None, {chosen.name: membership}, trials=torch.ones_like(x[:, 0]), slopes=slopes
+        )
         predictor = model.predictor(rows, kept)
         assert predictor.fixed is not None  # for mypy: the fixed part is returned by default
         mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)
@@ -181,9 +185,9 @@ def _axes(
     check_known("feature", features, names)
     if len(set(features)) != 2:
         raise ValueError(f"give two different features, not {features}")
-    if extent is None and not posterior.data.n_rows:
-        raise ValueError("the fit was kept without its training rows: give an `extent`")
     if extent is None:
+        if not posterior.data.n_rows:
+            raise ValueError("the fit was kept without its training rows: give an `extent`")
         values = posterior.data.features[:, list(map(names.index, features))].numpy()
         extent = tuple(zip(values.min(0), values.max(0), strict=True))
     return {name: np.linspace(*ends, size) for name, ends in zip(features, extent, strict=True)}
@@ -215,16 +219,12 @@ def plane(
     >>> rows.features[:4].tolist()
     [[0.0, 0.0, 7.0], [1.0, 0.0, 7.0], [2.0, 0.0, 7.0], [0.0, 1.0, 7.0]]
     """
-    grid = np.stack(np.meshgrid(*axes.values()), -1).reshape(-1, 2)
-    features = np.tile(np.array(list(centre.values()), dtype=float), (len(grid), 1))
-    features[:, [list(centre).index(name) for name in axes]] = grid
-    count = max([1, *(len(labels) for labels in (clusters or {}).values())])
-    return ClusteredData.from_arrays(
-        np.tile(features, (count, 1)),
-        None,
-        {name: np.repeat(labels, len(grid)) for name, labels in (clusters or {}).items()},
-        feature_names=list(centre),
-    )
+    grid = dict(zip(axes, np.meshgrid(*axes.values()), strict=True))
+    columns = np.broadcast_arrays(*{**centre, **grid}.values())
+    features = np.stack(columns, -1).reshape(-1, len(centre)).astype(float)
+    groups = {name: np.repeat(labels, len(features)) for name, labels in (clusters or {}).items()}
+    repeated = np.tile(features, (max(map(len, (clusters or {}).values()), default=1), 1))
+    return ClusteredData.from_arrays(repeated, None, groups, feature_names=list(centre))
 
 
 def _draw_panel(
@@ -248,11 +248,9 @@ def _draw_panel(
     if level is not None and surface.min() < level < surface.max():
         axis.contour(x, y, surface, levels=[level], colors="black", linewidths=1.2)
     if points is not None:
-        colours = (
-            {"c": points[1], **shades}
-            if level is None
-            else {"c": [RED if outcome > level else BLUE for outcome in points[1]]}
-        )
+        colours: dict[str, Any] = {"c": points[1], **shades}
+        if level is not None:
+            colours = {"c": [RED if outcome > level else BLUE for outcome in points[1]]}
         axis.scatter(*points[0].T, s=7, edgecolors="white", linewidths=0.25, **colours)
         axis.set(xlim=ends[:2], ylim=ends[2:])
     axis.spines[["top", "right", "left", "bottom"]].set_visible(False)

@@ -99,25 +99,22 @@ class DecodedEffects:
             changes = data["difference"][shown]
             changes = changes.mean("channel") if "channel" in inner else changes
             _draw(axes[0, 0], data["fixed"], "fixed effects", **grey)
+            walk_titles = [f"{step:+g} sd" if step else "0" for step in steps]
             rows = [
-                [
-                    _draw(axes[0, place], data["image"][k], titles[k], **grey)
-                    for place, k in enumerate(shown, 1)
-                ],
-                [_draw(axes[1, k], change, "", **signed) for k, change in enumerate(changes, 1)],
-                [
-                    _draw(axes[2, place], image, f"{step:+g} sd" if step else "0", **walked)
-                    for place, (step, image) in enumerate(zip(steps, data["walk"], strict=True), 1)
-                ],
+                (data["image"][shown], [titles[k] for k in shown], grey),
+                (changes, [""] * len(shown), signed),
+                (data["walk"], walk_titles, walked),
             ]
+            for row, (images, names, style) in zip(axes, rows, strict=True):
+                panels = zip(row[1:], images, names, strict=False)
+                drawn = [_draw(axis, image, title, **style) for axis, image, title in panels]
+                figure.colorbar(drawn[0], ax=row, shrink=0.8, pad=0.01)
             for axis in axes.flat:
                 axis.set_axis_off()
             component = f"largest\ncomponent,\n{data.attrs['share']:.0%} of the\nvariance"
             notes = ["", f"effect of\neach {name}", component]
             for axis, note in zip(axes[:, 0], notes, strict=True):
                 axis.text(0.5, 0.5, note, ha="center", va="center", transform=axis.transAxes)
-            for row, drawn in zip(axes, rows, strict=True):
-                figure.colorbar(drawn[0], ax=row, shrink=0.8, pad=0.01)
             count = f"{len(shown)} of {len(labels)} clusters, with the largest differences"
             if len(shown) < len(labels):
                 figure.supxlabel(count, fontsize=9, color=INK)
@@ -242,9 +239,7 @@ class _Images:
             name = others[0] if others and columns is None else facts.outcome_name
         check_known("outcome", [name], (*others, facts.outcome_name))
         if name in others and columns is not None:
-            raise ValueError(
-                f"`columns` are of the predictor: leave out either them or of={name!r}"
-            )
+            raise ValueError(f"`columns` are of the predictor: leave out them or of={name!r}")
         check_known("column of the predictor", columns or (), facts.columns)
         if name in others:
             return cls(model, factor, name, tuple(range(math.prod(facts.feature_shape))))
@@ -280,9 +275,8 @@ class _Images:
             memberships={self.factor.name: Membership(all_clusters, all_clusters)},
         )
         latents = {**fixed, self.factor.effect_site: effects}
-        made = self.model.predictor(
-            rows, latents, return_fixed=False, others=self.outcome is not None
-        )
+        others = self.outcome is not None
+        made = self.model.predictor(rows, latents, return_fixed=False, others=others)
         if self.outcome is None:
             return made.eta[..., list(self.pixels)]
         return made.others[self.outcome].flatten(-x.dim() + 1)

@@ -18,6 +18,7 @@ from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.taps import head_path, pooled, tapped
 from armed_pyro.program.model import MixedEffects
 
+Codes = Int[np.ndarray, " rows"]
 # Rows for the probes, at most.
 MOST_ROWS = 5000
 # Outcomes with more than FEW distinct values are cut into BINS groups of similar outcomes.
@@ -138,11 +139,11 @@ def invariance(
     labels, groups = {"cluster": codes}, {"": np.zeros_like(codes)}
     if alike is not None:
         labels["outcome"] = groups["_within"] = alike
-    reading = _Reading(codes, groups, folds, permutations, seed)
+    settings = {"folds": folds, "permutations": permutations, "seed": seed}
     tests, indices = [], []
     for layer, features in activations(model, rows, _layers(model, factor, layers)).items():
         for name in ("linear", "network"):
-            scores = reading.test(_probe(name, seed), features)
+            scores = permutation_test(_probe(name, seed), features, codes, groups, **settings)
             # fmax ignores a p_within of NaN.
             leak = float(np.fmax(scores["p"], scores["p_within"]))
             tests.append({"layer": layer, "probe": name} | scores | {"p_leak": leak})
@@ -208,7 +209,7 @@ def _check_clusters(data: ClusteredData, factor: str, folds: int) -> None:
         )
 
 
-def _strata(data: ClusteredData) -> Int[np.ndarray, " rows"] | None:
+def _strata(data: ClusteredData) -> Codes | None:
     """Groups of rows with similar outcome: its classes or its tenths."""
     outcome = data.outcome
     if outcome is None or outcome.dim() > 1:
@@ -219,55 +220,51 @@ def _strata(data: ClusteredData) -> Int[np.ndarray, " rows"] | None:
     return pd.qcut(outcome.numpy(), BINS, labels=False, duplicates="drop")
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """Permutation test of a probe that predicts the clusters `codes`.
+def permutation_test(
+    probe: Any,
+    features: Float[np.ndarray, "rows width"],
+    codes: Codes,
+    groups: Mapping[str, Codes],
+    *,
+    folds: int,
+    permutations: int,
+    seed: int,
+) -> dict[str, float]:
+    """Cross-validated accuracy of a probe of clusters, its mean under permutation, and p-values.
 
     `groups` are groups of rows whose clusters are exchangeable, by suffix of the null hypothesis.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    codes: Int[np.ndarray, " rows"]
-    groups: Mapping[str, Int[np.ndarray, " rows"]]
-    folds: int
-    permutations: int
-    seed: int
-
-    def test(self, probe: Any, features: Float[np.ndarray, "rows width"]) -> dict[str, float]:
-        """Cross-validated accuracy, its mean under permutation, and p-values."""
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.model_selection import StratifiedKFold
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        rng, codes = np.random.default_rng([self.seed, 23]), self.codes
-        scores = {"accuracy": 0.0}
-        for name in ("", "_within"):
-            tested = name in self.groups
-            scores |= {f"chance{name}": 0.0 if tested else np.nan}
-            scores |= {f"p{name}": 1.0 if tested else np.nan}
-        # Stratified by cluster only, so that the split could have produced every permutation of the
-        # held-out clusters. Strata of cluster and outcome would fix how often the two coincide.
-        split = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
-        for train, held in split.split(features, codes):
-            with warnings.catch_warnings():
-                # A probe that has not fully converged is still a valid one.
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                trained = make_pipeline(StandardScaler(), probe).fit(features[train], codes[train])
-            predicted, truth = trained.predict(features[held]), codes[held]
-            hits = float((predicted == truth).sum())
-            scores["accuracy"] += hits / len(codes)
-            for name, groups in self.groups.items():
-                drawn = (_permuted(rng, truth, groups[held]) for _ in range(self.permutations))
-                by_chance = np.array([(predicted == clusters).sum() for clusters in drawn])
-                scores[f"chance{name}"] += float(by_chance.mean()) / len(codes)
-                p = (1 + float((by_chance >= hits).sum())) / (self.permutations + 1)
-                scores[f"p{name}"] = min(scores[f"p{name}"], self.folds * p)
-        return scores
+    rng, scores = np.random.default_rng([seed, 23]), {"accuracy": 0.0}
+    for name in ("", "_within"):
+        tested = name in groups
+        scores |= {f"chance{name}": 0.0 if tested else np.nan}
+        scores |= {f"p{name}": 1.0 if tested else np.nan}
+    # Stratified by cluster only, so that the split could have produced every permutation of the
+    # held-out clusters. Strata of cluster and outcome would fix how often the two coincide.
+    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    for train, held in split.split(features, codes):
+        with warnings.catch_warnings():
+            # A probe that has not fully converged is still a valid one.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            trained = make_pipeline(StandardScaler(), probe).fit(features[train], codes[train])
+        predicted, truth = trained.predict(features[held]), codes[held]
+        hits = float((predicted == truth).sum())
+        scores["accuracy"] += hits / len(codes)
+        for name, alike in groups.items():
+            drawn = (_permuted(rng, truth, alike[held]) for _ in range(permutations))
+            by_chance = np.array([(predicted == clusters).sum() for clusters in drawn])
+            scores[f"chance{name}"] += float(by_chance.mean()) / len(codes)
+            p = (1 + float((by_chance >= hits).sum())) / (permutations + 1)
+            scores[f"p{name}"] = min(scores[f"p{name}"], folds * p)
+    return scores
 
 
-def _permuted(
-    rng: np.random.Generator, codes: Int[np.ndarray, " rows"], groups: Int[np.ndarray, " rows"]
-) -> Int[np.ndarray, " rows"]:
+def _permuted(rng: np.random.Generator, codes: Codes, groups: Codes) -> Codes:
     """Clusters permuted among the rows of each group."""
     shuffled = np.empty_like(codes)
     # Both sides are sorted by group; the right one is in random order within each group.
@@ -276,9 +273,7 @@ def _permuted(
     return shuffled
 
 
-def _indices(
-    features: Float[np.ndarray, "rows width"], labels: Int[np.ndarray, " rows"]
-) -> dict[str, float]:
+def _indices(features: Float[np.ndarray, "rows width"], labels: Codes) -> dict[str, float]:
     """Davies-Bouldin and Calinski-Harabasz index; NaN if features or labels do not vary."""
     from sklearn import metrics
 

@@ -14,8 +14,7 @@ from jaxtyping import Float
 from armed_pyro._messages import check_known
 from armed_pyro.explain.attribution import Attribution
 
-# Fits per model, at least.
-FEWEST = 2
+FEWEST = 2  # fits per model
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +86,9 @@ def probe_test(
     With n fits no one-sided p-value is below :math:`2^{-n}`, so a verdict at the 5% `level` needs
     at least five fits.
 
-    Parameters
-    ----------
-    importances : mapping of str to sequence of Attribution or mapping
-        The importance of every feature in each fit, by model: results of `Fit.attribution`, or
-        numbers by feature. Position f is the same fold or seed for all models.
-    true, probes : sequence of str
-        Features that affect the outcome, and features that carry only cluster information.
+    `importances` are results of `Fit.attribution`, or numbers by feature, of each model's fits;
+    position f is the same fold or seed for all models. The `true` features affect the outcome, and
+    the `probes` carry only cluster information.
 
     Raises
     ------
@@ -168,13 +163,13 @@ def _log_ratios(
     for fit in fits:
         by_feature = _by_feature(fit)
         check_known("feature", (*true, *probes), by_feature)
+        log = {}
         for name in (*true, *probes):
-            if not by_feature[name] >= 0:
-                raise ValueError(
-                    f"an importance must be at least 0, not {by_feature[name]} ({name})"
-                )
-        # An importance of exactly zero, as of a dead unit, would have no logarithm.
-        log = {name: np.log(max(by_feature[name], 1e-300)) for name in (*true, *probes)}
+            value = by_feature[name]
+            if not value >= 0:
+                raise ValueError(f"an importance must be at least 0, not {value} ({name})")
+            # An importance of exactly zero, as of a dead unit, would have no logarithm.
+            log[name] = np.log(max(value, 1e-300))
         rows.append([log[t] - log[s] for t, s in product(true, probes)])
     return np.array(rows)
 

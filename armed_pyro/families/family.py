@@ -125,6 +125,11 @@ class Family(ABC):
                 f"family {self.name!r} needs the number of trials of each row: name its column "
                 "with trials='...' (command line: --trials COLUMN)"
             )
+        if data.trials is not None and not self.needs_trials:
+            raise ValueError(
+                f"family {self.name!r} has no trials: leave trials= (--trials) out, or choose "
+                "family 'binomial'"
+            )
         y = outcome_of(data)
         if data.classes is not None and len(data.classes) != 2:
             raise ValueError(

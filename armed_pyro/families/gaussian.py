@@ -46,8 +46,9 @@ class ResidualSd(Parameter):
 
     def describe(self, priors: Priors, spread: float) -> str:
         scale = priors.residual_sd.scale
-        number = scale if isinstance(scale, float | int) else spread
-        return priors.residual_sd.describe(float(number))
+        if isinstance(scale, float | int):
+            return priors.residual_sd.describe(float(scale))
+        return f"{priors.residual_sd.describe(spread)}, scaled to the data"
 
     def original(self, value: Tensor, spread: float) -> Tensor:
         return value * spread

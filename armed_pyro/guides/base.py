@@ -16,7 +16,7 @@ from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["Guide", "joined", "selected"]
+__all__ = ["Guide", "joined", "n_draws", "selected"]
 
 
 class Guide(nn.Module, ABC):
@@ -176,3 +176,8 @@ def joined(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def selected(latents: Mapping[str, Tensor], which: slice | Tensor) -> dict[str, Tensor]:
     """The draws at these places; known quantities, without draws, stay as is."""
     return {name: value[which] if value.dim() > 1 else value for name, value in latents.items()}
+
+
+def n_draws(latents: Mapping[str, Tensor]) -> int:
+    """The number of draws; 0 if no site has draws, as for known quantities."""
+    return max((len(value) for value in latents.values() if value.dim() > 1), default=0)

@@ -73,6 +73,9 @@ class Hyperparameters(nn.Module):
     all moved at once by Adam, and the noise of their gradients would add up. Beyond
     `FULL_STEPS` hyperparameters the matrices are therefore trained in smaller units.
 
+    Where sds stand at x = 0, theta holds other coordinates, which do not depend on the origin of x,
+    and `Factor.from_guide` gives the sites.
+
     Hyperparameters that are `known` from their priors have no place in theta, whose length is
     `size`. If q(theta) is `shaped`, skewness, tails and dependent scales are trained.
     """
@@ -92,6 +95,7 @@ class Hyperparameters(nn.Module):
         like = model.reference()
         self.known = model.known()
         self.sites = _global_sites(model)
+        self._moving = tuple(factor for factor in model.factors if factor.from_zero is not None)
         self.size = size = self.sites[-1].stop if self.sites else 0
         self._reach = min(1.0, FULL_STEPS / max(1, size))
         self.register_buffer("anchor", like.new_tensor(_start(model, self.sites)))
@@ -112,11 +116,26 @@ class Hyperparameters(nn.Module):
         latents = dict(self.known)
         if self.sites:
             theta = pyro.sample("_theta", self.distribution(), infer={"is_auxiliary": True})
+            values, log_densities = self._read(theta)
             for site in self.sites:
-                value, log_density = site.read(theta)
-                point = dist.Delta(value, log_density, event_dim=site.event_dim)
+                log_density = log_densities[site.name]
+                point = dist.Delta(values[site.name], log_density, event_dim=site.event_dim)
                 latents[site.name] = pyro.sample(site.name, point)
         return latents
+
+    def _read(
+        self, theta: Float[Tensor, "... size"]
+    ) -> tuple[dict[str, Tensor], dict[str, Float[Tensor, "..."]]]:
+        """Each site's value, and minus the log |det| of the map that makes it from theta."""
+        read = {site.name: site.read(theta) for site in self.sites}
+        values = {name: value for name, (value, _) in read.items()}
+        log_densities = {name: log_density for name, (_, log_density) in read.items()}
+        for factor in self._moving:
+            moved, log_det = factor.from_guide(values)
+            if moved:
+                values |= moved
+                log_densities[factor.sd_site] = log_densities[factor.sd_site] - log_det
+        return values, log_densities
 
     def train_shape(self) -> None:
         """Switch gradients on for all parameters, those of the shape included."""
@@ -142,7 +161,7 @@ class Hyperparameters(nn.Module):
     def center(self) -> dict[str, Tensor]:
         """The hyperparameters at zero noise, with the known ones."""
         theta = self.distribution().push(torch.zeros_like(self.anchor))
-        return self.known | {site.name: site.read(theta)[0] for site in self.sites}
+        return self.known | self._read(theta)[0]
 
     def _load_from_state_dict(self, *args: Any, **settings: Any) -> None:
         super()._load_from_state_dict(*args, **settings)

@@ -105,8 +105,10 @@ class PseudoObservations(nn.Module):
         if self.full:
             pieces = [torch.linalg.eigh(piece) for piece in precision.split(MOST_AT_ONCE)]
             values, vectors = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-            # Directions about which the rows say nothing get the location 0.
-            observed = values > 1e-8 * values.amax(-1, keepdim=True).clamp(min=1e-8)
+            # Directions about which the rows say nothing get the location 0. Of a slope without an
+            # intercept on x far from zero they say little: the limit is that of rounding.
+            rounding = 16 * torch.finfo(values.dtype).eps
+            observed = values > rounding * values.amax(-1, keepdim=True).clamp(min=1e-8)
             inverse = torch.where(observed, values, torch.inf).reciprocal()
             solve = (vectors * inverse[..., None, :]) @ vectors.mT
             self.base.copy_(vectors * values.clamp(min=1e-12).sqrt()[..., None, :])

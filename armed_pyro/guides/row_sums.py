@@ -169,7 +169,7 @@ def newton_excess(
     terms = slope.shape[-1]
     effects = torch.zeros_like(slope) if effects is None else effects
     # The sds' geometric mean over draws: the arithmetic mean follows the largest draws.
-    sds = factor.sd(latents).reshape(-1, terms)
+    sds = factor.effect_sd(latents).reshape(-1, terms)
     sd = sds.log().mean(0).exp()
     if precision.dim() == 3:
         scales = factor.scale_matrix(latents).reshape(-1, terms, terms) / sds[..., None]

@@ -175,7 +175,7 @@ class StructuredGuide(Guide):
         detached = None
         if training and not detach:
             detached = self._conditional(factor, pseudo, latents, membership, detach=True)
-        precision, sd = (base * trained) ** 2, factor.sd(latents)
+        precision, sd = (base * trained) ** 2, factor.effect_sd(latents)
         q = 1 + sd**2 * tau[..., None] * precision
         mean = sd * tau[..., None] * precision * location / q
         return WhitenedDiagonal(sd, mean, q.sqrt(), detached)

@@ -177,7 +177,8 @@ def _searched(
         for name, code in codes.items()
     }
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
-    return HeldRows(rows.x, rows.y, codes, counts, *optional), rows
+    held = HeldRows(rows.x, rows.y, codes, counts, *optional, slopes=rows.slopes)
+    return held, rows
 
 
 def _newton_steps(model: MixedEffects, guide: Guide, source: RowSource, frame: Tensor) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
-from armed_pyro.guides.base import Guide
+from armed_pyro.guides.base import Guide, n_draws
 from armed_pyro.guides.noise import Noise, NoiseMessenger, gaussian_noise, proposal_noise
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
@@ -140,7 +140,7 @@ def log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tenso
         row = model.data_facts().one_row(model.reference())
         trace = poutine.trace(poutine.condition(model, data=outside)).get_trace(row)
         trace.compute_log_prob(lambda name, _: name in outside)
-    n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+    n = n_draws(latents) or 1
     total = model.reference().new_zeros(n)
     for node in trace.nodes.values():
         if "log_prob" in node:

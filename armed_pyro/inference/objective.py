@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
-from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.guides.base import Guide
 from armed_pyro.inference.nested_weights import bound_noise, weigh
 from armed_pyro.program.model import MixedEffects

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from armed_pyro.engine.adam import Adam, Gradients, Update, adam_change
-from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.pseudo_observations import PseudoObservations
@@ -195,15 +195,16 @@ class ClusterTable(Update):
         counts: Int[Tensor, " clusters"],
         eps: float,
     ) -> None:
-        super().__init__()
+        trained = [p for p in small.parameters() if p.requires_grad]
+        widths, room = [p.shape[1:].numel() for p in trained], len(small.location)
+        super().__init__([names[id(p)] for p in trained], widths, (room,))
         self._small, self.eps = (small,), eps  # in a tuple: it is the guide's part, not this one's
         self._trained = [p.requires_grad for p in small.parameters()]
-        self.names = tuple(names[id(p)] for p in small.parameters() if p.requires_grad)
         self.whole = self._fixed_first(whole)
         self._shapes = [tensor.shape[1:] for tensor in self.whole]
         self._widths = [shape.numel() for shape in self._shapes]
-        self._fixed = sum(self._widths[: len(self._widths) - len(self.names)])
-        n, like, width = len(counts), whole.location.detach(), sum(self._widths) - self._fixed
+        n, like, width = len(counts), whole.location.detach(), sum(widths)
+        self._fixed = sum(self._widths) - width
         # Unused places of a batch are written to a dummy last row.
         values = like.new_zeros(n + 1, 2 + self._fixed + 3 * width + 1)
         columns = values[:n].split([1, 1, *self._widths, width, width, 1], 1)
@@ -213,7 +214,7 @@ class ClusterTable(Update):
         for tensor, shape, view in zip(self.whole, self._shapes, views, strict=True):
             tensor.data = view.unflatten(1, shape).copy_(tensor.detach())
         self.register_buffer("values", values, persistent=False)
-        self.register_buffer("targets", counts.new_zeros(len(small.location)), persistent=False)
+        self.register_buffer("targets", counts.new_zeros(room), persistent=False)
 
     def _fixed_first(self, pseudo: PseudoObservations) -> list[Tensor]:
         """Parameters and buffers, the trained ones last."""
@@ -253,16 +254,6 @@ class ClusterTable(Update):
         in_batch = self.values.new_zeros(room).index_add(0, position, ones)
         weight = scale * in_batch / rows[:, 1]
         return Membership(places, position, weight, complete=True, labels=labels)
-
-    def joined(self, gradients: Gradients) -> Float[Tensor, "room width"]:
-        room, widths = len(self.targets), self._widths[len(self._widths) - len(self.names) :]
-        parts = [self.values.new_zeros(room, 0)]
-        for name, width in zip(self.names, widths, strict=True):
-            gradient = gradients[name]
-            if gradient is None:
-                gradient = self.values.new_zeros(room, width)
-            parts.append(gradient.flatten(1))
-        return torch.cat(parts, 1)
 
     @torch.no_grad()
     def forward(

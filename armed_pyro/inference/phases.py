@@ -13,8 +13,7 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.checkpoint import digest, module_tensors, restore_module
-from armed_pyro.engine.compiled_step import CompileMode, Steps
-from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.compiled_step import CompileMode, Loss, Steps
 from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_hat
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
@@ -46,7 +45,7 @@ class TrainingTask:
     source: RowSource  # all rows
     share: Share  # the rows that this process trains the network on
     schedule: Schedule
-    validation: Rows | None = None  # their loss decides when the network's training ends
+    validation: HeldRows | None = None  # their loss decides when the network's training ends
     seed: int = 0
     compile: CompileMode = "auto"
 
@@ -59,11 +58,11 @@ class TrainingTask:
         restore_module("model", self.model, state)
         restore_module("guide", self.guide, state)
 
-    def validation_loss(self, rows: Rows, share: Share) -> float:
+    def validation_loss(self, rows: HeldRows, share: Share) -> float:
         """Mean of -log p(y_i) at the guide's centre, with zero effects for new clusters."""
         self.model.eval()
         with torch.no_grad():
-            counts = {name: len(m.index) for name, m in rows.memberships.items()}
+            counts = {name: len(counted) for name, counted in rows.counts.items()}
             center = self.guide.center(self.model.clusters())
             latents = self.model.extend(center, counts, population=True)
 

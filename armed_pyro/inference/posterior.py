@@ -14,6 +14,7 @@ from torch import Tensor
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, selected
+from armed_pyro.inference.psis import systematic
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Membership
 
@@ -100,9 +101,7 @@ class ImportanceDraws:
 
     def resample(self, n: int) -> Int[Tensor, " n"]:
         """Positions of n draws; systematically, one of weight w floor(n w) or ceil(n w) times."""
-        edges = (np.arange(n) + float(torch.rand(()))) / n
-        index = np.searchsorted(np.cumsum(self.weights), edges).clip(max=len(self.weights) - 1)
-        return torch.as_tensor(index)
+        return torch.as_tensor(systematic(self.weights, n, float(torch.rand(()))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,11 @@
-"""Pareto smoothed importance weights."""
+"""Pareto smoothed importance weights, and resampling by weights."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-__all__ = ["pareto_smooth"]
+__all__ = ["pareto_smooth", "systematic"]
 
 # The tail is the largest fifth of the draws, and a Pareto fit needs five draws in it.
 FEWEST = 25
@@ -48,3 +48,11 @@ def pareto_smooth(
     log_weights = np.where(flat[:, None], -np.log(log_ratios.shape[1]), log_weights)
     log_weights = log_weights - np.logaddexp.reduce(log_weights, axis=1, keepdims=True)
     return log_weights, np.where(flat, -np.inf, k_hat)
+
+
+def systematic(
+    weights: Float[np.ndarray, " draws"], n: int, uniform: float
+) -> Int[np.ndarray, " n"]:
+    """Positions of n draws; one of weight w floor(n w) or ceil(n w) times, by a uniform number."""
+    edges = (np.arange(n) + uniform) / n
+    return np.searchsorted(np.cumsum(weights), edges).clip(max=len(weights) - 1)

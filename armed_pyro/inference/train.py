@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from armed_pyro.inference.training_run import Run
 from armed_pyro.program.model import MixedEffects, trains_network
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["GuideFactory", "train"]
+__all__ = ["GuideFactory", "progress_bar", "threads", "train"]
 
 # Rows times parameters of one step below which one thread is fastest.
 SMALL_STEP = 2**24
@@ -86,7 +86,7 @@ def train(
     rows = bound.encode(data) if source is None else source
     held_out = None
     if validation is not None:
-        held_out = bound.encode(validation, bound.data_facts().levels_with(validation)).all()
+        held_out = bound.encode(validation, bound.data_facts().levels_with(validation))
     path = None if checkpoint is None else Path(checkpoint)
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
@@ -105,8 +105,10 @@ def train(
         if resume and path is not None:
             run.restore(Checkpoint.read(path))
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
+        # In small steps, synchronising threads costs more than it saves.
+        count = 1 if size < SMALL_STEP else torch.get_num_threads()
         shown = progress and processes.first
-        with _threads(size), _progress_bar(schedule, shown) as report:
+        with threads(count), _training_bar(schedule, shown) as report:
             run.train(path, report)
         processes.same(bound, bound_guide)
     posterior, frozen_rows = run.result(), run.phase.frozen_rows
@@ -123,31 +125,40 @@ def train(
 
 
 @contextmanager
-def _threads(size: int) -> Iterator[None]:
-    """Use one thread for small steps, in which synchronising threads costs more than it saves."""
+def threads(count: int) -> Iterator[None]:
+    """Torch with this number of threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if size < SMALL_STEP else before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def _progress_bar(schedule: Schedule, show: bool) -> Iterator[Callable[[int, str], None]]:
-    """Steps and time; the time left only if the number of steps is fixed.
+def _training_bar(
+    schedule: Schedule, show: bool
+) -> AbstractContextManager[Callable[[int, str], None]]:
+    # Otherwise training ends when the loss has stopped improving, mostly long before `steps`.
+    return progress_bar("fitting", "step", schedule.steps, show, fixed=schedule.stages == 0)
 
-    Otherwise training ends when the loss has stopped improving, mostly long before `steps`.
+
+@contextmanager
+def progress_bar(
+    title: str, unit: str, total: int, show: bool, *, fixed: bool = True
+) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr that is told how many units are completed, and a text.
+
+    Without a `fixed` number of units, `total` is only the most, and no time left is shown.
     """
-    fixed = schedule.stages == 0
+    count = f"{unit} {{task.completed}}/{{task.total}}"
     columns = (
-        TextColumn("fitting"),
-        *([BarColumn()] if fixed else [SpinnerColumn()]),
-        TextColumn("step {task.completed} of " + ("" if fixed else "at most ") + "{task.total}"),
+        TextColumn(title),
+        BarColumn() if fixed else SpinnerColumn(),
+        TextColumn(count if fixed else f"{count} at most"),
         TimeElapsedColumn(),
         *([TimeRemainingColumn()] if fixed else []),
         TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task("", total=schedule.steps)
+        task = bar.add_task("", total=total)
         yield lambda step, text: bar.update(task, completed=step, description=text)

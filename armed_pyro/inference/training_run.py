@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from armed_pyro.engine.checkpoint import Checkpoint
-from armed_pyro.engine.loss import Loss
+from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import History, Plateau
 from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase, TrainingTask
 from armed_pyro.inference.posterior import Posterior
@@ -136,7 +137,7 @@ class Run:
         record = {
             "run": self.task.identity(),
             "history": self.history.to_json(),
-            "plateau": self.phase.plateau.to_json(),
+            "plateau": asdict(self.phase.plateau),
             "stopped": self.stopped,
         }
         return Checkpoint(tensors, record)
@@ -160,7 +161,7 @@ class Run:
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.task.source.like.device)
-        self.phase.plateau = Plateau.from_json(record["plateau"])
+        self.phase.plateau = Plateau(**record["plateau"])
         self.stopped = record["stopped"]
 
     def freeze(self) -> None:

@@ -17,7 +17,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.inference.psis import pareto_smooth
+from armed_pyro.inference.psis import pareto_smooth, systematic
 from armed_pyro.prediction.chunks import new_effects, predict_rows
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction
@@ -25,7 +25,7 @@ from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
-__all__ = ["Adapted", "adapt", "check_support"]
+__all__ = ["Adapted", "adapt", "check_support_in", "joined"]
 
 # Importance weights are used up to this Pareto k-hat (Vehtari et al. 2024); above it they are
 # dominated by a few draws.
@@ -108,12 +108,12 @@ class Adapted:
             counts = pd.Series(grouping.counts.numpy(), index=grouping.levels)
             matrix = factor.to_original.double()
             values = (self.effects[factor.name].double() @ matrix.mT).cpu().numpy()
-            lower, upper = np.quantile(values, [tail, 1 - tail], axis=0)
             for i, label in enumerate(self.labels[factor.name]):
                 for j, term in enumerate(factor.terms):
-                    sample, name = values[:, i, j], (factor.name, label, int(counts[label]), term)
-                    moments = sample.mean(), sample.std(ddof=1)
-                    records.append((*name, *moments, lower[i, j], upper[i, j]))
+                    sample = values[:, i, j]
+                    ends = np.quantile(sample, [tail, 1 - tail])
+                    name = (factor.name, label, int(counts[label]), term)
+                    records.append((*name, sample.mean(), sample.std(ddof=1), *ends))
         names = ["factor", "cluster", "rows", "term", "mean", "sd", "lower", "upper"]
         return pd.DataFrame(records, columns=names)
 
@@ -181,7 +181,7 @@ def adapt(
     if isinstance(support, pd.DataFrame) and support.empty:
         support = posterior.data.take([])
     support = posterior.encode(support)
-    check_support(posterior, support, update_seen=update_seen)
+    _check(posterior, support, update_seen)
     latents: Latents = posterior.draws(draws, seed=seed)
     new = new_clusters(model, support)
     marginal = Marginal(latents, seed)
@@ -198,18 +198,8 @@ def adapt(
     return Adapted(posterior, support, latents, new, effects, quality, draws, seed, update_seen)
 
 
-def check_support(
-    posterior: Posterior,
-    support: ClusteredData,
-    new_in_data: Mapping[str, pd.Index] | None = None,
-    *,
-    update_seen: bool = False,
-) -> None:
-    """Check that the rows have outcomes and belong to new clusters, of the data to be predicted.
-
-    `new_in_data` are the new clusters of the data; by default the support may have any. ValueError
-    tells of a missing outcome, a row in seen clusters only, or a cluster that is not in the data.
-    """
+def _check(posterior: Posterior, support: ClusteredData, update_seen: bool) -> None:
+    """Check that the rows have outcomes, and do not lie in seen clusters only."""
     model, facts = posterior.model, posterior.model.data_facts()
     if support.outcome is None:
         raise ValueError(
@@ -219,8 +209,7 @@ def check_support(
     if not support.n_rows or not model.factors:
         return
     model.family.check(support)
-    new = new_clusters(model, support)
-    is_new = np.zeros(support.n_rows, dtype=bool)
+    new, is_new = new_clusters(model, support), np.zeros(support.n_rows, dtype=bool)
     for factor in model.factors:
         grouping = support.grouping(factor.name)
         levels = as_seen(grouping.levels, facts.levels[factor.name])
@@ -234,15 +223,18 @@ def check_support(
             "the same name, rename them; if their new rows should update their effects, use "
             "Fit.adapt(support, update_seen=True)"
         )
-    if new_in_data is not None:
-        for name, labels in new.items():
-            missing = labels[~labels.isin(as_seen(new_in_data[name], labels))]
-            if len(missing):
-                raise ValueError(
-                    f"the support has {len(missing)} cluster(s) of {name!r} that are not in the "
-                    f"data to predict: {listing(missing, 5)}. Check the labels, leave these rows "
-                    "out of the support, or use Fit.adapt(support), which takes any cluster"
-                )
+
+
+def check_support_in(data: Mapping[str, pd.Index], support: Mapping[str, pd.Index]) -> None:
+    """Raise ValueError if a new cluster of the support is not one of the data to predict."""
+    for name, labels in support.items():
+        missing = labels[~labels.isin(as_seen(data[name], labels))]
+        if len(missing):
+            raise ValueError(
+                f"the support has {len(missing)} cluster(s) of {name!r} that are not in the "
+                f"data to predict: {listing(missing, 5)}. Check the labels, leave these rows "
+                "out of the support, or use Fit.adapt(support), which takes any cluster"
+            )
 
 
 def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) -> ClusteredData:
@@ -254,7 +246,7 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
         return first if first.n_rows else second
     both = (first, second)
     optional: dict[str, Any] = {}
-    for role in ("outcome", "trials", "offset", "weights"):
+    for role in ("outcome", "trials", "offset", "weights", "slopes"):
         pair = [getattr(data, role) for data in both]
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f"one set of support rows has {role}, the other has none")
@@ -295,6 +287,5 @@ def _resampled(log_weights: Tensor, seed: int, quality: dict[str, float]) -> Ten
             stacklevel=4,
         )
         return None
-    edges = (np.arange(len(weights)) + np.random.default_rng([seed, 17]).random()) / len(weights)
-    index = np.searchsorted(np.cumsum(weights), edges).clip(max=len(weights) - 1)
-    return torch.as_tensor(index)
+    uniform = np.random.default_rng([seed, 17]).random()
+    return torch.as_tensor(systematic(weights, len(weights), uniform))

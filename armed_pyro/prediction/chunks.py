@@ -14,6 +14,7 @@ from torch import Tensor
 
 from armed_pyro._messages import check_prob
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.result import NewEffects, Prediction, Reconstructed
 from armed_pyro.prediction.unseen import EffectSource, new_clusters
@@ -54,7 +55,7 @@ def predict_chunks(
         raise ValueError("there are no rows to predict")
     levels = facts.levels_with(data)
     rows_of = model.encode(data, levels)
-    n = max([0, *(site.shape[0] for site in source.latents.values() if site.dim() > 1)]) or draws
+    n = n_draws(source.latents) or draws
     size = chunk or max(1, BLOCK_VALUES // (n * values_per_row(model, others=reconstruct)))
     base = (posterior.seed if seed is None else seed) + 1
     latents, used = with_new_effects(model, source, levels, rows_of)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.networks.taps import head_path, tapped
+from armed_pyro.networks.taps import head_path, run
 from armed_pyro.program.model import MixedEffects
 
 __all__ = ["Classifiers", "ClusterClassifier", "calibration_error", "train_classifier"]
@@ -30,8 +30,6 @@ Logits = Float[Tensor, "rows clusters"]
 Codes = Int[Tensor, " rows"]
 # With more features than this, only hidden activations are compared and not the features too.
 MOST_FEATURES = 100
-# Rows in one pass of the trained network.
-AT_ONCE = 4096
 # The tensors of a classifier that are not weights of its network.
 STATISTICS = ("log_prior", "centers", "whiten", "counts")
 
@@ -62,8 +60,8 @@ class ClusterClassifier:
     @torch.no_grad()
     def log_prob(self, x: Float[Tensor, "rows ..."]) -> Logits:
         """Return log p(k | x) of standardised features."""
-        logits = torch.cat([self.net(part).flatten(1) for part in x.split(AT_ONCE)])
-        return torch.log_softmax(logits / self.temperature, -1).double()
+        logits, _ = run(self.net, x)
+        return torch.log_softmax(logits.flatten(1) / self.temperature, -1).double()
 
     @torch.no_grad()
     def position(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows q"]:
@@ -106,11 +104,8 @@ class Classifiers(dict[str, ClusterClassifier]):
 def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
     """Train p(k | x) on 70% of the training rows; stop, calibrate and score it on the others.
 
-    Raises
-    ------
-    ValueError
-        If there is no such factor, there are no features, or the fit holds no training rows or only
-        a sample of them.
+    ValueError if there is no such factor, there are no features, or the fit holds no training rows
+    or only a sample of them.
     """
     model, data = posterior.model, posterior.data
     facts = model.data_facts()
@@ -148,8 +143,7 @@ def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
         sums = position.new_zeros(len(shares), position.shape[1]).index_add(0, codes, position)
         centers = sums / shares[:, None]
         residual = position - centers[codes]
-        freedom = max(1, len(x) - len(shares))
-        within = residual.mT @ residual / freedom
+        within = residual.mT @ residual / max(1, len(x) - len(shares))
         # Without the ridge, features that do not vary within clusters have infinite distances.
         ridge = 1e-3 * position.var(0).clamp(min=1e-6) if len(x) > 1 else torch.ones(())
         root = torch.linalg.cholesky(within + torch.diag(ridge.expand(len(within))))
@@ -168,8 +162,6 @@ def calibration_error(
 
     All bins hold the same number of rows.
 
-    Examples
-    --------
     >>> calibration_error(np.array([[0.5, 0.5], [0.5, 0.5]]), np.array([0, 1]))
     0.0
     """
@@ -216,12 +208,9 @@ def _coordinates(net: nn.Module, x: Float[Tensor, "rows ..."]) -> Float[Tensor, 
     Hidden layers tell apart clusters whose mean features are the same. The features show shifts
     that no hidden layer was trained to detect.
     """
-    path, pieces = head_path(net), []
-    for part in x.split(AT_ONCE):
-        with tapped(net, (), [path]) as record:
-            net(part)
-        pieces.append(record[f"<{path}"].flatten(1))
-    hidden = torch.cat(pieces)
+    path = head_path(net)
+    _, record = run(net, x, (), [path])
+    hidden = record[f"<{path}"].flatten(1)
     few = x.dim() == 2 and x.shape[1] <= MOST_FEATURES
     return torch.cat([x, hidden], 1) if few else hidden
 

@@ -25,6 +25,7 @@ from armed_pyro.rows.in_memory import HeldRows
 
 __all__ = ["Conditioned", "condition"]
 
+Levels = Mapping[str, pd.Index]  # seen clusters, then new ones, by factor
 Node = tuple[int, int]  # factor, cluster
 # Groups of clusters that share no rows, and the rows of each group.
 Groups = tuple[list[list[Node]], list[Tensor]]
@@ -67,14 +68,11 @@ def condition(
     levels = facts.levels_with(support)
     source = model.encode(support, levels)
     first_new = {f.name: len(facts.levels[f.name]) for f in model.factors}
-    free = {
-        f.name: torch.arange(len(levels[f.name])) >= (0 if update_seen else first_new[f.name])
-        for f in model.factors
-    }
     if update_seen:
-        for name, is_free in free.items():
-            is_free &= source.counts[name].cpu() > 0
+        free = {f.name: source.counts[f.name].cpu() > 0 for f in model.factors}
         source = _with_training(posterior, source, levels, free)
+    else:
+        free = {name: torch.arange(len(levels[name])) >= first for name, first in first_new.items()}
     source = model.compute(source)
     trained = torch.arange(len(source)) >= support.n_rows
     zeroed, zeros = dict(latents), {}
@@ -118,7 +116,7 @@ class _Solver:
     posterior: Posterior
     latents: Latents  # with the new clusters' effects; the effects that are drawn are zero
     source: HeldRows
-    levels: Mapping[str, pd.Index]
+    levels: Levels
     seed: int
 
     def solve(self, groups: Groups) -> GroupDraws:
@@ -142,15 +140,11 @@ class _Solver:
         batch = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
         # Every group has one cluster in each slot, all of the slot's factor.
         factors = [model.factors[f] for f, _ in nodes[0]]
-        slots = [
-            torch.tensor([cluster for _, cluster in slot]) for slot in zip(*nodes, strict=True)
-        ]
+        slots = list(torch.tensor([[cluster for _, cluster in group] for group in nodes]).mT)
         point = mean_draws(model, latents) if modulates(model) else {}
         if around is not None:
-            sizes = [len(factor.terms) for factor in factors]
-            for factor, clusters, value in zip(
-                factors, slots, around.split(sizes, -1), strict=True
-            ):
+            parts = around.split([len(factor.terms) for factor in factors], -1)
+            for factor, clusters, value in zip(factors, slots, parts, strict=True):
                 site = factor.effect_site
                 latents[site] = latents[site].clone()
                 latents[site][:, clusters] = value
@@ -171,7 +165,8 @@ class _Solver:
             eta = eta - model.data_facts().spread * torch.einsum("ntc,nt->nc", z, around[place])
         names = [p.name for p in model.family.parameters if p.name in latents]
         parameters = {name: latents[name].reshape(-1, 1) for name in names}
-        joint = _block_diagonal(lower)
+        draws = max(map(len, lower))
+        joint = torch.vmap(torch.block_diag)(*(root.expand(draws, -1, -1) for root in lower))
         conditional = Conditional(model, parameters, batch, eta, z, joint, place, len(nodes))
         with model.seeded(self.seed + 13):
             return conditional.draw(torch.cat(noise, -1))
@@ -231,21 +226,8 @@ def _in_batches(alike: Iterator[Groups], most: int) -> Iterator[Groups]:
         yield nodes[start:], rows[start:]
 
 
-def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    draws, size = max(map(len, blocks)), sum(block.shape[-1] for block in blocks)
-    matrix, start = blocks[0].new_zeros(draws, size, size), 0
-    for block in blocks:
-        stop = start + block.shape[-1]
-        matrix[:, start:stop, start:stop] = block
-        start = stop
-    return matrix
-
-
 def _with_training(
-    posterior: Posterior,
-    source: HeldRows,
-    levels: Mapping[str, pd.Index],
-    free: Mapping[str, Tensor],
+    posterior: Posterior, source: HeldRows, levels: Levels, free: Mapping[str, Tensor]
 ) -> HeldRows:
     """The rows, followed by the training rows of the free clusters."""
     if posterior.sampled:
@@ -270,4 +252,4 @@ def _with_training(
     counts = {k: torch.bincount(v, minlength=len(levels[k])) for k, v in codes.items()}
     x = torch.cat([source.x, training.x[index]])
     y, trials, offset, weights = (both(name) for name in ("y", "trials", "offset", "weights"))
-    return HeldRows(x, y, codes, counts, trials, offset, weights)
+    return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=both("slopes"))

@@ -14,7 +14,7 @@ from armed_pyro.data.columns import NEW, complete_rows
 from armed_pyro.data.grouping import Grouping, as_seen
 from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.adapt import adapt, check_support
+from armed_pyro.prediction.adapt import adapt, check_support_in
 from armed_pyro.prediction.chunks import check_settings, new_effects, predict_chunks, predict_rows
 from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.result import Prediction
@@ -160,7 +160,7 @@ def _source_of(
     seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
         rows = posterior.encode(support)
-        check_support(posterior, rows, new)
+        check_support_in(new, new_clusters(posterior.model, rows))
         return adapt(posterior, rows, draws=draws, seed=seed).source()
     latents = posterior.draws(draws, seed=seed)
     if evidence is not None:

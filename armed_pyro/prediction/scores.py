@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.adapt import adapt, check_support, joined
+from armed_pyro.prediction.adapt import adapt, joined
 from armed_pyro.prediction.chunks import predict_rows, with_new_effects
 from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.new_clusters import condition
@@ -122,14 +123,11 @@ def compare_modes(
         modes += ["adapt"] if support is not None else []
     options: dict[str, Any] = {"factor": factor, "draws": draws, "prob": prob, "seed": seed}
     options["classifiers"] = Classifiers() if classifiers is None else classifiers
-    labelled = {"adapt": support}
     with warnings.catch_warnings():
         # The warning of alien clusters is not needed: the table shows how membership performs.
         warnings.filterwarnings("ignore", message="no cluster of")
-        made = [
-            score_mode(posterior, rows, mode, support=labelled.get(mode), **options)
-            for mode in modes
-        ]
+        for_adapt = {"adapt": support}
+        made = [score_mode(posterior, rows, m, support=for_adapt.get(m), **options) for m in modes]
     table = pd.DataFrame([{"mode": scores.mode, **scores.summary} for scores in made])
     elpd = np.stack([scores.table["elpd"].to_numpy() for scores in made])
     best = elpd[elpd.sum(1).argmax()]
@@ -170,17 +168,13 @@ def score_mode(
         what = f"cluster of {factor!r}" if factor else "cluster"
         raise ValueError(f"no {what} is new in these rows: there is nothing to compare modes on")
     codes = model.encode(rows, facts.levels_with(rows)).codes[factor].cpu().numpy()
-    seen = len(facts.levels[factor])
-    y = rows.outcome.numpy()[codes >= seen]
-    rows = rows.take(codes >= seen)
-    codes = codes[codes >= seen] - seen
+    codes = codes - len(facts.levels[factor])
+    y, rows, codes = rows.outcome.numpy()[codes >= 0], rows.take(codes >= 0), codes[codes >= 0]
     unseen, pooled = ("membership", False) if mode == BY_ROW else (mode, True)
     seed = posterior.seed if seed is None else seed
-    source: EffectSource
     if unseen == "adapt" and support is not None:
         support = posterior.encode(support)
-        check_support(posterior, support)
-        source = adapt(posterior, support, draws=draws, seed=seed).source()
+        source: EffectSource = adapt(posterior, support, draws=draws, seed=seed).source()
     else:
         support = None
         options: dict[str, Any] = {"draws": draws, "seed": seed, "classifiers": classifiers}
@@ -227,7 +221,7 @@ def _scored(
     table: dict[str, Any] = {"rows": counts}
     summary = {"clusters": float(n), "rows": float(len(y))}
 
-    def add(name: str, by_row: np.ndarray, scale: Callable[[Any], Any] = np.asarray) -> None:
+    def add(name: str, by_row: ByRow, scale: Callable[[Any], Any] = np.asarray) -> None:
         table[name] = scale(np.bincount(codes, by_row, minlength=n) / np.maximum(counts, 1))
         summary[name] = float(scale(by_row.mean()))
 
@@ -291,7 +285,7 @@ def _log_densities(
     levels = model.data_facts().levels_with(data)
     rows = model.encode(data, levels)
     latents, _ = with_new_effects(model, source, levels, rows)
-    n = max([0, *(site.shape[0] for site in latents.values() if site.dim() > 1)]) or draws
+    n = n_draws(latents) or draws
     pieces = [
         model.log_likelihood(part, latents).expand(n, -1).double().cpu().numpy()
         for part in rows.chunks(max(1, BLOCK_VALUES // (n * values_per_row(model))))
@@ -316,12 +310,13 @@ def _joint_log_density(
     both = data if support is None else joined(posterior, support, data)
     whole = _evidence(posterior, both, factor, draws, seed)
     part = {} if support is None else _evidence(posterior, support, factor, draws, seed)
-    nothing = np.zeros(draws)
-    joint = {
-        label: scipy.special.logsumexp(values) - scipy.special.logsumexp(part.get(label, nothing))
-        for label, values in whole.items()
-    }
-    return np.array([joint.get(str(label), np.nan) for label in labels])
+    missing, nothing = np.full(draws, np.nan), np.zeros(draws)
+
+    def total(evidence: Mapping[str, np.ndarray], otherwise: np.ndarray) -> ByCluster:
+        values = [evidence.get(str(label), otherwise) for label in labels]
+        return scipy.special.logsumexp(values, axis=1)
+
+    return total(whole, missing) - total(part, nothing)
 
 
 def _evidence(

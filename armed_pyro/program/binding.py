@@ -13,7 +13,18 @@ from armed_pyro.networks.taps import modulated, pooled, tapped
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
 
-__all__ = ["activation_widths", "check_names", "needs_fixed_run", "unreached", "warn_if_small"]
+__all__ = [
+    "activation_widths",
+    "check_intercept",
+    "check_names",
+    "needs_fixed_run",
+    "unreached",
+    "warn_if_far",
+    "warn_if_small",
+]
+
+# Standard deviations of a feature between its mean and zero.
+FAR = 10.0
 
 
 def activation_widths(model: Plan) -> dict[str, int]:
@@ -135,6 +146,19 @@ def _check_head(model: Plan, path: str, hidden: Tensor | None, x: Tensor) -> Non
         )
 
 
+def check_intercept(model: Plan) -> None:
+    """Check that fixed effects without an intercept belong to a network that can be without one."""
+    net = model.network
+    if model.data_facts().intercept or model.linear:
+        return
+    if not isinstance(net, nn.Linear) or net.bias is not None:
+        raise ValueError(
+            "the features are without an intercept ('0 +'), which has a meaning for linear fixed "
+            "effects only: take nn.Linear(..., bias=False) or bayesian_head=True (command line: "
+            "--net linear), or leave '0 +' out, as a network has biases of its own"
+        )
+
+
 def check_names(model: Plan) -> None:
     """Check that sites and plates have different names, and that priors name existing factors."""
     outcome, priors = model.data_facts().outcome_name, model.priors.sd
@@ -168,3 +192,22 @@ def warn_if_small(model: Plan) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def warn_if_far(model: Plan) -> None:
+    """Warn of a prior of correlated terms at x = 0 if that is far from the rows."""
+    for factor in model.factors:
+        for block in factor.linear:
+            matrix = block.from_zero()
+            if matrix is None or block.covariance.diagonal or block.names[0] in factor.at_means:
+                continue
+            far = [n for n, s in zip(block.names, matrix[0].tolist(), strict=True) if abs(s) > FAR]
+            if far:
+                warnings.warn(
+                    f"the prior of {factor.sd_site}[{block.names[0]}] holds at {far[0]} = 0, more "
+                    f"than {FAR:g} sds of {far[0]} from its mean: there, intercept and slope must "
+                    "have a correlation near 1 or -1, to which the prior gives little weight; "
+                    f"centre {far[0]}, or leave out the scale of the intercept",
+                    UserWarning,
+                    stacklevel=4,
+                )

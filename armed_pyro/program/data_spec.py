@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.feature_scaling import FeatureScaling
+from armed_pyro.data.feature_scaling import FeatureScaling, intercept_columns
 from armed_pyro.data.grouping import as_seen, index_from_json, index_to_json
 from armed_pyro.data.schema import Schema
 from armed_pyro.families.family import Family
@@ -47,13 +47,33 @@ class Facts:
     counts: Mapping[str, Int[Tensor, " clusters"]]  # training rows in each cluster
     schema: Schema | None  # by which new tables are encoded
     feature_spread: float = 1.0  # sd of all values of the features that enter the network
+    # Fits saved before there were the next fields lack them.
+    intercept: bool = True  # whether the fixed effects have one
+    intercept_columns: tuple[int, ...] = ()  # features that sum to 1 in its place
+    dropped: tuple[str, ...] = ()  # features that depend on earlier ones; no fixed effects
+    slope_names: tuple[str, ...] = ()  # columns that only random slopes use, with their
+    slope_sources: tuple[str, ...] = ()  # table columns and scales
+    slope_mean: tuple[float, ...] = ()
+    slope_scale: tuple[float, ...] = ()
+    # By categorical column, the indicators of all its levels, for (0 + f | g). Empty in a fit that
+    # was saved when that term had no indicator of the first level.
+    indicators: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    feature_average: tuple[float, ...] = ()  # as of `FeatureScaling.average`
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
         """Facts of the training data, after `ClusteredData.check_training` and `Family.check`."""
         data.check_training()
         family.check(data)
-        scaling = FeatureScaling.of(data)
+        scaling, extra = FeatureScaling.of(data), FeatureScaling.of_slopes(data)
+        center, spread = family.center(data), family.spread(data)
+        ones = () if data.intercept else intercept_columns(data)
+        if not data.intercept and not ones:
+            # The fixed effects alone must reach the mean outcome. The scale of the features grows
+            # the prior of their coefficients accordingly.
+            far = float((1 + (center / spread).square().max()).sqrt())
+            scaling = replace(scaling, scale=tuple(scale / far for scale in scaling.scale))
+            center = torch.zeros_like(center)
         groupings = {factor: data.grouping(factor) for factor in factors}
         return cls(
             n_rows=data.n_rows,
@@ -65,13 +85,21 @@ class Facts:
             outcome_name=data.outcome_name,
             classes=data.classes,
             columns=family.columns(data),
-            center=tuple(family.center(data).tolist()),
-            spread=family.spread(data),
+            center=tuple(center.tolist()),
+            spread=spread,
             levels={factor: grouping.levels for factor, grouping in groupings.items()},
             counts={factor: grouping.counts for factor, grouping in groupings.items()},
             schema=data.schema,
             # Features of a table are standardised.
             feature_spread=1.0 if scaling.mean else _spread(data.features),
+            intercept=data.intercept,
+            intercept_columns=ones,
+            slope_names=extra.names,
+            slope_sources=extra.sources,
+            slope_mean=extra.mean,
+            slope_scale=extra.scale,
+            indicators=indicators_of(data.schema),
+            feature_average=scaling.average,
         )
 
     @classmethod
@@ -85,6 +113,7 @@ class Facts:
             feature_shape=(first.n_features,),
             feature_mean=tuple(table.feature_mean.tolist()),
             feature_scale=tuple(table.feature_scale.tolist()),
+            feature_average=tuple(table.feature_average.tolist()),
             levels={name: table.scanned.levels[name] for name in table.factors},
             counts={name: table.scanned.counts[name] for name in table.factors},
         )
@@ -93,7 +122,23 @@ class Facts:
     def scaling(self) -> FeatureScaling:
         """Names, means and scales of the features."""
         names, mean, scale = self.feature_names, self.feature_mean, self.feature_scale
-        return FeatureScaling(names, self.sources, mean, scale)
+        return FeatureScaling(names, self.sources, mean, scale, average=self.feature_average)
+
+    @property
+    def slope_scaling(self) -> FeatureScaling:
+        """Names, means and scales of the columns that only random slopes use."""
+        columns = (self.slope_names, self.slope_sources, self.slope_mean, self.slope_scale)
+        return FeatureScaling(*columns, average=self.slope_mean)
+
+    @property
+    def design_scaling(self) -> FeatureScaling:
+        """The columns of `Rows.slope_inputs`: features, then those that only slopes use."""
+        return self.scaling.joined(self.slope_scaling, self.indicators)
+
+    @property
+    def kept(self) -> list[int]:
+        """Positions of the features with linear fixed effects: those not `dropped`."""
+        return [i for i, name in enumerate(self.feature_names) if name not in self.dropped]
 
     def encode(
         self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
@@ -124,7 +169,15 @@ class Facts:
         optional = (data.outcome, data.trials, data.offset, data.weights)
         y, trials, offset, weights = (v if v is None else v.to(like) for v in optional)
         x = self.scaling.standardise(data.features).to(like)
-        return HeldRows(x, y, codes, counts, trials, offset, weights)
+        slopes = None
+        if self.slope_names:
+            if data.slopes is None or data.slope_names != self.slope_names:
+                raise ValueError(
+                    f"the data lack the columns of random slopes {listing(self.slope_names)}: "
+                    "encode new tables with the training data's schema"
+                )
+            slopes = self.slope_scaling.standardise(data.slopes).to(like)
+        return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=slopes)
 
     def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
         """Labels of the clusters seen in training, followed by new ones in these data."""
@@ -141,14 +194,19 @@ class Facts:
             name: Membership(torch.arange(len(levels), device=like.device), none)
             for name, levels in self.levels.items()
         }
-        return Rows(like.new_zeros(0, *self.feature_shape), None, memberships)
+        slopes = self._zero_slopes(0, like)
+        return Rows(like.new_zeros(0, *self.feature_shape), None, memberships, slopes=slopes)
 
     def one_row(self, like: Tensor) -> Rows:
         """A row of zeros without an outcome, in the first cluster of every factor."""
         first = torch.zeros(1, dtype=torch.long, device=like.device)
         memberships = {name: Membership(first, first) for name in self.levels}
         x = like.new_zeros(1, *self.feature_shape)
-        return Rows(x, None, memberships, trials=like.new_ones(1))
+        slopes = self._zero_slopes(1, like)
+        return Rows(x, None, memberships, trials=like.new_ones(1), slopes=slopes)
+
+    def _zero_slopes(self, rows: int, like: Tensor) -> Tensor | None:
+        return like.new_zeros(rows, len(self.slope_names)) if self.slope_names else None
 
     def to_json(self) -> dict[str, Any]:
         """The facts as JSON values, by name of the field."""
@@ -165,7 +223,9 @@ class Facts:
     def from_json(cls, values: Mapping[str, Any]) -> Facts:
         """The facts that `to_json` wrote."""
         classes, schema = values["classes"], values["schema"]
-        tuples = {name: tuple(value) for name, value in values.items() if type(value) is list}
+        tuples: dict[str, Any] = {k: tuple(v) for k, v in values.items() if type(v) is list}
+        indicators = values.get("indicators", {})
+        tuples["indicators"] = {name: tuple(labels) for name, labels in indicators.items()}
         decoded: dict[str, Any] = {
             "classes": None if classes is None else tuple(index_from_json(classes)),
             "levels": {name: index_from_json(index) for name, index in values["levels"].items()},
@@ -173,6 +233,11 @@ class Facts:
             "schema": None if schema is None else Schema.from_json(schema),
         }
         return cls(**{**values, **tuples, **decoded})
+
+
+def indicators_of(schema: Schema | None) -> dict[str, tuple[str, ...]]:
+    """By categorical column of a table, the names of the indicators of all its levels."""
+    return {} if schema is None else {name: schema.indicators_of(name) for name in schema.levels}
 
 
 def _spread(features: Tensor) -> float:

@@ -37,7 +37,7 @@ def sensitivities(
     those without effects inside.
     """
     columns = len(model.data_facts().columns)
-    linear = by_column(factor.design(rows.x, activations), columns)
+    linear = by_column(factor.design(rows.slope_inputs(), activations), columns)
     if not factor.filters:
         return linear
     if not reaches_predictor(model):

@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.program import binding
+from armed_pyro.program import binding, dependent, fixed_prior
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -99,15 +99,20 @@ class MixedEffects(Plan):
             If data, terms, module paths and the network's output do not fit together. The message
             says which of them, and what to do.
         """
-        facts = data
-        if isinstance(facts, ClusteredData):
-            facts = Facts.of(facts, self.family, self.factor_names())
         bound = copy.deepcopy(self)
-        bound.facts = facts
+        if isinstance(data, ClusteredData):
+            bound.facts = Facts.of(data, self.family, self.factor_names())
+            bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
+        else:
+            bound.facts = data
+        facts = bound.data_facts()
+        binding.check_intercept(bound)
         widths = binding.activation_widths(bound)
         blocks: dict[str, list[Block]] = {}
+        scaling = facts.design_scaling
         for term in self.terms:
-            blocks.setdefault(term.factor, []).append(term.block(facts.scaling, widths))
+            parts = [part.block(scaling, widths) for part in term.expanded(scaling)]
+            blocks.setdefault(term.factor, []).extend(parts)
         scales = (self.family.effect_scale(), facts.spread)
         bound._factors = nn.ModuleList(
             Factor(name, of_factor, facts.columns, self.priors, *scales)
@@ -115,10 +120,13 @@ class MixedEffects(Plan):
         )
         for adversary in bound.adversaries:
             adversary.build(widths, len(facts.levels[adversary.factor]))
+        if bound.bayesian_head:
+            bound.register_buffer("fixed_root", fixed_prior.root(bound), persistent=False)
         bound.to(bound.reference())
         bound.unreached = binding.unreached(bound)
         binding.check_names(bound)
         binding.warn_if_small(bound)
+        binding.warn_if_far(bound)
         return bound
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
@@ -169,9 +177,7 @@ class MixedEffects(Plan):
         for parameter in self.family.parameters:
             latents[parameter.name] = parameter.sample(self.priors, unit)
         if self.bayesian_head:
-            zeros = unit.new_zeros(len(self.fixed_terms()))
-            prior = dist.Normal(zeros, self.priors.fixed_sd).to_event(1)
-            latents["fixed_effect"] = pyro.sample("fixed_effect", prior)
+            latents["fixed_effect"] = pyro.sample("fixed_effect", self.fixed_prior())
         latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
         for factor in self.factors:
             latents[factor.effect_site] = factor(rows.memberships[factor.name])
@@ -184,6 +190,13 @@ class MixedEffects(Plan):
                 with poutine.scale(scale=other.weight):
                     pyro.sample(other.name, density, obs=rows.x)
         return predictor
+
+    def fixed_prior(self) -> dist.TorchDistribution:
+        """p(fixed_effect), of which `armed_pyro.program.fixed_prior.root` gives the covariance."""
+        zeros, sd = self.unit().new_zeros(len(self.fixed_terms())), self.priors.fixed_sd
+        if self.fixed_root is None:
+            return dist.Normal(zeros, sd).to_event(1)
+        return dist.MultivariateNormal(zeros, scale_tril=sd * self.fixed_root)
 
     def log_likelihood(self, rows: Rows, latents: Latents) -> Float[Tensor, "... rows"]:
         """log p(y_i | latent sites) of every row, times its weight; see `Rows.outcome`."""

@@ -20,8 +20,9 @@ from armed_pyro.networks.taps import head_path, run
 from armed_pyro.priors import Known, Priors
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.random_effects.covariance import Latents
+from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
-from armed_pyro.random_effects.terms import Term, parse_terms
+from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.batch import Rows
 
 __all__ = ["Plan"]
@@ -37,6 +38,8 @@ class Plan(LocalModule):
     facts: Facts | None
     # Tapped layers, and "" for the output, that effects inside the network cannot change.
     unreached: frozenset[str] = frozenset()
+    # Root of the fixed effects' prior covariance, per `Priors.fixed_sd`; None for the identity.
+    fixed_root: Tensor | None
 
     def __init__(
         self,
@@ -135,6 +138,12 @@ class Plan(LocalModule):
         linear = isinstance(net, nn.Linear) and net.in_features == len(features)
         return self.bayesian_head and linear
 
+    @property
+    def has_intercept(self) -> bool:
+        """Whether the latent fixed effects have an intercept."""
+        head = self.network.get_submodule(self.head_path())
+        return self.data_facts().intercept and getattr(head, "bias", None) is not None
+
     def head_path(self) -> str:
         """Module path of the network's last linear layer; empty if that is the network itself."""
         return head_path(self.network)
@@ -146,8 +155,8 @@ class Plan(LocalModule):
         width = int(head.in_features)  # type: ignore[arg-type]
         names = [f"{path or 'input'}[{unit}]" for unit in range(width)]
         if self.linear:
-            names = list(facts.feature_names)
-        names = ["Intercept"] * (head.bias is not None) + names
+            names = [facts.feature_names[place] for place in facts.kept]
+        names = ["Intercept"] * self.has_intercept + names
         return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
 
     def known(self) -> dict[str, Tensor]:
@@ -234,6 +243,9 @@ class Plan(LocalModule):
         """Regressors of the latent fixed effects: 1 for an intercept, then the head's inputs."""
         path = self.head_path()
         hidden = activations[f"<{path}"]
-        if self.network.get_submodule(path).bias is None:
+        facts = self.data_facts()
+        if self.linear and facts.dropped:
+            hidden = hidden[:, facts.kept]
+        if not self.has_intercept:
             return hidden
         return torch.cat([hidden.new_ones(len(hidden), 1), hidden], -1)

@@ -55,7 +55,7 @@ def linear_predictor(
     for factor in model.factors:
         if factor.effect_site in latents:
             membership = rows.memberships[factor.name]
-            phi = factor.design(rows.x, activations)
+            phi = factor.design(rows.slope_inputs(), activations)
             part = factor.contribution(phi, membership, latents[factor.effect_site])
             eta = eta + model.data_facts().spread * part
     return eta

@@ -49,15 +49,16 @@ def original_fixed_effects(model: MixedEffects, latents: Draws) -> Float[Tensor,
     facts = model.data_facts()
     values = _flat(latents["fixed_effect"], 1).to(torch.float64) * facts.spread
     values = values.unflatten(-1, (-1, len(facts.columns))).clone()
-    intercept = model.fixed_terms()[0].startswith("Intercept")
+    # Coefficients that take up a constant: the intercept's, or those of columns that sum to 1.
+    constant = [place for place, k in enumerate(facts.kept) if k in facts.intercept_columns]
+    constant = [0] if model.has_intercept else constant
     if model.linear:
-        scale = torch.tensor(facts.feature_scale).to(values)[:, None]
-        mean = torch.tensor(facts.feature_mean).to(values)[:, None]
-        values[:, int(intercept) :] /= scale
-        if intercept:
-            values[:, 0] -= (values[:, 1:] * mean).sum(1)
-    if intercept:
-        values[:, 0] += torch.tensor(facts.center).to(values)
+        kept, first = facts.kept, int(model.has_intercept)
+        scale = values.new_tensor(facts.feature_scale)[kept, None]
+        mean = values.new_tensor(facts.feature_mean)[kept, None]
+        values[:, first:] /= scale
+        values[:, constant] -= (values[:, first:] * mean).sum(1, keepdim=True)
+    values[:, constant] += values.new_tensor(facts.center)
     return values.flatten(1)
 
 

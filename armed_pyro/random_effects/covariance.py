@@ -52,8 +52,9 @@ class Covariance(ABC):
 
     name: ClassVar[str]  # in calls and files
     diagonal: ClassVar[bool] = False  # whether R is the identity
-    # Whether this kind contains M D M' for each of its covariances D and every matrix M. Features
-    # are then centred, which does not change the model and makes inference easier.
+    # Whether this kind is every correlation matrix, with its Cholesky factor as its only site. It
+    # then contains M D M' for each of its covariances D and every matrix M, and its sites may stand
+    # at the features' means or at x = 0.
     any_origin: ClassVar[bool] = False
     # Whether effects of different clusters are independent given the covariance.
     clusters_independent: ClassVar[bool] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,9 @@ from armed_pyro.random_effects.covariance import Covariance, Independent
 __all__ = ["Block", "FilterBlock", "InputBlock", "LayerBlock", "LinearBlock", "by_column"]
 
 Columns = Float[Tensor, "rows columns"]
+
+# Most terms of a block whose independent effects are centred.
+MOST_CENTRED = 16
 
 
 def by_column(
@@ -51,6 +54,15 @@ class Block(nn.Module, ABC):
 class LinearBlock(Block, ABC):
     """Effects that multiply columns phi in the linear predictor."""
 
+    shifted: tuple[str, ...] = ()  # features whose mean is not zero
+
+    def from_zero(self) -> Float[Tensor, "q q"] | None:
+        """Takes effects at x = 0 to the block's effects; None, the default, if they are the same.
+
+        Both are in standardised units.
+        """
+        return None
+
     @abstractmethod
     def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
         """phi of the rows with standardised features x."""
@@ -63,34 +75,62 @@ class LinearBlock(Block, ABC):
 class InputBlock(LinearBlock):
     """Intercept and (standardised) input features.
 
-    With an intercept and an unrestricted covariance matrix the features are centred, which does not
-    change the model and makes inference easier. With other kinds of covariance they are only
-    scaled: a restriction on intercept and slope, such as their independence, then holds at x = 0,
-    as in lme4.
+    The first column is 1, or the indicator of the level that the contrasts `columns[:contrasts]` of
+    a factor leave out, or there is no such column.
+
+    With an intercept the features are centred: cluster effects at x = 0 would be nearly collinear
+    if x is far from zero. `from_zero` takes effects (u0, u1) at x = 0 to those at the features'
+    means, (u0 + shift u1, u1). Features are only scaled without an intercept, beyond `MOST_CENTRED`
+    independent terms, whose guide knows no correlations, and in fits that were saved when
+    independent terms were not centred.
     """
 
     shift: Tensor
     index: Tensor
 
     def __init__(
-        self, features: FeatureScaling, columns: list[int], intercept: bool, covariance: Covariance
+        self,
+        features: FeatureScaling,
+        columns: list[int],
+        names: Sequence[str],
+        covariance: Covariance,
+        *,
+        intercept: bool,
+        contrasts: int = 0,
     ) -> None:
-        centred = intercept and covariance.any_origin
+        few = len(columns) < MOST_CENTRED and bool(features.average)
+        centred = intercept and (covariance.any_origin or few)
         index = torch.tensor(columns, dtype=torch.long)
         slope = torch.diag(1 / torch.tensor(features.scale, dtype=torch.float64)[index])
         shift = torch.tensor(features.mean, dtype=torch.float64)[index] @ slope
-        to_original = torch.block_diag(slope.new_ones(1, 1), slope) if intercept else slope
+        first = intercept or contrasts > 0
+        to_original = torch.block_diag(slope.new_ones(1, 1), slope) if first else slope
         if centred:
             to_original[0, 1:] = -shift
-        names = ["Intercept"] * intercept + [features.names[column] for column in columns]
         super().__init__(names, covariance, to_original)
-        self.intercept = intercept
+        self.intercept, self.contrasts = intercept, contrasts
+        slopes = names[len(names) - len(columns) :]
+        self.shifted = tuple(n for n, s in zip(slopes, shift.tolist(), strict=True) if s)
+        self._zero_shift = shift if centred and self.shifted and features.average else None
         self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
         self.register_buffer("index", index, False)
 
+    def from_zero(self) -> Float[Tensor, "q q"] | None:
+        if self._zero_shift is None:
+            return None
+        matrix = torch.eye(len(self.names), dtype=torch.float64)
+        matrix[0, 1:] = self._zero_shift
+        return matrix
+
     def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
-        slopes = [x[:, self.index] + self.shift] if len(self.index) else []
-        return torch.cat([x.new_ones(len(x), 1)] * self.intercept + slopes, -1)
+        # Images have no columns to choose from.
+        slopes = x[:, self.index] + self.shift if len(self.index) else x.new_zeros(len(x), 0)
+        if self.intercept:
+            return torch.cat([x.new_ones(len(x), 1), slopes], -1)
+        if self.contrasts:
+            left_out = 1 - slopes[:, : self.contrasts].sum(-1, keepdim=True)
+            return torch.cat([left_out, slopes], -1)
+        return slopes
 
 
 class LayerBlock(LinearBlock):

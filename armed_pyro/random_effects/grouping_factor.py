@@ -16,7 +16,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
-from armed_pyro.distributions.small_matrices import FEW
+from armed_pyro.distributions.small_matrices import FEW, lower_triangular, sheared_diagonal
 from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.priors import Known, Priors
 from armed_pyro.random_effects.covariance import Covariance, Latents, Matrix, TermGroup
@@ -43,12 +43,18 @@ class Factor(nn.Module):
     predictor; elsewhere it is the identity. The sites are ``<factor>_sd``, those of the blocks,
     ``<factor>_cor`` unless R is the identity and, in a plate over clusters, ``<factor>_effect``.
 
+    The effects of an intercept and slopes are those at the features' means: T u, with T of
+    `InputBlock.from_zero`. Their sds and R are those of u at x = 0, the quantities of tables and
+    priors; but where terms are correlated and the intercept's prior has its default scale, which
+    suits the means, they are those of T u (`at_means`).
+
     Effects are ordered by column of phi, then by column of the predictor. Effects on filters come
     last; all columns of the predictor share them. `default` is the scale of the sds' prior, if the
     prior has none of its own; `spread` is in outcome units per standardised unit.
     """
 
     to_original: Tensor
+    from_zero: Tensor | None  # T for all terms; None if it is the identity
     unit: Tensor  # standardised units per original unit of each term
     prior_scale: Tensor  # of the sds, in standardised units
 
@@ -87,8 +93,11 @@ class Factor(nn.Module):
         unit = 1 / matrix.diagonal()
         self.prior = priors.of(name)
         scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
-        prior_scale = self.prior.scales([term for term, *_ in labels], unit, scales)
+        # Without the predictor's column.
+        self._names = [name for name, *_ in labels]
+        prior_scale = self.prior.scales(self._names, unit, scales)
         self.register_buffer("to_original", matrix, persistent=False)
+        self._place_sites(by_column)
         self.register_buffer("unit", unit, persistent=False)
         self.register_buffer("prior_scale", prior_scale, persistent=False)
         self.groups = [
@@ -105,6 +114,27 @@ class Factor(nn.Module):
                     f"the covariance {covariance.name!r} of {name!r} makes its clusters depend on "
                     "each other, for which there is no guide yet"
                 )
+
+    def _place_sites(self, by_column: Tensor) -> None:
+        """Set T and, by name of an intercept whose prior holds at features' means, `at_means`."""
+        parts, self.at_means, start = [], dict[str, tuple[str, ...]](), 0
+        self._moved: list[tuple[int, ...]] = []  # places of terms whose sites are at x = 0
+        for block in self.linear:
+            size = len(block.names) * self.n_columns
+            part = block.from_zero()
+            free = part is not None and block.covariance.any_origin
+            if free and not self.prior.sets(block.names[0]):
+                intercepts = self.terms[start : start + self.n_columns]
+                self.at_means |= dict.fromkeys(intercepts, block.shifted)
+                part = None
+            if part is not None:
+                columns = range(start, start + self.n_columns)
+                self._moved += [tuple(range(c, start + size, self.n_columns)) for c in columns]
+            parts.append(torch.eye(size) if part is None else torch.kron(part, by_column))
+            start += size
+        matrix = torch.block_diag(*parts, torch.eye(len(self.terms) - start)).double()
+        moved = bool((matrix != torch.eye(len(matrix))).any())
+        self.register_buffer("from_zero", matrix if moved else None, persistent=False)
 
     def _correlated(self) -> Iterator[tuple[TermGroup, Covariance]]:
         """Groups of correlated terms: one per correlated block and column of the predictor."""
@@ -137,7 +167,7 @@ class Factor(nn.Module):
     @property
     def diagonal(self) -> bool:
         """Whether all effects of a cluster are independent given their sds."""
-        return not self.groups
+        return not self.groups and self.from_zero is None
 
     @property
     def sd_site(self) -> str:
@@ -161,7 +191,7 @@ class Factor(nn.Module):
         latents = {self.sd_site: self.prior.sample(self.sd_site, self.prior_scale)}
         for group, covariance in self.groups:
             latents |= covariance.sample(group, self.prior_scale)
-        if not self.diagonal:
+        if self.groups:
             root = self._correlation_cholesky(latents)
             pyro.deterministic(f"{self.name}_cor", root @ root.mT, event_dim=2)
         scale = self.scale(latents)
@@ -193,19 +223,32 @@ class Factor(nn.Module):
 
     def describe_priors(self) -> dict[str, str]:
         """Priors of the terms' sds and of their correlations, in the units of the data."""
-        lines = {
-            f"{self.sd_site}[{term}]": self.prior.describe(float(scale / unit))
-            for term, scale, unit in zip(self.terms, self.prior_scale, self.unit, strict=True)
-        }
+        lines = {}
+        for term, name, scale, unit in zip(
+            self.terms, self._names, self.prior_scale, self.unit, strict=True
+        ):
+            prior = self.prior.describe(float(scale / unit)) + self._means(term)
+            default = float(unit) != 1 and not self.prior.sets(name)
+            lines[f"{self.sd_site}[{term}]"] = prior + ", scaled to the data" * default
         for group, covariance in self.groups:
-            lines |= covariance.describe(group)
+            means = self._means(group.terms[0])
+            lines |= {site: text + means for site, text in covariance.describe(group).items()}
         return lines
+
+    def _means(self, term: str) -> str:
+        """Where an intercept's prior holds, in words, unless it is x = 0."""
+        shifted = self.at_means.get(term)
+        return f" at the mean{'s' * (len(shifted) > 1)} of {', '.join(shifted)}" if shifted else ""
 
     # --- the covariance matrix, given the latent sites --------------------------------------
 
     def sd(self, latents: Latents) -> Float[Tensor, "... terms"]:
-        """Standard deviations of the terms."""
+        """Standard deviations of the terms, the latent site."""
         return latents[self.sd_site]
+
+    def effect_sd(self, latents: Latents) -> Float[Tensor, "... terms"]:
+        """Standard deviations of the effects, at the features' means."""
+        return self.sd(latents) if self.from_zero is None else self.scale(latents).norm(dim=-1)
 
     def _correlation_cholesky(self, latents: Latents) -> Matrix:
         """Cholesky factor of R, assembled from the groups' factors."""
@@ -221,9 +264,57 @@ class Factor(nn.Module):
         return full
 
     def scale(self, latents: Latents) -> Float[Tensor, "... terms"] | Matrix:
-        """L with u = L z: the vector of sds if effects are independent, otherwise a matrix."""
+        """L with u = L z: the vector of sds if effects are independent, else lower triangular."""
         sd = self.sd(latents)
-        return sd if self.diagonal else sd[..., :, None] * self._correlation_cholesky(latents)
+        if self.diagonal:
+            return sd
+        root = sd[..., :, None] * self._correlation_cholesky(latents)
+        if self.from_zero is None:
+            return root
+        root = root.clone()
+        correlated = {place for group, _ in self.groups for place in group.places}
+        for places in self._moved:
+            index = torch.tensor(places, device=sd.device)
+            block = (..., index[:, None], index)
+            part = self.from_zero[block].to(sd)
+            root[block] = (
+                lower_triangular(part @ root[block])
+                if correlated.issuperset(places)
+                else sheared_diagonal(part[0], sd[..., index])
+            )
+        return root
+
+    def from_guide(self, values: Latents) -> tuple[dict[str, Tensor], Float[Tensor, "..."] | float]:
+        """Sites that stand at x = 0, from a guide's coordinates, and the map's log |det|.
+
+        A guide's posterior should not depend on the origin of x. Its coordinates are sds and
+        correlations at the features' means where terms are correlated. Where they are not, they are
+        the intercept's sd at the means, about which the rows say most, and the ratio of each
+        slope's sd to the intercept's at x = 0: far from zero, the rows know only a sum of squares.
+        Slopes on features with mean zero, such as dummies, keep their sds.
+        """
+        moved: dict[str, Tensor] = {}
+        log_det: Tensor | float = 0.0
+        kinds = {group.places: (group, covariance) for group, covariance in self.groups}
+        for places in self._moved if self.from_zero is not None and self.sd_site in values else ():
+            index = torch.tensor(places, device=self.unit.device)
+            sd = moved.get(self.sd_site, values[self.sd_site])
+            sds = sd[..., index]
+            part = cast("Tensor", self.from_zero)[index[:, None], index].to(sd)
+            group, covariance = kinds.get(places, (None, None))
+            if group is not None and covariance is not None and covariance.any_origin:
+                (site,) = covariance.sites(group)
+                root = lower_triangular(torch.linalg.inv(part) @ (sds[..., None] * values[site]))
+                zero = root.norm(dim=-1)
+                moved[site] = root / zero[..., None]
+                log_det = log_det + _log_volume(sds, values[site]) - _log_volume(zero, moved[site])
+            else:
+                ratios = torch.cat([torch.ones_like(sds[..., :1]), sds[..., 1:]], -1)
+                intercept = sds[..., :1] / (ratios * part[0]).norm(dim=-1, keepdim=True)
+                zero = torch.where(part[0] == 0, sds, ratios * intercept)
+                log_det = log_det + (zero.log() - sds.log()).sum(-1)
+            moved[self.sd_site] = sd.index_copy(-1, index, zero)
+        return moved, log_det
 
     def scale_matrix(self, latents: Latents) -> Matrix:
         """L as a matrix, even if effects are independent."""
@@ -327,6 +418,17 @@ def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
     if name is not None and name not in by_name:
         raise unknown("grouping factor with random effects", name, by_name)
     return factors[0] if name is None else by_name[name]
+
+
+def _log_volume(sd: Tensor, cholesky: Matrix) -> Float[Tensor, "..."]:
+    r"""log |d D / d (sd, R's Cholesky factor C)| = :math:`\sum_i n log s_i + (n - 1 - i) log C_ii`.
+
+    A constant is left out. i counts from 0, and C is known by its elements below the diagonal.
+    """
+    n = sd.shape[-1]
+    powers = torch.arange(n - 1, -1, -1, dtype=sd.dtype, device=sd.device)
+    diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
+    return n * sd.log().sum(-1) + (powers[:-1] * diagonal[..., :-1].log()).sum(-1)
 
 
 def weighted(membership: Membership) -> ScaleMessenger:

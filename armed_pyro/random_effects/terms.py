@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import accumulate
 
 from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.random_effects.covariance import (
@@ -18,10 +17,10 @@ from armed_pyro.random_effects.covariance import (
 )
 from armed_pyro.random_effects.design import Block, FilterBlock, InputBlock, LayerBlock
 
-__all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term", "parse_terms"]
+__all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
 
-_TERM = re.compile(r"^\s*\(?([^()|]+?)(\|\|?)([^()|]+?)\)?\s*$")
-_GRAMMAR = "write it as '(1 + x | site)', '(1 + x || site)', '(0 + x | site)' or '(1 | a/b)'"
+# Characters that a name can have only in backticks, and names that would be read as numbers.
+_QUOTED = re.compile(r"[+|()/*^]|-\s*1|^\d+$")
 
 
 class Term(ABC):
@@ -35,6 +34,10 @@ class Term(ABC):
     def layers(self) -> tuple[str, ...]:
         """Module paths of the activations that the term needs; none by default."""
         return ()
+
+    def expanded(self, features: FeatureScaling) -> tuple[Term, ...]:
+        """The terms that the term is short for, with these features; by default itself."""
+        return (self,)
 
     @abstractmethod
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
@@ -60,9 +63,13 @@ class RandomEffects(Term):
     factor : str
         Grouping factor, ``"site"`` or ``"school:class"``.
     slopes : tuple of str
-        Features, by encoded name or by column. A categorical column stands for all its contrasts.
+        Features, or columns of ``ClusteredData.from_frame(..., slopes=[...])``, by encoded name or
+        by table column. A categorical column stands for its contrasts with an intercept; without
+        an intercept, the first one stands for the indicators of all its levels.
     correlated : bool
-        Whether the effects are correlated, lme4's ``|``, or independent, ``||``.
+        Whether the effects are correlated, lme4's ``|``, or independent, ``||``. With ``||``, the
+        indicators of a categorical column are correlated with each other, as in lme4:
+        ``(f || g)`` is ``(1 | g) + (0 + f | g)``.
     covariance : str, Covariance or None
         Another kind of covariance, by name or with settings, which then replaces `correlated`;
         see `armed_pyro.random_effects.covariance`.
@@ -87,24 +94,55 @@ class RandomEffects(Term):
     def __str__(self) -> str:
         bar = "|" if self.correlated or self.covariance is not None else "||"
         kind = "" if self.covariance is None else str(covariance_named(self.covariance))
-        effects = " + ".join(["1" if self.intercept else "0", *self.slopes])
-        return f"{kind}({effects} {bar} {self.factor})"
+        effects = " + ".join(["1" if self.intercept else "0", *map(quoted, self.slopes)])
+        return f"{kind}({effects} {bar} {quoted(self.factor)})"
+
+    def expanded(self, features: FeatureScaling) -> tuple[Term, ...]:
+        factors = [slope for slope in self.slopes if slope in features.indicators]
+        if self.correlated or self.covariance is not None or not factors:
+            return (self,)
+        numbers = tuple(slope for slope in self.slopes if slope not in factors)
+        whole: list[Term] = [
+            RandomEffects(self.factor, (name,), intercept=False) for name in factors
+        ]
+        if self.intercept or numbers:
+            whole.insert(0, RandomEffects(self.factor, numbers, self.intercept, correlated=False))
+        return tuple(whole)
 
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
+        categorical = [slope for slope in self.slopes if slope in features.indicators]
+        first = categorical[0] if categorical and not self.intercept else None
+        # The indicators of all levels come first, as InputBlock wants them.
+        slopes = sorted(self.slopes, key=lambda slope: slope != first)
         columns: list[int] = []
-        for slope in self.slopes:
-            pairs = enumerate(zip(features.names, features.sources, strict=True))
-            positions = [position for position, names in pairs if slope in names]
-            if not positions:
-                known = [*features.names, *features.sources]
-                near = get_close_matches(slope, known, n=1)
-                hint = f" (nearest: {near[0]!r})" if near else ""
-                raise ValueError(
-                    f"{self} has a slope on {slope!r}, which is not among the features{hint}; "
-                    f"the features are: {', '.join(features.names) or 'none'}"
-                )
-            columns += [position for position in positions if position not in columns]
-        return InputBlock(features, columns, self.intercept, _covariance(self))
+        names, contrasts = ["Intercept"] * self.intercept, 0
+        for slope in slopes:
+            places, indicators = self._places(slope, features), features.indicators.get(slope, ())
+            whole = [features.names[place] for place in places] == list(indicators)
+            if slope == first:
+                contrasts = 0 if whole else len(places)
+                names += indicators
+            else:
+                places = places[1:] if whole else places
+                places = [place for place in places if place not in columns]
+                names += [features.names[place] for place in places]
+            columns += places
+        kind, intercept = _covariance(self), self.intercept
+        return InputBlock(features, columns, names, kind, intercept=intercept, contrasts=contrasts)
+
+    def _places(self, slope: str, features: FeatureScaling) -> list[int]:
+        """Positions of a slope's columns; a ValueError if there are none."""
+        pairs = enumerate(zip(features.names, features.sources, strict=True))
+        places = [place for place, names in pairs if slope in names]
+        if not places:
+            near = get_close_matches(slope, [*features.names, *features.sources], n=1)
+            hint = f" (nearest: {near[0]!r})" if near else ""
+            raise ValueError(
+                f"{self} has a slope on {slope!r}, which is not among the features{hint}; "
+                f"the features are: {', '.join(features.names) or 'none'}. A column that is to "
+                f"have a random slope only goes to from_frame(..., slopes=[{slope!r}])"
+            )
+        return places
 
 
 @dataclass(frozen=True)
@@ -198,78 +236,10 @@ def _covariance(term: RandomEffects | Slopes) -> Covariance:
     return Correlated() if term.correlated else Independent()
 
 
-def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
-    """Random-effect terms from lme4's syntax.
+def quoted(name: str) -> str:
+    """A name as it is written in a formula, in backticks if it needs them.
 
-    ``(1 + x | g)`` is a correlated intercept and slope; the intercept is implied, and ``0 +``
-    removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
-    ``(1 | a)`` and ``(1 | a:b)``. One string may hold several terms, joined by ``+``.
-
-    Raises
-    ------
-    ValueError
-        If a string does not follow the syntax, or two terms of a factor have the same column.
-
-    Examples
-    --------
-    >>> [str(term) for term in parse_terms("(1 + age | site) + (1 | school/class)")]
-    ['(1 + age | site)', '(1 | school)', '(1 | school:class)']
+    >>> quoted("age"), quoted("weight (kg)")
+    ('age', '`weight (kg)`')
     """
-    if terms is None:
-        raise TypeError("random effects are text such as '(1 | site)' or terms; () has none")
-    parsed: list[Term] = []
-    for term in [terms] if isinstance(terms, str | Term) else terms:
-        if not isinstance(term, str | Term):
-            raise TypeError(f"a random-effect term is a string or a Term, not {term!r}")
-        parsed += _parse(term) if isinstance(term, str) else [term]
-    _check_overlap(parsed)
-    return tuple(parsed)
-
-
-def _parse(text: str) -> list[Term]:
-    """Terms of a string, which may join several in parentheses."""
-    if not text.strip().startswith("("):
-        return _parse_term(text)
-    pieces = re.findall(r"\([^()]*\)", text)
-    if not pieces or re.sub(r"\([^()]*\)", "", text).replace("+", "").strip():
-        raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
-    return [term for piece in pieces for term in _parse_term(piece)]
-
-
-def _parse_term(text: str) -> list[Term]:
-    match = _TERM.match(text)
-    if match is None:
-        raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
-    left, bar, right = match.groups()
-    pieces = [piece.strip() for piece in re.sub(r"-\s*1\b", "+ 0", left).split("+")]
-    pieces = [piece for piece in pieces if piece]
-    bad = [piece for piece in pieces if re.search(r"[*/^(]", piece)]
-    if bad or not pieces:
-        raise ValueError(
-            f"cannot read {bad[0] if bad else left!r} in the term {text!r}: slopes are names of "
-            f"features joined by '+'; {_GRAMMAR}"
-        )
-    slopes = tuple(dict.fromkeys(piece for piece in pieces if piece not in ("0", "1")))
-    intercept = "0" not in pieces
-    path = [name.strip() for name in right.split("/")]
-    if not all(path):
-        raise ValueError(f"a grouping factor is missing in the term {text!r}: {_GRAMMAR}")
-    factors = [re.sub(r"\s*:\s*", ":", factor) for factor in accumulate(path, "{}:{}".format)]
-    return [RandomEffects(factor, slopes, intercept, bar == "|") for factor in factors]
-
-
-def _check_overlap(terms: list[Term]) -> None:
-    taken: dict[tuple[str, str], Term] = {}
-    for term in terms:
-        # A layer's path may be "1", which is also the name of the intercept.
-        kind = "filters of" if isinstance(term, FilterScaleBias) else "layer"
-        names = tuple(f"{kind} {path}" for path in term.layers())
-        if isinstance(term, RandomEffects):
-            names = (*(("1",) if term.intercept else ()), *term.slopes)
-        for name in names:
-            other = taken.setdefault((term.factor, name), term)
-            if other is not term:
-                raise ValueError(
-                    f"{other} and {term} both give {term.factor!r} the column {name!r}: "
-                    "write '0 +' in one of them, or join them"
-                )
+    return f"`{name}`" if _QUOTED.search(name) else name

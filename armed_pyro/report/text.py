@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from armed_pyro.inference.posterior import METHODS, Posterior
+from armed_pyro.program import fixed_prior
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
@@ -33,16 +34,14 @@ def priors(model: MixedEffects) -> dict[str, str]:
     for factor in model.factors:
         lines |= factor.describe_priors()
     if model.bayesian_head:
-        unit = "sd of the outcome" if facts.spread != 1 else "link scale"
-        lines["fixed_effect"] = (
-            f"Normal(0, {model.priors.fixed_sd:.4g}) ({unit}, per sd of the feature)"
-        )
+        lines["fixed_effect"] = fixed_prior.describe(model)
     for parameter in model.family.parameters:
         lines[parameter.name] = parameter.describe(model.priors, facts.spread)
     for other in model.others:
         scale = other.prior.scale
-        number = scale if isinstance(scale, float | int) else 1.0
-        lines[other.sd_site] = other.prior.describe(facts.feature_spread * float(number))
+        number = scale if isinstance(scale, float | int) else None
+        prior = other.prior.describe(facts.feature_spread * (number or 1.0))
+        lines[other.sd_site] = prior + ", scaled to the data" * (number is None)
     return lines or {"(none)": "the program has no latent site"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -46,9 +47,15 @@ class Rows:
     # Results of a frozen network for x, so that it need not run again: the tapped activations by
     # name, and the output under the empty name.
     computed: Mapping[str, Tensor] | None = None
+    # Standardised columns that random slopes use and that do not enter the network.
+    slopes: Float[Tensor, "rows columns"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def slope_inputs(self) -> Tensor:
+        """The features, followed by the columns that only random slopes use."""
+        return self.x if self.slopes is None else torch.cat([self.x, self.slopes], -1)
 
     def outcome(self) -> Tensor:
         """The outcomes; ValueError if they are not known."""
@@ -59,5 +66,7 @@ class Rows:
     def fingerprint(self) -> Iterator[bytes]:
         """The values as bytes, which differ between different rows."""
         positions = [membership.position for membership in self.memberships.values()]
-        for values in (self.x, self.y, self.trials, self.offset, self.weights, *positions):
+        parts = [self.x, self.y, self.trials, self.offset, self.weights, *positions]
+        # Without slopes, the bytes are those of checkpoints from before there were any.
+        for values in parts if self.slopes is None else [*parts, self.slopes]:
             yield b"none" if values is None else values.double().cpu().numpy().tobytes()

@@ -339,6 +339,7 @@ def _describe_data(data: ClusteredData) -> dict[str, Any]:
         row_dtype = None
     return {
         "continuous": list(data.continuous),
+        "slope_continuous": list(data.slope_continuous),
         "levels": {
             name: index_to_json(grouping.levels) for name, grouping in data.groupings.items()
         },
@@ -386,4 +387,8 @@ def _data(path: Path, record: Mapping[str, Any], facts: Facts) -> ClusteredData:
         weights=tensor("weights"),
         row_labels=labels.rename(record["row_name"]),
         schema=facts.schema,
+        slopes=tensor("slopes"),
+        slope_names=facts.slope_names,
+        slope_sources=facts.slope_sources,
+        slope_continuous=tuple(record.get("slope_continuous", ())),
     )

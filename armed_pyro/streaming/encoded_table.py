@@ -42,7 +42,7 @@ class EncodedTable:
     weights, as far as the data have them, for the clusters (``cluster0, ...``, positions among the
     levels of each cluster column), for the row's number in the table (``row``), and for a random
     number by which rows are shuffled (``key``). Means and sds are those of the features of all
-    rows; 0 and 1 for indicators.
+    rows; 0 and 1 for indicators. The average is the mean of every column, indicators included.
     """
 
     path: Path
@@ -53,6 +53,7 @@ class EncodedTable:
     digest: bytes  # hash of the rows
     feature_mean: Float[Tensor, " features"]
     feature_scale: Float[Tensor, " features"]
+    feature_average: Float[Tensor, " features"]
 
     def outcomes(self) -> ClusteredData:
         """All rows without features and clusters."""
@@ -146,11 +147,11 @@ def group_rows(columns: int) -> int:
     return max(1, GROUP_BYTES // (4 * columns) // VECTOR) * VECTOR
 
 
-def _scaling(path: Path, scanned: TableScan, memory: int) -> tuple[Tensor, Tensor]:
-    """Means and sds of the features in the file; 0 and 1 for indicators."""
+def _scaling(path: Path, scanned: TableScan, memory: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Means and sds of the features, 0 and 1 for indicators, and the means of all columns."""
     first, names = scanned.first, scanned.features
     if not names:
-        return torch.zeros(0), torch.ones(0)
+        return torch.zeros(0), torch.ones(0), torch.zeros(0)
     moments = [f"avg({x}), stddev_samp({x}), (min({x}) < max({x}))::DOUBLE" for x in names]
     with database(memory, path.parent, len(names)) as connection:
         rows = connection.read_parquet(glob.escape(str(path)))
@@ -158,4 +159,5 @@ def _scaling(path: Path, scanned: TableScan, memory: int) -> tuple[Tensor, Tenso
     mean, sd, varying = torch.tensor(values, dtype=torch.float64).reshape(-1, 3).T
     check_varying(first.feature_names, varying > 0)
     continuous = torch.tensor(first.continuous)
-    return mean.where(continuous, torch.zeros_like(mean)), sd.where(continuous, torch.ones_like(sd))
+    scaled = mean.where(continuous, torch.zeros_like(mean))
+    return scaled, sd.where(continuous, torch.ones_like(sd)), mean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -21,8 +21,10 @@ from torch import Tensor
 from armed_pyro._messages import count_rows, listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
+from armed_pyro.data.default_features import FEWEST_ROWS, NEARLY_ALL, ROW_NAMES, warn_of_identifiers
+from armed_pyro.data.formula import parse_features
 from armed_pyro.data.grouping import code_labels
-from armed_pyro.data.schema import Schema, parse_terms
+from armed_pyro.data.schema import Schema
 from armed_pyro.rows.passes import ahead
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -68,6 +70,7 @@ def scan(
     *,
     memory: int,
     folder: str | PathLike[str] | None = None,
+    categorical: Sequence[str] = (),
     **roles: str | None,
 ) -> TableScan:
     """Read a table once; see `ClusteredData.from_frame` for the parameters.
@@ -79,17 +82,25 @@ def scan(
         raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
     clusters = column_names(clusters, "clusters")
     reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
-    if features is None:
-        columns = [name for name in table.columns if name not in reserved]
-    else:
-        columns = [name for term in parse_terms(features) for name in term]
-    used = list(dict.fromkeys([*reserved, *columns]))
-    pick(pd.DataFrame(columns=list(table.columns)), used)
     with database(memory, folder) as connection:
         try:
             views = _Views(connection, table)
+            if features is None or features == ".":
+                others = [name for name in table.columns if name not in reserved]
+                identifiers = [name for name in others if views.identifies_rows(name)]
+                warn_of_identifiers(identifiers)
+                features = [name for name in others if name not in identifiers]
+            formula = parse_features(features)
+            if not formula.intercept:
+                raise ValueError(
+                    f"features={features!r} are without an intercept, which a streamed table "
+                    "cannot be: leave '0 +' out, or read the table into memory (--memory)"
+                )
+            columns = list(formula.columns)
+            used = list(dict.fromkeys([*reserved, *columns]))
+            pick(pd.DataFrame(columns=list(table.columns)), used)
             n_rows = views.select_complete(used, missing)
-            witnesses = views.witnesses([*columns, outcome])
+            witnesses = views.witnesses([*columns, outcome], {*categorical, *formula.categorical})
             labels_counts = {name: views.clusters(name) for name in clusters}
         except duckdb.Error as error:
             raise ValueError(f"{table.path} cannot be read: {error}") from error
@@ -97,7 +108,8 @@ def scan(
         dropped = f"{table.n_rows - n_rows} of {count_rows(table.n_rows)}"
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
     frame = table.take(witnesses)
-    schema = Schema.infer(frame, outcome=outcome, clusters=clusters, features=features, **roles)
+    settings: dict[str, Any] = {"features": features, "categorical": categorical, **roles}
+    schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **settings)
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: labels for name, (labels, _) in labels_counts.items()}
     counts = {name: sizes for name, (_, sizes) in labels_counts.items()}
@@ -151,7 +163,22 @@ class _Views:
         self.connection.execute(f"CREATE VIEW complete AS SELECT * FROM numbered{where}")
         return int(n_rows)
 
-    def witnesses(self, columns: list[str]) -> Int[np.ndarray, " rows"]:
+    def identifies_rows(self, name: str) -> bool:
+        """As `default_features.identifies_rows`, for a column of the file."""
+        column, rows, kind = self.names[name], self.table.n_rows, self.types[name]
+        if name not in ROW_NAMES and rows < FEWEST_ROWS:
+            return False
+        if name not in ROW_NAMES and pa.types.is_integer(kind):
+            ((low, high),) = self._rows(f"SELECT min({column}), max({column}) FROM numbered")
+            if low not in (0, 1) or high - low != rows - 1:
+                return False
+        elif name not in ROW_NAMES and not pa.types.is_string(kind):
+            return False
+        ((distinct,),) = self._rows(f"SELECT count(DISTINCT {column}) FROM numbered")
+        share = NEARLY_ALL if name not in ROW_NAMES and pa.types.is_string(kind) else 1.0
+        return bool(distinct >= share * rows)
+
+    def witnesses(self, columns: list[str], factors: Collection[str]) -> Int[np.ndarray, " rows"]:
         """Rows from which a schema follows: every category, and a number other than 0 and 1."""
         numeric = [
             f"min(place) FILTER ({self.names[name]} NOT IN (0, 1))"
@@ -162,7 +189,8 @@ class _Views:
         ((first, *others),) = self._rows(query)
         row = self._take([first], columns)
         places = [[first], [place for place in others if place is not None]]
-        places += [self._groups(name)[0] for name in columns if is_categorical(row[name])]
+        categorical = [name for name in columns if name in factors or is_categorical(row[name])]
+        places += [self._groups(name)[0] for name in categorical]
         return np.unique(np.concatenate(places).astype(np.int64))
 
     def clusters(self, name: str) -> tuple[pd.Index, Tensor]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
@@ -72,6 +73,7 @@ class StreamedData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        categorical: Sequence[str] = (),
         missing: Missing = "error",
         memory: int = 2 * 10**9,
         folder: str | os.PathLike[str] | None = None,
@@ -89,7 +91,8 @@ class StreamedData:
                 f"{path} is not a Parquet file, the only kind that is streamed: convert it, for "
                 "example with pandas.read_csv(path).to_parquet('rows.parquet')"
             )
-        roles = {"trials": trials, "offset": offset, "weights": weights}
+        roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        roles["categorical"] = categorical
         scanned = scan(
             table, outcome, clusters, features, missing, memory=memory, folder=folder, **roles
         )

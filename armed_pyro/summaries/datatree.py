@@ -218,15 +218,19 @@ def _observed_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
 
 
 def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
-    data, coords, variables = posterior.data, {}, Variables()
+    data, variables = posterior.data, Variables()
+    coords: dict[str, list[str]] = {}
     if data.n_features:
         dims = _axes(data.features.dim() - 1)
         if data.feature_names:
-            dims, coords = ("feature",), {"feature": list(data.feature_names)}
+            dims, coords["feature"] = ("feature",), list(data.feature_names)
         variables["features"] = (("row", *dims), data.features.numpy())
     for name, grouping in data.groupings.items():
         labels = label_values(grouping.levels)[grouping.codes.numpy()]
         variables[variable_name(name)] = (("row",), labels)
+    if data.slopes is not None:
+        variables["slopes"] = (("row", "slope_column"), data.slopes.numpy())
+        coords["slope_column"] = list(data.slope_names)
     for name in ("trials", "offset", "weights"):
         if (values := getattr(data, name)) is not None:
             variables[name] = (("row",), values.numpy())
@@ -303,7 +307,7 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
         covariance = original_covariance(factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         add(f"{base}_sd", (term,), variance.sqrt())
-        if not factor.diagonal:
+        if factor.groups:
             product = variance[..., :, None] * variance[..., None, :]
             coords[f"{term}_bis"] = list(factor.terms)
             add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())

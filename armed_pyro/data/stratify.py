@@ -1,0 +1,43 @@
+"""Stratified samples of rows: the order that they are taken from, and their size."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+
+def stratified_order(
+    clusters: Int[np.ndarray, " rows"],
+    outcome: Shaped[np.ndarray, " rows"] | None,
+    seed: int,
+    *,
+    categorical: bool,
+) -> Int[np.ndarray, " rows"]:
+    """Rows in an order whose evenly spaced samples are stratified by cluster and outcome.
+
+    Clusters follow each other in random order. Within a cluster, rows are sorted by an outcome
+    that is categorical or has at most ten values. They are then rotated by a random number of
+    places; without the rotation, even spacing would favour one end of the outcome.
+    (scikit-learn's splitters refuse strata smaller than the number of folds, and clusters are
+    often smaller.)
+    """
+    rng, n = np.random.default_rng([seed, 0]), len(clusters)
+    strata = np.zeros(n, dtype=np.int64)
+    if outcome is not None:
+        values, codes = np.unique(outcome, return_inverse=True)
+        strata = codes if categorical or len(values) <= 10 else strata
+    counts = np.bincount(clusters)
+    shuffle = rng.permutation(len(counts))
+    cluster, counts = shuffle[clusters], counts[np.argsort(shuffle)]
+    order = np.lexsort((rng.permutation(n), strata, cluster))
+    place = np.empty(n, dtype=np.int64)
+    place[order] = np.arange(n) - (np.cumsum(counts) - counts)[cluster[order]]
+    place = (place + rng.integers(counts)[cluster]) % counts[cluster]
+    return np.lexsort((place, cluster))
+
+
+def check_fraction(fraction: float | None) -> float:
+    """The fraction, checked to lie strictly between 0 and 1."""
+    if fraction is None or not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
+    return fraction

@@ -1,0 +1,139 @@
+r"""Prior of latent fixed effects, the same for every reference level of a factor.
+
+The coefficients of a linear program with an intercept are a linear map B of independent normals.
+They are those of the function
+
+.. math:: f(x) = \alpha + \sum_t z_t(x)^\top g_t - mean(\sum_t z_t^\top g_t), \quad
+    \alpha \sim N(0, s^2), \quad g_t \sim N(0, 2^{-F_t} s^2 I)
+
+over the terms t of the formula: z_t has one entry for every combination of levels of the term's
+:math:`F_t` factors, times its other features, (x - mean) / sd. The difference of two levels of a
+factor has the sd s = `Priors.fixed_sd`. Levels are exchangeable, so the prior of f does not depend
+on the reference level; columns of 0 and 1 are factors of two levels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from armed_pyro.data.formula import Terms
+from armed_pyro.data.schema import Schema
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.plan import Plan
+
+__all__ = ["describe", "root"]
+
+Array = np.ndarray
+# With more columns than this, fixed effects are independent: the map B costs their number cubed.
+MOST_COLUMNS = 1000
+
+
+def describe(model: Plan) -> str:
+    """The prior as text."""
+    facts = model.data_facts()
+    text = f"Normal(0, {model.priors.fixed_sd:.4g}) ("
+    text += "sd of the outcome" if facts.spread != 1 else "link scale"
+    text += ", per sd of the feature"
+    if model.fixed_root is None:
+        return f"{text}; Intercept at the features' means)" if facts.feature_mean else f"{text})"
+    return f"{text}, or between levels; Intercept at the features' means)"
+
+
+def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
+    """Cholesky factor of B B', whose rows are `Plan.fixed_terms`; None for independent effects.
+
+    They are independent without columns of 0 and 1, and where the map is not known: for weights of
+    a network's last layer, without an intercept, beyond `MOST_COLUMNS`, in formulas whose terms
+    lack those that they contain, and in fits that were saved before there was this prior.
+    """
+    facts = model.data_facts()
+    names, columns = model.fixed_terms(), len(facts.columns)
+    n = len(names) // columns
+    whole = n == 1 + len(facts.feature_names) and names[0].startswith("Intercept")
+    if not (model.linear and whole and facts.feature_average) or n > MOST_COLUMNS:
+        return None
+    mean, scale = np.array(facts.feature_mean), np.array(facts.feature_scale)
+    average = (np.array(facts.feature_average) - mean) / scale
+    slopes = _slopes(facts, mean, scale)
+    if slopes is None:
+        return None
+    matrix = np.zeros((n, 1 + slopes.shape[1]))
+    matrix[0, 0], matrix[0, 1:], matrix[1:, 1:] = 1.0, -average @ slopes, slopes
+    if np.allclose(matrix @ matrix.T, np.eye(n), atol=1e-9):
+        return None
+    upper = np.linalg.qr(matrix.T, mode="r")
+    lower = torch.from_numpy((np.sign(np.diag(upper))[:, None] * upper).T.copy())
+    return torch.kron(lower, torch.eye(columns, dtype=torch.float64))
+
+
+def _slopes(facts: Facts, mean: Array, scale: Array) -> Array | None:
+    """B without the intercept: coefficients of the standardised columns from the effects g."""
+    schema = facts.schema
+    factors = {} if schema is None else _factors(schema)
+    if schema is None or (not factors and all(len(term) == 1 for term in schema.terms)):
+        return np.eye(len(mean))
+    numeric = {name for term in schema.terms for name in term} - factors.keys()
+    units = dict(zip(facts.feature_names, zip(mean, scale, strict=True), strict=True))
+    if not numeric <= units.keys():
+        return None  # A product with a column that is no feature itself, and has no known scale.
+    units = {name: units[name] for name in sorted(numeric)}
+    table = _probe(schema.terms, factors, units)
+    design = (schema.design(table)[0] - mean) / scale
+    design = np.column_stack([np.ones(len(design)), design])
+    for centred in (True, False):
+        effects = []
+        for term in schema.terms:
+            product = np.full(len(table), 2.0 ** (-sum(name in factors for name in term) / 2))
+            for name in numeric.intersection(term):
+                center, unit = units[name]
+                product = product * (table[name].to_numpy() - centred * center) / unit
+            inside = [_indicators(table[n], factors[n]) for n in term if n in factors]
+            effects += [np.prod([product, *c], axis=0) for c in itertools.product(*inside)]
+        wanted = np.column_stack(effects)
+        solution, _, rank, _ = np.linalg.lstsq(design, wanted, rcond=None)
+        if rank == design.shape[1] and np.allclose(design @ solution, wanted, atol=1e-8):
+            return cast("Array", solution[1:])
+    return None
+
+
+def _factors(schema: Schema) -> dict[str, pd.Index]:
+    """Levels of the features that are factors, or hold only 0 and 1."""
+    used = {name for term in schema.terms for name in term}
+    factors = {**schema.levels, **{name: pd.Index([0.0, 1.0]) for name in schema.indicators}}
+    return {name: levels for name, levels in factors.items() if name in used}
+
+
+def _indicators(column: pd.Series, levels: pd.Index) -> list[Array]:
+    return [(column == level).to_numpy(dtype=float) for level in levels]
+
+
+def _probe(
+    terms: Terms, factors: Mapping[str, pd.Index], units: Mapping[str, tuple[float, float]]
+) -> pd.DataFrame:
+    """Rows that identify every column of the design: each cell of each term, several times."""
+    rng = np.random.default_rng(0)
+    times = len({frozenset(units).intersection(term) for term in terms}) + 2
+    blocks = []
+    for term in terms:
+        inside = {name: len(factors[name]) for name in term if name in factors}
+        size = math.prod(inside.values())
+        cells = np.unravel_index(np.tile(np.arange(size), times), (*inside.values(), 1))
+        places = dict(zip(inside, cells, strict=False))
+        n = times * size
+        columns: dict[str, Any] = {
+            name: levels.take(places.get(name, rng.integers(len(levels), size=n)))
+            for name, levels in factors.items()
+        }
+        for name, (center, unit) in units.items():
+            columns[name] = center + unit * rng.normal(size=n)
+        blocks.append(pd.DataFrame(columns))
+    return pd.concat(blocks, ignore_index=True)
