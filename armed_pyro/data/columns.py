@@ -102,8 +102,8 @@ def pick(table: pd.DataFrame, names: Collection[str]) -> pd.DataFrame:
 # How to leave rows out, of training tables and of tables to predict.
 TRAINING = "missing='drop' (command line: --missing drop)"
 NEW = (
-    "ClusteredData.encode(table, fit.data.schema, missing='drop') (command line: armed-pyro predict "
-    "--missing empty, which keeps their place)"
+    "ClusteredData.encode(table, fit.data.schema, missing='drop') (command line: armed-pyro "
+    "predict --missing empty, which keeps their place)"
 )
 
 
