@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyro
 import torch
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -146,7 +145,7 @@ def _training_bar(
 def progress_bar(
     title: str, unit: str, total: int, show: bool, *, fixed: bool = True
 ) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr that is told how many units are completed, and a text.
+    """A bar that is told how many units are completed, and a text.
 
     Without a `fixed` number of units, `total` is only the most, and no time left is shown.
     """
@@ -159,6 +158,6 @@ def progress_bar(
         *([TimeRemainingColumn()] if fixed else []),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+    with Progress(*columns, disable=not show) as bar:
         task = bar.add_task("", total=total)
         yield lambda step, text: bar.update(task, completed=step, description=text)
