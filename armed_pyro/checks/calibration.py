@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from armed_pyro._messages import check_probability
 from armed_pyro._optional import extra
 from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.checks import rank_tests
@@ -91,8 +92,7 @@ class SimulationCalibration:
         ValueError
             If `prob` is not between 0 and 1.
         """
-        if not 0 < prob < 1:
-            raise ValueError(f"`prob` must lie between 0 and 1, not {prob}")
+        check_probability(prob)
         records = []
         for quantity in self.ranks:
             ranks = self.ranks[quantity].to_numpy()

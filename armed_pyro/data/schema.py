@@ -14,6 +14,8 @@ from torch import Tensor
 
 from armed_pyro._messages import check_known, listing
 from armed_pyro.data.columns import (
+    NEW,
+    TRAINING,
     Missing,
     as_numbers,
     check_finite,
@@ -177,8 +179,9 @@ class Schema:
         table = pick(table, [name for name in wanted if name in table or name not in optional])
         if table.empty:
             raise ValueError("The table has no rows; at least one is needed.")
-        table = complete_rows(table, missing).infer_objects()
-        check_finite(table)
+        remedy = TRAINING if outcome_required else NEW
+        table = complete_rows(table, missing, remedy).infer_objects()
+        check_finite(table, remedy)
         return table
 
     def outcomes(self, table: pd.DataFrame) -> Tensor | None:

@@ -9,6 +9,7 @@ import pandas as pd
 from armed_pyro.inference.posterior import METHODS, Posterior
 from armed_pyro.program import fixed_prior
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
 
 ENDINGS = {
@@ -160,5 +161,5 @@ def _convergence(results: Results) -> str:
 
 
 def _frame(table: pd.DataFrame) -> str:
-    body = table.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    body = as_text(table).to_string(index=False)
     return "\n".join(f"  {line}" for line in body.splitlines())

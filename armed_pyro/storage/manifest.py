@@ -91,11 +91,15 @@ def describe(posterior: Posterior) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest in a folder, if it is that of a fit in format `VERSION`."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: expected the folder that a fit was saved to")
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: expected one that a fit was saved to")
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} holds no fit (no {MANIFEST}): expected a folder of Fit.save")
+        raise ValueError(
+            f"{folder} holds no fit (no {MANIFEST}): expected the folder of Fit.save or fit --out"
+        )
     with reading(path):
         manifest = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -228,6 +228,7 @@ def _table(
     rows: Sequence[tuple[*tuple[str, ...], Tensor]], names: list[str], prob: float
 ) -> pd.DataFrame:
     """Labels and summaries of draws, one row per quantity."""
+    check_probability(prob)
     tail = (1 - prob) / 2
     records = []
     for *labels, values in rows:
