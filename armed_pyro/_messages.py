@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+INTEGER, REAL = (int, np.integer), (int, float, np.integer, np.floating)
+
 
 def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
     """The error for a name that does not exist, with the nearest existing name.
@@ -16,8 +18,9 @@ def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
     ValueError("There is no column 'agee'. Did you mean 'age'? There are: 'age', 'sex'.")
     """
     options = list(known)
-    nearest = difflib.get_close_matches(str(name), [str(option) for option in options], n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    folded = {str(option).casefold(): str(option) for option in options}
+    nearest = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    hint = f" Did you mean {folded[nearest[0]]!r}?" if nearest else ""
     return ValueError(f"There is no {what} {name!r}.{hint} There are: {listing(options)}.")
 
 
@@ -26,6 +29,43 @@ def check_known(what: str, names: Iterable[Any], known: Collection[Any]) -> None
     for name in names:
         if name not in known:
             raise unknown(what, name, known)
+
+
+def check_type(value: Any, kind: type | tuple[type, ...], what: str, advice: str = "") -> None:
+    """Raise TypeError unless a value is of this kind, or of one of these.
+
+    >>> check_type(3, str, "outcome", "Name a column.")
+    Traceback (most recent call last):
+    ...
+    TypeError: outcome must be a str, found an int (3). Name a column.
+    """
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind in (INTEGER, REAL)):
+        return
+    kinds = (int,) if kind == INTEGER else (float,) if kind == REAL else kind
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    names = ["None" if k is type(None) else _with_article(k.__name__) for k in kinds]
+    shown = repr(value)
+    shown = f" ({shown})" if len(shown) <= 60 and "\n" not in shown else ""
+    found = "None" if value is None else _with_article(type(value).__name__) + shown
+    raise TypeError(f"{what} must be {' or '.join(names)}, found {found}. {advice}".strip())
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def check_probability(prob: Any, what: str = "`prob`") -> None:
+    """Raise an error unless a number lies strictly between 0 and 1.
+
+    >>> check_probability(95)
+    Traceback (most recent call last):
+    ...
+    ValueError: `prob` must lie between 0 and 1, not 95: write 0.95
+    """
+    check_type(prob, REAL, what)
+    if not 0 < prob < 1:
+        hint = f": write {prob / 100:g}" if 2 <= prob < 100 else ""
+        raise ValueError(f"{what} must lie between 0 and 1, not {prob:g}{hint}")
 
 
 def listing(items: Iterable[Any], most: int = 10) -> str:

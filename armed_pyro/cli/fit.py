@@ -14,6 +14,7 @@ from typing import Any, cast
 import typer
 
 from armed_pyro._memory import most_held
+from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
@@ -59,8 +60,15 @@ def fit_table(options: FitOptions) -> None:
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
-    if not 0 < options.prob < 1:
-        raise ValueError(f"--prob must lie between 0 and 1, not {options.prob}")
+    if options.draws < 2:
+        raise ValueError(f"--draws must be at least 2, not {options.draws}")
+    check_probability(options.prob, "--prob")
+    for share, name in [
+        (options.validate_rows, "--validate-rows"),
+        (options.hold_out_clusters, "--hold-out-clusters"),
+    ]:
+        if share is not None:
+            check_probability(share, name)
     if options.adversary_weight is not None and options.adversary is None:
         raise ValueError("--adversary-weight needs --adversary FACTOR")
     steps = Schedule.steps if options.steps is None else options.steps
@@ -108,6 +116,9 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         trials=options.trials,
         offset=options.offset,
         weights=options.weights,
+        event=options.event,
+        weights_kind=options.weights_kind.value,
+        se=options.se,
         missing="drop" if options.missing is Missing.drop else "error",
     )
     if isinstance(rows, ClusteredData):
@@ -288,5 +299,5 @@ def byte_size(text: str | None) -> int:
     match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?b?)\s*", text.lower())
     unit = match and (match[2] if match[2] in UNITS else match[2] + "b")
     if not match or unit not in UNITS or match[1].count(".") > 1 or not float(match[1]) > 0:
-        raise ValueError(f"expected a size such as 2GB or 500MB, found {text!r}")
+        raise ValueError(f"--memory: expected a size such as 2GB or 500MB, found {text!r}")
     return int(float(match[1]) * UNITS[unit])

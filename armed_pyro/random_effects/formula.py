@@ -38,6 +38,8 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
     >>> [str(term) for term in parse_terms("(1 + age | site) + (1 | school/class)")]
     ['(1 + age | site)', '(1 | school)', '(1 | school:class)']
     """
+    if terms is None:
+        raise TypeError("random effects are text such as '(1 | site)' or terms; () has none")
     parsed: list[Term] = []
     for term in [terms] if isinstance(terms, str | Term) else terms:
         if not isinstance(term, str | Term):

@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from armed_pyro.prediction.chunks import predict_chunks
 from armed_pyro.prediction.unseen import Marginal
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.model import MixedEffects, log_likelihoods
+from armed_pyro.program.names import cluster_columns, tree_names
 from armed_pyro.program.units import (
     original_covariance,
     original_fixed_effects,
@@ -58,6 +60,7 @@ def to_datatree(
     draws: int = 1000,
     groups: Sequence[str] | None = None,
     seed: int | None = None,
+    constants: bool = True,
 ) -> xr.DataTree:
     r"""Posterior, predictive draws, likelihood, prior and data of a fit, on the original scale.
 
@@ -86,13 +89,19 @@ def to_datatree(
     seed : int, optional
         Seed of the draws, by default that of the fit: the posterior draws are those of
         ``fit.draws(draws, seed=seed)``.
+    constants : bool
+        Whether to keep what is the same in every draw, such as the ones on the diagonal of
+        ``<factor>_cor``, for which ``az.summary`` warns. Without constants, ``<factor>_cor`` has a
+        single dimension ``<factor>_pair`` with labels such as ``Intercept,Days``.
 
     Returns
     -------
     xarray.DataTree
         Labels are numbers, text or timestamps, which NetCDF can hold; other labels become text.
-        Classes are codes into the attribute ``classes``. In names, ``/`` becomes ``_``, and a name
-        that the schema reserves, such as ``draw``, is followed by ``_``.
+        Classes are codes into the attribute ``classes``; of two, the attribute ``event`` is the
+        modelled one. In names, ``/`` becomes ``_``, and a name that is taken is followed by
+        ``_``: ``draw``, which the schema reserves, is ``draw_``. The schema's names and those of
+        the program come first, then the grouping factors, then what is made of them.
 
     Raises
     ------
@@ -111,7 +120,37 @@ def to_datatree(
         raise ValueError(f"`draws` must be at least 2, not {draws}")
     seed = posterior.seed if seed is None else seed
     made = {name: make(posterior, draws, seed) for name, make in GROUPS.items() if name in wanted}
+    if not constants:
+        latent = ("posterior", "prior")
+        made = {k: _random_only(group) if k in latent else group for k, group in made.items()}
     return xr.DataTree.from_dict({name: group for name, group in made.items() if group.data_vars})
+
+
+def _random_only(group: xr.Dataset) -> xr.Dataset:
+    """The latent quantities that vary over the draws; correlations by pairs of terms.
+
+    A variable that varies in part has missing values in place of its constants.
+    """
+    variables = {}
+    for name, array in group.data_vars.items():
+        if array.dims[-1] == f"{array.dims[-2]}_bis":
+            array = _by_pair(array)
+        varies = array.max(("chain", "draw")) > array.min(("chain", "draw"))
+        if varies.any():
+            variables[name] = array if varies.all() else array.where(varies)
+    return xr.Dataset(variables, attrs=group.attrs)
+
+
+def _by_pair(correlations: xr.DataArray) -> xr.DataArray:
+    """The correlations (chain, draw, pair) that vary, from matrices (chain, draw, term, term)."""
+    term = str(correlations.dims[2])
+    labels, values = correlations[term].to_numpy(), correlations.to_numpy()
+    pairs = [(i, j) for i, j in combinations(range(len(labels)), 2) if np.ptp(values[..., i, j])]
+    first, second = np.array(pairs, int).reshape(-1, 2).T
+    pair = f"{term.removesuffix('_term')}_pair"
+    coords: dict[str, Any] = {k: correlations[k] for k in ("chain", "draw")}
+    coords[pair] = [f"{labels[i]},{labels[j]}" for i, j in pairs]
+    return xr.DataArray(values[..., first, second], coords, ("chain", "draw", pair))
 
 
 def _posterior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
@@ -189,9 +228,10 @@ def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
         if data.feature_names:
             dims, coords["feature"] = ("feature",), list(data.feature_names)
         variables["features"] = (("row", *dims), data.features.numpy())
+    names = cluster_columns(posterior.model, data.groupings)
     for name, grouping in data.groupings.items():
         labels = label_values(grouping.levels)[grouping.codes.numpy()]
-        variables[variable_name(name)] = (("row",), labels)
+        variables[names[name]] = (("row",), labels)
     if data.slopes is not None:
         variables["slopes"] = (("row", "slope_column"), data.slopes.numpy())
         coords["slope_column"] = list(data.slope_names)
@@ -259,22 +299,23 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
         array = np.broadcast_to(values.cpu().numpy(), shape)
         variables[name] = (("chain", "draw", *dims), np.ascontiguousarray(array))
 
+    named = tree_names(model)
     for factor in model.factors:
-        base = factor.name.replace("/", "_")
-        name, term = variable_name(base), f"{base}_term"
+        names = named[factor.name]
+        name, term, term_bis = names.cluster, names.term, names.term_bis
         coords |= {term: list(factor.terms)}
         if factor.effect_site in latents:
             coords |= {name: label_values(model.data_facts().levels[factor.name])}
             effects = latents[factor.effect_site].to(torch.float64)
             matrix = factor.to_original.to(effects)
-            add(f"{base}_effect", (name, term), effects @ matrix.mT)
+            add(names.effect, (name, term), effects @ matrix.mT)
         covariance = original_covariance(factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
-        add(f"{base}_sd", (term,), variance.sqrt())
+        add(names.sd, (term,), variance.sqrt())
         if factor.groups:
             product = variance[..., :, None] * variance[..., None, :]
-            coords[f"{term}_bis"] = list(factor.terms)
-            add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
+            coords[term_bis] = list(factor.terms)
+            add(names.cor, (term, term_bis), covariance / product.sqrt())
         for group, quantity, values in factor.quantities(latents):
             add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
     for parameter, values in original_parameters(model, latents).items():
@@ -322,7 +363,10 @@ def _dataset(posterior: Posterior, variables: Variables, **coords: Any) -> xr.Da
     dataset = xr.Dataset(variables, coords, ATTRIBUTES)
     outcome = variable_name(posterior.data.outcome_name)
     if posterior.data.classes is not None and outcome in dataset:
-        dataset[outcome].attrs["classes"] = [str(label) for label in posterior.data.classes]
+        classes = [str(label) for label in posterior.data.classes]
+        dataset[outcome].attrs["classes"] = classes
+        if not posterior.model.family.multiclass:
+            dataset[outcome].attrs["event"] = classes[1]
     return dataset
 
 
