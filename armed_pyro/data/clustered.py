@@ -174,7 +174,7 @@ class ClusteredData:
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
         for role, name in roles.items():
             check_type(name, (str, type(None)), role, "It is the name of a column.")
-        roles |= {"features": features, "slopes": slopes, "categorical": categorical}
+        roles.update(features=features, slopes=slopes, categorical=categorical)
         schema = Schema.infer(
             frame, outcome=outcome, clusters=clusters, event=event, weights_kind=kind, **roles
         )
