@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--outcome and --cluster"
         )
     folds = options.folds or (2 if options.smoke else 5)
-    console, threads = Console(), torch.get_num_threads()
+    console, threads = Console(markup=False, emoji=False), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for name in names:

@@ -18,8 +18,9 @@ def unknown(what: str, name: Any, known: Iterable[Any]) -> ValueError:
     ValueError("There is no column 'agee'. Did you mean 'age'? There are: 'age', 'sex'.")
     """
     options = list(known)
-    nearest = difflib.get_close_matches(str(name), [str(option) for option in options], n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    folded = {str(option).casefold(): str(option) for option in options}
+    nearest = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    hint = f" Did you mean {folded[nearest[0]]!r}?" if nearest else ""
     return ValueError(f"There is no {what} {name!r}.{hint} There are: {listing(options)}.")
 
 
@@ -59,12 +60,12 @@ def check_probability(prob: Any, what: str = "`prob`") -> None:
     >>> check_probability(95)
     Traceback (most recent call last):
     ...
-    ValueError: `prob` must lie between 0 and 1, found 95: 95% is 0.95
+    ValueError: `prob` must lie between 0 and 1, not 95: write 0.95
     """
     check_type(prob, REAL, what)
     if not 0 < prob < 1:
-        hint = f": {prob:g}% is {prob / 100:g}" if 1 < prob < 100 else ""
-        raise ValueError(f"{what} must lie between 0 and 1, found {prob}{hint}")
+        hint = f": write {prob / 100:g}" if 2 <= prob < 100 else ""
+        raise ValueError(f"{what} must lie between 0 and 1, not {prob:g}{hint}")
 
 
 def listing(items: Iterable[Any], most: int = 10) -> str:

@@ -12,6 +12,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
+from armed_pyro._messages import check_probability
 from armed_pyro.checks import diagnostics
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.data.clustered import ClusteredData
@@ -231,6 +232,7 @@ class Fit:
 
     def results(self, *, prob: float = 0.9) -> Results:
         """The tables and the verdict, for `armed_pyro.report`."""
+        check_probability(prob)
         found = self.diagnostics()
         conclusions: dict[str, Conclusion] = {
             verdict.part: Conclusion(verdict.word, verdict.sentence)
@@ -252,9 +254,11 @@ class Fit:
         Parameters
         ----------
         draws : int
-            Draws in ``posterior.nc``. Groups of more than 200 MB are left out, with a warning.
+            Draws in ``posterior.nc``, which are compressed, and in single precision where rounding
+            stays below a thousandth of their sd. Groups of more than 4 MB, such as log-likelihoods
+            of over 1,000 rows, are left out: `to_datatree` of a loaded fit draws them again.
         prob : float
-            Probability of the intervals in ``variance_components.csv``.
+            Probability of the intervals in ``variance_components.csv`` and ``fixed_effects.csv``.
 
         Raises
         ------
@@ -262,14 +266,17 @@ class Fit:
             If the folder holds other files but no fit, or the program has a user-defined guide,
             term, family or prior, which could not be read again. Nothing is written then.
         """
+        check_probability(prob)
         save.check_saveable(self.posterior, folder)
         save.save(
             self.posterior,
             folder,
             classifiers=self.classifiers,
             variance_components=self.variance_components(prob=prob),
+            fixed_effects=self.fixed_effects(prob=prob),
             verdict=self.diagnostics().to_json(),
             draws=draws,
+            prob=prob,
         )
 
     @classmethod

@@ -26,6 +26,7 @@ FILES = {
     "manifest.json",
     "posterior.nc",
     "variance_components.csv",
+    "fixed_effects.csv",
     "diagnostics.json",
 }
 QUICK = ["--steps", "20", "--draws", "50", "--device", "cpu"]
@@ -256,7 +257,15 @@ def test_fit_reads_designs_as_lme4_does(data, tmp_path, random, features, more, 
         (["--adversary-weight", "2"], "needs --adversary"),
         (["--net", "dense", "--adversary", "site", "--adversary-weight", "-1"], "negative"),
         (["--net", "dense", "--slopes-on", "9"], "no module '9'"),
-        (["--validate-rows", "1.5"], "between 0 and 1"),
+        (
+            ["--validate-rows", "1.5"],
+            "--validate-rows must lie between 0 and 1, not 1.5",
+        ),
+        (["--hold-out-clusters", "20"], "--hold-out-clusters must lie between 0 and 1, not 20"),
+        (["--prob", "95"], "--prob must lie between 0 and 1, not 95: write 0.95"),
+        (["--draws", "1"], "--draws must be at least 2"),
+        (["--family", "normal"], "did you mean 'gaussian'"),
+        (["--features", "AGE"], "Did you mean 'age'"),
         (["--hold-out-clusters", "0.99"], "at least one cluster"),
         (["--steps", "0"], "`steps` must be positive"),
         (["--batch-size", "0"], "`batch_size` must be at least 1"),
@@ -510,7 +519,7 @@ def test_predict_errors(run, data, tmp_path):
     refused("predict", run, data, "--out", tmp_path / "pred.txt", message=".csv or .parquet")
     table().drop(columns="dose").to_csv(tmp_path / "less.csv", index=False)
     refused("predict", run, tmp_path / "less.csv", "--out", pred, message="no column 'dose'")
-    refused("predict", run, data, "--prob", 2, "--out", pred, message="`prob`")
+    refused("predict", run, data, "--prob", 2, "--out", pred, message="--prob")
     assert not pred.exists()
 
 
@@ -524,6 +533,57 @@ def test_report_command(run, tmp_path):
     text = path.read_text("utf-8")
     assert "Predictions of held-out rows" in text
     refused("report", tmp_path, "--out", path, message=str(tmp_path))
+    refused("report", run, "--out", tmp_path / "report.pdf", message="HTML only")
+    refused("report", run, "--out", tmp_path, message="is a folder")
+    refused("report", run, "--out", path, "--prob", 95, message="write 0.95")
+
+
+def test_report_and_predictions_have_the_probability_of_the_fit(data, tmp_path):
+    run, page = tmp_path / "run", tmp_path / "report.html"
+    assert call(*fit(data, run, "--prob", 0.5)).exit_code == 0
+    assert call("report", run, "--out", page).exit_code == 0
+    assert "(50% equal-tailed intervals)" in page.read_text("utf-8")
+    assert call("report", run, "--prob", 0.8, "--out", page).exit_code == 0
+    assert "(80% equal-tailed intervals)" in page.read_text("utf-8")
+    tables = []
+    for prob in ([], ["--prob", 0.5]):
+        path = tmp_path / f"{len(prob)}.csv"
+        assert call("predict", run, data, *prob, "--out", path).exit_code == 0
+        tables.append(path.read_bytes())
+    assert tables[0] == tables[1]
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    del manifest["prob"]  # as in fits of earlier versions
+    (run / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    assert call("report", run, "--out", page).exit_code == 0
+    assert "(90% equal-tailed intervals)" in page.read_text("utf-8")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_with_holes_keep_their_place(run, tmp_path, suffix):
+    rows = table()
+    rows["site"] = rows["site"].where(rows.index != 3)
+    rows.loc[[0, 50], "dose"] = np.nan
+    rows.loc[7, "count"] = np.nan  # not needed for predictions
+    path, whole = tmp_path / f"rows.{suffix}", tmp_path / f"whole.{suffix}"
+    getattr(rows, f"to_{suffix}")(path, index=False)
+    getattr(rows.drop([0, 3, 50]), f"to_{suffix}")(whole, index=False)
+    command = ["--unseen", "marginal", "--draws", 20, "--out"]
+    refused("predict", run, path, *command, tmp_path / "p.csv", message="--missing empty")
+    done = call("predict", run, path, "--missing", "empty", *command, tmp_path / "p.csv")
+    assert done.exit_code == 0, done.output
+    assert call("predict", run, whole, *command, tmp_path / "w.csv").exit_code == 0
+    predictions = pd.read_csv(tmp_path / "p.csv")
+    assert len(predictions) == len(rows)
+    assert predictions.index[predictions["mean"].isna()].tolist() == [0, 3, 50]
+    expected = pd.read_csv(tmp_path / "w.csv")
+    kept = predictions.drop([0, 3, 50]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, expected)
+    rows["dose"] = np.nan
+    getattr(rows, f"to_{suffix}")(path, index=False)
+    refused(
+        "predict", run, path, "--missing", "empty", *command, tmp_path / "q.csv",
+        message="Every row",
+    )  # fmt: skip
 
 
 def test_demo_calls_the_entry_point(tmp_path, monkeypatch):
@@ -546,6 +606,12 @@ def test_names_in_the_data_are_no_markup(tmp_path):
     done = call(*fit(tmp_path / "rows.csv", tmp_path / "run", random="(1 | lea/school/class)"))
     assert done.exit_code == 0, done.output
     assert "lea:school:class" in done.stdout
+    predicted = call(
+        "predict", tmp_path / "run", tmp_path / "rows.csv", "--out", tmp_path / "p.csv"
+    )
+    assert predicted.exit_code == 0, predicted.output
+    assert call("report", tmp_path / "run", "--out", tmp_path / "r.html").exit_code == 0
+    assert "lea:school:class" in (tmp_path / "r.html").read_text("utf-8")
     refused(
         *fit(tmp_path / "rows.csv", tmp_path / "run", "--net", ":school:[/red]"),
         message="holds a fit",

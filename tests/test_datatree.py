@@ -519,6 +519,28 @@ def test_arviz_summarises_the_posterior(tree):
     assert float(table.loc["site_sd[x]", "mean"]) == pytest.approx(float(expected))
 
 
+def test_without_constants_arviz_has_nothing_to_warn_of(gaussian, tree):
+    varying = gaussian.to_datatree(draws=DRAWS, constants=False)
+    pairs = varying["posterior"]["site_cor"]
+    assert pairs["site_pair"].to_numpy().tolist() == ["Intercept,x"]
+    full = tree["posterior"]["site_cor"].sel(site_term="Intercept", site_term_bis="x")
+    np.testing.assert_array_equal(pairs.sel(site_pair="Intercept,x"), full)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = arviz_api().summary(varying)
+    assert "site_cor[Intercept,x]" in table.index
+    assert not table.drop(columns="r_hat").isna().to_numpy().any()  # r_hat needs several chains
+
+
+def test_known_quantities_are_constants():
+    data = ClusteredData.from_frame(make_frame(5), outcome="y", clusters=["site"])
+    priors = Priors(sd=Known(6.0), residual_sd=Known(2.0))
+    result = quick(MixedEffects(nn.Linear(1, 1), "(1 | site)", priors=priors), data)
+    tree = result.to_datatree(draws=10, constants=False)
+    for group in ("posterior", "prior"):
+        assert list(tree[group].data_vars) == ["site_effect"]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_arviz_loo_reads_the_likelihood(tree):
     loo = arviz_api().loo(tree, pointwise=True)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -531,3 +532,12 @@ def test_each_adversary_has_its_own_accuracy():
     history = run(make_model(adversary=games)).history
     assert np.array(history.adversary_accuracy).shape == (2, 2)
     assert run().history.adversary_accuracy == [[], []]
+
+
+def test_a_table_without_roles_is_refused_with_the_way_to_give_them():
+    with pytest.raises(TypeError, match=r"is a DataFrame.*ClusteredData\.from_frame"):
+        fit(make_model(), pd.DataFrame({"y": [1.0]}), progress=False)
+    with pytest.raises(TypeError, match=r"must be Priors\(.*not dict"):
+        MixedEffects(torch.nn.Linear(1, 1), "(1 | site)", priors={"sd": 1.0})
+    with pytest.raises(TypeError, match=r"random effects are text"):
+        MixedEffects(torch.nn.Linear(1, 1), None)

@@ -25,6 +25,7 @@ from armed_pyro.models.linear import linear
 from armed_pyro.prediction.chunks import predict_chunks
 from armed_pyro.prediction.scores import evaluate
 from armed_pyro.prediction.unseen import Marginal
+from armed_pyro.report.cells import as_text
 from armed_pyro.report.html import page
 from armed_pyro.summaries.variance import random_effects
 
@@ -186,6 +187,24 @@ def test_page_of_many_clusters_terms_and_an_adversary():
     assert "weight 1" in text
     assert "held-out" not in text
     checked(text)
+
+
+def test_estimates_have_digits_by_their_sd():
+    table = pd.DataFrame(
+        {
+            "term": ["Intercept", "[red]"],
+            "mean": [1e8 + 3.25, 10.4673],
+            "sd": [0.512, 1.5458],
+            "lower": [1e8 + 2.41, 7.9],
+            "rows": [123456, 7],
+            "none": [np.nan, np.inf],
+        }
+    )
+    shown = as_text(table)
+    assert shown.iloc[0].tolist() == [
+        "Intercept", "100000003.25", "0.512", "100000002.41", "123456", "",
+    ]  # fmt: skip
+    assert shown.iloc[1].tolist() == ["[red]", "10.47", "1.546", "7.9", "7", "inf"]
 
 
 def test_page_without_matplotlib(result, monkeypatch):

@@ -6,9 +6,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from rich.progress import Progress, TimeRemainingColumn
 
 from armed_pyro import Schedule
 from armed_pyro.engine.schedule import WANDERING, History, Plateau, split_r_hat
+from armed_pyro.inference import train
 
 
 @pytest.mark.parametrize(
@@ -199,3 +201,17 @@ def test_record_and_settings_survive_json():
     assert History(**json.loads(json.dumps(history.to_json()))) == history
     schedule = Schedule(steps=7, window=3, particles=5)
     assert Schedule(**json.loads(json.dumps(schedule.to_json()))) == schedule
+
+
+@pytest.mark.parametrize(("stages", "shown"), [(0, True), (3, False)])
+def test_a_time_left_is_shown_only_if_the_number_of_steps_is_fixed(monkeypatch, stages, shown):
+    columns = []
+
+    def progress(*given, **options):
+        columns.extend(given)
+        return Progress(*given, **options)
+
+    monkeypatch.setattr(train, "Progress", progress)
+    with train._training_bar(Schedule(stages=stages), show=False) as report:
+        report(10, "loss 1.0 [red] :school:")
+    assert any(isinstance(column, TimeRemainingColumn) for column in columns) is shown

@@ -46,6 +46,7 @@ FILES = {
     "manifest.json",
     "posterior.nc",
     "variance_components.csv",
+    "fixed_effects.csv",
     "diagnostics.json",
 }
 
@@ -240,7 +241,39 @@ def test_results_are_the_same_to_the_bit(saved):
     with xr.open_datatree(folder / "posterior.nc", engine="h5netcdf") as file:
         assert sorted(file.children) == sorted(tree.children)
         for group in tree.children:
-            xr.testing.assert_equal(file[group].dataset, tree[group].dataset)
+            kept, made = file[group].dataset, tree[group].dataset
+            if group in storage.DRAWN:  # in single precision
+                xr.testing.assert_allclose(kept, made, rtol=1e-6)
+            else:
+                xr.testing.assert_equal(kept, made)
+
+
+def test_fixed_effects_and_probability_are_saved(saved, tmp_path):
+    result, _, _ = saved
+    result.save(tmp_path / "run", draws=2, prob=0.5)
+    written = pd.read_csv(tmp_path / "run" / "fixed_effects.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(written, result.fixed_effects(prob=0.5), check_dtype=False)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))["prob"] == 0.5
+    with pytest.raises(ValueError, match=r"write 0\.95"):
+        result.save(tmp_path / "other", prob=95)
+    assert not (tmp_path / "other").exists()
+
+
+def test_draws_stay_in_double_precision_where_single_would_lose_them():
+    rng = np.random.default_rng(0)
+    dims = ("chain", "draw", "term")
+    draws = xr.Dataset(
+        {
+            "near": (dims, 6e6 + 0.5 * rng.normal(size=(1, 50, 2))),
+            "plain": (dims, rng.normal(size=(1, 50, 2))),
+            "known": (dims, np.full((1, 50, 2), 0.1)),
+            "count": (dims, np.ones((1, 50, 2), np.int64)),
+        }
+    )
+    kept = storage._narrow(draws)
+    kinds = {name: str(array.dtype) for name, array in kept.data_vars.items()}
+    assert kinds == {"near": "float64", "plain": "float32", "known": "float64", "count": "int64"}
+    xr.testing.assert_equal(kept[["near", "known", "count"]], draws[["near", "known", "count"]])
 
 
 def test_a_fit_read_and_saved_again_is_the_same(saved, tmp_path):
@@ -611,10 +644,9 @@ def test_files_are_as_readable_as_others(small, tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == expected, path.name
 
 
-def test_large_groups_are_left_out_with_a_warning(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "LARGEST_GROUP", 8 * 5 * 20 - 1)
-    with pytest.warns(UserWarning, match=r"without posterior_predictive, log_likelihood, prior_p"):
-        small.save(tmp_path / "run", draws=5)
+def test_large_groups_are_left_out_and_drawn_again(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "LARGEST_GROUP", 4 * 5 * 20 - 1)
+    small.save(tmp_path / "run", draws=5)
     with xr.open_datatree(tmp_path / "run" / "posterior.nc", engine="h5netcdf") as tree:
         groups = {"posterior", "prior", "observed_data", "constant_data", "sample_stats"}
         assert {*tree.children} == groups
@@ -677,7 +709,7 @@ def test_parts_that_could_not_be_read_are_not_written(small, tmp_path, options, 
                 name: getattr(MixedEffects(**settings), name)
                 for name in (
                     *("net", "terms", "family", "priors", "adversaries"),
-                    *("bayesian_head", "fixed_weight", "reference"),
+                    *("bayesian_head", "fixed_weight", "dtype", "network_reference"),
                 )
             },
         )

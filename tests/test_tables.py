@@ -168,8 +168,8 @@ def test_missing_values_are_an_error_or_dropped_aloud():
     frame.loc[[2], "site"] = None
     schema = infer(frame)
     message = (
-        r"Missing values in 'site' \(1 row\), 'age' \(2 rows\): 2 of 6 rows.*missing='drop' "
-        r"\(command line: --missing drop\)"
+        r"Missing values in 'site' \(1 row\), 'age' \(2 rows\): 2 of 6 rows.*missing='drop'\) "
+        r"\(command line: armed-pyro predict --missing empty"
     )
     with pytest.raises(ValueError, match=message):
         ClusteredData.encode(frame, schema)

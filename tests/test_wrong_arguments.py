@@ -72,7 +72,7 @@ def test_a_percentage_is_no_probability(result):
         lambda: made.interval(95),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=r"between 0 and 1, found 95: 95% is 0\.95"):
+        with pytest.raises(ValueError, match=r"between 0 and 1, not 95: write 0\.95"):
             call()
 
 

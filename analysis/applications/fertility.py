@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from statsmodels.datasets import fertility as panel
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
@@ -285,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def analyse(out: Path, seed: int, steps: int, *, smoke: bool) -> None:
     """Fit all models, and print and write their results."""
-    console, draws = Console(), 100 if smoke else 1000
+    console, draws = Console(markup=False, emoji=False), 100 if smoke else 1000
     out.mkdir(parents=True, exist_ok=True)
 
     table = load()
@@ -327,7 +328,7 @@ def fit_models(
     parts: Split, steps: int, draws: int, seed: int
 ) -> tuple[dict[str, Fit], dict[str, Forecast], pd.DataFrame]:
     """Fits of three programs; forecasts and variance components of these and of two MixedLMs."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     # All rows in each step: for so few rows that is cheaper than the noise of mini-batches.
     schedule = Schedule(steps=steps, batch_size=len(parts.train))
     plans = {
@@ -343,13 +344,13 @@ def fit_models(
     forecasts: dict[str, Forecast] = {}
     spread = []
     for name, (random, hidden, how, n) in plans.items():
-        console.print(f"\n[bold]{name}[/bold]: {' + '.join(random)}")
+        console.print(Text.assemble("\n", (name, "bold"), f": {' + '.join(random)}"))
         fits[name] = train_program(parts.train, random, how, seed, hidden)
         forecasts[name] = forecast_with(fits[name], n)
         spread.append(components(name, fits[name], n))
     # A natural cubic spline is linear beyond the data, where a B-spline would stay cubic.
     for name, mean in (("MixedLM linear", "decade"), ("MixedLM spline", "0 + cr(decade, df=5)")):
-        console.print(f"\n[bold]{name}[/bold]: {mean}")
+        console.print(Text.assemble("\n", (name, "bold"), f": {mean}"))
         classical = MixedModel(parts.train, "fertility", "country", mean, "decade", prob=PROB)
         forecasts[name] = classical.forecast
         spread.append(components(name, classical))
@@ -384,7 +385,7 @@ def note(evaluation: pd.DataFrame, ahead: pd.DataFrame, residual: Mapping[str, f
     far, periods = ahead["horizon"].max(), "linear + periods"
     held = ", ".join(f"{value:.0%} ({years})" for years, value in new["network"].items())
     return (
-        "\n[bold]Where the assumptions fail.[/bold] The model takes the residuals of a country to "
+        "\nWhere the assumptions fail. The model takes the residuals of a country to "
         f"be independent, but their autocorrelation at lag 1 is {residual['network']:.2f}: "
         "countries leave their straight lines for decades, and many values were interpolated "
         "between surveys before they were published. The posterior of a country's line is then "

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="small data and few steps: a trial")
     parser.add_argument("--out", type=Path, default=Path("results/mci_conversion"), metavar="DIR")
     options = parser.parse_args(argv)
-    console, models = Console(), options.models.split(",")
+    console, models = Console(markup=False, emoji=False), options.models.split(",")
     setting, confounded = SETTING, CONFOUNDED
     tune = not options.untuned
     plan = Plan(options.data_sets, options.folds, options.seed, tune, options.probes)

@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         plan = Plan(10, 1000, options.folds or 10, options.seed, BLOCKS)
     out.mkdir(parents=True, exist_ok=True)
-    console, tasks = Console(), plan.tasks()
+    console, tasks = Console(markup=False, emoji=False), plan.tasks()
     records: dict[int, dict[str, str | float]] = {}
     surfaces: dict[str, dict[str, np.ndarray]] = {}
     results = _results(tasks, options.jobs)

@@ -70,7 +70,7 @@ class Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts, print the table, and write it with its JSON."""
     options = _parser().parse_args(argv)
-    console, figures = Console(width=120), list[Figure]()
+    console, figures = Console(width=120, markup=False, emoji=False), list[Figure]()
     parts: Mapping[str, Callable[[Options], list[Figure]]] = {
         "steps": steps, "fits": fits, "growth": curves, "crossed": crossed
     }  # fmt: skip

@@ -69,7 +69,7 @@ def write(comparison: Comparison, out: Path, console: Console, title: str) -> No
         if "image mse" in comparison.metrics:
             console.print(_images(block, f"{name}: images rebuilt"))
     several = len(comparison.scores["data"].unique()) > 1
-    console.print(NOTES.format(unit=DATA_SETS if several else FOLDS), markup=False, soft_wrap=True)
+    console.print(NOTES.format(unit=DATA_SETS if several else FOLDS), soft_wrap=True)
     console.print(_judged(judged, "Ablations: differences in AUROC"))
     if len(claimed):
         console.print(_judged(claimed, "Claims"))

@@ -46,7 +46,7 @@ TIME = 1 / 5
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all parts, print the table of claims and write all tables and figures."""
     options = _parser().parse_args(arguments)
-    out, console = Path(options.out), Console(width=120)
+    out, console = Path(options.out), Console(width=120, markup=False, emoji=False)
     out.mkdir(parents=True, exist_ok=True)
     scale = 0.02 if options.smoke else 1.0
     claims: list[dict[str, Any]] = []

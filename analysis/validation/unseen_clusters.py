@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(out: Path, parts: str, seeds: int, *, smoke: bool) -> None:
     """Run the parts, and keep the rows of each as they come."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     out.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "1": lambda: simulated(seeds, smoke=smoke, learning=False),

@@ -12,7 +12,6 @@ from typing import Any, final
 import typer
 from typer.core import TyperCommand
 
-from armed_pyro.cli.console import out
 from armed_pyro.cli.options import DemoOptions, FitOptions, PredictOptions, ReportOptions, takes
 
 __all__ = ["app"]
@@ -80,12 +79,9 @@ def report_command(options: ReportOptions) -> None:
 
     armed-pyro report run --out report.html
     """
-    from armed_pyro.cli.saved_run import report_page
+    from armed_pyro.cli.saved_run import write_report
 
-    text = report_page(options.run, options.net, options.prob)
-    options.html.parent.mkdir(parents=True, exist_ok=True)
-    options.html.write_text(text, encoding="utf-8")
-    out.print(f"The report is in {options.html}")
+    write_report(options)
 
 
 @app.command("demo")

@@ -14,6 +14,7 @@ from typing import Any, cast
 import typer
 
 from armed_pyro._memory import most_held
+from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
@@ -59,8 +60,15 @@ def fit_table(options: FitOptions) -> None:
     """
     if first_process():
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
-    if not 0 < options.prob < 1:
-        raise ValueError(f"--prob must lie between 0 and 1, not {options.prob}")
+    if options.draws < 2:
+        raise ValueError(f"--draws must be at least 2, not {options.draws}")
+    check_probability(options.prob, "--prob")
+    for share, name in [
+        (options.validate_rows, "--validate-rows"),
+        (options.hold_out_clusters, "--hold-out-clusters"),
+    ]:
+        if share is not None:
+            check_probability(share, name)
     if options.adversary_weight is not None and options.adversary is None:
         raise ValueError("--adversary-weight needs --adversary FACTOR")
     steps = Schedule.steps if options.steps is None else options.steps
@@ -104,11 +112,13 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         clusters=_cluster_columns(terms, options.adversary, table.columns),
         features=_features(options.features, table.columns),
         slopes=_slopes(terms, table.columns),
-        categorical=[name.strip() for name in (options.categorical or "").split(",") if name],
+        categorical=_categorical(options.categorical, terms),
         trials=options.trials,
         offset=options.offset,
         weights=options.weights,
         event=options.event,
+        weights_kind=options.weights_kind.value,
+        se=options.se,
         missing="drop" if options.missing is Missing.drop else "error",
     )
     if isinstance(rows, ClusteredData):
@@ -203,6 +213,13 @@ def _features(text: str | None, table: Collection[str]) -> list[str] | str | Non
     return text if formula else names
 
 
+def _categorical(text: str | None, terms: Sequence[Term]) -> list[str]:
+    """Columns of --categorical, and those in factor() in the random effects."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    names += [n for term in terms if isinstance(term, RandomEffects) for n in term.categorical]
+    return list(dict.fromkeys(names))
+
+
 def _slopes(terms: Sequence[Term], table: Collection[str]) -> str | tuple[str, ...]:
     """Formula of the columns that the terms have slopes on."""
     slopes = [slope for term in terms if isinstance(term, RandomEffects) for slope in term.slopes]
@@ -282,5 +299,5 @@ def byte_size(text: str | None) -> int:
     match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?b?)\s*", text.lower())
     unit = match and (match[2] if match[2] in UNITS else match[2] + "b")
     if not match or unit not in UNITS or match[1].count(".") > 1 or not float(match[1]) > 0:
-        raise ValueError(f"expected a size such as 2GB or 500MB, found {text!r}")
+        raise ValueError(f"--memory: expected a size such as 2GB or 500MB, found {text!r}")
     return int(float(match[1]) * UNITS[unit])

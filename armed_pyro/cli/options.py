@@ -17,7 +17,9 @@ from armed_pyro.cli.console import messages
 T = TypeVar("T")
 Compile = StrEnum("Compile", ["auto", "always", "never"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+Weights = StrEnum("Weights", ["frequency", "precision"])
 Missing = StrEnum("Missing", ["error", "drop"])
+Holes = StrEnum("Holes", ["error", "empty"])
 Refine = StrEnum("Refine", ["psis", "nuts"])
 
 
@@ -65,7 +67,8 @@ def column(text: str, default: Any = None) -> Any:
 
 DATA = typer.Argument(metavar="DATA", help="CSV or Parquet table: rows.csv")
 RUN = typer.Argument(metavar="RUN", help="Folder that fit wrote: run")
-PROBABILITY = option(0.9, "Probability of the equal-tailed intervals: --prob 0.95", "--prob")
+INTERVALS = "Probability of the equal-tailed intervals: --prob 0.95"
+SAVED_PROB = option(None, f"{INTERVALS} [default: that of the fit]", "--prob")
 USER_NETWORK = option(
     None,
     "The network, if it is one of your own: --net my_net.py:MyNet",
@@ -117,7 +120,13 @@ class FitOptions:
     )
     trials: str | None = column("Denominators of a binomial outcome: --trials size")
     offset: str | None = column("Known term of the predictor: --offset log_days")
-    weights: str | None = column("Factors of the rows' log-likelihoods: --weights n")
+    weights: str | None = column("Weights of the rows: --weights n")
+    weights_kind: Weights = option(
+        Weights.frequency,
+        "Meaning of --weights: how often a row counts, or its precision, by which the residual "
+        "variance is divided as in lme4: --weights-kind precision",
+    )
+    se: str | None = column("Known standard errors of the rows, as in a meta-analysis: --se sei")
     missing: Missing = option(
         Missing.error, "Rows with missing values; to leave them out: --missing drop"
     )
@@ -160,7 +169,7 @@ class FitOptions:
         Compile.auto, "Compile training steps; auto where it pays: --compile never", "--compile"
     )
     draws: int = option(1000, "Posterior draws to save: --draws 2000")
-    prob: float = PROBABILITY
+    prob: float = option(0.9, INTERVALS)
     refine: Refine = option(
         Refine.psis,
         "Posterior draws: the guide's, weighted (psis), or exact but slow ones by NUTS, whose "
@@ -201,6 +210,10 @@ class PredictOptions:
         "Labelled rows of the new clusters, for --unseen adapt: --support first_rows.csv",
         metavar="FILE",
     )
+    missing: Holes = option(
+        Holes.error,
+        "Rows with missing values; to give them empty predictions in their place: --missing empty",
+    )
     by_row: bool = option(
         False, "Membership of each row by itself, not of its whole cluster", "--by-row"
     )
@@ -212,7 +225,7 @@ class PredictOptions:
     )
     net: str | None = USER_NETWORK
     draws: int = option(1000, "Posterior draws: --draws 2000")
-    prob: float = PROBABILITY
+    prob: float | None = SAVED_PROB
     seed: int | None = option(None, "Seed of the draws: --seed 1 [default: the fit's]")
 
 
@@ -221,9 +234,9 @@ class ReportOptions:
     """Options of ``armed-pyro report``."""
 
     run: Path = RUN
-    html: Path = option(..., "Page to write: --out report.html", "--out", metavar="HTML")
+    html: Path = option(..., "HTML page to write: --out report.html", "--out", metavar="HTML")
     net: str | None = USER_NETWORK
-    prob: float = PROBABILITY
+    prob: float | None = SAVED_PROB
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Bool
 from rich.progress import Progress, TaskID
 
 from armed_pyro.cli.console import err, out
-from armed_pyro.cli.options import PredictOptions
-from armed_pyro.cli.saved_run import load_run
+from armed_pyro.cli.options import Holes, PredictOptions
+from armed_pyro.cli.saved_run import interval_prob, load_run
 from armed_pyro.data.files import draft_of, read_table, write_table
+from armed_pyro.data.schema import Schema
 from armed_pyro.prediction.predict import predict_table
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -33,7 +36,12 @@ def predict_to_file(options: PredictOptions) -> None:
     table = TableBlocks.open(options.data)
     support = None if options.support is None else read_table(options.support)
     fitted = load_run(options.run, options.net)
-    settings: Any = {"draws": options.draws, "prob": options.prob, "seed": options.seed}
+    prob = interval_prob(options.run, options.prob)
+    masks = None
+    if options.missing is Holes.empty:
+        table = table.without_holes(_needed(fitted.posterior.model.data_facts().schema))
+        masks = table.complete_rows()
+    settings: Any = {"draws": options.draws, "prob": prob, "seed": options.seed}
     with _progress() as report:
         parts, membership = predict_table(
             fitted.posterior,
@@ -48,10 +56,10 @@ def predict_to_file(options: PredictOptions) -> None:
         # The comparison comes before the writing, so that its errors leave no file.
         modes = None
         if options.compare:
-            frame = pd.concat(table.blocks(2**18)) if table.frame is None else table.frame
+            frame = pd.concat(table.blocks(2**18))
             modes = fitted.compare_modes(frame, support=support, **settings)
         done = 0
-        for rows in write_predictions(parts, options.pred):
+        for rows in write_predictions(parts, options.pred, masks):
             done += rows
             report("predicting", done, table.n_rows)
     out.print(f"{table.n_rows} predictions are in {options.pred}")
@@ -83,17 +91,55 @@ def _progress() -> Iterator[Report]:
         yield report
 
 
-def write_predictions(parts: Iterator[Prediction], path: Path) -> Iterator[int]:
+def _needed(schema: Schema | None) -> tuple[str, ...]:
+    """The columns from which rows are predicted."""
+    if schema is None:
+        raise ValueError("the model was fitted to arrays, so it cannot read a table")
+    names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
+    return tuple(name for name in names if name is not None)
+
+
+def in_place(
+    frames: Iterator[pd.DataFrame], masks: Iterable[Bool[np.ndarray, " rows"]]
+) -> Iterator[pd.DataFrame]:
+    """Yield the predictions of complete rows in their place, among empty ones of other rows.
+
+    `frames` are the predictions of all complete rows, and `masks` tell block by block which rows
+    are complete.
+
+    >>> frames = iter([pd.DataFrame({"mean": [1.0, 2.0]})])
+    >>> pd.concat(in_place(frames, [np.array([True, False]), np.array([True])]))["mean"].tolist()
+    [1.0, nan, 2.0]
+    """
+    waiting = next(frames)
+    for mask in masks:
+        while len(waiting) < mask.sum():
+            waiting = pd.concat([waiting, next(frames)])
+        place = np.where(mask, np.cumsum(mask) - 1, -1)
+        filled = waiting.reset_index(drop=True).reindex(place).reset_index(drop=True)
+        if "unseen" in filled:
+            filled["unseen"] = filled["unseen"].fillna("")
+        waiting = waiting.iloc[mask.sum() :]
+        yield filled
+
+
+def write_predictions(
+    parts: Iterator[Prediction],
+    path: Path,
+    masks: Iterable[Bool[np.ndarray, " rows"]] | None = None,
+) -> Iterator[int]:
     """Write predictions block by block, as CSV or Parquet by suffix; yield each block's length.
 
-    The file appears only once it is complete.
+    The file appears only once it is complete. With masks, the rows are those of `in_place`.
     """
+    frames: Iterator[pd.DataFrame] = (part.to_frame() for part in parts)
+    if masks is not None:
+        frames = in_place(frames, masks)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.lower()
     writer: Any = None
     with draft_of(path) as draft, ExitStack() as files:
-        for part in parts:
-            frame = part.to_frame()
+        for frame in frames:
             if name.endswith((".csv", ".csv.gz")):
                 first = writer is None
                 if first:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from armed_pyro._messages import check_probability
+from armed_pyro.cli.console import out
+from armed_pyro.cli.options import ReportOptions
 from armed_pyro.fit_result import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.report.html import page
-from armed_pyro.storage.manifest import read_family
+from armed_pyro.storage.manifest import read_family, read_manifest
 from armed_pyro.summaries.variance import random_effects
 
 EVALUATION = "evaluation.csv"
@@ -55,11 +58,31 @@ def load_run(run: Path, net: str | None) -> Fit:
     return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))
 
 
-def report_page(run: Path, net: str | None, prob: float) -> str:
-    """The report of a saved fit, with the evaluation that ``armed-pyro fit`` saved."""
+def interval_prob(run: Path, prob: float | None) -> float:
+    """The probability asked for by --prob, by default that with which the fit was saved."""
+    if prob is None:  # manifests of earlier versions lack the entry
+        prob = float(read_manifest(run).get("prob", 0.9))
+    check_probability(prob, "--prob")
+    return prob
+
+
+def write_report(options: ReportOptions) -> None:
+    """Write the report of a saved fit, with the evaluation that ``armed-pyro fit`` saved."""
+    html, run = options.html, options.run
+    if html.is_dir():
+        raise ValueError(f"--out {html} is a folder, expected a file: {html / 'report.html'}")
+    if html.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(
+            f"--out must end in .html, found {str(html)!r}: reports are HTML only, which a browser "
+            "can print to PDF"
+        )
+    prob = interval_prob(run, options.prob)
     evaluation = run / EVALUATION
     held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
-    fitted = load_run(run, net)
+    fitted = load_run(run, options.net)
     effects = random_effects(fitted.posterior, prob=prob)
     title = run.resolve().name
-    return page(fitted.results(prob=prob), effects, title=title, evaluation=held_out)
+    text = page(fitted.results(prob=prob), effects, title=title, evaluation=held_out)
+    html.parent.mkdir(parents=True, exist_ok=True)
+    html.write_text(text, encoding="utf-8")
+    out.print(f"The report is in {html}")

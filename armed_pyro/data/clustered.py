@@ -12,24 +12,22 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro._messages import (
-    INTEGER,
-    check_type,
-    unknown,
-)
+from armed_pyro._messages import INTEGER, check_type, unknown
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
     check_rows,
     code_outcome,
     finite_tensor,
+    named_features,
 )
 from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import Grouping, check_informative
+from armed_pyro.data.grouping import Grouping, check_several
 from armed_pyro.data.label_matching import match_labels
-from armed_pyro.data.schema import Schema
+from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.stratify import check_fraction, stratified_order
+from armed_pyro.data.weights import as_weights, check_weights, weights_role
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +53,7 @@ class ClusteredData:
         Labels of an outcome that was boolean, text or categorical.
     groupings : mapping of str to Grouping
     trials, offset, weights : Float64[Tensor, "rows"] or None
-        Binomial denominators; a known term of the predictor; factors of the rows'
-        log-likelihoods.
+        Binomial denominators; a known term of the predictor; weights of the `weights_kind`.
     row_labels : pd.Index
         Index of the table that the rows came from.
     schema : Schema or None
@@ -64,6 +61,9 @@ class ClusteredData:
     slopes : Float64[Tensor, "rows columns"] or None
         Columns that random slopes may use but that do not enter the network, with their names,
         sources and kinds in `slope_names`, `slope_sources` and `slope_continuous`.
+    weights_kind : {"frequency", "precision", "se"}
+        A row counts w times, its residual variance is sigma^2 / w (as in lme4 and statsmodels), or
+        w is 1 / se^2 and sigma = 1.
 
     Examples
     --------
@@ -90,6 +90,7 @@ class ClusteredData:
     slope_names: tuple[str, ...] = ()
     slope_sources: tuple[str, ...] = ()
     slope_continuous: tuple[bool, ...] = ()
+    weights_kind: WeightsKind = "frequency"
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -101,7 +102,7 @@ class ClusteredData:
             valid = (self.trials >= 1) & (self.trials % 1 == 0)
             check_rows(self.trials, valid, "trials", "positive whole numbers", self.row_labels)
         if self.weights is not None:
-            check_rows(self.weights, self.weights >= 0, "weights", "at least 0", self.row_labels)
+            check_weights(self.weights, self.weights_kind, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
         names = ("features", "outcome", "trials", "offset", "weights", "slopes")
@@ -121,6 +122,8 @@ class ClusteredData:
         offset: str | None = None,
         weights: str | None = None,
         event: Any = None,
+        weights_kind: WeightsKind = "frequency",
+        se: str | None = None,
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -152,6 +155,11 @@ class ClusteredData:
             The label of a two-valued outcome whose probability is modelled. As in R, it is by
             default the second: of sorted labels the last, of a categorical column its second
             category, True, and 1.
+        weights_kind
+            "frequency" or "precision"; see the attribute.
+        se
+            Column of known standard errors in place of weights, y_i ~ N(eta_i, se_i^2), without a
+            residual sd; in a meta-analysis, ``(1 | study)`` is the heterogeneity.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -162,11 +170,14 @@ class ClusteredData:
         """
         frame = as_pandas(frame)
         check_type(outcome, str, "outcome", "It is the name of a column.")
+        weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
         for role, name in roles.items():
             check_type(name, (str, type(None)), role, "It is the name of a column.")
         roles |= {"features": features, "slopes": slopes, "categorical": categorical}
-        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, event=event, **roles)
+        schema = Schema.infer(
+            frame, outcome=outcome, clusters=clusters, event=event, weights_kind=kind, **roles
+        )
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
     @classmethod
@@ -203,6 +214,7 @@ class ClusteredData:
         for role in per_row:
             if (name := getattr(schema, role)) in table:
                 per_row[role] = torch.from_numpy(as_numbers(table[name], role))
+        per_row["weights"] = as_weights(per_row["weights"], schema.weights_kind, table.index)
         return cls(
             features=torch.from_numpy(design),
             feature_names=names,
@@ -222,6 +234,7 @@ class ClusteredData:
             slope_names=extra_names,
             slope_sources=tuple(":".join(source) for source in extra_sources),
             slope_continuous=schema.continuous(extra_sources),
+            weights_kind=schema.weights_kind,
         )
 
     @classmethod
@@ -238,6 +251,8 @@ class ClusteredData:
         offset: Any = None,
         weights: Any = None,
         event: Any = None,
+        weights_kind: WeightsKind = "frequency",
+        se: Any = None,
         row_labels: pd.Index | None = None,
     ) -> ClusteredData:
         """Take arrays or tensors of numbers as they are, and code the clusters' labels.
@@ -259,6 +274,8 @@ class ClusteredData:
             Numbers of shape "rows".
         event
             As in `from_frame`.
+        weights_kind, se
+            As in `from_frame`, with standard errors of shape "rows".
 
         Raises
         ------
@@ -267,25 +284,16 @@ class ClusteredData:
         """
         advice = "Pass {'site': labels}, with one label per row."
         check_type(clusters, Mapping, "clusters", advice)
-        x = finite_tensor(features, "features")
-        if x.ndim < 2:
-            raise ValueError(
-                f"features must have the shape (rows, features) or more dimensions, found "
-                f"{tuple(x.shape)}. A single feature is x[:, None]."
-            )
-        width = x.shape[1] if x.ndim == 2 else 0
-        feature_names = tuple(feature_names or (f"x{i}" for i in range(width)))
-        if len(feature_names) != width or len(set(feature_names)) != width:
-            raise ValueError(
-                f"feature_names must be {width} distinct names for features of shape "
-                f"{tuple(x.shape)}, found {list(feature_names)}."
-            )
+        x, feature_names = named_features(features, feature_names)
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
+        weights, kind = weights_role(weights, weights_kind, se)
         roles = {"trials": trials, "offset": offset, "weights": weights}
         per_row: dict[str, Any] = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
         }
-        fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if width else ()
+        labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
+        per_row["weights"] = as_weights(per_row["weights"], kind, labels)
+        fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if feature_names else ()
         return cls(
             features=x,
             feature_names=feature_names,
@@ -298,8 +306,9 @@ class ClusteredData:
                 k: Grouping.from_labels(v, f"grouping factor {k!r}") for k, v in clusters.items()
             },
             **per_row,
-            row_labels=pd.RangeIndex(len(x)) if row_labels is None else row_labels,
+            row_labels=labels,
             schema=None,
+            weights_kind=kind,
         )
 
     @classmethod
@@ -487,4 +496,4 @@ class ClusteredData:
         if self.trials is None and bool((self.outcome == self.outcome[0]).all()):
             raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
         for name, grouping in self.groupings.items():
-            check_informative(name, grouping.levels, grouping.counts)
+            check_several(name, grouping.levels)

@@ -96,6 +96,24 @@ def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
     return tensor
 
 
+def named_features(features: Any, names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """An array of features, and the names of its columns; no names for images."""
+    x = finite_tensor(features, "features")
+    if x.ndim < 2:
+        raise ValueError(
+            f"features must have the shape (rows, features) or more dimensions, found "
+            f"{tuple(x.shape)}. A single feature is x[:, None]."
+        )
+    width = x.shape[1] if x.ndim == 2 else 0
+    names = tuple(names or (f"x{i}" for i in range(width)))
+    if len(names) != width or len(set(names)) != width:
+        raise ValueError(
+            f"feature_names must be {width} distinct names for features of shape "
+            f"{tuple(x.shape)}, found {list(names)}."
+        )
+    return x, names
+
+
 def check_rows(values: Tensor, valid: Tensor, what: str, expected: str, labels: pd.Index) -> None:
     """Raise ValueError, with the first invalid row, unless all rows' values are valid."""
     if not bool(valid.all()):
@@ -127,7 +145,15 @@ def pick(table: pd.DataFrame, names: Collection[str]) -> pd.DataFrame:
     return table[list(dict.fromkeys(names))]
 
 
-def complete_rows(table: pd.DataFrame, missing: Missing) -> pd.DataFrame:
+# How to leave rows out, of training tables and of tables to predict.
+TRAINING = "missing='drop' (command line: --missing drop)"
+NEW = (
+    "ClusteredData.encode(table, fit.data.schema, missing='drop') (command line: armed-pyro "
+    "predict --missing empty, which keeps their place)"
+)
+
+
+def complete_rows(table: pd.DataFrame, missing: Missing, remedy: str = TRAINING) -> pd.DataFrame:
     """The rows without missing values; other rows are an error, or dropped with a warning."""
     if missing not in ("error", "drop"):
         raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
@@ -142,20 +168,20 @@ def complete_rows(table: pd.DataFrame, missing: Missing) -> pd.DataFrame:
     if missing == "error":
         raise ValueError(
             f"Missing values in {where}: {share}. Fill them in, or leave those rows out with "
-            "missing='drop' (command line: --missing drop)."
+            f"{remedy}."
         )
     warnings.warn(f"Dropped {share} for missing values in {where}.", stacklevel=4)
     return table[~holes.any(axis=1)]
 
 
-def check_finite(table: pd.DataFrame) -> None:
+def check_finite(table: pd.DataFrame, remedy: str = TRAINING) -> None:
     """Raise ValueError if a numeric column has infinite values."""
     numeric = table.select_dtypes("number")
     counts = numeric.apply(lambda column: int(np.isinf(column.to_numpy(dtype=float)).sum()))
     if where := ", ".join(f"{n!r} ({count_rows(c)})" for n, c in counts.items() if c):
         raise ValueError(
             f"Infinite values in {where}. Replace them by finite ones, or by missing values and "
-            "pass missing='drop' (command line: --missing drop)."
+            f"leave those rows out with {remedy}."
         )
 
 

@@ -11,6 +11,7 @@ import xarray as xr
 from armed_pyro._messages import check_known, check_type
 
 Features = Sequence[str] | str | None
+ROW_ROLES = ("trials", "offset", "weights", "se")
 
 
 def table_or_arrays(
@@ -33,7 +34,7 @@ def table_or_arrays(
         for name, variable in dataset.variables.items()
         if row_dim in variable.dims
     }
-    row_roles = {k: v for k, v in roles.items() if k in ("trials", "offset", "weights") and v}
+    row_roles = {k: v for k, v in roles.items() if k in ROW_ROLES and v}
     taken = [outcome, *clusters, *row_roles.values()]
     if features is None:
         features = [n for n in along if n in dataset.data_vars and n not in taken]
@@ -59,6 +60,7 @@ def table_or_arrays(
         "feature_names": feature_names,
         "outcome_name": outcome,
         "event": roles.get("event"),
+        "weights_kind": roles.get("weights_kind", "frequency"),
         "row_labels": rows,
     }
     return None, chosen, arrays | {k: along[v].to_numpy() for k, v in row_roles.items()}

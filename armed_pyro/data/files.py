@@ -60,6 +60,8 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     ['a', 'b']
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; expected a table, such as rows.csv in it.")
     is_csv = _is_csv(path)
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

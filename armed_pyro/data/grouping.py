@@ -74,17 +74,12 @@ class Grouping:
         return Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
 
 
-def check_informative(factor: str, levels: pd.Index, counts: Tensor) -> None:
-    """Raise ValueError if clusters with these row counts tell nothing of the factor's variance."""
+def check_several(factor: str, levels: pd.Index) -> None:
+    """Raise ValueError if there is a single cluster."""
     if len(levels) == 1:
         raise ValueError(
             f"Grouping factor {factor!r} has a single level, {levels[0]}: "
             "it tells nothing of the variance between clusters. Leave it out."
-        )
-    if int(counts.max()) == 1:
-        raise ValueError(
-            f"Every cluster of {factor!r} has one row, so its effects cannot be told from "
-            "the residual. Choose a factor whose clusters have several rows."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from armed_pyro._messages import check_known, listing
 from armed_pyro.data.columns import (
+    NEW,
+    TRAINING,
     Missing,
     as_numbers,
     check_finite,
@@ -30,6 +32,10 @@ from armed_pyro.data.files import as_pandas
 from armed_pyro.data.formula import Formula, Terms, parse_features
 from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
 
+# Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
+# residual sd is known, w = 1 / se^2 and sigma = 1.
+WeightsKind = Literal["frequency", "precision", "se"]
+
 
 @dataclass(frozen=True, eq=False)
 class Schema:
@@ -41,7 +47,7 @@ class Schema:
     numeric feature columns that hold only 0 and 1, and are therefore not standardised. `classes`
     are the labels of a categorical outcome; None for a numeric outcome. Without an `intercept`, the
     first categorical feature has a column for every level. `slopes` are terms that only random
-    slopes use.
+    slopes use. With the `weights_kind` "se", the column `weights` holds standard errors.
 
     Examples
     --------
@@ -60,9 +66,10 @@ class Schema:
     offset: str | None = None
     weights: str | None = None
     classes: pd.Index | None = None
-    # Schemas saved before there were the next two lack them.
+    # Schemas saved before there were the next three lack them.
     intercept: bool = True
     slopes: Terms = ()
+    weights_kind: WeightsKind = "frequency"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -80,6 +87,7 @@ class Schema:
         event: Any = None,
         slopes: Sequence[str] | str = (),
         categorical: Sequence[str] = (),
+        weights_kind: WeightsKind = "frequency",
         **roles: str | None,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
@@ -141,6 +149,7 @@ class Schema:
             classes=classes,
             intercept=formula.intercept,
             slopes=only_slopes,
+            weights_kind=weights_kind,
         )
 
     @property
@@ -169,8 +178,9 @@ class Schema:
         table = pick(table, [name for name in wanted if name in table or name not in optional])
         if table.empty:
             raise ValueError("The table has no rows; at least one is needed.")
-        table = complete_rows(table, missing).infer_objects()
-        check_finite(table)
+        remedy = TRAINING if outcome_required else NEW
+        table = complete_rows(table, missing, remedy).infer_objects()
+        check_finite(table, remedy)
         return table
 
     def outcomes(self, table: pd.DataFrame) -> Tensor | None:
@@ -249,7 +259,7 @@ class Schema:
         """Read a schema that `to_json` wrote."""
         try:
             classes = content["classes"]
-            later = {"intercept": True, "slopes": []}
+            later = {"intercept": True, "slopes": [], "weights_kind": "frequency"}
             values = {field.name: {**later, **content}[field.name] for field in fields(cls)}
             for name in ("terms", "slopes"):
                 values[name] = tuple(tuple(term) for term in values[name])

@@ -11,6 +11,14 @@ __all__ = ["FAMILIES", "family_named"]
 
 _KINDS = (Gaussian, Bernoulli, Binomial, Categorical, Poisson, NegativeBinomial)
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _KINDS}
+# Names of families elsewhere, for the message that suggests ours.
+OTHER_NAMES = {
+    **dict.fromkeys(("normal", "Gaussian", "gauss", "linear"), "gaussian"),
+    **dict.fromkeys(("binary", "logistic", "logit"), "bernoulli"),
+    **dict.fromkeys(("multinomial", "softmax"), "categorical"),
+    **dict.fromkeys(("nbinom", "nbinom2", "negbin", "negbinomial"), "negative_binomial"),
+    "count": "poisson",
+}
 
 
 def family_named(name: str | Family) -> Family:
@@ -18,5 +26,7 @@ def family_named(name: str | Family) -> Family:
     if isinstance(name, Family):
         return name
     if name not in FAMILIES:
-        raise ValueError(f"unknown family {name!r}: choose one of {', '.join(sorted(FAMILIES))}")
+        meant = f" (did you mean {OTHER_NAMES[name]!r}?)" if name in OTHER_NAMES else ""
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"unknown family {name!r}{meant}: choose one of {known}")
     return FAMILIES[name]()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pyro
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from armed_pyro._memory import release
 from armed_pyro.data.clustered import ClusteredData
@@ -100,7 +107,7 @@ def train(
         # In small steps, synchronising threads costs more than it saves.
         count = 1 if size < SMALL_STEP else torch.get_num_threads()
         shown = progress and processes.first
-        with threads(count), progress_bar("fitting", "step", schedule.steps, shown) as report:
+        with threads(count), _training_bar(schedule, shown) as report:
             run.train(path, report)
         processes.same(bound, bound_guide)
     posterior, frozen_rows = run.result(), run.phase.frozen_rows
@@ -127,17 +134,28 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _training_bar(
+    schedule: Schedule, show: bool
+) -> AbstractContextManager[Callable[[int, str], None]]:
+    # Otherwise training ends when the loss has stopped improving, mostly long before `steps`.
+    return progress_bar("fitting", "step", schedule.steps, show, fixed=schedule.stages == 0)
+
+
 @contextmanager
 def progress_bar(
-    title: str, unit: str, total: int, show: bool
+    title: str, unit: str, total: int, show: bool, *, fixed: bool = True
 ) -> Iterator[Callable[[int, str], None]]:
-    """A bar that is told how many units are completed, and a text."""
+    """A bar that is told how many units are completed, and a text.
+
+    Without a `fixed` number of units, `total` is only the most, and no time left is shown.
+    """
+    count = f"{unit} {{task.completed}}/{{task.total}}"
     columns = (
         TextColumn(title),
-        BarColumn(),
-        TextColumn(f"{unit} {{task.completed}}/{{task.total}}"),
+        BarColumn() if fixed else SpinnerColumn(),
+        TextColumn(count if fixed else f"{count} at most"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        *([TimeRemainingColumn()] if fixed else []),
         TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, disable=not show) as bar:

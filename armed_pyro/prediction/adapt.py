@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from armed_pyro._messages import listing
+from armed_pyro._messages import check_probability, listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import match_labels, under_known_labels
@@ -101,6 +101,7 @@ class Adapted:
         The columns are factor, cluster, rows (number of labelled rows), term, mean, sd, lower and
         upper.
         """
+        check_probability(prob)
         records: list[tuple[Any, ...]] = []
         tail = (1 - prob) / 2
         for factor in self.posterior.model.factors:

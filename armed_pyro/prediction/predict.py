@@ -12,6 +12,7 @@ import pandas as pd
 
 from armed_pyro.data.absent_columns import absent_columns, warn_of_absent, with_new_column
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.columns import NEW, complete_rows
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.schema import Schema
@@ -265,6 +266,7 @@ def _clusters(
     }
     cells: dict[str, pd.DataFrame] = {}
     for frame in _reported(table, 2**18, schema.clusters, "listing clusters", report):
+        complete_rows(frame, "error", NEW)
         for factor, names in columns.items():
             block = with_new_column(frame, absent)[names]
             distinct = [cells.get(factor), block.drop_duplicates()]

@@ -165,10 +165,8 @@ def score_mode(
     named = [name for name, labels in new.items() if len(labels)]
     factor = factor or next(iter(named), None)
     if factor not in named:
-        raise ValueError(
-            f"no cluster of {factor or 'any factor'!r} is new in these rows: there is nothing to "
-            "compare modes on"
-        )
+        what = f"cluster of {factor!r}" if factor else "cluster"
+        raise ValueError(f"no {what} is new in these rows: there is nothing to compare modes on")
     codes = model.encode(rows, facts.levels_with(rows)).codes[factor].cpu().numpy()
     codes = codes - len(facts.levels[factor])
     y, rows, codes = rows.outcome.numpy()[codes >= 0], rows.take(codes >= 0), codes[codes >= 0]

@@ -15,6 +15,7 @@ from armed_pyro.program.predictor import modulates
 __all__ = [
     "activation_widths",
     "check_intercept",
+    "check_row_effects",
     "needs_fixed_run",
     "unreached",
     "warn_if_far",
@@ -42,6 +43,7 @@ def _run(
 ) -> dict[str, Tensor]:
     """Activations in one pass in evaluation mode, and the output as ""."""
     net, training = model.net, model.net.training
+    x = x.to(model.network_reference().dtype)
     net.eval()
     try:
         # Taps record a layer's output after the effects on it.
@@ -155,6 +157,27 @@ def check_intercept(model: Plan) -> None:
             "effects only: take nn.Linear(..., bias=False) or bayesian_head=True (command line: "
             "--net linear), or leave '0 +' out, as a network has biases of its own"
         )
+
+
+def check_row_effects(model: Plan) -> None:
+    """Refuse, or warn of, effects of single rows that the family's own variance hides.
+
+    An unknown residual variance hides them altogether; other families tell them apart poorly.
+    """
+    family, known = model.family, model.known()
+    unknown_parameters = [p.name for p in family.parameters if p.name not in known]
+    if not family.no_row_effects or (family.parameters and not unknown_parameters):
+        return
+    for factor in model.factors:
+        if int(model.data_facts().counts[factor.name].max()) > 1:
+            continue
+        problem = (
+            f"every cluster of {factor.name!r} has one row, so its effects cannot be told from "
+            f"{family.no_row_effects} of family {family.name!r}"
+        )
+        if family.is_quadratic:
+            raise ValueError(f"{problem}: choose a factor whose clusters have several rows")
+        warnings.warn(f"{problem}: its sd rests on its prior", UserWarning, stacklevel=4)
 
 
 def warn_if_small(model: Plan) -> None:

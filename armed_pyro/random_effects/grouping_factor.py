@@ -217,10 +217,18 @@ class Factor(nn.Module):
         return {self.sd_site: self.prior_scale} if isinstance(self.prior, Known) else {}
 
     def starts(self) -> dict[str, Tensor]:
-        """Initial values of the guide, by site; see `Covariance.starts`."""
+        """Initial values of a guide's coordinates, by site; see `Covariance.starts`."""
         size = len(self.terms)
         sd = START_SD / math.sqrt(max(1, size / 2))
-        values = {self.sd_site: torch.full((size,), sd, dtype=torch.float64)}
+        sds = torch.full((size,), sd, dtype=torch.float64)
+        values = {self.sd_site: sds}
+        free = {group.places for group, covariance in self.groups if covariance.any_origin}
+        for places in (places for places in self._moved if places not in free):
+            index = torch.tensor(places, device=self.unit.device)
+            row = cast("Tensor", self.from_zero)[places[0], index].double().cpu()
+            # All sds at x = 0 are equal, as far as the intercept's at the means is moderate.
+            sds[list(places)] = torch.where(row == 0, sd, 1.0).to(sds)
+            sds[places[0]] = sd * row.norm().clamp(max=2)
         for group, covariance in self.groups:
             values |= covariance.starts(group)
         return values
@@ -379,12 +387,13 @@ class Factor(nn.Module):
     def design(self, x: Tensor, activations: Latents) -> Float[Tensor, "rows phi_columns"]:
         """phi, the columns of all terms except those on filters."""
         columns = [block.columns(x, activations) for block in self.linear]
-        return torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
+        phi = torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
+        return phi.to(self.unit.dtype)
 
     def filter_effects(self, latents: Latents, rows: Rows) -> Float[Tensor, "rows filter_terms"]:
         """Each row's effects on filters: those of its cluster, or zeros without a latent site."""
         if self.effect_site not in latents:
-            return rows.x.new_zeros(len(rows), len(self.terms) - self.n_linear)
+            return self.unit.new_zeros(len(rows), len(self.terms) - self.n_linear)
         return latents[self.effect_site][rows.memberships[self.name].position, self.n_linear :]
 
     def by_layer(

@@ -6,7 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
@@ -15,6 +15,7 @@ import pandas as pd
 from armed_pyro._optional import extra
 from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.engine.schedule import History
+from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
 from armed_pyro.report.text import adversaries, how_training_ended, outcome_labels, priors
 
@@ -59,12 +60,12 @@ def page(
             for factor, table in random_effects.groupby("factor", sort=False)
         }
     components = results.variance_components
-    is_spread = components.statistic.isin(["sd", "variance", "cor"])
+    is_spread = ~components.statistic.isin(["icc", "share", "r2_marginal", "r2_conditional"])
     figures = results.verdicts.figures.items()
     source = (files("armed_pyro.report") / TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.tests["text_column"] = pd.api.types.is_string_dtype
-    environment.filters["cell"] = _cell
+    environment.filters["as_text"] = as_text
     return environment.from_string(source).render(
         title=title or "Mixed-effects fit",
         prob=f"{results.prob:.0%}",
@@ -115,12 +116,6 @@ def _verdicts(results: Results) -> list[Remark]:
 def _checks(checks: pd.DataFrame) -> pd.DataFrame:
     shown = checks[["part", "verdict", "name", "reason", "effect", "threshold", "p", "advice"]]
     return shown if shown["advice"].any() else shown.drop(columns="advice")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if pd.isna(value) else f"{value:.4g}"
 
 
 def _image(figure: Figure, alt: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pandas as pd
 from armed_pyro.inference.posterior import METHODS, Posterior
 from armed_pyro.program import fixed_prior
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
 
 ENDINGS = {
@@ -16,6 +17,12 @@ ENDINGS = {
     "validation": "converged: the validation loss has stopped improving",
     "steps": "NOT CONVERGED: the steps ran out; allow more with Schedule(steps=...)",
     "diverged": "DIVERGED: these are the last good parameters",
+}
+
+WEIGHTS = {
+    "frequency": "frequencies, with which log-likelihoods are multiplied; their sum is {:.5g}",
+    "precision": "precisions; the residual variance of a row is residual_sd^2 / weight",
+    "se": "none; the residual sds of the rows are their known standard errors",
 }
 
 
@@ -37,6 +44,9 @@ def priors(model: MixedEffects) -> dict[str, str]:
     if model.bayesian_head:
         lines["fixed_effect"] = fixed_prior.describe(model)
     for parameter in model.family.parameters:
+        if facts.weights_kind == "se":
+            lines[parameter.name] = "known: the standard errors of the rows"
+            continue
         lines[parameter.name] = parameter.describe(model.priors, facts.spread)
     for other in model.others:
         scale = other.prior.scale
@@ -94,6 +104,8 @@ def _head(model: MixedEffects) -> str:
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
+    if facts.weights_kind:
+        lines.append(f"  Weights: {WEIGHTS[facts.weights_kind].format(facts.weights_sum)}")
     lines += [
         f"  Other outcome: {other.name} (features reconstructed by {other.at}), "
         f"weight {other.weight:.4g}"
@@ -104,8 +116,9 @@ def _head(model: MixedEffects) -> str:
 
 def _random(results: Results) -> str:
     table = results.variance_components
-    spreads = table[table.statistic.isin(["sd", "cor"])].drop(columns="mean")
     shares = table[table.statistic.isin(["icc", "r2_marginal", "r2_conditional"])]
+    spreads = table[~table.statistic.isin(["variance", "share", *shares.statistic])]
+    spreads = spreads.drop(columns="mean")
     interval = f"{results.prob:.0%} equal-tailed interval"
     title = f"Variance components (posterior median, {interval})"
     return "\n".join([_section(title, _frame(spreads)), "", _frame(shares.drop(columns="mean"))])
@@ -148,5 +161,5 @@ def _convergence(results: Results) -> str:
 
 
 def _frame(table: pd.DataFrame) -> str:
-    body = table.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+    body = as_text(table).to_string(index=False)
     return "\n".join(f"  {line}" for line in body.splitlines())

@@ -35,13 +35,18 @@ from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manife
 from armed_pyro.summaries.datatree import GROUPS
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
-VARIANCE, DIAGNOSTICS = "variance_components.csv", "diagnostics.json"
+VARIANCE, FIXED = "variance_components.csv", "fixed_effects.csv"
+DIAGNOSTICS = "diagnostics.json"
 # Files that training may leave in the folder to which its fit is then saved.
 CHECKPOINTS = {"checkpoint.safetensors", "checkpoint.partial"}
-# Bytes beyond which a group of draws is left out of posterior.nc; it can be drawn again.
-LARGEST_GROUP = 200e6
+# Bytes beyond which a group of draws is left out of posterior.nc; it is drawn again on demand.
+LARGEST_GROUP = 4e6
 # Bytes of random effects in posterior.nc; beyond it fewer draws are written.
 LARGEST_POSTERIOR = 100e6
+# Groups of draws, which are stored in single precision where that is exact enough.
+DRAWN = ("posterior", "posterior_predictive", "log_likelihood", "prior", "prior_predictive")
+# Largest rounding error, in sds over the draws, of a variable in single precision.
+ROUNDING = 1e-3
 # Fields of a classifier in the manifest.
 CLASSIFIER = ("factor", "temperature", "pooling", "report")
 # Guides that can be saved, by their names in the manifest.
@@ -64,16 +69,21 @@ def save(
     *,
     classifiers: Classifiers,
     variance_components: pd.DataFrame,
+    fixed_effects: pd.DataFrame,
     verdict: Mapping[str, Any],
     draws: int = 1000,
+    prob: float = 0.9,
 ) -> None:
     """Write a fit to a folder, completely or not at all.
 
     The folder gets ``model.safetensors`` (weights of network, adversaries and guide),
     ``manifest.json`` (program, training and labels), ``posterior.nc`` (`Fit.to_datatree`, with
-    the training rows; groups of more than 200 MB are left out, with a warning),
-    ``variance_components.csv`` and ``diagnostics.json`` (the verdict). A fit in the folder is
-    replaced; other files in it are kept.
+    the training rows; draws are compressed, in single precision where rounding stays below a
+    thousandth of their sd, and groups of more than 4 MB are left out: a loaded fit draws them
+    again),
+    ``variance_components.csv``, ``fixed_effects.csv`` and ``diagnostics.json`` (the verdict). A
+    fit in the folder is replaced; other files in it are kept. `prob`, the probability of the
+    intervals in both tables, is kept for reports.
 
     Raises
     ------
@@ -82,8 +92,11 @@ def save(
         family or prior, which could not be read again. Nothing is written then.
     """
     check_saveable(posterior, folder)
+    if draws < 2:
+        raise ValueError(f"`draws` must be at least 2, not {draws}")
     target = Path(folder).resolve()
     manifest, tensors = _contents(posterior, classifiers)
+    manifest["prob"] = prob
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory as the target, as renaming is atomic only within a file system.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -96,6 +109,7 @@ def save(
         shutil.copymode(partial / MANIFEST, partial / MODEL)
         _write_groups(posterior, partial / POSTERIOR, draws)
         variance_components.to_csv(partial / VARIANCE, index=False)
+        fixed_effects.to_csv(partial / FIXED, index=False)
         _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
         _put(partial, target)
     finally:
@@ -222,7 +236,7 @@ def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
 
     There are at most as many draws as have random effects that fit into `LARGEST_POSTERIOR`.
     """
-    most = max(2, int(LARGEST_POSTERIOR / (8 * max(1, _n_effects(posterior)))))
+    most = max(2, int(LARGEST_POSTERIOR / (4 * max(1, _n_effects(posterior)))))
     if draws > most:
         warnings.warn(
             f"{POSTERIOR} has {most} draws instead of {draws}, whose random effects would exceed "
@@ -246,12 +260,30 @@ def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
             )
             continue
         if group.data_vars:
-            group.to_netcdf(path, mode="a", group=name, engine="h5netcdf")
+            group = _narrow(group) if name in DRAWN else group
+            packed = {"zlib": True, "complevel": 1, "shuffle": True}
+            numeric = [k for k, array in group.variables.items() if array.dtype.kind in "fiub"]
+            encoding = {k: packed for k in numeric if group[k].ndim}
+            group.to_netcdf(path, mode="a", group=name, engine="h5netcdf", encoding=encoding)
         del group
         release()
 
 
 # --- its contents -----------------------------------------------------------------------------
+
+
+def _narrow(group: xr.Dataset) -> xr.Dataset:
+    """The draws in single precision, except variables that would lose more than `ROUNDING`."""
+
+    def narrow(array: xr.DataArray) -> xr.DataArray:
+        if array.dtype != np.float64 or "draw" not in array.dims:
+            return array
+        short = array.astype(np.float32)
+        lost = abs(array - short).max(("chain", "draw"))
+        return short if bool((lost <= ROUNDING * array.std(("chain", "draw"))).all()) else array
+
+    with np.errstate(all="ignore"):
+        return group.map(narrow, keep_attrs=True)
 
 
 def _n_effects(posterior: Posterior) -> int:
@@ -264,16 +296,7 @@ def _groups(posterior: Posterior, draws: int) -> list[str]:
     """Groups of the tree that are not too large for the file."""
     by_row = ("posterior_predictive", "log_likelihood", "prior_predictive")
     numbers = {**dict.fromkeys(by_row, posterior.data.n_rows), "prior": _n_effects(posterior)}
-    left_out = [name for name, n in numbers.items() if 8 * draws * n > LARGEST_GROUP]
-    if left_out:
-        warnings.warn(
-            f"{POSTERIOR} is without {', '.join(left_out)}, as each would exceed "
-            f"{LARGEST_GROUP / 1e6:.0f} MB: save fewer draws, or draw them again with "
-            f"Fit.load(...).to_datatree(groups={left_out})",
-            UserWarning,
-            stacklevel=4,
-        )
-    return [name for name in GROUPS if name not in left_out]
+    return [name for name in GROUPS if 4 * draws * numbers.get(name, 0) <= LARGEST_GROUP]
 
 
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -368,6 +391,7 @@ def _data(
         trials=tensor("trials"),
         offset=tensor("offset"),
         weights=tensor("weights"),
+        weights_kind=facts.weights_kind or "frequency",
         row_labels=labels.rename(record["row_name"]),
         schema=facts.schema,
         slopes=tensor("slopes"),

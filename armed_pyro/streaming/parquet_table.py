@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from armed_pyro.data.files import read_table
 
@@ -25,6 +25,7 @@ class TableBlocks:
     frame: pd.DataFrame | None  # the table, if it is held in memory
     n_rows: int
     columns: tuple[str, ...]
+    needed: tuple[str, ...] = ()  # rows with missing values in these columns are left out
 
     @classmethod
     def open(cls, path: Path) -> TableBlocks:
@@ -45,6 +46,31 @@ class TableBlocks:
         By default, all columns are read. Names of absent columns are ignored.
         """
         wanted = self._wanted(columns)
+        if not self.needed:
+            yield from self._all_rows(size, wanted)
+            return
+        needed = [name for name in self.columns if name in self.needed or name in wanted]
+        for frame in self._all_rows(size, needed):
+            complete = frame.dropna(subset=self._wanted(self.needed))
+            if len(complete):
+                yield complete[wanted].infer_objects()
+
+    def without_holes(self, needed: tuple[str, ...]) -> TableBlocks:
+        """The table whose `blocks` leave out rows with missing values in these columns.
+
+        ValueError if no row is complete.
+        """
+        table = replace(self, needed=tuple(self._wanted(needed)))
+        if not any(mask.any() for mask in table.complete_rows()):
+            raise ValueError(f"Every row of {self.path} has missing values.")
+        return table
+
+    def complete_rows(self) -> Iterator[Bool[np.ndarray, " rows"]]:
+        """Whether each row has all values in the needed columns, in blocks of rows."""
+        for frame in self._all_rows(2**16, list(self.needed)):
+            yield frame.notna().all(axis=1).to_numpy()
+
+    def _all_rows(self, size: int, wanted: list[str]) -> Iterator[pd.DataFrame]:
         if self.frame is not None:
             for start in range(0, self.n_rows, size):
                 yield self.frame[wanted].iloc[start : start + size]

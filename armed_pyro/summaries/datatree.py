@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,7 @@ def to_datatree(
     draws: int = 1000,
     groups: Sequence[str] | None = None,
     seed: int | None = None,
+    constants: bool = True,
 ) -> xr.DataTree:
     r"""Posterior, predictive draws, likelihood, prior and data of a fit, on the original scale.
 
@@ -87,6 +89,10 @@ def to_datatree(
     seed : int, optional
         Seed of the draws, by default that of the fit: the posterior draws are those of
         ``fit.draws(draws, seed=seed)``.
+    constants : bool
+        Whether to keep what is the same in every draw, such as the ones on the diagonal of
+        ``<factor>_cor``, for which ``az.summary`` warns. Without constants, ``<factor>_cor`` has a
+        single dimension ``<factor>_pair`` with labels such as ``Intercept,Days``.
 
     Returns
     -------
@@ -114,7 +120,37 @@ def to_datatree(
         raise ValueError(f"`draws` must be at least 2, not {draws}")
     seed = posterior.seed if seed is None else seed
     made = {name: make(posterior, draws, seed) for name, make in GROUPS.items() if name in wanted}
+    if not constants:
+        latent = ("posterior", "prior")
+        made = {k: _random_only(group) if k in latent else group for k, group in made.items()}
     return xr.DataTree.from_dict({name: group for name, group in made.items() if group.data_vars})
+
+
+def _random_only(group: xr.Dataset) -> xr.Dataset:
+    """The latent quantities that vary over the draws; correlations by pairs of terms.
+
+    A variable that varies in part has missing values in place of its constants.
+    """
+    variables = {}
+    for name, array in group.data_vars.items():
+        if array.dims[-1] == f"{array.dims[-2]}_bis":
+            array = _by_pair(array)
+        varies = array.max(("chain", "draw")) > array.min(("chain", "draw"))
+        if varies.any():
+            variables[name] = array if varies.all() else array.where(varies)
+    return xr.Dataset(variables, attrs=group.attrs)
+
+
+def _by_pair(correlations: xr.DataArray) -> xr.DataArray:
+    """The correlations (chain, draw, pair) that vary, from matrices (chain, draw, term, term)."""
+    term = str(correlations.dims[2])
+    labels, values = correlations[term].to_numpy(), correlations.to_numpy()
+    pairs = [(i, j) for i, j in combinations(range(len(labels)), 2) if np.ptp(values[..., i, j])]
+    first, second = np.array(pairs, int).reshape(-1, 2).T
+    pair = f"{term.removesuffix('_term')}_pair"
+    coords: dict[str, Any] = {k: correlations[k] for k in ("chain", "draw")}
+    coords[pair] = [f"{labels[i]},{labels[j]}" for i, j in pairs]
+    return xr.DataArray(values[..., first, second], coords, ("chain", "draw", pair))
 
 
 def _posterior_predictive(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
