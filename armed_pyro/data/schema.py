@@ -135,9 +135,8 @@ class Schema:
             as_numbers(table[name], "feature")
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
-            classes = code_labels(target, f"outcome {outcome!r}")[1]
-        if classes is not None and event is not None:
-            classes = event_last(classes, event, f"outcome {outcome!r}")
+            what = f"outcome {outcome!r}"
+            classes = event_last(code_labels(target, what)[1], event, what)
         return cls(
             outcome=outcome,
             terms=formula.terms,
