@@ -350,7 +350,7 @@ def test_an_exposure_as_offset_ends_in_the_message_of_divergence(tmp_path):
     assert done.exit_code == 1
     assert "Traceback" not in done.output
     assert "the loss diverged at step 1" in done.stderr
-    assert "offset (up to 199" in done.stderr
+    assert "offset 'days' (up to 199" in done.stderr
     assert "posterior_predictive, which could not be computed: invalid Poisson rate" in done.stderr
     assert {path.name for path in run.iterdir()} == FILES
     assert Fit.load(run).stopped == "diverged"

@@ -113,11 +113,8 @@ class Schema:
         extra = parse_features(slopes)
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         columns = list(Formula(formula.terms + only_slopes).columns)
-        factors = {
-            *formula.categorical,
-            *extra.categorical,
-            *column_names(categorical, "categorical"),
-        }
+        named = column_names(categorical, "categorical")
+        factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
         for role, members in [("feature", columns), ("cluster", clusters)]:
             if outcome in members:
