@@ -12,7 +12,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
-from armed_pyro._messages import check_prob
+from armed_pyro._messages import check_probability
 from armed_pyro.checks import diagnostics
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.data.clustered import ClusteredData
@@ -232,7 +232,7 @@ class Fit:
 
     def results(self, *, prob: float = 0.9) -> Results:
         """The tables and the verdict, for `armed_pyro.report`."""
-        check_prob(prob)
+        check_probability(prob)
         found = self.diagnostics()
         conclusions: dict[str, Conclusion] = {
             verdict.part: Conclusion(verdict.word, verdict.sentence)
@@ -266,7 +266,7 @@ class Fit:
             If the folder holds other files but no fit, or the program has a user-defined guide,
             term, family or prior, which could not be read again. Nothing is written then.
         """
-        check_prob(prob)
+        check_probability(prob)
         save.check_saveable(self.posterior, folder)
         save.save(
             self.posterior,

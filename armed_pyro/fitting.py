@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from armed_pyro._messages import INTEGER, check_type
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import (
@@ -119,6 +120,7 @@ def fit(
     >>> fit(model, data, schedule=Schedule(steps=20), progress=False).model.terms[0].factor
     'site'
     """
+    _check_arguments(model, data, validation, schedule, seed)
     if distributed not in DISTRIBUTED_MODES:
         modes = ", ".join(DISTRIBUTED_MODES)
         raise ValueError(f"`distributed` is {distributed!r}, but must be one of {modes}")
@@ -158,6 +160,18 @@ def fit(
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error
         return Fit(posterior)
+
+
+def _check_arguments(
+    model: object, data: object, validation: object, schedule: object, seed: object
+) -> None:
+    """Raise TypeError for an argument of `fit` of another type, with the way to make it."""
+    table = "Encode a table with ClusteredData.from_frame(table, outcome=..., clusters=[...])."
+    check_type(model, MixedEffects, "model", "Wrap a network: MixedEffects(net, '(1 | site)').")
+    check_type(data, (ClusteredData, StreamedData), "data", table)
+    check_type(validation, (ClusteredData, type(None)), "validation", table)
+    check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
+    check_type(seed, INTEGER, "seed")
 
 
 @contextmanager

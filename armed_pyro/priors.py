@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro._messages import unknown
+from armed_pyro._messages import REAL, check_type, unknown
 
 __all__ = ["Exponential", "HalfNormal", "HalfStudentT", "Known", "Priors", "ScalePrior"]
 
@@ -208,6 +208,13 @@ class Priors:
     residual_sd: ScalePrior = field(default_factory=HalfStudentT)
 
     def __post_init__(self) -> None:
+        advice = "Pass HalfNormal(1.0), for example."
+        check_type(self.sd, (ScalePrior, Mapping), "sd", advice)
+        for factor, prior in self.sd.items() if isinstance(self.sd, Mapping) else ():
+            check_type(prior, ScalePrior, f"the prior of the sds of {factor!r}", advice)
+        check_type(self.residual_sd, ScalePrior, "residual_sd", advice)
+        check_type(self.cor, REAL, "cor")
+        check_type(self.fixed_sd, REAL, "fixed_sd")
         if not self.cor > 0:
             raise ValueError(f"the LKJ concentration `cor` must be positive, not {self.cor}")
         if not self.fixed_sd > 0:

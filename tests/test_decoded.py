@@ -91,7 +91,7 @@ def test_images_are_the_equation(result):
     model = result.model
     x = model.encode(result.data.take([3]), model.data_facts().levels).x
     with torch.no_grad():
-        h = model.network(x).reshape(SIDE, SIDE).numpy()
+        h = model.network(x.float()).reshape(SIDE, SIDE).numpy()
     center = np.reshape(model.data_facts().center, (SIDE, SIDE))
     effects = result.draws(50)["site_effect"].numpy()
     scale, bias = effects.mean(0).T[..., None, None]
@@ -111,7 +111,7 @@ def test_the_walk_is_the_first_principal_component(result):
     sd = (result.draws(50)["site_sd"] ** 2).mean(0).sqrt().reshape(-1)
     x = result.model.encode(result.data.take([0]), result.model.data_facts().levels).x
     with torch.no_grad():
-        h = result.model.network(x).reshape(-1).numpy().astype(float)
+        h = result.model.network(x.float()).reshape(-1).numpy().astype(float)
     gradient = np.stack([h, np.ones_like(h)], 1) * sd.numpy()
     values, vectors = np.linalg.eigh(gradient @ gradient.T)
     step = (found["walk"].sel(step=1) - found["walk"].sel(step=0)).to_numpy().ravel()

@@ -161,7 +161,17 @@ def test_a_slope_on_no_column_says_where_to_name_it():
 def test_names_in_backticks(text, factor, slopes):
     (term,) = parse_terms(text)
     assert (term.factor, term.slopes) == (factor, slopes)
+    assert term.categorical == (slopes if "factor(" in text else ())
     assert parse_terms(str(term)) == (term,)
+
+
+def test_factor_needs_categories():
+    table = frame()
+    with pytest.raises(ValueError, match=r"takes 'dose' as categories.*categorical=\['dose'\]"):
+        bind(encode(table, features=["dose"]), "(1 + factor(dose) | site)")
+    data = encode(table, features=["dose"], categorical=["dose"])
+    names = bind(data, "(0 + factor(dose) | site)").factors[0].terms
+    assert names == ("dose[1]", "dose[2]", "dose[3]")
 
 
 def test_errors_show_names_in_backticks():

@@ -150,7 +150,6 @@ def test_images_are_left_as_they_are():
     ("change", "message"),
     [
         (lambda f: f.assign(site=1), "single level"),
-        (lambda f: f.assign(site=np.arange(len(f))), "one row"),
     ],
 )
 def test_unfit_training_data_are_refused(change, message):

@@ -39,7 +39,7 @@ def bind(table, features, **settings):
     net = nn.Linear(data.n_features, 1).double()
     model = MixedEffects(net, "(1 | g)", bayesian_head=True, **settings).bind(data)
     rows = model.encode(data).x
-    return model, torch.cat([torch.ones(ROWS, 1).double(), rows], 1)
+    return model, torch.cat([torch.ones(ROWS, int(model.has_intercept)).double(), rows], 1)
 
 
 HIERARCHICAL = ["a", "a + x", "a * b", "a * x", "a * b * x", "a*x + z*x + i", "i * x", "x * z"]
@@ -62,6 +62,17 @@ def test_the_prior_of_the_function_does_not_depend_on_the_coding(features):
         density = model.fixed_prior().log_prob(beta[:, 0]) - volume
         expected = density if expected is None else expected
         torch.testing.assert_close(density, expected, atol=1e-4, rtol=0)
+
+
+def test_the_prior_of_cell_means_is_that_of_contrasts():
+    densities = []
+    for features in ("a + b + x", "0 + a + b + x"):
+        model, columns = bind(frame(), features)
+        f = columns @ torch.linspace(-1, 1, columns.shape[1]).double() if not densities else f
+        beta, *_ = torch.linalg.lstsq(columns, f[:, None], driver="gelsd")
+        volume = torch.linalg.slogdet(columns.T @ columns)[1] / 2
+        densities.append(model.fixed_prior().log_prob(beta[:, 0]) - volume)
+    torch.testing.assert_close(densities[0], densities[1])
 
 
 def test_any_two_levels_differ_by_fixed_sd():

@@ -81,7 +81,7 @@ def test_the_density_is_the_weighted_sum():
     z = net.latents(net.encoder(rows.x))
     # By hand: instance normalisation, scaled and shifted, on the way to the image.
     h = net.decoder.conv1(net.decoder.shape(net.decoder.spread(z)))
-    scale, bias = effects[:, 4:].split(2, -1)
+    scale, bias = effects[:, 4:].float().split(2, -1)
     h = (1 + scale[..., None, None]) * net.decoder.norm1(h) + bias[..., None, None]
     rebuilt = net.decoder.image(net.decoder.act1(h))
     sd = values["image_sd"] * data.features.double().std().float()
@@ -169,8 +169,8 @@ def test_slopes_and_curvature_are_those_of_the_likelihood(exact, monkeypatch):
     model = small(image_weight=0.7).bind(data).eval()
     rows = model.encode(data).all()
     torch.manual_seed(3)
-    effects = 0.3 * torch.randn(SITES, 8)
-    point = {"site_effect": effects, "image_sd": torch.tensor(0.8)}
+    effects = 0.3 * torch.randn(SITES, 8).double()
+    point = {"site_effect": effects, "image_sd": torch.tensor(0.8).double()}
 
     def rebuilt(inside):
         latents = point | {"site_effect": torch.cat([effects[:, :4], inside], 1)}
@@ -180,7 +180,7 @@ def test_slopes_and_curvature_are_those_of_the_likelihood(exact, monkeypatch):
     mine = rows.memberships["site"].position
     jacobian = jacobian.flatten(1, 3)[torch.arange(8), :, mine]  # rows values terms
     precision = 0.7 / (0.8 * model.facts.feature_spread) ** 2
-    residual = (rows.x - rebuilt(effects[:, 4:])).flatten(1)
+    residual = (rows.x - rebuilt(effects[:, 4:])).flatten(1).double()
     slope = precision * torch.einsum("nvt,nv->nt", jacobian, residual)
     curvature = precision * jacobian.mT @ jacobian
     found = []

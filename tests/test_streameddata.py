@@ -120,11 +120,11 @@ def test_passes_and_batches_have_every_row_once(both):
     assert all(rows.scale == N / 100 for rows in batches)
     taken = torch.cat([sorted_rows(rows) for rows in batches])
     torch.testing.assert_close(taken[taken[:, 0].argsort()], every, rtol=1e-5, atol=1e-5)
-    weights = torch.zeros(K)
+    weights = torch.zeros(K).double()
     for rows in batches:
         one = rows.memberships["site"]
         weights.index_add_(0, one.index, one.weight)
-    torch.testing.assert_close(weights * 100 / N, torch.ones(K))
+    torch.testing.assert_close(weights * 100 / N, torch.ones(K).double())
 
 
 def test_whole_clusters_are_those_of_the_rows_in_memory(both):

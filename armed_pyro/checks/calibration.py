@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from armed_pyro._messages import check_prob
+from armed_pyro._messages import check_probability
 from armed_pyro._optional import extra
 from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.checks import rank_tests
@@ -92,7 +92,7 @@ class SimulationCalibration:
         ValueError
             If `prob` is not between 0 and 1.
         """
-        check_prob(prob)
+        check_probability(prob)
         records = []
         for quantity in self.ranks:
             ranks = self.ranks[quantity].to_numpy()
@@ -302,17 +302,18 @@ def simulation_calibration(
     >>> list(result.ranks)[:3]
     ['site_sd[Intercept]', 'site_effect[0,Intercept]', 'site_effect[2,Intercept]']
     """
+    from joblib import Parallel, delayed  # slow to import
+
     least = {"simulations": (simulations, 10), "draws": (draws, 9), "workers": (workers, 1)}
     for name, (value, smallest) in (least | {"seed": (seed, 0)}).items():
         if value < smallest:
             raise ValueError(f"`{name}` must be at least {smallest}, not {value}")
-    if data.weights is not None and bool(((data.weights != 0) & (data.weights != 1)).any()):
+    frequencies = data.weights if data.weights_kind == "frequency" else None
+    if frequencies is not None and bool(((frequencies != 0) & (frequencies != 1)).any()):
         raise ValueError(
             "the data have weights other than 0 and 1: no outcomes can be drawn whose likelihood "
             "is the weighted one; calibrate without them: dataclasses.replace(data, weights=None)"
         )
-    from joblib import Parallel, delayed  # slow to import
-
     settings = Schedule() if schedule is None else schedule
     recovery = Recovery(held(model, data), data, draws, settings, refine, seed)
     check_outcomes(recovery, simulations)

@@ -183,6 +183,7 @@ class QuantileResiduals:
                 name: value.reshape(-1, 1).double()
                 for name, value in model.family_parameters(drawn).items()
             }
+            parameters = dict(model.row_parameters(parameters, rows))
             mean = model.family.mean(eta, rows)
         finite = torch.isfinite(mean)
         if not finite.all():
@@ -339,8 +340,10 @@ def _information(family: Family, eta: Tensor, parameters: Draws, rows: Rows) -> 
     expectation is the curvature at y = E[y]. A family whose curvature is not known gives ones.
     """
     eta = eta.double().detach()
-    if family.precision(parameters) is not None:
-        return np.ones(eta.shape)
+    precision = family.precision(parameters)
+    if precision is not None:
+        relative = precision / precision.mean(-1, keepdim=True)
+        return np.broadcast_to(relative[..., None].cpu().numpy(), eta.shape)
     mean = family.mean(eta, rows).detach()
     if family.multiclass:
         values = (mean * (1 - mean))[..., 1:]

@@ -14,7 +14,7 @@ from typing import Any, cast
 import typer
 
 from armed_pyro._memory import most_held
-from armed_pyro._messages import check_prob
+from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
@@ -62,13 +62,13 @@ def fit_table(options: FitOptions) -> None:
         check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
     if options.draws < 2:
         raise ValueError(f"--draws must be at least 2, not {options.draws}")
-    check_prob(options.prob, "--prob")
+    check_probability(options.prob, "--prob")
     for share, name in [
         (options.validate_rows, "--validate-rows"),
         (options.hold_out_clusters, "--hold-out-clusters"),
     ]:
         if share is not None:
-            check_prob(share, name)
+            check_probability(share, name)
     if options.adversary_weight is not None and options.adversary is None:
         raise ValueError("--adversary-weight needs --adversary FACTOR")
     steps = Schedule.steps if options.steps is None else options.steps
@@ -112,10 +112,13 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         clusters=_cluster_columns(terms, options.adversary, table.columns),
         features=_features(options.features, table.columns),
         slopes=_slopes(terms, table.columns),
-        categorical=[name.strip() for name in (options.categorical or "").split(",") if name],
+        categorical=_categorical(options.categorical, terms),
         trials=options.trials,
         offset=options.offset,
         weights=options.weights,
+        event=options.event,
+        weights_kind=options.weights_kind.value,
+        se=options.se,
         missing="drop" if options.missing is Missing.drop else "error",
     )
     if isinstance(rows, ClusteredData):
@@ -208,6 +211,13 @@ def _features(text: str | None, table: Collection[str]) -> list[str] | str | Non
     unknown = [name for name in names if name not in table]
     formula = unknown and (len(names) == 1 or any(character in text for character in "+:*^`()~|"))
     return text if formula else names
+
+
+def _categorical(text: str | None, terms: Sequence[Term]) -> list[str]:
+    """Columns of --categorical, and those in factor() in the random effects."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    names += [n for term in terms if isinstance(term, RandomEffects) for n in term.categorical]
+    return list(dict.fromkeys(names))
 
 
 def _slopes(terms: Sequence[Term], table: Collection[str]) -> str | tuple[str, ...]:

@@ -17,6 +17,7 @@ from armed_pyro.cli.console import messages
 T = TypeVar("T")
 Compile = StrEnum("Compile", ["auto", "always", "never"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+Weights = StrEnum("Weights", ["frequency", "precision"])
 Missing = StrEnum("Missing", ["error", "drop"])
 Holes = StrEnum("Holes", ["error", "empty"])
 Refine = StrEnum("Refine", ["psis", "nuts"])
@@ -111,9 +112,21 @@ class FitOptions:
         None, "Widths of dense's hidden layers: --hidden 64,32 [default: 32,32]", metavar="N,N"
     )
     family: str = option("gaussian", "Outcome model, one of {families}: --family bernoulli")
+    event: str | None = option(
+        None,
+        "The label of a two-valued outcome whose probability is modelled: --event case "
+        "[default: the second in sorted order]",
+        metavar="LABEL",
+    )
     trials: str | None = column("Denominators of a binomial outcome: --trials size")
     offset: str | None = column("Known term of the predictor: --offset log_days")
-    weights: str | None = column("Factors of the rows' log-likelihoods: --weights n")
+    weights: str | None = column("Weights of the rows: --weights n")
+    weights_kind: Weights = option(
+        Weights.frequency,
+        "Meaning of --weights: how often a row counts, or its precision, by which the residual "
+        "variance is divided as in lme4: --weights-kind precision",
+    )
+    se: str | None = column("Known standard errors of the rows, as in a meta-analysis: --se sei")
     missing: Missing = option(
         Missing.error, "Rows with missing values; to leave them out: --missing drop"
     )

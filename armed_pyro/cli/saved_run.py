@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from armed_pyro._messages import check_prob
+from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import out
 from armed_pyro.cli.options import ReportOptions
 from armed_pyro.fit_result import Fit
@@ -62,7 +62,7 @@ def interval_prob(run: Path, prob: float | None) -> float:
     """The probability asked for by --prob, by default that with which the fit was saved."""
     if prob is None:  # manifests of earlier versions lack the entry
         prob = float(read_manifest(run).get("prob", 0.9))
-    check_prob(prob, "--prob")
+    check_probability(prob, "--prob")
     return prob
 
 

@@ -12,18 +12,22 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro._messages import check_known, unknown
+from armed_pyro._messages import INTEGER, check_type, unknown
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
     check_rows,
     code_outcome,
     finite_tensor,
+    named_features,
 )
+from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import Grouping, check_informative
-from armed_pyro.data.schema import Schema
+from armed_pyro.data.grouping import Grouping, check_several
+from armed_pyro.data.label_matching import match_labels
+from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.stratify import check_fraction, stratified_order
+from armed_pyro.data.weights import as_weights, check_weights, weights_role
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +53,7 @@ class ClusteredData:
         Labels of an outcome that was boolean, text or categorical.
     groupings : mapping of str to Grouping
     trials, offset, weights : Float64[Tensor, "rows"] or None
-        Binomial denominators; a known term of the predictor; factors of the rows'
-        log-likelihoods.
+        Binomial denominators; a known term of the predictor; weights of the `weights_kind`.
     row_labels : pd.Index
         Index of the table that the rows came from.
     schema : Schema or None
@@ -58,6 +61,9 @@ class ClusteredData:
     slopes : Float64[Tensor, "rows columns"] or None
         Columns that random slopes may use but that do not enter the network, with their names,
         sources and kinds in `slope_names`, `slope_sources` and `slope_continuous`.
+    weights_kind : {"frequency", "precision", "se"}
+        A row counts w times, its residual variance is sigma^2 / w (as in lme4 and statsmodels), or
+        w is 1 / se^2 and sigma = 1.
 
     Examples
     --------
@@ -84,6 +90,7 @@ class ClusteredData:
     slope_names: tuple[str, ...] = ()
     slope_sources: tuple[str, ...] = ()
     slope_continuous: tuple[bool, ...] = ()
+    weights_kind: WeightsKind = "frequency"
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -95,7 +102,7 @@ class ClusteredData:
             valid = (self.trials >= 1) & (self.trials % 1 == 0)
             check_rows(self.trials, valid, "trials", "positive whole numbers", self.row_labels)
         if self.weights is not None:
-            check_rows(self.weights, self.weights >= 0, "weights", "at least 0", self.row_labels)
+            check_weights(self.weights, self.weights_kind, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
         names = ("features", "outcome", "trials", "offset", "weights", "slopes")
@@ -114,6 +121,9 @@ class ClusteredData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        event: Any = None,
+        weights_kind: WeightsKind = "frequency",
+        se: str | None = None,
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -141,6 +151,15 @@ class ClusteredData:
             Numeric columns whose values are categories.
         trials, offset, weights
             Columns of row-wise numbers.
+        event
+            The label of a two-valued outcome whose probability is modelled. As in R, it is by
+            default the second: of sorted labels the last, of a categorical column its second
+            category, True, and 1.
+        weights_kind
+            "frequency" or "precision"; see the attribute.
+        se
+            Column of known standard errors in place of weights, y_i ~ N(eta_i, se_i^2), without a
+            residual sd; in a meta-analysis, ``(1 | study)`` is the heterogeneity.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -150,9 +169,15 @@ class ClusteredData:
             If a column cannot be used in its role; see `Schema.infer` and `encode`.
         """
         frame = as_pandas(frame)
+        check_type(outcome, str, "outcome", "It is the name of a column.")
+        weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        for role, name in roles.items():
+            check_type(name, (str, type(None)), role, "It is the name of a column.")
         roles |= {"features": features, "slopes": slopes, "categorical": categorical}
-        schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **roles)
+        schema = Schema.infer(
+            frame, outcome=outcome, clusters=clusters, event=event, weights_kind=kind, **roles
+        )
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 
     @classmethod
@@ -189,6 +214,7 @@ class ClusteredData:
         for role in per_row:
             if (name := getattr(schema, role)) in table:
                 per_row[role] = torch.from_numpy(as_numbers(table[name], role))
+        per_row["weights"] = as_weights(per_row["weights"], schema.weights_kind, table.index)
         return cls(
             features=torch.from_numpy(design),
             feature_names=names,
@@ -208,6 +234,7 @@ class ClusteredData:
             slope_names=extra_names,
             slope_sources=tuple(":".join(source) for source in extra_sources),
             slope_continuous=schema.continuous(extra_sources),
+            weights_kind=schema.weights_kind,
         )
 
     @classmethod
@@ -223,6 +250,9 @@ class ClusteredData:
         trials: Any = None,
         offset: Any = None,
         weights: Any = None,
+        event: Any = None,
+        weights_kind: WeightsKind = "frequency",
+        se: Any = None,
         row_labels: pd.Index | None = None,
     ) -> ClusteredData:
         """Take arrays or tensors of numbers as they are, and code the clusters' labels.
@@ -242,31 +272,28 @@ class ClusteredData:
             All labels of a categorical outcome, in order; needed where a label does not occur.
         trials, offset, weights
             Numbers of shape "rows".
+        event
+            As in `from_frame`.
+        weights_kind, se
+            As in `from_frame`, with standard errors of shape "rows".
 
         Raises
         ------
         ValueError
             If lengths differ, a shape is wrong, or a value is missing or infinite.
         """
-        x = finite_tensor(features, "features")
-        if x.ndim < 2:
-            raise ValueError(
-                f"features must have the shape (rows, features) or more dimensions, found "
-                f"{tuple(x.shape)}. A single feature is x[:, None]."
-            )
-        width = x.shape[1] if x.ndim == 2 else 0
-        feature_names = tuple(feature_names or (f"x{i}" for i in range(width)))
-        if len(feature_names) != width or len(set(feature_names)) != width:
-            raise ValueError(
-                f"feature_names must be {width} distinct names for features of shape "
-                f"{tuple(x.shape)}, found {list(feature_names)}."
-            )
-        y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}")
+        advice = "Pass {'site': labels}, with one label per row."
+        check_type(clusters, Mapping, "clusters", advice)
+        x, feature_names = named_features(features, feature_names)
+        y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
+        weights, kind = weights_role(weights, weights_kind, se)
         roles = {"trials": trials, "offset": offset, "weights": weights}
         per_row: dict[str, Any] = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
         }
-        fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if width else ()
+        labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
+        per_row["weights"] = as_weights(per_row["weights"], kind, labels)
+        fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if feature_names else ()
         return cls(
             features=x,
             feature_names=feature_names,
@@ -279,8 +306,9 @@ class ClusteredData:
                 k: Grouping.from_labels(v, f"grouping factor {k!r}") for k, v in clusters.items()
             },
             **per_row,
-            row_labels=pd.RangeIndex(len(x)) if row_labels is None else row_labels,
+            row_labels=labels,
             schema=None,
+            weights_kind=kind,
         )
 
     @classmethod
@@ -298,53 +326,22 @@ class ClusteredData:
         """Encode an xarray dataset whose variables share the dimension `row_dim`.
 
         One-dimensional variables are the columns of a table, as in `from_frame`, whose other
-        parameters are `roles`. A feature variable with more dimensions must be the only feature,
-        and is an array as in `from_arrays`; the coordinate of the second of two dimensions names
-        the features. The coordinate of `row_dim` labels the rows.
+        parameters are `roles`. A feature variable with more dimensions must be the
+        only feature, and is an array as in `from_arrays`; the coordinate of the second of two
+        dimensions names the features. The coordinate of `row_dim` labels the rows.
 
         Raises
         ------
         ValueError
             If a variable or dimension does not exist, or an array is not the only feature.
         """
-        check_known("dimension", [row_dim], dataset.dims)
-        along = {
-            str(name): variable.transpose(row_dim, ...)
-            for name, variable in dataset.variables.items()
-            if row_dim in variable.dims
-        }
-        row_roles = {k: v for k, v in roles.items() if k in ("trials", "offset", "weights") and v}
-        taken = [outcome, *clusters, *row_roles.values()]
-        if features is None:
-            features = [n for n in along if n in dataset.data_vars and n not in taken]
-        chosen = [features] if isinstance(features, str) and features in along else features
-        names = [] if isinstance(chosen, str) else list(chosen)
-        check_known(f"variable along {row_dim!r} called", [*taken, *names], along)
-        rows = dataset.indexes.get(row_dim, pd.RangeIndex(dataset.sizes[row_dim]))
-
-        if all(along[name].ndim == 1 for name in names):
-            columns = {name: v.to_numpy() for name, v in along.items() if v.ndim == 1}
-            table = pd.DataFrame(columns, index=rows)
-            settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
-            return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
-        if len(names) > 1:
-            raise ValueError(
-                f"An array must be the only feature, found {names}. Name one with features=."
-            )
-        array, feature_names = along[names[0]], None
-        if array.ndim == 2:
-            labels = dataset.indexes.get(array.dims[1], range(array.shape[1]))
-            feature_names = [v if isinstance(v, str) else f"{names[0]}[{v}]" for v in labels]
-        per_row: dict[str, Any] = {k: along[v].to_numpy() for k, v in row_roles.items()}
-        return cls.from_arrays(
-            array.to_numpy(),
-            along[outcome].to_numpy(),
-            {name: along[name].to_numpy() for name in clusters},
-            feature_names=feature_names,
-            outcome_name=outcome,
-            row_labels=rows,
-            **per_row,
+        table, chosen, arrays = table_or_arrays(
+            dataset, outcome, clusters, features, row_dim, roles
         )
+        if table is None:
+            return cls.from_arrays(**arrays)
+        settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
+        return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
 
     @property
     def n_rows(self) -> int:
@@ -386,6 +383,7 @@ class ClusteredData:
         ValueError
             If there is no such factor.
         """
+        check_type(factor, str, "factor", "It is the name of a grouping factor.")
         if factor in self.groupings:
             return self.groupings[factor]
         outer, _, inner = factor.rpartition(":")
@@ -437,6 +435,7 @@ class ClusteredData:
         ValueError
             If `n` is below 2 or above the number of rows.
         """
+        check_type(n, INTEGER, "n")
         if not 2 <= n <= self.n_rows:
             raise ValueError(f"n must be between 2 and the {self.n_rows} rows, found {n}.")
         fold = np.empty(self.n_rows, dtype=np.int64)
@@ -467,8 +466,9 @@ class ClusteredData:
         if (fraction is None) == (labels is None):
             raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
         if labels is not None:
-            positions = grouping.levels.get_indexer(pd.Index(labels))
-            if missing := pd.Index(labels)[positions < 0].tolist():
+            chosen = pd.Index(labels).unique()
+            positions = match_labels(chosen, grouping.levels, f"labels= for {factor!r}")
+            if missing := chosen[positions < 0].tolist():
                 raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
         else:
             n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
@@ -496,4 +496,4 @@ class ClusteredData:
         if self.trials is None and bool((self.outcome == self.outcome[0]).all()):
             raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
         for name, grouping in self.groupings.items():
-            check_informative(name, grouping.levels, grouping.counts)
+            check_several(name, grouping.levels)

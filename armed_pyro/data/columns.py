@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +12,9 @@ import torch
 from pandas.api import types as dtypes
 from torch import Tensor
 
-from armed_pyro._messages import check_known, count_rows, listing
+from armed_pyro._messages import check_known, count_rows, listing, unknown
 from armed_pyro.data.grouping import code_labels
+from armed_pyro.data.label_matching import match_labels
 
 Missing = Literal["error", "drop"]
 
@@ -26,19 +27,41 @@ _MISSING_MARKS = (
 
 
 def code_outcome(
-    outcome: Any, classes: Sequence[Any] | None, what: str
+    outcome: Any, classes: Sequence[Any] | None, what: str, event: Any = None
 ) -> tuple[Tensor | None, tuple[Any, ...] | None]:
-    """An outcome as numbers; or, if it is boolean or text or has classes, as codes and classes."""
+    """An outcome as numbers; or, if it is boolean or text or has classes, as codes and classes.
+
+    With an `event` it has classes, and the event is the second of two.
+    """
     if outcome is None:
         return None, None if classes is None else tuple(classes)
     values = np.asarray(outcome)
-    if classes is None and (values.ndim != 1 or values.dtype.kind in "iuf"):
+    if event is None and classes is None and (values.ndim != 1 or values.dtype.kind in "iuf"):
         return finite_tensor(outcome, what), None
     codes, levels = code_labels(outcome, what)
     known = tuple(levels.tolist() if classes is None else classes)
+    if event is not None:
+        known = tuple(event_last(pd.Index(known), event, what).tolist())
     check_known(f"class of the {what} called", levels, known)
     positions = [known.index(level) for level in levels]
     return torch.tensor(positions, dtype=torch.float64)[codes], known
+
+
+def event_last(classes: pd.Index, event: Any, what: str) -> pd.Index:
+    """Two classes with the event, the class whose probability is modelled, as the second.
+
+    >>> event_last(pd.Index(["case", "control"]), "case", "outcome").tolist()
+    ['control', 'case']
+    """
+    if len(classes) != 2:
+        raise ValueError(
+            f"event={event!r} names one of two labels, but the {what} has {len(classes)}: "
+            f"{listing(classes)}. Leave event= (command line: --event) out."
+        )
+    (place,) = match_labels(pd.Index([event]), classes, what)
+    if place < 0:
+        raise unknown(f"label of the {what} for event=", event, classes)
+    return classes.take([1 - place, place])
 
 
 def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
@@ -69,6 +92,24 @@ def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
     return tensor
 
 
+def named_features(features: Any, names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """An array of features, and the names of its columns; no names for images."""
+    x = finite_tensor(features, "features")
+    if x.ndim < 2:
+        raise ValueError(
+            f"features must have the shape (rows, features) or more dimensions, found "
+            f"{tuple(x.shape)}. A single feature is x[:, None]."
+        )
+    width = x.shape[1] if x.ndim == 2 else 0
+    names = tuple(names or (f"x{i}" for i in range(width)))
+    if len(names) != width or len(set(names)) != width:
+        raise ValueError(
+            f"feature_names must be {width} distinct names for features of shape "
+            f"{tuple(x.shape)}, found {list(names)}."
+        )
+    return x, names
+
+
 def check_rows(values: Tensor, valid: Tensor, what: str, expected: str, labels: pd.Index) -> None:
     """Raise ValueError, with the first invalid row, unless all rows' values are valid."""
     if not bool(valid.all()):
@@ -88,7 +129,8 @@ def check_varying(names: Sequence[str], varying: Tensor) -> None:
 
 def column_names(names: Sequence[str], what: str) -> tuple[str, ...]:
     """A list of column names as a tuple."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    listed: object = names
+    if isinstance(listed, str) or not isinstance(listed, Iterable) or set(map(type, names)) - {str}:
         raise TypeError(f"{what} must be a list of column names, found {names!r}.")
     return tuple(names)
 
@@ -189,14 +231,18 @@ def as_numbers(column: pd.Series, role: str) -> np.ndarray:
 
 
 def known_codes(column: pd.Series, levels: pd.Index, what: str) -> np.ndarray:
-    """Int64[ndarray, "rows"], the position of each label in `levels`; all labels must be there."""
+    """Int64[ndarray, "rows"], the position of each label in `levels`; all labels must be there.
+
+    Labels are compared as by `match_labels`.
+    """
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(column.cat.categories.dtype)
-    codes = levels.get_indexer(pd.Index(column))
+    present, labels = pd.factorize(column)
+    codes = match_labels(pd.Index(labels), levels, what)[present]
     if (new := codes < 0).any():
         raise ValueError(
             f"The {what} has categories that training did not: "
             f"{listing(column[new].unique())}, in {count_rows(int(new.sum()))}. Known: "
             f"{listing(levels)}. Recode these rows, or leave them out."
         )
-    return codes.astype(np.int64)
+    return codes

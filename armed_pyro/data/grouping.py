@@ -12,6 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from armed_pyro.data.label_matching import label_text
+
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
@@ -55,15 +57,15 @@ class Grouping:
     def cross(self, other: Grouping) -> Grouping:
         """The cells of two factors, crossed or nested: one cluster per pair that occurs.
 
-        Levels are text, ``"a1:b1"``, in the order of this factor's levels, then of the other's.
+        Levels are text, ``"a1:b1"``, in the order of this factor's levels, then of the other's. A
+        whole number has no point, ``"101:1"``, so that labels are the same for all column types.
         """
         pairs, codes = np.unique(
             self.codes.numpy() * other.n_clusters + other.codes.numpy(), return_inverse=True
         )
         first, second = np.divmod(pairs, other.n_clusters)
-        levels = pd.Index(
-            [f"{self.levels[a]}:{other.levels[b]}" for a, b in zip(first, second, strict=True)]
-        )
+        outer, inner = ([label_text(label) for label in g.levels] for g in (self, other))
+        levels = pd.Index([f"{outer[a]}:{inner[b]}" for a, b in zip(first, second, strict=True)])
         if not levels.is_unique:
             raise ValueError(
                 f"Two different cells are both called {levels[levels.duplicated()][0]!r}: labels "
@@ -72,31 +74,13 @@ class Grouping:
         return Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
 
 
-def check_informative(factor: str, levels: pd.Index, counts: Tensor) -> None:
-    """Raise ValueError if clusters with these row counts tell nothing of the factor's variance."""
+def check_several(factor: str, levels: pd.Index) -> None:
+    """Raise ValueError if there is a single cluster."""
     if len(levels) == 1:
         raise ValueError(
             f"Grouping factor {factor!r} has a single level, {levels[0]}: "
             "it tells nothing of the variance between clusters. Leave it out."
         )
-    if int(counts.max()) == 1:
-        raise ValueError(
-            f"Every cluster of {factor!r} has one row, so its effects cannot be told from "
-            "the residual. Choose a factor whose clusters have several rows."
-        )
-
-
-def as_seen(levels: pd.Index, seen: pd.Index) -> pd.Index:
-    """Levels under the labels by which training saw them: "308" as 308, or 308 as "308".
-
-    A column of numbers becomes text in a table in which one label is a word.
-    """
-    is_text = [isinstance(index.dtype, pd.StringDtype) or index.dtype == object
-               for index in (levels, seen)]  # fmt: skip
-    if is_text[0] == is_text[1]:
-        return levels
-    by_text = {str(label): label for label in seen}
-    return pd.Index([by_text.get(str(label), label) for label in levels])
 
 
 def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:

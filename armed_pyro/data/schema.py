@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from armed_pyro.data.columns import (
     check_not_numbers,
     column_names,
     complete_rows,
+    event_last,
     is_categorical,
     known_codes,
     pick,
@@ -30,6 +31,10 @@ from armed_pyro.data.default_features import default_features
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.formula import Formula, Terms, parse_features
 from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
+
+# Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
+# residual sd is known, w = 1 / se^2 and sigma = 1.
+WeightsKind = Literal["frequency", "precision", "se"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +47,7 @@ class Schema:
     numeric feature columns that hold only 0 and 1, and are therefore not standardised. `classes`
     are the labels of a categorical outcome; None for a numeric outcome. Without an `intercept`, the
     first categorical feature has a column for every level. `slopes` are terms that only random
-    slopes use.
+    slopes use. With the `weights_kind` "se", the column `weights` holds standard errors.
 
     Examples
     --------
@@ -61,9 +66,10 @@ class Schema:
     offset: str | None = None
     weights: str | None = None
     classes: pd.Index | None = None
-    # Schemas saved before there were the next two lack them.
+    # Schemas saved before there were the next three lack them.
     intercept: bool = True
     slopes: Terms = ()
+    weights_kind: WeightsKind = "frequency"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -78,8 +84,10 @@ class Schema:
         outcome: str,
         clusters: Sequence[str],
         features: Sequence[str] | str | None = None,
+        event: Any = None,
         slopes: Sequence[str] | str = (),
         categorical: Sequence[str] = (),
+        weights_kind: WeightsKind = "frequency",
         **roles: str | None,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
@@ -126,8 +134,10 @@ class Schema:
         for name in set(columns) - set(levels):
             as_numbers(table[name], "feature")
         target, classes = table[outcome], None
-        if is_categorical(target):
+        if is_categorical(target) or event is not None:
             classes = code_labels(target, f"outcome {outcome!r}")[1]
+        if classes is not None and event is not None:
+            classes = event_last(classes, event, f"outcome {outcome!r}")
         return cls(
             outcome=outcome,
             terms=formula.terms,
@@ -140,6 +150,7 @@ class Schema:
             classes=classes,
             intercept=formula.intercept,
             slopes=only_slopes,
+            weights_kind=weights_kind,
         )
 
     @property
@@ -249,7 +260,7 @@ class Schema:
         """Read a schema that `to_json` wrote."""
         try:
             classes = content["classes"]
-            later = {"intercept": True, "slopes": []}
+            later = {"intercept": True, "slopes": [], "weights_kind": "frequency"}
             values = {field.name: {**later, **content}[field.name] for field in fields(cls)}
             for name in ("terms", "slopes"):
                 values[name] = tuple(tuple(term) for term in values[name])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 from jaxtyping import Int, Shaped
+
+from armed_pyro._messages import check_probability
 
 
 def stratified_order(
@@ -38,6 +42,5 @@ def stratified_order(
 
 def check_fraction(fraction: float | None) -> float:
     """The fraction, checked to lie strictly between 0 and 1."""
-    if fraction is None or not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1, found {fraction}.")
-    return fraction
+    check_probability(fraction, "fraction")
+    return float(cast("float", fraction))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Shaped
@@ -12,6 +15,60 @@ RESERVED = (
     *("chain", "draw", "sample", "row", "feature", "features", "trials", "offset", "weights"),
     *("slopes", "slope_column"),
 )
+
+
+@dataclass(frozen=True)
+class FactorNames:
+    """Names of a grouping factor's dimensions (of clusters and terms) and variables in a tree."""
+
+    cluster: str
+    term: str
+    term_bis: str
+    effect: str
+    sd: str
+    cor: str
+    mode: str
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, followed by ``_`` as often as needed until it is not taken.
+
+    >>> free_name("draw", ["draw", "draw_"]), free_name("site", [])
+    ('draw__', 'site')
+    """
+    while name in taken:
+        name += "_"
+    return name
+
+
+def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
+    """A distinct name for each name, without ``/`` and neither reserved nor taken.
+
+    >>> unique_names(["a/b", "a_b", "row"])
+    {'a/b': 'a_b', 'a_b': 'a_b_', 'row': 'row_'}
+    """
+    used, unique = {*RESERVED, *taken}, dict[str, str]()
+    for name in names:
+        unique[name] = free_name(name.replace("/", "_"), used)
+        used.add(unique[name])
+    return unique
+
+
+def factor_names(labels: Mapping[str, str], taken: Iterable[str] = ()) -> dict[str, FactorNames]:
+    """By grouping factor, the names of its dimensions and variables, from the labels of its sites.
+
+    >>> names = factor_names({"gen": "gen", "gen_term": "gen_term"})
+    >>> names["gen"].term, names["gen_term"].cluster, names["gen"].effect
+    ('gen_term_', 'gen_term', 'gen_effect')
+    """
+    clusters = unique_names(labels, taken)
+    kinds = ("term", "term_bis", "effect", "sd", "cor", "mode")
+    derived = [f"{label}_{kind}" for label in labels.values() for kind in kinds]
+    made = unique_names(derived, {*taken, *clusters.values()})
+    return {
+        factor: FactorNames(clusters[factor], *(made[f"{label}_{kind}"] for kind in kinds))
+        for factor, label in labels.items()
+    }
 
 
 def variable_name(name: str) -> str:

@@ -9,9 +9,18 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 __all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson", "LogitBinomial"]
+
+
+# Rates above this, of a diverged fit, are cut off when counts are drawn: torch refuses infinite
+# rates, and counts beyond 2^63 would wrap around.
+LARGEST_RATE = 1e15
+
+
+def _counts(rate: Tensor) -> Tensor:
+    return torch.poisson(rate.clamp(max=LARGEST_RATE))
 
 
 class LogPoisson(dist.Poisson):
@@ -26,6 +35,10 @@ class LogPoisson(dist.Poisson):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogPoisson:
         return LogPoisson(self.log_rate.expand(torch.Size(batch_shape)))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return _counts(self.rate.expand(self._extended_shape(torch.Size(sample_shape))))
 
     def log_prob(self, value: Tensor) -> Tensor:
         return value * self.log_rate - self.rate - torch.lgamma(value + 1)
@@ -47,7 +60,9 @@ class LogitBinomial(dist.Binomial):
     def log_prob(self, value: Tensor) -> Tensor:
         constant = torch.lgamma(self.trials + 1) - torch.lgamma(value + 1)
         constant = constant - torch.lgamma(self.trials - value + 1)
-        return constant + value * self.logit - self.trials * softplus(self.logit)
+        # Two terms of one sign each: y eta - n log(1 + exp(eta)) would cancel at large n and eta.
+        failures = self.trials - value
+        return constant + value * logsigmoid(self.logit) + failures * logsigmoid(-self.logit)
 
 
 class LogNegativeBinomial(dist.NegativeBinomial):
@@ -64,12 +79,42 @@ class LogNegativeBinomial(dist.NegativeBinomial):
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogNegativeBinomial:
         return LogNegativeBinomial(self.log_mean.expand(torch.Size(batch_shape)), self.shape)
 
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return _counts(self._gamma.sample(torch.Size(sample_shape)))
+
     def log_prob(self, value: Tensor) -> Tensor:
+        """No term grows with the shape: as it goes to infinity, they become those of a Poisson."""
         shape = self.shape
-        constant = torch.lgamma(value + shape) - torch.lgamma(shape) - torch.lgamma(value + 1)
-        # log(shape + mean), computed without overflow.
-        total = torch.logaddexp(self.log_mean, shape.log())
-        return constant + shape * shape.log() + value * self.log_mean - (value + shape) * total
+        excess = self.log_mean - shape.log()
+        log_ratio = torch.logaddexp(excess, torch.zeros_like(excess))  # log(1 + mean / shape)
+        constant = _log_rising(value, shape) - torch.lgamma(value + 1)
+        return constant + value * self.log_mean - (value + shape) * log_ratio
+
+
+# From this shape on, `_log_rising` uses Stirling's series, whose five terms are exact to 1e-16.
+SERIES_FROM = 16.0
+STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
+
+
+def _log_rising(y: Tensor, shape: Tensor) -> Tensor:
+    """lgamma(y + shape) - lgamma(shape) - y log(shape), which goes to 0 for large shapes.
+
+    Differences of lgamma at a large shape would be lost to rounding.
+    """
+    small, large = shape.clamp(max=SERIES_FROM), shape.clamp(min=SERIES_FROM)
+    direct = torch.lgamma(y + small) - torch.lgamma(small) - y * small.log()
+    series = (y + large - 0.5) * torch.log1p(y / large) - y
+    series = series + _stirling(y + large) - _stirling(large)
+    return torch.where(shape < SERIES_FROM, direct, series)
+
+
+def _stirling(z: Tensor) -> Tensor:
+    """lgamma(z) - (z - 1/2) log(z) + z - log(2 pi) / 2, by its series in 1 / z."""
+    inverse, total = 1 / z, torch.zeros_like(z)
+    for coefficient in reversed(STIRLING):
+        total = total * inverse**2 + coefficient
+    return total * inverse
 
 
 class IndependentNormal(dist.TorchDistribution):
@@ -108,7 +153,8 @@ class IndependentNormal(dist.TorchDistribution):
         return self.mean_values + self.sd[over] * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
-        squares = ((value - self.mean_values) ** 2).flatten(-self.event_dim).sum(-1)
+        squares = ((value - self.mean_values) ** 2).flatten(-self.event_dim)
+        squares = squares.sum(-1, dtype=self.sd.dtype)
         count = self.event_shape.numel()
         constant = 0.5 * count * math.log(2 * math.pi)
         return -0.5 * squares / self.sd**2 - count * self.sd.log() - constant

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from armed_pyro._messages import check_known, check_prob
+from armed_pyro._messages import check_known, check_probability
 from armed_pyro._optional import extra
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
@@ -91,7 +91,7 @@ class Attribution:
             If `prob` is not a probability, or there are no such units for the method: integrated
             gradients and Grad-CAM are parts of the predictor, not slopes.
         """
-        check_prob(prob)
+        check_probability(prob)
         check_known("unit", [units], ("sd", "original"))
         if units == "original" and self.method != "gradient":
             raise ValueError(

@@ -16,7 +16,7 @@ from armed_pyro._messages import check_known
 from armed_pyro._optional import extra
 from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.xarray_names import label_values
+from armed_pyro.data.xarray_names import free_name, label_values
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.random_effects.grouping_factor import factor_named
 from armed_pyro.rows.batch import Membership, Rows
@@ -171,8 +171,9 @@ def boundaries(
     probability = model.family.is_probability
     event = facts.outcome_name if of is None else f"{facts.outcome_name} = {of}"
     title = f"P({event})" if probability else f"E({event})"
-    coords = {chosen.name: label_values(levels), second: axes[second], first: axes[first]}
-    by_cluster = xr.DataArray(values[:-1], coords, [chosen.name, second, first], name=title)
+    cluster = free_name(chosen.name, features)
+    coords = {cluster: label_values(levels), second: axes[second], first: axes[first]}
+    by_cluster = xr.DataArray(values[:-1], coords, [cluster, second, first], name=title)
     fixed = by_cluster[0].copy(data=values[-1])
     return Boundaries(chosen.name, by_cluster, fixed, 0.5 if probability else None, of)
 

@@ -18,7 +18,7 @@ from armed_pyro._messages import check_known
 from armed_pyro._optional import extra
 from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.xarray_names import label_values
+from armed_pyro.data.xarray_names import free_name, label_values
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.linearize import mean_draws
 from armed_pyro.program.model import MixedEffects
@@ -183,7 +183,7 @@ def decoded(
     def shaped(values: Tensor, *lead: str) -> tuple[tuple[str, ...], np.ndarray]:
         return (*lead, *dims), values.unflatten(-1, tuple(shape)).cpu().numpy()
 
-    label = f"{chosen.name}_" if chosen.name in (*dims, "step", "term") else chosen.name
+    label = free_name(chosen.name, (*dims, "step", "term"))
     variables = {
         "fixed": shaped(fixed.mean(0)[0]),
         "image": shaped((fixed + added).mean(0), label),

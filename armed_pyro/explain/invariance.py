@@ -164,7 +164,7 @@ def activations(
     inputs = [layer[1:] for layer in layers if layer.startswith("<")]
     outputs = [layer for layer in layers if not layer.startswith("<")]
     pieces: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
-    for part in source.x.split(1024):
+    for part in source.x.to(model.network_reference().dtype).split(1024):
         with tapped(model.network, outputs, inputs) as record:
             model.network(part)
         for layer in layers:

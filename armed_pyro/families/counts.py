@@ -105,6 +105,7 @@ class NegativeBinomial(CountFamily):
     """E[y] = mu = exp(eta), Var[y] = mu + mu^2 / shape, log link."""
 
     name = "negative_binomial"
+    no_row_effects = "the shape"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -117,11 +118,14 @@ class NegativeBinomial(CountFamily):
         return torch.log1p(1 / mean + 1 / self.value(parameters, "shape"))
 
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
-        from scipy import stats  # slow to import
+        from scipy import special  # slow to import
 
         count, mean, shape = arrays(y, self.mean(eta, rows), self.value(parameters, "shape"))
-        return torch.from_numpy(stats.nbinom.cdf(count, shape, shape / (shape + mean)))
+        # mean / (shape + mean) is exact for large shapes; shape / (shape + mean) is 1 there.
+        # The incomplete beta function at counts below 0 is not defined.
+        below = special.betaincc(np.maximum(count, 0) + 1, shape, mean / (shape + mean))
+        return torch.from_numpy(np.where(count < 0, 0.0, below))
 
     def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         shape = parameters["shape"]
-        return rng.negative_binomial(shape, shape / (shape + np.exp(eta[:, 0])))
+        return rng.poisson(rng.gamma(shape, np.exp(eta[:, 0]) / shape))

@@ -102,6 +102,10 @@ class Family(ABC):
     needs_mean: ClassVar[bool] = False
     # Of each cluster's outcomes, for posterior predictive checks: of "mean", "sd", "zeros".
     statistics: ClassVar[tuple[str, ...]] = ("mean", "sd")
+    # Whether `precision_weighted` can divide a residual variance by the weights of the rows.
+    has_residual_variance: ClassVar[bool] = False
+    # The reason, if single rows cannot tell the sd of an effect of every row, (1 | row), apart.
+    no_row_effects: ClassVar[str] = ""
     no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
 
     def __str__(self) -> str:
@@ -131,11 +135,13 @@ class Family(ABC):
                 "family 'binomial'"
             )
         y = outcome_of(data)
-        if data.classes is not None and len(data.classes) != 2:
+        if data.classes is not None and not (self.is_probability and len(data.classes) == 2):
+            family = "bernoulli" if len(data.classes) == 2 else "categorical"
             raise ValueError(
                 f"the outcome {data.outcome_name!r} has {len(data.classes)} labels "
                 f"({listing(data.classes, 3)}), but family {self.name!r} needs {self.support}; "
-                "use family 'categorical' for labels"
+                f"use family {family!r} for labels (command line: --family {family}), or turn the "
+                "column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
         if bad.any():
@@ -199,6 +205,10 @@ class Family(ABC):
         """
         return None
 
+    def precision_weighted(self, parameters: Parameters, weights: RowValues) -> Parameters:
+        """Parameters "... rows" of rows whose residual variance is divided by their weights."""
+        raise NotImplementedError(f"family {self.name!r} has no residual variance")
+
     # --- results and checks -----------------------------------------------------------------
 
     @abstractmethod
@@ -215,8 +225,11 @@ class Family(ABC):
         raise NotImplementedError(f"family {self.name!r} needs no mean outcome")
 
     def residual_rows(self, parameters: Parameters) -> dict[str, Draws]:
-        """Rows of the factor "Residual" in the table of variance components, by statistic."""
-        return {}
+        """Rows of the factor "Residual" in the table of variance components, by statistic.
+
+        They are the parameters by their names, unless a family overrides this.
+        """
+        return dict(parameters)
 
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues | None:
         """P(Y <= y | eta, parameters) in double precision; None, the default, if it is unknown.

@@ -61,6 +61,8 @@ class Gaussian(Family):
     name = "gaussian"
     support = "finite numbers"
     is_quadratic = True
+    has_residual_variance = True
+    no_row_effects = "the residual sd"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -85,6 +87,9 @@ class Gaussian(Family):
     def precision(self, parameters: Parameters) -> Tensor | None:
         sd = parameters.get("residual_sd")
         return None if sd is None else sd**-2
+
+    def precision_weighted(self, parameters: Parameters, weights: RowValues) -> Parameters:
+        return {**parameters, "residual_sd": self.value(parameters, "residual_sd") / weights.sqrt()}
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return dist.Normal(eta[..., 0], self.value(parameters, "residual_sd"))

@@ -52,6 +52,7 @@ class Bernoulli(LogitFamily):
     is_class = True
     statistics = ("mean",)
     no_residuals = "any probability fits single trials"
+    no_row_effects = "the trials' own variance"
 
     def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y != 0) & (y != 1)
@@ -118,6 +119,7 @@ class Categorical(LogitFamily):
     multiclass = True
     statistics = ("mean",)
     no_residuals = "classes have no order"
+    no_row_effects = "the classes' own variance"
 
     def check(self, data: ClusteredData) -> None:
         y = outcome_of(data)

@@ -94,9 +94,10 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
     for reconstruction in model.others:
         rebuilt = _density(model_trace, reconstruction.name).log_prob(rows.x)
         log_likelihood = log_likelihood + reconstruction.weight * rebuilt
-    if rows.weights is not None:
-        counted = log_likelihood.new_zeros(()).where(rows.weights == 0, log_likelihood)
-        log_likelihood = rows.weights * counted
+    frequencies = model.frequencies(rows)
+    if frequencies is not None:
+        counted = log_likelihood.new_zeros(()).where(frequencies == 0, log_likelihood)
+        log_likelihood = frequencies * counted
     latents = cast("dict[str, Tensor]", guide_trace.nodes["_RETURN"]["value"])
     if nested is None:
         # Without latent sites the log-likelihood has no dimension of draws.

@@ -64,7 +64,8 @@ class Objective:
             for adversary in self.model.adversaries
         ]
         adversarial = share * sum((result.cross_entropy for result in results), zero)
-        accuracy = torch.stack([r.accuracy for r in results]) if results else elbo.new_zeros(0)
+        rounds = [result.accuracy for result in results]
+        accuracy = torch.stack(rounds).to(elbo) if rounds else elbo.new_zeros(0)
         parts = elbo.detach(), fixed.detach(), adversarial.detach()
         return Loss(total + adversarial, *parts, accuracy)
 
@@ -78,7 +79,8 @@ class Objective:
         means = {rebuilt.name: activations[rebuilt.at] for rebuilt in model.others}
         for rebuilt, density in model.other_densities(means, latents, rows).items():
             log_prob = log_prob + rebuilt.weight * density.log_prob(rows.x)
-        return -(log_prob if rows.weights is None else rows.weights * log_prob).mean()
+        frequencies = model.frequencies(rows)
+        return -(log_prob if frequencies is None else frequencies * log_prob).mean()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from armed_pyro.data.absent_columns import (
+    absent_columns,
+    warn_of_absent,
+    with_new_column,
+    with_new_grouping,
+)
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.files import as_pandas
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, selected
 from armed_pyro.inference.psis import systematic
@@ -169,13 +176,22 @@ class Posterior:
             return {site: draws for site, draws in drawn.items() if site not in effects}
 
     def encode(self, data: ClusteredData | pd.DataFrame) -> ClusteredData:
-        """New rows in the encoding of the training table; ValueError without one."""
+        """New rows in the encoding of the training table; ValueError without one.
+
+        A column of inner clusters may be absent; see `armed_pyro.data.absent_columns`.
+        """
+        factors = self.model.factor_names()
         if isinstance(data, ClusteredData):
-            return data
+            absent = absent_columns(factors, data.groupings)
+            warn_of_absent(factors, absent)
+            return with_new_grouping(data, absent)
         schema = self.model.data_facts().schema
         if schema is None:
             raise ValueError(
                 "the model was fitted to arrays, so it cannot read a table: pass "
                 "ClusteredData.from_arrays(...) with the same features"
             )
-        return ClusteredData.encode(data, schema)
+        table = as_pandas(data)
+        absent = absent_columns(factors, table.columns, schema.clusters)
+        warn_of_absent(factors, absent)
+        return ClusteredData.encode(with_new_column(table, absent), schema)

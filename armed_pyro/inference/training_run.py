@@ -192,9 +192,11 @@ class Run:
         if bad:
             cause += f"; parameters not finite: {', '.join(bad[:3])}"
         extremes = "features and outcome"
-        if self.task.data.offset is not None:
-            largest = float(self.task.data.offset.abs().max())
-            extremes = f"features, outcome and offset (up to {largest:.4g}; take logs of exposures)"
+        data = self.task.data
+        if data.offset is not None:
+            name = "" if data.schema is None else f" {data.schema.offset!r}"
+            largest = f"up to {float(data.offset.abs().max()):.4g}; take logs of exposures"
+            extremes = f"features, outcome and offset{name} ({largest})"
         self.task.return_to(self._good)
         self.phase.keep_best()
         self.phase.release()

@@ -79,7 +79,7 @@ def modulated(
     def scale_and_shift(effects: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             over_space = (...,) + (None,) * (output.dim() - 2)
-            scale, bias = effects.chunk(2, -1)
+            scale, bias = effects.to(output.dtype).chunk(2, -1)
             return (1 + scale[over_space]) * output + bias[over_space]
 
         return hook

@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from armed_pyro._messages import check_prob, listing
+from armed_pyro._messages import check_probability, listing
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.grouping import Grouping, as_seen
+from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.label_matching import match_labels, under_known_labels
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth, systematic
@@ -100,7 +101,7 @@ class Adapted:
         The columns are factor, cluster, rows (number of labelled rows), term, mean, sd, lower and
         upper.
         """
-        check_prob(prob)
+        check_probability(prob)
         records: list[tuple[Any, ...]] = []
         tail = (1 - prob) / 2
         for factor in self.posterior.model.factors:
@@ -129,7 +130,7 @@ class _AdaptedEffects(EffectSource):
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         adapted = self.labels[factor.name]
-        place = adapted.get_indexer(as_seen(labels, adapted))
+        place = match_labels(labels, adapted, f"grouping factor {factor.name!r}")
         unknown = place < 0
         rest, _ = self.others.effects(factor, labels[unknown])
         both = rest.new_empty(len(rest), len(labels), rest.shape[-1])
@@ -209,11 +210,11 @@ def _check(posterior: Posterior, support: ClusteredData, update_seen: bool) -> N
     if not support.n_rows or not model.factors:
         return
     model.family.check(support)
-    new, is_new = new_clusters(model, support), np.zeros(support.n_rows, dtype=bool)
+    is_new = np.zeros(support.n_rows, dtype=bool)
     for factor in model.factors:
         grouping = support.grouping(factor.name)
-        levels = as_seen(grouping.levels, facts.levels[factor.name])
-        is_new |= levels.isin(new[factor.name])[grouping.codes.numpy()]
+        seen, what = facts.levels[factor.name], f"grouping factor {factor.name!r}"
+        is_new |= (match_labels(grouping.levels, seen, what) < 0)[grouping.codes.numpy()]
     if not update_seen and not is_new.all():
         first = model.factors[-1].name
         known = pd.unique(support.grouping(first).labels()[~is_new])
@@ -228,7 +229,8 @@ def _check(posterior: Posterior, support: ClusteredData, update_seen: bool) -> N
 def check_support_in(data: Mapping[str, pd.Index], support: Mapping[str, pd.Index]) -> None:
     """Raise ValueError if a new cluster of the support is not one of the data to predict."""
     for name, labels in support.items():
-        missing = labels[~labels.isin(as_seen(data[name], labels))]
+        what = f"grouping factor {name!r} of the support"
+        missing = labels[match_labels(labels, data[name], what) < 0]
         if len(missing):
             raise ValueError(
                 f"the support has {len(missing)} cluster(s) of {name!r} that are not in the "
@@ -254,7 +256,8 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
     groupings = {}
     for name in dict.fromkeys([*first.groupings, *posterior.model.factor_names()]):
         left, right = first.grouping(name), second.grouping(name)
-        right = Grouping(right.codes, as_seen(right.levels, left.levels))
+        levels = under_known_labels(right.levels, left.levels, f"grouping factor {name!r}")
+        right = Grouping(right.codes, levels)
         labels = np.concatenate([left.labels().astype(object), right.labels().astype(object)])
         groupings[name] = Grouping.from_labels(pd.Series(labels).infer_objects(), name)
     return replace(

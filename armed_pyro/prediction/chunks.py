@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from armed_pyro._messages import check_prob
+from armed_pyro._messages import INTEGER, check_probability, check_type
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.posterior import Posterior
@@ -146,6 +146,7 @@ def new_effects(
 
 def check_settings(draws: int, prob: float) -> None:
     """Raise ValueError if there are fewer than two draws, or `prob` is not a probability."""
-    check_prob(prob)
+    check_probability(prob)
+    check_type(draws, INTEGER, "`draws`")
     if draws < 2:
         raise ValueError(f"a prediction needs at least 2 draws, not {draws}")

@@ -60,13 +60,13 @@ class ClusterClassifier:
     @torch.no_grad()
     def log_prob(self, x: Float[Tensor, "rows ..."]) -> Logits:
         """Return log p(k | x) of standardised features."""
-        logits, _ = run(self.net, x)
+        logits, _ = run(self.net, x.to(next(self.net.parameters()).dtype))
         return torch.log_softmax(logits.flatten(1) / self.temperature, -1).double()
 
     @torch.no_grad()
     def position(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows q"]:
         """Features in the coordinates of `centers`."""
-        return _coordinates(self.net, x) @ self.whiten
+        return _coordinates(self.net, x.to(self.whiten.dtype)) @ self.whiten
 
     def tensors(self) -> dict[str, Tensor]:
         """All trained tensors by name, from which `restore` makes the classifier again."""
@@ -127,8 +127,8 @@ def train_classifier(posterior: Posterior, factor: str) -> ClusterClassifier:
             "the modes 'membership' and 'nearest' compare features, and the model has none: choose "
             "'marginal'"
         )
-    source, like = model.encode(data), model.reference()
-    x, codes = source.x, source.codes[factor]
+    source, like = model.encode(data), model.network_reference()
+    x, codes = source.x.to(like.dtype), source.codes[factor]
     shares = source.counts[factor].to(like)
     train, tune, judge = _parts(codes, posterior.seed)
     with model.seeded(posterior.seed + 11), torch.enable_grad():
@@ -178,7 +178,7 @@ def _architecture(model: MixedEffects, clusters: int) -> nn.Module:
     Falls back to a small network with one hidden layer if the last layer's output is not the
     network's output, or if it has a fixed width.
     """
-    facts, like = model.data_facts(), model.reference()
+    facts, like = model.data_facts(), model.network_reference()
     probe = torch.zeros(2, *facts.feature_shape).to(like)
     try:
         net = copy.deepcopy(model.network)

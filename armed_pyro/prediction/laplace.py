@@ -99,10 +99,10 @@ class Conditional:
         shape = (-1, *(1,) * (eta.dim() - 2))
         latents = {name: value.reshape(shape) for name, value in self.parameters.items()}
         value = self.model.density(eta, latents, self.rows).log_prob(self.rows.outcome())
-        if self.rows.weights is None:
+        frequencies = self.model.frequencies(self.rows)
+        if frequencies is None:
             return value
-        counted = value.new_zeros(()).where(self.rows.weights == 0, value)
-        return self.rows.weights * counted
+        return frequencies * value.new_zeros(()).where(frequencies == 0, value)
 
     def predictor(self, z: Float[Tensor, "draws ... groups size"]) -> Tensor:
         """Return eta, with dimensions "draws ... rows columns"."""
@@ -143,7 +143,7 @@ class Conditional:
     def _quadratic(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's part of the gradient, and of the curvature divided by the precision."""
         spread, design = self.model.data_facts().spread, self.design[..., 0]
-        weight = self.rows.weights
+        weight = self.rows.weights  # frequencies and precisions alike
         residual = self._precision() * (self.rows.outcome() - self.predictor(z)[..., 0])
         square = spread**2 * design[:, :, None] * design[:, None, :]
         if weight is not None:

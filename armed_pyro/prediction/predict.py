@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from armed_pyro.data.absent_columns import absent_columns, warn_of_absent, with_new_column
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import NEW, complete_rows
-from armed_pyro.data.grouping import Grouping, as_seen
+from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support_in
@@ -34,8 +37,10 @@ from armed_pyro.prediction.unseen import (
     check_mode,
     new_clusters,
     one_cluster_per_row,
+    warn_if_all_new,
 )
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
+from armed_pyro.program.names import tree_names
 from armed_pyro.streaming.parquet_table import TableBlocks
 
 __all__ = ["effect_source", "predict", "predict_table"]
@@ -107,9 +112,13 @@ def predict(
     )
     by_row = unseen in RESEMBLING and not pooled
     rows = one_cluster_per_row(posterior.model, data) if by_row else data
+    if unseen is not None and unseen != "adapt":
+        labels = {f.name: data.grouping(f.name).levels for f in posterior.model.factors}
+        warn_if_all_new(posterior.model, labels, new_clusters(posterior.model, data))
     made = predict_rows(posterior, rows, source, draws=draws, prob=prob, seed=seed, others=others)
     new = {} if by_row else new_effects(posterior.model, source, data)
-    return replace(made, new=new, membership=membership)
+    names = tree_names(posterior.model)
+    return replace(made, new=new, membership=membership, names=names)
 
 
 def effect_source(
@@ -198,18 +207,25 @@ def predict_table(
     check_settings(draws, prob)
     names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
     wanted = tuple(name for name in names if name is not None)
-    if any(name not in table.columns for name in wanted):  # for the error of `encode`
+    factors = posterior.model.factor_names()
+    absent = absent_columns(factors, table.columns, schema.clusters)
+    warn_of_absent(factors, absent)
+    if any(name not in (*table.columns, *absent) for name in wanted):  # for the error of `encode`
         first = next(table.blocks(1), pd.DataFrame(columns=list(table.columns)))
         ClusteredData.encode(first, schema)
-    new = _new_clusters(posterior, schema, table, report)
+    clusters = _clusters(posterior, schema, table, absent, report)
+    new = {name: labels[~seen] for name, (labels, seen) in clusters.items()}
     check_mode(unseen, new, support=support is not None)
+    if unseen != "adapt":
+        labels = {name: labels for name, (labels, _) in clusters.items()}
+        warn_if_all_new(posterior.model, labels, new)
     resembling = unseen in RESEMBLING and any(map(len, new.values()))
     evidence: Evidence | None = None
     source = membership = None
     if resembling and pooled:
         evidence = {}
         for frame in _reported(table, EVIDENCE_ROWS, wanted, "comparing clusters", report):
-            data = ClusteredData.encode(frame, schema)
+            data = ClusteredData.encode(with_new_column(frame, absent), schema)
             evidence = merge_evidence(evidence, gather_evidence(posterior, data, classifiers))
         membership = evidence_table(evidence)
         warn_if_alien(membership)
@@ -220,7 +236,8 @@ def predict_table(
     def parts() -> Iterator[Prediction]:
         size, start = BLOCK_VALUES // (draws * values_per_row(posterior.model)), 0
         for frame in table.blocks(max(1, size), wanted):
-            data, block_source = ClusteredData.encode(frame, schema), source
+            data = ClusteredData.encode(with_new_column(frame, absent), schema)
+            block_source = source
             if block_source is None:
                 data = one_cluster_per_row(posterior.model, data, start)
                 block_evidence = gather_evidence(posterior, data, classifiers)
@@ -232,10 +249,17 @@ def predict_table(
     return parts(), membership
 
 
-def _new_clusters(
-    posterior: Posterior, schema: Schema, table: TableBlocks, report: Report
-) -> dict[str, pd.Index]:
-    """Labels of the clusters not seen in training, from the cluster columns alone."""
+def _clusters(
+    posterior: Posterior,
+    schema: Schema,
+    table: TableBlocks,
+    absent: Collection[str],
+    report: Report,
+) -> dict[str, tuple[pd.Index, np.ndarray]]:
+    """By factor, the labels of a table's clusters and whether training saw them.
+
+    Only the cluster columns are read.
+    """
     columns = {
         factor.name: [factor.name] if factor.name in schema.clusters else factor.name.split(":")
         for factor in posterior.model.factors
@@ -244,17 +268,19 @@ def _new_clusters(
     for frame in _reported(table, 2**18, schema.clusters, "listing clusters", report):
         complete_rows(frame, "error", NEW)
         for factor, names in columns.items():
-            distinct = [cells.get(factor), frame[names].drop_duplicates()]
+            block = with_new_column(frame, absent)[names]
+            distinct = [cells.get(factor), block.drop_duplicates()]
             cells[factor] = pd.concat(distinct).drop_duplicates()
-    new = {}
+    clusters = {}
     for factor, names in columns.items():
         groupings = [
             Grouping.from_labels(cells[factor][name], f"cluster column {name!r}") for name in names
         ]
         seen = posterior.model.data_facts().levels[factor]
-        levels = as_seen(reduce(Grouping.cross, groupings).levels, seen)
-        new[factor] = levels[~levels.isin(seen)]
-    return new
+        levels = reduce(Grouping.cross, groupings).levels
+        places = match_labels(levels, seen, f"grouping factor {factor!r}")
+        clusters[factor] = levels, places >= 0
+    return clusters
 
 
 def _reported(

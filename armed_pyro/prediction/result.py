@@ -10,9 +10,15 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Shaped
 
-from armed_pyro._messages import check_prob
+from armed_pyro._messages import check_probability
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.xarray_names import label_values, variable_name
+from armed_pyro.data.xarray_names import (
+    FactorNames,
+    factor_names,
+    label_values,
+    unique_names,
+    variable_name,
+)
 
 __all__ = ["NewEffects", "Prediction", "Reconstructed"]
 
@@ -64,6 +70,8 @@ class Prediction:
         see `armed_pyro.prediction.similarity.evidence_table`.
     others : mapping of str to Reconstructed
         The program's other outcomes, by name.
+    names : mapping of str to FactorNames
+        Names of each grouping factor's dimensions and variables in `to_datatree`.
 
     Examples
     --------
@@ -86,6 +94,7 @@ class Prediction:
     new: Mapping[str, NewEffects] = field(default_factory=dict)
     membership: pd.DataFrame | None = None
     others: Mapping[str, Reconstructed] = field(default_factory=dict)
+    names: Mapping[str, FactorNames] = field(default_factory=dict)
 
     @property
     def mean(self) -> Float[np.ndarray, "rows ..."]:
@@ -107,14 +116,18 @@ class Prediction:
         if of not in ("expected", "outcome"):
             raise ValueError(f"`of` is 'expected' or 'outcome', not {of!r}")
         prob = self.prob if prob is None else prob
-        check_prob(prob)
+        check_probability(prob)
         tail = (1 - prob) / 2
         draws = self.expected if of == "expected" else self.outcome
         return tuple(np.quantile(draws, [tail, 1 - tail], axis=0))
 
     def to_frame(self) -> pd.DataFrame:
-        """Table with mean, sd, lower, upper (by class for categorical outcomes) and unseen."""
+        """Table with mean, sd, lower, upper (by class for categorical outcomes) and unseen.
+
+        For an outcome with two labels, `event` is the label that the probabilities are of.
+        """
         lower, upper = self.interval()
+        event: dict[str, np.ndarray] = {}
         columns = {"mean": self.mean, "sd": self.sd, "lower": lower, "upper": upper}
         if self.expected.ndim == 3:
             names = self.classes or tuple(map(str, range(self.expected.shape[2])))
@@ -123,7 +136,9 @@ class Prediction:
                 for code, name in enumerate(names)
                 for column, values in columns.items()
             }
-        return pd.DataFrame({**columns, "unseen": self.unseen}, index=self.row_labels)
+        elif self.classes is not None:
+            event = {"event": np.full(len(self.unseen), self.classes[1], dtype=object)}
+        return pd.DataFrame({**columns, "unseen": self.unseen, **event}, index=self.row_labels)
 
     def to_dataset(self) -> xr.Dataset:
         """Draws with dimensions chain, draw, row (and class); other outcomes without draws.
@@ -166,19 +181,22 @@ class Prediction:
         predictions = self.to_dataset().rename({self.outcome_name: outcome})
         draw = np.arange(len(self.expected))
         predictions = predictions.assign_coords(chain=[0], draw=draw, row=row)
+        named = self.names or factor_names({name: name for name in self.new}, [outcome])
         for name, effects in self.new.items():
-            base = name.replace("/", "_")
-            cluster, term = variable_name(base), f"{base}_term"
+            names = named[name]
+            cluster, term = names.cluster, names.term
             dims = ("chain", "draw", cluster, term)
-            predictions[f"{base}_effect"] = (dims, effects.values[None])
-            predictions[f"{base}_mode"] = (cluster, np.array(effects.modes, dtype=np.str_))
+            predictions[names.effect] = (dims, effects.values[None])
+            predictions[names.mode] = (cluster, np.array(effects.modes, dtype=np.str_))
             coords = {cluster: label_values(effects.labels), term: list(effects.terms)}
             predictions = predictions.assign_coords(coords)
         predictions.attrs = {"inference_library": "armed_pyro", "creation_library": "armed_pyro"}
         groups = {"predictions": predictions}
         if observed is not None:
+            columns = unique_names((n for n in observed.groupings if n not in named), [outcome])
+            columns |= {name: names.cluster for name, names in named.items()}
             clusters = {
-                variable_name(name): ("row", label_values(grouping.levels)[grouping.codes.numpy()])
+                columns[name]: ("row", label_values(grouping.levels)[grouping.codes.numpy()])
                 for name, grouping in observed.groupings.items()
             }
             groups["predictions_constant_data"] = xr.Dataset(clusters, {"row": row})

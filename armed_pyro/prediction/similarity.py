@@ -15,6 +15,7 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.label_matching import label_text
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.prediction.unseen import EffectSource, generator
@@ -130,7 +131,7 @@ class Resembling(EffectSource):
         else:
             places = []
             for edges, label in zip(np.cumsum(chance, 1), labels, strict=True):
-                uniform = generator(self.seed, factor.name, str(label)).random(draws)
+                uniform = generator(self.seed, factor.name, label_text(label)).random(draws)
                 places.append(np.searchsorted(edges, uniform))
             chosen = np.stack(places).clip(max=chance.shape[1] - 1)
         index = torch.as_tensor(chosen.copy(), device=seen.device).mT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro._messages import check_type, listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.label_matching import label_text
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -30,6 +33,7 @@ __all__ = [
     "label_noise",
     "new_clusters",
     "one_cluster_per_row",
+    "warn_if_all_new",
 ]
 
 MODES: Mapping[str, str] = {
@@ -108,7 +112,7 @@ def label_noise(
     kept = {} if kept is None else kept
     pieces = []
     for label in labels:
-        key = (factor, str(label))
+        key = (factor, label_text(label))
         noise = kept.get(key)
         if noise is None:
             noise = generator(seed, *key).standard_normal((draws, terms), dtype=np.float32)
@@ -139,6 +143,7 @@ def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool
     >>> check_mode("marginal", {"site": pd.Index(["s9"])})
     """
     modes = "\n".join(f"  {name}: {meaning}" for name, meaning in MODES.items())
+    check_type(unseen, (str, type(None)), "`unseen`")
     if unseen is not None and unseen not in MODES:
         raise ValueError(f"unknown mode {unseen!r} for unseen clusters; the modes are\n{modes}")
     if support and unseen != "adapt":
@@ -163,6 +168,30 @@ def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool
             "the mode 'adapt' needs labelled rows of the new clusters: pass support=rows (command "
             "line: --support FILE). Without such rows, use 'marginal', which then gives the same"
         )
+
+
+def warn_if_all_new(
+    model: MixedEffects, labels: Mapping[str, pd.Index], new: Mapping[str, pd.Index]
+) -> None:
+    """Warn of each factor all of whose clusters in the rows, `labels`, are new.
+
+    Labels that are written differently than in training have this effect, too. Clusters inside
+    clusters that are all new are not mentioned.
+    """
+    told: list[str] = []
+    for factor in model.factors:
+        name = factor.name
+        if not len(labels[name]) or len(new[name]) < len(labels[name]):
+            continue
+        if not any(name.startswith(f"{outer}:") for outer in told):
+            warnings.warn(
+                f"no cluster of {name!r} in these rows was seen in training, so that none gets "
+                f"its estimated random effects. The rows have {listing(labels[name], 3)}; training "
+                f"had {listing(model.data_facts().levels[name], 3)}",
+                UserWarning,
+                stacklevel=3,
+            )
+        told.append(name)
 
 
 def one_cluster_per_row(model: MixedEffects, data: ClusteredData, start: int = 0) -> ClusteredData:

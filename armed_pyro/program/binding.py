@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from armed_pyro._messages import unknown
 from armed_pyro.networks.taps import modulated, pooled, tapped
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
@@ -16,7 +15,7 @@ from armed_pyro.program.predictor import modulates
 __all__ = [
     "activation_widths",
     "check_intercept",
-    "check_names",
+    "check_row_effects",
     "needs_fixed_run",
     "unreached",
     "warn_if_far",
@@ -44,6 +43,7 @@ def _run(
 ) -> dict[str, Tensor]:
     """Activations in one pass in evaluation mode, and the output as ""."""
     net, training = model.net, model.net.training
+    x = x.to(model.network_reference().dtype)
     net.eval()
     try:
         # Taps record a layer's output after the effects on it.
@@ -159,25 +159,25 @@ def check_intercept(model: Plan) -> None:
         )
 
 
-def check_names(model: Plan) -> None:
-    """Check that sites and plates have different names, and that priors name existing factors."""
-    outcome, priors = model.data_facts().outcome_name, model.priors.sd
-    factors = [factor.name for factor in model.factors]
-    if isinstance(priors, Mapping):
-        for name in priors:
-            if name not in factors:
-                raise unknown("grouping factor with random effects for the prior", name, factors)
-    names = ["row", "draws", *["fixed_effect"] * model.bayesian_head]
-    names += [parameter.name for parameter in model.family.parameters]
-    names += [name for other in model.others for name in (other.name, other.sd_site)]
+def check_row_effects(model: Plan) -> None:
+    """Refuse, or warn of, effects of single rows that the family's own variance hides.
+
+    An unknown residual variance hides them altogether; other families tell them apart poorly.
+    """
+    family, known = model.family, model.known()
+    unknown_parameters = [p.name for p in family.parameters if p.name not in known]
+    if not family.no_row_effects or (family.parameters and not unknown_parameters):
+        return
     for factor in model.factors:
-        names += [factor.name, *factor.sites()]
-    names.append(outcome)
-    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-        raise ValueError(
-            f"two quantities of the program would be called {twice[0]!r}: give the column of the "
-            f"outcome ({outcome!r}) or of the grouping factor ({', '.join(factors)}) another name"
+        if int(model.data_facts().counts[factor.name].max()) > 1:
+            continue
+        problem = (
+            f"every cluster of {factor.name!r} has one row, so its effects cannot be told from "
+            f"{family.no_row_effects} of family {family.name!r}"
         )
+        if family.is_quadratic:
+            raise ValueError(f"{problem}: choose a factor whose clusters have several rows")
+        warnings.warn(f"{problem}: its sd rests on its prior", UserWarning, stacklevel=4)
 
 
 def warn_if_small(model: Plan) -> None:

@@ -14,9 +14,11 @@ from torch import Tensor
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.feature_scaling import FeatureScaling, intercept_columns
-from armed_pyro.data.grouping import as_seen, index_from_json, index_to_json
-from armed_pyro.data.schema import Schema
+from armed_pyro.data.grouping import index_from_json, index_to_json
+from armed_pyro.data.label_matching import match_labels
+from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.families.family import Family
+from armed_pyro.program.row_roles import check_offset, check_weights
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.streaming.encoded_table import EncodedTable
@@ -58,6 +60,8 @@ class Facts:
     # By categorical column, the indicators of all its levels, for (0 + f | g). Empty in a fit that
     # was saved when that term had no indicator of the first level.
     indicators: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weights_kind: WeightsKind | None = None  # None without weights
+    weights_sum: float = 0.0
     feature_average: tuple[float, ...] = ()  # as of `FeatureScaling.average`
 
     @classmethod
@@ -65,6 +69,8 @@ class Facts:
         """Facts of the training data, after `ClusteredData.check_training` and `Family.check`."""
         data.check_training()
         family.check(data)
+        check_weights(data, family)
+        check_offset(data, family)
         scaling, extra = FeatureScaling.of(data), FeatureScaling.of_slopes(data)
         center, spread = family.center(data), family.spread(data)
         ones = () if data.intercept else intercept_columns(data)
@@ -99,6 +105,8 @@ class Facts:
             slope_mean=extra.mean,
             slope_scale=extra.scale,
             indicators=indicators_of(data.schema),
+            weights_kind=None if data.weights is None else data.weights_kind,
+            weights_sum=0.0 if data.weights is None else float(data.weights.sum()),
             feature_average=scaling.average,
         )
 
@@ -141,10 +149,16 @@ class Facts:
         return [i for i, name in enumerate(self.feature_names) if name not in self.dropped]
 
     def encode(
-        self, data: ClusteredData, like: Tensor, levels: Mapping[str, pd.Index] | None = None
+        self,
+        data: ClusteredData,
+        like: Tensor,
+        levels: Mapping[str, pd.Index] | None = None,
+        *,
+        image_dtype: torch.dtype | None = None,
     ) -> HeldRows:
         """Rows as tensors with the precision and device of `like`.
 
+        Features that are no table's, and so are not standardised, get the precision `image_dtype`.
         Codes refer to `levels`, by default the cluster labels seen in training. A `ValueError` is
         raised if features are missing, or clusters are not among `levels`.
         """
@@ -159,7 +173,7 @@ class Facts:
         codes, counts = {}, {}
         for factor, index in levels.items():
             grouping = data.grouping(factor)
-            places = index.get_indexer(as_seen(grouping.levels, self.levels[factor]))
+            places = match_labels(grouping.levels, index, f"grouping factor {factor!r}")
             if (places < 0).any():
                 label = listing(grouping.levels[places < 0][:1])
                 raise ValueError(f"cluster {label} of {factor!r} was not seen in training")
@@ -167,8 +181,14 @@ class Facts:
             counts[factor] = torch.bincount(codes[factor], minlength=len(index))
 
         optional = (data.outcome, data.trials, data.offset, data.weights)
+        if self.weights_kind == "se" and data.outcome is not None and data.weights is None:
+            raise ValueError(
+                "the rows have outcomes, but not the standard errors that the model needs: add "
+                "their column, or leave the outcome out"
+            )
         y, trials, offset, weights = (v if v is None else v.to(like) for v in optional)
-        x = self.scaling.standardise(data.features).to(like)
+        dtype = like.dtype if self.feature_mean or image_dtype is None else image_dtype
+        x = self.scaling.standardise(data.features).to(like.device, dtype)
         slopes = None
         if self.slope_names:
             if data.slopes is None or data.slope_names != self.slope_names:
@@ -183,8 +203,9 @@ class Facts:
         """Labels of the clusters seen in training, followed by new ones in these data."""
         extended = {}
         for factor, seen in self.levels.items():
-            present = as_seen(data.grouping(factor).levels, seen)
-            extended[factor] = seen.append(present[~present.isin(seen)])
+            present = data.grouping(factor).levels
+            places = match_labels(present, seen, f"grouping factor {factor!r}")
+            extended[factor] = seen.append(present[places < 0])
         return extended
 
     def clusters(self, like: Tensor) -> Rows:

@@ -52,22 +52,24 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
     """Cholesky factor of B B', whose rows are `Plan.fixed_terms`; None for independent effects.
 
     They are independent without columns of 0 and 1, and where the map is not known: for weights of
-    a network's last layer, without an intercept, beyond `MOST_COLUMNS`, in formulas whose terms
-    lack those that they contain, and in fits that were saved before there was this prior.
+    a network's last layer, without an intercept or all levels of a factor in its place, if columns
+    were dropped, beyond `MOST_COLUMNS`, in formulas whose terms lack those that they contain, and
+    in fits that were saved before there was this prior.
     """
     facts = model.data_facts()
     names, columns = model.fixed_terms(), len(facts.columns)
     n = len(names) // columns
-    whole = n == 1 + len(facts.feature_names) and names[0].startswith("Intercept")
+    intercept = model.has_intercept
+    whole = n == intercept + len(facts.feature_names) and (intercept or facts.intercept_columns)
     if not (model.linear and whole and facts.feature_average) or n > MOST_COLUMNS:
         return None
     mean, scale = np.array(facts.feature_mean), np.array(facts.feature_scale)
-    average = (np.array(facts.feature_average) - mean) / scale
-    slopes = _slopes(facts, mean, scale)
-    if slopes is None:
+    ones = [1.0] * intercept
+    average = np.array([*ones, *((np.array(facts.feature_average) - mean) / scale)])
+    matrix = _coefficients(facts, mean, scale, intercept=intercept)
+    if matrix is None:
         return None
-    matrix = np.zeros((n, 1 + slopes.shape[1]))
-    matrix[0, 0], matrix[0, 1:], matrix[1:, 1:] = 1.0, -average @ slopes, slopes
+    matrix[:, 1:] -= np.outer(matrix[:, 0], average @ matrix[:, 1:])
     if np.allclose(matrix @ matrix.T, np.eye(n), atol=1e-9):
         return None
     upper = np.linalg.qr(matrix.T, mode="r")
@@ -75,12 +77,14 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
     return torch.kron(lower, torch.eye(columns, dtype=torch.float64))
 
 
-def _slopes(facts: Facts, mean: Array, scale: Array) -> Array | None:
-    """B without the intercept: coefficients of the standardised columns from the effects g."""
+def _coefficients(
+    facts: Facts, mean: Array, scale: Array, *, intercept: bool
+) -> Float[Array, "terms effects"] | None:
+    """Coefficients of a constant and of the entries of all z_t."""
     schema = facts.schema
     factors = {} if schema is None else _factors(schema)
     if schema is None or (not factors and all(len(term) == 1 for term in schema.terms)):
-        return np.eye(len(mean))
+        return np.eye(1 + len(mean)) if intercept else None
     numeric = {name for term in schema.terms for name in term} - factors.keys()
     units = dict(zip(facts.feature_names, zip(mean, scale, strict=True), strict=True))
     if not numeric <= units.keys():
@@ -88,9 +92,10 @@ def _slopes(facts: Facts, mean: Array, scale: Array) -> Array | None:
     units = {name: units[name] for name in sorted(numeric)}
     table = _probe(schema.terms, factors, units)
     design = (schema.design(table)[0] - mean) / scale
-    design = np.column_stack([np.ones(len(design)), design])
+    constant = np.ones(len(design))
+    design = np.column_stack([constant, design]) if intercept else design
     for centred in (True, False):
-        effects = []
+        effects = [constant]
         for term in schema.terms:
             product = np.full(len(table), 2.0 ** (-sum(name in factors for name in term) / 2))
             for name in numeric.intersection(term):
@@ -101,7 +106,7 @@ def _slopes(facts: Facts, mean: Array, scale: Array) -> Array | None:
         wanted = np.column_stack(effects)
         solution, _, rank, _ = np.linalg.lstsq(design, wanted, rcond=None)
         if rank == design.shape[1] and np.allclose(design @ solution, wanted, atol=1e-8):
-            return cast("Array", solution[1:])
+            return cast("Array", solution)
     return None
 
 

@@ -72,7 +72,8 @@ def reconstruction_slopes(
     if not inside:
         return
     facts, tau = model.data_facts(), model.precision(point).mean()
-    counts = rows.x.new_ones(len(rows)) if rows.weights is None else rows.weights
+    frequencies = model.frequencies(rows)
+    counts = tau.new_ones(len(rows)) if frequencies is None else frequencies
     with torch.enable_grad():
         effects = [_leaf(factor.filter_effects(point, rows)) for factor in inside]
         pairs = zip(inside, effects, strict=True)
@@ -80,7 +81,7 @@ def reconstruction_slopes(
         with modulated(model.network, blocks):
             _, activations = model.run_network(replace(rows, computed=None), whole=True)
         # The terms of all factors, side by side.
-        slope, roots = rows.x.new_zeros(len(rows), sum(value.shape[1] for value in effects)), []
+        slope, roots = tau.new_zeros(len(rows), sum(value.shape[1] for value in effects)), []
         for other in rebuilt:
             mean = activations[other.at]
             sd = facts.feature_spread * point[other.sd_site].mean()
@@ -115,7 +116,7 @@ def _pulled_back(
 ) -> Float[Tensor, "rows terms"]:
     """J' cotangent of every row, with the effects of all factors side by side."""
     options = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
-    return torch.cat(torch.autograd.grad(mean, list(effects), cotangent, **options), 1)
+    return torch.cat(torch.autograd.grad(mean, list(effects), cotangent.to(mean), **options), 1)
 
 
 def _jacobian(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows values terms"]:
@@ -169,8 +170,9 @@ def curvature(
         diagonal = torch.stack([part[..., column] for column, part in enumerate(second)], -1)
         weight = (-diagonal * spread**2 / tau).reshape(-1, *eta.shape[-2:]).mean(0).clamp(min=1e-4)
         residual = (slope.detach() * spread / tau).reshape(-1, *eta.shape[-2:]).mean(0)
-        if rows.weights is not None:
-            # After the clamp: before it, rows of weight 0 would count.
-            weight, residual = rows.weights[:, None] * weight, rows.weights[:, None] * residual
+        frequencies = model.frequencies(rows)
+        if frequencies is not None:
+            # After the clamp: before it, rows of frequency 0 would count.
+            weight, residual = frequencies[:, None] * weight, frequencies[:, None] * residual
         yield rows, weight, residual, predictor.activations
     model.train(training)

@@ -17,7 +17,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.program import binding, dependent, fixed_prior
+from armed_pyro.priors import Known
+from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -78,6 +79,10 @@ class MixedEffects(Plan):
         keeps the fixed effects predictive without random effects, and trains the network only.
     others : Reconstruction or sequence of Reconstruction
         Further outcomes, each with its likelihood and weight.
+    dtype : torch.dtype
+        Precision of all but the network and the adversaries, which compute in the precision of the
+        network's parameters. In single precision, torch.float32, an outcome near 6,000,000 is
+        rounded to steps of 0.5.
 
     Examples
     --------
@@ -106,6 +111,8 @@ class MixedEffects(Plan):
         else:
             bound.facts = data
         facts = bound.data_facts()
+        if facts.weights_kind == "se":
+            bound.priors = replace(bound.priors, residual_sd=Known(1.0))
         binding.check_intercept(bound)
         widths = binding.activation_widths(bound)
         blocks: dict[str, list[Block]] = {}
@@ -114,24 +121,32 @@ class MixedEffects(Plan):
             parts = [part.block(scaling, widths) for part in term.expanded(scaling)]
             blocks.setdefault(term.factor, []).extend(parts)
         scales = (self.family.effect_scale(), facts.spread)
+        labels = names.site_labels(bound, blocks)
         bound._factors = nn.ModuleList(
-            Factor(name, of_factor, facts.columns, self.priors, *scales)
+            Factor(name, of_factor, facts.columns, self.priors, *scales, label=labels[name])
             for name, of_factor in blocks.items()
         )
+        names.name_plates(bound)
         for adversary in bound.adversaries:
             adversary.build(widths, len(facts.levels[adversary.factor]))
+        bound._adversaries.to(bound.network_reference())
+        bound._factors.to(bound.reference())
         if bound.bayesian_head:
-            bound.register_buffer("fixed_root", fixed_prior.root(bound), persistent=False)
-        bound.to(bound.reference())
+            root = fixed_prior.root(bound)
+            root = None if root is None else root.to(bound.reference())
+            bound.register_buffer("fixed_root", root, persistent=False)
         bound.unreached = binding.unreached(bound)
-        binding.check_names(bound)
+        names.check_names(bound)
+        names.warn_of_renamed(bound)
+        binding.check_row_effects(bound)
         binding.warn_if_small(bound)
         binding.warn_if_far(bound)
         return bound
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
         """The data's rows as tensors in the program's precision and device; see `Facts.encode`."""
-        return self.data_facts().encode(data, self.reference(), levels)
+        like, image_dtype = self.reference(), self.network_reference().dtype
+        return self.data_facts().encode(data, like, levels, image_dtype=image_dtype)
 
     def largest_factor(self) -> str | None:
         """The grouping factor with the most random effects; None without random effects."""
@@ -184,7 +199,7 @@ class MixedEffects(Plan):
         predictor = self.predictor(
             rows, latents, return_fixed=binding.needs_fixed_run(self), others=True
         )
-        with pyro.plate("row", len(rows), dim=-1), counted(rows):
+        with pyro.plate("row", len(rows), dim=-1), counted(rows, self.frequencies(rows)):
             pyro.sample(outcome, self.density(predictor.eta, latents, rows), obs=rows.y)
             for other, density in self.other_densities(predictor.others, latents, rows).items():
                 with poutine.scale(scale=other.weight):
@@ -253,21 +268,22 @@ def log_likelihoods(
     densities = model.other_densities(predictor.others, latents, rows) if others else {}
     for other, rebuilt in densities.items():
         values[other.name] = other.weight * rebuilt.log_prob(rows.x)
-    if rows.weights is None:
+    frequencies = model.frequencies(rows)
+    if frequencies is None:
         return values
-    return {name: rows.weights * value for name, value in values.items()}
+    return {name: frequencies * value for name, value in values.items()}
 
 
 @contextmanager
-def counted(rows: Rows) -> Iterator[None]:
-    """Handlers under which each row's log-likelihood counts `rows.scale` times its weight."""
-    if rows.weights is None:
+def counted(rows: Rows, frequencies: Tensor | None) -> Iterator[None]:
+    """Handlers under which each row's log-likelihood counts `rows.scale` times its frequency."""
+    if frequencies is None:
         with poutine.scale(scale=rows.scale):
             yield
         return
-    # Pyro's scales must be positive, so rows of weight 0 are masked.
-    counts = cast("torch.BoolTensor", rows.weights > 0)
-    weights = torch.where(counts, rows.weights, 1)
+    # Pyro's scales must be positive, so rows of frequency 0 are masked.
+    counts = cast("torch.BoolTensor", frequencies > 0)
+    weights = torch.where(counts, frequencies, 1)
     with poutine.scale(scale=rows.scale * weights), poutine.mask(mask=counts):
         yield
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from armed_pyro._messages import REAL, check_type
 from armed_pyro._pyro_module import LocalModule
 from armed_pyro.families.family import Eta, Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
@@ -52,23 +53,38 @@ class Plan(LocalModule):
         bayesian_head: bool = False,
         fixed_weight: float = 0.0,
         others: Reconstruction | Sequence[Reconstruction] = (),
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__("program")
         if not isinstance(net, nn.Module):
             raise TypeError(f"the network must be a torch.nn.Module, not {type(net).__name__}")
-        if priors is not None and not isinstance(priors, Priors):
-            raise TypeError(f"`priors` must be Priors(sd=..., ...), not {type(priors).__name__}")
+        terms = "Write '(1 | site)', for example; without random effects, ()."
+        check_type(random, (str, Term, Iterable), "random", terms)
+        check_type(family, (str, Family), "family")
+        check_type(adversary, (Adversary, Sequence), "adversary", "Without one, leave it out.")
+        check_type(others, (Reconstruction, Sequence), "others", "Without any, leave it out.")
+        advice = "Pass Priors(sd=...), for example."
+        check_type(priors, (Priors, type(None)), "priors", advice)
+        check_type(bayesian_head, bool, "bayesian_head")
+        check_type(fixed_weight, REAL, "fixed_weight")
         if fixed_weight < 0:
             raise ValueError(f"`fixed_weight` must not be negative, not {fixed_weight}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"`dtype` must be torch.float64 or torch.float32, not {dtype}")
         self.net = net
+        self.dtype = dtype
         self.terms = parse_terms(random)
         self.family = family_named(family)
         adversaries = [adversary] if isinstance(adversary, Adversary) else list(adversary)
+        for member in adversaries:
+            check_type(member, Adversary, "every adversary")
         self._adversaries = nn.ModuleList(adversaries)
         self.priors = Priors() if priors is None else priors
         self.bayesian_head = bayesian_head
         self.fixed_weight = float(fixed_weight)
         self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
+        for other in self.others:
+            check_type(other, Reconstruction, "every one of others")
         self._factors = nn.ModuleList()
         self.facts = None
 
@@ -104,9 +120,14 @@ class Plan(LocalModule):
         return tuple(dict.fromkeys(paths))
 
     def reference(self) -> Tensor:
-        """A tensor of the program's precision and device."""
+        """A tensor of the program's precision, on the device of its network."""
+        return torch.zeros((), dtype=self.dtype, device=self.network_reference().device)
+
+    def network_reference(self) -> Tensor:
+        """A tensor of the network's precision and device; of the program's without parameters."""
         parameters = self.network.parameters()
-        return next((p for p in parameters if p.is_floating_point()), torch.zeros(()))
+        default = torch.zeros((), dtype=self.dtype)
+        return next((p for p in parameters if p.is_floating_point()), default)
 
     def unit(self) -> Float[Tensor, " 1"]:
         """Standardised units per unit of the outcome."""
@@ -192,7 +213,19 @@ class Plan(LocalModule):
 
     def density(self, eta: Eta, latents: Latents, rows: Rows) -> dist.TorchDistribution:
         """p(y | eta, parameters of the family), on the outcome's scale."""
-        return self.family.distribution(eta, self.family_parameters(latents), rows)
+        parameters = self.row_parameters(self.family_parameters(latents), rows)
+        return self.family.distribution(eta, parameters, rows)
+
+    def row_parameters(self, parameters: Parameters, rows: Rows) -> Parameters:
+        """The family's parameters for these rows: weights as precisions divide the variance."""
+        if self.data_facts().weights_kind in ("precision", "se") and rows.weights is not None:
+            return self.family.precision_weighted(parameters, rows.weights)
+        return parameters
+
+    def frequencies(self, rows: Rows) -> Float[Tensor, " rows"] | None:
+        """Multipliers of the rows' log-likelihoods; None stands for 1."""
+        # Fits that were saved before there were kinds have frequencies.
+        return None if self.data_facts().weights_kind in ("precision", "se") else rows.weights
 
     def family_parameters(self, latents: Latents) -> Parameters:
         """The family's parameters among these latent sites, on the outcome's scale."""
@@ -216,24 +249,27 @@ class Plan(LocalModule):
     def run_network(self, rows: Rows, *, whole: bool = False) -> tuple[Tensor, Latents]:
         """The network's output, and its tapped activations by module path; see `taps.run`.
 
+        They are in the network's precision.
         If the rows carry results of a frozen network, these are returned.
         """
         if rows.computed is not None:
             return rows.computed[""], rows.computed
         head = [self.head_path()] if self.bayesian_head else []
+        x = rows.x.to(self.network_reference().dtype)
         # The only place where the network's weights become Pyro parameters.
-        return run(self.net, rows.x, self.layers(), head, whole=whole)
+        return run(self.net, x, self.layers(), head, whole=whole)
 
     def fixed_predictor(
         self, rows: Rows, output: Tensor, activations: Latents, latents: Latents
     ) -> Eta:
         """Linear predictor without random effects, from the network's output and activations."""
         facts = self.data_facts()
-        base = rows.x.new_tensor(facts.center)
+        base = self.reference().new_tensor(facts.center)
         if rows.offset is not None:
             base = base + rows.offset[:, None]
         if not self.bayesian_head:
-            return base + facts.spread * self.family.contrasts(output.reshape(len(rows), -1))
+            output = output.reshape(len(rows), -1).to(self.dtype)
+            return base + facts.spread * self.family.contrasts(output)
         weights = latents["fixed_effect"].unflatten(-1, (-1, len(facts.columns)))
         if weights.dim() > 2:
             weights = weights.squeeze(-3)
@@ -242,7 +278,7 @@ class Plan(LocalModule):
     def head_inputs(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "rows inputs"]:
         """Regressors of the latent fixed effects: 1 for an intercept, then the head's inputs."""
         path = self.head_path()
-        hidden = activations[f"<{path}"]
+        hidden = activations[f"<{path}"].to(self.dtype)
         facts = self.data_facts()
         if self.linear and facts.dropped:
             hidden = hidden[:, facts.kept]

@@ -24,8 +24,9 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
     ``(1 + x | g)`` is a correlated intercept and slope; the intercept is implied, and ``0 +``
     removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
     ``(1 | a)`` and ``(1 | a:b)``. Names with other characters than letters are in backticks;
-    ``factor(x)`` is x, which the data must hold as categories. One string may hold several terms,
-    joined by ``+``.
+    ``factor(x)`` is x, which the data must hold as categories: ``categorical=["x"]`` in
+    `ClusteredData.from_frame`; the command line does that by itself. One string may hold several
+    terms, joined by ``+``.
 
     Raises
     ------
@@ -57,7 +58,8 @@ def _parse(text: str) -> list[Term]:
         return chr(_FIRST + len(names) - 1)
 
     # Each name in backticks is one private character while the string is read.
-    plain = re.sub("`([^`]+)`", stand_in, without_factor(text)[0])
+    bare, categorical = without_factor(text)
+    plain = re.sub("`([^`]+)`", stand_in, bare)
     try:
         terms = _parse_terms(plain)
     except ValueError as error:
@@ -70,9 +72,13 @@ def _parse(text: str) -> list[Term]:
     def restored(name: str) -> str:
         return "".join(names[ord(c) - _FIRST] if ord(c) >= _FIRST else c for c in name)
 
-    return [
-        replace(t, factor=restored(t.factor), slopes=tuple(map(restored, t.slopes))) for t in terms
-    ]
+    whole = list[Term]()
+    for term in terms:
+        slopes = tuple(map(restored, term.slopes))
+        factors = tuple(name for name in slopes if name in categorical)
+        factor = restored(term.factor)
+        whole.append(replace(term, factor=factor, slopes=slopes, categorical=factors))
+    return whole
 
 
 def _parse_terms(text: str) -> list[RandomEffects]:

@@ -50,7 +50,8 @@ class Factor(nn.Module):
 
     Effects are ordered by column of phi, then by column of the predictor. Effects on filters come
     last; all columns of the predictor share them. `default` is the scale of the sds' prior, if the
-    prior has none of its own; `spread` is in outcome units per standardised unit.
+    prior has none of its own; `spread` is in outcome units per standardised unit. Names of sites
+    start with `label`, by default the factor's name.
     """
 
     to_original: Tensor
@@ -66,9 +67,12 @@ class Factor(nn.Module):
         priors: Priors,
         default: float,
         spread: float,
+        label: str | None = None,
     ) -> None:
         super().__init__()
         self.name = name
+        self.label = name if label is None else label
+        self.plate_name = name
         linear_first = sorted(blocks, key=lambda block: isinstance(block, FilterBlock))
         self._blocks = nn.ModuleList(linear_first)
         self.n_columns = len(columns)
@@ -147,7 +151,7 @@ class Factor(nn.Module):
             start = stop
         for number, (group, covariance) in enumerate(places):
             names = tuple(self.terms[place] for place in group)
-            yield TermGroup(self.name, group, names, number if places[1:] else None), covariance
+            yield TermGroup(self.label, group, names, number if places[1:] else None), covariance
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -172,17 +176,17 @@ class Factor(nn.Module):
     @property
     def sd_site(self) -> str:
         """Name of the site of the sds."""
-        return f"{self.name}_sd"
+        return f"{self.label}_sd"
 
     @property
     def effect_site(self) -> str:
         """Name of the site of the random effects."""
-        return f"{self.name}_effect"
+        return f"{self.label}_effect"
 
     def sites(self) -> tuple[str, ...]:
         """Names of all sites, and of the site that correlated effects would have."""
         of_groups = [site for group, kind in self.groups for site in kind.sites(group)]
-        return (self.effect_site, self.sd_site, f"{self.name}_cor", *of_groups)
+        return (self.effect_site, self.sd_site, f"{self.label}_cor", *of_groups)
 
     # --- priors -----------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class Factor(nn.Module):
             latents |= covariance.sample(group, self.prior_scale)
         if self.groups:
             root = self._correlation_cholesky(latents)
-            pyro.deterministic(f"{self.name}_cor", root @ root.mT, event_dim=2)
+            pyro.deterministic(f"{self.label}_cor", root @ root.mT, event_dim=2)
         scale = self.scale(latents)
         with self.plate(membership), weighted(membership):
             if self.diagonal:
@@ -206,17 +210,25 @@ class Factor(nn.Module):
 
     def plate(self, membership: Membership) -> pyro.plate:
         """The plate over the batch's clusters."""
-        return pyro.plate(self.name, len(membership.index), dim=-1)
+        return pyro.plate(self.plate_name, len(membership.index), dim=-1)
 
     def known(self) -> dict[str, Tensor]:
         """Values of the hyperparameters that the priors fix."""
         return {self.sd_site: self.prior_scale} if isinstance(self.prior, Known) else {}
 
     def starts(self) -> dict[str, Tensor]:
-        """Initial values of the guide, by site; see `Covariance.starts`."""
+        """Initial values of a guide's coordinates, by site; see `Covariance.starts`."""
         size = len(self.terms)
         sd = START_SD / math.sqrt(max(1, size / 2))
-        values = {self.sd_site: torch.full((size,), sd, dtype=torch.float64)}
+        sds = torch.full((size,), sd, dtype=torch.float64)
+        values = {self.sd_site: sds}
+        free = {group.places for group, covariance in self.groups if covariance.any_origin}
+        for places in (places for places in self._moved if places not in free):
+            index = torch.tensor(places, device=self.unit.device)
+            row = cast("Tensor", self.from_zero)[places[0], index].double().cpu()
+            # All sds at x = 0 are equal, as far as the intercept's at the means is moderate.
+            sds[list(places)] = torch.where(row == 0, sd, 1.0).to(sds)
+            sds[places[0]] = sd * row.norm().clamp(max=2)
         for group, covariance in self.groups:
             values |= covariance.starts(group)
         return values
@@ -375,12 +387,13 @@ class Factor(nn.Module):
     def design(self, x: Tensor, activations: Latents) -> Float[Tensor, "rows phi_columns"]:
         """phi, the columns of all terms except those on filters."""
         columns = [block.columns(x, activations) for block in self.linear]
-        return torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
+        phi = torch.cat(columns, -1) if columns else x.new_zeros(len(x), 0)
+        return phi.to(self.unit.dtype)
 
     def filter_effects(self, latents: Latents, rows: Rows) -> Float[Tensor, "rows filter_terms"]:
         """Each row's effects on filters: those of its cluster, or zeros without a latent site."""
         if self.effect_site not in latents:
-            return rows.x.new_zeros(len(rows), len(self.terms) - self.n_linear)
+            return self.unit.new_zeros(len(rows), len(self.terms) - self.n_linear)
         return latents[self.effect_site][rows.memberships[self.name].position, self.n_linear :]
 
     def by_layer(

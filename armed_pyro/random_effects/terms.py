@@ -73,6 +73,8 @@ class RandomEffects(Term):
     covariance : str, Covariance or None
         Another kind of covariance, by name or with settings, which then replaces `correlated`;
         see `armed_pyro.random_effects.covariance`.
+    categorical : tuple of str
+        Slopes that must be categorical columns, from ``factor()``.
 
     Examples
     --------
@@ -85,6 +87,7 @@ class RandomEffects(Term):
     intercept: bool = True
     correlated: bool = True
     covariance: str | Covariance | None = None
+    categorical: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _covariance(self)  # which refuses an unknown name
@@ -94,11 +97,15 @@ class RandomEffects(Term):
     def __str__(self) -> str:
         bar = "|" if self.correlated or self.covariance is not None else "||"
         kind = "" if self.covariance is None else str(covariance_named(self.covariance))
-        effects = " + ".join(["1" if self.intercept else "0", *map(quoted, self.slopes)])
+        slopes = [
+            f"factor({quoted(name)})" if name in self.categorical else quoted(name)
+            for name in self.slopes
+        ]
+        effects = " + ".join(["1" if self.intercept else "0", *slopes])
         return f"{kind}({effects} {bar} {quoted(self.factor)})"
 
     def expanded(self, features: FeatureScaling) -> tuple[Term, ...]:
-        factors = [slope for slope in self.slopes if slope in features.indicators]
+        factors = self._factors(features)
         if self.correlated or self.covariance is not None or not factors:
             return (self,)
         numbers = tuple(slope for slope in self.slopes if slope not in factors)
@@ -110,7 +117,7 @@ class RandomEffects(Term):
         return tuple(whole)
 
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
-        categorical = [slope for slope in self.slopes if slope in features.indicators]
+        categorical = self._factors(features)
         first = categorical[0] if categorical and not self.intercept else None
         # The indicators of all levels come first, as InputBlock wants them.
         slopes = sorted(self.slopes, key=lambda slope: slope != first)
@@ -129,6 +136,16 @@ class RandomEffects(Term):
             columns += places
         kind, intercept = _covariance(self), self.intercept
         return InputBlock(features, columns, names, kind, intercept=intercept, contrasts=contrasts)
+
+    def _factors(self, features: FeatureScaling) -> list[str]:
+        """The slopes on categorical columns; a ValueError if a column in factor() is none."""
+        for name in self.categorical:
+            if name not in features.indicators:
+                raise ValueError(
+                    f"{self} takes {name!r} as categories, but the data have it as numbers: encode "
+                    f"them with ClusteredData.from_frame(..., categorical=[{name!r}])"
+                )
+        return [slope for slope in self.slopes if slope in features.indicators]
 
     def _places(self, slope: str, features: FeatureScaling) -> list[int]:
         """Positions of a slope's columns; a ValueError if there are none."""

@@ -17,7 +17,7 @@ from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.engine.schedule import History
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
-from armed_pyro.report.text import adversaries, how_training_ended, priors
+from armed_pyro.report.text import adversaries, how_training_ended, outcome_labels, priors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def page(
             for factor, table in random_effects.groupby("factor", sort=False)
         }
     components = results.variance_components
-    is_spread = components.statistic.isin(["sd", "variance", "cor"])
+    is_spread = ~components.statistic.isin(["icc", "share", "r2_marginal", "r2_conditional"])
     figures = results.verdicts.figures.items()
     source = (files("armed_pyro.report") / TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -89,6 +89,7 @@ def _program(results: Results) -> dict[str, str]:
     layers = [module for module in model.net.modules() if not list(module.children())]
     lines = {
         "Outcome": f"{facts.outcome_name} ({model.family})",
+        **outcome_labels(model),
         "Features": ", ".join(facts.feature_names) or "none",
         "Network": " → ".join(map(str, layers)),
         "Random effects": " + ".join(map(str, model.terms)) or "none",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from armed_pyro.inference.posterior import METHODS, Posterior
@@ -15,6 +17,12 @@ ENDINGS = {
     "validation": "converged: the validation loss has stopped improving",
     "steps": "NOT CONVERGED: the steps ran out; allow more with Schedule(steps=...)",
     "diverged": "DIVERGED: these are the last good parameters",
+}
+
+WEIGHTS = {
+    "frequency": "frequencies, with which log-likelihoods are multiplied; their sum is {:.5g}",
+    "precision": "precisions; the residual variance of a row is residual_sd^2 / weight",
+    "se": "none; the residual sds of the rows are their known standard errors",
 }
 
 
@@ -36,6 +44,9 @@ def priors(model: MixedEffects) -> dict[str, str]:
     if model.bayesian_head:
         lines["fixed_effect"] = fixed_prior.describe(model)
     for parameter in model.family.parameters:
+        if facts.weights_kind == "se":
+            lines[parameter.name] = "known: the standard errors of the rows"
+            continue
         lines[parameter.name] = parameter.describe(model.priors, facts.spread)
     for other in model.others:
         scale = other.prior.scale
@@ -48,6 +59,23 @@ def priors(model: MixedEffects) -> dict[str, str]:
 def adversaries(model: MixedEffects) -> list[str]:
     """Factor, layers and weight of every adversary."""
     return [f"{a.factor}, on {', '.join(a.taps)}, weight {a.weight:g}" for a in model.adversaries]
+
+
+def event_of(model: MixedEffects) -> tuple[Any, ...]:
+    """The label whose probability is modelled, or nothing."""
+    classes = model.data_facts().classes
+    return () if classes is None or model.family.multiclass else classes[1:]
+
+
+def outcome_labels(model: MixedEffects) -> dict[str, str]:
+    """The modelled event, or the reference, of an outcome with labels."""
+    classes, family = model.data_facts().classes, model.family
+    if family.multiclass and classes is not None:
+        return {"Reference class": f"{classes[0]!r} (the first); the others are relative to it"}
+    if classes is not None:
+        event = f"{classes[1]!r} (the second label, against {classes[0]!r})"
+        return {"Modelled event": f"{event}; event= or --event chooses it"}
+    return {"Modelled event": "1 (against 0)"} if family.is_class and not family.multiclass else {}
 
 
 def how_training_ended(posterior: Posterior) -> str:
@@ -71,10 +99,13 @@ def _head(model: MixedEffects) -> str:
     lines = [
         "Mixed-effects network fitted by stochastic variational inference",
         f"  Outcome: {facts.outcome_name} ({model.family})",
+        *(f"  {name}: {line}" for name, line in outcome_labels(model).items()),
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
+    if facts.weights_kind:
+        lines.append(f"  Weights: {WEIGHTS[facts.weights_kind].format(facts.weights_sum)}")
     lines += [
         f"  Other outcome: {other.name} (features reconstructed by {other.at}), "
         f"weight {other.weight:.4g}"
@@ -85,8 +116,9 @@ def _head(model: MixedEffects) -> str:
 
 def _random(results: Results) -> str:
     table = results.variance_components
-    spreads = table[table.statistic.isin(["sd", "cor"])].drop(columns="mean")
     shares = table[table.statistic.isin(["icc", "r2_marginal", "r2_conditional"])]
+    spreads = table[~table.statistic.isin(["variance", "share", *shares.statistic])]
+    spreads = spreads.drop(columns="mean")
     interval = f"{results.prob:.0%} equal-tailed interval"
     title = f"Variance components (posterior median, {interval})"
     return "\n".join([_section(title, _frame(spreads)), "", _frame(shares.drop(columns="mean"))])
@@ -100,7 +132,8 @@ def _fixed(results: Results) -> str:
     if not results.posterior.model.linear:
         body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
     interval = f"{results.prob:.0%} equal-tailed interval"
-    return _section(f"Fixed effects (posterior mean, {interval})", body)
+    of = "".join(f"of {label!r}, " for label in event_of(results.posterior.model))
+    return _section(f"Fixed effects ({of}posterior mean, {interval})", body)
 
 
 def _convergence(results: Results) -> str:

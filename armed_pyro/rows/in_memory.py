@@ -40,7 +40,7 @@ class HeldRows(RowSource):
 
     @property
     def like(self) -> Tensor:
-        return self.x
+        return self.x if self.y is None else self.y  # images may be in the network's precision
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class HeldRows(RowSource):
         place = torch.arange(len(chosen), device=chosen.device).repeat_interleave(sizes)
         within = torch.arange(len(place), device=place.device) - (sizes.cumsum(0) - sizes)[place]
         rows = self.batch(order[starts[chosen][place] + within], dense_up_to=len(self))
-        weight = self.x.new_full((len(chosen),), scale)
+        weight = self.like.new_full((len(chosen),), scale)
         whole = Membership(chosen, place, weight, complete=False)
         return replace(rows, memberships={**rows.memberships, factor: whole}, scale=scale)
 

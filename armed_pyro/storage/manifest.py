@@ -49,7 +49,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
     a precision other than single or double.
     """
     model, net, priors = posterior.model, posterior.model.net, posterior.model.priors
-    dtype = str(model.reference().dtype).removeprefix("torch.")
+    dtype = str(model.network_reference().dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(
             f"a network in {dtype} cannot be saved: convert it to one of {list(DTYPES)}"
@@ -69,6 +69,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
             "family": family if len(family) > 1 else model.family.name,
             "priors": {**_fields(priors), "sd": sd_priors},
             "bayesian_head": model.bayesian_head,
+            "dtype": str(model.dtype).removeprefix("torch."),
             "fixed_weight": model.fixed_weight,
             "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [_fields(other) for other in model.others],
@@ -161,6 +162,8 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
         family = read_family(plan["family"])
         options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
+        # Earlier programs had the precision of their networks.
+        options["dtype"] = DTYPES[plan.get("dtype", settings["dtype"])]
         made_by = settings["made_by"]
     net = _network(made_by) if net is None else copy.deepcopy(net)
     model = MixedEffects(net, random, family, adversaries, priors=priors, others=others, **options)
@@ -172,7 +175,7 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
                 f"fit's {shapes.get(name)} (None: no such parameter); pass net= of the same "
                 "architecture"
             )
-    if model.reference().dtype != dtype:
+    if model.network_reference().dtype != dtype:
         net.to(dtype)
     return model
 

@@ -30,6 +30,7 @@ from armed_pyro.inference.posterior import Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.names import cluster_columns
 from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.summaries.datatree import GROUPS
 
@@ -175,7 +176,8 @@ def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, C
             refined = RefinedDraws(record["method"], draws, record["quality"])
         classifiers = _classifiers(model, manifest.get("classifiers", []), tensors)
     with reading(path / POSTERIOR):
-        data = _data(path / POSTERIOR, manifest["data"], facts)
+        names = cluster_columns(model, manifest["data"]["levels"])
+        data = _data(path / POSTERIOR, manifest["data"], facts, names)
     parts = (model.eval(), guide, data, history, schedule, seed, stopped)
     return Posterior(*parts, refined=refined), classifiers
 
@@ -348,7 +350,9 @@ def _describe_data(data: ClusteredData) -> dict[str, Any]:
     }
 
 
-def _data(path: Path, record: Mapping[str, Any], facts: Facts) -> ClusteredData:
+def _data(
+    path: Path, record: Mapping[str, Any], facts: Facts, names: Mapping[str, str]
+) -> ClusteredData:
     """The training rows, from the tree's observed and constant data."""
     with (
         xr.open_dataset(path, group="observed_data", engine="h5netcdf") as observed,
@@ -360,7 +364,9 @@ def _data(path: Path, record: Mapping[str, Any], facts: Facts) -> ClusteredData:
     groupings = {}
     for name, content in record["levels"].items():
         levels = index_from_json(content)
-        codes = pd.Index(label_values(levels)).get_indexer(pd.Index(values[variable_name(name)]))
+        # Fits saved before all names were distinct have no other name than `variable_name`.
+        stored = values.get(names[name], values.get(variable_name(name)))
+        codes = pd.Index(label_values(levels)).get_indexer(pd.Index(stored))
         if (codes < 0).any():
             raise ValueError(f"clusters of {name!r} that {MANIFEST} does not know")
         groupings[name] = Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
@@ -385,6 +391,7 @@ def _data(path: Path, record: Mapping[str, Any], facts: Facts) -> ClusteredData:
         trials=tensor("trials"),
         offset=tensor("offset"),
         weights=tensor("weights"),
+        weights_kind=facts.weights_kind or "frequency",
         row_labels=labels.rename(record["row_name"]),
         schema=facts.schema,
         slopes=tensor("slopes"),

@@ -24,7 +24,7 @@ from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.data.default_features import FEWEST_ROWS, NEARLY_ALL, ROW_NAMES, warn_of_identifiers
 from armed_pyro.data.formula import parse_features
 from armed_pyro.data.grouping import code_labels
-from armed_pyro.data.schema import Schema
+from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.rows.passes import ahead
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -68,9 +68,11 @@ def scan(
     features: Sequence[str] | str | None = None,
     missing: Missing = "error",
     *,
+    event: Any = None,
     memory: int,
     folder: str | PathLike[str] | None = None,
     categorical: Sequence[str] = (),
+    weights_kind: WeightsKind = "frequency",
     **roles: str | None,
 ) -> TableScan:
     """Read a table once; see `ClusteredData.from_frame` for the parameters.
@@ -100,7 +102,8 @@ def scan(
             used = list(dict.fromkeys([*reserved, *columns]))
             pick(pd.DataFrame(columns=list(table.columns)), used)
             n_rows = views.select_complete(used, missing)
-            witnesses = views.witnesses([*columns, outcome], {*categorical, *formula.categorical})
+            factors = {*categorical, *formula.categorical, *([] if event is None else [outcome])}
+            witnesses = views.witnesses([*columns, outcome], factors)
             labels_counts = {name: views.clusters(name) for name in clusters}
         except duckdb.Error as error:
             raise ValueError(f"{table.path} cannot be read: {error}") from error
@@ -109,6 +112,7 @@ def scan(
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
     frame = table.take(witnesses)
     settings: dict[str, Any] = {"features": features, "categorical": categorical, **roles}
+    settings |= {"weights_kind": weights_kind, "event": event}
     schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **settings)
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: labels for name, (labels, _) in labels_counts.items()}

@@ -14,7 +14,9 @@ from typing import Any
 from rich.progress import Progress
 
 from armed_pyro.data.columns import Missing
-from armed_pyro.data.grouping import check_informative
+from armed_pyro.data.grouping import check_several
+from armed_pyro.data.schema import WeightsKind
+from armed_pyro.data.weights import weights_role
 from armed_pyro.streaming.encoded_table import EncodedTable, encode
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import TableScan, scan
@@ -73,7 +75,10 @@ class StreamedData:
         trials: str | None = None,
         offset: str | None = None,
         weights: str | None = None,
+        event: Any = None,
         categorical: Sequence[str] = (),
+        weights_kind: WeightsKind = "frequency",
+        se: str | None = None,
         missing: Missing = "error",
         memory: int = 2 * 10**9,
         folder: str | os.PathLike[str] | None = None,
@@ -91,10 +96,19 @@ class StreamedData:
                 f"{path} is not a Parquet file, the only kind that is streamed: convert it, for "
                 "example with pandas.read_csv(path).to_parquet('rows.parquet')"
             )
+        weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
-        roles["categorical"] = categorical
+        roles |= {"categorical": categorical, "weights_kind": kind}
         scanned = scan(
-            table, outcome, clusters, features, missing, memory=memory, folder=folder, **roles
+            table,
+            outcome,
+            clusters,
+            features,
+            missing,
+            event=event,
+            memory=memory,
+            folder=folder,
+            **roles,
         )
         return cls(table, scanned, scanned.first.feature_names, memory, folder)
 
@@ -124,7 +138,7 @@ class StreamedData:
                     f"the cells of {name!r} cannot be streamed: write their labels to a column of "
                     "the table, and name that column in the random effects"
                 )
-            check_informative(name, self.scanned.levels[name], self.scanned.counts[name])
+            check_several(name, self.scanned.levels[name])
         with tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder:
             path = Path(folder) / "rows.parquet"
             with Progress(disable=not progress, transient=True) as bar:

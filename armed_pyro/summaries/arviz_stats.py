@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from itertools import product
@@ -38,6 +39,9 @@ def leave_one_out(posterior: Posterior) -> dict[str, float]:
         by_row = log_likelihood(posterior, draws, posterior.seed, others=False)
         tree["log_likelihood"] = xr.DataTree(by_row.map(_tilted))
         n = len(posterior.data)
+        if not all(np.isfinite(values).all() for values in by_row.values()):
+            names = ("elpd_loo", "elpd_loo_se", "p_loo")
+            return {**dict.fromkeys(names, math.nan), "elpd_loo_bad": float(n)}
         if n <= MOST_LEFT_OUT:
             result, error = arviz_api().loo(tree, pointwise=True), 0.0
         else:
@@ -54,9 +58,13 @@ def leave_one_out(posterior: Posterior) -> dict[str, float]:
 
 
 def _tilted(values: xr.DataArray) -> xr.DataArray:
-    """Add a tiny trend over draws: without it, no tail can be fitted to rows of equal draws."""
+    """Add a tiny trend over draws: without it, no tail can be fitted to rows of equal draws.
+
+    It is relative for values of which an absolute trend would be lost to rounding.
+    """
     values = values.astype(float)
-    return values + xr.DataArray(np.linspace(0, 1e-6, values.sizes["draw"]), dims="draw")
+    trend = xr.DataArray(np.linspace(0, 1, values.sizes["draw"]), dims="draw")
+    return values + trend * (1e-6 + 1e-12 * abs(values))
 
 
 def prior_sensitivity(posterior: Posterior, latents: Mapping[str, Tensor]) -> dict[str, float]:

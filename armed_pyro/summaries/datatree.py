@@ -25,6 +25,7 @@ from armed_pyro.prediction.chunks import predict_chunks
 from armed_pyro.prediction.unseen import Marginal
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.model import MixedEffects, log_likelihoods
+from armed_pyro.program.names import cluster_columns, tree_names
 from armed_pyro.program.units import (
     original_covariance,
     original_fixed_effects,
@@ -97,8 +98,10 @@ def to_datatree(
     -------
     xarray.DataTree
         Labels are numbers, text or timestamps, which NetCDF can hold; other labels become text.
-        Classes are codes into the attribute ``classes``. In names, ``/`` becomes ``_``, and a name
-        that the schema reserves, such as ``draw``, is followed by ``_``.
+        Classes are codes into the attribute ``classes``; of two, the attribute ``event`` is the
+        modelled one. In names, ``/`` becomes ``_``, and a name that is taken is followed by
+        ``_``: ``draw``, which the schema reserves, is ``draw_``. The schema's names and those of
+        the program come first, then the grouping factors, then what is made of them.
 
     Raises
     ------
@@ -225,9 +228,10 @@ def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
         if data.feature_names:
             dims, coords["feature"] = ("feature",), list(data.feature_names)
         variables["features"] = (("row", *dims), data.features.numpy())
+    names = cluster_columns(posterior.model, data.groupings)
     for name, grouping in data.groupings.items():
         labels = label_values(grouping.levels)[grouping.codes.numpy()]
-        variables[variable_name(name)] = (("row",), labels)
+        variables[names[name]] = (("row",), labels)
     if data.slopes is not None:
         variables["slopes"] = (("row", "slope_column"), data.slopes.numpy())
         coords["slope_column"] = list(data.slope_names)
@@ -295,22 +299,23 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
         array = np.broadcast_to(values.cpu().numpy(), shape)
         variables[name] = (("chain", "draw", *dims), np.ascontiguousarray(array))
 
+    named = tree_names(model)
     for factor in model.factors:
-        base = factor.name.replace("/", "_")
-        name, term = variable_name(base), f"{base}_term"
+        names = named[factor.name]
+        name, term, term_bis = names.cluster, names.term, names.term_bis
         coords |= {term: list(factor.terms)}
         if factor.effect_site in latents:
             coords |= {name: label_values(model.data_facts().levels[factor.name])}
             effects = latents[factor.effect_site].to(torch.float64)
             matrix = factor.to_original.to(effects)
-            add(f"{base}_effect", (name, term), effects @ matrix.mT)
+            add(names.effect, (name, term), effects @ matrix.mT)
         covariance = original_covariance(factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
-        add(f"{base}_sd", (term,), variance.sqrt())
+        add(names.sd, (term,), variance.sqrt())
         if factor.groups:
             product = variance[..., :, None] * variance[..., None, :]
-            coords[f"{term}_bis"] = list(factor.terms)
-            add(f"{base}_cor", (term, f"{term}_bis"), covariance / product.sqrt())
+            coords[term_bis] = list(factor.terms)
+            add(names.cor, (term, term_bis), covariance / product.sqrt())
         for group, quantity, values in factor.quantities(latents):
             add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
     for parameter, values in original_parameters(model, latents).items():
@@ -358,7 +363,10 @@ def _dataset(posterior: Posterior, variables: Variables, **coords: Any) -> xr.Da
     dataset = xr.Dataset(variables, coords, ATTRIBUTES)
     outcome = variable_name(posterior.data.outcome_name)
     if posterior.data.classes is not None and outcome in dataset:
-        dataset[outcome].attrs["classes"] = [str(label) for label in posterior.data.classes]
+        classes = [str(label) for label in posterior.data.classes]
+        dataset[outcome].attrs["classes"] = classes
+        if not posterior.model.family.multiclass:
+            dataset[outcome].attrs["event"] = classes[1]
     return dataset
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro._messages import check_prob
+from armed_pyro._messages import INTEGER, check_probability, check_type
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.model import MixedEffects
@@ -51,8 +51,9 @@ def variance_components(
         R^2_{marginal} = share_f, \quad R^2_{conditional} = share_f + \sum_m share_m
 
     where :math:`\sigma^2_f` is the variance of the fixed effects over the rows and
-    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes, and on the latent scale
-    for all others (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017).
+    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes (the mean over the rows, if
+    they have precisions or standard errors), and on the latent scale for all others
+    (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017).
 
     Parameters
     ----------
@@ -66,19 +67,24 @@ def variance_components(
     pandas.DataFrame
         Columns factor, term, statistic (sd, variance, cor, icc, share, r2_marginal,
         r2_conditional), mean, median, sd, lower, upper. The residual and the fixed effects appear
-        as factors ``Residual`` and ``Fixed``. If the predictor has several columns, shares, ICCs
-        and R2 have one row per column, which `term` names.
+        as factors ``Residual`` and ``Fixed``; other parameters of the family have rows of
+        ``Residual`` with their names as statistic, such as the ``shape`` of a negative binomial. If
+        the predictor has several columns, shares, ICCs and R2 have one row per column, which `term`
+        names.
 
     Examples
     --------
     ``variance_components(fit.posterior).query("statistic == 'icc'")``
     """
+    _check(draws, prob)
     model, latents = posterior.model, posterior.hyperparameters(draws, seed=seed)
     rows: list[Row] = []
     for factor in model.factors:
         rows += _factor_rows(factor, latents)
     parameters = original_parameters(model, latents)
-    rows += [("Residual", "", k, v) for k, v in model.family.residual_rows(parameters).items()]
+    if model.data_facts().weights_kind != "se":
+        residual = model.family.residual_rows(parameters)
+        rows += [("Residual", "", name, values) for name, values in residual.items()]
     rows += [("Residual", o.name, "sd", original_sd(model, o, latents)) for o in model.others]
     rows += _shares(posterior, latents, parameters)
     return _table(rows, ["factor", "term", "statistic"], prob)
@@ -92,6 +98,7 @@ def fixed_effects(
     The columns are term, mean, median, sd, lower, upper; a network without latent weights has no
     rows. The parameters are those of `variance_components`.
     """
+    _check(draws, prob)
     model, rows = posterior.model, list[tuple[str, Tensor]]()
     if model.bayesian_head:
         values = original_fixed_effects(model, posterior.hyperparameters(draws, seed=seed))
@@ -107,7 +114,7 @@ def random_effects(
     The columns are factor, term, cluster, mean, lower, upper. The parameters are those of
     `variance_components`.
     """
-    check_prob(prob)
+    _check(draws, prob)
     latents = posterior.draws(draws, seed=seed)
     levels = posterior.model.data_facts().levels
     tail = (1 - prob) / 2
@@ -124,6 +131,13 @@ def random_effects(
             values = factor.name, term, clusters, *(values[:, place] for values in statistics)
             tables.append(pd.DataFrame(dict(zip(columns, values, strict=True))))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def _check(draws: int, prob: float) -> None:
+    check_probability(prob)
+    check_type(draws, INTEGER, "`draws`")
+    if draws < 1:
+        raise ValueError(f"`draws` must be at least 1, not {draws}")
 
 
 def _factor_rows(factor: Factor, latents: Draws) -> Iterator[Row]:
@@ -167,6 +181,8 @@ def _shares(
         random = {name: part[:, column] for name, part in parts.items()}
         total_random, variance_fixed = totals[:, column], variances[:, column]
         residual = model.family.residual_variance(parameters, means[:, column])
+        if facts.weights_kind in ("precision", "se") and rows.weights is not None:
+            residual = residual * (1 / rows.weights).mean()
         total = variance_fixed + total_random + residual
         for name, part in random.items():
             yield name, label, "icc", part / (total_random + residual)
@@ -212,7 +228,7 @@ def _table(
     rows: Sequence[tuple[*tuple[str, ...], Tensor]], names: list[str], prob: float
 ) -> pd.DataFrame:
     """Labels and summaries of draws, one row per quantity."""
-    check_prob(prob)
+    check_probability(prob)
     tail = (1 - prob) / 2
     records = []
     for *labels, values in rows:

@@ -1,0 +1,57 @@
+"""Checks of the weights and offsets of rows against a family, before training."""
+
+from __future__ import annotations
+
+import warnings
+
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.families.family import Family
+
+__all__ = ["check_offset", "check_weights"]
+
+# A sum of frequency weights further than this factor from the number of rows changes every standard
+# error by over a fifth.
+FAR = 1.5
+# An offset above this on a log link is an expected count of 5e21; on the logit link, certainty.
+LARGEST_OFFSET = 50.0
+
+
+def check_weights(data: ClusteredData, family: Family) -> None:
+    """Refuse precisions without a residual variance; warn of a sum far from the number of rows."""
+    if data.weights is None:
+        return
+    if data.weights_kind != "frequency":
+        if not family.has_residual_variance:
+            given = "standard errors" if data.weights_kind == "se" else "weights as precisions"
+            raise ValueError(
+                f"family {family.name!r} has no residual variance, which {given} need: use family "
+                "'gaussian', or frequency weights"
+            )
+        return
+    total, n = float(data.weights.sum()), data.n_rows
+    if not n / FAR <= total <= n * FAR:
+        warnings.warn(
+            f"the weights sum to {total:.4g} for {n} rows. As frequency weights, the default, they "
+            f"count as {total:.4g} independent rows, and standard errors follow that number. If "
+            "they are precisions, such as 1 / sd^2 (lme4, statsmodels), use "
+            "weights_kind='precision' (command line: --weights-kind precision); divide sampling "
+            "weights by their mean",
+            UserWarning,
+            stacklevel=7,
+        )
+
+
+def check_offset(data: ClusteredData, family: Family) -> None:
+    """Warn of an offset that looks like an exposure, not like its logarithm."""
+    if data.offset is None or family.is_quadratic:
+        return
+    largest = float(data.offset.max())
+    if largest > LARGEST_OFFSET:
+        named = data.schema is not None and data.schema.offset
+        name = f"offset {named!r}" if named else "offset"
+        warnings.warn(
+            f"the {name} goes up to {largest:.4g} on the link scale of family {family.name!r}: it "
+            "looks like an exposure that was not logged; give its logarithm",
+            UserWarning,
+            stacklevel=7,
+        )
