@@ -337,6 +337,7 @@ def test_the_manifest_holds_what_it_should(small, pristine):
             "intercept": True,
             "correlated": True,
             "covariance": None,
+            "categorical": [],
         }
     ]
     assert manifest["guide"] == "StructuredGuide"
