@@ -259,10 +259,10 @@ def test_fit_reads_designs_as_lme4_does(data, tmp_path, random, features, more, 
         (["--net", "dense", "--slopes-on", "9"], "no module '9'"),
         (
             ["--validate-rows", "1.5"],
-            "--validate-rows must lie between 0 and 1, not 1.5",
+            "--validate-rows must lie between 0 and 1, found 1.5",
         ),
-        (["--hold-out-clusters", "20"], "--hold-out-clusters must lie between 0 and 1, not 20"),
-        (["--prob", "95"], "--prob must lie between 0 and 1, not 95: write 0.95"),
+        (["--hold-out-clusters", "20"], "--hold-out-clusters must lie between 0 and 1, found 20"),
+        (["--prob", "95"], "--prob must lie between 0 and 1, found 95.0: 95% is 0.95"),
         (["--draws", "1"], "--draws must be at least 2"),
         (["--family", "normal"], "did you mean 'gaussian'"),
         (["--features", "AGE"], "Did you mean 'age'"),
@@ -350,7 +350,7 @@ def test_an_exposure_as_offset_ends_in_the_message_of_divergence(tmp_path):
     assert done.exit_code == 1
     assert "Traceback" not in done.output
     assert "the loss diverged at step 1" in done.stderr
-    assert "offset (up to 199" in done.stderr
+    assert "offset 'days' (up to 199" in done.stderr
     assert "posterior_predictive, which could not be computed: invalid Poisson rate" in done.stderr
     assert {path.name for path in run.iterdir()} == FILES
     assert Fit.load(run).stopped == "diverged"
@@ -535,7 +535,7 @@ def test_report_command(run, tmp_path):
     refused("report", tmp_path, "--out", path, message=str(tmp_path))
     refused("report", run, "--out", tmp_path / "report.pdf", message="HTML only")
     refused("report", run, "--out", tmp_path, message="is a folder")
-    refused("report", run, "--out", path, "--prob", 95, message="write 0.95")
+    refused("report", run, "--out", path, "--prob", 95, message="95% is 0.95")
 
 
 def test_report_and_predictions_have_the_probability_of_the_fit(data, tmp_path):

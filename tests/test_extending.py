@@ -345,7 +345,7 @@ def test_a_residual_check_that_is_not_made_is_said_aloud():
     assert check.verdict == "not checked"
     assert check.reason == "family 'laplace' gives no distribution function"
     assert "cdf" in check.advice
-    assert "not checked: residuals" in str(without.diagnostics()).splitlines()[-1]
+    assert "not checked: residuals" in str(without.diagnostics())
 
     data, _ = mixed_model("bernoulli", 8, 8, seed=1)
     single = fit(MixedEffects(nn.Linear(1, 1).double(), "(1 | site)", "bernoulli"), data, **short)

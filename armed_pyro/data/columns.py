@@ -50,9 +50,13 @@ def code_outcome(
 def event_last(classes: pd.Index, event: Any, what: str) -> pd.Index:
     """Two classes with the event, the class whose probability is modelled, as the second.
 
+    Without an event, the classes as they are.
+
     >>> event_last(pd.Index(["case", "control"]), "case", "outcome").tolist()
     ['control', 'case']
     """
+    if event is None:
+        return classes
     if len(classes) != 2:
         raise ValueError(
             f"event={event!r} names one of two labels, but the {what} has {len(classes)}: "

@@ -113,11 +113,8 @@ class Schema:
         extra = parse_features(slopes)
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         columns = list(Formula(formula.terms + only_slopes).columns)
-        factors = {
-            *formula.categorical,
-            *extra.categorical,
-            *column_names(categorical, "categorical"),
-        }
+        named = column_names(categorical, "categorical")
+        factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
         for role, members in [("feature", columns), ("cluster", clusters)]:
             if outcome in members:
@@ -135,9 +132,8 @@ class Schema:
             as_numbers(table[name], "feature")
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
-            classes = code_labels(target, f"outcome {outcome!r}")[1]
-        if classes is not None and event is not None:
-            classes = event_last(classes, event, f"outcome {outcome!r}")
+            what = f"outcome {outcome!r}"
+            classes = event_last(code_labels(target, what)[1], event, what)
         return cls(
             outcome=outcome,
             terms=formula.terms,

@@ -14,15 +14,6 @@ from torch.nn.functional import logsigmoid
 __all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson", "LogitBinomial"]
 
 
-# Rates above this, of a diverged fit, are cut off when counts are drawn: torch refuses infinite
-# rates, and counts beyond 2^63 would wrap around.
-LARGEST_RATE = 1e15
-
-
-def _counts(rate: Tensor) -> Tensor:
-    return torch.poisson(rate.clamp(max=LARGEST_RATE))
-
-
 class LogPoisson(dist.Poisson):
     """Poisson distribution with a given log-rate.
 
@@ -35,10 +26,6 @@ class LogPoisson(dist.Poisson):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogPoisson:
         return LogPoisson(self.log_rate.expand(torch.Size(batch_shape)))
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return _counts(self.rate.expand(self._extended_shape(torch.Size(sample_shape))))
 
     def log_prob(self, value: Tensor) -> Tensor:
         return value * self.log_rate - self.rate - torch.lgamma(value + 1)
@@ -78,10 +65,6 @@ class LogNegativeBinomial(dist.NegativeBinomial):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogNegativeBinomial:
         return LogNegativeBinomial(self.log_mean.expand(torch.Size(batch_shape)), self.shape)
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return _counts(self._gamma.sample(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """No term grows with the shape: as it goes to infinity, they become those of a Poisson."""

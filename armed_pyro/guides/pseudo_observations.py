@@ -107,7 +107,7 @@ class PseudoObservations(nn.Module):
             values, vectors = (torch.cat(parts) for parts in zip(*pieces, strict=True))
             # Directions about which the rows say nothing get the location 0. Of a slope without an
             # intercept on x far from zero they say little: the limit is that of rounding.
-            rounding = 16 * torch.finfo(values.dtype).eps
+            rounding = min(1e-8, 16 * torch.finfo(values.dtype).eps)
             observed = values > rounding * values.amax(-1, keepdim=True).clamp(min=1e-8)
             inverse = torch.where(observed, values, torch.inf).reciprocal()
             solve = (vectors * inverse[..., None, :]) @ vectors.mT
