@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -123,13 +123,7 @@ class Schema:
                 )
         table = pick(table, [*reserved, *columns]).dropna().infer_objects()
 
-        levels = {
-            name: _levels(table[name], by_number=name in factors)
-            for name in columns
-            if name in factors or is_categorical(table[name])
-        }
-        for name in set(columns) - set(levels):
-            as_numbers(table[name], "feature")
+        levels = _levels_of(table[columns], factors)
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
             what = f"outcome {outcome!r}"
@@ -268,6 +262,17 @@ class Schema:
             raise ValueError(
                 f"This is not a schema written by Schema.to_json ({error!r}); save the fit again."
             ) from error
+
+
+def _levels_of(table: pd.DataFrame, factors: Collection[str]) -> dict[str, pd.Index]:
+    """Levels of the categorical columns of a table of features; the others must be numbers."""
+    levels = {}
+    for name, column in table.items():
+        if name in factors or is_categorical(column):
+            levels[str(name)] = _levels(column, by_number=name in factors)
+        else:
+            as_numbers(column, "feature")
+    return levels
 
 
 def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:
