@@ -116,11 +116,7 @@ class Schema:
         named = column_names(categorical, "categorical")
         factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
-        for role, members in [("feature", columns), ("cluster", clusters)]:
-            if outcome in members:
-                raise ValueError(
-                    f"The outcome {outcome!r} is also listed as a {role}; take it off that list."
-                )
+        _check_outcome(outcome, columns, clusters)
         table = pick(table, [*reserved, *columns]).dropna().infer_objects()
 
         levels = {
@@ -268,6 +264,14 @@ class Schema:
             raise ValueError(
                 f"This is not a schema written by Schema.to_json ({error!r}); save the fit again."
             ) from error
+
+
+def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str]) -> None:
+    for role, members in [("feature", features), ("cluster", clusters)]:
+        if outcome in members:
+            raise ValueError(
+                f"The outcome {outcome!r} is also listed as a {role}; take it off that list."
+            )
 
 
 def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:

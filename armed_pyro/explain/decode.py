@@ -239,7 +239,9 @@ class _Images:
             name = others[0] if others and columns is None else facts.outcome_name
         check_known("outcome", [name], (*others, facts.outcome_name))
         if name in others and columns is not None:
-            raise ValueError(f"`columns` are of the predictor: leave out either them or of={name!r}")
+            raise ValueError(
+                f"`columns` are of the predictor: leave out either them or of={name!r}"
+            )
         check_known("column of the predictor", columns or (), facts.columns)
         if name in others:
             return cls(model, factor, name, tuple(range(math.prod(facts.feature_shape))))
