@@ -20,7 +20,7 @@ from armed_pyro.random_effects.design import Block, FilterBlock, InputBlock, Lay
 __all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
 
 # Characters that a name can have only in backticks, and names that would be read as numbers.
-_QUOTED = re.compile(r"[+|()/*^]|-\s*1|^\d+$")
+_QUOTED = re.compile(r"[\s+|()/*^]|-\s*1|^\d+$")
 
 
 class Term(ABC):
@@ -98,7 +98,7 @@ class RandomEffects(Term):
         bar = "|" if self.correlated or self.covariance is not None else "||"
         kind = "" if self.covariance is None else str(covariance_named(self.covariance))
         slopes = [
-            f"factor({quoted(name)})" if name in self.categorical else quoted(name)
+            f"factor(`{name}`)" if name in self.categorical else quoted(name)
             for name in self.slopes
         ]
         effects = " + ".join(["1" if self.intercept else "0", *slopes])

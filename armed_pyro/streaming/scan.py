@@ -111,8 +111,8 @@ def scan(
         dropped = f"{table.n_rows - n_rows} of {count_rows(table.n_rows)}"
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
     frame = table.take(witnesses)
-    settings: dict[str, Any] = {"features": features, "categorical": categorical, **roles}
-    settings |= {"weights_kind": weights_kind, "event": event}
+    settings: dict[str, Any] = {"features": features, "weights_kind": weights_kind, **roles}
+    settings.update(categorical=categorical, event=event)
     schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **settings)
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: labels for name, (labels, _) in labels_counts.items()}

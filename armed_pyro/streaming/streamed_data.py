@@ -98,7 +98,7 @@ class StreamedData:
             )
         weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
-        roles |= {"categorical": categorical, "weights_kind": kind}
+        roles.update(categorical=categorical, weights_kind=kind)
         scanned = scan(
             table,
             outcome,
