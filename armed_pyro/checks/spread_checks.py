@@ -163,6 +163,7 @@ def _dispersion(residuals: QuantileResiduals, z: np.ndarray, family: Family) -> 
     total, n = (z**2).sum(0), len(z)
     chi2 = scipy.stats.chi2
     p = float(np.median(2 * np.minimum(chi2.sf(total, n), chi2.cdf(total, n)).clip(max=0.5)))
+
     def advice(test: Tested) -> str:
         if test.effect < 1:
             return "another family: the outcomes vary less than it allows"
