@@ -372,14 +372,14 @@ def test_data_too_large_for_a_step_are_taken_in_whole_clusters(family, random, m
     # Room for 199 of the 200 rows: with their particles, and the search's draws of other factors.
     batches = limit_steps(monkeypatch, step=2 * 199 * particles, search=199 * draws)
     parts = []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         one = run(model, data, refine=False, schedule=schedule, seed=seed)
         used = batches[-len(one.history.loss) :]
         assert {len(rows) for rows in used} == {95}, "19 of the sites, all their rows"
         drawn = {tuple(rows.memberships["site"].index.tolist()) for rows in used}
         assert len(drawn) == len(used)
         parts.append(one)
-    # Each run ends in the noise of its last steps, of 0.15 posterior sds.
+    # Each run ends in the noise of its last steps: means of 0.15 posterior sds, sds of up to 0.3.
     assert_same_posterior([whole], parts, mean=0.2, sd=1.25)
 
 
