@@ -436,9 +436,9 @@ def test_split_rows_by_another_factor():
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 20])
 def test_bad_fractions(fraction):
     data = encode(make_frame())
-    with pytest.raises(ValueError, match="fraction must lie between 0 and 1, found"):
+    with pytest.raises(ValueError, match="fraction must lie between 0 and 1, not"):
         data.split_rows(fraction, seed=0)
-    with pytest.raises(ValueError, match="fraction must lie between 0 and 1, found"):
+    with pytest.raises(ValueError, match="fraction must lie between 0 and 1, not"):
         data.hold_out_clusters("site", fraction=fraction)
 
 

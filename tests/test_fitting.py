@@ -372,14 +372,14 @@ def test_data_too_large_for_a_step_are_taken_in_whole_clusters(family, random, m
     # Room for 199 of the 200 rows: with their particles, and the search's draws of other factors.
     batches = limit_steps(monkeypatch, step=2 * 199 * particles, search=199 * draws)
     parts = []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         one = run(model, data, refine=False, schedule=schedule, seed=seed)
         used = batches[-len(one.history.loss) :]
         assert {len(rows) for rows in used} == {95}, "19 of the sites, all their rows"
         drawn = {tuple(rows.memberships["site"].index.tolist()) for rows in used}
         assert len(drawn) == len(used)
         parts.append(one)
-    # Each run ends in the noise of its last steps, of 0.15 posterior sds.
+    # Each run ends in the noise of its last steps: means of 0.15 posterior sds, sds of up to 0.3.
     assert_same_posterior([whole], parts, mean=0.2, sd=1.25)
 
 
@@ -443,7 +443,9 @@ def assert_usable(result, data):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_network_that_breaks_is_reported_with_step_and_cause(value):
     data = make_data()
-    with pytest.raises(DivergenceError, match=r"step 6.*lower bound is not finite") as caught:
+    with pytest.raises(
+        DivergenceError, match=r"step 6.*(lower bound|gradient) is not finite"
+    ) as caught:
         run(make_model(Breaks(5, value)), data, schedule=Schedule(steps=20, window=2))
     assert_usable(caught.value.fit, data)
     assert len(caught.value.fit.history.loss) == 5
@@ -535,9 +537,9 @@ def test_each_adversary_has_its_own_accuracy():
 
 
 def test_a_table_without_roles_is_refused_with_the_way_to_give_them():
-    with pytest.raises(TypeError, match=r"is a DataFrame.*ClusteredData\.from_frame"):
+    with pytest.raises(TypeError, match=r"found a DataFrame.*ClusteredData\.from_frame"):
         fit(make_model(), pd.DataFrame({"y": [1.0]}), progress=False)
-    with pytest.raises(TypeError, match=r"must be Priors\(.*not dict"):
+    with pytest.raises(TypeError, match=r"a dict.*Pass Priors\("):
         MixedEffects(torch.nn.Linear(1, 1), "(1 | site)", priors={"sd": 1.0})
     with pytest.raises(TypeError, match=r"random effects are text"):
         MixedEffects(torch.nn.Linear(1, 1), None)

@@ -640,16 +640,12 @@ def test_what_does_not_fit_together(name):
 @pytest.mark.parametrize(
     ("outcome", "factor", "head"),
     [
-        ("site", "site", False),
-        ("site_sd", "site", False),
         ("residual_sd", "site", False),
         ("row", "site", False),
         ("fixed_effect", "site", True),
-        ("y", "row", False),
-        ("y", "draws", False),
     ],
 )
-def test_names_that_the_program_needs_itself(outcome, factor, head):
+def test_outcomes_cannot_have_the_names_of_the_programs_sites(outcome, factor, head):
     data = ClusteredData.from_arrays(
         np.random.default_rng(0).normal(size=(N, 2)),
         np.arange(N),
@@ -658,6 +654,19 @@ def test_names_that_the_program_needs_itself(outcome, factor, head):
     )
     with pytest.raises(ValueError, match=r"two quantities .* would be called"):
         bind(f"(1 | {factor})", data=data, bayesian_head=head)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "factor"), [("site", "site"), ("site_sd", "site"), ("y", "row"), ("y", "draws")]
+)
+@pytest.mark.filterwarnings("ignore:names that are taken")
+def test_factors_with_the_names_of_other_sites_get_names_of_their_own(outcome, factor):
+    x, labels = np.random.default_rng(0).normal(size=(N, 2)), {factor: np.arange(N) % K}
+    data = ClusteredData.from_arrays(x, np.arange(N), labels, outcome_name=outcome)
+    model, *_ = bind(f"(1 | {factor})", data=data)
+    trace = poutine.trace(model).get_trace(model.encode(data).all())  # an error if a name is twice
+    assert trace.nodes[outcome]["is_observed"]
+    assert trace.nodes[model.factors[0].effect_site]["value"].shape == (K, 1)
 
 
 def test_bad_settings():

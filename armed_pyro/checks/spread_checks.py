@@ -26,6 +26,7 @@ from armed_pyro.checks.score_tests import (
     without_curve,
     without_slopes,
 )
+from armed_pyro.families.family import Family
 from armed_pyro.inference.posterior import Posterior
 
 __all__ = ["DISPERSION_FIRST", "dispersion_checks", "shape_checks", "spread_checks"]
@@ -47,12 +48,12 @@ def dispersion_checks(
     family = posterior.model.family
     if residuals.z is None or residuals.zeros is None:
         return [], residuals
-    dispersion = _dispersion(residuals, residuals.z, family.name)
+    dispersion = _dispersion(residuals, residuals.z, family)
     zeros = _zeros(residuals, residuals.zeros)
     if dispersion.verdict in ("pass", "not checked"):
         return [dispersion, zeros], residuals
     # Zeros, spread and tails follow from the dispersion, and would be reported again.
-    if family.name == "poisson":
+    if family.is_equidispersed:
         zeros = _zeros(residuals, overdispersed_zeros(residuals.outcome, residuals.zeros))
     else:
         zeros = unchecked(ZEROS.name, DISPERSION_FIRST)
@@ -157,26 +158,22 @@ def _log_sd(test: Tested) -> Tested:
     return Tested(test.subject, test.effect / SPREAD_PER_LOG_SD, test.p)
 
 
-def _dispersion(residuals: QuantileResiduals, z: np.ndarray, family: str) -> Check:
+def _dispersion(residuals: QuantileResiduals, z: np.ndarray, family: Family) -> Check:
     """Sum of squared residuals, which is chi-square if the family is right."""
     total, n = (z**2).sum(0), len(z)
     chi2 = scipy.stats.chi2
     p = float(np.median(2 * np.minimum(chi2.sf(total, n), chi2.cdf(total, n)).clip(max=0.5)))
-    larger = {
-        "poisson": "use family negative_binomial, or add (1 | row), a random intercept of each row",
-        "binomial": "add (1 | row), a random intercept of each row",
-    }
 
     def advice(test: Tested) -> str:
         if test.effect < 1:
             return "another family: the outcomes vary less than it allows"
-        return larger.get(family, "another family: the outcomes vary more than it allows")
+        return family.if_overdispersed
 
     word = "more" if total.mean() > n else "less"
     return DISPERSION.judge(
         [Tested("", residuals.dispersion, p)],
-        f"the outcomes vary as much as family {family!r} allows",
-        f"the outcomes vary {word} than family {family!r} allows",
+        f"the outcomes vary as much as family {family.name!r} allows",
+        f"the outcomes vary {word} than family {family.name!r} allows",
         advice,
     )
 

@@ -174,9 +174,16 @@ class ClusteredData:
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
         for role, name in roles.items():
             check_type(name, (str, type(None)), role, "It is the name of a column.")
-        roles.update(features=features, slopes=slopes, categorical=categorical)
         schema = Schema.infer(
-            frame, outcome=outcome, clusters=clusters, event=event, weights_kind=kind, **roles
+            frame,
+            outcome=outcome,
+            clusters=clusters,
+            features=features,
+            slopes=slopes,
+            categorical=categorical,
+            event=event,
+            weights_kind=kind,
+            **roles,
         )
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -116,14 +116,16 @@ class Schema:
         named = column_names(categorical, "categorical")
         factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
-        for role, members in [("feature", columns), ("cluster", clusters)]:
-            if outcome in members:
-                raise ValueError(
-                    f"The outcome {outcome!r} is also listed as a {role}; take it off that list."
-                )
+        _check_outcome(outcome, columns, clusters)
         table = pick(table, [*reserved, *columns]).dropna().infer_objects()
 
-        levels = _levels_of(table[columns], factors)
+        levels = {
+            name: _levels(table[name], by_number=name in factors)
+            for name in columns
+            if name in factors or is_categorical(table[name])
+        }
+        for name in set(columns) - set(levels):
+            as_numbers(table[name], "feature")
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
             what = f"outcome {outcome!r}"
@@ -264,15 +266,12 @@ class Schema:
             ) from error
 
 
-def _levels_of(table: pd.DataFrame, factors: Collection[str]) -> dict[str, pd.Index]:
-    """Levels of the categorical columns of a table of features; the others must be numbers."""
-    levels = {}
-    for name, column in table.items():
-        if name in factors or is_categorical(column):
-            levels[str(name)] = _levels(column, by_number=name in factors)
-        else:
-            as_numbers(column, "feature")
-    return levels
+def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str]) -> None:
+    for role, members in [("feature", features), ("cluster", clusters)]:
+        if outcome in members:
+            raise ValueError(
+                f"The outcome {outcome!r} is also listed as a {role}; take it off that list."
+            )
 
 
 def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:

@@ -71,6 +71,10 @@ class Poisson(CountFamily):
     """y ~ Poisson(exp(eta)), log link."""
 
     name = "poisson"
+    is_equidispersed = True
+    if_overdispersed = (
+        "use family negative_binomial, or add (1 | row), a random intercept of each row"
+    )
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return LogPoisson(eta[..., 0])

@@ -107,6 +107,10 @@ class Family(ABC):
     # The reason, if single rows cannot tell the sd of an effect of every row, (1 | row), apart.
     no_row_effects: ClassVar[str] = ""
     no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
+    # Advice for outcomes that vary more than the family allows.
+    if_overdispersed: ClassVar[str] = "another family: the outcomes vary more than it allows"
+    # Whether the variance is the mean, so that overdispersion alone makes more zeros.
+    is_equidispersed: ClassVar[bool] = False
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

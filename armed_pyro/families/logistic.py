@@ -75,6 +75,7 @@ class Binomial(LogitFamily):
     """y ~ Binomial(trials, 1 / (1 + exp(-eta))), logit link."""
 
     name = "binomial"
+    if_overdispersed = "add (1 | row), a random intercept of each row"
     support = "whole numbers from 0 to the row's trials"
     needs_trials = True
     statistics = ("mean", "sd", "zeros")

@@ -20,7 +20,7 @@ from armed_pyro.random_effects.design import Block, FilterBlock, InputBlock, Lay
 __all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
 
 # Characters that a name can have only in backticks, and names that would be read as numbers.
-_QUOTED = re.compile(r"[+|()/*^]|-\s*1|^\d+$")
+_QUOTED = re.compile(r"[\s+|()/*^]|-\s*1|^\d+$")
 
 
 class Term(ABC):
