@@ -541,5 +541,5 @@ def test_a_table_without_roles_is_refused_with_the_way_to_give_them():
         fit(make_model(), pd.DataFrame({"y": [1.0]}), progress=False)
     with pytest.raises(TypeError, match=r"a dict.*Pass Priors\("):
         MixedEffects(torch.nn.Linear(1, 1), "(1 | site)", priors={"sd": 1.0})
-    with pytest.raises(TypeError, match=r"random effects are text"):
+    with pytest.raises(TypeError, match=r"found None\. Write .*without random effects"):
         MixedEffects(torch.nn.Linear(1, 1), None)
