@@ -16,7 +16,7 @@ from armed_pyro._messages import INTEGER, check_type, unknown
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
-    check_rows,
+    check_trials,
     code_outcome,
     finite_tensor,
     named_features,
@@ -24,7 +24,7 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, check_several
-from armed_pyro.data.label_matching import match_labels
+from armed_pyro.data.label_matching import places_of
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.stratify import check_fraction, stratified_order
 from armed_pyro.data.weights import as_weights, check_weights, weights_role
@@ -99,8 +99,7 @@ class ClusteredData:
             if length != self.n_rows:
                 raise ValueError(f"{name!r} has {length} rows, the features have {self.n_rows}.")
         if self.trials is not None:
-            valid = (self.trials >= 1) & (self.trials % 1 == 0)
-            check_rows(self.trials, valid, "trials", "positive whole numbers", self.row_labels)
+            check_trials(self.trials, self.row_labels)
         if self.weights is not None:
             check_weights(self.weights, self.weights_kind, self.row_labels)
 
@@ -452,11 +451,9 @@ class ClusteredData:
     def _order(self, by: str | None, seed: int) -> np.ndarray:
         """`stratified_order` of the rows, by a factor or the first one."""
         factor = by or next(iter(self.groupings), None)
-        clusters = np.zeros(self.n_rows, np.int64)
-        if factor is not None:
-            clusters = self.grouping(factor).codes.numpy()
-        y = self.outcome
-        outcome = None if y is None or y.ndim != 1 else y.numpy()
+        none = np.zeros(self.n_rows, np.int64)
+        clusters = none if factor is None else self.grouping(factor).codes.numpy()
+        outcome = None if self.outcome is None else self.outcome.numpy()
         return stratified_order(clusters, outcome, seed, categorical=self.classes is not None)
 
     def hold_out_clusters(
@@ -473,10 +470,7 @@ class ClusteredData:
         if (fraction is None) == (labels is None):
             raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
         if labels is not None:
-            chosen = pd.Index(labels).unique()
-            positions = match_labels(chosen, grouping.levels, f"labels= for {factor!r}")
-            if missing := chosen[positions < 0].tolist():
-                raise unknown(f"cluster of {factor!r} called", missing[0], grouping.levels)
+            positions = places_of(labels, grouping.levels, factor)
         else:
             n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
             positions = np.random.default_rng(seed).permutation(grouping.n_clusters)[:n_held]

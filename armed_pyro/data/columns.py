@@ -125,6 +125,12 @@ def check_rows(values: Tensor, valid: Tensor, what: str, expected: str, labels: 
         )
 
 
+def check_trials(trials: Tensor, labels: pd.Index) -> None:
+    """Raise ValueError unless every row has a positive whole number of trials."""
+    valid = (trials >= 1) & (trials % 1 == 0)
+    check_rows(trials, valid, "trials", "positive whole numbers", labels)
+
+
 def check_varying(names: Sequence[str], varying: Tensor) -> None:
     """Raise ValueError if a feature is the same in all training rows."""
     if constant := ", ".join(repr(names[int(i)]) for i in (~varying).nonzero()):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from armed_pyro._messages import listing
+from armed_pyro._messages import listing, unknown
 
 # Text that a reader of CSV files may take for a whole number, and number columns may have become.
 _WHOLE = re.compile(r"(-?)0*(\d+)(\.0*)?")
@@ -149,3 +149,12 @@ def under_known_labels(labels: pd.Index, known: pd.Index, what: str) -> pd.Index
         return known.take(places)
     pairs: Sequence[tuple[Any, int]] = list(zip(labels, places, strict=True))
     return pd.Index([label if place < 0 else known[place] for label, place in pairs])
+
+
+def places_of(labels: Any, known: pd.Index, factor: str) -> Int[np.ndarray, " labels"]:
+    """Positions of a factor's labels in `known`; ValueError for the first label that is new."""
+    chosen = pd.Index(labels).unique()
+    places = match_labels(chosen, known, f"labels= for {factor!r}")
+    if missing := chosen[places < 0].tolist():
+        raise unknown(f"cluster of {factor!r} called", missing[0], known)
+    return places

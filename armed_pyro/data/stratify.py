@@ -12,7 +12,7 @@ from armed_pyro._messages import check_probability
 
 def stratified_order(
     clusters: Int[np.ndarray, " rows"],
-    outcome: Shaped[np.ndarray, " rows"] | None,
+    outcome: Shaped[np.ndarray, " rows ..."] | None,
     seed: int,
     *,
     categorical: bool,
@@ -27,7 +27,7 @@ def stratified_order(
     """
     rng, n = np.random.default_rng([seed, 0]), len(clusters)
     strata = np.zeros(n, dtype=np.int64)
-    if outcome is not None:
+    if outcome is not None and outcome.ndim == 1:
         values, codes = np.unique(outcome, return_inverse=True)
         strata = codes if categorical or len(values) <= 10 else strata
     counts = np.bincount(clusters)
