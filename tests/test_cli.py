@@ -259,10 +259,10 @@ def test_fit_reads_designs_as_lme4_does(data, tmp_path, random, features, more, 
         (["--net", "dense", "--slopes-on", "9"], "no module '9'"),
         (
             ["--validate-rows", "1.5"],
-            "--validate-rows must lie between 0 and 1, found 1.5",
+            "--validate-rows must lie between 0 and 1, not 1.5",
         ),
-        (["--hold-out-clusters", "20"], "--hold-out-clusters must lie between 0 and 1, found 20"),
-        (["--prob", "95"], "--prob must lie between 0 and 1, found 95.0: 95% is 0.95"),
+        (["--hold-out-clusters", "20"], "--hold-out-clusters must lie between 0 and 1, not 20"),
+        (["--prob", "95"], "--prob must lie between 0 and 1, not 95: write 0.95"),
         (["--draws", "1"], "--draws must be at least 2"),
         (["--family", "normal"], "did you mean 'gaussian'"),
         (["--features", "AGE"], "Did you mean 'age'"),
@@ -535,7 +535,7 @@ def test_report_command(run, tmp_path):
     refused("report", tmp_path, "--out", path, message=str(tmp_path))
     refused("report", run, "--out", tmp_path / "report.pdf", message="HTML only")
     refused("report", run, "--out", tmp_path, message="is a folder")
-    refused("report", run, "--out", path, "--prob", 95, message="95% is 0.95")
+    refused("report", run, "--out", path, "--prob", 95, message="write 0.95")
 
 
 def test_report_and_predictions_have_the_probability_of_the_fit(data, tmp_path):

@@ -254,7 +254,7 @@ def test_fixed_effects_and_probability_are_saved(saved, tmp_path):
     written = pd.read_csv(tmp_path / "run" / "fixed_effects.csv", keep_default_na=False)
     pd.testing.assert_frame_equal(written, result.fixed_effects(prob=0.5), check_dtype=False)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))["prob"] == 0.5
-    with pytest.raises(ValueError, match=r"95% is 0\.95"):
+    with pytest.raises(ValueError, match=r"write 0\.95"):
         result.save(tmp_path / "other", prob=95)
     assert not (tmp_path / "other").exists()
 
