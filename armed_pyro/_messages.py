@@ -79,6 +79,15 @@ def listing(items: Iterable[Any], most: int = 10) -> str:
     return ", ".join(shown[:most]) + rest if shown else "none"
 
 
+def cause(error: BaseException) -> str:
+    """The first line of an error's message, or its name.
+
+    >>> cause(ValueError("the draws are not finite")), cause(ZeroDivisionError())
+    ('the draws are not finite', 'ZeroDivisionError')
+    """
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def count_rows(count: int) -> str:
     """A number of rows as text: ``1 row``, ``2 rows``."""
     return f"{count} row" if count == 1 else f"{count} rows"

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from armed_pyro._messages import cause
+
 __all__ = [
     "BROKEN",
     "LEVEL",
@@ -16,7 +18,6 @@ __all__ = [
     "Check",
     "Part",
     "Word",
-    "cause",
     "checked",
     "failed",
     "severity",
@@ -121,7 +122,7 @@ def severity(effect: float, warn: float, fail: float = math.inf, *, noise: bool 
     return "fail" if effect >= fail else "warn"
 
 
-def failed(part: Part, name: str, cause: str) -> Check:
+def failed(part: Part, name: str, reason: str) -> Check:
     """The check that could not be computed; it fails, as what it guards against may be true.
 
     Examples
@@ -130,7 +131,7 @@ def failed(part: Part, name: str, cause: str) -> Check:
     'fail'
     """
     advice = "find the cause first: look for values that overflow, such as an offset not logged"
-    return Check(part, name, "fail", f"could not be computed: {cause}", advice=advice)
+    return Check(part, name, "fail", f"could not be computed: {reason}", advice=advice)
 
 
 def checked(part: Part, name: str, checks: Callable[[], Iterable[Check]]) -> Iterator[Check]:
@@ -145,14 +146,3 @@ def checked(part: Part, name: str, checks: Callable[[], Iterable[Check]]) -> Ite
         yield from checks()
     except BROKEN as error:
         yield failed(part, name, cause(error))
-
-
-def cause(error: BaseException) -> str:
-    """The first line of an error's message, or its name.
-
-    Examples
-    --------
-    >>> cause(ValueError("the draws are not finite")), cause(ZeroDivisionError())
-    ('the draws are not finite', 'ZeroDivisionError')
-    """
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy.linalg import solve_triangular
 from torch import Tensor
 
-from armed_pyro.checks.check import Check, severity
+from armed_pyro.checks.check import Check, Word
 from armed_pyro.inference.posterior import Posterior
 
 __all__ = ["dependencies", "design_checks", "separating"]
@@ -40,7 +40,7 @@ def design_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
     rows = model.encode(posterior.data.take(np.sort(chosen))).all()
     x = rows.x.double().cpu().numpy()[:, facts.kept]
     intercept = model.has_intercept
-    yield _rank(posterior, x, intercept)
+    yield _rank(posterior, x, names, intercept)
     sides = _sides(posterior, rows.outcome().double().cpu().numpy(), rows.trials)
     if sides is not None:
         yield _separation(x, sides, names, intercept)
@@ -49,9 +49,9 @@ def design_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
 # --- rank -------------------------------------------------------------------------------------
 
 
-def _rank(posterior: Posterior, x: Columns, intercept: bool) -> Check:
+def _rank(posterior: Posterior, x: Columns, names: tuple[str, ...], intercept: bool) -> Check:
     facts = posterior.model.data_facts()
-    names = tuple(facts.feature_names[place] for place in facts.kept)
+    verdict: Word
     mean = tuple(facts.feature_mean[place] for place in facts.kept)
     scale = tuple(facts.feature_scale[place] for place in facts.kept)
     found = dependencies(x, names, mean, scale, intercept)
@@ -62,10 +62,9 @@ def _rank(posterior: Posterior, x: Columns, intercept: bool) -> Check:
             f"{columns}, so that their coefficients are partly their prior (rank of the design)"
         )
         advice = "leave columns out, or interpret predictions, not coefficients"
-        verdict = severity(1.0, 0.5)
+        verdict = "warn"
     elif found:
-        worse = "fail" if least <= ROUNDING else "warn"
-        verdict = severity(1.0, 0.5, 1.0 if worse == "fail" else 2.0)
+        verdict = "fail" if least <= ROUNDING else "warn"
         listed = "; ".join(list(found)[:MOST_TERMS]) + ("; ..." if len(found) > MOST_TERMS else "")
         kind = "are" if least <= ROUNDING else "are nearly"
         reason = (

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import pandas as pd
 from torch import Tensor
 
-from armed_pyro.checks.check import BROKEN, SEVERITY, Check, Part, cause, checked, failed
+from armed_pyro._messages import cause
+from armed_pyro.checks.check import BROKEN, SEVERITY, Check, Part, checked, failed
 from armed_pyro.checks.design_checks import design_checks
 from armed_pyro.checks.inference_checks import EXACT, finite_draws, inference_checks
 from armed_pyro.checks.misfit_checks import misfit_checks

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
-from armed_pyro.checks.check import BROKEN, Check, cause, checked, failed
+from armed_pyro._messages import cause
+from armed_pyro.checks.check import BROKEN, Check, checked, failed
 from armed_pyro.checks.findings import unchecked
 from armed_pyro.checks.order_checks import order_checks
 from armed_pyro.checks.outlier_checks import outlier_checks

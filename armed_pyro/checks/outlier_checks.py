@@ -8,13 +8,12 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import scipy
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.checks.check import Check, severity
 from armed_pyro.checks.findings import Kind, unchecked
-from armed_pyro.checks.quantile_residuals import QuantileResiduals
+from armed_pyro.checks.quantile_residuals import MOST_DRAWS, QuantileResiduals
 from armed_pyro.checks.score_tests import Tested
 from armed_pyro.checks.spread_checks import DISPERSION_FIRST
 from armed_pyro.guides.base import selected
@@ -28,7 +27,7 @@ CLUSTERS = Kind("outlying clusters", "distance from the mean, in sds,", 3.0, 6.0
 ROWS = Kind("outlying rows", "size of the residual, in sds,", 4.0, 8.0)
 INFLUENCE, INFLUENTIAL = "influence of clusters", 1.5
 MOST_WORST = 20
-MOST_DRAWS, MOST_EFFECTS = 40, 2**22
+MOST_EFFECTS = 2**22
 
 
 def outlier_checks(
@@ -65,12 +64,9 @@ def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[C
         drawn = selected(
             latents, slice(max(5, min(MOST_DRAWS, MOST_EFFECTS // effects[0].numel())))
         )
-        u = drawn[factor.effect_site]
-        scale = factor.scale_matrix(drawn)
-        scale = scale.expand(len(u), 1, *scale.shape[-2:])[:, 0]
-        z = torch.linalg.solve_triangular(scale, u.mT, upper=False)
-        squares = z.square().sum(-2).double().cpu().numpy()  # draws clusters
-        p = np.median(scipy.stats.chi2.sf(squares, u.shape[-1]), axis=0)
+        z = factor.whitened(drawn)
+        squares = z.square().sum(-1).double().cpu().numpy()  # draws clusters
+        p = np.median(scipy.stats.chi2.sf(squares, z.shape[-1]), axis=0)
         distance = np.sqrt(squares.mean(0))
         labels = posterior.model.data_facts().levels[factor.name]
         tests += _worst(distance, p, partial(_label, factor.name, labels))

@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.checks.check import LEVEL, Check, severity
-from armed_pyro.checks.predictive_checks import PIVOTAL_DRAWS
-from armed_pyro.checks.quantile_residuals import QuantileResiduals
+from armed_pyro.checks.quantile_residuals import MOST_DRAWS, QuantileResiduals
 from armed_pyro.checks.rank_tests import holm
 from armed_pyro.families.family import Family
 from armed_pyro.guides.base import selected
@@ -130,11 +129,9 @@ def effect_shapes(factor: Factor, latents: Draws, *, seed: int = 0) -> list[Shap
         return []
     generator = torch.Generator().manual_seed(seed)
     clusters = torch.randperm(effects.shape[1], generator=generator)[:MOST_CLUSTERS]
-    effects = effects[:PIVOTAL_DRAWS, clusters]
-    draws = selected(latents, slice(PIVOTAL_DRAWS))
-    scale = factor.scale_matrix(draws).expand(len(effects), 1, -1, -1)
-    z = torch.linalg.solve_triangular(scale, effects[..., None], upper=False)[..., 0]
-    by_draw = z.double().cpu().numpy()
+    draws = selected(latents, slice(MOST_DRAWS))
+    draws[factor.effect_site] = draws[factor.effect_site][:, clusters]
+    by_draw = factor.whitened(draws).double().cpu().numpy()
     if not np.isfinite(by_draw).all():
         raise ValueError("the random effects' draws are not finite")
     n, shapes = by_draw.shape[1], []

@@ -13,17 +13,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from armed_pyro.checks.check import BROKEN, LEVEL, Check, cause, failed, severity
+from armed_pyro._messages import cause
+from armed_pyro.checks.check import BROKEN, LEVEL, Check, failed, severity
 from armed_pyro.checks.rank_tests import holm
 from armed_pyro.families.family import Family
-from armed_pyro.guides.base import selected
+from armed_pyro.guides.base import n_draws, selected
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["MOST_ROWS", "PIVOTAL_DRAWS", "ClusterChecks", "cluster_checks", "predictive_checks"]
+__all__ = ["MOST_ROWS", "ClusterChecks", "cluster_checks", "predictive_checks"]
 
 
 Draws = Mapping[str, Tensor]
@@ -31,7 +32,6 @@ Discrepancy = tuple[float, float, tuple[float, float]]
 # Larger data are checked in a random sample of this size: a misfit that only shows in more rows or
 # clusters is too small to matter.
 MOST_ROWS = 50_000
-PIVOTAL_DRAWS = 40  # draws by which residuals and random effects are checked
 BLOCK = 2**20  # rows times draws of one block of replications
 LARGEST_COUNT = 2.0**53  # beyond which counts are no longer exact
 # Deviation of the clusters' statistics relative to that of replications, which matters.
@@ -91,7 +91,7 @@ def cluster_checks(
     rows, position, labels = _sampled_rows(posterior, factor, seed)
     counts = torch.bincount(position, minlength=len(labels)).to(model.reference())
     observed = _statistics(rows.outcome()[None], position, counts, model)
-    n = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+    n = n_draws(latents) or 1
     # Torch makes random numbers 16 at a time. With blocks that are multiples of 16 draws, most
     # families give the same numbers as in a single block. Negative binomial and categorical
     # outcomes do not, because they take several passes.

@@ -23,7 +23,7 @@ from armed_pyro.program.predictor import modulates
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 
-__all__ = ["MeanResiduals", "QuantileResiduals"]
+__all__ = ["MOST_DRAWS", "MeanResiduals", "QuantileResiduals"]
 
 
 # Larger data are checked in whole clusters of about this number of rows.

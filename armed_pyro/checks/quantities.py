@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.summaries.datatree import latent_dataset
 
@@ -27,7 +28,7 @@ def reported(
     """
     effects = {factor.effect_site for factor in posterior.model.factors}
     outside = {name: value for name, value in latents.items() if name not in effects}
-    n = max([1, *(len(value) for value in outside.values() if value.dim() > 1)])
+    n = n_draws(outside) or 1
     values: dict[str, Float[np.ndarray, " draws"]] = {}
     for name, array in latent_dataset(posterior.model, outside, n).data_vars.items():
         draws = array.to_numpy()[0].astype(float)

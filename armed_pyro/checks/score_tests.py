@@ -171,9 +171,8 @@ def between_clusters(
     if not scale > 0:
         return None
     a = a / scale
-    count = int(codes.max()) + 1
-    sums = scipy.sparse.csr_array((a, (codes, np.arange(len(codes)))), (count, len(codes)))
-    s = np.bincount(codes, a**2, count)
+    sums, s = _cluster_sums(a, codes)
+    count = len(s)
     informed = s > 1e-6 * len(a) / count
     if informed.sum() < 5:
         return None
@@ -197,10 +196,17 @@ def without_curve(z: Residuals, basis: Float[np.ndarray, "rows columns"]) -> Res
 
 def without_slopes(z: Residuals, a: Rows, codes: Int[np.ndarray, " rows"]) -> Residuals:
     """Residuals without a slope on a, fitted in every cluster by least squares."""
+    sums, s = _cluster_sums(a, codes)
+    return np.asarray(z - a[:, None] * ((sums @ z) / np.where(s, s, 1)[:, None])[codes])
+
+
+def _cluster_sums(
+    a: Rows, codes: Int[np.ndarray, " rows"]
+) -> tuple[scipy.sparse.csr_array, Float[np.ndarray, " clusters"]]:
+    """The matrix that sums a z by cluster, and the clusters' sums of a^2."""
     count = int(codes.max()) + 1
     sums = scipy.sparse.csr_array((a, (codes, np.arange(len(codes)))), (count, len(codes)))
-    s = np.bincount(codes, a**2, count)
-    return np.asarray(z - a[:, None] * ((sums @ z) / np.where(s, s, 1)[:, None])[codes])
+    return sums, np.bincount(codes, a**2, count)
 
 
 def spread_scores(z: Residuals) -> Residuals:

@@ -203,11 +203,16 @@ def _cluster_columns(
     return list(dict.fromkeys(name for names in columns for name in names))
 
 
+def _listed(text: str) -> list[str]:
+    """Names from a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _features(text: str | None, table: Collection[str]) -> list[str] | str | None:
     """Columns from a list with commas, or a formula."""
     if text is None:
         return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = _listed(text)
     unknown = [name for name in names if name not in table]
     formula = unknown and (len(names) == 1 or any(character in text for character in "+:*^`()~|"))
     return text if formula else names
@@ -215,7 +220,7 @@ def _features(text: str | None, table: Collection[str]) -> list[str] | str | Non
 
 def _categorical(text: str | None, terms: Sequence[Term]) -> list[str]:
     """Columns of --categorical, and those in factor() in the random effects."""
-    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    names = _listed(text or "")
     names += [n for term in terms if isinstance(term, RandomEffects) for n in term.categorical]
     return list(dict.fromkeys(names))
 

@@ -77,8 +77,7 @@ def variable_name(name: str) -> str:
     >>> variable_name("km/h"), variable_name("draw"), variable_name("a:b")
     ('km_h', 'draw_', 'a:b')
     """
-    name = name.replace("/", "_")
-    return f"{name}_" if name in RESERVED else name
+    return free_name(name.replace("/", "_"), RESERVED)
 
 
 def label_values(labels: pd.Index) -> Shaped[np.ndarray, " labels"]:

@@ -20,7 +20,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.taps import module_at, tapped
-from armed_pyro.program.linearize import mean_draws, sensitivities
+from armed_pyro.program.linearize import mean_fixed_effects, sensitivities
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import InputBlock
@@ -260,7 +260,7 @@ def _between(
     chosen: list[int],
 ) -> dict[str, Tensor]:
     """Draws of every cluster's deviation from each slope, and of the sd of these deviations."""
-    point = {k: v for k, v in mean_draws(model, latents).items() if k == "fixed_effect"}
+    point = mean_fixed_effects(model, latents)
 
     def phi(x: Tensor) -> Float[Tensor, "terms columns"]:
         rows = replace(model.data_facts().one_row(model.reference()), x=x)

@@ -20,7 +20,7 @@ from armed_pyro._plotting import INK, PLAIN
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import free_name, label_values
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.program.linearize import mean_draws
+from armed_pyro.program.linearize import mean_fixed_effects
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.grouping_factor import Factor, factor_named
 from armed_pyro.rows.batch import Membership
@@ -202,7 +202,7 @@ def _walk(
 ) -> tuple[Float[Tensor, "steps pixels"], Float[Tensor, " terms"], float]:
     """Images along the largest component, the effects at step 1, and its share of the variance."""
     model, factor = source.model, source.factor
-    head = {k: v for k, v in mean_draws(model, latents).items() if k == "fixed_effect"}
+    head = mean_fixed_effects(model, latents)
     covariance = factor.covariance(latents)
     covariance = covariance.reshape(-1, *covariance.shape[-2:]).mean(0)
     values, vectors = torch.linalg.eigh(covariance.double())

@@ -19,7 +19,13 @@ from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["curvature", "mean_draws", "reconstruction_slopes", "sensitivities"]
+__all__ = [
+    "curvature",
+    "mean_draws",
+    "mean_fixed_effects",
+    "reconstruction_slopes",
+    "sensitivities",
+]
 
 # Up to MOST_EXACT effects, the curvature of a reconstruction is exact; beyond that it is estimated
 # from this number of random combinations of a row's values.
@@ -140,10 +146,15 @@ def mean_draws(model: MixedEffects, latents: Latents) -> dict[str, Tensor]:
     sites = [factor.effect_site for factor in model.factors if factor.effect_site in latents]
     means = {site: latents[site] for site in sites}
     means = {site: value.mean(0) if value.dim() == 3 else value for site, value in means.items()}
-    if "fixed_effect" in latents:
-        fixed = latents["fixed_effect"].reshape(-1, len(model.fixed_terms()))
-        means["fixed_effect"] = fixed.mean(0)
-    return means
+    return means | mean_fixed_effects(model, latents)
+
+
+def mean_fixed_effects(model: MixedEffects, latents: Latents) -> dict[str, Tensor]:
+    """Mean over draws of the latent fixed effects "terms"; empty if there are none."""
+    if "fixed_effect" not in latents:
+        return {}
+    fixed = latents["fixed_effect"].reshape(-1, len(model.fixed_terms()))
+    return {"fixed_effect": fixed.mean(0)}
 
 
 def curvature(

@@ -328,6 +328,13 @@ class Factor(nn.Module):
             moved[self.sd_site] = sd.index_copy(-1, index, zero)
         return moved, log_det
 
+    def whitened(self, latents: Latents) -> Float[Tensor, "draws clusters terms"]:
+        """z = L^-1 u, independent standard normal in every draw if the program is right."""
+        u = latents[self.effect_site]
+        scale = self.scale_matrix(latents)
+        scale = scale.expand(len(u), 1, *scale.shape[-2:])[:, 0]
+        return torch.linalg.solve_triangular(scale, u.mT, upper=False).mT
+
     def scale_matrix(self, latents: Latents) -> Matrix:
         """L as a matrix, even if effects are independent."""
         scale = self.scale(latents)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from armed_pyro._memory import release
+from armed_pyro._messages import cause
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, index_from_json, index_to_json
 from armed_pyro.data.xarray_names import label_values, variable_name
@@ -252,9 +253,8 @@ def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
             if name in ("observed_data", "constant_data"):
                 raise  # the fit could not be loaded without them
             # Rates of a diverged fit may not be finite. What can be computed is kept.
-            cause = str(error).strip().partition("\n")[0]
             warnings.warn(
-                f"{POSTERIOR} is without {name}, which could not be computed: {cause}",
+                f"{POSTERIOR} is without {name}, which could not be computed: {cause(error)}",
                 UserWarning,
                 stacklevel=4,
             )

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.nested_weights import log_prior
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.summaries.datatree import arviz_api, latent_dataset, log_likelihood, to_datatree
@@ -75,7 +76,7 @@ def prior_sensitivity(posterior: Posterior, latents: Mapping[str, Tensor]) -> di
     near 1 (Kallioinen et al. 2024, Statistics and Computing 34(57)). Values above 0.05 are
     noticeable. Empty if no prior can be scaled.
     """
-    n = max([0, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+    n = n_draws(latents)
     if not n:
         return {}
     effects = {factor.effect_site for factor in posterior.model.factors}

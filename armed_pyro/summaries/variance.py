@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro._messages import INTEGER, check_probability, check_type
+from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.program.linearize import mean_draws, sensitivities
+from armed_pyro.program.linearize import mean_fixed_effects, sensitivities
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.units import (
     Draws,
@@ -162,17 +163,17 @@ def _shares(
     model, facts = posterior.model, posterior.model.data_facts()
     chosen = np.random.default_rng(0).permutation(posterior.data.n_rows)[:MOST_ROWS]
     rows = model.encode(posterior.data.take(np.sort(chosen))).all()
-    n_draws = max([1, *(value.shape[0] for value in latents.values() if value.dim() > 1)])
+    n = n_draws(latents) or 1
     with torch.no_grad():
         _, activations = model.run_network(rows)
-        point = {k: v for k, v in mean_draws(model, latents).items() if k == "fixed_effect"}
+        point = mean_fixed_effects(model, latents)
         parts: dict[str, Tensor] = {}
         for factor in model.factors:
             phi = sensitivities(model, rows, factor, activations, point).to(torch.float64)
             moment = torch.einsum("nip,njp->pij", phi, phi) / len(phi)
             covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
             parts[factor.name] = facts.spread**2 * torch.einsum("pij,dij->dp", moment, covariance)
-        none = rows.x.new_zeros(n_draws, len(facts.columns), dtype=torch.float64)
+        none = rows.x.new_zeros(n, len(facts.columns), dtype=torch.float64)
         totals = sum(parts.values(), none)
         weights = latents.get("fixed_effect")
         variances = _fixed_variance(model, rows, activations, weights).expand_as(totals)
