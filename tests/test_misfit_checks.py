@@ -9,6 +9,7 @@ from armed_pyro import ClusteredData, MixedEffects, fit
 from armed_pyro.checks import score_tests
 from armed_pyro.checks.findings import Kind, ratio
 from armed_pyro.checks.misfit_checks import misfit_checks
+from armed_pyro.checks.predictive_checks import cluster_checks
 from armed_pyro.checks.quantile_residuals import QuantileResiduals
 from armed_pyro.checks.score_tests import Tested
 from armed_pyro.models.linear import linear
@@ -55,7 +56,7 @@ def normal(n=400, draws=20, seed=0):
 def test_score_tests_of_right_residuals_are_uniform():
     p = {name: [] for name in ("curve", "spread", "clusters", "lag")}
     codes = np.repeat(np.arange(40), 10)
-    for seed in range(300):
+    for seed in range(1000):
         rng, z = normal(seed=seed, draws=1)
         z /= 0.95**2 + (1 - 0.95**2)
         x = rng.normal(size=400)
@@ -66,6 +67,22 @@ def test_score_tests_of_right_residuals_are_uniform():
         p["lag"].append(score_tests.lag_one("x", z, codes, np.arange(400.0)).p)
     for name, values in p.items():
         assert stats.kstest(values, "uniform").pvalue > 0.01, name
+
+
+@pytest.mark.parametrize("by_cluster", [False, True])
+def test_a_spread_is_not_taken_for_slopes(by_cluster):
+    codes = np.repeat(np.arange(25), 10)
+    p = []
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=250)
+        log_sd = 0.6 * rng.normal(size=25)[codes] if by_cluster else 0.8 * x
+        z = rng.normal(size=(250, 1)) * np.exp(log_sd)[:, None]
+        p.append(score_tests.between_clusters("x", z / np.sqrt((z**2).mean()), x, codes).p)
+    # Shrunken variances of clusters allow a little more than the level; squares give 64% of p-values
+    # below 0.001 for the first of these designs.
+    assert (np.array(p) < 0.01).sum() <= 30
+    assert (np.array(p) < 0.001).sum() <= 5
 
 
 def test_effects_of_known_size_are_estimated():
@@ -177,6 +194,31 @@ def test_rows_without_weight_are_not_checked():
     residuals = QuantileResiduals.of(posterior, posterior.draws(50))
     assert len(residuals.index) == 200
     assert np.abs(residuals.z).max() < 6
+
+
+def test_frequencies_count_as_that_many_rows():
+    rng, frame = table()
+    frame = frame.assign(y=rng.poisson(np.exp(frame.eta)).astype(float), w=rng.integers(0, 4, 250))
+
+    def posterior(frame, **weights):
+        data = ClusteredData.from_frame(
+            frame, outcome="y", clusters=["g"], features=["x"], **weights
+        )
+        model = MixedEffects(linear(1), "(1 | g)", "poisson", bayesian_head=True)
+        return fit(model, data, progress=False).posterior
+
+    weighted = posterior(frame, weights="w")
+    repeated = posterior(frame.loc[frame.index.repeat(frame.w)])
+    left = [QuantileResiduals.of(p, p.draws(50)) for p in (weighted, repeated)]
+    np.testing.assert_array_equal(left[0].index, np.repeat(np.arange(250), frame.w))
+    np.testing.assert_array_equal(left[0].outcome, left[1].outcome)
+    np.testing.assert_allclose(left[0].dispersion, left[1].dispersion, rtol=0.05)
+    np.testing.assert_array_equal(np.diff(left[0].index[left[0].first]) > 0, True)
+    clusters = [cluster_checks(p, "g", p.draws(100)) for p in (weighted, repeated)]
+    for column in ("rows", "mean", "zeros"):
+        np.testing.assert_allclose(clusters[0].table[column], clusters[1].table[column])
+    p_values = [c.overall["mean"][0] for c in clusters]
+    assert p_values[0] == pytest.approx(p_values[1], abs=0.15)
 
 
 # --------------------------------------------------------------------------------------- faults

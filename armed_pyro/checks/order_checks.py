@@ -36,13 +36,14 @@ def _sorted(y: Float[np.ndarray, " rows"], codes: Int[np.ndarray, " rows"]) -> b
 
 def order_checks(posterior: Posterior, residuals: QuantileResiduals) -> Iterator[Check]:
     """Correlation of neighbouring residuals, by row and by columns whose names are of times."""
+    first = residuals.first
     factors = [factor.name for factor in posterior.model.factors]
-    clusters = {name: residuals.codes[name] for name in factors}
-    clusters = clusters or {"": np.zeros(len(residuals.index), dtype=int)}
-    orders = {BY_ROW: residuals.index.astype(float)}
+    clusters = {name: residuals.codes[name][first] for name in factors}
+    clusters = clusters or {"": np.zeros(len(first), dtype=int)}
+    orders = {BY_ROW: residuals.index[first].astype(float)}
     for place, name in enumerate(residuals.names):
         if TIME.search(residuals.sources[place]):
-            orders[name] = residuals.features[:, place]
+            orders[name] = residuals.features[first, place]
     tests = list[Tested]()
     for name, codes in clusters.items():
         known = set[bytes]()
@@ -52,12 +53,12 @@ def order_checks(posterior: Posterior, residuals: QuantileResiduals) -> Iterator
             varies = within(values, codes).var() > 0
             if sort.tobytes() in known or not varies or tied.mean() > 0.5:
                 continue
-            if order == BY_ROW and _sorted(residuals.outcome[sort], codes[sort]):
+            if order == BY_ROW and _sorted(residuals.outcome[first][sort], codes[sort]):
                 continue
             known.add(sort.tobytes())
             subject = f"{order} within {name}" if name else order
             for column in residuals.mean:
-                test = lag_one(subject, column.values, codes, values)
+                test = lag_one(subject, column.values[first], codes, values)
                 tests += [test] if test else []
     if not tests:
         reason = "too few clusters have several rows, or the rows are sorted by outcome"

@@ -94,10 +94,11 @@ def _rows(
 ) -> Check:
     if residuals.dispersed:
         return unchecked(ROWS.name, DISPERSION_FIRST)
-    labels = posterior.data.row_labels
+    labels, first = posterior.data.row_labels, residuals.first
+    z = z[first]
     p = np.median(2 * scipy.stats.norm.sf(np.abs(z)), axis=1)
     size = np.abs(z).mean(1)
-    tests = _worst(size, p, lambda i: str(labels[residuals.index[i]]))
+    tests = _worst(size, p, lambda i: str(labels[residuals.index[first[i]]]))
     return ROWS.judge(
         tests,
         "no row is an outlier",

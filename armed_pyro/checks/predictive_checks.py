@@ -15,6 +15,7 @@ from torch import Tensor
 
 from armed_pyro._messages import cause
 from armed_pyro.checks.check import BROKEN, LEVEL, Check, failed, severity
+from armed_pyro.checks.frequencies import counted
 from armed_pyro.checks.rank_tests import holm
 from armed_pyro.families.family import Family
 from armed_pyro.guides.base import n_draws, selected
@@ -178,7 +179,10 @@ def _sampled_rows(
         share = max(2, len(chosen) * MOST_ROWS // len(source))
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
         chosen = chosen[order[:share]].sort().values
-    index = torch.isin(codes, chosen.to(codes)).nonzero()[:, 0]
+    found = torch.isin(codes, chosen.to(codes)).nonzero()[:, 0].cpu().numpy()
+    copies = counted(posterior.data, found, MOST_ROWS, seed)
+    index = torch.from_numpy(copies).to(codes.device)
+    chosen = codes[index].unique().cpu()  # clusters whose rows all have frequency 0 are left out
     rows = source.batch(index, dense_up_to=max(len(counts) for counts in source.counts.values()))
     return rows, torch.searchsorted(chosen.to(codes), codes[index]), levels[chosen.numpy()]
 

@@ -135,7 +135,7 @@ def _slopes(
                 a = column.slope * within(x, codes, column.slope**2)
                 subject = _label(f"{name} by {factor.name}", column)
                 terms[subject] = f"add (0 + {residuals.sources[place]} | {factor.name})"
-                test = between_clusters(subject, column.values, a, codes, column.kurtosis)
+                test = between_clusters(subject, column.values, a, codes)
                 tests += [test] if test else []
                 columns[subject] = a, codes
     if not tests:
@@ -165,7 +165,7 @@ def _factors(
     for name, codes in residuals.codes.items():
         for column in residuals.mean if name not in modelled else ():
             subject = _label(name, column)
-            test = between_clusters(subject, column.values, column.slope, codes, column.kurtosis)
+            test = between_clusters(subject, column.values, column.slope, codes)
             tests += [test] if test else []
     if not tests:
         return [], residuals

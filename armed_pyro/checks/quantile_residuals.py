@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from armed_pyro.checks.frequencies import counted
 from armed_pyro.checks.score_tests import without_slopes
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.families.family import Family
@@ -49,14 +50,11 @@ class MeanResiduals:
         residuals, the score d log p(y | eta) / d eta divided by its sd.
     slope : Float[ndarray, "rows"]
         Shift of the residual per unit of the predictor, relative to its root mean square.
-    kurtosis : Float[ndarray, "rows"] or None
-        Excess kurtosis of residuals that are not normal.
     """
 
     column: str
     values: Float[np.ndarray, "rows draws"]
     slope: Float[np.ndarray, " rows"]
-    kurtosis: Float[np.ndarray, " rows"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +92,7 @@ class QuantileResiduals:
     clusters : mapping of str to Int[ndarray, "clusters"]
         Clusters that the codes number, as positions among those of the training data.
     index : Int[ndarray, "rows"]
-        Positions of the rows in the data, ascending.
+        Positions of the rows in the data, ascending; a row of frequency f stands f times.
     dispersed : bool
         Whether the dispersion was found to be wrong, and the residuals were divided by their sd.
 
@@ -117,6 +115,11 @@ class QuantileResiduals:
     clusters: Mapping[str, Int[np.ndarray, " clusters"]]
     index: Int[np.ndarray, " rows"]
     dispersed: bool = False
+
+    @property
+    def first(self) -> Int[np.ndarray, " distinct"]:
+        """Places of the first of each row's copies, for tests of single rows and of their order."""
+        return np.unique(self.index, return_index=True)[1]
 
     def cleaned(self, remove: Callable[[Residuals], Residuals]) -> QuantileResiduals:
         """Residuals without a misfit that was found, with a mean square of 1 in every draw.
@@ -240,11 +243,9 @@ def _recentred(
 
 
 def _chosen(posterior: Posterior, seed: int) -> Int[np.ndarray, " rows"]:
-    """Rows with a weight: all, or those of whole clusters of the largest factor, in order."""
+    """All rows as often as they count, or those of whole clusters of the largest factor."""
     data = posterior.data
-    index = np.arange(data.n_rows)
-    if data.weights is not None:
-        index = index[data.weights.numpy() > 0]
+    index = counted(data, np.arange(data.n_rows), MOST_ROWS, seed)
     if len(index) <= MOST_ROWS:
         return index
     factor = posterior.model.largest_factor()
@@ -311,13 +312,13 @@ def _mean_residuals(
         raise ValueError("the score of the outcome is not finite")
     residuals = list[MeanResiduals]()
     for c, column in enumerate(columns):
-        values, kurtosis = (score[..., c] / np.sqrt(information[..., c])).T, None
-        if family.is_class:
-            kurtosis = (1 / information[..., c] - 6).mean(0)
-        else:  # the information is that of an exponential family, which this need not be
+        values = (score[..., c] / np.sqrt(information[..., c])).T
+        if (
+            not family.is_class
+        ):  # the information is that of an exponential family, which this need not be
             values /= np.sqrt((values**2).mean(0))
         slope = _relative(information[..., c].mean(0))
-        residuals.append(MeanResiduals(column, values, slope, kurtosis))
+        residuals.append(MeanResiduals(column, values, slope))
     return tuple(residuals)
 
 

@@ -35,6 +35,9 @@ __all__ = [
 SPREAD_PER_LOG_SD = 1.177
 # `between_clusters` is most powerful for effects of about this sd, in residual sds.
 TYPICAL_SD = 0.3
+# The variance of a cluster of this number of rows is half its own, and half that of all clusters.
+# Its own alone would make the test lose power in clusters of few rows.
+CLUSTER_ROWS = 5
 
 Residuals = Float[np.ndarray, "rows draws"]
 Rows = Float[np.ndarray, " rows"]
@@ -131,32 +134,30 @@ def _curve(subject: str, squares: Float[np.ndarray, "columns draws"], n: int, m:
 
 
 def between_clusters(
-    subject: str,
-    z: Residuals,
-    a: Rows,
-    codes: Int[np.ndarray, " rows"],
-    kurtosis: Rows | None = None,
+    subject: str, z: Residuals, a: Rows, codes: Int[np.ndarray, " rows"]
 ) -> Tested | None:
     r"""Score test of :math:`\tau = 0` in :math:`z_i = \tau a_i b_{g(i)} + e_i`, b standard normal.
 
-    .. math:: S = \sum_k c_k \Big(\frac{(\sum_i a_i z_i)^2}{s_k} - 1\Big), \quad
+    .. math:: S = \sum_k \frac{c_k}{s_k} \sum_{i \ne j \in k} a_i z_i a_j z_j, \quad
               s_k = \sum_i a_i^2, \quad c_k = \frac{s_k}{1 + \tau_0^2 s_k}
 
-    S is compared with a scaled chi-square distribution of the same variance (Satterthwaite). The
-    effect is :math:`\tau^2 = S / \sum_k c_k s_k`, for a with a root mean square of 1.
+    Only products of different rows count. Their mean is 0 for any variances :math:`v_i` of
+    independent residuals; with squares, a spread that depends on a would look like a slope on a.
+    The variance of S is :math:`2 \sum_{i \ne j} (c_k / s_k)^2 a_i^2 a_j^2 v_i v_j`. S is compared
+    with a centred chi-square distribution of that variance, with
+    :math:`(\sum c_k)^2 / \sum c_k^2` degrees of freedom. The effect is the root of
+    :math:`\tau^2 = S / \sum_k c_k (s_k - \sum_i a_i^4 / s_k)`, for a with a mean square of 1.
 
     Parameters
     ----------
     subject : str
         What is tested.
     z : Float[ndarray, "rows draws"]
-        Residuals with mean 0 and variance 1.
+        Residuals with mean 0 and a mean square of 1.
     a : Float[ndarray, "rows"]
         Column that the effects of the clusters multiply.
     codes : Int[ndarray, "rows"]
         Cluster of each row.
-    kurtosis : Float[ndarray, "rows"], optional
-        Excess kurtosis of residuals that are not normal.
 
     Returns
     -------
@@ -172,20 +173,29 @@ def between_clusters(
         return None
     a = a / scale
     sums, s = _cluster_sums(a, codes)
-    count = len(s)
-    informed = s > 1e-6 * len(a) / count
+    pairs = s - np.bincount(codes, a**4, len(s)) / np.where(s > 0, s, 1)
+    informed = (s > 1e-6 * len(a) / len(s)) & (pairs > 1e-6 * s)
     if informed.sum() < 5:
         return None
-    s_k = s[informed]
-    weight = s_k / (1 + TYPICAL_SD**2 * s_k)
-    total = weight @ ((sums @ z)[informed] ** 2 / s_k[:, None])
-    mean, variance = weight.sum(), 2 * (weight**2).sum()
-    if kurtosis is not None:
-        fourth = np.bincount(codes, a**4 * kurtosis, count)[informed]
-        variance = max(variance / 4, variance + (weight**2 * fourth / s_k**2).sum())
-    p = scipy.stats.chi2.sf(total * 2 * mean / variance, 2 * mean**2 / variance)
-    tau = np.sqrt(max(0.0, total.mean() - mean) / (weight @ s_k))
+    weight = 1 / (1 + TYPICAL_SD**2 * s[informed])  # c_k / s_k
+    squares = scipy.sparse.csr_array((a**2, (codes, np.arange(len(codes)))), sums.shape)
+    total = weight @ ((sums @ z)[informed] ** 2 - (squares @ z**2)[informed])
+    v = _variances(z, a, codes)
+    variance = 2 * weight**2 @ ((squares @ v) ** 2 - squares.power(2) @ v**2)[informed]
+    c = weight * s[informed]
+    df = c.sum() ** 2 / (c**2).sum()
+    p = scipy.stats.chi2.sf(df + total * np.sqrt(2 * df / variance), df)
+    tau = np.sqrt(max(0.0, total.mean()) / (c @ pairs[informed]))
     return Tested(subject, float(tau), float(np.median(p)))
+
+
+def _variances(z: Residuals, a: Rows, codes: Int[np.ndarray, " rows"]) -> Rows:
+    """Variance of each row: its mean in deciles of a, times its cluster's ratio, shrunk to 1."""
+    squares = (z**2).mean(1)
+    decile = np.searchsorted(np.quantile(a, np.arange(0.1, 1, 0.1)), a)
+    variances = (np.bincount(decile, squares) / np.bincount(decile).clip(min=1))[decile]
+    ratio = np.bincount(codes, squares / variances.clip(min=1e-12)) + CLUSTER_ROWS
+    return np.asarray(variances * (ratio / (np.bincount(codes) + CLUSTER_ROWS))[codes])
 
 
 def without_curve(z: Residuals, basis: Float[np.ndarray, "rows columns"]) -> Residuals:
