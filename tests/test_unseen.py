@@ -87,7 +87,7 @@ def test_a_mode_out_of_place_is_refused(nested):
     with pytest.raises(ValueError, match="'adapt' only, found the mode 'marginal'"):
         nested.predict(new, unseen="marginal", support=support(school=["new"]))
     with pytest.raises(ValueError, match="unknown mode 'x'"):
-        check_mode("x", {})
+        check_mode("x", {}, {})
 
 
 @pytest.mark.parametrize("mode", MODES)

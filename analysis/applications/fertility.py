@@ -8,6 +8,7 @@ Run with ``python -m armed_pyro.analysis.applications.fertility`` or ``armed-pyr
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -247,7 +248,9 @@ def curve_table(result: Fit, parts: Split, table: pd.DataFrame, draws: int) -> p
     rows["held_out"] = rows["unseen"] | (rows["year"] > parts.train["year"].max())
     # A country that does not exist is unseen, so its `population` prediction is the curve.
     nobody = rows.assign(country="(population)", period=rows["period"].iloc[0])
-    rows["population"] = result.predict(nobody, unseen="population", draws=draws).mean
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no cluster of 'country'")
+        rows["population"] = result.predict(nobody, unseen="population", draws=draws).mean
     return rows
 
 

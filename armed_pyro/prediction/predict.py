@@ -138,7 +138,7 @@ def effect_source(
     if the mode is missing, unknown, or lacks the support that it needs.
     """
     new = new_clusters(posterior.model, data)
-    check_mode(unseen, new, support=support is not None)
+    check_mode(unseen, new, posterior.model.data_facts().levels, support=support is not None)
     evidence = table = None
     if unseen in RESEMBLING and any(map(len, new.values())):
         evidence = gather_evidence(
@@ -215,7 +215,7 @@ def predict_table(
         ClusteredData.encode(first, schema)
     clusters = _clusters(posterior, schema, table, absent, report)
     new = {name: labels[~seen] for name, (labels, seen) in clusters.items()}
-    check_mode(unseen, new, support=support is not None)
+    check_mode(unseen, new, posterior.model.data_facts().levels, support=support is not None)
     if unseen != "adapt":
         labels = {name: labels for name, (labels, _) in clusters.items()}
         warn_if_all_new(posterior.model, labels, new)

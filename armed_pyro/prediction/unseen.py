@@ -137,10 +137,18 @@ def new_clusters(model: MixedEffects, data: ClusteredData) -> dict[str, pd.Index
     return {f.name: levels[f.name][len(facts.levels[f.name]) :] for f in model.factors}
 
 
-def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool = False) -> None:
+def check_mode(
+    unseen: str | None,
+    new: Mapping[str, pd.Index],
+    trained: Mapping[str, pd.Index],
+    *,
+    support: bool = False,
+) -> None:
     """Check that the mode is one of `MODES`, is set if clusters are new, and has its support.
 
-    >>> check_mode("marginal", {"site": pd.Index(["s9"])})
+    `trained` has the clusters of the training data, which the message shows beside the new ones.
+
+    >>> check_mode("marginal", {"site": pd.Index(["s9"])}, {"site": pd.Index(["s1", "s2"])})
     """
     modes = "\n".join(f"  {name}: {meaning}" for name, meaning in MODES.items())
     check_type(unseen, (str, type(None)), "`unseen`")
@@ -155,7 +163,7 @@ def check_mode(unseen: str | None, new: Mapping[str, pd.Index], *, support: bool
     if unseen is None and some_new:
         lines = [
             f"{len(labels)} of {factor!r} "
-            f"({', '.join(sorted(map(str, labels))[:5])}{', ...' * (len(labels) > 5)})"
+            f"({listing(labels, 5)}; training had {listing(trained[factor], 3)})"
             for factor, labels in new.items()
             if len(labels)
         ]
