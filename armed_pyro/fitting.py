@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -51,7 +52,7 @@ def fit(
     model: MixedEffects,
     data: ClusteredData | StreamedData,
     *,
-    validation: ClusteredData | None = None,
+    validation: ClusteredData | Literal["auto"] | None = "auto",
     schedule: Schedule | None = None,
     guide: GuideFactory = choose_guide,
     refine: bool = True,
@@ -169,7 +170,8 @@ def _check_arguments(
     table = "Encode a table with ClusteredData.from_frame(table, outcome=..., clusters=[...])."
     check_type(model, MixedEffects, "model", "Wrap a network: MixedEffects(net, '(1 | site)').")
     check_type(data, (ClusteredData, StreamedData), "data", table)
-    check_type(validation, (ClusteredData, type(None)), "validation", table)
+    if validation != "auto":
+        check_type(validation, (ClusteredData, type(None)), "validation", table)
     check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")
 

@@ -64,6 +64,8 @@ class ClusteredData:
     weights_kind : {"frequency", "precision", "se"}
         A row counts w times, its residual variance is sigma^2 / w (as in lme4 and statsmodels), or
         w is 1 / se^2 and sigma = 1.
+    fold : Int64[Tensor, "rows"] or None
+        Number of the cross-fitted network that was trained without the row, in a fit's rows.
 
     Examples
     --------
@@ -91,6 +93,7 @@ class ClusteredData:
     slope_sources: tuple[str, ...] = ()
     slope_continuous: tuple[bool, ...] = ()
     weights_kind: WeightsKind = "frequency"
+    fold: Tensor | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -104,7 +107,7 @@ class ClusteredData:
             check_weights(self.weights, self.weights_kind, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        names = ("features", "outcome", "trials", "offset", "weights", "slopes")
+        names = ("features", "outcome", "trials", "offset", "weights", "slopes", "fold")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod

@@ -197,7 +197,8 @@ class Facts:
                     "encode new tables with the training data's schema"
                 )
             slopes = self.slope_scaling.standardise(data.slopes).to(like)
-        return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=slopes)
+        fold = None if data.fold is None else data.fold.to(like.device)
+        return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=slopes, fold=fold)
 
     def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
         """Labels of the clusters seen in training, followed by new ones in these data."""

@@ -49,6 +49,8 @@ class Rows:
     computed: Mapping[str, Tensor] | None = None
     # Standardised columns that random slopes use and that do not enter the network.
     slopes: Float[Tensor, "rows columns"] | None = None
+    # The network of `FoldNetworks` that was trained without the row; -1 where there is none.
+    fold: Int[Tensor, " rows"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
