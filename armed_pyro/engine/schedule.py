@@ -253,6 +253,8 @@ class History:
     # validation loss. Empty if no rows were held out.
     fold_steps: list[int] = field(default_factory=list)
     fold_validation: list[float] = field(default_factory=list)
+    # Log score and coverage of rows that the network was not trained on; see `out_of_sample`.
+    held_out: dict[str, float | None] = field(default_factory=dict)
     compiled: list[bool] = field(default_factory=list)  # whether steps ran compiled
     seconds: list[float] = field(default_factory=list, compare=False)  # median time of a step
 

@@ -32,6 +32,7 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
 from armed_pyro.inference.held_out import HeldOut
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
+from armed_pyro.inference.out_of_sample import out_of_sample
 from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.refine import refine as refined_by
@@ -125,13 +126,38 @@ def train(
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
-    if not refine or frozen_rows is None or not refinable(posterior, source):
-        return posterior
-    weighted = importance_draws(posterior, frozen_rows)
-    posterior = replace(posterior, importance=weighted)
-    # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
-    # the diagnostics warn.
-    return refined_by(posterior) if weighted.k_hat < 1 else posterior
+    if refine and frozen_rows is not None and refinable(posterior, source):
+        weighted = importance_draws(posterior, frozen_rows)
+        posterior = replace(posterior, importance=weighted)
+        # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide,
+        # and the diagnostics warn.
+        posterior = refined_by(posterior) if weighted.k_hat < 1 else posterior
+    _score_held_out(posterior, held_out, frozen_rows, stopping)
+    return posterior
+
+
+def _score_held_out(
+    posterior: Posterior,
+    held_out: HeldOut | None,
+    frozen_rows: RowSource | None,
+    stopping: HeldRows | None,
+) -> None:
+    """Record in the history how well rows that the network was not trained on are predicted."""
+    if not can_overfit(posterior.model):
+        return
+    try:
+        if stopping is not None:
+            scored = out_of_sample(posterior, stopping, settled_on=False)
+        elif held_out is not None and isinstance(frozen_rows, HeldRows):
+            rows = frozen_rows
+            if held_out.folds == 1:
+                rows = rows.take((held_out.fold == 0).nonzero()[:, 0].to(rows.x.device))
+            scored = out_of_sample(posterior, rows, settled_on=True)
+        else:
+            return
+    except (ArithmeticError, ValueError, RuntimeError):
+        return  # the check of the model says that nothing was scored
+    posterior.history.held_out.update(scored)
 
 
 def _held_out(

@@ -39,7 +39,10 @@ class FoldNetworks(nn.Module):
     of_cluster: Int[Tensor, " clusters"]
 
     def __init__(
-        self, networks: Sequence[nn.Module], factor: str | None, of_cluster: Int[Tensor, " clusters"]
+        self,
+        networks: Sequence[nn.Module],
+        factor: str | None,
+        of_cluster: Int[Tensor, " clusters"],
     ) -> None:
         super().__init__()
         self.networks, self.factor = nn.ModuleList(networks), factor
@@ -47,7 +50,9 @@ class FoldNetworks(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def like(cls, network: nn.Module, folds: int, factor: str | None, clusters: int) -> FoldNetworks:
+    def like(
+        cls, network: nn.Module, folds: int, factor: str | None, clusters: int
+    ) -> FoldNetworks:
         """Copies of a network, whose tensors are still to be restored."""
         networks = [copy.deepcopy(network) for _ in range(folds)]
         return cls(networks, factor, torch.zeros(clusters, dtype=torch.long))
@@ -71,7 +76,9 @@ class FoldNetworks(nn.Module):
             return none
         clusters = rows.memberships[self.factor].clusters()
         seen = clusters < len(self.of_cluster)
-        return torch.where(seen, self.of_cluster[clusters.clamp(max=len(self.of_cluster) - 1)], none)
+        return torch.where(
+            seen, self.of_cluster[clusters.clamp(max=len(self.of_cluster) - 1)], none
+        )
 
     def run(self, rows: Rows, x: Tensor) -> Tensor:
         """The output for `rows`, whose features are `x`; every network runs on its rows only."""
