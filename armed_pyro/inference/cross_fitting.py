@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from armed_pyro.engine.checkpoint import Checkpoint, module_tensors, restore_module
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
 from armed_pyro.inference.held_out import HeldOut
-from armed_pyro.inference.phases import TrainingTask
+from armed_pyro.inference.phases import NetworkPhase, TrainingTask
+from armed_pyro.inference.snapshots import Snapshots
 from armed_pyro.inference.training_run import Run, TrainingDiverged
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
@@ -24,9 +27,11 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["CrossFitting", "comparable"]
 
-# Cuts of the learning rates before a network is taken as trained: a short stretch at a quarter of
-# the rates follows the best look at the held-out rows.
+# Cuts of the learning rates before a network that is kept at its best is taken as trained: a short
+# stretch at a quarter of the rates follows the best look at the held-out rows.
 STAGES = 2
+# Bytes of all snapshots, which are also in every checkpoint.
+MOST_KEPT = 2**25
 
 Report = Callable[[int, str], None]
 
@@ -45,16 +50,43 @@ def comparable(model: MixedEffects) -> bool:
 class CrossFitting:
     """Trains a network for each held-out part, and gives the program their outputs.
 
-    `trained` holds the tensors of network and adversaries of every part that is finished.
+    Each network is trained until its own part is no longer predicted better, and kept after many
+    windows. The length that counts is then that at which the *other* parts were predicted best, on
+    average over their networks: the rows of a part, with which the variance components are
+    settled, have no say in the network that predicts them. A network too large to keep many of, and
+    a single network, are kept at their best.
+
+    Attributes
+    ----------
+    task : TrainingTask
+        The training with all rows.
+    make_guide : callable
+        Makes the guide of each network.
+    held_out : HeldOut
+        The parts.
+    snapshots : list of Snapshots
+        The tensors of network and adversaries, for every part that is finished.
+    losses : list of list of float
+        Validation losses after every window.
+    steps : list of int
+        Steps per window.
+    stopped : list of str
+        Why each training ended.
     """
 
-    task: TrainingTask  # of all rows
+    task: TrainingTask
     make_guide: Callable[[MixedEffects, RowSource], Guide]
     held_out: HeldOut
-    trained: list[dict[str, Tensor]] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    snapshots: list[Snapshots] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    steps: list[list[int]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the parts choose the length of each other's training."""
+        size = sum(tensor.nbytes for tensor in self.task.model.network.state_dict().values())
+        return self.held_out.folds > 1 and size * Snapshots.MOST * self.held_out.folds <= MOST_KEPT
 
     def train(
         self, path: Path | None, report: Report, checkpoint: Checkpoint | None
@@ -63,62 +95,86 @@ class CrossFitting:
 
         Returns the checkpoint if it was of a run that follows.
         """
-        while len(self.trained) < self.held_out.folds:
-            number = len(self.trained)
+        folds = self.held_out.folds
+        while len(self.snapshots) < folds:
+            number = len(self.snapshots)
             run = Run(self._task(number))
             if checkpoint is not None:
                 run.restore(checkpoint)
                 checkpoint = None
-            total = self.held_out.folds
-            title = f"network {number + 1} of {total}, " if total > 1 else "network, "
+            title = f"network {number + 1} of {folds}, " if folds > 1 else "network, "
             try:
                 run.train(path, partial(_titled, report, title), self.completed)
             except TrainingDiverged as error:
                 error.posterior.model.facts = self.task.model.data_facts()
                 raise
-            self.trained.append(_learned(run.task))
-            self.steps.append(run.step)
-            self.losses.append(min(run.history.validation))
+            phase, losses = run.phase, run.history.validation
+            kept = phase.snapshots if isinstance(phase, NetworkPhase) and self.pooled else None
+            best = int(np.argmin(losses))
+            self.snapshots.append(kept or Snapshots({best: run.task.learned()}))
+            self.losses.append(list(losses))
+            self.steps.append(list(run.history.step))
             self.stopped.append(run.stopped)
         return checkpoint
 
-    def finish(self) -> None:
-        """Give the program the trained networks; its single network is the one of median loss.
+    def finish(self) -> tuple[list[int], list[float]]:
+        """Give the program the trained networks; the steps and the loss of each.
 
-        After the training of one network alone the guide continues from where it was.
+        The program's single network is the one of median loss. After the training of one network
+        alone the guide continues from where it was.
         """
-        model = self.task.model
-        order = sorted(range(len(self.losses)), key=self.losses.__getitem__)
-        networks = [self._restored(tensors).network for tensors in self.trained]
-        self._put(model, self.trained[order[len(order) // 2]])
+        windows = self._windows()
+        chosen = [kept.near(window) for kept, window in zip(self.snapshots, windows, strict=True)]
+        losses = [loss[window] for loss, window in zip(self.losses, windows, strict=True)]
+        steps = [step[window] for step, window in zip(self.steps, windows, strict=True)]
+        model, order = self.task.model, sorted(range(len(losses)), key=losses.__getitem__)
+        networks = [self._network(tensors) for tensors in chosen]
+        self._put(model, chosen[order[len(order) // 2]])
         if len(networks) == 1:
-            guide = {k: v for k, v in self.trained[0].items() if k.startswith("guide.")}
+            guide = {k: v for k, v in chosen[0].items() if k.startswith("guide.")}
             restore_module("guide", self.task.guide, guide)
         else:
             of_cluster = self.held_out.of_cluster.to(model.reference().device)
             folds = FoldNetworks(networks, self.held_out.factor, of_cluster)
             model.cross_fit(folds.eval())
+        return steps, losses
+
+    def _windows(self) -> list[int]:
+        """The window after which each network is kept."""
+        own = [int(np.argmin(losses)) for losses in self.losses]
+        if not self.pooled:
+            return own
+        longest = max(map(len, self.losses))
+        # Where a training has ended, its last loss stands for those that would have followed.
+        curves = np.array(
+            [losses + losses[-1:] * (longest - len(losses)) for losses in self.losses]
+        )
+        sizes = torch.bincount(self.held_out.fold, minlength=len(curves)).numpy()
+        windows = []
+        for number, losses in enumerate(self.losses):
+            others = np.arange(len(curves)) != number
+            pooled = np.average(curves[others], 0, weights=sizes[others])
+            windows.append(min(int(pooled.argmin()), len(losses) - 1))
+        return windows
 
     def completed(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint of a run, with the networks that are finished."""
-        tensors = {
-            f"trained{number}.{name}": value
-            for number, trained in enumerate(self.trained)
-            for name, value in trained.items()
-        }
-        record = {"steps": self.steps, "losses": self.losses, "stopped": self.stopped}
-        return Checkpoint(checkpoint.tensors | tensors, checkpoint.record | {"folds": record})
+        tensors = dict(checkpoint.tensors)
+        for number, kept in enumerate(self.snapshots):
+            tensors |= kept.tensors(f"trained{number}")
+        record = {"losses": self.losses, "steps": self.steps, "stopped": self.stopped}
+        return Checkpoint(tensors, checkpoint.record | {"folds": record})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take the finished networks from a checkpoint."""
         record = checkpoint.record.get("folds")
         if record is None:
             return
-        self.steps, self.losses, self.stopped = (
-            list(record[name]) for name in ("steps", "losses", "stopped")
-        )
-        self.trained = [
-            _within(checkpoint.tensors, f"trained{number}.") for number in range(len(self.steps))
+        self.losses, self.steps = list(record["losses"]), list(record["steps"])
+        self.stopped = list(record["stopped"])
+        self.snapshots = [
+            Snapshots.restored(checkpoint.tensors, f"trained{number}")
+            for number in range(len(self.stopped))
         ]
 
     def _task(self, number: int) -> TrainingTask:
@@ -129,41 +185,37 @@ class CrossFitting:
         model = copy.deepcopy(task.model)
         facts = model.data_facts()
         model.facts = replace(facts, n_rows=len(rows), counts=rows.counts)
-        schedule = replace(task.schedule, stages=min(STAGES, task.schedule.stages))
-        share = Share(task.share.processes, rows)
-        guide = self.make_guide(model, rows).to(model.reference().device)
+        stages = 1 if self.pooled else min(STAGES, task.schedule.stages)
         return replace(
             task,
             model=model,
-            guide=guide,
+            guide=self.make_guide(model, rows).to(model.reference().device),
             source=rows,
-            share=share,
-            schedule=schedule,
+            share=Share(task.share.processes, rows),
+            schedule=replace(task.schedule, stages=stages),
             validation=held,
             network_only=True,
+            keeps_snapshots=self.pooled,
         )
 
-    def _restored(self, tensors: Mapping[str, Tensor]) -> MixedEffects:
-        """A copy of the program with these tensors of its network."""
-        model = copy.deepcopy(self.task.model)
-        self._put(model, tensors)
-        return model
+    def _network(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the network with these tensors."""
+        network = copy.deepcopy(self.task.model.network)
+        network.load_state_dict(
+            {
+                name.removeprefix("model.net."): value
+                for name, value in tensors.items()
+                if name.startswith("model.net.")
+            }
+        )
+        return network
 
     @staticmethod
     def _put(model: MixedEffects, tensors: Mapping[str, Tensor]) -> None:
         """Put these tensors into the program in place of its own."""
-        restore_module("model", model, module_tensors("model", model) | dict(tensors))
-
-
-def _learned(task: TrainingTask) -> dict[str, Tensor]:
-    """The tensors of network, adversaries and guide after training."""
-    kept = ("model.net.", "model._adversaries.", "guide.")
-    return {name: tensor for name, tensor in task.state().items() if name.startswith(kept)}
+        trained = {name: value for name, value in tensors.items() if name.startswith("model.")}
+        restore_module("model", model, module_tensors("model", model) | trained)
 
 
 def _titled(report: Report, title: str, step: int, text: str) -> None:
     report(step, title + text)
-
-
-def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -21,6 +21,7 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.inference.optimizers import LazyAdam, Optimizers
+from armed_pyro.inference.snapshots import Snapshots
 from armed_pyro.program.model import MixedEffects, can_overfit, log_likelihoods
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
@@ -34,6 +35,9 @@ __all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask"]
 MOST_WORK = 2**27
 # Most rows that one step reads from files.
 MOST_READ = 2**18
+# Steps without a better look at held-out rows before the rates of a network are first cut. Its
+# residual sd and sds settle in the first 100 steps, in which the loss may rise.
+LONG_WAIT = 150
 # Draws that integrate the random effects out of a validation loss: if the network runs once for all
 # of them, and if it runs once per draw.
 SCORED, FEW_SCORED, MOST_SCORED = 100, 8, 2**24
@@ -54,6 +58,7 @@ class TrainingTask:
     compile: CompileMode = "auto"
     network_only: bool = False  # whether the run ends with the network's training
     network_trained: bool = False  # whether it begins after the network's training
+    keeps_snapshots: bool = False  # whether the network is kept after many windows, not at its best
 
     @property
     def by_epochs(self) -> bool:
@@ -63,6 +68,11 @@ class TrainingTask:
     def state(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers of program and guide."""
         return module_tensors("model", self.model) | module_tensors("guide", self.guide)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Copies of the tensors of network, adversaries and guide."""
+        kept = ("model.net.", "model._adversaries.", "guide.")
+        return {name: tensor for name, tensor in self.state().items() if name.startswith(kept)}
 
     def return_to(self, state: dict[str, Tensor]) -> None:
         """Put back the tensors of `state`."""
@@ -221,6 +231,10 @@ class NetworkPhase(Phase):
         super().__init__(task, task.share)
         self.prepare(self.batch_size(), 1.0)
         self.best: dict[str, Tensor] = {}
+        self.snapshots = Snapshots()
+        if task.by_epochs:  # for the first cut; later ones follow sooner
+            schedule = task.schedule
+            self.plateau.patience = max(schedule.patience, -(-LONG_WAIT // self.window()))
         objective = Objective(task.model, self.lazy.guide)
         averaged = self.share.averaged(objective, self.modules, len(task.model.adversaries))
         self.objective = self.lazy.reading(averaged)
@@ -247,23 +261,29 @@ class NetworkPhase(Phase):
         if self.task.validation is None:
             self.plateau.training(np.array(history.loss[-len(losses) :]))
             return
+        if self.task.keeps_snapshots:
+            self.snapshots.add(len(history.validation) - 1, self.task.learned())
         best, cut = self.plateau.validation(history.validation[-1])
+        if cut:
+            self.plateau.patience = self.task.schedule.patience
         if best:
             self.best = self.task.state()
         elif cut:
             self.keep_best()
 
     def keep_best(self) -> None:
-        if self.best:
+        if self.best and not self.task.keeps_snapshots:
             self.task.return_to(self.best)
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {f"best.{name}": value for name, value in self.best.items()}
+        best = {f"best.{name}": value for name, value in self.best.items()}
+        return super().state() | best | self.snapshots.tensors("snapshot")
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         super().restore(tensors)
         best = {k: v for k, v in tensors.items() if k.startswith("best.")}
         self.best = {k.removeprefix("best."): v for k, v in best.items()}
+        self.snapshots = Snapshots.restored(tensors, "snapshot")
 
 
 class FrozenPhase(Phase):

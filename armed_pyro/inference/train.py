@@ -202,9 +202,9 @@ def _trained(
     if saved is not None:
         networks.restore(saved)
     saved = networks.train(path, report, saved)
-    networks.finish()
+    steps, losses = networks.finish()
     run = Run(replace(task, network_trained=True))
-    run.history.fold_steps, run.history.fold_validation = networks.steps, networks.losses
+    run.history.fold_steps, run.history.fold_validation = steps, losses
     if saved is not None:
         run.restore(saved)
     run.train(path, report, networks.completed)

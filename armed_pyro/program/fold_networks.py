@@ -60,9 +60,14 @@ class FoldNetworks(nn.Module):
     def __len__(self) -> int:
         return len(self.networks)
 
-    def weights(self, rows: Rows) -> Float[Tensor, "rows networks"]:
-        """The weight of every network in each row's output: 1 and zeros, or equal weights."""
+    def weights(self, rows: Rows, instead: int | None = None) -> Float[Tensor, "rows networks"]:
+        """The weight of every network in each row's output: 1 and zeros, or equal weights.
+
+        With `instead`, this network alone takes the place of the mean.
+        """
         fold = self._folds(rows)
+        if instead is not None:
+            fold = torch.where(fold < 0, instead, fold)
         known = fold >= 0
         single = nn.functional.one_hot(fold.clamp(min=0), len(self)).to(rows.x.dtype)
         return torch.where(known[:, None], single, 1 / len(self))
@@ -80,9 +85,16 @@ class FoldNetworks(nn.Module):
             seen, self.of_cluster[clusters.clamp(max=len(self.of_cluster) - 1)], none
         )
 
-    def run(self, rows: Rows, x: Tensor) -> Tensor:
-        """The output for `rows`, whose features are `x`; every network runs on its rows only."""
-        weights, output = self.weights(rows).to(x.dtype), None
+    def averages(self, rows: Rows) -> bool:
+        """Whether any row's output is the mean of the networks."""
+        return bool((self._folds(rows) < 0).any())
+
+    def run(self, rows: Rows, x: Tensor, instead: int | None = None) -> Tensor:
+        """The output for `rows`, whose features are `x`; every network runs on its rows only.
+
+        `instead` is that of `weights`.
+        """
+        weights, output = self.weights(rows, instead).to(x.dtype), None
         for number, network in enumerate(self.networks):
             index = weights[:, number].nonzero()[:, 0]
             if not len(index):
