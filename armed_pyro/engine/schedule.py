@@ -253,6 +253,8 @@ class History:
     # validation loss. Empty if no rows were held out.
     fold_steps: list[int] = field(default_factory=list)
     fold_validation: list[float] = field(default_factory=list)
+    # Accuracy of the adversaries of the network that the program keeps, after cross-fitting.
+    fold_accuracy: list[list[float]] = field(default_factory=list)
     # Log score and coverage of rows that the network was not trained on; see `out_of_sample`.
     held_out: dict[str, float | None] = field(default_factory=dict)
     compiled: list[bool] = field(default_factory=list)  # whether steps ran compiled
@@ -268,8 +270,7 @@ class History:
         if self.validation:
             text += f", validation {self.validation[-1]:.4f}"
         accuracies = self.adversary_accuracy[-1] if chances else []
-        # After cross-fitting, the adversaries were trained in earlier runs.
-        for (factor, chance), accuracy in zip(chances, accuracies, strict=False):
+        for (factor, chance), accuracy in zip(chances, accuracies, strict=True):
             text += f", adversary of {factor} {accuracy:.2f} (chance {chance:.2f})"
         return text
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from armed_pyro.engine.checkpoint import Checkpoint, module_tensors, restore_module
+from armed_pyro.engine.schedule import History
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
 from armed_pyro.inference.held_out import HeldOut
@@ -32,6 +33,8 @@ __all__ = ["CrossFitting", "comparable"]
 STAGES = 2
 # Bytes of all snapshots, which are also in every checkpoint.
 MOST_KEPT = 2**25
+# Fields of `CrossFitting` that are JSON values.
+RECORDED = ("losses", "steps", "stopped", "accuracies")
 
 Report = Callable[[int, str], None]
 
@@ -72,6 +75,8 @@ class CrossFitting:
         Steps per window.
     stopped : list of str
         Why each training ended.
+    accuracies : list of list of float
+        Accuracy of the adversaries at its end.
     """
 
     task: TrainingTask
@@ -81,6 +86,7 @@ class CrossFitting:
     losses: list[list[float]] = field(default_factory=list)
     steps: list[list[int]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
+    accuracies: list[list[float]] = field(default_factory=list)
 
     @property
     def pooled(self) -> bool:
@@ -115,10 +121,11 @@ class CrossFitting:
             self.losses.append(list(losses))
             self.steps.append(list(run.history.step))
             self.stopped.append(run.stopped)
+            self.accuracies.append(run.history.adversary_accuracy[-1])
         return checkpoint
 
-    def finish(self) -> tuple[list[int], list[float]]:
-        """Give the program the trained networks; the steps and the loss of each.
+    def finish(self) -> History:
+        """Give the program the trained networks; a history with the steps and the loss of each.
 
         The program's single network is the one of median loss. After the training of one network
         alone the guide continues from where it was.
@@ -129,7 +136,8 @@ class CrossFitting:
         steps = [step[window] for step, window in zip(self.steps, windows, strict=True)]
         model, order = self.task.model, sorted(range(len(losses)), key=losses.__getitem__)
         networks = [self._network(tensors) for tensors in chosen]
-        self._put(model, chosen[order[len(order) // 2]])
+        median = order[len(order) // 2]
+        self._put(model, chosen[median])
         if len(networks) == 1:
             guide = {k: v for k, v in chosen[0].items() if k.startswith("guide.")}
             restore_module("guide", self.task.guide, guide)
@@ -137,7 +145,9 @@ class CrossFitting:
             of_cluster = self.held_out.of_cluster.to(model.reference().device)
             folds = FoldNetworks(networks, self.held_out.factor, of_cluster)
             model.cross_fit(folds.eval())
-        return steps, losses
+        # The adversaries of this network are trained no further.
+        accuracy = [self.accuracies[median]] if model.adversaries else []
+        return History(fold_steps=steps, fold_validation=losses, fold_accuracy=accuracy)
 
     def _windows(self) -> list[int]:
         """The window after which each network is kept."""
@@ -162,7 +172,7 @@ class CrossFitting:
         tensors = dict(checkpoint.tensors)
         for number, kept in enumerate(self.snapshots):
             tensors |= kept.tensors(f"trained{number}")
-        record = {"losses": self.losses, "steps": self.steps, "stopped": self.stopped}
+        record = {name: getattr(self, name) for name in RECORDED}
         return Checkpoint(tensors, checkpoint.record | {"folds": record})
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -170,8 +180,8 @@ class CrossFitting:
         record = checkpoint.record.get("folds")
         if record is None:
             return
-        self.losses, self.steps = list(record["losses"]), list(record["steps"])
-        self.stopped = list(record["stopped"])
+        for name in RECORDED:
+            setattr(self, name, list(record[name]))
         self.snapshots = [
             Snapshots.restored(checkpoint.tensors, f"trained{number}")
             for number in range(len(self.stopped))

@@ -232,8 +232,8 @@ class NetworkPhase(Phase):
         self.prepare(self.batch_size(), 1.0)
         self.best: dict[str, Tensor] = {}
         self.snapshots = Snapshots()
-        if task.by_epochs:  # for the first cut; later ones follow sooner
-            schedule = task.schedule
+        schedule = task.schedule
+        if task.by_epochs and schedule.window is None:  # for the first cut; later ones come sooner
             self.plateau.patience = max(schedule.patience, -(-LONG_WAIT // self.window()))
         objective = Objective(task.model, self.lazy.guide)
         averaged = self.share.averaged(objective, self.modules, len(task.model.adversaries))
@@ -362,7 +362,8 @@ class FrozenPhase(Phase):
 
     def close_window(self, losses: list[Loss], history: History) -> None:
         # The adversaries are no longer trained, so their last accuracy stays.
-        history.adversary_accuracy += history.adversary_accuracy[-1:] or [[]]
+        last = history.adversary_accuracy[-1:] or history.fold_accuracy or [[]]
+        history.adversary_accuracy += last
         # In posterior sds; the frame alone gives them only near the mode.
         sds = self.task.guide.hyperparameters.log_scale.detach().exp().cpu().numpy()
         r_hat, drift = split_r_hat(np.stack(self.iterates[-2 * len(losses) :]) / sds)

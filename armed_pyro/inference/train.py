@@ -90,6 +90,7 @@ def train(
         raise ValueError(f"`compile` is {compile!r}, but must be one of {', '.join(COMPILE_MODES)}")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
+    bound.cross_fit(None)  # an earlier fit may have such networks
     rows = bound.encode(data) if source is None else source
     stopping = None
     if isinstance(validation, ClusteredData):
@@ -202,9 +203,9 @@ def _trained(
     if saved is not None:
         networks.restore(saved)
     saved = networks.train(path, report, saved)
-    steps, losses = networks.finish()
+    history = networks.finish()
     run = Run(replace(task, network_trained=True))
-    run.history.fold_steps, run.history.fold_validation = steps, losses
+    run.history = history
     if saved is not None:
         run.restore(saved)
     run.train(path, report, networks.completed)

@@ -105,6 +105,7 @@ class MixedEffects(Plan):
             says which of them, and what to do.
         """
         bound = copy.deepcopy(self)
+        bound.cross_fit(None)  # an earlier fit may have such networks
         if isinstance(data, ClusteredData):
             bound.facts = Facts.of(data, self.family, self.factor_names())
             bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))

@@ -108,9 +108,9 @@ class Plan(LocalModule):
         modules: Any = self._modules["_folds"]
         return modules[0] if len(modules) else None
 
-    def cross_fit(self, networks: FoldNetworks) -> None:
-        """Let these networks give the outputs from now on."""
-        self._folds = nn.ModuleList([networks])
+    def cross_fit(self, networks: FoldNetworks | None) -> None:
+        """Let these networks give the outputs from now on; with None, the program's network."""
+        self._folds = nn.ModuleList([] if networks is None else [networks])
 
     @property
     def factors(self) -> tuple[Factor, ...]:
