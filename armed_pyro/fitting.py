@@ -74,10 +74,24 @@ def fit(
     ----------
     data : ClusteredData or StreamedData
         Of streamed rows the fit keeps a sample of whole clusters, at most 50,000 rows, for checks.
-    validation : ClusteredData, optional
-        Rows whose loss decides when to cut the learning rates, when to stop training the network,
-        and which weights of the network are kept. The guide is then trained further until it has
-        converged. Without validation rows, the smoothed training loss decides.
+    validation : "auto", ClusteredData or None
+        Rows that stop the training of a network; other programs do not need any. Their score is
+        the log-likelihood with the random effects integrated out, and decides when to cut the
+        learning rates and which weights are kept. The guide is then trained further until it has
+        converged.
+
+        With "auto", the rows are divided into `Schedule.folds` parts, by whole clusters of the
+        largest factor if it has at least five, else by rows. A network is trained for each part,
+        on the other parts, and the posterior is settled on outputs for rows that their network has
+        not seen (cross-fitting; Chernozhukov et al. 2018, Econometrics Journal 21(1)). Variance
+        components are therefore those of new rows. Rows of seen clusters keep the network of
+        their part in predictions, and rows of new clusters get the mean of all networks.
+        If terms, a latent last layer or further outcomes act on hidden layers, a single network
+        is trained, and a fifth of the rows stops it. Nothing is held out of streamed rows, of rows
+        that several processes share, or with ``Schedule(stages=0)``.
+
+        With None, all rows train the network until its training loss has stopped falling. A
+        network that can memorise its rows then fails the verdict on the model.
     schedule : Schedule, optional
         Length and learning rates of the training.
     guide : callable

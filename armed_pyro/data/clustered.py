@@ -59,11 +59,9 @@ class ClusteredData:
     schema : Schema or None
         Encoding of the table; None for arrays.
     slopes : Float64[Tensor, "rows columns"] or None
-        Columns that random slopes may use but that do not enter the network, with their names,
-        sources and kinds in `slope_names`, `slope_sources` and `slope_continuous`.
+        Columns for random slopes alone, described by the other attributes named ``slope_...``.
     weights_kind : {"frequency", "precision", "se"}
-        A row counts w times, its residual variance is sigma^2 / w (as in lme4 and statsmodels), or
-        w is 1 / se^2 and sigma = 1.
+        A row counts w times, has variance sigma^2 / w (as in lme4), or w is 1 / se^2, sigma 1.
     fold : Int64[Tensor, "rows"] or None
         Number of the cross-fitted network that was trained without the row, in a fit's rows.
 
@@ -344,9 +342,8 @@ class ClusteredData:
         ValueError
             If a variable or dimension does not exist, or an array is not the only feature.
         """
-        table, chosen, arrays = table_or_arrays(
-            dataset, outcome, clusters, features, row_dim, roles
-        )
+        parts = (dataset, outcome, clusters, features, row_dim, roles)
+        table, chosen, arrays = table_or_arrays(*parts)
         if table is None:
             return cls.from_arrays(**arrays)
         settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}

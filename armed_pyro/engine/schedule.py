@@ -249,10 +249,11 @@ class History:
     # `split_r_hat` of the iterates of q(theta), for each window after `settled`.
     r_hat: list[float] = field(default_factory=list)
     drift: list[float] = field(default_factory=list)
-    # For each network that was stopped by a held-out part of the rows: its steps, and its best
-    # validation loss. Empty if no rows were held out.
+    # For each network that was stopped by a held-out part of the rows: its steps, its validation
+    # loss, and why its training ended. Empty if no rows were held out.
     fold_steps: list[int] = field(default_factory=list)
     fold_validation: list[float] = field(default_factory=list)
+    fold_stopped: list[str] = field(default_factory=list)  # "validation" or "steps"
     # Accuracy of the adversaries of the network that the program keeps, after cross-fitting.
     fold_accuracy: list[list[float]] = field(default_factory=list)
     # Log score and coverage of rows that the network was not trained on; see `out_of_sample`.

@@ -147,7 +147,12 @@ class CrossFitting:
             model.cross_fit(folds.eval())
         # The adversaries of this network are trained no further.
         accuracy = [self.accuracies[median]] if model.adversaries else []
-        return History(fold_steps=steps, fold_validation=losses, fold_accuracy=accuracy)
+        return History(
+            fold_steps=steps,
+            fold_validation=losses,
+            fold_stopped=list(self.stopped),
+            fold_accuracy=accuracy,
+        )
 
     def _windows(self) -> list[int]:
         """The window after which each network is kept."""

@@ -92,11 +92,10 @@ def train(
         raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
     bound.cross_fit(None)  # an earlier fit may have such networks
     rows = bound.encode(data) if source is None else source
-    stopping = None
+    stopping = held_out = None
     if isinstance(validation, ClusteredData):
         stopping = bound.encode(validation, bound.data_facts().levels_with(validation))
-    held_out = None
-    if validation == "auto":
+    elif validation == "auto":
         held_out = _held_out(bound, rows, schedule, processes, seed)
     if held_out is not None and held_out.factor is None and isinstance(rows, HeldRows):
         rows = replace(rows, fold=held_out.fold.to(rows.x.device))
@@ -127,12 +126,8 @@ def train(
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
-    if refine and frozen_rows is not None and refinable(posterior, source):
-        weighted = importance_draws(posterior, frozen_rows)
-        posterior = replace(posterior, importance=weighted)
-        # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide,
-        # and the diagnostics warn.
-        posterior = refined_by(posterior) if weighted.k_hat < 1 else posterior
+    if refine:
+        posterior = _weighted(posterior, frozen_rows, source)
     _score_held_out(posterior, held_out, frozen_rows, stopping)
     return posterior
 
@@ -212,6 +207,19 @@ def _trained(
     if run.stopped == "converged":
         run.stopped = "steps" if "steps" in networks.stopped else "validation"
     return run
+
+
+def _weighted(
+    posterior: Posterior, frozen_rows: RowSource | None, source: RowSource | None
+) -> Posterior:
+    """The posterior with importance weights where they can be computed, and draws by these."""
+    if frozen_rows is None or not refinable(posterior, source):
+        return posterior
+    weights = importance_draws(posterior, frozen_rows)
+    posterior = replace(posterior, importance=weights)
+    # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
+    # the diagnostics warn.
+    return refined_by(posterior) if weights.k_hat < 1 else posterior
 
 
 @contextmanager

@@ -251,6 +251,7 @@ def predict_table(
         membership = evidence_table(evidence)
         warn_if_alien(membership)
     settings: dict[str, Any] = {"draws": draws, "seed": seed}
+    options: Any = {"prob": prob, "outcomes": False, "network_uncertainty": network_uncertainty}
     if pooled or not resembling:
         source = _source_of(posterior, unseen, new, support, evidence, **settings)
 
@@ -263,9 +264,7 @@ def predict_table(
                 data = one_cluster_per_row(posterior.model, data, start)
                 block_evidence = gather_evidence(posterior, data, classifiers)
                 block_source = _source_of(posterior, unseen, new, None, block_evidence, **settings)
-            options = {**settings, "prob": prob, "outcomes": False}
-            options["network_uncertainty"] = network_uncertainty
-            yield from predict_chunks(posterior, data, block_source, **options)
+            yield from predict_chunks(posterior, data, block_source, **settings, **options)
             start += len(frame)
 
     return parts(), membership
