@@ -216,6 +216,17 @@ def test_a_fitted_model_is_refused() -> None:
         tune(fitted, data, over={"fixed_weight": [0, 1]})
 
 
+def test_a_feature_that_is_constant_in_a_fold_is_named() -> None:
+    rng, site = np.random.default_rng(0), np.repeat(np.arange(6), 5)
+    features = np.column_stack([rng.normal(size=30), site == 2])
+    data = ClusteredData.from_arrays(
+        features, rng.normal(size=30), {"site": site}, feature_names=["age", "rare"]
+    )
+    over = {"fixed_weight": [0.0, 1.0]}
+    with pytest.raises(ValueError, match=r"of a fold cannot be fitted: .*'rare'.* raise `folds`"):
+        tune(two_layers(data), data, over=over, folds=2, workers=1, progress=False)
+
+
 # --- scores with known truth
 
 
