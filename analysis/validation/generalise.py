@@ -95,13 +95,15 @@ class Ours(Learner):
         return MixedEffects(net, random, task.family, bayesian_head=not self.network)
 
 
-def learners(*, smoke: bool) -> tuple[tuple[Learner, ...], tuple[Learner, ...]]:
+def learners(
+    *, smoke: bool, schedule: Schedule | None = None
+) -> tuple[tuple[Learner, ...], tuple[Learner, ...]]:
     """The rivals and the library's programs; GPBoost is a rival if it is installed."""
     rivals: list[Learner] = [PlainNetwork(), TwoStages(), LinearMixedModel()]
     rivals.append(MixedForest(trees=20, sweeps=3) if smoke else MixedForest())
     if importlib.util.find_spec("gpboost") is not None:
         rivals.append(BoostedTrees())
-    schedule = QUICK if smoke else None
+    schedule = QUICK if smoke else schedule
     ours = (
         Ours("linear", network=False, schedule=schedule),
         Ours("dense", network=True, schedule=schedule),
@@ -257,6 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tables", default="", help=f"names with commas (default: all): {known}")
     parser.add_argument("--models", default="", help="names with semicolons (default: all)")
     parser.add_argument("--splits", type=int, default=5, help="splits of each table (default: 5)")
+    parser.add_argument(
+        "--steps", type=int, help="limit of the library's training steps (default: its own)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--small", action="store_true", help="about 240 rows of each table")
     parser.add_argument("--smoke", action="store_true", help="few rows, steps and splits: a trial")
@@ -271,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Train every model on every split of every table, and keep the losses as they come."""
     console = Console(markup=False, emoji=False)
-    rivals, ours = learners(smoke=options.smoke)
+    schedule = None if options.steps is None else Schedule(steps=options.steps)
+    rivals, ours = learners(smoke=options.smoke, schedule=schedule)
     if not any(isinstance(rival, BoostedTrees) for rival in rivals):
         console.print("GPBoost is not installed and left out: pip install 'armed_pyro[rivals]'")
     chosen = [name for name in options.models.split(";") if name]

@@ -77,14 +77,14 @@ def _common_columns(data: ClusteredData, task: Task) -> ClusteredData:
     usual = data.features.median(dim=0).values
     differs = pd.DataFrame((data.features != usual).numpy()).groupby(codes).any()
     kept = np.flatnonzero(differs.mean() >= 1 / 4)
-    names, sources, continuous = (
-        tuple(values[column] for column in kept)
-        for values in (data.feature_names, data.sources, data.continuous)
-    )
     return replace(
-        data, features=data.features[:, kept], schema=None,
-        feature_names=names, sources=sources, continuous=continuous,
-    )  # fmt: skip
+        data,
+        features=data.features[:, kept],
+        schema=None,
+        feature_names=tuple(data.feature_names[column] for column in kept),
+        sources=tuple(data.sources[column] for column in kept),
+        continuous=tuple(data.continuous[column] for column in kept),
+    )
 
 
 def _of_frame(
