@@ -176,6 +176,20 @@ def test_ratios_and_errors_are_those_of_leaving_out_clusters() -> None:
     assert row["ratio_se"] < 0.2 * row["error_se"]
 
 
+def test_an_interrupted_run_compares_the_same_splits() -> None:
+    records = [
+        {"table": "t", "rows": "new clusters", "model": model, "split": split, "binary": False,
+         "cluster": str(k), "n": 2, "seconds": 1.0, "loss": 2.0 + split * (1 + k)}
+        for model in ("rival", "ours")
+        for split in range(2)
+        for k in range(3)
+        if (model, split) != ("ours", 1)
+    ]  # fmt: skip
+    summary = generalise.summarise(pd.DataFrame(records), ["ours"])
+    assert summary["ratio"].tolist() == [1.0, 1.0]
+    assert summary["splits"].tolist() == [1, 1]
+
+
 def test_a_model_that_fails_is_left_out_and_named() -> None:
     class Failing(Learner):
         name = "failing"

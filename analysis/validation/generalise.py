@@ -170,10 +170,11 @@ def summarise(records: pd.DataFrame, ours: Sequence[str]) -> pd.DataFrame:
     :math:`\frac{K}{K-1} \sum_k d_k^2`; that of a ratio takes the difference of :math:`d_k / g(m)`.
     """
     tables = []
-    for (table, kind), part in records.groupby(["table", "rows"], sort=False):
-        complete = _complete(part)
+    for (table, kind), every in records.groupby(["table", "rows"], sort=False):
+        part, binary = _complete(every), bool(every["binary"].iloc[0])
         errors = {
-            model: _error(complete[model], bool(part["binary"].iloc[0])) for model in complete
+            str(model): _error(sums.groupby("cluster")[["loss", "n"]].sum(), binary)
+            for model, sums in part.groupby("model", sort=False)
         }
         rivals = {model: error for model, error in errors.items() if model not in ours}
         best = min(rivals, key=lambda model: rivals[model][0])
@@ -181,7 +182,7 @@ def summarise(records: pd.DataFrame, ours: Sequence[str]) -> pd.DataFrame:
             relative = influence / value - rivals[best][1] / rivals[best][0]
             ratio = value / rivals[best][0]
             record = {"table": table, "rows": kind, "model": model}
-            record |= {"metric": "log loss" if part["binary"].iloc[0] else "rmse"}
+            record |= {"metric": "log loss" if binary else "rmse"}
             record |= {"error": value, "error_se": _spread(influence), "best_rival": best}
             record |= {"ratio": ratio, "ratio_se": ratio * _spread(relative)}
             record |= {"splits": part["split"].nunique(), "clusters": len(influence)}
@@ -190,15 +191,16 @@ def summarise(records: pd.DataFrame, ours: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(tables)
 
 
-def _complete(part: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Sums by cluster over the splits, of each model without a failed split."""
+def _complete(part: pd.DataFrame) -> pd.DataFrame:
+    """Records of the splits that all models have, without models that failed in one.
+
+    An interrupted run has fewer splits of some models.
+    """
     if "error" in part:
         failed = part.loc[part["error"].notna(), "model"].unique()
         part = part[~part["model"].isin(failed)]
-    return {
-        str(model): sums.groupby("cluster")[["loss", "n"]].sum()
-        for model, sums in part.groupby("model", sort=False)
-    }
+    models = part.groupby("split")["model"].nunique()
+    return part[part["split"].isin(models.index[models == models.max()])]
 
 
 def _error(sums: pd.DataFrame, binary: bool) -> tuple[float, np.ndarray]:
