@@ -10,6 +10,7 @@ import torch
 
 from armed_pyro._messages import INTEGER, check_type
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.own_means import with_own_means
 from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import (
     ALONE,
@@ -185,6 +186,7 @@ def _bound(
 ) -> Iterator[tuple[MixedEffects, ClusteredData, RowSource | None]]:
     """A copy of the model bound to the rows, the rows to keep, and all rows if these are fewer."""
     if isinstance(data, ClusteredData):
+        data = with_own_means(data)
         yield model.bind(data).to(target), data, None
         return
     with data.encoded(model.factor_names(), seed, progress=progress) as table:

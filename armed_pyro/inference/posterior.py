@@ -19,6 +19,7 @@ from armed_pyro.data.absent_columns import (
 )
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import as_pandas
+from armed_pyro.data.own_means import encoded_by, extended_by
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, selected
 from armed_pyro.inference.psis import systematic
@@ -175,17 +176,21 @@ class Posterior:
             drawn = self.guide.draws(clusters, n)
             return {site: draws for site, draws in drawn.items() if site not in effects}
 
-    def encode(self, data: ClusteredData | pd.DataFrame) -> ClusteredData:
+    def encode(
+        self, data: ClusteredData | pd.DataFrame, known: ClusteredData | None = None
+    ) -> ClusteredData:
         """New rows in the encoding of the training table; ValueError without one.
 
-        A column of inner clusters may be absent; see `armed_pyro.data.absent_columns`.
+        A column of inner clusters may be absent; see `armed_pyro.data.absent_columns`. New clusters
+        that have rows in `known`, encoded before, have the means of features that they have there.
         """
         factors = self.model.factor_names()
+        schema = self.model.data_facts().schema
+        schema = schema if known is None else extended_by(schema, known)
         if isinstance(data, ClusteredData):
             absent = absent_columns(factors, data.groupings)
             warn_of_absent(factors, absent)
-            return with_new_grouping(data, absent)
-        schema = self.model.data_facts().schema
+            return with_new_grouping(encoded_by(data, schema), absent)
         if schema is None:
             raise ValueError(
                 "the model was fitted to arrays, so it cannot read a table: pass "

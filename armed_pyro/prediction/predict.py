@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 
 from armed_pyro.data.absent_columns import absent_columns, warn_of_absent, with_new_column
+from armed_pyro.data.cluster_means import ClusterSums, added
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import NEW, complete_rows
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import match_labels
+from armed_pyro.data.own_means import extended_by
 from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.adapt import adapt, check_support_in
+from armed_pyro.prediction.adapt import adapt, check_support_in, encoded_support
 from armed_pyro.prediction.chunks import check_settings, new_effects, predict_chunks, predict_rows
 from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.result import Prediction
@@ -99,7 +101,10 @@ def predict(
     ``fit.predict(rows, unseen="marginal").to_frame()``
     """
     check_settings(draws, prob)
-    data = posterior.encode(data)
+    known = None
+    if unseen == "adapt" and support is not None:
+        support = known = encoded_support(posterior, support)
+    data = posterior.encode(data, known)
     source, membership = effect_source(
         posterior,
         data,
@@ -168,7 +173,7 @@ def _source_of(
     """
     seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
-        rows = posterior.encode(support)
+        rows = encoded_support(posterior, support)
         check_support_in(new, new_clusters(posterior.model, rows))
         return adapt(posterior, rows, draws=draws, seed=seed).source()
     latents = posterior.draws(draws, seed=seed)
@@ -219,6 +224,7 @@ def predict_table(
     if unseen != "adapt":
         labels = {name: labels for name, (labels, _) in clusters.items()}
         warn_if_all_new(posterior.model, labels, new)
+    schema = _with_new_means(posterior, schema, table, wanted, absent, support, report)
     resembling = unseen in RESEMBLING and any(map(len, new.values()))
     evidence: Evidence | None = None
     source = membership = None
@@ -247,6 +253,32 @@ def predict_table(
             start += len(frame)
 
     return parts(), membership
+
+
+def _with_new_means(
+    posterior: Posterior,
+    schema: Schema,
+    table: TableBlocks,
+    wanted: tuple[str, ...],
+    absent: Collection[str],
+    support: pd.DataFrame | None,
+    report: Report,
+) -> Schema:
+    """The schema with the means of new clusters over all rows of the support, or of the table.
+
+    The features are read only if means of clusters are among them.
+    """
+    if not schema.cluster_columns:
+        return schema
+    if support is not None:
+        extended = extended_by(schema, encoded_support(posterior, support))
+        schema = schema if extended is None else extended
+    sums: dict[str, ClusterSums] = {}
+    for frame in _reported(table, EVIDENCE_ROWS, wanted, "means of clusters", report):
+        rows = schema.select(with_new_column(frame, absent))
+        part = schema.cluster_sums(rows, schema.groupings(rows), sums)
+        sums = added(sums, part)
+    return schema.with_new_means(sums)
 
 
 def _clusters(

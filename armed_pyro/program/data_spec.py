@@ -16,6 +16,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.feature_scaling import FeatureScaling, intercept_columns
 from armed_pyro.data.grouping import index_from_json, index_to_json
 from armed_pyro.data.label_matching import match_labels
+from armed_pyro.data.own_means import encoded_by
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.families.family import Family
 from armed_pyro.program.row_roles import check_offset, check_weights
@@ -163,6 +164,7 @@ class Facts:
         raised if features are missing, or clusters are not among `levels`.
         """
         levels = self.levels if levels is None else levels
+        data = encoded_by(data, self.schema)
         if data.feature_names != self.feature_names:
             missing = [name for name in self.feature_names if name not in data.feature_names]
             raise ValueError(

@@ -96,6 +96,7 @@ class EncodedTable:
                 if scanned.cluster(factor) in tensors
             },
             row_labels=pd.Index(columns["row"]),
+            table=None,
             **numbers,
         )
 
