@@ -92,8 +92,9 @@ class FitOptions:
     run: Path = option(..., "Folder to write the fit to: --out run", "--out", metavar="RUN")
     features: str | None = option(
         None,
-        "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 1 is an intercept "
-        "alone, '0 + age' has none [default: all other columns]",
+        "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 'within(age | site) + "
+        "between(age | site)' are deviations from the sites' means, and these means; 1 is an "
+        "intercept alone, '0 + age' has none [default: all other columns]",
         metavar="A,B,C",
     )
     categorical: str | None = option(

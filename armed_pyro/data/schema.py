@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -126,13 +126,7 @@ class Schema:
         _check_outcome(outcome, columns, clusters)
         table = pick(table, [*reserved, *columns]).dropna().infer_objects()
 
-        levels = {
-            name: _levels(table[name], by_number=name in factors)
-            for name in columns
-            if name in factors or is_categorical(table[name])
-        }
-        for name in set(columns) - set(levels):
-            as_numbers(table[name], "feature")
+        levels = _levels_of(table, columns, factors)
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
             what = f"outcome {outcome!r}"
@@ -357,6 +351,20 @@ def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str
             raise ValueError(
                 f"The outcome {outcome!r} is also listed as a {role}; take it off that list."
             )
+
+
+def _levels_of(
+    table: pd.DataFrame, columns: Sequence[str], factors: Collection[str]
+) -> dict[str, pd.Index]:
+    """Levels of the categorical columns; the other columns are checked to be numbers."""
+    levels = {
+        name: _levels(table[name], by_number=name in factors)
+        for name in columns
+        if name in factors or is_categorical(table[name])
+    }
+    for name in set(columns) - set(levels):
+        as_numbers(table[name], "feature")
+    return levels
 
 
 def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:

@@ -206,8 +206,7 @@ def predict_table(
     are those of `predict`.
     """
     classifiers = Classifiers() if classifiers is None else classifiers
-    schema = posterior.model.data_facts().schema
-    if schema is None:
+    if (schema := posterior.model.data_facts().schema) is None:
         raise ValueError("the model was fitted to arrays, so it cannot read a table")
     check_settings(draws, prob)
     names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
