@@ -26,6 +26,7 @@ from armed_pyro.inference.train import GuideFactory, train
 from armed_pyro.inference.training_run import TrainingDiverged
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.mundlak import with_between
 from armed_pyro.rows.source import RowSource
 from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
@@ -190,8 +191,12 @@ def _bound(
         yield model.bind(data).to(target), data, None
         return
     with data.encoded(model.factor_names(), seed, progress=progress) as table:
-        bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
-        yield bound, table.sample(bound.largest_factor()), StreamedRows(table, bound.reference())
+        bound = model.bind(Facts.of_encoded(table, model.family))
+        sample = table.sample(bound.largest_factor())
+        facts = with_between(bound, sample, table.cluster_sums)
+        bound = (bound if facts.between is None else model.bind(facts)).to(target)
+        means = {} if facts.between is None else facts.between.by_cluster(facts.levels)
+        yield bound, sample, StreamedRows(table, bound.reference(), means)
 
 
 def _device(name: str) -> str:

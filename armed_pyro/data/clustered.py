@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from armed_pyro._messages import INTEGER, check_type
+from armed_pyro.data.cluster_means import ClusterMeans
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
@@ -66,6 +67,9 @@ class ClusteredData:
         w is 1 / se^2 and sigma = 1.
     table : pandas.DataFrame or None
         The columns that the rows were made of; kept for ``within(x | g)`` and ``between(x | g)``.
+    cluster_means : mapping of str to ClusterMeans
+        Means of the features that a fit with ``between`` adds to its predictor, by factor; set by
+        `Posterior.encode`.
 
     Examples
     --------
@@ -94,6 +98,7 @@ class ClusteredData:
     slope_continuous: tuple[bool, ...] = ()
     weights_kind: WeightsKind = "frequency"
     table: pd.DataFrame | None = None
+    cluster_means: Mapping[str, ClusterMeans] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}

@@ -35,9 +35,9 @@ def encoded_by(data: ClusteredData, schema: Schema | None) -> ClusteredData:
     return ClusteredData.encode(data.table, schema)
 
 
-def extended_by(schema: Schema | None, data: ClusteredData) -> Schema | None:
+def extended_by(schema: Schema, data: ClusteredData) -> Schema:
     """The schema with the means of the new clusters of these rows."""
-    if data.table is None or schema is None or not data.n_rows:
+    if data.table is None or not data.n_rows:
         return schema
     return schema.with_new_means(schema.cluster_sums(data.table, data.groupings))
 

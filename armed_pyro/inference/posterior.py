@@ -186,11 +186,13 @@ class Posterior:
         """
         factors = self.model.factor_names()
         schema = self.model.data_facts().schema
-        schema = schema if known is None else extended_by(schema, known)
+        if known is not None and schema is not None:
+            schema = extended_by(schema, known)
         if isinstance(data, ClusteredData):
             absent = absent_columns(factors, data.groupings)
             warn_of_absent(factors, absent)
-            return with_new_grouping(encoded_by(data, schema), absent)
+            rows = with_new_grouping(encoded_by(data, schema), absent)
+            return self.with_means(rows, known)
         if schema is None:
             raise ValueError(
                 "the model was fitted to arrays, so it cannot read a table: pass "
@@ -199,4 +201,18 @@ class Posterior:
         table = as_pandas(data)
         absent = absent_columns(factors, table.columns, schema.clusters)
         warn_of_absent(factors, absent)
-        return ClusteredData.encode(with_new_column(table, absent), schema)
+        rows = ClusteredData.encode(with_new_column(table, absent), schema)
+        return self.with_means(rows, known)
+
+    def with_means(self, rows: ClusteredData, known: ClusteredData | None = None) -> ClusteredData:
+        """Rows with the clusters' means that the program adds to its predictor; see `encode`.
+
+        A new cluster keeps the mean of these rows when further rows are taken from them.
+        """
+        facts = self.model.data_facts()
+        between = facts.between
+        if between is None or rows.feature_names != facts.feature_names:
+            return rows
+        if known is not None:
+            rows = replace(rows, cluster_means=between.extended(known))
+        return replace(rows, cluster_means=between.extended(rows))

@@ -78,6 +78,7 @@ class Adapted:
         """The posterior given these rows and all earlier ones, as if all had come at once."""
         rows = joined(self.posterior, self.support, self.posterior.encode(support))
         rows = with_joint_means(rows, self.posterior.model.data_facts().schema)
+        rows = self.posterior.encode(replace(rows, cluster_means={}))
         settings: dict[str, Any] = {"draws": self.draws, "seed": self.seed}
         return adapt(self.posterior, rows, update_seen=self.update_seen, **settings)
 
@@ -273,6 +274,7 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
         groupings=groupings,
         row_labels=first.row_labels.append(second.row_labels),
         table=joined_tables(first, second),
+        cluster_means=second.cluster_means,
         **optional,
     )
 

@@ -41,6 +41,7 @@ from armed_pyro.prediction.unseen import (
     one_cluster_per_row,
     warn_if_all_new,
 )
+from armed_pyro.program.between import feature_sums
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.names import tree_names
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -223,14 +224,14 @@ def predict_table(
     if unseen != "adapt":
         labels = {name: labels for name, (labels, _) in clusters.items()}
         warn_if_all_new(posterior.model, labels, new)
-    schema = _with_new_means(posterior, schema, table, wanted, absent, support, report)
+    encode = _encoder(posterior, schema, table, wanted, absent, support, report)
     resembling = unseen in RESEMBLING and any(map(len, new.values()))
     evidence: Evidence | None = None
     source = membership = None
     if resembling and pooled:
         evidence = {}
         for frame in _reported(table, EVIDENCE_ROWS, wanted, "comparing clusters", report):
-            data = ClusteredData.encode(with_new_column(frame, absent), schema)
+            data = encode(frame)
             evidence = merge_evidence(evidence, gather_evidence(posterior, data, classifiers))
         membership = evidence_table(evidence)
         warn_if_alien(membership)
@@ -241,7 +242,7 @@ def predict_table(
     def parts() -> Iterator[Prediction]:
         size, start = BLOCK_VALUES // (draws * values_per_row(posterior.model)), 0
         for frame in table.blocks(max(1, size), wanted):
-            data = ClusteredData.encode(with_new_column(frame, absent), schema)
+            data = encode(frame)
             block_source = source
             if block_source is None:
                 data = one_cluster_per_row(posterior.model, data, start)
@@ -254,7 +255,7 @@ def predict_table(
     return parts(), membership
 
 
-def _with_new_means(
+def _encoder(
     posterior: Posterior,
     schema: Schema,
     table: TableBlocks,
@@ -262,22 +263,36 @@ def _with_new_means(
     absent: Collection[str],
     support: pd.DataFrame | None,
     report: Report,
-) -> Schema:
-    """The schema with the means of new clusters over all rows of the support, or of the table.
+) -> Callable[[pd.DataFrame], ClusteredData]:
+    """The encoding of blocks: means of new clusters are over all rows of the support or the table.
 
-    The features are read only if means of clusters are among them.
+    The features are read for it only if the program has means of clusters.
     """
-    if not schema.cluster_columns:
-        return schema
-    if support is not None:
-        extended = extended_by(schema, encoded_support(posterior, support))
-        schema = schema if extended is None else extended
+    between = posterior.model.data_facts().between
+    means = {} if between is None else between.means
+    if support is not None and (means or schema.cluster_columns):
+        known = encoded_support(posterior, support)
+        schema = extended_by(schema, known)
+        means = means if between is None else between.extended(known)
+
+    def encode(frame: pd.DataFrame) -> ClusteredData:
+        rows = ClusteredData.encode(with_new_column(frame, absent), schema)
+        return replace(rows, cluster_means=means)
+
     sums: dict[str, ClusterSums] = {}
-    for frame in _reported(table, EVIDENCE_ROWS, wanted, "means of clusters", report):
-        rows = schema.select(with_new_column(frame, absent))
-        part = schema.cluster_sums(rows, schema.groupings(rows), sums)
-        sums = added(sums, part)
-    return schema.with_new_means(sums)
+    if schema.cluster_columns:
+        for frame in _reported(table, EVIDENCE_ROWS, wanted, "means of clusters", report):
+            rows = schema.select(with_new_column(frame, absent))
+            sums = added(sums, schema.cluster_sums(rows, schema.groupings(rows), sums))
+        schema = schema.with_new_means(sums)
+    sums = {}
+    if means:
+        for frame in _reported(table, EVIDENCE_ROWS, wanted, "means of features", report):
+            data = encode(frame)
+            parts = {f: feature_sums(data, f, m.columns, sums.get(f)) for f, m in means.items()}
+            sums = added(sums, parts)
+        means = {factor: m.extended(sums[factor]) for factor, m in means.items()}
+    return encode
 
 
 def _clusters(
