@@ -33,7 +33,7 @@ from armed_pyro.program.plan import Plan
 from armed_pyro.program.working import derivatives
 from armed_pyro.random_effects.terms import RandomEffects
 
-__all__ = ["LEVEL", "SHARE", "SlopesApart", "slopes_apart", "varying", "with_between"]
+__all__ = ["BETWEEN", "MOST_FEATURES", "WITHIN", "SlopesApart", "slopes_apart", "with_between"]
 
 # "auto" adds means if the test is significant at this level and the trend has this share of the sd
 # of the intercepts. `analysis/validation/within_between.py` measures how often it does.
