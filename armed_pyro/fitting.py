@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from armed_pyro._messages import INTEGER, check_type
 from armed_pyro.data.clustered import ClusteredData
@@ -144,6 +145,7 @@ def fit(
         torch.manual_seed(seed)
         try:
             with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
+                _note(bound, progress=progress)
                 posterior = train(
                     bound,
                     kept,
@@ -174,6 +176,13 @@ def _check_arguments(
     check_type(validation, (ClusteredData, type(None)), "validation", table)
     check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")
+
+
+def _note(model: MixedEffects, *, progress: bool) -> None:
+    """Say which clusters' means "auto" added, as a line beside the progress bar."""
+    between = model.data_facts().between
+    if progress and between is not None:
+        Console(stderr=True).print(f"Clusters' means: {between.note}", markup=False)
 
 
 @contextmanager

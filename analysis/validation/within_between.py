@@ -1,10 +1,9 @@
 """How often the check of clusters' means, and ``between="auto"``, find slopes that differ.
 
-The panel has the structure of wages: 150 people observed in 7 years, whose experience grows by a
-year per row. With a conflict, log wages grow by 0.10 per year within a person and by 0.01 per year
-between people; without one, by 0.05 for both. Education is constant within people, and membership
-of a union varies. The linear program has a random intercept; the check has found a conflict if it
-warns or fails, and "auto" if it adds the means of experience to a network.
+The panel is that of `armed_pyro.data.simulate.wages`: 150 people observed in 7 years. With a
+conflict, log wages grow by 0.10 per year of experience within a person and by 0.01 between people;
+without one, by 0.05 for both. A linear program with a random intercept is fitted. The check has
+found a conflict if it warns or fails, and "auto" if it adds means of clusters to a network.
 """
 
 from __future__ import annotations
@@ -14,61 +13,30 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
 
-from armed_pyro import ClusteredData, MixedEffects, fit
+from armed_pyro import MixedEffects, fit
+from armed_pyro.data.simulate import wages
 from armed_pyro.models.linear import linear
 
-__all__ = ["found", "main", "panel"]
+__all__ = ["found", "main"]
 
 
-PEOPLE, YEARS = 150, 7
+PEOPLE = 150
 CHECK = "cluster means"
-
-
-def panel(
-    seed: int,
-    *,
-    within: float = 0.10,
-    between: float = 0.01,
-    people: int = PEOPLE,
-    intercept_sd: float = 0.3,
-    residual_sd: float = 0.15,
-) -> pd.DataFrame:
-    """Log wages with these slopes of experience within and between people."""
-    rng = np.random.default_rng(seed)
-    person = np.repeat(np.arange(people), YEARS)
-    start, years = rng.integers(1, 43, size=people), np.tile(np.arange(YEARS), people)
-    education = rng.normal(12.8, 2.8, size=people).round()
-    middle = start + (YEARS - 1) / 2
-    union = rng.binomial(1, rng.beta(0.5, 0.9, size=people)[person])
-    wage = 5 + 0.06 * education + between * middle + intercept_sd * rng.normal(size=people)
-    deviation = years - (YEARS - 1) / 2
-    wage = wage[person] + within * deviation + 0.05 * union
-    return pd.DataFrame(
-        {
-            "log_wage": wage + residual_sd * rng.normal(size=len(person)),
-            "exper": start[person] + years,
-            "education": education[person],
-            "union": union,
-            "person": [f"p{k}" for k in person],
-        }
-    )
 
 
 def _run(seed: int, within: float, between: float) -> dict[str, object]:
     torch.set_num_threads(1)
-    table = panel(seed, within=within, between=between)
-    data = ClusteredData.from_frame(table, outcome="log_wage", clusters=["person"])
+    data, _ = wages(PEOPLE, within=within, between=between, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = MixedEffects(linear(data.n_features, 1), "(1 | person)", bayesian_head=True)
+        program = MixedEffects(linear(data.n_features, 1), "(1 | id)", bayesian_head=True)
         checks = fit(program, data, seed=seed, progress=False).diagnostics().to_frame()
         # A program whose fixed effects are not latent, so that it counts as a network.
-        network = MixedEffects(linear(data.n_features, 1), "(1 | person)", between="auto")
+        network = MixedEffects(linear(data.n_features, 1), "(1 | id)", between="auto")
         names = network.bind(data).data_facts().between_names
     check = checks[checks.name == CHECK].iloc[0]
     reported = checks[(checks.part == "model") & checks.verdict.isin(["warn", "fail"])]

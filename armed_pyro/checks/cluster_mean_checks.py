@@ -14,12 +14,19 @@ from torch import Tensor
 from armed_pyro.checks.check import Check
 from armed_pyro.checks.findings import Kind
 from armed_pyro.checks.quantile_residuals import QuantileResiduals
-from armed_pyro.checks.score_tests import Tested, curve, curve_basis, without_curve
+from armed_pyro.checks.score_tests import (
+    Tested,
+    curve,
+    curve_basis,
+    orthonormal,
+    without_curve,
+)
 from armed_pyro.data.cluster_columns import is_call
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.distributions.intercept_regression import InterceptRegression
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
+from armed_pyro.program.dependent import independent_columns
 from armed_pyro.program.mundlak import BETWEEN, MOST_FEATURES, WITHIN, SlopesApart, slopes_apart
 from armed_pyro.program.working import derivatives
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -43,6 +50,7 @@ class _Subject:
     feature: str  # empty for the network's output
     factor: Factor
     column: int  # of the predictor
+    means: Float[np.ndarray, " clusters"]
     basis: Float[np.ndarray, "clusters columns"]
     constant: bool  # within clusters
 
@@ -69,17 +77,8 @@ def cluster_mean_checks(
                 continue
             v = v[residuals.clusters[factor.name]]
             found = list(_subjects(posterior, residuals, factor, column, fixed[:, column]))
-            of_varying = [_tested(s, v) for s in found if not s.constant]
-            misfits = [t.subject for t in KIND.misfits(of_varying)]
-            for subject in found:
-                # A curve in a constant feature is looked for beside the trends that were found.
-                if subject.constant and misfits:
-                    trends = [s.basis for s in found if s.name in misfits]
-                    left = without_curve(v, np.hstack(trends))
-                    tests.append(_tested(subject, left / np.sqrt((left**2).mean(0))))
-                else:
-                    tests.append(_tested(subject, v))
-                subjects[subject.name] = subject
+            tests += _tests(found, v)
+            subjects |= {subject.name: subject for subject in found}
     if not tests:
         return
     passed = "the random intercepts do not depend on the clusters' means of the features"
@@ -112,8 +111,28 @@ def _standardised(
     return np.asarray((effects[..., place] / sd).double().cpu().numpy().T)
 
 
-def _tested(subject: _Subject, v: Float[np.ndarray, "clusters draws"]) -> Tested:
-    return curve(subject.name, v, subject.basis)
+def _tests(subjects: Sequence[_Subject], v: Float[np.ndarray, "clusters draws"]) -> list[Tested]:
+    """The tests of one factor's intercepts.
+
+    If slopes of some features differ within and between clusters, those of constant features are
+    wrong, too, unless they are orthogonal. Of constant features only curves are then tested, beside
+    all trends.
+    """
+    tests = [curve(s.name, v, s.basis) for s in subjects if not s.constant]
+    misfits = [test.subject for test in KIND.misfits(tests)]
+    constant = [subject for subject in subjects if subject.constant]
+    if not misfits:
+        return [*tests, *(curve(s.name, v, s.basis) for s in constant)]
+    trends = [s.basis for s in subjects if s.name in misfits]
+    trends += [(s.means - s.means.mean())[:, None] for s in constant]
+    known = np.hstack(trends)
+    left = without_curve(v, known)
+    left = left / np.sqrt((left**2).mean(0))
+    for subject in constant:
+        basis = orthonormal(without_curve(subject.basis, known))
+        if basis.shape[1]:
+            tests.append(curve(subject.name, left, basis))
+    return tests
 
 
 def _subjects(
@@ -139,7 +158,8 @@ def _subjects(
         basis = curve_basis(means)[:, : 2 if len(sizes) < 100 else 3]
         where = f"in {factor.name}, class {label}" if label else f"in {factor.name}"
         constant = bool((x - means[codes]).var() < WITHIN * x.var())
-        yield _Subject(f"{feature or OUTPUT} ({where})", feature, factor, column, basis, constant)
+        name = f"{feature or OUTPUT} ({where})"
+        yield _Subject(name, feature, factor, column, means, basis, constant)
 
 
 def _advice(residuals: QuantileResiduals, subject: _Subject) -> str:
@@ -243,7 +263,7 @@ class _Working:
             if apart is None:
                 return ""
             parts, means = [_slopes(OUTPUT, factor, apart, 0)], apart.means
-        errors = self._errors(codes, means, residuals.outcome)
+        errors = self._errors(codes, x, means, residuals.outcome)
         if errors is not None:
             parts.append(
                 f"predictions of new clusters of {factor} have an RMSE of about {errors[0]:.3g}, "
@@ -255,6 +275,7 @@ class _Working:
     def _errors(
         self,
         codes: np.ndarray,
+        x: Float[np.ndarray, "rows features"],
         means: Float[np.ndarray, "rows columns"],
         outcome: Float[np.ndarray, " rows"],
     ) -> tuple[float, float] | None:
@@ -262,12 +283,17 @@ class _Working:
         model = self.posterior.model
         if model.family.multiclass:
             return None
-        ones, errors = np.ones((len(codes), 1)), list[float]()
-        spread = self.fixed.std()
-        base = [ones, (self.fixed[:, None] - self.fixed.mean()) / spread] if spread > 0 else [ones]
-        scaled = (means - means.mean(0)) / means.std(0)
-        for columns in (base, [*base, scaled]):
-            fitted = InterceptRegression.of(self.z, np.hstack(columns), codes, self.weight)
+        # The slopes of other features may change, too, beside means.
+        base = np.column_stack([np.ones(len(codes)), self.fixed])
+        whole = np.column_stack([base, x, means])
+        errors = list[float]()
+        for columns in (base, whole):
+            scaled = columns.copy()
+            scaled[:, 1:] -= columns[:, 1:].mean(0)
+            spread = scaled.std(0)
+            scaled[:, 1:] /= np.where(spread > 0, spread, 1)[1:]
+            scaled = scaled[:, independent_columns(scaled)]
+            fitted = InterceptRegression.of(self.z, scaled, codes, self.weight)
             eta = torch.from_numpy(fitted.left_out()).to(model.reference())[:, None]
             if self.rows.offset is not None:
                 eta = eta + self.rows.offset[:, None]

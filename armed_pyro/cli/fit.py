@@ -16,7 +16,7 @@ import typer
 from armed_pyro._memory import most_held
 from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
-from armed_pyro.cli.options import FitOptions, Missing, Refine
+from armed_pyro.cli.options import Between, FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
 from armed_pyro.data.cluster_columns import is_call, without_calls
 from armed_pyro.data.clustered import ClusteredData
@@ -31,6 +31,7 @@ from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.scores import evaluate
+from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.terms import RandomEffects, Slopes, Term
@@ -161,7 +162,9 @@ def _program(
         weight = 1.0 if options.adversary_weight is None else options.adversary_weight
         adversaries = [Adversary(options.adversary, hidden_activations(net), weight=weight)]
     head = options.net == "linear" if options.bayesian_head is None else options.bayesian_head
-    return MixedEffects(net, terms, family, adversaries, bayesian_head=head)
+    choices: dict[Between, BetweenChoice] = {Between.yes: True, Between.no: False}
+    between = None if options.between is None else choices.get(options.between, "auto")
+    return MixedEffects(net, terms, family, adversaries, bayesian_head=head, between=between)
 
 
 def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:

@@ -68,8 +68,7 @@ class ClusteredData:
     table : pandas.DataFrame or None
         The columns that the rows were made of; kept for ``within(x | g)`` and ``between(x | g)``.
     cluster_means : mapping of str to ClusterMeans
-        Means of the features that a fit with ``between`` adds to its predictor, by factor; set by
-        `Posterior.encode`.
+        Means that a fit with ``between`` adds to its predictor; set by `Posterior.encode`.
 
     Examples
     --------
@@ -393,10 +392,7 @@ class ClusteredData:
         )
 
     def grouping(self, factor: str) -> Grouping:
-        """The grouping by a factor, ``"site"``, or by the cells of several, ``"school:class"``.
-
-        ValueError if there is no such factor.
-        """
+        """The grouping by a factor, or by cells, ``"school:class"``; ValueError without one."""
         return grouping_by(self.groupings, factor)
 
     def split_rows(
