@@ -26,6 +26,7 @@ __all__ = [
     "curve_by_draw",
     "lag_one",
     "moments",
+    "orthonormal",
     "spread_scores",
     "without_curve",
     "without_slopes",
@@ -98,10 +99,10 @@ def curve_basis(x: Rows, weight: Rows | None = None) -> Float[np.ndarray, "rows 
     columns = columns[: 5 if distinct >= 12 and len(x) >= 100 else max(1, min(3, distinct - 1))]
     weight = np.ones(len(x)) if weight is None else weight
     stacked = np.column_stack(columns)
-    return _orthonormal(weight[:, None] * (stacked - np.average(stacked, 0, weight**2)))
+    return orthonormal(weight[:, None] * (stacked - np.average(stacked, 0, weight**2)))
 
 
-def _orthonormal(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows rank"]:
+def orthonormal(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows rank"]:
     """Orthonormal columns with the same span."""
     length = np.linalg.norm(columns, axis=0)
     u, s, _ = np.linalg.svd(columns[:, length > 0] / length[length > 0], full_matrices=False)
@@ -221,7 +222,7 @@ def _variances(z: Residuals, a: Rows, codes: Int[np.ndarray, " rows"]) -> Rows:
 
 def without_curve(z: Residuals, basis: Float[np.ndarray, "rows columns"]) -> Residuals:
     """Residuals without their projection on these columns, which need not be orthogonal."""
-    q = _orthonormal(basis)
+    q = orthonormal(basis)
     return np.asarray(z - q @ (q.T @ z))
 
 
