@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from armed_pyro._messages import INTEGER, check_type
+from armed_pyro.automatic_weight import WeightSearch, with_weights
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import (
     ALONE,
@@ -140,6 +143,12 @@ def fit(
     with torch.random.fork_rng(devices=devices):
         # Binding draws the initial weights of the adversaries.
         torch.manual_seed(seed)
+        model, weights = _weighed(
+            model,
+            data,
+            WeightSearch(schedule, guide, target, compile, seed, progress),
+            resume=Path(checkpoint) if resume and checkpoint is not None else None,
+        )
         try:
             with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
                 posterior = train(
@@ -156,6 +165,7 @@ def fit(
                     checkpoint=checkpoint,
                     resume=resume,
                     progress=progress,
+                    weights=weights,
                 )
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error
@@ -172,6 +182,32 @@ def _check_arguments(
     check_type(validation, (ClusteredData, type(None)), "validation", table)
     check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")
+
+
+def _weighed(
+    model: MixedEffects,
+    data: ClusteredData | StreamedData,
+    search: WeightSearch,
+    *,
+    resume: Path | None,
+) -> tuple[MixedEffects, list[dict[str, Any]]]:
+    """The program with all weights of adversaries as numbers, and the weights that were tried."""
+    places = [n for n, game in enumerate(model.adversaries) if game.weight == "auto"]
+    if not places:
+        return model, []
+    if resume is not None and resume.exists():
+        # The rates and times of another machine could lead to another choice.
+        record = Checkpoint.read(resume).record
+        games = record["run"].get("adversary", [])
+        if len(games) == len(model.adversaries):
+            weights = {n: games[n]["weight"] for n in places}
+            return with_weights(model, weights), record["history"].get("weights", [])
+    if not isinstance(data, ClusteredData):
+        raise ValueError(
+            "an adversary's automatic weight needs rows in memory, and these are streamed: find "
+            "the weight on a sample of whole clusters, and give it as Adversary(..., weight=1.0)"
+        )
+    return search.choose(model, data)
 
 
 @contextmanager

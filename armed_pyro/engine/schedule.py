@@ -215,6 +215,11 @@ class History:
     validation: list[float] = field(default_factory=list)  # -log p(y | fit) per validation row
     # Fraction of training rows whose cluster each adversary predicted, mean over the window.
     adversary_accuracy: list[list[float]] = field(default_factory=list)
+    warmup: list[int] = field(default_factory=list)  # steps of each adversary's warm-up
+    # Records of the fresh probes (`networks.fresh_probe`), one for each adversary, at the end.
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    # Weights that were tried where they are chosen automatically: see `automatic_weight`.
+    weights: list[dict[str, Any]] = field(default_factory=list)
     settled: int | None = None  # step after which the network was frozen
     particles: int = 1  # draws of each cluster's random effects per step after `settled`
     # `split_r_hat` of the iterates of q(theta), for each window after `settled`.

@@ -13,7 +13,13 @@ import torch
 from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import History, Plateau
-from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase, TrainingTask
+from armed_pyro.inference.phases import (
+    FrozenPhase,
+    NetworkPhase,
+    Phase,
+    TrainingTask,
+    warmup_steps,
+)
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.model import trains_network
 
@@ -51,6 +57,8 @@ class Run:
         counts = task.source.counts
         self._chances = [(name, float(counts[name].max() / counts[name].sum())) for name in factors]
         self.phase: Phase = NetworkPhase(task)
+        self.history.warmup = warmup_steps(task)
+        self.history.weights = list(task.weights)
 
     @property
     def step(self) -> int:
