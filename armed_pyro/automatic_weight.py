@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +67,40 @@ class _Tried:
     probes: Mapping[int, FreshProbe]
     losses: Float[np.ndarray, " groups"]  # -log p(y) of a row, mean over each group
 
-    def difference(self, best: _Tried | None) -> tuple[float, float]:
-        """Mean difference of the losses to those of `best`, and its standard error."""
-        if best is None:
+    def difference(self, admitted: Sequence[_Tried]) -> tuple[float, float]:
+        """Mean difference of the losses to the best of the others, and its standard error."""
+        if not admitted:
             return 0.0, 0.0
+        best = min(admitted, key=lambda other: float(other.losses.mean()))
         differences = self.losses - best.losses
         return float(differences.mean()), float(differences.std(ddof=1) / len(differences) ** 0.5)
+
+    def records(self, by: str, difference: float, error: float) -> list[dict[str, Any]]:
+        """A record of each adversary, as JSON values."""
+        return [
+            {
+                "adversary": place,
+                "factor": probe.factor,
+                "weight": self.weights[place],
+                "accuracy": probe.accuracy,
+                "se": probe.se,
+                "chance": probe.chance,
+                "held_out": by,
+                "loss": float(self.losses.mean()),
+                "loss_difference": difference,
+                "loss_difference_se": error,
+            }
+            for place, probe in self.probes.items()
+        ]
+
+    def line(self) -> str:
+        """The weights and their probes, for the progress bar."""
+        parts = [
+            f"{probe.factor} read at {probe.accuracy:.2f} (chance {probe.chance:.2f}) with weight "
+            f"{self.weights[place]:g}"
+            for place, probe in self.probes.items()
+        ]
+        return ", ".join([*parts, f"loss {self.losses.mean():.4f}"])
 
     def raised(self) -> dict[int, float]:
         """The next weights, where a probe reads the cluster and there is a larger weight."""
@@ -95,8 +123,10 @@ class WeightSearch:
     .. math:: -\frac{1}{n} \sum_i \log p(y_i \mid x_i),
 
     exceeds the smallest loss before it by more than the standard error of the difference over
-    clusters; the weights before that are then chosen. Weight 0 is chosen if the probe reads nothing
-    without an adversary. With fewer than 8 clusters, rows are held out in place of clusters.
+    clusters; such weights are not admitted. Of the admitted weights the smallest is chosen whose
+    probe reads no more than the lowest accuracy plus its standard error. A weight that hides
+    nothing is thus not paid for, and weight 0 is chosen if no weight hides the cluster. With fewer
+    than 8 clusters, rows are held out in place of clusters.
 
     Attributes
     ----------
@@ -131,35 +161,20 @@ class WeightSearch:
         games = dict(enumerate(model.adversaries))
         weights = {place: LEVELS[0] for place, game in games.items() if game.weight == "auto"}
         parts = _Parts.of(data, games[min(weights)].factor, self.seed)
-        chosen, best = dict(weights), None
+        admitted: list[_Tried] = []
         records: list[dict[str, Any]] = []
         with progress_bar("weighing", "weight", len(LEVELS), self.progress, fixed=False) as report:
-            while True:
+            while weights:
                 tried = self._try(model, weights, parts)
-                difference, error = tried.difference(best)
-                for place, probe in tried.probes.items():
-                    record = {
-                        "adversary": place,
-                        "factor": probe.factor,
-                        "weight": weights[place],
-                        "accuracy": probe.accuracy,
-                        "se": probe.se,
-                        "chance": probe.chance,
-                        "held_out": parts.by,
-                        "loss": float(tried.losses.mean()),
-                        "loss_difference": difference,
-                        "loss_difference_se": error,
-                    }
-                    records.append(record)
-                report(1 + max(map(LEVELS.index, weights.values())), _line(tried))
+                difference, error = tried.difference(admitted)
+                records += tried.records(parts.by, difference, error)
+                report(1 + max(map(LEVELS.index, weights.values())), tried.line())
                 if difference > error:
                     break
-                chosen = dict(weights)
-                best = tried if best is None or difference < 0 else best
+                admitted.append(tried)
                 raised = tried.raised()
-                if not raised:
-                    break
-                weights = weights | raised
+                weights = weights | raised if raised else {}
+        chosen = _smallest(admitted).weights
         for record in records:
             record["chosen"] = record["weight"] == chosen[record["adversary"]]
         return with_weights(model, chosen), records
@@ -196,6 +211,20 @@ class WeightSearch:
             yield probe
 
 
+def _smallest(admitted: Sequence[_Tried]) -> _Tried:
+    """The smallest weights whose probes read no more than the best, within a standard error."""
+    lowest = {
+        place: min((tried.probes[place] for tried in admitted), key=lambda probe: probe.accuracy)
+        for place in admitted[0].probes
+    }
+
+    def reads_least(tried: _Tried) -> bool:
+        bounds = {place: probe.accuracy + probe.se for place, probe in lowest.items()}
+        return all(tried.probes[place].accuracy <= bound for place, bound in bounds.items())
+
+    return next(filter(reads_least, admitted), admitted[-1])
+
+
 def with_weights(model: MixedEffects, weights: Mapping[int, float]) -> MixedEffects:
     """A copy of the program whose adversaries at these positions have these weights."""
     copied = copy.deepcopy(model)
@@ -209,13 +238,3 @@ def _cannot_choose(factor: str, reason: str) -> ValueError:
         f"the weight of the adversary of {factor!r} cannot be chosen automatically: {reason}. "
         "Give a number: Adversary(..., weight=1.0)"
     )
-
-
-def _line(tried: _Tried) -> str:
-    """The weights tried and their probes, for the progress bar."""
-    parts = [
-        f"{probe.factor} read at {probe.accuracy:.2f} (chance {probe.chance:.2f}) with weight "
-        f"{tried.weights[place]:g}"
-        for place, probe in tried.probes.items()
-    ]
-    return ", ".join([*parts, f"loss {tried.losses.mean():.4f}"])

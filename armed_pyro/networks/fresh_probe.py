@@ -118,12 +118,16 @@ class FreshProbe:
         return (self.accuracy - self.chance) / (1 - self.chance)
 
     @property
-    def reads(self) -> bool:
-        """Whether the accuracy is above chance, and above `by_outcome`, by more than noise."""
+    def p_above(self) -> float:
+        """p-value of an accuracy of at most `chance`, or of `by_outcome` if that is more."""
         floor = max(self.chance, self.by_outcome or 0.0)
         hits = round(self.accuracy * self.rows)
-        test = scipy.stats.binomtest(hits, self.rows, floor, alternative="greater")
-        return bool(test.pvalue <= NOISE)
+        return float(scipy.stats.binomtest(hits, self.rows, floor, alternative="greater").pvalue)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the cluster is read by more than noise, and better than from the outcome."""
+        return self.p_above <= NOISE
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, from which `from_json` makes the probe again."""
