@@ -122,11 +122,12 @@ class WeightSearch:
 
     .. math:: -\frac{1}{n} \sum_i \log p(y_i \mid x_i),
 
-    exceeds the smallest loss before it by more than the standard error of the difference over
-    clusters; such weights are not admitted. Of the admitted weights the smallest is chosen whose
-    probe reads no more than the lowest accuracy plus its standard error. A weight that hides
-    nothing is thus not paid for, and weight 0 is chosen if no weight hides the cluster. With fewer
-    than 8 clusters, rows are held out in place of clusters.
+    exceeds the smallest loss before by more than the standard error of the difference over
+    clusters. With fewer than 8 clusters, rows are held out in place of clusters.
+
+    Of the weights whose loss is within a standard error of the smallest, and of these the weights
+    whose probe is within a standard error of the lowest accuracy, the smallest is chosen. A weight
+    that hides nothing is thus not paid for: 0 is chosen if no weight hides the cluster.
 
     Attributes
     ----------
@@ -211,16 +212,19 @@ class WeightSearch:
             yield probe
 
 
-def _smallest(admitted: Sequence[_Tried]) -> _Tried:
-    """The smallest weights whose probes read no more than the best, within a standard error."""
-    lowest = {
-        place: min((tried.probes[place] for tried in admitted), key=lambda probe: probe.accuracy)
-        for place in admitted[0].probes
-    }
+def _smallest(tried: Sequence[_Tried]) -> _Tried:
+    """The smallest weights with about the best loss and, among these, about the best probes."""
+    admitted = []
+    for weights in tried:
+        difference, error = weights.difference(tried)
+        admitted += [weights] if difference <= error else []
+    bounds = {}
+    for place in admitted[0].probes:
+        best = min((t.probes[place] for t in admitted), key=lambda probe: probe.accuracy)
+        bounds[place] = best.accuracy + best.se
 
-    def reads_least(tried: _Tried) -> bool:
-        bounds = {place: probe.accuracy + probe.se for place, probe in lowest.items()}
-        return all(tried.probes[place].accuracy <= bound for place, bound in bounds.items())
+    def reads_least(weights: _Tried) -> bool:
+        return all(weights.probes[place].accuracy <= bound for place, bound in bounds.items())
 
     return next(filter(reads_least, admitted), admitted[-1])
 

@@ -108,6 +108,7 @@ def fit(
     Raises
     ------
     ValueError
+        If an adversary's weight is "auto", and rows are streamed or too few to be held out.
         If model and data do not match, before training; or if `checkpoint` belongs to another run.
     DivergenceError
         If training diverges. The error holds the last good fit, whose parameters are finite.
@@ -143,12 +144,8 @@ def fit(
     with torch.random.fork_rng(devices=devices):
         # Binding draws the initial weights of the adversaries.
         torch.manual_seed(seed)
-        model, weights = _weighed(
-            model,
-            data,
-            WeightSearch(schedule, guide, target, compile, seed, progress),
-            resume=Path(checkpoint) if resume and checkpoint is not None else None,
-        )
+        search = WeightSearch(schedule, guide, target, compile, seed, progress)
+        model, weights = _weighed(model, data, search, checkpoint if resume else None)
         try:
             with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
                 posterior = train(
@@ -188,16 +185,15 @@ def _weighed(
     model: MixedEffects,
     data: ClusteredData | StreamedData,
     search: WeightSearch,
-    *,
-    resume: Path | None,
+    resumed: str | Path | None,
 ) -> tuple[MixedEffects, list[dict[str, Any]]]:
     """The program with all weights of adversaries as numbers, and the weights that were tried."""
     places = [n for n, game in enumerate(model.adversaries) if game.weight == "auto"]
     if not places:
         return model, []
-    if resume is not None and resume.exists():
-        # The rates and times of another machine could lead to another choice.
-        record = Checkpoint.read(resume).record
+    if resumed is not None and Path(resumed).exists():
+        # Rounding errors, as of compiled steps, could lead to another choice.
+        record = Checkpoint.read(Path(resumed)).record
         games = record["run"].get("adversary", [])
         if len(games) == len(model.adversaries):
             weights = {n: games[n]["weight"] for n in places}

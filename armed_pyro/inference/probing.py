@@ -11,7 +11,7 @@ from armed_pyro.networks.fresh_probe import FreshProbe
 from armed_pyro.program.activations import activations
 from armed_pyro.program.model import MixedEffects
 
-__all__ = ["fresh_probe", "fresh_probes", "probes_of"]
+__all__ = ["fresh_probe", "fresh_probes", "probes_of", "record_probes"]
 
 # Rows that run through the network, at most.
 MOST_ROWS = 10_000
@@ -39,6 +39,14 @@ def fresh_probes(
     """The probes of all adversaries whose clusters have enough rows."""
     probes = [fresh_probe(model, a, data, held_out=held_out, seed=seed) for a in model.adversaries]
     return [probe for probe in probes if probe is not None]
+
+
+def record_probes(posterior: Posterior, held_out: ClusteredData | None) -> None:
+    """Put the probes of held-out rows into the history; without any, of the training rows."""
+    rows = posterior.data if held_out is None else held_out
+    new = held_out is not None
+    probes = fresh_probes(posterior.model, rows, held_out=new, seed=posterior.seed)
+    posterior.history.probes = [probe.to_json() for probe in probes]
 
 
 def probes_of(posterior: Posterior) -> list[FreshProbe]:

@@ -31,7 +31,7 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
 from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.inference.probing import fresh_probes
+from armed_pyro.inference.probing import record_probes
 from armed_pyro.inference.refine import refine as refined_by
 from armed_pyro.inference.training_run import Run
 from armed_pyro.program.model import MixedEffects, trains_network
@@ -95,10 +95,7 @@ def train(
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
         if processes.several:
-            games = [adversary.settings() for adversary in bound.adversaries]
-            inputs = [digest(rows, bound.data_facts().to_json()), schedule, seed, games]
-            processes.check_same(inputs, OTHER_RUN)
-            processes.check_same(resume, OTHER_FILE)
+            _check_same(processes, bound, rows, [schedule, seed], resume)
         target = bound.reference().device
         processes.same(bound)
         share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
@@ -117,9 +114,7 @@ def train(
             run.train(path, report)
         processes.same(bound, bound_guide)
     posterior, frozen_rows = run.result(), run.phase.frozen_rows
-    probed = data if validation is None else validation
-    probes = fresh_probes(bound, probed, held_out=validation is not None, seed=seed)
-    posterior.history.probes = [probe.to_json() for probe in probes]
+    record_probes(posterior, validation)
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
@@ -130,6 +125,20 @@ def train(
     # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
     # the diagnostics warn.
     return refined_by(posterior) if weighted.k_hat < 1 else posterior
+
+
+def _check_same(
+    processes: Processes,
+    bound: MixedEffects,
+    rows: RowSource,
+    settings: Sequence[object],
+    resume: bool,
+) -> None:
+    """Raise ValueError if processes differ in rows, adversaries, settings or resumption."""
+    games = [adversary.settings() for adversary in bound.adversaries]
+    inputs = [digest(rows, bound.data_facts().to_json()), games, *settings]
+    processes.check_same(inputs, OTHER_RUN)
+    processes.check_same(resume, OTHER_FILE)
 
 
 @contextmanager

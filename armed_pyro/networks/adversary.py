@@ -99,7 +99,7 @@ class Adversary(LocalModule):
             raise ValueError("an adversary needs at least one module path in `taps`")
         if isinstance(weight, str) and weight != "auto":
             raise ValueError(f"the adversary's weight is a number or 'auto', not {weight!r}")
-        if not isinstance(weight, str) and not weight >= 0:
+        if not isinstance(weight, str) and not 0 <= weight < math.inf:
             raise ValueError(f"the adversary's weight must not be negative, not {weight}")
         if not 0 <= warmup <= 1:
             raise ValueError(f"`warmup` is a share of the steps, from 0 to 1, not {warmup}")
