@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, Fit, MixedEffects, Schedule, StreamedData, fit
-from armed_pyro.automatic_weight import LEVELS, _smallest, _Tried
+from armed_pyro.automatic_weight import LEVELS, WeightSearch, _smallest, _Tried
+from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.networks.fresh_probe import FreshProbe
 
-SHORT = Schedule(steps=400, window=20, net_learning_rate=0.02)
+SHORT = Schedule(steps=120, window=10, stages=1, net_learning_rate=0.02)
 
 
 def table(leak, need=0.0, sites=12, n=240, seed=0):
@@ -53,21 +54,36 @@ def test_without_a_leak_the_weight_is_zero():
     assert model.adversaries[0].weight == "auto", "the program of the user stays"
 
 
-def test_a_leak_that_nothing_needs_raises_the_weight_and_is_hidden():
-    data = table(leak=1.0, n=480)
-    train, held = data.split_rows(0.3, seed=0)
-    model = {w: program(weight=w, width=1, random=()) for w in (0.0, "auto")}
-    options = {
-        "validation": held,
-        "schedule": Schedule(steps=600, stages=0, net_learning_rate=0.03),
-    }
-    free = fitted(train, model[0.0], **options).history.probes[0]
-    result = fitted(train, model["auto"], **options)
-    probe, records = result.history.probes[0], result.history.weights
-    assert [record["weight"] for record in records] == list(LEVELS[: len(records)])
-    assert result.model.adversaries[0].weight > 0
-    error = (free["se"] ** 2 + probe["se"] ** 2) ** 0.5
-    assert probe["accuracy"] < free["accuracy"] - 3 * error
+SCRIPTS = {
+    # Accuracy of the probe (chance is 0.25) and mean loss with each weight; weights tried, and the
+    # weight chosen.
+    "hidden at 1": ([0.8, 0.6, 0.26, 0.2, 0.2], [1.0] * 5, 3, 1.0),
+    "never hidden, but less with each weight": ([0.9, 0.8, 0.7, 0.6, 0.5], [1.0] * 5, 5, 10.0),
+    "the loss suffers at 3": ([0.9, 0.8, 0.7, 0.3, 0.25], [1.0, 1.0, 1.0, 1.2, 1.0], 4, 1.0),
+    "the loss suffers at once": ([0.9, 0.2, 0.2, 0.2, 0.2], [1.0, 1.1, 1.0, 1.0, 1.0], 2, 0.0),
+    "no weight hides anything": ([0.9, 0.9, 0.9, 0.9, 0.9], [1.0] * 5, 5, 0.0),
+    "the loss gains": ([0.9, 0.9, 0.9, 0.9, 0.9], [1.0, 0.9, 0.8, 0.8, 0.8], 5, 1.0),
+    "nothing to hide": ([0.26, 0.2, 0.2, 0.2, 0.2], [1.0] * 5, 1, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_weights_rise_while_the_cluster_is_read_and_the_loss_does_not_suffer(name, monkeypatch):
+    accuracy, losses, n_tried, chosen = SCRIPTS[name]
+
+    def scripted(search, model, weights, parts):
+        place = LEVELS.index(weights[0])
+        noise = 0.01 * np.random.default_rng(place).normal(size=30)
+        return tried(weights[0], accuracy[place], losses[place] + noise - noise.mean())
+
+    monkeypatch.setattr(WeightSearch, "_try", scripted)
+    search = WeightSearch(SHORT, choose_guide, torch.device("cpu"), progress=False)
+    model, records = search.choose(program(), table(leak=0.0))
+    assert model.adversaries[0].weight == chosen
+    assert [record["weight"] for record in records] == list(LEVELS[:n_tried])
+    assert [record["weight"] for record in records if record["chosen"]] == [chosen]
+    assert [record["accuracy"] for record in records] == accuracy[:n_tried]
+    assert [record["loss"] for record in records] == pytest.approx(losses[:n_tried])
 
 
 def test_the_weight_stops_where_the_loss_suffers():
@@ -130,20 +146,14 @@ def test_streamed_rows_are_refused_with_the_way_on(tmp_path):
         fitted(streamed)
 
 
-def test_a_resumed_fit_keeps_the_weight_of_its_checkpoint(tmp_path):
+def test_the_choice_is_saved_and_a_resumed_fit_keeps_it(tmp_path):
     data, path = table(leak=0.0), tmp_path / "run.checkpoint"
     whole = fitted(data, checkpoint=path)
     again = fitted(data, checkpoint=path, resume=True)
-    assert again.model.adversaries[0].weight == whole.model.adversaries[0].weight
-    assert again.history.weights == whole.history.weights
-    assert again.history.loss == whole.history.loss
-
-
-def test_the_choice_is_saved_with_the_fit(tmp_path):
-    torch.manual_seed(1)
-    result = fitted(table(leak=0.0, n=240))
-    result.save(tmp_path / "run", draws=20)
+    whole.save(tmp_path / "run", draws=20)
     loaded = Fit.load(tmp_path / "run", net=program().net)
-    assert loaded.model.adversaries[0].settings() == result.model.adversaries[0].settings()
-    assert loaded.history.weights == result.history.weights
-    assert loaded.history.probes == result.history.probes
+    for other in (again, loaded):
+        assert other.model.adversaries[0].settings() == whole.model.adversaries[0].settings()
+        assert other.history.weights == whole.history.weights
+        assert other.history.probes == whole.history.probes
+        assert other.history.loss == whole.history.loss

@@ -515,7 +515,7 @@ def test_a_network_in_double_precision_is_fitted_in_it():
 
 
 def test_the_network_that_is_kept_was_trained_at_the_full_weight():
-    """The best of all windows is not kept if the adversary was still warming up."""
+    """Before the end of the warm-up no window is the best, though the loss falls."""
     data = leaky_data()
     game = Adversary("site", ["0"], weight=1.0, warmup=0.5, warmup_epochs=50)
     schedule = Schedule(steps=60, window=5, net_learning_rate=0.05)
@@ -532,8 +532,8 @@ def test_the_network_that_is_kept_was_trained_at_the_full_weight():
         run.close_window(losses)
         kept.append(bool(run.phase.best))
     assert kept == [False] * 6 + [True] * 6
+    assert run.history.validation[1] < run.history.validation[0]
     assert run.phase.plateau.best == min(run.history.validation[6:])
-    assert run.phase.plateau.best > min(run.history.validation)
 
 
 def leaky_data():
