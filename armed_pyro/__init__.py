@@ -48,6 +48,8 @@ if TYPE_CHECKING:
         Slopes as Slopes,
     )
     from armed_pyro.streaming.streamed_data import StreamedData as StreamedData
+    from armed_pyro.tuning.result import Tuning as Tuning
+    from armed_pyro.tuning.tune import tune as tune
 
 # The public names of every module. A module is imported when one of its names is first asked for,
 # so that `import armed_pyro` and the command line's help do not wait for torch.
@@ -77,6 +79,8 @@ _NAMES = {
     "program.model": "MixedEffects",
     "random_effects.terms": "FilterScaleBias RandomEffects Slopes",
     "streaming.streamed_data": "StreamedData",
+    "tuning.result": "Tuning",
+    "tuning.tune": "tune",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 # Constants, classes, functions.

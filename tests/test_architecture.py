@@ -152,6 +152,7 @@ FLOORS: list[set[str]] = [
     {"explain", "prediction", "report", "summaries"},
     {"automatic_weight", "checks", "storage"},
     {"fit_result", "fitting"},
+    {"tuning"},
     {"cli"},
 ]
 

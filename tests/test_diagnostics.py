@@ -116,7 +116,7 @@ def test_a_wrong_family_fails():
     _, found = diagnosed(simulate(overdispersed, clusters=40), "poisson")
     assert found.model.word == "fail"
     assert named(found, "predictive sd")[0].verdict == "fail"
-    assert "overdispersion" in named(found, "predictive sd")[0].advice
+    assert "negative_binomial" in named(found, "predictive sd")[0].advice
     assert named(found, "residuals")[0].verdict == "fail"
     _, found = diagnosed(simulate(poisson, clusters=40), "gaussian")
     assert found.model.word == "fail"

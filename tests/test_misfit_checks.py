@@ -79,8 +79,8 @@ def test_a_spread_is_not_taken_for_slopes(by_cluster):
         log_sd = 0.6 * rng.normal(size=25)[codes] if by_cluster else 0.8 * x
         z = rng.normal(size=(250, 1)) * np.exp(log_sd)[:, None]
         p.append(score_tests.between_clusters("x", z / np.sqrt((z**2).mean()), x, codes).p)
-    # Shrunken variances of clusters allow a little more than the level; squares give 64% of p-values
-    # below 0.001 for the first of these designs.
+    # Shrunken variances of clusters allow a little more than the level. With squares, 64% of the
+    # p-values of the first of these designs are below 0.001.
     assert (np.array(p) < 0.01).sum() <= 30
     assert (np.array(p) < 0.001).sum() <= 5
 

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 
-from armed_pyro.data.simulate import spirals
+from armed_pyro.data.simulate import spirals, wages
 from armed_pyro.families.registry import FAMILIES
 from armed_pyro.families.simulate import mixed_model
 
@@ -107,6 +108,59 @@ def test_knowing_the_cluster_helps() -> None:
 def test_impossible_spirals_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spirals(**options)  # type: ignore[arg-type]
+
+
+# --- wages
+
+
+def test_wages_are_a_balanced_panel_with_experience_that_grows_with_the_year() -> None:
+    data, truth = wages()
+    table = truth.table
+    assert data.grouping("id").counts.tolist() == [7] * 595
+    assert "year" in table
+    assert "year" not in data.feature_names
+    growth = table.groupby("id")["exper"].diff().dropna()
+    assert (growth == 1).all()
+    assert (table.groupby("id")[["ed", "fem", "black"]].nunique() == 1).all(axis=None)
+    changes = table.groupby("id")[["union", "south", "married"]].nunique().mean() - 1
+    assert ((changes > 0.05) & (changes < 0.25)).all()  # 0.97^6 of the people keep their value
+
+
+def test_wages_have_the_slopes_and_spreads_that_the_truth_says() -> None:
+    _, truth = wages(seed=2)
+    table = truth.table
+    mean = table.groupby("id")["exper"].transform("mean")
+    columns = table[list(truth.coefficients)].assign(within=table["exper"] - mean, between=mean)
+    result = sm.MixedLM(table["lwage"], sm.add_constant(columns), groups=table["id"]).fit()
+    expected = {**truth.coefficients, "within": 0.10, "between": 0.01}
+    for name, value in expected.items():
+        assert abs(result.params[name] - value) < 4 * result.bse[name]
+    assert result.scale**0.5 == pytest.approx(0.15, rel=4 / math.sqrt(2 * 595 * 6))
+    # The sd of the intercepts also has the error of each person's mean residual.
+    assert truth.effects.std() == pytest.approx(0.3, rel=4 / math.sqrt(2 * 595))
+    residual = (table["lwage"] - truth.mean).to_numpy()
+    assert abs(z_score(residual[::7], 0.0, truth.new_person_sd**2)) < 4
+    assert residual[::7].std() == pytest.approx(truth.new_person_sd, rel=4 / math.sqrt(2 * 595))
+
+
+def test_a_random_intercept_follows_the_slope_within_people() -> None:
+    _, truth = wages(seed=1)
+    columns = sm.add_constant(truth.table[["exper", *truth.coefficients]])
+    result = sm.MixedLM(truth.table["lwage"], columns, groups=truth.table["id"]).fit()
+    assert 0.08 < result.params["exper"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_people": 1}, "at least 2 clusters"),
+        ({"n_years": 1}, "at least 2 row"),
+        ({"person_sd": -1.0}, "`person_sd` is a standard deviation"),
+    ],
+)
+def test_impossible_wages_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wages(**options)  # type: ignore[arg-type]
 
 
 # --- mixed models

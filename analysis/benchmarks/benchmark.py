@@ -131,7 +131,7 @@ def steps(options: Options) -> list[Figure]:
         ours = training_steps.compiled(task)
         label = f"width {width}, batch {batch}"
         compiling = time.perf_counter() - start
-        figures.append(Figure("steps", f"{label}: compiling", compiling, "s", 20))
+        figures.append(Figure("steps", f"{label}: compiling", compiling, "s", 30))
         times = training_steps.interleaved(
             {
                 "ours": ours,

@@ -53,7 +53,7 @@ def curves(device: str, *, short: bool) -> Iterator[Curve]:
         return _step(clusters, rows, terms, device)
 
     clusters = [100, 10_000] if short else [100, 1_000, 10_000, 100_000, 1_000_000]
-    yield Curve("a step of 1,024 rows", "clusters", clusters, lambda k: step(k, BATCH, 2), 1.5)
+    yield Curve("a step of 1,024 rows", "clusters", clusters, lambda k: step(k, BATCH, 2), 2.0)
     if short:
         return
     sizes = [256, 1024, 4096, 16_384]

@@ -241,16 +241,13 @@ def _advice(family: Family, factor: str, statistic: str) -> str:
     """The next step if a statistic of the clusters is not as predicted."""
     if statistic == "mean":
         return f"more random effects of {factor} (a slope), or a feature of its clusters"
-    if family.integer and not family.is_class and not family.parameters:
-        return (
-            "overdispersion or too many zeros: family 'negative_binomial' for counts, or an effect "
-            "of every row"
-        )
     if family.parameters:
         return (
             f"the spread differs between clusters of {factor}: transform the outcome, or choose "
             "another family"
         )
+    if family.integer and not family.is_class:
+        return family.if_overdispersed
     return f"more random effects of {factor} (a slope), or another family"
 
 

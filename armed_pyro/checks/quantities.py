@@ -10,7 +10,7 @@ from torch import Tensor
 
 from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.summaries.datatree import latent_dataset
+from armed_pyro.summaries.datatree import cell_name, cells, latent_dataset
 
 __all__ = ["reported"]
 
@@ -31,9 +31,6 @@ def reported(
     n = n_draws(outside) or 1
     values: dict[str, Float[np.ndarray, " draws"]] = {}
     for name, array in latent_dataset(posterior.model, outside, n).data_vars.items():
-        draws = array.to_numpy()[0].astype(float)
-        labels = [array[dim].to_numpy() for dim in array.dims[2:]]
-        for place in np.ndindex(draws.shape[1:]):
-            label = ",".join(str(names[i]) for names, i in zip(labels, place, strict=True))
-            values[f"{name}[{label}]" if label else str(name)] = draws[:, *place]
+        for labels, draws in cells(array):
+            values[cell_name(name, labels)] = draws[0].astype(float)
     return values

@@ -40,6 +40,25 @@ def stratified_order(
     return np.lexsort((place, cluster))
 
 
+def cluster_folds(
+    clusters: Int[np.ndarray, " rows"], n: int, seed: int
+) -> Int[np.ndarray, " rows"]:
+    """Number of the fold, 0 to n - 1, of every row; all rows of a cluster are in the same fold.
+
+    The folds have as many clusters as each other, to within one, and rows as evenly as clusters of
+    these sizes allow: clusters are dealt to the folds in blocks of similar size.
+    (scikit-learn's `GroupKFold` balances rows, but is not random before version 1.6.)
+    """
+    rng = np.random.default_rng([seed, 2])
+    counts = np.bincount(clusters)
+    by_size = np.lexsort((rng.random(len(counts)), -counts))
+    fold = np.empty(len(counts), dtype=np.int64)
+    for start in range(0, len(counts), n):
+        block = by_size[start : start + n]
+        fold[block] = rng.permutation(n)[: len(block)]
+    return fold[clusters]
+
+
 def check_fraction(fraction: float | None) -> float:
     """The fraction, checked to lie strictly between 0 and 1."""
     check_probability(fraction, "fraction")

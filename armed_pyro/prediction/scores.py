@@ -27,7 +27,15 @@ from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters, one_cluster_per_row
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 
-__all__ = ["ClusterScores", "compare_modes", "crps", "evaluate", "log_scores", "score_mode"]
+__all__ = [
+    "ClusterScores",
+    "compare_modes",
+    "crps",
+    "evaluate",
+    "log_densities",
+    "log_scores",
+    "score_mode",
+]
 
 # The mode of the ARMED paper: "membership" with each row as a separate cluster.
 BY_ROW = "membership by row"
@@ -180,7 +188,7 @@ def score_mode(
         options: dict[str, Any] = {"draws": draws, "seed": seed, "classifiers": classifiers}
         source, _ = effect_source(posterior, rows, unseen, pooled=pooled, **options)
     used = rows if pooled else one_cluster_per_row(model, rows)
-    log_rows = _log_densities(posterior, used, source, draws)
+    log_rows = log_densities(posterior, used, source, draws)
     made = predict_rows(posterior, used, source, draws=draws, prob=prob, seed=seed)
     # log E[prod_i p(y_i | draw)] of each cluster, as the mean over draws.
     by_cluster = np.stack([np.bincount(codes, row_values) for row_values in log_rows])
@@ -219,7 +227,7 @@ def log_scores(
     """
     seed = posterior.seed if seed is None else seed
     source = Marginal(posterior.draws(draws, seed=seed), seed)
-    log_rows = _log_densities(posterior, data, source, draws)
+    log_rows = log_densities(posterior, data, source, draws)
     return np.asarray(scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows)))
 
 
@@ -292,7 +300,7 @@ def _replicated(
 
 
 @torch.no_grad()
-def _log_densities(
+def log_densities(
     posterior: Posterior, data: ClusteredData, source: EffectSource, draws: int
 ) -> DrawsByRow:
     """Return log p(y_i | draw) of every row."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from itertools import product
 
 import numpy as np
 import xarray as xr
@@ -14,7 +13,14 @@ from torch import Tensor
 from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.nested_weights import log_prior
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.summaries.datatree import arviz_api, latent_dataset, log_likelihood, to_datatree
+from armed_pyro.summaries.datatree import (
+    arviz_api,
+    cell_name,
+    cells,
+    latent_dataset,
+    log_likelihood,
+    to_datatree,
+)
 
 __all__ = ["leave_one_out", "prior_sensitivity"]
 
@@ -97,10 +103,8 @@ def prior_sensitivity(posterior: Posterior, latents: Mapping[str, Tensor]) -> di
     result = result.dataset if isinstance(result, xr.DataTree) else result
     sensitivity: dict[str, float] = {}
     for name, array in result.data_vars.items():
-        axes = [array[dim].to_numpy() for dim in array.dims]
-        for labels, value in zip(product(*axes), array.to_numpy().flat, strict=True):
+        for labels, value in cells(array):
             one_term = str(name).endswith("_cor") and len(set(labels)) == 1
             if np.isfinite(value) and not one_term:
-                label = f"[{','.join(map(str, labels))}]" if labels else ""
-                sensitivity[f"{name}{label}"] = float(value)
+                sensitivity[cell_name(name, labels)] = float(value)
     return sensitivity

@@ -34,7 +34,15 @@ from armed_pyro.program.units import (
 )
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["GROUPS", "arviz_api", "latent_dataset", "log_likelihood", "to_datatree"]
+__all__ = [
+    "GROUPS",
+    "arviz_api",
+    "cell_name",
+    "cells",
+    "latent_dataset",
+    "log_likelihood",
+    "to_datatree",
+]
 
 Draws = dict[str, Tensor]
 Variables = dict[str, tuple[tuple[str, ...], Any]]
@@ -284,6 +292,22 @@ def _prior_draws(posterior: Posterior, draws: int, seed: int) -> Draws:
         sites = Predictive(model, num_samples=draws, parallel=True)(rows)
     sites.pop(model.data_facts().outcome_name)
     return sites
+
+
+def cells(array: xr.DataArray) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
+    """The labels of every cell, and its value: one number, or an array of chains and draws."""
+    lead = [dim for dim in ("chain", "draw") if dim in array.dims]
+    dims = [dim for dim in array.dims if dim not in lead]
+    values = array.transpose(*lead, *dims).to_numpy()
+    axes = [array[dim].to_numpy() for dim in dims]
+    for place in np.ndindex(values.shape[len(lead) :]):
+        labels = tuple(axis[i] for axis, i in zip(axes, place, strict=True))
+        yield labels, np.asarray(values[(..., *place)])
+
+
+def cell_name(variable: object, labels: tuple[Any, ...]) -> str:
+    """Name of a cell, such as ``site_sd[Intercept]``."""
+    return f"{variable}[{','.join(map(str, labels))}]" if labels else str(variable)
 
 
 def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Dataset:

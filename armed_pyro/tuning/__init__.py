@@ -1,0 +1,1 @@
+"""Settings of a program chosen by cross-validation."""
