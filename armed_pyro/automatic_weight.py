@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from armed_pyro.engine.schedule import Schedule
 from armed_pyro.inference.probing import fresh_probe
 from armed_pyro.inference.train import GuideFactory, progress_bar, train
 from armed_pyro.networks.fresh_probe import FreshProbe
-from armed_pyro.prediction.scores import log_scores
+from armed_pyro.prediction.row_scores import row_scores
 from armed_pyro.program.model import MixedEffects
 
 __all__ = ["LEVELS", "WeightSearch", "with_weights"]
@@ -184,20 +185,23 @@ class WeightSearch:
         """Fit the program with these weights, and judge it."""
         # The same initial weights of the classifiers every time.
         torch.manual_seed(self.seed)
-        bound = with_weights(model, weights).bind(parts.training).to(self.device)
-        posterior = train(
-            bound,
-            parts.training,
-            validation=parts.stopping,
-            schedule=self.schedule,
-            guide=self.guide,
-            refine=False,
-            seed=self.seed,
-            compile=self.compile,
-            progress=False,
-        )
+        with warnings.catch_warnings():
+            # The fit to all rows gives the same warnings, once.
+            warnings.simplefilter("ignore")
+            bound = with_weights(model, weights).bind(parts.training).to(self.device)
+            posterior = train(
+                bound,
+                parts.training,
+                validation=parts.stopping,
+                schedule=self.schedule,
+                guide=self.guide,
+                refine=False,
+                seed=self.seed,
+                compile=self.compile,
+                progress=False,
+            )
         probes = dict(zip(weights, self._probes(bound, weights, parts), strict=True))
-        losses = -log_scores(posterior, parts.judging, draws=DRAWS)
+        losses = -row_scores(posterior, parts.judging, "marginal", draws=DRAWS).log_score
         rows = np.bincount(parts.groups)
         return _Tried(weights, probes, np.bincount(parts.groups, losses) / rows)
 

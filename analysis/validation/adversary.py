@@ -94,8 +94,8 @@ def scored(study: Study, weight: Any, seed: int, *, smoke: bool) -> dict[str, fl
 def summary(fits: pd.DataFrame) -> pd.DataFrame:
     """Means over the studies, and paired differences of the scores to weight 0.
 
-    >>> fits = pd.DataFrame({"study": [0, 0, 1, 1], "weight": ["0.0", "1.0"] * 2})
-    >>> fits[[*SCORES, "used", "probe", "chance", "own_accuracy"]] = np.arange(4.0)[:, None]
+    >>> numbers = dict.fromkeys([*SCORES, "used", "probe", "chance", "own_accuracy"], range(4))
+    >>> fits = pd.DataFrame({"study": [0, 0, 1, 1], "weight": ["0.0", "1.0"] * 2, **numbers})
     >>> summary(fits)[["auroc_new", "auroc_new_diff", "auroc_new_se"]].to_numpy().tolist()
     [[1.0, 0.0, 0.0], [2.0, 1.0, 0.0]]
     """

@@ -27,15 +27,7 @@ from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters, one_cluster_per_row
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 
-__all__ = [
-    "ClusterScores",
-    "compare_modes",
-    "crps",
-    "evaluate",
-    "log_densities",
-    "log_scores",
-    "score_mode",
-]
+__all__ = ["ClusterScores", "compare_modes", "crps", "evaluate", "log_densities", "score_mode"]
 
 # The mode of the ARMED paper: "membership" with each row as a separate cluster.
 BY_ROW = "membership by row"
@@ -214,21 +206,6 @@ def crps(draws: DrawsByRow, y: ByRow) -> ByRow:
     weight = 2 * np.arange(1, n + 1) - n - 1
     spread = (weight[:, None] * order).sum(0) / (n * (n - 1))
     return np.abs(draws - y).mean(0) - spread
-
-
-def log_scores(
-    posterior: Posterior, data: ClusteredData, *, draws: int = 1000, seed: int | None = None
-) -> ByRow:
-    """Return log p(y_i | training data) of every row; new clusters by the mode "marginal".
-
-    Examples
-    --------
-    ``log_scores(fit.posterior, held_out).mean()``
-    """
-    seed = posterior.seed if seed is None else seed
-    source = Marginal(posterior.draws(draws, seed=seed), seed)
-    log_rows = log_densities(posterior, data, source, draws)
-    return np.asarray(scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows)))
 
 
 def _scored(
