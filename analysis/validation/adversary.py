@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = summary(fits)
     table.to_csv(out / "adversary.csv")
     console = Console(width=140, markup=False, emoji=False)
-    console.print(table.to_string(float_format="{:.3f}".format))
+    console.print(table.T.to_string(float_format="{:.3f}".format))
 
 
 def records(seeds: int, weights: Sequence[Any], *, smoke: bool) -> Iterator[dict[str, Any]]:
