@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from armed_pyro._messages import INTEGER, check_type
+from armed_pyro.automatic_weight import WeightSearch, with_weights
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.own_means import with_own_means
+from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import (
     ALONE,
@@ -108,6 +111,7 @@ def fit(
     Raises
     ------
     ValueError
+        If an adversary's weight is "auto", and rows are streamed or too few to be held out.
         If model and data do not match, before training; or if `checkpoint` belongs to another run.
     DivergenceError
         If training diverges. The error holds the last good fit, whose parameters are finite.
@@ -143,6 +147,8 @@ def fit(
     with torch.random.fork_rng(devices=devices):
         # Binding draws the initial weights of the adversaries.
         torch.manual_seed(seed)
+        search = WeightSearch(schedule, guide, target, compile, seed, progress)
+        model, weights = _weighed(model, data, search, checkpoint if resume else None)
         try:
             with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
                 _note(bound, progress=progress)
@@ -160,6 +166,7 @@ def fit(
                     checkpoint=checkpoint,
                     resume=resume,
                     progress=progress,
+                    weights=weights,
                 )
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error
@@ -183,6 +190,31 @@ def _note(model: MixedEffects, *, progress: bool) -> None:
     between = model.data_facts().between
     if progress and between is not None:
         Console(stderr=True).print(f"Clusters' means: {between.note}", markup=False)
+
+
+def _weighed(
+    model: MixedEffects,
+    data: ClusteredData | StreamedData,
+    search: WeightSearch,
+    resumed: str | Path | None,
+) -> tuple[MixedEffects, list[dict[str, Any]]]:
+    """The program with all weights of adversaries as numbers, and the weights that were tried."""
+    places = [n for n, game in enumerate(model.adversaries) if game.weight == "auto"]
+    if not places:
+        return model, []
+    if resumed is not None and Path(resumed).exists():
+        # Rounding errors, as of compiled steps, could lead to another choice.
+        record = Checkpoint.read(Path(resumed)).record
+        games = record["run"].get("adversary", [])
+        if len(games) == len(model.adversaries):
+            weights = {n: games[n]["weight"] for n in places}
+            return with_weights(model, weights), record["history"].get("weights", [])
+    if not isinstance(data, ClusteredData):
+        raise ValueError(
+            "an adversary's automatic weight needs rows in memory, and these are streamed: find "
+            "the weight on a sample of whole clusters, and give it as Adversary(..., weight=1.0)"
+        )
+    return search.choose(model, data)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import typer
+from torch import nn
 
 from armed_pyro._memory import most_held
 from armed_pyro._messages import check_probability
@@ -71,8 +72,10 @@ def fit_table(options: FitOptions) -> None:
     ]:
         if share is not None:
             check_probability(share, name)
-    if options.adversary_weight is not None and options.adversary is None:
-        raise ValueError("--adversary-weight needs --adversary FACTOR")
+    if options.adversary is None:
+        for name in ("weight", "taps", "hidden", "warmup"):
+            if getattr(options, f"adversary_{name}") is not None:
+                raise ValueError(f"--adversary-{name} needs --adversary FACTOR")
     steps = Schedule.steps if options.steps is None else options.steps
     schedule = Schedule(steps=steps, batch_size=options.batch_size)
     terms = parse_terms(options.random)
@@ -157,14 +160,45 @@ def _program(
     if options.net == "linear" and isinstance(rows, ClusteredData) and not rows.intercept:
         arguments["bias"] = False
     net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **arguments)
-    adversaries = []
-    if options.adversary is not None:
-        weight = 1.0 if options.adversary_weight is None else options.adversary_weight
-        adversaries = [Adversary(options.adversary, hidden_activations(net), weight=weight)]
     head = options.net == "linear" if options.bayesian_head is None else options.bayesian_head
     choices: dict[Between, BetweenChoice] = {Between.yes: True, Between.no: False}
     between = None if options.between is None else choices.get(options.between, "auto")
-    return MixedEffects(net, terms, family, adversaries, bayesian_head=head, between=between)
+    return MixedEffects(
+        net,
+        terms,
+        family,
+        _adversaries(options, net),
+        bayesian_head=head,
+        fixed_weight=options.fixed_weight,
+        between=between,
+    )
+
+
+def _adversaries(options: FitOptions, net: nn.Module) -> list[Adversary]:
+    """The adversary of the options, if there is one."""
+    if options.adversary is None:
+        return []
+    given: dict[str, Any] = {}
+    if options.adversary_weight is not None:
+        given["weight"] = _weight(options.adversary_weight)
+    if options.adversary_hidden is not None:
+        given["hidden"] = _numbers(options.adversary_hidden, "--adversary-hidden")
+    if options.adversary_warmup is not None:
+        given["warmup_epochs"] = options.adversary_warmup
+    taps = _listed(options.adversary_taps or "") or hidden_activations(net)
+    return [Adversary(options.adversary, taps, **given)]
+
+
+def _weight(text: str) -> float | str:
+    """A weight as a number, or "auto"."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--adversary-weight must be a number such as 1, or auto, found {text!r}"
+        ) from error
 
 
 def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:
@@ -252,9 +286,14 @@ def _widths(hidden: str | None, net: str) -> dict[str, Any]:
         return {}
     if net == "linear" or is_file(net):
         raise ValueError(f"--hidden is for --net dense, not for --net {net}")
-    if not all(width.strip().isdigit() for width in hidden.split(",")):
-        raise ValueError(f"--hidden must be widths such as 32,32, found {hidden!r}")
-    return {"hidden": [int(width) for width in hidden.split(",")]}
+    return {"hidden": _numbers(hidden, "--hidden")}
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Widths of layers from a list with commas."""
+    if not all(width.strip().isdigit() for width in text.split(",")):
+        raise ValueError(f"{option} must be widths such as 32,32, found {text!r}")
+    return [int(width) for width in text.split(",")]
 
 
 def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, prob: float) -> None:

@@ -152,8 +152,34 @@ class FitOptions:
     adversary: str | None = option(
         None, "Factor to keep out of the hidden layers: --adversary site", metavar="FACTOR"
     )
-    adversary_weight: float | None = option(
-        None, "Strength of the adversary: --adversary-weight 5 [default: 1]", metavar="W"
+    adversary_weight: str | None = option(
+        None,
+        "Strength of the adversary, or auto, which raises it until the factor cannot be read, as "
+        "far as predictions of held-out clusters do not suffer: --adversary-weight auto "
+        "[default: 1]",
+        metavar="W",
+    )
+    adversary_taps: str | None = option(
+        None,
+        "Module paths that the adversary reads: --adversary-taps 1,3 [default: the hidden layers]",
+        metavar="A,B",
+    )
+    adversary_hidden: str | None = option(
+        None,
+        "Widths of the adversary's own hidden layers: --adversary-hidden 64,32 [default: 32]",
+        metavar="N,N",
+    )
+    adversary_warmup: float | None = option(
+        None,
+        "Passes over the rows in which the adversary's strength rises: --adversary-warmup 0 "
+        "[default: 5]",
+        metavar="EPOCHS",
+    )
+    fixed_weight: float = option(
+        0.0,
+        "Weight of the likelihood under the fixed effects alone, which helps predictions of new "
+        "clusters: --fixed-weight 1",
+        metavar="W",
     )
     validate_rows: float | None = option(
         None, "Share of rows to stop training by and judge: --validate-rows 0.2", metavar="F"
