@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from armed_pyro.engine.checkpoint import Checkpoint, module_tensors, restore_module
-from armed_pyro.engine.schedule import History
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
 from armed_pyro.inference.held_out import HeldOut
@@ -124,8 +124,8 @@ class CrossFitting:
             self.accuracies.append(run.history.adversary_accuracy[-1])
         return checkpoint
 
-    def finish(self) -> History:
-        """Give the program the trained networks; a history with the steps and the loss of each.
+    def finish(self) -> dict[str, Any]:
+        """Give the program the trained networks; fields of the history that describe them.
 
         The program's single network is the one of median loss. After the training of one network
         alone the guide continues from where it was.
@@ -147,12 +147,12 @@ class CrossFitting:
             model.cross_fit(folds.eval())
         # The adversaries of this network are trained no further.
         accuracy = [self.accuracies[median]] if model.adversaries else []
-        return History(
-            fold_steps=steps,
-            fold_validation=losses,
-            fold_stopped=list(self.stopped),
-            fold_accuracy=accuracy,
-        )
+        return {
+            "fold_steps": steps,
+            "fold_validation": losses,
+            "fold_stopped": list(self.stopped),
+            "fold_accuracy": accuracy,
+        }
 
     def _windows(self) -> list[int]:
         """The window after which each network is kept."""

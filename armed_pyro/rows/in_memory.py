@@ -34,6 +34,7 @@ class HeldRows(RowSource):
     computed: Mapping[str, Tensor] | None = None
     reduce: Callable[[Tensor], Tensor] | None = None
     slopes: Float[Tensor, "rows columns"] | None = None
+    means: Float[Tensor, "rows columns"] | None = None
     fold: Int[Tensor, " rows"] | None = None
 
     def __len__(self) -> int:
@@ -59,16 +60,16 @@ class HeldRows(RowSource):
             # `index_select` copies whole rows, which takes a fraction of the time of indexing.
             return None if values is None else values.index_select(0, index)
 
-        names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes", "fold")
-        return replace(self, **{name: take(getattr(self, name)) for name in names})
+        names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes", "means")
+        return replace(self, **{name: take(getattr(self, name)) for name in (*names, "fold")})
 
     def all(self) -> Rows:
         return self.of(self.memberships(self.codes), 1.0)
 
     def of(self, memberships: Mapping[str, Membership], scale: float) -> Rows:
         """All rows, with these memberships and this scale."""
-        optional = (self.trials, self.offset, self.weights, self.computed, self.slopes, self.fold)
-        return Rows(self.x, self.y, memberships, scale, *optional)
+        optional = (self.trials, self.offset, self.weights, self.computed, self.slopes, self.means)
+        return Rows(self.x, self.y, memberships, scale, *optional, self.fold)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
