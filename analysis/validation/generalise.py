@@ -244,6 +244,8 @@ def verdicts(table: pd.DataFrame, ours: Sequence[str]) -> Iterator[str]:
     for kind in (NEW, SEEN):
         for model in ours:
             part = table[(table["rows"] == kind) & (table["model"] == model)]
+            if part.empty:
+                continue
             behind = part[part["ratio"] > MOST]
             listed = ", ".join(
                 f"{row['table']} ({row['ratio']:.2f} ± {row['ratio_se']:.2f}, {row['best_rival']})"
