@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from armed_pyro._messages import INTEGER, check_type
 from armed_pyro.automatic_weight import WeightSearch, with_weights
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.own_means import with_own_means
 from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import (
@@ -28,6 +30,7 @@ from armed_pyro.inference.train import GuideFactory, train
 from armed_pyro.inference.training_run import TrainingDiverged
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.mundlak import with_between
 from armed_pyro.rows.source import RowSource
 from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
@@ -148,6 +151,7 @@ def fit(
         model, weights = _weighed(model, data, search, checkpoint if resume else None)
         try:
             with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
+                _note(bound, progress=progress)
                 posterior = train(
                     bound,
                     kept,
@@ -179,6 +183,13 @@ def _check_arguments(
     check_type(validation, (ClusteredData, type(None)), "validation", table)
     check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")
+
+
+def _note(model: MixedEffects, *, progress: bool) -> None:
+    """Say which clusters' means "auto" added, as a line beside the progress bar."""
+    between = model.data_facts().between
+    if progress and between is not None:
+        Console(stderr=True).print(f"Clusters' means: {between.note}", markup=False)
 
 
 def _weighed(
@@ -217,11 +228,16 @@ def _bound(
 ) -> Iterator[tuple[MixedEffects, ClusteredData, RowSource | None]]:
     """A copy of the model bound to the rows, the rows to keep, and all rows if these are fewer."""
     if isinstance(data, ClusteredData):
+        data = with_own_means(data)
         yield model.bind(data).to(target), data, None
         return
     with data.encoded(model.factor_names(), seed, progress=progress) as table:
-        bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
-        yield bound, table.sample(bound.largest_factor()), StreamedRows(table, bound.reference())
+        bound = model.bind(Facts.of_encoded(table, model.family))
+        sample = table.sample(bound.largest_factor())
+        facts = with_between(bound, sample, table.cluster_sums)
+        bound = (bound if facts.between is None else model.bind(facts)).to(target)
+        means = {} if facts.between is None else facts.between.by_cluster(facts.levels)
+        yield bound, sample, StreamedRows(table, bound.reference(), means)
 
 
 def _device(name: str) -> str:

@@ -21,6 +21,7 @@ Weights = StrEnum("Weights", ["frequency", "precision"])
 Missing = StrEnum("Missing", ["error", "drop"])
 Holes = StrEnum("Holes", ["error", "empty"])
 Refine = StrEnum("Refine", ["psis", "nuts"])
+Between = StrEnum("Between", ["auto", "yes", "no"])
 
 
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
@@ -92,8 +93,9 @@ class FitOptions:
     run: Path = option(..., "Folder to write the fit to: --out run", "--out", metavar="RUN")
     features: str | None = option(
         None,
-        "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 1 is an intercept "
-        "alone, '0 + age' has none [default: all other columns]",
+        "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 'within(age | site) + "
+        "between(age | site)' are deviations from the sites' means, and these means; 1 is an "
+        "intercept alone, '0 + age' has none [default: all other columns]",
         metavar="A,B,C",
     )
     categorical: str | None = option(
@@ -140,6 +142,12 @@ class FitOptions:
         None,
         "Whether the last linear layer gets a posterior [default: with --net linear only]",
         "--bayesian-head/--no-bayesian-head",
+    )
+    between: Between | None = option(
+        None,
+        "Whether means of features in the clusters of a random intercept are fixed effects, so "
+        "that slopes within and between clusters may differ; auto where they do: --between yes "
+        "[default: auto for networks, no for --net linear]",
     )
     adversary: str | None = option(
         None, "Factor to keep out of the hidden layers: --adversary site", metavar="FACTOR"

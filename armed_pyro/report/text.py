@@ -47,7 +47,7 @@ def priors(model: MixedEffects) -> dict[str, str]:
     lines: dict[str, str] = {}
     for factor in model.factors:
         lines |= factor.describe_priors()
-    if model.bayesian_head:
+    if model.has_fixed_effects:
         lines["fixed_effect"] = fixed_prior.describe(model)
     for parameter in model.family.parameters:
         if facts.weights_kind == "se":
@@ -125,6 +125,8 @@ def _head(posterior: Posterior) -> str:
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
+    if facts.between is not None:
+        lines.append(f"  Clusters' means: {facts.between.note}")
     if facts.weights_kind:
         lines.append(f"  Weights: {WEIGHTS[facts.weights_kind].format(facts.weights_sum)}")
     lines += [
@@ -150,10 +152,13 @@ def _fixed(results: Results) -> str:
     if table.empty:
         return "Fixed effects: weights of a network, without uncertainty"
     body = _frame(table)
-    if not results.posterior.model.linear:
+    model = results.posterior.model
+    if not model.linear:
+        means = table[table.term.str.startswith("between(")]
         body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
+        body = body if model.bayesian_head else _frame(means)
     interval = f"{results.prob:.0%} equal-tailed interval"
-    of = "".join(f"of {label!r}, " for label in event_of(results.posterior.model))
+    of = "".join(f"of {label!r}, " for label in event_of(model))
     return _section(f"Fixed effects ({of}posterior mean, {interval})", body)
 
 
