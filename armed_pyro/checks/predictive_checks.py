@@ -20,7 +20,6 @@ from armed_pyro.checks.rank_tests import holm
 from armed_pyro.families.family import Family
 from armed_pyro.guides.base import n_draws, selected
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
-from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
 from armed_pyro.rows.batch import Rows
@@ -255,6 +254,6 @@ def _left_out(weighted: ImportanceDraws) -> tuple[np.ndarray, np.ndarray]:
     """log p(y_k | y of the other clusters) and k-hat of its weights; NaN if not computed."""
     clusters, weighed = weighted.clusters.T, ~np.isnan(weighted.cluster_k_hat)
     elpd, k_hat = np.full(len(weighed), np.nan), np.full(len(weighed), np.nan)
-    smoothed, k_hat[weighed] = pareto_smooth(weighted.log_weights - clusters)
+    smoothed, k_hat[weighed] = weighted.left_out
     elpd[weighed] = np.logaddexp.reduce(smoothed + clusters, axis=1)
     return elpd, k_hat

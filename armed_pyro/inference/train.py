@@ -110,13 +110,14 @@ def train(
         with threads(count), _training_bar(schedule, shown) as report:
             run.train(path, report)
         processes.same(bound, bound_guide)
-    posterior, frozen_rows = run.result(), run.phase.frozen_rows
+    posterior, frozen_rows, closed = run.result(), run.phase.frozen_rows, run.phase.closed
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
-    if not refine or frozen_rows is None or not refinable(posterior, source):
+    can_weigh = closed is not None or refinable(posterior, source)
+    if not refine or frozen_rows is None or not can_weigh:
         return posterior
-    weighted = importance_draws(posterior, frozen_rows)
+    weighted = importance_draws(posterior, frozen_rows, closed)
     posterior = replace(posterior, importance=weighted)
     # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
     # the diagnostics warn.

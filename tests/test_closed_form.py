@@ -1,0 +1,137 @@
+"""log p(y | theta) from sums of the rows, against dense matrices and against the rows."""
+
+import numpy as np
+import pandas as pd
+import pyro
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from armed_pyro import ClusteredData, MixedEffects, Slopes
+from armed_pyro.guides.closed_form import closed_form
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.guides.nested import NestedGuide
+from armed_pyro.guides.noise import proposal_noise
+from armed_pyro.inference.nested_weights import weigh
+
+pytestmark = pytest.mark.filterwarnings("ignore:there are fewer rows")
+DRAWS = 5
+
+
+def make_frame(n=150, children=40, classes=12, schools=4, seed=0):
+    """Children in classes in schools; the last child is alone, and its x is constant."""
+    rng = np.random.default_rng(seed)
+    child = np.concatenate([np.arange(children), rng.integers(children - 1, size=n - children)])
+    of_child, of_class = rng.integers(classes, size=children), rng.integers(schools, size=classes)
+    x, t = rng.normal(size=(2, n))
+    batch = rng.integers(5, size=n)
+    u, v, w = rng.normal(size=children), rng.normal(size=classes), rng.normal(size=schools)
+    room = of_child[child]
+    y = 3 + x + u[child] * (1 + 0.5 * x) + v[room] + w[of_class[room]] * t + rng.normal(size=n)
+    weight = rng.integers(0, 3, size=n).astype(float)
+    frame = pd.DataFrame({"x": x, "t": t, "child": child, "room": room, "weight": weight})
+    more = {"school": of_class[room], "batch": batch, "log_n": rng.normal(size=n), "y": y}
+    return frame.assign(**more)
+
+
+def bound(random, frame=None, *, net=None, head=True, features=("x", "t"), **roles):
+    frame = make_frame() if frame is None else frame
+    clusters = ["child", "room", "school", "batch"]
+    columns = {"outcome": "y", "clusters": clusters, "features": list(features), **roles}
+    data = ClusteredData.from_frame(frame, **columns)
+    torch.manual_seed(0)
+    net = nn.Linear(len(features), 1).double() if net is None else net
+    model = MixedEffects(net, random, bayesian_head=head).bind(data).eval()
+    model.requires_grad_(False)
+    return model, model.compute(model.encode(data))
+
+
+def sampled(model, source, seed=1):
+    """Draws of the hyperparameters from a wide guide."""
+    guide = choose_guide(model, source)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide.hyperparameters.log_scale.fill_(-0.7)
+        torch.manual_seed(seed)
+        return guide, guide.draws(model.clusters(), DRAWS)
+
+
+def dense(model, source, latents):
+    """log p(y | theta) by the covariance matrix of all rows, in units of the outcome."""
+    facts, rows = model.data_facts(), source.all()
+    frequencies = model.frequencies(rows)
+    counts = np.ones(len(source)) if frequencies is None else frequencies.numpy()
+    index = np.repeat(np.arange(len(source)), counts.astype(int))
+    weights = np.ones(len(source))
+    if frequencies is None and rows.weights is not None:
+        weights = rows.weights.numpy()
+    values = []
+    for draw in range(DRAWS):
+        one = {k: v[draw : draw + 1] if v.dim() > 1 else v for k, v in latents.items()}
+        fixed = {k: v for k, v in one.items() if not k.endswith("_effect") or k == "fixed_effect"}
+        mean = model.predictor(rows, fixed).eta.reshape(-1).numpy()[index]
+        sd = float(model.family_parameters(one)["residual_sd"].reshape(-1))
+        V = np.diag(sd**2 / weights[index])
+        for factor in model.factors:
+            phi = factor.design(rows.slope_inputs(), source.computed or {}).numpy()[index]
+            D = factor.covariance(one).reshape(len(factor.terms), -1).numpy() * facts.spread**2
+            codes = source.codes[factor.name].numpy()[index]
+            V += (codes[:, None] == codes) * (phi @ D @ phi.T)
+        values.append(stats.multivariate_normal.logpdf(rows.y.numpy()[index], mean, V))
+    return np.array(values)
+
+
+PROGRAMS = {
+    "intercept": ("(1 | child)", {}),
+    "intercept and slope": ("(1 + x | child)", {}),
+    "independent": ("(1 + x || child)", {}),
+    "slope": ("(0 + x | child)", {}),
+    "nested": ("(1 | child) + (1 | room)", {}),
+    "nested, slopes at both": ("(1 + x | child) + (1 + x | room)", {}),
+    "three levels": ("(1 + x | child) + (1 | room) + (1 + t | school)", {}),
+    "three levels, three terms": ("(1 + x + t | child) + (1 | room) + (1 + x | school)", {}),
+    "outer slope only": ("(1 | child) + (0 + t | school)", {}),
+    "offset": ("(1 | child) + (1 | room)", {"offset": "log_n"}),
+    "frequencies": ("(1 + x | child) + (1 | room)", {"weights": "weight"}),
+    "no factors": ((), {}),
+    "network": ("(1 + x | child) + (1 | room)", {"net": True, "head": False}),
+    "hidden layer": ("(1 | child)", {"net": True, "head": True}),
+    "slopes on a layer": (["(1 | child)", Slopes("room", on="1")], {"net": True, "head": True}),
+}
+
+
+def program(name):
+    random, options = PROGRAMS[name]
+    options = dict(options)
+    if options.pop("net", False):
+        torch.manual_seed(3)
+        options["net"] = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    return bound(random, **options)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_closed_form_is_the_density_of_all_rows(name):
+    model, source = program(name)
+    _, latents = sampled(model, source)
+    found = closed_form(model, source).log_likelihood(latents).numpy()
+    expected = dense(model, source, latents)
+    assert np.abs(found - expected).max() < 1e-8 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["nested", "three levels", "outer slope only", "frequencies"])
+def test_the_nested_guide_is_the_conditional_of_all_effects(name):
+    """p(y, u | theta) / q(u | theta) is p(y | theta), whatever u is."""
+    model, source = program(name)
+    guide, latents = sampled(model, source)
+    assert isinstance(guide, NestedGuide)
+    rows = source.all()
+    with torch.no_grad(), pyro.validation_enabled(False):
+        torch.manual_seed(2)
+        noise = proposal_noise(guide, rows, DRAWS, 1, model.reference(), heavy=False)
+        moved = {site: 3 * value for site, value in noise.values.items() if site != "_theta"}
+        first = weigh(model, guide, rows, noise)
+        far = weigh(model, guide, rows, replace(noise, values={**noise.values, **moved}))
+        closed = closed_form(model, source)
+        totals = [closed.log_likelihood(weighted.latents) for weighted in (first, far)]
+    likelihood = [w.total() - w.outer + outer_effects(w, model, guide) for w in (first, far)]
+    assert np.allclose(*[value.numpy() for value in totals])
