@@ -1,5 +1,7 @@
 """log p(y | theta) from sums of the rows, against dense matrices and against the rows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pyro
@@ -12,7 +14,8 @@ from armed_pyro import ClusteredData, MixedEffects, Slopes
 from armed_pyro.guides.closed_form import closed_form
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.guides.nested import NestedGuide
-from armed_pyro.guides.noise import proposal_noise
+from armed_pyro.guides.noise import gaussian_noise
+from armed_pyro.inference.marginal_weights import marginal_draws
 from armed_pyro.inference.nested_weights import weigh
 
 pytestmark = pytest.mark.filterwarnings("ignore:there are fewer rows")
@@ -118,20 +121,50 @@ def test_the_closed_form_is_the_density_of_all_rows(name):
     assert np.abs(found - expected).max() < 1e-8 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ["nested", "three levels", "outer slope only", "frequencies"])
-def test_the_nested_guide_is_the_conditional_of_all_effects(name):
+EXACT = [name for name in PROGRAMS if name != "slopes on a layer"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_weights_without_effects_are_those_of_rows_and_any_effects(name):
     """p(y, u | theta) / q(u | theta) is p(y | theta), whatever u is."""
     model, source = program(name)
-    guide, latents = sampled(model, source)
-    assert isinstance(guide, NestedGuide)
-    rows = source.all()
+    guide, _ = sampled(model, source)
+    assert isinstance(guide, NestedGuide) == (len(model.factors) > 1)
+    guide.refresh(model, source)
+    rows, closed = source.all(), closed_form(model, source)
     with torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(2)
-        noise = proposal_noise(guide, rows, DRAWS, 1, model.reference(), heavy=False)
-        moved = {site: 3 * value for site, value in noise.values.items() if site != "_theta"}
-        first = weigh(model, guide, rows, noise)
-        far = weigh(model, guide, rows, replace(noise, values={**noise.values, **moved}))
-        closed = closed_form(model, source)
-        totals = [closed.log_likelihood(weighted.latents) for weighted in (first, far)]
-    likelihood = [w.total() - w.outer + outer_effects(w, model, guide) for w in (first, far)]
-    assert np.allclose(*[value.numpy() for value in totals])
+        noise = gaussian_noise(guide, rows, DRAWS, model.reference())
+        expected = marginal_draws(model, guide, closed, noise.values["_theta"])
+        for far in (1, 4):
+            values = {k: v if k == "_theta" else far * v for k, v in noise.values.items()}
+            weighted = weigh(model, guide, rows, replace(noise, values=values))
+            assert torch.allclose(weighted.total(), expected.total, rtol=1e-9, atol=1e-8)
+            assert torch.allclose(weighted.hyper, expected.hyper)
+
+
+@pytest.mark.parametrize("name", ["independent", "three levels", "network"])
+def test_gradient_and_curvature_are_those_of_finite_differences(name):
+    model, source = program(name)
+    guide, _ = sampled(model, source)
+    closed, size = closed_form(model, source), guide.hyperparameters.size
+
+    def density(theta):
+        noise = theta.reshape(1, 1, 1, size)
+        drawn = marginal_draws(model, guide, closed, noise)
+        return (drawn.total - drawn.hyper).sum()
+
+    with pyro.validation_enabled(False):
+        torch.manual_seed(5)
+        theta = (0.3 * torch.randn(size, dtype=torch.float64)).requires_grad_()
+        (slope,) = torch.autograd.grad(density(theta), theta, create_graph=True)
+        rows = [torch.autograd.grad(part, theta, retain_graph=True)[0] for part in slope]
+        curvature = torch.stack(rows)
+        for place in range(size):
+            step = torch.zeros(size, dtype=torch.float64)
+            step[place] = 1e-4
+            ends = [theta.detach() + step, theta.detach() - step]
+            up, down = (density(end).item() for end in ends)
+            assert slope[place].item() == pytest.approx((up - down) / 2e-4, rel=1e-5, abs=1e-4)
+            second = (up + down - 2 * density(theta.detach()).item()) / 1e-8
+            assert curvature[place, place].item() == pytest.approx(second, rel=1e-2, abs=1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,6 +34,8 @@ MOST_REFRESHES = 30
 # Largest sd of a hyperparameter at the start; most hyperparameters are logarithms.
 WIDEST = 1.5
 SEARCH_SCALE = 0.1
+# Nats that a step of the search must gain; coarse, because a Newton step follows.
+CLIMBED = 3e-3
 # More rows than SEARCHED are searched in a sample of at least FEWEST_SEARCHED whole clusters;
 # up to NEWTON_STEPS lead from the sample's mode to the mode of all rows.
 SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
@@ -279,20 +284,35 @@ class _Posterior:
         return theta
 
     def climb(self) -> Float[Tensor, " size"]:
-        """The theta with the highest density, by LBFGS."""
-        point = self.point()
-        # The tolerance is coarse because a Newton step follows.
-        optimizer = torch.optim.LBFGS(
-            [point], max_iter=30, tolerance_change=1e-2, line_search_fn="strong_wolfe"
-        )
+        """The theta with the highest density, by L-BFGS."""
+        start, reached, worst = self.point(), math.inf, -math.inf
 
-        def loss() -> Tensor:
+        def loss(noise: np.ndarray) -> tuple[float, np.ndarray]:
+            nonlocal worst
+            point = start.new_tensor(noise).reshape(start.shape).requires_grad_()
             total, gradient = self.slope(point)
-            point.grad = -gradient
-            return -total
+            if not (total.isfinite() and gradient.isfinite().all()):
+                # The line search turns back from a wall.
+                return worst + 1e3 * (1 + abs(worst)), np.zeros_like(noise)
+            worst = max(worst, -float(total))
+            return -float(total), -gradient.flatten().double().cpu().numpy()
 
-        optimizer.step(loss)
-        return self.theta(point)
+        def stop(intermediate_result: scipy.optimize.OptimizeResult) -> None:
+            nonlocal reached
+            last, reached = reached, float(intermediate_result.fun)
+            if last - reached < CLIMBED:
+                raise StopIteration
+
+        # The first use of torch.optim's L-BFGS would import torch's compiler, which takes a second.
+        best = scipy.optimize.minimize(
+            loss,
+            np.zeros(start.numel()),
+            jac=True,
+            method="L-BFGS-B",
+            callback=stop,
+            options={"maxiter": 30},
+        )
+        return self.theta(start.new_tensor(best.x).reshape(start.shape))
 
     def curvature(self) -> tuple[Float[Tensor, "size size"], Float[Tensor, " size"]]:
         """Cholesky factor of (-Hessian)^-1 in units of the frame; Newton step in posterior sds."""

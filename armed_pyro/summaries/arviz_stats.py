@@ -24,14 +24,14 @@ from armed_pyro.summaries.datatree import (
 
 __all__ = ["leave_one_out", "prior_sensitivity"]
 
-MOST_LEFT_OUT = 4000
+MOST_LEFT_OUT = 1000
 
 
 def leave_one_out(posterior: Posterior) -> dict[str, float]:
     """elpd_loo, elpd_loo_se, p_loo and elpd_loo_bad, by Pareto-smoothed importance sampling.
 
-    elpd_loo_bad is the number of rows with k-hat above 0.7. If there are more than 4,000 rows, a
-    random sample of 4,000 is left out. The other rows are estimated by a difference estimator from
+    elpd_loo_bad is the number of rows with k-hat above 0.7. If there are more than 1,000 rows, a
+    random sample of 1,000 is left out. The other rows are estimated by a difference estimator from
     their log predictive density (Magnusson et al. 2020, "Leave-one-out cross-validation for
     Bayesian model comparison in large data", AISTATS), and the standard error includes the sampling
     error. Empty if nothing is latent.
