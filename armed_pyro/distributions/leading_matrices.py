@@ -5,6 +5,8 @@ Each operation works on one matrix element of all draws and clusters, which is c
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -38,8 +40,9 @@ def inverse_root(
 
 def product(a: Float[Tensor, "n k ..."], b: Float[Tensor, "k m ..."]) -> Float[Tensor, "n m ..."]:
     """A B."""
-    if a.shape[1] <= SMALL:
-        return (a[:, :, None] * b[None]).sum(1)
+    if 0 < a.shape[1] <= SMALL:
+        columns = zip(a.unbind(1), b.unbind(0), strict=True)
+        return reduce(torch.add, (column[:, None] * row for column, row in columns))
     trailing = (matrix.movedim((0, 1), (-2, -1)) for matrix in (a, b))
     return torch.matmul(*trailing).movedim((-2, -1), (0, 1))
 

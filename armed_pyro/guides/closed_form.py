@@ -20,8 +20,9 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["ClosedForm", "Conditional", "closed_form", "is_gaussian"]
 
-# Values of all matrices of the draws that are made at once.
-MOST_VALUES = 2**23
+# Values of all matrices of the draws that are made at once: more do not fit into a processor's
+# cache, and fewer spend the time on calls.
+MOST_VALUES = 2**19
 
 Matrices = Float[Tensor, "terms columns draws clusters"]
 Scale = Float[Tensor, "terms terms draws 1"]
@@ -113,8 +114,8 @@ class ClosedForm:
         return max(1, sum(t * c * k for t, c, k in each))
 
     def most_draws(self) -> int:
-        """Number of draws that fit into memory at once; at least 1."""
-        return max(1, MOST_VALUES // (4 * self.size))
+        """Number of draws that are fastest at once; at least 1."""
+        return max(1, MOST_VALUES // self.size)
 
     def log_likelihood(self, latents: Latents) -> Float[Tensor, " draws"]:
         """log p(y | theta) of draws of the hyperparameters; one value without draws."""

@@ -23,9 +23,6 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["NestedGuide"]
 
-# Values of the matrices of the draws that are made at once.
-MOST_VALUES = 2**22
-
 
 class NestedGuide(Guide):
     r"""Gaussian outcomes with nested factors: random effects exactly, in linear time.
@@ -89,7 +86,7 @@ class NestedGuide(Guide):
         return True
 
     def most_draws(self) -> int:
-        return max(1, MOST_VALUES // self.closed.size)
+        return self.closed.most_draws()
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
         return self.effects_given(self.hyperparameters(), rows)

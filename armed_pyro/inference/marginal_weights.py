@@ -67,7 +67,8 @@ def marginal_draws(
 def _log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tensor, " draws"]:
     """Joint log-density of the hyperparameters under their priors."""
     row = model.data_facts().one_row(model.reference())
-    trace = poutine.trace(poutine.condition(model, data=dict(latents))).get_trace(row)
+    prior = poutine.condition(model.sample_latents, data=dict(latents))
+    trace = poutine.trace(prior).get_trace(row)
     trace.compute_log_prob(lambda name, _: name in latents)
     densities = [
         node["log_prob"].reshape(-1) for node in trace.nodes.values() if "log_prob" in node

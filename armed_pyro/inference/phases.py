@@ -287,7 +287,10 @@ class FrozenPhase(Phase):
     @property
     def pace(self) -> Pace:
         """Draws per step, steps per window and factor of the learning rate."""
-        n = len(self.task.source) * self.particles if self.closed is None else self.closed.size
+        if self.closed is not None:
+            # Without draws of effects, the gradient has little noise.
+            return replace(Pace.of(self.closed.size, network=False), window=12, rate=2.0)
+        n = len(self.task.source) * self.particles
         return Pace.of(n, network=modulates(self.task.model))
 
     def window(self) -> int:
