@@ -35,7 +35,7 @@ MOST_ROWS = 50_000
 BLOCK = 2**20  # rows times draws of one block of replications
 # Rows times replications, beyond which there are fewer replications than posterior draws, but at
 # least FEWEST: the checks of a linear model would otherwise take longer than its fit.
-MOST_REPLICATED, FEWEST = 2**23, 200
+MOST_REPLICATED, FEWEST = 2**22, 200
 LARGEST_COUNT = 2.0**53  # beyond which counts are no longer exact
 # Deviation of the clusters' statistics relative to that of replications, which matters.
 DEVIATES, DEVIATES_FAR = 1.2, 1.5
@@ -73,7 +73,7 @@ def cluster_checks(
 
     T is the mean, the standard deviation or, for counts, the share of zeros in a cluster. Every
     draw gives a replication, but with many rows only the first draws do: at least 200, and as many
-    as replicate 8 million rows.
+    as replicate 4 million rows.
 
     Parameters
     ----------

@@ -64,6 +64,11 @@ class Conditional:
     pull: Float[Tensor, "terms draws clusters"]
     cross: Float[Tensor, "terms outer_terms draws clusters"]
 
+    def of(self, index: Int[Tensor, " chosen"]) -> Conditional:
+        """The effects of these clusters."""
+        parts = (part[..., index] for part in (self.whitened, self.pull, self.cross))
+        return Conditional(self.scale, *parts)
+
 
 class ClosedForm:
     r"""log p(y | theta) with all random effects integrated out, from `GaussianSums`.

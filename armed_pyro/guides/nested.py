@@ -111,24 +111,17 @@ class NestedGuide(Guide):
         lead, factors = self._lead(latents), self.sums.factors
         conditionals = self.closed.conditionals(latents)
         for place in reversed(range(len(factors))):
-            factor, outer = factors[place], list[Tensor]()
-            index = torch.arange(self.sums.clusters[place], device=self.sums.root.device)
+            factor, membership = factors[place], rows.memberships[factors[place].name]
+            conditional, index = conditionals[place], membership.index
+            if not membership.complete:
+                conditional = conditional.of(index)
+            outer = list[Tensor]()
             for parents, around in zip(
                 self.sums.parents[place:], factors[place + 1 :], strict=True
             ):
                 index = parents[index]
-                effects = latents[around.effect_site]
-                outer.append(effects.index_select(-2, index))
-            scale = factor.scale_matrix(latents)
-            q = _given(conditionals[place], outer, scale, lead)
-            membership = rows.memberships[factor.name]
-            if not membership.complete:
-                mean, root = (
-                    value.index_select(dim, membership.index)
-                    for value, dim in ((q.mean_whitened, -2), (q.root, -3))
-                )
-                q = WhitenedNormal(scale, mean, root)
-            yield factor, q
+                outer.append(latents[around.effect_site].index_select(-2, index))
+            yield factor, _given(conditional, outer, factor.scale_matrix(latents), lead)
 
     def _lead(self, latents: Latents) -> torch.Size:
         """The dimensions of the draws, before that of the clusters."""
