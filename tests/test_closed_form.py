@@ -1,5 +1,7 @@
 """log p(y | theta) from sums of the rows, against dense matrices and against the rows."""
 
+import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +12,15 @@ import torch
 from scipy import stats
 from torch import nn
 
-from armed_pyro import ClusteredData, MixedEffects, Slopes
+from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, Slopes, StreamedData, fit
 from armed_pyro.guides.closed_form import closed_form
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.noise import gaussian_noise
 from armed_pyro.inference.marginal_weights import marginal_draws
 from armed_pyro.inference.nested_weights import weigh
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.streaming.on_disk import StreamedRows
 
 pytestmark = pytest.mark.filterwarnings("ignore:there are fewer rows")
 DRAWS = 5
@@ -168,3 +172,134 @@ def test_gradient_and_curvature_are_those_of_finite_differences(name):
             assert slope[place].item() == pytest.approx((up - down) / 2e-4, rel=1e-5, abs=1e-4)
             second = (up + down - 2 * density(theta.detach()).item()) / 1e-8
             assert curvature[place, place].item() == pytest.approx(second, rel=1e-2, abs=1)
+
+
+def test_predictors_of_a_million_and_tiny_sds_keep_the_density_exact():
+    """x is near a million and moves by 1; sds of effects and residual are 1e-4 of the outcome's."""
+    rng = np.random.default_rng(4)
+    frame = make_frame(n=120, children=24, classes=6)
+    room, child = frame["room"].to_numpy(), frame["child"].to_numpy()
+    x = 1e6 + rng.normal(size=len(frame))
+    effects = 1e-4 * rng.normal(size=24)[child] + rng.normal(size=6)[room]
+    y = 1e6 + 3 * (x - 1e6) + effects + 1e-4 * rng.normal(size=len(frame))
+    model, source = bound("(1 + x | child) + (1 | room)", frame.assign(x=x, y=y), features=("x",))
+    closed, spread = closed_form(model, source), model.data_facts().spread
+    tiny = torch.tensor([[[1e-4, 1e-6]]], dtype=torch.float64) / spread
+    best = closed.sums.reference
+    values, expected = [], []
+    for scale in (0.5, 1.0, 2.0):
+        latents = {
+            "residual_sd": torch.tensor([[1e-4 * scale / spread]], dtype=torch.float64),
+            "child_sd": tiny * scale,
+            "child_cor_cholesky": torch.eye(2, dtype=torch.float64)[None, None],
+            "room_sd": torch.tensor([[[1.0 / spread]]], dtype=torch.float64),
+            "fixed_effect": best[None, None] * (1 + 1e-6 * scale),
+        }
+        values.append(float(closed.log_likelihood(latents)))
+        expected.append(exact_density(model, source, latents))
+    np.testing.assert_allclose(values, expected, rtol=1e-8)
+
+
+def exact_density(model, source, latents):
+    """log p(y | theta) by elimination of one row after the other, in extended precision."""
+    facts, rows = model.data_facts(), source.all()
+    long = np.longdouble
+    x = np.column_stack([np.ones(len(source)), rows.x.numpy()]).astype(long)
+    y = (rows.y.numpy().astype(long) - long(float(facts.center[0]))) / long(facts.spread)
+    residual = y - x @ latents["fixed_effect"].numpy().reshape(-1).astype(long)
+    V = np.diag(np.full(len(y), long(float(latents["residual_sd"])) ** 2))
+    for factor in model.factors:
+        phi = factor.design(rows.slope_inputs(), {}).numpy().astype(long)
+        L = factor.scale_matrix(latents).reshape(len(factor.terms), -1).numpy().astype(long)
+        codes = source.codes[factor.name].numpy()
+        V = V + (codes[:, None] == codes) * (phi @ L @ L.T @ phi.T)
+    log_det, squares = long(0), long(0)
+    for row in range(len(y)):
+        pivot = V[row, row]
+        log_det, squares = log_det + np.log(pivot), squares + residual[row] ** 2 / pivot
+        share = V[row + 1 :, row] / pivot
+        residual[row + 1 :] = residual[row + 1 :] - share * residual[row]
+        V[row + 1 :, row + 1 :] = V[row + 1 :, row + 1 :] - np.outer(share, V[row, row + 1 :])
+    constant = np.log(2 * np.pi) + 2 * np.log(facts.spread)
+    return float(-0.5 * (log_det + squares + len(y) * constant))
+
+
+def test_crossed_factors_and_other_outcomes_have_no_closed_form():
+    model, source = bound("(1 | child) + (1 | batch)")
+    assert closed_form(model, source) is None
+    counts = make_frame().assign(y=lambda frame: frame.child % 3)
+    data = ClusteredData.from_frame(counts, outcome="y", clusters=["child"], features=["x"])
+    model = MixedEffects(nn.Linear(1, 1).double(), "(1 | child)", "poisson").bind(data)
+    assert closed_form(model, model.encode(data)) is None
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    data = ClusteredData.from_frame(
+        make_frame(400, 80, 20, 8),
+        outcome="y",
+        clusters=["child", "room", "school"],
+        features=["x"],
+    )
+    terms = "(1 + x | child) + (1 | room) + (1 | school)"
+    return fit(MixedEffects(nn.Linear(1, 1), terms, bayesian_head=True), data, progress=False)
+
+
+def test_a_fit_of_three_levels_is_saved_and_loaded(fitted, tmp_path):
+    assert isinstance(fitted.guide, NestedGuide)
+    assert fitted.importance.k_hat < 0.7
+    assert fitted.importance.effective > 1500
+    fitted.save(tmp_path / "run")
+    again = Fit.load(tmp_path / "run", net=nn.Linear(1, 1))
+    assert isinstance(again.guide, NestedGuide)
+    before, after = (replace(f.posterior, refined=None).draws(50) for f in (fitted, again))
+    for name, value in before.items():
+        assert torch.allclose(value, after[name]), name
+    assert again.importance.k_hat == pytest.approx(fitted.importance.k_hat, abs=1e-3)
+
+
+def test_hidden_rows_weigh_as_closed_forms_do(fitted):
+    """Draws of all effects, weighed by the rows, have the evidence of the closed form."""
+    posterior = fitted.posterior
+    rows = posterior.model.compute(posterior.model.encode(posterior.data)).all()
+    with posterior.model.seeded(3), pyro.validation_enabled(False):
+        noise = gaussian_noise(posterior.guide, rows, 200, posterior.model.reference())
+        total = weigh(posterior.model, posterior.guide, rows, noise).total()
+    error = float(total.std()) / math.sqrt(len(total))
+    bound = float(np.mean(posterior.history.elbo[-100:])) * len(rows)
+    assert abs(float(total.mean()) - bound) < 4 * error + 0.5
+
+
+def test_steps_can_be_compiled(fitted):
+    posterior = fitted.posterior
+    source = posterior.model.encode(posterior.data)
+    options = {"schedule": Schedule(steps=30), "compile": "always", "refine": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        result = fit(
+            MixedEffects(nn.Linear(1, 1), "(1 | child) + (1 | room)", bayesian_head=True),
+            posterior.data,
+            progress=False,
+            **options,
+        )
+    assert any(result.posterior.history.compiled)
+    assert len(source) == 400
+
+
+def test_streamed_rows_have_the_same_sums(tmp_path):
+    frame = make_frame(600, 100, 20, 5).drop(columns=["weight", "log_n", "batch"])
+    frame = frame.sample(frac=1, random_state=0)
+    frame.to_parquet(tmp_path / "rows.parquet", row_group_size=100)
+    roles = {"outcome": "y", "clusters": ["child", "room"], "features": ["x", "t"]}
+    data = StreamedData.scan(tmp_path / "rows.parquet", folder=tmp_path, **roles)
+    model = MixedEffects(nn.Linear(2, 1).double(), "(1 + x | child) + (1 | room)")
+    model = MixedEffects(model.network, model.terms, bayesian_head=True)
+    with data.encoded(model.factor_names(), 0, progress=False) as table:
+        streamed = model.bind(Facts.of_encoded(table, model.family)).eval()
+        source = StreamedRows(table, streamed.reference())
+        guide, latents = sampled(streamed, source)
+        assert isinstance(guide, NestedGuide)
+        found = closed_form(streamed, source).log_likelihood(latents)
+    held = model.bind(ClusteredData.from_frame(frame, **roles)).eval()
+    expected = closed_form(held, held.encode(ClusteredData.from_frame(frame, **roles)))
+    assert torch.allclose(found, expected.log_likelihood(latents), rtol=1e-9)
