@@ -46,11 +46,12 @@ class _Columns:
         """Z, X and y of rows, in standardised units; y is without centre, offset and network."""
         _, activations = model.run_network(rows)
         latents = {}
-        if model.bayesian_head:
+        if model.has_fixed_effects:
             latents["fixed_effect"] = model.reference().new_zeros(len(model.fixed_terms()))
         fixed = model.fixed_predictor(rows, activations[""], activations, latents)[..., 0]
         y = (rows.outcome().double() - fixed.double()) / model.data_facts().spread
-        head = model.head_inputs(activations) if model.bayesian_head else y.new_zeros(len(y), 0)
+        known = model.has_fixed_effects
+        head = model.fixed_inputs(rows, activations) if known else y.new_zeros(len(y), 0)
         weight = torch.ones_like(y) if rows.weights is None else rows.weights.double()
         # Outcomes of rows of weight 0 may be anything.
         y = torch.where(weight == 0, 0.0, y)
@@ -95,7 +96,7 @@ class GaussianSums(nn.Module):
         self.factors = tuple(factors)
         self.clusters = [len(levels[factor.name]) for factor in factors]
         self.terms = [len(factor.terms) for factor in factors]
-        self.fixed = len(model.fixed_terms()) if model.bayesian_head else 0
+        self.fixed = len(model.fixed_terms()) if model.has_fixed_effects else 0
         like = torch.zeros((), dtype=torch.float64, device=device)
         k, t = (self.clusters[0], self.terms[0]) if factors else (0, 0)
         last = self.fixed + 1
