@@ -18,7 +18,9 @@ from armed_pyro.engine.compiled_step import CompileMode, Loss, Steps
 from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_hat
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
+from armed_pyro.guides.closed_form import ClosedForm
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
+from armed_pyro.inference.marginal_weights import MarginalBound, exact_likelihood
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.inference.optimizers import LazyAdam, Optimizers
 from armed_pyro.inference.snapshots import Snapshots
@@ -130,6 +132,7 @@ class Phase(ABC):
 
     trains_network: bool
     frozen_rows: RowSource | None = None  # all rows with the frozen network's outputs
+    closed: ClosedForm | None = None  # log p(y | theta) of all rows, if it has a closed form
 
     def __init__(self, task: TrainingTask, share: Share) -> None:
         self.task, self.share, self.passes = task, share, Passes(self.one_pass)
@@ -324,7 +327,11 @@ class FrozenPhase(Phase):
         super().__init__(task, Share(before.share.processes, self.frozen_rows))
         # Centre of q(theta) after each step since the rates were last cut.
         self.iterates: list[np.ndarray] = []
+        self.closed = exact_likelihood(task.model, task.guide, self.frozen_rows)
         self.particles = self._start() if particles is None else particles
+        if self.closed is not None:
+            self.prepare(len(task.source), self.pace.rate)
+            return
         n, most = len(task.source), self._most_rows()
         # Clusters' parameters are trained, in mini-batches, only if no factor is nested.
         batches = task.guide.nested() is None and n > most
@@ -337,14 +344,17 @@ class FrozenPhase(Phase):
     def _start(self) -> int:
         """Set the guide to the mode; the number of particles that the bound needs there."""
         task = self.task
-        start_at_mode(task.model, task.guide, self.frozen_rows)
-        if task.guide.nested() is None or modulates(task.model):
+        start_at_mode(task.model, task.guide, self.frozen_rows, self.closed)
+        if self.closed is not None or task.guide.nested() is None or modulates(task.model):
             return 1
         return task.schedule.particles or particles_needed(task.model, task.guide, self.frozen_rows)
 
     @property
     def pace(self) -> Pace:
         """Draws per step, steps per window and factor of the learning rate."""
+        if self.closed is not None:
+            # Without draws of effects, the gradient has little noise.
+            return replace(Pace.of(self.closed.size, network=False), window=12, rate=2.0)
         n = len(self.task.source) * self.particles
         return Pace.of(n, network=modulates(self.task.model))
 
@@ -352,11 +362,18 @@ class FrozenPhase(Phase):
         return self.task.schedule.window_steps(len(self.task.source), self.pace.window)
 
     def take(self, step: int) -> tuple[Loss, Tensor]:
-        task = self.task
+        task, remaining = self.task, self.task.schedule.steps - step
+        if self.closed is not None:
+            exact = MarginalBound(task.model, task.guide, self.closed)
+            loss, norm = self.steps(
+                exact, self.pace.draws, factor=self.rate(step), remaining=remaining
+            )
+            self.iterates.append(self._center())
+            return loss, norm
         rows = self._step_rows()
         bound = NestedBound(task.model, self.lazy.guide, self.particles)
         draws = max(1, min(self.pace.draws, self._most_rows() // max(1, len(rows))))
-        objective, remaining = self.lazy.reading(bound), task.schedule.steps - step
+        objective = self.lazy.reading(bound)
         loss, norm = self.steps(objective, rows, draws, factor=self.rate(step), remaining=remaining)
         self.iterates.append(self._center())
         return loss, norm
@@ -367,7 +384,7 @@ class FrozenPhase(Phase):
         A loss ends the phase: the guide stays at the mode, and importance weights correct it.
         """
         task = self.task
-        if task.guide.work() <= MOST_WORK or not task.schedule.stages:
+        if self.closed is not None or task.guide.work() <= MOST_WORK or not task.schedule.stages:
             return None
         with torch.no_grad():
             loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)

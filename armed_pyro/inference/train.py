@@ -28,6 +28,7 @@ from armed_pyro.engine.processes import ALONE, Processes
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
+from armed_pyro.guides.closed_form import ClosedForm
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
 from armed_pyro.inference.held_out import HeldOut
@@ -124,13 +125,13 @@ def train(
             saved = Checkpoint.read(path) if resume and path is not None else None
             run = _trained(task, guide, held_out, path, report, saved)
         processes.same(bound, bound_guide)
-    posterior, frozen_rows = run.result(), run.phase.frozen_rows
+    posterior, frozen_rows, closed = run.result(), run.phase.frozen_rows, run.phase.closed
     record_probes(posterior, validation if isinstance(validation, ClusteredData) else None)
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
     if refine:
-        posterior = _weighted(posterior, frozen_rows, source)
+        posterior = _weighted(posterior, frozen_rows, source, closed)
     _score_held_out(posterior, held_out, frozen_rows, stopping)
     return posterior
 
@@ -213,12 +214,15 @@ def _trained(
 
 
 def _weighted(
-    posterior: Posterior, frozen_rows: RowSource | None, source: RowSource | None
+    posterior: Posterior,
+    frozen_rows: RowSource | None,
+    source: RowSource | None,
+    closed: ClosedForm | None,
 ) -> Posterior:
     """The posterior with importance weights where they can be computed, and draws by these."""
-    if frozen_rows is None or not refinable(posterior, source):
+    if frozen_rows is None or not (closed is not None or refinable(posterior, source)):
         return posterior
-    weights = importance_draws(posterior, frozen_rows)
+    weights = importance_draws(posterior, frozen_rows, closed)
     posterior = replace(posterior, importance=weights)
     # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
     # the diagnostics warn.

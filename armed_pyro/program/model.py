@@ -199,15 +199,7 @@ class MixedEffects(Plan):
         A `RowSource` stands for all of its rows.
         """
         rows = rows.all() if isinstance(rows, RowSource) else rows
-        unit, outcome = self.unit(), self.data_facts().outcome_name
-        latents: dict[str, Tensor] = {}
-        for parameter in self.family.parameters:
-            latents[parameter.name] = parameter.sample(self.priors, unit)
-        if self.has_fixed_effects:
-            latents["fixed_effect"] = pyro.sample("fixed_effect", self.fixed_prior())
-        latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
-        for factor in self.factors:
-            latents[factor.effect_site] = factor(rows.memberships[factor.name])
+        outcome, latents = self.data_facts().outcome_name, self.sample_latents(rows)
         predictor = self.predictor(
             rows, latents, return_fixed=binding.needs_fixed_run(self), others=True
         )
@@ -217,6 +209,18 @@ class MixedEffects(Plan):
                 with poutine.scale(scale=other.weight):
                     pyro.sample(other.name, density, obs=rows.x)
         return predictor
+
+    def sample_latents(self, rows: Rows) -> dict[str, Tensor]:
+        """Sample every latent site from the prior, with effects of the clusters of `rows`."""
+        unit, latents = self.unit(), dict[str, Tensor]()
+        for parameter in self.family.parameters:
+            latents[parameter.name] = parameter.sample(self.priors, unit)
+        if self.has_fixed_effects:
+            latents["fixed_effect"] = pyro.sample("fixed_effect", self.fixed_prior())
+        latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
+        for factor in self.factors:
+            latents[factor.effect_site] = factor(rows.memberships[factor.name])
+        return latents
 
     def fixed_prior(self) -> dist.TorchDistribution:
         """p(fixed_effect), of which `armed_pyro.program.fixed_prior.root` gives the covariance."""

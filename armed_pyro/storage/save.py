@@ -26,6 +26,7 @@ from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.crossed import CrossedGuide
+from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.posterior import Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
@@ -60,6 +61,7 @@ CLASSIFIER = ("factor", "temperature", "pooling", "report")
 # Guides that can be saved, by their names in the manifest.
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
+    "NestedGuide": NestedGuide,
     "StructuredGuide": StructuredGuide,
 }
 
