@@ -120,8 +120,7 @@ def train(
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         # In small steps, synchronising threads costs more than it saves.
         count = 1 if size < SMALL_STEP else torch.get_num_threads()
-        shown = progress and processes.first
-        with threads(count), _training_bar(schedule, shown) as report:
+        with threads(count), _training_bar(schedule, progress and processes.first) as report:
             saved = Checkpoint.read(path) if resume and path is not None else None
             run = _trained(task, guide, held_out, path, report, saved)
         processes.same(bound, bound_guide)

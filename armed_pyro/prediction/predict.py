@@ -231,11 +231,10 @@ def predict_table(
     if (schema := posterior.model.data_facts().schema) is None:
         raise ValueError("the model was fitted to arrays, so it cannot read a table")
     check_settings(draws, prob, network_uncertainty)
-    names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
-    wanted = tuple(name for name in names if name is not None)
-    factors = posterior.model.factor_names()
-    absent = absent_columns(factors, table.columns, schema.clusters)
-    warn_of_absent(factors, absent)
+    optional = [name for name in (schema.trials, schema.offset) if name is not None]
+    wanted = (*schema.columns, *schema.clusters, *optional)
+    absent = absent_columns(posterior.model.factor_names(), table.columns, schema.clusters)
+    warn_of_absent(posterior.model.factor_names(), absent)
     if any(name not in (*table.columns, *absent) for name in wanted):  # for the error of `encode`
         first = next(table.blocks(1), pd.DataFrame(columns=list(table.columns)))
         ClusteredData.encode(first, schema)
