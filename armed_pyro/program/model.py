@@ -36,7 +36,7 @@ from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["MixedEffects", "counted", "log_likelihoods", "trains_network"]
+__all__ = ["MixedEffects", "can_overfit", "counted", "log_likelihoods", "trains_network"]
 
 Source = TypeVar("Source", bound=RowSource)
 
@@ -115,6 +115,7 @@ class MixedEffects(Plan):
             says which of them, and what to do.
         """
         bound = copy.deepcopy(self)
+        bound.cross_fit(None)  # an earlier fit may have such networks
         if isinstance(data, ClusteredData):
             bound.facts = Facts.of(data, self.family, self.factor_names())
             bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
@@ -307,3 +308,9 @@ def trains_network(model: MixedEffects) -> bool:
     """Whether there are weights to train: of an adversary, or of a network that is not linear."""
     weights = any(parameter.requires_grad for parameter in model.network.parameters())
     return bool(model.adversaries) or (weights and not model.linear)
+
+
+def can_overfit(model: MixedEffects) -> bool:
+    """Whether there are trained weights of a network other than a single linear layer."""
+    weights = any(parameter.requires_grad for parameter in model.network.parameters())
+    return weights and not isinstance(model.network, nn.Linear)

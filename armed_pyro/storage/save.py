@@ -33,7 +33,14 @@ from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassif
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.names import cluster_columns
-from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
+from armed_pyro.storage.manifest import (
+    MANIFEST,
+    cross_fit,
+    describe,
+    program,
+    read_manifest,
+    reading,
+)
 from armed_pyro.summaries.datatree import GROUPS
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
@@ -171,6 +178,7 @@ def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, C
         model = program(manifest, path / MANIFEST, net).bind(facts)
     guide = make_guide(model)
     with reading(path / MODEL):
+        cross_fit(model, manifest)
         restore_module("model", model, tensors)
         restore_module("guide", guide, tensors)
         refined = None
@@ -404,4 +412,5 @@ def _data(
         slope_names=facts.slope_names,
         slope_sources=facts.slope_sources,
         slope_continuous=tuple(record.get("slope_continuous", ())),
+        fold=tensor("fold"),
     )
