@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from armed_pyro.checks.check import Check as Check
     from armed_pyro.data.clustered import ClusteredData as ClusteredData
     from armed_pyro.data.files import read_table as read_table, write_table as write_table
+    from armed_pyro.effects.result import Effects as Effects, Hypothesis as Hypothesis
     from armed_pyro.engine.schedule import Schedule as Schedule
     from armed_pyro.explain.attribution import Attribution as Attribution
     from armed_pyro.explain.boundaries import Boundaries as Boundaries
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from armed_pyro.families.registry import FAMILIES as FAMILIES
     from armed_pyro.fit_result import (
         Fit as Fit,
+        compare as compare,
         compare_modes as compare_modes,
         score_mode as score_mode,
     )
@@ -59,6 +61,7 @@ _NAMES = {
     "checks.verdict": "Diagnostics",
     "data.clustered": "ClusteredData",
     "data.files": "read_table write_table",
+    "effects.result": "Effects Hypothesis",
     "engine.schedule": "Schedule",
     "explain.attribution": "Attribution",
     "explain.boundaries": "Boundaries",
@@ -67,7 +70,7 @@ _NAMES = {
     "explain.probe_test": "ProbeTest probe_test",
     "families.reconstruction": "Reconstruction",
     "families.registry": "FAMILIES",
-    "fit_result": "Fit compare_modes score_mode",
+    "fit_result": "Fit compare compare_modes score_mode",
     "fitting": "DivergenceError fit",
     "guides.base": "Guide",
     "guides.structured": "StructuredGuide",

@@ -149,7 +149,7 @@ FLOORS: list[set[str]] = [
     {"program"},
     {"guides"},
     {"inference"},
-    {"explain", "prediction", "report", "summaries"},
+    {"effects", "explain", "prediction", "report", "summaries"},
     {"checks", "storage"},
     {"fit_result", "fitting"},
     {"tuning"},

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from armed_pyro._messages import check_known
 from armed_pyro.data.absent_columns import absent_columns, warn_of_absent, with_new_column
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import NEW, complete_rows
@@ -61,6 +62,7 @@ def predict(
     prob: float = 0.9,
     seed: int | None = None,
     others: bool = True,
+    interval: Literal["expected", "outcome"] = "expected",
     classifiers: Classifiers | None = None,
 ) -> Prediction:
     r"""E[y | x, cluster] and y of new rows, under every posterior draw.
@@ -85,6 +87,9 @@ def predict(
     others : bool
         Whether to predict the program's other outcomes, too. Reconstructed images cost a pass of
         the decoder for each draw.
+    interval : {"expected", "outcome"}
+        Whether the sds and intervals of `Prediction.to_frame` are those of E[y], or those of y
+        (predictive intervals).
     classifiers : Classifiers, optional
         Classifiers for "membership" and "nearest"; a missing one is trained.
 
@@ -99,6 +104,9 @@ def predict(
     ``fit.predict(rows, unseen="marginal").to_frame()``
     """
     check_settings(draws, prob)
+    check_known("value of interval=", [interval], ("expected", "outcome"))
+    if interval == "outcome" and posterior.model.family.multiclass:
+        raise ValueError("a class has no interval: leave interval='outcome' out")
     data = posterior.encode(data)
     source, membership = effect_source(
         posterior,
@@ -118,7 +126,7 @@ def predict(
     made = predict_rows(posterior, rows, source, draws=draws, prob=prob, seed=seed, others=others)
     new = {} if by_row else new_effects(posterior.model, source, data)
     names = tree_names(posterior.model)
-    return replace(made, new=new, membership=membership, names=names)
+    return replace(made, new=new, membership=membership, names=names, interval_of=interval)
 
 
 def effect_source(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 import xarray as xr
 from torch import Tensor
 
@@ -22,39 +25,91 @@ from armed_pyro.summaries.datatree import (
     to_datatree,
 )
 
-__all__ = ["leave_one_out", "prior_sensitivity"]
+__all__ = ["compare_loo", "leave_one_out", "loo", "prior_sensitivity"]
 
 MOST_LEFT_OUT = 4000
 
 
-def leave_one_out(posterior: Posterior) -> dict[str, float]:
-    """elpd_loo, elpd_loo_se, p_loo and elpd_loo_bad, by Pareto-smoothed importance sampling.
+def loo(posterior: Posterior) -> Any:
+    """ELPD of rows left out one at a time, by Pareto-smoothed importance sampling.
 
-    elpd_loo_bad is the number of rows with k-hat above 0.7. If there are more than 4,000 rows, a
-    random sample of 4,000 is left out. The other rows are estimated by a difference estimator from
-    their log predictive density (Magnusson et al. 2020, "Leave-one-out cross-validation for
-    Bayesian model comparison in large data", AISTATS), and the standard error includes the sampling
-    error. Empty if nothing is latent.
+    If there are more than 4,000 rows, a random sample of 4,000 is left out. The other rows are
+    estimated by a difference estimator from their log predictive density.
+
+    Returns
+    -------
+    arviz_stats.ELPDData
+        With ``elpd``, ``se``, ``p``, and by row ``elpd_i`` and ``pareto_k``. A row with a Pareto k
+        above 0.7 is estimated poorly.
+
+    Raises
+    ------
+    ValueError
+        If nothing is latent, or log-likelihoods are not finite.
+
+    References
+    ----------
+    Vehtari, Gelman, Gabry (2017), "Practical Bayesian model evaluation using leave-one-out
+    cross-validation and WAIC", Statistics and Computing 27(5). Magnusson et al. (2020),
+    "Leave-one-out cross-validation for Bayesian model comparison in large data", AISTATS.
+
+    Examples
+    --------
+    ``fit.loo().elpd``
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of high k-hats, which are counted below
+        warnings.simplefilter("ignore")  # warnings of high k-hats, which are in the result
         tree = to_datatree(posterior, groups=["posterior"])
         if "posterior" not in tree:
-            return {}
+            raise ValueError("the program has no latent site, so that no row can be left out")
         # Only the family's outcome is left out: reconstructed features are also inputs.
         draws = tree["posterior"].sizes["draw"]
         by_row = log_likelihood(posterior, draws, posterior.seed, others=False)
         tree["log_likelihood"] = xr.DataTree(by_row.map(_tilted))
-        n = len(posterior.data)
         if not all(np.isfinite(values).all() for values in by_row.values()):
-            names = ("elpd_loo", "elpd_loo_se", "p_loo")
-            return {**dict.fromkeys(names, math.nan), "elpd_loo_bad": float(n)}
-        if n <= MOST_LEFT_OUT:
-            result, error = arviz_api().loo(tree, pointwise=True), 0.0
-        else:
-            options = {"pointwise": True, "seed": posterior.seed}
-            result = arviz_api().loo_subsample(tree, MOST_LEFT_OUT, **options)
-            error = float(result.subsampling_se)
+            raise NonFiniteError("the log-likelihood of a row is not finite in a draw")
+        if len(posterior.data) <= MOST_LEFT_OUT:
+            return arviz_api().loo(tree, pointwise=True)
+        return arviz_api().loo_subsample(tree, MOST_LEFT_OUT, pointwise=True, seed=posterior.seed)
+
+
+def compare_loo(posteriors: Mapping[str, Posterior]) -> pd.DataFrame:
+    """ArviZ's comparison of fits to the same outcomes by `loo`: elpd, differences, weights.
+
+    ValueError if there are fewer than two fits, or their outcomes differ.
+    """
+    if len(posteriors) < 2:
+        raise ValueError("a comparison needs at least two fits")
+    outcomes = {name: posterior.data.outcome for name, posterior in posteriors.items()}
+    (first, expected), *others = outcomes.items()
+    for name, outcome in others:
+        if expected is None or outcome is None or not torch.equal(expected, outcome):
+            raise ValueError(
+                f"{first!r} and {name!r} have different outcomes: only fits to the same rows, in "
+                "the same order, can be compared"
+            )
+    return arviz_api().compare({name: loo(posterior) for name, posterior in posteriors.items()})
+
+
+class NonFiniteError(ValueError):
+    """Log-likelihoods are not finite."""
+
+
+def leave_one_out(posterior: Posterior) -> dict[str, float]:
+    """elpd_loo, elpd_loo_se, p_loo and elpd_loo_bad, of `loo`.
+
+    elpd_loo_bad is the number of rows with k-hat above 0.7. The standard error includes the
+    sampling error where rows are sampled. Empty if nothing is latent.
+    """
+    if not posterior.hyperparameters(2):
+        return {}
+    n = len(posterior.data)
+    try:
+        result = loo(posterior)
+    except NonFiniteError:
+        names = ("elpd_loo", "elpd_loo_se", "p_loo")
+        return {**dict.fromkeys(names, math.nan), "elpd_loo_bad": float(n)}
+    error = float(result.subsampling_se) if n > MOST_LEFT_OUT else 0.0
     share = min(1.0, MOST_LEFT_OUT / n)
     return {
         "elpd_loo": float(result.elpd),
