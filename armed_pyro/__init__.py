@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from armed_pyro.data.files import read_table as read_table, write_table as write_table
     from armed_pyro.effects.result import Effects as Effects, Hypothesis as Hypothesis
     from armed_pyro.engine.schedule import Schedule as Schedule
+    from armed_pyro.estimators import (
+        MixedEffectsClassifier as MixedEffectsClassifier,
+        MixedEffectsRegressor as MixedEffectsRegressor,
+    )
     from armed_pyro.explain.attribution import Attribution as Attribution
     from armed_pyro.explain.boundaries import Boundaries as Boundaries
     from armed_pyro.explain.decode import DecodedEffects as DecodedEffects
@@ -63,6 +67,7 @@ _NAMES = {
     "data.files": "read_table write_table",
     "effects.result": "Effects Hypothesis",
     "engine.schedule": "Schedule",
+    "estimators": "MixedEffectsClassifier MixedEffectsRegressor",
     "explain.attribution": "Attribution",
     "explain.boundaries": "Boundaries",
     "explain.decode": "DecodedEffects",
@@ -86,8 +91,12 @@ _NAMES = {
     "tuning.tune": "tune",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+# Names that `from armed_pyro import *` leaves out, as they would load scikit-learn.
+_SLOW = {"MixedEffectsClassifier", "MixedEffectsRegressor"}
 # Constants, classes, functions.
-__all__ = sorted(_MODULES, key=lambda name: (not name.isupper(), name[0].islower(), name))
+__all__ = sorted(
+    {*_MODULES} - _SLOW, key=lambda name: (not name.isupper(), name[0].islower(), name)
+)
 
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise that any name exists

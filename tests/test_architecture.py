@@ -152,7 +152,7 @@ FLOORS: list[set[str]] = [
     {"effects", "explain", "prediction", "report", "summaries"},
     {"checks", "storage"},
     {"fit_result", "fitting"},
-    {"tuning"},
+    {"estimators", "tuning"},
     {"cli"},
 ]
 

@@ -46,7 +46,8 @@ def test_expressions(text, expected):
         "", "a +", "a b", "(a", "a)", "a > b > 0", "c", "`c`", "`a", "a..b", "2a", "a; b",
         "a = = b", "__import__('os')", "a.__class__", "lambda: a", "a[0]", "a if b else a",
         "exec(a)", "log a", "a @ b", "a // b", "a,b", "x[T.f]", "a\x00", "'a'", "log(b)",
-        "a / (b - b)", "(" * 500 + "a", "a" * 3000, "a" + "^a" * 100, "1e", "exp()", "a > ", "ab", "a1",
+        "a / (b - b)", "(" * 500 + "a", "a" * 3000, "a" + "^a" * 100, "1e", "exp()", "a > ",
+        "ab", "a1",
     ],
 )  # fmt: skip
 def test_bad_expressions_are_errors_of_ours(text):
