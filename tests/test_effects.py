@@ -7,7 +7,16 @@ import scipy.integrate
 import torch
 from torch import nn
 
-from armed_pyro import ClusteredData, Effects, FilterScaleBias, Fit, MixedEffects, Schedule, fit
+from armed_pyro import (
+    ClusteredData,
+    Effects,
+    FilterScaleBias,
+    Fit,
+    MixedEffects,
+    Schedule,
+    Slopes,
+    fit,
+)
 from armed_pyro.summaries.parameters import parameters
 
 SHORT = Schedule(steps=4, window=2, stages=0)
@@ -326,6 +335,24 @@ def test_effects_on_filters_reach_marginal_predictions():
     with pytest.warns(UserWarning, match="no cluster"):
         drawn = result.predict(many, unseen="marginal", draws=400, seed=1).expected.mean(1)
     assert abs(drawn.mean() - made) < 5 * drawn.std() / 20 + 1e-3
+
+
+def test_slopes_on_hidden_layers_widen_marginal_predictions():
+    """The predictor's variance over new clusters against draws of many new clusters."""
+
+    def net(width):
+        return nn.Sequential(nn.Linear(width, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    random = [Slopes("site", on="1"), "(1 | site)"]
+    result = run(net=net, features=["x", "female"], random=random, family="bernoulli")
+    row = FRAME.head(1)
+    made = result.predictions(data=row, unseen="marginal", draws=400).draws.mean()
+    many = pd.concat([row] * 40).assign(site=[f"new{k}" for k in range(40)])
+    with pytest.warns(UserWarning, match="no cluster"):
+        drawn = result.predict(many, unseen="marginal", draws=400, seed=1).expected
+    assert abs(drawn.mean() - made) < 5 * drawn.mean(1).std() / 20 + 1e-3
+    slopes = [result.slopes("x", unseen=u, draws=50).draws.mean() for u in ("population", None)]
+    assert np.isfinite(slopes).all()
 
 
 # ------------------------------------------------------------------ marginaleffects' rows

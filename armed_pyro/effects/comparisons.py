@@ -107,7 +107,7 @@ def comparisons(
     columns = names_of(by)
     grid = make_grid(posterior, data, at, rest, columns)
     whole = grid if rest == "observed" and not at else make_grid(posterior, data)
-    expectation = Expectation.of(posterior, unseen, scale, draws, seed)
+    expectation = Expectation.of(grid, unseen, scale, draws, seed)
     groups = Groups.of(grid, columns, average=average)
     labels, by_draw = list[pd.DataFrame](), list[np.ndarray]()
     known: dict[str, np.ndarray] = {}
@@ -189,7 +189,7 @@ def slopes(
         raise ValueError(
             f"{variable!r} is categorical and has no slope: use comparisons({variable!r})"
         )
-    expectation = Expectation.of(posterior, unseen, scale, draws, seed).precise()
+    expectation = Expectation.of(grid, unseen, scale, draws, seed).precise()
     groups = Groups.of(grid, columns, average=average)
     x = grid.column(variable).to_numpy(dtype=np.float64)
     whole = grid if rest == "observed" and not at else make_grid(posterior, data)

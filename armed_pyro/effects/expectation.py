@@ -14,8 +14,9 @@ from torch import Tensor
 
 from armed_pyro._messages import check_known
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.grouping import Grouping
+from armed_pyro.effects.grid import Grid
 from armed_pyro.guides.base import n_draws
-from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import check_settings
 from armed_pyro.prediction.unseen import check_mode, label_noise, new_clusters
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
@@ -38,6 +39,8 @@ SCALES = ("response", "link")
 NODES = 41
 # Draws of a new cluster for each posterior draw, where the integral has more dimensions.
 NEW_CLUSTERS = 32
+# Label of the cluster of typical rows.
+TYPICAL = "(typical)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,9 @@ class Expectation:
     ("population"), :math:`E[y \mid x, u]` (None), or the integral over a new cluster of the
     population, :math:`\int E[y \mid x, u] N(u; 0, D) \, du` ("marginal"). Of binomial outcomes, y
     is the share of successes. On the scale of the link, "marginal" is "population".
+
+    Rows of the data stay in their clusters, on whose other rows a network or a feature may depend;
+    `typical` rows, which were made up, are in a new cluster unless u is that of a seen one.
     """
 
     model: MixedEffects
@@ -56,12 +62,14 @@ class Expectation:
     unseen: Unseen
     scale: Scale
     seed: int
+    typical: bool = False
 
     @classmethod
     def of(
-        cls, posterior: Posterior, unseen: Unseen, scale: Scale, draws: int, seed: int | None
+        cls, grid: Grid, unseen: Unseen, scale: Scale, draws: int, seed: int | None
     ) -> Expectation:
-        """The expectation under draws of this posterior; ValueError for unknown settings."""
+        """The expectation of these rows; ValueError for unknown settings."""
+        posterior = grid.posterior
         if unseen not in CLUSTERS:
             listed = "\n".join(f"  {name!r}: {text}" for name, text in CLUSTERS.items())
             raise ValueError(f"unknown value unseen={unseen!r}; the values are\n{listed}")
@@ -72,7 +80,8 @@ class Expectation:
         sample = posterior.draws if unseen is None else posterior.hyperparameters
         latents = sample(draws, seed=seed)
         n = n_draws(latents) or draws
-        return cls(posterior.model, latents, n, unseen, scale, seed)
+        typical = grid.typical and unseen is not None
+        return cls(posterior.model, latents, n, unseen, scale, seed, typical)
 
     def precise(self) -> Expectation:
         """The same in double precision, network included, for difference quotients."""
@@ -102,6 +111,9 @@ class Expectation:
     def blocks(self, data: ClusteredData) -> Iterator[Float[np.ndarray, "draws rows outputs"]]:
         """Yield the values of consecutive rows, in bounded memory."""
         facts, levels = self.model.data_facts(), None
+        if self.typical:
+            labels = Grouping.from_labels(np.full(data.n_rows, TYPICAL))
+            data = replace(data, groupings=dict.fromkeys(data.groupings, labels))
         if self.unseen is None:
             check_mode(None, new_clusters(self.model, data), facts.levels)
         else:

@@ -43,6 +43,8 @@ class Grid:
         Number of times that each row counts.
     labels : pandas.Index
         Labels of the rows of the data that the rows were made from.
+    typical : bool
+        Whether the rows were made from a typical row, and not from rows of the data.
     """
 
     posterior: Posterior
@@ -52,6 +54,7 @@ class Grid:
     labels: pd.Index
     source: ClusteredData  # of arrays, which have no schema, the rows that `position` points to
     position: Int[np.ndarray, " rows"]
+    typical: bool = False
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -224,4 +227,6 @@ def _typical(grid: Grid) -> Grid:
             row[name] = column.mode().iloc[0]
     frame = pd.DataFrame({name: [value] for name, value in row.items()})
     first = np.zeros(1, dtype=np.int64)
-    return replace(grid, frame=frame, weights=None, labels=pd.Index(["typical"]), position=first)
+    return replace(
+        grid, frame=frame, weights=None, labels=pd.Index(["typical"]), position=first, typical=True
+    )

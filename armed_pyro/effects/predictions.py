@@ -83,7 +83,7 @@ def predictions(
     check_probability(prob)
     columns = names_of(by)
     grid = make_grid(posterior, data, at, rest, columns)
-    expectation = Expectation.of(posterior, unseen, scale, draws, seed)
+    expectation = Expectation.of(grid, unseen, scale, draws, seed)
     groups = Groups.of(grid, columns, average=average)
     values = averaged(expectation, [grid.encode()], groups)
     labels, by_draw = labelled(groups, expectation.labels, values)
