@@ -279,7 +279,7 @@ class Fit:
         from html import escape
 
         tables = {"Variance components": self.variance_components()}
-        if self.model.bayesian_head:
+        if self.model.has_fixed_effects:
             tables = {"Fixed effects": self.fixed_effects(), **tables}
         shown = "".join(
             f"<p>{title}</p>{as_text(table).to_html(index=False, max_rows=20)}"

@@ -150,7 +150,7 @@ FLOORS: list[set[str]] = [
     {"guides"},
     {"inference"},
     {"effects", "explain", "prediction", "report", "summaries"},
-    {"checks", "storage"},
+    {"automatic_weight", "checks", "storage"},
     {"fit_result", "fitting"},
     {"estimators", "tuning"},
     {"cli"},

@@ -457,6 +457,25 @@ def test_loaded_fits_say_the_same(tmp_path):
         np.testing.assert_allclose(first, second, rtol=1e-12)
 
 
+@pytest.mark.parametrize("where", ["formula", "program"])
+def test_clusters_keep_their_means_while_a_variable_changes(where):
+    """The effect of x is that within clusters; new clusters of a table do not move either."""
+    within = where == "formula"
+    features = "within(x | site) + between(x | site)" if within else ["x"]
+    data = ClusteredData.from_frame(FRAME, outcome="y", clusters=["site"], features=features)
+    options = {} if within else {"between": True}
+    net = nn.Linear(data.n_features, 1)
+    model = MixedEffects(net, "(1 | site)", bayesian_head=True, **options)
+    result = fit(model, data, schedule=SHORT, progress=False)
+    slope = coefficients(result)["within(x | site)" if within else "x"]
+    new = FRAME.head(12).assign(site=list("uvw") * 4)
+    for rows in ({}, {"data": new}, {"rest": "mean"}):
+        made = read(result.comparisons, "x", **rows)[:, 0]
+        np.testing.assert_allclose(made, slope, rtol=1e-5, atol=2e-6)
+        made = read(result.slopes, "x", **rows)[:, 0]
+        np.testing.assert_allclose(made, slope, rtol=1e-5, atol=2e-6)
+
+
 # ------------------------------------------------------------------------------- messages
 
 

@@ -37,7 +37,7 @@ CLUSTERS: Mapping[str | None, str] = {
 SCALES = ("response", "link")
 # Nodes of the Gauss-Hermite rule for the integral over a new cluster, by the largest sd of the
 # predictor. On the logit scale the error of a probability is at most 1e-7, 3e-6, and 4e-6 at an sd
-# of 3, 7e-5 at 4; on the log scale that of a mean is at most 1e-7 of it up to an sd of 2, and 1e-11 beyond, up to 5.
+# of 3, 7e-5 at 4; on the log scale that of a mean is at most 1e-7 of it up to an sd of 5.
 NODES = ((1.0, 11), (2.0, 21), (math.inf, 41))
 # Draws of a new cluster for each posterior draw, where the integral has more dimensions.
 NEW_CLUSTERS = 32
@@ -124,6 +124,8 @@ class Expectation:
             data = replace(data, trials=torch.ones_like(data.trials))
         data = replace(data, outcome=None, weights=None)
         rows_of = self.model.encode(data, levels)
+        if self.typical:  # in a cluster with average means of features
+            rows_of = replace(rows_of, means=None)
         size = max(1, BLOCK_VALUES // (self.draws * values_per_row(self.model)))
         for rows in rows_of.chunks(size):
             with torch.no_grad():

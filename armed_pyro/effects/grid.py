@@ -60,16 +60,20 @@ class Grid:
         return len(self.frame)
 
     def encode(self, changed: Mapping[str, Any] | None = None) -> ClusteredData:
-        """The rows in the encoding of the training table, with these variables changed."""
+        """The rows in the encoding of the training table, with these variables changed.
+
+        Clusters keep the means of features that they have in the data: ``between(x | g)`` does not
+        change with x.
+        """
         frame = self.frame.copy()
         for name, values in (changed or {}).items():
             frame[name] = values
         if self.posterior.model.data_facts().schema is not None:
-            return self.posterior.encode(frame)
+            return self.posterior.encode(frame, self.source)
         rows = self.source.take(self.position)
         names = list(rows.feature_names)
-        values = torch.from_numpy(frame[names].to_numpy(dtype=np.float64, copy=True))
-        return replace(rows, features=values)
+        features = torch.from_numpy(frame[names].to_numpy(dtype=np.float64, copy=True))
+        return self.posterior.encode(replace(rows, features=features), self.source)
 
     def column(self, name: str) -> pd.Series:
         """The values of a variable; ValueError if there is none of this name."""
@@ -161,8 +165,7 @@ def _observed(
         rows = posterior.data if data is None else data
         if not rows.n_rows:
             raise ValueError("the fit was kept without its training rows: pass rows as data=table")
-        table = getattr(rows, "table", None)
-        frame = decoded(rows) if table is None else table
+        frame = decoded(rows) if rows.table is None else rows.table
     else:
         frame = as_pandas(data)
         rows = posterior.encode(frame)
