@@ -31,7 +31,7 @@ from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Conclusion, Results, Verdicts
 from armed_pyro.report.text import described, summarize
 from armed_pyro.storage import save
-from armed_pyro.summaries import arviz_stats, datatree, parameters, variance
+from armed_pyro.summaries import datatree, model_comparison, parameters, variance
 
 __all__ = ["Fit", "compare", "compare_modes", "score_mode"]
 
@@ -144,7 +144,7 @@ class Fit:
     confint = _verb(parameters.confint)
     fitted = _verb(residuals.fitted)
     residuals = _verb(residuals.residuals)
-    loo = _verb(arviz_stats.loo)
+    loo = _verb(model_comparison.loo)
     means = _verb(predictions.means)
     predictions = _verb(predictions.predictions)
     slopes = _verb(comparisons.slopes)
@@ -270,7 +270,7 @@ class Fit:
         if len(set(names)) != len(fits) or len(names) != len(fits):
             raise ValueError(f"names= must be {len(fits)} distinct names, found {names!r}")
         pairs = zip(names, fits, strict=True)
-        return arviz_stats.compare_loo({name: fit.posterior for name, fit in pairs})
+        return model_comparison.compare_loo({name: fit.posterior for name, fit in pairs})
 
     def __repr__(self) -> str:
         return f"Fit of {described(self.posterior)}"

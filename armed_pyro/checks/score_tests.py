@@ -258,9 +258,10 @@ def spread_scores(z: Residuals) -> Residuals:
 def lag_one(
     subject: str, z: Residuals, codes: Int[np.ndarray, " rows"], order: Rows
 ) -> Tested | None:
-    r"""Test of the correlation of neighbours within clusters.
+    r"""Correlation of neighbours within clusters, :math:`r = \sum z_i z_{i-1} / m \sim N(0, 1/m)`.
 
-    .. math:: \sum z_i z_{i-1} \Big/ \Big(\sum z_i^2 z_{i-1}^2\Big)^{1/2} \sim N(0, 1)
+    z are the normal scores of the residuals' ranks, so that heavy tails or a spread that differs
+    between rows are not taken for a correlation.
 
     The residuals of a posterior draw contain the uncertainty of the clusters' effects; therefore r
     has no bias from estimated intercepts, as the correlation of fitted residuals has.
@@ -276,10 +277,9 @@ def lag_one(
     if same.sum() < 20:
         return None
     first, second = first[same], second[same]
+    z = scipy.special.ndtri((scipy.stats.rankdata(z, axis=0) - 0.5) / len(z))
     products = np.einsum("nd,nd->d", z[first], z[second])
-    # The products' own squares: a spread that differs between rows would change their variance.
-    error = np.sqrt((z[first] ** 2 * z[second] ** 2).sum(0))
-    p = 2 * scipy.stats.norm.sf(np.abs(products) / error)
+    p = 2 * scipy.stats.norm.sf(np.abs(products) / np.sqrt(len(first)))
     size = np.sqrt((z[first] ** 2).mean(0) * (z[second] ** 2).mean(0))
     return Tested(subject, float((products / len(first) / size).mean()), float(np.median(p)))
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import typer
 from torch import nn
@@ -77,7 +77,9 @@ def fit_table(options: FitOptions) -> None:
             if getattr(options, f"adversary_{name}") is not None:
                 raise ValueError(f"--adversary-{name} needs --adversary FACTOR")
     steps = Schedule.steps if options.steps is None else options.steps
-    schedule = Schedule(steps=steps, batch_size=options.batch_size)
+    training = {"folds": options.folds, "weight_decay": options.weight_decay}
+    changed: Any = {name: value for name, value in training.items() if value is not None}
+    schedule = Schedule(steps=steps, batch_size=options.batch_size, **changed)
     terms = parse_terms(options.random)
     terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
     family = family_named(options.family)
@@ -210,7 +212,7 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
         return fit(
             model,
             split.training,
-            validation=split.validation,
+            validation=_stopping(options, split),
             schedule=schedule,
             seed=options.seed,
             device=options.device.value,
@@ -231,6 +233,13 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
             kept = f"the state is kept in {checkpoint}: continue with the same command and --resume"
         err.print(f"Interrupted; {kept}", style="yellow")
         raise typer.Exit(130) from error
+
+
+def _stopping(options: FitOptions, split: SplitRows) -> ClusteredData | Literal["auto"] | None:
+    """The rows by which the training of a network is stopped."""
+    if split.validation is not None:
+        return split.validation
+    return "auto" if options.cross_fit else None
 
 
 def _cluster_columns(

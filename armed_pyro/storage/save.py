@@ -26,13 +26,21 @@ from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.crossed import CrossedGuide
+from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.posterior import Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.names import cluster_columns
-from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
+from armed_pyro.storage.manifest import (
+    MANIFEST,
+    cross_fit,
+    describe,
+    program,
+    read_manifest,
+    reading,
+)
 from armed_pyro.summaries.datatree import GROUPS
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
@@ -53,6 +61,7 @@ CLASSIFIER = ("factor", "temperature", "pooling", "report")
 # Guides that can be saved, by their names in the manifest.
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
+    "NestedGuide": NestedGuide,
     "StructuredGuide": StructuredGuide,
 }
 
@@ -169,6 +178,7 @@ def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, C
         model = program(manifest, path / MANIFEST, net).bind(facts)
     guide = make_guide(model)
     with reading(path / MODEL):
+        cross_fit(model, manifest)
         restore_module("model", model, tensors)
         restore_module("guide", guide, tensors)
         refined = None
@@ -402,4 +412,5 @@ def _data(
         slope_names=facts.slope_names,
         slope_sources=facts.slope_sources,
         slope_continuous=tuple(record.get("slope_continuous", ())),
+        fold=tensor("fold"),
     )
