@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from armed_pyro.checks.check import Check as Check
     from armed_pyro.data.clustered import ClusteredData as ClusteredData
     from armed_pyro.data.files import read_table as read_table, write_table as write_table
+    from armed_pyro.effects.result import Effects as Effects, Hypothesis as Hypothesis
     from armed_pyro.engine.schedule import Schedule as Schedule
+    from armed_pyro.estimators import (
+        MixedEffectsClassifier as MixedEffectsClassifier,
+        MixedEffectsRegressor as MixedEffectsRegressor,
+    )
     from armed_pyro.explain.attribution import Attribution as Attribution
     from armed_pyro.explain.boundaries import Boundaries as Boundaries
     from armed_pyro.explain.decode import DecodedEffects as DecodedEffects
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from armed_pyro.families.registry import FAMILIES as FAMILIES
     from armed_pyro.fit_result import (
         Fit as Fit,
+        compare as compare,
         compare_modes as compare_modes,
         score_mode as score_mode,
     )
@@ -59,7 +65,9 @@ _NAMES = {
     "checks.verdict": "Diagnostics",
     "data.clustered": "ClusteredData",
     "data.files": "read_table write_table",
+    "effects.result": "Effects Hypothesis",
     "engine.schedule": "Schedule",
+    "estimators": "MixedEffectsClassifier MixedEffectsRegressor",
     "explain.attribution": "Attribution",
     "explain.boundaries": "Boundaries",
     "explain.decode": "DecodedEffects",
@@ -67,7 +75,7 @@ _NAMES = {
     "explain.probe_test": "ProbeTest probe_test",
     "families.reconstruction": "Reconstruction",
     "families.registry": "FAMILIES",
-    "fit_result": "Fit compare_modes score_mode",
+    "fit_result": "Fit compare compare_modes score_mode",
     "fitting": "DivergenceError fit",
     "guides.base": "Guide",
     "guides.structured": "StructuredGuide",
@@ -83,8 +91,12 @@ _NAMES = {
     "tuning.tune": "tune",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+# Names that `from armed_pyro import *` leaves out, as they would load scikit-learn.
+_SLOW = {"MixedEffectsClassifier", "MixedEffectsRegressor"}
 # Constants, classes, functions.
-__all__ = sorted(_MODULES, key=lambda name: (not name.isupper(), name[0].islower(), name))
+__all__ = sorted(
+    {*_MODULES} - _SLOW, key=lambda name: (not name.isupper(), name[0].islower(), name)
+)
 
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise that any name exists

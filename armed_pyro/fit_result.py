@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+import pandas as pd
 from torch import nn
 
 from armed_pyro._messages import check_probability
 from armed_pyro.checks import diagnostics
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.effects import comparisons, hypotheses, predictions
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.explain import attribution, boundaries, decode, invariance
 from armed_pyro.guides.base import Guide
 from armed_pyro.inference import refine
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
-from armed_pyro.prediction import adapt, predict, scores
+from armed_pyro.prediction import adapt, predict, residuals, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Conclusion, Results, Verdicts
-from armed_pyro.report.text import summarize
+from armed_pyro.report.text import described, summarize
 from armed_pyro.storage import save
-from armed_pyro.summaries import datatree, variance
+from armed_pyro.summaries import datatree, model_comparison, parameters, variance
 
-__all__ = ["Fit", "compare_modes", "score_mode"]
+__all__ = ["Fit", "compare", "compare_modes", "score_mode"]
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -136,6 +139,17 @@ class Fit:
     adapt = _verb(adapt.adapt)
     variance_components = _verb(variance.variance_components)
     fixed_effects = _verb(variance.fixed_effects)
+    random_effects = _verb(variance.random_effects)
+    coef = _verb(variance.coef)
+    confint = _verb(parameters.confint)
+    fitted = _verb(residuals.fitted)
+    residuals = _verb(residuals.residuals)
+    loo = _verb(model_comparison.loo)
+    means = _verb(predictions.means)
+    predictions = _verb(predictions.predictions)
+    slopes = _verb(comparisons.slopes)
+    comparisons = _verb(comparisons.comparisons)
+    hypothesis = _verb(hypotheses.hypothesis)
     to_datatree = _verb(datatree.to_datatree)
     attribution = _verb(attribution.attribution)
     invariance = _verb(invariance.invariance)
@@ -226,6 +240,53 @@ class Fit:
         """
         return self.classifiers.of(self.posterior, factor)
 
+    def compare(self, *others: Fit, names: Sequence[str] | None = None) -> pd.DataFrame:
+        """Fits to the same outcomes, compared by leave-one-out cross-validation; see `loo`.
+
+        Parameters
+        ----------
+        others : Fit
+            The other fits.
+        names : sequence of str, optional
+            Names of all fits, this one first; by default ``fit 1``, ``fit 2``, ...
+
+        Returns
+        -------
+        pandas.DataFrame
+            ArviZ's table, best fit first: rank, elpd, p, elpd_diff with its standard error dse, and
+            stacking weights.
+
+        Raises
+        ------
+        ValueError
+            If there is no other fit, outcomes differ, or there is not one distinct name per fit.
+
+        Examples
+        --------
+        ``compare(linear, network, names=["linear", "network"])``
+        """
+        fits = (self, *others)
+        names = [f"fit {n + 1}" for n in range(len(fits))] if names is None else list(names)
+        if len(set(names)) != len(fits) or len(names) != len(fits):
+            raise ValueError(f"names= must be {len(fits)} distinct names, found {names!r}")
+        pairs = zip(names, fits, strict=True)
+        return model_comparison.compare_loo({name: fit.posterior for name, fit in pairs})
+
+    def __repr__(self) -> str:
+        return f"Fit of {described(self.posterior)}"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        tables = {"Variance components": self.variance_components()}
+        if self.model.has_fixed_effects:
+            tables = {"Fixed effects": self.fixed_effects(), **tables}
+        shown = "".join(
+            f"<p>{title}</p>{as_text(table).to_html(index=False, max_rows=20)}"
+            for title, table in tables.items()
+        )
+        return f"<p>{escape(repr(self))}</p>{shown}"
+
     def summary(self, *, prob: float = 0.9) -> None:
         """Print the program, data, variance components, fixed effects and convergence."""
         print(summarize(self.results(prob=prob)))
@@ -299,5 +360,6 @@ class Fit:
 
 
 # The same as functions: ``compare_modes(fit, held_out)``.
+compare = Fit.compare
 compare_modes = Fit.compare_modes
 score_mode = Fit.score_mode

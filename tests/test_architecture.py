@@ -149,10 +149,10 @@ FLOORS: list[set[str]] = [
     {"program"},
     {"guides"},
     {"inference"},
-    {"explain", "prediction", "report", "summaries"},
+    {"effects", "explain", "prediction", "report", "summaries"},
     {"automatic_weight", "checks", "storage"},
     {"fit_result", "fitting"},
-    {"tuning"},
+    {"estimators", "tuning"},
     {"cli"},
 ]
 

@@ -234,7 +234,7 @@ def test_page_escapes_everything_that_comes_from_the_data():
 
 def test_random_effects_are_those_of_the_draws(result):
     table = random_effects(result.posterior, draws=50, prob=0.8)
-    assert list(table) == ["factor", "term", "cluster", "mean", "lower", "upper"]
+    assert list(table) == ["factor", "term", "cluster", "mean", "sd", "lower", "upper"]
     factor = result.model.factors[0]
     draws = result.draws(50)[factor.effect_site].to(factor.to_original) @ factor.to_original.mT
     for place, term in enumerate(["Intercept", "a"]):

@@ -46,6 +46,7 @@ class CountFamily(Family, ABC):
     integer = True
     support = "whole numbers from 0 up"
     needs_mean = True
+    coefficient_ratio = "incidence-rate ratio"
     statistics = ("mean", "sd", "zeros")
 
     def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:

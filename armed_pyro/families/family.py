@@ -95,6 +95,8 @@ class Family(ABC):
     # Whether outcomes are classes: predictions are scored by accuracy and area under the curve.
     is_class: ClassVar[bool] = False
     is_probability: ClassVar[bool] = False  # whether the mean (of one trial) is a probability
+    # Meaning of exp(coefficient), such as "odds ratio"; empty if it has none.
+    coefficient_ratio: ClassVar[str] = ""
     # Whether outcomes are codes of any number of classes; the first has no column of the predictor.
     multiclass: ClassVar[bool] = False
     needs_trials: ClassVar[bool] = False  # whether every row needs a number of trials

@@ -38,6 +38,7 @@ class LogitFamily(Family, ABC):
 
     integer = True
     is_probability = True
+    coefficient_ratio = "odds ratio"
 
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return torch.full_like(mean, math.pi**2 / 3)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
+from armed_pyro._messages import check_known
 from armed_pyro.data.absent_columns import absent_columns, warn_of_absent, with_new_column
 from armed_pyro.data.cluster_means import ClusterSums, added
 from armed_pyro.data.clustered import ClusteredData
@@ -70,6 +71,7 @@ def predict(
     prob: float = 0.9,
     seed: int | None = None,
     others: bool = True,
+    interval: Literal["expected", "outcome"] = "expected",
     network_uncertainty: NetworkUncertainty = "none",
     classifiers: Classifiers | None = None,
 ) -> Prediction:
@@ -95,6 +97,9 @@ def predict(
     others : bool
         Whether to predict the program's other outcomes, too. Reconstructed images cost a pass of
         the decoder for each draw.
+    interval : {"expected", "outcome"}
+        Whether the sds and intervals of `Prediction.to_frame` are those of E[y], or those of y
+        (predictive intervals).
     network_uncertainty : {"none", "ensemble"}
         Network of rows of new clusters, if the fit has cross-fitted networks: the mean of all in
         every draw, or one after the other, so that their disagreement is in the intervals. Rows of
@@ -112,6 +117,9 @@ def predict(
     --------
     ``fit.predict(rows, unseen="marginal").to_frame()``
     """
+    check_known("value of interval=", [interval], ("expected", "outcome"))
+    if interval == "outcome" and posterior.model.family.multiclass:
+        raise ValueError("a class has no interval: leave interval='outcome' out")
     check_settings(draws, prob, network_uncertainty)
     known = None
     if unseen == "adapt" and support is not None:
@@ -144,7 +152,7 @@ def predict(
     )
     new = {} if by_row else new_effects(posterior.model, source, data)
     names = tree_names(posterior.model)
-    return replace(made, new=new, membership=membership, names=names)
+    return replace(made, new=new, membership=membership, names=names, interval_of=interval)
 
 
 def effect_source(

@@ -70,6 +70,8 @@ class Prediction:
         see `armed_pyro.prediction.similarity.evidence_table`.
     others : mapping of str to Reconstructed
         The program's other outcomes, by name.
+    interval_of : {"expected", "outcome"}
+        Whether the intervals of `to_frame` are those of E[y] or of y.
     names : mapping of str to FactorNames
         Names of each grouping factor's dimensions and variables in `to_datatree`.
 
@@ -95,6 +97,7 @@ class Prediction:
     membership: pd.DataFrame | None = None
     others: Mapping[str, Reconstructed] = field(default_factory=dict)
     names: Mapping[str, FactorNames] = field(default_factory=dict)
+    interval_of: str = "expected"
 
     @property
     def mean(self) -> Float[np.ndarray, "rows ..."]:
@@ -124,11 +127,13 @@ class Prediction:
     def to_frame(self) -> pd.DataFrame:
         """Table with mean, sd, lower, upper (by class for categorical outcomes) and unseen.
 
-        For an outcome with two labels, `event` is the label that the probabilities are of.
+        The sd and the interval are those of E[y], or of y if `interval_of` is "outcome". For an
+        outcome with two labels, `event` is the label that the probabilities are of.
         """
-        lower, upper = self.interval()
+        lower, upper = self.interval(of=self.interval_of)
         event: dict[str, np.ndarray] = {}
-        columns = {"mean": self.mean, "sd": self.sd, "lower": lower, "upper": upper}
+        sd = self.sd if self.interval_of == "expected" else self.outcome.std(0, ddof=1)
+        columns = {"mean": self.mean, "sd": sd, "lower": lower, "upper": upper}
         if self.expected.ndim == 3:
             names = self.classes or tuple(map(str, range(self.expected.shape[2])))
             columns = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from armed_pyro._messages import count_rows
 from armed_pyro.inference.posterior import METHODS, Posterior
 from armed_pyro.networks.fresh_probe import FreshProbe
 from armed_pyro.program import fixed_prior
@@ -101,6 +102,18 @@ def outcome_labels(model: MixedEffects) -> dict[str, str]:
 def how_training_ended(posterior: Posterior) -> str:
     """Why and when the training ended."""
     return f"{ENDINGS[posterior.stopped]} ({len(posterior.history.loss):,} steps)"
+
+
+def described(posterior: Posterior) -> str:
+    """Outcome, family, random effects, size and end of training in one line."""
+    model, facts = posterior.model, posterior.model.data_facts()
+    random = " + ".join(map(str, model.terms)) or "no random effects"
+    sizes = "".join(f", {len(levels)} of {name}" for name, levels in facts.levels.items())
+    fixed = "linear" if model.linear else type(model.network).__name__
+    return (
+        f"{facts.outcome_name} ({model.family}): {fixed} + {random}; {count_rows(facts.n_rows)}"
+        f"{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
+    )
 
 
 def _section(title: str, body: str) -> str:

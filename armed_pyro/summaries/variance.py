@@ -27,7 +27,7 @@ from armed_pyro.program.units import (
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["fixed_effects", "random_effects", "variance_components"]
+__all__ = ["coef", "fixed_effects", "random_effects", "variance_components"]
 
 Row = tuple[str, str, str, Tensor]  # factor, term, statistic, draws
 Weights = Float[Tensor, "draws 1 fixed_terms"]
@@ -92,39 +92,89 @@ def variance_components(
 
 
 def fixed_effects(
-    posterior: Posterior, *, draws: int = 4000, prob: float = 0.9, seed: int | None = None
+    posterior: Posterior,
+    *,
+    draws: int = 4000,
+    prob: float = 0.9,
+    seed: int | None = None,
+    exponentiate: bool = False,
 ) -> pd.DataFrame:
     """Posterior of the latent fixed effects on the original scale.
 
-    The columns are term, mean, median, sd, lower, upper; a network without latent weights and
-    clusters' means has no rows. The parameters are those of `variance_components`.
+    Parameters
+    ----------
+    draws, prob, seed
+        As in `variance_components`.
+    exponentiate : bool
+        Whether to give exp(coefficient) draw by draw: odds ratios of logits, incidence-rate ratios
+        of counts, which ``attrs["quantity"]`` names; of the intercept, odds or a rate.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns term, mean, median, sd, lower, upper; a network without latent weights and
+            clusters' means has no rows.
+
+    Raises
+    ------
+    ValueError
+        If exponentials are asked for where the link is the identity.
+
+    Examples
+    --------
+    ``fit.fixed_effects(exponentiate=True)``
     """
     _check(draws, prob)
+    ratio = posterior.model.family.coefficient_ratio
+    if exponentiate and not ratio:
+        raise ValueError(
+            f"the coefficients of family {posterior.model.family.name!r} are differences of the "
+            "mean, whose exponentials mean nothing: leave exponentiate= out"
+        )
     model, rows = posterior.model, list[tuple[str, Tensor]]()
     if model.has_fixed_effects:
         values = original_fixed_effects(model, posterior.hyperparameters(draws, seed=seed))
+        values = values.exp() if exponentiate else values
         rows = list(zip(model.fixed_terms(), values.unbind(1), strict=True))
-    return _table(rows, ["term"], prob)
+    table = _table(rows, ["term"], prob)
+    table.attrs["quantity"] = ratio if exponentiate else "coefficient"
+    return table
+
+
+def coef(posterior: Posterior, *, draws: int = 4000, seed: int | None = None) -> pd.Series:
+    """Posterior means of the latent fixed effects on the original scale, by term.
+
+    Examples
+    --------
+    ``fit.coef()["Days"]``
+    """
+    table = fixed_effects(posterior, draws=draws, seed=seed)
+    return table.set_index("term")["mean"].rename("coefficient")
 
 
 def random_effects(
     posterior: Posterior, *, draws: int = 1000, prob: float = 0.9, seed: int | None = None
 ) -> pd.DataFrame:
-    """Posterior mean and interval of every cluster's random effects, on the original scale.
+    """Posterior mean, sd and interval of every cluster's random effects, on the original scale.
 
-    The columns are factor, term, cluster, mean, lower, upper. The parameters are those of
-    `variance_components`.
+    The columns are factor, term, cluster, mean, sd, lower, upper. The sd is that of the effect
+    given the data. The parameters are those of `variance_components`.
+
+    Examples
+    --------
+    ``fit.random_effects().query("term == 'Days'")``
     """
     _check(draws, prob)
     latents = posterior.draws(draws, seed=seed)
     levels = posterior.model.data_facts().levels
     tail = (1 - prob) / 2
-    columns = ["factor", "term", "cluster", "mean", "lower", "upper"]
+    columns = ["factor", "term", "cluster", "mean", "sd", "lower", "upper"]
     tables = []
     for factor in posterior.model.factors:
         effects = latents[factor.effect_site].to(factor.to_original)
         original = (effects @ factor.to_original.mT).cpu().numpy()
-        statistics = original.mean(0), *np.quantile(original, [tail, 1 - tail], axis=0)
+        spread = original.std(0, ddof=1) if len(original) > 1 else np.zeros_like(original[0])
+        statistics = original.mean(0), spread, *np.quantile(original, [tail, 1 - tail], axis=0)
         # Labels become objects: concatenating integers of one factor with decimals of another would
         # turn the integers into decimals.
         clusters = levels[factor.name].astype(object)

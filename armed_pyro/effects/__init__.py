@@ -1,0 +1,1 @@
+"""What a fit says of its variables: predictions, comparisons, slopes, means, hypotheses."""
