@@ -280,7 +280,7 @@ class Fit:
         )
 
     @classmethod
-    def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:
+    def load(cls, folder: str | Path, net: nn.Module | None = None, *, verify: bool = True) -> Fit:
         """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
         Parameters
@@ -288,14 +288,18 @@ class Fit:
         net : torch.nn.Module, optional
             A network of the fit's architecture; a copy of it gets the weights of the fit. Not
             needed for networks that are registered by name (``linear``, ``dense``).
+        verify : bool
+            Whether every file must be as it was saved, by its SHA-256 in the manifest, and the
+            network must have the fit's outputs at fixed inputs. False is for files that were
+            changed on purpose. A fit of a version that kept no sums is read with a warning.
 
         Raises
         ------
         ValueError
-            If the folder holds no fit, a file is missing, damaged or of a newer version, or the
-            network is unknown or has other parameters.
+            If the folder holds no fit, a file is missing, changed, damaged or of a newer version,
+            or the network is unknown, has other parameters or computes something else.
         """
-        return cls(*save.load(folder, net))
+        return cls(*save.load(folder, net, verify=verify))
 
 
 # The same as functions: ``compare_modes(fit, held_out)``.

@@ -74,6 +74,11 @@ USER_NETWORK = option(
     "The network, if it is one of your own: --net my_net.py:MyNet",
     metavar="FILE.py:NAME",
 )
+VERIFY = option(
+    True,
+    "Whether the files of RUN must be as fit wrote them; for files changed on purpose: --no-verify",
+    "--verify/--no-verify",
+)
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,7 @@ class PredictOptions:
     draws: int = option(1000, "Posterior draws: --draws 2000")
     prob: float | None = SAVED_PROB
     seed: int | None = option(None, "Seed of the draws: --seed 1 [default: the fit's]")
+    verify: bool = VERIFY
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,7 @@ class ReportOptions:
     html: Path = option(..., "HTML page to write: --out report.html", "--out", metavar="HTML")
     net: str | None = USER_NETWORK
     prob: float | None = SAVED_PROB
+    verify: bool = VERIFY
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def predict_to_file(options: PredictOptions) -> None:
         raise ValueError("--by-row is for --unseen membership and --unseen nearest")
     table = TableBlocks.open(options.data)
     support = None if options.support is None else read_table(options.support)
-    fitted = load_run(options.run, options.net)
+    fitted = load_run(options.run, options.net, verify=options.verify)
     prob = interval_prob(options.run, options.prob)
     masks = None
     if options.missing is Holes.empty:

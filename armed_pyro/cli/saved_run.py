@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from armed_pyro.fit_result import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.report.html import page
-from armed_pyro.storage.manifest import read_family, read_manifest
+from armed_pyro.storage.manifest import MANIFEST, read_family, read_manifest, reading
 from armed_pyro.summaries.variance import random_effects
 
 EVALUATION = "evaluation.csv"
@@ -42,20 +41,20 @@ def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def load_run(run: Path, net: str | None) -> Fit:
+def load_run(run: Path, net: str | None, *, verify: bool = True) -> Fit:
     """The fit in a folder; a network of the user, `net`, is made with the sizes of the fit."""
-    try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        facts, family = Facts.from_json(manifest["facts"]), read_family(manifest["model"]["family"])
-        made_by = manifest["network"]["made_by"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return Fit.load(run)  # raises an error that explains the fault of the folder
-    if net is None and made_by is None:
+    manifest = read_manifest(run)
+    if manifest["network"]["made_by"] is None and net is None:
         raise ValueError(f"{run} has a network of your own: name it with --net FILE.py:NAME")
     if net is None:
-        return Fit.load(run)
-    n_outputs = family.outputs(len(facts.columns))
-    return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))
+        return Fit.load(run, verify=verify)
+    path = run / MANIFEST
+    with reading(path, "facts"):
+        facts = Facts.from_json(manifest["facts"])
+    with reading(path, "model.family"):
+        n_outputs = read_family(manifest["model"]["family"], path).outputs(len(facts.columns))
+    made = network(net, math.prod(facts.feature_shape), n_outputs)
+    return Fit.load(run, made, verify=verify)
 
 
 def interval_prob(run: Path, prob: float | None) -> float:
@@ -79,7 +78,7 @@ def write_report(options: ReportOptions) -> None:
     prob = interval_prob(run, options.prob)
     evaluation = run / EVALUATION
     held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
-    fitted = load_run(run, options.net)
+    fitted = load_run(run, options.net, verify=options.verify)
     effects = random_effects(fitted.posterior, prob=prob)
     title = run.resolve().name
     text = page(fitted.results(prob=prob), effects, title=title, evaluation=held_out)

@@ -16,6 +16,7 @@ from armed_pyro.engine.schedule import History, Plateau
 from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase, TrainingTask
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.model import trains_network
+from armed_pyro.program.probe import check_probe, probe
 
 __all__ = ["Run", "TrainingDiverged"]
 
@@ -139,6 +140,7 @@ class Run:
             "history": self.history.to_json(),
             "plateau": asdict(self.phase.plateau),
             "stopped": self.stopped,
+            "probe": probe(self.task.model),
         }
         return Checkpoint(tensors, record)
 
@@ -154,6 +156,7 @@ class Run:
             )
         self.history = History(**record["history"])
         self.task.return_to(tensors)
+        check_probe(self.task.model, record.get("probe"), "the checkpoint")
         if self.history.settled is not None:
             self.phase = FrozenPhase(self.phase, self.history.particles)
         self._good = self.task.state()
