@@ -534,7 +534,7 @@ def test_rows_of_another_fit(run, tmp_path):
     quick(MixedEffects(sequential(), "(1 | site)"), data).save(tmp_path / "other", draws=2)
     (tmp_path / "other" / "posterior.nc").replace(run / "posterior.nc")
     seal(run)
-    with pytest.raises(ValueError, match="clusters of 'site' that manifest"):
+    with pytest.raises(ValueError, match="clusters of 'site' that the manifest"):
         Fit.load(run, sequential())
 
 

@@ -20,8 +20,9 @@ from armed_pyro.guides.hyperparameters import is_positive
 from armed_pyro.guides.noise import proposal_variance
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.summaries.variance import fixed_effects, variance_components
 
-__all__ = ["EXACT", "finite_draws", "inference_checks"]
+__all__ = ["EXACT", "finite_draws", "finite_tables", "inference_checks"]
 
 
 # Error of a reported mean or sd, in posterior sds: a tenth changes the second digit of an interval.
@@ -53,6 +54,18 @@ def finite_draws(latents: Mapping[str, Tensor]) -> Iterator[Check]:
     if bad:
         reason = f"the posterior draws of {', '.join(bad[:3])} are not finite numbers"
         yield Check("computation", "draws", "fail", reason, advice="see the end of the training")
+
+
+def finite_tables(posterior: Posterior) -> Iterator[Check]:
+    """A failed check if an estimate of the variance components or fixed effects is not finite."""
+    tables = {"variance component": variance_components, "fixed effect": fixed_effects}
+    for kind, make in tables.items():
+        table = make(posterior, draws=200)
+        bad = table[~np.isfinite(table[["mean", "median"]].to_numpy(float)).all(axis=1)]
+        if len(bad):
+            label = " ".join(str(value) for value in bad.iloc[0][:3])
+            reason = f"{len(bad)} of {len(table)} {kind}s are not finite numbers, such as {label}"
+            yield Check("computation", f"{kind}s", "fail", reason, advice="look for extreme values")
 
 
 def _training(posterior: Posterior) -> Iterator[Check]:

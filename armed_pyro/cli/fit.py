@@ -103,7 +103,9 @@ def _by_nuts(result: Fit) -> Fit:
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
     """The table's rows, split as the options say; a streamed table cannot be split."""
-    table = TableBlocks.open(options.data)
+    factors = [term.factor for term in terms] + ([options.adversary] if options.adversary else [])
+    labels = {part for name in factors for part in (name, *name.split(":"))}
+    table = TableBlocks.open(options.data, labels)
     rows = training_rows(
         table,
         byte_size(options.memory),

@@ -33,13 +33,15 @@ def predict_to_file(options: PredictOptions) -> None:
         raise ValueError(f"--out must end in .csv or .parquet, found {str(options.pred)!r}")
     if options.by_row and options.unseen not in ("membership", "nearest"):
         raise ValueError("--by-row is for --unseen membership and --unseen nearest")
-    table = TableBlocks.open(options.data)
-    support = None if options.support is None else read_table(options.support)
     fitted = load_run(options.run, options.net, verify=options.verify)
+    schema = fitted.posterior.model.data_facts().schema
+    labels = () if schema is None else schema.clusters
+    table = TableBlocks.open(options.data, labels)
+    support = None if options.support is None else read_table(options.support, labels=labels)
     prob = interval_prob(options.run, options.prob)
     masks = None
     if options.missing is Holes.empty:
-        table = table.without_holes(_needed(fitted.posterior.model.data_facts().schema))
+        table = table.without_holes(_needed(schema))
         masks = table.complete_rows()
     settings: Any = {"draws": options.draws, "prob": prob, "seed": options.seed}
     with _progress() as report:

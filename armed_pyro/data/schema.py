@@ -30,7 +30,12 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.default_features import default_features
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.formula import Formula, Terms, parse_features
-from armed_pyro.data.grouping import code_labels, index_from_json, index_to_json
+from armed_pyro.data.grouping import (
+    code_labels,
+    index_from_json,
+    index_to_json,
+    warn_of_float_labels,
+)
 
 # Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
 # residual sd is known, w = 1 / se^2 and sigma = 1.
@@ -119,6 +124,7 @@ class Schema:
         _check_outcome(outcome, columns, clusters)
         table = pick(table, [*reserved, *columns]).dropna().infer_objects()
 
+        warn_of_float_labels(table[list(clusters)])
         levels = {
             name: _levels(table[name], by_number=name in factors)
             for name in columns
