@@ -110,7 +110,10 @@ class Fit:
 
     @property
     def stopped(self) -> str:
-        """Why training ended: "converged", "validation" (both good), "steps" or "diverged"."""
+        """Why training ended.
+
+        "converged" or "validation" (both good), "steps", "interrupted" or "diverged".
+        """
         return self.posterior.stopped
 
     @property

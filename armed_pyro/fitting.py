@@ -22,14 +22,14 @@ from armed_pyro.engine.schedule import Schedule
 from armed_pyro.fit_result import Fit
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.train import GuideFactory, train
-from armed_pyro.inference.training_run import TrainingDiverged
+from armed_pyro.inference.training_run import TrainingDiverged, TrainingInterrupted
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.source import RowSource
 from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
 
-__all__ = ["DivergenceError", "fit"]
+__all__ = ["DivergenceError", "FitInterrupted", "fit"]
 
 
 class DivergenceError(RuntimeError):
@@ -44,6 +44,22 @@ class DivergenceError(RuntimeError):
 
     def __init__(self, message: str, fit: Fit) -> None:
         super().__init__(message)
+        self.fit = fit
+
+
+class FitInterrupted(KeyboardInterrupt):
+    """Training was interrupted, by Ctrl-C or a signal whose handler raises KeyboardInterrupt.
+
+    `fit` is the fit at the end of the last whole window of steps, and the checkpoint holds the same
+    state.
+
+    Examples
+    --------
+    ``except FitInterrupted as error: error.fit.summary()``
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        super().__init__("training was interrupted; the error's `fit` attribute holds its state")
         self.fit = fit
 
 
@@ -84,7 +100,7 @@ def fit(
     refine : bool
         Whether to weight the guide's draws by importance, if Pareto k-hat allows; see `Fit.refine`.
     seed : int
-        Seed of mini-batches and draws. Torch's global random state does not change.
+        Seed of mini-batches and draws, from 0. Torch's global random state is the same afterwards.
     device : str
         "auto" (CUDA if available), "cpu", "cuda", ...
     compile : {"auto", "always", "never"}
@@ -108,6 +124,8 @@ def fit(
         If model and data do not match, before training; or if `checkpoint` belongs to another run.
     DivergenceError
         If training diverges. The error holds the last good fit, whose parameters are finite.
+    FitInterrupted
+        At Ctrl-C. The error, a KeyboardInterrupt, holds the fit so far.
 
     Examples
     --------
@@ -159,6 +177,8 @@ def fit(
                 )
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error
+        except TrainingInterrupted as error:
+            raise FitInterrupted(Fit(error.posterior)) from error
         return Fit(posterior)
 
 
@@ -172,6 +192,8 @@ def _check_arguments(
     check_type(validation, (ClusteredData, type(None)), "validation", table)
     check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")
+    if not 0 <= int(seed) < 2**63:  # type: ignore[call-overload]
+        raise ValueError(f"`seed` must be at least 0 and below 2^63, not {seed}")
 
 
 @contextmanager

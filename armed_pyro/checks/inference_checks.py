@@ -75,8 +75,9 @@ def _training(posterior: Posterior) -> Iterator[Check]:
         reason = "the training diverged, and these are its last good parameters"
         advice = "see the message of fit"
         yield Check("computation", name, "fail", reason, advice=advice)
-    elif stopped == "steps":
-        reason = f"the training had not converged when its {steps} steps ran out"
+    elif stopped in ("steps", "interrupted"):
+        end = f"its {steps} steps ran out" if stopped == "steps" else "it was interrupted"
+        reason = f"the training had not converged when {end}"
         early = history.settled is None
         if early:
             reason += ", before the guide was settled at the network's final weights"

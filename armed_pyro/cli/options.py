@@ -189,7 +189,7 @@ class FitOptions:
     memory: str | None = option(
         None,
         "Memory to stay within: a Parquet table that would take more is streamed from disk "
-        "(temporary files beside RUN): --memory 2GB [default: half of the machine's]",
+        "(temporary files in RUN): --memory 2GB [default: half of the machine's]",
         metavar="SIZE",
     )
     resume: bool = option(

@@ -31,7 +31,7 @@ from armed_pyro.inference.importance_sampling import importance_draws, refinable
 from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.refine import refine as refined_by
-from armed_pyro.inference.training_run import Run
+from armed_pyro.inference.training_run import Run, TrainingInterrupted
 from armed_pyro.program.model import MixedEffects, trains_network
 from armed_pyro.rows.source import RowSource
 
@@ -116,11 +116,14 @@ def train(
     release()
     if not refine or frozen_rows is None or not refinable(posterior, source):
         return posterior
-    weighted = importance_draws(posterior, frozen_rows)
-    posterior = replace(posterior, importance=weighted)
-    # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
-    # the diagnostics warn.
-    return refined_by(posterior) if weighted.k_hat < 1 else posterior
+    try:
+        weighted = importance_draws(posterior, frozen_rows)
+        posterior = replace(posterior, importance=weighted)
+        # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide,
+        # and the diagnostics warn.
+        return refined_by(posterior) if weighted.k_hat < 1 else posterior
+    except KeyboardInterrupt as error:
+        raise TrainingInterrupted(posterior) from error
 
 
 @contextmanager

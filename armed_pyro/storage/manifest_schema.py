@@ -105,7 +105,7 @@ class _Training(_Record):
     schedule: _record_of(Schedule)  # type: ignore[valid-type]
     history: _record_of(History, finite=False)  # type: ignore[valid-type]
     seed: int
-    stopped: str
+    stopped: Literal["converged", "validation", "steps", "diverged", "interrupted"]
 
 
 class _Data(_Record):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,15 +34,15 @@ from armed_pyro.program.probe import check_probe, probe
 from armed_pyro.storage.checksums import check_sums, sealed
 from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.storage.rows import describe_rows, read_rows, training_rows
+from armed_pyro.storage.run_lock import DRAFT, is_temporary, locked
 from armed_pyro.summaries.datatree import GROUPS
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
 VARIANCE, FIXED = "variance_components.csv", "fixed_effects.csv"
 DIAGNOSTICS = "diagnostics.json"
+FILES = {MANIFEST, MODEL, POSTERIOR, VARIANCE, FIXED, DIAGNOSTICS}
 # Files that training may leave in the folder to which its fit is then saved.
 CHECKPOINTS = {"checkpoint.safetensors", "checkpoint.partial"}
-# How names of folders begin in which files are written before they are moved to their place.
-DRAFT = ".saving-"
 # Bytes beyond which a group of draws is left out of posterior.nc; it is drawn again on demand.
 LARGEST_GROUP = 4e6
 # Bytes of random effects in posterior.nc; beyond it fewer draws are written.
@@ -91,8 +92,9 @@ def save(
     Raises
     ------
     ValueError
-        If the folder holds other files but no fit, or the program has a user-defined guide, term,
-        family or prior, which could not be read again. Nothing is written then.
+        If another process writes to the folder, it holds other files but no fit, or the program has
+        a user-defined guide, term, family or prior, which could not be read again. Nothing is
+        written then.
     """
     check_saveable(posterior, folder)
     if draws < 2:
@@ -100,21 +102,26 @@ def save(
     target = Path(folder).resolve()
     manifest, tensors = _contents(posterior, classifiers)
     manifest["prob"] = prob
-    partial = _draft_folder(target)
-    try:
-        save_file({k: tensor.cpu().contiguous() for k, tensor in tensors.items()}, partial / MODEL)
-        del tensors
-        _write_groups(posterior, partial / POSTERIOR, draws)
-        variance_components.to_csv(partial / VARIANCE, index=False)
-        fixed_effects.to_csv(partial / FIXED, index=False)
-        _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
-        # Only the owner can read the file that save_file makes.
-        shutil.copymode(partial / DIAGNOSTICS, partial / MODEL)
-        files = sorted(path.name for path in partial.iterdir())
-        _write_json(partial / MANIFEST, sealed(manifest, MANIFEST, partial, files))
-        _put(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with locked(target):
+        partial = target / f"{DRAFT}{uuid.uuid4().hex}"
+        partial.mkdir()
+        try:
+            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, partial / MODEL)
+            del tensors
+            _write_groups(posterior, partial / POSTERIOR, draws)
+            variance_components.to_csv(partial / VARIANCE, index=False)
+            fixed_effects.to_csv(partial / FIXED, index=False)
+            _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
+            # Only the owner can read the file that save_file makes.
+            shutil.copymode(partial / DIAGNOSTICS, partial / MODEL)
+            files = sorted(path.name for path in partial.iterdir())
+            _write_json(partial / MANIFEST, sealed(manifest, MANIFEST, partial, files))
+            _put(partial, target)
+        except (SafetensorError, RuntimeError) as error:
+            # What safetensors and HDF5 raise if the disk is full.
+            raise OSError(f"the fit could not be written to {target}: {cause(error)}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _contents(
@@ -202,7 +209,7 @@ def _check_target(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, expected a folder to save the fit to")
     files = {path.name for path in target.iterdir()} if target.exists() else set()
-    files = {name for name in files if not name.startswith(DRAFT)}
+    files = {name for name in files if not is_temporary(name)}
     if files <= CHECKPOINTS:
         return
     try:
@@ -222,24 +229,12 @@ def _guide_name(posterior: Posterior) -> str:
     return name
 
 
-def _draft_folder(target: Path) -> Path:
-    """A new folder on the file system of the target, in it or, if there is none, beside it."""
-    name = f"{DRAFT}{uuid.uuid4().hex}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target / name if target.exists() else target.with_name(f".{target.name}{name}")
-    partial.mkdir()
-    return partial
-
-
 def _put(partial: Path, target: Path) -> None:
-    """Rename the new folder to the target, or move its files there, the manifest last.
+    """Move new files to their folder, the manifest last.
 
     The folder is without a manifest while files of two fits are in it: if the process is killed
     then, no half of a fit can be loaded.
     """
-    if not target.exists():
-        partial.rename(target)
-        return
     names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == MANIFEST)
     replaced = partial / "replaced"
     replaced.mkdir()
