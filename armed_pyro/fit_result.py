@@ -13,6 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from torch import nn
 
 from armed_pyro._messages import check_probability
+from armed_pyro._pyro_module import exclusive
 from armed_pyro.checks import diagnostics
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.data.clustered import ClusteredData
@@ -50,7 +51,7 @@ def _verb(
     def method(fit: Fit, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         if len(shown) < len(others):
             kwargs.setdefault("classifiers", fit.classifiers)
-        return function(fit.posterior, *args, **kwargs)
+        return exclusive(function)(fit.posterior, *args, **kwargs)
 
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = inspect.signature(function).replace(parameters=[itself, *shown])  # type: ignore[attr-defined]
@@ -146,6 +147,7 @@ class Fit:
     boundaries = _verb(boundaries.boundaries)
 
     @property
+    @exclusive
     def importance(self) -> ImportanceDraws:
         """The guide's draws with their importance weights.
 
@@ -157,6 +159,7 @@ class Fit:
     def _weighed(self) -> Posterior:
         return weighed(self.posterior)
 
+    @exclusive
     def diagnostics(self) -> Diagnostics:
         """Verdicts on computation and model; see `armed_pyro.checks.diagnostics.diagnose`."""
         return self._verdict
@@ -165,6 +168,7 @@ class Fit:
     def _verdict(self) -> Diagnostics:
         return diagnostics.diagnose(self.posterior, lambda: self._weighed)
 
+    @exclusive
     def refine(
         self,
         method: str = "psis",
@@ -222,6 +226,7 @@ class Fit:
         )
         return replace(self, posterior=posterior)
 
+    @exclusive
     def classifier(self, factor: str) -> ClusterClassifier:
         """The classifier p(cluster | features) of a factor; trained at the first call.
 
@@ -229,10 +234,12 @@ class Fit:
         """
         return self.classifiers.of(self.posterior, factor)
 
+    @exclusive
     def summary(self, *, prob: float = 0.9) -> None:
         """Print the program, data, variance components, fixed effects and convergence."""
         print(summarize(self.results(prob=prob)))
 
+    @exclusive
     def results(self, *, prob: float = 0.9) -> Results:
         """The tables and the verdict, for `armed_pyro.report`."""
         check_probability(prob)
@@ -249,6 +256,7 @@ class Fit:
             verdicts=Verdicts(conclusions, found.to_frame(), found.figures, str(found)),
         )
 
+    @exclusive
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
         """Write the fit to a folder, completely or not at all; `load` reads it.
 
@@ -283,6 +291,7 @@ class Fit:
         )
 
     @classmethod
+    @exclusive
     def load(cls, folder: str | Path, net: nn.Module | None = None, *, verify: bool = True) -> Fit:
         """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 

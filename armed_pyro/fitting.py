@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from armed_pyro._messages import INTEGER, check_type
+from armed_pyro._pyro_module import exclusive
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import (
@@ -63,6 +64,7 @@ class FitInterrupted(KeyboardInterrupt):
         self.fit = fit
 
 
+@exclusive
 def fit(
     model: MixedEffects,
     data: ClusteredData | StreamedData,
@@ -84,6 +86,10 @@ def fit(
     The parameters are those of network, guide and adversaries. The model is copied: neither it nor
     its network changes. With ``compile="never"``, the same seed gives the same result to the bit on
     the same CPU and number of threads. Compiled steps differ by rounding errors.
+
+    Pyro's state and torch's random numbers are global to a process, so `fit` and the methods of
+    `Fit` wait for each other if several threads call them. Do not draw from torch's global
+    generator in another thread meanwhile.
 
     Parameters
     ----------

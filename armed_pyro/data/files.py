@@ -44,12 +44,37 @@ def as_pandas(frame: Any) -> pd.DataFrame:
             ) from error
     if repeated := frame.columns[frame.columns.duplicated()].unique().tolist():
         raise ValueError(f"Column names must be distinct; these are not: {listing(repeated)}.")
+    if broken := [n for n in frame.columns if isinstance(n, str) and not _is_unicode(n)]:
+        raise ValueError(
+            f"Column names must be valid Unicode, found {listing(broken)}. Rename them."
+        )
     if others := [name for name in frame.columns if not isinstance(name, str)]:
         raise ValueError(
             f"Column names must be text, found {listing(others)}. Name the columns, for example "
             "frame.columns = frame.columns.astype(str)."
         )
     return frame
+
+
+def _is_unicode(text: str) -> bool:
+    return text.encode(errors="replace").decode() == text
+
+
+def natural_types(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with columns of objects as numbers or text, if they hold one of these.
+
+    ValueError, with the column's name, for text that is not valid Unicode.
+    """
+    try:
+        return table.infer_objects()
+    except UnicodeEncodeError:
+        for name in table:
+            if bad := [v for v in table[name] if isinstance(v, str) and not _is_unicode(v)]:
+                raise ValueError(
+                    f"The column {name!r} has text that is not valid Unicode, such as {bad[0]!r}. "
+                    "Read the file again with its encoding, or replace that text."
+                ) from None
+        raise
 
 
 def read_table(path: str | os.PathLike[str], *, labels: Collection[str] = ()) -> pd.DataFrame:
@@ -224,7 +249,7 @@ def _is_inexact(column: pd.Series) -> bool:
 def _whole_numbers(text: pd.Series, numbers: pd.Series) -> pd.Series:
     """Text as 64-bit integers with gaps; the numbers if it is anything else."""
     try:
-        return text.str.strip().map(int, na_action="ignore").astype("Int64")
+        return _exact(text)
     except (ValueError, TypeError, OverflowError):
         return numbers
 
@@ -234,7 +259,15 @@ def _as_written(text: pd.Series) -> pd.Series:
     present = text.dropna()
     if not len(present) or not present.str.fullmatch(r"0|-?[1-9]\d{0,17}").all():
         return text
-    return text.astype("Int64") if len(present) < len(text) else text.astype(np.int64)
+    return _exact(text) if len(present) < len(text) else text.map(int).astype(np.int64)
+
+
+def _exact(text: pd.Series) -> pd.Series:
+    """Text of whole numbers as these; pandas itself would go through floats if there are gaps."""
+    numbers = [
+        pd.NA if missing else int(value) for value, missing in zip(text, text.isna(), strict=True)
+    ]
+    return pd.Series(pd.array(numbers, dtype="Int64"), index=text.index)
 
 
 def _open(path: Path) -> IO[bytes]:

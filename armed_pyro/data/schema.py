@@ -28,7 +28,7 @@ from armed_pyro.data.columns import (
     pick,
 )
 from armed_pyro.data.default_features import default_features
-from armed_pyro.data.files import as_pandas
+from armed_pyro.data.files import as_pandas, natural_types
 from armed_pyro.data.formula import Formula, Terms, parse_features
 from armed_pyro.data.grouping import (
     code_labels,
@@ -122,7 +122,7 @@ class Schema:
         factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
         _check_outcome(outcome, columns, clusters)
-        table = pick(table, [*reserved, *columns]).dropna().infer_objects()
+        table = natural_types(pick(table, [*reserved, *columns]).dropna())
 
         warn_of_float_labels(table[list(clusters)])
         levels = {
@@ -178,7 +178,7 @@ class Schema:
         if table.empty:
             raise ValueError("The table has no rows; at least one is needed.")
         remedy = TRAINING if outcome_required else NEW
-        table = complete_rows(table, missing, remedy).infer_objects()
+        table = natural_types(complete_rows(table, missing, remedy))
         check_finite(table, remedy)
         return table
 

@@ -116,8 +116,13 @@ def train(
     release()
     if not refine or frozen_rows is None or not refinable(posterior, source):
         return posterior
+    return _with_weights(posterior, frozen_rows)
+
+
+def _with_weights(posterior: Posterior, rows: RowSource) -> Posterior:
+    """The posterior with weighted draws of its guide, and resampled ones if these are better."""
     try:
-        weighted = importance_draws(posterior, frozen_rows)
+        weighted = importance_draws(posterior, rows)
         posterior = replace(posterior, importance=weighted)
         # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide,
         # and the diagnostics warn.
