@@ -182,7 +182,7 @@ def test_sigterm_keeps_the_state_and_exits_with_143(table, tmp_path):
 
 
 def settings():
-    validate = torch.distributions.Distribution._Distribution__validate_args
+    validate = torch.distributions.Distribution._validate_args
     return (
         torch.get_rng_state().tolist(),
         np.random.get_state()[1].tolist(),  # noqa: NPY002

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from rich.progress import Progress
 from torch import Tensor
 
+from armed_pyro._messages import progress_console
 from armed_pyro.guides.noise import proposal_noise
 from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled, weigh
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
@@ -88,7 +89,10 @@ def importance_draws(
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
     pieces = Pieces.of(source, rows_at_once, guide.nested_name())
     collected = _Collected(posterior, n, particles)
-    with model.seeded(seed + 4), Progress(disable=not progress, transient=True) as bar:
+    with (
+        model.seeded(seed + 4),
+        Progress(console=progress_console(), disable=not progress, transient=True) as bar,
+    ):
         task = bar.add_task("importance weights", total=n * len(pieces.shares))
         for start in range(0, n, size):
             draws = slice(start, min(start + size, n))

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from armed_pyro._memory import release
+from armed_pyro._messages import progress_console
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.checkpoint import Checkpoint, digest
 from armed_pyro.engine.compiled_step import COMPILE_MODES, CompileMode
@@ -166,6 +167,6 @@ def progress_bar(
         *([TimeRemainingColumn()] if fixed else []),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, disable=not show) as bar:
+    with Progress(*columns, console=progress_console(), disable=not show) as bar:
         task = bar.add_task("", total=total)
         yield lambda step, text: bar.update(task, completed=step, description=text)
