@@ -30,6 +30,7 @@ import armed_pyro
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
 from armed_pyro.data.files import read_table
 from armed_pyro.networks.by_name import network
+from armed_pyro.program.data_spec import Facts
 from armed_pyro.storage.checksums import sealed
 
 CASES, FIRST = int(os.environ.get("FUZZ_CASES", "300")), int(os.environ.get("FUZZ_FIRST", "0"))
@@ -139,6 +140,7 @@ def write_parquet(rng, path, columns, name):
     kind = rng.integers(3)
     if kind == 1 and all(value.isdigit() and len(value) < 19 for value in whole):
         arrays[name] = pa.array([value and int(value) for value in missing], pa.int64())
+        labels = [value and str(int(value)) for value in labels]
     elif kind == 2:
         arrays[name] = pa.array(missing, pa.string()).dictionary_encode()
     else:
@@ -147,7 +149,7 @@ def write_parquet(rng, path, columns, name):
     if rng.random() < 0.2:
         table = table.replace_schema_metadata({b"pandas": bytes(rng.integers(0, 256, 20).tolist())})
     pq.write_table(table, path)
-    return labels if kind != 1 else [value and str(int(value)) for value in labels]
+    return labels
 
 
 def _floats(values):
@@ -179,16 +181,16 @@ def table_case(rng, folder):
     data = ClusteredData.from_frame(
         frame, outcome="y", clusters=["site"], features=[feature], missing="drop"
     )
+    levels = data.grouping("site").levels
     if whole and len(frame) == rows:
-        kept = [
-            label for label, there in zip(labels, _complete(frame, feature), strict=True) if there
-        ]
-        assert data.grouping("site").n_clusters == len(set(kept)), (labels, frame["site"].tolist())
+        complete = _complete(frame, feature)
+        written = {label for label, there in zip(labels, complete, strict=True) if there}
+        assert len(levels) == len(written), (labels, frame["site"].tolist())
     data.check_training()
     model = MixedEffects(network("linear", data.n_features), "(1 | site)", bayesian_head=True)
     bound = model.bind(data)
     stored = json.loads(json.dumps(bound.data_facts().to_json()))
-    assert len(type(bound.data_facts()).from_json(stored).levels["site"]) == len(set(kept))
+    assert Facts.from_json(stored).levels["site"].equals(levels)
     predictor = bound.encode(data).all().x
     assert bool(torch.isfinite(predictor).all())
 

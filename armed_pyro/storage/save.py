@@ -171,6 +171,9 @@ def load(
         check_sums(manifest, MANIFEST, path)
     with reading(path / MODEL):
         tensors = load_file(path / MODEL)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                raise ValueError(f"{name!r} has values that are not numbers")
     with reading(path / MANIFEST, "facts"):
         facts = Facts.from_json(manifest["facts"])
     with reading(path / MANIFEST, "guide"):
