@@ -129,7 +129,7 @@ def test_names_that_files_cannot_hold():
         ClusteredData.from_frame(table, outcome="y", clusters=["site"])
     table = frame().rename(columns={"x": "a\0b"})
     data = ClusteredData.from_frame(table, outcome="y", clusters=["site"])
-    with pytest.raises(ValueError, match="names of columns cannot be saved.*NUL"):
+    with pytest.raises(ValueError, match=r"names of columns cannot be saved.*NUL"):
         data.check_training()
 
 
@@ -151,6 +151,20 @@ def test_names_of_paths_are_names():
 def test_numbers_too_large_or_small_are_named_before_training(columns, message):
     with pytest.raises(ValueError, match=message):
         ClusteredData.from_frame(frame(**columns), outcome="y", clusters=["site"]).check_training()
+
+
+def test_text_that_would_fill_the_memory_is_no_feature():
+    many = 12_000
+    table = pd.DataFrame({"y": np.arange(many) / 7, "site": ["a", "b"] * (many // 2)})
+    table["who"] = [f"person {k}" for k in range(many)]
+    with pytest.raises(ValueError, match=r"'who' has 12000 levels, which would be .* 1\.2 GB"):
+        ClusteredData.from_frame(table, outcome="y", clusters=["site"], features=["who"])
+
+
+def test_weights_of_zero_leave_nothing_to_train_on():
+    data = ClusteredData.from_frame(frame(w=0.0), outcome="y", clusters=["site"], weights="w")
+    with pytest.raises(ValueError, match="all weights are 0"):
+        MixedEffects(torch.nn.Linear(1, 1), "(1 | site)").bind(data)
 
 
 def test_an_impossible_offset_is_named_before_training():

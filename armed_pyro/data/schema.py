@@ -41,6 +41,9 @@ from armed_pyro.data.grouping import (
 # residual sd is known, w = 1 / se^2 and sigma = 1.
 WeightsKind = Literal["frequency", "precision", "se"]
 
+# Bytes of the indicators of one categorical feature.
+LARGEST_INDICATORS = 1e9
+
 
 @dataclass(frozen=True, eq=False)
 class Schema:
@@ -285,6 +288,13 @@ def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:
     if not by_number:
         check_not_numbers(column)
     levels = code_labels(column, f"feature {column.name!r}")[1]
+    size = 8 * len(levels) * len(column)
+    if size > LARGEST_INDICATORS:
+        raise ValueError(
+            f"Feature {column.name!r} has {len(levels)} levels, which would be as many columns, "
+            f"{size / 1e9:.1f} GB. Leave it out, join levels, or make it a grouping factor: "
+            f"(1 | {column.name})."
+        )
     if len(levels) == 1:
         raise ValueError(
             f"Feature {column.name!r} has a single level, {listing(levels)}, in the {len(column)} "

@@ -31,6 +31,8 @@ def check_weights(data: ClusteredData, family: Family) -> None:
             )
         return
     total, n = float(data.weights.sum()), data.n_rows
+    if not total:
+        raise ValueError("all weights are 0, so that no row counts: give positive weights")
     if not n / FAR <= total <= n * FAR:
         warnings.warn(
             f"the weights sum to {total:.4g} for {n} rows. As frequency weights, the default, they "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 import warnings
@@ -171,9 +172,7 @@ def load(
         check_sums(manifest, MANIFEST, path)
     with reading(path / MODEL):
         tensors = load_file(path / MODEL)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise ValueError(f"{name!r} has values that are not numbers")
+        _check_numbers(tensors)
     with reading(path / MANIFEST, "facts"):
         facts = Facts.from_json(manifest["facts"])
     with reading(path / MANIFEST, "guide"):
@@ -191,8 +190,9 @@ def load(
         model = program(manifest, path / MANIFEST, net).bind(facts)
     guide = make_guide(model)
     with reading(path / MODEL):
-        restore_module("model", model, tensors)
-        restore_module("guide", guide, tensors)
+        for name, module in {"model": model, "guide": guide}.items():
+            _check_types(name, module, tensors)
+            restore_module(name, module, tensors)
         refined = _refined(model.eval(), guide, manifest.get("refined"), tensors)
         classifiers = _classifiers(model, manifest.get("classifiers", []), tensors)
     if verify:
@@ -335,6 +335,23 @@ def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a tensor with values that are not numbers, or of an unknown part."""
+    for name, tensor in tensors.items():
+        if re.fullmatch(r"(model|guide|refined|classifier\d+)\..*", name) is None:
+            raise ValueError(f"{name!r} is no tensor of a fit")
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise ValueError(f"{name!r} has values that are not numbers")
+
+
+def _check_types(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a module's tensors have other types, which torch would convert."""
+    for name, tensor in module.state_dict().items():
+        saved = tensors.get(f"{prefix}.{name}", tensor)
+        if saved.dtype != tensor.dtype:
+            raise ValueError(f"'{prefix}.{name}' is {saved.dtype}, expected {tensor.dtype}")
+
+
 def _refined(
     model: MixedEffects,
     guide: Guide,
@@ -363,8 +380,8 @@ def _refined(
             raise ValueError(
                 f"the draws of {name!r} have the shape {tuple(draws[name].shape)}, expected {shape}"
             )
-        if not bool(draws[name].isfinite().all()):
-            raise ValueError(f"the draws of {name!r} are not all finite")
+        if draws[name].dtype != drawn[name].dtype or not bool(draws[name].isfinite().all()):
+            raise ValueError(f"the draws of {name!r} are not all finite {drawn[name].dtype}")
     return RefinedDraws(record["method"], draws, record["quality"])
 
 
