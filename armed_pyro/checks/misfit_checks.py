@@ -43,6 +43,7 @@ def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
     stages: dict[str, Stage] = {
         "dispersion": lambda left: dispersion_checks(posterior, left),
         "predictor": lambda left: predictor_checks(posterior, latents, left),
+        "order": lambda left: order_checks(posterior, left),
         "spread": lambda left: spread_checks(posterior, left),
     }
     for name, stage in stages.items():
@@ -52,6 +53,5 @@ def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
         except BROKEN as error:
             yield failed("model", name, cause(error))
     left = residuals
-    yield from checked("model", "order", lambda: order_checks(posterior, left))
     yield from checked("model", "shape", lambda: shape_checks(left))
     yield from checked("model", "outliers", lambda: outlier_checks(posterior, latents, left))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -34,7 +34,15 @@ def _sorted(y: Float[np.ndarray, " rows"], codes: Int[np.ndarray, " rows"]) -> b
     return len(steps) > 0 and not 0.05 < (steps > 0).mean() < 0.95
 
 
-def order_checks(posterior: Posterior, residuals: QuantileResiduals) -> Iterator[Check]:
+def order_checks(
+    posterior: Posterior, residuals: QuantileResiduals
+) -> tuple[list[Check], QuantileResiduals]:
+    """The check of autocorrelation, and the residuals with a mark if it found one."""
+    check = _order(posterior, residuals)
+    return [check], replace(residuals, correlated=check.verdict in ("warn", "fail"))
+
+
+def _order(posterior: Posterior, residuals: QuantileResiduals) -> Check:
     """Correlation of neighbouring residuals, by row and by columns whose names are of times."""
     first = residuals.first
     factors = [factor.name for factor in posterior.model.factors]
@@ -62,9 +70,8 @@ def order_checks(posterior: Posterior, residuals: QuantileResiduals) -> Iterator
                 tests += [test] if test else []
     if not tests:
         reason = "too few clusters have several rows, or the rows are sorted by outcome"
-        yield unchecked(AUTOCORRELATION.name, reason)
-        return
-    yield AUTOCORRELATION.judge(
+        return unchecked(AUTOCORRELATION.name, reason)
+    return AUTOCORRELATION.judge(
         tests,
         "neighbouring residuals are not correlated",
         "neighbouring residuals are correlated in {}",

@@ -95,6 +95,8 @@ class QuantileResiduals:
         Positions of the rows in the data, ascending; a row of frequency f stands f times.
     dispersed : bool
         Whether the dispersion was found to be wrong, and the residuals were divided by their sd.
+    correlated : bool
+        Whether neighbours were found to be correlated.
 
     References
     ----------
@@ -115,6 +117,7 @@ class QuantileResiduals:
     clusters: Mapping[str, Int[np.ndarray, " clusters"]]
     index: Int[np.ndarray, " rows"]
     dispersed: bool = False
+    correlated: bool = False
 
     @property
     def first(self) -> Int[np.ndarray, " distinct"]:

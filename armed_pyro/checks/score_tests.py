@@ -38,6 +38,7 @@ TYPICAL_SD = 0.3
 # The variance of a cluster of this number of rows is half its own, and half that of all clusters.
 # Its own alone would make the test lose power in clusters of few rows.
 CLUSTER_ROWS = 5
+MEAN_ROWS = 100  # the same for the variances of single rows, by the number of all rows
 
 Residuals = Float[np.ndarray, "rows draws"]
 Rows = Float[np.ndarray, " rows"]
@@ -110,27 +111,47 @@ def _orthonormal(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray
 def curve(subject: str, z: Residuals, basis: Float[np.ndarray, "rows columns"]) -> Tested:
     r"""Test of :math:`E[z] = 0` against a curve in the span of orthonormal columns B.
 
-    .. math:: Q = |B^\top z|^2 \sim \chi^2_m, \qquad
-              \text{effect} = \sqrt{\max(0, Q - m) / n},
+    .. math:: Q = z^\top B (B^\top V B)^{-1} B^\top z \sim \chi^2_m, \qquad
+              \text{effect}^2 = \max(0, |B^\top z|^2 - tr(B^\top V B)) / n
 
-    which estimates the curve's sd over the rows, in residual sds.
+    V has the rows' squared residuals, so that a spread that depends on x is not taken for a curve
+    (White 1980, Econometrica 48(4)). They are shrunk to their mean, as those of few rows are noise.
+    The effect is the curve's sd over the rows, in residual sds.
     """
-    n, m = basis.shape
-    return _curve(subject, (basis.T @ z) ** 2, n, m)
+    return _curve(subject, *_projected(z, basis), *basis.shape)
 
 
 def curve_by_draw(subject: str, z: Residuals, x: Residuals, weight: Rows | None = None) -> Tested:
     """`curve` with a regressor that differs between the draws, such as the predictor."""
-    projected = [(curve_basis(x[:, d], weight).T @ z[:, d]) ** 2 for d in range(z.shape[1])]
-    width = max(map(len, projected))
-    squares = np.column_stack([np.pad(p, (0, width - len(p))) for p in projected])
-    return _curve(subject, squares, len(z), max(1, width))
+    bases = [curve_basis(column, weight) for column in x.T]
+    parts = [_projected(z[:, [d]], basis) for d, basis in enumerate(bases)]
+    statistic, excess = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return _curve(subject, statistic, excess, len(z), max(1, *(b.shape[1] for b in bases)))
 
 
-def _curve(subject: str, squares: Float[np.ndarray, "columns draws"], n: int, m: int) -> Tested:
-    statistic = squares.sum(0)
+def _projected(
+    z: Residuals, basis: Float[np.ndarray, "rows columns"]
+) -> tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]:
+    """Q of every draw, and |B'z|^2 beyond its expectation."""
+    if not basis.shape[1]:
+        return np.zeros(z.shape[1]), np.zeros(z.shape[1])
+    projected = basis.T @ z
+    squares, n = (z**2).mean(1), len(z)
+    variances = (n * squares + MEAN_ROWS * squares.mean()) / (n + MEAN_ROWS)
+    covariance = basis.T @ (variances[:, None] * basis)
+    statistic = (projected * np.linalg.solve(covariance, projected)).sum(0)
+    return statistic, (projected**2).sum(0) - np.trace(covariance)
+
+
+def _curve(
+    subject: str,
+    statistic: Float[np.ndarray, " draws"],
+    excess: Float[np.ndarray, " draws"],
+    n: int,
+    m: int,
+) -> Tested:
     p = float(np.median(scipy.stats.chi2.sf(statistic, m)))
-    return Tested(subject, float(np.sqrt(max(0.0, statistic.mean() - m) / n)), p)
+    return Tested(subject, float(np.sqrt(max(0.0, excess.mean()) / n)), p)
 
 
 def between_clusters(
@@ -236,7 +257,9 @@ def spread_scores(z: Residuals) -> Residuals:
 def lag_one(
     subject: str, z: Residuals, codes: Int[np.ndarray, " rows"], order: Rows
 ) -> Tested | None:
-    r"""Correlation of neighbours within clusters, :math:`r = \sum z_i z_{i-1} / m \sim N(0, 1/m)`.
+    r"""Test of the correlation of neighbours within clusters.
+
+    .. math:: \sum z_i z_{i-1} \Big/ \Big(\sum z_i^2 z_{i-1}^2\Big)^{1/2} \sim N(0, 1)
 
     The residuals of a posterior draw contain the uncertainty of the clusters' effects; therefore r
     has no bias from estimated intercepts, as the correlation of fitted residuals has.
@@ -253,7 +276,9 @@ def lag_one(
         return None
     first, second = first[same], second[same]
     products = np.einsum("nd,nd->d", z[first], z[second])
-    p = 2 * scipy.stats.norm.sf(np.abs(products) / np.sqrt(len(first)))
+    # The products' own squares: a spread that differs between rows would change their variance.
+    error = np.sqrt((z[first] ** 2 * z[second] ** 2).sum(0))
+    p = 2 * scipy.stats.norm.sf(np.abs(products) / error)
     size = np.sqrt((z[first] ** 2).mean(0) * (z[second] ** 2).mean(0))
     return Tested(subject, float((products / len(first) / size).mean()), float(np.median(p)))
 

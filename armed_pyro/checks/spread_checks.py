@@ -38,6 +38,7 @@ DISPERSION = Kind("dispersion", "variance relative to the family's", 1.2, 2.0, r
 ZEROS = Kind("zeros", "zeros relative to those expected", 1.2, 2.0, ratio)
 SKEWNESS = Kind("skewness", "skewness", 0.4, 1.5)
 DISPERSION_FIRST = "the dispersion is wrong; it has to be mended first"
+CORRELATION_FIRST = "neighbouring residuals are correlated; this has to be mended first"
 TAILS = Kind("tails", "excess kurtosis", 1.0, 6.0)
 
 
@@ -95,7 +96,9 @@ def spread_checks(
     bases[PREDICTOR] = curve_basis(residuals.eta[..., 0].mean(1))
     ones = np.ones(len(scores))
     by_factor = [
-        between_clusters(name, scores, ones, codes) for name, codes in residuals.codes.items()
+        between_clusters(name, scores, ones, codes)
+        for name, codes in residuals.codes.items()
+        if not residuals.correlated
     ]
     clusters = [_log_sd(test) for test in by_factor if test]
     kind = "a residual sd" if family.parameters else "a dispersion"
@@ -116,6 +119,8 @@ def spread_checks(
             lambda test: f"{kind} that differs between the clusters of {test.subject}",
         )
         checks.append(check)
+    if residuals.correlated:
+        checks.append(unchecked(SPREAD_BY_FACTOR.name, CORRELATION_FIRST))
     rest = scores
     for misfit in SPREAD.misfits(tests):
         rest = without_curve(rest, bases[misfit.subject])
