@@ -16,6 +16,7 @@ from torch import nn
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit
 from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.storage.checksums import sealed
+from armed_pyro.storage.run_lock import locked
 
 FILES = {
     "model.safetensors",
@@ -47,6 +48,11 @@ def small_fit(seed=0, **options):
 @pytest.fixture(scope="module")
 def small():
     return small_fit()
+
+
+@pytest.fixture(scope="module")
+def other():
+    return small_fit(seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +104,8 @@ def test_line_ends_of_the_manifest_do_not_matter(run):
     Fit.load(run, network())
 
 
-def test_weights_of_another_fit_of_the_same_architecture_are_named(run, tmp_path):
-    small_fit(seed=1).save(tmp_path / "other", draws=2)
+def test_weights_of_another_fit_of_the_same_architecture_are_named(other, run, tmp_path):
+    other.save(tmp_path / "other", draws=2)
     (tmp_path / "other" / "model.safetensors").replace(run / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors was changed"):
         Fit.load(run, network())
@@ -154,6 +160,36 @@ def test_a_network_with_random_outputs_has_no_probe(tmp_path):
     result.save(tmp_path / "run", draws=2)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))["probe"] is None
     Fit.load(tmp_path / "run", Noisy())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 6, 9, 11])
+def test_a_process_killed_while_files_are_moved_leaves_a_whole_fit(
+    small, other, run, monkeypatch, step
+):
+    """A kill is an error after which no file changes; the folder is whole again under its lock."""
+    rename = Path.rename
+    moves = iter(range(100))
+
+    def move(path, target):
+        if next(moves) >= step:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", move)
+        patched.setattr("armed_pyro.storage.save.shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            other.save(run, draws=2)
+    with locked(run):
+        pass
+    assert {path.name for path in run.iterdir()} == FILES
+    read = Fit.load(run, network())
+    kept = small if step == 0 else other
+    assert torch.equal(read.model.net[0].weight, kept.model.net[0].weight)
 
 
 # ------------------------------------------------------------------------------- the manifest

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["DRAFT", "LOCK", "is_temporary", "locked"]
+__all__ = ["DRAFT", "LOCK", "REPLACED", "is_temporary", "locked"]
 
 LOCK = ".lock"
 # How names of folders begin in which files are written before they are moved to their place, and
 # those of the sorted rows of a table larger than memory.
 DRAFT, ROWS = ".saving-", ".armed_pyro-"
+# In a draft, the folder of the files that it replaces. It is made when the draft is complete.
+REPLACED, LAST = "replaced", "manifest.json"
 
 
 def is_temporary(name: str) -> bool:
@@ -34,7 +36,8 @@ def is_temporary(name: str) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else writes to the folder, which is made if needed, while the context lasts.
 
-    What killed processes left is removed first. A folder that is empty at the end is removed again.
+    What killed processes left is removed first, and a fit that was being moved to its place when
+    one was killed is moved there. A folder that is empty at the end is removed again.
     The lock is the operating system's, so it ends with the process. It is re-entrant in a thread.
 
     Raises
@@ -82,4 +85,8 @@ def _remove_litter(folder: Path) -> None:
     """Remove what processes left that were killed while they wrote to the folder."""
     for path in list(folder.iterdir()):
         if path.name != LOCK and is_temporary(path.name):
+            if (path / REPLACED).is_dir() and not (folder / LAST).exists():
+                files = [file for file in path.iterdir() if file.name != REPLACED]
+                for file in sorted(files, key=lambda file: file.name == LAST):
+                    file.replace(folder / file.name)
             shutil.rmtree(path, ignore_errors=True)

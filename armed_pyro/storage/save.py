@@ -35,7 +35,7 @@ from armed_pyro.program.probe import check_probe, probe
 from armed_pyro.storage.checksums import check_sums, sealed
 from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
 from armed_pyro.storage.rows import describe_rows, read_rows, training_rows
-from armed_pyro.storage.run_lock import DRAFT, is_temporary, locked
+from armed_pyro.storage.run_lock import DRAFT, REPLACED, is_temporary, locked
 from armed_pyro.summaries.datatree import GROUPS
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
@@ -211,9 +211,10 @@ def _check_target(target: Path) -> None:
     """Raise ValueError if saving would replace anything but a fit."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, expected a folder to save the fit to")
-    files = {path.name for path in target.iterdir()} if target.exists() else set()
-    files = {name for name in files if not is_temporary(name)}
-    if files <= CHECKPOINTS:
+    names = {path.name for path in target.iterdir()} if target.exists() else set()
+    files = {name for name in names if not is_temporary(name)}
+    killed = any(name.startswith(DRAFT) for name in names)
+    if files <= (CHECKPOINTS | FILES if killed else CHECKPOINTS):
         return
     try:
         read_manifest(target)
@@ -236,10 +237,10 @@ def _put(partial: Path, target: Path) -> None:
     """Move new files to their folder, the manifest last.
 
     The folder is without a manifest while files of two fits are in it: if the process is killed
-    then, no half of a fit can be loaded.
+    then, no half of a fit can be loaded, and `locked` moves the other files.
     """
     names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == MANIFEST)
-    replaced = partial / "replaced"
+    replaced = partial / REPLACED
     replaced.mkdir()
     moved: list[tuple[Path, Path]] = []
 
@@ -253,7 +254,7 @@ def _put(partial: Path, target: Path) -> None:
             move(target / name, replaced / name)
         for name in names:
             move(partial / name, target / name)
-    except OSError:
+    except BaseException:  # an interrupt, too
         for source, destination in reversed(moved):
             destination.rename(source)
         raise
