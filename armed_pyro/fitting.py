@@ -118,7 +118,7 @@ def fit(
         the same data, and all get the same fit; see `armed_pyro.engine.processes`. With "never",
         each process fits by itself.
     checkpoint : path, optional
-        File to which the state is written at the start, and after every window of steps.
+        File to which the state is written after every window of steps.
     resume : bool
         Continue from `checkpoint` if it exists, with the result of an uninterrupted run: to the
         bit if no step was compiled, else up to rounding errors.

@@ -125,10 +125,13 @@ def _save(result: Fit, scores: pd.DataFrame | None, options: FitOptions) -> None
         if scores is not None:
             write_table(scores, run / EVALUATION)
     except (OSError, ValueError) as error:
-        raise OSError(
-            f"the fit could not be saved: {error}\nIts state is kept in {run / CHECKPOINT}. Mend "
-            f"the cause, then go on with: {resume_command()}"
-        ) from error
+        kept = ""
+        if (run / CHECKPOINT).exists():
+            kept = (
+                f"\nIts state is kept in {run / CHECKPOINT}. Mend the cause, then go on with: "
+                f"{resume_command()}"
+            )
+        raise OSError(f"the fit could not be saved: {error}{kept}") from error
     for name in (CHECKPOINT, PARTIAL):
         (run / name).unlink(missing_ok=True)
 

@@ -54,7 +54,7 @@ def interruptible(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        kept = "nothing was kept, as the training had not begun"
+        kept = "nothing was kept, as the first window of steps was not over"
         if checkpoint.exists():
             kept = f"the state is kept in {checkpoint}. Go on with: {resume_command()}"
         err.print(f"{'Terminated' if terminated else 'Interrupted'}; {kept}", style="yellow")

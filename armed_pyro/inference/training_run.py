@@ -70,15 +70,12 @@ class Run:
     def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
         """Take steps until convergence or until they run out.
 
-        The checkpoint is written to `path` at the start and after each window, after which `report`
-        is called with the number of steps and the state in words. An interrupt raises
-        `TrainingInterrupted`.
+        After each window the checkpoint is written to `path`, and `report` is called with the
+        number of steps and the state in words. An interrupt raises `TrainingInterrupted`.
         """
         path = path if self.task.share.processes.first else None
         if not self.step and not self._trains_network:
             self.freeze()
-        if not self.step and path is not None:
-            self.save().write(path)
         try:
             self._take_windows(path, report)
         except KeyboardInterrupt as error:
