@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 
 from armed_pyro._messages import INTEGER, check_type
 from armed_pyro._pyro_module import exclusive
+from armed_pyro.automatic_weight import WeightSearch, with_weights
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.data.own_means import with_own_means
+from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import (
     ALONE,
@@ -26,6 +31,7 @@ from armed_pyro.inference.train import GuideFactory, train
 from armed_pyro.inference.training_run import TrainingDiverged, TrainingInterrupted
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.mundlak import with_between
 from armed_pyro.rows.source import RowSource
 from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
@@ -128,6 +134,7 @@ def fit(
     Raises
     ------
     ValueError
+        If an adversary's weight is "auto", and rows are streamed or too few to be held out.
         If model and data do not match, before training; or if `checkpoint` belongs to another run.
     DivergenceError
         If training diverges. The error holds the last good fit, whose parameters are finite.
@@ -165,8 +172,11 @@ def fit(
     with torch.random.fork_rng(devices=devices):
         # Binding draws the initial weights of the adversaries.
         torch.manual_seed(seed)
+        search = WeightSearch(schedule, guide, target, compile, seed, progress)
+        model, weights = _weighed(model, data, search, checkpoint if resume else None)
         try:
             with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
+                _note(bound, progress=progress)
                 posterior = train(
                     bound,
                     kept,
@@ -181,6 +191,7 @@ def fit(
                     checkpoint=checkpoint,
                     resume=resume,
                     progress=progress,
+                    weights=weights,
                 )
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error
@@ -203,6 +214,38 @@ def _check_arguments(
         raise ValueError(f"`seed` must be at least 0 and below 2^63, not {seed}")
 
 
+def _note(model: MixedEffects, *, progress: bool) -> None:
+    """Say which clusters' means "auto" added, as a line beside the progress bar."""
+    between = model.data_facts().between
+    if progress and between is not None:
+        Console(stderr=True).print(f"Clusters' means: {between.note}", markup=False)
+
+
+def _weighed(
+    model: MixedEffects,
+    data: ClusteredData | StreamedData,
+    search: WeightSearch,
+    resumed: str | Path | None,
+) -> tuple[MixedEffects, list[dict[str, Any]]]:
+    """The program with all weights of adversaries as numbers, and the weights that were tried."""
+    places = [n for n, game in enumerate(model.adversaries) if game.weight == "auto"]
+    if not places:
+        return model, []
+    if resumed is not None and Path(resumed).exists():
+        # Rounding errors, as of compiled steps, could lead to another choice.
+        record = Checkpoint.read(Path(resumed)).record
+        games = record["run"].get("adversary", [])
+        if len(games) == len(model.adversaries):
+            weights = {n: games[n]["weight"] for n in places}
+            return with_weights(model, weights), record["history"].get("weights", [])
+    if not isinstance(data, ClusteredData):
+        raise ValueError(
+            "an adversary's automatic weight needs rows in memory, and these are streamed: find "
+            "the weight on a sample of whole clusters, and give it as Adversary(..., weight=1.0)"
+        )
+    return search.choose(model, data)
+
+
 @contextmanager
 def _bound(
     model: MixedEffects,
@@ -214,11 +257,16 @@ def _bound(
 ) -> Iterator[tuple[MixedEffects, ClusteredData, RowSource | None]]:
     """A copy of the model bound to the rows, the rows to keep, and all rows if these are fewer."""
     if isinstance(data, ClusteredData):
+        data = with_own_means(data)
         yield model.bind(data).to(target), data, None
         return
     with data.encoded(model.factor_names(), seed, progress=progress) as table:
-        bound = model.bind(Facts.of_encoded(table, model.family)).to(target)
-        yield bound, table.sample(bound.largest_factor()), StreamedRows(table, bound.reference())
+        bound = model.bind(Facts.of_encoded(table, model.family))
+        sample = table.sample(bound.largest_factor())
+        facts = with_between(bound, sample, table.cluster_sums)
+        bound = (bound if facts.between is None else model.bind(facts)).to(target)
+        means = {} if facts.between is None else facts.between.by_cluster(facts.levels)
+        yield bound, sample, StreamedRows(table, bound.reference(), means)
 
 
 def _device(name: str) -> str:

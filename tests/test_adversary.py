@@ -97,7 +97,7 @@ def test_the_gradient_reaches_what_is_before_the_tap(tap, reached):
 
 
 def test_in_the_objective_the_game_is_added_with_the_networks_gradient_reversed():
-    game = Adversary("site", taps=["1", "3"], weight=3.0, warmup=0.5)
+    game = Adversary("site", taps=["1", "3"], weight=3.0)
     model, source = bind(game)
     guide = StructuredGuide(model, source)
     rows, losses, gradients = source.all(), {}, {}
@@ -110,18 +110,54 @@ def test_in_the_objective_the_game_is_added_with_the_networks_gradient_reversed(
     torch.testing.assert_close(losses[1.0].total, losses[1.0].adversarial - losses[1.0].elbo)
     assert losses[1.0].accuracy.tolist() == [played.accuracy.item()]
     minus = net_gradient(model, played.cross_entropy)
-    for progress, strength in [(0.25, 1.5), (0.5, 3.0), (1.0, 3.0)]:
+    for progress, strength in [(0.25, 0.75), (0.5, 1.5), (1.0, 3.0)]:
         for name, gradient in gradients[progress].items():
             added = gradient - gradients[0.0][name]
             torch.testing.assert_close(added, strength * minus[name])
 
 
+def test_the_strength_rises_linearly_during_the_warm_up_and_then_stays():
+    game = Adversary("site", taps=["1"], weight=2.0)
+    shares = (0, 0.25, 0.5, 1, 1.5)
+    assert [game.strength(share) for share in shares] == [0, 0.5, 1, 2, 2]
+
+
 @pytest.mark.parametrize(
-    ("warmup", "strengths"), [(0.5, [0, 1, 2, 2, 2]), (0.0, [2] * 5), (1.0, [0, 0.5, 1, 1.5, 2])]
+    ("settings", "epoch", "steps", "expected"),
+    [
+        ({}, 1, 20_000, 5),
+        ({}, 98, 20_000, 490),
+        ({}, 1000, 20_000, 2000),  # a tenth of the steps
+        ({"warmup_epochs": 2.5}, 3, 20_000, 8),
+        ({"warmup": 1.0, "warmup_epochs": 50}, 10, 200, 200),
+        ({"warmup": 0.0}, 10, 200, 0),
+        ({"warmup_epochs": 0.0}, 10, 200, 0),
+    ],
 )
-def test_warm_up(warmup, strengths):
-    game = Adversary("site", taps=["1"], weight=2.0, warmup=warmup)
-    assert [game.strength(p) for p in (0, 0.25, 0.5, 0.75, 1)] == strengths
+def test_the_warm_up_is_measured_in_epochs_up_to_a_share_of_the_steps(
+    settings, epoch, steps, expected
+):
+    game = Adversary("site", taps=["1"], **settings)
+    assert game.warmup_steps(epoch, steps) == expected
+
+
+def test_several_adversaries_warm_up_each_at_its_own_pace():
+    games = [Adversary("site", taps=["1"], weight=2.0), Adversary("batch", taps=["1"], weight=5.0)]
+    model, source = bind(*games)
+    guide, rows, gradients = StructuredGuide(model, source), source.all(), {}
+    for shares in [(0.0, 0.0), (0.5, 1.0)]:
+        torch.manual_seed(2)
+        loss = Objective(model, guide)(rows, torch.tensor(shares))
+        gradients[shares] = net_gradient(model, loss.total)
+    played = [net_gradient(model, play(model, rows, game=n)[0].cross_entropy) for n in (0, 1)]
+    for name, gradient in gradients[0.5, 1.0].items():
+        added = gradient - gradients[0.0, 0.0][name]
+        torch.testing.assert_close(added, 1.0 * played[0][name] + 5.0 * played[1][name])
+
+
+def test_an_automatic_weight_has_no_strength_before_a_fit():
+    with pytest.raises(ValueError, match="'auto', which fit"):
+        Adversary("site", taps=["1"], weight="auto").strength(1.0)
 
 
 def test_the_game_is_no_part_of_the_density():
@@ -200,6 +236,9 @@ def test_training_makes_clusters_unreadable():
         ({"taps": []}, "at least one module path"),
         ({"taps": ["1"], "weight": -1.0}, "must not be negative, not -1"),
         ({"taps": ["1"], "warmup": 2.0}, "from 0 to 1, not 2"),
+        ({"taps": ["1"], "weight": "most"}, "a number or 'auto', not 'most'"),
+        ({"taps": ["1"], "weight": float("nan")}, "not nan"),
+        ({"taps": ["1"], "warmup_epochs": -1.0}, "at least 0, not -1"),
     ],
 )
 def test_bad_settings(arguments, message):

@@ -150,7 +150,7 @@ FLOORS: list[set[str]] = [
     {"guides"},
     {"inference"},
     {"explain", "prediction", "report", "summaries"},
-    {"checks", "storage"},
+    {"automatic_weight", "checks", "storage"},
     {"fit_result", "fitting"},
     {"tuning"},
     {"cli"},

@@ -163,6 +163,30 @@ def test_dense_with_adversary_slopes_and_head(data, tmp_path):
     assert loaded.model.bayesian_head
 
 
+def test_options_of_the_adversary_and_of_fixed_effects(data, tmp_path):
+    command = fit(
+        data, tmp_path / "run", "--net", "dense", "--hidden", "6,4", "--fixed-weight", 0.5
+    )
+    command += ["--adversary", "site", "--adversary-taps", "3", "--adversary-hidden", "5,4"]
+    done = call(*command, "--adversary-warmup", 2)
+    assert done.exit_code == 0, done.output
+    loaded = Fit.load(tmp_path / "run")
+    assert loaded.model.fixed_weight == 0.5
+    assert loaded.model.adversaries[0].settings() == {
+        "factor": "site", "taps": ["3"], "weight": 1.0, "hidden": [5, 4], "warmup": 0.1,
+        "warmup_epochs": 2.0,
+    }  # fmt: skip
+    assert "Fresh probe of site: accuracy" in done.output
+
+
+def test_the_weight_of_the_adversary_is_chosen(data, tmp_path):
+    command = fit(data, tmp_path / "run", "--net", "dense", "--hidden", "4")
+    done = call(*command, "--adversary", "site", "--adversary-weight", "auto")
+    assert done.exit_code == 0, done.output
+    assert "(chosen from 0" in done.output
+    assert isinstance(Fit.load(tmp_path / "run").model.adversaries[0].weight, float)
+
+
 def test_nested_factors_and_formula(data, tmp_path):
     done = call(*fit(data, tmp_path / "run", random="(1 | ward/site)", features="age * dose"))
     assert done.exit_code == 0, done.output
@@ -255,6 +279,13 @@ def test_fit_reads_designs_as_lme4_does(data, tmp_path, random, features, more, 
         (["--net", "dense", "--hidden", "0"], "positive widths"),
         (["--adversary", "site"], "hidden layers"),
         (["--adversary-weight", "2"], "needs --adversary"),
+        (["--adversary-taps", "1"], "--adversary-taps needs --adversary"),
+        (["--adversary-hidden", "5"], "--adversary-hidden needs --adversary"),
+        (["--adversary-warmup", "5"], "--adversary-warmup needs --adversary"),
+        (["--net", "dense", "--adversary", "site", "--adversary-weight", "x"], "a number such as"),
+        (["--net", "dense", "--adversary", "site", "--adversary-hidden", "x"], "must be widths"),
+        (["--net", "dense", "--adversary", "site", "--adversary-taps", "9"], "no module '9'"),
+        (["--fixed-weight", "-1"], "`fixed_weight` must not be negative"),
         (["--net", "dense", "--adversary", "site", "--adversary-weight", "-1"], "negative"),
         (["--net", "dense", "--slopes-on", "9"], "no module '9'"),
         (

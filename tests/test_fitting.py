@@ -19,6 +19,10 @@ from armed_pyro import (
     fit,
 )
 from armed_pyro.engine.checkpoint import module_tensors
+from armed_pyro.engine.processes import ALONE
+from armed_pyro.engine.shards import Share
+from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.train import train
 from armed_pyro.inference.training_run import Run
 from armed_pyro.rows.in_memory import HeldRows
@@ -398,7 +402,7 @@ def test_the_progress_bar_can_be_turned_off(capfd):
     assert capfd.readouterr() == ("", "")
     run(make_model(adversary=Adversary("site", ["0"])), progress=True)
     shown = "".join(capfd.readouterr())
-    for text in ("step 6/6", "loss", "adversary of site", "chance 0.12"):
+    for text in ("step 6/6", "loss", "adversary of site at weight 1"):
         assert text in shown
 
 
@@ -508,6 +512,28 @@ def test_a_network_in_double_precision_is_fitted_in_it():
 
 
 # ------------------------------------------------------------------------------------- adversary
+
+
+def test_the_network_that_is_kept_was_trained_at_the_full_weight():
+    """Before the end of the warm-up no window is the best, though the loss falls."""
+    data = leaky_data()
+    game = Adversary("site", ["0"], weight=1.0, warmup=0.5, warmup_epochs=50)
+    schedule = Schedule(steps=60, window=5, net_learning_rate=0.05)
+    bound = make_model(adversary=game).bind(data)
+    rows = bound.encode(data)
+    held = bound.encode(data, bound.data_facts().levels_with(data))
+    share, guide = Share.of(ALONE, rows, bound.network), choose_guide(bound, rows)
+    run = Run(TrainingTask(bound, guide, data, rows, share, schedule, held))
+    assert run.history.warmup == [30]
+    kept = []
+    for _ in range(12):
+        bound.train()
+        losses = [run.take_step() for _ in range(5)]
+        run.close_window(losses)
+        kept.append(bool(run.phase.best))
+    assert kept == [False] * 6 + [True] * 6
+    assert run.history.validation[1] < run.history.validation[0]
+    assert run.phase.plateau.best == min(run.history.validation[6:])
 
 
 def leaky_data():

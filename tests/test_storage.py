@@ -37,6 +37,7 @@ from armed_pyro import (
 from armed_pyro.engine.checkpoint import module_tensors
 from armed_pyro.families.gaussian import Gaussian
 from armed_pyro.networks.by_name import network
+from armed_pyro.report.text import summarize
 from armed_pyro.storage import save as storage
 from armed_pyro.storage.checksums import sealed
 from armed_pyro.storage.manifest import VERSION
@@ -210,6 +211,26 @@ def test_the_tensors_and_settings_come_back(saved):
     assert not read.model.training
 
 
+def test_a_fit_saved_before_there_were_fresh_probes_is_loaded(tmp_path):
+    make, net = FITS["bernoulli"]
+    result = make()
+    result.save(tmp_path / "run", draws=5)
+
+    def older(manifest):
+        for game in manifest["model"]["adversaries"]:
+            del game["warmup_epochs"]
+        for name in ("warmup", "probes", "weights"):
+            del manifest["training"]["history"][name]
+
+    edit(tmp_path / "run", older)
+    read = Fit.load(tmp_path / "run", net())
+    assert read.model.adversaries[0].settings() == result.model.adversaries[0].settings()
+    assert (read.history.warmup, read.history.probes, read.history.weights) == ([], [], [])
+    assert "Adversary: site, on 1, weight 2\n" in summarize(read.results())
+    checks = {check.name: check for check in read.diagnostics().checks}
+    assert "training rows" in checks["adversary"].reason
+
+
 def test_the_training_rows_come_back(saved):
     result, _, read = saved
     for name, mine in vars(result.data).items():
@@ -315,8 +336,10 @@ def test_diagnostics_tell_how_training_ended(saved):
     diagnostics = json.loads((folder / "diagnostics.json").read_text("utf-8"))
     elbo = np.mean(result.history.elbo) * 40
     games = [
-        {"factor": "site", "accuracy": accuracy, "chance": 0.25}
-        for accuracy in result.history.adversary_accuracy[-1]
+        {"factor": "site", "accuracy": a, "chance": 0.25, "weight": 2.0, "warmup_steps": warmup}
+        for a, warmup in zip(
+            result.history.adversary_accuracy[-1], result.history.warmup, strict=True
+        )
     ]
     assert len(games) == len(result.model.adversaries)
     assert diagnostics == {
@@ -326,6 +349,8 @@ def test_diagnostics_tell_how_training_ended(saved):
         "steps": 30,
         "elbo": pytest.approx(elbo),
         "adversaries": games,
+        "fresh_probes": result.history.probes,
+        "weights_tried": [],
     }
 
 

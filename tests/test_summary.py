@@ -175,10 +175,20 @@ def test_a_network_is_described_by_its_weights():
     assert "5 latent weights of the last layer" in shown
 
 
-def test_the_adversary_is_shown_with_its_accuracy_and_chance():
+def test_the_adversary_is_shown_with_its_weight_warm_up_and_fresh_probe():
     result = run(net=dense(), adversary=Adversary("site", ["0", "1"], weight=2.5))
     shown = text(result)
-    assert "Adversary: site, on 0, 1, weight 2.5" in shown
-    accuracy = result.history.adversary_accuracy[-1][0]
-    assert f"Adversary of site: accuracy {accuracy:.3f}, chance {10 / 60:.3f}" in shown
+    steps = result.history.warmup[0]
+    assert f"Adversary: site, on 0, 1, weight 2.5, warm-up {steps} steps" in shown
+    (probe,) = result.history.probes
+    assert f"Fresh probe of site: accuracy {probe['accuracy']:.3f}" in shown
+    assert "on 60 training rows, chance 0.167" in shown
     assert "Adversary" not in text(run())
+    assert "Fresh probe" not in text(run())
+
+
+def test_a_weight_chosen_automatically_is_shown_with_those_tried():
+    result = run(net=dense(), adversary=Adversary("site", ["0"], weight=1.0))
+    tried = [{"adversary": 0, "factor": "site", "weight": weight} for weight in (0.0, 0.3, 1.0)]
+    result.history.weights = tried
+    assert "weight 1 (chosen from 0, 0.3, 1)" in text(result)

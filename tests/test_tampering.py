@@ -253,7 +253,7 @@ def test_labels_of_rows_beyond_their_type_are_an_error(run):
     ("change", "message"),
     [
         (lambda draws: draws[:, :, :0], r"shape \(20, 2, 0\), expected \(20, 2, 1\)"),
-        (lambda draws: draws.fill_(torch.nan), "not all finite"),
+        (lambda draws: draws.fill_(torch.inf), "not all finite"),
         (lambda draws: None, "missing"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,10 @@ class LinearMixed(Rival):
                 f"the linear mixed model takes outcomes of the families bernoulli and gaussian, "
                 f"not {setting.family!r}: leave it out of the comparison"
             )
-        net = skip_init(nn.Linear, X.shape[1] - 1, 1, dtype=torch.float64)
+        with warnings.catch_warnings():
+            # Without features, torch warns that there is nothing to initialise.
+            warnings.simplefilter("ignore")
+            net = skip_init(nn.Linear, X.shape[1] - 1, 1, dtype=torch.float64)
         with torch.no_grad():
             net.weight.copy_(torch.as_tensor(beta[1:])[None])
             net.bias.fill_(float(beta[0]))

@@ -1,8 +1,8 @@
-"""Checks of the predictor: curves, left-out slopes and factors, and clusters' means."""
+"""Checks of the predictor: curves, and left-out slopes and factors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.checks.check import Check
+from armed_pyro.checks.cluster_mean_checks import cluster_mean_checks
 from armed_pyro.checks.findings import Kind, features_first, unchecked
 from armed_pyro.checks.quantile_residuals import MeanResiduals, QuantileResiduals
 from armed_pyro.checks.score_tests import (
@@ -21,7 +22,6 @@ from armed_pyro.checks.score_tests import (
     without_curve,
     without_slopes,
 )
-from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.random_effects.design import InputBlock
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -35,9 +35,7 @@ MOST_FEATURES = 100
 CURVE = Kind("non-linearity", "sd of the curve, in residual sds,", 0.12, 0.5)
 SLOPES = Kind("left-out slopes", "sd of the slopes, in residual sds per sd of x,", 0.15, 0.6)
 FACTORS = Kind("left-out factors", "sd of the intercepts, in residual sds,", 0.15, 0.6)
-CONTEXT = Kind("cluster means", "sd of the trend, in sds of the random intercepts,", 0.3, 0.8)
 PREDICTOR = "the predictor"
-FEWEST_CLUSTERS = 12  # for a trend of the random intercepts
 
 
 def predictor_checks(
@@ -47,7 +45,7 @@ def predictor_checks(
     curves, residuals = _curves(posterior, residuals)
     slopes, residuals = _slopes(posterior, residuals)
     factors, residuals = _factors(posterior, residuals)
-    checks = [curves, *slopes, *factors, *_context(posterior, latents, residuals)]
+    checks = [curves, *slopes, *factors, *cluster_mean_checks(posterior, latents, residuals)]
     if (more := len(residuals.names) - MOST_FEATURES) > 0:
         checks.append(unchecked("further features", f"{more} features beyond the first 100"))
     return checks, residuals
@@ -180,48 +178,3 @@ def _factors(
         remove = partial(without_slopes, a=np.ones(len(codes)), codes=codes)
         residuals = residuals.cleaned(remove)
     return [check], residuals
-
-
-def _context(
-    posterior: Posterior, latents: Mapping[str, Tensor], residuals: QuantileResiduals
-) -> Iterator[Check]:
-    """Random intercepts against the clusters' means of features.
-
-    In one posterior draw, the intercepts divided by their sd are independent standard normal if
-    the program is right; a trend means that x acts differently between and within clusters, or a
-    curve in a feature of the clusters.
-    """
-    tests, constant = list[Tested](), set[str]()
-    drawn = selected(latents, slice(residuals.eta.shape[1]))
-    for factor in posterior.model.factors:
-        places = [t for t, term in enumerate(factor.terms) if term.startswith("Intercept")]
-        effects = drawn[factor.effect_site]
-        codes = residuals.codes[factor.name]
-        count = int(codes.max()) + 1
-        if not places or effects.dim() < 3 or count < FEWEST_CLUSTERS:
-            continue
-        sd = factor.scale_matrix(drawn)[..., places[0], : places[0] + 1].square().sum(-1).sqrt()
-        v = (effects[..., places[0]] / sd).double().cpu().numpy().T
-        v = v[residuals.clusters[factor.name]]
-        sizes = np.bincount(codes)
-        for place, name in enumerate(residuals.names[:MOST_FEATURES]):
-            x = residuals.features[:, place]
-            means = np.bincount(codes, x) / sizes
-            if means.var() < 1e-3 * x.var():
-                continue
-            basis = curve_basis(means)[:, : 2 if count < 100 else 3]
-            tests.append(curve(f"{name} (in {factor.name})", v, basis))
-            if within(x, codes).var() < 1e-6 * x.var():
-                constant.add(tests[-1].subject)
-    if not tests:
-        return
-
-    def advice(test: Tested) -> str:
-        name = test.subject.rpartition(" (in ")[0]
-        if test.subject in constant:
-            return f"add I({name}**2) or a spline of {name}"
-        return f"add the clusters' mean of {name} as a feature"
-
-    found = "the random intercepts depend on the clusters' means of {}"
-    passed = "the random intercepts do not depend on the clusters' means of the features"
-    yield CONTEXT.judge(tests, passed, found, advice)

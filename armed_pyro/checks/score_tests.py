@@ -26,6 +26,7 @@ __all__ = [
     "curve_by_draw",
     "lag_one",
     "moments",
+    "orthonormal",
     "spread_scores",
     "without_curve",
     "without_slopes",
@@ -98,10 +99,10 @@ def curve_basis(x: Rows, weight: Rows | None = None) -> Float[np.ndarray, "rows 
     columns = columns[: 5 if distinct >= 12 and len(x) >= 100 else max(1, min(3, distinct - 1))]
     weight = np.ones(len(x)) if weight is None else weight
     stacked = np.column_stack(columns)
-    return _orthonormal(weight[:, None] * (stacked - np.average(stacked, 0, weight**2)))
+    return orthonormal(weight[:, None] * (stacked - np.average(stacked, 0, weight**2)))
 
 
-def _orthonormal(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows rank"]:
+def orthonormal(columns: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows rank"]:
     """Orthonormal columns with the same span."""
     length = np.linalg.norm(columns, axis=0)
     u, s, _ = np.linalg.svd(columns[:, length > 0] / length[length > 0], full_matrices=False)
@@ -221,7 +222,7 @@ def _variances(z: Residuals, a: Rows, codes: Int[np.ndarray, " rows"]) -> Rows:
 
 def without_curve(z: Residuals, basis: Float[np.ndarray, "rows columns"]) -> Residuals:
     """Residuals without their projection on these columns, which need not be orthogonal."""
-    q = _orthonormal(basis)
+    q = orthonormal(basis)
     return np.asarray(z - q @ (q.T @ z))
 
 
@@ -257,9 +258,10 @@ def spread_scores(z: Residuals) -> Residuals:
 def lag_one(
     subject: str, z: Residuals, codes: Int[np.ndarray, " rows"], order: Rows
 ) -> Tested | None:
-    r"""Test of the correlation of neighbours within clusters.
+    r"""Correlation of neighbours within clusters, :math:`r = \sum z_i z_{i-1} / m \sim N(0, 1/m)`.
 
-    .. math:: \sum z_i z_{i-1} \Big/ \Big(\sum z_i^2 z_{i-1}^2\Big)^{1/2} \sim N(0, 1)
+    z are the normal scores of the residuals' ranks, so that heavy tails or a spread that differs
+    between rows are not taken for a correlation.
 
     The residuals of a posterior draw contain the uncertainty of the clusters' effects; therefore r
     has no bias from estimated intercepts, as the correlation of fitted residuals has.
@@ -275,10 +277,9 @@ def lag_one(
     if same.sum() < 20:
         return None
     first, second = first[same], second[same]
+    z = scipy.special.ndtri((scipy.stats.rankdata(z, axis=0) - 0.5) / len(z))
     products = np.einsum("nd,nd->d", z[first], z[second])
-    # The products' own squares: a spread that differs between rows would change their variance.
-    error = np.sqrt((z[first] ** 2 * z[second] ** 2).sum(0))
-    p = 2 * scipy.stats.norm.sf(np.abs(products) / error)
+    p = 2 * scipy.stats.norm.sf(np.abs(products) / np.sqrt(len(first)))
     size = np.sqrt((z[first] ** 2).mean(0) * (z[second] ** 2).mean(0))
     return Tested(subject, float((products / len(first) / size).mean()), float(np.median(p)))
 

@@ -41,11 +41,16 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
     net = copy.deepcopy(model.network).requires_grad_(False)
     net.register_forward_pre_hook(_evaluate)
     plan = MixedEffects(
-        net, model.terms, model.family, priors=model.priors, bayesian_head=model.bayesian_head
+        net,
+        model.terms,
+        model.family,
+        priors=model.priors,
+        bayesian_head=model.bayesian_head,
+        between=model.between,
     )
     bound = plan.bind(data).cpu().eval()
     latent = {parameter.name for parameter in bound.family.parameters} - {*bound.known()}
-    if not bound.factors and not bound.bayesian_head and not latent:
+    if not bound.factors and not bound.has_fixed_effects and not latent:
         raise ValueError(
             "the model has no latent site, so there is no posterior to calibrate: give it random "
             "effects, or latent fixed effects with bayesian_head=True"
@@ -163,7 +168,7 @@ def quantities(
             }
     names = [parameter.name for parameter in model.family.parameters]
     values |= {name: latents[name].flatten() for name in names if name not in known}
-    if model.bayesian_head:
+    if model.has_fixed_effects:
         fixed = latents["fixed_effect"].reshape(-1, len(model.fixed_terms()))
         values |= {f"fixed_effect[{t}]": fixed[:, i] for i, t in enumerate(model.fixed_terms())}
     values["log_likelihood"] = _log_likelihood(model, source, latents)
@@ -229,7 +234,7 @@ def _culprit(recovery: Recovery, truth: Truth) -> str:
             f"{worst}_sd[{term}] ~ {prior}: give it a tighter prior, such as "
             f"Priors(sd={{{worst!r}: HalfNormal(0.5)}})"
         )
-    if model.bayesian_head:
+    if model.has_fixed_effects:
         return (
             f"fixed_effect ~ Normal(0, {model.priors.fixed_sd:.4g}): give it a tighter prior, such "
             "as Priors(fixed_sd=0.5), or look for a large offset"

@@ -13,13 +13,15 @@ from typing import Any, cast
 
 import pandas as pd
 import typer
+from torch import nn
 
 from armed_pyro._memory import most_held
 from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.interrupts import interruptible, resume_command
-from armed_pyro.cli.options import FitOptions, Missing, Refine
+from armed_pyro.cli.options import Between, FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
+from armed_pyro.data.cluster_columns import is_call, without_calls
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import read_table, write_table
 from armed_pyro.engine.processes import first_process, leave
@@ -32,6 +34,7 @@ from armed_pyro.inference.refine import duration, nuts_seconds
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.scores import evaluate
+from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.terms import RandomEffects, Slopes, Term
@@ -83,10 +86,13 @@ def _check_options(options: FitOptions) -> None:
     ]:
         if share is not None:
             check_probability(share, name)
-    if options.adversary_weight is not None and options.adversary is None:
-        raise ValueError("--adversary-weight needs --adversary FACTOR")
-    if options.adversary_weight is not None and not 0 <= options.adversary_weight < math.inf:
-        raise ValueError(f"--adversary-weight must be at least 0, not {options.adversary_weight}")
+    if options.adversary is None:
+        for name in ("weight", "taps", "hidden", "warmup"):
+            if getattr(options, f"adversary_{name}") is not None:
+                raise ValueError(f"--adversary-{name} needs --adversary FACTOR")
+    weight = options.adversary_weight
+    if isinstance(weight, float) and not math.isfinite(weight):
+        raise ValueError(f"--adversary-weight must be a finite number, not {weight}")
 
 
 def _fit_and_save(options: FitOptions) -> None:
@@ -148,13 +154,14 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
     factors = [term.factor for term in terms] + ([options.adversary] if options.adversary else [])
     labels = {part for name in factors for part in (name, *name.split(":"))}
     table = TableBlocks.open(options.data, labels)
+    features = _features(options.features, table.columns)
     rows = training_rows(
         table,
         byte_size(options.memory),
         options.run,
         outcome=options.outcome,
-        clusters=_cluster_columns(terms, options.adversary, table.columns),
-        features=_features(options.features, table.columns),
+        clusters=_cluster_columns(terms, options.adversary, features, table.columns),
+        features=features,
         slopes=_slopes(terms, table.columns),
         categorical=_categorical(options.categorical, terms),
         trials=options.trials,
@@ -196,12 +203,45 @@ def _program(
     if options.net == "linear" and isinstance(rows, ClusteredData) and not rows.intercept:
         arguments["bias"] = False
     net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **arguments)
-    adversaries = []
-    if options.adversary is not None:
-        weight = 1.0 if options.adversary_weight is None else options.adversary_weight
-        adversaries = [Adversary(options.adversary, hidden_activations(net), weight=weight)]
     head = options.net == "linear" if options.bayesian_head is None else options.bayesian_head
-    return MixedEffects(net, terms, family, adversaries, bayesian_head=head)
+    choices: dict[Between, BetweenChoice] = {Between.yes: True, Between.no: False}
+    between = None if options.between is None else choices.get(options.between, "auto")
+    return MixedEffects(
+        net,
+        terms,
+        family,
+        _adversaries(options, net),
+        bayesian_head=head,
+        fixed_weight=options.fixed_weight,
+        between=between,
+    )
+
+
+def _adversaries(options: FitOptions, net: nn.Module) -> list[Adversary]:
+    """The adversary of the options, if there is one."""
+    if options.adversary is None:
+        return []
+    given: dict[str, Any] = {}
+    if options.adversary_weight is not None:
+        given["weight"] = _weight(options.adversary_weight)
+    if options.adversary_hidden is not None:
+        given["hidden"] = _numbers(options.adversary_hidden, "--adversary-hidden")
+    if options.adversary_warmup is not None:
+        given["warmup_epochs"] = options.adversary_warmup
+    taps = _listed(options.adversary_taps or "") or hidden_activations(net)
+    return [Adversary(options.adversary, taps, **given)]
+
+
+def _weight(text: str) -> float | str:
+    """A weight as a number, or "auto"."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--adversary-weight must be a number such as 1, or auto, found {text!r}"
+        ) from error
 
 
 def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:
@@ -231,10 +271,15 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
 
 
 def _cluster_columns(
-    terms: Sequence[Term], adversary: str | None, table: Collection[str]
+    terms: Sequence[Term],
+    adversary: str | None,
+    features: list[str] | str | None,
+    table: Collection[str],
 ) -> list[str]:
     """Columns of the grouping factors; the factor ``a:b`` needs the columns a and b."""
     factors = [term.factor for term in terms] + ([adversary] if adversary else [])
+    text = features if isinstance(features, str) else " + ".join(features or [])
+    factors += [column.factor for column in without_calls(text)[1]]
     columns = [[name] if name in table else name.split(":") for name in factors]
     return list(dict.fromkeys(name for names in columns for name in names))
 
@@ -250,6 +295,8 @@ def _features(text: str | None, table: Collection[str]) -> list[str] | str | Non
         return None
     names = _listed(text)
     unknown = [name for name in names if name not in table]
+    if "," in text and all(is_call(name) for name in unknown):
+        return names
     formula = unknown and (len(names) == 1 or any(character in text for character in "+:*^`()~|"))
     return text if formula else names
 
@@ -266,7 +313,8 @@ def _slopes(terms: Sequence[Term], table: Collection[str]) -> str | tuple[str, .
     slopes = [slope for term in terms if isinstance(term, RandomEffects) for slope in term.slopes]
     products = [[slope] if slope in table else slope.split(":") for slope in slopes]
     known = [names for names in products if all(name in table for name in names)]
-    return " + ".join(":".join(f"`{name}`" for name in names) for names in known) or ()
+    texts = [":".join(f"`{name}`" for name in names) for names in known]
+    return " + ".join([*texts, *filter(is_call, slopes)]) or ()
 
 
 def _widths(hidden: str | None, net: str) -> dict[str, Any]:
@@ -275,9 +323,14 @@ def _widths(hidden: str | None, net: str) -> dict[str, Any]:
         return {}
     if net == "linear" or is_file(net):
         raise ValueError(f"--hidden is for --net dense, not for --net {net}")
-    if not all(width.strip().isdigit() for width in hidden.split(",")):
-        raise ValueError(f"--hidden must be widths such as 32,32, found {hidden!r}")
-    return {"hidden": [int(width) for width in hidden.split(",")]}
+    return {"hidden": _numbers(hidden, "--hidden")}
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Widths of layers from a list with commas."""
+    if not all(width.strip().isdigit() for width in text.split(",")):
+        raise ValueError(f"{option} must be widths such as 32,32, found {text!r}")
+    return [int(width) for width in text.split(",")]
 
 
 def _print_fit(result: Fit, scores: pd.DataFrame | None, run: Path, prob: float) -> None:

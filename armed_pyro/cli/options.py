@@ -21,6 +21,7 @@ Weights = StrEnum("Weights", ["frequency", "precision"])
 Missing = StrEnum("Missing", ["error", "drop"])
 Holes = StrEnum("Holes", ["error", "empty"])
 Refine = StrEnum("Refine", ["psis", "nuts"])
+Between = StrEnum("Between", ["auto", "yes", "no"])
 
 
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
@@ -97,8 +98,9 @@ class FitOptions:
     run: Path = option(..., "Folder to write the fit to: --out run", "--out", metavar="RUN")
     features: str | None = option(
         None,
-        "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 1 is an intercept "
-        "alone, '0 + age' has none [default: all other columns]",
+        "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 'within(age | site) + "
+        "between(age | site)' are deviations from the sites' means, and these means; 1 is an "
+        "intercept alone, '0 + age' has none [default: all other columns]",
         metavar="A,B,C",
     )
     categorical: str | None = option(
@@ -146,11 +148,43 @@ class FitOptions:
         "Whether the last linear layer gets a posterior [default: with --net linear only]",
         "--bayesian-head/--no-bayesian-head",
     )
+    between: Between | None = option(
+        None,
+        "Whether means of features in the clusters of a random intercept are fixed effects, so "
+        "that slopes within and between clusters may differ; auto where they do: --between yes "
+        "[default: auto for networks, no for --net linear]",
+    )
     adversary: str | None = option(
         None, "Factor to keep out of the hidden layers: --adversary site", metavar="FACTOR"
     )
-    adversary_weight: float | None = option(
-        None, "Strength of the adversary: --adversary-weight 5 [default: 1]", metavar="W"
+    adversary_weight: str | None = option(
+        None,
+        "Strength of the adversary, or auto, which raises it until the factor cannot be read, as "
+        "far as predictions of held-out clusters do not suffer: --adversary-weight auto "
+        "[default: 1]",
+        metavar="W",
+    )
+    adversary_taps: str | None = option(
+        None,
+        "Module paths that the adversary reads: --adversary-taps 1,3 [default: the hidden layers]",
+        metavar="A,B",
+    )
+    adversary_hidden: str | None = option(
+        None,
+        "Widths of the adversary's own hidden layers: --adversary-hidden 64,32 [default: 32]",
+        metavar="N,N",
+    )
+    adversary_warmup: float | None = option(
+        None,
+        "Passes over the rows in which the adversary's strength rises: --adversary-warmup 0 "
+        "[default: 5]",
+        metavar="EPOCHS",
+    )
+    fixed_weight: float = option(
+        0.0,
+        "Weight of the likelihood under the fixed effects alone, which helps predictions of new "
+        "clusters: --fixed-weight 1",
+        metavar="W",
     )
     validate_rows: float | None = option(
         None, "Share of rows to stop training by and judge: --validate-rows 0.2", metavar="F"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro._messages import INTEGER, check_type, unknown
+from armed_pyro._messages import INTEGER, check_type
+from armed_pyro.data.cluster_means import ClusterMeans
 from armed_pyro.data.columns import (
     Missing,
     as_numbers,
@@ -23,7 +24,7 @@ from armed_pyro.data.columns import (
 )
 from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.grouping import Grouping, grouping_by
 from armed_pyro.data.label_matching import places_of
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.stratify import check_fraction, stratified_order
@@ -65,6 +66,10 @@ class ClusteredData:
     weights_kind : {"frequency", "precision", "se"}
         A row counts w times, its residual variance is sigma^2 / w (as in lme4 and statsmodels), or
         w is 1 / se^2 and sigma = 1.
+    table : pandas.DataFrame or None
+        The columns that the rows were made of; kept for ``within(x | g)`` and ``between(x | g)``.
+    cluster_means : mapping of str to ClusterMeans
+        Means that a fit with ``between`` adds to its predictor; set by `Posterior.encode`.
 
     Examples
     --------
@@ -92,6 +97,8 @@ class ClusteredData:
     slope_sources: tuple[str, ...] = ()
     slope_continuous: tuple[bool, ...] = ()
     weights_kind: WeightsKind = "frequency"
+    table: pd.DataFrame | None = None
+    cluster_means: Mapping[str, ClusterMeans] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -148,8 +155,10 @@ class ClusteredData:
             Columns of the grouping factors; row-wise splits go by the first.
         features
             Columns, or a formula of columns with ``+ : * ^``, such as ``"age * factor(dose)"``.
-            ``"1"`` or ``[]`` is an intercept alone, and ``"0 + age"`` has no intercept. None and
-            ``"."`` stand for every column that has no other role and does not identify rows.
+            ``"within(x | g) + between(x | g)"`` are the deviation of x from its mean in the cluster
+            of g, and that mean: `armed_pyro.data.cluster_means`. ``"1"`` or ``[]`` is an intercept
+            alone, and ``"0 + age"`` has no intercept. None and ``"."`` stand for every column that
+            has no other role and does not identify rows.
         slopes
             Columns, or a formula, that random slopes may use beside the features, and that do not
             enter the network.
@@ -221,8 +230,10 @@ class ClusteredData:
         ('x',)
         """
         table = schema.select(frame, outcome_required=outcome_required, missing=missing)
-        design, names, sources = schema.design(table)
-        extra, extra_names, extra_sources = schema.slope_design(table)
+        groupings = schema.groupings(table)
+        whole = schema.with_cluster_columns(table, groupings)
+        design, names, sources = schema.design(whole)
+        extra, extra_names, extra_sources = schema.slope_design(whole)
         per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
         for role in per_row:
             if (name := getattr(schema, role)) in table:
@@ -236,13 +247,11 @@ class ClusteredData:
             outcome_name=schema.outcome,
             outcome=schema.outcomes(table),
             classes=None if schema.classes is None else tuple(schema.classes.tolist()),
-            groupings={
-                name: Grouping.from_labels(table[name], f"cluster column {name!r}")
-                for name in schema.clusters
-            },
+            groupings=groupings,
             **per_row,
             row_labels=table.index,
             schema=schema,
+            table=table if schema.cluster_columns else None,
             slopes=torch.from_numpy(extra) if extra_names else None,
             slope_names=extra_names,
             slope_sources=tuple(":".join(source) for source in extra_sources),
@@ -385,25 +394,13 @@ class ClusteredData:
             self,
             groupings={name: grouping.take(chosen) for name, grouping in self.groupings.items()},
             row_labels=self.row_labels.take(chosen),
+            table=None if self.table is None else self.table.iloc[chosen],
             **tensors,
         )
 
     def grouping(self, factor: str) -> Grouping:
-        """The grouping by a factor, ``"site"``, or by the cells of several, ``"school:class"``.
-
-        Raises
-        ------
-        ValueError
-            If there is no such factor.
-        """
-        check_type(factor, str, "factor", "It is the name of a grouping factor.")
-        if factor in self.groupings:
-            return self.groupings[factor]
-        outer, _, inner = factor.rpartition(":")
-        if not outer:
-            known = unknown("grouping factor", factor, self.groupings)
-            raise ValueError(f"{known} Add {factor!r} to clusters=[...], as each part of 'a/b'.")
-        return self.grouping(outer).cross(self.grouping(inner))
+        """The grouping by a factor, or by cells, ``"school:class"``; ValueError without one."""
+        return grouping_by(self.groupings, factor)
 
     def split_rows(
         self, fraction: float, *, by: str | None = None, seed: int

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from armed_pyro.data.cluster_columns import ClusterColumn, is_call, without_calls
 from armed_pyro.data.columns import column_names
 
 Terms = tuple[tuple[str, ...], ...]
 
 _EXPECTED = (
     "Expected column names joined by + : * ^, such as 'age + sex:dose' (names with spaces in "
-    "`backticks`), or a list of names."
+    "`backticks`), within(x | g), between(x | g), or a list of names."
 )
 # A call of R's factor() on one column, whose name may be in backticks.
 _FACTOR = re.compile(r"factor\(\s*(`[^`]+`|[\w.]+)\s*\)")
@@ -26,31 +27,40 @@ class Formula:
     terms: Terms
     intercept: bool = True
     categorical: tuple[str, ...] = ()  # columns in factor()
+    made: tuple[ClusterColumn, ...] = ()  # columns within(x | g) and between(x | g)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns of the terms, each once."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in term))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The table columns of the terms, each once."""
-        return tuple(dict.fromkeys(name for term in self.terms for name in term))
+        """The table columns that the terms are made from, each once."""
+        sources = {column.name: column.column for column in self.made}
+        return tuple(dict.fromkeys(sources.get(name, name) for name in self.names))
 
 
 def parse_features(features: Sequence[str] | str) -> Formula:
     """A list of columns, or a formula with the operators ``+ : * ^``, ``0 +`` and ``factor(x)``.
 
-    Only plain column names are accepted as factors: a formula is stored with a fit, and loading
-    one must never execute code.
+    Beside these, only ``within(x | g)``, ``between(x | g)`` and plain column names are accepted: a
+    formula is stored with a fit, and loading one must never execute code.
 
     >>> parse_features("0 + age * factor(dose)")
-    Formula(terms=(('age',), ('dose',), ('age', 'dose')), intercept=False, categorical=('dose',))
+    Formula(terms=(('age',), ('dose',), ('age', 'dose')), intercept=False, categorical=('dose',), \
+made=())
     """
     if not isinstance(features, str):
-        return Formula(tuple((n,) for n in dict.fromkeys(column_names(features, "features"))))
+        return _listed(column_names(features, "features"))
     from formulaic import Formula as Formulaic  # slow to import
     from formulaic import SimpleFormula
     from formulaic.errors import FormulaicError
     from formulaic.parser import DefaultFormulaParser
     from formulaic.parser.types import Factor
 
-    text, categorical = without_factor(features)
+    text, made = without_calls(features)
+    text, categorical = without_factor(text)
     if not text.strip():
         raise ValueError(
             "features='' names nothing: write features='1' for an intercept alone, or leave "
@@ -71,7 +81,8 @@ def parse_features(features: Sequence[str] | str) -> Formula:
     if not isinstance(formula, SimpleFormula):
         raise ValueError(
             f"features={features!r} has a '~' or '|'. Give only what stands right of '~'; random "
-            "effects such as (1 | site) belong to the model's random=[...]."
+            "effects such as (1 | site) belong to the model's random=[...]. within(x | g) and "
+            "between(x | g) take a single column x."
         )
     terms, intercept = [], False
     for term in formula:
@@ -79,9 +90,9 @@ def parse_features(features: Sequence[str] | str) -> Formula:
             if factor.eval_method is Factor.EvalMethod.PYTHON:
                 raise ValueError(
                     f"features={features!r} would evaluate {factor.expr!r}; only plain column "
-                    "names and factor(name) are allowed, because a saved fit must never execute "
-                    "code. Compute the column first, and name it here (a name with odd "
-                    "characters in `backticks`)."
+                    "names, factor(name), within(name | group) and between(name | group) are "
+                    "allowed, because a saved fit must never execute code. Compute the column "
+                    "first, and name it here (a name with odd characters in `backticks`)."
                 )
         names = [f.expr for f in term.factors if f.eval_method is Factor.EvalMethod.LOOKUP]
         if names and len(names) < len(term.factors):
@@ -92,7 +103,19 @@ def parse_features(features: Sequence[str] | str) -> Formula:
         intercept |= not names
         if names:
             terms.append(tuple(names))
-    return Formula(tuple(terms), intercept, categorical)
+    categorical = (*categorical, *(column.column for column in made if column.categorical))
+    return Formula(tuple(terms), intercept, tuple(dict.fromkeys(categorical)), made)
+
+
+def _listed(names: Sequence[str]) -> Formula:
+    """The formula of a list of columns; `within(x | g)` and `between(x | g)` may be among them."""
+    terms, made = list[tuple[str, ...]](), list[ClusterColumn]()
+    for name in names:
+        columns = without_calls(name)[1] if is_call(name) else ()
+        terms += [(column.name,) for column in columns] or [(name,)]
+        made += columns
+    categorical = dict.fromkeys(column.column for column in made if column.categorical)
+    return Formula(tuple(dict.fromkeys(terms)), True, tuple(categorical), tuple(made))
 
 
 def without_factor(text: str) -> tuple[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from armed_pyro._messages import check_type, unknown
 from armed_pyro.data.label_matching import label_text
 
 
@@ -73,6 +74,21 @@ class Grouping:
                 "that hold ':' make the names of cells ambiguous. Rename those labels."
             )
         return Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
+
+
+def grouping_by(groupings: Mapping[str, Grouping], factor: str) -> Grouping:
+    """The grouping by a factor, ``"site"``, or by the cells of several, ``"school:class"``.
+
+    Raises ValueError if there is no such factor.
+    """
+    check_type(factor, str, "factor", "It is the name of a grouping factor.")
+    if factor in groupings:
+        return groupings[factor]
+    outer, _, inner = factor.rpartition(":")
+    if not outer:
+        known = unknown("grouping factor", factor, groupings)
+        raise ValueError(f"{known} Add {factor!r} to clusters=[...], as each part of 'a/b'.")
+    return grouping_by(groupings, outer).cross(grouping_by(groupings, inner))
 
 
 def check_several(factor: str, levels: pd.Index) -> None:

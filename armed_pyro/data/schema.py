@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from armed_pyro._messages import check_known, listing
+from armed_pyro.data import cluster_columns
+from armed_pyro.data.cluster_columns import ClusterColumn, expanded
+from armed_pyro.data.cluster_means import ClusterMeans, ClusterSums
 from armed_pyro.data.columns import (
     NEW,
     TRAINING,
@@ -31,6 +35,7 @@ from armed_pyro.data.default_features import default_features
 from armed_pyro.data.files import as_pandas, natural_types
 from armed_pyro.data.formula import Formula, Terms, parse_features
 from armed_pyro.data.grouping import (
+    Grouping,
     code_labels,
     index_from_json,
     index_to_json,
@@ -74,15 +79,17 @@ class Schema:
     offset: str | None = None
     weights: str | None = None
     classes: pd.Index | None = None
-    # Schemas saved before there were the next three lack them.
+    # Schemas saved before there were the next fields lack them.
     intercept: bool = True
     slopes: Terms = ()
     weights_kind: WeightsKind = "frequency"
+    cluster_columns: tuple[ClusterColumn, ...] = ()
+    means: Mapping[str, ClusterMeans] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The table columns that features and slopes are made from, each once."""
-        return Formula(self.terms + self.slopes).columns
+        return Formula(self.terms + self.slopes, made=self.cluster_columns).columns
 
     @classmethod
     def infer(
@@ -96,7 +103,7 @@ class Schema:
         slopes: Sequence[str] | str = (),
         categorical: Sequence[str] = (),
         weights_kind: WeightsKind = "frequency",
-        **roles: str | None,
+        **roles: Any,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
 
@@ -120,7 +127,8 @@ class Schema:
             formula = parse_features(features)
         extra = parse_features(slopes)
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
-        columns = list(Formula(formula.terms + only_slopes).columns)
+        made = tuple(dict.fromkeys(formula.made + extra.made))
+        columns = list(Formula(formula.terms + only_slopes, made=made).columns)
         named = column_names(categorical, "categorical")
         factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
@@ -128,20 +136,15 @@ class Schema:
         table = natural_types(pick(table, [*reserved, *columns]).dropna())
 
         warn_of_float_labels(table[list(clusters)])
-        levels = {
-            name: _levels(table[name], by_number=name in factors)
-            for name in columns
-            if name in factors or is_categorical(table[name])
-        }
-        for name in set(columns) - set(levels):
-            as_numbers(table[name], "feature")
+        levels = _levels_of(table, columns, factors)
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
             what = f"outcome {outcome!r}"
             classes = event_last(code_labels(target, what)[1], event, what)
-        return cls(
+        columns_of = expanded(made, levels)
+        schema = cls(
             outcome=outcome,
-            terms=formula.terms,
+            terms=_expanded(formula.terms, columns_of),
             levels=levels,
             indicators=tuple(
                 name for name in columns if name not in levels and table[name].isin([0, 1]).all()
@@ -150,14 +153,73 @@ class Schema:
             **roles,
             classes=classes,
             intercept=formula.intercept,
-            slopes=only_slopes,
+            slopes=_expanded(only_slopes, columns_of),
             weights_kind=weights_kind,
+            cluster_columns=tuple(column for parts in columns_of.values() for column in parts),
         )
+        if not made:
+            return schema
+        return schema.with_means(schema.cluster_sums(table, schema.groupings(table)))
 
     @property
     def numeric(self) -> set[str]:
-        """Numeric feature columns that hold other values than 0 and 1."""
-        return set(self.columns) - set(self.levels) - set(self.indicators)
+        """Numeric columns of the terms that hold other values than 0 and 1."""
+        names = Formula(self.terms + self.slopes).names
+        return set(names) - set(self.levels) - set(self.indicators)
+
+    def groupings(self, table: pd.DataFrame) -> dict[str, Grouping]:
+        """The grouping of a table's rows by every cluster column."""
+        return {
+            name: Grouping.from_labels(table[name], f"cluster column {name!r}")
+            for name in self.clusters
+        }
+
+    def cluster_sums(
+        self,
+        table: pd.DataFrame,
+        groupings: Mapping[str, Grouping],
+        like: Mapping[str, ClusterSums] | None = None,
+    ) -> dict[str, ClusterSums]:
+        """By factor, sums over a table's rows of the columns whose means `cluster_columns` hold.
+
+        Sums that are to be added to others, `like`, have their origins.
+        """
+        made, weights = self.cluster_columns, self._frequencies(table)
+        return cluster_columns.cluster_sums(made, self.levels, table, groupings, weights, like)
+
+    def with_means(self, sums: Mapping[str, ClusterSums]) -> Schema:
+        """The schema with the means, and the moments, of the rows that these sums are over."""
+        made = self.cluster_columns
+        means = {
+            factor: ClusterMeans.of(cluster_columns.sources(made, factor), of_factor)
+            for factor, of_factor in sums.items()
+        }
+        return replace(self, means=means)
+
+    def with_new_means(self, sums: Mapping[str, ClusterSums]) -> Schema:
+        """The schema with the means of new clusters beside those of the clusters that it knows."""
+        means = {factor: self.means[factor].extended(new) for factor, new in sums.items()}
+        return replace(self, means=means)
+
+    def with_cluster_columns(
+        self, table: pd.DataFrame, groupings: Mapping[str, Grouping]
+    ) -> pd.DataFrame:
+        """The table with its `cluster_columns`, as `design` needs it."""
+        if not self.cluster_columns:
+            return table
+        return cluster_columns.with_cluster_columns(
+            self.cluster_columns,
+            self.levels,
+            table,
+            groupings,
+            self.means,
+            self._frequencies(table),
+        )
+
+    def _frequencies(self, table: pd.DataFrame) -> str | None:
+        """The column of frequencies by which rows count, if the table has it."""
+        counts = self.weights_kind == "frequency" and self.weights in table
+        return self.weights if counts else None
 
     def continuous(self, sources: Terms) -> tuple[bool, ...]:
         """For the columns of these terms, whether they are standardised: see `numeric`."""
@@ -216,7 +278,7 @@ class Schema:
         from formulaic.parser.types import Factor, Term
 
         factors = {}
-        for name in Formula(terms).columns:
+        for name in Formula(terms).names:
             if name in self.levels:
                 codes = known_codes(table[name], self.levels[name], f"feature {name!r}")
                 factors[name] = pd.Categorical.from_codes(codes, categories=self.levels[name])
@@ -254,6 +316,8 @@ class Schema:
             "indicators": list(self.indicators),
             "clusters": list(self.clusters),
             "classes": None if self.classes is None else index_to_json(self.classes),
+            "cluster_columns": [asdict(column) for column in self.cluster_columns],
+            "means": {factor: means.to_json() for factor, means in self.means.items()},
         }
 
     @classmethod
@@ -262,17 +326,33 @@ class Schema:
         try:
             classes = content["classes"]
             later = {"intercept": True, "slopes": [], "weights_kind": "frequency"}
-            values = {field.name: {**later, **content}[field.name] for field in fields(cls)}
+            later |= {"cluster_columns": [], "means": {}}
+            values = {member.name: {**later, **content}[member.name] for member in fields(cls)}
             for name in ("terms", "slopes"):
                 values[name] = tuple(tuple(term) for term in values[name])
             values["levels"] = {k: index_from_json(v) for k, v in values["levels"].items()}
             values |= {name: tuple(values[name]) for name in ("indicators", "clusters")}
             values["classes"] = None if classes is None else index_from_json(classes)
+            made = values["cluster_columns"]
+            values["cluster_columns"] = tuple(ClusterColumn(**column) for column in made)
+            means = {k: ClusterMeans.from_json(v) for k, v in values["means"].items()}
+            values["means"] = means
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"This is not a schema written by Schema.to_json ({error!r}); save the fit again."
             ) from error
+
+
+def _expanded(
+    terms: Terms, columns_of: Mapping[str, Iterable[ClusterColumn]]
+) -> tuple[tuple[str, ...], ...]:
+    """The terms with the columns of all levels in place of a categorical `ClusterColumn`."""
+    choices = (
+        [[c.name for c in columns_of[name]] if name in columns_of else [name] for name in term]
+        for term in terms
+    )
+    return tuple(combination for names in choices for combination in itertools.product(*names))
 
 
 def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str]) -> None:
@@ -281,6 +361,20 @@ def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str
             raise ValueError(
                 f"The outcome {outcome!r} is also listed as a {role}; take it off that list."
             )
+
+
+def _levels_of(
+    table: pd.DataFrame, columns: Sequence[str], factors: Collection[str]
+) -> dict[str, pd.Index]:
+    """Levels of the categorical columns; the other columns are checked to be numbers."""
+    levels = {
+        name: _levels(table[name], by_number=name in factors)
+        for name in columns
+        if name in factors or is_categorical(table[name])
+    }
+    for name in set(columns) - set(levels):
+        as_numbers(table[name], "feature")
+    return levels
 
 
 def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:

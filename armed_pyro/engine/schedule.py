@@ -215,6 +215,11 @@ class History:
     validation: list[float] = field(default_factory=list)  # -log p(y | fit) per validation row
     # Fraction of training rows whose cluster each adversary predicted, mean over the window.
     adversary_accuracy: list[list[float]] = field(default_factory=list)
+    warmup: list[int] = field(default_factory=list)  # steps of each adversary's warm-up
+    # Records of the fresh probes (`networks.fresh_probe`), one for each adversary, at the end.
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    # Weights that were tried where they are chosen automatically: see `automatic_weight`.
+    weights: list[dict[str, Any]] = field(default_factory=list)
     settled: int | None = None  # step after which the network was frozen
     particles: int = 1  # draws of each cluster's random effects per step after `settled`
     # `split_r_hat` of the iterates of q(theta), for each window after `settled`.
@@ -223,18 +228,19 @@ class History:
     compiled: list[bool] = field(default_factory=list)  # whether steps ran compiled
     seconds: list[float] = field(default_factory=list, compare=False)  # median time of a step
 
-    def status(self, chances: Sequence[tuple[str, float]]) -> str:
-        """The latest losses and accuracies in one line.
+    def status(self, games: Sequence[tuple[str, float]]) -> str:
+        """The latest losses, and the strengths of the adversaries, in one line.
 
-        `chances` has every adversary's factor, and the accuracy of always naming its largest
-        cluster.
+        `games` has the factor and the weight of every adversary. Their accuracies are not shown:
+        those of the classifiers in training are too low to tell whether they succeed.
         """
         text = f"loss {np.mean(self.loss[-50:]):.4f}"
         if self.validation:
             text += f", validation {self.validation[-1]:.4f}"
-        accuracies = self.adversary_accuracy[-1] if chances else []
-        for (factor, chance), accuracy in zip(chances, accuracies, strict=True):
-            text += f", adversary of {factor} {accuracy:.2f} (chance {chance:.2f})"
+        for (factor, weight), warmup in zip(games, self.warmup, strict=True):
+            share = min(1.0, len(self.loss) / warmup) if warmup else 1.0
+            text += f", adversary of {factor} at weight {share * weight:.2g}"
+            text += f" of {weight:.2g}" * (share < 1)
         return text
 
     def to_json(self) -> dict[str, Any]:

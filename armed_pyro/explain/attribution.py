@@ -249,7 +249,10 @@ def _weights(
     if not model.bayesian_head:
         return spread * torch.eye(len(chosen)).to(model.reference())[None]
     fixed = latents["fixed_effect"]
-    return spread * fixed.reshape(-1, fixed.shape[-1] // columns, columns)[..., chosen]
+    fixed = fixed.reshape(-1, fixed.shape[-1] // columns, columns)
+    # Effects of clusters' means, which come last, are no effects of the row's features.
+    head = fixed.shape[1] - len(model.data_facts().between_names)
+    return spread * fixed[:, :head, chosen]
 
 
 def _between(

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.networks.taps import head_path, pooled, tapped
+from armed_pyro.networks.taps import head_path
+from armed_pyro.program.activations import activations
 from armed_pyro.program.model import MixedEffects
 
 Codes = Int[np.ndarray, " rows"]
@@ -150,28 +150,6 @@ def invariance(
         for by, label in labels.items():
             indices.append({"layer": layer, "by": by} | _indices(features, label))
     return Invariance(factor, pd.DataFrame(tests), pd.DataFrame(indices))
-
-
-@torch.no_grad()
-def activations(
-    model: MixedEffects, data: ClusteredData, layers: Sequence[str]
-) -> dict[str, Float[np.ndarray, "rows width"]]:
-    """Outputs of modules for the rows, by path; inputs of modules under ``"<path"``.
-
-    Feature maps are averaged over space.
-    """
-    source = model.encode(data, model.data_facts().levels_with(data))
-    inputs = [layer[1:] for layer in layers if layer.startswith("<")]
-    outputs = [layer for layer in layers if not layer.startswith("<")]
-    pieces: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
-    for part in source.x.to(model.network_reference().dtype).split(1024):
-        with tapped(model.network, outputs, inputs) as record:
-            model.network(part)
-        for layer in layers:
-            if layer not in record:
-                raise ValueError(f"the network never runs its module {layer!r}: nothing to probe")
-            pieces[layer].append(pooled(record[layer]).double().cpu().numpy())
-    return {layer: np.concatenate(parts) for layer, parts in pieces.items()}
 
 
 def _factor(model: MixedEffects, factor: str | None, data: ClusteredData) -> str:

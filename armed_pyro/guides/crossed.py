@@ -124,7 +124,7 @@ class CrossedGuide(Guide):
         self.clusters = {factor.name: len(levels[factor.name]) for factor in model.factors}
         k, t = self.clusters[self.largest.name], len(self.largest.terms)
         m = sum(_size(model, factor) for factor in self.others)
-        fixed = len(model.fixed_terms()) if model.bayesian_head else 0
+        fixed = len(model.fixed_terms()) if model.has_fixed_effects else 0
         self.register_buffer("within", like.new_zeros(k, t, t))
         self.register_buffer("between", like.new_zeros(k, t, m))
         self.register_buffer("rest", like.new_zeros(m, m))

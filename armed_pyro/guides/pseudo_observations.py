@@ -169,7 +169,7 @@ def observe(
     draws = max([1, *(len(value) for value in point.values() if value.dim() > 1)])
     size = max(1, BLOCK_VALUES // max(widest, math.prod(source.row_shape), draws))
     for rows, weight, residual, activations in curvature(model, source, point, size):
-        x, fixed = fixed_part(model, means, weight, residual, activations)
+        x, fixed = fixed_part(model, means, weight, residual, rows, activations)
         for factor, part in zip(model.factors, sums, strict=True):
             z = sensitivities(model, rows, factor, activations, means)
             response = fixed + effects_part(factor, means, rows, z, weight)

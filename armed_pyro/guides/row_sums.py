@@ -84,12 +84,13 @@ def fixed_part(
     means: Latents,
     weight: Columns,
     residual: Columns,
+    rows: Rows,
     activations: Mapping[str, Tensor],
 ) -> tuple[ByColumn | None, Columns]:
     """X, or None without latent fixed effects, and r + W X beta."""
-    if not model.bayesian_head:
+    if not model.has_fixed_effects:
         return None, residual
-    x = by_column(model.head_inputs(activations), weight.shape[-1])
+    x = by_column(model.fixed_inputs(rows, activations), weight.shape[-1])
     return x, residual + weight * (x * means["fixed_effect"][:, None]).sum(1)
 
 
@@ -112,7 +113,7 @@ def joint_sums(
     not quadratic, `pull` is that of a Newton step that moves no effect too far.
     """
     like, means = model.reference(), mean_draws(model, latents)
-    fixed = len(model.fixed_terms()) if model.bayesian_head else 0
+    fixed = len(model.fixed_terms()) if model.has_fixed_effects else 0
     quadratic, levels = model.family.is_quadratic, model.data_facts().levels
     sizes = [(len(levels[factor.name]), len(factor.terms)) for factor in factors]
     sums = [ClusterSums.zeros(like, (k, t, t), fixed, exact=quadratic) for k, t in sizes]
@@ -123,7 +124,7 @@ def joint_sums(
     for rows, weight, residual, activations in curvature(model, source, latents, BLOCK_ROWS):
         positions = [rows.memberships[factor.name].position for factor in factors]
         z = [sensitivities(model, rows, factor, activations, means) for factor in factors]
-        x, response = fixed_part(model, means, weight, residual, activations)
+        x, response = fixed_part(model, means, weight, residual, rows, activations)
         for factor, design in zip(factors, z, strict=True):
             response = response + effects_part(factor, means, rows, design, weight)
         for part, position, design in zip(sums, positions, z, strict=True):

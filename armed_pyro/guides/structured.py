@@ -69,7 +69,7 @@ class StructuredGuide(Guide):
         self.hyperparameters = Hyperparameters(model)
         self.model_precision = model.precision
         self.factors: tuple[Factor, ...] = model.factors
-        fixed = len(model.fixed_terms()) if model.bayesian_head else 0
+        fixed = len(model.fixed_terms()) if model.has_fixed_effects else 0
         self._pseudo = nn.ModuleList(
             PseudoObservations(factor, len(facts.counts[factor.name]), fixed, model.reference())
             for factor in self.factors

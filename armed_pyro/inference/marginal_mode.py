@@ -177,7 +177,7 @@ def _searched(
         for name, code in codes.items()
     }
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
-    held = HeldRows(rows.x, rows.y, codes, counts, *optional, slopes=rows.slopes)
+    held = HeldRows(rows.x, rows.y, codes, counts, *optional, slopes=rows.slopes, means=rows.means)
     return held, rows
 
 

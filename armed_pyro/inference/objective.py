@@ -39,7 +39,8 @@ class Objective:
     def __call__(self, rows: Rows, progress: float | Tensor = 1.0) -> Loss:
         """The objective on all rows or a mini-batch, a mean over rows.
 
-        `progress` is the share of the training steps taken, for the warm-up of the adversaries.
+        `progress` is the share of their warm-up that the adversaries have behind them: one number,
+        or one for each adversary.
         """
         n = self.model.data_facts().n_rows
         share = rows.scale * len(rows) / n  # 1 unless several processes share the rows
@@ -54,14 +55,15 @@ class Objective:
             latents = {name: value.detach() for name, value in drawn.items()}
             fixed = share * self._fixed(rows, predictor, latents)
             total = total + self.model.fixed_weight * fixed
+        shares = torch.as_tensor(progress).expand(len(self.model.adversaries))
         results = [
             # `forward` directly: the adversarial loss is not in the density that Pyro sees.
             adversary.forward(
                 predictor.activations,
                 rows.memberships[adversary.factor].clusters(),
-                adversary.strength(progress).to(elbo),
+                adversary.strength(warmed).to(elbo),
             )
-            for adversary in self.model.adversaries
+            for adversary, warmed in zip(self.model.adversaries, shares, strict=True)
         ]
         adversarial = share * sum((result.cross_entropy for result in results), zero)
         rounds = [result.accuracy for result in results]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.passes import Passes
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask"]
+__all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask", "warmup_steps"]
 
 # Multiplications of one draw of all random effects beyond which the guide stays at the mode.
 MOST_WORK = 2**27
@@ -48,6 +49,7 @@ class TrainingTask:
     validation: HeldRows | None = None  # their loss decides when the network's training ends
     seed: int = 0
     compile: CompileMode = "auto"
+    weights: Sequence[dict[str, Any]] = ()  # tried for the adversaries, for the history
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers of program and guide."""
@@ -187,7 +189,9 @@ class Phase(ABC):
 class NetworkPhase(Phase):
     """Trains on mini-batches, one draw per step, until training or validation loss stops falling.
 
-    `best` is the state with the lowest validation loss; empty without validation rows.
+    `best` is the state with the lowest validation loss; empty without validation rows. Windows
+    that end before the adversaries' warm-up are neither the best nor a reason to cut the rates.
+    `warmups` has the steps of the warm-up of each adversary.
     """
 
     trains_network = True
@@ -196,6 +200,7 @@ class NetworkPhase(Phase):
         super().__init__(task, task.share)
         self.prepare(task.schedule.batch(len(task.source)), 1.0)
         self.best: dict[str, Tensor] = {}
+        self.warmups = warmup_steps(task)
         objective = Objective(task.model, self.lazy.guide)
         averaged = self.share.averaged(objective, self.modules, len(task.model.adversaries))
         self.objective = self.lazy.reading(averaged)
@@ -205,7 +210,8 @@ class NetworkPhase(Phase):
 
     def take(self, step: int) -> tuple[Loss, Tensor]:
         task, steps = self.task, self.task.schedule.steps
-        progress = task.source.like.new_full((), step / steps)
+        shares = [min(1.0, step / most) if most else 1.0 for most in self.warmups]
+        progress = task.source.like.new_tensor(shares)
         rows = self.share.weigh(self.next_batch())
         rate = self.rate(step)
         loss, norm = self.steps(self.objective, rows, progress, factor=rate, remaining=steps - step)
@@ -214,6 +220,8 @@ class NetworkPhase(Phase):
     def close_window(self, losses: list[Loss], history: History) -> None:
         accuracies = torch.stack([loss.accuracy.cpu() for loss in losses])
         history.adversary_accuracy.append(accuracies.mean(0).tolist())
+        if history.step[-1] <= max(self.warmups, default=0):
+            return
         if self.task.validation is None:
             self.plateau.training(np.array(history.loss[-len(losses) :]))
             return
@@ -234,6 +242,13 @@ class NetworkPhase(Phase):
         super().restore(tensors)
         best = {k: v for k, v in tensors.items() if k.startswith("best.")}
         self.best = {k.removeprefix("best."): v for k, v in best.items()}
+
+
+def warmup_steps(task: TrainingTask) -> list[int]:
+    """Steps of the warm-up of each adversary."""
+    n, schedule = len(task.source), task.schedule
+    epoch = math.ceil(n / schedule.batch(n))
+    return [game.warmup_steps(epoch, schedule.steps) for game in task.model.adversaries]
 
 
 class FrozenPhase(Phase):

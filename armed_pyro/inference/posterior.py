@@ -19,6 +19,7 @@ from armed_pyro.data.absent_columns import (
 )
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import as_pandas
+from armed_pyro.data.own_means import encoded_by, extended_by
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, selected
 from armed_pyro.inference.psis import systematic
@@ -176,17 +177,23 @@ class Posterior:
             drawn = self.guide.draws(clusters, n)
             return {site: draws for site, draws in drawn.items() if site not in effects}
 
-    def encode(self, data: ClusteredData | pd.DataFrame) -> ClusteredData:
+    def encode(
+        self, data: ClusteredData | pd.DataFrame, known: ClusteredData | None = None
+    ) -> ClusteredData:
         """New rows in the encoding of the training table; ValueError without one.
 
-        A column of inner clusters may be absent; see `armed_pyro.data.absent_columns`.
+        A column of inner clusters may be absent; see `armed_pyro.data.absent_columns`. New clusters
+        that have rows in `known`, encoded before, have the means of features that they have there.
         """
         factors = self.model.factor_names()
+        schema = self.model.data_facts().schema
+        if known is not None and schema is not None:
+            schema = extended_by(schema, known)
         if isinstance(data, ClusteredData):
             absent = absent_columns(factors, data.groupings)
             warn_of_absent(factors, absent)
-            return with_new_grouping(data, absent)
-        schema = self.model.data_facts().schema
+            rows = with_new_grouping(encoded_by(data, schema), absent)
+            return self.with_means(rows, known)
         if schema is None:
             raise ValueError(
                 "the model was fitted to arrays, so it cannot read a table: pass "
@@ -195,4 +202,18 @@ class Posterior:
         table = as_pandas(data)
         absent = absent_columns(factors, table.columns, schema.clusters)
         warn_of_absent(factors, absent)
-        return ClusteredData.encode(with_new_column(table, absent), schema)
+        rows = ClusteredData.encode(with_new_column(table, absent), schema)
+        return self.with_means(rows, known)
+
+    def with_means(self, rows: ClusteredData, known: ClusteredData | None = None) -> ClusteredData:
+        """Rows with the clusters' means that the program adds to its predictor; see `encode`.
+
+        A new cluster keeps the mean of these rows when further rows are taken from them.
+        """
+        facts = self.model.data_facts()
+        between = facts.between
+        if between is None or rows.feature_names != facts.feature_names:
+            return rows
+        if known is not None:
+            rows = replace(rows, cluster_means=between.extended(known))
+        return replace(rows, cluster_means=between.extended(rows))

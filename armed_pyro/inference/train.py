@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyro
 import torch
@@ -31,6 +32,7 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
 from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.probing import record_probes
 from armed_pyro.inference.refine import refine as refined_by
 from armed_pyro.inference.training_run import Run, TrainingInterrupted
 from armed_pyro.program.model import MixedEffects, trains_network
@@ -67,12 +69,15 @@ def train(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    weights: Sequence[dict[str, Any]] = (),
 ) -> Posterior:
     """Train a bound program in place, and weigh the draws of its guide.
 
     The scales and priors of the program stay fixed, so it can also be trained on data drawn from
     its prior. `source` holds all training rows if `data` is only a sample of them, for the
-    posterior to keep. `armed_pyro.fit` documents the other parameters.
+    posterior to keep. `weights` are those tried for the adversaries, for the history. At the end,
+    fresh probes read the adversaries' clusters from the validation rows; without any, from the
+    rows of the posterior. `armed_pyro.fit` documents the other parameters.
 
     Raises `TrainingDiverged`; and ValueError if `compile` is unknown, `resume` comes without
     `checkpoint`, the checkpoint belongs to another run, or the processes differ in their rows,
@@ -91,15 +96,13 @@ def train(
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
         if processes.several:
-            inputs = [digest(rows, bound.data_facts().to_json()), schedule, seed]
-            processes.check_same(inputs, OTHER_RUN)
-            processes.check_same(resume, OTHER_FILE)
+            _check_same(processes, bound, rows, [schedule, seed], resume)
         target = bound.reference().device
         processes.same(bound)
         share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
         bound_guide = guide(bound, share.rows).to(target)
         task = TrainingTask(
-            bound, bound_guide, data, rows, share, schedule, held_out, seed, compile
+            bound, bound_guide, data, rows, share, schedule, held_out, seed, compile, weights
         )
         run = Run(task)
         if resume and path is not None:
@@ -112,6 +115,7 @@ def train(
             run.train(path, report)
         processes.same(bound, bound_guide)
     posterior, frozen_rows = run.result(), run.phase.frozen_rows
+    record_probes(posterior, validation)
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
@@ -130,6 +134,20 @@ def _with_weights(posterior: Posterior, rows: RowSource) -> Posterior:
         return refined_by(posterior) if weighted.k_hat < 1 else posterior
     except KeyboardInterrupt as error:
         raise TrainingInterrupted(posterior) from error
+
+
+def _check_same(
+    processes: Processes,
+    bound: MixedEffects,
+    rows: RowSource,
+    settings: Sequence[object],
+    resume: bool,
+) -> None:
+    """Raise ValueError if processes differ in rows, adversaries, settings or resumption."""
+    games = [adversary.settings() for adversary in bound.adversaries]
+    inputs = [digest(rows, bound.data_facts().to_json()), games, *settings]
+    processes.check_same(inputs, OTHER_RUN)
+    processes.check_same(resume, OTHER_FILE)
 
 
 @contextmanager

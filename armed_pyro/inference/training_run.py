@@ -13,7 +13,13 @@ import torch
 from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import History, Plateau
-from armed_pyro.inference.phases import FrozenPhase, NetworkPhase, Phase, TrainingTask
+from armed_pyro.inference.phases import (
+    FrozenPhase,
+    NetworkPhase,
+    Phase,
+    TrainingTask,
+    warmup_steps,
+)
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.model import trains_network
 from armed_pyro.program.probe import check_probe, probe
@@ -56,11 +62,10 @@ class Run:
         # The state to return to after divergence, and the mean loss of the window that follows it.
         self._good, self._good_loss = task.state(), math.inf
         self._window_start = self._good
-        # The accuracy of an adversary that always names the largest cluster.
-        factors = [adversary.factor for adversary in task.model.adversaries]
-        counts = task.source.counts
-        self._chances = [(name, float(counts[name].max() / counts[name].sum())) for name in factors]
+        self._games = [(a.factor, float(a.strength(1.0))) for a in task.model.adversaries]
         self.phase: Phase = NetworkPhase(task)
+        self.history.warmup = warmup_steps(task)
+        self.history.weights = list(task.weights)
 
     @property
     def step(self) -> int:
@@ -97,7 +102,7 @@ class Run:
             mean = float(np.mean(self.history.loss[-len(losses) :]))
             if mean < self._good_loss:
                 self._good, self._good_loss = before, mean
-            report(self.step, self.history.status(self._chances))
+            report(self.step, self.history.status(self._games))
             if path is not None:
                 self.save().write(path)
 

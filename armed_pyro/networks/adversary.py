@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -39,8 +40,12 @@ class Adversary(LocalModule):
 
     The classifier minimises the cross-entropy of the cluster given the activations. The network
     receives that gradient times :math:`-w(t)`, where :math:`w(t)` rises linearly from 0 to
-    `weight` over the first `warmup` share of the steps. The adversary is not part of the
-    probability density.
+    `weight` during the warm-up. The network that a fit keeps was trained at the full weight. The
+    adversary is not part of the probability density.
+
+    Whether the adversary succeeds is measured by a fresh probe: see
+    `armed_pyro.networks.fresh_probe.FreshProbe`. The adversary's own accuracy is too low to tell,
+    as its classifier lags behind features that keep changing.
 
     Parameters
     ----------
@@ -48,12 +53,23 @@ class Adversary(LocalModule):
         Grouping factor whose clusters the activations should not reveal.
     taps : sequence of str
         Paths of the modules whose outputs the classifier sees, feature maps averaged over space.
-    weight : float
-        Strength of the reversed gradient, relative to the mean log-likelihood of a row.
+    weight : float or "auto"
+        Strength of the reversed gradient, relative to the mean log-likelihood of a row. Weights
+        from 0.3 to 3 are usual; much larger ones cost accuracy, as the network then gives up
+        features of the outcome. With "auto", `fit` raises the weight in steps until a fresh probe
+        cannot read the cluster, and stops before predictions of held-out clusters suffer; see
+        `armed_pyro.automatic_weight`. It trains the network up to five times more.
     hidden : sequence of int
         Widths of the classifier's hidden layers.
     warmup : float
-        Share of the training steps over which the strength rises from 0.
+        Largest share of the schedule's steps that the warm-up may take; 0 for no warm-up.
+    warmup_epochs : float
+        Length of the warm-up in passes over the training rows.
+
+    Raises
+    ------
+    ValueError
+        If there are no taps, or a number is out of range.
 
     References
     ----------
@@ -61,7 +77,10 @@ class Adversary(LocalModule):
 
     Examples
     --------
-    >>> Adversary("site", taps=["1", "3"], weight=5.0).strength(progress=0.05)
+    >>> game = Adversary("site", taps=["1", "3"], weight=5.0)
+    >>> game.warmup_steps(epoch=20, steps=20_000)  # 20 steps make an epoch
+    100
+    >>> game.strength(progress=0.5)
     tensor(2.5000)
     """
 
@@ -70,32 +89,52 @@ class Adversary(LocalModule):
         factor: str,
         taps: Sequence[str],
         *,
-        weight: float = 1.0,
+        weight: float | Literal["auto"] = 1.0,
         hidden: Sequence[int] = (32,),
         warmup: float = 0.1,
+        warmup_epochs: float = 5.0,
     ) -> None:
         super().__init__()
         if not taps:
             raise ValueError("an adversary needs at least one module path in `taps`")
-        if weight < 0:
+        if isinstance(weight, str) and weight != "auto":
+            raise ValueError(f"the adversary's weight is a number or 'auto', not {weight!r}")
+        if not isinstance(weight, str) and not 0 <= weight < math.inf:
             raise ValueError(f"the adversary's weight must not be negative, not {weight}")
         if not 0 <= warmup <= 1:
             raise ValueError(f"`warmup` is a share of the steps, from 0 to 1, not {warmup}")
+        if not 0 <= warmup_epochs < math.inf:
+            raise ValueError(f"`warmup_epochs` must be at least 0, not {warmup_epochs}")
         self.factor, self.taps, self.hidden = factor, tuple(taps), tuple(hidden)
-        self.weight, self.warmup = float(weight), float(warmup)
+        self.weight = weight if isinstance(weight, str) else float(weight)
+        self.warmup, self.warmup_epochs = float(warmup), float(warmup_epochs)
         self.classifier: nn.Module | None = None
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as the manifest of a saved fit holds them."""
-        names = ("factor", "taps", "weight", "hidden", "warmup")
+        names = ("factor", "taps", "weight", "hidden", "warmup", "warmup_epochs")
         values = {name: getattr(self, name) for name in names}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
+    def warmup_steps(self, epoch: int, steps: int) -> int:
+        """Steps of the warm-up, where `epoch` steps pass over the rows and at most `steps` follow.
+
+        It ends after `warmup_epochs` epochs, or after the share `warmup` of the steps if that is
+        earlier.
+        """
+        return min(math.ceil(self.warmup_epochs * epoch), math.floor(self.warmup * steps))
+
     def strength(self, progress: float | Tensor) -> Float[Tensor, ""]:
-        """w(t), the strength of the reversed gradient after this share of the training steps."""
-        share = torch.as_tensor(progress)
-        share = share / self.warmup if self.warmup else torch.ones_like(share)
-        return self.weight * share.clamp(max=1.0)
+        """w(t), the strength of the reversed gradient after this share of the warm-up.
+
+        ValueError if the weight is still to be chosen.
+        """
+        if isinstance(self.weight, str):
+            raise ValueError(
+                f"the weight of the adversary of {self.factor!r} is 'auto', which fit() replaces "
+                "by a number: call fit(model, data), or give a number"
+            )
+        return self.weight * torch.as_tensor(progress).clamp(max=1.0)
 
     def build(self, widths: Mapping[str, int], n_clusters: int) -> None:
         """Make the classifier for activations of these widths and this number of clusters."""

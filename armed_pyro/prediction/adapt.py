@@ -16,6 +16,7 @@ from armed_pyro._messages import check_probability, listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import match_labels, under_known_labels
+from armed_pyro.data.own_means import joined_tables, with_joint_means
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth, systematic
@@ -26,7 +27,7 @@ from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
-__all__ = ["Adapted", "adapt", "check_support_in", "joined"]
+__all__ = ["Adapted", "adapt", "check_support_in", "encoded_support", "joined"]
 
 # Importance weights are used up to this Pareto k-hat (Vehtari et al. 2024); above it they are
 # dominated by a few draws.
@@ -76,6 +77,8 @@ class Adapted:
     def adapt(self, support: ClusteredData | pd.DataFrame) -> Adapted:
         """The posterior given these rows and all earlier ones, as if all had come at once."""
         rows = joined(self.posterior, self.support, self.posterior.encode(support))
+        rows = with_joint_means(rows, self.posterior.model.data_facts().schema)
+        rows = self.posterior.encode(replace(rows, cluster_means={}))
         settings: dict[str, Any] = {"draws": self.draws, "seed": self.seed}
         return adapt(self.posterior, rows, update_seen=self.update_seen, **settings)
 
@@ -85,7 +88,7 @@ class Adapted:
         Clusters without labelled rows are drawn from N(0, D), as in the mode "marginal";
         `Prediction.unseen` names the mode of every row.
         """
-        rows, source = self.posterior.encode(data), self.source()
+        rows, source = self.posterior.encode(data, self.support), self.source()
         settings: dict[str, Any] = {"draws": self.draws, "prob": prob, "seed": self.seed}
         made = predict_rows(self.posterior, rows, source, **settings)
         return replace(made, new=new_effects(self.posterior.model, source, rows))
@@ -179,9 +182,7 @@ def adapt(
     """
     model = posterior.model
     seed = posterior.seed if seed is None else seed
-    if isinstance(support, pd.DataFrame) and support.empty:
-        support = posterior.data.take([])
-    support = posterior.encode(support)
+    support = encoded_support(posterior, support)
     _check(posterior, support, update_seen)
     latents: Latents = posterior.draws(draws, seed=seed)
     new = new_clusters(model, support)
@@ -197,6 +198,13 @@ def adapt(
             latents = selected(latents, index)
             effects = {k: v[index] for k, v in effects.items()}
     return Adapted(posterior, support, latents, new, effects, quality, draws, seed, update_seen)
+
+
+def encoded_support(posterior: Posterior, support: ClusteredData | pd.DataFrame) -> ClusteredData:
+    """Labelled rows as `Posterior.encode` reads them; a table may be empty."""
+    if isinstance(support, pd.DataFrame) and support.empty:
+        support = posterior.data.take([])
+    return posterior.encode(support)
 
 
 def _check(posterior: Posterior, support: ClusteredData, update_seen: bool) -> None:
@@ -265,6 +273,8 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
         features=torch.cat([data.features for data in both]),
         groupings=groupings,
         row_labels=first.row_labels.append(second.row_labels),
+        table=joined_tables(first, second),
+        cluster_means=second.cluster_means,
         **optional,
     )
 

@@ -252,4 +252,5 @@ def _with_training(
     counts = {k: torch.bincount(v, minlength=len(levels[k])) for k, v in codes.items()}
     x = torch.cat([source.x, training.x[index]])
     y, trials, offset, weights = (both(name) for name in ("y", "trials", "offset", "weights"))
-    return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=both("slopes"))
+    slopes, means = both("slopes"), both("means")
+    return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=slopes, means=means)

@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 
 from armed_pyro.data.absent_columns import absent_columns, warn_of_absent, with_new_column
+from armed_pyro.data.cluster_means import ClusterSums, added
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import NEW, complete_rows
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import match_labels
+from armed_pyro.data.own_means import extended_by
 from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.adapt import adapt, check_support_in
+from armed_pyro.prediction.adapt import adapt, check_support_in, encoded_support
 from armed_pyro.prediction.chunks import check_settings, new_effects, predict_chunks, predict_rows
 from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.result import Prediction
@@ -39,6 +41,7 @@ from armed_pyro.prediction.unseen import (
     one_cluster_per_row,
     warn_if_all_new,
 )
+from armed_pyro.program.between import feature_sums
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.names import tree_names
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -99,7 +102,10 @@ def predict(
     ``fit.predict(rows, unseen="marginal").to_frame()``
     """
     check_settings(draws, prob)
-    data = posterior.encode(data)
+    known = None
+    if unseen == "adapt" and support is not None:
+        support = known = encoded_support(posterior, support)
+    data = posterior.encode(data, known)
     source, membership = effect_source(
         posterior,
         data,
@@ -168,7 +174,7 @@ def _source_of(
     """
     seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
-        rows = posterior.encode(support)
+        rows = encoded_support(posterior, support)
         check_support_in(new, new_clusters(posterior.model, rows))
         return adapt(posterior, rows, draws=draws, seed=seed).source()
     latents = posterior.draws(draws, seed=seed)
@@ -201,8 +207,7 @@ def predict_table(
     are those of `predict`.
     """
     classifiers = Classifiers() if classifiers is None else classifiers
-    schema = posterior.model.data_facts().schema
-    if schema is None:
+    if (schema := posterior.model.data_facts().schema) is None:
         raise ValueError("the model was fitted to arrays, so it cannot read a table")
     check_settings(draws, prob)
     names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
@@ -219,13 +224,14 @@ def predict_table(
     if unseen != "adapt":
         labels = {name: labels for name, (labels, _) in clusters.items()}
         warn_if_all_new(posterior.model, labels, new)
+    encode = _encoder(posterior, schema, table, wanted, absent, support, report)
     resembling = unseen in RESEMBLING and any(map(len, new.values()))
     evidence: Evidence | None = None
     source = membership = None
     if resembling and pooled:
         evidence = {}
         for frame in _reported(table, EVIDENCE_ROWS, wanted, "comparing clusters", report):
-            data = ClusteredData.encode(with_new_column(frame, absent), schema)
+            data = encode(frame)
             evidence = merge_evidence(evidence, gather_evidence(posterior, data, classifiers))
         membership = evidence_table(evidence)
         warn_if_alien(membership)
@@ -236,7 +242,7 @@ def predict_table(
     def parts() -> Iterator[Prediction]:
         size, start = BLOCK_VALUES // (draws * values_per_row(posterior.model)), 0
         for frame in table.blocks(max(1, size), wanted):
-            data = ClusteredData.encode(with_new_column(frame, absent), schema)
+            data = encode(frame)
             block_source = source
             if block_source is None:
                 data = one_cluster_per_row(posterior.model, data, start)
@@ -247,6 +253,46 @@ def predict_table(
             start += len(frame)
 
     return parts(), membership
+
+
+def _encoder(
+    posterior: Posterior,
+    schema: Schema,
+    table: TableBlocks,
+    wanted: tuple[str, ...],
+    absent: Collection[str],
+    support: pd.DataFrame | None,
+    report: Report,
+) -> Callable[[pd.DataFrame], ClusteredData]:
+    """The encoding of blocks: means of new clusters are over all rows of the support or the table.
+
+    The features are read for it only if the program has means of clusters.
+    """
+    between = posterior.model.data_facts().between
+    means = {} if between is None else between.means
+    if support is not None and (means or schema.cluster_columns):
+        known = encoded_support(posterior, support)
+        schema = extended_by(schema, known)
+        means = means if between is None else between.extended(known)
+
+    def encode(frame: pd.DataFrame) -> ClusteredData:
+        rows = ClusteredData.encode(with_new_column(frame, absent), schema)
+        return replace(rows, cluster_means=means)
+
+    sums: dict[str, ClusterSums] = {}
+    if schema.cluster_columns:
+        for frame in _reported(table, EVIDENCE_ROWS, wanted, "means of clusters", report):
+            rows = schema.select(with_new_column(frame, absent))
+            sums = added(sums, schema.cluster_sums(rows, schema.groupings(rows), sums))
+        schema = schema.with_new_means(sums)
+    sums = {}
+    if means:
+        for frame in _reported(table, EVIDENCE_ROWS, wanted, "means of features", report):
+            data = encode(frame)
+            parts = {f: feature_sums(data, f, m.columns, sums.get(f)) for f, m in means.items()}
+            sums = added(sums, parts)
+        means = {factor: m.extended(sums[factor]) for factor, m in means.items()}
+    return encode
 
 
 def _clusters(

@@ -155,7 +155,9 @@ def score_mode(
     ``score_mode(fit, held_out, "marginal").summary["elpd"]``
     """
     model, facts = posterior.model, posterior.model.data_facts()
-    rows = posterior.encode(data)
+    if mode == "adapt" and support is not None:
+        support = posterior.encode(support)
+    rows = posterior.encode(data, support if isinstance(support, ClusteredData) else None)
     if rows.outcome is None:
         raise ValueError(
             f"scores compare predictions with outcomes, but the rows have no {facts.outcome_name!r}"
@@ -172,8 +174,7 @@ def score_mode(
     y, rows, codes = rows.outcome.numpy()[codes >= 0], rows.take(codes >= 0), codes[codes >= 0]
     unseen, pooled = ("membership", False) if mode == BY_ROW else (mode, True)
     seed = posterior.seed if seed is None else seed
-    if unseen == "adapt" and support is not None:
-        support = posterior.encode(support)
+    if unseen == "adapt" and isinstance(support, ClusteredData):
         source: EffectSource = adapt(posterior, support, draws=draws, seed=seed).source()
     else:
         support = None

@@ -16,8 +16,10 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.feature_scaling import FeatureScaling, intercept_columns
 from armed_pyro.data.grouping import index_from_json, index_to_json
 from armed_pyro.data.label_matching import match_labels
+from armed_pyro.data.own_means import encoded_by
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.families.family import Family
+from armed_pyro.program.between import Between
 from armed_pyro.program.row_roles import check_offset, check_weights
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
@@ -63,6 +65,9 @@ class Facts:
     weights_kind: WeightsKind | None = None  # None without weights
     weights_sum: float = 0.0
     feature_average: tuple[float, ...] = ()  # as of `FeatureScaling.average`
+    between: Between | None = (
+        None  # clusters' means of features; None where they were not asked for
+    )
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
@@ -163,6 +168,7 @@ class Facts:
         raised if features are missing, or clusters are not among `levels`.
         """
         levels = self.levels if levels is None else levels
+        data = encoded_by(data, self.schema)
         if data.feature_names != self.feature_names:
             missing = [name for name in self.feature_names if name not in data.feature_names]
             raise ValueError(
@@ -197,7 +203,14 @@ class Facts:
                     "encode new tables with the training data's schema"
                 )
             slopes = self.slope_scaling.standardise(data.slopes).to(like)
-        return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=slopes)
+        between = self.between
+        means = between.columns(data).to(like) if between and between.names else None
+        return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=slopes, means=means)
+
+    @property
+    def between_names(self) -> tuple[str, ...]:
+        """Names of the clusters' means that are fixed effects beside the network."""
+        return () if self.between is None else self.between.names
 
     def levels_with(self, data: ClusteredData) -> dict[str, pd.Index]:
         """Labels of the clusters seen in training, followed by new ones in these data."""
@@ -215,8 +228,8 @@ class Facts:
             name: Membership(torch.arange(len(levels), device=like.device), none)
             for name, levels in self.levels.items()
         }
-        slopes = self._zero_slopes(0, like)
-        return Rows(like.new_zeros(0, *self.feature_shape), None, memberships, slopes=slopes)
+        slopes, x = self._zero_slopes(0, like), like.new_zeros(0, *self.feature_shape)
+        return Rows(x, None, memberships, slopes=slopes, means=self.zero_means(0, like))
 
     def one_row(self, like: Tensor) -> Rows:
         """A row of zeros without an outcome, in the first cluster of every factor."""
@@ -224,7 +237,12 @@ class Facts:
         memberships = {name: Membership(first, first) for name in self.levels}
         x = like.new_zeros(1, *self.feature_shape)
         slopes = self._zero_slopes(1, like)
-        return Rows(x, None, memberships, trials=like.new_ones(1), slopes=slopes)
+        means, trials = self.zero_means(1, like), like.new_ones(1)
+        return Rows(x, None, memberships, trials=trials, slopes=slopes, means=means)
+
+    def zero_means(self, rows: int, like: Tensor) -> Tensor | None:
+        """`Rows.means` of rows in clusters with average means; None without such columns."""
+        return like.new_zeros(rows, len(self.between_names)) if self.between_names else None
 
     def _zero_slopes(self, rows: int, like: Tensor) -> Tensor | None:
         return like.new_zeros(rows, len(self.slope_names)) if self.slope_names else None
@@ -237,6 +255,7 @@ class Facts:
             "levels": {factor: index_to_json(levels) for factor, levels in self.levels.items()},
             "counts": {factor: counts.tolist() for factor, counts in self.counts.items()},
             "schema": None if self.schema is None else self.schema.to_json(),
+            "between": None if self.between is None else self.between.to_json(),
         }
         return {**vars(self), **tuples, **encoded}
 
@@ -245,13 +264,14 @@ class Facts:
         """The facts that `to_json` wrote."""
         classes, schema = values["classes"], values["schema"]
         tuples: dict[str, Any] = {k: tuple(v) for k, v in values.items() if type(v) is list}
-        indicators = values.get("indicators", {})
+        indicators, between = values.get("indicators", {}), values.get("between")
         tuples["indicators"] = {name: tuple(labels) for name, labels in indicators.items()}
         decoded: dict[str, Any] = {
             "classes": None if classes is None else tuple(index_from_json(classes)),
             "levels": {name: index_from_json(index) for name, index in values["levels"].items()},
             "counts": {name: torch.tensor(counts) for name, counts in values["counts"].items()},
             "schema": None if schema is None else Schema.from_json(schema),
+            "between": None if between is None else Between.from_json(between),
         }
         return cls(**{**values, **tuples, **decoded})
 

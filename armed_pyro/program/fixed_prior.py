@@ -54,14 +54,15 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
     They are independent without columns of 0 and 1, and where the map is not known: for weights of
     a network's last layer, without an intercept or all levels of a factor in its place, if columns
     were dropped, beyond `MOST_COLUMNS`, in formulas whose terms lack those that they contain, and
-    in fits that were saved before there was this prior.
+    in fits that were saved before there was this prior. Effects of clusters' means always are.
     """
-    facts = model.data_facts()
-    names, columns = model.fixed_terms(), len(facts.columns)
-    n = len(names) // columns
-    intercept = model.has_intercept
+    facts, columns = model.data_facts(), len(model.data_facts().columns)
+    if not model.linear:
+        return None
+    means, intercept = len(facts.between_names), model.has_intercept
+    n = len(model.fixed_terms()) // columns - means
     whole = n == intercept + len(facts.feature_names) and (intercept or facts.intercept_columns)
-    if not (model.linear and whole and facts.feature_average) or n > MOST_COLUMNS:
+    if not (whole and facts.feature_average) or n > MOST_COLUMNS:
         return None
     mean, scale = np.array(facts.feature_mean), np.array(facts.feature_scale)
     ones = [1.0] * intercept
@@ -74,6 +75,7 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
         return None
     upper = np.linalg.qr(matrix.T, mode="r")
     lower = torch.from_numpy((np.sign(np.diag(upper))[:, None] * upper).T.copy())
+    lower = torch.block_diag(lower, torch.eye(means, dtype=torch.float64))
     return torch.kron(lower, torch.eye(columns, dtype=torch.float64))
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from armed_pyro.networks.taps import modulated
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import linear_predictor, reaches_predictor
+from armed_pyro.program.working import derivatives, gradients
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -54,7 +55,7 @@ def sensitivities(
         with modulated(model.network, factor.by_layer(effects)):
             output, tapped = model.run_network(replace(rows, computed=None), whole=True)
             eta = linear_predictor(model, rows, output, tapped, fixed)
-        slopes = _gradients(eta, effects, create_graph=rows.x.requires_grad)
+        slopes = gradients(eta, effects, create_graph=rows.x.requires_grad)
     spread = model.data_facts().spread
     return torch.cat([linear, torch.stack(slopes, -1) / spread], 1)
 
@@ -109,14 +110,6 @@ def _leaf(effects: Tensor) -> Tensor:
     return effects.detach().clone().requires_grad_(True)
 
 
-def _gradients(columns: Tensor, inputs: Tensor, *, create_graph: bool = False) -> list[Tensor]:
-    """Gradient in the inputs of the sum of each column."""
-    return [
-        torch.autograd.grad(values.sum(), inputs, retain_graph=True, create_graph=create_graph)[0]
-        for values in columns.unbind(-1)
-    ]
-
-
 def _pulled_back(
     mean: Tensor, effects: Sequence[Tensor], cotangent: Tensor, *, create_graph: bool = False
 ) -> Float[Tensor, "rows terms"]:
@@ -129,7 +122,7 @@ def _jacobian(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows va
     """J, one column per effect: J'v is linear in v, and its derivatives in v are J's columns."""
     v = torch.zeros_like(mean).requires_grad_(True)
     pulled = _pulled_back(mean, effects, v, create_graph=True)
-    return torch.stack([column.flatten(1) for column in _gradients(pulled, v)], -1)
+    return torch.stack([column.flatten(1) for column in gradients(pulled, v)], -1)
 
 
 def _combined(mean: Tensor, effects: Sequence[Tensor]) -> Float[Tensor, "rows combinations terms"]:
@@ -172,15 +165,10 @@ def curvature(
     for rows in source.chunks(size):
         with torch.no_grad():
             predictor = model.predictor(rows, latents)
-        with torch.enable_grad():
-            eta = predictor.eta.detach().requires_grad_(True)
-            log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
-            (slope,) = torch.autograd.grad(log_prob.sum(), eta, create_graph=True)
-            second = _gradients(slope, eta)
-        # The Hessian's diagonal: each column's derivative of its own slope.
-        diagonal = torch.stack([part[..., column] for column, part in enumerate(second)], -1)
-        weight = (-diagonal * spread**2 / tau).reshape(-1, *eta.shape[-2:]).mean(0).clamp(min=1e-4)
-        residual = (slope.detach() * spread / tau).reshape(-1, *eta.shape[-2:]).mean(0)
+        slope, minus_second = derivatives(model, predictor.eta, latents, rows)
+        shape = predictor.eta.shape[-2:]
+        weight = (minus_second * spread**2 / tau).reshape(-1, *shape).mean(0).clamp(min=1e-4)
+        residual = (slope * spread / tau).reshape(-1, *shape).mean(0)
         frequencies = model.frequencies(rows)
         if frequencies is not None:
             # After the clamp: before it, rows of frequency 0 would count.

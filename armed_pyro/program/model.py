@@ -20,6 +20,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Known
 from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.mundlak import with_between
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
     Predictor,
@@ -79,6 +80,15 @@ class MixedEffects(Plan):
         keeps the fixed effects predictive without random effects, and trains the network only.
     others : Reconstruction or sequence of Reconstruction
         Further outcomes, each with its likelihood and weight.
+    between : {"auto", True, False}, optional
+        Whether means of features in the clusters of each random intercept become latent fixed
+        effects beside the network, :math:`f(x_i) + w^\top m_{g(i)}`, as in
+        `armed_pyro.data.cluster_means`. A random intercept alone makes f follow the slopes within
+        clusters; where those between clusters differ, new clusters are predicted badly without
+        means (Mundlak 1978). True takes all features that vary within and between clusters.
+        "auto" takes those whose slopes differ in the training rows; see
+        `armed_pyro.program.mundlak`. It is the default of networks; linear programs have no means
+        by default. Images have no named features, and so no means.
     dtype : torch.dtype
         Precision of all but the network and the adversaries, which compute in the precision of the
         network's parameters. In single precision, torch.float32, an outcome near 6,000,000 is
@@ -108,6 +118,7 @@ class MixedEffects(Plan):
         if isinstance(data, ClusteredData):
             bound.facts = Facts.of(data, self.family, self.factor_names())
             bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
+            bound.facts = with_between(bound, data)
         else:
             bound.facts = data
         facts = bound.data_facts()
@@ -131,7 +142,7 @@ class MixedEffects(Plan):
             adversary.build(widths, len(facts.levels[adversary.factor]))
         bound._adversaries.to(bound.network_reference())
         bound._factors.to(bound.reference())
-        if bound.bayesian_head:
+        if bound.has_fixed_effects:
             root = fixed_prior.root(bound)
             root = None if root is None else root.to(bound.reference())
             bound.register_buffer("fixed_root", root, persistent=False)
@@ -191,7 +202,7 @@ class MixedEffects(Plan):
         latents: dict[str, Tensor] = {}
         for parameter in self.family.parameters:
             latents[parameter.name] = parameter.sample(self.priors, unit)
-        if self.bayesian_head:
+        if self.has_fixed_effects:
             latents["fixed_effect"] = pyro.sample("fixed_effect", self.fixed_prior())
         latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
         for factor in self.factors:

@@ -27,7 +27,7 @@ __all__ = [
 def _of_program(model: Plan) -> Iterator[str]:
     """Names of the sites that no grouping factor has."""
     yield model.data_facts().outcome_name
-    yield from ["fixed_effect"] * model.bayesian_head
+    yield from ["fixed_effect"] * model.has_fixed_effects
     yield from (parameter.name for parameter in model.family.parameters)
     yield from (name for other in model.others for name in (other.name, other.sd_site))
 

@@ -19,6 +19,7 @@ from armed_pyro.families.registry import family_named
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.taps import head_path, run
 from armed_pyro.priors import Known, Priors
+from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.formula import parse_terms
@@ -53,6 +54,7 @@ class Plan(LocalModule):
         bayesian_head: bool = False,
         fixed_weight: float = 0.0,
         others: Reconstruction | Sequence[Reconstruction] = (),
+        between: BetweenChoice = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__("program")
@@ -69,6 +71,8 @@ class Plan(LocalModule):
         check_type(fixed_weight, REAL, "fixed_weight")
         if fixed_weight < 0:
             raise ValueError(f"`fixed_weight` must not be negative, not {fixed_weight}")
+        if between not in (None, True, False, "auto"):
+            raise ValueError(f"`between` must be True, False or 'auto', not {between!r}")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"`dtype` must be torch.float64 or torch.float32, not {dtype}")
         self.net = net
@@ -82,6 +86,7 @@ class Plan(LocalModule):
         self.priors = Priors() if priors is None else priors
         self.bayesian_head = bayesian_head
         self.fixed_weight = float(fixed_weight)
+        self.between = between
         self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
         for other in self.others:
             check_type(other, Reconstruction, "every one of others")
@@ -165,20 +170,34 @@ class Plan(LocalModule):
         head = self.network.get_submodule(self.head_path())
         return self.data_facts().intercept and getattr(head, "bias", None) is not None
 
+    @property
+    def has_fixed_effects(self) -> bool:
+        """Whether there are latent fixed effects: of the last layer, or of clusters' means."""
+        return self.bayesian_head or bool(self.data_facts().between_names)
+
     def head_path(self) -> str:
         """Module path of the network's last linear layer; empty if that is the network itself."""
         return head_path(self.network)
 
     def fixed_terms(self) -> tuple[str, ...]:
-        """Names of the latent fixed effects: the inputs of the last linear layer, by column."""
+        """Names of the latent fixed effects, by column.
+
+        They are the inputs of the last linear layer, if its weights are latent, followed by the
+        clusters' means.
+        """
+        facts, means = self.data_facts(), self.data_facts().between_names
+        names = [*(self._head_terms() if self.bayesian_head else ()), *means]
+        return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
+
+    def _head_terms(self) -> list[str]:
+        """Names of the inputs of the last linear layer."""
         facts, path = self.data_facts(), self.head_path()
         head = self.network.get_submodule(path)
         width = int(head.in_features)  # type: ignore[arg-type]
         names = [f"{path or 'input'}[{unit}]" for unit in range(width)]
         if self.linear:
             names = [facts.feature_names[place] for place in facts.kept]
-        names = ["Intercept"] * self.has_intercept + names
-        return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
+        return ["Intercept"] * self.has_intercept + names
 
     def known(self) -> dict[str, Tensor]:
         """Latent quantities that are known by their priors, not estimated, by site."""
@@ -269,11 +288,23 @@ class Plan(LocalModule):
             base = base + rows.offset[:, None]
         if not self.bayesian_head:
             output = output.reshape(len(rows), -1).to(self.dtype)
-            return base + facts.spread * self.family.contrasts(output)
+            base = base + facts.spread * self.family.contrasts(output)
+        if not self.has_fixed_effects:
+            return base
         weights = latents["fixed_effect"].unflatten(-1, (-1, len(facts.columns)))
         if weights.dim() > 2:
             weights = weights.squeeze(-3)
-        return base + facts.spread * (self.head_inputs(activations) @ weights)
+        return base + facts.spread * (self.fixed_inputs(rows, activations) @ weights)
+
+    def fixed_inputs(
+        self, rows: Rows, activations: Mapping[str, Tensor]
+    ) -> Float[Tensor, "rows inputs"]:
+        """Regressors of all latent fixed effects: `head_inputs`, then the clusters' means."""
+        parts = [self.head_inputs(activations)] if self.bayesian_head else []
+        means = self.data_facts().zero_means(len(rows), self.reference())
+        if means is not None:
+            parts.append(means if rows.means is None else rows.means)
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def head_inputs(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "rows inputs"]:
         """Regressors of the latent fixed effects: 1 for an intercept, then the head's inputs."""

@@ -43,21 +43,29 @@ def original_sd(
 def original_fixed_effects(model: MixedEffects, latents: Draws) -> Float[Tensor, "draws terms"]:
     """Latent fixed effects in outcome units per unit of the feature.
 
-    The intercept is the predictor at x = 0, centre included. Coefficients of a deep network's
-    last layer are per unit of its activations.
+    The intercept is the predictor at x = 0, and at clusters' means of 0, centre included.
+    Coefficients of a deep network's last layer are per unit of its activations.
     """
-    facts = model.data_facts()
+    facts, between = model.data_facts(), model.data_facts().between
     values = _flat(latents["fixed_effect"], 1).to(torch.float64) * facts.spread
     values = values.unflatten(-1, (-1, len(facts.columns))).clone()
+    means = 0 if between is None else len(between.names)
+    head = values.shape[1] - means
     # Coefficients that take up a constant: the intercept's, or those of columns that sum to 1.
-    constant = [place for place, k in enumerate(facts.kept) if k in facts.intercept_columns]
-    constant = [0] if model.has_intercept else constant
+    constant = list[int]()
+    if model.bayesian_head:
+        constant = [place for place, k in enumerate(facts.kept) if k in facts.intercept_columns]
+        constant = [0] if model.has_intercept else constant
+    if between is not None and means:
+        values[:, head:] /= values.new_tensor(between.scale)[:, None]
+        center = values.new_tensor(between.center)[:, None]
+        values[:, constant] -= (values[:, head:] * center).sum(1, keepdim=True)
     if model.linear:
         kept, first = facts.kept, int(model.has_intercept)
         scale = values.new_tensor(facts.feature_scale)[kept, None]
         mean = values.new_tensor(facts.feature_mean)[kept, None]
-        values[:, first:] /= scale
-        values[:, constant] -= (values[:, first:] * mean).sum(1, keepdim=True)
+        values[:, first:head] /= scale
+        values[:, constant] -= (values[:, first:head] * mean).sum(1, keepdim=True)
     values[:, constant] += values.new_tensor(facts.center)
     return values.flatten(1)
 

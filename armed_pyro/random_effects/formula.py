@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate
 
+from armed_pyro.data.cluster_columns import without_calls
 from armed_pyro.data.formula import without_factor
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Term
 
@@ -25,8 +26,8 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
     removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
     ``(1 | a)`` and ``(1 | a:b)``. Names with other characters than letters are in backticks;
     ``factor(x)`` is x, which the data must hold as categories: ``categorical=["x"]`` in
-    `ClusteredData.from_frame`; the command line does that by itself. One string may hold several
-    terms, joined by ``+``.
+    `ClusteredData.from_frame`; the command line does that by itself. A slope may be on
+    ``within(x | g)``, if that is a feature. One string may hold several terms, joined by ``+``.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def _parse(text: str) -> list[Term]:
         return chr(_FIRST + len(names) - 1)
 
     # Each name in backticks is one private character while the string is read.
-    bare, categorical = without_factor(text)
+    bare, categorical = without_factor(without_calls(text)[0])
     plain = re.sub("`([^`]+)`", stand_in, bare)
     try:
         terms = _parse_terms(plain)

@@ -17,7 +17,13 @@ from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.engine.schedule import History
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
-from armed_pyro.report.text import adversaries, how_training_ended, outcome_labels, priors
+from armed_pyro.report.text import (
+    adversaries,
+    fresh_probes,
+    how_training_ended,
+    outcome_labels,
+    priors,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +99,8 @@ def _program(results: Results) -> dict[str, str]:
         "Features": ", ".join(facts.feature_names) or "none",
         "Network": " → ".join(map(str, layers)),
         "Random effects": " + ".join(map(str, model.terms)) or "none",
-        "Adversary": "; ".join(adversaries(model)),
+        "Adversary": "; ".join(adversaries(results.posterior)),
+        "Fresh probe": "; ".join(fresh_probes(results.posterior)),
         "Rows": f"{facts.n_rows:,}",
         "Clusters": ", ".join(f"{len(level):,} of {name}" for name, level in facts.levels.items()),
         "Seed": str(results.posterior.seed),

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from armed_pyro.inference.posterior import METHODS, Posterior
+from armed_pyro.networks.fresh_probe import FreshProbe
 from armed_pyro.program import fixed_prior
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
@@ -31,7 +32,12 @@ def summarize(results: Results) -> str:
     """The summary of a fit as text, in the layout of lme4 and brms."""
     model = results.posterior.model
     lines = (f"  {site}: {prior}" for site, prior in priors(model).items())
-    parts = [_head(model), _section("Priors", "\n".join(lines)), _random(results), _fixed(results)]
+    parts = [
+        _head(results.posterior),
+        _section("Priors", "\n".join(lines)),
+        _random(results),
+        _fixed(results),
+    ]
     parts += [_convergence(results), results.verdicts.text]
     return "\n\n".join(parts)
 
@@ -42,7 +48,7 @@ def priors(model: MixedEffects) -> dict[str, str]:
     lines: dict[str, str] = {}
     for factor in model.factors:
         lines |= factor.describe_priors()
-    if model.bayesian_head:
+    if model.has_fixed_effects:
         lines["fixed_effect"] = fixed_prior.describe(model)
     for parameter in model.family.parameters:
         if facts.weights_kind == "se":
@@ -57,9 +63,23 @@ def priors(model: MixedEffects) -> dict[str, str]:
     return lines or {"(none)": "the program has no latent site"}
 
 
-def adversaries(model: MixedEffects) -> list[str]:
-    """Factor, layers and weight of every adversary."""
-    return [f"{a.factor}, on {', '.join(a.taps)}, weight {a.weight:g}" for a in model.adversaries]
+def adversaries(posterior: Posterior) -> list[str]:
+    """Factor, layers, weight and warm-up of every adversary."""
+    history, lines = posterior.history, []
+    for place, game in enumerate(posterior.model.adversaries):
+        tried = [r["weight"] for r in history.weights if r["adversary"] == place]
+        how = f" (chosen from {', '.join(f'{w:g}' for w in tried)})" if tried else ""
+        line = f"{game.factor}, on {', '.join(game.taps)}, weight {game.weight:g}{how}"
+        # Fits saved by earlier versions do not tell the steps of their warm-up.
+        warmup = history.warmup[place : place + 1]
+        lines.append("".join([line, *(f", warm-up {steps} steps" for steps in warmup)]))
+    return lines
+
+
+def fresh_probes(posterior: Posterior) -> list[str]:
+    """How well fresh probes read the clusters that adversaries should hide."""
+    probes = [FreshProbe.from_json(record) for record in posterior.history.probes]
+    return [f"Fresh probe of {probe.factor}: {probe}" for probe in probes]
 
 
 def event_of(model: MixedEffects) -> tuple[Any, ...]:
@@ -88,7 +108,8 @@ def _section(title: str, body: str) -> str:
     return f"{title}:\n{body}"
 
 
-def _head(model: MixedEffects) -> str:
+def _head(posterior: Posterior) -> str:
+    model = posterior.model
     facts = model.data_facts()
     weights = sum(p.numel() for p in model.net.parameters())
     fixed = "linear, latent coefficients" if model.linear else f"network of {weights} weights"
@@ -105,6 +126,8 @@ def _head(model: MixedEffects) -> str:
         f"  Random effects: {random}",
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
+    if facts.between is not None:
+        lines.append(f"  Clusters' means: {facts.between.note}")
     if facts.weights_kind:
         lines.append(f"  Weights: {WEIGHTS[facts.weights_kind].format(facts.weights_sum)}")
     lines += [
@@ -112,7 +135,7 @@ def _head(model: MixedEffects) -> str:
         f"weight {other.weight:.4g}"
         for other in model.others
     ]
-    return "\n".join([*lines, *(f"  Adversary: {line}" for line in adversaries(model))])
+    return "\n".join([*lines, *(f"  Adversary: {line}" for line in adversaries(posterior))])
 
 
 def _random(results: Results) -> str:
@@ -130,10 +153,13 @@ def _fixed(results: Results) -> str:
     if table.empty:
         return "Fixed effects: weights of a network, without uncertainty"
     body = _frame(table)
-    if not results.posterior.model.linear:
+    model = results.posterior.model
+    if not model.linear:
+        means = table[table.term.str.startswith("between(")]
         body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
+        body = body if model.bayesian_head else _frame(means)
     interval = f"{results.prob:.0%} equal-tailed interval"
-    of = "".join(f"of {label!r}, " for label in event_of(results.posterior.model))
+    of = "".join(f"of {label!r}, " for label in event_of(model))
     return _section(f"Fixed effects ({of}posterior mean, {interval})", body)
 
 
@@ -150,14 +176,7 @@ def _convergence(results: Results) -> str:
         quality = ", ".join(f"{name} {value:.3g}" for name, value in qualities)
         draws = f"{METHODS[posterior.refined.method]} ({quality})"
     lines.append(f"  Posterior draws: {draws}")
-    # There is no accuracy if training diverged in the first window of steps.
-    accuracies = history.adversary_accuracy[-1] if history.adversary_accuracy else []
-    for adversary, accuracy in zip(posterior.model.adversaries, accuracies, strict=False):
-        counts = facts.counts[adversary.factor]
-        lines.append(
-            f"  Adversary of {adversary.factor}: accuracy {accuracy:.3f}, "
-            f"chance {float(counts.max() / counts.sum()):.3f}"
-        )
+    lines += [f"  {line}" for line in fresh_probes(posterior)]
     return _section("Convergence", "\n".join(lines))
 
 

@@ -49,6 +49,8 @@ class Rows:
     computed: Mapping[str, Tensor] | None = None
     # Standardised columns that random slopes use and that do not enter the network.
     slopes: Float[Tensor, "rows columns"] | None = None
+    # Standardised means of features in the row's clusters, as further fixed effects.
+    means: Float[Tensor, "rows columns"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -67,6 +69,7 @@ class Rows:
         """The values as bytes, which differ between different rows."""
         positions = [membership.position for membership in self.memberships.values()]
         parts = [self.x, self.y, self.trials, self.offset, self.weights, *positions]
-        # Without slopes, the bytes are those of checkpoints from before there were any.
-        for values in parts if self.slopes is None else [*parts, self.slopes]:
+        # Without slopes and means, the bytes are those of checkpoints from before there were any.
+        parts += [values for values in (self.slopes, self.means) if values is not None]
+        for values in parts:
             yield b"none" if values is None else values.double().cpu().numpy().tobytes()

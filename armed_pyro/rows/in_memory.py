@@ -34,6 +34,7 @@ class HeldRows(RowSource):
     computed: Mapping[str, Tensor] | None = None
     reduce: Callable[[Tensor], Tensor] | None = None
     slopes: Float[Tensor, "rows columns"] | None = None
+    means: Float[Tensor, "rows columns"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -58,7 +59,7 @@ class HeldRows(RowSource):
             # `index_select` copies whole rows, which takes a fraction of the time of indexing.
             return None if values is None else values.index_select(0, index)
 
-        names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes")
+        names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes", "means")
         return replace(self, **{name: take(getattr(self, name)) for name in names})
 
     def all(self) -> Rows:
@@ -66,7 +67,7 @@ class HeldRows(RowSource):
 
     def of(self, memberships: Mapping[str, Membership], scale: float) -> Rows:
         """All rows, with these memberships and this scale."""
-        optional = (self.trials, self.offset, self.weights, self.computed, self.slopes)
+        optional = (self.trials, self.offset, self.weights, self.computed, self.slopes, self.means)
         return Rows(self.x, self.y, memberships, scale, *optional)
 
     def batches(

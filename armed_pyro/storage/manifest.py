@@ -73,6 +73,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
             "bayesian_head": model.bayesian_head,
             "dtype": str(model.dtype).removeprefix("torch."),
             "fixed_weight": model.fixed_weight,
+            "between": model.between,
             "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [_fields(other) for other in model.others],
         },
@@ -170,6 +171,8 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     with reading(path, "model.family"):
         family = read_family(plan["family"], path)
     options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
+    # Earlier programs had no clusters' means.
+    options["between"] = plan.get("between", False)
     with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
     with reading(path, "model.dtype"):

@@ -405,11 +405,15 @@ def _training_end(posterior: Posterior) -> dict[str, Any]:
         counts, windows = facts.counts[adversary.factor], history.adversary_accuracy
         accuracy = windows[-1][place] if windows else None
         chance = float(counts.max() / counts.sum())
-        adversaries.append({"factor": adversary.factor, "accuracy": accuracy, "chance": chance})
+        record = {"factor": adversary.factor, "accuracy": accuracy, "chance": chance}
+        warmup = history.warmup[place] if place < len(history.warmup) else None
+        adversaries.append({**record, "weight": adversary.weight, "warmup_steps": warmup})
     return {
         "converged": posterior.converged,
         "stopped": posterior.stopped,
         "steps": len(history.loss),
         "elbo": float(np.mean(history.elbo[-100:])) * facts.n_rows if history.elbo else None,
         "adversaries": adversaries,
+        "fresh_probes": history.probes,
+        "weights_tried": history.weights,
     }

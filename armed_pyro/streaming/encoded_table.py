@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.data.cluster_means import ClusterSums
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import check_varying
 from armed_pyro.data.grouping import Grouping
@@ -76,6 +77,28 @@ class EncodedTable:
         names = [*scanned.features, *scanned.numbers, *clusters, "row"]
         return self._rows(names, where, **parameters).take(slice(None))
 
+    def cluster_sums(self, factor: str, names: tuple[str, ...]) -> ClusterSums:
+        """Sums of these features, by the clusters of a factor, over all rows."""
+        scanned, first = self.scanned, self.scanned.first
+        places = [first.feature_names.index(name) for name in names]
+        origin = first.features[0, places].double().numpy()
+        counts = "weights" in scanned.numbers and first.weights_kind == "frequency"
+        weight = "weights" if counts else "1"
+        parts = [f"sum({weight})::DOUBLE"]
+        for power in (1, 2):
+            parts += [
+                f"sum({weight} * (x{place} - '{float(at)!r}'::DOUBLE) ^ {power})"
+                for place, at in zip(places, origin, strict=True)
+            ]
+        column = scanned.cluster(factor)
+        with database(self.memory, self.path.parent, len(names)) as connection:
+            rows = connection.read_parquet(glob.escape(str(self.path)))
+            found = rows.aggregate(f"{column}, {', '.join(parts)}", column).fetchall()
+        values = np.array(sorted(found), dtype=float)
+        levels = scanned.levels[factor].take(values[:, 0].astype(np.int64))
+        count, total, square = np.split(values[:, 1:], [1, 1 + len(names)], axis=1)
+        return ClusterSums(levels, count[:, 0], total, square, origin)
+
     def _rows(self, names: list[str], where: str, **parameters: Any) -> ClusteredData:
         """Columns of the rows that meet a condition, encoded as those of a table in memory."""
         with database(self.memory, self.path.parent, len(names)) as connection:
@@ -96,6 +119,7 @@ class EncodedTable:
                 if scanned.cluster(factor) in tensors
             },
             row_labels=pd.Index(columns["row"]),
+            table=None,
             **numbers,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
@@ -36,10 +36,17 @@ class StreamedRows(RowSource):
     clusters is random, so that a batch of random clusters is one stretch of the file. A copy is
     made when it is first needed, in the folder of the encoded table's file. Memory holds only the
     current block of rows and those read ahead. Batches have the precision and device of `like`.
+    `means` are columns that the rows take from their clusters, by factor: `Rows.means`.
     """
 
-    def __init__(self, table: EncodedTable, like: Tensor) -> None:
+    def __init__(
+        self,
+        table: EncodedTable,
+        like: Tensor,
+        means: Mapping[str, Float[Tensor, "clusters columns"]] | None = None,
+    ) -> None:
         self.table, self._like = table, like.new_zeros(0)
+        self._means = {factor: values.to(like) for factor, values in (means or {}).items()}
         self.counts = {name: table.scanned.counts[name].to(like.device) for name in table.factors}
         self._sorted: dict[str, _SortedFile] = {}
 
@@ -180,7 +187,9 @@ class StreamedRows(RowSource):
             codes[factor] = column.to(self.like.device, torch.long)
         x, y = torch.from_numpy(values).to(self.like), tensor("outcome")
         trials, offset, weights = tensor("trials"), tensor("offset"), tensor("weights")
-        return HeldRows(x, y, codes, self.counts, trials, offset, weights)
+        parts = [values[codes[factor]] for factor, values in self._means.items()]
+        means = torch.cat(parts, 1) if parts else None
+        return HeldRows(x, y, codes, self.counts, trials, offset, weights, means=means)
 
 
 class _SortedFile:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from armed_pyro._messages import count_rows, listing
+from armed_pyro.data.cluster_means import ClusterSums, added
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.data.default_features import FEWEST_ROWS, NEARLY_ALL, ROW_NAMES, warn_of_identifiers
@@ -114,10 +115,22 @@ def scan(
     settings: dict[str, Any] = {"features": features, "weights_kind": weights_kind, **roles}
     settings.update(categorical=categorical, event=event)
     schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **settings)
+    if schema.cluster_columns:
+        schema = schema.with_means(_cluster_sums(schema, table, used))
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: labels for name, (labels, _) in labels_counts.items()}
     counts = {name: sizes for name, (_, sizes) in labels_counts.items()}
     return TableScan(schema, first, levels, counts, n_rows)
+
+
+def _cluster_sums(
+    schema: Schema, table: TableBlocks, used: Sequence[str]
+) -> dict[str, ClusterSums]:
+    """Sums of the columns whose means by cluster are features, in one pass over the rows."""
+    sums: dict[str, ClusterSums] = {}
+    for block in complete_blocks(table, used):
+        sums = added(sums, schema.cluster_sums(block, schema.groupings(block), sums))
+    return sums
 
 
 class _Views:

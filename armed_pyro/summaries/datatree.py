@@ -346,7 +346,7 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
         add(parameter, (), values)
     for other in model.others:
         add(other.sd_site, (), original_sd(model, other, latents))
-    if model.bayesian_head:
+    if model.has_fixed_effects:
         coords["fixed_term"] = list(model.fixed_terms())
         add("fixed_effect", ("fixed_term",), original_fixed_effects(model, latents))
     coords = {"chain": [0], "draw": np.arange(draws), **coords} if variables else {}

@@ -96,12 +96,12 @@ def fixed_effects(
 ) -> pd.DataFrame:
     """Posterior of the latent fixed effects on the original scale.
 
-    The columns are term, mean, median, sd, lower, upper; a network without latent weights has no
-    rows. The parameters are those of `variance_components`.
+    The columns are term, mean, median, sd, lower, upper; a network without latent weights and
+    clusters' means has no rows. The parameters are those of `variance_components`.
     """
     _check(draws, prob)
     model, rows = posterior.model, list[tuple[str, Tensor]]()
-    if model.bayesian_head:
+    if model.has_fixed_effects:
         values = original_fixed_effects(model, posterior.hyperparameters(draws, seed=seed))
         rows = list(zip(model.fixed_terms(), values.unbind(1), strict=True))
     return _table(rows, ["term"], prob)
@@ -202,11 +202,17 @@ def _fixed_variance(
         fixed = model.predictor(replace(rows, offset=None), {}).eta.to(torch.float64)
         return fixed.var(-2)[None]
     facts = model.data_facts()
-    inputs = model.head_inputs(activations).to(torch.float64)
+    inputs = model.fixed_inputs(rows, activations).to(torch.float64)
+    by_column = _flat(weights, 1).to(torch.float64).unflatten(-1, (-1, len(facts.columns)))
+    if not model.bayesian_head:
+        # The network's output is a further regressor, with a coefficient of 1 in its column.
+        output = activations[""].reshape(len(rows), -1)
+        inputs = torch.cat([inputs, model.family.contrasts(output).to(inputs)], -1)
+        ones = torch.eye(len(facts.columns)).to(by_column).expand(len(by_column), -1, -1)
+        by_column = torch.cat([by_column, ones], 1)
     # w' Cov(x) w, which avoids an array of every row in every draw.
     centred = inputs - inputs.mean(0)
     covariance = centred.mT @ centred / max(1, len(rows) - 1)
-    by_column = _flat(weights, 1).to(torch.float64).unflatten(-1, (-1, len(facts.columns)))
     return facts.spread**2 * (by_column * (covariance @ by_column)).sum(-2)
 
 

@@ -95,6 +95,12 @@ class Task:
                 posterior = fit(self.model, self.fold.train, **options).posterior
             except DivergenceError as error:
                 return self.setting, cause(error)
+            except ValueError as error:
+                raise ValueError(
+                    f"the training rows of a fold cannot be fitted: {cause(error)} If only few "
+                    "clusters have a value of a feature, raise `folds`, so that each leaves out "
+                    "fewer clusters, or leave the feature out"
+                ) from error
             scores = row_scores(posterior, test, self.unseen, support=support, draws=self.draws)
         if self.factor is None:
             unit = np.array([str(label) for label in test.row_labels], dtype=object)
