@@ -90,9 +90,8 @@ def _check_options(options: FitOptions) -> None:
         for name in ("weight", "taps", "hidden", "warmup"):
             if getattr(options, f"adversary_{name}") is not None:
                 raise ValueError(f"--adversary-{name} needs --adversary FACTOR")
-    weight = options.adversary_weight
-    if isinstance(weight, float) and not math.isfinite(weight):
-        raise ValueError(f"--adversary-weight must be a finite number, not {weight}")
+    if options.adversary_weight is not None:
+        _weight(options.adversary_weight)
 
 
 def _fit_and_save(options: FitOptions) -> None:
@@ -237,11 +236,12 @@ def _weight(text: str) -> float | str:
     if text == "auto":
         return text
     try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(
-            f"--adversary-weight must be a number such as 1, or auto, found {text!r}"
-        ) from error
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"--adversary-weight must be a number such as 1, or auto, found {text!r}")
+    return weight
 
 
 def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:

@@ -172,7 +172,7 @@ def load(
         check_sums(manifest, MANIFEST, path)
     with reading(path / MODEL):
         tensors = load_file(path / MODEL)
-        _check_numbers(tensors)
+        _check_numbers(tensors, diverged=manifest["training"]["stopped"] == "diverged")
     with reading(path / MANIFEST, "facts"):
         facts = Facts.from_json(manifest["facts"])
     with reading(path / MANIFEST, "guide"):
@@ -336,12 +336,15 @@ def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a tensor with values that are not numbers, or of an unknown part."""
+def _check_numbers(tensors: Mapping[str, Tensor], *, diverged: bool) -> None:
+    """Raise ValueError for a tensor of an unknown part, or with values that are not numbers.
+
+    Such values are in a fit that `diverged` at its first step.
+    """
     for name, tensor in tensors.items():
         if re.fullmatch(r"(model|guide|refined|classifier\d+)\..*", name) is None:
             raise ValueError(f"{name!r} is no tensor of a fit")
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        if not diverged and tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise ValueError(f"{name!r} has values that are not numbers")
 
 
