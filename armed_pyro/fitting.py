@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -75,7 +75,7 @@ def fit(
     model: MixedEffects,
     data: ClusteredData | StreamedData,
     *,
-    validation: ClusteredData | None = None,
+    validation: ClusteredData | Literal["auto"] | None = "auto",
     schedule: Schedule | None = None,
     guide: GuideFactory = choose_guide,
     refine: bool = True,
@@ -101,10 +101,24 @@ def fit(
     ----------
     data : ClusteredData or StreamedData
         Of streamed rows the fit keeps a sample of whole clusters, at most 50,000 rows, for checks.
-    validation : ClusteredData, optional
-        Rows whose loss decides when to cut the learning rates, when to stop training the network,
-        and which weights of the network are kept. The guide is then trained further until it has
-        converged. Without validation rows, the smoothed training loss decides.
+    validation : "auto", ClusteredData or None
+        Rows that stop the training of a network; other programs do not need any. Their score is
+        the log-likelihood with the random effects integrated out, and decides when to cut the
+        learning rates and which weights are kept. The guide is then trained further until it has
+        converged.
+
+        With "auto", the rows are divided into `Schedule.folds` parts, by whole clusters of the
+        largest factor if it has at least five, else by rows. A network is trained for each part,
+        on the other parts, and the posterior is settled on outputs for rows that their network has
+        not seen (cross-fitting; Chernozhukov et al. 2018, Econometrics Journal 21(1)). Variance
+        components are therefore those of new rows. Rows of seen clusters keep the network of
+        their part in predictions, and rows of new clusters get the mean of all networks.
+        If terms, a latent last layer or further outcomes act on hidden layers, a single network
+        is trained, and a fifth of the rows stops it. Nothing is held out of streamed rows, of rows
+        that several processes share, or with ``Schedule(stages=0)``.
+
+        With None, all rows train the network until its training loss has stopped falling. A
+        network that can memorise its rows then fails the verdict on the model.
     schedule : Schedule, optional
         Length and learning rates of the training.
     guide : callable
@@ -207,7 +221,8 @@ def _check_arguments(
     table = "Encode a table with ClusteredData.from_frame(table, outcome=..., clusters=[...])."
     check_type(model, MixedEffects, "model", "Wrap a network: MixedEffects(net, '(1 | site)').")
     check_type(data, (ClusteredData, StreamedData), "data", table)
-    check_type(validation, (ClusteredData, type(None)), "validation", table)
+    if validation != "auto":
+        check_type(validation, (ClusteredData, type(None)), "validation", table)
     check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")
     if not 0 <= int(seed) < 2**63:  # type: ignore[call-overload]

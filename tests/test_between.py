@@ -410,3 +410,16 @@ def test_command_line(table, tmp_path):
     assert made.exit_code == 0
     assert "between(x | g)" in made.stdout
     assert Fit.load(run).fixed_effects()["term"].tolist()[-2:] == [*NAMES]
+
+
+@pytest.mark.parametrize(("clusters", "rows"), [(6000, 4), (40, 700)])
+def test_large_data_are_tested_in_a_sample(clusters, rows):
+    rng = np.random.default_rng(0)
+    g = np.repeat(np.arange(clusters), rows)
+    mean, deviation = rng.normal(size=clusters)[g], rng.normal(size=len(g))
+    y = deviation - mean + rng.normal(size=len(g))
+    data = ClusteredData.from_arrays((mean + deviation)[:, None], y, {"g": g})
+    facts = MixedEffects(network(features=1), "(1 | g)").bind(data).data_facts()
+    assert facts.between_names == ("between(x0 | g)",)
+    # Means are over all rows.
+    assert len(facts.between.means["g"].levels) == clusters

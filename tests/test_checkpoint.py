@@ -200,10 +200,13 @@ SETTLED = {
     "linear": ({"model": linear("(1 + x0 | site)"), "data": counts()}, None),
     "crossed": ({"model": linear("(1 | site) + (1 | batch)"), "data": counts()}, None),
     "mini-batches": ({"model": linear(), "data": counts()}, 900),
-    "network": ({"model": make_model()}, None),
+    "network": ({"model": make_model(), "validation": None}, None),
     "validated": ({"model": make_model(), "validation": make_data(seed=5)}, None),
-    "adversary": ({"model": make_model(adversary=Adversary("site", ["1"]))}, None),
-    "nothing-latent": ({"model": make_model(priors=KNOWN)}, None),
+    "adversary": (
+        {"model": make_model(adversary=Adversary("site", ["1"])), "validation": None},
+        None,
+    ),
+    "nothing-latent": ({"model": make_model(priors=KNOWN), "validation": None}, None),
 }
 
 

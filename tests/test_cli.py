@@ -187,6 +187,33 @@ def test_the_weight_of_the_adversary_is_chosen(data, tmp_path):
     assert isinstance(Fit.load(tmp_path / "run").model.adversaries[0].weight, float)
 
 
+def test_a_network_is_cross_fitted_unless_told_otherwise(data, tmp_path):
+    more = ["--net", "dense", "--hidden", "4", "--steps", 60]
+    run = tmp_path / "run"
+    done = call(*fit(data, run, *more, "--folds", 3, "--weight-decay", 1, random="(1 | site)"))
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    folds = {"networks": 3, "factor": "site", "clusters": 8}
+    assert manifest["network"]["folds"] == folds
+    assert manifest["training"]["schedule"]["weight_decay"] == 1
+    new = tmp_path / "new.csv"
+    table(seed=3, sites=9).query("site == 's8'").to_csv(new, index=False)
+    widths = {}
+    for choice in ("none", "ensemble"):
+        pred = tmp_path / f"{choice}.csv"
+        options = ["--unseen", "population", "--network-uncertainty", choice]
+        done = call("predict", run, new, *options, "--out", pred)
+        assert done.exit_code == 0, done.output
+        frame = pd.read_csv(pred)
+        widths[choice] = (frame["upper"] - frame["lower"]).mean()
+    assert widths["ensemble"] > widths["none"]
+    alone = tmp_path / "alone"
+    done = call(*fit(data, alone, *more, "--no-cross-fit", random="(1 | site)"))
+    assert done.exit_code == 0, done.output
+    assert Fit.load(alone).model.fold_networks is None
+    assert "no rows were held out" in done.output
+
+
 def test_nested_factors_and_formula(data, tmp_path):
     done = call(*fit(data, tmp_path / "run", random="(1 | ward/site)", features="age * dose"))
     assert done.exit_code == 0, done.output

@@ -85,20 +85,26 @@ def test_joined_parameters_see_the_adam_of_torch():
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])
 def test_gradients_are_clipped_apart_for_network_and_guide(clip):
-    """Beside torch's own clipping and Adam."""
+    """Beside torch's own clipping and AdamW, whose decay is for the network's weights only."""
     _, model, _, guide = bind("slopes")
-    schedule = Schedule(clip=clip, learning_rate=0.03, net_learning_rate=0.01)
+    rates = {"learning_rate": 0.03, "net_learning_rate": 0.01}
+    schedule = Schedule(clip=clip, weight_decay=0.5, **rates)
     optimizers = Optimizers(model, LazyAdam(guide, {}, 0), schedule, 1e-4)
     modules = {"guide": guide, "model": model}
-    groups, expected = [], {}
+    groups, modulewise, expected = [], [], {}
     for (prefix, module), rate, eps in zip(
         modules.items(), (0.03, 0.01), (1e-4, 1e-8), strict=True
     ):
         trained = [pair for pair in module.named_parameters(prefix) if pair[1].requires_grad]
         copies = {name: nn.Parameter(one.detach().clone()) for name, one in trained}
-        groups.append({"params": list(copies.values()), "lr": 0.7 * rate, "eps": eps})
+        modulewise.append(list(copies.values()))
+        for name, one in copies.items():
+            decay = 0.5 * (name.startswith("model.net.") and one.dim() > 1)
+            settings = {"lr": 0.7 * rate, "eps": eps, "weight_decay": decay}
+            groups.append({"params": [one], **settings})
         expected |= copies
-    reference = torch.optim.Adam(groups, betas=BETAS)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    reference = torch.optim.AdamW(groups, betas=BETAS)
     both = [m.named_parameters(p) for p, m in modules.items()]
     parameters = {k: v for some in both for k, v in some if v.requires_grad}
     generator = torch.Generator().manual_seed(5)
@@ -109,7 +115,7 @@ def test_gradients_are_clipped_apart_for_network_and_guide(clip):
         }
         for name, one in expected.items():
             one.grad = gradients[name].clone()
-        lengths = [nn.utils.clip_grad_norm_(group["params"], clip) for group in groups]
+        lengths = [nn.utils.clip_grad_norm_(parts, clip) for parts in modulewise]
         reference.step()
         norm = optimizers(parameters, gradients, torch.tensor(0.7))
         torch.testing.assert_close(norm, torch.stack(lengths).norm())
@@ -316,7 +322,8 @@ def test_lazily_trained_clusters_give_the_same_fit():
         found = []
         for seed in (1, 2, 3):
             model = MixedEffects(network(), "(1 | site)")
-            fitted = fit(model, data, schedule=schedule, seed=seed, progress=False)
+            options = {"validation": None, "seed": seed, "progress": False}
+            fitted = fit(model, data, schedule=schedule, **options)
             table = fitted.variance_components()
             own = table[(table["factor"] == "site") & (table["statistic"] == "sd")]
             found.append(own[["median", "sd"]].astype(float).iloc[0])

@@ -132,8 +132,8 @@ def test_draws_are_chosen_without_repeats_while_there_are_enough(gaussian):
     assert not torch.equal(one["site_effect"], gaussian.draws(10, seed=2)["site_effect"])
 
 
-def test_refined_draws_are_taken_from_the_proposals_and_hold_no_copy_of_them(gaussian):
-    refined, weighted = gaussian.refined, gaussian.importance
+def test_refined_draws_are_taken_from_the_proposals_and_hold_no_copy_of_them(bernoulli):
+    refined, weighted = bernoulli.refined, bernoulli.importance
     assert refined.pool is weighted.latents
     times = np.bincount(refined.index, minlength=len(weighted.weights))
     assert (np.abs(times - len(refined) * weighted.weights) < 1).all()
@@ -141,7 +141,27 @@ def test_refined_draws_are_taken_from_the_proposals_and_hold_no_copy_of_them(gau
         assert torch.equal(value, weighted.latents[name][refined.index]), name
 
 
+def test_effects_are_drawn_for_the_draws_that_are_kept_as_if_for_all(gaussian, monkeypatch):
+    weighted, kept = gaussian.importance, gaussian.refined.latents
+    assert set(weighted.latents) == {"residual_sd", "fixed_effect", "site_sd"}
+    assert len(weighted.weights) == len(kept["site_effect"]) == 4000
+    assert torch.isin(kept["site_sd"], weighted.latents["site_sd"]).all()
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.exact_likelihood", no_closed_form)
+    rows = importance_draws(gaussian.posterior)
+    assert np.corrcoef(rows.log_weights, weighted.log_weights)[0, 1] > 0.999  # the same draws
+    effects = rows.latents["site_effect"][rows.resample(4000)]
+    error = effects.std(0) * math.sqrt(2 / rows.effective)
+    assert (((kept["site_effect"].mean(0) - effects.mean(0)) / error).abs() < 4).all()
+    ratio = (kept["site_effect"].std(0) / effects.std(0)).log().abs()
+    assert (ratio < 4 / math.sqrt(rows.effective)).all()
+
+
+def no_closed_form(*arguments):
+    return None
+
+
 def test_rows_weighed_in_pieces_give_the_weights_of_all_at_once(gaussian, monkeypatch):
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.exact_likelihood", no_closed_form)
     whole = importance_draws(gaussian.posterior)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.MOST_AT_ONCE", 1)
     monkeypatch.setattr("armed_pyro.inference.importance_sampling.PIECE", len(whole.weights) * 20)

@@ -185,7 +185,7 @@ def test_page_of_many_clusters_terms_and_an_adversary():
     assert "NOT CONVERGED" in text
     assert "without uncertainty of their own" in text
     assert "weight 1" in text
-    assert "held-out" not in text
+    assert "Predictions of held-out rows" not in text
     checked(text)
 
 

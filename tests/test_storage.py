@@ -362,6 +362,7 @@ def test_the_manifest_holds_what_it_should(small, pristine):
         "made_by": None,
         "dtype": "float32",
         "parameters": {"0.weight": [3, 2], "0.bias": [3], "2.weight": [1, 3], "2.bias": [1]},
+        "folds": None,
     }
     assert manifest["model"]["random"] == [
         {
@@ -441,7 +442,7 @@ def test_images_known_priors_and_no_clusters_come_back(tmp_path):
     assert read.data.features.dtype == torch.float32
     assert torch.equal(read.data.features, data.features)
     np.testing.assert_array_equal(
-        result.predict(data, draws=5).outcome, read.predict(read.data, draws=5).outcome
+        result.predict(result.data, draws=5).outcome, read.predict(read.data, draws=5).outcome
     )
 
 

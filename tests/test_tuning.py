@@ -19,6 +19,7 @@ from armed_pyro import (
     fit,
     tune,
 )
+from armed_pyro.data.simulate import wages
 from armed_pyro.data.stratify import cluster_folds
 from armed_pyro.families.simulate import mixed_model
 from armed_pyro.models.dense import dense
@@ -249,6 +250,22 @@ def test_scores_are_those_of_the_true_distribution(case: str) -> None:
     assert dict(tuning.chosen) == {"random": "(1 | site)"}
     assert tuning.model.facts is None
     assert "(1 | site)" in str(tuning)
+
+
+def test_a_conflict_within_and_between_clusters_chooses_cluster_means() -> None:
+    data, truth = wages(90, 5, seed=4)
+    model = MixedEffects(linear(data.n_features), "(1 | id)", bayesian_head=True)
+    tuning = tune(
+        model, data, over={"between": [None, True]}, criterion="rmse", folds=2, schedule=QUICK,
+        workers=1, progress=False,
+    )  # fmt: skip
+    assert tuning.chosen == {"between": True}
+    without, means = (tuning.table.iloc[row] for row in (0, 1))
+    assert without["rmse"] > 2 * truth.new_person_sd
+    # Estimated from 45 people, 10 coefficients add up to a fifth to the error.
+    limit = 1.2 * truth.new_person_sd
+    assert truth.new_person_sd - 4 * means["rmse_se"] < means["rmse"] < limit + 2 * means["rmse_se"]
+    assert without["difference"] > 4 * without["difference_se"]
 
 
 def test_counts_that_vary_more_than_poisson_choose_the_negative_binomial() -> None:

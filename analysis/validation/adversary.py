@@ -23,12 +23,12 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
+from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
 from armed_pyro import Adversary, MixedEffects, Schedule, fit
 from armed_pyro.analysis.applications.image_sites import Study, digit_study
 from armed_pyro.models.dense import dense
-from armed_pyro.prediction.scores import evaluate
 
 OUT = Path("results/adversary")
 POSITIVE = (5, 6, 7, 8, 9)
@@ -75,14 +75,12 @@ def scored(study: Study, weight: Any, seed: int, *, smoke: bool) -> dict[str, fl
         refine=False,
         progress=False,
     )
-    held_out = {"seen": study.validation, "new": study.unseen}
-    table = evaluate(result.posterior, held_out, draws=200).set_index("held_out")
     (probe,) = result.history.probes
-    scores = {
-        f"{score}_{name}": float(table.loc[name, score])
-        for score in ("auroc", "log_loss")
-        for name in held_out
-    }
+    scores = {}
+    for name, rows in {"seen": study.validation, "new": study.unseen}.items():
+        predicted = result.predict(rows, unseen="marginal", draws=200).mean
+        scores[f"auroc_{name}"] = float(roc_auc_score(rows.outcome, predicted))
+        scores[f"log_loss_{name}"] = float(log_loss(rows.outcome, predicted))
     return scores | {
         "used": float(result.model.adversaries[0].weight),
         "probe": probe["accuracy"],

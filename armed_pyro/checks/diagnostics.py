@@ -11,6 +11,7 @@ from armed_pyro._messages import cause
 from armed_pyro.checks.adversary_checks import adversary_checks
 from armed_pyro.checks.check import BROKEN, SEVERITY, Check, Part, checked, failed
 from armed_pyro.checks.design_checks import design_checks
+from armed_pyro.checks.held_out_checks import held_out_checks
 from armed_pyro.checks.inference_checks import (
     EXACT,
     finite_draws,
@@ -51,6 +52,7 @@ GROUPS: tuple[tuple[Part, str, Group], ...] = (
     ("model", "boundary", boundary_checks),
     ("model", "prior sensitivity", sensitivity_checks),
     ("model", "coefficients", coefficient_checks),
+    ("model", "held-out rows", held_out_checks),
     ("model", "normality", normality_checks),
     ("model", "residuals", misfit_checks),
     ("model", "adversary", lambda posterior, _: adversary_checks(posterior)),
@@ -68,7 +70,8 @@ def diagnose(posterior: Posterior, weigh: Callable[[], Posterior] | None = None)
     coefficient beyond the prior (power scaling; Kallioinen et al. 2024), posterior predictive
     checks by cluster, normality of the random effects, the distribution of the residuals, and
     score tests of left-out curves, slopes and factors, of spread, dispersion, autocorrelation and
-    outliers. Fresh probes read the clusters that adversaries should hide.
+    outliers. Of a network, log score and coverage of rows that it was not trained on are checked.
+    Fresh probes read the clusters that adversaries should hide.
     PSIS-LOO and leave-one-cluster-out are reported without a verdict.
 
     Parameters

@@ -78,8 +78,15 @@ def _training(posterior: Posterior) -> Iterator[Check]:
     elif stopped in ("steps", "interrupted"):
         end = f"its {steps} steps ran out" if stopped == "steps" else "it was interrupted"
         reason = f"the training had not converged when {end}"
-        early = history.settled is None
-        if early:
+        early = history.settled is None or "steps" in history.fold_stopped
+        if early and history.fold_stopped:
+            unfinished = history.fold_stopped.count("steps")
+            steps = posterior.schedule.steps
+            reason = (
+                f"{unfinished} of {len(history.fold_stopped)} networks were still improving when "
+                f"their {steps} steps ran out"
+            )
+        elif early:
             reason += ", before the guide was settled at the network's final weights"
         verdict: Word = "fail" if early and posterior.schedule.stages else "warn"
         yield Check("computation", name, verdict, reason, advice=MORE_STEPS)

@@ -18,7 +18,6 @@ from armed_pyro.checks.score_tests import Tested
 from armed_pyro.checks.spread_checks import DISPERSION_FIRST
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.inference.psis import pareto_smooth
 
 __all__ = ["outlier_checks"]
 
@@ -125,8 +124,9 @@ def _influence(posterior: Posterior) -> Iterator[Check]:
         return
     draws, mean, sd = draws[:, sd > 0], mean[sd > 0], sd[sd > 0]
     watched = np.flatnonzero(~np.isnan(weighted.cluster_k_hat))
-    smoothed, k_hat = pareto_smooth(weighted.log_weights - weighted.clusters.T)
-    shift = np.abs(np.exp(smoothed) @ draws - mean) / sd  # clusters quantities
+    smoothed, k_hat = weighted.left_out
+    # clusters quantities
+    shift = np.abs(np.exp(smoothed) @ weighted.of_clusters(draws) - mean) / sd
     largest = shift.max(1)
     worst = int(largest.argmax())
     label = posterior.model.data_facts().levels[nested][watched[worst]]

@@ -20,7 +20,6 @@ from armed_pyro.checks.rank_tests import holm
 from armed_pyro.families.family import Family
 from armed_pyro.guides.base import n_draws, selected
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
-from armed_pyro.inference.psis import pareto_smooth
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
 from armed_pyro.rows.batch import Rows
@@ -34,6 +33,9 @@ Discrepancy = tuple[float, float, tuple[float, float]]
 # clusters is too small to matter.
 MOST_ROWS = 50_000
 BLOCK = 2**20  # rows times draws of one block of replications
+# Rows times replications, beyond which there are fewer replications than posterior draws, but at
+# least FEWEST: the checks of a linear model would otherwise take longer than its fit.
+MOST_REPLICATED, FEWEST = 2**22, 200
 LARGEST_COUNT = 2.0**53  # beyond which counts are no longer exact
 # Deviation of the clusters' statistics relative to that of replications, which matters.
 DEVIATES, DEVIATES_FAR = 1.2, 1.5
@@ -52,10 +54,13 @@ class ClusterChecks:
         For each statistic the posterior predictive p-value of the sum of the clusters' squared
         standardised deviations, that sum relative to its mean over replications, and the 90%
         interval of the ratio that replications imply.
+    replications : int
+        Number of replicated outcomes of every row.
     """
 
     table: pd.DataFrame
     overall: Mapping[str, Discrepancy]
+    replications: int
 
 
 def cluster_checks(
@@ -66,7 +71,9 @@ def cluster_checks(
     .. math:: D(y) = \sum_k \frac{(T_k(y) - E[T_k(y^{rep})])^2}{Var(T_k(y^{rep}))}, \quad
         p = P(D(y^{rep}) \ge D(y) \mid y)
 
-    T is the mean, the standard deviation or, for counts, the share of zeros in a cluster.
+    T is the mean, the standard deviation or, for counts, the share of zeros in a cluster. Every
+    draw gives a replication, but with many rows only the first draws do: at least 200, and as many
+    as replicate 4 million rows.
 
     Parameters
     ----------
@@ -93,6 +100,7 @@ def cluster_checks(
     counts = torch.bincount(position, minlength=len(labels)).to(model.reference())
     observed = _statistics(rows.outcome()[None], position, counts, model)
     n = n_draws(latents) or 1
+    n = min(n, max(FEWEST, MOST_REPLICATED // max(1, len(rows))))
     # Torch makes random numbers 16 at a time. With blocks that are multiples of 16 draws, most
     # families give the same numbers as in a single block. Negative binomial and categorical
     # outcomes do not, because they take several passes.
@@ -116,7 +124,7 @@ def cluster_checks(
         below = (copies < actual).mean(0) + 0.5 * (copies == actual).mean(0)
         table |= {name: actual, f"{name}_replicated": np.median(copies, 0), f"{name}_p": below}
         overall[name] = _discrepancy(actual, copies)
-    return ClusterChecks(pd.DataFrame(table), overall)
+    return ClusterChecks(pd.DataFrame(table), overall, n)
 
 
 def _check_finite(replicated: Tensor, model: MixedEffects) -> None:
@@ -255,6 +263,6 @@ def _left_out(weighted: ImportanceDraws) -> tuple[np.ndarray, np.ndarray]:
     """log p(y_k | y of the other clusters) and k-hat of its weights; NaN if not computed."""
     clusters, weighed = weighted.clusters.T, ~np.isnan(weighted.cluster_k_hat)
     elpd, k_hat = np.full(len(weighed), np.nan), np.full(len(weighed), np.nan)
-    smoothed, k_hat[weighed] = pareto_smooth(weighted.log_weights - clusters)
+    smoothed, k_hat[weighed] = weighted.left_out
     elpd[weighed] = np.logaddexp.reduce(smoothed + clusters, axis=1)
     return elpd, k_hat

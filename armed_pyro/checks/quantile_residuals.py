@@ -17,7 +17,7 @@ from armed_pyro.checks.frequencies import counted
 from armed_pyro.checks.score_tests import without_slopes
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.families.family import Family
-from armed_pyro.guides.base import selected
+from armed_pyro.guides.base import n_draws, selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
@@ -185,6 +185,8 @@ class QuantileResiduals:
         with torch.no_grad():
             eta = model.predictor(rows, drawn, return_fixed=False).eta
             eta = eta.reshape(-1, *eta.shape[-2:])
+            # Without random effects the predictor of a network is the same in all draws.
+            eta = eta.expand(max(len(eta), n_draws(drawn)), *eta.shape[-2:])
             parameters = {
                 name: value.reshape(-1, 1).double()
                 for name, value in model.family_parameters(drawn).items()

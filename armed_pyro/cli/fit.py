@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pandas as pd
 import typer
@@ -97,7 +97,9 @@ def _check_options(options: FitOptions) -> None:
 def _fit_and_save(options: FitOptions) -> None:
     """Train, and save to a folder that is locked. All is written before anything is printed."""
     steps = Schedule.steps if options.steps is None else options.steps
-    schedule = Schedule(steps=steps, batch_size=options.batch_size)
+    training = {"folds": options.folds, "weight_decay": options.weight_decay}
+    changed: Any = {name: value for name, value in training.items() if value is not None}
+    schedule = Schedule(steps=steps, batch_size=options.batch_size, **changed)
     terms = parse_terms(options.random)
     terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
     family = family_named(options.family)
@@ -253,7 +255,7 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
         return fit(
             model,
             split.training,
-            validation=split.validation,
+            validation=_stopping(options, split),
             schedule=schedule,
             seed=options.seed,
             device=options.device.value,
@@ -268,6 +270,13 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
         checkpoint.unlink(missing_ok=True)
         err.print(f"Error: {error}\nThat state is in {run}, marked as diverged.", style="red")
         raise typer.Exit(1) from error
+
+
+def _stopping(options: FitOptions, split: SplitRows) -> ClusteredData | Literal["auto"] | None:
+    """The rows by which the training of a network is stopped."""
+    if split.validation is not None:
+        return split.validation
+    return "auto" if options.cross_fit else None
 
 
 def _cluster_columns(

@@ -21,6 +21,7 @@ Weights = StrEnum("Weights", ["frequency", "precision"])
 Missing = StrEnum("Missing", ["error", "drop"])
 Holes = StrEnum("Holes", ["error", "empty"])
 Refine = StrEnum("Refine", ["psis", "nuts"])
+NetworkUncertainty = StrEnum("NetworkUncertainty", ["none", "ensemble"])
 Between = StrEnum("Between", ["auto", "yes", "no"])
 
 
@@ -187,7 +188,27 @@ class FitOptions:
         metavar="W",
     )
     validate_rows: float | None = option(
-        None, "Share of rows to stop training by and judge: --validate-rows 0.2", metavar="F"
+        None,
+        "Share of rows to stop a network's training by, and to judge: --validate-rows 0.2 "
+        "[default: cross-fitting, in which every part of the rows stops the network of the others]",
+        metavar="F",
+    )
+    cross_fit: bool = option(
+        True,
+        "Whether rows are held out from a network's training by default; without, nothing stops "
+        "it from learning its rows by heart",
+        "--cross-fit/--no-cross-fit",
+    )
+    folds: int | None = option(
+        None,
+        "Networks of the cross-fitting, or 1 for a single network and a fifth of the rows held "
+        "out: --folds 10 [default: 5]",
+    )
+    weight_decay: float | None = option(
+        None,
+        "Fraction of the learning rate by which a network's weights shrink per step: "
+        "--weight-decay 1 [default: 0.1]",
+        metavar="W",
     )
     hold_out_clusters: float | None = option(
         None,
@@ -198,7 +219,9 @@ class FitOptions:
         None, "Most training steps, if it has not converged before: --steps 5000 [default: {steps}]"
     )
     batch_size: int | None = option(
-        None, "Rows a step: --batch-size 512 [default: all, or 1024 of over 4096]"
+        None,
+        "Rows per step: --batch-size 512 [default: all, or 1024 of over 4096; for a network that "
+        "held-out rows stop, 32 to 256]",
     )
     seed: int = option(0, "The same seed gives the same result: --seed 1")
     device: Device = option(
@@ -263,6 +286,11 @@ class PredictOptions:
         "--compare",
     )
     net: str | None = USER_NETWORK
+    network_uncertainty: NetworkUncertainty = option(
+        NetworkUncertainty.none,
+        "Network of new clusters: the mean of the cross-fitted ones (none), or one after the other "
+        "in the draws, whose disagreement widens the intervals: --network-uncertainty ensemble",
+    )
     draws: int = option(1000, "Posterior draws: --draws 2000")
     prob: float | None = SAVED_PROB
     seed: int | None = option(None, "Seed of the draws: --seed 1 [default: the fit's]")

@@ -6,7 +6,7 @@ import gzip
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -56,6 +56,7 @@ def predict_to_file(options: PredictOptions) -> None:
             unseen=options.unseen,
             support=support,
             pooled=not options.by_row,
+            network_uncertainty=cast(Any, options.network_uncertainty.value),
             classifiers=fitted.classifiers,
             report=report,
             **settings,

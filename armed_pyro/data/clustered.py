@@ -61,15 +61,15 @@ class ClusteredData:
     schema : Schema or None
         Encoding of the table; None for arrays.
     slopes : Float64[Tensor, "rows columns"] or None
-        Columns that random slopes may use but that do not enter the network, with their names,
-        sources and kinds in `slope_names`, `slope_sources` and `slope_continuous`.
+        Columns for random slopes alone, described by the other attributes named ``slope_...``.
     weights_kind : {"frequency", "precision", "se"}
-        A row counts w times, its residual variance is sigma^2 / w (as in lme4 and statsmodels), or
-        w is 1 / se^2 and sigma = 1.
+        A row counts w times, has variance sigma^2 / w (as in lme4), or w is 1 / se^2, sigma 1.
     table : pandas.DataFrame or None
         The columns that the rows were made of; kept for ``within(x | g)`` and ``between(x | g)``.
     cluster_means : mapping of str to ClusterMeans
         Means that a fit with ``between`` adds to its predictor; set by `Posterior.encode`.
+    fold : Int64[Tensor, "rows"] or None
+        Number of the cross-fitted network that was trained without the row, in a fit's rows.
 
     Examples
     --------
@@ -99,6 +99,7 @@ class ClusteredData:
     weights_kind: WeightsKind = "frequency"
     table: pd.DataFrame | None = None
     cluster_means: Mapping[str, ClusterMeans] = field(default_factory=dict)
+    fold: Tensor | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -113,7 +114,7 @@ class ClusteredData:
             check_weights(self.weights, self.weights_kind, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        names = ("features", "outcome", "trials", "offset", "weights", "slopes")
+        names = ("features", "outcome", "trials", "offset", "weights", "slopes", "fold")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _columns(self) -> dict[str, Sequence[str]]:
@@ -357,9 +358,8 @@ class ClusteredData:
         ValueError
             If a variable or dimension does not exist, or an array is not the only feature.
         """
-        table, chosen, arrays = table_or_arrays(
-            dataset, outcome, clusters, features, row_dim, roles
-        )
+        parts = (dataset, outcome, clusters, features, row_dim, roles)
+        table, chosen, arrays = table_or_arrays(*parts)
         if table is None:
             return cls.from_arrays(**arrays)
         settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}

@@ -10,14 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from armed_pyro.distributions.leading_matrices import (
+    along,
+    identity,
+    inverse_root,
+    product,
+    transposed,
+)
 from armed_pyro.distributions.small_matrices import precision_root
 from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Pushforward, WhitenedNormal
 
 __all__ = ["ObservedNormal"]
-
-
-# Products of matrices up to this size are written as sums: the matrices are many and small.
-SMALL = 8
 
 
 class ObservedNormal(Pushforward):
@@ -134,19 +137,19 @@ class _Draw(torch.autograd.Function):
         noise: Float[Tensor, "terms ..."],
         moving: Float[Tensor, "terms ..."] | None,
     ) -> tuple[Tensor, Tensor]:
-        root = _product(base, trained)
-        half = _product(_t(scale), root)
-        seen = _along(_t(root), location)
-        inverse, pivots = _inverse_root(tau * _product(half, _t(half)))
-        turned = _product(inverse, half)
-        pulled = _along(turned, seen)
-        z = _along(_t(inverse), tau * pulled + noise)
+        root = product(base, trained)
+        half = product(transposed(scale), root)
+        seen = along(transposed(root), location)
+        inverse, pivots = inverse_root(tau * product(half, transposed(half)))
+        turned = product(inverse, half)
+        pulled = along(turned, seen)
+        z = along(transposed(inverse), tau * pulled + noise)
         log_det = (pivots / scale.diagonal().movedim(-1, 0)).log().sum(0)
         density = log_det - 0.5 * noise.square().sum(0) - LOG_SQRT_2PI * len(noise)
         kept = (base, root, location, tau, scale, noise, inverse, turned, seen, pulled, z)
         ctx.save_for_backward(*kept)
         ctx.shapes = trained.shape, location.shape, moving is not None
-        return _along(scale, z), density
+        return along(scale, z), density
 
     @staticmethod
     @once_differentiable
@@ -154,7 +157,7 @@ class _Draw(torch.autograd.Function):
         base, root, location, tau, scale, noise, inverse, turned, seen, pulled, z = (
             ctx.saved_tensors
         )
-        score = _along(inverse, _along(_t(scale), by_effects))
+        score = along(inverse, along(transposed(scale), by_effects))
         # C and m move the draw only, whose density changes along it; L and tau also change the
         # density itself.
         stuck = score - by_density * noise
@@ -162,24 +165,25 @@ class _Draw(torch.autograd.Function):
         def by_half(score: Tensor, log_det: Tensor | None) -> Tensor:
             """R' / tau times the gradient in H."""
             outer = score[:, None] * (tau * pulled)[None] + _halved(noise[:, None] * score[None])
-            twice = outer + _t(outer)
+            twice = outer + transposed(outer)
             if log_det is not None:
-                twice = twice - log_det * _identity(twice)
-            return score[:, None] * seen[None] - _product(twice, turned)
+                twice = twice - log_det * identity(twice)
+            return score[:, None] * seen[None] - product(twice, turned)
 
         half = by_half(score, by_density)
         by_tau = 0.5 * ((turned * half).sum((0, 1)) + (score * pulled).sum(0))
-        by_scale = tau * _product(root, _t(_product(_t(inverse), half)))
+        by_scale = tau * product(root, transposed(product(transposed(inverse), half)))
         by_scale = by_scale + by_effects[:, None] * z[None]
-        by_scale = by_scale - by_density * _identity(scale) / scale.diagonal().movedim(-1, 0)
-        by_seen = tau * _along(_t(turned), stuck)
-        by_root = tau * _product(scale, _product(_t(inverse), by_half(stuck, None)))
+        by_scale = by_scale - by_density * identity(scale) / scale.diagonal().movedim(-1, 0)
+        by_seen = tau * along(transposed(turned), stuck)
+        by_root = tau * product(scale, product(transposed(inverse), by_half(stuck, None)))
         by_root = by_root + location[:, None] * by_seen[None]
-        by_trained, by_location = _product(_t(base), by_root), _along(root, by_seen)
+        by_trained, by_location = product(transposed(base), by_root), along(root, by_seen)
         trained_shape, location_shape, moving = ctx.shapes
         by_moving = None
         if moving:
-            by_moving = _along(root, tau * _along(_t(turned), score)).sum_to_size(location_shape)
+            by_moving = along(root, tau * along(transposed(turned), score))
+            by_moving = by_moving.sum_to_size(location_shape)
         return (
             None,
             by_trained.sum_to_size(trained_shape),
@@ -191,48 +195,8 @@ class _Draw(torch.autograd.Function):
         )
 
 
-def _inverse_root(
-    whitened: Float[Tensor, "n n ..."],
-) -> tuple[Float[Tensor, "n n ..."], Float[Tensor, "n ..."]]:
-    """R^{-1} and R's diagonal, with R R' = I + L'AL, as in `small_matrices.precision_root`."""
-    n = len(whitened)
-    identity = _identity(whitened)
-    rest = torch.cat([whitened + identity, identity.expand_as(whitened)], 1)
-    rounding = 8 * torch.finfo(rest.dtype).eps
-    least = (rounding * rest.diagonal()).movedim(-1, 0).clamp(min=1)
-    rows, pivots = [], []
-    for j in range(n):
-        pivot = torch.maximum(rest[0, 0], least[j]).sqrt()
-        row = rest[0] / pivot
-        pivots.append(pivot)
-        # Row j of R' is followed by row j of the inverse, whose entries beyond j are zero.
-        rows.append(row[n - j :])
-        rest = rest[1:, 1:] - (row[1 : n - j, None] * row[None, 1:])
-    return torch.stack(rows), torch.stack(pivots)
-
-
-def _product(a: Float[Tensor, "n k ..."], b: Float[Tensor, "k m ..."]) -> Float[Tensor, "n m ..."]:
-    if a.shape[1] <= SMALL:
-        return (a[:, :, None] * b[None]).sum(1)
-    trailing = (matrix.movedim((0, 1), (-2, -1)) for matrix in (a, b))
-    return torch.matmul(*trailing).movedim((-2, -1), (0, 1))
-
-
-def _along(matrix: Float[Tensor, "n k ..."], vector: Float[Tensor, "k ..."]) -> Tensor:
-    return (matrix * vector[None]).sum(1)
-
-
-def _t(matrix: Float[Tensor, "n m ..."]) -> Float[Tensor, "m n ..."]:
-    return matrix.transpose(0, 1)
-
-
-def _identity(like: Float[Tensor, "n n ..."]) -> Tensor:
-    identity = torch.eye(len(like), dtype=like.dtype, device=like.device)
-    return identity.reshape(*identity.shape, *[1] * (like.dim() - 2))
-
-
 def _halved(matrix: Float[Tensor, "n n ..."]) -> Float[Tensor, "n n ..."]:
     """The lower triangle, with half the diagonal."""
-    identity = _identity(matrix)
-    lower = torch.ones_like(identity).movedim((0, 1), (-2, -1)).tril().movedim((-2, -1), (0, 1))
-    return matrix * (lower - 0.5 * identity)
+    ones = identity(matrix)
+    lower = torch.ones_like(ones).movedim((0, 1), (-2, -1)).tril().movedim((-2, -1), (0, 1))
+    return matrix * (lower - 0.5 * ones)

@@ -234,7 +234,8 @@ def _inputs(model: MixedEffects, data: ClusteredData) -> Tensor:
 
 def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "rows basis"]:
     """Factor of `_weights`: inputs of the latent last layer, or columns of the output."""
-    rows = replace(model.data_facts().one_row(model.reference()), x=x)
+    # In no cluster: cross-fitted networks then give the mean of their outputs.
+    rows = replace(model.data_facts().one_row(model.reference()), x=x, memberships={})
     output, activations = model.run_network(rows)
     if model.bayesian_head:
         return model.head_inputs(activations)

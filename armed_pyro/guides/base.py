@@ -91,6 +91,19 @@ class Guide(nn.Module, ABC):
         """
         return False
 
+    def effects_given(self, latents: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+        """Sample the random effects given the hyperparameters, and return all latent sites.
+
+        `forward` is this, after a draw of the hyperparameters; `latents` have the shapes of
+        `forward`. Importance sampling calls it for guides that are `exact`.
+
+        Raises
+        ------
+        NotImplementedError
+            If the guide does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not draw effects by themselves")
+
     @abstractmethod
     def nested(self) -> Factor | None:
         """The factor whose clusters are independent in q given all other sites, or None.

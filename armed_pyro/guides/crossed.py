@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from armed_pyro.distributions.small_matrices import multiply, precision_root, solve
 from armed_pyro.distributions.whitened import PrecisionNormal, WhitenedNormal
 from armed_pyro.guides.base import Guide
+from armed_pyro.guides.closed_form import is_gaussian
 from armed_pyro.guides.cross_products import CrossProducts, cross_products
+from armed_pyro.guides.gaussian_sums import nesting
 from armed_pyro.guides.hyperparameters import Hyperparameters
+from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.pseudo_observations import FULL_TERMS
 from armed_pyro.guides.row_sums import joint_sums
 from armed_pyro.guides.structured import REFRESH_DRAWS, StructuredGuide
-from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.model import MixedEffects, trains_network
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Membership, Rows
@@ -38,14 +41,22 @@ MOST_VALUES = 4_000_000
 
 
 def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
-    """`CrossedGuide` for several factors where it is affordable, else `StructuredGuide`.
+    """`NestedGuide`, `CrossedGuide` or `StructuredGuide`, by the program and its rows.
 
-    It is affordable with at most 16 terms per factor, no terms on filters, at most 2,500 random
-    effects in all factors but the largest, and at most 5e7 pairs of one of these effects and one
-    of the largest factor's. The guide starts from the training rows in `source`.
+    `NestedGuide` serves gaussian outcomes without weights of a network to train, if several factors
+    are nested in each other in the rows of `source`. Otherwise several factors get `CrossedGuide`
+    where it is affordable, and one factor gets `StructuredGuide`.
+
+    `CrossedGuide` is affordable with at most 16 terms per factor, no terms on filters, at most
+    2,500 random effects in all factors but the largest, and at most 5e7 pairs of one of these
+    effects and one of the largest factor's. The guide starts from the training rows in `source`.
     """
     sizes = sorted(_size(model, factor) for factor in model.factors)
     dense = sum(sizes[:-1])
+    if len(sizes) > 1 and source is not None and is_gaussian(model) and not trains_network(model):
+        nested = nesting(model, source)
+        if nested is not None:
+            return NestedGuide(model, source, nested[1])
     narrow = all(len(factor.terms) <= FULL_TERMS and not factor.filters for factor in model.factors)
     affordable = dense <= MOST_DENSE and dense * max(sizes, default=0) <= MOST_CROSS_PRODUCTS
     if len(sizes) > 1 and narrow and affordable:
@@ -166,7 +177,10 @@ class CrossedGuide(Guide):
         return max(1, MOST_VALUES // (self.between.numel() + self.rest.numel()))
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
-        latents = self.hyperparameters()
+        return self.effects_given(self.hyperparameters(), rows)
+
+    def effects_given(self, latents: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+        latents = dict(latents)
         others, largest = self._joint(latents)
         z = pyro.sample("_crossed", others, infer={"is_auxiliary": True})
         effects = self._effects(latents, z)

@@ -21,6 +21,7 @@ __all__ = [
     "Noise",
     "NoiseMessenger",
     "gaussian_noise",
+    "heavy_noise",
     "no_noise",
     "proposal_noise",
     "proposal_variance",
@@ -114,6 +115,13 @@ def proposal_noise(
         else:
             values[site] = _normal(draws, shape, like)
     return Noise(values, ratio)
+
+
+def heavy_noise(
+    guide: Guide, draws: int, like: Tensor
+) -> tuple[Float[Tensor, "draws 1 1 size"], Float[Tensor, " draws"]]:
+    """Noise of proposals of the hyperparameters alone, and its log-ratio: see `proposal_noise`."""
+    return _heavy_tailed(_normal(draws, (guide.hyperparameters.size,), like))
 
 
 def proposal_variance(size: int) -> float:

@@ -135,7 +135,10 @@ class StructuredGuide(Guide):
         return max(1, 10_000_000 // max([1, *(part.base.numel() for part in self.pseudo)]))
 
     def forward(self, rows: Rows) -> dict[str, Tensor]:
-        latents = self.hyperparameters()
+        return self.effects_given(self.hyperparameters(), rows)
+
+    def effects_given(self, latents: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+        latents = dict(latents)
         for factor, pseudo in zip(self.factors, self.pseudo, strict=True):
             membership = rows.memberships[factor.name]
             conditional = self._conditional(factor, pseudo, latents, membership)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
+import pyro
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro._messages import progress_console
-from armed_pyro.guides.noise import proposal_noise
+from armed_pyro.guides.base import joined
+from armed_pyro.guides.closed_form import ClosedForm
+from armed_pyro.guides.noise import gaussian_noise, heavy_noise, proposal_noise
+from armed_pyro.inference.marginal_weights import exact_likelihood, marginal_draws
 from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled, weigh
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
@@ -32,6 +37,8 @@ MOST_VALUES = 2**24  # values in the draws of all random effects
 MOST_WORK = 2**38  # multiplications of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
+# Draws at which clusters are left out, and rows of these clusters, where theta alone is weighed.
+LEFT_OUT_DRAWS, MOST_WATCHED = 1000, 2**14
 
 
 def refinable(posterior: Posterior, source: RowSource | None = None) -> bool:
@@ -66,20 +73,28 @@ def _particles(posterior: Posterior) -> int:
 def importance_draws(
     posterior: Posterior,
     source: RowSource | None = None,
+    closed: ClosedForm | None = None,
     *,
     seed: int | None = None,
     progress: bool = False,
 ) -> ImportanceDraws:
     """Up to 4,000 draws from the guide, and their importance weights, nested by cluster.
 
-    Large data get fewer draws, but at least 200. The proposal of the hyperparameters has heavier
-    tails than the guide; otherwise the tail of as few as 200 weights looks heavy by chance.
+    If log p(y | theta) has a closed form, 4,000 draws of the hyperparameters alone are weighed,
+    without a row or a random effect. Otherwise large data get fewer draws, but at least 200. The
+    proposal of the hyperparameters has heavier tails than the guide; otherwise the tail of as few
+    as 200 weights looks heavy by chance.
 
-    `source` holds the training rows with the frozen network's outputs, by default computed anew.
+    `source` holds the training rows with the frozen network's outputs, by default computed anew,
+    and `closed` is the closed form of these rows, if it is already known.
     """
     model, guide = posterior.model, posterior.guide
     source = model.compute(model.encode(posterior.data)) if source is None else source
-    seed, particles = posterior.seed if seed is None else seed, _particles(posterior)
+    seed = posterior.seed if seed is None else seed
+    closed = exact_likelihood(model, guide, source) if closed is None else closed
+    if closed is not None:
+        return _marginal(posterior, source, closed, seed)
+    particles = _particles(posterior)
     per_draw = max(1, len(source)) * particles * row_cost(model)
     by_work = MOST_WORK // max(1, guide.work())
     by_rows = MOST_EVALUATIONS // per_draw
@@ -99,6 +114,51 @@ def importance_draws(
             for _ in collected.weigh(pieces, draws):
                 bar.advance(task, draws.stop - draws.start)
     return collected.smoothed()
+
+
+def _marginal(
+    posterior: Posterior, source: RowSource, closed: ClosedForm, seed: int
+) -> ImportanceDraws:
+    """Weighted draws of the hyperparameters alone."""
+    model, guide = posterior.model, posterior.guide
+    size, blocks, totals = closed.most_draws(), list[dict[str, Tensor]](), list[Tensor]()
+    with model.seeded(seed + 4), pyro.validation_enabled(False):
+        noise, ratio = heavy_noise(guide, MOST_DRAWS, model.reference())
+        for part, log_ratio in zip(noise.split(size), ratio.split(size), strict=True):
+            drawn = marginal_draws(model, guide, closed, part)
+            totals.append(drawn.total - log_ratio)
+            blocks.append(drawn.squeezed())
+        log_weights, k_hat = pareto_smooth(torch.cat(totals).double().cpu().numpy()[None])
+        weighted = ImportanceDraws(joined(blocks), log_weights[0], float(k_hat[0]))
+        nested = guide.nested()
+        if nested is None or not weighted.k_hat < 1:
+            return weighted
+        index = weighted.resample(LEFT_OUT_DRAWS)
+        return _with_clusters(posterior, source, weighted, index, noise[index])
+
+
+def _with_clusters(
+    posterior: Posterior,
+    source: RowSource,
+    weighted: ImportanceDraws,
+    index: Int[Tensor, " chosen"],
+    theta_noise: Float[Tensor, "chosen 1 1 size"],
+) -> ImportanceDraws:
+    """Add log p(y_k | theta, outer effects) of watched clusters at the chosen draws."""
+    model, guide, nested = posterior.model, posterior.guide, posterior.guide.nested_name()
+    counts = source.counts[cast("str", nested)]
+    most = min(MOST_CLUSTERS, len(counts), max(1, MOST_WATCHED * len(counts) // len(source)))
+    watched = np.sort(np.random.default_rng(0).permutation(len(counts))[:most])
+    rows = source.whole_clusters(cast("str", nested), torch.as_tensor(watched).to(counts.device))
+    size, pieces = max(1, min(guide.most_draws(), BLOCK // max(1, len(rows)))), list[Tensor]()
+    for part in theta_noise.split(size):
+        noise = gaussian_noise(guide, rows, len(part), model.reference())
+        noise = replace(noise, values={**noise.values, "_theta": part})
+        pieces.append(weigh(model, guide, rows, noise).clusters())
+    k_hat = np.full(len(counts), np.nan)
+    k_hat[watched] = -np.inf
+    clusters = torch.cat(pieces).double().cpu().numpy()
+    return replace(weighted, clusters=clusters, cluster_k_hat=k_hat, index=index)
 
 
 class _Collected:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
+from armed_pyro.guides.closed_form import ClosedForm
 from armed_pyro.guides.noise import no_noise, proposal_noise
+from armed_pyro.inference.marginal_weights import marginal_draws
 from armed_pyro.inference.nested_weights import bound_noise, nested_from, weigh
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
@@ -29,30 +34,35 @@ MOST_REFRESHES = 30
 # Largest sd of a hyperparameter at the start; most hyperparameters are logarithms.
 WIDEST = 1.5
 SEARCH_SCALE = 0.1
+# Nats that a step of the search must gain; coarse, because a Newton step follows.
+CLIMBED = 3e-3
 # More rows than SEARCHED are searched in a sample of at least FEWEST_SEARCHED whole clusters;
 # up to NEWTON_STEPS lead from the sample's mode to the mode of all rows.
 SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
 
 
-def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
+def start_at_mode(
+    model: MixedEffects, guide: Guide, source: RowSource, closed: ClosedForm | None = None
+) -> None:
     r"""Set q(theta) to the normal distribution at the mode of the marginal posterior.
 
     .. math:: \hat\theta = \arg\max_\theta \log p(\theta)
         + \sum_k \log \hat p(y_k \mid \theta), \quad
         q(\theta) = N(\hat\theta, -\nabla^2(\hat\theta)^{-1})
 
-    with the random effects integrated out by the guide's conditional: exactly for gaussian outcomes
-    with linear fixed effects, by a few particles on fixed noise otherwise. The conditional is
-    refreshed between rounds of LBFGS. The guide stays unchanged if it has random effects but no
-    nested factor, or if effects inside the network make the network run on many rows.
+    with the random effects integrated out: in closed form, if `closed` gives log p(y | theta), or
+    by the guide's conditional, with a few particles on fixed noise unless it is exact. The
+    conditional is refreshed between rounds of LBFGS. The guide stays unchanged if it has random
+    effects but no nested factor, or if effects inside the network make the network run on many
+    rows.
 
-    Rows that do not fit into one evaluation are read in pieces. With a single factor and very many
-    rows the search uses a sample of whole clusters. A few Newton steps, with the gradient of all
-    rows and the curvature of the sample, then lead to the mode of all rows (Bollapragada, Byrd,
-    Nocedal 2019).
+    With `closed`, no row is read. Otherwise, rows that do not fit into one evaluation are read in
+    pieces. With a single factor and very many rows the search uses a sample of whole clusters. A
+    few Newton steps, with the gradient of all rows and the curvature of the sample, then lead to
+    the mode of all rows (Bollapragada, Byrd, Nocedal 2019).
     """
     hyper = guide.hyperparameters
-    searchable = guide.nested() is not None or not model.factors
+    searchable = closed is not None or guide.nested() is not None or not model.factors
     # With effects inside the network, the search would run it hundreds of times on all rows.
     affordable = not modulates(model) or len(source) * row_cost(model) <= LARGEST_STEP
     if not hyper.size or not searchable or not affordable:
@@ -60,16 +70,18 @@ def start_at_mode(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     frame = torch.diag(_first_scale(model, guide, source))
     before = _center(guide)
     try:
-        searched, sample = _searched(model, guide, source)
+        searched, sample = source, None
+        if closed is None:
+            searched, sample = _searched(model, guide, source)
         _start_effects(model, guide, searched)
-        exact = guide.exact(model)
+        exact = closed is not None or guide.exact(model)
         known = before
         for round_ in range(ROUNDS):
             if not exact:
                 guide.refresh(model, searched)
             before = _center(guide)
             hyper.set_normal(before, frame)
-            posterior = _Posterior(model, guide, searched, sample)
+            posterior = _Posterior(model, guide, searched, sample, closed)
             best = posterior.climb()
             hyper.set_normal(best, frame)
             if exact and round_ and _distance(known, best, frame) < NEAR:
@@ -118,12 +130,13 @@ def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> in
 @torch.no_grad()
 def _start_effects(model: MixedEffects, guide: Guide, source: RowSource) -> None:
     """Refresh q(u | theta) until its centre stops moving: for counts a first step overshoots."""
+    if guide.exact(model):
+        guide.refresh(model, source)
+        return
     rows = source.all()
     before = model.predictor(rows, guide.center(rows)).eta
     for _ in range(MOST_REFRESHES):
         guide.refresh(model, source)
-        if guide.exact(model):
-            break
         after = model.predictor(rows, guide.center(rows)).eta
         if float((after - before).abs().max()) < 0.5 * model.data_facts().spread:
             break
@@ -198,9 +211,16 @@ class _Posterior:
     """log p(theta | y) up to a constant, with the same noise of all other sites at every theta."""
 
     def __init__(
-        self, model: MixedEffects, guide: Guide, source: RowSource, sample: Rows | None = None
+        self,
+        model: MixedEffects,
+        guide: Guide,
+        source: RowSource,
+        sample: Rows | None = None,
+        closed: ClosedForm | None = None,
     ) -> None:
-        self.model, self.guide = model, guide
+        self.model, self.guide, self.closed = model, guide, closed
+        if closed is not None:
+            return
         like, nested, held = model.reference(), guide.nested(), isinstance(source, HeldRows)
         # Several draws matter only to sites that are neither hyperparameters nor nested. Of an
         # exact conditional the centre is enough.
@@ -232,6 +252,10 @@ class _Posterior:
 
     def parts(self, theta_noise: Tensor) -> Iterator[Float[Tensor, ""]]:
         """The log-density piece by piece, at the theta that the guide makes of this noise."""
+        if self.closed is not None:
+            drawn = marginal_draws(self.model, self.guide, self.closed, theta_noise)
+            yield (drawn.total - drawn.hyper).mean()
+            return
         for rows, noise, share in zip(
             self.pieces.read(), self.noise, self.pieces.shares, strict=True
         ):
@@ -260,20 +284,35 @@ class _Posterior:
         return theta
 
     def climb(self) -> Float[Tensor, " size"]:
-        """The theta with the highest density, by LBFGS."""
-        point = self.point()
-        # The tolerance is coarse because a Newton step follows.
-        optimizer = torch.optim.LBFGS(
-            [point], max_iter=30, tolerance_change=1e-2, line_search_fn="strong_wolfe"
-        )
+        """The theta with the highest density, by L-BFGS."""
+        start, reached, worst = self.point(), math.inf, -math.inf
 
-        def loss() -> Tensor:
+        def loss(noise: np.ndarray) -> tuple[float, np.ndarray]:
+            nonlocal worst
+            point = start.new_tensor(noise).reshape(start.shape).requires_grad_()
             total, gradient = self.slope(point)
-            point.grad = -gradient
-            return -total
+            if not (total.isfinite() and gradient.isfinite().all()):
+                # The line search turns back from a wall.
+                return worst + 1e3 * (1 + abs(worst)), np.zeros_like(noise)
+            worst = max(worst, -float(total))
+            return -float(total), -gradient.flatten().double().cpu().numpy()
 
-        optimizer.step(loss)
-        return self.theta(point)
+        def stop(intermediate_result: scipy.optimize.OptimizeResult) -> None:
+            nonlocal reached
+            last, reached = reached, float(intermediate_result.fun)
+            if last - reached < CLIMBED:
+                raise StopIteration
+
+        # The first use of torch.optim's L-BFGS would import torch's compiler, which takes a second.
+        best = scipy.optimize.minimize(
+            loss,
+            np.zeros(start.numel()),
+            jac=True,
+            method="L-BFGS-B",
+            callback=stop,
+            options={"maxiter": 30},
+        )
+        return self.theta(start.new_tensor(best.x).reshape(start.shape))
 
     def curvature(self) -> tuple[Float[Tensor, "size size"], Float[Tensor, " size"]]:
         """Cholesky factor of (-Hessian)^-1 in units of the frame; Newton step in posterior sds."""

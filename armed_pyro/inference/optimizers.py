@@ -15,7 +15,7 @@ from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.pseudo_observations import PseudoObservations
-from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.model import MixedEffects, can_overfit
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
 
@@ -40,7 +40,8 @@ class Optimizers(nn.Module):
         guided = _trained("guide", lazy.guide)
         shared = {name: p for name, p in guided.items() if name not in by_cluster}
         of_guide: list[Update] = [Adam(shared, eps=eps), *lazy.tables.values()]
-        of_network: list[Update] = [Adam(_trained("model", model))]
+        trained, decay = _trained("model", model), schedule.weight_decay
+        of_network: list[Update] = [Adam(trained, decay=decay, decayed=_decayed(model, trained))]
         rates = schedule.learning_rate, schedule.net_learning_rate
         self._groups = tuple(zip((of_guide, of_network), rates, strict=True))
         self.updates = nn.ModuleList([*of_guide, *of_network])
@@ -271,6 +272,13 @@ class ClusterTable(Update):
         moved = trained + adam_change(gradient, mean, square, count, rate, self.eps)
         rows = torch.cat([fixed, moved, mean, square, count], 1)
         self.values.index_copy_(0, self.targets, rows)
+
+
+def _decayed(model: MixedEffects, trained: Mapping[str, Tensor]) -> list[str]:
+    """Names of the weights, but not the biases, of a network that can overfit."""
+    if not can_overfit(model):
+        return []
+    return [name for name, p in trained.items() if name.startswith("model.net.") and p.dim() > 1]
 
 
 def _trained(prefix: str, module: nn.Module) -> dict[str, Tensor]:

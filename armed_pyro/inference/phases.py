@@ -18,10 +18,13 @@ from armed_pyro.engine.compiled_step import CompileMode, Loss, Steps
 from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_hat
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
+from armed_pyro.guides.closed_form import ClosedForm
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
+from armed_pyro.inference.marginal_weights import MarginalBound, exact_likelihood
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.inference.optimizers import LazyAdam, Optimizers
-from armed_pyro.program.model import MixedEffects, log_likelihoods
+from armed_pyro.inference.snapshots import Snapshots
+from armed_pyro.program.model import MixedEffects, can_overfit, log_likelihoods
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
@@ -34,6 +37,12 @@ __all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask", "warmup_steps
 MOST_WORK = 2**27
 # Most rows that one step reads from files.
 MOST_READ = 2**18
+# Steps without a better look at held-out rows before the rates of a network are first cut. Its
+# residual sd and sds settle in the first 100 steps, in which the loss may rise.
+LONG_WAIT = 150
+# Draws that integrate the random effects out of a validation loss: if the network runs once for all
+# of them, and if it runs once per draw.
+SCORED, FEW_SCORED, MOST_SCORED = 100, 8, 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +59,23 @@ class TrainingTask:
     seed: int = 0
     compile: CompileMode = "auto"
     weights: Sequence[dict[str, Any]] = ()  # tried for the adversaries, for the history
+    network_only: bool = False  # whether the run ends with the network's training
+    network_trained: bool = False  # whether it begins after the network's training
+    keeps_snapshots: bool = False  # whether the network is kept after many windows, not at its best
+
+    @property
+    def by_epochs(self) -> bool:
+        """Whether held-out rows, looked at after every epoch, end the training of a network."""
+        return self.validation is not None and can_overfit(self.model)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers of program and guide."""
         return module_tensors("model", self.model) | module_tensors("guide", self.guide)
+
+    def learned(self) -> dict[str, Tensor]:
+        """Copies of the tensors of network, adversaries and guide."""
+        kept = ("model.net.", "model._adversaries.", "guide.")
+        return {name: tensor for name, tensor in self.state().items() if name.startswith(kept)}
 
     def return_to(self, state: dict[str, Tensor]) -> None:
         """Put back the tensors of `state`."""
@@ -61,15 +83,26 @@ class TrainingTask:
         restore_module("guide", self.guide, state)
 
     def validation_loss(self, rows: HeldRows, share: Share) -> float:
-        """Mean of -log p(y_i) at the guide's centre, with zero effects for new clusters."""
+        r"""Mean of -log p(y_i | training rows), the random effects integrated out.
+
+        .. math:: -\frac{1}{n} \sum_i \log \frac{1}{S} \sum_s p(y_i \mid u_s, \theta_s)
+
+        The S draws are the guide's, those of new clusters' effects from N(0, D). They come from
+        the same random numbers in every call, so that differences between calls have little noise.
+        """
         self.model.eval()
-        with torch.no_grad():
+        with self.model.seeded(self.seed):
             counts = {name: len(counted) for name, counted in rows.counts.items()}
-            center = self.guide.center(self.model.clusters())
-            latents = self.model.extend(center, counts, population=True)
+            effects = sum(counts[f.name] * len(f.terms) for f in self.model.factors)
+            affordable = max(FEW_SCORED, MOST_SCORED // max(1, effects, len(rows)))
+            n = FEW_SCORED if modulates(self.model) else min(SCORED, affordable)
+            draws = self.guide.draws(self.model.clusters(), n)
+            latents = self.model.extend(draws, counts, population=False)
 
             def log_prob(rows: Rows) -> Tensor:
-                return torch.stack([*log_likelihoods(self.model, rows, latents).values()]).sum(0)
+                parts = log_likelihoods(self.model, rows, latents).values()
+                by_draw = torch.stack([part.expand(n, -1) for part in parts]).sum(0)
+                return by_draw.logsumexp(0) - math.log(n)
 
             mean = share.mean_over_rows(log_prob, rows)
         self.model.train()
@@ -99,6 +132,7 @@ class Phase(ABC):
 
     trains_network: bool
     frozen_rows: RowSource | None = None  # all rows with the frozen network's outputs
+    closed: ClosedForm | None = None  # log p(y | theta) of all rows, if it has a closed form
 
     def __init__(self, task: TrainingTask, share: Share) -> None:
         self.task, self.share, self.passes = task, share, Passes(self.one_pass)
@@ -126,6 +160,10 @@ class Phase(ABC):
     def finished(self) -> bool:
         """Whether the rates have been cut as often as the schedule asks for."""
         return 0 < self.task.schedule.stages <= self.plateau.cuts
+
+    def batch_size(self) -> int:
+        """Rows of one step."""
+        return self.task.schedule.batch(len(self.task.source))
 
     @abstractmethod
     def window(self) -> int:
@@ -159,15 +197,14 @@ class Phase(ABC):
 
     def next_batch(self) -> Rows:
         """The next mini-batch, or all rows if one batch holds them."""
-        n = len(self.task.source)
-        whole = self.task.schedule.batch(n) == n
+        whole = self.batch_size() == len(self.task.source)
         return self.share.rows.all() if whole else next(self.passes)
 
     def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
         """One pass over the rows in mini-batches, in an order drawn from `generator`."""
         task, source = self.task, self.share.rows
         n = len(task.source)
-        size = task.schedule.batch(n)
+        size = self.batch_size()
         # `prepare` makes room for this many clusters, unless a step looks them up itself.
         sampled = source.sampled(self.share.together(size))
         whole = self.lazy.tables.keys() >= sampled and not self.share.several
@@ -198,15 +235,24 @@ class NetworkPhase(Phase):
 
     def __init__(self, task: TrainingTask) -> None:
         super().__init__(task, task.share)
-        self.prepare(task.schedule.batch(len(task.source)), 1.0)
+        self.prepare(self.batch_size(), 1.0)
         self.best: dict[str, Tensor] = {}
+        self.snapshots = Snapshots()
+        schedule = task.schedule
+        if task.by_epochs and schedule.window is None:  # for the first cut; later ones come sooner
+            self.plateau.patience = max(schedule.patience, -(-LONG_WAIT // self.window()))
         self.warmups = warmup_steps(task)
         objective = Objective(task.model, self.lazy.guide)
         averaged = self.share.averaged(objective, self.modules, len(task.model.adversaries))
         self.objective = self.lazy.reading(averaged)
 
+    def batch_size(self) -> int:
+        schedule, n = self.task.schedule, len(self.task.source)
+        return schedule.stopped_batch(n) if self.task.by_epochs else schedule.batch(n)
+
     def window(self) -> int:
-        return self.task.schedule.window_steps(len(self.task.source))
+        schedule, n = self.task.schedule, len(self.task.source)
+        return schedule.stopped_window(n) if self.task.by_epochs else schedule.window_steps(n)
 
     def take(self, step: int) -> tuple[Loss, Tensor]:
         task, steps = self.task, self.task.schedule.steps
@@ -225,29 +271,36 @@ class NetworkPhase(Phase):
         if self.task.validation is None:
             self.plateau.training(np.array(history.loss[-len(losses) :]))
             return
+        if self.task.keeps_snapshots:
+            self.snapshots.add(len(history.validation) - 1, self.task.learned())
         best, cut = self.plateau.validation(history.validation[-1])
+        if cut:
+            self.plateau.patience = self.task.schedule.patience
         if best:
             self.best = self.task.state()
         elif cut:
             self.keep_best()
 
     def keep_best(self) -> None:
-        if self.best:
+        if self.best and not self.task.keeps_snapshots:
             self.task.return_to(self.best)
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {f"best.{name}": value for name, value in self.best.items()}
+        best = {f"best.{name}": value for name, value in self.best.items()}
+        return super().state() | best | self.snapshots.tensors("snapshot")
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         super().restore(tensors)
         best = {k: v for k, v in tensors.items() if k.startswith("best.")}
         self.best = {k.removeprefix("best."): v for k, v in best.items()}
+        self.snapshots = Snapshots.restored(tensors, "snapshot")
 
 
 def warmup_steps(task: TrainingTask) -> list[int]:
     """Steps of the warm-up of each adversary."""
     n, schedule = len(task.source), task.schedule
-    epoch = math.ceil(n / schedule.batch(n))
+    size = schedule.stopped_batch(n) if task.by_epochs else schedule.batch(n)
+    epoch = math.ceil(n / size)
     return [game.warmup_steps(epoch, schedule.steps) for game in task.model.adversaries]
 
 
@@ -274,7 +327,11 @@ class FrozenPhase(Phase):
         super().__init__(task, Share(before.share.processes, self.frozen_rows))
         # Centre of q(theta) after each step since the rates were last cut.
         self.iterates: list[np.ndarray] = []
+        self.closed = exact_likelihood(task.model, task.guide, self.frozen_rows)
         self.particles = self._start() if particles is None else particles
+        if self.closed is not None:
+            self.prepare(len(task.source), self.pace.rate)
+            return
         n, most = len(task.source), self._most_rows()
         # Clusters' parameters are trained, in mini-batches, only if no factor is nested.
         batches = task.guide.nested() is None and n > most
@@ -287,14 +344,17 @@ class FrozenPhase(Phase):
     def _start(self) -> int:
         """Set the guide to the mode; the number of particles that the bound needs there."""
         task = self.task
-        start_at_mode(task.model, task.guide, self.frozen_rows)
-        if task.guide.nested() is None or modulates(task.model):
+        start_at_mode(task.model, task.guide, self.frozen_rows, self.closed)
+        if self.closed is not None or task.guide.nested() is None or modulates(task.model):
             return 1
         return task.schedule.particles or particles_needed(task.model, task.guide, self.frozen_rows)
 
     @property
     def pace(self) -> Pace:
         """Draws per step, steps per window and factor of the learning rate."""
+        if self.closed is not None:
+            # Without draws of effects, the gradient has little noise.
+            return replace(Pace.of(self.closed.size, network=False), window=12, rate=2.0)
         n = len(self.task.source) * self.particles
         return Pace.of(n, network=modulates(self.task.model))
 
@@ -302,11 +362,18 @@ class FrozenPhase(Phase):
         return self.task.schedule.window_steps(len(self.task.source), self.pace.window)
 
     def take(self, step: int) -> tuple[Loss, Tensor]:
-        task = self.task
+        task, remaining = self.task, self.task.schedule.steps - step
+        if self.closed is not None:
+            exact = MarginalBound(task.model, task.guide, self.closed)
+            loss, norm = self.steps(
+                exact, self.pace.draws, factor=self.rate(step), remaining=remaining
+            )
+            self.iterates.append(self._center())
+            return loss, norm
         rows = self._step_rows()
         bound = NestedBound(task.model, self.lazy.guide, self.particles)
         draws = max(1, min(self.pace.draws, self._most_rows() // max(1, len(rows))))
-        objective, remaining = self.lazy.reading(bound), task.schedule.steps - step
+        objective = self.lazy.reading(bound)
         loss, norm = self.steps(objective, rows, draws, factor=self.rate(step), remaining=remaining)
         self.iterates.append(self._center())
         return loss, norm
@@ -317,7 +384,7 @@ class FrozenPhase(Phase):
         A loss ends the phase: the guide stays at the mode, and importance weights correct it.
         """
         task = self.task
-        if task.guide.work() <= MOST_WORK or not task.schedule.stages:
+        if self.closed is not None or task.guide.work() <= MOST_WORK or not task.schedule.stages:
             return None
         with torch.no_grad():
             loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)
@@ -327,7 +394,8 @@ class FrozenPhase(Phase):
 
     def close_window(self, losses: list[Loss], history: History) -> None:
         # The adversaries are no longer trained, so their last accuracy stays.
-        history.adversary_accuracy += history.adversary_accuracy[-1:] or [[]]
+        last = history.adversary_accuracy[-1:] or history.fold_accuracy or [[]]
+        history.adversary_accuracy += last
         # In posterior sds; the frame alone gives them only near the mode.
         sds = self.task.guide.hyperparameters.log_scale.detach().exp().cpu().numpy()
         r_hat, drift = split_r_hat(np.stack(self.iterates[-2 * len(losses) :]) / sds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from armed_pyro.data.files import as_pandas
 from armed_pyro.data.own_means import encoded_by, extended_by
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, selected
-from armed_pyro.inference.psis import systematic
+from armed_pyro.inference.psis import pareto_smooth, systematic
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Membership
 
@@ -83,6 +84,9 @@ class ImportanceDraws:
     2024). `cluster_k_hat` is that of each cluster's particles over all draws. Of more than 500
     clusters it is computed for 500 at random and nan for the others.
 
+    Where log p(y | theta) has a closed form, `latents` are the hyperparameters alone, and
+    `clusters` belongs to the draws at `index`, which have equal weights.
+
     Examples
     --------
     >>> none = np.zeros((4, 0))
@@ -94,8 +98,10 @@ class ImportanceDraws:
     latents: Mapping[str, Tensor]  # the nested effects are resampled within each draw
     log_weights: Float[np.ndarray, " draws"]  # Pareto smoothed, normalised
     k_hat: float
-    clusters: Float[np.ndarray, "draws watched"]  # log p(y_k | theta) where k-hat is computed
-    cluster_k_hat: Float[np.ndarray, " clusters"]
+    # log p(y_k | theta) where k-hat is computed
+    clusters: Float[np.ndarray, "draws watched"] = field(default_factory=lambda: np.zeros((0, 0)))
+    cluster_k_hat: Float[np.ndarray, " clusters"] = field(default_factory=lambda: np.zeros(0))
+    index: Int[Tensor, " chosen"] | None = None  # None: the rows of `clusters` are all draws
 
     @property
     def weights(self) -> Float[np.ndarray, " draws"]:
@@ -106,6 +112,16 @@ class ImportanceDraws:
     def effective(self) -> float:
         """Effective sample size, 1 / sum of squared weights."""
         return float(1 / np.sum(self.weights**2))
+
+    @cached_property
+    def left_out(self) -> tuple[Float[np.ndarray, "watched draws"], Float[np.ndarray, " watched"]]:
+        """Log-weights of the rows of `clusters` without each watched cluster, and their k-hat."""
+        whole = self.log_weights if self.index is None else 0.0
+        return pareto_smooth(whole - self.clusters.T)
+
+    def of_clusters(self, draws: Float[np.ndarray, "draws ..."]) -> Float[np.ndarray, "chosen ..."]:
+        """A quantity of all draws, at the draws of the rows of `clusters`."""
+        return draws if self.index is None else draws[self.index.cpu().numpy()]
 
     def resample(self, n: int) -> Int[Tensor, " n"]:
         """Positions of n draws; systematically, one of weight w floor(n w) or ceil(n w) times."""

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro._messages import progress_console
-from armed_pyro.guides.base import joined
+from armed_pyro.guides.base import joined, n_draws, selected
 from armed_pyro.guides.noise import Noise, gaussian_noise
 from armed_pyro.inference.importance_sampling import BLOCK, affordable, importance_draws
 from armed_pyro.inference.nested_weights import resampled, weigh
@@ -66,12 +66,27 @@ def refine(
             posterior = replace(posterior, importance=weighted)
         with posterior.model.seeded(seed + 5):
             index = weighted.resample(min(draws, affordable(posterior)))
-        quality = {"k_hat": weighted.k_hat, "ess": weighted.effective}
-        refined = RefinedDraws(method, weighted.latents, quality, index)
+            quality = {"k_hat": weighted.k_hat, "ess": weighted.effective}
+            refined = RefinedDraws(method, weighted.latents, quality, index)
+            if any(
+                factor.effect_site not in weighted.latents for factor in posterior.model.factors
+            ):
+                pool = _with_effects(posterior, refined.latents)
+                refined = RefinedDraws(method, pool, quality)
     else:
         pool, quality = _nuts(posterior, math.ceil(draws / chains), chains, warmup, seed, progress)
         refined = RefinedDraws(method, pool, quality)
     return replace(posterior, refined=refined)
+
+
+def _with_effects(posterior: Posterior, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draws of the hyperparameters, with random effects drawn for each."""
+    rows, size, pieces = posterior.model.clusters(), posterior.guide.most_draws(), []
+    with pyro.validation_enabled(False):
+        for start in range(0, n_draws(latents), size):
+            part = selected(latents, slice(start, start + size))
+            pieces.append(posterior.guide.effects_given(part, rows))
+    return joined(pieces)
 
 
 def _nuts(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -28,18 +29,25 @@ from armed_pyro.engine.processes import ALONE, Processes
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
+from armed_pyro.guides.closed_form import ClosedForm
 from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.cross_fitting import CrossFitting, comparable
+from armed_pyro.inference.held_out import HeldOut
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
+from armed_pyro.inference.out_of_sample import out_of_sample
 from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.probing import record_probes
 from armed_pyro.inference.refine import refine as refined_by
 from armed_pyro.inference.training_run import Run, TrainingInterrupted
-from armed_pyro.program.model import MixedEffects, trains_network
+from armed_pyro.program.model import MixedEffects, can_overfit, trains_network
+from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["GuideFactory", "progress_bar", "threads", "train"]
 
+# Fewest rows of which some are held out by default.
+FEWEST_ROWS = 10
 # Rows times parameters of one step below which one thread is fastest.
 SMALL_STEP = 2**24
 
@@ -59,7 +67,7 @@ def train(
     data: ClusteredData,
     *,
     source: RowSource | None = None,
-    validation: ClusteredData | None = None,
+    validation: ClusteredData | Literal["auto"] | None = None,
     schedule: Schedule | None = None,
     guide: GuideFactory = choose_guide,
     refine: bool = True,
@@ -88,10 +96,16 @@ def train(
         raise ValueError(f"`compile` is {compile!r}, but must be one of {', '.join(COMPILE_MODES)}")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
+    bound.cross_fit(None)  # an earlier fit may have such networks
     rows = bound.encode(data) if source is None else source
-    held_out = None
-    if validation is not None:
-        held_out = bound.encode(validation, bound.data_facts().levels_with(validation))
+    stopping = held_out = None
+    if isinstance(validation, ClusteredData):
+        stopping = bound.encode(validation, bound.data_facts().levels_with(validation))
+    elif validation == "auto":
+        held_out = _held_out(bound, rows, schedule, processes, seed)
+    if held_out is not None and held_out.factor is None and isinstance(rows, HeldRows):
+        rows = replace(rows, fold=held_out.fold.to(rows.x.device))
+        data = replace(data, fold=held_out.fold)
     path = None if checkpoint is None else Path(checkpoint)
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
@@ -102,36 +116,119 @@ def train(
         share = Share.of(processes, rows, bound.network if trains_network(bound) else None)
         bound_guide = guide(bound, share.rows).to(target)
         task = TrainingTask(
-            bound, bound_guide, data, rows, share, schedule, held_out, seed, compile, weights
+            bound, bound_guide, data, rows, share, schedule, stopping, seed, compile, weights
         )
-        run = Run(task)
-        if resume and path is not None:
-            run.restore(Checkpoint.read(path))
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         # In small steps, synchronising threads costs more than it saves.
         count = 1 if size < SMALL_STEP else torch.get_num_threads()
         shown = progress and processes.first
         with threads(count), _training_bar(schedule, shown) as report:
-            run.train(path, report)
+            saved = Checkpoint.read(path) if resume and path is not None else None
+            run = _trained(task, guide, held_out, path, report, saved)
         processes.same(bound, bound_guide)
-    posterior, frozen_rows = run.result(), run.phase.frozen_rows
-    record_probes(posterior, validation)
+    posterior, frozen_rows, closed = run.result(), run.phase.frozen_rows, run.phase.closed
+    record_probes(posterior, validation if isinstance(validation, ClusteredData) else None)
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
-    if not refine or frozen_rows is None or not refinable(posterior, source):
-        return posterior
-    return _with_weights(posterior, frozen_rows)
+    if refine:
+        posterior = _weighted(posterior, frozen_rows, source, closed)
+    _score_held_out(posterior, held_out, frozen_rows, stopping)
+    return posterior
 
 
-def _with_weights(posterior: Posterior, rows: RowSource) -> Posterior:
-    """The posterior with weighted draws of its guide, and resampled ones if these are better."""
+def _score_held_out(
+    posterior: Posterior,
+    held_out: HeldOut | None,
+    frozen_rows: RowSource | None,
+    stopping: HeldRows | None,
+) -> None:
+    """Record in the history how well rows that the network was not trained on are predicted."""
+    if not can_overfit(posterior.model):
+        return
     try:
-        weighted = importance_draws(posterior, rows)
-        posterior = replace(posterior, importance=weighted)
+        if stopping is not None:
+            scored = out_of_sample(posterior, stopping, settled_on=False)
+        elif held_out is not None and isinstance(frozen_rows, HeldRows):
+            rows = frozen_rows
+            if held_out.folds == 1:
+                rows = rows.take((held_out.fold == 0).nonzero()[:, 0].to(rows.x.device))
+            scored = out_of_sample(posterior, rows, settled_on=True)
+        else:
+            return
+    except (ArithmeticError, ValueError, RuntimeError):
+        return  # the check of the model says that nothing was scored
+    posterior.history.held_out.update(scored)
+
+
+def _held_out(
+    bound: MixedEffects, rows: RowSource, schedule: Schedule, processes: Processes, seed: int
+) -> HeldOut | None:
+    """The rows to hold out by default: none unless a network can overfit rows in memory.
+
+    Without cuts of the rates (`stages`), there is no rule that held-out rows could stop.
+    """
+    if not (can_overfit(bound) and schedule.stages and isinstance(rows, HeldRows)):
+        return None
+    if len(rows) < FEWEST_ROWS:
+        return None
+    if processes.several:
+        warnings.warn(
+            "several processes train one network, and no rows are held out by default: pass "
+            "validation=rows, by which its training is stopped",
+            UserWarning,
+            stacklevel=4,
+        )
+        return None
+    folds = schedule.folds if comparable(bound) else 1
+    return HeldOut.of(bound, rows, folds=folds, seed=seed)
+
+
+def _trained(
+    task: TrainingTask,
+    guide: GuideFactory,
+    held_out: HeldOut | None,
+    path: Path | None,
+    report: Callable[[int, str], None],
+    saved: Checkpoint | None,
+) -> Run:
+    """The run after its last step: networks that held-out rows stop come first, if there are."""
+    if held_out is None:
+        run = Run(task)
+        if saved is not None:
+            run.restore(saved)
+        run.train(path, report)
+        return run
+    networks = CrossFitting(task, guide, held_out)
+    if saved is not None:
+        networks.restore(saved)
+    saved = networks.train(path, report, saved)
+    found = networks.finish()
+    run = Run(replace(task, network_trained=True))
+    run.history = replace(run.history, **found)
+    if saved is not None:
+        run.restore(saved)
+    run.train(path, report, networks.completed)
+    if run.stopped == "converged":
+        run.stopped = "steps" if "steps" in networks.stopped else "validation"
+    return run
+
+
+def _weighted(
+    posterior: Posterior,
+    frozen_rows: RowSource | None,
+    source: RowSource | None,
+    closed: ClosedForm | None,
+) -> Posterior:
+    """The posterior with importance weights where they can be computed, and draws by these."""
+    if frozen_rows is None or not (closed is not None or refinable(posterior, source)):
+        return posterior
+    try:
+        weights = importance_draws(posterior, frozen_rows, closed)
+        posterior = replace(posterior, importance=weights)
         # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide,
         # and the diagnostics warn.
-        return refined_by(posterior) if weighted.k_hat < 1 else posterior
+        return refined_by(posterior) if weights.k_hat < 1 else posterior
     except KeyboardInterrupt as error:
         raise TrainingInterrupted(posterior) from error
 

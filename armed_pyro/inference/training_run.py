@@ -57,7 +57,7 @@ class Run:
         self.task = task
         self.history, self.stopped = History(), ""
         # Evaluated before the network is frozen, because a frozen network never counts as trained.
-        self._trains_network = trains_network(task.model)
+        self._trains_network = trains_network(task.model) and not task.network_trained
         self._rate = 1.0  # of the last step
         # The state to return to after divergence, and the mean loss of the window that follows it.
         self._good, self._good_loss = task.state(), math.inf
@@ -72,23 +72,34 @@ class Run:
         """Steps taken."""
         return len(self.history.loss)
 
-    def train(self, path: Path | None, report: Callable[[int, str], None]) -> None:
+    def train(
+        self,
+        path: Path | None,
+        report: Callable[[int, str], None],
+        completed: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint,
+    ) -> None:
         """Take steps until convergence or until they run out.
 
-        After each window the checkpoint is written to `path`, and `report` is called with the
-        number of steps and the state in words. An interrupt raises `TrainingInterrupted`.
+        After each window the checkpoint is written to `path`, after `completed` has added what
+        belongs to it, and `report` is called with the number of steps and the state in words. An
+        interrupt raises `TrainingInterrupted`.
         """
         path = path if self.task.share.processes.first else None
         if not self.step and not self._trains_network:
             self.freeze()
         try:
-            self._take_windows(path, report)
+            self._take_windows(path, report, completed)
         except KeyboardInterrupt as error:
             raise self._interruption() from error
         self.phase.keep_best()
         self.phase.release()
 
-    def _take_windows(self, path: Path | None, report: Callable[[int, str], None]) -> None:
+    def _take_windows(
+        self,
+        path: Path | None,
+        report: Callable[[int, str], None],
+        completed: Callable[[Checkpoint], Checkpoint],
+    ) -> None:
         """Take steps, window after window, until convergence or until they run out."""
         task = self.task
         while not self.stopped and not self._stops_at_mode():
@@ -104,7 +115,7 @@ class Run:
                 self._good, self._good_loss = before, mean
             report(self.step, self.history.status(self._games))
             if path is not None:
-                self.save().write(path)
+                completed(self.save()).write(path)
 
     def take_step(self) -> Loss:
         """Take one step; return its loss before the parameters changed, or raise the divergence."""
@@ -137,7 +148,9 @@ class Run:
         phase.close_window(losses, history)
         phase.refresh(self.step)
         if phase.finished:
-            if phase.trains_network:
+            if phase.trains_network and task.network_only:
+                self.stopped = "validation"
+            elif phase.trains_network:
                 self.freeze()
             else:
                 by_validation = task.validation is not None and self._trains_network

@@ -261,6 +261,7 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f"one set of support rows has {role}, the other has none")
         optional[role] = None if pair[0] is None else torch.cat(pair)
+    optional["fold"] = None
     groupings = {}
     for name in dict.fromkeys([*first.groupings, *posterior.model.factor_names()]):
         left, right = first.grouping(name), second.grouping(name)

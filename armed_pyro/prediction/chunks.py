@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,16 +14,26 @@ from torch import Tensor
 
 from armed_pyro._messages import INTEGER, check_probability, check_type
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.guides.base import n_draws
+from armed_pyro.guides.base import n_draws, selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.result import NewEffects, Prediction, Reconstructed
 from armed_pyro.prediction.unseen import EffectSource, new_clusters
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
+from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 
-__all__ = ["check_settings", "new_effects", "predict_chunks", "predict_rows", "with_new_effects"]
+__all__ = [
+    "NetworkUncertainty",
+    "check_settings",
+    "new_effects",
+    "predict_chunks",
+    "predict_rows",
+    "with_new_effects",
+]
+
+NetworkUncertainty = Literal["none", "ensemble"]
 
 
 def predict_chunks(
@@ -37,6 +47,7 @@ def predict_chunks(
     chunk: int | None = None,
     outcomes: bool = True,
     others: bool = True,
+    network_uncertainty: NetworkUncertainty = "none",
 ) -> Iterator[Prediction]:
     """Yield the predictions of `predict` in blocks of consecutive rows, in bounded memory.
 
@@ -63,9 +74,14 @@ def predict_chunks(
         stop = start + len(rows)
         # The seed must not be set around the yield: the caller's code runs there.
         with model.seeded(base + stop):
-            predictor = model.predictor(rows, latents, return_fixed=False, others=reconstruct)
-            # Without latent sites the predictor has a single draw.
-            eta = predictor.eta.expand(n, *predictor.eta.shape[-2:])
+            folds = model.fold_networks
+            rebuilt: Mapping[str, Tensor] = {}
+            if network_uncertainty == "ensemble" and folds is not None and folds.averages(rows):
+                eta = _in_turn(model, folds, rows, latents, n)
+            else:
+                made = model.predictor(rows, latents, return_fixed=False, others=reconstruct)
+                # Without latent sites the predictor has a single draw.
+                eta, rebuilt = made.eta.expand(n, *made.eta.shape[-2:]), made.others
             expected = model.family.mean(eta, rows)
             outcome = model.density(eta, latents, rows).sample() if outcomes else eta[..., 0]
         yield Prediction(
@@ -76,8 +92,23 @@ def predict_chunks(
             facts.outcome_name,
             None if facts.classes is None else tuple(map(str, facts.classes)),
             prob,
-            others={name: _reconstructed(means, rows) for name, means in predictor.others.items()},
+            others={name: _reconstructed(means, rows) for name, means in rebuilt.items()},
         )
+
+
+def _in_turn(
+    model: MixedEffects, folds: FoldNetworks, rows: Rows, latents: Mapping[str, Tensor], n: int
+) -> Tensor:
+    """The predictor of n draws, of which each takes one network in place of the mean of all."""
+    x = rows.x.to(model.network_reference().dtype)
+    parts, places = list[Tensor](), list[Tensor]()
+    for number in range(min(len(folds), n)):
+        place = torch.arange(number, n, len(folds), device=x.device)
+        fixed = replace(rows, computed={"": folds.run(rows, x, number)})
+        eta = model.predictor(fixed, selected(latents, place), return_fixed=False).eta
+        parts.append(eta.expand(len(place), *eta.shape[-2:]))
+        places.append(place)
+    return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 def predict_rows(
@@ -144,8 +175,13 @@ def new_effects(
     return by_factor
 
 
-def check_settings(draws: int, prob: float) -> None:
-    """Raise ValueError if there are fewer than two draws, or `prob` is not a probability."""
+def check_settings(draws: int, prob: float, network_uncertainty: str = "none") -> None:
+    """Raise ValueError for fewer than two draws, no probability, or an unknown choice."""
+    if network_uncertainty not in get_args(NetworkUncertainty):
+        raise ValueError(
+            f"`network_uncertainty` is {network_uncertainty!r}, but must be one of "
+            f"{', '.join(get_args(NetworkUncertainty))}"
+        )
     check_probability(prob)
     check_type(draws, INTEGER, "`draws`")
     if draws < 2:

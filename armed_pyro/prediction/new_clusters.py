@@ -252,5 +252,8 @@ def _with_training(
     counts = {k: torch.bincount(v, minlength=len(levels[k])) for k, v in codes.items()}
     x = torch.cat([source.x, training.x[index]])
     y, trials, offset, weights = (both(name) for name in ("y", "trials", "offset", "weights"))
-    slopes, means = both("slopes"), both("means")
-    return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=slopes, means=means)
+    slopes, means, fold = both("slopes"), both("means"), training.fold
+    if fold is not None:  # further rows get the mean of the networks
+        fold = torch.cat([torch.full_like(fold[:1].expand(len(source)), -1), fold[index]])
+    parts = (x, y, codes, counts, trials, offset, weights)
+    return HeldRows(*parts, slopes=slopes, means=means, fold=fold)

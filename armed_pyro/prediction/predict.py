@@ -20,7 +20,13 @@ from armed_pyro.data.own_means import extended_by
 from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support_in, encoded_support
-from armed_pyro.prediction.chunks import check_settings, new_effects, predict_chunks, predict_rows
+from armed_pyro.prediction.chunks import (
+    NetworkUncertainty,
+    check_settings,
+    new_effects,
+    predict_chunks,
+    predict_rows,
+)
 from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.similarity import (
@@ -64,6 +70,7 @@ def predict(
     prob: float = 0.9,
     seed: int | None = None,
     others: bool = True,
+    network_uncertainty: NetworkUncertainty = "none",
     classifiers: Classifiers | None = None,
 ) -> Prediction:
     r"""E[y | x, cluster] and y of new rows, under every posterior draw.
@@ -88,6 +95,10 @@ def predict(
     others : bool
         Whether to predict the program's other outcomes, too. Reconstructed images cost a pass of
         the decoder for each draw.
+    network_uncertainty : {"none", "ensemble"}
+        Network of rows of new clusters, if the fit has cross-fitted networks: the mean of all in
+        every draw, or one after the other, so that their disagreement is in the intervals. Rows of
+        seen clusters always have the network with which their effects were estimated.
     classifiers : Classifiers, optional
         Classifiers for "membership" and "nearest"; a missing one is trained.
 
@@ -101,7 +112,7 @@ def predict(
     --------
     ``fit.predict(rows, unseen="marginal").to_frame()``
     """
-    check_settings(draws, prob)
+    check_settings(draws, prob, network_uncertainty)
     known = None
     if unseen == "adapt" and support is not None:
         support = known = encoded_support(posterior, support)
@@ -121,7 +132,16 @@ def predict(
     if unseen is not None and unseen != "adapt":
         labels = {f.name: data.grouping(f.name).levels for f in posterior.model.factors}
         warn_if_all_new(posterior.model, labels, new_clusters(posterior.model, data))
-    made = predict_rows(posterior, rows, source, draws=draws, prob=prob, seed=seed, others=others)
+    made = predict_rows(
+        posterior,
+        rows,
+        source,
+        draws=draws,
+        prob=prob,
+        seed=seed,
+        others=others,
+        network_uncertainty=network_uncertainty,
+    )
     new = {} if by_row else new_effects(posterior.model, source, data)
     names = tree_names(posterior.model)
     return replace(made, new=new, membership=membership, names=names)
@@ -193,6 +213,7 @@ def predict_table(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    network_uncertainty: NetworkUncertainty = "none",
     classifiers: Classifiers | None = None,
     report: Report = lambda name, done, total: None,
 ) -> tuple[Iterator[Prediction], pd.DataFrame | None]:
@@ -209,7 +230,7 @@ def predict_table(
     classifiers = Classifiers() if classifiers is None else classifiers
     if (schema := posterior.model.data_facts().schema) is None:
         raise ValueError("the model was fitted to arrays, so it cannot read a table")
-    check_settings(draws, prob)
+    check_settings(draws, prob, network_uncertainty)
     names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
     wanted = tuple(name for name in names if name is not None)
     factors = posterior.model.factor_names()
@@ -236,6 +257,7 @@ def predict_table(
         membership = evidence_table(evidence)
         warn_if_alien(membership)
     settings: dict[str, Any] = {"draws": draws, "seed": seed}
+    options: Any = {"prob": prob, "outcomes": False, "network_uncertainty": network_uncertainty}
     if pooled or not resembling:
         source = _source_of(posterior, unseen, new, support, evidence, **settings)
 
@@ -248,8 +270,7 @@ def predict_table(
                 data = one_cluster_per_row(posterior.model, data, start)
                 block_evidence = gather_evidence(posterior, data, classifiers)
                 block_source = _source_of(posterior, unseen, new, None, block_evidence, **settings)
-            options = {**settings, "prob": prob, "outcomes": False}
-            yield from predict_chunks(posterior, data, block_source, **options)
+            yield from predict_chunks(posterior, data, block_source, **settings, **options)
             start += len(frame)
 
     return parts(), membership

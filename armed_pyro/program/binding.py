@@ -187,8 +187,8 @@ def warn_if_small(model: Plan) -> None:
     rows = model.data_facts().n_rows
     if rows < count:
         warnings.warn(
-            f"there are fewer rows ({rows}) than parameters ({count}): expect overfitting; use a "
-            "smaller network, or stop by validation",
+            f"there are fewer rows ({rows}) than parameters ({count}): expect overfitting where "
+            "no rows are held out; a smaller network may predict better",
             UserWarning,
             stacklevel=4,
         )

@@ -205,7 +205,9 @@ class Facts:
             slopes = self.slope_scaling.standardise(data.slopes).to(like)
         between = self.between
         means = between.columns(data).to(like) if between and between.names else None
-        return HeldRows(x, y, codes, counts, trials, offset, weights, slopes=slopes, means=means)
+        fold = None if data.fold is None else data.fold.to(like.device)
+        parts = (x, y, codes, counts, trials, offset, weights)
+        return HeldRows(*parts, slopes=slopes, means=means, fold=fold)
 
     @property
     def between_names(self) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["MixedEffects", "counted", "log_likelihoods", "trains_network"]
+__all__ = ["MixedEffects", "can_overfit", "counted", "log_likelihoods", "trains_network"]
 
 Source = TypeVar("Source", bound=RowSource)
 
@@ -115,6 +115,7 @@ class MixedEffects(Plan):
             says which of them, and what to do.
         """
         bound = copy.deepcopy(self)
+        bound.cross_fit(None)  # an earlier fit may have such networks
         if isinstance(data, ClusteredData):
             bound.facts = Facts.of(data, self.family, self.factor_names())
             bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
@@ -198,15 +199,7 @@ class MixedEffects(Plan):
         A `RowSource` stands for all of its rows.
         """
         rows = rows.all() if isinstance(rows, RowSource) else rows
-        unit, outcome = self.unit(), self.data_facts().outcome_name
-        latents: dict[str, Tensor] = {}
-        for parameter in self.family.parameters:
-            latents[parameter.name] = parameter.sample(self.priors, unit)
-        if self.has_fixed_effects:
-            latents["fixed_effect"] = pyro.sample("fixed_effect", self.fixed_prior())
-        latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
-        for factor in self.factors:
-            latents[factor.effect_site] = factor(rows.memberships[factor.name])
+        outcome, latents = self.data_facts().outcome_name, self.sample_latents(rows)
         predictor = self.predictor(
             rows, latents, return_fixed=binding.needs_fixed_run(self), others=True
         )
@@ -216,6 +209,18 @@ class MixedEffects(Plan):
                 with poutine.scale(scale=other.weight):
                     pyro.sample(other.name, density, obs=rows.x)
         return predictor
+
+    def sample_latents(self, rows: Rows) -> dict[str, Tensor]:
+        """Sample every latent site from the prior, with effects of the clusters of `rows`."""
+        unit, latents = self.unit(), dict[str, Tensor]()
+        for parameter in self.family.parameters:
+            latents[parameter.name] = parameter.sample(self.priors, unit)
+        if self.has_fixed_effects:
+            latents["fixed_effect"] = pyro.sample("fixed_effect", self.fixed_prior())
+        latents |= {other.sd_site: other.sample_sd(unit) for other in self.others}
+        for factor in self.factors:
+            latents[factor.effect_site] = factor(rows.memberships[factor.name])
+        return latents
 
     def fixed_prior(self) -> dist.TorchDistribution:
         """p(fixed_effect), of which `armed_pyro.program.fixed_prior.root` gives the covariance."""
@@ -303,3 +308,9 @@ def trains_network(model: MixedEffects) -> bool:
     """Whether there are weights to train: of an adversary, or of a network that is not linear."""
     weights = any(parameter.requires_grad for parameter in model.network.parameters())
     return bool(model.adversaries) or (weights and not model.linear)
+
+
+def can_overfit(model: MixedEffects) -> bool:
+    """Whether there are trained weights of a network other than a single linear layer."""
+    weights = any(parameter.requires_grad for parameter in model.network.parameters())
+    return weights and not isinstance(model.network, nn.Linear)

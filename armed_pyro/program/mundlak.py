@@ -43,6 +43,9 @@ NAMED = 0.05
 # Beyond this number of features the first ones are tested.
 MOST_FEATURES = 100
 FEWEST_CLUSTERS = 12
+# Larger data are tested in whole clusters of about this number of rows, if these are at least
+# FEWEST_WHOLE, and in rows at random otherwise.
+MOST_ROWS, FEWEST_WHOLE = 20_000, 200
 # Shares of a feature's variance within and between clusters below which it does not vary there.
 WITHIN, BETWEEN = 1e-6, 1e-3
 
@@ -188,6 +191,7 @@ def _tested(
     model: Plan, data: ClusteredData, factor: str, names: tuple[str, ...]
 ) -> tuple[tuple[str, ...], str]:
     """The features whose means "auto" adds, and why."""
+    data = _sampled(data, factor)
     z, weight = working_response(model, data)
     places = [data.feature_names.index(name) for name in data.feature_names[:MOST_FEATURES]]
     x, grouping = data.features[:, places].double().numpy(), data.grouping(factor)
@@ -212,6 +216,18 @@ def _tested(
     differing = worst.differing
     listed = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
     return differing, f"on for {factor}: slopes of {listed} differ within and between ({figures})"
+
+
+def _sampled(data: ClusteredData, factor: str) -> ClusteredData:
+    """At most about `MOST_ROWS` rows."""
+    if data.n_rows <= MOST_ROWS:
+        return data
+    grouping, rng = data.grouping(factor), np.random.default_rng(0)
+    order = rng.permutation(grouping.n_clusters)
+    n = int(np.searchsorted(np.cumsum(grouping.counts.numpy()[order]), MOST_ROWS, "right"))
+    if n >= FEWEST_WHOLE:
+        return data.take(np.isin(grouping.codes.numpy(), order[:n]))
+    return data.take(np.sort(rng.permutation(data.n_rows)[:MOST_ROWS]))
 
 
 @torch.no_grad()

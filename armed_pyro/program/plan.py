@@ -21,6 +21,7 @@ from armed_pyro.networks.taps import head_path, run
 from armed_pyro.priors import Known, Priors
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -91,6 +92,7 @@ class Plan(LocalModule):
         for other in self.others:
             check_type(other, Reconstruction, "every one of others")
         self._factors = nn.ModuleList()
+        self._folds = nn.ModuleList()
         self.facts = None
 
     @property
@@ -104,6 +106,16 @@ class Plan(LocalModule):
         # Not by attribute, which PyroModule intercepts: their weights are no sites of the density.
         modules: Any = self._modules["_adversaries"]
         return tuple(modules)
+
+    @property
+    def fold_networks(self) -> FoldNetworks | None:
+        """The cross-fitted networks of a fit, whose outputs take the place of the network's."""
+        modules: Any = self._modules["_folds"]
+        return modules[0] if len(modules) else None
+
+    def cross_fit(self, networks: FoldNetworks | None) -> None:
+        """Let these networks give the outputs from now on; with None, the program's network."""
+        self._folds = nn.ModuleList([] if networks is None else [networks])
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -273,6 +285,9 @@ class Plan(LocalModule):
         """
         if rows.computed is not None:
             return rows.computed[""], rows.computed
+        if self.fold_networks is not None:
+            output = self.fold_networks.run(rows, rows.x.to(self.network_reference().dtype))
+            return output, {"": output}
         head = [self.head_path()] if self.bayesian_head else []
         x = rows.x.to(self.network_reference().dtype)
         # The only place where the network's weights become Pyro parameters.

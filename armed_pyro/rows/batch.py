@@ -51,6 +51,8 @@ class Rows:
     slopes: Float[Tensor, "rows columns"] | None = None
     # Standardised means of features in the row's clusters, as further fixed effects.
     means: Float[Tensor, "rows columns"] | None = None
+    # The network of `FoldNetworks` that was trained without the row; -1 where there is none.
+    fold: Int[Tensor, " rows"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)

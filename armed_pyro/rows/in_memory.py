@@ -35,6 +35,7 @@ class HeldRows(RowSource):
     reduce: Callable[[Tensor], Tensor] | None = None
     slopes: Float[Tensor, "rows columns"] | None = None
     means: Float[Tensor, "rows columns"] | None = None
+    fold: Int[Tensor, " rows"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -60,7 +61,7 @@ class HeldRows(RowSource):
             return None if values is None else values.index_select(0, index)
 
         names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes", "means")
-        return replace(self, **{name: take(getattr(self, name)) for name in names})
+        return replace(self, **{name: take(getattr(self, name)) for name in (*names, "fold")})
 
     def all(self) -> Rows:
         return self.of(self.memberships(self.codes), 1.0)
@@ -68,7 +69,7 @@ class HeldRows(RowSource):
     def of(self, memberships: Mapping[str, Membership], scale: float) -> Rows:
         """All rows, with these memberships and this scale."""
         optional = (self.trials, self.offset, self.weights, self.computed, self.slopes, self.means)
-        return Rows(self.x, self.y, memberships, scale, *optional)
+        return Rows(self.x, self.y, memberships, scale, *optional, self.fold)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None

@@ -23,6 +23,7 @@ from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.by_name import is_file, network
 from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Priors, ScalePrior
+from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
@@ -81,6 +82,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
             "made_by": getattr(net, "armed_pyro_network", None),
             "dtype": dtype,
             "parameters": {name: list(value.shape) for name, value in net.state_dict().items()},
+            "folds": _describe_folds(model),
         },
         "training": {
             "schedule": posterior.schedule.to_json(),
@@ -211,6 +213,23 @@ def _check_shapes(net: nn.Module, shapes: Mapping[str, Any]) -> None:
                 f"fit's {shapes.get(name)} (None: no such parameter); pass net= of the same "
                 "architecture"
             )
+
+
+def _describe_folds(model: MixedEffects) -> dict[str, Any] | None:
+    """Number of the cross-fitted networks, and the factor whose clusters they leave out."""
+    folds = model.fold_networks
+    if folds is None:
+        return None
+    return {"networks": len(folds), "factor": folds.factor, "clusters": len(folds.of_cluster)}
+
+
+def cross_fit(model: MixedEffects, manifest: Mapping[str, Any]) -> None:
+    """Give a bound program room for the cross-fitted networks of a manifest, if there are any."""
+    # Manifests from before there were such networks lack the entry.
+    folds = manifest["network"].get("folds")
+    if folds is not None:
+        sizes = folds["networks"], folds["factor"], folds["clusters"]
+        model.cross_fit(FoldNetworks.like(model.network, *sizes))
 
 
 def _network(made_by: Mapping[str, Any] | None, shapes: Mapping[str, Any]) -> nn.Module:

@@ -22,7 +22,7 @@ from armed_pyro.summaries.datatree import GROUPS
 __all__ = ["describe_rows", "read_rows", "training_rows"]
 
 OBSERVED, CONSTANT = "observed_data", "constant_data"
-COLUMNS = ("features", "slopes", "trials", "offset", "weights")
+COLUMNS = ("features", "slopes", "trials", "offset", "weights", "fold")
 
 
 def describe_rows(data: ClusteredData) -> dict[str, Any]:
@@ -126,4 +126,5 @@ def training_rows(
         slope_names=facts.slope_names,
         slope_sources=facts.slope_sources,
         slope_continuous=tuple(record.get("slope_continuous", ())),
+        fold=tensor("fold"),
     )

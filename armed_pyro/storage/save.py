@@ -25,6 +25,7 @@ from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, n_draws
 from armed_pyro.guides.crossed import CrossedGuide
+from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
@@ -33,7 +34,14 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.names import cluster_columns
 from armed_pyro.program.probe import check_probe, probe
 from armed_pyro.storage.checksums import check_sums, sealed
-from armed_pyro.storage.manifest import MANIFEST, describe, program, read_manifest, reading
+from armed_pyro.storage.manifest import (
+    MANIFEST,
+    cross_fit,
+    describe,
+    program,
+    read_manifest,
+    reading,
+)
 from armed_pyro.storage.rows import describe_rows, read_rows, training_rows
 from armed_pyro.storage.run_lock import DRAFT, REPLACED, is_temporary, locked
 from armed_pyro.summaries.datatree import GROUPS
@@ -57,6 +65,7 @@ CLASSIFIER = ("factor", "temperature", "pooling", "report")
 # Guides that can be saved, by their names in the manifest.
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
+    "NestedGuide": NestedGuide,
     "StructuredGuide": StructuredGuide,
 }
 
@@ -190,6 +199,7 @@ def load(
         model = program(manifest, path / MANIFEST, net).bind(facts)
     guide = make_guide(model)
     with reading(path / MODEL):
+        cross_fit(model, manifest)
         for name, module in {"model": model, "guide": guide}.items():
             _check_types(name, module, tensors)
             restore_module(name, module, tensors)

@@ -91,7 +91,8 @@ def to_datatree(
           given the same draws. Log-likelihoods include the weights of rows and outcomes.
         - prior, prior_predictive: draws of the program without its data. Weights of a network that
           are not latent keep their trained values.
-        - observed_data, constant_data: outcome; features, clusters, trials, offset and weights.
+        - observed_data, constant_data: outcome; features, clusters, trials, offset and weights, and
+          the number of the network that was trained without the row (fold), if rows were held out.
         - sample_stats: objective and evidence lower bound per row for each step of the training,
           whether the step ran compiled, and its seconds (median of its window).
     seed : int, optional
@@ -243,7 +244,7 @@ def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     if data.slopes is not None:
         variables["slopes"] = (("row", "slope_column"), data.slopes.numpy())
         coords["slope_column"] = list(data.slope_names)
-    for name in ("trials", "offset", "weights"):
+    for name in ("trials", "offset", "weights", "fold"):
         if (values := getattr(data, name)) is not None:
             variables[name] = (("row",), values.numpy())
     return _dataset(posterior, variables, **coords)
