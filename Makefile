@@ -17,7 +17,7 @@ THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow bench lint format clean
+.PHONY: help venv demo test fuzz slow bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ demo: $(STAMP)  ## fit, compare and forecast fertility of about 200 countries, i
 
 test: $(STAMP)  ## run the tests with coverage (line coverage of at least 90 %)
 	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+fuzz: $(STAMP)  ## random tables and randomly changed fits, 10,000 cases (an hour)
+	FUZZ_CASES=10000 $(THREADS) $(BIN)/python -m pytest -n $(WORKERS) tests/test_fuzz.py
 
 slow: $(STAMP)  ## run the slow tests and the accuracy analysis (hours), then ANALYSES
 	$(THREADS) $(BIN)/python -m pytest -m slow -n $(WORKERS) || [ $$? -eq 5 ]  # 5: no slow tests

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
         compare_modes as compare_modes,
         score_mode as score_mode,
     )
-    from armed_pyro.fitting import DivergenceError as DivergenceError, fit as fit
+    from armed_pyro.fitting import (
+        DivergenceError as DivergenceError,
+        FitInterrupted as FitInterrupted,
+        fit as fit,
+    )
     from armed_pyro.guides.base import Guide as Guide
     from armed_pyro.guides.structured import StructuredGuide as StructuredGuide
     from armed_pyro.networks.adversary import Adversary as Adversary
@@ -76,7 +80,7 @@ _NAMES = {
     "families.reconstruction": "Reconstruction",
     "families.registry": "FAMILIES",
     "fit_result": "Fit compare compare_modes score_mode",
-    "fitting": "DivergenceError fit",
+    "fitting": "DivergenceError FitInterrupted fit",
     "guides.base": "Guide",
     "guides.structured": "StructuredGuide",
     "networks.adversary": "Adversary",

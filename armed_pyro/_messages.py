@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 INTEGER, REAL = (int, np.integer), (int, float, np.integer, np.floating)
 
@@ -66,6 +67,11 @@ def check_probability(prob: Any, what: str = "`prob`") -> None:
     if not 0 < prob < 1:
         hint = f": write {prob / 100:g}" if 2 <= prob < 100 else ""
         raise ValueError(f"{what} must lie between 0 and 1, not {prob:g}{hint}")
+
+
+def progress_console() -> Console:
+    """Where progress is shown: on stderr, so that a closed output ends no computation."""
+    return Console(stderr=True, soft_wrap=True)
 
 
 def listing(items: Iterable[Any], most: int = 10) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 from torch import nn
 
 from armed_pyro._messages import check_probability
+from armed_pyro._pyro_module import exclusive
 from armed_pyro.checks import diagnostics
 from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.data.clustered import ClusteredData
@@ -53,7 +54,7 @@ def _verb(
     def method(fit: Fit, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         if len(shown) < len(others):
             kwargs.setdefault("classifiers", fit.classifiers)
-        return function(fit.posterior, *args, **kwargs)
+        return exclusive(function)(fit.posterior, *args, **kwargs)
 
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = inspect.signature(function).replace(parameters=[itself, *shown])  # type: ignore[attr-defined]
@@ -113,7 +114,10 @@ class Fit:
 
     @property
     def stopped(self) -> str:
-        """Why training ended: "converged", "validation" (both good), "steps" or "diverged"."""
+        """Why training ended.
+
+        "converged" or "validation" (both good), "steps", "interrupted" or "diverged".
+        """
         return self.posterior.stopped
 
     @property
@@ -157,6 +161,7 @@ class Fit:
     boundaries = _verb(boundaries.boundaries)
 
     @property
+    @exclusive
     def importance(self) -> ImportanceDraws:
         """The guide's draws with their importance weights.
 
@@ -168,6 +173,7 @@ class Fit:
     def _weighed(self) -> Posterior:
         return weighed(self.posterior)
 
+    @exclusive
     def diagnostics(self) -> Diagnostics:
         """Verdicts on computation and model; see `armed_pyro.checks.diagnostics.diagnose`."""
         return self._verdict
@@ -176,6 +182,7 @@ class Fit:
     def _verdict(self) -> Diagnostics:
         return diagnostics.diagnose(self.posterior, lambda: self._weighed)
 
+    @exclusive
     def refine(
         self,
         method: str = "psis",
@@ -233,6 +240,7 @@ class Fit:
         )
         return replace(self, posterior=posterior)
 
+    @exclusive
     def classifier(self, factor: str) -> ClusterClassifier:
         """The classifier p(cluster | features) of a factor; trained at the first call.
 
@@ -287,10 +295,12 @@ class Fit:
         )
         return f"<p>{escape(repr(self))}</p>{shown}"
 
+    @exclusive
     def summary(self, *, prob: float = 0.9) -> None:
         """Print the program, data, variance components, fixed effects and convergence."""
         print(summarize(self.results(prob=prob)))
 
+    @exclusive
     def results(self, *, prob: float = 0.9) -> Results:
         """The tables and the verdict, for `armed_pyro.report`."""
         check_probability(prob)
@@ -307,6 +317,7 @@ class Fit:
             verdicts=Verdicts(conclusions, found.to_frame(), found.figures, str(found)),
         )
 
+    @exclusive
     def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
         """Write the fit to a folder, completely or not at all; `load` reads it.
 
@@ -341,7 +352,8 @@ class Fit:
         )
 
     @classmethod
-    def load(cls, folder: str | Path, net: nn.Module | None = None) -> Fit:
+    @exclusive
+    def load(cls, folder: str | Path, net: nn.Module | None = None, *, verify: bool = True) -> Fit:
         """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
         Parameters
@@ -349,14 +361,18 @@ class Fit:
         net : torch.nn.Module, optional
             A network of the fit's architecture; a copy of it gets the weights of the fit. Not
             needed for networks that are registered by name (``linear``, ``dense``).
+        verify : bool
+            Whether every file must be as it was saved, by its SHA-256 in the manifest, and the
+            network must have the fit's outputs at fixed inputs. False is for files that were
+            changed on purpose. A fit of a version that kept no sums is read with a warning.
 
         Raises
         ------
         ValueError
-            If the folder holds no fit, a file is missing, damaged or of a newer version, or the
-            network is unknown or has other parameters.
+            If the folder holds no fit, a file is missing, changed, damaged or of a newer version,
+            or the network is unknown, has other parameters or computes something else.
         """
-        return cls(*save.load(folder, net))
+        return cls(*save.load(folder, net, verify=verify))
 
 
 # The same as functions: ``compare_modes(fit, held_out)``.

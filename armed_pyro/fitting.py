@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from armed_pyro._messages import INTEGER, check_type
+from armed_pyro._pyro_module import exclusive
 from armed_pyro.automatic_weight import WeightSearch, with_weights
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.own_means import with_own_means
@@ -27,7 +28,7 @@ from armed_pyro.engine.schedule import Schedule
 from armed_pyro.fit_result import Fit
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.train import GuideFactory, train
-from armed_pyro.inference.training_run import TrainingDiverged
+from armed_pyro.inference.training_run import TrainingDiverged, TrainingInterrupted
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.mundlak import with_between
@@ -35,7 +36,7 @@ from armed_pyro.rows.source import RowSource
 from armed_pyro.streaming.on_disk import StreamedRows
 from armed_pyro.streaming.streamed_data import StreamedData
 
-__all__ = ["DivergenceError", "fit"]
+__all__ = ["DivergenceError", "FitInterrupted", "fit"]
 
 
 class DivergenceError(RuntimeError):
@@ -53,6 +54,23 @@ class DivergenceError(RuntimeError):
         self.fit = fit
 
 
+class FitInterrupted(KeyboardInterrupt):
+    """Training was interrupted, by Ctrl-C or a signal whose handler raises KeyboardInterrupt.
+
+    `fit` is the fit at the end of the last whole window of steps, and the checkpoint holds the same
+    state.
+
+    Examples
+    --------
+    ``except FitInterrupted as error: error.fit.summary()``
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        super().__init__("training was interrupted; the error's `fit` attribute holds its state")
+        self.fit = fit
+
+
+@exclusive
 def fit(
     model: MixedEffects,
     data: ClusteredData | StreamedData,
@@ -74,6 +92,10 @@ def fit(
     The parameters are those of network, guide and adversaries. The model is copied: neither it nor
     its network changes. With ``compile="never"``, the same seed gives the same result to the bit on
     the same CPU and number of threads. Compiled steps differ by rounding errors.
+
+    Pyro's state and torch's random numbers are global to a process, so `fit` and the methods of
+    `Fit` wait for each other if several threads call them. Do not draw from torch's global
+    generator in another thread meanwhile.
 
     Parameters
     ----------
@@ -104,7 +126,7 @@ def fit(
     refine : bool
         Whether to weight the guide's draws by importance, if Pareto k-hat allows; see `Fit.refine`.
     seed : int
-        Seed of mini-batches and draws. Torch's global random state does not change.
+        Seed of mini-batches and draws, from 0. Torch's global random state is the same afterwards.
     device : str
         "auto" (CUDA if available), "cpu", "cuda", ...
     compile : {"auto", "always", "never"}
@@ -118,7 +140,8 @@ def fit(
     checkpoint : path, optional
         File to which the state is written after every window of steps.
     resume : bool
-        Continue from `checkpoint` if it exists, with the result of an uninterrupted run.
+        Continue from `checkpoint` if it exists, with the result of an uninterrupted run: to the
+        bit if no step was compiled, else up to rounding errors.
     progress : bool
         Whether to show a progress bar.
 
@@ -129,6 +152,8 @@ def fit(
         If model and data do not match, before training; or if `checkpoint` belongs to another run.
     DivergenceError
         If training diverges. The error holds the last good fit, whose parameters are finite.
+    FitInterrupted
+        At Ctrl-C. The error, a KeyboardInterrupt, holds the fit so far.
 
     Examples
     --------
@@ -184,6 +209,8 @@ def fit(
                 )
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error
+        except TrainingInterrupted as error:
+            raise FitInterrupted(Fit(error.posterior)) from error
         return Fit(posterior)
 
 
@@ -198,6 +225,8 @@ def _check_arguments(
         check_type(validation, (ClusteredData, type(None)), "validation", table)
     check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")
+    if not 0 <= int(seed) < 2**63:  # type: ignore[call-overload]
+        raise ValueError(f"`seed` must be at least 0 and below 2^63, not {seed}")
 
 
 def _note(model: MixedEffects, *, progress: bool) -> None:

@@ -499,7 +499,7 @@ def test_a_table_beyond_memory_is_streamed(tmp_path):
     command = fit(tmp_path / "rows.parquet", tmp_path / "new" / "run", "--memory", "100MB")
     done = call(*command)
     assert done.exit_code == 0, done.stderr
-    assert "of rows in temporary files in" in done.stdout
+    assert "of rows in temporary files in" in done.stderr
     assert "Most memory held" in done.stdout
     assert set(FILES) <= {path.name for path in (tmp_path / "new" / "run").iterdir()}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["run"]

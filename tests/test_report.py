@@ -227,6 +227,7 @@ def test_page_escapes_everything_that_comes_from_the_data():
     scores = pd.DataFrame({bad: [bad]})
     text = shown(result, title=bad, evaluation=scores)
     assert not re.search("<(script|b|i)>", text)
+    assert "Content-Security-Policy\" content=\"default-src 'none'" in text
     assert "executed" not in text
     checker = checked(text)
     assert checker.headings.count(bad) == 2  # title and factor

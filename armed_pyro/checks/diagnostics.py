@@ -12,7 +12,12 @@ from armed_pyro.checks.adversary_checks import adversary_checks
 from armed_pyro.checks.check import BROKEN, SEVERITY, Check, Part, checked, failed
 from armed_pyro.checks.design_checks import design_checks
 from armed_pyro.checks.held_out_checks import held_out_checks
-from armed_pyro.checks.inference_checks import EXACT, finite_draws, inference_checks
+from armed_pyro.checks.inference_checks import (
+    EXACT,
+    finite_draws,
+    finite_tables,
+    inference_checks,
+)
 from armed_pyro.checks.misfit_checks import misfit_checks
 from armed_pyro.checks.pivotal_checks import normality_checks
 from armed_pyro.checks.predictive_checks import predictive_checks
@@ -90,6 +95,7 @@ def diagnose(posterior: Posterior, weigh: Callable[[], Posterior] | None = None)
     except BROKEN as error:
         checks.append(failed("computation", "draws", cause(error)))
     checks += checked("computation", "training", lambda: inference_checks(posterior))
+    checks += checked("computation", "tables", lambda: finite_tables(posterior))
     if latents is not None:
         checks += finite_draws(latents)
         clusters, predictive = predictive_checks(posterior, latents, posterior.importance)

@@ -20,8 +20,9 @@ from armed_pyro.guides.hyperparameters import is_positive
 from armed_pyro.guides.noise import proposal_variance
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.summaries.variance import fixed_effects, variance_components
 
-__all__ = ["EXACT", "finite_draws", "inference_checks"]
+__all__ = ["EXACT", "finite_draws", "finite_tables", "inference_checks"]
 
 
 # Error of a reported mean or sd, in posterior sds: a tenth changes the second digit of an interval.
@@ -55,6 +56,18 @@ def finite_draws(latents: Mapping[str, Tensor]) -> Iterator[Check]:
         yield Check("computation", "draws", "fail", reason, advice="see the end of the training")
 
 
+def finite_tables(posterior: Posterior) -> Iterator[Check]:
+    """A failed check if an estimate of the variance components or fixed effects is not finite."""
+    tables = {"variance component": variance_components, "fixed effect": fixed_effects}
+    for kind, make in tables.items():
+        table = make(posterior, draws=200)
+        bad = table[~np.isfinite(table[["mean", "median"]].to_numpy(float)).all(axis=1)]
+        if len(bad):
+            label = " ".join(str(value) for value in bad.iloc[0][:3])
+            reason = f"{len(bad)} of {len(table)} {kind}s are not finite numbers, such as {label}"
+            yield Check("computation", f"{kind}s", "fail", reason, advice="look for extreme values")
+
+
 def _training(posterior: Posterior) -> Iterator[Check]:
     steps, history = len(posterior.history.loss), posterior.history
     name, stopped = "training", posterior.stopped
@@ -62,8 +75,9 @@ def _training(posterior: Posterior) -> Iterator[Check]:
         reason = "the training diverged, and these are its last good parameters"
         advice = "see the message of fit"
         yield Check("computation", name, "fail", reason, advice=advice)
-    elif stopped == "steps":
-        reason = f"the training had not converged when its {steps} steps ran out"
+    elif stopped in ("steps", "interrupted"):
+        end = f"its {steps} steps ran out" if stopped == "steps" else "it was interrupted"
+        reason = f"the training had not converged when {end}"
         early = history.settled is None or "steps" in history.fold_stopped
         if early and history.fold_stopped:
             unfinished = history.fold_stopped.count("steps")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ err = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, stderr
 @contextmanager
 def messages() -> Iterator[None]:
     """Print the library's warnings and errors on stderr; an error ends the command with code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an ASCII output gets escapes in place of errors
+            stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)

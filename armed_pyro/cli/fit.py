@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import signal
-import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import pandas as pd
 import typer
 from torch import nn
 
 from armed_pyro._memory import most_held
 from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
+from armed_pyro.cli.interrupts import interruptible, resume_command
 from armed_pyro.cli.options import Between, FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
 from armed_pyro.data.cluster_columns import is_call, without_calls
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import read_table, write_table
-from armed_pyro.engine.processes import first_process
+from armed_pyro.engine.processes import first_process, leave
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.family import Family
 from armed_pyro.families.registry import family_named
@@ -37,6 +39,7 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.terms import RandomEffects, Slopes, Term
 from armed_pyro.report.text import summarize
+from armed_pyro.storage.run_lock import is_temporary, locked
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
@@ -57,14 +60,25 @@ class SplitRows:
 def fit_table(options: FitOptions) -> None:
     """Fit a program to a table, save it to a folder, and print its summary.
 
-    The command exits with code 1 if the loss diverged, and with 130 after an interrupt; a message
-    says which state was saved. With `strict` it exits with 3, after saving, if either verdict is
-    "fail".
+    The command exits with code 1 if the loss diverged, with 130 after Ctrl-C and with 143 after
+    SIGTERM; a message says which state was saved. With `strict` it exits with 3, after saving, if
+    either verdict is "fail".
     """
-    if first_process():
-        check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
+    _check_options(options)
+    with ExitStack() as run:
+        run.enter_context(interruptible(options.run / CHECKPOINT))
+        if first_process():
+            check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
+            run.enter_context(locked(options.run))
+        _fit_and_save(options)
+
+
+def _check_options(options: FitOptions) -> None:
+    """Raise ValueError for options that are wrong whatever the table holds."""
     if options.draws < 2:
         raise ValueError(f"--draws must be at least 2, not {options.draws}")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2^63, not {options.seed}")
     check_probability(options.prob, "--prob")
     for share, name in [
         (options.validate_rows, "--validate-rows"),
@@ -76,6 +90,12 @@ def fit_table(options: FitOptions) -> None:
         for name in ("weight", "taps", "hidden", "warmup"):
             if getattr(options, f"adversary_{name}") is not None:
                 raise ValueError(f"--adversary-{name} needs --adversary FACTOR")
+    if options.adversary_weight is not None:
+        _weight(options.adversary_weight)
+
+
+def _fit_and_save(options: FitOptions) -> None:
+    """Train, and save to a folder that is locked. All is written before anything is printed."""
     steps = Schedule.steps if options.steps is None else options.steps
     training = {"folds": options.folds, "weight_decay": options.weight_decay}
     changed: Any = {name: value for name, value in training.items() if value is not None}
@@ -86,19 +106,41 @@ def fit_table(options: FitOptions) -> None:
     split = _rows(options, terms, family)
     model = _program(options, terms, family, split.training)
     result = _train(options, model, split, schedule)
+    leave()
     if not first_process():
         return
     run = options.run
     if options.refine is Refine.nuts:
         result = _by_nuts(result)
-    result.save(run, draws=options.draws, prob=options.prob)
-    _print_fit(result, split.held_out, run, options.prob)
+    scores = (
+        evaluate(result.posterior, split.held_out, prob=options.prob) if split.held_out else None
+    )
+    _save(result, scores, options)
+    _print_fit(result, scores, run, options.prob)
     if isinstance(split.training, StreamedData):
         out.print(f"Most memory held: {most_held() / 1e9:.2f} GB")
-    for name in (CHECKPOINT, PARTIAL):
-        (run / name).unlink(missing_ok=True)
     if options.strict and result.diagnostics().failed:
         raise typer.Exit(3)
+
+
+def _save(result: Fit, scores: pd.DataFrame | None, options: FitOptions) -> None:
+    """Write the fit and the scores of held-out rows; keep the checkpoint if that fails."""
+    run = options.run
+    try:
+        result.save(run, draws=options.draws, prob=options.prob)
+        (run / EVALUATION).unlink(missing_ok=True)
+        if scores is not None:
+            write_table(scores, run / EVALUATION)
+    except (OSError, ValueError) as error:
+        kept = ""
+        if (run / CHECKPOINT).exists():
+            kept = (
+                f"\nIts state is kept in {run / CHECKPOINT}. Mend the cause, then go on with: "
+                f"{resume_command()}"
+            )
+        raise OSError(f"the fit could not be saved: {error}{kept}") from error
+    for name in (CHECKPOINT, PARTIAL):
+        (run / name).unlink(missing_ok=True)
 
 
 def _by_nuts(result: Fit) -> Fit:
@@ -110,12 +152,14 @@ def _by_nuts(result: Fit) -> Fit:
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
     """The table's rows, split as the options say; a streamed table cannot be split."""
-    table = TableBlocks.open(options.data)
+    factors = [term.factor for term in terms] + ([options.adversary] if options.adversary else [])
+    labels = {part for name in factors for part in (name, *name.split(":"))}
+    table = TableBlocks.open(options.data, labels)
     features = _features(options.features, table.columns)
     rows = training_rows(
         table,
         byte_size(options.memory),
-        options.run.parent,
+        options.run,
         outcome=options.outcome,
         clusters=_cluster_columns(terms, options.adversary, features, table.columns),
         features=features,
@@ -138,8 +182,6 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
             f"{bytes_needed(table) / 1e9:.1f} GB of memory. Keep them in a file of their own, or "
             "raise --memory"
         )
-    # On SIGTERM, SystemExit unwinds the run, so that its temporary files are deleted.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return SplitRows(rows)
 
 
@@ -196,11 +238,12 @@ def _weight(text: str) -> float | str:
     if text == "auto":
         return text
     try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(
-            f"--adversary-weight must be a number such as 1, or auto, found {text!r}"
-        ) from error
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"--adversary-weight must be a number such as 1, or auto, found {text!r}")
+    return weight
 
 
 def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule: Schedule) -> Fit:
@@ -227,12 +270,6 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
         checkpoint.unlink(missing_ok=True)
         err.print(f"Error: {error}\nThat state is in {run}, marked as diverged.", style="red")
         raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        kept = "nothing was kept, as the first window of steps was not over"
-        if checkpoint.exists():
-            kept = f"the state is kept in {checkpoint}: continue with the same command and --resume"
-        err.print(f"Interrupted; {kept}", style="yellow")
-        raise typer.Exit(130) from error
 
 
 def _stopping(options: FitOptions, split: SplitRows) -> ClusteredData | Literal["auto"] | None:
@@ -305,16 +342,13 @@ def _numbers(text: str, option: str) -> list[int]:
     return [int(width) for width in text.split(",")]
 
 
-def _print_fit(result: Fit, held_out: Mapping[str, ClusteredData], run: Path, prob: float) -> None:
+def _print_fit(result: Fit, scores: pd.DataFrame | None, run: Path, prob: float) -> None:
     """Print the summary, the evaluation and the files."""
     out.print(summarize(result.results(prob=prob)))
-    (run / EVALUATION).unlink(missing_ok=True)
-    if held_out:
-        table = evaluate(result.posterior, held_out, prob=prob)
-        write_table(table, run / EVALUATION)
+    if scores is not None:
         out.print("\nPredictions of held-out rows:")
-        out.print(table.to_string(index=False, float_format="{:.4g}".format))
-    files = sorted(path.name for path in run.iterdir() if path.name not in (CHECKPOINT, PARTIAL))
+        out.print(scores.to_string(index=False, float_format="{:.4g}".format))
+    files = sorted(path.name for path in run.iterdir() if not is_temporary(path.name))
     out.print(f"\nIn {run}: {', '.join(files)}")
     out.print(f"Next: armed-pyro report {run} --out report.html")
 

@@ -76,6 +76,11 @@ USER_NETWORK = option(
     "The network, if it is one of your own: --net my_net.py:MyNet",
     metavar="FILE.py:NAME",
 )
+VERIFY = option(
+    True,
+    "Whether the files of RUN must be as fit wrote them; for files changed on purpose: --no-verify",
+    "--verify/--no-verify",
+)
 
 
 @dataclass(frozen=True)
@@ -241,7 +246,7 @@ class FitOptions:
     memory: str | None = option(
         None,
         "Memory to stay within: a Parquet table that would take more is streamed from disk "
-        "(temporary files beside RUN): --memory 2GB [default: half of the machine's]",
+        "(temporary files in RUN): --memory 2GB [default: half of the machine's]",
         metavar="SIZE",
     )
     resume: bool = option(
@@ -289,6 +294,7 @@ class PredictOptions:
     draws: int = option(1000, "Posterior draws: --draws 2000")
     prob: float | None = SAVED_PROB
     seed: int | None = option(None, "Seed of the draws: --seed 1 [default: the fit's]")
+    verify: bool = VERIFY
 
 
 @dataclass(frozen=True)
@@ -299,6 +305,7 @@ class ReportOptions:
     html: Path = option(..., "HTML page to write: --out report.html", "--out", metavar="HTML")
     net: str | None = USER_NETWORK
     prob: float | None = SAVED_PROB
+    verify: bool = VERIFY
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.progress import Progress, TaskID
 
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import Holes, PredictOptions
-from armed_pyro.cli.saved_run import interval_prob, load_run
+from armed_pyro.cli.saved_run import check_output, interval_prob, load_run
 from armed_pyro.data.files import draft_of, read_table, write_table
 from armed_pyro.data.schema import Schema
 from armed_pyro.prediction.predict import predict_table
@@ -31,15 +31,22 @@ def predict_to_file(options: PredictOptions) -> None:
     """Predict the rows of a table, write the predictions, and print the path of the file."""
     if not options.pred.name.lower().endswith((".csv", ".csv.gz", ".parquet", ".pq")):
         raise ValueError(f"--out must end in .csv or .parquet, found {str(options.pred)!r}")
+    check_output(options.pred, options.run, options.data, options.support)
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be at least 0 and below 2^63, not {options.seed}")
+    if options.draws < 1:
+        raise ValueError(f"--draws must be at least 1, not {options.draws}")
     if options.by_row and options.unseen not in ("membership", "nearest"):
         raise ValueError("--by-row is for --unseen membership and --unseen nearest")
-    table = TableBlocks.open(options.data)
-    support = None if options.support is None else read_table(options.support)
-    fitted = load_run(options.run, options.net)
+    fitted = load_run(options.run, options.net, verify=options.verify)
+    schema = fitted.posterior.model.data_facts().schema
+    labels = () if schema is None else schema.clusters
+    table = TableBlocks.open(options.data, labels)
+    support = None if options.support is None else read_table(options.support, labels=labels)
     prob = interval_prob(options.run, options.prob)
     masks = None
     if options.missing is Holes.empty:
-        table = table.without_holes(_needed(fitted.posterior.model.data_facts().schema))
+        table = table.without_holes(_needed(schema))
         masks = table.complete_rows()
     settings: Any = {"draws": options.draws, "prob": prob, "seed": options.seed}
     with _progress() as report:
@@ -63,12 +70,15 @@ def predict_to_file(options: PredictOptions) -> None:
         for rows in write_predictions(parts, options.pred, masks):
             done += rows
             report("predicting", done, table.n_rows)
+    tables = {"membership": membership, "modes": modes}
+    written = {name: extra for name, extra in tables.items() if extra is not None}
+    paths = {name: options.pred.with_name(f"{options.pred.name}.{name}.csv") for name in written}
+    for name, extra in written.items():
+        write_table(extra, paths[name])
+    # Printed last, so that a closed output loses no file.
     out.print(f"{table.n_rows} predictions are in {options.pred}")
-    for name, extra_table in {"membership": membership, "modes": modes}.items():
-        if extra_table is not None:
-            path = options.pred.with_name(f"{options.pred.name}.{name}.csv")
-            write_table(extra_table, path)
-            _print_table(name, extra_table, path)
+    for name, extra in written.items():
+        _print_table(name, extra, paths[name])
     for name, classifier in fitted.classifiers.items():
         quality = classifier.report
         out.print(

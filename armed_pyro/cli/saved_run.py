@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,11 +10,14 @@ import pandas as pd
 from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import out
 from armed_pyro.cli.options import ReportOptions
+from armed_pyro.data.files import draft_of
 from armed_pyro.fit_result import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.report.html import page
-from armed_pyro.storage.manifest import read_family, read_manifest
+from armed_pyro.storage.manifest import MANIFEST, read_family, read_manifest, reading
+from armed_pyro.storage.run_lock import is_temporary
+from armed_pyro.storage.save import FILES
 from armed_pyro.summaries.variance import random_effects
 
 EVALUATION = "evaluation.csv"
@@ -26,9 +28,12 @@ PARTIAL = "checkpoint.partial"
 
 def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise ValueError if a fit cannot be written to this folder."""
+    if run.is_symlink() and not run.exists():
+        raise ValueError(f"--out {run} is a link to {run.readlink()}, which does not exist")
     if run.exists() and not run.is_dir():
         raise ValueError(f"--out {run} is a file, expected a folder to write the fit to")
     names = {path.name for path in run.iterdir()} - {PARTIAL} if run.exists() else set()
+    names = {name for name in names if not is_temporary(name)}
     if not names or (resume and CHECKPOINT in names):
         return
     if not names & {CHECKPOINT, "manifest.json"}:
@@ -42,20 +47,31 @@ def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def load_run(run: Path, net: str | None) -> Fit:
+def load_run(run: Path, net: str | None, *, verify: bool = True) -> Fit:
     """The fit in a folder; a network of the user, `net`, is made with the sizes of the fit."""
-    try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        facts, family = Facts.from_json(manifest["facts"]), read_family(manifest["model"]["family"])
-        made_by = manifest["network"]["made_by"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return Fit.load(run)  # raises an error that explains the fault of the folder
-    if net is None and made_by is None:
+    manifest = read_manifest(run)
+    if manifest["network"]["made_by"] is None and net is None:
         raise ValueError(f"{run} has a network of your own: name it with --net FILE.py:NAME")
     if net is None:
-        return Fit.load(run)
-    n_outputs = family.outputs(len(facts.columns))
-    return Fit.load(run, network(net, math.prod(facts.feature_shape), n_outputs))
+        return Fit.load(run, verify=verify)
+    path = run / MANIFEST
+    with reading(path, "facts"):
+        facts = Facts.from_json(manifest["facts"])
+    with reading(path, "model.family"):
+        n_outputs = read_family(manifest["model"]["family"], path).outputs(len(facts.columns))
+    made = network(net, math.prod(facts.feature_shape), n_outputs)
+    return Fit.load(run, made, verify=verify)
+
+
+def check_output(path: Path, run: Path, *inputs: Path | None) -> None:
+    """Raise ValueError if writing to this path would replace an input, or a file of the fit."""
+    for name in inputs:
+        if name is not None and path.exists() and name.exists() and path.samefile(name):
+            raise ValueError(
+                f"--out {path} would replace {name}, which is read: choose another file"
+            )
+    if path.parent.resolve() == run.resolve() and path.name in FILES | {EVALUATION, CHECKPOINT}:
+        raise ValueError(f"--out {path} would replace a file of the fit: choose another name")
 
 
 def interval_prob(run: Path, prob: float | None) -> float:
@@ -79,10 +95,11 @@ def write_report(options: ReportOptions) -> None:
     prob = interval_prob(run, options.prob)
     evaluation = run / EVALUATION
     held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
-    fitted = load_run(run, options.net)
+    fitted = load_run(run, options.net, verify=options.verify)
     effects = random_effects(fitted.posterior, prob=prob)
     title = run.resolve().name
     text = page(fitted.results(prob=prob), effects, title=title, evaluation=held_out)
     html.parent.mkdir(parents=True, exist_ok=True)
-    html.write_text(text, encoding="utf-8")
+    with draft_of(html) as draft:
+        draft.write_text(text, encoding="utf-8")
     out.print(f"The report is in {html}")

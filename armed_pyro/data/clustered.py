@@ -24,10 +24,11 @@ from armed_pyro.data.columns import (
 )
 from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import Grouping, check_several, grouping_by
+from armed_pyro.data.grouping import Grouping, grouping_by
 from armed_pyro.data.label_matching import places_of
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.stratify import check_fraction, stratified_order
+from armed_pyro.data.training_checks import PER_ROW, check_magnitudes, check_training
 from armed_pyro.data.weights import as_weights, check_weights, weights_role
 
 
@@ -106,6 +107,7 @@ class ClusteredData:
         for name, length in lengths.items():
             if length != self.n_rows:
                 raise ValueError(f"{name!r} has {length} rows, the features have {self.n_rows}.")
+        check_magnitudes(self._row_tensors(), self._columns())
         if self.trials is not None:
             check_trials(self.trials, self.row_labels)
         if self.weights is not None:
@@ -114,6 +116,11 @@ class ClusteredData:
     def _row_tensors(self) -> dict[str, Tensor]:
         names = ("features", "outcome", "trials", "offset", "weights", "slopes", "fold")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _columns(self) -> dict[str, Sequence[str]]:
+        named = {"features": self.feature_names, "slopes": self.slope_names}
+        named["outcome"] = (self.outcome_name,)
+        return named | {role: (getattr(self.schema, role, None) or role,) for role in PER_ROW}
 
     @classmethod
     def from_frame(
@@ -482,16 +489,7 @@ class ClusteredData:
     def check_training(self) -> None:
         """Check that there are rows, an outcome and variation, as training needs.
 
-        Raises
-        ------
-        ValueError
-            If the outcome is constant, or a factor tells nothing of its variance.
+        ValueError also for numbers too large or too small, and for labels that files cannot hold.
         """
-        if self.n_rows == 0:
-            raise ValueError("There are no rows to train on.")
-        if self.outcome is None:
-            raise ValueError(f"Training needs the outcome {self.outcome_name!r}; there is none.")
-        if self.trials is None and bool((self.outcome == self.outcome[0]).all()):
-            raise ValueError(f"The outcome {self.outcome_name!r} has one value in all rows.")
-        for name, grouping in self.groupings.items():
-            check_several(name, grouping.levels)
+        values, varying = self._row_tensors(), self.trials is None
+        check_training(values, self._columns(), varying, self.groupings, self.row_labels)

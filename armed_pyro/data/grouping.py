@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,21 @@ def check_several(factor: str, levels: pd.Index) -> None:
         )
 
 
+def warn_of_float_labels(table: pd.DataFrame) -> None:
+    """Warn of columns of clusters that are fractions, whose way of writing is lost."""
+    for name in table:
+        column = table[name].dropna()
+        if pd.api.types.is_float_dtype(column.dtype) and bool((column % 1 != 0).any()):
+            warnings.warn(
+                f"The clusters of {name!r} are floating-point numbers such as "
+                f"{column[column % 1 != 0].iloc[0]}: labels that differ only in how they are "
+                "written, such as 0.1 and 0.10, are one cluster. Read the column as text: "
+                "read_table(path, labels=[...]), or pandas.read_csv(path, dtype={...: str})",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
 def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
     """Codes of row labels, and the levels they index: sorted, or in a categorical's own order.
 
@@ -106,6 +122,12 @@ def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
     as ``"cluster column 'site'"``.
     """
     series = pd.Series(labels.numpy() if isinstance(labels, Tensor) else labels)
+    if pd.api.types.is_float_dtype(series.dtype) and bool((series.abs() >= 2**53).any()):
+        raise ValueError(
+            f"The {what} has floating-point numbers beyond 2^53, where different whole numbers are "
+            "the same: read them as text or integers, for example with read_table(path, "
+            "labels=[...]) or astype('Int64')."
+        )
     if n_missing := int(series.isna().sum()):
         raise ValueError(
             f"The {what} has {n_missing} missing labels among {len(series)}; leave those rows "
@@ -121,7 +143,7 @@ def code_labels(labels: Any, what: str) -> tuple[np.ndarray, pd.Index]:
             except TypeError:  # labels with no common order
                 codes, levels = pd.factorize(series)
         index_to_json(levels)
-    except TypeError as error:
+    except (TypeError, UnicodeError) as error:
         raise ValueError(f"The {what} cannot serve as labels: {error}") from error
     return codes.astype(np.int64), levels.rename(None)
 
@@ -140,7 +162,21 @@ def index_to_json(index: pd.Index) -> dict[str, Any]:
                 f"label {value!r} is a {type(value).__name__}, expected numbers, text, dates or "
                 "timestamps. Turn the labels into text: column.astype(str)."
             )
+        _check_storable(value)
     return {"dtype": dtype, "values": values}
+
+
+def _check_storable(label: bool | int | float | str) -> None:
+    """Raise TypeError for a label that JSON or NetCDF files could not hold."""
+    if isinstance(label, int) and not -(2**63) <= label < 2**64:
+        raise TypeError(f"label {label} has more than 64 bits. Turn the labels into text.")
+    if isinstance(label, str):
+        if "\0" in label:
+            raise TypeError(f"label {label!r} has a NUL character, which files cannot hold")
+        try:
+            label.encode()
+        except UnicodeEncodeError:
+            raise TypeError(f"label {label!r} is not valid Unicode") from None
 
 
 def index_from_json(content: Mapping[str, Any]) -> pd.Index:
@@ -153,7 +189,7 @@ def index_from_json(content: Mapping[str, Any]) -> pd.Index:
         if dtype.startswith("datetime64"):
             return pd.to_datetime(values, utc="," in dtype, format="ISO8601").astype(dtype)
         return pd.Index(values, dtype=dtype)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"Expected labels as written by index_to_json, found {str(content)[:80]} ({error!r})."
         ) from error

@@ -32,13 +32,22 @@ from armed_pyro.data.columns import (
     pick,
 )
 from armed_pyro.data.default_features import default_features
-from armed_pyro.data.files import as_pandas
+from armed_pyro.data.files import as_pandas, natural_types
 from armed_pyro.data.formula import Formula, Terms, parse_features
-from armed_pyro.data.grouping import Grouping, code_labels, index_from_json, index_to_json
+from armed_pyro.data.grouping import (
+    Grouping,
+    code_labels,
+    index_from_json,
+    index_to_json,
+    warn_of_float_labels,
+)
 
 # Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
 # residual sd is known, w = 1 / se^2 and sigma = 1.
 WeightsKind = Literal["frequency", "precision", "se"]
+
+# Bytes of the indicators of one categorical feature.
+LARGEST_INDICATORS = 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +133,9 @@ class Schema:
         factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
         _check_outcome(outcome, columns, clusters)
-        table = pick(table, [*reserved, *columns]).dropna().infer_objects()
+        table = natural_types(pick(table, [*reserved, *columns]).dropna())
 
+        warn_of_float_labels(table[list(clusters)])
         levels = _levels_of(table, columns, factors)
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
@@ -233,7 +243,7 @@ class Schema:
         if table.empty:
             raise ValueError("The table has no rows; at least one is needed.")
         remedy = TRAINING if outcome_required else NEW
-        table = complete_rows(table, missing, remedy).infer_objects()
+        table = natural_types(complete_rows(table, missing, remedy))
         check_finite(table, remedy)
         return table
 
@@ -372,6 +382,13 @@ def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:
     if not by_number:
         check_not_numbers(column)
     levels = code_labels(column, f"feature {column.name!r}")[1]
+    size = 8 * len(levels) * len(column)
+    if size > LARGEST_INDICATORS:
+        raise ValueError(
+            f"Feature {column.name!r} has {len(levels)} levels, which would be as many columns, "
+            f"{size / 1e9:.1f} GB. Leave it out, join levels, or make it a grouping factor: "
+            f"(1 | {column.name})."
+        )
     if len(levels) == 1:
         raise ValueError(
             f"Feature {column.name!r} has a single level, {listing(levels)}, in the {len(column)} "

@@ -49,7 +49,7 @@ def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> dict[str, s
     """
     used, unique = {*RESERVED, *taken}, dict[str, str]()
     for name in names:
-        unique[name] = free_name(name.replace("/", "_"), used)
+        unique[name] = free_name(_path_free(name), used)
         used.add(unique[name])
     return unique
 
@@ -77,7 +77,12 @@ def variable_name(name: str) -> str:
     >>> variable_name("km/h"), variable_name("draw"), variable_name("a:b")
     ('km_h', 'draw_', 'a:b')
     """
-    return free_name(name.replace("/", "_"), RESERVED)
+    return free_name(_path_free(name), RESERVED)
+
+
+def _path_free(name: str) -> str:
+    """The name as that of an HDF5 object: no path, and not a path's ``.``."""
+    return name.replace("/", "_") if name.strip(".") else f"_{name}"
 
 
 def label_values(labels: pd.Index) -> Shaped[np.ndarray, " labels"]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class Checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
-        metadata = {"record": json.dumps(self.record), "version": str(VERSION)}
+        record = json.dumps(self.record)
+        metadata = {"record": record, "version": str(VERSION), "sha256": _sum(tensors, record)}
         save_file(tensors, partial, metadata=metadata)
         partial.replace(path)
 
@@ -45,7 +47,10 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 record = json.loads(metadata["record"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            # Checkpoints of earlier versions have no sum.
+            if metadata.get("sha256", expected := _sum(tensors, metadata["record"])) != expected:
+                raise KeyError("its checksum differs")
+        except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged or not a checkpoint ({error}): delete it and fit anew"
             ) from error
@@ -55,6 +60,15 @@ class Checkpoint:
                 f"needs version {VERSION}: delete it and fit anew"
             )
         return cls(tensors, record)
+
+
+def _sum(tensors: Mapping[str, Tensor], record: str) -> str:
+    """SHA-256 of a record and of the names, types, shapes and values of tensors."""
+    hashed = hashlib.sha256(record.encode())
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

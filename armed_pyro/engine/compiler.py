@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from armed_pyro.engine.cache_folder import private_cache
+
 __all__ = ["Recording", "TensorFunction", "capture", "compile_graph"]
 
 TensorFunction: TypeAlias = Callable[..., Sequence[Tensor]]
@@ -69,13 +71,15 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Tens
 
     `torch.compile` is not used: it traces the graph again, and it adds 0.1 to 0.2 ms to every call,
     half the duration of a small step (docs/benchmarks.md).
+
+    PermissionError if others may write to the compiler's cache; see `private_cache`.
     """
     # This import takes half a second and 200 MB, and short fits do not need it.
     import torch._inductor
 
     settings = GPU if any(tensor.is_cuda for tensor in inputs) else CPU
     logger = logging.getLogger("torch._inductor")
-    with warnings.catch_warnings(), torch.no_grad(), ExitStack() as at_end:
+    with private_cache(), warnings.catch_warnings(), torch.no_grad(), ExitStack() as at_end:
         warnings.simplefilter("ignore")
         at_end.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)

@@ -30,6 +30,7 @@ __all__ = [
     "Processes",
     "first_process",
     "join",
+    "leave",
     "local_device",
     "mixed",
 ]
@@ -54,6 +55,16 @@ def join(device: torch.device) -> Processes:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """Disconnect this process from the others, once all of them call it.
+
+    Without that, a process may still be in use of connections when another has ended, and abort.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def first_process() -> bool:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
+from armed_pyro._messages import progress_console
 from armed_pyro.guides.base import joined
 from armed_pyro.guides.closed_form import ClosedForm
 from armed_pyro.guides.noise import gaussian_noise, heavy_noise, proposal_noise
@@ -103,7 +104,10 @@ def importance_draws(
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
     pieces = Pieces.of(source, rows_at_once, guide.nested_name())
     collected = _Collected(posterior, n, particles)
-    with model.seeded(seed + 4), Progress(disable=not progress, transient=True) as bar:
+    with (
+        model.seeded(seed + 4),
+        Progress(console=progress_console(), disable=not progress, transient=True) as bar,
+    ):
         task = bar.add_task("importance weights", total=n * len(pieces.shares))
         for start in range(0, n, size):
             draws = slice(start, min(start + size, n))

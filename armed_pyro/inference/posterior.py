@@ -146,7 +146,8 @@ class Posterior:
     history: History
     schedule: Schedule
     seed: int  # of the training; default of all draws
-    stopped: str  # "converged" or "validation" (both good), "steps" or "diverged"
+    # "converged" or "validation" (both good), "steps", "interrupted" or "diverged"
+    stopped: str
     importance: ImportanceDraws | None = None  # the guide's draws, weighted
     refined: RefinedDraws | None = None  # draws that replace the guide's
 

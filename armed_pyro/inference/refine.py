@@ -15,6 +15,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from rich.progress import Progress
 from torch import Tensor
 
+from armed_pyro._messages import progress_console
 from armed_pyro.guides.base import joined, n_draws, selected
 from armed_pyro.guides.noise import Noise, gaussian_noise
 from armed_pyro.inference.importance_sampling import BLOCK, affordable, importance_draws
@@ -100,7 +101,7 @@ def _nuts(
     with (
         pyro.validation_enabled(False),
         torch.random.fork_rng(devices=devices),
-        Progress(disable=not progress, transient=True) as bar,
+        Progress(console=progress_console(), disable=not progress, transient=True) as bar,
     ):
         task = bar.add_task("NUTS", total=chains * (draws + warmup))
         for chain in range(chains):

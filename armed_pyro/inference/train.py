@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from armed_pyro._memory import release
+from armed_pyro._messages import progress_console
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.checkpoint import Checkpoint, digest
 from armed_pyro.engine.compiled_step import COMPILE_MODES, CompileMode
@@ -38,7 +39,7 @@ from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.probing import record_probes
 from armed_pyro.inference.refine import refine as refined_by
-from armed_pyro.inference.training_run import Run
+from armed_pyro.inference.training_run import Run, TrainingInterrupted
 from armed_pyro.program.model import MixedEffects, can_overfit, trains_network
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
@@ -221,11 +222,14 @@ def _weighted(
     """The posterior with importance weights where they can be computed, and draws by these."""
     if frozen_rows is None or not (closed is not None or refinable(posterior, source)):
         return posterior
-    weights = importance_draws(posterior, frozen_rows, closed)
-    posterior = replace(posterior, importance=weights)
-    # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide, and
-    # the diagnostics warn.
-    return refined_by(posterior) if weights.k_hat < 1 else posterior
+    try:
+        weights = importance_draws(posterior, frozen_rows, closed)
+        posterior = replace(posterior, importance=weights)
+        # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide,
+        # and the diagnostics warn.
+        return refined_by(posterior) if weights.k_hat < 1 else posterior
+    except KeyboardInterrupt as error:
+        raise TrainingInterrupted(posterior) from error
 
 
 def _check_same(
@@ -277,6 +281,6 @@ def progress_bar(
         *([TimeRemainingColumn()] if fixed else []),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, disable=not show) as bar:
+    with Progress(*columns, console=progress_console(), disable=not show) as bar:
         task = bar.add_task("", total=total)
         yield lambda step, text: bar.update(task, completed=step, description=text)

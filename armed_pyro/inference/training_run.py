@@ -22,8 +22,9 @@ from armed_pyro.inference.phases import (
 )
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.model import trains_network
+from armed_pyro.program.probe import check_probe, probe
 
-__all__ = ["Run", "TrainingDiverged"]
+__all__ = ["Run", "TrainingDiverged", "TrainingInterrupted"]
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
@@ -34,6 +35,14 @@ class TrainingDiverged(RuntimeError):  # noqa: N818
 
     def __init__(self, message: str, posterior: Posterior) -> None:
         super().__init__(message)
+        self.posterior = posterior
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The training was interrupted; `posterior` is that at the end of the last whole window."""
+
+    def __init__(self, posterior: Posterior) -> None:
+        super().__init__("the training was interrupted")
         self.posterior = posterior
 
 
@@ -52,6 +61,7 @@ class Run:
         self._rate = 1.0  # of the last step
         # The state to return to after divergence, and the mean loss of the window that follows it.
         self._good, self._good_loss = task.state(), math.inf
+        self._window_start = self._good
         self._games = [(a.factor, float(a.strength(1.0))) for a in task.model.adversaries]
         self.phase: Phase = NetworkPhase(task)
         self.history.warmup = warmup_steps(task)
@@ -71,26 +81,41 @@ class Run:
         """Take steps until convergence or until they run out.
 
         After each window the checkpoint is written to `path`, after `completed` has added what
-        belongs to it, and `report` is called with the number of steps and the state in words.
+        belongs to it, and `report` is called with the number of steps and the state in words. An
+        interrupt raises `TrainingInterrupted`.
         """
-        task = self.task
+        path = path if self.task.share.processes.first else None
         if not self.step and not self._trains_network:
             self.freeze()
+        try:
+            self._take_windows(path, report, completed)
+        except KeyboardInterrupt as error:
+            raise self._interruption() from error
+        self.phase.keep_best()
+        self.phase.release()
+
+    def _take_windows(
+        self,
+        path: Path | None,
+        report: Callable[[int, str], None],
+        completed: Callable[[Checkpoint], Checkpoint],
+    ) -> None:
+        """Take steps, window after window, until convergence or until they run out."""
+        task = self.task
         while not self.stopped and not self._stops_at_mode():
             phase = self.phase
             task.model.train(phase.trains_network)
             phase.passes = phase.share.reshuffled(phase.passes, task.seed, self.step)
             before, steps = task.state(), min(phase.window(), task.schedule.steps - self.step)
+            self._window_start = before
             losses = [self.take_step() for _ in range(steps)]
             self.close_window(losses)
             mean = float(np.mean(self.history.loss[-len(losses) :]))
             if mean < self._good_loss:
                 self._good, self._good_loss = before, mean
             report(self.step, self.history.status(self._games))
-            if path is not None and task.share.processes.first:
+            if path is not None:
                 completed(self.save()).write(path)
-        self.phase.keep_best()
-        self.phase.release()
 
     def take_step(self) -> Loss:
         """Take one step; return its loss before the parameters changed, or raise the divergence."""
@@ -151,6 +176,7 @@ class Run:
             "history": self.history.to_json(),
             "plateau": asdict(self.phase.plateau),
             "stopped": self.stopped,
+            "probe": probe(self.task.model),
         }
         return Checkpoint(tensors, record)
 
@@ -166,6 +192,7 @@ class Run:
             )
         self.history = History(**record["history"])
         self.task.return_to(tensors)
+        check_probe(self.task.model, record.get("probe"), "the checkpoint")
         if self.history.settled is not None:
             self.phase = FrozenPhase(self.phase, self.history.particles)
         self._good = self.task.state()
@@ -196,6 +223,18 @@ class Run:
     def _record(self, loss: Loss) -> None:
         self.history.loss.append(float(loss.total.detach()))
         self.history.elbo.append(float(loss.elbo))
+
+    def _interruption(self) -> TrainingInterrupted:
+        """Go back to the end of the last whole window, and make the error to raise."""
+        history = self.history
+        whole = history.step[-1] if history.step else 0
+        for trace in (history.loss, history.elbo):
+            del trace[whole:]
+        self.task.return_to(self._window_start)
+        self.phase.keep_best()
+        self.phase.release()
+        self.stopped = "interrupted"
+        return TrainingInterrupted(self.result())
 
     def _divergence(self, cause: str) -> TrainingDiverged:
         """Go back to the last good state, and make the error to raise."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from armed_pyro._messages import REAL, check_type
-from armed_pyro._pyro_module import LocalModule
+from armed_pyro._pyro_module import PYRO_LOCK, LocalModule
 from armed_pyro.families.family import Eta, Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import family_named
@@ -155,7 +155,7 @@ class Plan(LocalModule):
         """A context without gradients whose draws come from this seed and change no generator."""
         device = self.reference().device
         devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with PYRO_LOCK, torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
 

@@ -14,6 +14,8 @@ __all__ = ["check_offset", "check_weights"]
 FAR = 1.5
 # An offset above this on a log link is an expected count of 5e21; on the logit link, certainty.
 LARGEST_OFFSET = 50.0
+# Beyond this, in either direction, no family but the gaussian has a finite likelihood.
+IMPOSSIBLE_OFFSET = 1e4
 
 
 def check_weights(data: ClusteredData, family: Family) -> None:
@@ -29,6 +31,8 @@ def check_weights(data: ClusteredData, family: Family) -> None:
             )
         return
     total, n = float(data.weights.sum()), data.n_rows
+    if not total:
+        raise ValueError("all weights are 0, so that no row counts: give positive weights")
     if not n / FAR <= total <= n * FAR:
         warnings.warn(
             f"the weights sum to {total:.4g} for {n} rows. As frequency weights, the default, they "
@@ -42,13 +46,22 @@ def check_weights(data: ClusteredData, family: Family) -> None:
 
 
 def check_offset(data: ClusteredData, family: Family) -> None:
-    """Warn of an offset that looks like an exposure, not like its logarithm."""
+    """Warn of an offset that looks like an exposure, not like its logarithm.
+
+    ValueError for one with which no outcome is possible.
+    """
     if data.offset is None or family.is_quadratic:
         return
-    largest = float(data.offset.max())
+    named = data.schema is not None and data.schema.offset
+    name = f"offset {named!r}" if named else "offset"
+    largest, extreme = float(data.offset.max()), float(data.offset.abs().max())
+    if extreme > IMPOSSIBLE_OFFSET:
+        raise ValueError(
+            f"the {name} goes up to {extreme:.4g} in size on the link scale of family "
+            f"{family.name!r}, expected at most {IMPOSSIBLE_OFFSET:g}: give the logarithm of an "
+            "exposure, and correct or leave out rows with an offset that stands for a missing one"
+        )
     if largest > LARGEST_OFFSET:
-        named = data.schema is not None and data.schema.offset
-        name = f"offset {named!r}" if named else "offset"
         warnings.warn(
             f"the {name} goes up to {largest:.4g} on the link scale of family {family.name!r}: it "
             "looks like an exposure that was not logged; give its logarithm",

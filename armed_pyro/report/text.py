@@ -19,6 +19,7 @@ ENDINGS = {
     "validation": "converged: the validation loss has stopped improving",
     "steps": "NOT CONVERGED: the steps ran out; allow more with Schedule(steps=...)",
     "diverged": "DIVERGED: these are the last good parameters",
+    "interrupted": "NOT CONVERGED: the training was interrupted",
 }
 
 WEIGHTS = {

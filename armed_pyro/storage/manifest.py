@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
+from armed_pyro.storage.manifest_schema import check_fields, check_manifest
 
 MANIFEST = "manifest.json"
 FORMAT = "armed_pyro fit"
@@ -119,27 +121,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has the format version {file_version}, written by an earlier armed_pyro with "
             f"another guide; this armed_pyro reads version {VERSION}: fit the model again"
         )
+    check_manifest(manifest, path)
     return manifest
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn errors in the content of a file into a ValueError that names the file."""
+def reading(path: Path, field: str = "") -> Iterator[None]:
+    """Turn errors in the content of a file into a ValueError that names the file, and a field."""
     wrong = (
         SafetensorError,
         RuntimeError,
         OSError,
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
+        ArithmeticError,
+        MemoryError,
     )
     try:
         yield
     except wrong as error:
+        if str(error).startswith(f"{path} is damaged"):
+            raise
+        where = f"the field {field!r}: " if field else ""
         raise ValueError(
-            f"{path} is damaged or was changed ({type(error).__name__}: {error}): save the fit "
-            "again, or put a copy of the file back"
+            f"{path} is damaged or was changed ({where}{type(error).__name__}: {error}): save the "
+            "fit again, or put a copy of the file back"
         ) from error
 
 
@@ -148,30 +156,55 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
 
     `path` is the file of the manifest, for messages. The network must have the fit's parameters.
     """
-    with reading(path):
-        plan, settings = manifest["model"], manifest["network"]
-        sd = plan["priors"]["sd"]
-        by_factor = {k: _made("kind", v, PRIORS) for k, v in sd.get("factors", {}).items()}
-        sd = _made("kind", sd["all"], PRIORS) if "all" in sd else by_factor
-        names = ("cor", "fixed_sd", "residual_sd")
-        priors = Priors(sd=sd, **{name: _made_field(plan["priors"][name]) for name in names})
-        random = [_made("kind", term, TERMS) for term in plan["random"]]
+    plan, settings = manifest["model"], manifest["network"]
+    priors = _priors(plan["priors"], path)
+    random = []
+    for number, term in enumerate(plan["random"]):
+        with reading(path, place := f"model.random.{number}"):
+            random.append(_made("kind", term, TERMS, path, place))
+    with reading(path, "model.adversaries"):
         adversaries = [Adversary(**entry) for entry in plan["adversaries"]]
+    with reading(path, "model.others"):
         # Manifests from before there were other outcomes lack the entry.
         others = [
             Reconstruction(**{name: _made_field(value) for name, value in entry.items()})
             for entry in plan.get("others", [])
         ]
-        family = read_family(plan["family"])
-        options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
-        # Earlier programs had no clusters' means.
-        options["between"] = plan.get("between", False)
+    with reading(path, "model.family"):
+        family = read_family(plan["family"], path)
+    options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
+    # Earlier programs had no clusters' means.
+    options["between"] = plan.get("between", False)
+    with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
+    with reading(path, "model.dtype"):
         # Earlier programs had the precision of their networks.
         options["dtype"] = DTYPES[plan.get("dtype", settings["dtype"])]
-        made_by = settings["made_by"]
-    net = _network(made_by) if net is None else copy.deepcopy(net)
+    made_by = settings["made_by"]
+    net = _network(made_by, shapes) if net is None else copy.deepcopy(net)
+    _check_shapes(net, shapes)
     model = MixedEffects(net, random, family, adversaries, priors=priors, others=others, **options)
+    if model.network_reference().dtype != dtype:
+        net.to(dtype)
+    return model
+
+
+def _priors(plan: Mapping[str, Any], path: Path) -> Priors:
+    """The priors of a manifest."""
+    with reading(path, place := "model.priors.sd"):
+        sd = plan["sd"]
+        factors = sd.get("factors", {}).items()
+        by_factor = {k: _made("kind", v, PRIORS, path, f"{place}.factors.{k}") for k, v in factors}
+        scales = (
+            _made("kind", sd["all"], PRIORS, path, f"{place}.all") if "all" in sd else by_factor
+        )
+    with reading(path, "model.priors"):
+        names = ("cor", "fixed_sd", "residual_sd")
+        return Priors(sd=scales, **{name: _made_field(plan[name]) for name in names})
+
+
+def _check_shapes(net: nn.Module, shapes: Mapping[str, Any]) -> None:
+    """Raise ValueError if the network has other parameters than those of these shapes."""
     actual = {name: list(value.shape) for name, value in net.state_dict().items()}
     for name in [*shapes, *actual]:
         if actual.get(name) != shapes.get(name):
@@ -180,9 +213,6 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
                 f"fit's {shapes.get(name)} (None: no such parameter); pass net= of the same "
                 "architecture"
             )
-    if model.network_reference().dtype != dtype:
-        net.to(dtype)
-    return model
 
 
 def _describe_folds(model: MixedEffects) -> dict[str, Any] | None:
@@ -202,8 +232,8 @@ def cross_fit(model: MixedEffects, manifest: Mapping[str, Any]) -> None:
         model.cross_fit(FoldNetworks.like(model.network, *sizes))
 
 
-def _network(made_by: Mapping[str, Any] | None) -> nn.Module:
-    """The network of a registered function."""
+def _network(made_by: Mapping[str, Any] | None, shapes: Mapping[str, Any]) -> nn.Module:
+    """The network of a registered function; without memory for one of other shapes."""
     if made_by is None:
         raise ValueError(
             "the fit has a network of your own, which is not saved as code: pass one of the same "
@@ -213,8 +243,12 @@ def _network(made_by: Mapping[str, Any] | None) -> nn.Module:
     if is_file(str(made_by.get("name"))):
         raise ValueError(f"the manifest names a file, {made_by['name']!r}: it is not executed")
     try:
+        with contextlib.suppress(NotImplementedError), torch.device("meta"):
+            _check_shapes(network(str(made_by["name"]), **made_by["arguments"]), shapes)
         return network(str(made_by["name"]), **made_by["arguments"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if str(error).startswith("the network is not the fit's"):
+            raise
         raise ValueError(
             f"the fit's network {dict(made_by)} cannot be made ({error}): pass one of the same "
             "architecture, as in Fit.load(folder, net=MyNet())"
@@ -247,8 +281,17 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _made(key: str, entry: Mapping[str, Any], known: Mapping[str, type[Kind]]) -> Kind:
-    """The object that `_entry` described."""
+def _made(
+    key: str,
+    entry: Mapping[str, Any],
+    known: Mapping[str, type[Kind]],
+    path: Path | None = None,
+    place: str = "",
+) -> Kind:
+    """The object that `_entry` described, whose fields are checked if it is of the file `path`."""
+    if path is not None and str(entry[key]) in known:
+        plain = {name: value for name, value in entry.items() if name not in (key, "covariance")}
+        check_fields(known[str(entry[key])], plain, path, place)
     fields = {name: _made_field(value) for name, value in entry.items() if name != key}
     return known[str(entry[key])](**fields)
 
@@ -262,10 +305,11 @@ def _made_field(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def read_family(entry: str | Mapping[str, Any]) -> Family:
+def read_family(entry: str | Mapping[str, Any], path: Path | None = None) -> Family:
     """The family of a manifest's entry.
 
     >>> read_family("poisson").name
     'poisson'
     """
-    return _made("name", {"name": entry} if isinstance(entry, str) else entry, FAMILIES)
+    values = {"name": entry} if isinstance(entry, str) else entry
+    return _made("name", values, FAMILIES, path, "model.family")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 import warnings
@@ -14,25 +15,25 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from armed_pyro._memory import release
 from armed_pyro._messages import cause
-from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.grouping import Grouping, index_from_json, index_to_json
-from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.schedule import History, Schedule
-from armed_pyro.guides.base import Guide
+from armed_pyro.guides.base import Guide, n_draws
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.structured import StructuredGuide
-from armed_pyro.inference.posterior import Posterior, RefinedDraws
+from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.names import cluster_columns
+from armed_pyro.program.probe import check_probe, probe
+from armed_pyro.storage.checksums import check_sums, sealed
 from armed_pyro.storage.manifest import (
     MANIFEST,
     cross_fit,
@@ -41,11 +42,14 @@ from armed_pyro.storage.manifest import (
     read_manifest,
     reading,
 )
+from armed_pyro.storage.rows import describe_rows, read_rows, training_rows
+from armed_pyro.storage.run_lock import DRAFT, REPLACED, is_temporary, locked
 from armed_pyro.summaries.datatree import GROUPS
 
 MODEL, POSTERIOR = "model.safetensors", "posterior.nc"
 VARIANCE, FIXED = "variance_components.csv", "fixed_effects.csv"
 DIAGNOSTICS = "diagnostics.json"
+FILES = {MANIFEST, MODEL, POSTERIOR, VARIANCE, FIXED, DIAGNOSTICS}
 # Files that training may leave in the folder to which its fit is then saved.
 CHECKPOINTS = {"checkpoint.safetensors", "checkpoint.partial"}
 # Bytes beyond which a group of draws is left out of posterior.nc; it is drawn again on demand.
@@ -98,8 +102,9 @@ def save(
     Raises
     ------
     ValueError
-        If the folder holds other files but no fit, or the program has a user-defined guide, term,
-        family or prior, which could not be read again. Nothing is written then.
+        If another process writes to the folder, it holds other files but no fit, or the program has
+        a user-defined guide, term, family or prior, which could not be read again. Nothing is
+        written then.
     """
     check_saveable(posterior, folder)
     if draws < 2:
@@ -107,23 +112,26 @@ def save(
     target = Path(folder).resolve()
     manifest, tensors = _contents(posterior, classifiers)
     manifest["prob"] = prob
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory as the target, as renaming is atomic only within a file system.
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        _write_json(partial / MANIFEST, manifest)
-        save_file({k: tensor.cpu().contiguous() for k, tensor in tensors.items()}, partial / MODEL)
-        del tensors
-        # Only the owner can read the file that save_file makes.
-        shutil.copymode(partial / MANIFEST, partial / MODEL)
-        _write_groups(posterior, partial / POSTERIOR, draws)
-        variance_components.to_csv(partial / VARIANCE, index=False)
-        fixed_effects.to_csv(partial / FIXED, index=False)
-        _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
-        _put(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with locked(target):
+        partial = target / f"{DRAFT}{uuid.uuid4().hex}"
+        partial.mkdir()
+        try:
+            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, partial / MODEL)
+            del tensors
+            _write_groups(posterior, partial / POSTERIOR, draws)
+            variance_components.to_csv(partial / VARIANCE, index=False)
+            fixed_effects.to_csv(partial / FIXED, index=False)
+            _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
+            # Only the owner can read the file that save_file makes.
+            shutil.copymode(partial / DIAGNOSTICS, partial / MODEL)
+            files = sorted(path.name for path in partial.iterdir())
+            _write_json(partial / MANIFEST, sealed(manifest, MANIFEST, partial, files))
+            _put(partial, target)
+        except (SafetensorError, RuntimeError) as error:
+            # What safetensors and HDF5 raise if the disk is full.
+            raise OSError(f"the fit could not be written to {target}: {cause(error)}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _contents(
@@ -133,7 +141,8 @@ def _contents(
     manifest = {
         **describe(posterior),
         "guide": _guide_name(posterior),
-        "data": _describe_data(posterior.data),
+        "data": describe_rows(posterior.data),
+        "probe": probe(posterior.model),
     }
     tensors = module_tensors("model", posterior.model) | module_tensors("guide", posterior.guide)
     if posterior.refined is not None:
@@ -147,31 +156,43 @@ def _contents(
     return manifest, tensors
 
 
-def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, Classifiers]:
+def load(
+    folder: str | Path, net: nn.Module | None = None, *, verify: bool = True
+) -> tuple[Posterior, Classifiers]:
     """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
     `net` is a network of the fit's architecture; a copy of it gets the weights of the fit. It is
     not needed for networks from functions registered as ``armed_pyro.models`` (``linear``,
-    ``dense``). The classifiers of clusters are those that were saved.
+    ``dense``). The classifiers of clusters are those that were saved. With `verify`, no file may
+    have changed, and the network must have the fit's outputs at fixed inputs.
 
     Raises
     ------
     ValueError
-        If the folder holds no fit, a file is missing, damaged or of a newer version, or the
-        network is unknown or has other parameters.
+        If the folder holds no fit, a file is missing, changed, damaged or of a newer version, or
+        the network is unknown or another one.
     """
     path = Path(folder)
     manifest = read_manifest(path)
     for name in (MODEL, POSTERIOR):
         if not (path / name).is_file():
             raise ValueError(f"{path} holds no {name}: the fit is incomplete; save it again")
+    if verify:
+        check_sums(manifest, MANIFEST, path)
     with reading(path / MODEL):
         tensors = load_file(path / MODEL)
-    with reading(path / MANIFEST):
+        _check_numbers(tensors, diverged=manifest["training"]["stopped"] == "diverged")
+    with reading(path / MANIFEST, "facts"):
         facts = Facts.from_json(manifest["facts"])
-        make_guide, training = GUIDES[manifest["guide"]], manifest["training"]
+    with reading(path / MANIFEST, "guide"):
+        make_guide = GUIDES[manifest["guide"]]
+    training = manifest["training"]
+    with reading(path / MANIFEST, "training"):
         schedule, history = Schedule(**training["schedule"]), History(**training["history"])
-        seed, stopped = training["seed"], training["stopped"]
+    seed, stopped = training["seed"], training["stopped"]
+    with reading(path / POSTERIOR):
+        # Before the program is bound, as the sizes in the manifest are only claims until then.
+        arrays = read_rows(path / POSTERIOR, manifest["data"], facts)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # Warnings about the data were given when the model was fitted.
         warnings.simplefilter("ignore", UserWarning)
@@ -179,17 +200,17 @@ def load(folder: str | Path, net: nn.Module | None = None) -> tuple[Posterior, C
     guide = make_guide(model)
     with reading(path / MODEL):
         cross_fit(model, manifest)
-        restore_module("model", model, tensors)
-        restore_module("guide", guide, tensors)
-        refined = None
-        if (record := manifest.get("refined")) is not None:
-            draws = _within(tensors, "refined.")
-            refined = RefinedDraws(record["method"], draws, record["quality"])
+        for name, module in {"model": model, "guide": guide}.items():
+            _check_types(name, module, tensors)
+            restore_module(name, module, tensors)
+        refined = _refined(model.eval(), guide, manifest.get("refined"), tensors)
         classifiers = _classifiers(model, manifest.get("classifiers", []), tensors)
+    if verify:
+        check_probe(model, manifest.get("probe"), f"the fit in {path}")
     with reading(path / POSTERIOR):
         names = cluster_columns(model, manifest["data"]["levels"])
-        data = _data(path / POSTERIOR, manifest["data"], facts, names)
-    parts = (model.eval(), guide, data, history, schedule, seed, stopped)
+        data = training_rows(arrays, manifest["data"], facts, names)
+    parts = (model, guide, data, history, schedule, seed, stopped)
     return Posterior(*parts, refined=refined), classifiers
 
 
@@ -200,8 +221,10 @@ def _check_target(target: Path) -> None:
     """Raise ValueError if saving would replace anything but a fit."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, expected a folder to save the fit to")
-    files = {path.name for path in target.iterdir()} if target.exists() else set()
-    if files <= CHECKPOINTS:
+    names = {path.name for path in target.iterdir()} if target.exists() else set()
+    files = {name for name in names if not is_temporary(name)}
+    killed = any(name.startswith(DRAFT) for name in names)
+    if files <= (CHECKPOINTS | FILES if killed else CHECKPOINTS):
         return
     try:
         read_manifest(target)
@@ -221,21 +244,30 @@ def _guide_name(posterior: Posterior) -> str:
 
 
 def _put(partial: Path, target: Path) -> None:
-    """Rename the new folder to the target, and keep the target's other files."""
-    old = partial.with_name(f"{partial.name}.old")
-    if target.exists():
-        target.rename(old)
+    """Move new files to their folder, the manifest last.
+
+    The folder is without a manifest while files of two fits are in it: if the process is killed
+    then, no half of a fit can be loaded, and `locked` moves the other files.
+    """
+    names = sorted((path.name for path in partial.iterdir()), key=lambda name: name == MANIFEST)
+    replaced = partial / REPLACED
+    replaced.mkdir()
+    moved: list[tuple[Path, Path]] = []
+
+    def move(source: Path, destination: Path) -> None:
+        if source.exists():
+            source.rename(destination)
+            moved.append((source, destination))
+
     try:
-        partial.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
+        for name in reversed(names):
+            move(target / name, replaced / name)
+        for name in names:
+            move(partial / name, target / name)
+    except BaseException:  # an interrupt, too
+        for source, destination in reversed(moved):
+            destination.rename(source)
         raise
-    if old.exists():
-        for other in old.iterdir():
-            if not (target / other.name).exists():
-                other.rename(target / other.name)
-        shutil.rmtree(old)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -314,6 +346,59 @@ def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _check_numbers(tensors: Mapping[str, Tensor], *, diverged: bool) -> None:
+    """Raise ValueError for a tensor of an unknown part, or with values that are not numbers.
+
+    Such values are in a fit that `diverged` at its first step.
+    """
+    for name, tensor in tensors.items():
+        if re.fullmatch(r"(model|guide|refined|classifier\d+)\..*", name) is None:
+            raise ValueError(f"{name!r} is no tensor of a fit")
+        if not diverged and tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise ValueError(f"{name!r} has values that are not numbers")
+
+
+def _check_types(prefix: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a module's tensors have other types, which torch would convert."""
+    for name, tensor in module.state_dict().items():
+        saved = tensors.get(f"{prefix}.{name}", tensor)
+        if saved.dtype != tensor.dtype:
+            raise ValueError(f"'{prefix}.{name}' is {saved.dtype}, expected {tensor.dtype}")
+
+
+def _refined(
+    model: MixedEffects,
+    guide: Guide,
+    record: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+) -> RefinedDraws | None:
+    """The draws that replace the guide's; ValueError unless they have the shapes of its draws."""
+    draws = _within(tensors, "refined.")
+    if record is None:
+        if draws:
+            raise ValueError(f"there are refined draws, of which {MANIFEST} does not know")
+        return None
+    if record["method"] not in METHODS:
+        raise ValueError(f"refined.method is {record['method']!r}, expected one of {[*METHODS]}")
+    with model.seeded(0):
+        drawn = guide.draws(model.clusters(), 2)
+    count = n_draws(draws)
+    for name in sorted({*drawn, *draws}):
+        if name not in draws or name not in drawn:
+            raise ValueError(
+                f"the draws of {name!r} are {'unknown' if name in draws else 'missing'}"
+            )
+        lead = () if drawn[name].dim() <= 1 else (count,)
+        shape = (*lead, *drawn[name].shape[len(lead) :])
+        if tuple(draws[name].shape) != shape or not count:
+            raise ValueError(
+                f"the draws of {name!r} have the shape {tuple(draws[name].shape)}, expected {shape}"
+            )
+        if draws[name].dtype != drawn[name].dtype or not bool(draws[name].isfinite().all()):
+            raise ValueError(f"the draws of {name!r} are not all finite {drawn[name].dtype}")
+    return RefinedDraws(record["method"], draws, record["quality"])
+
+
 def _classifiers(
     model: MixedEffects, records: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
 ) -> Classifiers:
@@ -345,72 +430,3 @@ def _training_end(posterior: Posterior) -> dict[str, Any]:
         "fresh_probes": history.probes,
         "weights_tried": history.weights,
     }
-
-
-def _describe_data(data: ClusteredData) -> dict[str, Any]:
-    """Properties of the training rows that the tree in `POSTERIOR` does not hold."""
-    try:
-        row_dtype = index_to_json(data.row_labels)["dtype"]
-    except TypeError:  # a composite index, whose labels are read back as text
-        row_dtype = None
-    return {
-        "continuous": list(data.continuous),
-        "slope_continuous": list(data.slope_continuous),
-        "levels": {
-            name: index_to_json(grouping.levels) for name, grouping in data.groupings.items()
-        },
-        "row_dtype": row_dtype,
-        "row_name": data.row_labels.name if isinstance(data.row_labels.name, str) else None,
-    }
-
-
-def _data(
-    path: Path, record: Mapping[str, Any], facts: Facts, names: Mapping[str, str]
-) -> ClusteredData:
-    """The training rows, from the tree's observed and constant data."""
-    with (
-        xr.open_dataset(path, group="observed_data", engine="h5netcdf") as observed,
-        xr.open_dataset(path, group="constant_data", engine="h5netcdf") as constant,
-    ):
-        outcome = observed[variable_name(facts.outcome_name)].to_numpy()
-        values = {str(name): array.to_numpy() for name, array in constant.data_vars.items()}
-        labels = pd.Index(observed.indexes["row"])
-    groupings = {}
-    for name, content in record["levels"].items():
-        levels = index_from_json(content)
-        # Fits saved before all names were distinct have no other name than `variable_name`.
-        stored = values.get(names[name], values.get(variable_name(name)))
-        codes = pd.Index(label_values(levels)).get_indexer(pd.Index(stored))
-        if (codes < 0).any():
-            raise ValueError(f"clusters of {name!r} that {MANIFEST} does not know")
-        groupings[name] = Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
-    if record["row_dtype"] is not None:
-        labels = index_from_json({"dtype": record["row_dtype"], "values": labels.tolist()})
-
-    def tensor(name: str) -> Tensor | None:
-        return torch.from_numpy(values[name].copy()) if name in values else None
-
-    features = tensor("features")
-    if features is None:
-        features = torch.zeros(len(outcome), *facts.feature_shape, dtype=torch.float64)
-    return ClusteredData(
-        features=features,
-        feature_names=facts.feature_names,
-        sources=facts.sources,
-        continuous=tuple(record["continuous"]),
-        outcome_name=facts.outcome_name,
-        outcome=torch.from_numpy(outcome.astype(np.float64)),
-        classes=facts.classes,
-        groupings=groupings,
-        trials=tensor("trials"),
-        offset=tensor("offset"),
-        weights=tensor("weights"),
-        weights_kind=facts.weights_kind or "frequency",
-        row_labels=labels.rename(record["row_name"]),
-        schema=facts.schema,
-        slopes=tensor("slopes"),
-        slope_names=facts.slope_names,
-        slope_sources=facts.slope_sources,
-        slope_continuous=tuple(record.get("slope_continuous", ())),
-        fold=tensor("fold"),
-    )

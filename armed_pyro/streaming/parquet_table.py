@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
-from armed_pyro.data.files import read_table
+from armed_pyro.data.files import read_table, to_pandas
 
 __all__ = ["TableBlocks", "group_starts", "take_rows"]
 
@@ -28,8 +28,11 @@ class TableBlocks:
     needed: tuple[str, ...] = ()  # rows with missing values in these columns are left out
 
     @classmethod
-    def open(cls, path: Path) -> TableBlocks:
-        """The table in a file; ValueError if it is not a readable table."""
+    def open(cls, path: Path, labels: Collection[str] = ()) -> TableBlocks:
+        """The table in a file; ValueError if it is not a readable table.
+
+        The columns of `labels` are read as by `read_table`.
+        """
         if path.name.lower().endswith((".parquet", ".pq")) and path.is_file():
             try:
                 file = pq.ParquetFile(path)
@@ -37,7 +40,7 @@ class TableBlocks:
                 raise ValueError(f"{path} is not a readable Parquet file ({error})") from error
             if file.metadata.num_rows:
                 return cls(path, None, file.metadata.num_rows, tuple(file.schema_arrow.names))
-        frame = read_table(path)  # raises the error for a missing or unreadable file
+        frame = read_table(path, labels=labels)  # raises the error for a missing or unreadable file
         return cls(path, frame, len(frame), tuple(frame.columns))
 
     def blocks(self, size: int, columns: tuple[str, ...] | None = None) -> Iterator[pd.DataFrame]:
@@ -77,7 +80,7 @@ class TableBlocks:
             return
         with self._parquet() as file:
             for batch in file.iter_batches(size, columns=wanted):
-                yield batch.to_pandas()
+                yield to_pandas(pa.Table.from_batches([batch]))
 
     def take(
         self, rows: Int[np.ndarray, " taken"], columns: Sequence[str] | None = None
@@ -85,7 +88,7 @@ class TableBlocks:
         """The Parquet rows with these increasing numbers; only their row groups are read."""
         with self._parquet() as file:
             taken = take_rows(file, group_starts(file.metadata), rows, self._wanted(columns))
-        frame = taken.unify_dictionaries().to_pandas()
+        frame = to_pandas(taken.unify_dictionaries())
         frame.index = pd.Index(rows)
         return frame
 

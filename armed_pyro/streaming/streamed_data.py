@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from armed_pyro._messages import progress_console
 from armed_pyro.data.columns import Missing
 from armed_pyro.data.grouping import check_several
 from armed_pyro.data.schema import WeightsKind
@@ -141,7 +142,7 @@ class StreamedData:
             check_several(name, self.scanned.levels[name])
         with tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder:
             path = Path(folder) / "rows.parquet"
-            with Progress(disable=not progress, transient=True) as bar:
+            with Progress(console=progress_console(), disable=not progress, transient=True) as bar:
                 report = partial(bar.advance, bar.add_task("encoding rows", total=self.n_rows))
                 settings = self.memory, seed, tuple(factors)
                 encoded = encode(self.table, self.scanned, path, *settings, report)
