@@ -232,6 +232,16 @@ def test_a_linear_layer_is_trained_as_before(head):
     assert not list(held_out_checks(results[0].posterior, {}))
 
 
+def test_the_summary_says_what_was_held_out(capsys):
+    for options, line in (
+        ({}, "Networks: 3, each trained without a part of the clusters of site ("),
+        ({"random": ()}, "Networks: 3, each trained without a part of the rows ("),
+        ({"bayesian_head": True}, "Network: stopped after "),
+    ):
+        run(make_model(**options)).summary()
+        assert line in capsys.readouterr().out
+
+
 def test_activations_of_several_networks_are_never_mixed():
     result = run(make_model(bayesian_head=True))
     assert result.model.fold_networks is None

@@ -162,10 +162,22 @@ def _fixed(results: Results) -> str:
     return _section(f"Fixed effects ({of}posterior mean, {interval})", body)
 
 
+def _held_out(posterior: Posterior) -> list[str]:
+    """A line on the networks that held-out parts of the rows stopped."""
+    history, folds = posterior.history, posterior.model.fold_networks
+    if not history.fold_steps:
+        return []
+    if folds is None:
+        return [f"  Network: stopped after {history.fold_steps[0]} steps by a fifth of the rows"]
+    unit = "rows" if folds.factor is None else f"clusters of {folds.factor}"
+    steps = f"{min(history.fold_steps)} to {max(history.fold_steps)} steps"
+    return [f"  Networks: {len(folds)}, each trained without a part of the {unit} ({steps})"]
+
+
 def _convergence(results: Results) -> str:
     posterior = results.posterior
     history, facts = posterior.history, posterior.model.data_facts()
-    lines = [f"  {how_training_ended(posterior)}"]
+    lines = [f"  {how_training_ended(posterior)}", *_held_out(posterior)]
     if history.elbo:
         last = history.elbo[-min(len(history.elbo), 100) :]
         lines.append(f"  Evidence lower bound: {sum(last) / len(last) * facts.n_rows:.2f}")
