@@ -163,7 +163,7 @@ def check_mode(
     if unseen is None and some_new:
         lines = [
             f"{len(labels)} of {factor!r} "
-            f"({listing(labels, 5)}; training had {listing(trained[factor], 3)})"
+            f"({listing(sorted(map(str, labels)), 5)}; training had {listing(trained[factor], 3)})"
             for factor, labels in new.items()
             if len(labels)
         ]
