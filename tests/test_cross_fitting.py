@@ -318,3 +318,12 @@ def test_a_network_without_held_out_rows_fails_if_it_could_memorise():
         data=make_data(n_sites=20, per_site=20), validation=None, schedule=Schedule(steps=20)
     )
     assert verdicts(large) == {"held-out rows": "not checked"}
+
+
+def test_snapshots_that_begin_late_keep_their_stride_in_a_checkpoint():
+    snapshots = Snapshots()
+    for window in range(7, 60):
+        snapshots.add(window, {"weight": torch.tensor([float(window)])})
+    again = Snapshots.restored(snapshots.tensors("kept"), "kept")
+    assert again.stride == snapshots.stride
+    assert sorted(again.states) == sorted(snapshots.states)

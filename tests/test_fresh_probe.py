@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 import scipy
+import torch
+from torch import nn
 
+from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, fit
 from armed_pyro.networks.fresh_probe import MOST_CLUSTERS, MOST_ROWS, FreshProbe
 
 N, SITES = 240, 6
@@ -105,3 +108,42 @@ def test_the_seed_fixes_the_probe_and_records_are_json():
     assert FreshProbe.of("site", noise(), sites(), seed=3) == probe
     assert FreshProbe.from_json(json.loads(json.dumps(probe.to_json()))) == probe
     assert str(probe).startswith(f"accuracy {probe.accuracy:.3f} (se {probe.se:.3f}) on 240 held-")
+
+
+def test_probes_of_several_networks_are_pooled_over_their_rows():
+    first = FreshProbe("site", 0.5, 0.1, 0.25, 0.0, 0.3, 40, 4, held_out=True)
+    second = FreshProbe("site", 0.8, 0.1, 0.5, 0.0, 0.6, 60, 2, held_out=True)
+    pooled = FreshProbe.pooled([first, second])
+    assert pooled.accuracy == pytest.approx(0.68)
+    assert pooled.chance == pytest.approx(0.4)
+    assert pooled.by_outcome == pytest.approx(0.48)
+    assert pooled.se == pytest.approx(np.sqrt(0.68 * 0.32 / 100))
+    assert pooled.p == pytest.approx(scipy.stats.binom.sf(67, 100, 0.4))
+    assert (pooled.rows, pooled.clusters) == (100, 6)
+    assert FreshProbe.pooled([first]).p == pytest.approx(scipy.stats.binom.sf(19, 40, 0.25))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("n_sites", "held_out"), [(12, True), (6, False)])
+def test_cross_fitted_networks_are_probed_with_the_rows_held_out_from_each(n_sites, held_out):
+    """Where they are of too few clusters, the training rows are probed."""
+    rng = np.random.default_rng(0)
+    site = np.arange(10 * n_sites) % n_sites
+    x = np.column_stack([rng.normal(size=len(site)), site + 0.01 * rng.normal(size=len(site))])
+    data = ClusteredData.from_arrays(x, x[:, 0] + rng.normal(size=len(site)), {"site": site})
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+    game = Adversary("site", ["1"], weight=0.0, warmup_epochs=3)
+    schedule = Schedule(steps=200, folds=3, window=2, patience=2)
+    model = MixedEffects(net, "(1 | site)", adversary=game)
+    result = fit(model, data, schedule=schedule, refine=False, progress=False)
+    (probe,) = [FreshProbe.from_json(record) for record in result.history.probes]
+    assert result.model.fold_networks is not None
+    assert (probe.rows, probe.clusters) == (data.n_rows, n_sites)
+    assert probe.held_out is held_out
+    # Each network leaves out four of twelve sites, which the probe tells from each other.
+    assert probe.chance == pytest.approx(1 / 4 if held_out else 1 / 6)
+    assert probe.accuracy > probe.chance + 3 * probe.se
+    # The best look at the held-out rows is one after the warm-up.
+    assert result.history.warmup[0] > 1
+    assert min(result.history.fold_steps) > result.history.warmup[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,7 +35,7 @@ STAGES = 2
 # Bytes of all snapshots, which are also in every checkpoint.
 MOST_KEPT = 2**25
 # Fields of `CrossFitting` that are JSON values.
-RECORDED = ("losses", "steps", "stopped", "accuracies")
+RECORDED = ("losses", "steps", "stopped", "accuracies", "warmup")
 
 Report = Callable[[int, str], None]
 
@@ -77,6 +78,8 @@ class CrossFitting:
         Why each training ended.
     accuracies : list of list of float
         Accuracy of the adversaries at its end.
+    warmup : list of int
+        Steps of the warm-up of each adversary.
     """
 
     task: TrainingTask
@@ -87,6 +90,7 @@ class CrossFitting:
     steps: list[list[int]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     accuracies: list[list[float]] = field(default_factory=list)
+    warmup: list[int] = field(default_factory=list)
 
     @property
     def pooled(self) -> bool:
@@ -114,14 +118,15 @@ class CrossFitting:
             except TrainingDiverged as error:
                 error.posterior.model.facts = self.task.model.data_facts()
                 raise
-            phase, losses = run.phase, run.history.validation
+            phase, losses = run.phase, _counted(run)
             kept = phase.snapshots if isinstance(phase, NetworkPhase) and self.pooled else None
             best = int(np.argmin(losses))
             self.snapshots.append(kept or Snapshots({best: run.task.learned()}))
-            self.losses.append(list(losses))
+            self.losses.append(losses)
             self.steps.append(list(run.history.step))
             self.stopped.append(run.stopped)
             self.accuracies.append(run.history.adversary_accuracy[-1])
+            self.warmup = run.history.warmup
         return checkpoint
 
     def finish(self) -> dict[str, Any]:
@@ -152,6 +157,7 @@ class CrossFitting:
             "fold_validation": losses,
             "fold_stopped": list(self.stopped),
             "fold_accuracy": accuracy,
+            "warmup": self.warmup,
         }
 
     def _windows(self) -> list[int]:
@@ -230,6 +236,16 @@ class CrossFitting:
         """Put these tensors into the program in place of its own."""
         trained = {name: value for name, value in tensors.items() if name.startswith("model.")}
         restore_module("model", model, module_tensors("model", model) | trained)
+
+
+def _counted(run: Run) -> list[float]:
+    """Validation losses of the windows; infinite while the adversaries warm up."""
+    phase, history = run.phase, run.history
+    assert isinstance(phase, NetworkPhase)  # for mypy: the run ends with the network's training
+    return [
+        math.inf if phase.warms_up(step) else loss
+        for step, loss in zip(history.step, history.validation, strict=True)
+    ]
 
 
 def _titled(report: Report, title: str, step: int, text: str) -> None:

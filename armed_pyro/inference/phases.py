@@ -254,6 +254,10 @@ class NetworkPhase(Phase):
         schedule, n = self.task.schedule, len(self.task.source)
         return schedule.stopped_window(n) if self.task.by_epochs else schedule.window_steps(n)
 
+    def warms_up(self, step: int) -> bool:
+        """Whether a window that ends at this step does not count; the last one always does."""
+        return step <= max(self.warmups, default=0) and step < self.task.schedule.steps
+
     def take(self, step: int) -> tuple[Loss, Tensor]:
         task, steps = self.task, self.task.schedule.steps
         shares = [min(1.0, step / most) if most else 1.0 for most in self.warmups]
@@ -266,7 +270,7 @@ class NetworkPhase(Phase):
     def close_window(self, losses: list[Loss], history: History) -> None:
         accuracies = torch.stack([loss.accuracy.cpu() for loss in losses])
         history.adversary_accuracy.append(accuracies.mean(0).tolist())
-        if history.step[-1] <= max(self.warmups, default=0):
+        if self.warms_up(history.step[-1]):
             return
         if self.task.validation is None:
             self.plateau.training(np.array(history.loss[-len(losses) :]))

@@ -15,7 +15,7 @@ State = dict[str, Tensor]
 
 @dataclass
 class Snapshots:
-    """The tensors after windows 0, s, 2 s, ..., at most `MOST`; the stride s doubles when needed.
+    """The tensors after multiples of s windows, at most `MOST`; the stride s doubles when needed.
 
     Examples
     --------
@@ -74,5 +74,5 @@ class Snapshots:
                 window, rest = name.removeprefix(f"{prefix}.").split(".", 1)
                 snapshots.states.setdefault(int(window), {})[rest] = value
         kept = sorted(snapshots.states)
-        snapshots.stride = kept[1] if len(kept) > 1 else 1
+        snapshots.stride = kept[1] - kept[0] if len(kept) > 1 else 1
         return snapshots

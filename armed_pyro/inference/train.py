@@ -84,8 +84,8 @@ def train(
     The scales and priors of the program stay fixed, so it can also be trained on data drawn from
     its prior. `source` holds all training rows if `data` is only a sample of them, for the
     posterior to keep. `weights` are those tried for the adversaries, for the history. At the end,
-    fresh probes read the adversaries' clusters from the validation rows; without any, from the
-    rows of the posterior. `armed_pyro.fit` documents the other parameters.
+    fresh probes read the adversaries' clusters from the rows held out of the training; without
+    any, from the rows of the posterior. `armed_pyro.fit` documents the other parameters.
 
     Raises `TrainingDiverged`; and ValueError if `compile` is unknown, `resume` comes without
     `checkpoint`, the checkpoint belongs to another run, or the processes differ in their rows,
@@ -126,7 +126,7 @@ def train(
             run = _trained(task, guide, held_out, path, report, saved)
         processes.same(bound, bound_guide)
     posterior, frozen_rows, closed = run.result(), run.phase.frozen_rows, run.phase.closed
-    record_probes(posterior, validation if isinstance(validation, ClusteredData) else None)
+    record_probes(posterior, validation if isinstance(validation, ClusteredData) else held_out)
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()

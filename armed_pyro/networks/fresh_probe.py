@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,33 @@ class FreshProbe:
             rows=n,
             clusters=len(counts),
             held_out=held_out,
+        )
+
+    @classmethod
+    def pooled(cls, probes: Sequence[FreshProbe]) -> FreshProbe:
+        """The probe of all rows of several probes, each of its own network and clusters.
+
+        Chance is the mean over rows. The binomial distribution of all hits is then a little wider
+        than theirs.
+        """
+        rows = np.array([probe.rows for probe in probes])
+        n = int(rows.sum())
+
+        def mean(values: Sequence[float]) -> float:
+            return float(np.dot(rows, values) / n)
+
+        accuracy, chance = mean([p.accuracy for p in probes]), mean([p.chance for p in probes])
+        by_outcome = [probe.by_outcome for probe in probes if probe.by_outcome is not None]
+        hits = round(accuracy * n)
+        return replace(
+            probes[0],
+            accuracy=accuracy,
+            se=math.sqrt(accuracy * (1 - accuracy) / n),
+            chance=chance,
+            p=float(scipy.stats.binomtest(hits, n, chance, alternative="greater").pvalue),
+            by_outcome=mean(by_outcome) if len(by_outcome) == len(probes) else None,
+            rows=n,
+            clusters=sum(probe.clusters for probe in probes),
         )
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import nn
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.networks.taps import pooled, tapped
@@ -17,19 +18,23 @@ __all__ = ["activations"]
 
 @torch.no_grad()
 def activations(
-    model: MixedEffects, data: ClusteredData, layers: Sequence[str]
+    model: MixedEffects,
+    data: ClusteredData,
+    layers: Sequence[str],
+    network: nn.Module | None = None,
 ) -> dict[str, Float[np.ndarray, "rows width"]]:
     """Outputs of modules for the rows, by path; inputs of modules under ``"<path"``.
 
-    Feature maps are averaged over space.
+    Feature maps are averaged over space. `network` takes the place of the program's.
     """
+    network = model.network if network is None else network
     source = model.encode(data, model.data_facts().levels_with(data))
     inputs = [layer[1:] for layer in layers if layer.startswith("<")]
     outputs = [layer for layer in layers if not layer.startswith("<")]
     pieces: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
     for part in source.x.to(model.network_reference().dtype).split(1024):
-        with tapped(model.network, outputs, inputs) as record:
-            model.network(part)
+        with tapped(network, outputs, inputs) as record:
+            network(part)
         for layer in layers:
             if layer not in record:
                 raise ValueError(f"the network never runs its module {layer!r}: nothing to probe")
