@@ -170,11 +170,6 @@ def fit(
     if distributed not in DISTRIBUTED_MODES:
         modes = ", ".join(DISTRIBUTED_MODES)
         raise ValueError(f"`distributed` is {distributed!r}, but must be one of {modes}")
-    if not isinstance(data, ClusteredData | StreamedData):
-        raise TypeError(
-            f"`data` is a {type(data).__name__}: name its outcome and clusters first, with "
-            "ClusteredData.from_frame(table, outcome=..., clusters=[...])"
-        )
     target = torch.device(_device(device))
     processes = ALONE if distributed == "never" else join(target)
     if processes.several and not isinstance(data, ClusteredData):

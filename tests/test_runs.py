@@ -171,7 +171,7 @@ def test_sigterm_keeps_the_state_and_exits_with_143(table, tmp_path):
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 143, errors.decode()
     assert "Terminated; the state is kept" in errors.decode()
     assert "--resume" in errors.decode()
@@ -340,7 +340,7 @@ def test_a_closed_ascii_output_loses_no_file(tmp_path):
     process = started(*arguments, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
     process.stdout.close()
     errors = process.stderr.read()
-    process.wait(timeout=120)
+    process.wait(timeout=600)
     assert "Traceback" not in errors.decode()
     assert {path.name for path in run.iterdir()} == FILES | {"evaluation.csv"}
 
@@ -349,6 +349,6 @@ def test_an_ascii_output_shows_other_letters_as_escapes(tmp_path):
     rows("dosé").to_csv(tmp_path / "rows.csv", index=False)
     arguments = command(tmp_path / "rows.csv", tmp_path / "run", "--steps", "20")
     process = started(*arguments, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors.decode()
     assert rb"dos\xe9" in output
