@@ -362,7 +362,7 @@ def test_the_manifest_holds_what_it_should(small, pristine):
         "made_by": None,
         "dtype": "float32",
         "parameters": {"0.weight": [3, 2], "0.bias": [3], "2.weight": [1, 3], "2.bias": [1]},
-        "folds": None,
+        "folds": {"networks": 5, "factor": None, "clusters": 0},
     }
     assert manifest["model"]["random"] == [
         {
