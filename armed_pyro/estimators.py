@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -201,7 +201,7 @@ class MixedEffectsRegressor(RegressorMixin, _MixedEffectsEstimator):
         self,
         random: str = "(1 | group)",
         net: Net = "linear",
-        family: Literal["gaussian", "poisson", "negative_binomial"] = "gaussian",
+        family: str = "gaussian",
         unseen: str = "marginal",
         draws: int = 400,
         steps: int | None = None,

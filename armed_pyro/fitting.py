@@ -216,7 +216,7 @@ def _check_arguments(
     table = "Encode a table with ClusteredData.from_frame(table, outcome=..., clusters=[...])."
     check_type(model, MixedEffects, "model", "Wrap a network: MixedEffects(net, '(1 | site)').")
     check_type(data, (ClusteredData, StreamedData), "data", table)
-    if validation != "auto":
+    if not (isinstance(validation, str) and validation == "auto"):
         check_type(validation, (ClusteredData, type(None)), "validation", table)
     check_type(schedule, (Schedule, type(None)), "schedule", "Pass Schedule(steps=2000).")
     check_type(seed, INTEGER, "seed")

@@ -92,7 +92,12 @@ def test_far_too_few_steps_are_said():
 
 def test_a_network_stopped_in_training_fails():
     model = MixedEffects(dense(1, hidden=(8,)), "(1 | site)")
-    result = fit(model, simulate(gaussian), schedule=Schedule(steps=20), progress=False)
+    few = {"schedule": Schedule(steps=20), "progress": False}
+    result = fit(model, simulate(gaussian), **few)
+    (check,) = named(result.diagnostics(), "training")
+    assert check.verdict == "fail"
+    assert "5 of 5 networks were still improving when their 20 steps ran out" in check.reason
+    result = fit(model, simulate(gaussian), validation=None, **few)
     (check,) = named(result.diagnostics(), "training")
     assert check.verdict == "fail"
     assert "before the guide was settled" in check.reason

@@ -33,5 +33,6 @@ def test_streamed_and_in_memory_only_monte_carlo_error_tells_fits_apart(path, mo
     assert {"g_sd[0]", "g_sd[1]", "residual_sd[0]", "fixed_effect[3]"} <= set(table.index)
     single = table.drop(index="effects")
     assert (single.z.abs() < 4).all()
-    assert 0.7 < table.z["effects"] < 1.4
+    # Both fits weigh the same draws of theta by sums of the rows, so a part of the error is common.
+    assert 0.2 < table.z["effects"] < 1.4
     assert list(path.parent.iterdir()) == [path]

@@ -147,7 +147,7 @@ def test_running_out_of_steps_is_said_in_capitals():
 
 
 def test_convergence_is_said():
-    shown = text(run(schedule=Schedule(steps=4, window=1, stages=1, learning_rate=1e-9)))
+    shown = text(run(schedule=Schedule(steps=30, window=1, stages=1, learning_rate=1e-9)))
     assert "converged: the evidence lower bound has stopped improving" in shown
     assert "NOT CONVERGED" not in shown
 

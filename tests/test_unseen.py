@@ -71,8 +71,8 @@ def test_nothing_is_assumed_silently(nested):
     with pytest.raises(ValueError, match="not seen in training") as caught:
         nested.predict(rows(school=["s1", "new", "s2"], district=["d1", "d1", "elsewhere"]))
     message = str(caught.value)
-    assert "1 of 'school' (new)" in message
-    assert "1 of 'district' (elsewhere)" in message
+    assert "1 of 'school' ('new'; training had 's0'" in message
+    assert "1 of 'district' ('elsewhere'; training had" in message
     assert all(f"{mode}: {meaning}" in message for mode, meaning in MODES.items())
 
 

@@ -33,7 +33,7 @@ def counted(
     --------
     >>> import pandas as pd
     >>> table = pd.DataFrame({"y": [0.0, 1.0, 2.0], "w": [2.0, 0.0, 1.0]})
-    >>> data = ClusteredData.from_frame(table, outcome="y", weights="w", features=[])
+    >>> data = ClusteredData.from_frame(table, outcome="y", clusters=[], weights="w", features=[])
     >>> counted(data, np.arange(3), 100, seed=0).tolist()
     [0, 0, 2]
     """

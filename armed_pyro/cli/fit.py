@@ -262,6 +262,7 @@ def _train(options: FitOptions, model: MixedEffects, split: SplitRows, schedule:
             compile=cast(Any, options.compiled.value),
             checkpoint=checkpoint,
             resume=options.resume,
+            progress=err.is_terminal,
         )
     except DivergenceError as error:
         if not first_process():

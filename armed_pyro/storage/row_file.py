@@ -25,6 +25,7 @@ DEFLATE, SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 LAYOUTS = (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED)
 # No more bytes come out of a byte that zlib compressed.
 LARGEST_RATIO = 1032
+EMPTY_BLOCK = 1024  # the block that h5py chooses for a dataset that may grow and is still small
 # Attributes by which xarray reads times and booleans; all others are ignored.
 DECODED = ("units", "calendar", "dtype")
 NUMBERS, LABELS = "fiu", "fiubO"
@@ -91,7 +92,7 @@ def _check_plain(dataset: Any) -> None:
     if dataset.dtype.kind not in "fiubSU" and not text:
         raise ValueError(f"{name!r} holds {dataset.dtype}, expected numbers or text")
     blocks = zip(dataset.chunks or (), dataset.shape, strict=False)
-    if any(size > max(length, 1) for size, length in blocks):
+    if any(size > max(length, EMPTY_BLOCK) for size, length in blocks):
         raise ValueError(f"{name!r} has blocks {dataset.chunks} larger than itself")
 
 

@@ -54,7 +54,8 @@ class Tuning:
 
     Examples
     --------
-    ``fit(tune(model, data, over={"fixed_weight": [0, 1]}).model, data)``
+    ``tuning: Tuning = tune(model, data, over={"fixed_weight": [0, 1]})``, then
+    ``fit(tuning.model, data)``
     """
 
     table: pd.DataFrame
