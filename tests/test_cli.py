@@ -85,7 +85,8 @@ def refused(*arguments, message, code=2):
     done = call(*arguments)
     assert done.exit_code == code, done.output
     assert message in done.stderr
-    assert done.stderr.startswith(("Error: ", "Warning: "))
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("fitting ")]
+    assert lines[0].startswith(("Error: ", "Warning: "))
     assert "Traceback" not in done.output
 
 
@@ -610,7 +611,7 @@ def test_report_and_predictions_have_the_probability_of_the_fit(data, tmp_path):
         tables.append(path.read_bytes())
     assert tables[0] == tables[1]
     manifest = json.loads((run / "manifest.json").read_text("utf-8"))
-    del manifest["prob"]  # as in fits of earlier versions
+    del manifest["prob"], manifest["checksums"]  # as in fits of earlier versions
     (run / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     assert call("report", run, "--out", page).exit_code == 0
     assert "(90% equal-tailed intervals)" in page.read_text("utf-8")

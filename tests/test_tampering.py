@@ -171,7 +171,7 @@ def test_a_process_killed_while_files_are_moved_leaves_a_whole_fit(
     small, other, run, monkeypatch, step
 ):
     """A kill is an error after which no file changes; the folder is whole again under its lock."""
-    rename = Path.rename
+    rename = type(run).rename
     moves = iter(range(100))
 
     def move(path, target):
@@ -180,7 +180,7 @@ def test_a_process_killed_while_files_are_moved_leaves_a_whole_fit(
         return rename(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", move)
+        patched.setattr(type(run), "rename", move)
         patched.setattr("armed_pyro.storage.save.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(Killed):
             other.save(run, draws=2)
