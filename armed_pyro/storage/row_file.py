@@ -25,7 +25,6 @@ DEFLATE, SHUFFLE = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE
 LAYOUTS = (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED)
 # No more bytes come out of a byte that zlib compressed.
 LARGEST_RATIO = 1032
-EMPTY_BLOCK = 1024  # the block that h5py chooses for a dataset that may grow and is still small
 # Attributes by which xarray reads times and booleans; all others are ignored.
 DECODED = ("units", "calendar", "dtype")
 NUMBERS, LABELS = "fiu", "fiubO"
@@ -91,9 +90,6 @@ def _check_plain(dataset: Any) -> None:
     text = dataset.dtype.kind == "O" and h5py.check_string_dtype(dataset.dtype) is not None
     if dataset.dtype.kind not in "fiubSU" and not text:
         raise ValueError(f"{name!r} holds {dataset.dtype}, expected numbers or text")
-    blocks = zip(dataset.chunks or (), dataset.shape, strict=False)
-    if any(size > max(length, EMPTY_BLOCK) for size, length in blocks):
-        raise ValueError(f"{name!r} has blocks {dataset.chunks} larger than itself")
 
 
 def read_values(dataset: h5py.Dataset, expected: Expected) -> np.ndarray:
@@ -138,8 +134,10 @@ def _check_blocks(dataset: h5py.Dataset) -> None:
     """Raise ValueError if a compressed block would grow beyond its size, without growing it."""
     plan = dataset.id.get_create_plist()
     filters = [plan.get_filter(place)[0] for place in range(plan.get_nfilters())]
-    if DEFLATE not in filters:
+    if DEFLATE not in filters or not dataset.size:
         return
+    if any(size > length for size, length in zip(dataset.chunks, dataset.shape, strict=True)):
+        raise ValueError(f"{dataset.name!r} has blocks {dataset.chunks} larger than itself")
     size, bit = math.prod(dataset.chunks) * dataset.dtype.itemsize, 1 << filters.index(DEFLATE)
     for number in range(dataset.id.get_num_chunks()):
         block = dataset.id.get_chunk_info(number)
