@@ -190,7 +190,7 @@ def test_attributions_are_finite_and_every_factor_has_sds_of_slopes(case):
 
 def test_every_parameter_gets_a_finite_gradient(case):
     model, guide, rows = copy.deepcopy((case.result.model, case.result.guide, case.rows))
-    model.fold_networks = None  # while networks are trained, there are none
+    model.cross_fit(None)  # while a network is trained, it has no fold networks
     guide.requires_grad_(True)  # of a linear program, only the hyperparameters were trained
     guide.hyperparameters.train_shape()  # until then they have no shape that could be trained
     torch.manual_seed(0)
