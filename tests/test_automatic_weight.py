@@ -43,6 +43,7 @@ def tried(weight, accuracy, losses):
     return _Tried({0: weight}, {0: probe}, np.array(losses))
 
 
+@pytest.mark.slow
 def test_without_a_leak_the_weight_is_zero():
     model = program()
     result = fitted(table(leak=0.0))
@@ -126,6 +127,7 @@ def test_weights_are_raised_up_to_the_largest():
     assert tried(0.3, 0.25, [1.0]).raised() == {}, "the probe reads nothing"
 
 
+@pytest.mark.slow
 def test_with_few_clusters_rows_are_held_out():
     result = fitted(table(leak=0.0, sites=4, n=200))
     assert {record["held_out"] for record in result.history.weights} == {"rows"}
@@ -146,6 +148,7 @@ def test_streamed_rows_are_refused_with_the_way_on(tmp_path):
         fitted(streamed)
 
 
+@pytest.mark.slow
 def test_the_choice_is_saved_and_a_resumed_fit_keeps_it(tmp_path):
     data, path = table(leak=0.0), tmp_path / "run.checkpoint"
     whole = fitted(data, checkpoint=path)

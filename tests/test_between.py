@@ -273,6 +273,7 @@ def test_a_latent_last_layer_and_means(table):
     assert result.diagnostics().model.word in ("pass", "warn", "fail", "note")
 
 
+@pytest.mark.slow
 def test_classes_have_effects_of_means_each():
     data = encoded(panel(0, "categorical"))
     model = MixedEffects(network(outputs=3), "(1 | g)", "categorical", between=True)

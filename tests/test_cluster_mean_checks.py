@@ -103,6 +103,7 @@ def network(data: ClusteredData, **options: object) -> Fit:
     return fit(model, data, validation=None, schedule=few, progress=False)
 
 
+@pytest.mark.slow
 def test_networks_are_tested_by_features_and_output(halves):
     check = checked(network(halves[0], between=False))
     assert check.verdict in ("warn", "fail")
@@ -111,6 +112,7 @@ def test_networks_are_tested_by_features_and_output(halves):
     assert checked(network(halves[0])).verdict == "pass"
 
 
+@pytest.mark.slow
 def test_the_output_of_a_network_without_feature_names():
     """Images: one pixel's mean is worth 1 within and -1 between clusters."""
     rng = np.random.default_rng(0)
@@ -128,6 +130,7 @@ def test_the_output_of_a_network_without_feature_names():
     assert check.advice.startswith("take fixed_weight=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bernoulli", "poisson"])
 def test_other_families_on_the_link_scale(family):
     rng = np.random.default_rng(0)

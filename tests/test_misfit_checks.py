@@ -53,6 +53,7 @@ def normal(n=400, draws=20, seed=0):
     return rng, 0.95 * rng.normal(size=(n, 1)) + np.sqrt(1 - 0.95**2) * rng.normal(size=(n, draws))
 
 
+@pytest.mark.slow
 def test_score_tests_of_right_residuals_are_uniform():
     p = {name: [] for name in ("curve", "spread", "clusters", "lag")}
     codes = np.repeat(np.arange(40), 10)
@@ -69,6 +70,7 @@ def test_score_tests_of_right_residuals_are_uniform():
         assert stats.kstest(values, "uniform").pvalue > 0.01, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_cluster", [False, True])
 def test_a_spread_is_not_taken_for_slopes(by_cluster):
     codes = np.repeat(np.arange(25), 10)

@@ -217,6 +217,7 @@ def test_a_fitted_model_is_refused() -> None:
         tune(fitted, data, over={"fixed_weight": [0, 1]})
 
 
+@pytest.mark.slow
 def test_a_feature_that_is_constant_in_a_fold_is_named() -> None:
     rng, site = np.random.default_rng(0), np.repeat(np.arange(6), 5)
     features = np.column_stack([rng.normal(size=30), site == 2])
@@ -231,6 +232,7 @@ def test_a_feature_that_is_constant_in_a_fold_is_named() -> None:
 # --- scores with known truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["clusters", "rows", "support"])
 def test_scores_are_those_of_the_true_distribution(case: str) -> None:
     sd, residual_sd, support = 1.0, 0.5, 3 if case == "support" else 0
@@ -268,6 +270,7 @@ def test_a_conflict_within_and_between_clusters_chooses_cluster_means() -> None:
     assert without["difference"] > 4 * without["difference_se"]
 
 
+@pytest.mark.slow
 def test_counts_that_vary_more_than_poisson_choose_the_negative_binomial() -> None:
     chosen = {}
     for name, dispersion in {"poisson": 1.0, "negative_binomial": 0.8}.items():
@@ -280,6 +283,7 @@ def test_counts_that_vary_more_than_poisson_choose_the_negative_binomial() -> No
     assert chosen == {"poisson": "poisson", "negative_binomial": "negative_binomial"}
 
 
+@pytest.mark.slow
 def test_a_function_makes_programs_and_workers_change_nothing() -> None:
     data, _ = mixed_model("bernoulli", 12, 15, coefficients=[0.0, 2.0], seed=2)
 
