@@ -363,6 +363,7 @@ def test_single_trials_are_checked_by_their_scores(fault):
     assert "spread" not in checks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", [False, True])
 def test_classes_are_checked_by_their_scores(left_out):
     rng, frame = table(clusters=60, rows=20)
