@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 import stat
 import types
 import warnings
@@ -162,11 +163,7 @@ def pristine(small, tmp_path_factory):
 @pytest.fixture
 def run(pristine, tmp_path):
     """A copy of the small fit's folder, to be damaged."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for path in pristine.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+    return shutil.copytree(pristine, tmp_path / "run")
 
 
 def edit(folder, change):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import warnings
 import zlib
@@ -65,11 +66,7 @@ def pristine(small, tmp_path_factory):
 
 @pytest.fixture
 def run(pristine, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for path in pristine.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+    return shutil.copytree(pristine, tmp_path / "run")
 
 
 def seal(folder, **changes):

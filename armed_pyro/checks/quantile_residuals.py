@@ -197,7 +197,7 @@ class QuantileResiduals:
         if not finite.all():
             share = 1 - finite.double().mean()
             raise ValueError(f"predictions are not finite numbers in {share:.0%} of the rows")
-        z, zeros = _quantiles(model.family, eta, parameters, rows, seed)
+        z, zeros = _quantiles(model, eta, drawn, rows, seed)
         information = _information(model.family, eta, parameters, rows)
         columns = _mean_residuals(model, eta, parameters, rows, z, information)
         dispersion = 1.0
@@ -263,28 +263,24 @@ def _chosen(posterior: Posterior, seed: int) -> Int[np.ndarray, " rows"]:
 
 
 def _quantiles(
-    family: Family, eta: Tensor, parameters: Draws, rows: Rows, seed: int
+    model: MixedEffects, eta: Tensor, latents: Draws, rows: Rows, seed: int
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Quantile residuals, and P(y = 0) of whole numbers; None where they do not exist."""
+    family = model.family
     if family.no_residuals:
         return None, None
     y = rows.outcome().double()
     rng, z, zeros = np.random.default_rng(seed), list[np.ndarray](), list[np.ndarray]()
-    for draw in range(max([len(eta), *map(len, parameters.values())])):
-        # Draw by draw, because a distribution function needs several arrays of all rows.
-        values = {name: v[min(draw, len(v) - 1)] for name, v in parameters.items()}
-        predictor = eta[min(draw, len(eta) - 1)]
-        upper = family.cdf(y, predictor, values, rows)
-        if upper is None:
+    for predictor, parameters in model.by_draw(eta, latents, rows):
+        ends = family.cdf_range(y, predictor, parameters, rows)
+        if ends is None:
             return None, None
-        quantile = upper.numpy()
+        lower, quantile = ends
         if family.integer:
-            lower = family.cdf(y - 1, predictor, values, rows)
-            none = family.cdf(torch.zeros_like(y), predictor, values, rows)
-            assert lower is not None  # for mypy, as `upper` is not None
-            assert none is not None
-            quantile = lower.numpy() + rng.uniform(size=len(y)) * (quantile - lower.numpy())
-            zeros.append(none.numpy())
+            quantile = lower + rng.uniform(size=len(y)) * (quantile - lower)
+            none = family.cdf(torch.zeros_like(y), predictor, parameters, rows)
+            assert none is not None  # for mypy, as `ends` is not None
+            zeros.append(none.cpu().numpy())
         z.append(scipy.special.ndtri(quantile).clip(-LARGEST, LARGEST))
     residuals = np.column_stack(z)
     if not np.isfinite(residuals).all():

@@ -244,6 +244,23 @@ class Family(ABC):
         """
         return None
 
+    def cdf_range(
+        self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> tuple[Array, Array] | None:
+        """P(Y < y) and P(Y <= y) in one draw, equal unless Y is a whole number; None as of `cdf`.
+
+        A uniform number between the two is a randomised quantile of the outcome.
+        """
+        upper = self.cdf(y, eta, parameters, rows)
+        if upper is None:
+            return None
+        at = upper.double().cpu().numpy()
+        if not self.integer:
+            return at, at
+        lower = self.cdf(y - 1, eta, parameters, rows)
+        assert lower is not None  # for mypy, as `upper` is not None
+        return lower.double().cpu().numpy(), at
+
     def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         """Outcomes drawn given eta "rows columns", for simulated data; by default `distribution`'s.
 

@@ -122,24 +122,15 @@ def _inside(
     model, family = posterior.model, posterior.model.family
     if family.no_residuals:
         return None
-    parameters = {
-        name: value.reshape(-1, 1) for name, value in model.family_parameters(latents).items()
-    }
-    parameters = dict(model.row_parameters(parameters, rows))
-    y, total = rows.outcome(), np.zeros(len(rows))
+    y, total = rows.outcome().double(), np.zeros(len(rows))
     uniform = rng.uniform(size=len(rows))
-    for draw, weight in enumerate(np.exp(log_weights).T):
-        values = {name: value[min(draw, len(value) - 1)] for name, value in parameters.items()}
-        upper = family.cdf(y, eta[draw], values, rows)
-        if upper is None:
+    draws = zip(model.by_draw(eta, latents, rows), np.exp(log_weights).T, strict=True)
+    for (predictor, parameters), weight in draws:
+        ends = family.cdf_range(y, predictor, parameters, rows)
+        if ends is None:
             return None
-        quantile = upper.double().cpu().numpy()
-        if family.integer:
-            below = family.cdf(y - 1, eta[draw], values, rows)
-            assert below is not None  # for mypy, as `upper` is not None
-            lower = below.double().cpu().numpy()
-            quantile = lower + uniform * (quantile - lower)
-        total += weight * quantile
+        lower, upper = ends
+        total += weight * (lower + uniform * (upper - lower))
     return ((total > TAIL) & (total < 1 - TAIL)).astype(float)
 
 

@@ -160,24 +160,14 @@ def _quantiles(
     """Normal quantiles of the distribution function at the outcomes, averaged over the draws."""
     model, y = posterior.model, rows.outcome().double()
     family = model.family
-    values = {
-        name: value.reshape(-1, 1).double()
-        for name, value in model.family_parameters(latents).items()
-    }
-    by_draw = model.row_parameters(values, rows)
     share, total = rng.uniform(size=len(y)), np.zeros(len(y))
-    for draw, predictor in enumerate(eta):
-        parameters = {name: v[min(draw, len(v) - 1)] for name, v in by_draw.items()}
-        upper = family.cdf(y, predictor, parameters, rows)
-        if upper is None:
+    for predictor, parameters in model.by_draw(eta, latents, rows):
+        ends = family.cdf_range(y, predictor, parameters, rows)
+        if ends is None:
             raise ValueError(
                 f"family {family.name!r} has no distribution function (Family.cdf): choose "
                 "'response' or 'pearson'"
             )
-        quantile = upper.numpy()
-        if family.integer:
-            lower = family.cdf(y - 1, predictor, parameters, rows)
-            assert lower is not None  # for mypy, as `upper` is not None
-            quantile = lower.numpy() + share * (quantile - lower.numpy())
-        total += quantile / len(eta)
+        lower, upper = ends
+        total += (lower + share * (upper - lower)) / len(eta)
     return np.asarray(scipy.special.ndtri(total))

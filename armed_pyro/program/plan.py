@@ -253,6 +253,20 @@ class Plan(LocalModule):
             return self.family.precision_weighted(parameters, rows.weights)
         return parameters
 
+    def by_draw(self, eta: Eta, latents: Latents, rows: Rows) -> Iterator[tuple[Eta, Parameters]]:
+        """eta and the family's parameters for these rows, one draw after the other.
+
+        A distribution function of all draws at once could need too much memory.
+        """
+        values = {
+            name: value.reshape(-1, 1).double()
+            for name, value in self.family_parameters(latents).items()
+        }
+        parameters = self.row_parameters(values, rows)
+        for draw in range(max([len(eta), *map(len, parameters.values())])):
+            drawn = {name: value[min(draw, len(value) - 1)] for name, value in parameters.items()}
+            yield eta[min(draw, len(eta) - 1)], drawn
+
     def frequencies(self, rows: Rows) -> Float[Tensor, " rows"] | None:
         """Multipliers of the rows' log-likelihoods; None stands for 1."""
         # Fits that were saved before there were kinds have frequencies.
