@@ -176,9 +176,11 @@ FAULTS = (
 
 
 def _outcome(rng: np.random.Generator, family: str, eta: Array) -> Array:
+    """Outcomes for a predictor with one column, or one for each class but the first."""
     if family == "categorical":
-        logits = np.column_stack([np.zeros(len(eta)), eta, 0.5 - eta])
+        logits = np.column_stack([np.zeros(len(eta)), eta])
         return (logits + rng.gumbel(size=logits.shape)).argmax(1).astype(float)
+    eta = eta[:, 0]
     if family == "gaussian":
         return eta + rng.normal(size=len(eta))
     if family == "bernoulli":
@@ -190,24 +192,37 @@ def _outcome(rng: np.random.Generator, family: str, eta: Array) -> Array:
     return rng.negative_binomial(2, 2 / (2 + np.exp(eta))).astype(float)
 
 
+def _table(rng: np.random.Generator, kind: str) -> pd.DataFrame:
+    """x, g and, where factors are crossed, h."""
+    clusters, rows = {"few large": (8, 60), "many small": (150, 3)}.get(kind, (CLUSTERS, ROWS))
+    table = _balanced(rng, clusters, rows)[["x", "g"]]
+    if kind == "many small":  # sizes differ, and x differs between clusters
+        kept = rng.random(len(table)) < rng.uniform(0.4, 1, clusters)[table.g]
+        table = table[kept].reset_index(drop=True)
+        table["x"] += rng.normal(size=clusters)[table.g]
+    if kind == "crossed":
+        table["h"] = rng.integers(15, size=len(table))
+    return table
+
+
+def _predictor(rng: np.random.Generator, table: pd.DataFrame, kind: str, slope: float) -> Array:
+    """Predictor with random effects of its own."""
+    clusters = table.g.max() + 1
+    eta = 0.5 + slope * table.x + 0.8 * rng.normal(size=clusters)[table.g]
+    if kind == "slopes":
+        eta += 0.5 * rng.normal(size=clusters)[table.g] * table.x
+    if kind == "crossed":
+        eta += 0.6 * rng.normal(size=15)[table.h]
+    return eta.to_numpy()
+
+
 def _healthy(family: str, kind: str) -> Callable[[np.random.Generator], pd.DataFrame]:
+    slopes = (0.7, -0.7) if family == "categorical" else (0.7,)
+
     def draw(rng: np.random.Generator) -> pd.DataFrame:
-        clusters, rows = {"few large": (8, 60), "many small": (150, 3)}.get(kind, (CLUSTERS, ROWS))
-        table = _balanced(rng, clusters, rows)
-        n = len(table)
-        if kind == "slopes":
-            table["eta"] += 0.5 * rng.normal(size=clusters)[table.g] * table.x
-        if kind == "many small":  # sizes differ, and x differs between clusters
-            table = table[rng.random(n) < rng.uniform(0.4, 1, clusters)[table.g]].reset_index(
-                drop=True
-            )
-            shift = rng.normal(size=clusters)[table.g]
-            table["x"] += shift
-            table["eta"] += 0.7 * shift
-        if kind == "crossed":
-            table["h"] = rng.integers(15, size=n)
-            table["eta"] += 0.6 * rng.normal(size=15)[table.h]
-        return table.assign(y=_outcome(rng, family, table.eta.to_numpy()))
+        table = _table(rng, kind)
+        eta = [_predictor(rng, table, kind, slope) for slope in slopes]
+        return table.assign(y=_outcome(rng, family, np.column_stack(eta)))
 
     return draw
 
