@@ -160,7 +160,8 @@ def boundaries(
         )
         predictor = model.predictor(rows, kept)
         assert predictor.fixed is not None  # for mypy: the fixed part is returned by default
-        mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)
+        eta = predictor.fixed if cluster is None else predictor.eta
+        mean = model.expected(eta, latents, rows)
         mean = mean if classes is None else mean[..., classes.index(of)]
         return mean.reshape(-1, size, size).mean(0)
 

@@ -108,6 +108,9 @@ class Family(ABC):
     has_residual_variance: ClassVar[bool] = False
     # The reason, if single rows cannot tell the sd of an effect of every row, (1 | row), apart.
     no_row_effects: ClassVar[str] = ""
+    # Whether log p(y | eta) is concave in eta, so that the guide may weigh rows by its curvature.
+    # Otherwise the guide takes `information`, which must be defined.
+    is_log_concave: ClassVar[bool] = True
     no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
     # Advice for outcomes that vary more than the family allows.
     if_overdispersed: ClassVar[str] = "another family: the outcomes vary more than it allows"
@@ -202,6 +205,14 @@ class Family(ABC):
     ) -> Float[Tensor, "... rows"] | Float[Tensor, "... rows classes"]:
         """E[y | eta]; the probability of every class where outcomes are classes."""
 
+    def expected(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
+        """E[y | eta, parameters], as `mean`; override it if the mean depends on the parameters."""
+        return self.mean(eta, rows)
+
+    def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor | None:
+        """Fisher information of eta, "... rows columns"; None if it is that of the curvature."""
+        return None
+
     def precision(self, parameters: Parameters) -> Tensor | None:
         """Curvature of -log p(y | eta) in eta, or its mean, in the units of the parameters.
 
@@ -247,7 +258,7 @@ class Family(ABC):
     def cdf_range(
         self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows
     ) -> tuple[Array, Array] | None:
-        """P(Y < y) and P(Y <= y) in one draw, equal unless Y is a whole number; None as of `cdf`.
+        """P(Y < y) and P(Y <= y) in one draw, equal where Y is continuous; None as of `cdf`.
 
         A uniform number between the two is a randomised quantile of the outcome.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass
 
 import pyro.distributions as dist
@@ -27,13 +28,11 @@ from armed_pyro.families.family import (
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Gaussian", "ResidualSd"]
+__all__ = ["Gaussian", "ResidualScale", "ResidualSd", "ResidualSpread"]
 
 
-class ResidualSd(Parameter):
-    """Residual sd of a gaussian outcome, with the prior `Priors.residual_sd`."""
-
-    name = "residual_sd"
+class ResidualSpread(Parameter, ABC):
+    """A spread of residuals with the prior `Priors.residual_sd`, in units of the predictor."""
 
     def _scale(self, priors: Priors, unit: Unit) -> Tensor:
         return priors.residual_sd.scales([""], unit, Gaussian().effect_scale())[0]
@@ -52,6 +51,18 @@ class ResidualSd(Parameter):
 
     def original(self, value: Tensor, spread: float) -> Tensor:
         return value * spread
+
+
+class ResidualSd(ResidualSpread):
+    """Residual sd of an outcome, or of its logarithm."""
+
+    name = "residual_sd"
+
+
+class ResidualScale(ResidualSpread):
+    """Residual scale of a distribution with heavy tails, below its sd."""
+
+    name = "residual_scale"
 
 
 @dataclass(frozen=True)

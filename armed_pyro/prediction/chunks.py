@@ -82,7 +82,7 @@ def predict_chunks(
                 made = model.predictor(rows, latents, return_fixed=False, others=reconstruct)
                 # Without latent sites the predictor has a single draw.
                 eta, rebuilt = made.eta.expand(n, *made.eta.shape[-2:]), made.others
-            expected = model.family.mean(eta, rows)
+            expected = model.expected(eta, latents, rows)
             outcome = model.density(eta, latents, rows).sample() if outcomes else eta[..., 0]
         yield Prediction(
             expected.cpu().numpy(),

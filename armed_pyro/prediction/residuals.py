@@ -53,8 +53,8 @@ def fitted(
     """
     model, data = posterior.model, posterior.data
     parts = [
-        model.family.mean(eta, rows).mean(0).double().cpu().numpy()
-        for rows, eta, _ in _blocks(posterior, draws, seed)
+        model.expected(eta, latents, rows).mean(0).double().cpu().numpy()
+        for rows, eta, latents in _blocks(posterior, draws, seed)
     ]
     values = np.concatenate(parts)
     if values.ndim == 1:
@@ -121,7 +121,7 @@ def residuals(
         if kind == "quantile":
             parts.append(_quantiles(posterior, rows, eta, latents, rng))
             continue
-        residual = rows.outcome() - family.mean(eta, rows).mean(0)
+        residual = rows.outcome() - model.expected(eta, latents, rows).mean(0)
         if kind == "pearson":
             try:
                 variance = model.density(eta, latents, rows).variance

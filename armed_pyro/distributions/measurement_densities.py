@@ -1,0 +1,140 @@
+"""Densities of measurements and proportions, stable in single precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from armed_pyro.distributions.outcome_densities import SERIES_FROM, log_rising, stirling
+
+__all__ = ["BetaBinomialByMean", "BetaByMean", "GammaByMean", "StudentT"]
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class StudentT(dist.StudentT):
+    """Student's t with location and scale, whose constant is exact for large degrees of freedom."""
+
+    def __init__(self, df: Tensor, location: Tensor, scale: Tensor) -> None:
+        self.parts = df, location, scale
+        super().__init__(df, location, scale, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> StudentT:
+        df, location, scale = self.parts
+        return StudentT(df, location.expand(torch.Size(batch_shape)), scale)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        df, location, scale = self.parts
+        half = torch.full_like(df, 0.5)
+        constant = log_rising(half, df / 2) - scale.log() - HALF_LOG_2PI
+        return constant - (df + 1) / 2 * torch.log1p(((value - location) / scale) ** 2 / df)
+
+
+class GammaByMean(dist.Gamma):
+    """Gamma distribution with a given log-mean and shape; the variance is mean^2 / shape."""
+
+    def __init__(self, log_mean: Float[Tensor, "... rows"], shape: Tensor) -> None:
+        self.log_mean, self.size = log_mean, shape
+        super().__init__(shape, shape * torch.exp(-log_mean), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> GammaByMean:
+        return GammaByMean(self.log_mean.expand(torch.Size(batch_shape)), self.size)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """No term grows with the shape but shape (r - exp(r) + 1), r = log(y / mean)."""
+        ratio = value.log() - self.log_mean
+        constant = 0.5 * self.size.log() - HALF_LOG_2PI - stirling_from_zero(self.size)
+        return constant + self.size * (ratio - torch.expm1(ratio)) - value.log()
+
+
+class BetaByMean(dist.Beta):
+    """Beta distribution with mean mu, given log mu and log(1 - mu), and precision phi."""
+
+    def __init__(self, log_mean: Tensor, log_rest: Tensor, phi: Tensor) -> None:
+        self.log_mean, self.log_rest, self.phi = log_mean, log_rest, phi
+        # Below this size, the distribution lies at 0 or 1, and its draws would not be numbers.
+        least = torch.finfo(log_mean.dtype).tiny ** 0.5
+        self.sizes = tuple((log.exp() * phi).clamp(min=least) for log in (log_mean, log_rest))
+        super().__init__(self.sizes[0], self.sizes[1], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> BetaByMean:
+        shape = torch.Size(batch_shape)
+        return BetaByMean(self.log_mean.expand(shape), self.log_rest.expand(shape), self.phi)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Phi times a divergence of mu from y, and terms that do not grow with phi."""
+        a, b = self.sizes
+        log_y, log_rest = value.log(), torch.log1p(-value)
+        distance = a * (log_y - self.log_mean) + b * (log_rest - self.log_rest)
+        spread = 0.5 * (a.log() + b.log() - self.phi.log()) - HALF_LOG_2PI
+        series = stirling_from_zero(self.phi) - stirling_from_zero(a) - stirling_from_zero(b)
+        return distance + spread + series - log_y - log_rest
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws strictly between 0 and 1."""
+        value = super().sample(sample_shape)
+        limits = torch.finfo(value.dtype)
+        return value.clamp(limits.tiny, 1 - limits.eps)
+
+
+class BetaBinomialByMean(dist.TorchDistribution):
+    """Successes in `trials` whose probability is `BetaByMean`.
+
+    Terms without mu and phi are computed once per row.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, trials: Tensor, log_mean: Tensor, log_rest: Tensor, phi: Tensor) -> None:
+        self.trials, self.log_mean, self.log_rest, self.phi = trials, log_mean, log_rest, phi
+        batch = torch.broadcast_shapes(trials.shape, log_mean.shape, phi.shape)
+        super().__init__(batch, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """Whole numbers from 0 to the trials."""
+        return dist.constraints.integer_interval(0, self.trials)
+
+    @property
+    def mean(self) -> Tensor:
+        """Trials times mu."""
+        return self.trials * self.log_mean.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        """n mu (1 - mu) (phi + n) / (phi + 1)."""
+        inflation = (self.phi + self.trials) / (self.phi + 1)
+        return self.mean * self.log_rest.exp() * inflation
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> BetaBinomialByMean:
+        shape = torch.Size(batch_shape)
+        logs = self.log_mean.expand(shape), self.log_rest.expand(shape)
+        return BetaBinomialByMean(self.trials, *logs, self.phi)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw a probability, then successes."""
+        probability = BetaByMean(self.log_mean, self.log_rest, self.phi).sample(sample_shape)
+        trials = self.trials.expand(probability.shape)
+        return torch.binomial(trials.contiguous(), probability.contiguous())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The binomial density, and rising factorials that go to 0 for large phi."""
+        failures = self.trials - value
+        constant = torch.lgamma(self.trials + 1) - torch.lgamma(value + 1)
+        constant = constant - torch.lgamma(failures + 1)
+        tiny = torch.finfo(self.log_mean.dtype).tiny ** 0.5
+        a, b = ((log.exp() * self.phi).clamp(min=tiny) for log in (self.log_mean, self.log_rest))
+        spread = log_rising(value, a) + log_rising(failures, b) - log_rising(self.trials, self.phi)
+        return constant + value * self.log_mean + failures * self.log_rest + spread
+
+
+def stirling_from_zero(z: Tensor) -> Tensor:
+    """lgamma(z) - (z - 1/2) log(z) + z - log(2 pi) / 2 at every z > 0."""
+    small, large = z.clamp(max=SERIES_FROM), z.clamp(min=SERIES_FROM)
+    direct = torch.lgamma(small) - (small - 0.5) * small.log() + small - HALF_LOG_2PI
+    return torch.where(z < SERIES_FROM, direct, stirling(large))
