@@ -53,5 +53,5 @@ def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
         except BROKEN as error:
             yield failed("model", name, cause(error))
     left = residuals
-    yield from checked("model", "shape", lambda: shape_checks(left))
+    yield from checked("model", "shape", lambda: shape_checks(left, posterior.model.family))
     yield from checked("model", "outliers", lambda: outlier_checks(posterior, latents, left))

@@ -31,7 +31,14 @@ from armed_pyro.families.parameters import LogNormalParameter
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["CountFamily", "NegativeBinomial", "NegativeBinomial1", "Poisson", "Shape"]
+__all__ = [
+    "CountFamily",
+    "NegativeBinomial",
+    "NegativeBinomial1",
+    "Poisson",
+    "Shape",
+    "zero_and_mean_information",
+]
 
 # brms' default prior of the shape, InverseGamma(concentration, rate).
 SHAPE_PRIOR = (0.4, 0.3)
@@ -45,6 +52,11 @@ class CountFamily(MeanFamily, ABC):
     support = "whole numbers from 0 up"
     statistics = ("mean", "sd", "zeros")
     links = by_name(*MEAN_LINKS)
+
+    @property
+    def if_more_zeros(self) -> str:  # type: ignore[override]
+        """The same family with zeros of their own."""
+        return f"if the dispersion is right, use family zero_inflated({self}) or hurdle({self})"
 
     @property
     def coefficient_ratio(self) -> str:  # type: ignore[override]
@@ -102,6 +114,7 @@ class NegativeBinomial(CountFamily):
     link: str = "log"
 
     name = "negative_binomial"
+    if_overdispersed = "add random effects or features: the outcomes vary more than it allows"
     no_row_effects = "the shape"
 
     @property
@@ -139,6 +152,7 @@ class NegativeBinomial1(CountFamily):
     link: str = "log"
 
     name = "negative_binomial1"
+    if_overdispersed = "use family negative_binomial, or add random effects"
     no_row_effects = "phi"
     is_log_concave = False
 
@@ -154,9 +168,36 @@ class NegativeBinomial1(CountFamily):
     def mean_variance(self, mean: Tensor, parameters: Parameters) -> Tensor:
         return mean * (1 + self.value(parameters, "phi"))
 
+    def mean_information(self, mean: Tensor, parameters: Parameters) -> Tensor:
+        """The part of mu's Fisher information that is in y and in whether y = 0; nearly all of it.
+
+        All of it would be an infinite sum.
+        """
+        phi = self.value(parameters, "phi")
+        slope = -torch.log1p(phi) / phi  # of log P(0) in mu
+        return zero_and_mean_information(
+            torch.exp(mean * slope), slope, mean, torch.ones_like(mean), mean * (1 + phi)
+        )
+
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         mean = self.mean(eta, rows)
         return negative_binomial_cdf(y, mean, mean / self.value(parameters, "phi"))
+
+
+def zero_and_mean_information(
+    zero: Tensor, zero_slope: Tensor, mean: Tensor, mean_slope: Tensor, variance: Tensor
+) -> Tensor:
+    r"""Fisher information that a count's mean and its share of zeros have: a lower bound.
+
+    .. math:: c^\top \Sigma^{-1} c, \quad c = (P(0)', E[y]'), \quad \Sigma = Cov(1[y = 0], y)
+
+    `zero_slope` is the derivative of log P(0), `mean_slope` that of the mean.
+    """
+    tiny = torch.finfo(zero.dtype).tiny ** 0.5
+    positive = (1 - zero).clamp(min=tiny)
+    odds = zero / positive
+    left = (variance - odds * mean**2).clamp(min=tiny)
+    return odds * zero_slope**2 + (mean_slope + odds * zero_slope * mean) ** 2 / left
 
 
 def negative_binomial_cdf(y: Tensor, mean: Tensor, shape: Tensor) -> RowValues:

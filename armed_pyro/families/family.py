@@ -114,6 +114,9 @@ class Family(ABC):
     no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
     # Advice for outcomes that vary more than the family allows.
     if_overdispersed: ClassVar[str] = "another family: the outcomes vary more than it allows"
+    # Advice for residuals with heavier tails than the family's, and for more or fewer zeros.
+    if_heavy_tails: ClassVar[str] = "a family with heavier tails, or look at the outlying rows"
+    if_more_zeros: ClassVar[str] = "another family, which models zeros apart"
     # Whether the variance is the mean, so that overdispersion alone makes more zeros.
     is_equidispersed: ClassVar[bool] = False
 
@@ -225,6 +228,10 @@ class Family(ABC):
     def precision_weighted(self, parameters: Parameters, weights: RowValues) -> Parameters:
         """Parameters "... rows" of rows whose residual variance is divided by their weights."""
         raise NotImplementedError(f"family {self.name!r} has no residual variance")
+
+    def if_misfit(self, y: Array) -> str:
+        """Advice if the distribution misses outcomes as these, or residuals are skewed."""
+        return "try another family, or transform the outcome"
 
     # --- results and checks -----------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from dataclasses import dataclass
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
@@ -74,6 +75,7 @@ class Gaussian(Family):
     is_quadratic = True
     has_residual_variance = True
     no_row_effects = "the residual sd"
+    if_heavy_tails = "use family student, or look at the outlying rows"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -111,6 +113,9 @@ class Gaussian(Family):
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return self.value(parameters, "residual_sd") ** 2
 
+    def if_misfit(self, y: Array) -> str:
+        return symmetric_misfit(y)
+
     def residual_rows(self, parameters: Parameters) -> dict[str, Draws]:
         sd = self.value(parameters, "residual_sd")
         return {"sd": sd, "variance": sd**2}
@@ -123,6 +128,21 @@ class Gaussian(Family):
 
     def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         return rng.normal(eta[:, 0], parameters["residual_sd"])
+
+
+def symmetric_misfit(y: Array) -> str:
+    """The family to try in place of a symmetric one, by the range of the outcomes."""
+    if (y > 0).all() and (y < 1).all():
+        return "use family beta, for proportions"
+    if (y >= 0).all() and (y <= 1).all() and (np.mod(y, 1) > 0).any():
+        return "use family zero_one_inflated_beta, for proportions from 0 to 1"
+    if (y >= 0).all() and (y == y.round()).all():
+        return "use family negative_binomial, for counts"
+    if (y > 0).all():
+        return "use family gamma or lognormal, for positive outcomes with a long right tail"
+    if (y >= 0).all() and (y == 0).any():
+        return "use family hurdle(gamma) or hurdle(lognormal), for outcomes that are 0 or positive"
+    return "try another family, or transform the outcome"
 
 
 def _without_offset(data: ClusteredData) -> Float[Tensor, " rows"]:

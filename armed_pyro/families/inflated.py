@@ -16,7 +16,12 @@ from armed_pyro._messages import check_known
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.zero_densities import Hurdle as HurdleDensity
 from armed_pyro.distributions.zero_densities import ZeroInflated as ZeroInflatedDensity
-from armed_pyro.families.counts import NegativeBinomial, NegativeBinomial1, Poisson
+from armed_pyro.families.counts import (
+    NegativeBinomial,
+    NegativeBinomial1,
+    Poisson,
+    zero_and_mean_information,
+)
 from armed_pyro.families.family import (
     Array,
     Draws,
@@ -96,6 +101,14 @@ class _WithZeros(Family, ABC):
 
     statistics = ("mean", "sd", "zeros")
     needs_mean = True
+    if_more_zeros = "more random effects or features: zeros differ between the rows"
+
+    @property
+    def if_overdispersed(self) -> str:  # type: ignore[override]
+        """Advice for outcomes that vary more: a family inside that allows it."""
+        if self.base.is_equidispersed:
+            return f"use family {self.name}(negative_binomial)"
+        return self.base.if_overdispersed
 
     def effect_scale(self) -> float:
         return self.base.effect_scale()
@@ -152,16 +165,24 @@ class _WithZeros(Family, ABC):
     def _score_at_zero(
         self, eta: Eta, parameters: Parameters, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """f(0), d log f(0) / d eta and the information of eta, of the family inside."""
+        """f(0), d log f(0) / d eta and the information of eta, of the family inside.
+
+        Where the family inside has a lower bound of its information, the larger of two is taken,
+        which is at least that of the zeros.
+        """
         with torch.enable_grad():
             column = eta.detach().requires_grad_(True)
             density = self.base.distribution(column, parameters, rows)
-            log_zero = density.log_prob(torch.zeros_like(column[..., 0]))
-            (slope,) = torch.autograd.grad(log_zero.sum(), column)
+            mean, variance = density.mean, density.variance.detach()
+            log_zero = density.log_prob(torch.zeros_like(mean))
+            (slope,) = torch.autograd.grad(log_zero.sum(), column, retain_graph=True)
+            (mean_slope,) = torch.autograd.grad(mean.sum(), column)
         information = self.base.information(eta, parameters, rows)
         if information is None:
             raise ValueError(f"family {self.of!r} gives no information inside {self.name!r}")
-        return log_zero.detach().exp()[..., None], slope, information.detach()
+        zero, mean = log_zero.detach().exp()[..., None], mean.detach()[..., None]
+        bound = zero_and_mean_information(zero, slope, mean, mean_slope, variance[..., None])
+        return zero, slope, torch.maximum(information.detach(), bound)
 
 
 @dataclass(frozen=True)

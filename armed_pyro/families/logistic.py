@@ -130,6 +130,7 @@ class Binomial(TrialsFamily):
     link: str = "logit"
 
     name = "binomial"
+    if_more_zeros = "if the dispersion is right, use family zero_inflated(binomial)"
     if_overdispersed = "use family beta_binomial, or add (1 | row), a random intercept of each row"
     support = "whole numbers from 0 to the row's trials"
     needs_trials = True

@@ -12,6 +12,7 @@ from torch import Tensor
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.measurement_densities import GammaByMean
 from armed_pyro.families.family import (
+    Array,
     Draws,
     Eta,
     Family,
@@ -77,6 +78,9 @@ class LogNormal(Family):
         sd = self.value(parameters, "residual_sd")
         return (sd[..., None] if sd.dim() else sd).expand_as(eta) ** -2
 
+    def if_misfit(self, y: Array) -> str:
+        return "try family gamma, a feature, or a transformed outcome"
+
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return self.value(parameters, "residual_sd") ** 2
 
@@ -97,6 +101,7 @@ class Gamma(MeanFamily):
     link: str = "log"
 
     name = "gamma"
+    if_heavy_tails = "use family lognormal, whose right tail is heavier"
     support = "positive numbers"
     no_row_effects = "the shape"
     links = by_name(Log(), Identity(), Softplus())
@@ -124,6 +129,9 @@ class Gamma(MeanFamily):
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return GammaByMean(self.log_mean(eta), self.value(parameters, "shape"))
+
+    def if_misfit(self, y: Array) -> str:
+        return "try family lognormal, a feature, or a transformed outcome"
 
     def mean_variance(self, mean: Tensor, parameters: Parameters) -> Tensor:
         return mean**2 / self.value(parameters, "shape")

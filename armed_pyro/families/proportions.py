@@ -176,6 +176,10 @@ class BetaBinomial(TrialsFamily):
     link: str = "logit"
 
     name = "beta_binomial"
+    if_more_zeros = "use family zero_inflated(beta_binomial)"
+    support = "whole numbers from 0 to the row's trials"
+    needs_trials = True
+    statistics = ("mean", "sd", "zeros")
     is_log_concave = False
     needs_mean = True
     no_row_effects = "phi"

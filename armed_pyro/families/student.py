@@ -13,6 +13,7 @@ from torch import Tensor
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.measurement_densities import StudentT
 from armed_pyro.families.family import (
+    Array,
     Draws,
     Eta,
     Family,
@@ -23,7 +24,7 @@ from armed_pyro.families.family import (
     arrays,
     outcome_of,
 )
-from armed_pyro.families.gaussian import ResidualScale
+from armed_pyro.families.gaussian import ResidualScale, symmetric_misfit
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 
@@ -100,6 +101,9 @@ class Student(Family):
 
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return eta[..., 0]
+
+    def if_misfit(self, y: Array) -> str:
+        return symmetric_misfit(y)
 
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         df = self.value(parameters, "df").clamp(min=LEAST_DF)
