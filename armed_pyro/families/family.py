@@ -59,6 +59,10 @@ class Parameter(ABC):
         """The value, if the prior fixes the parameter; None if it is estimated."""
         return None
 
+    def simulated(self, dispersion: float) -> float:
+        """The value in simulated data, where a single number stands for all parameters."""
+        return dispersion
+
     def original(self, value: Tensor, spread: float) -> Tensor:
         """The latent value on the outcome's scale; by default the value itself."""
         return value

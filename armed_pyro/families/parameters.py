@@ -42,3 +42,7 @@ class Share(Parameter):
 
     def describe(self, priors: Priors, spread: float) -> str:
         return "Uniform(0, 1)"
+
+    def simulated(self, dispersion: float) -> float:
+        """0.2, as a dispersion is no probability."""
+        return self.start
