@@ -14,6 +14,8 @@ from armed_pyro.distributions.outcome_densities import SERIES_FROM, log_rising, 
 
 __all__ = ["BetaBinomialByMean", "BetaByMean", "GammaByMean", "StudentT"]
 
+# Trials up to which a sum over all counts out of them is taken.
+MOST_TRIALS = 200
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -111,6 +113,33 @@ class BetaBinomialByMean(dist.TorchDistribution):
         inflation = (self.phi + self.trials) / (self.phi + 1)
         return self.mean * self.log_rest.exp() * inflation
 
+    @property
+    def mean_information(self) -> Tensor:
+        r"""Fisher information of mu, exact for up to `MOST_TRIALS` trials.
+
+        .. math:: \sum_y p(y) (\partial \log p(y) / \partial \mu)^2
+
+        With more trials it is the lower bound :math:`(\partial E[y] / \partial \mu)^2 / Var[y]`.
+        """
+        n, (a, b) = self.trials, self._sizes()
+        most = int(n.max()) if n.numel() else 0
+        if most > MOST_TRIALS:
+            return n**2 / self.variance.clamp(min=torch.finfo(a.dtype).tiny)
+        log_mass, total = self.log_prob(torch.zeros_like(a + n)), torch.zeros_like(a + n)
+        slope = torch.digamma(b) - torch.digamma(n + b)  # divided by phi
+        for y in range(most + 1):
+            total = total + torch.where(n >= y, log_mass.exp() * slope**2, 0.0)
+            left = (n - y).clamp(min=1)
+            log_mass = log_mass + (left * (y + a) / ((y + 1) * (left - 1 + b))).log()
+            slope = slope + 1 / (y + a) + 1 / (left - 1 + b)
+        return self.phi**2 * total
+
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        """The sizes mu phi and (1 - mu) phi of the beta distribution."""
+        tiny = torch.finfo(self.log_mean.dtype).tiny ** 0.5
+        logs = self.log_mean, self.log_rest
+        return tuple((log.exp() * self.phi).clamp(min=tiny) for log in logs)  # type: ignore[return-value]
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> BetaBinomialByMean:
         shape = torch.Size(batch_shape)
         logs = self.log_mean.expand(shape), self.log_rest.expand(shape)
@@ -127,8 +156,7 @@ class BetaBinomialByMean(dist.TorchDistribution):
         failures = self.trials - value
         constant = torch.lgamma(self.trials + 1) - torch.lgamma(value + 1)
         constant = constant - torch.lgamma(failures + 1)
-        tiny = torch.finfo(self.log_mean.dtype).tiny ** 0.5
-        a, b = ((log.exp() * self.phi).clamp(min=tiny) for log in (self.log_mean, self.log_rest))
+        a, b = self._sizes()
         spread = log_rising(value, a) + log_rising(failures, b) - log_rising(self.trials, self.phi)
         return constant + value * self.log_mean + failures * self.log_rest + spread
 

@@ -196,8 +196,11 @@ def zero_and_mean_information(
     tiny = torch.finfo(zero.dtype).tiny ** 0.5
     positive = (1 - zero).clamp(min=tiny)
     odds = zero / positive
-    left = (variance - odds * mean**2).clamp(min=tiny)
-    return odds * zero_slope**2 + (mean_slope + odds * zero_slope * mean) ** 2 / left
+    left = variance - odds * mean**2
+    # Nothing but rounding is left where y is 0 or a single other number.
+    least = torch.finfo(zero.dtype).eps ** 0.75 * variance
+    rest = (mean_slope + odds * zero_slope * mean) ** 2 / left.clamp(min=tiny)
+    return odds * zero_slope**2 + torch.where(left > least, rest, 0.0)
 
 
 def negative_binomial_cdf(y: Tensor, mean: Tensor, shape: Tensor) -> RowValues:

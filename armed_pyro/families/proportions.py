@@ -191,14 +191,16 @@ class BetaBinomial(TrialsFamily):
         return (PHI,)
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
+        return self._density(eta, parameters, rows)
+
+    def _density(self, eta: Eta, parameters: Parameters, rows: Rows) -> BetaBinomialByMean:
         sides, phi = _log_sides(self, eta), self.value(parameters, "phi")
         return BetaBinomialByMean(self._trials(rows.trials), *sides, phi)
 
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
-        """(d E[y] / d eta)^2 / Var[y], at most the Fisher information of eta."""
-        trials, phi = self._trials(rows.trials), self.value(parameters, "phi")
-        inflation = (phi + trials) / (phi + 1)
-        return super().information(eta, parameters, rows) / inflation[..., None]
+        """(d mu / d eta)^2 times the information of mu."""
+        density = self._density(eta, parameters, rows)
+        return (self._link.derivative(eta[..., 0]) ** 2 * density.mean_information)[..., None]
 
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         """That of one trial, and for the logit link the variance of the logit of p."""
