@@ -318,7 +318,14 @@ class Fit:
         )
 
     @exclusive
-    def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        draws: int = 1000,
+        prob: float = 0.9,
+        quote_formulas: bool = False,
+    ) -> None:
         """Write the fit to a folder, completely or not at all; `load` reads it.
 
         The folder is made if needed. A fit in it is replaced; other files are kept.
@@ -331,12 +338,17 @@ class Fit:
             of over 1,000 rows, are left out: `to_datatree` of a loaded fit draws them again.
         prob : float
             Probability of the intervals in ``variance_components.csv`` and ``fixed_effects.csv``.
+        quote_formulas : bool
+            Whether labels in both tables that a spreadsheet would take as formulas get a leading
+            apostrophe; see `write_table`.
 
         Raises
         ------
         ValueError
             If the folder holds other files but no fit, or the program has a user-defined guide,
             term, family or prior, which could not be read again. Nothing is written then.
+        OSError
+            If the disk has too little space. Nothing is left of what was written.
         """
         check_probability(prob)
         save.check_saveable(self.posterior, folder)
@@ -349,6 +361,7 @@ class Fit:
             verdict=self.diagnostics().to_json(),
             draws=draws,
             prob=prob,
+            quote_formulas=quote_formulas,
         )
 
     @classmethod

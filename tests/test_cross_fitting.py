@@ -8,7 +8,16 @@ import scipy
 import torch
 from torch import nn
 
-from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, Schedule, fit
+from armed_pyro import (
+    ClusteredData,
+    Fit,
+    FitInterrupted,
+    Known,
+    MixedEffects,
+    Priors,
+    Schedule,
+    fit,
+)
 from armed_pyro.checks.held_out_checks import held_out_checks
 from armed_pyro.engine.checkpoint import module_tensors
 from armed_pyro.engine.schedule import History
@@ -201,9 +210,14 @@ def test_networks_and_parts_are_saved_and_resumed(random, data, tmp_path, monkey
         return save(self)
 
     monkeypatch.setattr(Run, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(FitInterrupted) as caught:
         run(make_model(random), data, checkpoint=path)
     monkeypatch.undo()
+    early = caught.value.fit
+    assert early.stopped == "interrupted"
+    assert early.model.data_facts().n_rows == data.n_rows
+    assert np.isfinite(early.predict(data, draws=5).expected).all()
+    early.save(tmp_path / "early", draws=5)
     resumed = run(make_model(random), data, checkpoint=path, resume=True)
     assert resumed.history == whole.history
     whole.save(tmp_path / "run", draws=10)

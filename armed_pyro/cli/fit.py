@@ -127,10 +127,12 @@ def _save(result: Fit, scores: pd.DataFrame | None, options: FitOptions) -> None
     """Write the fit and the scores of held-out rows; keep the checkpoint if that fails."""
     run = options.run
     try:
-        result.save(run, draws=options.draws, prob=options.prob)
+        result.save(
+            run, draws=options.draws, prob=options.prob, quote_formulas=options.quote_formulas
+        )
         (run / EVALUATION).unlink(missing_ok=True)
         if scores is not None:
-            write_table(scores, run / EVALUATION)
+            write_table(scores, run / EVALUATION, quote_formulas=options.quote_formulas)
     except (OSError, ValueError) as error:
         kept = ""
         if (run / CHECKPOINT).exists():

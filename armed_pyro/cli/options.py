@@ -81,6 +81,11 @@ VERIFY = option(
     "Whether the files of RUN must be as fit wrote them; for files changed on purpose: --no-verify",
     "--verify/--no-verify",
 )
+QUOTE_FORMULAS = option(
+    False,
+    "Put an apostrophe before texts in CSV files that a spreadsheet would take as formulas (=1+1)",
+    "--quote-formulas",
+)
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,7 @@ class FitOptions:
         "'fail'",
         "--strict",
     )
+    quote_formulas: bool = QUOTE_FORMULAS
     memory: str | None = option(
         None,
         "Memory to stay within: a Parquet table that would take more is streamed from disk "
@@ -294,6 +300,7 @@ class PredictOptions:
     draws: int = option(1000, "Posterior draws: --draws 2000")
     prob: float | None = SAVED_PROB
     seed: int | None = option(None, "Seed of the draws: --seed 1 [default: the fit's]")
+    quote_formulas: bool = QUOTE_FORMULAS
     verify: bool = VERIFY
 
 

@@ -20,7 +20,7 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.inference.held_out import HeldOut
 from armed_pyro.inference.phases import NetworkPhase, TrainingTask
 from armed_pyro.inference.snapshots import Snapshots
-from armed_pyro.inference.training_run import Run, TrainingDiverged
+from armed_pyro.inference.training_run import Run, TrainingDiverged, TrainingInterrupted
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
@@ -115,7 +115,8 @@ class CrossFitting:
             title = f"network {number + 1} of {folds}, " if folds > 1 else "network, "
             try:
                 run.train(path, partial(_titled, report, title), self.completed)
-            except TrainingDiverged as error:
+            except (TrainingDiverged, TrainingInterrupted) as error:
+                # The copy knew the rows of this part alone.
                 error.posterior.model.facts = self.task.model.data_facts()
                 raise
             phase, losses = run.phase, _counted(run)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro._free_space import check_free
 from armed_pyro.data.cluster_means import ClusterSums
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import check_varying
@@ -144,6 +145,9 @@ def encode(
     names = [*scanned.features, *scanned.numbers]
     fields: dict[str, pa.DataType] = dict.fromkeys(names, pa.float64())
     fields |= {f"cluster{place}": pa.int32() for place in range(len(scanned.levels))}
+    # Numbers of single precision hardly become smaller; indicators take next to nothing.
+    numbers = sum(scanned.first.continuous) + len(scanned.numbers)
+    check_free(path.parent, 2 * scanned.n_rows * numbers, "a copy of the rows")
     columns_of = pa.schema({**fields, "row": pa.int64(), "key": pa.float64()})
     # In split byte streams, values that fit single precision take half of the space.
     settings = {"compression": "lz4", "use_byte_stream_split": [*names, "key"]}
