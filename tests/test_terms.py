@@ -86,11 +86,11 @@ def test_strings_and_terms_mix():
     "text",
     [
         *("", "()", "x", "(x)", "(1 | )", "( | g)", "(1 | g", "(1 ||| g)", "(1 | g | h)"),
-        *("(1 + x*z | g)", "(1 + x^2 | g)", "(1 | a/)", "(1 | g) + x", "(1 | g) - (x | g)"),
+        *("(1 | a*b)", "(1 | a/)", "(1 | g) + x", "(1 | g) - (x | g)"),
     ],
 )
 def test_bad_syntax_shows_the_grammar(text):
-    with pytest.raises(ValueError, match=r"write it as '\(1 \+ x \| site\)'"):
+    with pytest.raises(ValueError, match=r"[Ww]rite it as '\(1 \+ x \| site\)'"):
         parse_terms(text)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from armed_pyro.data.feature_scaling import FeatureScaling
+from armed_pyro.data.formula import is_written
 from armed_pyro.random_effects.covariance import (
     Correlated,
     Covariance,
@@ -259,4 +260,4 @@ def quoted(name: str) -> str:
     >>> quoted("age"), quoted("weight (kg)")
     ('age', '`weight (kg)`')
     """
-    return f"`{name}`" if _QUOTED.search(name) else name
+    return f"`{name}`" if _QUOTED.search(name) and not is_written(name) else name
