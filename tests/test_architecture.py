@@ -152,7 +152,7 @@ FLOORS: list[set[str]] = [
     {"effects", "explain", "prediction", "report", "summaries"},
     {"automatic_weight", "checks", "storage"},
     {"fit_result", "fitting"},
-    {"estimators", "tuning"},
+    {"estimators", "formula_model", "tuning"},
     {"cli"},
 ]
 

@@ -384,7 +384,7 @@ def test_an_intercept_alone_or_nothing(features):
 
 
 @pytest.mark.parametrize(
-    ("features", "message"), [("", "names nothing"), (". + x:z", "only alone")]
+    ("features", "message"), [("", "names nothing"), ("`. + x", "is not closed")]
 )
 def test_formulas_that_name_nothing(features, message):
     with pytest.raises(ValueError, match=message):

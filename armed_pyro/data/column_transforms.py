@@ -203,7 +203,8 @@ class PiecewisePolynomial(_Spline):
         from formulaic.transforms import basis_spline
 
         low, high = learned["lower_bound"][0], learned["upper_bound"][0]
-        if outside := int(((x < low) | (x > high)).sum()):
+        margin = 0.001 * (high - low)  # of steps by which derivatives are taken
+        if outside := int(((x < low - margin) | (x > high + margin)).sum()):
             warnings.warn(
                 f"{outside} of {len(x)} values are outside the boundary knots of "
                 f"{self.name}(), {low:g} to {high:g}: the outer polynomials are extrapolated",

@@ -65,7 +65,7 @@ class Formula:
     @property
     def columns(self) -> tuple[str, ...]:
         """The table columns that the terms are made from, each once."""
-        sources = {column.name: (column.column,) for column in self.made}
+        sources: dict[str, tuple[str, ...]] = {c.name: (c.column,) for c in self.made}
         sources |= {call: columns_of(parse(call)) for call in self.calls}
         names = (source for name in self.names for source in sources.get(name, (name,)))
         return tuple(dict.fromkeys(names))

@@ -35,7 +35,7 @@ from armed_pyro.data.formula_syntax import (
     walk,
 )
 
-__all__ = ["FUNCTIONS", "CallState", "check_call", "columns_of", "evaluate", "is_made"]
+__all__ = ["FUNCTIONS", "CallState", "check_call", "columns_of", "evaluate", "is_made", "learns"]
 
 # By the text of each call that learns from the training rows, what it learned.
 CallState = Mapping[str, Mapping[str, list[float]]]
@@ -157,6 +157,15 @@ def _without_options(node: Node) -> Node:
         case Sum(parts, signs):
             return Sum(tuple(map(_without_options, parts)), signs)
     return node
+
+
+def learns(text: str) -> bool:
+    """Whether a call learns from the training rows, as ``poly(x, 2)`` does.
+
+    >>> learns("I(scale(x)**2)"), learns("log(x)")
+    (True, False)
+    """
+    return any(isinstance(node, Call) and node.function in STATEFUL for node in walk(parse(text)))
 
 
 def evaluate(

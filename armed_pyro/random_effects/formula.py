@@ -98,9 +98,10 @@ def _tree(text: str) -> Node:
 
 def _bars(tree: Node, text: str) -> list[Operation]:
     """The terms of a text, which may join several by ``+``."""
-    bars = [part for part, sign in _signed(tree) if _is_bar(part) and sign > 0]
-    bars = [bar for bar in bars if isinstance(bar, Operation)]
-    if not bars or len(bars) < len(_signed(tree)):
+    parts = _signed(tree)
+    bars = [part for part, sign in parts if isinstance(part, Operation) and sign > 0]
+    bars = [bar for bar in bars if _is_bar(bar)]
+    if not bars or len(bars) < len(parts):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
     return bars
 
