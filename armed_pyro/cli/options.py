@@ -70,7 +70,7 @@ def column(text: str, default: Any = None) -> Any:
 DATA = typer.Argument(metavar="DATA", help="CSV or Parquet table: rows.csv")
 FORMULA = typer.Argument(
     None,
-    metavar="[FORMULA]",
+    metavar="FORMULA",
     help="The model in one formula, in place of --outcome, --random and --features: "
     "'Reaction ~ Days + (Days | Subject)'; functions such as log(x), poly(x, 2), bs(x, df=5), "
     "C(x, Sum), offset(log(x)) are in docs/formulas.md",
@@ -283,7 +283,8 @@ class PredictOptions:
     )
     missing: Holes = option(
         Holes.error,
-        "Rows with missing values; to give them empty predictions in their place: --missing empty",
+        "Rows with missing values; to give them empty predictions in their place: --missing empty. "
+        "A missing label of a cluster is an unknown identity: membership predicts such a row",
     )
     by_row: bool = option(
         False, "Membership of each row by itself, not of its whole cluster", "--by-row"

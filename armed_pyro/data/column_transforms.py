@@ -277,7 +277,8 @@ class NaturalSpline(_Spline):
         inner = settings["knots"]
         if inner is None:
             inner = np.quantile(x, np.linspace(0, 1, settings["df"] + 1)[1:-1]).tolist()
-        self.check_inside(x, inner, what)
+        else:
+            self.check_inside(x, inner, what)
         knots = [float(x.min()), *inner, float(x.max())]
         if len(set(knots)) < len(knots) or not knots[0] < knots[-1]:
             raise ValueError(

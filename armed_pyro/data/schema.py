@@ -135,13 +135,7 @@ class Schema:
         reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
-        if extra.offset is not None:
-            raise ValueError(f"slopes={slopes!r} has an offset(); it belongs to the features.")
-        if formula.offset is not None and roles.get("offset") is not None:
-            raise ValueError(
-                f"offset={roles['offset']!r} stands beside offset() in features={features!r}; "
-                "write both in the formula."
-            )
+        _check_offsets(formula, extra, roles.get("offset"))
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         made = tuple(dict.fromkeys(formula.made + extra.made))
         calls = tuple(dict.fromkeys(formula.calls + extra.calls))
@@ -417,6 +411,17 @@ def _features(
     if features is None or features == ".":
         return Formula(tuple((name,) for name in others()))
     return parse_features(features, others)
+
+
+def _check_offsets(formula: Formula, slopes: Formula, column: str | None) -> None:
+    """Raise ValueError for an offset among the slopes, or in two places."""
+    if slopes.offset is not None:
+        raise ValueError(f"slopes have offset({slopes.offset}), which belongs to the features.")
+    if formula.offset is not None and column is not None:
+        raise ValueError(
+            f"offset={column!r} stands beside offset({formula.offset}) in the features; write "
+            "both in the formula."
+        )
 
 
 def _several(call: str) -> bool:
