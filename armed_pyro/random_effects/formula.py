@@ -72,7 +72,7 @@ def fixed_and_random(tree: Node) -> tuple[Node, list[Operation]]:
     bars = [part for part, _ in parts if _is_bar(part)]
     if wrong := [part for part, sign in parts if _is_bar(part) and sign < 0]:
         raise ValueError(f"the random-effect term ({text_of(wrong[0])}) cannot be subtracted")
-    fixed = [(part, sign) for part, sign in parts if not _is_bar(part)] or [(Number(1), 1)]
+    fixed = [(part, sign) for part, sign in parts if not _is_bar(part)] or [(Number(1.0), 1)]
     nodes, signs = zip(*fixed, strict=True)
     return Sum(nodes, signs), [bar for bar in bars if isinstance(bar, Operation)]
 
