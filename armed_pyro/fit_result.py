@@ -25,6 +25,7 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.inference import refine
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
+from armed_pyro.plots.fit_plots import Plots
 from armed_pyro.prediction import adapt, predict, residuals, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
@@ -96,6 +97,11 @@ class Fit:
     def data(self) -> ClusteredData:
         """The training rows, or a sample of them: see `sampled`."""
         return self.posterior.data
+
+    @property
+    def plot(self) -> Plots:
+        """Pictures: ``fit.plot.effects("Days")``, ``.caterpillar()``, ``.ppc()``, and others."""
+        return Plots(self.posterior, self.classifiers)
 
     @property
     def history(self) -> History:
