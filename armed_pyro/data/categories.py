@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from armed_pyro._messages import listing
 from armed_pyro.data.formula_syntax import (
@@ -22,7 +24,7 @@ from armed_pyro.data.formula_syntax import (
 )
 from armed_pyro.data.label_matching import match_labels
 
-__all__ = ["Categories", "LevelOrder", "contrast_of", "encoded", "read_categories"]
+__all__ = ["Categories", "LevelOrder", "coding", "contrast_of", "encoded", "read_categories"]
 
 Label = str | int | float
 Contrast = Literal["Sum", "Helmert", "Poly"]
@@ -186,11 +188,26 @@ def contrast_of(name: str) -> Categories | None:
 
 def encoded(values: pd.Categorical, contrast: Contrast) -> Any:
     """The categories for formulaic, which applies the contrasts where the rank allows."""
-    from formulaic.transforms.contrasts import C, HelmertContrasts, PolyContrasts, SumContrasts
+    from formulaic.transforms.contrasts import C
+
+    levels = list(values.categories)
+    return C(pd.Series(values), contrasts=_contrasts(contrast), levels=levels)
+
+
+def coding(
+    levels: pd.Index, contrast: Contrast, *, reduced: bool
+) -> Float[np.ndarray, "levels columns"]:
+    """The rows that stand for the levels in a design; without `reduced`, indicators."""
+    matrix = _contrasts(contrast).get_coding_matrix(list(levels), reduced_rank=reduced)
+    return np.asarray(matrix, dtype=np.float64)
+
+
+def _contrasts(contrast: Contrast) -> Any:
+    from formulaic.transforms.contrasts import HelmertContrasts, PolyContrasts, SumContrasts
 
     kinds: Mapping[Contrast, Any] = {
         "Sum": SumContrasts,
         "Helmert": HelmertContrasts,
         "Poly": PolyContrasts,
     }
-    return C(pd.Series(values), contrasts=kinds[contrast](), levels=list(values.categories))
+    return kinds[contrast]()

@@ -70,6 +70,27 @@ class Transform(ABC):
     def columns(self, x: Column, settings: Settings, learned: Learned) -> Columns:
         """The columns of rows."""
 
+    def recovered(self, columns: Columns, settings: Settings, learned: Learned) -> Column | None:
+        """The column x behind its columns; None if it is no linear combination of them."""
+        low, high = _range(learned)
+        grid = np.linspace(low, high, 50)
+        basis = np.column_stack([np.ones(50), self.columns(grid, settings, learned)])
+        solved = np.linalg.lstsq(basis, grid, rcond=None)[0]
+        if np.abs(basis @ solved - grid).max() > 1e-9 * (high - low):
+            return None
+        return np.asarray(solved[0] + columns @ solved[1:])
+
+
+def _range(learned: Learned) -> tuple[float, float]:
+    """A range in which the training rows have values, from what was learned of them."""
+    if "knots" in learned:
+        return min(learned["knots"]), max(learned["knots"])
+    if "alpha" in learned:
+        sd = float(np.sqrt(learned["norms2"][1] / learned["norms2"][0]))
+        return learned["alpha"][0] - sd, learned["alpha"][0] + sd
+    center, scale = learned.get("center", [0.0])[0], learned.get("scale", [1.0])[0]
+    return center - scale, center + scale
+
 
 def _setting(name: str, node: Node, what: str) -> Any:
     """The value of a setting: a whole number, a truth value, or a list of numbers."""

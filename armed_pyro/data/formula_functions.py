@@ -35,7 +35,16 @@ from armed_pyro.data.formula_syntax import (
     walk,
 )
 
-__all__ = ["FUNCTIONS", "CallState", "check_call", "columns_of", "evaluate", "is_made", "learns"]
+__all__ = [
+    "FUNCTIONS",
+    "CallState",
+    "check_call",
+    "columns_of",
+    "evaluate",
+    "is_made",
+    "learns",
+    "recovered",
+]
 
 # By the text of each call that learns from the training rows, what it learned.
 CallState = Mapping[str, Mapping[str, list[float]]]
@@ -48,6 +57,14 @@ ELEMENTWISE: Mapping[str, Callable[[Any], Any]] = {
     "exp": np.exp,
     "sqrt": np.sqrt,
     "abs": np.abs,
+}
+INVERSE: Mapping[str, Callable[[Any], Any]] = {
+    "log": np.exp,
+    "log2": np.exp2,
+    "log10": lambda x: 10.0**x,
+    "log1p": np.expm1,
+    "exp": np.log,
+    "sqrt": np.square,
 }
 STATEFUL: Mapping[str, Transform] = {
     "scale": Standardised("scale"),
@@ -184,6 +201,32 @@ def evaluate(
         values = np.asarray(run.call(call), dtype=np.float64)
     _check_finite(text, values, call, table)
     return values.reshape(len(table), -1), run.state
+
+
+def recovered(
+    text: str, columns: Float[np.ndarray, "rows columns"], state: CallState
+) -> tuple[str, Float[np.ndarray, " rows"]] | None:
+    """The table column that a call of one column was made from, up to 12 digits, and its name.
+
+    None if it cannot be told, as of ``abs(x)``, ``I(x**2)`` or cyclic splines.
+
+    >>> recovered("log(x)", np.log([[2.0], [3.0]]), {})
+    ('x', array([2., 3.]))
+    """
+    call = _parsed(text)
+    inside = call.arguments[0]
+    if not isinstance(inside, Name):
+        return None
+    values: np.ndarray | None = None
+    if call.function in INVERSE:
+        values = INVERSE[call.function](columns[:, 0])
+    elif call.function in STATEFUL:
+        transform = STATEFUL[call.function]
+        settings = transform.settings(call, text)
+        values = transform.recovered(columns, settings, state.get(text, {}))
+    if values is None:
+        return None
+    return inside.name, np.array([float(f"{value:.12g}") for value in values])
 
 
 def _check_finite(text: str, values: np.ndarray, call: Call, table: pd.DataFrame) -> None:

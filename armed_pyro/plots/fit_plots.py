@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import pandas as pd
-import scipy.stats
+import scipy
 from jaxtyping import Float
 
 from armed_pyro._messages import check_known
@@ -402,7 +402,7 @@ def _bins(
 
 def _quantiles(axes: Axes, z: np.ndarray) -> None:
     """Sorted residuals against normal quantiles."""
-    normal = scipy.stats.norm.ppf((np.arange(len(z)) + 0.5) / len(z))
+    normal = scipy.special.ndtri((np.arange(len(z)) + 0.5) / len(z))
     ends = normal[[0, -1]]
     axes.plot(ends, ends, color=FAINT, lw=1)
     axes.plot(normal, np.sort(z), ".", color=ACCENT, ms=3)
