@@ -16,6 +16,7 @@ from armed_pyro import (
     MixedEffects,
     MixedEffectsRegressor,
     Schedule,
+    StreamedData,
     fit,
     model,
 )
@@ -211,6 +212,38 @@ def test_priors_do_not_depend_on_contrasts(sleep):
         covariances.append(root @ root.T)
     np.testing.assert_allclose(covariances[1], covariances[0], atol=1e-8)
     np.testing.assert_allclose(covariances[2], covariances[0], atol=1e-8)
+
+
+# ------------------------------------------------------------------------------ streamed tables
+
+
+@pytest.mark.parametrize(
+    "features", ["x + offset(log(days))", "log(x) * C(f, Sum) + I(x**2) + offset(log(days))"]
+)
+def test_streamed_tables_have_formulas(tmp_path, features):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"x": rng.uniform(1, 9, 300), "days": rng.uniform(1, 20, 300)})
+    table["f"], table["g"] = rng.choice(list("abc"), 300), np.arange(300) % 15
+    table["y"] = rng.poisson(table["days"] * np.exp(-2 + rng.normal(0, 0.4, 15)[table["g"]]))
+    table.to_parquet(tmp_path / "rows.parquet")
+    roles = {"outcome": "y", "clusters": ["g"], "features": features}
+    streamed = StreamedData.scan(tmp_path / "rows.parquet", **roles)
+    held = ClusteredData.from_frame(table, **roles)
+    assert streamed.feature_names == held.feature_names
+    made = []
+    for data in (streamed, held):
+        net = network("linear", data.n_features)
+        program = MixedEffects(net, "(1 | g)", "poisson", bayesian_head=True)
+        result = fit(program, data, schedule=Schedule(steps=20), progress=False)
+        made.append(result.fixed_effects())
+    np.testing.assert_allclose(made[0]["mean"], made[1]["mean"], rtol=1e-4, atol=1e-4)
+
+
+def test_streamed_tables_learn_nothing(tmp_path, sleep):
+    sleep.to_parquet(tmp_path / "rows.parquet")
+    roles = {"outcome": "Reaction", "clusters": ["Subject"]}
+    with pytest.raises(ValueError, match=r"poly\(Days, 2\), which learns from all rows"):
+        StreamedData.scan(tmp_path / "rows.parquet", features="poly(Days, 2)", **roles)
 
 
 # ------------------------------------------------------------------------------ missing labels

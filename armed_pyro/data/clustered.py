@@ -65,7 +65,7 @@ class ClusteredData:
     weights_kind : {"frequency", "precision", "se"}
         A row counts w times, has variance sigma^2 / w (as in lme4), or w is 1 / se^2, sigma 1.
     table : pandas.DataFrame or None
-        The columns that the rows were made of; kept for ``within(x | g)`` and ``between(x | g)``.
+        The columns that the rows were made of, kept if functions made features from them.
     cluster_means : mapping of str to ClusterMeans
         Means that a fit with ``between`` adds to its predictor; set by `Posterior.encode`.
     fold : Int64[Tensor, "rows"] or None
