@@ -53,6 +53,13 @@ SYNTAX = {
         RandomEffects(name, ("x",), correlated=False) for name in ("a", "a:b", "a:b:c")
     ],
     "(1 | a : b)": [RandomEffects("a:b")],
+    "(1 | site<b>)": [RandomEffects("site<b>")],
+    "(1 + x | site-id/2nd)": [
+        RandomEffects("site-id", ("x",)),
+        RandomEffects("site-id:2nd", ("x",)),
+    ],
+    "(1 | my site)": [RandomEffects("my site")],
+    "(1 + 2nd + a#b | g)": [RandomEffects("g", ("2nd", "a#b"))],
     "(1 | site) + (1 | batch)": [RandomEffects("site"), RandomEffects("batch")],
     "(1 | g) + (0 + x | g)": [
         RandomEffects("g"),

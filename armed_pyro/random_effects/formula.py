@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from armed_pyro.data.categories import contrast_of
 from armed_pyro.data.cluster_columns import factor_path
 from armed_pyro.data.formula import Formula, features_of
-from armed_pyro.data.formula_syntax import Node, Number, Operation, Sum, operands, parse, text_of
+from armed_pyro.data.formula_syntax import (
+    Node,
+    Number,
+    Operation,
+    Sum,
+    operands,
+    parse,
+    quoted_name,
+    text_of,
+)
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Term
 
 __all__ = ["fixed_and_random", "parse_terms", "slopes_formula"]
 
+# What stands right of a bar; and words, with quotation marks or an encoded level.
+_RIGHT = re.compile(r"(?<=\|)[^()|`]+(?=\)|$)")
+_WORD = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^']*'|[^\s+*/:^|()~,=`\"'\[\]-]+(?:\[[^\]]*\])?")
 _GRAMMAR = "write it as '(1 + x | site)', '(1 + x || site)', '(0 + x | site)' or '(1 | a/b)'"
 
 
@@ -90,10 +103,29 @@ def _is_bar(node: Node) -> bool:
 
 
 def _tree(text: str) -> Node:
+    what, text = "the random-effect term ", _RIGHT.sub(_quoted_factors, text)
     try:
-        return parse(text, "the random-effect term ")
+        return parse(text, what)
     except ValueError as error:
+        lenient = _WORD.sub(_quoted_word, text)
+        if lenient != text:
+            return _tree(lenient)
         raise ValueError(f"{error} {_GRAMMAR[0].upper()}{_GRAMMAR[1:]}.") from None
+
+
+def _quoted_factors(match: re.Match[str]) -> str:
+    """The names right of a bar, in backticks if they have odd characters, such as ``site-id``."""
+    pieces = re.split(r"([/:])", match[0])
+    odd = [piece.strip() and not re.search(r"[+*^/:]", piece) for piece in pieces]
+    names = [quoted_name(p.strip()) if o else p for p, o in zip(pieces, odd, strict=True)]
+    return " " + "".join(names)
+
+
+def _quoted_word(match: re.Match[str]) -> str:
+    """A word in backticks if it is neither a name nor a number."""
+    word = match[0]
+    known = word[0] in "`\"'" or re.fullmatch(r"[\d.]+([eE]\d+)?|%in%", word)
+    return word if known or "[" in word else quoted_name(word)
 
 
 def _bars(tree: Node, text: str) -> list[Operation]:
