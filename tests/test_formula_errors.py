@@ -140,6 +140,14 @@ def test_bad_formulas_of_models(formula, message):
         parse_features(ModelFormula.read(formula).features)
 
 
+def test_levels_have_a_single_order():
+    table, terms = make_table(), "C(f, ref='b')"
+    options = {"outcome": "y", "clusters": ["g"], "features": "C(f, ref='a') + i"}
+    with pytest.raises(ValueError, match="slopes orders the levels of 'f' in two ways"):
+        ClusteredData.from_frame(table, slopes=terms, **options)
+    assert parse_features("x + C(f, ref='a') - factor(f)").orders == ()
+
+
 def test_terms_without_sense():
     for text, message in {
         "(x^2 | g)": "not its square",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -24,7 +24,15 @@ from armed_pyro.data.formula_syntax import (
 )
 from armed_pyro.data.label_matching import match_labels
 
-__all__ = ["Categories", "LevelOrder", "coding", "contrast_of", "encoded", "read_categories"]
+__all__ = [
+    "Categories",
+    "LevelOrder",
+    "check_orders",
+    "coding",
+    "contrast_of",
+    "encoded",
+    "read_categories",
+]
 
 Label = str | int | float
 Contrast = Literal["Sum", "Helmert", "Poly"]
@@ -148,10 +156,10 @@ def _coding(
         name = node.name
     elif isinstance(node, Call):
         name = node.function
-        given = [*node.arguments, *(v for k, v in node.options if k in _REFERENCE)]
-        if len(given) > 1 or len(given) < len(node.arguments) + len(node.options):
+        references = [*node.arguments, *(v for k, v in node.options if k in _REFERENCE)]
+        if len(references) > 1 or len(references) < len(node.arguments) + len(node.options):
             raise ValueError(f"{what}: expected {usage}, found {text_of(call)}.")
-        reference = _label(given[0], call, what) if given else None
+        reference = _label(references[0], call, what) if references else None
     elif node is not None:
         raise ValueError(f"{what}: expected {usage}, found {text_of(call)}.")
     if name not in _CONTRASTS:
@@ -172,6 +180,18 @@ def _label(node: Node, call: Call, what: str) -> Label:
         case Number(value):
             return int(value) if value.is_integer() else value
     raise ValueError(f"{what}: {text_of(call)} has {text_of(node)} in the place of a level.")
+
+
+def check_orders(orders: Iterable[LevelOrder], what: str) -> tuple[LevelOrder, ...]:
+    """The distinct orders; ValueError for two of a column. `what` names the formula."""
+    by_column: dict[str, LevelOrder] = {}
+    for order in orders:
+        if by_column.setdefault(order.column, order) != order:
+            raise ValueError(
+                f"{what} orders the levels of {order.column!r} in two ways; give reference and "
+                "levels in one C()."
+            )
+    return tuple(by_column.values())
 
 
 def contrast_of(name: str) -> Categories | None:

@@ -34,8 +34,8 @@ MOST_COLUMNS = 100
 class Transform(ABC):
     """Columns made from a column, with a state that is learned once.
 
-    `parameters` are the settings after the column, in the order in which they may be given without
-    a name, and their defaults; a default of None stands for "not given".
+    `parameters` are the settings after the column and their defaults, in the order in which they
+    may be written without a name; a default of None stands for "not set".
     """
 
     name: str
@@ -44,11 +44,11 @@ class Transform(ABC):
 
     def settings(self, call: Call, what: str) -> dict[str, Any]:
         """The settings of a call; ValueError for unknown ones, or values of another kind."""
-        given = call.arguments[1:]
+        unnamed = call.arguments[1:]
         usage = f"{self.name}(x{''.join(f', {name}=' for name in self.parameters)})"
-        if not call.arguments or len(given) > len(self.parameters):
+        if not call.arguments or len(unnamed) > len(self.parameters):
             raise ValueError(f"{what}: expected {usage}, found {text_of(call)}.")
-        pairs = [*zip(self.parameters, given, strict=False), *call.options]
+        pairs = [*zip(self.parameters, unnamed, strict=False), *call.options]
         names = [name for name, _ in pairs]
         if wrong := [n for n in names if n not in self.parameters or names.count(n) > 1]:
             raise ValueError(f"{what}: {text_of(call)} has {wrong[0]!r}; expected {usage}.")

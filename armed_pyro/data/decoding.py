@@ -60,11 +60,11 @@ def _from_calls(data: ClusteredData, schema: Schema) -> dict[str, object]:
                 rows = coding(levels, choice.contrast, reduced=reduced)
                 codes = ((part[:, None] - rows) ** 2).sum(-1).argmin(1)
                 columns[choice.column] = levels.take(codes).to_numpy()
-            elif (found := recovered(call, part, state)) is not None:
-                columns[found[0]] = found[1]
+            elif (source := recovered(call, part, state)) is not None:
+                columns[source[0]] = source[1]
     if schema.offset_call is not None and data.offset is not None and is_made(schema.offset_call):
-        found = recovered(schema.offset_call, data.offset.double().numpy()[:, None], {})
-        columns |= {} if found is None else {found[0]: found[1]}
+        source = recovered(schema.offset_call, data.offset.double().numpy()[:, None], {})
+        columns |= {} if source is None else {source[0]: source[1]}
     return columns
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from armed_pyro.data.categories import LevelOrder, read_categories
+from armed_pyro.data.categories import LevelOrder, check_orders, read_categories
 from armed_pyro.data.cluster_columns import ClusterColumn, is_call, read_call
 from armed_pyro.data.columns import column_names
 from armed_pyro.data.formula_functions import (
@@ -181,25 +181,19 @@ class _Algebra:
             )
         terms = sorted(products.values(), key=len)
         used = {name for term in terms for name in term}
-        self._check_orders()
+        made = tuple(column for column in self.made if column.name in used)
+        calls = tuple(call for call in self.calls if call in used)
+        columns = Formula(tuple(terms), made=made, calls=calls).columns
+        orders = check_orders(self.orders, self.what)
         return Formula(
             tuple(terms),
             intercept,
-            tuple(self.categorical),
-            tuple(column for column in self.made if column.name in used),
-            tuple(call for call in self.calls if call in used),
-            tuple(self.orders),
+            tuple(name for name in self.categorical if name in columns),
+            made,
+            calls,
+            tuple(order for order in orders if order.column in columns),
             " + ".join(self.offsets) or None,
         )
-
-    def _check_orders(self) -> None:
-        columns = [order.column for order in self.orders]
-        for order in self.orders:
-            if columns.count(order.column) > 1:
-                raise ValueError(
-                    f"{self.what} orders the levels of {order.column!r} in two ways; give "
-                    "reference and levels in one C()."
-                )
 
     def _add(self, products: _Products, node: Node, sign: int) -> None:
         """Add the terms of a part of a sum, or take them away."""

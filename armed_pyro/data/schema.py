@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armed_pyro._messages import check_known, listing
 from armed_pyro.data import categories, cluster_columns
-from armed_pyro.data.categories import LevelOrder, contrast_of
+from armed_pyro.data.categories import LevelOrder, check_orders, contrast_of
 from armed_pyro.data.cluster_columns import ClusterColumn, expanded
 from armed_pyro.data.cluster_means import ClusterMeans, ClusterSums
 from armed_pyro.data.columns import (
@@ -149,7 +149,8 @@ class Schema:
         table = natural_types(pick(table, used).dropna())
 
         warn_of_float_labels(table[list(clusters)])
-        levels = _levels_of(table, columns, factors, formula.orders + extra.orders)
+        orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
+        levels = _levels_of(table, columns, factors, orders)
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
             what = f"outcome {outcome!r}"
