@@ -25,12 +25,13 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.inference import refine
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
+from armed_pyro.plots.fit_plots import Plots
 from armed_pyro.prediction import adapt, predict, residuals, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Conclusion, Results, Verdicts
-from armed_pyro.report.text import described, summarize
+from armed_pyro.report.text import described, event_of, summarize
 from armed_pyro.storage import save
 from armed_pyro.summaries import datatree, model_comparison, parameters, variance
 
@@ -96,6 +97,11 @@ class Fit:
     def data(self) -> ClusteredData:
         """The training rows, or a sample of them: see `sampled`."""
         return self.posterior.data
+
+    @property
+    def plot(self) -> Plots:
+        """Pictures: ``fit.plot.effects("Days")``, ``.caterpillar()``, ``.ppc()``, and others."""
+        return Plots(self.posterior, self.classifiers)
 
     @property
     def history(self) -> History:
@@ -288,9 +294,10 @@ class Fit:
 
         tables = {"Variance components": self.variance_components()}
         if self.model.has_fixed_effects:
-            tables = {"Fixed effects": self.fixed_effects(), **tables}
+            event = "".join(f" of {label!r}" for label in event_of(self.model))
+            tables = {f"Fixed effects{event}": self.fixed_effects(), **tables}
         shown = "".join(
-            f"<p>{title}</p>{as_text(table).to_html(index=False, max_rows=20)}"
+            f"<p>{escape(title)}</p>{as_text(table).to_html(index=False, max_rows=20)}"
             for title, table in tables.items()
         )
         return f"<p>{escape(repr(self))}</p>{shown}"

@@ -49,6 +49,8 @@ class FilledInCommand(TyperCommand):
 def fit_command(options: FitOptions) -> None:
     """Fit a network with random effects to a table.
 
+    armed-pyro fit sleep.csv "Reaction ~ Days + (Days | Subject)" --out run
+
     armed-pyro fit sleep.csv --outcome Reaction --random "(1 + Days | Subject)" --out run
 
     Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli fit ...

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,9 +21,10 @@ from armed_pyro.cli.console import err, out
 from armed_pyro.cli.interrupts import interruptible, resume_command
 from armed_pyro.cli.options import Between, FitOptions, Missing, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
-from armed_pyro.data.cluster_columns import is_call, without_calls
+from armed_pyro.data.cluster_columns import is_call
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import read_table, write_table
+from armed_pyro.data.formula import parse_features
 from armed_pyro.engine.processes import first_process, leave
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.family import Family
@@ -36,7 +37,8 @@ from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.scores import evaluate
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.formula import parse_terms, slopes_formula
+from armed_pyro.random_effects.model_formula import ModelFormula
 from armed_pyro.random_effects.terms import RandomEffects, Slopes, Term
 from armed_pyro.report.text import summarize
 from armed_pyro.storage.run_lock import is_temporary, locked
@@ -64,6 +66,7 @@ def fit_table(options: FitOptions) -> None:
     SIGTERM; a message says which state was saved. With `strict` it exits with 3, after saving, if
     either verdict is "fail".
     """
+    options = _with_formula(options)
     _check_options(options)
     with ExitStack() as run:
         run.enter_context(interruptible(options.run / CHECKPOINT))
@@ -71,6 +74,27 @@ def fit_table(options: FitOptions) -> None:
             check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
             run.enter_context(locked(options.run))
         _fit_and_save(options)
+
+
+def _with_formula(options: FitOptions) -> FitOptions:
+    """The options with the parts of the formula in their places."""
+    if options.formula is None:
+        for value, name in ((options.outcome, "outcome Y"), (options.random, "random TERM")):
+            if value is None:
+                raise ValueError(
+                    f"--{name} is missing: give it, or the model in one formula, such as "
+                    "armed-pyro fit rows.csv 'y ~ x + (x | site)' --out run"
+                )
+        return options
+    for name in ("outcome", "random", "features"):
+        if getattr(options, name):
+            raise ValueError(f"--{name} stands beside a formula, which says it: leave one out")
+    read = ModelFormula.read(options.formula)
+    for role, column in read.roles.items():
+        if getattr(options, role) is not None:
+            raise ValueError(f"--{role} stands beside {role}({column}) in the formula")
+    parts: dict[str, Any] = {**read.roles, "outcome": read.outcome, "random": list(read.random)}
+    return replace(options, features=read.features, **parts)
 
 
 def _check_options(options: FitOptions) -> None:
@@ -92,6 +116,10 @@ def _check_options(options: FitOptions) -> None:
                 raise ValueError(f"--adversary-{name} needs --adversary FACTOR")
     if options.adversary_weight is not None:
         _weight(options.adversary_weight)
+    for name in ("slopes_on", "hold_out_clusters"):
+        if getattr(options, name) and not options.random:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} needs a random effect, such as (1 | site)")
 
 
 def _fit_and_save(options: FitOptions) -> None:
@@ -100,7 +128,7 @@ def _fit_and_save(options: FitOptions) -> None:
     training = {"folds": options.folds, "weight_decay": options.weight_decay}
     changed: Any = {name: value for name, value in training.items() if value is not None}
     schedule = Schedule(steps=steps, batch_size=options.batch_size, **changed)
-    terms = parse_terms(options.random)
+    terms = parse_terms(options.random or ())
     terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
     family = family_named(options.family)
     split = _rows(options, terms, family)
@@ -157,15 +185,17 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
     factors = [term.factor for term in terms] + ([options.adversary] if options.adversary else [])
     labels = {part for name in factors for part in (name, *name.split(":"))}
     table = TableBlocks.open(options.data, labels)
-    features = _features(options.features, table.columns)
+    features: list[str] | str | None = options.features
+    if options.formula is None:
+        features = _features(options.features, table.columns)
     rows = training_rows(
         table,
         byte_size(options.memory),
         options.run,
-        outcome=options.outcome,
+        outcome=str(options.outcome),
         clusters=_cluster_columns(terms, options.adversary, features, table.columns),
         features=features,
-        slopes=_slopes(terms, table.columns),
+        slopes=slopes_formula(options.random or (), table.columns) or (),
         categorical=_categorical(options.categorical, terms),
         trials=options.trials,
         offset=options.offset,
@@ -290,8 +320,8 @@ def _cluster_columns(
 ) -> list[str]:
     """Columns of the grouping factors; the factor ``a:b`` needs the columns a and b."""
     factors = [term.factor for term in terms] + ([adversary] if adversary else [])
-    text = features if isinstance(features, str) else " + ".join(features or [])
-    factors += [column.factor for column in without_calls(text)[1]]
+    formula = parse_features(features or [], lambda: ())
+    factors += [column.factor for column in formula.made]
     columns = [[name] if name in table else name.split(":") for name in factors]
     return list(dict.fromkeys(name for names in columns for name in names))
 
@@ -318,15 +348,6 @@ def _categorical(text: str | None, terms: Sequence[Term]) -> list[str]:
     names = _listed(text or "")
     names += [n for term in terms if isinstance(term, RandomEffects) for n in term.categorical]
     return list(dict.fromkeys(names))
-
-
-def _slopes(terms: Sequence[Term], table: Collection[str]) -> str | tuple[str, ...]:
-    """Formula of the columns that the terms have slopes on."""
-    slopes = [slope for term in terms if isinstance(term, RandomEffects) for slope in term.slopes]
-    products = [[slope] if slope in table else slope.split(":") for slope in slopes]
-    known = [names for names in products if all(name in table for name in names)]
-    texts = [":".join(f"`{name}`" for name in names) for names in known]
-    return " + ".join([*texts, *filter(is_call, slopes)]) or ()
 
 
 def _widths(hidden: str | None, net: str) -> dict[str, Any]:

@@ -68,6 +68,13 @@ def column(text: str, default: Any = None) -> Any:
 
 
 DATA = typer.Argument(metavar="DATA", help="CSV or Parquet table: rows.csv")
+FORMULA = typer.Argument(
+    None,
+    metavar="FORMULA",
+    help="The model in one formula, in place of --outcome, --random and --features: "
+    "'Reaction ~ Days + (Days | Subject)'; functions such as log(x), poly(x, 2), bs(x, df=5), "
+    "C(x, Sum), offset(log(x)) are in docs/formulas.md",
+)
 RUN = typer.Argument(metavar="RUN", help="Folder that fit wrote: run")
 INTERVALS = "Probability of the equal-tailed intervals: --prob 0.95"
 SAVED_PROB = option(None, f"{INTERVALS} [default: that of the fit]", "--prob")
@@ -93,10 +100,12 @@ class FitOptions:
     """Options of ``armed-pyro fit``."""
 
     data: Path = DATA
-    outcome: str = column("Column of the outcome: --outcome score", ...)
-    random: list[str] = option(
-        ...,
-        "Random effects in lme4's syntax, repeatable: --random '(1 + age | site)'; "
+    formula: str | None = FORMULA
+    outcome: str | None = column("Column of the outcome, without FORMULA: --outcome score")
+    random: list[str] | None = option(
+        None,
+        "Random effects in lme4's syntax, repeatable, without FORMULA: "
+        "--random '(1 + age | site)'; "
         "'(1 + age || site)' independent, '(1 | school/class)' nested, '(0 + arm | site)' an "
         "effect for every level of arm; slopes need not be features; other names in `backticks`",
         metavar="TERM",
@@ -280,7 +289,8 @@ class PredictOptions:
     )
     missing: Holes = option(
         Holes.error,
-        "Rows with missing values; to give them empty predictions in their place: --missing empty",
+        "Rows with missing values; to give them empty predictions in their place: --missing empty. "
+        "A missing label of a cluster is an unknown identity: membership predicts such a row",
     )
     by_row: bool = option(
         False, "Membership of each row by itself, not of its whole cluster", "--by-row"

@@ -105,10 +105,10 @@ def _progress() -> Iterator[Report]:
 
 
 def _needed(schema: Schema | None) -> tuple[str, ...]:
-    """The columns from which rows are predicted."""
+    """The columns without which rows cannot be predicted; labels of clusters may be missing."""
     if schema is None:
         raise ValueError("the model was fitted to arrays, so it cannot read a table")
-    names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
+    names = (*schema.columns, schema.trials, schema.offset)
     return tuple(name for name in names if name is not None)
 
 

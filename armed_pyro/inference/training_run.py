@@ -245,7 +245,8 @@ class Run:
         extremes = "features and outcome"
         data = self.task.data
         if data.offset is not None:
-            name = "" if data.schema is None else f" {data.schema.offset!r}"
+            schema = data.schema
+            name = "" if schema is None else f" {(schema.offset or schema.offset_call)!r}"
             largest = f"up to {float(data.offset.abs().max()):.4g}; take logs of exposures"
             extremes = f"features, outcome and offset{name} ({largest})"
         self.task.return_to(self._good)

@@ -111,9 +111,10 @@ def described(posterior: Posterior) -> str:
     random = " + ".join(map(str, model.terms)) or "no random effects"
     sizes = "".join(f", {len(levels)} of {name}" for name, levels in facts.levels.items())
     fixed = "linear" if model.linear else type(model.network).__name__
+    event = "".join(f" = {label!r}" for label in event_of(model))
     return (
-        f"{facts.outcome_name} ({model.family}): {fixed} + {random}; {count_rows(facts.n_rows)}"
-        f"{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
+        f"{facts.outcome_name}{event} ({model.family}): {fixed} + {random}; "
+        f"{count_rows(facts.n_rows)}{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
     )
 
 

@@ -22,7 +22,7 @@ from armed_pyro.data.cluster_means import ClusterSums
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import check_varying
 from armed_pyro.data.grouping import Grouping
-from armed_pyro.streaming.database import database
+from armed_pyro.streaming.database import database, quoted
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import TableScan, complete_blocks
 
@@ -103,7 +103,7 @@ class EncodedTable:
     def _rows(self, names: list[str], where: str, **parameters: Any) -> ClusteredData:
         """Columns of the rows that meet a condition, encoded as those of a table in memory."""
         with database(self.memory, self.path.parent, len(names)) as connection:
-            query = f"SELECT {', '.join(names)} FROM read_parquet($path) WHERE {where}"
+            query = f"SELECT {', '.join(map(quoted, names))} FROM read_parquet($path) WHERE {where}"
             parameters["path"] = glob.escape(str(self.path))
             columns = connection.execute(query, parameters).fetchnumpy()
         scanned = self.scanned

@@ -18,7 +18,7 @@ from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.passes import ahead
 from armed_pyro.rows.source import RowSource
-from armed_pyro.streaming.database import database
+from armed_pyro.streaming.database import database, quoted
 from armed_pyro.streaming.encoded_table import EncodedTable, group_rows
 from armed_pyro.streaming.parquet_table import group_starts, take_rows
 
@@ -141,7 +141,7 @@ class StreamedRows(RowSource):
             f"((x{place} - '{mean!r}'::DOUBLE) / '{scale!r}'::DOUBLE)::FLOAT AS x{place}"
             for place, (mean, scale) in enumerate(scaling)
         ]
-        columns += self._columns[len(columns) :]
+        columns += map(quoted, self._columns[len(columns) :])
         with database(table.memory, path.parent, len(columns)) as connection:
             if ranks is not None:
                 connection.register("ranks", ranks)
