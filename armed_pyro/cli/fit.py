@@ -19,7 +19,7 @@ from armed_pyro._memory import most_held
 from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.interrupts import interruptible, resume_command
-from armed_pyro.cli.options import Between, FitOptions, Missing, Refine
+from armed_pyro.cli.options import Between, FitOptions, Missing, ProgramOptions, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
 from armed_pyro.data.cluster_columns import is_call, without_calls
 from armed_pyro.data.clustered import ClusteredData
@@ -86,6 +86,11 @@ def _check_options(options: FitOptions) -> None:
     ]:
         if share is not None:
             check_probability(share, name)
+    check_adversary(options)
+
+
+def check_adversary(options: ProgramOptions) -> None:
+    """Raise ValueError for options of an adversary that is not there, or a weight of no number."""
     if options.adversary is None:
         for name in ("weight", "taps", "hidden", "warmup"):
             if getattr(options, f"adversary_{name}") is not None:
@@ -100,11 +105,10 @@ def _fit_and_save(options: FitOptions) -> None:
     training = {"folds": options.folds, "weight_decay": options.weight_decay}
     changed: Any = {name: value for name, value in training.items() if value is not None}
     schedule = Schedule(steps=steps, batch_size=options.batch_size, **changed)
-    terms = parse_terms(options.random)
-    terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
+    terms = terms_of(options)
     family = family_named(options.family)
     split = _rows(options, terms, family)
-    model = _program(options, terms, family, split.training)
+    model = program(options, terms, family, split.training, options.seed)
     result = _train(options, model, split, schedule)
     leave()
     if not first_process():
@@ -121,6 +125,12 @@ def _fit_and_save(options: FitOptions) -> None:
         out.print(f"Most memory held: {most_held() / 1e9:.2f} GB")
     if options.strict and result.diagnostics().failed:
         raise typer.Exit(3)
+
+
+def terms_of(options: ProgramOptions) -> tuple[Term, ...]:
+    """The random effects of the options."""
+    terms = parse_terms(options.random)
+    return terms + tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
 
 
 def _save(result: Fit, scores: pd.DataFrame | None, options: FitOptions) -> None:
@@ -152,14 +162,37 @@ def _by_nuts(result: Fit) -> Fit:
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
     """The table's rows, split as the options say; a streamed table cannot be split."""
+    table = opened(options, terms)
+    rows = table_rows(options, terms, table, byte_size(options.memory), options.run)
+    if isinstance(rows, ClusteredData):
+        family.check(rows)
+        return _split(options, rows, terms)
+    if options.hold_out_clusters is not None or options.validate_rows is not None:
+        raise ValueError(
+            f"rows cannot be held out of {options.data}, which is streamed: it would take about "
+            f"{bytes_needed(table) / 1e9:.1f} GB of memory. Keep them in a file of their own, or "
+            "raise --memory"
+        )
+    return SplitRows(rows)
+
+
+def opened(options: ProgramOptions, terms: Sequence[Term]) -> TableBlocks:
+    """The table, with the labels of clusters as they are written."""
     factors = [term.factor for term in terms] + ([options.adversary] if options.adversary else [])
-    labels = {part for name in factors for part in (name, *name.split(":"))}
-    table = TableBlocks.open(options.data, labels)
+    return TableBlocks.open(
+        options.data, {part for name in factors for part in (name, *name.split(":"))}
+    )
+
+
+def table_rows(
+    options: ProgramOptions, terms: Sequence[Term], table: TableBlocks, memory: int, folder: Path
+) -> ClusteredData | StreamedData:
+    """The table's rows in the roles that the options give its columns; see `training_rows`."""
     features = _features(options.features, table.columns)
-    rows = training_rows(
+    return training_rows(
         table,
-        byte_size(options.memory),
-        options.run,
+        memory,
+        folder,
         outcome=options.outcome,
         clusters=_cluster_columns(terms, options.adversary, features, table.columns),
         features=features,
@@ -173,16 +206,6 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         se=options.se,
         missing="drop" if options.missing is Missing.drop else "error",
     )
-    if isinstance(rows, ClusteredData):
-        family.check(rows)
-        return _split(options, rows, terms)
-    if options.hold_out_clusters is not None or options.validate_rows is not None:
-        raise ValueError(
-            f"rows cannot be held out of {options.data}, which is streamed: it would take about "
-            f"{bytes_needed(table) / 1e9:.1f} GB of memory. Keep them in a file of their own, or "
-            "raise --memory"
-        )
-    return SplitRows(rows)
 
 
 def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> SplitRows:
@@ -197,13 +220,18 @@ def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> S
     return SplitRows(rows, validation, held_out)
 
 
-def _program(
-    options: FitOptions, terms: Sequence[Term], family: Family, rows: ClusteredData | StreamedData
+def program(
+    options: ProgramOptions,
+    terms: Sequence[Term],
+    family: Family,
+    rows: ClusteredData | StreamedData,
+    seed: int,
 ) -> MixedEffects:
+    """The program of the options for these rows; the seed is that of the network's weights."""
     arguments, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
     if options.net == "linear" and isinstance(rows, ClusteredData) and not rows.intercept:
         arguments["bias"] = False
-    net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **arguments)
+    net = network(options.net, rows.n_features, n_outputs, seed=seed, **arguments)
     head = options.net == "linear" if options.bayesian_head is None else options.bayesian_head
     choices: dict[Between, BetweenChoice] = {Between.yes: True, Between.no: False}
     between = None if options.between is None else choices.get(options.between, "auto")
@@ -218,7 +246,7 @@ def _program(
     )
 
 
-def _adversaries(options: FitOptions, net: nn.Module) -> list[Adversary]:
+def _adversaries(options: ProgramOptions, net: nn.Module) -> list[Adversary]:
     """The adversary of the options, if there is one."""
     if options.adversary is None:
         return []
