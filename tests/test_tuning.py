@@ -3,12 +3,12 @@
 import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import Result
 from torch import nn
 from typer.testing import CliRunner
 
@@ -328,7 +328,7 @@ def test_settings_whose_fit_diverges_are_not_chosen(monkeypatch: pytest.MonkeyPa
 # --- the command line
 
 
-def command(path: Path, *more: object) -> Result:
+def command(path: Path, *more: object) -> Any:
     arguments = ["tune", path, "--outcome", "y", "--random", "(1 | site)", "--folds", 2]
     arguments += ["--steps", 20, "--workers", 1, *more]
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
