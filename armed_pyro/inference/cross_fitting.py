@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from armed_pyro.engine.checkpoint import Checkpoint, module_tensors, restore_module
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
+from armed_pyro.inference.evidence import Evidence
 from armed_pyro.inference.held_out import HeldOut
 from armed_pyro.inference.phases import NetworkPhase, TrainingTask
 from armed_pyro.inference.snapshots import Snapshots
@@ -207,6 +208,8 @@ class CrossFitting:
         facts = model.data_facts()
         model.facts = replace(facts, n_rows=len(rows), counts=rows.counts)
         stages = 1 if self.pooled else min(STAGES, task.schedule.stages)
+        of_held = self.make_guide(model, held).to(model.reference().device)
+        evidence = Evidence.of(model, of_held, held) if comparable(model) else None
         return replace(
             task,
             model=model,
@@ -217,6 +220,7 @@ class CrossFitting:
             validation=held,
             network_only=True,
             keeps_snapshots=self.pooled,
+            evidence=evidence,
         )
 
     def _network(self, tensors: Mapping[str, Tensor]) -> nn.Module:

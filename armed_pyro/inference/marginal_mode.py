@@ -24,7 +24,7 @@ from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]
+__all__ = ["LARGEST_STEP", "climb_to_mode", "particles_needed", "start_at_mode"]
 
 # Log-likelihoods (rows times draws times particles) in one evaluation.
 LARGEST_STEP = 2**21
@@ -100,6 +100,29 @@ def start_at_mode(
             guide.refresh(model, source)
     except (torch.linalg.LinAlgError, ArithmeticError):  # type: ignore[attr-defined]
         hyper.set_normal(before, frame)
+
+
+def climb_to_mode(
+    model: MixedEffects, guide: Guide, source: RowSource, closed: ClosedForm | None = None
+) -> float:
+    r"""Move q(theta) to the mode near its centre: :math:`\max_\theta \log p(\theta, y)`.
+
+    Random effects are integrated out as by `start_at_mode`, which has to come first, as it sets
+    the units of the search. The conditional of the random effects is refreshed once.
+    """
+    hyper, before = guide.hyperparameters, _center(guide)
+    frame = hyper.frame.detach().clone()
+    hyper.set_normal(before, frame)
+    if closed is None:
+        guide.refresh(model, source)
+    posterior = _Posterior(model, guide, source, None, closed)
+    try:
+        if hyper.size:
+            hyper.set_normal(posterior.climb(), frame)
+    except ArithmeticError:
+        hyper.set_normal(before, frame)
+    with torch.no_grad():
+        return float(sum(posterior.parts(posterior.point())))
 
 
 def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> int:
