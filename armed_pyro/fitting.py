@@ -108,11 +108,12 @@ def fit(
         converged.
 
         With "auto", the rows are divided into `Schedule.folds` parts, by whole clusters of the
-        largest factor if it has at least five, else by rows. A network is trained for each part,
-        on the other parts, and the posterior is settled on outputs for rows that their network has
-        not seen (cross-fitting; Chernozhukov et al. 2018, Econometrics Journal 21(1)). Variance
-        components are therefore those of new rows. Rows of seen clusters keep the network of
-        their part in predictions, and rows of new clusters get the mean of all networks.
+        largest factor if it has at least five, else by rows (`Schedule.fold_by`). A network is
+        trained for each part, on the other parts, and stopped by the evidence of the part given
+        its outputs. The posterior is settled on outputs for rows that their network has not seen
+        (cross-fitting; Chernozhukov et al. 2018, Econometrics Journal 21(1)). Variance components
+        are therefore those of new rows. Rows of seen clusters keep the network of their part in
+        predictions, and rows of new clusters get the mean of all networks.
         If terms, a latent last layer or further outcomes act on hidden layers, a single network
         is trained, and a fifth of the rows stops it. Nothing is held out of streamed rows, of rows
         that several processes share, or with ``Schedule(stages=0)``.

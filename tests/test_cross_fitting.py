@@ -1,6 +1,7 @@
 """Networks that held-out rows stop, their outputs for rows not seen, and the check of these."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,19 @@ def test_rows_are_held_out_if_clusters_are_few_or_there_are_none():
         parts = held_out(data, random)
         assert parts.factor is None
         assert np.ptp(torch.bincount(parts.fold).numpy()) <= 1
+
+
+def test_rows_are_held_out_if_the_schedule_says_so():
+    result = run(schedule=replace(SHORT, fold_by="rows"))
+    folds = result.model.fold_networks
+    assert folds.factor is None
+    assert np.ptp(torch.bincount(result.data.fold).numpy()) <= 1
+    # New rows get the mean of all networks, in seen clusters too.
+    rows = result.model.encode(make_data(seed=1)).all()
+    expected = torch.stack([network(rows.x) for network in folds.networks]).mean(0)
+    torch.testing.assert_close(folds.run(rows, rows.x), expected)
+    with pytest.raises(ValueError, match="`fold_by` must be"):
+        Schedule(fold_by="sites")
 
 
 def test_the_outer_of_nested_factors_is_divided_and_the_larger_of_crossed_ones():

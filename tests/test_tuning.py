@@ -16,6 +16,7 @@ from armed_pyro import (
     Adversary,
     ClusteredData,
     DivergenceError,
+    Fit,
     MixedEffects,
     Priors,
     Schedule,
@@ -323,6 +324,27 @@ def test_settings_whose_fit_diverges_are_not_chosen(monkeypatch: pytest.MonkeyPa
     assert "2 fits diverged" in str(tuning)
     with pytest.raises(RuntimeError, match="the loss is not finite"):
         tune(linear_model(data), data, over={"fixed_weight": [4, 5]}, **settings)  # type: ignore[arg-type]
+
+
+def test_one_network_is_stopped_in_each_fold_by_what_is_held_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, _ = mixed_model("gaussian", 8, 6, seed=0)
+    schedules = []
+
+    def fitted(model: MixedEffects, train: ClusteredData, **options: Any) -> Fit:
+        schedules.append(options["schedule"])
+        return fit(model, train, **{**options, "schedule": Schedule(steps=5, stages=0)})
+
+    monkeypatch.setattr(folds, "fit", fitted)
+    model = MixedEffects(dense(data.n_features, hidden=(4,)), "(1 | site)")
+    settings = {"over": {"fixed_weight": [0, 1]}, "folds": 2, "workers": 1, "progress": False}
+    for by in ("clusters", "rows"):
+        tune(model, data, by, **settings)  # type: ignore[arg-type]
+        assert {(made.folds, made.fold_by) for made in schedules} == {(1, by)}
+        schedules.clear()
+    tune(model, data, schedule=Schedule(steps=5, folds=3), **settings)  # type: ignore[arg-type]
+    assert {made.folds for made in schedules} == {3}
 
 
 # --- the command line

@@ -104,7 +104,8 @@ def _fit_and_save(options: FitOptions) -> None:
     steps = Schedule.steps if options.steps is None else options.steps
     training = {"folds": options.folds, "weight_decay": options.weight_decay}
     changed: Any = {name: value for name, value in training.items() if value is not None}
-    schedule = Schedule(steps=steps, batch_size=options.batch_size, **changed)
+    changed |= {"batch_size": options.batch_size, "fold_by": options.fold_by.value}
+    schedule = Schedule(steps=steps, **changed)
     terms = terms_of(options)
     family = family_named(options.family)
     split = _rows(options, terms, family)

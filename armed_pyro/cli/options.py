@@ -213,6 +213,12 @@ class FitOptions(ProgramOptions):
         "Networks of the cross-fitting, or 1 for a single network and a fifth of the rows held "
         "out: --folds 10 [default: 5]",
     )
+    fold_by: HeldOutBy = option(
+        HeldOutBy.clusters,
+        "What the parts of the cross-fitting are made of: whole clusters, where there are at least "
+        "five, for predictions of new clusters, or rows, for new rows of the same clusters: "
+        "--fold-by rows",
+    )
     weight_decay: float | None = option(
         None,
         "Fraction of the learning rate by which a network's weights shrink per step: "

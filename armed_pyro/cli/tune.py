@@ -22,8 +22,9 @@ from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.registry import family_named
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.terms import Term
+from armed_pyro.tuning.folds import By
 from armed_pyro.tuning.settings import Settings
-from armed_pyro.tuning.tune import SINGLE, tune
+from armed_pyro.tuning.tune import single, tune
 
 __all__ = ["tune_table"]
 
@@ -66,19 +67,20 @@ def tune_table(options: TuneOptions) -> None:
         family.check(rows)
         return program(made, terms_of(made), family, rows, options.seed)
 
+    by = cast("By", options.by.value)
     steps = Schedule.steps if options.steps is None else options.steps
     try:
         tuning = tune(
             make,
             rows,
-            options.by.value,  # type: ignore[arg-type]
+            by,
             grid,
             factor=options.factor or terms_of(options)[0].factor,
             folds=options.folds,
             unseen=options.unseen,
             support=options.support,
             criterion=cast(Any, options.criterion.value),
-            schedule=replace(SINGLE, steps=steps),
+            schedule=replace(single(by), steps=steps),
             workers=options.workers,
             seed=options.seed,
             progress=err.is_terminal,

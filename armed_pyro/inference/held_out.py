@@ -55,13 +55,16 @@ class HeldOut:
     of_cluster: Int[Tensor, " clusters"]
 
     @classmethod
-    def of(cls, model: MixedEffects, source: HeldRows, *, folds: int, seed: int) -> HeldOut:
+    def of(
+        cls, model: MixedEffects, source: HeldRows, *, folds: int, seed: int, by_rows: bool = False
+    ) -> HeldOut:
         """Divide the rows at random: by whole clusters if a factor has enough, else by rows.
 
-        With ``folds=1`` there are five parts, of which one is held out.
+        With `by_rows`, they are divided by rows whatever the clusters. With ``folds=1`` there are
+        five parts, of which one is held out.
         """
         rng = np.random.default_rng([seed, 18])
-        factor = _dividing_factor(model, source)
+        factor = None if by_rows else _dividing_factor(model, source)
         parts = SINGLE if folds == 1 else folds
         if factor is None:
             order = rng.permutation(len(source))

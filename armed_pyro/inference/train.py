@@ -180,7 +180,8 @@ def _held_out(
         )
         return None
     folds = schedule.folds if comparable(bound) else 1
-    return HeldOut.of(bound, rows, folds=folds, seed=seed)
+    by_rows = schedule.fold_by == "rows"
+    return HeldOut.of(bound, rows, folds=folds, seed=seed, by_rows=by_rows)
 
 
 def _trained(
