@@ -30,6 +30,7 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.train import GuideFactory, train
 from armed_pyro.inference.training_run import TrainingDiverged, TrainingInterrupted
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.mundlak import with_between
 from armed_pyro.rows.source import RowSource
@@ -272,7 +273,7 @@ def _bound(
         yield model.bind(data).to(target), data, None
         return
     with data.encoded(model.factor_names(), seed, progress=progress) as table:
-        bound = model.bind(Facts.of_encoded(table, model.family))
+        bound = model.bind(with_linear_effects(model, Facts.of_encoded(table, model.family)))
         sample = table.sample(bound.largest_factor())
         facts = with_between(bound, sample, table.cluster_sums)
         bound = (bound if facts.between is None else model.bind(facts)).to(target)

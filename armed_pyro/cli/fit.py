@@ -244,6 +244,7 @@ def program(
         bayesian_head=head,
         fixed_weight=options.fixed_weight,
         between=between,
+        linear_effects=options.linear_effects,
     )
 
 

@@ -156,6 +156,13 @@ class ProgramOptions:
         "that slopes within and between clusters may differ; auto where they do: --between yes "
         "[default: auto for networks, no for --net linear]",
     )
+    linear_effects: bool | None = option(
+        None,
+        "Whether linear effects of the features are latent beside a network, which then learns "
+        "what is not linear [default: for up to 100 features, without adversary and terms on "
+        "layers]",
+        "--linear-effects/--no-linear-effects",
+    )
     adversary: str | None = option(
         None, "Factor to keep out of the hidden layers: --adversary site", metavar="FACTOR"
     )

@@ -29,6 +29,7 @@ from armed_pyro.tuning.tune import single, tune
 __all__ = ["tune_table"]
 
 SWITCH = {"yes": True, "no": False}
+SWITCHES = ("bayesian_head", "linear_effects")
 # Options that change the program and not the rows, and how each reads its text.
 READERS: Mapping[str, Callable[[str], Any]] = {
     "random": lambda text: [text],
@@ -38,6 +39,7 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "slopes_on": lambda text: [text],
     "bayesian_head": lambda text: SWITCH[text],
     "between": Between,
+    "linear_effects": lambda text: SWITCH[text],
     "adversary_weight": str,
     "adversary_taps": str,
     "adversary_hidden": str,
@@ -131,7 +133,7 @@ def as_options(settings: Settings) -> str:
     words = []
     for name, text in settings.items():
         option = name.replace("_", "-")
-        if name == "bayesian_head":
+        if name in SWITCHES:
             words.append(f"--{'' if SWITCH[text] else 'no-'}{option}")
         else:
             words += [f"--{option}", text]
@@ -143,7 +145,7 @@ def _read(name: str, text: str) -> Any:
     try:
         return READERS[name](text)
     except (KeyError, ValueError) as error:
-        expected = {"between": "auto, yes or no", "bayesian_head": "yes or no"}
+        expected = {"between": "auto, yes or no", **dict.fromkeys(SWITCHES, "yes or no")}
         raise ValueError(
             f"--over: {name.replace('_', '-')} must be {expected.get(name, 'a number')}, found "
             f"{text!r}"
