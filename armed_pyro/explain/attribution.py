@@ -49,7 +49,8 @@ class Attribution:
         feature.
 
         - importance: \|slope\|, or the mean over rows of \|attribution\|. Without chain and draw
-          unless the network's last layer is latent: other weights are point estimates.
+          unless the network's last layer, or linear effects beside it, are latent: other weights
+          are point estimates.
         - slope: the signed gradient; only for the method "gradient".
         - ``<factor>_slope`` (..., cluster, feature): deviation of each cluster's slope.
         - ``<factor>_sd``: sd of these deviations over clusters; see
@@ -357,7 +358,7 @@ def _labelled(
         cluster = (variable_name(factor),) if by_cluster else ()
         coords |= {dim: label_values(facts.levels[factor]) for dim in cluster}
         array = _columns_last(model, values, 1 + len(cluster))
-        if name in fixed and not model.bayesian_head:
+        if name in fixed and not (model.bayesian_head or facts.linear_names):
             variables[name] = (inner, array[0])
         else:  # an sd that is known in advance has a single draw
             shape = (1, draws, *array.shape[1:])

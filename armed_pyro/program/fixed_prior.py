@@ -39,10 +39,14 @@ MOST_COLUMNS = 1000
 
 def describe(model: Plan) -> str:
     """The prior as text."""
-    facts = model.data_facts()
-    text = f"Normal(0, {model.priors.fixed_sd:.4g}) ("
-    text += "sd of the outcome" if facts.spread != 1 else "link scale"
-    text += ", per sd of the feature"
+    facts, sd = model.data_facts(), model.priors.fixed_sd
+    unit = "sd of the outcome" if facts.spread != 1 else "link scale"
+    if facts.linear_names:
+        p = len(facts.linear_names)
+        text = f"Normal(0, {sd / p**0.5:.4g}) ({unit}, per sd of a feature, beside the network)"
+        others = len(model.fixed_terms()) > p * len(facts.columns)
+        return f"{text}; of other effects Normal(0, {sd:.4g})" if others else text
+    text = f"Normal(0, {sd:.4g}) ({unit}, per sd of the feature"
     if model.fixed_root is None:
         return f"{text}; Intercept at the features' means)" if facts.feature_mean else f"{text})"
     return f"{text}, or between levels; Intercept at the features' means)"
