@@ -210,12 +210,13 @@ class CrossFitting:
         stages = 1 if self.pooled else min(STAGES, task.schedule.stages)
         of_held = self.make_guide(model, held).to(model.reference().device)
         evidence = Evidence.of(model, of_held, held) if comparable(model) else None
+        share = Share.of(task.share.processes, rows, model.network)
         return replace(
             task,
             model=model,
-            guide=self.make_guide(model, rows).to(model.reference().device),
+            guide=self.make_guide(model, share.rows).to(model.reference().device),
             source=rows,
-            share=Share(task.share.processes, rows),
+            share=share,
             schedule=replace(task.schedule, stages=stages),
             validation=held,
             network_only=True,

@@ -284,7 +284,7 @@ class NetworkPhase(Phase):
     def held_out_loss(self) -> float | None:
         with self._scored_weights():
             if self.task.evidence is not None:
-                return self.task.evidence.loss(self.task.seed)
+                return self.share.agreed(self.task.evidence.loss(self.task.seed))
             return super().held_out_loss()
 
     def _scored_weights(self) -> AbstractContextManager[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -102,7 +101,7 @@ def train(
     if isinstance(validation, ClusteredData):
         stopping = bound.encode(validation, bound.data_facts().levels_with(validation))
     elif validation == "auto":
-        held_out = _held_out(bound, rows, schedule, processes, seed)
+        held_out = _held_out(bound, rows, schedule, seed)
     if held_out is not None and held_out.factor is None and isinstance(rows, HeldRows):
         rows = replace(rows, fold=held_out.fold.to(rows.x.device))
         data = replace(data, fold=held_out.fold)
@@ -161,7 +160,7 @@ def _score_held_out(
 
 
 def _held_out(
-    bound: MixedEffects, rows: RowSource, schedule: Schedule, processes: Processes, seed: int
+    bound: MixedEffects, rows: RowSource, schedule: Schedule, seed: int
 ) -> HeldOut | None:
     """The rows to hold out by default: none unless a network can overfit rows in memory.
 
@@ -170,14 +169,6 @@ def _held_out(
     if not (can_overfit(bound) and schedule.stages and isinstance(rows, HeldRows)):
         return None
     if len(rows) < FEWEST_ROWS:
-        return None
-    if processes.several:
-        warnings.warn(
-            "several processes train one network, and no rows are held out by default: pass "
-            "validation=rows, by which its training is stopped",
-            UserWarning,
-            stacklevel=4,
-        )
         return None
     folds = schedule.folds if comparable(bound) else 1
     by_rows = schedule.fold_by == "rows"
