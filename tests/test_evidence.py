@@ -33,7 +33,8 @@ def scored(data, slope, family="gaussian", priors=None):
     net = nn.Sequential(nn.Linear(1, 1), nn.Identity()).double()
     nn.init.constant_(net[0].weight, 0.0)
     nn.init.constant_(net[0].bias, 0.0)
-    plan = MixedEffects(net, "(1 | g)", family, priors=priors, between=False)
+    options = {"between": False, "linear_effects": False}
+    plan = MixedEffects(net, "(1 | g)", family, priors=priors, **options)
     model = plan.bind(data)
     facts = model.data_facts()
     scale = facts.feature_scale[0] / facts.spread

@@ -69,7 +69,8 @@ class Evidence:
             rows = model.compute(self.rows)
             closed = exact_likelihood(model, self.guide, rows)
             if not self.started:
-                start_at_mode(model, self.guide, rows, closed)
+                # One round gives the units; each call then climbs further.
+                start_at_mode(model, self.guide, rows, closed, rounds=1)
                 self.started = True
             total = climb_to_mode(model, self.guide, rows, closed)
         model.train(training)

@@ -42,7 +42,11 @@ SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
 
 
 def start_at_mode(
-    model: MixedEffects, guide: Guide, source: RowSource, closed: ClosedForm | None = None
+    model: MixedEffects,
+    guide: Guide,
+    source: RowSource,
+    closed: ClosedForm | None = None,
+    rounds: int = ROUNDS,
 ) -> None:
     r"""Set q(theta) to the normal distribution at the mode of the marginal posterior.
 
@@ -52,9 +56,9 @@ def start_at_mode(
 
     with the random effects integrated out: in closed form, if `closed` gives log p(y | theta), or
     by the guide's conditional, with a few particles on fixed noise unless it is exact. The
-    conditional is refreshed between rounds of LBFGS. The guide stays unchanged if it has random
-    effects but no nested factor, or if effects inside the network make the network run on many
-    rows.
+    conditional is refreshed between `rounds` of LBFGS, at most. The guide stays unchanged if it has
+    random effects but no nested factor, or if effects inside the network make the network run on
+    many rows.
 
     With `closed`, no row is read. Otherwise, rows that do not fit into one evaluation are read in
     pieces. With a single factor and very many rows the search uses a sample of whole clusters. A
@@ -76,7 +80,7 @@ def start_at_mode(
         _start_effects(model, guide, searched)
         exact = closed is not None or guide.exact(model)
         known = before
-        for round_ in range(ROUNDS):
+        for round_ in range(rounds):
             if not exact:
                 guide.refresh(model, searched)
             before = _center(guide)
