@@ -116,8 +116,8 @@ def fit(
         are therefore those of new rows. Rows of seen clusters keep the network of their part in
         predictions, and rows of new clusters get the mean of all networks.
         If terms, a latent last layer or further outcomes act on hidden layers, a single network
-        is trained, and a fifth of the rows stops it. Nothing is held out of streamed rows, or with
-        ``Schedule(stages=0)``.
+        is trained, and a fifth of the rows stops it; of streamed rows, at most 20,000 rows.
+        Nothing is held out with ``Schedule(stages=0)``.
 
         With None, all rows train the network until its training loss has stopped falling. A
         network that can memorise its rows then fails the verdict on the model.

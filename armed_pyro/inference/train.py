@@ -31,7 +31,7 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.guides.closed_form import ClosedForm
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
-from armed_pyro.inference.held_out import HeldOut
+from armed_pyro.inference.held_out import HeldOut, StreamedPart
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
 from armed_pyro.inference.out_of_sample import out_of_sample
 from armed_pyro.inference.phases import TrainingTask
@@ -42,6 +42,7 @@ from armed_pyro.inference.training_run import Run, TrainingInterrupted
 from armed_pyro.program.model import MixedEffects, can_overfit, trains_network
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
+from armed_pyro.streaming.on_disk import StreamedRows
 
 __all__ = ["GuideFactory", "progress_bar", "threads", "train"]
 
@@ -102,7 +103,8 @@ def train(
         stopping = bound.encode(validation, bound.data_facts().levels_with(validation))
     elif validation == "auto":
         held_out = _held_out(bound, rows, schedule, seed)
-    if held_out is not None and held_out.factor is None and isinstance(rows, HeldRows):
+    by_rows = isinstance(held_out, HeldOut) and held_out.factor is None
+    if by_rows and isinstance(held_out, HeldOut) and isinstance(rows, HeldRows):
         rows = replace(rows, fold=held_out.fold.to(rows.x.device))
         data = replace(data, fold=held_out.fold)
     path = None if checkpoint is None else Path(checkpoint)
@@ -125,7 +127,8 @@ def train(
             run = _trained(task, guide, held_out, path, report, saved)
         processes.same(bound, bound_guide)
     posterior, frozen_rows, closed = run.result(), run.phase.frozen_rows, run.phase.closed
-    record_probes(posterior, validation if isinstance(validation, ClusteredData) else held_out)
+    kept = None if isinstance(held_out, StreamedPart) else held_out
+    record_probes(posterior, validation if isinstance(validation, ClusteredData) else kept)
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
@@ -137,7 +140,7 @@ def train(
 
 def _score_held_out(
     posterior: Posterior,
-    held_out: HeldOut | None,
+    held_out: HeldOut | StreamedPart | None,
     frozen_rows: RowSource | None,
     stopping: HeldRows | None,
 ) -> None:
@@ -147,6 +150,9 @@ def _score_held_out(
     try:
         if stopping is not None:
             scored = out_of_sample(posterior, stopping, settled_on=False)
+        elif isinstance(held_out, StreamedPart):
+            rows = posterior.model.compute(held_out.held)
+            scored = out_of_sample(posterior, rows, settled_on=True)
         elif held_out is not None and isinstance(frozen_rows, HeldRows):
             rows = frozen_rows
             if held_out.folds == 1:
@@ -161,14 +167,16 @@ def _score_held_out(
 
 def _held_out(
     bound: MixedEffects, rows: RowSource, schedule: Schedule, seed: int
-) -> HeldOut | None:
-    """The rows to hold out by default: none unless a network can overfit rows in memory.
+) -> HeldOut | StreamedPart | None:
+    """The rows to hold out by default: none unless a network can overfit.
 
     Without cuts of the rates (`stages`), there is no rule that held-out rows could stop.
     """
-    if not (can_overfit(bound) and schedule.stages and isinstance(rows, HeldRows)):
+    if not (can_overfit(bound) and schedule.stages) or len(rows) < FEWEST_ROWS:
         return None
-    if len(rows) < FEWEST_ROWS:
+    if isinstance(rows, StreamedRows):
+        return StreamedPart.of(bound, rows)
+    if not isinstance(rows, HeldRows):
         return None
     folds = schedule.folds if comparable(bound) else 1
     by_rows = schedule.fold_by == "rows"
@@ -178,7 +186,7 @@ def _held_out(
 def _trained(
     task: TrainingTask,
     guide: GuideFactory,
-    held_out: HeldOut | None,
+    held_out: HeldOut | StreamedPart | None,
     path: Path | None,
     report: Callable[[int, str], None],
     saved: Checkpoint | None,
