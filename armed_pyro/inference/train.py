@@ -103,8 +103,7 @@ def train(
         stopping = bound.encode(validation, bound.data_facts().levels_with(validation))
     elif validation == "auto":
         held_out = _held_out(bound, rows, schedule, seed)
-    by_rows = isinstance(held_out, HeldOut) and held_out.factor is None
-    if by_rows and isinstance(held_out, HeldOut) and isinstance(rows, HeldRows):
+    if isinstance(held_out, HeldOut) and held_out.factor is None and isinstance(rows, HeldRows):
         rows = replace(rows, fold=held_out.fold.to(rows.x.device))
         data = replace(data, fold=held_out.fold)
     path = None if checkpoint is None else Path(checkpoint)
@@ -127,8 +126,7 @@ def train(
             run = _trained(task, guide, held_out, path, report, saved)
         processes.same(bound, bound_guide)
     posterior, frozen_rows, closed = run.result(), run.phase.frozen_rows, run.phase.closed
-    kept = None if isinstance(held_out, StreamedPart) else held_out
-    record_probes(posterior, validation if isinstance(validation, ClusteredData) else kept)
+    record_probes(posterior, validation if isinstance(validation, ClusteredData) else held_out)
     # The run holds copies of the state, and the draws need their memory.
     del run
     release()
