@@ -317,10 +317,17 @@ def run(options: argparse.Namespace, names: Sequence[str]) -> None:
         first = part[0]
         state = first.get("error") or f"{first['seconds']:.0f} s"
         console.print(f"{first['table']}, split {first['split']}, {first['model']}: {state}")
-    report(pd.DataFrame(records), [model.name for model in ours], options.out, console)
+    floors = {name: table.floor for name, table in tables.items() if table is not None}
+    report(pd.DataFrame(records), [model.name for model in ours], floors, options.out, console)
 
 
-def report(records: pd.DataFrame, ours: Sequence[str], out: Path, console: Console) -> None:
+def report(
+    records: pd.DataFrame,
+    ours: Sequence[str],
+    floors: Mapping[str, float | None],
+    out: Path,
+    console: Console,
+) -> None:
     """Print the tables and sentences, and write them."""
     table = summarise(records, ours)
     table.to_csv(out / "generalise.csv", index=False)
@@ -328,6 +335,11 @@ def report(records: pd.DataFrame, ours: Sequence[str], out: Path, console: Conso
     for kind in (NEW, SEEN):
         page += [f"Error on {kind}, with its standard error over clusters:", markdown(table, kind)]
     page += [f"- {sentence}." for sentence in verdicts(table, ours)]
+    page += [
+        f"- {name}, {NEW}: the truth itself has an error of {floor:.3g}."
+        for name, floor in floors.items()
+        if floor is not None
+    ]
     text = "\n\n".join(page[:4]) + "\n\n" + "\n".join(page[4:]) + "\n"
     (out / "generalise.md").write_text(text)
     console.print(text, soft_wrap=True)
