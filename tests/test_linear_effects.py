@@ -18,13 +18,13 @@ from armed_pyro.program.linear_effects import MOST_FEATURES
 SHORT = Schedule(steps=60, folds=2)
 
 
-def table(seed=0, clusters=12, rows=8, scale=(1.0, 20.0)):
+def table(seed=0, clusters=12, rows=8, scale=(1.0, 20.0), first=0):
     """Slopes of 1 and 0.1, and intercepts and residuals of sd 1 and 0.5."""
     rng = np.random.default_rng(seed)
     g = np.repeat(np.arange(clusters), rows)
     x = rng.normal(size=(len(g), 2)) * scale + 3
     y = x[:, 0] + 0.1 * x[:, 1] + rng.normal(size=clusters)[g] + 0.5 * rng.normal(size=len(g))
-    frame = pd.DataFrame({"y": y, "a": x[:, 0], "b": x[:, 1], "g": [f"g{k}" for k in g]})
+    frame = pd.DataFrame({"y": y, "a": x[:, 0], "b": x[:, 1], "g": [f"g{first + k}" for k in g]})
     return ClusteredData.from_frame(frame, outcome="y", clusters=["g"])
 
 
@@ -183,9 +183,9 @@ def test_the_summary_and_calibration_know_them(result, capsys):
 @pytest.mark.slow
 def test_a_linear_truth_is_learnt_as_by_a_linear_program():
     squares = {True: [], False: [], None: []}
-    for seed in range(6):
+    for seed in range(4):
         data = table(seed, clusters=15, rows=8, scale=(1.0, 1.0))
-        test = table(100, clusters=40, rows=20, scale=(1.0, 1.0))
+        test = table(100, clusters=40, rows=20, scale=(1.0, 1.0), first=100)
         truth = test.features @ torch.tensor([1.0, 0.1]).double()
         for choice in squares:
             torch.manual_seed(seed)
