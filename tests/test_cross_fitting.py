@@ -1,6 +1,7 @@
 """Networks that held-out rows stop, their outputs for rows not seen, and the check of these."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,19 @@ def test_rows_are_held_out_if_clusters_are_few_or_there_are_none():
         parts = held_out(data, random)
         assert parts.factor is None
         assert np.ptp(torch.bincount(parts.fold).numpy()) <= 1
+
+
+def test_rows_are_held_out_if_the_schedule_says_so():
+    result = run(schedule=replace(SHORT, fold_by="rows"))
+    folds = result.model.fold_networks
+    assert folds.factor is None
+    assert np.ptp(torch.bincount(result.data.fold).numpy()) <= 1
+    # New rows get the mean of all networks, in seen clusters too.
+    rows = result.model.encode(make_data(seed=1)).all()
+    expected = torch.stack([network(rows.x) for network in folds.networks]).mean(0)
+    torch.testing.assert_close(folds.run(rows, rows.x), expected)
+    with pytest.raises(ValueError, match="`fold_by` must be"):
+        Schedule(fold_by="sites")
 
 
 def test_the_outer_of_nested_factors_is_divided_and_the_larger_of_crossed_ones():
@@ -287,7 +301,8 @@ def test_scores_of_left_out_rows_are_those_of_the_closed_form():
     data = make_data(n_sites=30, per_site=6)
     priors = Priors(sd=Known(1.0), residual_sd=Known(1.0))
     torch.manual_seed(0)
-    result = run(make_model(priors=priors), data, validation=None, schedule=Schedule(steps=30))
+    model = make_model(priors=priors, linear_effects=False)
+    result = run(model, data, validation=None, schedule=Schedule(steps=30))
     rows = result.model.compute(result.model.encode(data))
     found = out_of_sample(result.posterior, rows, settled_on=True)
     with torch.no_grad():

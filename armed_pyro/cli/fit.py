@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import pandas as pd
 import typer
@@ -19,7 +19,7 @@ from armed_pyro._memory import most_held
 from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.interrupts import interruptible, resume_command
-from armed_pyro.cli.options import Between, FitOptions, Missing, Refine
+from armed_pyro.cli.options import Between, FitOptions, Missing, ProgramOptions, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
 from armed_pyro.data.cluster_columns import is_call
 from armed_pyro.data.clustered import ClusteredData
@@ -45,6 +45,7 @@ from armed_pyro.storage.run_lock import is_temporary, locked
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
+T = TypeVar("T", bound=ProgramOptions)
 # Bytes of memory of the process without a table, and of one value of the table in all its copies.
 BASE, BYTES_HELD = 500_000_000, 64
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -66,7 +67,7 @@ def fit_table(options: FitOptions) -> None:
     SIGTERM; a message says which state was saved. With `strict` it exits with 3, after saving, if
     either verdict is "fail".
     """
-    options = _with_formula(options)
+    options = with_formula(options)
     _check_options(options)
     with ExitStack() as run:
         run.enter_context(interruptible(options.run / CHECKPOINT))
@@ -76,7 +77,7 @@ def fit_table(options: FitOptions) -> None:
         _fit_and_save(options)
 
 
-def _with_formula(options: FitOptions) -> FitOptions:
+def with_formula(options: T) -> T:
     """The options with the parts of the formula in their places."""
     if options.formula is None:
         for value, name in ((options.outcome, "outcome Y"), (options.random, "random TERM")):
@@ -110,6 +111,11 @@ def _check_options(options: FitOptions) -> None:
     ]:
         if share is not None:
             check_probability(share, name)
+    check_adversary(options)
+
+
+def check_adversary(options: ProgramOptions) -> None:
+    """Raise ValueError for options of an adversary that is not there, or a weight of no number."""
     if options.adversary is None:
         for name in ("weight", "taps", "hidden", "warmup"):
             if getattr(options, f"adversary_{name}") is not None:
@@ -127,12 +133,12 @@ def _fit_and_save(options: FitOptions) -> None:
     steps = Schedule.steps if options.steps is None else options.steps
     training = {"folds": options.folds, "weight_decay": options.weight_decay}
     changed: Any = {name: value for name, value in training.items() if value is not None}
-    schedule = Schedule(steps=steps, batch_size=options.batch_size, **changed)
-    terms = parse_terms(options.random or ())
-    terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
+    changed |= {"batch_size": options.batch_size, "fold_by": options.fold_by.value}
+    schedule = Schedule(steps=steps, **changed)
+    terms = terms_of(options)
     family = family_named(options.family)
     split = _rows(options, terms, family)
-    model = _program(options, terms, family, split.training)
+    model = program(options, terms, family, split.training, options.seed)
     result = _train(options, model, split, schedule)
     leave()
     if not first_process():
@@ -149,6 +155,12 @@ def _fit_and_save(options: FitOptions) -> None:
         out.print(f"Most memory held: {most_held() / 1e9:.2f} GB")
     if options.strict and result.diagnostics().failed:
         raise typer.Exit(3)
+
+
+def terms_of(options: ProgramOptions) -> tuple[Term, ...]:
+    """The random effects of the options."""
+    terms = parse_terms(options.random or ())
+    return terms + tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
 
 
 def _save(result: Fit, scores: pd.DataFrame | None, options: FitOptions) -> None:
@@ -182,16 +194,39 @@ def _by_nuts(result: Fit) -> Fit:
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
     """The table's rows, split as the options say; a streamed table cannot be split."""
+    table = opened(options, terms)
+    rows = table_rows(options, terms, table, byte_size(options.memory), options.run)
+    if isinstance(rows, ClusteredData):
+        family.check(rows)
+        return _split(options, rows, terms)
+    if options.hold_out_clusters is not None or options.validate_rows is not None:
+        raise ValueError(
+            f"rows cannot be held out of {options.data}, which is streamed: it would take about "
+            f"{bytes_needed(table) / 1e9:.1f} GB of memory. Keep them in a file of their own, or "
+            "raise --memory"
+        )
+    return SplitRows(rows)
+
+
+def opened(options: ProgramOptions, terms: Sequence[Term]) -> TableBlocks:
+    """The table, with the labels of clusters as they are written."""
     factors = [term.factor for term in terms] + ([options.adversary] if options.adversary else [])
-    labels = {part for name in factors for part in (name, *name.split(":"))}
-    table = TableBlocks.open(options.data, labels)
+    return TableBlocks.open(
+        options.data, {part for name in factors for part in (name, *name.split(":"))}
+    )
+
+
+def table_rows(
+    options: ProgramOptions, terms: Sequence[Term], table: TableBlocks, memory: int, folder: Path
+) -> ClusteredData | StreamedData:
+    """The table's rows in the roles that the options give its columns; see `training_rows`."""
     features: list[str] | str | None = options.features
     if options.formula is None:
         features = _features(options.features, table.columns)
-    rows = training_rows(
+    return training_rows(
         table,
-        byte_size(options.memory),
-        options.run,
+        memory,
+        folder,
         outcome=str(options.outcome),
         clusters=_cluster_columns(terms, options.adversary, features, table.columns),
         features=features,
@@ -205,16 +240,6 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
         se=options.se,
         missing="drop" if options.missing is Missing.drop else "error",
     )
-    if isinstance(rows, ClusteredData):
-        family.check(rows)
-        return _split(options, rows, terms)
-    if options.hold_out_clusters is not None or options.validate_rows is not None:
-        raise ValueError(
-            f"rows cannot be held out of {options.data}, which is streamed: it would take about "
-            f"{bytes_needed(table) / 1e9:.1f} GB of memory. Keep them in a file of their own, or "
-            "raise --memory"
-        )
-    return SplitRows(rows)
 
 
 def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> SplitRows:
@@ -229,13 +254,18 @@ def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> S
     return SplitRows(rows, validation, held_out)
 
 
-def _program(
-    options: FitOptions, terms: Sequence[Term], family: Family, rows: ClusteredData | StreamedData
+def program(
+    options: ProgramOptions,
+    terms: Sequence[Term],
+    family: Family,
+    rows: ClusteredData | StreamedData,
+    seed: int,
 ) -> MixedEffects:
+    """The program of the options for these rows; the seed is that of the network's weights."""
     arguments, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
     if options.net == "linear" and isinstance(rows, ClusteredData) and not rows.intercept:
         arguments["bias"] = False
-    net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **arguments)
+    net = network(options.net, rows.n_features, n_outputs, seed=seed, **arguments)
     head = options.net == "linear" if options.bayesian_head is None else options.bayesian_head
     choices: dict[Between, BetweenChoice] = {Between.yes: True, Between.no: False}
     between = None if options.between is None else choices.get(options.between, "auto")
@@ -247,10 +277,11 @@ def _program(
         bayesian_head=head,
         fixed_weight=options.fixed_weight,
         between=between,
+        linear_effects=options.linear_effects,
     )
 
 
-def _adversaries(options: FitOptions, net: nn.Module) -> list[Adversary]:
+def _adversaries(options: ProgramOptions, net: nn.Module) -> list[Adversary]:
     """The adversary of the options, if there is one."""
     if options.adversary is None:
         return []

@@ -143,8 +143,9 @@ class Run:
         history.compiled.append(phase.steps.compiled)
         history.seconds.append(phase.steps.seconds)
         phase.share.average_buffers(task.model.network)
-        if task.validation is not None:
-            history.validation.append(task.validation_loss(task.validation, phase.share))
+        held_out = phase.held_out_loss()
+        if held_out is not None:
+            history.validation.append(held_out)
         phase.close_window(losses, history)
         phase.refresh(self.step)
         if phase.finished:

@@ -41,10 +41,14 @@ MOST_COLUMNS = 1000
 
 def describe(model: Plan) -> str:
     """The prior as text."""
-    facts = model.data_facts()
-    text = f"Normal(0, {model.priors.fixed_sd:.4g}) ("
-    text += "sd of the outcome" if facts.spread != 1 else "link scale"
-    text += ", per sd of the feature"
+    facts, sd = model.data_facts(), model.priors.fixed_sd
+    unit = "sd of the outcome" if facts.spread != 1 else "link scale"
+    if facts.linear_names:
+        p = len(facts.linear_names)
+        text = f"Normal(0, {sd / p**0.5:.4g}) ({unit}, per sd of a feature, beside the network)"
+        others = len(model.fixed_terms()) > p * len(facts.columns)
+        return f"{text}; of other effects Normal(0, {sd:.4g})" if others else text
+    text = f"Normal(0, {sd:.4g}) ({unit}, per sd of the feature"
     if model.fixed_root is None:
         return f"{text}; Intercept at the features' means)" if facts.feature_mean else f"{text})"
     return f"{text}, or between levels; Intercept at the features' means)"
@@ -56,9 +60,13 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
     They are independent without columns of 0 and 1, and where the map is not known: for weights of
     a network's last layer, without an intercept or all levels of a factor in its place, if columns
     were dropped, beyond `MOST_COLUMNS`, in formulas whose terms lack those that they contain, and
-    in fits that were saved before there was this prior. Effects of clusters' means always are.
+    in fits that were saved before there was this prior. Effects of clusters' means always are, and
+    those of p features beside a network, whose variances are divided by p: x'beta then has the same
+    prior however many there are.
     """
     facts, columns = model.data_facts(), len(model.data_facts().columns)
+    if facts.linear_names:
+        return _beside(model)
     if not model.linear:
         return None
     means, intercept = len(facts.between_names), model.has_intercept
@@ -79,6 +87,16 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
     lower = torch.from_numpy((np.sign(np.diag(upper))[:, None] * upper).T.copy())
     lower = torch.block_diag(lower, torch.eye(means, dtype=torch.float64))
     return torch.kron(lower, torch.eye(columns, dtype=torch.float64))
+
+
+def _beside(model: Plan) -> Float[Tensor, "terms terms"]:
+    """Root of the prior with features beside a network: a diagonal."""
+    facts, columns = model.data_facts(), len(model.data_facts().columns)
+    linear, means = len(facts.linear_names), len(facts.between_names)
+    sd = torch.ones(len(model.fixed_terms()) // columns, dtype=torch.float64)
+    first = len(sd) - means - linear
+    sd[first : first + linear] = linear**-0.5
+    return torch.diag(sd.repeat_interleave(columns))
 
 
 def _coefficients(

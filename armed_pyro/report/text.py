@@ -129,6 +129,8 @@ def _head(posterior: Posterior) -> str:
     fixed = "linear, latent coefficients" if model.linear else f"network of {weights} weights"
     if model.bayesian_head and not model.linear:
         fixed += ", last layer latent"
+    if facts.linear_names:
+        fixed += ", and latent linear effects"
     features = len(facts.feature_names) or "x".join(map(str, facts.feature_shape))
     random = " + ".join(map(str, model.terms)) or "none"
     sizes = ", ".join(f"{name}: {len(levels)}" for name, levels in facts.levels.items()) or "none"
@@ -172,6 +174,8 @@ def _fixed(results: Results) -> str:
         means = table[table.term.str.startswith("between(")]
         body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
         body = body if model.bayesian_head else _frame(means)
+        if not model.bayesian_head and means.empty:
+            return "Fixed effects: a network, and linear effects; see Fit.fixed_effects()"
     interval = f"{results.prob:.0%} equal-tailed interval"
     of = "".join(f"of {label!r}, " for label in event_of(model))
     return _section(f"Fixed effects ({of}posterior mean, {interval})", body)

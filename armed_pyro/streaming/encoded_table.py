@@ -31,6 +31,8 @@ __all__ = ["EncodedTable", "encode", "group_rows"]
 # Number of rows that a fit keeps for its checks and for saving, and the smallest number of whole
 # clusters among them; below it, rows are kept without regard to clusters.
 SAMPLE_ROWS, FEWEST_CLUSTERS = 50_000, 20
+# Fewest clusters of which whole ones are held out.
+FEWEST_DIVIDED = 5
 # DuckDB's row groups have multiples of 2,048 rows. Those of about a megabyte were read at 1 GB/s or
 # more, and are small enough that a mini-batch is mixed from several of them.
 VECTOR, GROUP_BYTES = 2048, 2**20
@@ -77,6 +79,39 @@ class EncodedTable:
         clusters = map(scanned.cluster, scanned.levels)
         names = [*scanned.features, *scanned.numbers, *clusters, "row"]
         return self._rows(names, where, **parameters).take(slice(None))
+
+    def divided(self, factor: str | None, most: int) -> tuple[EncodedTable, ClusteredData]:
+        """The rest of the rows, in a file of their own, and about a fifth, at most `most` rows.
+
+        These are whole clusters of a factor that has at least `FEWEST_DIVIDED`, and single rows
+        otherwise.
+        """
+        scanned, parameters, rng = self.scanned, dict[str, Any](), np.random.default_rng(self.seed)
+        wanted = min(scanned.n_rows // 5, most)
+        where = f"key < {wanted} / {scanned.n_rows}::DOUBLE"
+        if factor is not None and len(scanned.counts[factor]) >= FEWEST_DIVIDED:
+            counts = scanned.counts[factor].numpy()
+            order = rng.permutation(len(counts))
+            n = max(1, int(np.searchsorted(np.cumsum(counts[order]), wanted, "right")))
+            parameters = {"chosen": order[:n].tolist()}
+            where = f"{scanned.cluster(factor)} IN (SELECT unnest($chosen))"
+        names = [*scanned.features, *scanned.numbers, *map(scanned.cluster, scanned.levels)]
+        held = self._rows([*names, "row"], where, **parameters)
+        path = self.path.with_name("rest.parquet")
+        groups = group_rows(len(names) + 2)
+        with database(self.memory, path.parent, len(names)) as connection:
+            connection.execute(
+                f"COPY (SELECT * FROM read_parquet($path) WHERE NOT ({where})) TO $target "
+                f"(FORMAT parquet, COMPRESSION lz4_raw, ROW_GROUP_SIZE {groups})",
+                {**parameters, "path": glob.escape(str(self.path)), "target": str(path)},
+            )
+        left = {
+            name: counts - torch.bincount(held.groupings[name].codes, minlength=len(counts))
+            for name, counts in scanned.counts.items()
+        }
+        fewer = replace(scanned, counts=left, n_rows=scanned.n_rows - held.n_rows)
+        rest = replace(self, path=path, scanned=fewer, digest=self.digest + b"rest")
+        return rest, held.take(slice(None))
 
     def cluster_sums(self, factor: str, names: tuple[str, ...]) -> ClusterSums:
         """Sums of these features, by the clusters of a factor, over all rows."""

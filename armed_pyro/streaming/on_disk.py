@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.passes import ahead
@@ -60,6 +61,11 @@ class StreamedRows(RowSource):
     @property
     def row_shape(self) -> tuple[int, ...]:
         return (len(self.table.scanned.features),)
+
+    def divided(self, factor: str | None, most: int) -> tuple[StreamedRows, ClusteredData]:
+        """The rest of the rows, and a held-out part; see `EncodedTable.divided`."""
+        rest, held = self.table.divided(factor, most)
+        return StreamedRows(rest, self._like, self._means), held
 
     def fingerprint(self) -> Iterator[bytes]:
         yield self.table.digest
