@@ -126,7 +126,7 @@ def title_of(what: str, expectation: Expectation) -> str:
     outcome = facts.outcome_name
     if expectation.scale == "link":
         outcome = f"the linear predictor of {outcome}"
-    elif facts.classes is not None and not family.multiclass:
+    elif facts.classes is not None and not family.has_class_probabilities:
         outcome = f"P({outcome} = {facts.classes[1]})"
     elif family.is_probability:
         outcome = f"the probability of {outcome}"

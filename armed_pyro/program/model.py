@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.families.family import Family
 from armed_pyro.priors import Known
 from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
@@ -117,7 +118,8 @@ class MixedEffects(Plan):
         bound = copy.deepcopy(self)
         bound.cross_fit(None)  # an earlier fit may have such networks
         if isinstance(data, ClusteredData):
-            bound.facts = Facts.of(data, self.family, self.factor_names())
+            bound.family = self.family.bound(data)
+            bound.facts = Facts.of(data, bound.family, self.factor_names())
             bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
             bound.facts = with_between(bound, data)
         else:
@@ -154,6 +156,12 @@ class MixedEffects(Plan):
         binding.warn_if_small(bound)
         binding.warn_if_far(bound)
         return bound
+
+    def with_family(self, family: Family) -> MixedEffects:
+        """A shallow copy with this family."""
+        changed = copy.copy(self)
+        changed.family = family
+        return changed
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
         """The data's rows as tensors in the program's precision and device; see `Facts.encode`."""
