@@ -189,7 +189,9 @@ def test_wine_agrees_with_clmm(family, sd, thresholds, coefficients):
     draws = np.column_stack([posterior["judge_sd"].to_numpy()[0], drawn, fixed[:, 1:]])
     expected = np.array([sd, *thresholds, *coefficients])
     error = (np.median(draws, 0) - expected) / draws.std(0)
-    assert np.abs(error).max() < 0.3
+    assert np.abs(error[1:]).max() < 0.3
+    # The likelihood of nine judges' sd is skewed, and clmm's estimate is its mode, not its median.
+    assert 0 < error[0] < 0.5
 
 
 def test_without_random_effects_estimates_are_statsmodels():
@@ -226,7 +228,7 @@ def test_known_truth_is_recovered_saved_and_predicted(tmp_path):
         draws = posterior[name].to_numpy()
         assert abs(draws.mean() - value) < 3 * draws.std()
     table = result.predict(data.take(slice(0, 3))).to_frame()
-    assert table[[f"mean[{c}]" for c in "0123"]].sum(1).to_numpy() == pytest.approx(np.ones(3))
+    assert table[[f"mean[{c}]" for c in "0123"]].to_numpy().sum(1) == pytest.approx(np.ones(3))
     result.save(tmp_path / "run")
     loaded = Fit.load(tmp_path / "run", net=net)
     assert loaded.posterior.model.family == result.posterior.model.family

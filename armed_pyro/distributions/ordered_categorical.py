@@ -163,10 +163,9 @@ class OrderedCategorical(dist.TorchDistribution):
 
     @property
     def probabilities(self) -> Float[Tensor, "... rows categories"]:
-        """Probability of each category."""
-        below = self.link.cdf(self.thresholds - self.eta[..., None])
-        zero, one = torch.zeros_like(below[..., :1]), torch.ones_like(below[..., :1])
-        return torch.cat([zero, below, one], -1).diff(dim=-1).clamp(min=0)
+        """Probability of each category; exact also where 1 - F(threshold - eta) rounds to 0."""
+        ratings = [rating.expand(self.batch_shape) for rating in self._ratings]
+        return torch.stack([self.log_prob(rating) for rating in ratings], -1).exp()
 
     @property
     def _ratings(self) -> Float[Tensor, " categories"]:
@@ -190,8 +189,9 @@ class OrderedCategorical(dist.TorchDistribution):
         density = self.link.density(self.thresholds - self.eta[..., None])
         zero = torch.zeros_like(density[..., :1])
         slope = torch.cat([zero, density, zero], -1).diff(dim=-1)
-        tiny = torch.finfo(slope.dtype).tiny
-        return (slope**2 / self.probabilities.clamp(min=tiny**0.5)).sum(-1)
+        # Where a probability is 0, so is its slope.
+        probabilities = self.probabilities.clamp(min=torch.finfo(slope.dtype).tiny)
+        return (slope * (slope / probabilities)).sum(-1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> OrderedCategorical:
         eta = self.eta.expand(torch.Size(batch_shape))
