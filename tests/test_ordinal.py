@@ -8,6 +8,7 @@ from scipy import stats
 from torch import nn
 
 from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, fit
+from armed_pyro.checks.threshold_checks import slope_differences
 from armed_pyro.families.ordinal import Ordinal
 from armed_pyro.families.registry import family_named
 from armed_pyro.families.simulate import mixed_model
@@ -254,3 +255,45 @@ def test_nuts_agrees_on_wine():
         )
         assert (np.abs(a.mean(0) - b.mean(0)) < 0.15 * b.std(0)).all()
         np.testing.assert_allclose(a.std(0), b.std(0), rtol=0.15)
+
+
+def by_threshold(differs, seed=0):
+    """Ratings 0 to 3 whose slope of x0 is 1, or 0 at the first threshold and 1.5 at the last."""
+    rng = np.random.default_rng(seed)
+    x, site = rng.normal(size=(800, 2)), np.arange(800) % 20
+    effect = rng.normal(0, 0.7, 20)[site]
+    slopes = np.array([0.0, 0.75, 1.5]) if differs else np.ones(3)
+    cuts = np.array([-4.0, 0.0, 4.0]) if differs else np.array([-1.5, 0.0, 1.5])
+    latent = effect + rng.logistic(size=800)
+    y = (latent[:, None] > cuts - slopes * x[:, :1].clip(-2.5, 2.5)).sum(1)
+    return ClusteredData.from_arrays(x, y.astype(float), {"site": site})
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_proportional_odds_are_checked(differs):
+    net = nn.Linear(2, 1).double()
+    model = MixedEffects(net, "(1 | site)", "ordinal", bayesian_head=True)
+    result = fit(model, by_threshold(differs), seed=0, progress=False)
+    (check,) = [c for c in result.diagnostics().checks if c.name == "proportional odds"]
+    if not differs:
+        assert check.verdict == "pass"
+        return
+    assert check.verdict in ("warn", "fail")
+    assert "x0" in check.reason
+    assert "x1" not in check.reason
+    assert "categorical" in check.advice
+    assert "split at each threshold" in check.advice
+
+
+def test_levels_of_the_test_of_proportional_odds():
+    """At the true parameters p-values are uniform: below 0.1 in a tenth of 400 data sets."""
+    rng, p_values = np.random.default_rng(1), []
+    cuts = np.array([-1.5, 0.0, 1.5])
+    for _ in range(400):
+        x = rng.normal(size=300)
+        p = stats.logistic.sf(cuts - x[:, None])
+        beyond = (x + rng.logistic(size=300))[:, None] > cuts
+        tested = slope_differences("x", x, beyond, p[None], (p * (1 - p))[None])
+        p_values.append(tested.p)
+    share = np.mean(np.array(p_values) < 0.1)
+    assert abs(share - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 400)

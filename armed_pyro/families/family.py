@@ -239,6 +239,13 @@ class Family(ABC):
         """Fisher information of eta, "... rows columns"; None if it is that of the curvature."""
         return None
 
+    def exceedances(self, eta: Eta, parameters: Parameters) -> tuple[Tensor, Tensor, float] | None:
+        """P(y > boundary) "... rows boundaries" of ordered classes; None if they have no order.
+
+        Also its derivative in eta, and the sd of the latent noise.
+        """
+        return None
+
     def precision(self, parameters: Parameters) -> Tensor | None:
         """Curvature of -log p(y | eta) in eta, or its mean, in the units of the parameters.
 

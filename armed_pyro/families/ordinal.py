@@ -228,6 +228,10 @@ class Ordinal(Family):
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
         return self.distribution(eta, parameters, rows).information[..., None]
 
+    def exceedances(self, eta: Eta, parameters: Parameters) -> tuple[Tensor, Tensor, float]:
+        gap = self.thresholds(parameters) - eta
+        return 1 - self._link.cdf(gap), self._link.density(gap), self._link.variance**0.5
+
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return torch.full_like(mean, self._link.variance)
 
