@@ -1,14 +1,19 @@
 """Ordered categories: densities against scipy, estimates against clmm and statsmodels."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy import stats
 from torch import nn
+from typer.testing import CliRunner
 
 from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, fit
 from armed_pyro.checks.threshold_checks import slope_differences
+from armed_pyro.cli import app
 from armed_pyro.families.ordinal import Ordinal
 from armed_pyro.families.registry import family_named
 from armed_pyro.families.simulate import mixed_model
@@ -297,3 +302,40 @@ def test_levels_of_the_test_of_proportional_odds():
         p_values.append(tested.p)
     share = np.mean(np.array(p_values) < 0.1)
     assert abs(share - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 400)
+
+
+def test_the_page_runs():
+    text = (Path(__file__).parents[1] / "docs" / "ordinal.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    frame = names["prediction"].to_frame()
+    assert [c for c in frame if c.startswith("mean[")] == [f"mean[{c}]" for c in names["order"]]
+    rating = names["prediction"].expected_rating()
+    levels = frame[[f"mean[{c}]" for c in names["order"]]].to_numpy() @ np.arange(1.0, 5)
+    assert rating["mean"].to_numpy() == pytest.approx(levels)
+    with pytest.raises(ValueError, match="2 numbers for 4 classes"):
+        names["prediction"].expected_rating([0, 1])
+
+
+def test_command_line(tmp_path):
+    wine().to_csv(tmp_path / "wine.csv", index=False)
+    run = str(tmp_path / "run")
+    arguments = [
+        "fit",
+        str(tmp_path / "wine.csv"),
+        "--outcome",
+        "rating",
+        "--random",
+        "(1 | judge)",
+    ]
+    arguments += ["--family", "ordinal(probit)", "--steps", "200", "--out", run]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "Categories" in done.output
+    components = pd.read_csv(tmp_path / "run" / "variance_components.csv")
+    assert "threshold[2|3]" in set(components["statistic"])
+    predicted = tmp_path / "p.csv"
+    done = CliRunner().invoke(app, ["predict", run, table, "--out", str(predicted)])
+    assert done.exit_code == 0, done.output
+    assert "mean[5]" in pd.read_csv(predicted)

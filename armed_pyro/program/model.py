@@ -67,7 +67,8 @@ class MixedEffects(Plan):
         Random effects, in lme4's syntax or as terms; may be empty, for a network without any.
     family : str or Family
         Distribution of the outcome: a `Family`, or the name of one: gaussian, bernoulli,
-        binomial, categorical, poisson or negative_binomial.
+        binomial, categorical, poisson, negative_binomial or ordinal, whose link may follow:
+        ``"ordinal(probit)"``.
     adversary : Adversary or sequence of Adversary
         Classifiers that keep cluster information out of the network's hidden layers.
     priors : Priors
