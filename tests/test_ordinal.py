@@ -11,7 +11,8 @@ from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
-from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, fit
+from armed_pyro import ClusteredData, Fit, HalfNormal, Known, MixedEffects, Priors, fit
+from armed_pyro.checks.calibration import simulation_calibration
 from armed_pyro.checks.threshold_checks import slope_differences
 from armed_pyro.cli import app
 from armed_pyro.families.ordinal import Ordinal
@@ -250,7 +251,7 @@ def test_known_truth_is_recovered_saved_and_predicted(tmp_path):
 @pytest.mark.slow
 def test_nuts_agrees_on_wine():
     result = fit_wine("ordinal")
-    refined = result.refine("nuts")
+    refined = result.refine("nuts", draws=1500, chains=2, warmup=300, progress=False)
     names = ["judge_sd", "threshold", "fixed_effect"]
     first, second = (r.to_datatree()["posterior"] for r in (result, refined))
     for name in names:
@@ -339,3 +340,13 @@ def test_command_line(tmp_path):
     done = CliRunner().invoke(app, ["predict", run, table, "--out", str(predicted)])
     assert done.exit_code == 0, done.output
     assert "mean[5]" in pd.read_csv(predicted)
+
+
+@pytest.mark.slow
+def test_ranks_of_the_truth_are_uniform():
+    data, _ = mixed_model("ordinal", 25, 16, sd=[0.7], seed=1)
+    net = nn.Linear(1, 1).double()
+    priors = Priors(sd=HalfNormal(1.0))
+    model = MixedEffects(net, "(1 | site)", "ordinal", priors=priors, bayesian_head=True)
+    result = simulation_calibration(model, data, simulations=100, progress=False)
+    assert result.passed, str(result)
