@@ -149,6 +149,16 @@ def test_unsuitable_outcomes(y, message):
         Ordinal().bound(data)
 
 
+def test_two_categories_are_a_bernoulli_outcome():
+    family, eta = Ordinal(categories=("no", "yes")), torch.randn(50, 1, dtype=F64)
+    y = (torch.arange(50) % 2).to(F64)
+    density = family.distribution(eta, {}, rows_of(50))
+    reference = family_named("bernoulli").distribution(eta, {}, rows_of(50))
+    torch.testing.assert_close(density.log_prob(y), reference.log_prob(y))
+    assert family.parameters == ()
+    assert family.labelled({}) == {}
+
+
 def test_links_by_name():
     assert family_named("ordinal(cloglog)") == Ordinal("cloglog")
     with pytest.raises(ValueError, match="link of family 'ordinal'"):

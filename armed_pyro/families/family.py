@@ -154,11 +154,12 @@ class Family(ABC):
         y = outcome_of(data)
         if data.classes is not None and not (self.is_probability and len(data.classes) == 2):
             family = "bernoulli" if len(data.classes) == 2 else "categorical"
+            ordered = ", or 'ordinal' if they have an order" if len(data.classes) > 2 else ""
             raise ValueError(
                 f"the outcome {data.outcome_name!r} has {len(data.classes)} labels "
                 f"({listing(data.classes, 3)}), but family {self.name!r} needs {self.support}; "
-                f"use family {family!r} for labels (command line: --family {family}), or turn the "
-                "column into numbers if its values are measurements"
+                f"use family {family!r} for labels (command line: --family {family}){ordered}, or turn "
+                "the column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
         if bad.any():
