@@ -158,8 +158,8 @@ class Family(ABC):
             raise ValueError(
                 f"the outcome {data.outcome_name!r} has {len(data.classes)} labels "
                 f"({listing(data.classes, 3)}), but family {self.name!r} needs {self.support}; "
-                f"use family {family!r} for labels (command line: --family {family}){ordered}, or turn "
-                "the column into numbers if its values are measurements"
+                f"use family {family!r} for labels (command line: --family {family}){ordered}, or "
+                "turn the column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
         if bad.any():
