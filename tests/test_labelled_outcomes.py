@@ -41,9 +41,10 @@ def trained(data, family="bernoulli"):
     return fit(model, data, schedule=SHORT, refine=False, progress=False)
 
 
-@pytest.mark.parametrize(
-    "family", sorted(set(FAMILIES) - {"bernoulli", "binomial", "categorical", "beta_binomial"})
-)
+TAKE_LABELS = {"bernoulli", "binomial", "categorical", "ordinal", "beta_binomial"}
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - TAKE_LABELS))
 @pytest.mark.parametrize("kind", ["text", "boolean", "categorical"])
 def test_labels_are_no_numbers_and_the_error_names_the_family(family, kind):
     with pytest.raises(ValueError, match=r"2 labels.*use family 'bernoulli'.*--family bernoulli"):
@@ -119,6 +120,10 @@ def test_the_event_is_named_in_all_results(tmp_path):
     text = summarize(result.results())
     assert "Modelled event: 'case' (the second label, against 'control')" in text
     assert "Fixed effects (of 'case', posterior mean" in text
+    assert repr(result).startswith("Fit of status = 'case' (")
+    assert "Fixed effects of &#x27;case&#x27;" in result._repr_html_()
+    assert result.fixed_effects().attrs["event"] == "case"
+    assert "the linear predictor of P(status = case)" in result.slopes("x", scale="link").title
     made = result.predict(table().drop(columns="status"), draws=20)
     assert set(made.to_frame()["event"]) == {"case"}
     tree = result.to_datatree(draws=20, groups=["observed_data"])

@@ -278,7 +278,7 @@ def _quantiles(
         lower, quantile = ends
         if (lower < quantile).any():  # outcomes with a probability of their own
             quantile = lower + rng.uniform(size=len(y)) * (quantile - lower)
-        if family.integer:
+        if family.integer and not family.has_class_probabilities:
             none = family.cdf(torch.zeros_like(y), predictor, parameters, rows)
             assert none is not None  # for mypy, as `ends` is not None
             zeros.append(none.cpu().numpy())

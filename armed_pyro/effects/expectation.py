@@ -97,12 +97,13 @@ class Expectation:
     def labels(self) -> tuple[str, ...]:
         """Labels of the outputs: classes, or a single empty label."""
         facts = self.model.data_facts()
-        if not self.model.family.multiclass:
-            return ("",)
+        family = self.model.family
         if self.scale == "link":
-            return facts.columns
-        classes = range(len(facts.columns) + 1) if facts.classes is None else facts.classes
-        return tuple(map(str, classes))
+            return facts.columns if family.multiclass else ("",)
+        if not family.has_class_probabilities:
+            return ("",)
+        known = family.class_labels(facts.classes)
+        return tuple(map(str, range(len(facts.columns) + 1) if known is None else known))
 
     @property
     def note(self) -> str:
@@ -131,14 +132,16 @@ class Expectation:
         for rows in rows_of.chunks(size):
             with torch.no_grad():
                 values = self._values(rows)
-            values = values if self.model.family.multiclass else values.reshape(*values.shape, 1)
+            values = values if values.dim() == 3 else values[..., None]
             yield values.double().cpu().numpy()
 
     def _values(self, rows: Rows) -> Float[Tensor, "draws rows ..."]:
         """The values of a block; without a last dimension unless the outcome has classes."""
         family = self.model.family
         integrated = self.unseen == "marginal" and self.scale == "response" and self.model.factors
-        if integrated and (family.multiclass or any(f.filters for f in self.model.factors)):
+        if integrated and (
+            family.has_class_probabilities or any(f.filters for f in self.model.factors)
+        ):
             return self._sampled(rows)
         predictor = self.model.predictor(rows, self.latents, return_fixed=False)
         eta = predictor.eta.expand(self.draws, *predictor.eta.shape[-2:])

@@ -169,6 +169,7 @@ class Categorical(Family):
     integer = True
     is_probability = True
     coefficient_ratio = "odds ratio"
+    has_class_probabilities = True
     statistics = ("mean",)
     no_residuals = "classes have no order"
     no_row_effects = "the classes' own variance"

@@ -10,6 +10,7 @@ from armed_pyro.families.family import Family
 from armed_pyro.families.gaussian import Gaussian
 from armed_pyro.families.inflated import Hurdle, ZeroInflated
 from armed_pyro.families.logistic import Bernoulli, Binomial, Categorical
+from armed_pyro.families.ordinal import Ordinal
 from armed_pyro.families.positive import Gamma, LogNormal
 from armed_pyro.families.proportions import Beta, BetaBinomial, ZeroOneInflatedBeta
 from armed_pyro.families.student import Student
@@ -23,6 +24,7 @@ _KINDS = (
     Categorical,
     Poisson,
     NegativeBinomial,
+    Ordinal,
     Student,
     LogNormal,
     Gamma,
@@ -55,6 +57,7 @@ OTHER_NAMES = {
     "beta_family": "beta",
     "zoib": "zero_one_inflated_beta",
     "count": "poisson",
+    **dict.fromkeys(("cumulative", "clmm", "polr", "ordered"), "ordinal"),
 }
 
 

@@ -59,7 +59,8 @@ def fitted(
     values = np.concatenate(parts)
     if values.ndim == 1:
         return pd.Series(values, index=data.row_labels, name="fitted")
-    classes = range(values.shape[1]) if data.classes is None else data.classes
+    known = model.family.class_labels(data.classes)
+    classes = range(values.shape[1]) if known is None else known
     return pd.DataFrame(values, index=data.row_labels, columns=list(classes))
 
 
@@ -121,7 +122,7 @@ def residuals(
         if kind == "quantile":
             parts.append(_quantiles(posterior, rows, eta, latents, rng))
             continue
-        residual = rows.outcome() - model.expected(eta, latents, rows).mean(0)
+        residual = rows.outcome() - model.average(eta, latents, rows).mean(0)
         if kind == "pearson":
             try:
                 variance = model.density(eta, latents, rows).variance

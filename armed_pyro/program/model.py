@@ -17,9 +17,11 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.families.family import Family
 from armed_pyro.priors import Known
 from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.mundlak import with_between
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -66,7 +68,8 @@ class MixedEffects(Plan):
         Random effects, in lme4's syntax or as terms; may be empty, for a network without any.
     family : str or Family
         Distribution of the outcome: a `Family`, or the name of one: gaussian, bernoulli,
-        binomial, categorical, poisson or negative_binomial.
+        binomial, categorical, poisson, negative_binomial or ordinal, whose link may follow:
+        ``"ordinal(probit)"``.
     adversary : Adversary or sequence of Adversary
         Classifiers that keep cluster information out of the network's hidden layers.
     priors : Priors
@@ -89,6 +92,13 @@ class MixedEffects(Plan):
         "auto" takes those whose slopes differ in the training rows; see
         `armed_pyro.program.mundlak`. It is the default of networks; linear programs have no means
         by default. Images have no named features, and so no means.
+    linear_effects : bool, optional
+        Whether linear effects of the features are latent beside the network:
+        :math:`f(x_i) + x_i^\top \beta, \beta_j \sim N(0, s^2 / p)` with s `Priors.fixed_sd`
+        and p features. The network then has to learn only what is not linear, which takes far
+        fewer rows. By default networks of which the program uses the output alone have them, up
+        to 100 features with names; an adversary, terms on layers or a latent last layer turn
+        them off.
     dtype : torch.dtype
         Precision of all but the network and the adversaries, which compute in the precision of the
         network's parameters. In single precision, torch.float32, an outcome near 6,000,000 is
@@ -117,8 +127,10 @@ class MixedEffects(Plan):
         bound = copy.deepcopy(self)
         bound.cross_fit(None)  # an earlier fit may have such networks
         if isinstance(data, ClusteredData):
-            bound.facts = Facts.of(data, self.family, self.factor_names())
+            bound.family = self.family.bound(data)
+            bound.facts = Facts.of(data, bound.family, self.factor_names())
             bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
+            bound.facts = with_linear_effects(bound, bound.facts)
             bound.facts = with_between(bound, data)
         else:
             bound.facts = data
@@ -154,6 +166,12 @@ class MixedEffects(Plan):
         binding.warn_if_small(bound)
         binding.warn_if_far(bound)
         return bound
+
+    def with_family(self, family: Family) -> MixedEffects:
+        """A shallow copy with this family."""
+        changed = copy.copy(self)
+        changed.family = family
+        return changed
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
         """The data's rows as tensors in the program's precision and device; see `Facts.encode`."""
