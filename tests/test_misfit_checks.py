@@ -313,7 +313,7 @@ def test_overdispersion_and_zeros_are_told_apart():
 def test_heavy_tails_and_an_outlying_row_are_named():
     rng, frame = table(clusters=40)
     y = frame.eta + rng.standard_t(2, size=400)
-    assert "Student" in judged(fitted(frame.assign(y=y)))["tails"].advice
+    assert "family student" in judged(fitted(frame.assign(y=y)))["tails"].advice
     y = rng.normal(frame.eta)
     y[17] += 9
     checks = judged(fitted(frame.assign(y=y)))

@@ -52,7 +52,7 @@ LINKS = {
 }
 # log p(y | mu, trials, parameters), by the family's name; the mean is that of the default link.
 REFERENCES = {
-    "student": lambda y, mu, n, residual_scale, df: stats.t.logpdf(y, df, mu, residual_scale),
+    "student": lambda y, mu, n, residual_scale, nu: stats.t.logpdf(y, nu, mu, residual_scale),
     "lognormal": lambda y, mu, n, residual_sd: stats.lognorm.logpdf(y, residual_sd, scale=mu),
     "gamma": lambda y, mu, n, shape: gamma_log(y, mu, shape),
     "gamma(softplus)": lambda y, mu, n, shape: gamma_log(y, mu, shape),
@@ -234,7 +234,7 @@ def test_means_variances_and_information_are_those_of_draws(name):
         eta, parameters, trials = drawn.at(row)
         eta = eta if name == "bernoulli(log)" else 0.5 * eta
         # Fourth moments, and logs of proportions that are not 0, exist.
-        parameters |= {key: parameters[key] + 5 for key in ("df", "phi") if key in parameters}
+        parameters |= {key: parameters[key] + 5 for key in ("nu", "phi") if key in parameters}
         parameters |= {key: parameters[key] / 4 for key in ("residual_sd",) if key in parameters}
         one, many = rows_of(trials, 1), rows_of(trials, n)
         density = drawn.family.distribution(eta, parameters, one)

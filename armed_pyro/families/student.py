@@ -40,7 +40,7 @@ LEAST_DF = 2.1
 class DegreesOfFreedom(Parameter):
     """Degrees of freedom of Student's t: heavy tails below 10, nearly normal above 30."""
 
-    name = "df"
+    name = "nu"
     start = 8.0
 
     def sample(self, priors: Priors, unit: Unit) -> Tensor:
@@ -53,7 +53,7 @@ class DegreesOfFreedom(Parameter):
 
 @dataclass(frozen=True)
 class Student(Family):
-    """y = eta + residual_scale t, t ~ Student(df), identity link; eta is the mean if df > 1."""
+    """y = eta + residual_scale t, t ~ Student(nu), identity link; eta is the mean if nu > 1."""
 
     name = "student"
     support = "finite numbers"
@@ -83,21 +83,21 @@ class Student(Family):
         return 1.0
 
     def precision(self, parameters: Parameters) -> Tensor | None:
-        """The Fisher information of eta, (df + 1) / (df + 3) / scale^2."""
-        if not {"df", "residual_scale"} <= set(parameters):
+        """The Fisher information of eta, (nu + 1) / (nu + 3) / scale^2."""
+        if not {"nu", "residual_scale"} <= set(parameters):
             return None
-        df = parameters["df"]
-        return (df + 1) / (df + 3) / parameters["residual_scale"] ** 2
+        nu = parameters["nu"]
+        return (nu + 1) / (nu + 3) / parameters["residual_scale"] ** 2
 
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
         precision = self.precision(parameters)
         if precision is None:
-            raise ValueError(f"family {self.name!r} needs its residual_scale and df")
+            raise ValueError(f"family {self.name!r} needs its residual_scale and nu")
         return precision[..., None].expand_as(eta) if precision.dim() else precision.expand_as(eta)
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
-        df, scale = self.value(parameters, "df"), self.value(parameters, "residual_scale")
-        return StudentT(df, eta[..., 0], scale)
+        nu, scale = self.value(parameters, "nu"), self.value(parameters, "residual_scale")
+        return StudentT(nu, eta[..., 0], scale)
 
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return eta[..., 0]
@@ -106,14 +106,14 @@ class Student(Family):
         return symmetric_misfit(y)
 
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
-        df = self.value(parameters, "df").clamp(min=LEAST_DF)
-        return self.value(parameters, "residual_scale") ** 2 * df / (df - 2)
+        nu = self.value(parameters, "nu").clamp(min=LEAST_DF)
+        return self.value(parameters, "residual_scale") ** 2 * nu / (nu - 2)
 
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         from scipy import stats  # slow to import
 
-        df, scale = self.value(parameters, "df"), self.value(parameters, "residual_scale")
-        return torch.from_numpy(stats.t.cdf(*arrays(y, df, eta[..., 0], scale)))
+        nu, scale = self.value(parameters, "nu"), self.value(parameters, "residual_scale")
+        return torch.from_numpy(stats.t.cdf(*arrays(y, nu, eta[..., 0], scale)))
 
 
 def _without_offset(data: ClusteredData) -> Float[Tensor, " rows"]:

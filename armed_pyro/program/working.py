@@ -40,7 +40,9 @@ def _information(model: Plan, eta: Eta, latents: Latents, rows: Rows) -> Tensor:
         raise ValueError(
             f"family {model.family.name!r} is not log-concave and must define `information`"
         )
-    return information.expand_as(eta)
+    # Draws that only the parameters have are summed, as they are in the slope.
+    shape = torch.broadcast_shapes(information.shape, eta.shape)
+    return information.expand(shape).sum_to_size(eta.shape)
 
 
 def gradients(columns: Tensor, inputs: Tensor, *, create_graph: bool = False) -> list[Tensor]:

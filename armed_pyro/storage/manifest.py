@@ -69,7 +69,8 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         "armed_pyro": version("armed_pyro"),
         "model": {
             "random": [_entry("kind", term, TERMS) for term in model.terms],
-            "family": family if len(family) > 1 else model.family.name,
+            # Default settings are left out, as a link was before there was a choice.
+            "family": model.family.name if model.family == type(model.family)() else family,
             "priors": {**_fields(priors), "sd": sd_priors},
             "bayesian_head": model.bayesian_head,
             "dtype": str(model.dtype).removeprefix("torch."),
