@@ -347,7 +347,9 @@ def test_command_line(tmp_path):
     components = pd.read_csv(tmp_path / "run" / "variance_components.csv")
     assert "threshold[2|3]" in set(components["statistic"])
     predicted = tmp_path / "p.csv"
-    done = CliRunner().invoke(app, ["predict", run, table, "--out", str(predicted)])
+    done = CliRunner().invoke(
+        app, ["predict", run, str(tmp_path / "wine.csv"), "--out", str(predicted)]
+    )
     assert done.exit_code == 0, done.output
     assert "mean[5]" in pd.read_csv(predicted)
 
