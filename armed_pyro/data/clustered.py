@@ -30,6 +30,7 @@ from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.stratify import check_fraction, stratified_order
 from armed_pyro.data.training_checks import PER_ROW, check_magnitudes, check_training
 from armed_pyro.data.weights import as_weights, check_weights, weights_role
+from armed_pyro.rows.inputs import LazyInputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,8 @@ class ClusteredData:
         Means that a fit with ``between`` adds to its predictor; set by `Posterior.encode`.
     fold : Int64[Tensor, "rows"] or None
         Number of the cross-fitted network that was trained without the row, in a fit's rows.
+    inputs : LazyInputs or None
+        What the network takes in place of the features: see `from_dataset`.
 
     Examples
     --------
@@ -100,10 +103,12 @@ class ClusteredData:
     table: pd.DataFrame | None = None
     cluster_means: Mapping[str, ClusterMeans] = field(default_factory=dict)
     fold: Tensor | None = None
+    inputs: LazyInputs | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
         lengths |= {name: len(tensor) for name, tensor in self._row_tensors().items()}
+        lengths |= {} if self.inputs is None else {"inputs": len(self.inputs)}
         for name, length in lengths.items():
             if length != self.n_rows:
                 raise ValueError(f"{name!r} has {length} rows, the features have {self.n_rows}.")
@@ -396,6 +401,7 @@ class ClusteredData:
             groupings={name: grouping.take(chosen) for name, grouping in self.groupings.items()},
             row_labels=self.row_labels.take(chosen),
             table=None if self.table is None else self.table.iloc[chosen],
+            inputs=None if self.inputs is None else self.inputs.take(torch.from_numpy(chosen)),
             **tensors,
         )
 
