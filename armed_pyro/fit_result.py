@@ -421,7 +421,14 @@ class Fit:
 
     @classmethod
     @exclusive
-    def load(cls, folder: str | Path, net: nn.Module | None = None, *, verify: bool = True) -> Fit:
+    def load(
+        cls,
+        folder: str | Path,
+        net: nn.Module | None = None,
+        *,
+        data: ClusteredData | None = None,
+        verify: bool = True,
+    ) -> Fit:
         """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
         Parameters
@@ -429,6 +436,9 @@ class Fit:
         net : torch.nn.Module, optional
             A network of the fit's architecture; a copy of it gets the weights of the fit. Not
             needed for networks that are registered by name (``linear``, ``dense``).
+        data : ClusteredData, optional
+            The training rows of a fit to a dataset, whose inputs are not saved: results about the
+            training rows need them, predictions of other rows do not.
         verify : bool
             Whether every file must be as it was saved, by its SHA-256 in the manifest, and the
             network must have the fit's outputs at fixed inputs. False is for files that were
@@ -440,7 +450,7 @@ class Fit:
             If the folder holds no fit, a file is missing, changed, damaged or of a newer version,
             or the network is unknown, has other parameters or computes something else.
         """
-        return cls(*save.load(folder, net, verify=verify))
+        return cls(*save.load(folder, net, data=data, verify=verify))
 
 
 # The same as functions: ``compare_modes(fit, held_out)``.

@@ -44,12 +44,8 @@ def code_outcome(
     if values.ndim == 2 and values.shape[1] == 1:
         # A column: against predictors of shape (rows,) it would be compared with every row.
         outcome = values = values[:, 0]
-    if values.ndim > 1 or values.ndim == 0:
-        raise ValueError(
-            f"The {what} must have the shape (rows,), found {values.shape}. Several outcomes need "
-            "one fit each; a two-valued outcome in two columns is the second of them."
-        )
-    if event is None and classes is None and values.dtype.kind in "iuf":
+    numbers = values.ndim != 1 or values.dtype.kind in "iuf"
+    if event is None and classes is None and numbers:
         return finite_tensor(outcome, what), None
     codes, levels = code_labels(outcome, what)
     known = tuple(levels.tolist() if classes is None else classes)

@@ -270,7 +270,9 @@ class Facts:
         x = like.new_zeros(1, *self.feature_shape)
         slopes = self._zero_slopes(1, like)
         means, trials = self.zero_means(1, like), like.new_ones(1)
-        return Rows(x, None, memberships, trials=trials, slopes=slopes, means=means)
+        inputs = None if self.inputs is None else self.example(1, like)
+        rows = Rows(x, None, memberships, trials=trials, slopes=slopes, means=means)
+        return replace(rows, inputs=inputs)
 
     def zero_means(self, rows: int, like: Tensor) -> Tensor | None:
         """`Rows.means` of rows in clusters with average means; None without such columns."""
