@@ -289,10 +289,11 @@ class ClusteredData(DivisibleRows):
         Parameters
         ----------
         features
-            Shape "rows features", converted to float64; or shape "rows ..." with more dimensions,
-            whose floating type is kept (other types become float32).
+            Shape "rows features", converted to float64; "rows ..." with more dimensions, whose
+            type is kept; or a tuple or dict of arrays, the arguments of the network. Images of
+            whole numbers or large values are standardised by channel.
         outcome
-            Shape "rows" of numbers, booleans or text; or "rows ..." of numbers; or None.
+            Shape "rows" of numbers, booleans or text; or None.
         clusters
             Labels of shape "rows" for each grouping factor.
         feature_names
@@ -313,7 +314,7 @@ class ClusteredData(DivisibleRows):
         """
         advice = "Pass {'site': labels}, with one label per row."
         check_type(clusters, Mapping, "clusters", advice)
-        x, feature_names = named_features(features, feature_names)
+        x, feature_names, inputs = named_features(features, feature_names)
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
         weights, kind = weights_role(weights, weights_kind, se)
         roles = {"trials": trials, "offset": offset, "weights": weights}
@@ -338,6 +339,7 @@ class ClusteredData(DivisibleRows):
             row_labels=labels,
             schema=None,
             weights_kind=kind,
+            inputs=inputs,
         )
 
     @classmethod
@@ -407,8 +409,8 @@ class ClusteredData(DivisibleRows):
         table
             A table whose row i describes ``dataset[i]``.
         inputs
-            The inputs among a batch of items: a position or key, several, or a function. By
-            default the whole item.
+            The inputs in an item, or in a batch of `collate`: a position or key, several, or a
+            function. By default all of it.
         slopes
             Columns or a formula of the table for random slopes, as in `from_frame`.
         collate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from armed_pyro._messages import check_known, count_rows, listing, unknown
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.label_matching import match_labels
+from armed_pyro.rows.array_inputs import ArrayInputs
 
 Missing = Literal["error", "drop"]
 
@@ -115,8 +116,18 @@ def _as_tensor(values: Any) -> Tensor:
         return torch.as_tensor(values)
 
 
-def named_features(features: Any, names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
-    """An array of features, and the names of its columns; no names for images."""
+def named_features(
+    features: Any, names: Sequence[str] | None
+) -> tuple[Tensor, tuple[str, ...], ArrayInputs | None]:
+    """An array of features, and the names of its columns; no names for images.
+
+    Several arrays, as a tuple or dict, are inputs without features.
+    """
+    if isinstance(features, Mapping) or (
+        isinstance(features, tuple) and all(hasattr(part, "shape") for part in features)
+    ):
+        inputs = ArrayInputs.of(features)
+        return torch.zeros(len(inputs), 0, dtype=torch.float64), (), inputs
     x = finite_tensor(features, "features")
     if x.ndim < 2:
         raise ValueError(
@@ -130,7 +141,7 @@ def named_features(features: Any, names: Sequence[str] | None) -> tuple[Tensor, 
             f"feature_names must be {width} distinct names for features of shape "
             f"{tuple(x.shape)}, found {list(names)}."
         )
-    return x, names
+    return x, names, None
 
 
 def check_rows(values: Tensor, valid: Tensor, what: str, expected: str, labels: pd.Index) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from armed_pyro._messages import check_known, listing
+from armed_pyro._messages import check_known
 from armed_pyro.data.files import as_pandas
 from armed_pyro.rows.dataset_inputs import DatasetInputs, ItemReader, Items, chosen
 
@@ -49,11 +49,12 @@ class DatasetItems:
     ) -> DatasetItems:
         """Items of a dataset or loader; `ClusteredData.from_dataset` documents the parameters."""
         if isinstance(dataset, DataLoader):
-            collate = dataset.collate_fn if collate is None else collate
+            own = None if dataset.collate_fn is default_collate else dataset.collate_fn
+            collate = own if collate is None else collate
             workers = dataset.num_workers if workers is None else workers
             dataset = dataset.dataset
         _check_map_style(dataset)
-        reader = ItemReader(collate or default_collate, inputs, augment)
+        reader = ItemReader(collate, inputs, augment)
         source = DatasetInputs(dataset, torch.arange(len(dataset)), reader, workers or 0)
         frame, labels = _frame(table, len(dataset))
         named = {"outcome": outcome, **roles}
@@ -145,7 +146,7 @@ def _scalar(value: Any, number: int) -> Any:
     array = np.asarray(value)
     if array.size != 1:
         raise ValueError(
-            f"Item {number} of the dataset has {listing(list(array.shape))} values where one is "
+            f"Item {number} of the dataset has the shape {array.shape}, where one value is "
             "needed, as an outcome or cluster: choose one with a function of the item."
         )
     return array.reshape(()).item()

@@ -72,6 +72,12 @@ class TrainingTask:
         """Whether held-out rows, looked at after every epoch, end the training of a network."""
         return self.validation is not None and can_overfit(self.model)
 
+    @property
+    def in_batches(self) -> bool:
+        """Whether few rows are divided into batches, too: reading all in each step takes long."""
+        held = self.source
+        return self.by_epochs or (isinstance(held, HeldRows) and held.inputs is not None)
+
     def state(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers of program and guide."""
         return module_tensors("model", self.model) | module_tensors("guide", self.guide)
@@ -208,8 +214,10 @@ class Phase(ABC):
 
     def next_batch(self) -> Rows:
         """The next mini-batch, or all rows if one batch holds them."""
-        whole = self.batch_size() == len(self.task.source)
-        return self.share.rows.all() if whole else next(self.passes)
+        rows = self.share.rows
+        reads = isinstance(rows, HeldRows) and rows.inputs is not None and rows.computed is None
+        whole = self.batch_size() == len(self.task.source) and not reads
+        return rows.all() if whole else next(self.passes)
 
     def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
         """One pass over the rows in mini-batches, in an order drawn from `generator`."""
@@ -260,7 +268,7 @@ class NetworkPhase(Phase):
 
     def batch_size(self) -> int:
         schedule, n = self.task.schedule, len(self.task.source)
-        return schedule.stopped_batch(n) if self.task.by_epochs else schedule.batch(n)
+        return schedule.stopped_batch(n) if self.task.in_batches else schedule.batch(n)
 
     def window(self) -> int:
         schedule, n = self.task.schedule, len(self.task.source)
@@ -334,7 +342,7 @@ class NetworkPhase(Phase):
 def warmup_steps(task: TrainingTask) -> list[int]:
     """Steps of the warm-up of each adversary."""
     n, schedule = len(task.source), task.schedule
-    size = schedule.stopped_batch(n) if task.by_epochs else schedule.batch(n)
+    size = schedule.stopped_batch(n) if task.in_batches else schedule.batch(n)
     epoch = math.ceil(n / size)
     return [game.warmup_steps(epoch, schedule.steps) for game in task.model.adversaries]
 

@@ -82,11 +82,6 @@ def _check_calls(model: Plan, calls: Counter[str]) -> None:
                 f"the network runs its module {tap.path!r} {calls[tap.path]} times: name the call, "
                 f"from '{tap.path}#1' to '{tap.path}#{calls[tap.path]}', or tap another module"
             )
-        if tap.call is not None and tap.call > calls[tap.path]:
-            raise ValueError(
-                f"the network runs its module {tap.path!r} {calls[tap.path]} time(s), found the "
-                f"tap {text!r}"
-            )
 
 
 def _check_taps(model: Plan, data: ClusteredData) -> None:

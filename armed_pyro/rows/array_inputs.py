@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,18 @@ class ArrayInputs(LazyInputs):
 
     arrays: Any  # arrays or tensors with rows first, in tuples and dicts
     index: Int[Tensor, " rows"]
+
+    @classmethod
+    def of(cls, arrays: Any) -> ArrayInputs:
+        """All rows of arrays in a structure; ValueError if they differ in length."""
+        lengths: set[int] = set()
+        held = _held(arrays, lengths)
+        if len(lengths) != 1:
+            raise ValueError(
+                f"The arrays of the features have {sorted(lengths) or 'no'} rows; all need the "
+                "same number."
+            )
+        return cls(held, torch.arange(lengths.pop()))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -49,6 +61,23 @@ class ArrayInputs(LazyInputs):
         yield str(InputSpec.of(self.load() if len(self) < 3 else self.spec.example(1))).encode()
         for block in self.blocks(1024):
             yield from _bytes(block)
+
+
+def _held(arrays: Any, lengths: set[int]) -> Any:
+    """The structure with its arrays checked, and their numbers of rows added to `lengths`."""
+    if isinstance(arrays, Mapping):
+        return {str(name): _held(part, lengths) for name, part in arrays.items()}
+    if isinstance(arrays, tuple):
+        return tuple(_held(part, lengths) for part in arrays)
+    held = arrays if isinstance(arrays, (Tensor, np.ndarray)) else np.asarray(arrays)
+    numbers = isinstance(held, Tensor) or held.dtype.kind in "biuf"
+    if not held.ndim or not numbers:
+        raise ValueError(
+            f"features in a tuple or dict must be arrays of numbers with rows first, found "
+            f"{type(arrays).__name__} of shape {tuple(held.shape)} and type {held.dtype}."
+        )
+    lengths.add(len(held))
+    return held
 
 
 def _rows(arrays: Any, index: Tensor) -> Any:

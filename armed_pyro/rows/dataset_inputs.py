@@ -39,25 +39,28 @@ Choice = int | str | Sequence[Any] | Callable[[Any], Any] | None
 class ItemReader:
     """How items of a dataset become a network's inputs.
 
-    `collate` joins a list of items, by default `torch.utils.data.default_collate`. `choose` names
-    the inputs among the joined items: a position or key, several of them, a function, or None for
-    all. `augment` changes single items of training batches.
+    `choose` names the inputs: a position or key, several of them, a function, or None for all. They
+    are chosen from each item, and joined by `torch.utils.data.default_collate`; with another
+    `collate`, they are chosen from its result. `augment` changes single items of training batches.
     """
 
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[Any]], Any] | None = None
     choose: Choice = None
     augment: Callable[[Any], Any] | None = None
 
     def inputs(self, items: list[Any]) -> Structure:
         """The inputs of these items; ValueError if they cannot be joined or chosen."""
         try:
-            joined = self.collate(items)
+            if self.collate is None:
+                joined = default_collate([chosen(item, self.choose) for item in items])
+            else:
+                joined = chosen(self.collate(items), self.choose)
         except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"the items of the dataset cannot be joined into a batch ({error}): let the "
                 "dataset return tensors of one shape, or give collate="
             ) from error
-        structure = mapped(lambda tensor: tensor, chosen(joined, self.choose))
+        structure = mapped(lambda tensor: tensor, joined)
         for tensor in leaves(structure):
             if tensor.dim() == 0 or len(tensor) != len(items):
                 raise ValueError(
@@ -186,12 +189,14 @@ def _seeded(*seed: int) -> Iterator[None]:
     """
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
     first, second, third = islice(map(int, np.random.SeedSequence(seed).generate_state(3)), 3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(first)
-        random.seed(second)
-        np.random.seed(third)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
+    state = torch.get_rng_state()
+    # `torch.manual_seed` also tells every kind of device, which takes longer than reading an item.
+    torch.default_generator.manual_seed(first)
+    random.seed(second)
+    np.random.seed(third)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002

@@ -177,7 +177,8 @@ def load(
     `net` is a network of the fit's architecture; a copy of it gets the weights of the fit. It is
     not needed for networks from functions registered as ``armed_pyro.models`` (``linear``,
     ``dense``). The classifiers of clusters are those that were saved. `data` are the training rows
-    with the inputs of a dataset. With `verify`, no file may have changed, and the network must have the fit's outputs at fixed inputs.
+    with the inputs of a dataset. With `verify`, no file may have changed, and the network must have
+    the fit's outputs at fixed inputs.
 
     Raises
     ------
