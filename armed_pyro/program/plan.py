@@ -41,6 +41,7 @@ class Plan(LocalModule):
     facts: Facts | None
     # Tapped layers, and "" for the output, that effects inside the network cannot change.
     unreached: frozenset[str] = frozenset()
+    mixed_precision: bool = False  # whether the network runs in bfloat16 where that is enough
     # Paths of the network's modules that a training leaves in evaluation mode.
     frozen: frozenset[str] = frozenset()
     # Root of the fixed effects' prior covariance, per `Priors.fixed_sd`; None for the identity.
@@ -349,8 +350,13 @@ class Plan(LocalModule):
             return output, {"": output}
         head = [self.head_path()] if self.bayesian_head else []
         # The only place where the network's weights become Pyro parameters.
-        net = self.net
-        return run(net, x, self.layers(), head, element=self.output, like=like, whole=whole)
+        net, mixed = self.net, self.mixed_precision
+        with torch.autocast(like.device.type, torch.bfloat16, enabled=mixed):
+            results = run(net, x, self.layers(), head, element=self.output, like=like, whole=whole)
+        if not mixed:
+            return results
+        record = {name: values.to(like.dtype) for name, values in results[1].items()}
+        return record[""], record
 
     def fixed_predictor(
         self, rows: Rows, output: Tensor, activations: Latents, latents: Latents
