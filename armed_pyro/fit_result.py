@@ -27,7 +27,7 @@ from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
 from armed_pyro.plots.fit_plots import Plots
 from armed_pyro.plots.report_pictures import report_pictures
-from armed_pyro.prediction import adapt, predict, residuals, scores
+from armed_pyro.prediction import adapt, export, predict, residuals, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
@@ -101,6 +101,15 @@ class Fit:
         """The training rows, or a sample of them: see `sampled`."""
         return self.posterior.data
 
+    @cached_property
+    def network(self) -> nn.Module:
+        """E[y | fixed effects] as a torch module, of inputs on the scale of the data.
+
+        Scales of inputs and outcome, link and posterior draws are inside; see
+        `armed_pyro.prediction.export.PredictionModule`. ``fit.model.network`` is the bare network.
+        """
+        return export.PredictionModule(self.posterior, {}, 200, None)
+
     @property
     def plot(self) -> Plots:
         """Pictures: ``fit.plot.effects("Days")``, ``.caterpillar()``, ``.ppc()``, and others."""
@@ -147,6 +156,7 @@ class Fit:
     draws = _verb(Posterior.draws)
     hyperparameters = _verb(Posterior.hyperparameters)
     predict = _verb(predict.predict)
+    export = _verb(export.export)
     compare_modes = _verb(scores.compare_modes)
     score_mode = _verb(scores.score_mode)
     adapt = _verb(adapt.adapt)
