@@ -97,10 +97,10 @@ def test_inputs_of_a_dataset_are_arguments(tmp_path):
 
 
 def test_what_cannot_be_exported_is_said(tmp_path):
-    result, data = fitted("gaussian", terms=["(1 | site)", FilterScaleBias("site", at="1")])
+    result, _ = fitted("gaussian", terms=["(1 | site)", FilterScaleBias("site", at="1")])
     with pytest.raises(ValueError, match=r"filters inside the network are modulated"):
         result.export(tmp_path / "model.pt2")
-    result, data = fitted("gaussian")
+    result, _ = fitted("gaussian")
     with pytest.raises(ValueError, match=r"must end in \.pt2 or \.onnx, found 'model\.bin'"):
         result.export(tmp_path / "model.bin")
     with pytest.raises(ValueError, match="no random effects of 'batch'"):

@@ -45,7 +45,7 @@ class PredictionModule(nn.Module):
     .. math:: \frac{1}{S} \sum_s E[y \mid \eta_s], \quad
         \eta_s = c + spread \, [f(\tilde x) + \tilde x^\top \beta_s + \phi(\tilde x)^\top u_s]
 
-    with :math:`\tilde x` the standardised inputs, and u the effects of the chosen clusters, or zero.
+    with :math:`\tilde x` the standardised inputs, and u the effects of the chosen clusters or zero.
     Inputs have the scale of the data: encoded features "rows features", images, or the tuple or
     dict of a dataset as arguments.
 
@@ -56,7 +56,9 @@ class PredictionModule(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    center: Tensor
     effects: Tensor
+    weights: Tensor | None
 
     def __init__(
         self, posterior: Posterior, clusters: Mapping[str, Any], draws: int, seed: int | None
@@ -249,9 +251,8 @@ def export(
     named = x if isinstance(x, dict) else {}
     _check_same(module(*arguments, **named), expected, "the module")
     rows = Dim("rows")
-    shapes: Any = mapped(lambda values: {0: rows}, arguments) if arguments else None
-    by_name = {name: {0: rows} for name in named}
-    dynamic = {"inputs": shapes or (), "named": by_name}
+    by_name = {name: _with_rows(part, rows) for name, part in named.items()}
+    dynamic = {"inputs": _with_rows(arguments, rows), "named": by_name}
     try:
         program = torch.export.export(module, arguments, named, dynamic_shapes=dynamic)
     except Exception as error:  # torch raises errors of many kinds
@@ -266,20 +267,25 @@ def export(
     return target
 
 
+def _with_rows(structure: Any, rows: Any) -> Any:
+    """The structure, with the mark of a free number of rows in place of each tensor."""
+    if isinstance(structure, dict):
+        return {name: _with_rows(part, rows) for name, part in structure.items()}
+    if isinstance(structure, tuple):
+        return tuple(_with_rows(part, rows) for part in structure)
+    return {0: rows}
+
+
 def _compared(
     posterior: Posterior, clusters: Mapping[str, Any], draws: int, seed: int | None
 ) -> tuple[Any, np.ndarray]:
     """Inputs of training rows, and what `predict` expects of them in these clusters."""
     rows = posterior.data.take(slice(0, COMPARED))
-    expected = predict(
-        posterior,
-        in_clusters(posterior, rows, clusters),
-        unseen="population",
-        draws=draws,
-        seed=seed,
-    ).expected.mean(0)
+    here = in_clusters(posterior, rows, clusters)
+    predicted = predict(posterior, here, unseen="population", draws=draws, seed=seed)
     inputs = rows.features if rows.inputs is None else rows.inputs
-    return (inputs.load() if isinstance(inputs, LazyInputs) else inputs), expected
+    loaded = inputs.load() if isinstance(inputs, LazyInputs) else inputs
+    return loaded, predicted.expected.mean(0)
 
 
 def in_clusters(
