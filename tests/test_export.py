@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from armed_pyro import ClusteredData, FilterScaleBias, MixedEffects, Schedule, fit
+from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
 
 ROWS, SITES = 90, 6
 BRIEF = Schedule(steps=40, folds=3)
@@ -97,9 +97,9 @@ def test_inputs_of_a_dataset_are_arguments(tmp_path):
 
 
 def test_what_cannot_be_exported_is_said(tmp_path):
-    result, _ = fitted("gaussian", terms=["(1 | site)", FilterScaleBias("site", at="1")])
-    with pytest.raises(ValueError, match=r"filters inside the network are modulated"):
-        result.export(tmp_path / "model.pt2")
+    result, _ = fitted("gaussian", terms=["(1 | site)", Slopes("site", on="1")])
+    with pytest.raises(ValueError, match="the chosen clusters act on hidden layers"):
+        result.export(tmp_path / "model.pt2", clusters={"site": "s1"})
     result, _ = fitted("gaussian")
     with pytest.raises(ValueError, match=r"must end in \.pt2 or \.onnx, found 'model\.bin'"):
         result.export(tmp_path / "model.bin")

@@ -134,7 +134,7 @@ def test_callbacks_see_records_and_may_stop(tmp_path):
     assert result.history.settled == 20
     assert {record.phase for record in seen[:2]} == {"network"}
     assert all(record.phase == "guide" for record in seen[2:])
-    assert seen[0].adversary_chance == (1 / SITES,)
+    assert seen[0].adversary_chance == pytest.approx([1 / SITES])
     np.testing.assert_allclose(seen[0].loss, np.mean(result.history.loss[:10]))
     with pytest.raises(FrozenInstanceError):
         seen[0].step = 1

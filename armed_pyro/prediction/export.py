@@ -252,7 +252,8 @@ def export(
     _check_same(module(*arguments, **named), expected, "the module")
     rows = Dim("rows")
     by_name = {name: _with_rows(part, rows) for name, part in named.items()}
-    dynamic = {"inputs": _with_rows(arguments, rows), "named": by_name}
+    both = {"inputs": _with_rows(arguments, rows), "named": by_name}
+    dynamic = {name: shapes for name, shapes in both.items() if shapes}
     try:
         program = torch.export.export(module, arguments, named, dynamic_shapes=dynamic)
     except Exception as error:  # torch raises errors of many kinds
