@@ -120,8 +120,9 @@ class PredictionModule(nn.Module):
         taken = mapped(lambda values: as_type(like, values), x)
         outputs = [chosen_tensor(call(net, taken), self._element) for net in self.networks]
         output = torch.stack(outputs).mean(0)
-        eta = self._eta(output.reshape(len(output), -1).to(self._dtype), table)
-        rows = Rows(output.new_zeros(len(output), 0), None, {})
+        # Not len(output), which would fix the number of rows of an export.
+        eta = self._eta(output.reshape(output.shape[0], -1).to(self._dtype), table)
+        rows = Rows(output.new_zeros(output.shape[0], 0), None, {})
         parameters = {name: getattr(self, f"parameter_{name}") for name in self._parameters_of}
         expected = self._family.expected(eta, parameters, rows)
         return expected.mean(0)
@@ -132,7 +133,7 @@ class PredictionModule(nn.Module):
         inputs = []
         if self._head:
             hidden = output if self._kept is None else output[:, self._kept]
-            ones = [hidden.new_ones(len(hidden), 1)] if self._intercept else []
+            ones = [hidden.new_ones(hidden.shape[0], 1)] if self._intercept else []
             inputs = [torch.cat([*ones, hidden], -1)]
         else:
             eta = eta + self._spread * self._family.contrasts(output)
