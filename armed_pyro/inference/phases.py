@@ -177,8 +177,7 @@ class NetworkPhase(Phase):
         self.objective = self.lazy.reading(averaged)
 
     def batch_size(self) -> int:
-        schedule, n = self.task.schedule, len(self.task.source)
-        return schedule.stopped_batch(n) if self.task.in_batches else schedule.batch(n)
+        return self.task.network_batch
 
     def window(self) -> int:
         schedule, n = self.task.schedule, len(self.task.source)
@@ -255,8 +254,7 @@ class NetworkPhase(Phase):
 def warmup_steps(task: TrainingTask) -> list[int]:
     """Steps of the warm-up of each adversary."""
     n, schedule = len(task.source), task.schedule
-    size = schedule.stopped_batch(n) if task.in_batches else schedule.batch(n)
-    epoch = math.ceil(n / size)
+    epoch = math.ceil(n / task.network_batch)
     return [game.warmup_steps(epoch, schedule.steps) for game in task.model.adversaries]
 
 
