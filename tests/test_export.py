@@ -75,7 +75,7 @@ def test_a_latent_last_layer_and_images_are_exported(tmp_path):
     assert loaded.shape == (ROWS,)
 
 
-def test_inputs_of_a_dataset_are_arguments(tmp_path):
+def test_named_inputs_are_one_dict(tmp_path):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -93,7 +93,7 @@ def test_inputs_of_a_dataset_are_arguments(tmp_path):
     path = result.export(tmp_path / "model.pt2")
     module = torch.export.load(path).module()
     few = {name: torch.from_numpy(values[:5]) for name, values in arrays.items()}
-    np.testing.assert_allclose(module(**few), result.network(**few), atol=1e-6)
+    np.testing.assert_allclose(module(few), result.network(few), atol=1e-6)
 
 
 def test_what_cannot_be_exported_is_said(tmp_path):

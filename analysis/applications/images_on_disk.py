@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,11 @@ def run(folder: Path, rows: int, schedule: Schedule) -> tuple[Fit, float]:
     return result, float(above.mean())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the variance components and the area under the curve."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few images and steps")
-    smoke = parser.parse_args().smoke
+    smoke = parser.parse_args(arguments).smoke
     schedule = Schedule(steps=60 if smoke else 1500, folds=1, net_learning_rate=0.01)
     with tempfile.TemporaryDirectory() as folder:
         result, area = run(Path(folder), 80 if smoke else 350, schedule)

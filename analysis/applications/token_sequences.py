@@ -6,6 +6,7 @@ Run with ``python -m armed_pyro.analysis.applications.token_sequences``; ``--smo
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -58,11 +59,11 @@ def run(rows: int, schedule: Schedule, seed: int = 0) -> tuple[Fit, float]:
     return result, float(1 - np.square(y - mean).mean() / np.var(y))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the variance components and R2."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few notes and steps")
-    smoke = parser.parse_args().smoke
+    smoke = parser.parse_args(arguments).smoke
     schedule = Schedule(steps=60 if smoke else 3000, folds=1, net_learning_rate=0.01)
     result, r2 = run(120 if smoke else 1200, schedule)
     print(result.variance_components().round(3).to_string())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -124,15 +125,17 @@ def program(n: int, side: int, batch: int, steps: int, workers: int) -> float:
     return float(np.median(np.diff(marks)[1:]))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print seconds of a step, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="few rows and steps")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--workers", type=int, default=1)
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(arguments))
+    options |= {"rows": 64, "batch": 8, "steps": 4} if options.pop("smoke") else {}
     sizes = [options[name] for name in ("rows", "side", "batch", "steps", "workers")]
     loop, ours = plain(*sizes), program(*sizes)
     print(f"torch loop {loop:.3f} s, program {ours:.3f} s a step: throughput {loop / ours:.2f}")
