@@ -49,7 +49,7 @@ def test_the_network_takes_raw_inputs_and_gives_expected_outcomes(family):
     assert not any(m._forward_hooks for m in result.network.modules())
 
 
-@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("linear", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_files_hold_the_effects_of_a_cluster(tmp_path, linear):
     net = nn.Linear(2, 1).double() if linear else None
     result, data = fitted("bernoulli", net=net, bayesian_head=linear)
@@ -63,6 +63,7 @@ def test_files_hold_the_effects_of_a_cluster(tmp_path, linear):
     assert np.abs(fixed - expected).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_latent_last_layer_and_images_are_exported(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (ROWS, 1, 4, 4)).astype(np.uint8)
@@ -100,7 +101,6 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     result, _ = fitted("gaussian", terms=["(1 | site)", Slopes("site", on="1")])
     with pytest.raises(ValueError, match="the chosen clusters act on hidden layers"):
         result.export(tmp_path / "model.pt2", clusters={"site": "s1"})
-    result, _ = fitted("gaussian")
     with pytest.raises(ValueError, match=r"must end in \.pt2 or \.onnx, found 'model\.bin'"):
         result.export(tmp_path / "model.bin")
     with pytest.raises(ValueError, match="no random effects of 'batch'"):

@@ -324,7 +324,7 @@ class FrozenPhase(Phase):
             )
             self.iterates.append(self._center())
             return loss, norm
-        rows = self._step_rows()
+        rows = self._step_rows().loaded()
         bound = NestedBound(task.model, self.lazy.guide, self.particles)
         draws = max(1, min(self.pace.draws, self._most_rows() // max(1, len(rows))))
         objective = self.lazy.reading(bound)
