@@ -98,12 +98,12 @@ class Fit:
 
     @property
     def data(self) -> ClusteredData:
-        """The training rows, or a sample of them: see `sampled`."""
+        """The training rows, or a sample of them (`sampled`)."""
         return self.posterior.data
 
     @property
     def plot(self) -> Plots:
-        """Pictures: ``fit.plot.effects("Days")``, ``.caterpillar()``, ``.ppc()``, and others."""
+        """Pictures, such as ``fit.plot.effects("Days")``, ``.caterpillar()`` and ``.ppc()``."""
         return Plots(self.posterior, self.classifiers)
 
     @property
