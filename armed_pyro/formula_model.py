@@ -190,6 +190,7 @@ def model(
         weights_kind=weights_kind,
         event=event,
         missing=missing,
+        times=read.times,
         **roles,
     )
     chosen.check(rows)

@@ -138,6 +138,7 @@ class ClusteredData:
         event: Any = None,
         weights_kind: WeightsKind = "frequency",
         se: str | None = None,
+        times: Sequence[str] = (),
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -176,6 +177,8 @@ class ClusteredData:
         se
             Column of known standard errors in place of weights, y_i ~ N(eta_i, se_i^2), without a
             residual sd; in a meta-analysis, ``(1 | study)`` is the heterogeneity.
+        times
+            Columns of the times of processes such as ``ou(time | g)``, as numbers.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -199,6 +202,7 @@ class ClusteredData:
             categorical=categorical,
             event=event,
             weights_kind=kind,
+            times=times,
             **roles,
         )
         return cls.encode(frame, schema, outcome_required=True, missing=missing)

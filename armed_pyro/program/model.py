@@ -147,7 +147,11 @@ class MixedEffects(Plan):
         scales = (self.family.effect_scale(), facts.spread)
         labels = names.site_labels(bound, blocks)
         bound._factors = nn.ModuleList(
-            Factor(name, of_factor, facts.columns, self.priors, *scales, label=labels[name])
+            Factor(
+                *(name, of_factor, facts.columns, self.priors, *scales),
+                label=labels[name],
+                levels=facts.levels[name],
+            )
             for name, of_factor in blocks.items()
         )
         names.name_plates(bound)
