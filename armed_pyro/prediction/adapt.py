@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from armed_pyro.data.own_means import joined_tables, with_joint_means
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth, systematic
+from armed_pyro.prediction.cell_draws import CellDraws
 from armed_pyro.prediction.chunks import new_effects, predict_rows
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction
@@ -130,8 +131,15 @@ class _AdaptedEffects(EffectSource):
     labels: Mapping[str, pd.Index]
     known: Mapping[str, Tensor]
     others: Marginal
+    _cells: CellDraws = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        cells = CellDraws(self.others.seed, labels=dict(self.labels), values=dict(self.known))
+        object.__setattr__(self, "_cells", cells)
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
+        if factor.process is not None:
+            return self._cells.effects(factor, labels, self.latents, "marginal")
         adapted = self.labels[factor.name]
         place = match_labels(labels, adapted, f"grouping factor {factor.name!r}")
         unknown = place < 0

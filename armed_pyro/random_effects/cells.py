@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from armed_pyro._messages import listing
 from armed_pyro.data.label_matching import label_key
@@ -65,6 +65,10 @@ class Cells:
 
     def __len__(self) -> int:
         return len(self.time)
+
+    def take(self, chosen: Bool[np.ndarray, " cells"]) -> Cells:
+        """The chosen cells, with the same numbers of clusters."""
+        return Cells(self.factor, self.clusters, self.cluster[chosen], self.time[chosen])
 
     def joined(self, other: Cells) -> Cells:
         """These cells, followed by others whose clusters begin with these clusters."""

@@ -115,21 +115,21 @@ def _without_clusters(value: Float[Tensor, "... 1"]) -> Float[Tensor, "... 1"]:
 
 def conditional_draw(
     process: CellProcess,
-    sd: Float[Tensor, "draws"],
-    latents: Latents,
     known: Cells,
-    values: Float[Tensor, "draws known"],
     new: Cells,
+    sd: Float[Tensor, " draws"],
+    parameter: Float[Tensor, "draws 1"],
+    values: Float[Tensor, "draws known"],
     noise: Float[Tensor, "draws new"],
 ) -> Float[Tensor, "draws new"]:
-    r"""Values at new cells given those at known cells, exactly: interpolation and forecasts.
+    r"""Values at new cells given the `values` at known cells: interpolation and forecasts.
 
     Backwards in time, a new cell is normal given the next cell and all known cells before it; a
     known cell is an observation without noise.
     """
     both = known.joined(new)
     timeline = process.timeline_of(both)
-    decay, innovation = process.steps(process.parameter(latents).reshape(-1, 1), timeline)
+    decay, innovation = process.steps(parameter, timeline)
     decay, innovation = (part.expand(len(values), -1) for part in (decay, innovation))
     padding = values.new_zeros(len(values), len(new))
     fixed = torch.arange(len(both), device=values.device) < len(known)

@@ -1,0 +1,178 @@
+"""Processes in time: exact agreement with dense normal densities, priors, tables, forecasts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.typing import NDArray
+from pyro import poutine
+from scipy import stats
+from torch import Tensor
+
+import armed_pyro as ap
+from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.guides.process import ProcessGuide
+from armed_pyro.program.model import MixedEffects
+
+Array = NDArray[np.float64]
+
+
+def panel(kind: str, seed: int = 0, *, repeated: bool = False) -> pd.DataFrame:
+    """Rows of clusters of unequal length at irregular times, or at whole steps with gaps."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for k, n in enumerate([1, 7, 4, 9, 2, 6, 9]):
+        time = rng.choice(20, n, replace=False) * 0.5 if kind == "ar1" else rng.uniform(0, 9, n)
+        parts.append(pd.DataFrame({"id": f"c{k}", "t": time, "school": f"s{k // 2}"}))
+    table = pd.concat(parts, ignore_index=True)
+    if repeated:
+        table = pd.concat([table, table[::3], table[::5]], ignore_index=True)
+    n = len(table)
+    table["x"] = rng.normal(size=n)
+    table["y"] = 5 + table["x"] + rng.normal(size=n) * 2
+    return table.sample(frac=1, random_state=seed).reset_index(drop=True)
+
+
+def bound(table: pd.DataFrame, random: str) -> tuple[MixedEffects, ClusteredData]:
+    made = ap.model(f"y ~ x + {random}", table)
+    return made.program.bind(made.data), made.data
+
+
+def sites(model: MixedEffects, kind: str, draws: int = 3) -> dict[str, Tensor]:
+    """Hyperparameters with draws, "draws 1 size"."""
+    torch.manual_seed(1)
+    factors = {f.sd_site: len(f.terms) for f in model.factors}
+    values = {name: torch.rand(draws, 1, size).double() + 0.3 for name, size in factors.items()}
+    for factor in model.factors:
+        for group, covariance in factor.groups:
+            root = torch.linalg.cholesky(torch.tensor([[1.0, 0.4], [0.4, 1.0]])).double()
+            (site,) = covariance.sites(group)
+            values[site] = root.expand(draws, 1, 2, 2)
+    if kind == "ou":
+        values["id:t_range"] = torch.rand(draws, 1, 1).double() * 3 + 0.2
+    if kind == "ar1":
+        values["id:t_phi"] = torch.tensor([0.7, -0.4, 0.2]).double().reshape(3, 1, 1)
+    values["residual_sd"] = torch.rand(draws, 1).double() + 0.2
+    values["fixed_effect"] = torch.randn(draws, 1, 2).double()
+    return values
+
+
+def kernel(kind: str, values: Mapping[str, Tensor], draw: int, table: pd.DataFrame) -> Array:
+    """Correlation, or covariance in units of sd^2, of the process at the table's rows."""
+    time = table["t"].to_numpy()
+    same = table["id"].to_numpy()[:, None] == table["id"].to_numpy()
+    gap = np.abs(time[:, None] - time)
+    gaps = [np.diff(np.unique(part["t"])) for _, part in table.groupby("id")]
+    unit = np.concatenate(gaps).min()
+    if kind == "rw":
+        start = table.groupby("id")["t"].transform("min").to_numpy() - unit
+        walk = np.minimum(time[:, None] - start[:, None], time - start)
+        return same * walk / unit
+    if kind == "ou":
+        return same * np.exp(-gap / float(values["id:t_range"][draw]))
+    phi = float(values["id:t_phi"][draw])
+    steps = np.round(gap / unit)
+    return same * np.abs(phi) ** steps * np.where((steps % 2 == 1) & (phi < 0), -1.0, 1.0)
+
+
+def dense(
+    model: MixedEffects, table: pd.DataFrame, data: ClusteredData, values: Mapping[str, Tensor],
+    kind: str, draw: int,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Mean and covariance of y, and the covariance of every factor's part of it."""
+    facts, rows = model.data_facts(), model.encode(data).all()
+    latents = {name: value[draw, 0] for name, value in values.items()}
+    latents["residual_sd"] = values["residual_sd"][draw]
+    mean = model.predictor(rows, {"fixed_effect": latents["fixed_effect"]}).eta[:, 0].numpy()
+    parts: dict[str, Array] = {}
+    for factor in model.factors:
+        if factor.process is not None:
+            sd = float(latents[factor.sd_site])
+            parts[factor.name] = (sd * facts.spread) ** 2 * kernel(kind, values, draw, table)
+            continue
+        phi = factor.design(rows.slope_inputs(), {}).numpy()
+        label = data.grouping(factor.name).codes.numpy()
+        between = phi @ factor.covariance(latents).numpy() @ phi.T
+        parts[factor.name] = facts.spread**2 * between * (label[:, None] == label)
+    residual = (float(latents["residual_sd"]) * facts.spread) ** 2
+    return mean, sum(parts.values()) + residual * np.eye(len(mean)), parts
+
+
+RANDOM = {
+    "alone": "{kind}(t | id)",
+    "intercepts": "(1 | id) + {kind}(t | id)",
+    "slopes": "(x | id) + {kind}(t | id)",
+    "nested": "(1 | school) + (1 | id) + {kind}(t | id)",
+    "outside": "(x | school) + {kind}(t | id)",
+}
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("design", list(RANDOM))
+@pytest.mark.parametrize("kind", ["ou", "ar1", "rw"])
+def test_likelihood_and_effects_are_those_of_the_dense_normal(
+    kind: str, design: str, repeated: bool
+) -> None:
+    table = panel(kind, repeated=repeated)
+    model, data = bound(table, RANDOM[design].format(kind=kind))
+    source = model.encode(data)
+    guide, values = ProcessGuide(model, source), sites(model, kind)
+    found = guide.closed_form(model, source)
+    assert found is not None
+    densities = found.log_likelihood(values)
+    y = table["y"].to_numpy()
+    with torch.no_grad():
+        draws = [
+            guide.effects_given({k: v[[d] * 4000] for k, v in values.items()}, model.clusters())
+            for d in range(3)
+        ]
+    for draw in range(3):
+        mean, covariance, parts = dense(model, table, data, values, kind, draw)
+        exact = stats.multivariate_normal(mean, covariance).logpdf(y)
+        assert float(densities[draw]) == pytest.approx(exact, rel=1e-9)
+        # The posterior means and sds of the effects on every row, in standard errors of the draws.
+        weights = np.linalg.solve(covariance, np.column_stack([y - mean, *parts.values()]))
+        for place, (name, part) in enumerate(parts.items()):
+            factor = next(f for f in model.factors if f.name == name)
+            effects = draws[draw][factor.effect_site]
+            rows = source.all()
+            phi = factor.design(rows.slope_inputs(), {})
+            drawn = factor.contribution(phi, rows.memberships[name], effects)[..., 0].numpy()
+            drawn = drawn * model.data_facts().spread
+            n = len(y)
+            expected = part @ weights[:, 0]
+            sd = np.sqrt(np.diag(part - part @ weights[:, 1 + place * n : 1 + (place + 1) * n]))
+            error = (drawn.mean(0) - expected) / (sd / math.sqrt(4000))
+            assert np.abs(error).max() < 5
+            ratio = drawn.std(0) / sd
+            assert np.abs(ratio - 1).max() < 5 / math.sqrt(2 * 4000)
+
+
+@pytest.mark.parametrize("kind", ["ou", "ar1", "rw"])
+def test_prior_of_the_site_is_that_of_the_dense_normal(kind: str) -> None:
+    table = panel(kind)
+    model, data = bound(table, f"{kind}(t | id)")
+    (factor,) = model.factors
+    values = {name: value[0, 0] for name, value in sites(model, kind).items()}
+    values["residual_sd"] = values["residual_sd"].reshape(1)
+    rows = model.encode(data).all()
+    membership = rows.memberships["id:t"]
+    effect = torch.randn(len(membership.index), 1).double()
+    given = {k: v for k, v in values.items() if k not in ("residual_sd", "fixed_effect")}
+    conditioned = poutine.condition(factor, given | {factor.effect_site: effect})
+    trace = poutine.trace(conditioned).get_trace(membership)
+    trace.compute_log_prob()
+    found = float(trace.nodes[factor.effect_site]["log_prob_sum"])
+    cells = table.drop_duplicates(["id", "t"])
+    place = data.grouping("id:t").codes.numpy()[cells.index]
+    sd = float(values[factor.sd_site])
+    drawn = {name: value[None] for name, value in values.items()}
+    covariance = sd**2 * kernel(kind, drawn, 0, cells)
+    exact = stats.multivariate_normal(np.zeros(len(cells)), covariance)
+    assert found == pytest.approx(exact.logpdf(effect[place, 0].numpy()), rel=1e-9)
