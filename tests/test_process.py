@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,10 @@ from torch import Tensor
 import armed_pyro as ap
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.guides.process import ProcessGuide
+from armed_pyro.prediction.adapt import AdaptedEffects
+from armed_pyro.prediction.chunks import predict_rows
+from armed_pyro.prediction.new_clusters import condition
+from armed_pyro.prediction.unseen import Marginal, new_clusters
 from armed_pyro.program.model import MixedEffects
 
 Array = NDArray[np.float64]
@@ -63,13 +66,19 @@ def sites(model: MixedEffects, kind: str, draws: int = 3) -> dict[str, Tensor]:
     return values
 
 
-def kernel(kind: str, values: Mapping[str, Tensor], draw: int, table: pd.DataFrame) -> Array:
+def kernel(
+    kind: str,
+    values: Mapping[str, Tensor],
+    draw: int,
+    table: pd.DataFrame,
+    unit: float | None = None,
+) -> Array:
     """Correlation, or covariance in units of sd^2, of the process at the table's rows."""
     time = table["t"].to_numpy()
     same = table["id"].to_numpy()[:, None] == table["id"].to_numpy()
     gap = np.abs(time[:, None] - time)
     gaps = [np.diff(np.unique(part["t"])) for _, part in table.groupby("id")]
-    unit = np.concatenate(gaps).min()
+    unit = np.concatenate(gaps).min() if unit is None else unit
     if kind == "rw":
         start = table.groupby("id")["t"].transform("min").to_numpy() - unit
         walk = np.minimum(time[:, None] - start[:, None], time - start)
@@ -176,3 +185,92 @@ def test_prior_of_the_site_is_that_of_the_dense_normal(kind: str) -> None:
     covariance = sd**2 * kernel(kind, drawn, 0, cells)
     exact = stats.multivariate_normal(np.zeros(len(cells)), covariance)
     assert found == pytest.approx(exact.logpdf(effect[place, 0].numpy()), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["ou", "ar1", "rw"])
+def test_draws_at_new_times_are_those_of_the_dense_normal(kind: str) -> None:
+    table = panel(kind)
+    seen = table[(table["id"] != "c6") & (np.arange(len(table)) % 3 > 0)]
+    cells = table.drop(seen.index)
+    n = 4000
+    model, data = bound(seen, f"{kind}(t | id)")
+    (factor,) = model.factors
+    values = {name: value[[0]] for name, value in sites(model, kind).items()}
+    process = factor.process
+    assert process is not None
+    levels = model.data_facts().levels["id:t"]
+    latents = {name: value.expand(n, *value.shape[1:]) for name, value in values.items()}
+    effect = torch.randn(1, len(levels), 1).double()
+    latents[factor.effect_site] = effect.expand(n, -1, -1)
+    source = Marginal(latents, 0)
+    new = data.encode(cells, data.schema).grouping("id:t")
+    first, second = new.levels[:5], new.levels[5:]
+    drawn = torch.cat([source.effects(factor, part)[0] for part in (first, second)], 1)
+    again = source.effects(factor, new.levels)
+    assert torch.equal(again[0], drawn)  # all calls share one path
+    expected_modes = ["marginal" if "c6" in str(label) else "" for label in new.levels]
+    assert again[1] == expected_modes
+    both = pd.concat([seen, cells], ignore_index=True)
+    unit = process.kernel.unit
+    assert unit == pytest.approx(process.cells.shortest_gap())
+    covariance = kernel(kind, values, 0, both, unit) * float(values[factor.sd_site]) ** 2
+    k = len(seen)
+    place = data.grouping("id:t").codes.numpy()
+    u = effect[0, place, 0].numpy()
+    solved = np.linalg.solve(covariance[:k, :k], np.column_stack([u, covariance[:k, k:]]))
+    order = new.codes.numpy()
+    mean = covariance[k:, :k] @ solved[:, 0]
+    left = covariance[k:, k:] - covariance[k:, :k] @ solved[:, 1:]
+    found = drawn[:, order, 0].numpy()
+    sd = np.sqrt(np.diag(left))
+    assert np.abs((found.mean(0) - mean) / (sd / math.sqrt(n))).max() < 5
+    correlation = left / sd[:, None] / sd
+    assert np.abs(np.cov(found.T) / sd[:, None] / sd - correlation).max() < 0.12
+
+
+@pytest.fixture(scope="module")
+def ovary() -> ap.Fit:
+    rng = np.random.default_rng(3)
+    parts = []
+    for k in range(12):
+        time = np.sort(rng.uniform(0, 10, 12))
+        same = np.exp(-np.abs(time[:, None] - time) / 2)
+        y = 3 + rng.normal() + np.linalg.cholesky(same) @ rng.normal(size=12)
+        parts.append(pd.DataFrame({"id": f"m{k}", "t": time, "y": y + 0.5 * rng.normal(size=12)}))
+    table = pd.concat(parts, ignore_index=True)
+    return ap.model("y ~ 1 + (1 | id) + ou(t | id)", table).fit(progress=False)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_adapted_processes_are_those_of_the_dense_normal(ovary: ap.Fit, seen: bool) -> None:
+    model, n = ovary.model, 4000
+    rng = np.random.default_rng(5)
+    name = "m1" if seen else "new"
+    support = pd.DataFrame({"id": name, "t": [1.0, 4.0, 10.5, 11.0], "y": rng.normal(3, 2, 4)})
+    rows = ovary.posterior.encode(support)
+    one = ovary.posterior.draws(2)
+    latents = {k: v[[0]].expand(n, *v.shape[1:]) for k, v in one.items()}
+    made = condition(ovary.posterior, rows, latents, 0, update_seen=seen)
+    marginal = Marginal(made.latents, 0)
+    source = AdaptedEffects(made.latents, new_clusters(model, rows), made.effects, marginal)
+    ahead = pd.DataFrame({"id": name, "t": [0.5, 11.5, 13.0]})
+    drawn = predict_rows(ovary.posterior, ovary.posterior.encode(ahead), source).expected
+    training = ovary.posterior.data
+    table = pd.DataFrame(
+        {"id": training.grouping("id").labels(), "t": training.grouping("t").labels()}
+    )
+    table["y"] = training.outcome.numpy()
+    known = pd.concat([table[table["id"] == name], support])
+    both = pd.concat([known, ahead], ignore_index=True)
+    spread = model.data_facts().spread
+    sds = [float(one[site][0]) * spread for site in ("id_sd", "id:t_sd", "residual_sd")]
+    gap = np.abs(both["t"].to_numpy()[:, None] - both["t"].to_numpy())
+    part = sds[0] ** 2 + sds[1] ** 2 * np.exp(-gap / float(one["id:t_range"][0]))
+    k = len(known)
+    whole = part[:k, :k] + sds[2] ** 2 * np.eye(k)
+    mean = model.data_facts().center[0] + spread * float(one["fixed_effect"][0])
+    solved = np.linalg.solve(whole, np.column_stack([known["y"] - mean, part[:k, k:]]))
+    expected = mean + part[k:, :k] @ solved[:, 0]
+    sd = np.sqrt(np.diag(part[k:, k:] - part[k:, :k] @ solved[:, 1:]))
+    assert np.abs((drawn.mean(0) - expected) / (sd / math.sqrt(n))).max() < 5
+    assert np.abs(drawn.std(0) / sd - 1).max() < 5 / math.sqrt(2 * n)

@@ -97,7 +97,7 @@ class Adapted:
     def source(self) -> EffectSource:
         """The source of the new clusters' effects."""
         marginal = Marginal(self.latents, self.seed)
-        return _AdaptedEffects(self.latents, self.labels, self.effects, marginal)
+        return AdaptedEffects(self.latents, self.labels, self.effects, marginal)
 
     def table(self, *, prob: float = 0.9) -> pd.DataFrame:
         """Effects of the new clusters on the original scale, one row per cluster and term.
@@ -124,7 +124,7 @@ class Adapted:
 
 
 @dataclass(frozen=True, eq=False)
-class _AdaptedEffects(EffectSource):
+class AdaptedEffects(EffectSource):
     """Posterior effects of the adapted clusters, and marginal effects of all other new clusters."""
 
     latents: Latents
@@ -230,7 +230,11 @@ def _check(posterior: Posterior, support: ClusteredData, update_seen: bool) -> N
     for factor in model.factors:
         grouping = support.grouping(factor.name)
         seen, what = facts.levels[factor.name], f"grouping factor {factor.name!r}"
-        is_new |= (match_labels(grouping.levels, seen, what) < 0)[grouping.codes.numpy()]
+        new = match_labels(grouping.levels, seen, what) < 0
+        if factor.process is not None:  # new times of a seen cluster are not new
+            cells = factor.process.cells_of(grouping.levels)
+            new = cells.cluster >= len(factor.process.cells.clusters)
+        is_new |= new[grouping.codes.numpy()]
     if not update_seen and not is_new.all():
         first = model.factors[-1].name
         known = pd.unique(support.grouping(first).labels()[~is_new])

@@ -95,6 +95,17 @@ class CellProcess(nn.Module):
         scale = _without_clusters(sd) * innovation.sqrt()
         return ChainNormal(self.timeline.chains, decay.to(sd), scale.to(sd))
 
+    def root(
+        self, sd: Float[Tensor, "... 1"], latents: Latents, labels: pd.Index
+    ) -> Float[Tensor, "draws cells cells"]:
+        """L of the cells with these labels alone, u = L z: the root of a dense covariance."""
+        timeline = self.timeline_of(self.cells_of(labels))
+        decay, innovation = self.steps(self.parameter(latents).reshape(-1, 1), timeline)
+        scale = sd.double().reshape(-1, 1) * innovation.sqrt()
+        noise = torch.eye(len(labels), dtype=scale.dtype, device=scale.device)
+        paths = timeline.chains.forwards(decay[:, None], scale[:, None] * noise)
+        return paths.mT.to(sd)
+
     def mean_variance(self, latents: Latents) -> Tensor:
         """Mean of the variances of z over the cells, "... 1"."""
         decay, innovation = self.steps(_without_clusters(self.parameter(latents)))
