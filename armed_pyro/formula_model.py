@@ -182,15 +182,13 @@ def model(
     rows = ClusteredData.from_frame(
         table,
         outcome=read.outcome,
-        clusters=read.cluster_columns(table.columns, *watched),
+        **read.random_columns(table.columns, *watched),
         features=read.features,
-        slopes=read.slopes(table.columns) or (),
         categorical=categorical,
         offset=offset,
         weights_kind=weights_kind,
         event=event,
         missing=missing,
-        times=read.times,
         **roles,
     )
     chosen.check(rows)

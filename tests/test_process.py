@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from pyro import poutine
 from scipy import stats
 from torch import Tensor
+from typer.testing import CliRunner
 
 import armed_pyro as ap
+from armed_pyro.cli import app
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.guides.process import ProcessGuide
 from armed_pyro.prediction.adapt import AdaptedEffects
@@ -91,8 +94,12 @@ def kernel(
 
 
 def dense(
-    model: MixedEffects, table: pd.DataFrame, data: ClusteredData, values: Mapping[str, Tensor],
-    kind: str, draw: int,
+    model: MixedEffects,
+    table: pd.DataFrame,
+    data: ClusteredData,
+    values: Mapping[str, Tensor],
+    kind: str,
+    draw: int,
 ) -> tuple[Array, Array, dict[str, Array]]:
     """Mean and covariance of y, and the covariance of every factor's part of it."""
     facts, rows = model.data_facts(), model.encode(data).all()
@@ -238,7 +245,8 @@ def ovary() -> ap.Fit:
         y = 3 + rng.normal() + np.linalg.cholesky(same) @ rng.normal(size=12)
         parts.append(pd.DataFrame({"id": f"m{k}", "t": time, "y": y + 0.5 * rng.normal(size=12)}))
     table = pd.concat(parts, ignore_index=True)
-    return ap.model("y ~ 1 + (1 | id) + ou(t | id)", table).fit(progress=False)
+    table["x"] = rng.normal(size=len(table)) + np.repeat(np.arange(12) % 3, 12)
+    return ap.model("y ~ x + (1 | id) + ou(t | id)", table).fit(progress=False)
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -247,19 +255,20 @@ def test_adapted_processes_are_those_of_the_dense_normal(ovary: ap.Fit, seen: bo
     rng = np.random.default_rng(5)
     name = "m1" if seen else "new"
     support = pd.DataFrame({"id": name, "t": [1.0, 4.0, 10.5, 11.0], "y": rng.normal(3, 2, 4)})
+    support["x"] = rng.normal(size=4)
     rows = ovary.posterior.encode(support)
     one = ovary.posterior.draws(2)
     latents = {k: v[[0]].expand(n, *v.shape[1:]) for k, v in one.items()}
     made = condition(ovary.posterior, rows, latents, 0, update_seen=seen)
     marginal = Marginal(made.latents, 0)
-    source = AdaptedEffects(made.latents, new_clusters(model, rows), made.effects, marginal)
-    ahead = pd.DataFrame({"id": name, "t": [0.5, 11.5, 13.0]})
+    source = AdaptedEffects.of(made.latents, new_clusters(model, rows), made.effects, marginal)
+    ahead = pd.DataFrame({"id": name, "t": [0.5, 11.5, 13.0], "x": [0.0, 1.0, -1.0]})
     drawn = predict_rows(ovary.posterior, ovary.posterior.encode(ahead), source).expected
     training = ovary.posterior.data
     table = pd.DataFrame(
         {"id": training.grouping("id").labels(), "t": training.grouping("t").labels()}
     )
-    table["y"] = training.outcome.numpy()
+    table["y"], table["x"] = training.outcome.numpy(), training.features[:, 0].numpy()
     known = pd.concat([table[table["id"] == name], support])
     both = pd.concat([known, ahead], ignore_index=True)
     spread = model.data_facts().spread
@@ -268,9 +277,76 @@ def test_adapted_processes_are_those_of_the_dense_normal(ovary: ap.Fit, seen: bo
     part = sds[0] ** 2 + sds[1] ** 2 * np.exp(-gap / float(one["id:t_range"][0]))
     k = len(known)
     whole = part[:k, :k] + sds[2] ** 2 * np.eye(k)
-    mean = model.data_facts().center[0] + spread * float(one["fixed_effect"][0])
-    solved = np.linalg.solve(whole, np.column_stack([known["y"] - mean, part[:k, k:]]))
-    expected = mean + part[k:, :k] @ solved[:, 0]
+    facts, fixed = model.data_facts(), one["fixed_effect"][0].flatten().numpy()
+    x = (both["x"].to_numpy() - facts.feature_mean[0]) / facts.feature_scale[0]
+    mean = facts.center[0] + spread * (fixed[0] + fixed[1] * x)
+    solved = np.linalg.solve(whole, np.column_stack([known["y"] - mean[:k], part[:k, k:]]))
+    expected = mean[k:] + part[k:, :k] @ solved[:, 0]
     sd = np.sqrt(np.diag(part[k:, k:] - part[k:, :k] @ solved[:, 1:]))
     assert np.abs((drawn.mean(0) - expected) / (sd / math.sqrt(n))).max() < 5
     assert np.abs(drawn.std(0) / sd - 1).max() < 5 / math.sqrt(2 * n)
+
+
+def test_saved_streamed_and_stated_on_the_command_line_it_is_the_same_fit(
+    ovary: ap.Fit, tmp_path: Path
+) -> None:
+    data = ovary.posterior.data
+    table = pd.DataFrame({"id": data.grouping("id").labels(), "t": data.grouping("t").labels()})
+    table["y"], table["x"] = data.outcome.numpy(), data.features[:, 0].numpy()
+    ahead = table.assign(t=table["t"] + 1.5)
+    expected = ovary.predict(ahead).to_frame()
+    components = ovary.variance_components()
+    assert {"sd", "range"} <= set(components[components["factor"] == "id:t"]["statistic"])
+    ovary.save(tmp_path / "run")
+    again = ap.Fit.load(tmp_path / "run")
+    assert str(again.model.terms[1]) == "ou(t | id)"
+    pd.testing.assert_frame_equal(again.predict(ahead).to_frame(), expected, rtol=1e-9)
+    assert "id:t_range" in again.to_datatree()["posterior"]
+    table.to_parquet(tmp_path / "rows.parquet")
+    rows = ap.StreamedData.scan(
+        tmp_path / "rows.parquet", outcome="y", clusters=["id"], times=["t"], features="x"
+    )
+    streamed = ap.fit(
+        ap.model("y ~ x + (1 | id) + ou(t | id)", table).program, rows, progress=False
+    )
+    pd.testing.assert_frame_equal(streamed.variance_components(), components, rtol=1e-3)
+    (tmp_path / "ahead.csv").write_text(ahead.drop(columns="y").to_csv(index=False))
+    folder = str(tmp_path / "cli")
+    told = ["fit", str(tmp_path / "rows.parquet"), "y ~ x + (1 | id) + ou(t | id)"]
+    assert CliRunner().invoke(app, [*told, "--out", folder]).exit_code == 0
+    written = str(tmp_path / "predictions.csv")
+    told = ["predict", folder, str(tmp_path / "ahead.csv"), "--out", written]
+    assert CliRunner().invoke(app, told).exit_code == 0
+    made = pd.read_csv(written)
+    assert made["unseen"].isna().all()
+    assert np.allclose(made["mean"], expected["mean"], atol=0.02)
+
+
+def test_unseen_clusters_get_paths_from_the_prior(ovary: ap.Fit) -> None:
+    new = pd.DataFrame({"id": "new", "t": np.linspace(0, 9, 40), "x": 0.0})
+    with pytest.raises(ValueError, match=r"1 of 'id' \('new'"):
+        ovary.predict(new)
+    zero = ovary.predict(new, unseen="population", draws=4000)
+    assert np.ptp(zero.expected, axis=1).max() == pytest.approx(0, abs=1e-9)
+    made = ovary.predict(new, unseen="marginal", draws=4000)
+    table = ovary.variance_components().set_index(["factor", "statistic"])["mean"]
+    both = float(table["id:t", "variance"]) + float(table["id", "variance"])
+    assert (made.expected - zero.expected).var(0).mean() == pytest.approx(both, rel=0.15)
+    for mode in ("membership", "nearest"):
+        assert (ovary.predict(new, unseen=mode).unseen == mode).all()
+
+
+def test_wrong_times_and_designs_are_told(ovary: ap.Fit) -> None:
+    table = panel("ou")
+    with pytest.raises(ValueError, match="ar1 needs times that are whole numbers of steps"):
+        bound(table, "ar1(t | id)")
+    with pytest.raises(ValueError, match="the times of 'id:t' must be numbers, found 'x"):
+        bound(table.assign(t="x" + table["t"].astype(str)), "ou(t | id)")
+    crossed = table.assign(g=np.arange(len(table)) % 3)
+    made = ap.model("y ~ x + (1 | g) + ou(t | id)", crossed)
+    with pytest.raises(ValueError, match="lie in several clusters of 'g'"):
+        made.fit(progress=False)
+    with pytest.raises(ValueError, match="at most one process"):
+        ap.model("y ~ x + ou(t | school/id)", table).fit(progress=False)
+    with pytest.raises(ValueError, match="write the column of times"):
+        ap.model("y ~ x + ou(t)", table)

@@ -21,6 +21,7 @@ from armed_pyro.data.columns import (
     code_outcome,
     finite_tensor,
     named_features,
+    with_times,
 )
 from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
@@ -196,7 +197,7 @@ class ClusteredData:
         schema = Schema.infer(
             frame,
             outcome=outcome,
-            clusters=clusters,
+            clusters=with_times(clusters, times),
             features=features,
             slopes=slopes,
             categorical=categorical,

@@ -135,7 +135,6 @@ class Schema:
         """
         table = as_pandas(frame)
         clusters, times = column_names(clusters, "clusters"), column_names(times, "times")
-        clusters = (*clusters, *(name for name in times if name not in clusters))
         reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
@@ -178,9 +177,8 @@ class Schema:
             offset_call=formula.offset,
             times=times,
         )
-        if not made:
-            return schema
-        return schema.with_means(schema.cluster_sums(table, schema.groupings(table)))
+        sums = schema.cluster_sums(table, schema.groupings(table)) if made else {}
+        return schema.with_means(sums) if made else schema
 
     @property
     def numeric(self) -> set[str]:

@@ -54,13 +54,15 @@ class Chains:
         steps = order[np.lexsort((chain[order], np.repeat(-lengths, lengths), rank))]
         place = np.empty(n, dtype=np.int64)
         place[steps] = np.arange(n)
-        tensors = (torch.as_tensor(part) for part in (steps, place, previous, following))
-        return cls(*tensors, tuple(np.bincount(rank).tolist()) if n else ())
+        sizes = tuple(np.bincount(rank).tolist()) if n else ()
+        as_tensor = torch.as_tensor
+        neighbours = as_tensor(previous), as_tensor(following)
+        return cls(as_tensor(steps), as_tensor(place), *neighbours, sizes)
 
     def to(self, device: torch.device) -> Chains:
         """The same chains on this device."""
-        parts = (self.steps, self.place, self.previous, self.following)
-        return Chains(*(part.to(device) for part in parts), self.sizes)
+        order = self.steps.to(device), self.place.to(device)
+        return Chains(*order, self.previous.to(device), self.following.to(device), self.sizes)
 
     def before(self, values: Points, outside: float = 0.0) -> Points:
         """The values of each point's predecessor."""

@@ -157,7 +157,9 @@ class ProcessGuide(Guide):
         """The dimensions of the draws, before that of the clusters."""
         factors = (*self.sums.factors, self.sums.factor)
         shapes = [latents[factor.sd_site].shape[:-2] for factor in factors]
-        sites = [self.sums.process.kernel.site, "fixed_effect"]
-        shapes += [latents[site].shape[:-2] for site in sites if site in latents]
+        sites = (self.sums.process.kernel.site, "fixed_effect")
+        shapes += [
+            latents[name].shape[:-2] for name in sites if name is not None and name in latents
+        ]
         shapes.append(self._precision(latents).shape[:-1])
         return torch.broadcast_shapes(*shapes)

@@ -158,18 +158,15 @@ class ProcessLikelihood(MarginalLikelihood):
     def _eliminated(
         self, latents: Latents, by_cluster: Float[Tensor, "columns columns draws clusters"]
     ) -> Iterator[OuterLevel]:
-        sums, tau = self.sums, self._tau(latents)
-        if not sums.factors:
-            return
-        rest = by_cluster
+        sums, tau, rest = self.sums, self._tau(latents), by_cluster
         for place, factor in enumerate(sums.factors):
-            if place:
-                rest = by_parent(level.left, sums.parents[place - 1], sums.clusters[place])
             scale = factor.scale_matrix(latents).double()
             scale = scale.reshape(-1, *scale.shape[-2:]).movedim(0, -1)[..., None]
             t = sums.terms[place]
             level = OuterLevel(tau, scale, rest[:t], rest[t:-1, t:])
             yield level
+            if place + 1 < len(sums.factors):
+                rest = by_parent(level.left, sums.parents[place], sums.clusters[place + 1])
 
     def _within(self, latents: Latents) -> Float[Tensor, "columns columns draws clusters"]:
         """Products within cells of Z and y - X beta."""

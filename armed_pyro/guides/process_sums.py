@@ -58,8 +58,8 @@ class ProcessSums(nn.Module):
 
     `information` is :math:`W_c = \sum_{i \in c} W_i`, and `columns` are the weighted means of
     :math:`C = (Z_1, Z_2, \dots, X, y)` in every cell. Rows of a cell differ by
-    :math:`C_i - \bar C_c`, which the process cannot explain; `within` are the sums of their products
-    over the clusters of factor 1, or of all rows without one.
+    :math:`C_i - \bar C_c`, which the process cannot explain; `within` are the sums of their
+    products over the clusters of factor 1, or of all rows without one.
 
     `inside` is each cell's cluster of factor 1, and `parents` give each cluster's cluster in the
     next factor. `count` and `constant` are the rows' number or frequencies, and the part of the

@@ -48,7 +48,10 @@ def exact_likelihood(
 
 
 def marginal_draws(
-    model: MixedEffects, guide: Guide, closed: MarginalLikelihood, noise: Float[Tensor, "draws 1 1 size"]
+    model: MixedEffects,
+    guide: Guide,
+    closed: MarginalLikelihood,
+    noise: Float[Tensor, "draws 1 1 size"],
 ) -> MarginalDraws:
     """Map noise to the guide's draws of the hyperparameters, and weigh them; no row is read."""
     with NoiseMessenger({"_theta": noise}):

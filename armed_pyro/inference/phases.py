@@ -136,7 +136,9 @@ class Phase(ABC):
 
     trains_network: bool
     frozen_rows: RowSource | None = None  # all rows with the frozen network's outputs
-    closed: MarginalLikelihood | None = None  # log p(y | theta) of all rows, if it has a closed form
+    closed: MarginalLikelihood | None = (
+        None  # log p(y | theta) of all rows, if it has a closed form
+    )
 
     def __init__(self, task: TrainingTask, share: Share) -> None:
         self.task, self.share, self.passes = task, share, Passes(self.one_pass)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,7 @@ class Adapted:
     def source(self) -> EffectSource:
         """The source of the new clusters' effects."""
         marginal = Marginal(self.latents, self.seed)
-        return AdaptedEffects(self.latents, self.labels, self.effects, marginal)
+        return AdaptedEffects.of(self.latents, self.labels, self.effects, marginal)
 
     def table(self, *, prob: float = 0.9) -> pd.DataFrame:
         """Effects of the new clusters on the original scale, one row per cluster and term.
@@ -131,15 +131,22 @@ class AdaptedEffects(EffectSource):
     labels: Mapping[str, pd.Index]
     known: Mapping[str, Tensor]
     others: Marginal
-    _cells: CellDraws = field(init=False, repr=False)
+    cells: CellDraws
 
-    def __post_init__(self) -> None:
-        cells = CellDraws(self.others.seed, labels=dict(self.labels), values=dict(self.known))
-        object.__setattr__(self, "_cells", cells)
+    @classmethod
+    def of(
+        cls,
+        latents: Latents,
+        labels: Mapping[str, pd.Index],
+        known: Mapping[str, Tensor],
+        others: Marginal,
+    ) -> AdaptedEffects:
+        """The source; new cells of processes are drawn given the known ones."""
+        return cls(latents, labels, known, others, CellDraws(dict(labels), dict(known)))
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         if factor.process is not None:
-            return self._cells.effects(factor, labels, self.latents, "marginal")
+            return self.cells.effects(factor, labels, self.latents, "marginal", self.others.seed)
         adapted = self.labels[factor.name]
         place = match_labels(labels, adapted, f"grouping factor {factor.name!r}")
         unknown = place < 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from armed_pyro.data.label_matching import match_labels
@@ -31,13 +31,11 @@ class CellDraws:
     .. math:: f_{new} \sim p(f_{new} \mid f_{seen}, \theta)
 
     in every posterior draw. Cells that are drawn in one call are known in the next, so that blocks
-    of rows share one path. Clusters without a known cell get a path from the prior, or zeros if
-    `zero_new`. `labels` and `values` are those of cells drawn before, by factor; they may be known
-    at the start. Beyond `MOST_KEPT` values, cells drawn here are forgotten.
+    of rows share one path. Clusters without a known cell get a path from the prior, or zeros in the
+    mode "population". `labels` and `values` are those of cells drawn before, by factor; they may be
+    known at the start. Beyond `MOST_KEPT` values, cells drawn here are forgotten.
     """
 
-    seed: int = 0
-    zero_new: bool = False
     labels: dict[str, pd.Index] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     _given: dict[str, pd.Index] = field(init=False, repr=False)
@@ -46,12 +44,12 @@ class CellDraws:
         self._given = dict(self.labels)
 
     def effects(
-        self, factor: Factor, labels: pd.Index, latents: Latents, mode: str
+        self, factor: Factor, labels: pd.Index, latents: Latents, mode: str, seed: int
     ) -> tuple[Float[Tensor, "draws new 1"], list[str]]:
         """Values at these cells, and the mode of each.
 
         The mode is "adapt" for clusters with cells that were known at the start, "" for others that
-        training saw, and `mode` for all others.
+        training saw, and `mode` for all others. The noise is a function of the seed and the labels.
         """
         seen, process = latents[factor.effect_site], _process(factor)
         kept = self.labels.get(factor.name, labels[:0])
@@ -63,14 +61,14 @@ class CellDraws:
             earlier = self.values[factor.name][:, place[place >= 0]]
             result[:, torch.as_tensor(place >= 0)] = earlier
         if len(fresh):
-            drawn = self._drawn(factor, fresh, kept, latents)
+            drawn = self._drawn(factor, fresh, kept, latents, seed)
+            if mode == "population":
+                drawn = drawn * torch.as_tensor(self._reached(process, fresh, kept))[:, None]
             result[:, torch.as_tensor(place < 0)] = drawn
             self._keep(factor.name, kept, fresh, drawn)
         return result, modes
 
-    def _modes(
-        self, process: CellProcess, name: str, labels: pd.Index, mode: str
-    ) -> list[str]:
+    def _modes(self, process: CellProcess, name: str, labels: pd.Index, mode: str) -> list[str]:
         given = self._given.get(name, labels[:0])
         adapted = process.cells_of(given)
         cells = Cells.of(labels, name, adapted.clusters)
@@ -85,10 +83,10 @@ class CellDraws:
         self.labels[name], self.values[name] = kept.append(fresh), torch.cat([*before, drawn], 1)
 
     def _drawn(
-        self, factor: Factor, labels: pd.Index, kept: pd.Index, latents: Latents
+        self, factor: Factor, labels: pd.Index, kept: pd.Index, latents: Latents, seed: int
     ) -> Float[Tensor, "draws new 1"]:
         process, seen = _process(factor), latents[factor.effect_site]
-        noise = label_noise(self.seed, factor.name, labels, seen)[..., 0].double()
+        noise = label_noise(seed, factor.name, labels, seen)[..., 0].double()
         earlier = process.cells_of(kept)
         cells = Cells.of(labels, factor.name, earlier.clusters)
         # Only the clusters of the new cells matter.
@@ -106,10 +104,14 @@ class CellDraws:
             block = slice(start, start + size)
             arrays = (sd[block], parameter[block], values[block].double(), noise[block])
             parts.append(conditional_draw(process, known, cells, *arrays))
-        drawn = torch.cat(parts).to(seen)
-        if self.zero_new:
-            drawn = drawn * torch.as_tensor(np.isin(cells.cluster, known.cluster)).to(drawn)
-        return drawn[..., None]
+        return torch.cat(parts).to(seen)[..., None]
+
+    @staticmethod
+    def _reached(process: CellProcess, fresh: pd.Index, kept: pd.Index) -> Bool[np.ndarray, " new"]:
+        """Whether the cells' clusters have cells that training saw, or that were given."""
+        earlier = process.cells_of(kept)
+        cells = Cells.of(fresh, process.cells.factor, earlier.clusters)
+        return np.isin(cells.cluster, process.cells.cluster)
 
 
 def _process(factor: Factor) -> CellProcess:

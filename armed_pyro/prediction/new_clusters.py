@@ -15,8 +15,8 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.laplace import Conditional, GroupDraws
 from armed_pyro.prediction.label_noise import label_noise
+from armed_pyro.prediction.laplace import Conditional, GroupDraws
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.predictor import modulates
 from armed_pyro.random_effects.covariance import Latents

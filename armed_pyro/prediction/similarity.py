@@ -17,8 +17,8 @@ from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.label_matching import label_text
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.prediction.cell_draws import CellDraws
+from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.prediction.label_noise import generator
 from armed_pyro.prediction.unseen import EffectSource
 from armed_pyro.random_effects.covariance import Latents
@@ -120,16 +120,13 @@ class Resembling(EffectSource):
     seed: int  # the clusters k of a new cluster are drawn from this seed and its label
     evidence: Evidence
     nearest: bool = False  # whether k is always the most probable cluster
-    _cells: CellDraws = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_cells", CellDraws(self.seed))
+    _cells: CellDraws = field(default_factory=CellDraws, repr=False)
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         seen = self.latents[factor.effect_site]
         draws, mode = len(seen), "nearest" if self.nearest else "membership"
         if factor.process is not None:  # a path from the prior
-            return self._cells.effects(factor, labels, self.latents, mode)
+            return self._cells.effects(factor, labels, self.latents, mode, self.seed)
         if not len(labels):
             return seen[:, :0], []
         evidence = self.evidence[factor.name]

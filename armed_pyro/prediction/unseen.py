@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -67,14 +66,11 @@ class Population(EffectSource):
 
     latents: Latents
     seed: int = 0  # of processes of seen clusters at new times
-    _cells: CellDraws = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_cells", CellDraws(self.seed, zero_new=True))
+    _cells: CellDraws = field(default_factory=CellDraws, repr=False)
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         if factor.process is not None:
-            return self._cells.effects(factor, labels, self.latents, "population")
+            return self._cells.effects(factor, labels, self.latents, "population", self.seed)
         seen = self.latents[factor.effect_site]
         zero = seen.new_zeros(len(seen), len(labels), seen.shape[-1])
         return zero, ["population"] * len(labels)
@@ -87,14 +83,11 @@ class Marginal(EffectSource):
     latents: Latents
     seed: int  # the noise z of a cluster is a function of this seed and its label
     _kept: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
-    _cells: CellDraws = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_cells", CellDraws(self.seed))
+    _cells: CellDraws = field(default_factory=CellDraws, repr=False)
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         if factor.process is not None:
-            return self._cells.effects(factor, labels, self.latents, "marginal")
+            return self._cells.effects(factor, labels, self.latents, "marginal", self.seed)
         seen = self.latents[factor.effect_site]
         noise = label_noise(self.seed, factor.name, labels, seen, self._kept)
         effects = factor.effects_of(self.latents, noise)

@@ -55,7 +55,7 @@ class Factor(nn.Module):
     prior has none of its own; `spread` is in outcome units per standardised unit. Names of sites
     start with `label`, by default the factor's name.
 
-    The clusters of a factor with a `process` are cells (cluster, time), one for each of `levels`.
+    The clusters of a factor with a `process`, which `place_cells` sets, are cells (cluster, time).
     Their effects depend on each other; those of the cells of different clusters do not.
     """
 
@@ -73,7 +73,6 @@ class Factor(nn.Module):
         default: float,
         spread: float,
         label: str | None = None,
-        levels: pd.Index | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -119,9 +118,6 @@ class Factor(nn.Module):
                 "as independent, with '||'"
             )
         self._process = nn.ModuleList()
-        for block in blocks:
-            if isinstance(block, ProcessBlock):
-                self._add_process(block, pd.Index([]) if levels is None else levels)
         for _, covariance in self.groups:
             if not covariance.clusters_independent:
                 raise ValueError(
@@ -129,14 +125,18 @@ class Factor(nn.Module):
                     "each other, for which there is no guide yet"
                 )
 
-    def _add_process(self, block: ProcessBlock, levels: pd.Index) -> None:
-        """Set the process of the cells with these labels."""
-        if self.n_columns > 1:
-            raise ValueError(
-                f"the process {block.names[0]!r} of {self.name!r} needs an outcome whose predictor "
-                f"has a single column, found {self.n_columns}: use a family such as ordinal"
-            )
-        self._process.append(CellProcess(block.kind, self.label, levels, self.name))
+    def place_cells(self, levels: pd.Index) -> None:
+        """Set the process, if the factor has one, to the cells with these labels."""
+        for block in self.blocks:
+            if not isinstance(block, ProcessBlock):
+                continue
+            if self.n_columns > 1:
+                raise ValueError(
+                    f"the process {block.names[0]!r} of {self.name!r} needs an outcome whose "
+                    f"predictor has a single column, found {self.n_columns}: choose a family such "
+                    "as ordinal"
+                )
+            self._process.append(CellProcess(block.kind, self.label, levels, self.name))
 
     def _place_sites(self, by_column: Tensor) -> None:
         """Set T and, by name of an intercept whose prior holds at features' means, `at_means`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from armed_pyro.data.formula import parse_features
 from armed_pyro.data.formula_syntax import (
@@ -72,10 +73,13 @@ class ModelFormula:
         """The formula of columns with random slopes; empty without any."""
         return slopes_formula(self.random, columns)
 
-    @property
-    def times(self) -> tuple[str, ...]:
-        """Columns of the times of processes."""
-        return time_columns(parse_terms(self.random))
+    def random_columns(self, columns: Collection[str], *more: str) -> dict[str, Any]:
+        """The arguments clusters, slopes and times of `ClusteredData.from_frame`."""
+        return {
+            "clusters": self.cluster_columns(columns, *more),
+            "slopes": self.slopes(columns) or (),
+            "times": time_columns(parse_terms(self.random)),
+        }
 
     def cluster_columns(self, columns: Collection[str], *more: str) -> list[str]:
         """Columns of the grouping factors of terms and features, and of `more` factors."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -48,7 +47,7 @@ class CellProcess(nn.Module):
         self.register_buffer("_like", torch.zeros((), dtype=torch.float64), persistent=False)
         self.kernel: Kernel = kernel_named(kind)(label, self.cells.shortest_gap())
         self._origin = float(self.cells.time.min()) if len(self.cells) else 0.0
-        self.kernel.check(self.cells.time, self._origin)
+        self._check(self.cells)
         self._timeline: Timeline | None = None
 
     def __len__(self) -> int:
@@ -63,8 +62,12 @@ class CellProcess(nn.Module):
 
     def timeline_of(self, cells: Cells) -> Timeline:
         """Other cells; ValueError for times at which the process is not defined."""
-        self.kernel.check(cells.time, self._origin)
+        self._check(cells)
         return Timeline(cells, self._like)
+
+    def _check(self, cells: Cells) -> None:
+        if problem := self.kernel.problem(cells.time, self._origin):
+            raise ValueError(problem)
 
     def cells_of(self, labels: pd.Index) -> Cells:
         """The cells with these labels; clusters that training saw keep their number."""

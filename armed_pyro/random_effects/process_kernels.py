@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,8 +45,9 @@ class Kernel(ABC):
         """Name of the site beside the sd."""
         return None if self.quantity is None else f"{self.label}_{self.quantity}"
 
-    def check(self, times: Float[np.ndarray, " points"], origin: float) -> None:
-        """Raise ValueError for times at which the process is not defined."""
+    def problem(self, times: Float[np.ndarray, " points"], origin: float) -> str:
+        """What is wrong with times at which the process is not defined; empty if nothing."""
+        return ""
 
     @abstractmethod
     def sample(self, like: Tensor) -> dict[str, Tensor]:
@@ -114,19 +116,21 @@ class Autoregressive(Kernel):
     name = "ar1"
     quantity = "phi"
 
-    def check(self, times: Float[np.ndarray, " points"], origin: float) -> None:
+    def problem(self, times: Float[np.ndarray, " points"], origin: float) -> str:
         steps = (times - origin) / self.unit
         wrong = np.abs(steps - np.round(steps)) > IRREGULAR
-        if wrong.any():
-            raise ValueError(
-                f"ar1 needs times that are whole numbers of steps of {self.unit:.6g} apart, found "
-                f"{times[wrong][0]:.6g}: use ou(time | cluster), the same process at any times, or "
-                "number the visits"
-            )
+        if not wrong.any():
+            return ""
+        return (
+            f"ar1 needs times that are whole numbers of steps of {self.unit:.6g} apart, found "
+            f"{times[wrong][0]:.6g}: use ou(time | cluster), the same process at any times, or "
+            "number the visits"
+        )
 
     def sample(self, like: Tensor) -> dict[str, Tensor]:
         site, rate = f"{self.label}_phi", like.new_full((1,), AUTOCORRELATION_RATE)
-        return {site: pyro.sample(site, PenalisedAutocorrelation(rate).to_event(1))}
+        prior = dist.Independent(PenalisedAutocorrelation(rate), 1)
+        return {site: pyro.sample(site, prior)}
 
     def start(self) -> dict[str, Tensor]:
         return {f"{self.label}_phi": torch.tensor([0.5], dtype=torch.float64)}

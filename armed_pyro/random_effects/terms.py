@@ -41,6 +41,10 @@ class Term(ABC):
 
     factor: str
 
+    def groupings(self) -> tuple[str, ...]:
+        """The grouping factors that the term needs; by default its factor."""
+        return (self.factor,)
+
     def layers(self) -> tuple[str, ...]:
         """Module paths of the activations that the term needs; none by default."""
         return ()
@@ -308,6 +312,9 @@ class Process(Term):
     def factor(self) -> str:  # type: ignore[override]
         """The factor whose clusters are the cells, ``"id:week"``."""
         return f"{self.cluster}:{self.time}"
+
+    def groupings(self) -> tuple[str, ...]:
+        return (self.cluster, self.factor)
 
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         return ProcessBlock(self.process, f"{self.process}({quoted(self.time)})")
