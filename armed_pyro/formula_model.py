@@ -172,7 +172,7 @@ def model(
     read, table, chosen = ModelFormula.read(formula), as_pandas(data), family_named(family)
     adversaries = [adversary] if isinstance(adversary, str | Adversary) else list(adversary)
     watched = [other if isinstance(other, str) else other.factor for other in adversaries]
-    roles = {"trials": trials, "weights": weights, "se": se}
+    roles: dict[str, Any] = {"trials": trials, "weights": weights, "se": se}
     for role, column in read.roles.items():
         if roles[role] is not None:
             raise ValueError(

@@ -138,7 +138,7 @@ class ProgramOptions:
     family: str = option(
         "gaussian",
         "Outcome model, one of {families}: --family bernoulli. Another link follows in "
-        "parentheses: --family 'ordinal(probit)'",
+        "parentheses, or the family inside: --family 'bernoulli(probit)', 'hurdle(gamma)'",
     )
     event: str | None = option(
         None,
@@ -390,7 +390,12 @@ class ReportOptions:
     """Options of ``armed-pyro report``."""
 
     run: Path = RUN
-    html: Path = option(..., "HTML page to write: --out report.html", "--out", metavar="HTML")
+    html: Path = option(
+        ...,
+        "report to write, HTML or Word: --out report.html, --out report.docx",
+        "--out",
+        metavar="FILE",
+    )
     net: str | None = USER_NETWORK
     prob: float | None = SAVED_PROB
     verify: bool = VERIFY

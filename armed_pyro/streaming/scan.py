@@ -21,7 +21,7 @@ from torch import Tensor
 from armed_pyro._messages import count_rows, listing
 from armed_pyro.data.cluster_means import ClusterSums, added
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.columns import Missing, is_categorical, pick
+from armed_pyro.data.columns import Missing, is_categorical, pick, with_times
 from armed_pyro.data.default_features import FEWEST_ROWS, NEARLY_ALL, ROW_NAMES, warn_of_identifiers
 from armed_pyro.data.formula import parse_features
 from armed_pyro.data.formula_functions import learns
