@@ -392,8 +392,7 @@ class ClusteredData:
     def take(self, rows: Any) -> ClusteredData:
         """The rows at these positions, mask or slice, with the clusters that occur in them."""
         if not isinstance(rows, slice):
-            rows = np.asarray(rows)
-            rows = rows if rows.size else rows.astype(np.int64)
+            rows = np.asarray(rows, dtype=None if np.size(rows) else np.int64)
         chosen = np.arange(self.n_rows)[rows]
         tensors: dict[str, Any] = {k: v[chosen] for k, v in self._row_tensors().items()}
         return replace(

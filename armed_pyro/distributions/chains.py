@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Pushforward
 
@@ -36,6 +38,7 @@ class Chains:
     previous: Int[Tensor, " points"]
     following: Int[Tensor, " points"]
     sizes: tuple[int, ...]
+    ordered: bool = False  # whether the points are in the order of `steps`, the fastest
 
     @classmethod
     def of(cls, chain: Int[np.ndarray, " points"], time: Float[np.ndarray, " points"]) -> Chains:
@@ -62,15 +65,40 @@ class Chains:
     def to(self, device: torch.device) -> Chains:
         """The same chains on this device."""
         order = self.steps.to(device), self.place.to(device)
-        return Chains(*order, self.previous.to(device), self.following.to(device), self.sizes)
+        neighbours = self.previous.to(device), self.following.to(device)
+        return Chains(*order, *neighbours, self.sizes, self.ordered)
 
-    def before(self, values: Points, outside: float = 0.0) -> Points:
-        """The values of each point's predecessor."""
-        return _neighbours(values, self.previous, outside)
+    def in_order(self) -> Chains:
+        """The same chains of the points ``values[..., steps]``."""
+        same = torch.arange(len(self.steps), device=self.steps.device)
+        place = torch.cat([self.place, same.new_tensor([len(same)])])
+        neighbours = place[self.previous[self.steps]], place[self.following[self.steps]]
+        return Chains(same, same, *neighbours, self.sizes, True)
 
-    def after(self, values: Points, outside: float = 0.0) -> Points:
-        """The values of each point's successor."""
-        return _neighbours(values, self.following, outside)
+    def split(self, values: Points) -> tuple[Tensor, ...]:
+        """The first points of all chains, the second ones, ..."""
+        values = values if self.ordered else values.index_select(-1, self.steps)
+        return values.split(self.sizes, -1)
+
+    def joined(self, parts: Sequence[Tensor]) -> Points:
+        """The points of which `split` gives these parts."""
+        values = torch.cat(list(parts), -1)
+        return values if self.ordered else values.index_select(-1, self.place)
+
+    def before(self, values: Points) -> Points:
+        """The values of each point's predecessor; 0 for the first point."""
+        result: Tensor = _Neighbour.apply(values, self, False)  # type: ignore[no-untyped-call]
+        return result
+
+    def after(self, values: Points) -> Points:
+        """The values of each point's successor; 0 for the last point."""
+        result: Tensor = _Neighbour.apply(values, self, True)  # type: ignore[no-untyped-call]
+        return result
+
+    def total(self, values: Points) -> Float[Tensor, "... chains"]:
+        """Sums over the points of each chain, the longest chains first."""
+        result: Tensor = _Total.apply(values, self)  # type: ignore[no-untyped-call]
+        return result
 
     def forwards(self, coefficient: Points, addend: Points) -> Points:
         """x with :math:`x_i = c_i x_{i-1} + b_i`, and 0 before the first point."""
@@ -83,9 +111,45 @@ class Chains:
         return result
 
 
-def _neighbours(values: Points, index: Int[Tensor, " points"], outside: float) -> Points:
-    edge = values.new_full((*values.shape[:-1], 1), outside)
-    return torch.cat([values, edge], -1).index_select(-1, index)
+class _Neighbour(torch.autograd.Function):
+    """Values of neighbours in one direction; the gradient goes in the other one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, chains: Chains, reverse: bool) -> Tensor:
+        ctx.settings = chains, reverse
+        if not chains.ordered:
+            edge = values.new_zeros(*values.shape[:-1], 1)
+            index = chains.following if reverse else chains.previous
+            return torch.cat([values, edge], -1).index_select(-1, index)
+        parts, sizes = chains.split(values), chains.sizes
+        if reverse:
+            pairs = zip([*parts[1:], values[..., :0]], sizes, strict=True)
+            return torch.cat([pad(part, (0, n - part.shape[-1])) for part, n in pairs], -1)
+        first = values.new_zeros(*values.shape[:-1], *sizes[:1])
+        pairs = zip(parts, sizes[1:], strict=False)
+        return torch.cat([first, *(part[..., :n] for part, n in pairs)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        chains, reverse = ctx.settings
+        return chains.before(gradients[0]) if reverse else chains.after(gradients[0]), None, None
+
+
+class _Total(torch.autograd.Function):
+    """Sums over chains."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, chains: Chains) -> Tensor:
+        ctx.chains = chains
+        total = values.new_zeros(*values.shape[:-1], *(chains.sizes[:1] or (0,)))
+        for part in chains.split(values):
+            total[..., : part.shape[-1]] += part
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        chains = ctx.chains
+        return chains.joined([gradients[0][..., :n] for n in chains.sizes]), None
 
 
 class _Recursion(torch.autograd.Function):
@@ -96,8 +160,7 @@ class _Recursion(torch.autograd.Function):
         ctx: Any, coefficient: Tensor, addend: Tensor, chains: Chains, reverse: bool
     ) -> Tensor:
         shape = torch.broadcast_shapes(coefficient.shape, addend.shape)
-        factors = coefficient.index_select(-1, chains.steps).split(chains.sizes, -1)
-        terms = addend.expand(shape).index_select(-1, chains.steps).split(chains.sizes, -1)
+        factors, terms = chains.split(coefficient), chains.split(addend.expand(shape))
         parts, state = list[Tensor](), addend.new_zeros(*shape[:-1], 0)
         pairs = list(zip(factors, terms, strict=True))
         for factor, term in reversed(pairs) if reverse else pairs:
@@ -105,8 +168,7 @@ class _Recursion(torch.autograd.Function):
             near = torch.addcmul(term[..., :n], factor[..., :n], state[..., :n])
             state = torch.cat([near, term[..., n:]], -1) if n < term.shape[-1] else near
             parts.append(state)
-        joined = torch.cat(parts[::-1] if reverse else parts, -1)
-        values = joined.index_select(-1, chains.place)
+        values = chains.joined(parts[::-1] if reverse else parts)
         ctx.save_for_backward(coefficient, values)
         ctx.settings = chains, reverse, addend.shape
         return values
@@ -148,17 +210,14 @@ class _Riccati(torch.autograd.Function):
     ) -> Tensor:
         shape = torch.broadcast_shapes(decay.shape, innovation.shape, information.shape)
         arrays = (decay.square(), innovation, information)
-        split = [
-            part.expand(shape).index_select(-1, chains.steps).split(chains.sizes, -1)
-            for part in arrays
-        ]
+        split = [chains.split(part.expand(shape)) for part in arrays]
         parts, left = list[Tensor](), None
         for square, noise, known in zip(*split, strict=True):
             n = noise.shape[-1]
             variance = noise if left is None else torch.addcmul(noise, square, left[..., :n])
             parts.append(variance)
             left = variance / (1 + known * variance)
-        values = torch.cat(parts, -1).index_select(-1, chains.place)
+        values = chains.joined(parts)
         ctx.save_for_backward(decay, information, values)
         ctx.chains, ctx.shape = chains, innovation.shape
         return values

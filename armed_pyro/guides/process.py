@@ -132,14 +132,15 @@ class ProcessGuide(Guide):
         draws, cells = math.prod(lead), len(sums.information)
         rest = self.likelihood.outcome(latents).expand(draws, cells)
         start = 0
-        index = sums.inside
+        index = sums.in_order(sums.inside)
+        all_z = sums.in_order(sums.z)
         for place, factor in enumerate(sums.factors):
             index = sums.parents[place - 1][index] if place else index
-            z = sums.z[start : start + sums.terms[place]]
+            z = all_z[start : start + sums.terms[place]]
             effects = latents[factor.effect_site].double().index_select(-2, index)
             rest = rest - (effects * z.mT).sum(-1).reshape(-1, cells)
             start += sums.terms[place]
-        chains = sums.process.timeline.chains
+        chains = filtered.chains
         left = filtered.variance / filtered.pivot  # given the cell's own rows, too
         decay, innovation = chains.after(filtered.decay), chains.after(filtered.innovation)
         total = decay.square() * left + innovation
@@ -149,7 +150,11 @@ class ProcessGuide(Guide):
         base = filtered.sd * (1 - gain * decay) * filtered.means(rest)
         scale = filtered.sd * (left * kept).sqrt()
         parts = (gain, scale, base)
-        shaped = [part.expand(draws, cells).reshape(*lead, cells) for part in parts]
+        chains = sums.process.timeline.chains
+        shaped = [
+            part.index_select(-1, chains.place).expand(draws, cells).reshape(*lead, cells)
+            for part in parts
+        ]
         gain, scale, base = (part.to(latents[sums.factor.sd_site]) for part in shaped)
         return ChainNormal(chains, gain, scale, base, reverse=True)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro.distributions.chains import predicted_variance
+from armed_pyro.distributions.chains import Chains, predicted_variance
 from armed_pyro.distributions.leading_matrices import product
 from armed_pyro.guides.closed_form import (
     Conditional,
@@ -24,7 +24,7 @@ from armed_pyro.random_effects.covariance import Latents
 __all__ = ["Filtered", "ProcessLikelihood"]
 
 # Values of all arrays of the draws that are made at once.
-MOST_VALUES = 2**20
+MOST_VALUES = 2**21
 
 Draws = Float[Tensor, "draws cells"]
 
@@ -33,12 +33,15 @@ Draws = Float[Tensor, "draws cells"]
 class Filtered:
     r"""The process given the rows up to each cell, by a Kalman filter in units of its sd s.
 
+    The cells are in the order of the chains' steps.
+
     With :math:`g_c = \tau s^2 W_c` and the variance p of the state before the cell is seen, a
     column C of the rows has the innovation :math:`v_c = C_c - s a_c m_{c-1}`, with
     :math:`m_c = a_c m_{c-1} + p_c s \tau W_c v_c / (1 + g_c p_c)`.
     """
 
-    sums: ProcessSums
+    chains: Chains
+    information: Float[Tensor, " cells"]
     sd: Float[Tensor, "draws 1"]
     tau: Float[Tensor, "draws 1"]
     decay: Draws
@@ -54,30 +57,31 @@ class Filtered:
         parameter: Float[Tensor, "draws 1"],
     ) -> Filtered:
         """The filter of these draws of sd, residual precision and the process's parameter."""
-        decay, innovation = sums.process.steps(parameter)
-        information = tau * sd.square() * sums.information
-        chains = sums.process.timeline.chains
-        variance = predicted_variance(chains, decay, innovation, information)
-        return cls(sums, sd, tau, decay, innovation, variance)
+        timeline = sums.process.ordered_timeline
+        decay, innovation = sums.process.steps(parameter, timeline)
+        information = sums.in_order(sums.information)
+        known = tau * sd.square() * information
+        variance = predicted_variance(timeline.chains, decay, innovation, known)
+        return cls(timeline.chains, information, sd, tau, decay, innovation, variance)
 
     @property
     def pivot(self) -> Draws:
         """1 + g p."""
-        return 1 + self.tau * self.sd.square() * self.sums.information * self.variance
+        return 1 + self.tau * self.sd.square() * self.information * self.variance
 
     def means(self, columns: Float[Tensor, "... draws cells"]) -> Float[Tensor, "... draws cells"]:
         """m of every column."""
-        gain = self.variance * self.sd * self.tau * self.sums.information / self.pivot
+        gain = self.variance * self.sd * self.tau * self.information / self.pivot
         kept = self.decay * (1 - gain * self.sd)
-        return self.sums.process.timeline.chains.forwards(kept, gain * columns)
+        return self.chains.forwards(kept, gain * columns)
 
     def whitened(
         self, columns: Float[Tensor, "... draws cells"]
     ) -> Float[Tensor, "... draws cells"]:
         """Innovations of the columns over their sd, in units of the residual sd."""
-        before = self.sums.process.timeline.chains.before(self.means(columns))
+        before = self.chains.before(self.means(columns))
         innovations = columns - self.sd * self.decay * before
-        return innovations * (self.sums.information / self.pivot).sqrt()
+        return innovations * (self.information / self.pivot).sqrt()
 
 
 class ProcessLikelihood(MarginalLikelihood):
@@ -115,8 +119,8 @@ class ProcessLikelihood(MarginalLikelihood):
         return Filtered.of(sums, sd, self._tau(latents), parameter)
 
     def outcome(self, latents: Latents) -> Draws:
-        """y - X beta of every cell."""
-        ends = self.sums.ends
+        """y - X beta of every cell, in the order of the chains' steps."""
+        ends = self.sums.in_order(self.sums.ends)
         if "fixed_effect" not in latents:
             return ends[-1:]
         fixed = latents["fixed_effect"].double()
@@ -146,12 +150,14 @@ class ProcessLikelihood(MarginalLikelihood):
         sums, outcome = self.sums, self.outcome(latents)
         draws = max(len(outcome), len(filtered.variance))
         outcome = outcome.expand(draws, -1)
-        columns = torch.cat([sums.z[:, None].expand(-1, draws, -1), outcome[None]])
-        white = filtered.whitened(columns)
-        products = white[:, None] * white[None]
+        z = sums.in_order(sums.z)
+        columns = torch.cat([z[:, None].expand(-1, draws, -1), outcome[None]])
+        white, chains = filtered.whitened(columns), filtered.chains
+        products = chains.total(white[:, None] * white[None])
+        inside = sums.in_order(sums.inside)[: products.shape[-1]]
         n = sums.within.shape[-1]
         by_cluster = products.new_zeros(*products.shape[:-1], n)
-        by_cluster = by_cluster.index_add(-1, sums.inside, products) + self._within(latents)
+        by_cluster = by_cluster.index_add(-1, inside, products) + self._within(latents)
         squares = by_cluster[-1, -1].sum(-1)
         return squares, self._eliminated(latents, by_cluster)
 

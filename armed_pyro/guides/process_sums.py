@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from armed_pyro.guides.row_sums import effects_part, fixed_part
@@ -110,6 +110,10 @@ class ProcessSums(nn.Module):
     def z(self) -> Float[Tensor, "terms cells"]:
         """Mean rows of all Z, the innermost factor's first."""
         return self.columns[: sum(self.terms)]
+
+    def in_order(self, values: Shaped[Tensor, "... cells"]) -> Shaped[Tensor, "... cells"]:
+        """Values of the cells in the order of the chains' steps."""
+        return values.index_select(-1, self.process.timeline.chains.steps)
 
     def place(self, model: MixedEffects, source: RowSource) -> None:
         """Set the clusters of the cells, in place; ValueError unless clusters hold whole chains."""

@@ -35,6 +35,7 @@ MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**32
 MOST_AT_ONCE, PIECE = 2**21, 2**21
 MOST_VALUES = 2**24  # values in the draws of all random effects
 MOST_WORK = 2**38  # multiplications of all draws
+MOST_CLOSED = 2**31  # values in the closed forms of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 # Draws at which clusters are left out, and rows of these clusters, where theta alone is weighed.
@@ -123,7 +124,8 @@ def _marginal(
     model, guide = posterior.model, posterior.guide
     size, blocks, totals = closed.most_draws(), list[dict[str, Tensor]](), list[Tensor]()
     with model.seeded(seed + 4), pyro.validation_enabled(False):
-        noise, ratio = heavy_noise(guide, MOST_DRAWS, model.reference())
+        n = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_CLOSED // closed.size))
+        noise, ratio = heavy_noise(guide, n, model.reference())
         for part, log_ratio in zip(noise.split(size), ratio.split(size), strict=True):
             drawn = marginal_draws(model, guide, closed, part)
             totals.append(drawn.total - log_ratio)

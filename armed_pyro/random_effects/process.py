@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from armed_pyro.distributions.chains import ChainNormal, Chains
@@ -19,17 +20,32 @@ __all__ = ["CellProcess", "Timeline", "conditional_draw"]
 Points = Float[Tensor, "... points"]
 
 
+@dataclass(frozen=True)
 class Timeline:
-    """Cells in order of time, with the time since the cell before each."""
+    """Cells with their cluster, and the time since the cluster's cell before each."""
 
-    def __init__(self, cells: Cells, like: Tensor) -> None:
-        self.cells = cells
-        self.chains = Chains.of(cells.cluster, cells.time).to(like.device)
+    chains: Chains
+    gap: Float[Tensor, " cells"]  # 0 for a cluster's first cell
+    cluster: Int[Tensor, " cells"]
+
+    @classmethod
+    def of(cls, cells: Cells, like: Tensor) -> Timeline:
+        """The timeline of these cells, in the precision and device of `like`."""
+        chains = Chains.of(cells.cluster, cells.time).to(like.device)
         time = torch.as_tensor(cells.time).to(like)
-        gap = time - self.chains.before(time)
-        self.is_first = self.chains.previous == len(cells)
-        self.gap = torch.where(self.is_first, 0.0, gap)
-        self.cluster = torch.as_tensor(cells.cluster).to(like.device)
+        first = chains.previous == len(cells)
+        gap = torch.where(first, 0.0, time - chains.before(time))
+        return cls(chains, gap, torch.as_tensor(cells.cluster).to(like.device))
+
+    @property
+    def is_first(self) -> Bool[Tensor, " cells"]:
+        """Whether no cell of the cluster comes before."""
+        return self.chains.previous == len(self.gap)
+
+    def in_order(self) -> Timeline:
+        """The same cells in the order of ``chains.steps``."""
+        steps = self.chains.steps
+        return Timeline(self.chains.in_order(), self.gap[steps], self.cluster[steps])
 
 
 class CellProcess(nn.Module):
@@ -57,13 +73,20 @@ class CellProcess(nn.Module):
     def timeline(self) -> Timeline:
         """The training rows' cells."""
         if self._timeline is None or self._timeline.gap.device != self._like.device:
-            self._timeline = Timeline(self.cells, self._like)
+            self._timeline = Timeline.of(self.cells, self._like)
+            self._in_order = self._timeline.in_order()
         return self._timeline
+
+    @property
+    def ordered_timeline(self) -> Timeline:
+        """The same in the order of its steps."""
+        _ = self.timeline
+        return self._in_order
 
     def timeline_of(self, cells: Cells) -> Timeline:
         """Other cells; ValueError for times at which the process is not defined."""
         self._check(cells)
-        return Timeline(cells, self._like)
+        return Timeline.of(cells, self._like)
 
     def _check(self, cells: Cells) -> None:
         if problem := self.kernel.problem(cells.time, self._origin):
