@@ -350,3 +350,10 @@ def test_wrong_times_and_designs_are_told(ovary: ap.Fit) -> None:
         ap.model("y ~ x + ou(t | school/id)", table).fit(progress=False)
     with pytest.raises(ValueError, match="write the column of times"):
         ap.model("y ~ x + ou(t)", table)
+
+
+def test_other_families_are_refused() -> None:
+    table = panel("ou").assign(y=lambda t: (t["y"] > 5).astype(int))
+    made = ap.model("y ~ x + ou(t | id)", table, family="bernoulli")
+    with pytest.raises(ValueError, match="needs a gaussian outcome so far"):
+        made.fit(progress=False)

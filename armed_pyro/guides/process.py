@@ -37,10 +37,8 @@ class ProcessGuide(Guide):
         \prod_c p(f_c \mid f_{c+1}, u, \theta, y)
 
     Random effects are drawn with the process integrated out by a Kalman filter, from the outside
-    in; then the process backwards in time. For gaussian outcomes y this is exact for every theta.
-    For others y are working responses at the present state (see
-    `armed_pyro.guides.process_sums.ProcessSums`), which every refresh sets anew. Every step draws
-    all clusters. Nothing is trained in q(u, f | theta).
+    in; then the process backwards in time. For gaussian outcomes y, the only ones so far, this is
+    exact for every theta. Every step draws all clusters. Nothing is trained in q(u, f | theta).
 
     Examples
     --------
@@ -60,6 +58,11 @@ class ProcessGuide(Guide):
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
+        if not model.family.is_quadratic:
+            raise ValueError(
+                f"a process in time needs a gaussian outcome so far, found the family "
+                f"{model.family.name!r}: leave the process out, or model a transformed outcome"
+            )
         self.hyperparameters = Hyperparameters(model)
         self.sums = ProcessSums(model)
         self.likelihood, self._precision = ProcessLikelihood(model, self.sums), model.precision

@@ -35,7 +35,7 @@ MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**32
 MOST_AT_ONCE, PIECE = 2**21, 2**21
 MOST_VALUES = 2**24  # values in the draws of all random effects
 MOST_WORK = 2**38  # multiplications of all draws
-MOST_CLOSED = 2**31  # values in the closed forms of all draws
+MOST_CLOSED = 2**29  # values in the closed forms of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 # Draws at which clusters are left out, and rows of these clusters, where theta alone is weighed.
