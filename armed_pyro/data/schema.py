@@ -25,6 +25,7 @@ from armed_pyro.data.columns import (
     as_numbers,
     check_finite,
     check_not_numbers,
+    check_not_paths,
     column_names,
     complete_rows,
     event_last,
@@ -480,6 +481,7 @@ def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:
     """Levels of a categorical feature, checked; `by_number` if numbers may be its categories."""
     if not by_number:
         check_not_numbers(column)
+        check_not_paths(column)
     levels = code_labels(column, f"feature {column.name!r}")[1]
     size = 8 * len(levels) * len(column)
     if size > LARGEST_INDICATORS:

@@ -172,6 +172,12 @@ class Family(ABC):
                 "turn the column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
+        if bad.shape != (data.n_rows,):
+            raise ValueError(
+                f"family {self.name!r} needs one outcome per row, found the shape "
+                f"{tuple(y.shape)} of {data.outcome_name!r}: fit each column by itself, or choose "
+                "the column of the event's indicators"
+            )
         if bad.any():
             rows = data.row_labels[bad.numpy()]
             raise ValueError(

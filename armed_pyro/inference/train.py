@@ -33,12 +33,13 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
 from armed_pyro.inference.held_out import HeldOut, StreamedPart
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
+from armed_pyro.inference.network_training import NetworkTraining
 from armed_pyro.inference.out_of_sample import out_of_sample
-from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.probing import record_probes
 from armed_pyro.inference.refine import refine as refined_by
 from armed_pyro.inference.training_run import Run, TrainingInterrupted
+from armed_pyro.inference.training_task import TrainingTask
 from armed_pyro.program.model import MixedEffects, can_overfit, trains_network
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
@@ -78,6 +79,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     weights: Sequence[dict[str, Any]] = (),
+    training: NetworkTraining | None = None,
 ) -> Posterior:
     """Train a bound program in place, and weigh the draws of its guide.
 
@@ -118,6 +120,8 @@ def train(
         task = TrainingTask(
             bound, bound_guide, data, rows, share, schedule, stopping, seed, compile, weights
         )
+        if training is not None:
+            task = replace(task, training=training)
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         # In small steps, synchronising threads costs more than it saves.
         count = 1 if size < SMALL_STEP else torch.get_num_threads()

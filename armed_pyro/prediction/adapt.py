@@ -27,6 +27,7 @@ from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.inputs import JoinedInputs
 
 __all__ = ["Adapted", "adapt", "check_support_in", "encoded_support", "joined"]
 
@@ -280,7 +281,9 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f"one set of support rows has {role}, the other has none")
         optional[role] = None if pair[0] is None else torch.cat(pair)
-    optional["fold"] = None
+    optional["fold"] = optional["inputs"] = None
+    if first.inputs is not None and second.inputs is not None:
+        optional["inputs"] = JoinedInputs.of(first.inputs, second.inputs)
     groupings = {}
     for name in dict.fromkeys([*first.groupings, *posterior.model.factor_names()]):
         left, right = first.grouping(name), second.grouping(name)

@@ -22,6 +22,7 @@ from armed_pyro.program.predictor import modulates
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.inputs import JoinedInputs
 
 __all__ = ["Conditioned", "condition"]
 
@@ -297,4 +298,7 @@ def _with_training(
     if fold is not None:  # further rows get the mean of the networks
         fold = torch.cat([torch.full_like(fold[:1].expand(len(source)), -1), fold[index]])
     parts = (x, y, codes, counts, trials, offset, weights)
-    return HeldRows(*parts, slopes=slopes, means=means, fold=fold)
+    inputs = None
+    if source.inputs is not None and training.inputs is not None:
+        inputs = JoinedInputs.of(source.inputs, training.inputs.take(index))
+    return HeldRows(*parts, slopes=slopes, means=means, fold=fold, inputs=inputs)

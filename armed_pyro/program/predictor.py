@@ -107,7 +107,7 @@ def modulated_runs(
             output, activations = model.run_network(rows, whole=True)
         etas.append(linear_predictor(model, rows, output, activations, drawn))
         for other in rebuilt:
-            means[other.name].append(activations[other.at])
+            means[other.name].append(activations[other.tap])
 
     def stacked(values: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(values)).reshape(*lead, *values[0].shape)

@@ -139,8 +139,8 @@ class InputBlock(LinearBlock):
 class LayerBlock(LinearBlock):
     """Slopes on the activations of a hidden layer."""
 
-    def __init__(self, path: str, width: int, covariance: Covariance) -> None:
-        names = [f"{path}[{unit}]" for unit in range(width)]
+    def __init__(self, path: str, width: int, covariance: Covariance, label: str) -> None:
+        names = [f"{label}[{unit}]" for unit in range(width)]
         super().__init__(names, covariance, torch.eye(width, dtype=torch.float64))
         self.path, self.width = path, width
 

@@ -12,6 +12,7 @@ from armed_pyro.data.categories import contrast_of
 from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.data.formula import is_written
 from armed_pyro.data.formula_functions import is_made
+from armed_pyro.networks.tap import Pool, Tap, with_pool
 from armed_pyro.random_effects.covariance import (
     Correlated,
     Covariance,
@@ -187,12 +188,16 @@ class Slopes(Term):
     Attributes
     ----------
     on : str
-        Module path of the layer, such as ``"3"`` or ``"encoder.2"``; feature maps are averaged
-        over space.
+        Module path of the layer, such as ``"3"`` or ``"encoder.2"``; ``"lstm[0]"`` is the first
+        element of an output that is a tuple, and ``"relu#1"`` that of a module's first call.
     correlated : bool
         Whether the slopes are correlated; independent by default, as layers are wide.
     covariance : str, Covariance or None
         As of `RandomEffects`.
+    pool : {"mean", "max", "first", "last", "masked"}, optional
+        How tokens, time or space become one vector per row, by default their mean. "first" and
+        "last" take one token or moment; "masked" averages the tokens that the network's input
+        ``attention_mask`` keeps.
 
     References
     ----------
@@ -208,21 +213,25 @@ class Slopes(Term):
     on: str
     correlated: bool = False
     covariance: str | Covariance | None = None
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         _covariance(self)  # which refuses an unknown name
+        Tap.of(*self.layers())  # which refuses an unknown pool
 
     def __str__(self) -> str:
         more = ", correlated=True" if self.correlated else ""
+        more += f", pool={self.pool!r}" if self.pool else ""
         if self.covariance is not None:
             more += f", covariance={self.covariance!r}"
         return f"Slopes({self.factor!r}, on={self.on!r}{more})"
 
     def layers(self) -> tuple[str, ...]:
-        return (self.on,)
+        return (with_pool(self.on, self.pool),)
 
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
-        return LayerBlock(self.on, widths[self.on], _covariance(self))
+        (path,) = self.layers()
+        return LayerBlock(path, widths[path], _covariance(self), self.on)
 
 
 @dataclass(frozen=True)

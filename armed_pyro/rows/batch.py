@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from armed_pyro.rows.inputs import LazyInputs, Structure
+
 __all__ = ["Membership", "Rows"]
 
 
@@ -53,9 +55,16 @@ class Rows:
     means: Float[Tensor, "rows columns"] | None = None
     # The network of `FoldNetworks` that was trained without the row; -1 where there is none.
     fold: Int[Tensor, " rows"] | None = None
+    # What the network takes in place of x: loaded tensors, or items that are loaded when it runs.
+    inputs: LazyInputs | Structure | None = None
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @property
+    def network_inputs(self) -> LazyInputs | Structure:
+        """What the network takes: `inputs`, or x without any."""
+        return self.x if self.inputs is None else self.inputs
 
     def slope_inputs(self) -> Tensor:
         """The features, followed by the columns that only random slopes use."""
@@ -75,3 +84,5 @@ class Rows:
         parts += [values for values in (self.slopes, self.means) if values is not None]
         for values in parts:
             yield b"none" if values is None else values.double().cpu().numpy().tobytes()
+        if isinstance(self.inputs, LazyInputs):
+            yield from self.inputs.fingerprint()

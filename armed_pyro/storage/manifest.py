@@ -83,6 +83,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
             "fixed_weight": model.fixed_weight,
             "between": model.between,
             "linear_effects": model.linear_effects,
+            "output": list(model.output),
             "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [_fields(other) for other in model.others],
         },
@@ -184,6 +185,7 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     # Earlier programs had no clusters' means, and no linear effects beside a network.
     options["between"] = plan.get("between", False)
     options["linear_effects"] = plan.get("linear_effects", False)
+    options["output"] = tuple(plan.get("output", ()))
     with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
     with reading(path, "model.dtype"):
