@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from armed_pyro.program.model import MixedEffects as MixedEffects
     from armed_pyro.random_effects.terms import (
         FilterScaleBias as FilterScaleBias,
+        Process as Process,
         RandomEffects as RandomEffects,
         Slopes as Slopes,
     )
@@ -99,7 +100,7 @@ _NAMES = {
     "priors": "Exponential HalfNormal HalfStudentT Known Priors",
     "program.model": "MixedEffects",
     "report.word": "to_word",
-    "random_effects.terms": "FilterScaleBias RandomEffects Slopes",
+    "random_effects.terms": "FilterScaleBias Process RandomEffects Slopes",
     "streaming.streamed_data": "StreamedData",
     "tuning.result": "Tuning",
     "tuning.tune": "tune",

@@ -98,7 +98,7 @@ class Fit:
 
     @property
     def data(self) -> ClusteredData:
-        """The training rows, or a sample of them: see `sampled`."""
+        """The training rows, or a sample of them (`sampled`)."""
         return self.posterior.data
 
     @cached_property
@@ -112,7 +112,7 @@ class Fit:
 
     @property
     def plot(self) -> Plots:
-        """Pictures: ``fit.plot.effects("Days")``, ``.caterpillar()``, ``.ppc()``, and others."""
+        """Pictures, such as ``fit.plot.effects("Days")``, ``.caterpillar()`` and ``.ppc()``."""
         return Plots(self.posterior, self.classifiers)
 
     @property

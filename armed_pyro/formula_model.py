@@ -172,7 +172,7 @@ def model(
     read, table, chosen = ModelFormula.read(formula), as_pandas(data), family_named(family)
     adversaries = [adversary] if isinstance(adversary, str | Adversary) else list(adversary)
     watched = [other if isinstance(other, str) else other.factor for other in adversaries]
-    roles = {"trials": trials, "weights": weights, "se": se}
+    roles: dict[str, Any] = {"trials": trials, "weights": weights, "se": se}
     for role, column in read.roles.items():
         if roles[role] is not None:
             raise ValueError(
@@ -182,9 +182,8 @@ def model(
     rows = ClusteredData.from_frame(
         table,
         outcome=read.outcome,
-        clusters=read.cluster_columns(table.columns, *watched),
+        **read.random_columns(table.columns, *watched),
         features=read.features,
-        slopes=read.slopes(table.columns) or (),
         categorical=categorical,
         offset=offset,
         weights_kind=weights_kind,

@@ -75,7 +75,8 @@ FORMULA = typer.Argument(
     metavar="FORMULA",
     help="The model in one formula, in place of --outcome, --random and --features: "
     "'Reaction ~ Days + (Days | Subject)'; functions such as log(x), poly(x, 2), bs(x, df=5), "
-    "C(x, Sum), offset(log(x)) are in docs/formulas.md",
+    "C(x, Sum), offset(log(x)), and processes in time such as ou(week | id), are in "
+    "docs/formulas.md",
 )
 RUN = typer.Argument(metavar="RUN", help="Folder that fit wrote: run")
 INTERVALS = "Probability of the equal-tailed intervals: --prob 0.95"

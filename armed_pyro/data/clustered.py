@@ -21,6 +21,7 @@ from armed_pyro.data.columns import (
     code_outcome,
     finite_tensor,
     named_features,
+    with_times,
 )
 from armed_pyro.data.dataset_items import DatasetItems
 from armed_pyro.data.dataset_rows import table_or_arrays
@@ -143,6 +144,7 @@ class ClusteredData(DivisibleRows):
         event: Any = None,
         weights_kind: WeightsKind = "frequency",
         se: str | None = None,
+        times: Sequence[str] = (),
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -181,6 +183,8 @@ class ClusteredData(DivisibleRows):
         se
             Column of known standard errors in place of weights, y_i ~ N(eta_i, se_i^2), without a
             residual sd; in a meta-analysis, ``(1 | study)`` is the heterogeneity.
+        times
+            Columns of the times of processes such as ``ou(time | g)``, as numbers.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -198,12 +202,13 @@ class ClusteredData(DivisibleRows):
         schema = Schema.infer(
             frame,
             outcome=outcome,
-            clusters=clusters,
+            clusters=with_times(clusters, times),
             features=features,
             slopes=slopes,
             categorical=categorical,
             event=event,
             weights_kind=kind,
+            times=times,
             **roles,
         )
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
@@ -472,8 +477,7 @@ class ClusteredData(DivisibleRows):
     def take(self, rows: Any) -> ClusteredData:
         """The rows at these positions, mask or slice, with the clusters that occur in them."""
         if not isinstance(rows, slice):
-            rows = np.asarray(rows)
-            rows = rows if rows.size else rows.astype(np.int64)
+            rows = np.asarray(rows, dtype=None if np.size(rows) else np.int64)
         chosen = np.arange(self.n_rows)[rows]
         tensors: dict[str, Any] = {k: v[chosen] for k, v in self._row_tensors().items()}
         return replace(

@@ -301,3 +301,9 @@ def known_codes(column: pd.Series, levels: pd.Index, what: str) -> np.ndarray:
             f"{listing(levels)}. Recode these rows, or leave them out."
         )
     return codes
+
+
+def with_times(clusters: Sequence[str], times: Sequence[str]) -> tuple[str, ...]:
+    """The columns of clusters, and of times of processes, each once."""
+    names = *column_names(clusters, "clusters"), *column_names(times, "times")
+    return tuple(dict.fromkeys(names))

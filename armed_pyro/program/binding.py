@@ -173,7 +173,7 @@ def check_row_effects(model: Plan) -> None:
     if not family.no_row_effects or (family.parameters and not unknown_parameters):
         return
     for factor in model.factors:
-        if int(model.data_facts().counts[factor.name].max()) > 1:
+        if int(model.data_facts().counts[factor.name].max()) > 1 or factor.chained:
             continue
         problem = (
             f"every cluster of {factor.name!r} has one row, so its effects cannot be told from "

@@ -158,6 +158,8 @@ class MixedEffects(Plan):
             Factor(name, of_factor, facts.columns, self.priors, *scales, label=labels[name])
             for name, of_factor in blocks.items()
         )
+        for factor in bound.factors:
+            factor.place_cells(facts.levels[factor.name])
         names.name_plates(bound)
         for adversary in bound.adversaries:
             adversary.build(widths, len(facts.levels[adversary.factor]))
@@ -187,10 +189,15 @@ class MixedEffects(Plan):
         return self.data_facts().encode(data, like, levels, image_dtype=image_dtype)
 
     def largest_factor(self) -> str | None:
-        """The grouping factor with the most random effects; None without random effects."""
+        """The grouping factor with the most random effects; None without random effects.
+
+        Of a process it is the factor of its clusters.
+        """
         levels = self.data_facts().levels
         sizes = {f.name: len(levels[f.name]) * len(f.terms) for f in self.factors}
-        return max(sizes, key=lambda name: sizes[name], default=None)
+        name = max(sizes, key=lambda name: sizes[name], default=None)
+        cells = [f.name for f in self.factors if f.process is not None]
+        return name.rpartition(":")[0] if name is not None and name in cells else name
 
     @torch.no_grad()
     def compute(self, source: Source) -> Source:

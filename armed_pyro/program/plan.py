@@ -140,7 +140,7 @@ class Plan(LocalModule):
 
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""
-        names = [term.factor for term in self.terms]
+        names = [name for term in self.terms for name in term.groupings()]
         names += [adversary.factor for adversary in self.adversaries]
         return tuple(dict.fromkeys(names))
 

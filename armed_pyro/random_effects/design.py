@@ -13,7 +13,10 @@ from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.networks.taps import pooled
 from armed_pyro.random_effects.covariance import Covariance, Independent
 
-__all__ = ["Block", "FilterBlock", "InputBlock", "LayerBlock", "LinearBlock", "by_column"]
+__all__ = [
+    *("Block", "FilterBlock", "InputBlock", "LayerBlock", "LinearBlock", "ProcessBlock"),
+    "by_column",
+]
 
 Columns = Float[Tensor, "rows columns"]
 
@@ -146,6 +149,17 @@ class LayerBlock(LinearBlock):
 
     def paths(self) -> tuple[str, ...]:
         return (self.path,)
+
+
+class ProcessBlock(LinearBlock):
+    """The value of a process at the row's time, added to the predictor; `kind` is its kernel."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__([name], Independent(), torch.eye(1, dtype=torch.float64))
+        self.kind = kind
+
+    def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
+        return x.new_ones(len(x), 1)
 
 
 class FilterBlock(Block):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from armed_pyro.data.formula import parse_features
 from armed_pyro.data.formula_syntax import (
@@ -16,9 +17,9 @@ from armed_pyro.data.formula_syntax import (
     text_of,
 )
 from armed_pyro.random_effects.formula import fixed_and_random, parse_terms, slopes_formula
-from armed_pyro.random_effects.terms import Term
+from armed_pyro.random_effects.terms import Process, Term
 
-__all__ = ["ModelFormula", "cluster_columns"]
+__all__ = ["ModelFormula", "cluster_columns", "time_columns"]
 
 _EXPECTED = "Expected 'outcome ~ features + (slopes | group)', such as 'y ~ x + (x | site)'"
 _ROLES = ("trials", "weights", "se")
@@ -65,11 +66,20 @@ class ModelFormula:
             raise ValueError(f"formula={text!r} has several '~'. {_EXPECTED}.")
         outcome, roles = _left_side(tree.left, text)
         fixed, bars = fixed_and_random(tree.right)
-        return cls(outcome, text_of(fixed), tuple(f"({text_of(bar)})" for bar in bars), roles)
+        terms = [text_of(b) if isinstance(b, Call) else f"({text_of(b)})" for b in bars]
+        return cls(outcome, text_of(fixed), tuple(terms), roles)
 
     def slopes(self, columns: Collection[str]) -> str:
         """The formula of columns with random slopes; empty without any."""
         return slopes_formula(self.random, columns)
+
+    def random_columns(self, columns: Collection[str], *more: str) -> dict[str, Any]:
+        """The arguments clusters, slopes and times of `ClusteredData.from_frame`."""
+        return {
+            "clusters": self.cluster_columns(columns, *more),
+            "slopes": self.slopes(columns) or (),
+            "times": time_columns(parse_terms(self.random)),
+        }
 
     def cluster_columns(self, columns: Collection[str], *more: str) -> list[str]:
         """Columns of the grouping factors of terms and features, and of `more` factors."""
@@ -93,6 +103,15 @@ def cluster_columns(
     factors = [*(term.factor for term in terms), *more, *(column.factor for column in made)]
     names = [[name] if name in columns else name.split(":") for name in factors]
     return list(dict.fromkeys(part for parts in names for part in parts))
+
+
+def time_columns(terms: Sequence[Term]) -> tuple[str, ...]:
+    """Columns of the times of processes, each once.
+
+    >>> time_columns(parse_terms("(1 | id) + ou(week | id)"))
+    ('week',)
+    """
+    return tuple(dict.fromkeys(term.time for term in terms if isinstance(term, Process)))
 
 
 def _left_side(node: Node, text: str) -> tuple[str, dict[str, str]]:

@@ -129,6 +129,9 @@ def _says(results: Results, drawn: Pictures) -> Section:
     if drawn.effects:
         text = "Expected outcome over each variable, for a typical row and the average cluster."
         blocks += [Paragraph(text), Gallery(drawn.effects)]
+        if not model.linear:
+            text = "Intervals, where there are any, are conditional on the network's weights."
+            blocks.append(Paragraph(text, "small"))
     if "effects" in drawn.notes:
         blocks.append(Paragraph(drawn.notes["effects"], "small"))
     table, hidden = results.fixed_effects, len(results.fixed_effects) - MOST_COEFFICIENTS

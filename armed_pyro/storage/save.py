@@ -29,6 +29,7 @@ from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, n_draws
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.guides.nested import NestedGuide
+from armed_pyro.guides.process import ProcessGuide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
@@ -69,6 +70,7 @@ CLASSIFIER = ("factor", "temperature", "pooling", "report")
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
     "NestedGuide": NestedGuide,
+    "ProcessGuide": ProcessGuide,
     "StructuredGuide": StructuredGuide,
 }
 
