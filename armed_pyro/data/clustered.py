@@ -397,15 +397,13 @@ class ClusteredData(DivisibleRows):
     ) -> ClusteredData:
         """Rows whose inputs a torch dataset loads when a network needs them; see `DatasetItems`.
 
-        Memory does not grow with the bytes of the items. A network gets the inputs as they are: a
-        tensor as ``net(x)``, a tuple as ``net(*inputs)`` and a dict as ``net(**inputs)``. Whole
-        numbers keep their type, and nothing is standardised.
+        A network gets the inputs as they are, nothing standardised: a tensor as ``net(x)``, a tuple
+        as ``net(*inputs)`` and a dict as ``net(**inputs)``.
 
         Parameters
         ----------
         dataset
-            A map-style `torch.utils.data.Dataset`, or a `DataLoader` of one, whose `collate`
-            function and number of workers are then the defaults.
+            A map-style `torch.utils.data.Dataset`, or a `DataLoader`, with its collate and workers.
         outcome, trials, offset, weights, se
             A column of `table`; one value per item; or, where these are to be read from all items
             once, a position or key in an item (a text is a key without a table), or a function.
@@ -419,9 +417,9 @@ class ClusteredData(DivisibleRows):
         slopes
             Columns or a formula of the table for random slopes, as in `from_frame`.
         collate
-            Joins a list of items to a batch; by default torch's.
+            Joins a list of items; by default torch's.
         augment
-            Changes an item of a training batch, with random numbers that follow from the seed.
+            Changes an item of a training batch; its random numbers follow from the seed.
         workers
             Processes that load ahead.
         schema
