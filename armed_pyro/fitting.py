@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from rich.console import Console
@@ -28,14 +28,7 @@ from armed_pyro.engine.processes import (
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.fit_result import Fit
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.network_training import (
-    Callback,
-    Monitor,
-    NetworkTraining,
-    OptimizerFactory,
-    Precision,
-    SchedulerFactory,
-)
+from armed_pyro.inference.network_training import NetworkTraining, TrainingArguments
 from armed_pyro.inference.train import GuideFactory, train
 from armed_pyro.inference.training_run import TrainingDiverged, TrainingInterrupted
 from armed_pyro.inference.warm_start import warm_started
@@ -97,15 +90,9 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
-    optimizer: OptimizerFactory | None = None,
-    scheduler: SchedulerFactory | None = None,
-    parameter_groups: Mapping[str, Mapping[str, Any]] | None = None,
-    callbacks: Sequence[Callback] = (),
-    precision: Precision = "full",
-    accumulate: int = 1,
     clip: float | None = None,
-    monitor: Monitor = "log_score",
     warm_start: Fit | None = None,
+    **training: Unpack[TrainingArguments],
 ) -> Fit:
     r"""Minimise ``-ELBO + lambda_F (-log p(y | f)) + adversarial loss`` over all parameters.
 
@@ -213,11 +200,8 @@ def fit(
     'site'
     """
     _check_arguments(model, data, validation, schedule, seed)
-    groups = {} if parameter_groups is None else parameter_groups
-    chosen = (optimizer, scheduler, groups, callbacks, precision, accumulate, monitor)
-    training = NetworkTraining(*chosen)
-    if clip is not None:
-        schedule = replace(Schedule() if schedule is None else schedule, clip=clip)
+    schedule = schedule if clip is None else replace(schedule or Schedule(), clip=clip)
+    network_training = NetworkTraining(**training)
     if distributed not in DISTRIBUTED_MODES:
         modes = ", ".join(DISTRIBUTED_MODES)
         raise ValueError(f"`distributed` is {distributed!r}, but must be one of {modes}")
@@ -254,7 +238,7 @@ def fit(
                     resume=resume,
                     progress=progress,
                     weights=weights,
-                    training=training,
+                    training=network_training,
                 )
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -312,6 +313,44 @@ def test_a_killed_fit_resumes_to_the_same_result(tmp_path):
         for place in (path, tmp_path / "b.safetensors")
     ]
     assert outputs[0] == outputs[1]
+
+
+SHARED = """
+    import sys, torch
+    from armed_pyro import Adversary, Schedule, fit
+    from tests.test_dataset_inputs import Scans, program, scans
+
+    torch.set_num_threads(1)
+    schedule = Schedule(steps=400, batch_size=60, folds=1, net_learning_rate=0.02)
+    game = Adversary("site", ["act"], weight=0.01)
+    data = scans(dataset=Scans(400, seed=1), slopes=())
+    model = program(terms="(1 | site)", adversary=game)
+    result = fit(model, data, schedule=schedule, compile="never", progress=False)
+    print(result.history.loss[-1], *result.variance_components()["median"][:1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_dataset(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(SHARED))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def started(rank, size):
+        told = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        told = {name: str(value) for name, value in told.items()} if size > 1 else {}
+        environment = {**os.environ, **told, "PYTHONPATH": str(Path.cwd())}
+        command = [sys.executable, "-W", "ignore", str(script)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    outputs = [process.communicate(timeout=300)[0] for process in [started(0, 2), started(1, 2)]]
+    assert outputs[0] == outputs[1] != ""
+    alone = started(0, 1).communicate(timeout=300)[0]
+    (loss, sd), (loss_alone, sd_alone) = (map(float, text.split()) for text in (outputs[0], alone))
+    assert abs(loss - loss_alone) < 0.1
+    assert abs(sd - sd_alone) < 0.15 * sd_alone
 
 
 def test_memory_does_not_grow_with_the_number_of_images():

@@ -177,6 +177,19 @@ def test_mixed_precision_trains_and_predicts_in_full():
     assert result.model.run_network(result.model.encode(rows()).all())[0].dtype == torch.float32
 
 
+def test_networks_of_low_precision_are_fitted_saved_and_loaded(tmp_path):
+    net = network().bfloat16()
+    game = Adversary("site", ["1"], weight=0.1)
+    model = MixedEffects(net, "(1 | site)", adversary=game, linear_effects=False, between=False)
+    result = fit(model, rows(), schedule=replace(BRIEF, steps=200), **QUIET)
+    assert result.model.network[0].weight.dtype == torch.bfloat16
+    assert result.posterior.draws(5)["site_sd"].dtype == torch.float64
+    assert result.history.loss[-1] < result.history.loss[0]
+    result.save(tmp_path)
+    loaded = type(result).load(tmp_path, network())
+    np.testing.assert_array_equal(loaded.predict(rows()).expected, result.predict(rows()).expected)
+
+
 def test_warm_start_begins_at_the_earlier_network_in_its_scales():
     earlier = fit(program(), rows(), schedule=replace(BRIEF, steps=400), **QUIET)
     new = ClusteredData.encode(table(1, sites=4), earlier.data.schema, outcome_required=True)

@@ -17,4 +17,5 @@ def test_the_examples_run(capsys):
     result, longer = names["result"], names["longer"]
     assert "age" in set(result.variance_components()["term"])
     assert longer.history.settled == 40 or longer.history.fold_steps
-    assert len(blocks) == 3
+    assert names["scores"].shape == (3,)
+    assert len(blocks) == 4

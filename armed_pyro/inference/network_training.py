@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ __all__ = [
     "Monitor",
     "NetworkTraining",
     "TensorBoardLog",
+    "TrainingArguments",
     "TrainingRecord",
     "measured",
 ]
@@ -66,6 +67,18 @@ class TrainingRecord:
 
 # Called after every window of steps; True ends the phase.
 Callback = Callable[[TrainingRecord], bool | None]
+
+
+class TrainingArguments(TypedDict, total=False):
+    """The keyword arguments of `armed_pyro.fit` that make a `NetworkTraining`."""
+
+    optimizer: OptimizerFactory | None
+    scheduler: SchedulerFactory | None
+    parameter_groups: Mapping[str, Mapping[str, Any]]
+    callbacks: Sequence[Callback]
+    precision: Precision
+    accumulate: int
+    monitor: Monitor
 
 
 @dataclass(frozen=True, eq=False)

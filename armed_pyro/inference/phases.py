@@ -179,8 +179,7 @@ class NetworkPhase(Phase):
         self.objective = self.lazy.reading(averaged)
 
     def batch_size(self) -> int:
-        schedule, n = self.task.schedule, len(self.task.source)
-        return schedule.stopped_batch(n) if self.task.in_batches else schedule.batch(n)
+        return self.task.network_batch
 
     def window(self) -> int:
         schedule, n = self.task.schedule, len(self.task.source)
@@ -257,8 +256,7 @@ class NetworkPhase(Phase):
 def warmup_steps(task: TrainingTask) -> list[int]:
     """Steps of the warm-up of each adversary."""
     n, schedule = len(task.source), task.schedule
-    size = schedule.stopped_batch(n) if task.in_batches else schedule.batch(n)
-    epoch = math.ceil(n / size)
+    epoch = math.ceil(n / task.network_batch)
     return [game.warmup_steps(epoch, schedule.steps) for game in task.model.adversaries]
 
 
@@ -328,7 +326,7 @@ class FrozenPhase(Phase):
             )
             self.iterates.append(self._center())
             return loss, norm
-        rows = self._step_rows()
+        rows = self._step_rows().loaded()
         bound = NestedBound(task.model, self.lazy.guide, self.particles)
         draws = max(1, min(self.pace.draws, self._most_rows() // max(1, len(rows))))
         objective = self.lazy.reading(bound)

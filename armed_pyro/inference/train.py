@@ -94,10 +94,7 @@ def train(
     schedules or seeds.
     """
     schedule = Schedule() if schedule is None else schedule
-    if compile not in COMPILE_MODES:
-        raise ValueError(f"`compile` is {compile!r}, but must be one of {', '.join(COMPILE_MODES)}")
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
+    _check_settings(compile, resume, checkpoint)
     bound.cross_fit(None)  # an earlier fit may have such networks
     rows = bound.encode(data) if source is None else source
     stopping = held_out = None
@@ -120,8 +117,7 @@ def train(
         task = TrainingTask(
             bound, bound_guide, data, rows, share, schedule, stopping, seed, compile, weights
         )
-        if training is not None:
-            task = replace(task, training=training)
+        task = replace(task, training=training or NetworkTraining())
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         # In small steps, synchronising threads costs more than it saves.
         count = 1 if size < SMALL_STEP else torch.get_num_threads()
@@ -138,6 +134,14 @@ def train(
         posterior = _weighted(posterior, frozen_rows, source, closed)
     _score_held_out(posterior, held_out, frozen_rows, stopping)
     return posterior
+
+
+def _check_settings(mode: str, resume: bool, checkpoint: str | Path | None) -> None:
+    """Raise ValueError for an unknown `compile`, or `resume` without a checkpoint."""
+    if mode not in COMPILE_MODES:
+        raise ValueError(f"`compile` is {mode!r}, but must be one of {', '.join(COMPILE_MODES)}")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
 
 
 def _score_held_out(

@@ -26,6 +26,9 @@ from armed_pyro.rows.source import RowSource
 
 __all__ = ["TrainingTask"]
 
+# Values of the inputs in one batch, and its fewest rows: activations take many times as much.
+MOST_BATCH, SMALLEST_BATCH = 2**23, 32
+
 # Draws that integrate the random effects out of a validation loss: if the network runs once for all
 # of them, and if it runs once per draw.
 SCORED, FEW_SCORED, MOST_SCORED = 100, 8, 2**24
@@ -57,10 +60,20 @@ class TrainingTask:
         return self.validation is not None and can_overfit(self.model)
 
     @property
-    def in_batches(self) -> bool:
-        """Whether few rows are divided into batches, too: reading all in each step takes long."""
-        held = self.source
-        return self.by_epochs or (isinstance(held, HeldRows) and held.inputs is not None)
+    def network_batch(self) -> int:
+        """Rows of a step of the network.
+
+        Few rows are divided into batches, too, if an epoch is to have several steps or rows are
+        read in each. Unless the schedule says so, a batch of images is no larger than fits.
+        """
+        schedule, n = self.schedule, len(self.source)
+        inputs = self.source.inputs if isinstance(self.source, HeldRows) else None
+        if not self.by_epochs and inputs is None:
+            return schedule.batch(n)
+        size = schedule.stopped_batch(n)
+        if inputs is None or schedule.batch_size is not None:
+            return size
+        return min(size, max(SMALLEST_BATCH, MOST_BATCH // max(1, inputs.spec.values)))
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all parameters and buffers of program and guide."""

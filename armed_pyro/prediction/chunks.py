@@ -105,7 +105,7 @@ def _in_turn(
     parts, places = list[Tensor](), list[Tensor]()
     for number in range(min(len(folds), n)):
         place = torch.arange(number, n, len(folds), device=like.device)
-        outputs = folds.run(rows, x, like, number, model.output)
+        outputs = folds.run(rows, x, number, like=like, element=model.output)
         fixed = replace(rows, computed={"": outputs})
         eta = model.predictor(fixed, selected(latents, place), return_fixed=False).eta
         parts.append(eta.expand(len(place), *eta.shape[-2:]))

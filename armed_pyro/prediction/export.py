@@ -46,8 +46,8 @@ class PredictionModule(nn.Module):
         \eta_s = c + spread \, [f(\tilde x) + \tilde x^\top \beta_s + \phi(\tilde x)^\top u_s]
 
     with :math:`\tilde x` the standardised inputs, and u the effects of the chosen clusters or zero.
-    Inputs have the scale of the data: encoded features "rows features", images, or the tuple or
-    dict of a dataset as arguments.
+    Inputs have the scale of the data: encoded features "rows features", images, or the parts
+    of a tuple as arguments, or the dict of a dataset.
 
     Examples
     --------
@@ -107,9 +107,9 @@ class PredictionModule(nn.Module):
         for name, value in values.items():
             self.register_buffer(f"parameter_{name}", value.reshape(-1, 1).cpu())
 
-    def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """E[y] "rows", or "rows classes"."""
-        x = named or (inputs[0] if len(inputs) == 1 else inputs)
+    def forward(self, *inputs: Any) -> Tensor:
+        """E[y] "rows", or "rows classes"; named inputs are one dict."""
+        x = inputs[0] if len(inputs) == 1 else inputs
         like = next((p for p in self.networks.parameters() if p.is_floating_point()), self.center)
         table = torch.zeros(0)
         if isinstance(x, Tensor):
@@ -120,8 +120,9 @@ class PredictionModule(nn.Module):
         taken = mapped(lambda values: as_type(like, values), x)
         outputs = [chosen_tensor(call(net, taken), self._element) for net in self.networks]
         output = torch.stack(outputs).mean(0)
-        eta = self._eta(output.reshape(len(output), -1).to(self._dtype), table)
-        rows = Rows(output.new_zeros(len(output), 0), None, {})
+        # Not len(output), which would fix the number of rows of an export.
+        eta = self._eta(output.reshape(output.shape[0], -1).to(self._dtype), table)
+        rows = Rows(output.new_zeros(output.shape[0], 0), None, {})
         parameters = {name: getattr(self, f"parameter_{name}") for name in self._parameters_of}
         expected = self._family.expected(eta, parameters, rows)
         return expected.mean(0)
@@ -132,7 +133,7 @@ class PredictionModule(nn.Module):
         inputs = []
         if self._head:
             hidden = output if self._kept is None else output[:, self._kept]
-            ones = [hidden.new_ones(len(hidden), 1)] if self._intercept else []
+            ones = [hidden.new_ones(hidden.shape[0], 1)] if self._intercept else []
             inputs = [torch.cat([*ones, hidden], -1)]
         else:
             eta = eta + self._spread * self._family.contrasts(output)
@@ -247,21 +248,17 @@ def export(
     chosen = {} if clusters is None else dict(clusters)
     module = PredictionModule(posterior, chosen, draws, seed)
     x, expected = _compared(posterior, chosen, draws, seed)
-    arguments = () if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,))
-    named = x if isinstance(x, dict) else {}
-    _check_same(module(*arguments, **named), expected, "the module")
-    rows = Dim("rows")
-    by_name = {name: _with_rows(part, rows) for name, part in named.items()}
-    both = {"inputs": _with_rows(arguments, rows), "named": by_name}
-    dynamic = {name: shapes for name, shapes in both.items() if shapes}
+    arguments = x if isinstance(x, tuple) else (x,)
+    _check_same(module(*arguments), expected, "the module")
+    shapes = {"inputs": _with_rows(arguments, Dim("rows"))}
     try:
-        program = torch.export.export(module, arguments, named, dynamic_shapes=dynamic)
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes)
     except Exception as error:  # torch raises errors of many kinds
         raise ValueError(f"torch cannot export the network: {cause(error)}") from error
     if target.suffix == ".pt2":
         torch.export.save(program, target)
         loaded = torch.export.load(target).module()
-        _check_same(loaded(*arguments, **named), expected, "the file")
+        _check_same(loaded(*arguments), expected, "the file")
     else:
         extra("onnxscript", "exporting to ONNX", "onnx")
         torch.onnx.export(program, f=str(target), external_data=False)

@@ -94,22 +94,24 @@ class FoldNetworks(nn.Module):
         self,
         rows: Rows,
         x: LazyInputs | Structure,
-        like: Tensor,
         instead: int | None = None,
+        *,
+        like: Tensor | None = None,
         element: Sequence[int | str] = (),
     ) -> Tensor:
         """The output for `rows`, whose inputs are `x`; every network runs on its rows only.
 
         `instead` is that of `weights`, `like` and `element` are those of `taps.run`.
         """
-        weights, output = self.weights(rows, instead).to(like.dtype), None
+        weights, output = self.weights(rows, instead), None
         for number, network in enumerate(self.networks):
             index = weights[:, number].nonzero()[:, 0]
             if not len(index):
                 continue
             values, _ = run(network, _taken(x, index), element=element, like=like)
             output = values.new_zeros(len(rows), *values.shape[1:]) if output is None else output
-            weight = weights[index, number].reshape(-1, *[1] * (values.dim() - 1))
+            weight = weights[index, number].to(values.dtype)
+            weight = weight.reshape(-1, *[1] * (values.dim() - 1))
             output = output.index_add(0, index, weight * values)
         # No rows at all still need the output's shape.
         return run(self.networks[0], x, element=element, like=like)[0] if output is None else output

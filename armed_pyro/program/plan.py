@@ -346,7 +346,7 @@ class Plan(LocalModule):
             return rows.computed[""], rows.computed
         like, x = self.network_reference(), rows.network_inputs
         if self.fold_networks is not None:
-            output = self.fold_networks.run(rows, x, like, element=self.output)
+            output = self.fold_networks.run(rows, x, like=like, element=self.output)
             return output, {"": output}
         head = [self.head_path()] if self.bayesian_head else []
         # The only place where the network's weights become Pyro parameters.

@@ -91,7 +91,7 @@ def modulated_runs(
     rebuilt, known = (model.others if others else ()), model.known()
     etas: list[Tensor] = []
     means: dict[str, list[Tensor]] = {other.name: [] for other in rebuilt}
-    rows = replace(rows, computed=None)
+    rows = replace(rows, computed=None).loaded()
     activations: Latents = {}
     for index in product(*map(range, lead)):
         drawn = {

@@ -127,9 +127,9 @@ class InputBlock(LinearBlock):
 
     def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
         # Images have no columns to choose from.
-        slopes = x[:, self.index] + self.shift if len(self.index) else x.new_zeros(len(x), 0)
+        slopes = x[:, self.index] + self.shift if len(self.index) else x.new_zeros(x.shape[0], 0)
         if self.intercept:
-            return torch.cat([x.new_ones(len(x), 1), slopes], -1)
+            return torch.cat([x.new_ones(x.shape[0], 1), slopes], -1)
         if self.contrasts:
             left_out = 1 - slopes[:, : self.contrasts].sum(-1, keepdim=True)
             return torch.cat([left_out, slopes], -1)

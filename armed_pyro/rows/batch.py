@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -65,6 +65,12 @@ class Rows:
     def network_inputs(self) -> LazyInputs | Structure:
         """What the network takes: `inputs`, or x without any."""
         return self.x if self.inputs is None else self.inputs
+
+    def loaded(self) -> Rows:
+        """The rows with their inputs in memory, for several passes of a network."""
+        if not isinstance(self.inputs, LazyInputs):
+            return self
+        return replace(self, inputs=self.inputs.load())
 
     def slope_inputs(self) -> Tensor:
         """The features, followed by the columns that only random slopes use."""

@@ -46,7 +46,10 @@ TERMS: Mapping[str, type[Term]] = {
 PRIORS: Mapping[str, type[ScalePrior]] = {
     kind.__name__: kind for kind in (Exponential, HalfNormal, HalfStudentT, Known)
 }
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
 
 Kind = TypeVar("Kind")
 
@@ -55,7 +58,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
     """The program, the training and the network's parameters, as JSON values.
 
     A user-defined family, term or prior, which could not be read again, is a ValueError, and so is
-    a precision other than single or double.
+    a precision that is not among `DTYPES`.
     """
     model, net, priors = posterior.model, posterior.model.net, posterior.model.priors
     dtype = str(model.network_reference().dtype).removeprefix("torch.")
