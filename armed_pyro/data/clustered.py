@@ -13,6 +13,12 @@ import xarray as xr
 from torch import Tensor
 
 from armed_pyro._messages import INTEGER, check_type
+from armed_pyro.data.censoring import (
+    check_censoring,
+    check_observed,
+    observed_arrays,
+    observed_columns,
+)
 from armed_pyro.data.cluster_means import ClusterMeans
 from armed_pyro.data.columns import (
     Missing,
@@ -25,9 +31,14 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, grouping_by
-from armed_pyro.data.label_matching import places_of
 from armed_pyro.data.schema import Schema, WeightsKind
-from armed_pyro.data.stratify import check_fraction, stratified_order
+from armed_pyro.data.stratify import (
+    check_fraction,
+    cluster_rows,
+    fold_numbers,
+    stratified_order,
+    validation_rows,
+)
 from armed_pyro.data.training_checks import PER_ROW, check_magnitudes, check_training
 from armed_pyro.data.weights import as_weights, check_weights, weights_role
 
@@ -70,6 +81,10 @@ class ClusteredData:
         Means that a fit with ``between`` adds to its predictor; set by `Posterior.encode`.
     fold : Int64[Tensor, "rows"] or None
         Number of the cross-fitted network that was trained without the row, in a fit's rows.
+    status, upper, entry : Float64[Tensor, "rows"] or None
+        How the outcome was observed, as in `armed_pyro.rows.censoring`: its status (0 censored from
+        the right, 1 exact, 2 from the left, 3 in an interval), the upper end of an interval, and
+        the value above which it could be observed.
 
     Examples
     --------
@@ -100,6 +115,9 @@ class ClusteredData:
     table: pd.DataFrame | None = None
     cluster_means: Mapping[str, ClusterMeans] = field(default_factory=dict)
     fold: Tensor | None = None
+    status: Tensor | None = None
+    upper: Tensor | None = None
+    entry: Tensor | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -112,9 +130,12 @@ class ClusteredData:
             check_trials(self.trials, self.row_labels)
         if self.weights is not None:
             check_weights(self.weights, self.weights_kind, self.row_labels)
+        if self.outcome is not None:
+            known = (self.status, self.upper, self.entry)
+            check_censoring(self.outcome, *known, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        names = ("features", "outcome", "trials", "offset", "weights", "slopes", "fold")
+        names = ("features", "outcome", *PER_ROW, "slopes", "fold")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _columns(self) -> dict[str, Sequence[str]]:
@@ -138,6 +159,9 @@ class ClusteredData:
         event: Any = None,
         weights_kind: WeightsKind = "frequency",
         se: str | None = None,
+        status: str | None = None,
+        upper: str | None = None,
+        entry: str | None = None,
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -176,6 +200,16 @@ class ClusteredData:
         se
             Column of known standard errors in place of weights, y_i ~ N(eta_i, se_i^2), without a
             residual sd; in a meta-analysis, ``(1 | study)`` is the heterogeneity.
+        status
+            Column that says whether the outcome was observed: 1 or True for an event, 0 or False
+            for an outcome that is only known to be larger (censored from the right), or the texts
+            ``event``, ``right`` and ``left`` (only known to be smaller).
+        upper
+            Column of the upper ends of intervals, of which `outcome` is the lower end. Equal ends
+            are an exact outcome; a missing or infinite end is open, as in R's ``interval2``.
+        entry
+            Column of the values above which an outcome could be observed (left truncation), such
+            as the age at the start of observation.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -188,6 +222,8 @@ class ClusteredData:
         check_type(outcome, str, "outcome", "It is the name of a column.")
         weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        roles.update(status=status, upper=upper, entry=entry)
+        check_observed(status, upper)
         for role, name in roles.items():
             check_type(name, (str, type(None)), role, "It is the name of a column.")
         schema = Schema.infer(
@@ -236,6 +272,8 @@ class ClusteredData:
         design, names, sources = schema.design(whole)
         extra, extra_names, extra_sources = schema.slope_design(whole)
         per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
+        observed = schema.outcomes(table), schema.status, schema.upper, schema.entry
+        per_row |= observed_columns(table, *observed)
         for role in ("trials", "weights"):
             if (name := getattr(schema, role)) in table:
                 per_row[role] = torch.from_numpy(as_numbers(table[name], role))
@@ -247,7 +285,6 @@ class ClusteredData:
             sources=tuple(":".join(source) for source in sources),
             continuous=schema.continuous(sources),
             outcome_name=schema.outcome,
-            outcome=schema.outcomes(table),
             classes=None if schema.classes is None else tuple(schema.classes.tolist()),
             groupings=groupings,
             **per_row,
@@ -277,6 +314,9 @@ class ClusteredData:
         event: Any = None,
         weights_kind: WeightsKind = "frequency",
         se: Any = None,
+        status: Any = None,
+        upper: Any = None,
+        entry: Any = None,
         row_labels: pd.Index | None = None,
     ) -> ClusteredData:
         """Take arrays or tensors of numbers as they are, and code the clusters' labels.
@@ -300,6 +340,8 @@ class ClusteredData:
             As in `from_frame`.
         weights_kind, se
             As in `from_frame`, with standard errors of shape "rows".
+        status, upper, entry
+            As in `from_frame`, of shape "rows"; open ends of intervals are infinite.
 
         Raises
         ------
@@ -309,13 +351,14 @@ class ClusteredData:
         advice = "Pass {'site': labels}, with one label per row."
         check_type(clusters, Mapping, "clusters", advice)
         x, feature_names = named_features(features, feature_names)
+        labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
+        outcome, observed = observed_arrays(outcome, status, upper, entry, labels)
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
         weights, kind = weights_role(weights, weights_kind, se)
-        roles = {"trials": trials, "offset": offset, "weights": weights}
+        roles = {"trials": trials, "offset": offset, "weights": weights, **observed}
         per_row: dict[str, Any] = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
         }
-        labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
         per_row["weights"] = as_weights(per_row["weights"], kind, labels)
         fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if feature_names else ()
         return cls(
@@ -418,21 +461,8 @@ class ClusteredData:
             If `fraction` is not between 0 and 1, or leaves no validation rows.
         """
         check_fraction(fraction)
-        rng = np.random.default_rng([seed, 1])
-        steps = np.floor(np.arange(self.n_rows + 1) * fraction + rng.random())
-        held = np.zeros(self.n_rows, dtype=bool)
-        held[self._order(by, seed)] = np.diff(steps) > 0
-        for grouping in self.groupings.values():
-            codes = grouping.codes.numpy()
-            emptied = np.bincount(codes[~held], minlength=grouping.n_clusters) == 0
-            shuffled = rng.permutation(self.n_rows)
-            _, first = np.unique(codes[shuffled], return_index=True)
-            held[shuffled[first[emptied]]] = False
-        if not held.any():
-            raise ValueError(
-                f"A fraction of {fraction} leaves no rows for validation once every cluster keeps "
-                "one in training. Raise it, or hold out whole clusters (hold_out_clusters)."
-            )
+        clusters = [grouping.codes.numpy() for grouping in self.groupings.values()]
+        held = validation_rows(self._order(by, seed), clusters, fraction, seed)
         return self.take(~held), self.take(held)
 
     def folds(self, n: int, *, seed: int) -> Iterator[tuple[ClusteredData, ClusteredData]]:
@@ -447,10 +477,7 @@ class ClusteredData:
             If `n` is below 2 or above the number of rows.
         """
         check_type(n, INTEGER, "n")
-        if not 2 <= n <= self.n_rows:
-            raise ValueError(f"n must be between 2 and the {self.n_rows} rows, found {n}.")
-        fold = np.empty(self.n_rows, dtype=np.int64)
-        fold[self._order(None, seed)] = np.arange(self.n_rows) % n
+        fold = fold_numbers(self._order(None, seed), n)
         return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
 
     def _order(self, by: str | None, seed: int) -> np.ndarray:
@@ -471,20 +498,7 @@ class ClusteredData:
         ValueError
             If a label is unknown, or either side would have no rows.
         """
-        grouping = self.grouping(factor)
-        if (fraction is None) == (labels is None):
-            raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
-        if labels is not None:
-            positions = places_of(labels, grouping.levels, factor)
-        else:
-            n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
-            positions = np.random.default_rng(seed).permutation(grouping.n_clusters)[:n_held]
-        held = np.isin(grouping.codes.numpy(), positions)
-        if held.all() or not held.any():
-            raise ValueError(
-                f"Holding out {len(positions)} of the {grouping.n_clusters} clusters of "
-                f"{factor!r} leaves no rows on one side; each needs at least one cluster."
-            )
+        held = cluster_rows(self.grouping(factor), factor, fraction, labels, seed)
         return self.take(~held), self.take(held)
 
     def check_training(self) -> None:

@@ -11,7 +11,7 @@ from armed_pyro.data.grouping import Grouping, check_several, index_to_json
 
 __all__ = ["PER_ROW", "check_magnitudes", "check_training"]
 
-PER_ROW = ("trials", "offset", "weights")
+PER_ROW = ("trials", "offset", "weights", "status", "upper", "entry")
 # Squares, and products of a few numbers between these, are neither infinite nor 0.
 SMALLEST, LARGEST = 1e-100, 1e100
 

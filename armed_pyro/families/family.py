@@ -18,6 +18,7 @@ from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.censoring import INTERVAL, RIGHT
 
 __all__ = ["Family", "Labelled", "Parameter", "arrays", "mean_offset", "outcome_of"]
 
@@ -114,6 +115,8 @@ class Family(ABC):
     multiclass: ClassVar[bool] = False
     # Whether `expected` is the probability of every class, in a last dimension.
     has_class_probabilities: ClassVar[bool] = False
+    # Whether outcomes may be censored or truncated, as those of `CensorableFamily`.
+    can_be_censored: ClassVar[bool] = False
     needs_trials: ClassVar[bool] = False  # whether every row needs a number of trials
     # Whether `residual_variance` depends on the mean outcome; `marginal_mean` is then required.
     needs_mean: ClassVar[bool] = False
@@ -161,6 +164,12 @@ class Family(ABC):
                 f"family {self.name!r} has no trials: leave trials= (--trials) out, or choose "
                 "family 'binomial'"
             )
+        if not self.can_be_censored and (data.status is not None or data.entry is not None):
+            raise ValueError(
+                f"family {self.name!r} has no censored outcomes (status, upper, entry): choose "
+                "weibull, loglogistic, lognormal, exponential or piecewise_exponential for times, "
+                "gaussian for measurements with detection limits, or leave the columns out"
+            )
         y = outcome_of(data)
         if data.classes is not None and not (self.is_probability and len(data.classes) == 2):
             family = "bernoulli" if len(data.classes) == 2 else "categorical"
@@ -172,6 +181,8 @@ class Family(ABC):
                 "turn the column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
+        if data.status is not None:  # lower ends at 0 of positive outcomes say nothing
+            bad &= ~((y == 0) & ((data.status == RIGHT) | (data.status == INTERVAL)))
         if bad.any():
             rows = data.row_labels[bad.numpy()]
             raise ValueError(

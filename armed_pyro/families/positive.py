@@ -11,11 +11,12 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.measurement_densities import GammaByMean
+from armed_pyro.distributions.survival_densities import LogNormalTime
+from armed_pyro.families.censorable import CensorableFamily
 from armed_pyro.families.family import (
     Array,
     Draws,
     Eta,
-    Family,
     Parameter,
     Parameters,
     RowValues,
@@ -32,7 +33,7 @@ __all__ = ["Gamma", "LogNormal"]
 
 
 @dataclass(frozen=True)
-class LogNormal(Family):
+class LogNormal(CensorableFamily):
     """log y ~ N(eta, residual_sd^2); E[y] = exp(eta + residual_sd^2 / 2)."""
 
     name = "lognormal"
@@ -64,9 +65,8 @@ class LogNormal(Family):
         sd = parameters.get("residual_sd")
         return None if sd is None else sd**-2
 
-    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
-        sd = self.value(parameters, "residual_sd")
-        return dist.LogNormal(eta[..., 0], sd, validate_args=False)
+    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> LogNormalTime:
+        return LogNormalTime(eta[..., 0], self.value(parameters, "residual_sd"))
 
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         raise ValueError("the mean of family 'lognormal' depends on its sd: use expected()")

@@ -21,6 +21,7 @@ from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.predictor import modulates
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.censoring import Censoring
 from armed_pyro.rows.in_memory import HeldRows
 
 __all__ = ["Conditioned", "condition"]
@@ -256,4 +257,18 @@ def _with_training(
     if fold is not None:  # further rows get the mean of the networks
         fold = torch.cat([torch.full_like(fold[:1].expand(len(source)), -1), fold[index]])
     parts = (x, y, codes, counts, trials, offset, weights)
-    return HeldRows(*parts, slopes=slopes, means=means, fold=fold)
+    censoring = _both_censored(source, training, index)
+    return HeldRows(*parts, slopes=slopes, means=means, fold=fold, censoring=censoring)
+
+
+def _both_censored(first: HeldRows, second: HeldRows, index: Tensor) -> Tensor | None:
+    """Censoring of the first rows, and of the second ones at `index`."""
+    known = [rows.censoring for rows in (first, second) if rows.censoring is not None]
+    if not known or first.y is None or second.y is None:
+        return None
+    parts = [
+        Censoring.exact(rows.y, known[0]) if rows.censoring is None else rows.censoring
+        for rows in (first, second)
+        if rows.y is not None
+    ]
+    return torch.cat([parts[0], parts[1][index]])

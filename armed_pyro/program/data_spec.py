@@ -22,6 +22,7 @@ from armed_pyro.families.family import Family
 from armed_pyro.program.between import Between
 from armed_pyro.program.row_roles import check_offset, check_weights
 from armed_pyro.rows.batch import Membership, Rows
+from armed_pyro.rows.censoring import Censoring
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.streaming.encoded_table import EncodedTable
 
@@ -208,7 +209,10 @@ class Facts:
         means = between.columns(data).to(like) if between and between.names else None
         fold = None if data.fold is None else data.fold.to(like.device)
         parts = (x, y, codes, counts, trials, offset, weights)
-        return HeldRows(*parts, slopes=slopes, means=means, fold=fold)
+        known = Censoring.columns(data.outcome, data.status, data.upper, data.entry)
+        censoring = None if known is None else known.to(like)
+        further = {"slopes": slopes, "means": means, "fold": fold, "censoring": censoring}
+        return HeldRows(*parts, **further)
 
     @property
     def between_names(self) -> tuple[str, ...]:

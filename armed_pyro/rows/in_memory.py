@@ -36,6 +36,7 @@ class HeldRows(RowSource):
     slopes: Float[Tensor, "rows columns"] | None = None
     means: Float[Tensor, "rows columns"] | None = None
     fold: Int[Tensor, " rows"] | None = None
+    censoring: Float[Tensor, "rows columns"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -61,7 +62,8 @@ class HeldRows(RowSource):
             return None if values is None else values.index_select(0, index)
 
         names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes", "means")
-        return replace(self, **{name: take(getattr(self, name)) for name in (*names, "fold")})
+        names += ("fold", "censoring")
+        return replace(self, **{name: take(getattr(self, name)) for name in names})
 
     def all(self) -> Rows:
         return self.of(self.memberships(self.codes), 1.0)
@@ -69,7 +71,8 @@ class HeldRows(RowSource):
     def of(self, memberships: Mapping[str, Membership], scale: float) -> Rows:
         """All rows, with these memberships and this scale."""
         optional = (self.trials, self.offset, self.weights, self.computed, self.slopes, self.means)
-        return Rows(self.x, self.y, memberships, scale, *optional, self.fold)
+        optional += (self.fold, self.censoring)
+        return Rows(self.x, self.y, memberships, scale, *optional)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None

@@ -22,6 +22,7 @@ from armed_pyro.data.cluster_means import ClusterSums
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import check_varying
 from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.streaming.database import database, quoted
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import TableScan, complete_blocks
@@ -170,7 +171,7 @@ def encode(
     `report` gets the number of rows written since its last call. Constant features are refused.
     """
     schema = scanned.schema
-    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
+    roles = (schema.outcome, *schema.clusters, *(getattr(schema, role) for role in PER_ROW))
     used = dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None)
     digest, rng = hashlib.blake2b(), np.random.default_rng([seed, 13])
     names = [*scanned.features, *scanned.numbers]

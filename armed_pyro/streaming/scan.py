@@ -27,6 +27,7 @@ from armed_pyro.data.formula import parse_features
 from armed_pyro.data.formula_functions import learns
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.schema import Schema, WeightsKind
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.rows.passes import ahead
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -54,8 +55,8 @@ class TableScan:
 
     @property
     def numbers(self) -> list[str]:
-        """Names of those among outcome, trials, offset and weights that the data have."""
-        names = ("outcome", "trials", "offset", "weights")
+        """Names of those among outcome, trials, offset, weights and so on that the data have."""
+        names = ("outcome", *PER_ROW)
         return [name for name in names if getattr(self.first, name) is not None]
 
     def cluster(self, factor: str) -> str:
