@@ -238,6 +238,9 @@ def table_rows(
         event=options.event,
         weights_kind=options.weights_kind.value,
         se=options.se,
+        status=options.status,
+        upper=options.upper,
+        entry=options.entry,
         missing="drop" if options.missing is Missing.drop else "error",
     )
 

@@ -115,8 +115,8 @@ def observed_arrays(
     """The outcome, and status, upper end and entry of arrays; None for those not given."""
     check_observed(status, upper)
     if upper is not None:
-        ends = (torch.as_tensor(np.asarray(end), dtype=torch.float64) for end in (outcome, upper))
-        outcome, status, upper = interval_ends(*ends, labels)
+        low, high = (torch.as_tensor(np.asarray(end)).double() for end in (outcome, upper))
+        outcome, status, upper = interval_ends(low, high, labels)
     elif status is not None:
         status = read_status(status, "status")
     return outcome, {"status": status, "upper": upper, "entry": entry}

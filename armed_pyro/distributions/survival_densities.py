@@ -153,7 +153,7 @@ class LogNormalTime(dist.LogNormal, Survival):
 
     def __init__(self, location: Tensor, sd: Tensor) -> None:
         self.parts = location, sd
-        super().__init__(location, sd, validate_args=False)
+        super().__init__(location, sd, validate_args=False)  # type: ignore[no-untyped-call]
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LogNormalTime:
         location, sd = self.parts
@@ -284,18 +284,18 @@ class CensoredDensity(dist.TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """That of the exact outcomes."""
-        return self.base.mean  # type: ignore[no-any-return]
+        return self.base.mean
 
     @property
     def variance(self) -> Tensor:
         """That of the exact outcomes."""
-        return self.base.variance  # type: ignore[no-any-return]
+        return self.base.variance
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> CensoredDensity:
         return CensoredDensity(self.base.expand(torch.Size(batch_shape)), self.censoring)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        return self.base.sample(sample_shape)  # type: ignore[no-any-return]
+        return self.base.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         known = self.censoring

@@ -217,8 +217,8 @@ def _searched(
         for name, code in codes.items()
     }
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
-    further = {"slopes": rows.slopes, "means": rows.means, "censoring": rows.censoring}
-    held = HeldRows(rows.x, rows.y, codes, counts, *optional, **further)
+    held = HeldRows(rows.x, rows.y, codes, counts, *optional, slopes=rows.slopes, means=rows.means)
+    held = replace(held, censoring=rows.censoring)
     return held, rows
 
 

@@ -210,9 +210,8 @@ class Facts:
         fold = None if data.fold is None else data.fold.to(like.device)
         parts = (x, y, codes, counts, trials, offset, weights)
         known = Censoring.columns(data.outcome, data.status, data.upper, data.entry)
-        censoring = None if known is None else known.to(like)
-        further = {"slopes": slopes, "means": means, "fold": fold, "censoring": censoring}
-        return HeldRows(*parts, **further)
+        held = HeldRows(*parts, slopes=slopes, means=means, fold=fold)
+        return held if known is None else replace(held, censoring=known.to(like))
 
     @property
     def between_names(self) -> tuple[str, ...]:

@@ -62,8 +62,8 @@ class HeldRows(RowSource):
             return None if values is None else values.index_select(0, index)
 
         names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes", "means")
-        names += ("fold", "censoring")
-        return replace(self, **{name: take(getattr(self, name)) for name in names})
+        further = ("fold", "censoring")
+        return replace(self, **{name: take(getattr(self, name)) for name in (*names, *further)})
 
     def all(self) -> Rows:
         return self.of(self.memberships(self.codes), 1.0)
@@ -71,8 +71,7 @@ class HeldRows(RowSource):
     def of(self, memberships: Mapping[str, Membership], scale: float) -> Rows:
         """All rows, with these memberships and this scale."""
         optional = (self.trials, self.offset, self.weights, self.computed, self.slopes, self.means)
-        optional += (self.fold, self.censoring)
-        return Rows(self.x, self.y, memberships, scale, *optional)
+        return Rows(self.x, self.y, memberships, scale, *optional, self.fold, self.censoring)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
