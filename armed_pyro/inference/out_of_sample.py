@@ -44,9 +44,10 @@ def out_of_sample(
     -------
     dict
         ``rows``; ``score``, the mean of :math:`\log p(y_i)`; ``claimed``, its expectation if
-        outcomes were drawn from the predictions (None if outcomes are censored); ``coverage``, the share of outcomes in their
-        intervals (None for classes); and the standard errors ``excess_se`` (of claimed - score) and
-        ``coverage_se``, by independent clusters of the largest factor.
+        outcomes were drawn from the predictions (None if outcomes are censored); ``coverage``, the
+        share of outcomes in their intervals (None for classes); and the standard errors
+        ``excess_se`` (of claimed - score) and ``coverage_se``, by independent clusters of the
+        largest factor.
     """
     model = posterior.model
     few = modulates(model)

@@ -24,6 +24,7 @@ from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.predict import effect_source
 from armed_pyro.prediction.result import Prediction
+from armed_pyro.prediction.survival import harrell
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters, one_cluster_per_row
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 
@@ -348,8 +349,9 @@ def evaluate(
 
     New clusters among the rows are predicted by the mode "marginal". The columns are held_out (name
     of the set), rows and unseen (rows in clusters not seen in training). Outcomes with classes have
-    also auroc (one class against the rest), accuracy and log_loss; other outcomes have rmse and
-    coverage (share of outcomes inside their predictive interval).
+    also auroc (one class against the rest), accuracy and log_loss; censored outcomes have Harrell's
+    concordance; other outcomes have rmse and coverage (share of outcomes inside their predictive
+    interval).
     """
     records, settings = [], {"prob": prob, "draws": draws}
     source = Marginal(posterior.draws(draws), posterior.seed)
@@ -362,6 +364,8 @@ def evaluate(
         if posterior.model.family.is_class:
             codes = posterior.model.family.codes(y).astype(int)
             record |= _class_scores(codes, made.mean)
+        elif data.status is not None:
+            record["concordance"] = harrell(y, data.status.numpy(), made.mean)
         else:
             lower, upper = made.interval(of="outcome")
             record["rmse"] = float(np.sqrt(((y - made.mean) ** 2).mean()))

@@ -210,8 +210,8 @@ def survival_calibration(
     status = torch.full_like(rows.outcome, EVENT) if rows.status is None else rows.status
     if bool((status > EVENT).any()):
         raise ValueError(
-            "outcomes are censored from the left or in intervals, where Kaplan and Meier's estimate "
-            "is not defined: look at the residuals, Fit.residuals('quantile')"
+            "outcomes are censored from the left or in intervals, where the estimate of Kaplan and "
+            "Meier is not defined: look at the residuals, Fit.residuals('quantile')"
         )
     y = rows.outcome.numpy()
     grid = np.quantile(y, np.arange(1, 10) / 10) if times is None else np.asarray(times, float)
