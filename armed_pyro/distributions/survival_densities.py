@@ -267,7 +267,7 @@ class CensoredDensity(dist.TorchDistribution):
         S(entry)
 
     for an exact outcome, or one censored from the right, from the left, or in an interval. Draws
-    are of outcomes that nothing censors.
+    are of outcomes above their entries, and nothing censors them.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -295,14 +295,29 @@ class CensoredDensity(dist.TorchDistribution):
         return CensoredDensity(self.base.expand(torch.Size(batch_shape)), self.censoring)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        return self.base.sample(sample_shape)
+        entry = self.censoring.entry
+        if entry is None:
+            return self.base.sample(sample_shape)
+        with torch.no_grad():
+            shape = self._extended_shape(torch.Size(sample_shape))
+            uniform = torch.rand(shape, dtype=entry.dtype, device=entry.device)
+            uniform = uniform.clamp(max=1 - torch.finfo(uniform.dtype).eps)
+            late = self._late(entry)
+            at_entry = self.base.log_survival(torch.where(late, entry, 1.0))
+            before = -torch.expm1(at_entry * late)
+            drawn = self.base.quantile(before + uniform * (1 - before))
+            return torch.where(late, torch.maximum(drawn, entry), drawn)
+
+    def _late(self, entry: Tensor) -> Tensor:
+        """Whether an entry excludes any outcome."""
+        return entry > (0.0 if self.base.positive else -torch.inf)
 
     def log_prob(self, value: Tensor) -> Tensor:
         known = self.censoring
         likelihood = torch.where(known.is_event, self.base.log_prob(value), self._range(value))
         if known.entry is None:
             return likelihood
-        late = known.entry > (0.0 if self.base.positive else -torch.inf)
+        late = self._late(known.entry)
         at_entry = self.base.log_survival(torch.where(late, known.entry, value))
         return likelihood - at_entry * late
 
