@@ -222,9 +222,9 @@ def check_censoring_is_known(data: ClusteredData) -> None:
     """Raise ValueError for outcomes that are censored by a rule that data do not tell."""
     if data.status is not None and bool((data.status > EVENT).any()):
         raise ValueError(
-            "outcomes are censored from the left or in intervals: no outcomes can be drawn that are "
-            "censored by the same rule; calibrate with exact ones: dataclasses.replace(data, "
-            "status=None, upper=None)"
+            "outcomes are censored from the left or in intervals: no outcomes can be drawn that "
+            "are censored by the same rule; calibrate with exact outcomes: "
+            "dataclasses.replace(data, status=None, upper=None)"
         )
 
 
