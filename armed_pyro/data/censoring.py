@@ -82,11 +82,16 @@ def with_open_ends(table: pd.DataFrame, lower: str, upper: str | None) -> pd.Dat
     )
 
 
-def without_incomplete(table: pd.DataFrame, observed: Set[str]) -> pd.DataFrame:
-    """The table without its columns of the outcome, unless all are there without a hole."""
+def without_incomplete(
+    table: pd.DataFrame, observed: Set[str], *, keep: Set[str] = frozenset()
+) -> pd.DataFrame:
+    """The table without its columns of the outcome, unless all are there without a hole.
+
+    Columns that have another role as well are kept.
+    """
     present = observed & set(table.columns)
     complete = present == observed and not table[list(present)].isna().any(axis=None)
-    return table if complete else table.drop(columns=list(present))
+    return table if complete else table.drop(columns=list(present - keep))
 
 
 def observed_columns(

@@ -258,7 +258,8 @@ class Schema:
         observed = {name for name in (self.outcome, self.status, self.upper, self.entry) if name}
         optional = set() if outcome_required else {*observed, self.weights}
         table = with_open_ends(table, self.outcome, self.upper)
-        table = table if outcome_required else without_incomplete(table, observed)
+        if not outcome_required:
+            table = without_incomplete(table, observed, keep={*self.columns, *self.clusters})
         roles = [self.outcome, *self.clusters, *(getattr(self, role) for role in PER_ROW)]
         wanted = [name for name in (*roles, *self.columns) if name]
         table = pick(table, [name for name in wanted if name in table or name not in optional])

@@ -301,7 +301,8 @@ class CensoredDensity(dist.TorchDistribution):
         with torch.no_grad():
             shape = self._extended_shape(torch.Size(sample_shape))
             uniform = torch.rand(shape, dtype=entry.dtype, device=entry.device)
-            uniform = uniform.clamp(max=1 - torch.finfo(uniform.dtype).eps)
+            eps = torch.finfo(uniform.dtype).eps
+            uniform = uniform.clamp(eps, 1 - eps)
             late = self._late(entry)
             at_entry = self.base.log_survival(torch.where(late, entry, 1.0))
             before = -torch.expm1(at_entry * late)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.distributions.survival_densities import CensoredDensity
+from armed_pyro.distributions.survival_densities import CensoredDensity, Survival
 from armed_pyro.families.family import Array, Eta, Family, Parameters, RowValues
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.censoring import Censoring
@@ -53,6 +53,14 @@ class CensorableFamily(Family, ABC):
     def bound(self, data: ClusteredData) -> Self:
         """The family for these rows: censored if their statuses or entries say so."""
         return replace(self, censored=data.status is not None or data.entry is not None)
+
+    @property
+    def is_censored(self) -> bool:
+        return self.censored
+
+    def survivor(self, eta: Eta, parameters: Parameters, rows: Rows) -> Survival:
+        survival: Survival = self.density(eta, parameters, rows)
+        return survival
 
     @property
     def statistics(self) -> tuple[str, ...]:  # type: ignore[override]

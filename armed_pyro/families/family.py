@@ -16,6 +16,7 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.survival_densities import Survival
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.censoring import INTERVAL, RIGHT
@@ -191,6 +192,15 @@ class Family(ABC):
                 f"row(s) {listing(rows, 3)} with {listing(y[bad][:3].tolist())}: correct the rows "
                 "or choose another family"
             )
+
+    @property
+    def is_censored(self) -> bool:
+        """Whether outcomes of the training data may be censored or truncated; by default not."""
+        return False
+
+    def survivor(self, eta: Eta, parameters: Parameters, rows: Rows) -> Survival | None:
+        """The survivor function and quantiles of exact outcomes; None, the default, without one."""
+        return None
 
     def bound(self, data: ClusteredData) -> Family:
         """The family with the settings that it takes from the training data; by default itself."""

@@ -16,7 +16,6 @@ from armed_pyro._messages import check_probability
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values
 from armed_pyro.distributions.survival_densities import Survival
-from armed_pyro.families.censorable import CensorableFamily
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import predict_rows
 from armed_pyro.prediction.cluster_classifier import Classifiers
@@ -81,7 +80,6 @@ def survival(
     ``fit.survival(patients, times=[1, 2, 5]).survival.sel(time=5)``
     """
     check_probability(prob)
-    family = _family(posterior)
     data = posterior.encode(data)
     source, _ = effect_source(
         posterior,
@@ -100,9 +98,14 @@ def survival(
         name: value.reshape(-1, 1).double().cpu()
         for name, value in posterior.model.family_parameters(source.latents).items()
     }
-    grid = _times(posterior, times)
+    exact, grid = Rows(torch.zeros(eta.shape[1], 0), None, {}), _times(posterior, times)
     tail = [(1 - prob) / 2, (1 + prob) / 2]
-    density = family.density(eta, parameters, Rows(torch.zeros(eta.shape[1], 0), None, {}))
+    density = posterior.model.family.survivor(eta, parameters, exact)
+    if density is None:
+        raise ValueError(
+            f"family {posterior.model.family.name!r} has no survivor function: survival curves need "
+            "a family of times, such as weibull"
+        )
     curves = [_summary(_survival(density, time, eta), tail) for time in grid]
     half = _summary(density.quantile(torch.full(eta.shape[1:2], 0.5).double()).numpy(), tail)
     names = ("survival", "lower", "upper")
@@ -275,16 +278,6 @@ def kaplan_meier(
     return pd.DataFrame(
         {"time": at, "observed": share, "lower": share**width, "upper": share ** (1 / width)}
     )
-
-
-def _family(posterior: Posterior) -> CensorableFamily:
-    family = posterior.model.family
-    if not isinstance(family, CensorableFamily):
-        raise ValueError(
-            f"family {family.name!r} has no survivor function: survival curves need a family of "
-            "times, such as weibull"
-        )
-    return family
 
 
 def _times(posterior: Posterior, times: Sequence[float] | None) -> Float[Array, " times"]:
