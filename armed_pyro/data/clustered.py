@@ -13,12 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from armed_pyro._messages import INTEGER, check_type
-from armed_pyro.data.censoring import (
-    check_censoring,
-    check_observed,
-    observed_arrays,
-    observed_columns,
-)
+from armed_pyro.data import censoring, stratify
 from armed_pyro.data.cluster_means import ClusterMeans
 from armed_pyro.data.columns import (
     Missing,
@@ -32,13 +27,6 @@ from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, grouping_by
 from armed_pyro.data.schema import Schema, WeightsKind
-from armed_pyro.data.stratify import (
-    check_fraction,
-    cluster_rows,
-    fold_numbers,
-    stratified_order,
-    validation_rows,
-)
 from armed_pyro.data.training_checks import PER_ROW, check_magnitudes, check_training
 from armed_pyro.data.weights import as_weights, check_weights, weights_role
 
@@ -82,9 +70,8 @@ class ClusteredData:
     fold : Int64[Tensor, "rows"] or None
         Number of the cross-fitted network that was trained without the row, in a fit's rows.
     status, upper, entry : Float64[Tensor, "rows"] or None
-        How the outcome was observed, as in `armed_pyro.rows.censoring`: its status (0 censored from
-        the right, 1 exact, 2 from the left, 3 in an interval), the upper end of an interval, and
-        the value above which it could be observed.
+        Status of the outcome (0 censored from the right, 1 exact, 2 from the left, 3 in an
+        interval), upper end of the interval, and value above which it could be observed.
 
     Examples
     --------
@@ -132,7 +119,7 @@ class ClusteredData:
             check_weights(self.weights, self.weights_kind, self.row_labels)
         if self.outcome is not None:
             known = (self.status, self.upper, self.entry)
-            check_censoring(self.outcome, *known, self.row_labels)
+            censoring.check_censoring(self.outcome, *known, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
         names = ("features", "outcome", *PER_ROW, "slopes", "fold")
@@ -222,8 +209,8 @@ class ClusteredData:
         check_type(outcome, str, "outcome", "It is the name of a column.")
         weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
-        roles.update(status=status, upper=upper, entry=entry)
-        check_observed(status, upper)
+        roles |= {"status": status, "upper": upper, "entry": entry}
+        censoring.check_observed(status, upper)
         for role, name in roles.items():
             check_type(name, (str, type(None)), role, "It is the name of a column.")
         schema = Schema.infer(
@@ -273,7 +260,7 @@ class ClusteredData:
         extra, extra_names, extra_sources = schema.slope_design(whole)
         per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
         observed = schema.outcomes(table), schema.status, schema.upper, schema.entry
-        per_row |= observed_columns(table, *observed)
+        per_row |= censoring.observed_columns(table, *observed)
         for role in ("trials", "weights"):
             if (name := getattr(schema, role)) in table:
                 per_row[role] = torch.from_numpy(as_numbers(table[name], role))
@@ -352,7 +339,7 @@ class ClusteredData:
         check_type(clusters, Mapping, "clusters", advice)
         x, feature_names = named_features(features, feature_names)
         labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
-        outcome, observed = observed_arrays(outcome, status, upper, entry, labels)
+        outcome, observed = censoring.observed_arrays(outcome, status, upper, entry, labels)
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
         weights, kind = weights_role(weights, weights_kind, se)
         roles = {"trials": trials, "offset": offset, "weights": weights, **observed}
@@ -460,9 +447,9 @@ class ClusteredData:
         ValueError
             If `fraction` is not between 0 and 1, or leaves no validation rows.
         """
-        check_fraction(fraction)
+        stratify.check_fraction(fraction)
         clusters = [grouping.codes.numpy() for grouping in self.groupings.values()]
-        held = validation_rows(self._order(by, seed), clusters, fraction, seed)
+        held = stratify.validation_rows(self._order(by, seed), clusters, fraction, seed)
         return self.take(~held), self.take(held)
 
     def folds(self, n: int, *, seed: int) -> Iterator[tuple[ClusteredData, ClusteredData]]:
@@ -477,16 +464,19 @@ class ClusteredData:
             If `n` is below 2 or above the number of rows.
         """
         check_type(n, INTEGER, "n")
-        fold = fold_numbers(self._order(None, seed), n)
+        fold = stratify.fold_numbers(self._order(None, seed), n)
         return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
 
     def _order(self, by: str | None, seed: int) -> np.ndarray:
-        """`stratified_order` of the rows, by a factor or the first one."""
+        """`stratified_order` of the rows, by a factor (or the first), and outcome or status."""
         factor = by or next(iter(self.groupings), None)
         none = np.zeros(self.n_rows, np.int64)
         clusters = none if factor is None else self.grouping(factor).codes.numpy()
-        outcome = None if self.outcome is None else self.outcome.numpy()
-        return stratified_order(clusters, outcome, seed, categorical=self.classes is not None)
+        known = self.outcome if self.status is None else self.status
+        outcome = None if known is None else known.numpy()
+        return stratify.stratified_order(
+            clusters, outcome, seed, categorical=self.classes is not None
+        )
 
     def hold_out_clusters(
         self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0
@@ -498,7 +488,7 @@ class ClusteredData:
         ValueError
             If a label is unknown, or either side would have no rows.
         """
-        held = cluster_rows(self.grouping(factor), factor, fraction, labels, seed)
+        held = stratify.cluster_rows(self.grouping(factor), factor, fraction, labels, seed)
         return self.take(~held), self.take(held)
 
     def check_training(self) -> None:

@@ -103,8 +103,8 @@ def survival(
     density = posterior.model.family.survivor(eta, parameters, exact)
     if density is None:
         raise ValueError(
-            f"family {posterior.model.family.name!r} has no survivor function: survival curves need "
-            "a family of times, such as weibull"
+            f"family {posterior.model.family.name!r} has no survivor function: curves need a "
+            "family of times, such as weibull"
         )
     curves = [_summary(_survival(density, time, eta), tail) for time in grid]
     half = _summary(density.quantile(torch.full(eta.shape[1:2], 0.5).double()).numpy(), tail)
