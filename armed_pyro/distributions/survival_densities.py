@@ -28,8 +28,6 @@ __all__ = [
 
 # exp(50) times an event is beyond any data; without this limit, extreme draws would be infinite.
 LARGEST = 50.0
-# log S(a) - log S(b) below which an interval has the density at its middle, times its length.
-NARROW = 1e-3
 # log of the ratio S(b) / S(a) of an open interval.
 OPEN = -100.0
 EULER = 0.5772156649015329
@@ -333,7 +331,10 @@ class CensoredDensity(dist.TorchDistribution):
         share = torch.where(known.has_upper, at_upper - start, OPEN)
         wide = start + log1mexp(share)
         length = upper - lower
-        narrow = (share > -NARROW) & known.has_upper & above
+        # Where rounding would leave half of the digits of the difference, the interval is so narrow
+        # that its probability is the density at its middle times its length.
+        rounding = torch.finfo(value.dtype).eps ** 0.5
+        narrow = (share.abs() < rounding * start.abs()) & known.has_upper & above
         middle = self.base.log_prob((lower + upper) / 2)
         flat = (
             middle + torch.where(narrow, length, 1.0).clamp(min=torch.finfo(value.dtype).tiny).log()
