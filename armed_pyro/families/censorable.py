@@ -77,6 +77,24 @@ class CensorableFamily(Family, ABC):
             return base
         return CensoredDensity(base, Censoring.of(rows.censoring))
 
+    def or_scores(
+        self, information: Tensor, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor:
+        """The information of exact outcomes, and the squared score of those that are censored.
+
+        The expectation of a squared score is the information, so it is positive where minus the
+        second derivative need not be.
+        """
+        if rows.censoring is None or rows.y is None:
+            return information
+        with torch.enable_grad():
+            column = eta.detach().requires_grad_(True)
+            fixed = {name: value.detach() for name, value in parameters.items()}
+            log_prob = self.distribution(column, fixed, rows).log_prob(rows.y.to(eta))
+            (score,) = torch.autograd.grad(log_prob.sum(), column)
+        exact = Censoring.of(rows.censoring).is_event[:, None]
+        return torch.where(exact, information, score**2)
+
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         values = {name: value.double() for name, value in parameters.items()}
         log_survival = self.density(eta.double(), values, rows).log_survival(y.double())

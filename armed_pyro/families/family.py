@@ -169,7 +169,8 @@ class Family(ABC):
             raise ValueError(
                 f"family {self.name!r} has no censored outcomes (status, upper, entry): choose "
                 "weibull, loglogistic, lognormal, exponential or piecewise_exponential for times, "
-                "gaussian for measurements with detection limits, or leave the columns out"
+                "gaussian, student or gamma for measurements with detection limits, or leave the "
+                "columns out"
             )
         y = outcome_of(data)
         if data.classes is not None and not (self.is_probability and len(data.classes) == 2):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -95,7 +94,7 @@ class LogNormal(CensorableFamily):
 
 
 @dataclass(frozen=True)
-class Gamma(MeanFamily):
+class Gamma(MeanFamily, CensorableFamily):
     """y ~ Gamma with mean mu and variance mu^2 / shape; log, identity or softplus link."""
 
     link: str = "log"
@@ -127,8 +126,12 @@ class Gamma(MeanFamily):
         """The Fisher information of eta for the log link, the shape."""
         return parameters.get("shape") if self.link == "log" else None
 
-    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
+    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> GammaByMean:
         return GammaByMean(self.log_mean(eta), self.value(parameters, "shape"))
+
+    def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
+        value = super().information(eta, parameters, rows)
+        return self.or_scores(value, eta, parameters, rows)
 
     def if_misfit(self, y: Array) -> str:
         return "try family lognormal, a feature, or a transformed outcome"
