@@ -8,6 +8,8 @@ from scipy import optimize, stats
 from torch import nn
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, fit, model
+from armed_pyro.checks.calibration import simulation_calibration
+from armed_pyro.checks.simulation import check_censoring_is_known, observed_again
 from armed_pyro.data.schema import Schema
 from armed_pyro.families.piecewise import PiecewiseExponential
 from armed_pyro.families.registry import family_named
@@ -490,3 +492,43 @@ def test_rows_of_exact_outcomes_stand_beside_censored_ones():
     exact = Censoring.of(Censoring.exact(torch.tensor([2.0, 5.0]), like))
     assert exact.is_event.all()
     assert exact.entry.tolist() == [-np.inf, -np.inf]
+
+
+def test_simulated_outcomes_are_censored_as_the_datas_are():
+    data = ClusteredData.from_frame(table(), status="died", **ROLES)
+    again = observed_again(data, torch.tensor([3.5, 2.0, 9.0, 9.0]).double())
+    # Rows with an event could have been observed up to 4, the largest time.
+    assert again.status.tolist() == [EVENT, EVENT, RIGHT, RIGHT]
+    assert again.outcome.tolist() == [3.5, 2.0, 4.0, 4.0]
+    left = ClusteredData.from_arrays([[0.0]], [1.0], {"g": ["a"]}, status=["left"])
+    with pytest.raises(ValueError, match="censored by the same rule"):
+        check_censoring_is_known(left)
+
+
+def test_draws_are_above_their_entries():
+    drawn = Drawn("weibull", n=50, seed=9)
+    eta = torch.tensor(drawn.eta)[:, None]
+    density = drawn.family.distribution(eta, drawn.parameters, drawn.rows())
+    torch.manual_seed(0)
+    y = density.sample((4000,)).numpy()
+    assert (y >= drawn.entry).all()
+    made, entry = drawn.reference, np.maximum(drawn.entry, 0)
+    u = (made.cdf(y) - made.cdf(entry)) / made.sf(entry)
+    assert stats.kstest(u.flatten()[::50], "uniform").pvalue > 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["weibull", "weibull(hazard)", "loglogistic", "lognormal"])
+def test_ranks_of_truths_are_uniform(family):
+    """Simulation-based calibration with late entries and censoring."""
+    frame = simulated(n=200, clusters=20, seed=11)
+    data = ClusteredData.from_frame(frame, status="died", entry="start", **ROLES)
+    program = MixedEffects(
+        nn.Linear(1, 1),
+        "(1 | g)",
+        family,
+        priors=Priors(sd=HalfNormal(0.7), fixed_sd=0.7, residual_sd=HalfNormal(1.0)),
+        bayesian_head=True,
+    )
+    result = simulation_calibration(program, data, simulations=100, draws=99, progress=False)
+    assert result.passed, str(result)
