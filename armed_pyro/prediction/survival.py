@@ -160,7 +160,10 @@ def concordance(
     source, _ = effect_source(posterior, rows, unseen, draws=draws, seed=seed)
     made = predict_rows(posterior, rows, source, draws=draws, seed=seed, outcomes=False)
     status = None if rows.status is None else rows.status.numpy()
-    return harrell(rows.outcome.numpy(), status, made.mean)
+    share = harrell(rows.outcome.numpy(), status, made.mean)
+    if np.isnan(share):
+        raise ValueError("no row has an event before the time of another row: nothing to compare")
+    return share
 
 
 def survival_calibration(
@@ -227,7 +230,7 @@ def survival_calibration(
 
 
 def harrell(time: Array, status: Array | None, predicted: Array) -> float:
-    """Harrell's concordance of predicted times; ties of predictions count half.
+    """Harrell's concordance of predicted times; ties of predictions count half. NaN without pairs.
 
     >>> harrell(np.array([1.0, 2, 3]), np.array([1.0, 0, 1]), np.array([1.5, 1.0, 4.0]))
     0.5
@@ -241,9 +244,7 @@ def harrell(time: Array, status: Array | None, predicted: Array) -> float:
         above = predicted[later] - predicted[place]
         right += (above > 0).sum() + 0.5 * (above == 0).sum()
         pairs += later.sum()
-    if not pairs:
-        raise ValueError("no row has an event before the time of another row: nothing to compare")
-    return float(right / pairs)
+    return float(right / pairs) if pairs else float("nan")
 
 
 def kaplan_meier(
