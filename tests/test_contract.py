@@ -93,6 +93,11 @@ FURTHER = {
     "bernoulli(probit)": [("linear", "crossed")],
     "binomial(cloglog)": [("dense", "hidden")],
     "poisson(sqrt)": [("linear", "correlated")],
+    "exponential": [("linear", "correlated")],
+    "weibull": [("linear", "crossed"), ("dense", "hidden")],
+    "weibull(hazard)": [("linear", "nested")],
+    "loglogistic": [("linear", "nested"), ("dense", "filters")],
+    "piecewise_exponential": [("linear", "correlated"), ("dense", "hidden")],
 }
 HEAD_OF_CLASSES = ("categorical", "dense-head")  # 12 s: each of 8 effects is a mode of two columns
 FIRST = [name for name in FAMILIES if name not in {other.partition("(")[0] for other in FURTHER}]
@@ -101,7 +106,7 @@ CASES = [(family, *pair) for family in FIRST for pair in EVERYWHERE]
 CASES += [(family, *pair) for family, pairs in FURTHER.items() for pair in pairs]
 CASES += [(family, *pair) for family in ("bernoulli", "categorical") for pair in HERE_AND_THERE]
 # Effects on filters run the network once a cluster, whatever the family.
-ON_FILTERS = {"gaussian", "bernoulli", "categorical", "gamma", "hurdle(gamma)"}
+ON_FILTERS = {"gaussian", "bernoulli", "categorical", "gamma", "hurdle(gamma)", "loglogistic"}
 CASES = [
     (family, program, kind)
     for family, program, kind in CASES
@@ -122,7 +127,10 @@ OUTCOMES = {
     "hurdle(gamma)": "claim",
     "bernoulli(probit)": "won",
     "binomial(cloglog)": "hits",
+    **dict.fromkeys(("exponential", "weibull", "weibull(hazard)"), "waited"),
+    **dict.fromkeys(("loglogistic", "piecewise_exponential"), "waited"),
 }
+CENSORED = {"status": "seen", "entry": "started"}
 OUTCOMES = {name: OUTCOMES.get(name, "count") for name in {case[0] for case in CASES}}
 
 
@@ -140,6 +148,8 @@ def make_frame(n=40):
     frame["cost"], frame["share"] = rng.gamma(2, 3, n), rng.beta(2, 3, n)
     empty = rng.permutation(n) < n // 4
     frame["claim"] = np.where(empty, 0, frame["cost"])
+    frame["waited"], frame["started"] = rng.gamma(2, 3, n) + 0.5, 0.4 * (np.arange(n) % 2)
+    frame["seen"] = rng.permutation(["event", "right", "event", "left"] * (n // 4))
     frame["part"] = np.where(empty, np.arange(n) % 2, frame["share"])
     return frame
 
@@ -173,6 +183,7 @@ def case(request):
         clusters=["site", "batch", "arm"],
         features=["x", "sex"],
         trials="trials" if OUTCOMES[family] == "hits" else None,
+        **(CENSORED if OUTCOMES[family] == "waited" else {}),
     )
     model = MixedEffects(
         net,

@@ -239,6 +239,9 @@ def table_rows(
         weights_kind=options.weights_kind.value,
         se=options.se,
         times=time_columns(terms),
+        status=options.status,
+        upper=options.upper,
+        entry=options.entry,
         missing="drop" if options.missing is Missing.drop else "error",
     )
 

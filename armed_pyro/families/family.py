@@ -16,8 +16,10 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.survival_densities import Survival
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.censoring import INTERVAL, RIGHT
 
 __all__ = ["Family", "Labelled", "Parameter", "arrays", "mean_offset", "outcome_of"]
 
@@ -114,6 +116,8 @@ class Family(ABC):
     multiclass: ClassVar[bool] = False
     # Whether `expected` is the probability of every class, in a last dimension.
     has_class_probabilities: ClassVar[bool] = False
+    # Whether outcomes may be censored or truncated, as those of `CensorableFamily`.
+    can_be_censored: ClassVar[bool] = False
     needs_trials: ClassVar[bool] = False  # whether every row needs a number of trials
     # Whether `residual_variance` depends on the mean outcome; `marginal_mean` is then required.
     needs_mean: ClassVar[bool] = False
@@ -161,6 +165,13 @@ class Family(ABC):
                 f"family {self.name!r} has no trials: leave trials= (--trials) out, or choose "
                 "family 'binomial'"
             )
+        if not self.can_be_censored and (data.status is not None or data.entry is not None):
+            raise ValueError(
+                f"family {self.name!r} has no censored outcomes (status, upper, entry): choose "
+                "weibull, loglogistic, lognormal, exponential or piecewise_exponential for times, "
+                "gaussian, student or gamma for measurements with detection limits, or leave the "
+                "columns out"
+            )
         y = outcome_of(data)
         if data.classes is not None and not (self.is_probability and len(data.classes) == 2):
             family = "bernoulli" if len(data.classes) == 2 else "categorical"
@@ -178,6 +189,8 @@ class Family(ABC):
                 f"{tuple(y.shape)} of {data.outcome_name!r}: fit each column by itself, or choose "
                 "the column of the event's indicators"
             )
+        if data.status is not None:  # lower ends at 0 of positive outcomes say nothing
+            bad &= ~((y == 0) & ((data.status == RIGHT) | (data.status == INTERVAL)))
         if bad.any():
             rows = data.row_labels[bad.numpy()]
             raise ValueError(
@@ -186,6 +199,15 @@ class Family(ABC):
                 f"row(s) {listing(rows, 3)} with {listing(y[bad][:3].tolist())}: correct the rows "
                 "or choose another family"
             )
+
+    @property
+    def is_censored(self) -> bool:
+        """Whether outcomes of the training data may be censored or truncated; by default not."""
+        return False
+
+    def survivor(self, eta: Eta, parameters: Parameters, rows: Rows) -> Survival | None:
+        """The survivor function and quantiles of exact outcomes; None, the default, without one."""
+        return None
 
     def bound(self, data: ClusteredData) -> Family:
         """The family with the settings that it takes from the training data; by default itself."""

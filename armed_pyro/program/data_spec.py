@@ -27,6 +27,7 @@ from armed_pyro.families.family import Family
 from armed_pyro.program.between import Between
 from armed_pyro.program.row_roles import check_offset, check_weights
 from armed_pyro.rows.batch import Membership, Rows
+from armed_pyro.rows.censoring import Censoring
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.inputs import InputSpec, Structure, mapped
 from armed_pyro.streaming.encoded_table import EncodedTable
@@ -237,7 +238,9 @@ class Facts:
                 "ClusteredData.from_dataset(...), and Fit.load(folder, net, data=...) for the "
                 "training rows of a loaded fit"
             )
-        return HeldRows(*parts, slopes=slopes, means=means, fold=fold, inputs=data.inputs)
+        known = Censoring.columns(data.outcome, data.status, data.upper, data.entry)
+        held = HeldRows(*parts, slopes=slopes, means=means, fold=fold, inputs=data.inputs)
+        return held if known is None else replace(held, censoring=known.to(like))
 
     @property
     def between_names(self) -> tuple[str, ...]:

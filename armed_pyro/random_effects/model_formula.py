@@ -21,8 +21,13 @@ from armed_pyro.random_effects.terms import Process, Term
 
 __all__ = ["ModelFormula", "cluster_columns", "time_columns"]
 
+# Calls that name the columns of a censored outcome, with the roles of their arguments.
+_OUTCOMES = {
+    "event": (("outcome", "status"), ("outcome", "status", "entry")),
+    "interval": (("outcome", "upper"), ("outcome", "upper", "entry")),
+}
 _EXPECTED = "Expected 'outcome ~ features + (slopes | group)', such as 'y ~ x + (x | site)'"
-_ROLES = ("trials", "weights", "se")
+_ROLES = ("trials", "weights", "se", "entry")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class ModelFormula:
     random : tuple of str
         Random-effect terms.
     roles : mapping of str to str
-        Columns of trials, weights or standard errors, as in ``y | trials(n) ~ x``.
+        Columns of trials, weights or standard errors, as in ``y | trials(n) ~ x``; and of the
+        status, upper end and entry of a censored outcome, as in ``event(time, status) ~ x``.
 
     Examples
     --------
@@ -133,9 +139,29 @@ def _left_side(node: Node, text: str) -> tuple[str, dict[str, str]]:
                     f"{', '.join(f'{role}(column)' for role in _ROLES)}."
                 )
             roles[call.function] = inside[0].name
+    if isinstance(node, Call) and node.function in _OUTCOMES:
+        outcome, observed = _observed(node, text)
+        if twice := sorted(roles.keys() & observed.keys()):
+            raise ValueError(f"formula={text!r} names the {twice[0]} twice.")
+        return outcome, {**roles, **observed}
     if not isinstance(node, Name) or node.name == ".":
         raise ValueError(
             f"formula={text!r} has the outcome {text_of(node)}; expected the name of a column. "
             "Compute the outcome first, such as table['log_y'] = numpy.log(table['y'])."
         )
     return node.name, roles
+
+
+def _observed(call: Call, text: str) -> tuple[str, dict[str, str]]:
+    """The outcome's column, and those of its status or upper end, and entry."""
+    choices = _OUTCOMES[call.function]
+    names = [argument.name for argument in call.arguments if isinstance(argument, Name)]
+    for roles in choices:
+        if len(names) == len(call.arguments) == len(roles) and not call.options:
+            columns = dict(zip(roles, names, strict=True))
+            return columns.pop("outcome"), columns
+    written = {"event": "event(time, status)", "interval": "interval(lower, upper)"}
+    raise ValueError(
+        f"formula={text!r} has the outcome {text_of(call)}; expected columns as in "
+        f"{written[call.function]}, and a third column for a late entry."
+    )
