@@ -23,6 +23,7 @@ from armed_pyro.priors import Priors
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.model_formula import ModelFormula
+from armed_pyro.random_effects.parameter_formula import read_parameters
 
 __all__ = ["Model", "model"]
 
@@ -36,8 +37,8 @@ class Model:
 
     Attributes
     ----------
-    formula : str
-        The formula as it was given.
+    formula : str or sequence of str
+        The formula, or formulas, as they were given.
     data : ClusteredData
         The encoded rows.
     program : MixedEffects
@@ -46,7 +47,7 @@ class Model:
         Seed of the network's initial weights, and of fits.
     """
 
-    formula: str
+    formula: str | Sequence[str]
     data: ClusteredData
     program: MixedEffects
     seed: int = 0
@@ -91,7 +92,7 @@ class Model:
 
 
 def model(
-    formula: str,
+    formula: str | Sequence[str],
     data: Any,
     *,
     family: str | Family = "gaussian",
@@ -119,9 +120,11 @@ def model(
 
     Parameters
     ----------
-    formula : str
+    formula : str or sequence of str
         ``outcome ~ features + (slopes | group)``. The outcome is a column; ``y | trials(n)``,
-        ``y | weights(w)`` and ``y | se(s)`` name columns with these roles.
+        ``y | weights(w)`` and ``y | se(s)`` name columns with these roles. Further formulas are
+        those of parameters of the family: ``["y ~ x + (1 | g)", "sigma ~ x + (1 | g)"]``; see
+        docs/distributional.md.
     data
         A pandas, polars or pyarrow table.
     family : str or Family
@@ -169,7 +172,7 @@ def model(
     >>> fitted.model.terms[0].factor
     'g'
     """
-    read, table, chosen = ModelFormula.read(formula), as_pandas(data), family_named(family)
+    read, table, chosen = ModelFormula.read_all(formula), as_pandas(data), family_named(family)
     adversaries = [adversary] if isinstance(adversary, str | Adversary) else list(adversary)
     watched = [other if isinstance(other, str) else other.factor for other in adversaries]
     roles = {"trials": trials, "weights": weights, "se": se}
@@ -195,7 +198,8 @@ def model(
     chosen.check(rows)
     linear = isinstance(net, str) and net == "linear"
     arguments = {"bias": False} if linear and not rows.intercept else {}
-    sizes = rows.n_features, chosen.outputs(len(chosen.columns(rows)))
+    further = sum(formula.from_network for formula in read_parameters(read.parameters))
+    sizes = rows.n_features, chosen.outputs(len(chosen.columns(rows))) + further
     network = made_network(net, *sizes, seed=seed, **arguments)
     program = MixedEffects(
         network,
@@ -206,6 +210,7 @@ def model(
         bayesian_head=linear if bayesian_head is None else bayesian_head,
         fixed_weight=fixed_weight,
         between=between,
+        parameters=read.parameters,
     )
     return Model(formula, rows, program, seed)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro._messages import listing
@@ -69,6 +69,7 @@ class Facts:
         None  # clusters' means of features; None where they were not asked for
     )
     linear_names: tuple[str, ...] = ()  # features with latent linear effects beside a network
+    predicted: int = 0  # columns of the predictor that are those of parameters: the last ones
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
@@ -79,13 +80,14 @@ class Facts:
         check_offset(data, family)
         scaling, extra = FeatureScaling.of(data), FeatureScaling.of_slopes(data)
         center, spread = family.center(data), family.spread(data)
+        outcome = len(center) - len(family.predicted)
         ones = () if data.intercept else intercept_columns(data)
         if not data.intercept and not ones:
             # The fixed effects alone must reach the mean outcome. The scale of the features grows
             # the prior of their coefficients accordingly.
-            far = float((1 + (center / spread).square().max()).sqrt())
+            far = float((1 + (center[:outcome] / spread).square().max()).sqrt())
             scaling = replace(scaling, scale=tuple(scale / far for scale in scaling.scale))
-            center = torch.zeros_like(center)
+            center = torch.cat([torch.zeros_like(center[:outcome]), center[outcome:]])
         groupings = {factor: data.grouping(factor) for factor in factors}
         return cls(
             n_rows=data.n_rows,
@@ -114,6 +116,7 @@ class Facts:
             weights_kind=None if data.weights is None else data.weights_kind,
             weights_sum=0.0 if data.weights is None else float(data.weights.sum()),
             feature_average=scaling.average,
+            predicted=len(family.predicted),
         )
 
     @classmethod
@@ -131,6 +134,15 @@ class Facts:
             levels={name: table.scanned.levels[name] for name in table.factors},
             counts={name: table.scanned.counts[name] for name in table.factors},
         )
+
+    @property
+    def outcome_columns(self) -> tuple[str, ...]:
+        """The columns of the predictor without those of parameters."""
+        return self.columns[: len(self.columns) - self.predicted]
+
+    def spreads(self, like: Tensor) -> Float[Tensor, " columns"]:
+        """Units of each column per standardised unit: 1 on the links of parameters."""
+        return like.new_tensor([self.spread] * len(self.outcome_columns) + [1.0] * self.predicted)
 
     @property
     def scaling(self) -> FeatureScaling:

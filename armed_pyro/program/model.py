@@ -17,12 +17,14 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.families.distributional import family_with_predictors
 from armed_pyro.families.family import Family
 from armed_pyro.priors import Known
 from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.mundlak import with_between
+from armed_pyro.program.parameter_predictors import check_parameters, with_parameter_centers
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
     Predictor,
@@ -99,6 +101,13 @@ class MixedEffects(Plan):
         fewer rows. By default networks of which the program uses the output alone have them, up
         to 100 features with names; an adversary, terms on layers or a latent last layer turn
         them off.
+    parameters : mapping of str to str, optional
+        Predictors of the family's parameters by name, :math:`g(\theta_i) = c + x_i^\top b + Z_i u`
+        with the log link, or the logit of probabilities: ``{"sigma": "1 + x + (1 | site)"}`` for
+        the residual sd, and ``shape``, ``zi``, ``hu``, ``phi`` or ``nu`` of other families. The
+        fixed effects are latent and linear; ``"net"`` stands for a further output of the network,
+        after those of the outcome. Terms of a factor with the same label, ``(1 |c| site)``, are
+        correlated with each other.
     dtype : torch.dtype
         Precision of all but the network and the adversaries, which compute in the precision of the
         network's parameters. In single precision, torch.float32, an outcome near 6,000,000 is
@@ -135,6 +144,7 @@ class MixedEffects(Plan):
         else:
             bound.facts = data
         facts = bound.data_facts()
+        check_parameters(bound)
         if facts.weights_kind == "se":
             bound.priors = replace(bound.priors, residual_sd=Known(1.0))
         binding.check_intercept(bound)
@@ -144,10 +154,25 @@ class MixedEffects(Plan):
         for term in self.terms:
             parts = [part.block(scaling, widths) for part in term.expanded(scaling)]
             blocks.setdefault(term.factor, []).extend(parts)
+        bound._designs = nn.ModuleList(
+            formula.block(scaling)
+            for formula in self.parameter_formulas
+            if not formula.from_network
+        )
+        bound.facts = facts = with_parameter_centers(bound, facts)
         scales = (self.family.effect_scale(), facts.spread)
+        names_of = facts.columns[len(facts.outcome_columns) :]
         labels = names.site_labels(bound, blocks)
         bound._factors = nn.ModuleList(
-            Factor(name, of_factor, facts.columns, self.priors, *scales, label=labels[name])
+            Factor(
+                name,
+                of_factor,
+                facts.columns,
+                self.priors,
+                *scales,
+                label=labels[name],
+                parameters=names_of,
+            )
             for name, of_factor in blocks.items()
         )
         names.name_plates(bound)
@@ -155,6 +180,7 @@ class MixedEffects(Plan):
             adversary.build(widths, len(facts.levels[adversary.factor]))
         bound._adversaries.to(bound.network_reference())
         bound._factors.to(bound.reference())
+        bound._designs.to(bound.reference())
         if bound.has_fixed_effects:
             root = fixed_prior.root(bound)
             root = None if root is None else root.to(bound.reference())
@@ -170,7 +196,8 @@ class MixedEffects(Plan):
     def with_family(self, family: Family) -> MixedEffects:
         """A shallow copy with this family."""
         changed = copy.copy(self)
-        changed.family = family
+        names, count = self.family.predicted, sum(f.from_network for f in self.parameter_formulas)
+        changed.family = family_with_predictors(family, names, count)
         return changed
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:

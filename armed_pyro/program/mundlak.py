@@ -250,6 +250,8 @@ def working_response(
     weight = curvature.clamp(min=1e-3 * float(curvature.clamp(min=0).mean()) + 1e-300)
     frequencies = model.frequencies(rows)
     z = center + slope / weight
+    outcome = len(facts.outcome_columns)
+    z, weight = z[:, :outcome], weight[:, :outcome]
     if frequencies is not None:
         weight = weight * frequencies[:, None].clamp(min=1e-9)
     return z.double().cpu().numpy(), weight.double().cpu().numpy()

@@ -101,6 +101,7 @@ def _program(results: Results) -> dict[str, str]:
         "Features": ", ".join(facts.feature_names) or "none",
         "Network": " → ".join(map(str, layers)),
         "Random effects": " + ".join(map(str, model.terms)) or "none",
+        "Predictors": "; ".join(f"{name} ~ {fixed}" for name, fixed in model.predictors.items()),
         "Adversary": "; ".join(adversaries(results.posterior)),
         "Fresh probe": "; ".join(fresh_probes(results.posterior)),
         "Rows": f"{facts.n_rows:,}",

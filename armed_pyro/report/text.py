@@ -47,8 +47,10 @@ def priors(model: MixedEffects) -> dict[str, str]:
     lines: dict[str, str] = {}
     for factor in model.factors:
         lines |= factor.describe_priors()
-    if model.has_fixed_effects:
+    if model.common_terms():
         lines["fixed_effect"] = fixed_prior.describe(model)
+    for name, design in model.designs.items():
+        lines[f"fixed_effect of {name}"] = fixed_prior.describe_parameter(model, name, design)
     for parameter in model.family.parameters:
         if facts.weights_kind == "se":
             lines[parameter.name] = "known: the standard errors of the rows"
@@ -139,6 +141,7 @@ def _head(posterior: Posterior) -> str:
         *(f"  {name}: {line}" for name, line in outcome_labels(model).items()),
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
+        *(f"  Predictor: {name} ~ {fixed}" for name, fixed in model.predictors.items()),
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
     if facts.between is not None:
@@ -167,17 +170,23 @@ def _fixed(results: Results) -> str:
     table = results.fixed_effects
     if table.empty:
         return "Fixed effects: weights of a network, without uncertainty"
-    body = _frame(table)
     model = results.posterior.model
     if not model.linear:
-        means = table[table.term.str.startswith("between(")]
-        body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
-        body = body if model.bayesian_head else _frame(means)
-        if not model.bayesian_head and means.empty:
+        kept = table.term.str.startswith("between(") | table.term.isin(model.parameter_terms())
+        shown, body = table[kept], list[str]()
+        if model.bayesian_head:
+            count = len(table) - len(model.parameter_terms())
+            body.append(f"  {count} latent weights of the last layer; see Fit.fixed_effects()")
+            shown = table[table.term.isin(model.parameter_terms())]
+        if not shown.empty:
+            body.append(_frame(shown))
+        if not body:
             return "Fixed effects: a network, and linear effects; see Fit.fixed_effects()"
+    else:
+        body = [_frame(table)]
     interval = f"{results.prob:.0%} equal-tailed interval"
     of = "" if model.event is None else f"of {model.event!r}, "
-    return _section(f"Fixed effects ({of}posterior mean, {interval})", body)
+    return _section(f"Fixed effects ({of}posterior mean, {interval})", "\n".join(body))
 
 
 def _held_out(posterior: Posterior) -> list[str]:

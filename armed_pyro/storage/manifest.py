@@ -62,7 +62,8 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         sd_priors["all"] = _entry("kind", priors.sd, PRIORS)
     else:
         sd_priors["factors"] = {k: _entry("kind", v, PRIORS) for k, v in priors.sd.items()}
-    family = _entry("name", model.family, FAMILIES)
+    base = model.family.without_predictors
+    family = _entry("name", base, FAMILIES)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -70,13 +71,14 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         "model": {
             "random": [_entry("kind", term, TERMS) for term in model.terms],
             # Default settings are left out, as a link was before there was a choice.
-            "family": model.family.name if model.family == type(model.family)() else family,
+            "family": base.name if base == type(base)() else family,
             "priors": {**_fields(priors), "sd": sd_priors},
             "bayesian_head": model.bayesian_head,
             "dtype": str(model.dtype).removeprefix("torch."),
             "fixed_weight": model.fixed_weight,
             "between": model.between,
             "linear_effects": model.linear_effects,
+            "parameters": model.predictors,
             "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [_fields(other) for other in model.others],
         },
@@ -178,6 +180,7 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     # Earlier programs had no clusters' means, and no linear effects beside a network.
     options["between"] = plan.get("between", False)
     options["linear_effects"] = plan.get("linear_effects", False)
+    options["parameters"] = plan.get("parameters", {})
     with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
     with reading(path, "model.dtype"):
