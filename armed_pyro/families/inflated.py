@@ -160,7 +160,7 @@ class _WithZeros(Family, ABC):
         """
         share = self.value(parameters, self.share)
         within = self.base.residual_variance(parameters, mean)
-        return torch.log1p((torch.expm1(within) + share) / (1 - share))
+        return within - torch.log1p(-share)
 
     def _score_at_zero(
         self, eta: Eta, parameters: Parameters, rows: Rows
