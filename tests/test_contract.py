@@ -108,7 +108,7 @@ PREDICTED = {
     "negative_binomial+shape": ({"shape": "0 + sex"}, {}),
     "zero_inflated+zi": ({"zi": "sex + (1 | batch)"}, {"batch": 1}),
     "hurdle(gamma)+both": ({"hu": "x", "shape": "net + (1 | site)"}, {"site": 1}),
-    "beta+phi": ({"phi": "sex * x"}, {}),
+    "beta+phi": ({"phi": "sex + x"}, {}),
 }
 FURTHER |= {
     "gaussian+sigma": [("linear", "correlated"), ("linear", "crossed"), ("dense", "hidden")],
