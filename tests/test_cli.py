@@ -467,7 +467,8 @@ def test_interrupt_says_how_to_resume(data, tmp_path, monkeypatch):
 
 def test_resumed_after_a_kill_is_as_if_unbroken(data, tmp_path):
     def command(run, *more):
-        dense = ["--net", "dense", "--hidden", "4", "--batch-size", "32", "--steps", "220"]
+        dense = ["--net", "dense", "--hidden", "4", "--batch-size", "64", "--steps", "120"]
+        dense += ["--folds", "2"]
         return fit(data, run, *dense, *more, random="(1 | site)")
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"

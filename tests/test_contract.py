@@ -100,6 +100,7 @@ FURTHER = {
     "binomial(cloglog)": [("dense", "hidden")],
     "poisson(sqrt)": [("linear", "correlated")],
 }
+HEAD_OF_CLASSES = ("categorical", "dense-head")  # 12 s: each of 8 effects is a mode of two columns
 # Families whose parameters have predictors, and their random effects by factor.
 PREDICTED = {
     "gaussian+sigma": ({"sigma": "x + (1 | site)"}, {"site": 1}),
@@ -124,6 +125,13 @@ FIRST += ["gaussian", "bernoulli", "binomial", "poisson", "negative_binomial"]
 CASES = [(family, *pair) for family in FIRST for pair in EVERYWHERE]
 CASES += [(family, *pair) for family, pairs in FURTHER.items() for pair in pairs]
 CASES += [(family, *pair) for family in ("bernoulli", "categorical") for pair in HERE_AND_THERE]
+# Effects on filters run the network once a cluster, whatever the family.
+ON_FILTERS = {"gaussian", "bernoulli", "categorical", "gamma", "hurdle(gamma)"}
+CASES = [
+    (family, program, kind)
+    for family, program, kind in CASES
+    if kind != "filters" or (family in ON_FILTERS and (family, program) != HEAD_OF_CLASSES)
+]
 OUTCOMES = {
     "gaussian": "y",
     "bernoulli": "won",

@@ -387,7 +387,7 @@ def test_a_factor_with_few_clusters_but_most_effects_is_taken_whole(tmp_path, mo
         return whole(self, factor, chosen)
 
     monkeypatch.setattr(StreamedRows, "whole_clusters", recorded)
-    schedule = Schedule(steps=300, window=20, batch_size=100, stages=1, particles=1)
+    schedule = Schedule(steps=40, window=10, batch_size=100, stages=1, particles=1)
     streamed = fit(model, data, schedule=schedule, refine=False, progress=False)
     assert streamed.history.settled is not None
     assert set(asked) == {"b"}

@@ -137,7 +137,7 @@ class ProgramOptions:
     family: str = option(
         "gaussian",
         "Outcome model, one of {families}: --family bernoulli. Another link follows in "
-        "parentheses: --family 'ordinal(probit)'",
+        "parentheses, or the family inside: --family 'bernoulli(probit)', 'hurdle(gamma)'",
     )
     sigma: str | None = option(
         None,
