@@ -109,16 +109,14 @@ PREDICTED = {
     "negative_binomial+shape": ({"shape": "0 + sex"}, {}),
     "zero_inflated+zi": ({"zi": "sex + (1 | batch)"}, {"batch": 1}),
     "hurdle(gamma)+both": ({"hu": "x", "shape": "net + (1 | site)"}, {"site": 1}),
-    "beta+phi": ({"phi": "sex + x"}, {}),
 }
 FURTHER |= {
-    "gaussian+sigma": [("linear", "correlated"), ("linear", "crossed"), ("dense", "hidden")],
-    "gaussian+network": [("dense", "filters"), ("linear", "none")],
+    "gaussian+sigma": [("linear", "crossed"), ("dense", "hidden")],
+    "gaussian+network": [("linear", "none")],
     "student+both": [("linear", "intercept")],
     "negative_binomial+shape": [("linear-plain", "correlated")],
     "zero_inflated+zi": [("linear", "crossed")],
-    "hurdle(gamma)+both": [("dense-head", "filters")],
-    "beta+phi": [("linear", "independent")],
+    "hurdle(gamma)+both": [("linear", "intercept")],
 }
 FIRST = [name for name in FAMILIES if name not in {of_kind(other) for other in FURTHER}]
 FIRST += ["gaussian", "bernoulli", "binomial", "poisson", "negative_binomial"]

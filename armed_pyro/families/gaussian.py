@@ -113,6 +113,12 @@ class Gaussian(Family):
         sd = self.value(parameters, "residual_sd")
         return (sd[..., None] if sd.dim() else sd).expand_as(eta) ** -2
 
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 for log(residual_sd)."""
+        return torch.full_like(eta[..., 0], 2.0)
+
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return eta[..., 0]
 

@@ -78,6 +78,12 @@ class LogNormal(Family):
         sd = self.value(parameters, "residual_sd")
         return (sd[..., None] if sd.dim() else sd).expand_as(eta) ** -2
 
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 for log(residual_sd)."""
+        return torch.full_like(eta[..., 0], 2.0)
+
     def if_misfit(self, y: Array) -> str:
         return "try family gamma, a feature, or a transformed outcome"
 
@@ -129,6 +135,16 @@ class Gamma(MeanFamily):
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return GammaByMean(self.log_mean(eta), self.value(parameters, "shape"))
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """shape^2 (trigamma(shape) - 1 / shape) for log(shape)."""
+        shape = self.value(parameters, "shape")
+        small = shape.clamp(max=100.0)
+        exact = small**2 * (torch.special.polygamma(1, small) - 1 / small)
+        # Large shapes would cancel.
+        return torch.where(shape > 100, 0.5 + 1 / (6 * shape), exact).expand(eta.shape[:-1])
 
     def if_misfit(self, y: Array) -> str:
         return "try family lognormal, a feature, or a transformed outcome"

@@ -95,6 +95,15 @@ class Student(Family):
             raise ValueError(f"family {self.name!r} needs its residual_scale and nu")
         return precision[..., None].expand_as(eta) if precision.dim() else precision.expand_as(eta)
 
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 nu / (nu + 3) for log(residual_scale)."""
+        if name != "residual_scale":
+            return None
+        nu = self.value(parameters, "nu")
+        return (2 * nu / (nu + 3)).expand(eta.shape[:-1])
+
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         nu, scale = self.value(parameters, "nu"), self.value(parameters, "residual_scale")
         return StudentT(nu, eta[..., 0], scale)
