@@ -23,7 +23,7 @@ from armed_pyro.priors import Priors
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.model_formula import ModelFormula
-from armed_pyro.random_effects.parameter_formula import read_parameters
+from armed_pyro.random_effects.parameter_formula import further_outputs
 
 __all__ = ["Model", "model"]
 
@@ -198,9 +198,8 @@ def model(
     chosen.check(rows)
     linear = isinstance(net, str) and net == "linear"
     arguments = {"bias": False} if linear and not rows.intercept else {}
-    further = sum(formula.from_network for formula in read_parameters(read.parameters))
-    sizes = rows.n_features, chosen.outputs(len(chosen.columns(rows))) + further
-    network = made_network(net, *sizes, seed=seed, **arguments)
+    outputs = chosen.outputs(len(chosen.columns(rows))) + further_outputs(read.parameters)
+    network = made_network(net, rows.n_features, outputs, seed=seed, **arguments)
     program = MixedEffects(
         network,
         read.random,

@@ -145,7 +145,7 @@ def test_extreme_predictors_have_finite_densities_and_gradients_in_single_precis
 # --- estimates ------------------------------------------------------------------------------------
 
 
-def simulated(clusters=30, rows=20, seed=1):
+def simulated(clusters=25, rows=14, seed=1):
     """Rows with log sd -0.5 + 0.2 (z - 5) + v, where u and v of a cluster have correlation 0.6."""
     rng = np.random.default_rng(seed)
     g = np.repeat(np.arange(clusters), rows)
@@ -229,14 +229,14 @@ def test_what_is_saved_is_loaded_and_predicts_new_and_adapted_clusters(correlate
 
 
 def test_posterior_agrees_with_maximum_likelihood_in_closed_form():
-    table = simulated(60, 10, seed=4)
+    table = simulated(50, 8, seed=4)
     table["y"] = 2 + table.x + (table.y - 2 - table.x)
     rng = np.random.default_rng(7)
-    u = rng.normal(size=60)[table.g.to_numpy()]
+    u = rng.normal(size=50)[table.g.to_numpy()]
     table["y"] = 2 + table.x + u + np.exp(-0.5 + 0.2 * (table.z - 5)) * rng.normal(size=len(table))
     x = np.column_stack([np.ones(len(table)), table.x])
     z = np.column_stack([np.ones(len(table)), table.z - 5])
-    y, by_cluster = table.y.to_numpy(), [np.flatnonzero(table.g == k) for k in range(60)]
+    y, by_cluster = table.y.to_numpy(), [np.flatnonzero(table.g == k) for k in range(50)]
 
     def minus_log_likelihood(theta):
         mean, sd = x @ theta[:2], np.exp(z @ theta[2:4])
@@ -373,16 +373,16 @@ def test_a_network_has_a_further_output_for_the_parameter():
 
 
 def test_commands_and_streamed_rows_take_predictors(tmp_path):
-    table = simulated(10, 20).drop(columns="log_sd")
+    table = simulated(8, 15).drop(columns="log_sd")
     path = tmp_path / "rows.parquet"
     table.to_parquet(path)
     common = ["fit", str(path), "y ~ x + z + (1 | g)", "--steps", "30", "--draws", "20"]
-    runs = {"memory": ["--sigma", "z + (1 | g)"], "disk": ["--parameter", "sigma ~ z + (1 | g)"]}
-    runs["disk"] += ["--memory", "1kb", "--batch-size", "200"]
-    for name, options in runs.items():
-        done = CliRunner().invoke(app, [*common, *options, "--out", str(tmp_path / name)])
-        assert done.exit_code == 0, done.output
-    one, other = (Fit.load(tmp_path / name).fixed_effects() for name in runs)
+    streamed = ["--memory", "1kb", "--batch-size", "120", "--parameter", "sigma ~ z + (1 | g)"]
+    done = CliRunner().invoke(app, [*common, *streamed, "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    one = Fit.load(tmp_path / "run").fixed_effects()
+    made = model(["y ~ x + z + (1 | g)", "sigma ~ z + (1 | g)"], table)
+    other = made.fit(steps=30, progress=False).fixed_effects()
     assert list(one.term) == ["Intercept", "x", "z", "sigma_Intercept", "sigma_z"]
     assert list(other.term) == list(one.term)
     assert ((one["mean"] - other["mean"]).abs() / one["sd"]).max() < 1

@@ -43,7 +43,7 @@ from armed_pyro.random_effects.model_formula import (
     parameter_and_predictor,
     slopes_and_parameters,
 )
-from armed_pyro.random_effects.parameter_formula import read_parameters
+from armed_pyro.random_effects.parameter_formula import further_outputs, read_parameters
 from armed_pyro.random_effects.terms import Slopes, Term
 from armed_pyro.report.text import summarize
 from armed_pyro.storage.run_lock import is_temporary, locked
@@ -282,7 +282,7 @@ def program(
     """The program of the options for these rows; the seed is that of the network's weights."""
     arguments, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
     read = read_parameters(parameters_of(options))
-    n_outputs += sum(formula.from_network for formula in read)
+    n_outputs += further_outputs(parameters_of(options))
     if options.net == "linear" and isinstance(rows, ClusteredData) and not rows.intercept:
         arguments["bias"] = False
     net = network(options.net, rows.n_features, n_outputs, seed=seed, **arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from itertools import combinations
 from typing import cast
 
@@ -14,22 +13,18 @@ import torch
 from jaxtyping import Float
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from armed_pyro._messages import unknown
-from armed_pyro.distributions.small_matrices import FEW, lower_triangular, sheared_diagonal
+from armed_pyro.distributions.small_matrices import lower_triangular, sheared_diagonal
 from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.priors import Known, Priors
 from armed_pyro.random_effects.covariance import Correlated, Covariance, Latents, Matrix, TermGroup
-from armed_pyro.random_effects.design import Block, FilterBlock, LinearBlock, by_column
+from armed_pyro.random_effects.design import Block, FilterBlock, LinearBlock
+from armed_pyro.random_effects.effect_columns import EffectColumns
 from armed_pyro.rows.batch import Membership, Rows
 
 __all__ = ["Factor", "factor_named", "weighted"]
 
-# Prior scale of the sds of effects on filters, relative scales and biases.
-FILTER_SCALE = 0.3
-# Prior scale of the sds of effects on the links of parameters.
-PARAMETER_SCALE = 2.5
 # Initial sd of the guide, in standardised units, for a factor with at most two terms. A factor with
 # more terms, such as those of a layer's units, starts with the same sum of variances.
 START_SD = 0.5
@@ -79,33 +74,18 @@ class Factor(nn.Module):
         self.name = name
         self.label = name if label is None else label
         self.plate_name = name
-        order = ["", *parameters]
-
-        def place_of(block: Block) -> tuple[bool, int]:
-            return isinstance(block, FilterBlock), order.index(block.parameter)
-
-        ordered: list[Block] = sorted(blocks, key=place_of)
-        self._blocks = nn.ModuleList(ordered)
-        self.predicted = tuple(parameters)
-        self.n_columns = len(columns)
-        outcome = list(columns[: len(columns) - len(parameters)])
-        self._n_outcome = len(outcome)
+        self._columns = EffectColumns(blocks, columns, parameters)
+        self._blocks = nn.ModuleList(self._columns.blocks)
         names = [f"{b.parameter} {term}" for b in self.blocks for term in b.names]
         if twice := [term for place, term in enumerate(names) if term in names[:place]]:
             raise ValueError(
                 f"two terms of {name!r} have the column {twice[0].strip()!r}: leave it out of one "
                 "of them"
             )
-        labels = [label for block in self.linear for label in self._labels(block, outcome, default)]
-        self.n_linear = len(labels)
-        labels += [(term, term, FILTER_SCALE) for block in self.filters for term in block.names]
+        labels = [label for b in self.blocks for label in self._columns.labels(b, default)]
+        self.n_linear = len(labels) - sum(len(block.names) for block in self.filters)
         self.terms = tuple(label for _, label, _ in labels)
-        parts = [
-            torch.kron(block.to_original, torch.eye(self.width_of(block), dtype=torch.float64))
-            * (1.0 if block.parameter else spread)
-            for block in self.linear
-        ]
-        matrix = torch.block_diag(*parts, *[block.to_original for block in self.filters])
+        matrix = torch.block_diag(*(self._columns.to_original(b, spread) for b in self.blocks))
         unit = 1 / matrix.diagonal()
         self.prior = priors.of(name)
         scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
@@ -133,22 +113,7 @@ class Factor(nn.Module):
 
     def width_of(self, block: Block) -> int:
         """Number of columns of the predictor that a linear block acts on."""
-        return 1 if block.parameter else self._n_outcome
-
-    def _labels(
-        self, block: Block, columns: Sequence[str], default: float
-    ) -> list[tuple[str, str, float]]:
-        """Name, label and default scale of the sd of each of a linear block's effects."""
-        if block.parameter:
-            names = [f"{block.parameter}_{term}" for term in block.names]
-            return [(name, name, PARAMETER_SCALE) for name in names]
-        # Dividing by sqrt(width) keeps the variance of phi'u independent of a layer's width.
-        scale = default / block.width**0.5
-        return [
-            (term, f"{term}[{column}]" if column else term, scale)
-            for term in block.names
-            for column in columns
-        ]
+        return self._columns.width(block)
 
     def _place_sites(self) -> None:
         """Set T and, by name of an intercept whose prior holds at features' means, `at_means`."""
@@ -465,56 +430,13 @@ class Factor(nn.Module):
         self, phi: Float[Tensor, "rows phi_columns"], membership: Membership, effects: Effects
     ) -> Float[Tensor, "... rows columns"]:
         """phi_i' u_{g(i)} for every row and column of the predictor."""
-        parts, first, start = [], 0, 0
-        for width, blocks in self._sections():
-            q = sum(len(block.names) for block in blocks)
-            chosen = effects[..., start : start + q * width]
-            parts.append(_products(phi[:, first : first + q], membership, chosen, width))
-            first, start = first + q, start + q * width
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def _sections(self) -> list[tuple[int, list[LinearBlock]]]:
-        """The outcome's columns, then each parameter's: how many they are, and their blocks."""
-        by_parameter = {name: list[LinearBlock]() for name in ("", *self.predicted)}
-        for block in self.linear:
-            by_parameter[block.parameter].append(block)
-        widths = [self._n_outcome, *(1 for _ in self.predicted)]
-        return list(zip(widths, by_parameter.values(), strict=True))
+        return self._columns.contribution(phi, membership, effects[..., : self.n_linear])
 
     def by_column(
         self, phi: Float[Tensor, "rows phi_columns"]
     ) -> Float[Tensor, "rows linear_terms columns"]:
         """Z, the map from a cluster's effects to the columns of the predictor."""
-        if not self.predicted:
-            return by_column(phi, self.n_columns)
-        parts, first, column = [], 0, 0
-        for width, blocks in self._sections():
-            q = sum(len(block.names) for block in blocks)
-            part = by_column(phi[:, first : first + q], width)
-            parts.append(pad(part, (column, self.n_columns - column - width)))
-            first, column = first + q, column + width
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _products(
-    phi: Float[Tensor, "rows q"],
-    membership: Membership,
-    effects: Float[Tensor, "... clusters q*columns"],
-    columns: int,
-) -> Float[Tensor, "... rows columns"]:
-    """phi_i' u_{g(i)} of the effects on these columns, which are all of the effects."""
-    if not phi.shape[-1]:
-        return effects.new_zeros(*effects.shape[:-2], len(phi), columns)
-    if phi.shape[-1] > FEW:
-        by_row = effects[..., membership.position, :].unflatten(-1, (-1, columns))
-        return torch.einsum("nq,...nqp->...np", phi, by_row)
-    # Term by term: a gather and a sum over a short last dimension are slow.
-    by_term = effects.unflatten(-1, (-1, columns)).unbind(-2)
-    products = (
-        column[:, None] * effect.index_select(-2, membership.position)
-        for column, effect in zip(phi.unbind(-1), by_term, strict=True)
-    )
-    return reduce(torch.add, products)
+        return self._columns.by_column(phi)
 
 
 def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:

@@ -18,7 +18,7 @@ from armed_pyro.random_effects.formula import (
 )
 from armed_pyro.random_effects.terms import RandomEffects
 
-__all__ = ["NETWORK", "ParameterFormula", "read_parameters"]
+__all__ = ["NETWORK", "ParameterFormula", "further_outputs", "read_parameters"]
 
 # Fixed part of a predictor that is a further output of the network.
 NETWORK = "net"
@@ -112,3 +112,12 @@ def read_parameters(parameters: Mapping[str, str]) -> tuple[ParameterFormula, ..
     """
     read = [ParameterFormula.read(name, text) for name, text in parameters.items()]
     return tuple(sorted(read, key=lambda formula: not formula.from_network))
+
+
+def further_outputs(parameters: Mapping[str, str]) -> int:
+    """The number of parameters that are outputs of the network.
+
+    >>> further_outputs({"nu": "1", "sigma": "net + (1 | site)"})
+    1
+    """
+    return sum(formula.from_network for formula in read_parameters(parameters))
