@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, final
 
@@ -175,13 +175,7 @@ def model(
     read, table, chosen = ModelFormula.read_all(formula), as_pandas(data), family_named(family)
     adversaries = [adversary] if isinstance(adversary, str | Adversary) else list(adversary)
     watched = [other if isinstance(other, str) else other.factor for other in adversaries]
-    roles = {"trials": trials, "weights": weights, "se": se}
-    for role, column in read.roles.items():
-        if roles[role] is not None:
-            raise ValueError(
-                f"{role}={roles[role]!r} stands beside {role}({column}) in the formula"
-            )
-        roles[role] = column
+    roles = _roles({"trials": trials, "weights": weights, "se": se}, read.roles)
     rows = ClusteredData.from_frame(
         table,
         outcome=read.outcome,
@@ -212,6 +206,16 @@ def model(
         parameters=read.parameters,
     )
     return Model(formula, rows, program, seed)
+
+
+def _roles(given: Mapping[str, str | None], read: Mapping[str, str]) -> dict[str, str | None]:
+    """Columns by role; a ValueError if an argument and the formula name one of the same role."""
+    for role, column in read.items():
+        if given[role] is not None:
+            raise ValueError(
+                f"{role}={given[role]!r} stands beside {role}({column}) in the formula"
+            )
+    return {**given, **read}
 
 
 def _adversary(adversary: str | Adversary, network: nn.Module) -> Adversary:
