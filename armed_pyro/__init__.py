@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         RandomEffects as RandomEffects,
         Slopes as Slopes,
     )
+    from armed_pyro.report.word import to_word as to_word
     from armed_pyro.streaming.streamed_data import StreamedData as StreamedData
     from armed_pyro.tuning.result import Tuning as Tuning
     from armed_pyro.tuning.tune import tune as tune
@@ -91,6 +92,7 @@ _NAMES = {
     "prediction.scores": "crps",
     "priors": "Exponential HalfNormal HalfStudentT Known Priors",
     "program.model": "MixedEffects",
+    "report.word": "to_word",
     "random_effects.terms": "FilterScaleBias RandomEffects Slopes",
     "streaming.streamed_data": "StreamedData",
     "tuning.result": "Tuning",

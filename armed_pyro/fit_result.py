@@ -26,12 +26,15 @@ from armed_pyro.inference import refine
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
 from armed_pyro.plots.fit_plots import Plots
+from armed_pyro.plots.report_pictures import report_pictures
 from armed_pyro.prediction import adapt, predict, residuals, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Conclusion, Results, Verdicts
+from armed_pyro.report.story import report
 from armed_pyro.report.text import described, of_event, summarize
+from armed_pyro.report.write import check_ending, write_report
 from armed_pyro.storage import save
 from armed_pyro.summaries import datatree, model_comparison, parameters, variance
 
@@ -322,6 +325,52 @@ class Fit:
             fixed_effects=self.fixed_effects(prob=prob),
             verdicts=Verdicts(conclusions, found.to_frame(), found.figures, str(found)),
         )
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        title: str = "",
+        prob: float = 0.9,
+        evaluation: pd.DataFrame | None = None,
+    ) -> None:
+        """Write a report for readers: HTML in one file, or Word, by the ending of the path.
+
+        It has the question in words, the two verdicts and what was not checked, the main effects
+        as pictures, the variance components in sentences, a table and a picture, predictive and
+        residual plots, all checks, priors, a methods text with references, versions and the seed.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file, which ends in ``.html`` or ``.docx``. A browser prints HTML to PDF.
+        title : str
+            Title of the report.
+        prob : float
+            Probability of all intervals.
+        evaluation : pandas.DataFrame, optional
+            A table of scores on held-out rows, which is shown as it is.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed, or python-docx for Word.
+        ValueError
+            If the path has another ending, or is a folder.
+
+        Examples
+        --------
+        ``fit(model, data).report("report.html", title="Sleep deprivation")``
+        """
+        check_ending(Path(path))
+        content = report(
+            self.results(prob=prob),
+            self.random_effects(prob=prob),
+            title=title,
+            evaluation=evaluation,
+            pictures=report_pictures(self.plot, prob=prob),
+        )
+        write_report(content, Path(path))
 
     @exclusive
     def save(

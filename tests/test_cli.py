@@ -593,7 +593,7 @@ def test_report_command(run, tmp_path):
     text = path.read_text("utf-8")
     assert "Predictions of held-out rows" in text
     refused("report", tmp_path, "--out", path, message=str(tmp_path))
-    refused("report", run, "--out", tmp_path / "report.pdf", message="HTML only")
+    refused("report", run, "--out", tmp_path / "report.pdf", message=".html or .docx")
     refused("report", run, "--out", tmp_path, message="is a folder")
     refused("report", run, "--out", path, "--prob", 95, message="write 0.95")
 

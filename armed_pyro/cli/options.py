@@ -401,7 +401,12 @@ class ReportOptions:
     """Options of ``armed-pyro report``."""
 
     run: Path = RUN
-    html: Path = option(..., "HTML page to write: --out report.html", "--out", metavar="HTML")
+    html: Path = option(
+        ...,
+        "report to write, HTML or Word: --out report.html, --out report.docx",
+        "--out",
+        metavar="FILE",
+    )
     net: str | None = USER_NETWORK
     prob: float | None = SAVED_PROB
     verify: bool = VERIFY

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from armed_pyro.engine.checkpoint import VERSION
+from armed_pyro.families.distributional import family_with_predictors
 from armed_pyro.families.family import Family
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import FAMILIES
@@ -26,6 +27,7 @@ from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Prio
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
+from armed_pyro.random_effects.parameter_formula import read_parameters
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
 from armed_pyro.storage.manifest_schema import check_fields, check_manifest
 
@@ -180,7 +182,11 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     # Earlier programs had no clusters' means, and no linear effects beside a network.
     options["between"] = plan.get("between", False)
     options["linear_effects"] = plan.get("linear_effects", False)
-    options["parameters"] = plan.get("parameters", {})
+    with reading(path, "model.parameters"):
+        # Earlier programs had no predictors of parameters.
+        options["parameters"] = plan.get("parameters", {})
+        read = read_parameters(options["parameters"])
+        family_with_predictors(family, [formula.name for formula in read])
     with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
     with reading(path, "model.dtype"):
