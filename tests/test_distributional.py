@@ -1,6 +1,8 @@
 """Parameters with predictors: densities, estimates of known truth and by maximum likelihood."""
 
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from armed_pyro.families.registry import family_named
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.parameter_formula import ParameterFormula
 from armed_pyro.rows.batch import Rows
+from armed_pyro.summaries.parameters import parameters
 
 F64 = torch.float64
 
@@ -430,3 +433,42 @@ def test_standard_errors_and_a_predictor_of_sigma_exclude_each_other():
     made = model(["y ~ x", "sigma ~ z"], table, se="se")
     with pytest.raises(ValueError, match="known standard errors"):
         fit(made.program, made.data, schedule=Schedule(steps=1), progress=False)
+
+
+def test_the_page_runs_and_finds_what_was_simulated():
+    page = Path(__file__).resolve().parents[1] / "docs" / "distributional.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.M)
+    names = {"__name__": "distributional_page"}
+    exec(compile(code, str(page), "exec"), names)
+    fixed = names["result"].fixed_effects(prob=0.99).set_index("term")
+    truth = {"age": 0.5, "sigma_Intercept": 1.5 - 0.02 * 40, "sigma_age": 0.02}
+    for term, value in truth.items():
+        assert fixed.lower[term] < value < fixed.upper[term]
+
+
+@pytest.mark.slow
+def test_sleepstudy_agrees_with_glmmtmb():
+    frame = pd.read_csv(Path(os.environ["ARMED_PYRO_REFERENCE_DATA"]) / "sleepstudy.csv")
+    fitted = model(["Reaction ~ Days + (Days | Subject)", "sigma ~ Days"], frame)
+    fitted = fitted.fit(progress=False)
+    # glmmTMB models the log variance.
+    fixed = fitted.fixed_effects().set_index("term")
+    for term, reference in {"sigma_Intercept": 5.620 / 2, "sigma_Days": 0.170 / 2}.items():
+        assert abs(fixed["median"][term] - reference) < 0.3 * fixed["sd"][term]
+    table = fitted.variance_components().query("factor == 'Subject'").set_index("term")
+    sds, cor = table[table.statistic == "sd"], table[table.statistic == "cor"].iloc[0]
+    assert abs(sds["median"]["Days"] - 6.20) < 0.3 * sds["sd"]["Days"]
+    assert abs(cor["median"] + 0.04) < 0.5 * cor["sd"]
+    # The likelihood of 18 subjects is skewed: its mode is below the posterior median.
+    assert 0 < sds["median"]["Intercept"] - 26.37 < 0.7 * sds["sd"]["Intercept"]
+
+
+@pytest.mark.slow
+def test_the_guide_agrees_with_nuts():
+    table = simulated(12, 10, seed=5)
+    fitted = model(["y ~ x + (1 |c| g)", "sigma ~ z + (1 |c| g)"], table).fit(progress=False)
+    nuts = fitted.refine("nuts", draws=1000, chains=2, warmup=300, progress=False)
+    first, second = (parameters(result.posterior) for result in (fitted, nuts))
+    for name, draws in second.items():
+        assert abs(first[name].mean() - draws.mean()) < 0.2 * draws.std(), name
+        assert abs(np.log(first[name].std() / draws.std())) < 0.2, name

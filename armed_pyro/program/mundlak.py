@@ -158,7 +158,9 @@ def with_between(model: Plan, data: ClusteredData, sums: Sums | None = None) -> 
     if choice is None:
         choice = False if model.linear else "auto"
     factors = dict.fromkeys(
-        term.factor for term in model.terms if isinstance(term, RandomEffects) and term.intercept
+        term.factor
+        for term in model.outcome_terms
+        if isinstance(term, RandomEffects) and term.intercept
     )
     if choice is True and not (facts.feature_names and factors):
         lacking = "random intercept" if facts.feature_names else "feature with a name"

@@ -139,6 +139,20 @@ class Plan(LocalModule):
         return {formula.name: formula.fixed for formula in self.parameter_formulas}
 
     @property
+    def outcome_terms(self) -> tuple[Term, ...]:
+        """The random effects on the outcome's own predictor and inside the network."""
+        return tuple(term for term in self.terms if not getattr(term, "parameter", ""))
+
+    def parameter_texts(self) -> tuple[str, ...]:
+        """The predictors of parameters as they are written: ``sigma ~ x + (1 | site)``."""
+        texts = []
+        for formula in self.parameter_formulas:
+            of_parameter = (t for t in self.terms if getattr(t, "parameter", "") == formula.name)
+            random = (str(term).removeprefix(f"{formula.name} ~ ") for term in of_parameter)
+            texts.append(f"{formula.name} ~ {' + '.join([formula.fixed, *random])}")
+        return tuple(texts)
+
+    @property
     def designs(self) -> dict[str, LinearBlock]:
         """Columns of the linear predictors of parameters, by parameter."""
         modules: Any = self._modules["_designs"]

@@ -109,12 +109,13 @@ def how_training_ended(posterior: Posterior) -> str:
 def described(posterior: Posterior) -> str:
     """Outcome, family, random effects, size and end of training in one line."""
     model, facts = posterior.model, posterior.model.data_facts()
-    random = " + ".join(map(str, model.terms)) or "no random effects"
+    random = " + ".join(map(str, model.outcome_terms)) or "no random effects"
     sizes = "".join(f", {len(levels)} of {name}" for name, levels in facts.levels.items())
     fixed = "linear" if model.linear else type(model.network).__name__
     event = "" if model.event is None else f" = {model.event!r}"
+    further = "".join(f", {text}" for text in model.parameter_texts())
     return (
-        f"{facts.outcome_name}{event} ({model.family}): {fixed} + {random}; "
+        f"{facts.outcome_name}{event} ({model.family}): {fixed} + {random}{further}; "
         f"{count_rows(facts.n_rows)}{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
     )
 
@@ -133,7 +134,7 @@ def _head(posterior: Posterior) -> str:
     if facts.linear_names:
         fixed += ", and latent linear effects"
     features = len(facts.feature_names) or "x".join(map(str, facts.feature_shape))
-    random = " + ".join(map(str, model.terms)) or "none"
+    random = " + ".join(map(str, model.outcome_terms)) or "none"
     sizes = ", ".join(f"{name}: {len(levels)}" for name, levels in facts.levels.items()) or "none"
     lines = [
         "Mixed-effects network fitted by stochastic variational inference",
@@ -141,7 +142,7 @@ def _head(posterior: Posterior) -> str:
         *(f"  {name}: {line}" for name, line in outcome_labels(model).items()),
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
-        *(f"  Predictor: {name} ~ {fixed}" for name, fixed in model.predictors.items()),
+        *(f"  Predictor: {text}" for text in model.parameter_texts()),
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
     if facts.between is not None:
