@@ -148,7 +148,7 @@ def test_extreme_predictors_have_finite_densities_and_gradients_in_single_precis
 # --- estimates ------------------------------------------------------------------------------------
 
 
-def simulated(clusters=25, rows=14, seed=1):
+def simulated(clusters=20, rows=12, seed=1):
     """Rows with log sd -0.5 + 0.2 (z - 5) + v, where u and v of a cluster have correlation 0.6."""
     rng = np.random.default_rng(seed)
     g = np.repeat(np.arange(clusters), rows)
@@ -232,14 +232,14 @@ def test_what_is_saved_is_loaded_and_predicts_new_and_adapted_clusters(correlate
 
 
 def test_posterior_agrees_with_maximum_likelihood_in_closed_form():
-    table = simulated(50, 8, seed=4)
+    table = simulated(40, 6, seed=4)
     table["y"] = 2 + table.x + (table.y - 2 - table.x)
     rng = np.random.default_rng(7)
-    u = rng.normal(size=50)[table.g.to_numpy()]
+    u = rng.normal(size=40)[table.g.to_numpy()]
     table["y"] = 2 + table.x + u + np.exp(-0.5 + 0.2 * (table.z - 5)) * rng.normal(size=len(table))
     x = np.column_stack([np.ones(len(table)), table.x])
     z = np.column_stack([np.ones(len(table)), table.z - 5])
-    y, by_cluster = table.y.to_numpy(), [np.flatnonzero(table.g == k) for k in range(50)]
+    y, by_cluster = table.y.to_numpy(), [np.flatnonzero(table.g == k) for k in range(40)]
 
     def minus_log_likelihood(theta):
         mean, sd = x @ theta[:2], np.exp(z @ theta[2:4])
