@@ -140,6 +140,18 @@ class ProgramOptions:
         "Outcome model, one of {families}: --family bernoulli. Another link follows in "
         "parentheses, or the family inside: --family 'bernoulli(probit)', 'hurdle(gamma)'",
     )
+    sigma: str | None = option(
+        None,
+        "Predictor of the residual sd, on the log scale: --sigma '1 + x + (1 | site)'; 'net' is a "
+        "further output of the network",
+        metavar="FORMULA",
+    )
+    parameter: list[str] | None = option(
+        None,
+        "Predictor of any parameter of the family (sigma, shape, zi, hu, phi, nu, ...), "
+        "repeatable: --parameter 'zi ~ 1 + x'; see docs/distributional.md",
+        metavar="FORMULA",
+    )
     event: str | None = option(
         None,
         "The label of a two-valued outcome whose probability is modelled: --event case "

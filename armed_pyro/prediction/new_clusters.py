@@ -190,7 +190,8 @@ class _Solver:
                 joined.append(factor)
         z = torch.cat(designs, 1)
         if around is not None:
-            eta = eta - model.data_facts().spread * torch.einsum("ntc,nt->nc", z, around[place])
+            spreads = model.data_facts().spreads(eta)
+            eta = eta - spreads * torch.einsum("ntc,nt->nc", z, around[place])
         names = [p.name for p in model.family.parameters if p.name in latents]
         parameters = {name: latents[name].reshape(-1, 1) for name in names}
         draws = max(map(len, lower))
