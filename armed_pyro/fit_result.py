@@ -27,7 +27,7 @@ from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
 from armed_pyro.plots.fit_plots import Plots
 from armed_pyro.plots.report_pictures import report_pictures
-from armed_pyro.prediction import adapt, export, predict, residuals, scores
+from armed_pyro.prediction import adapt, export, predict, residuals, scores, survival
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
@@ -157,6 +157,9 @@ class Fit:
     hyperparameters = _verb(Posterior.hyperparameters)
     predict = _verb(predict.predict)
     export = _verb(export.export)
+    concordance = _verb(survival.concordance)
+    survival_calibration = _verb(survival.survival_calibration)
+    survival = _verb(survival.survival)
     compare_modes = _verb(scores.compare_modes)
     score_mode = _verb(scores.score_mode)
     adapt = _verb(adapt.adapt)

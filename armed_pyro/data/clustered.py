@@ -13,6 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from armed_pyro._messages import check_type
+from armed_pyro.data import censoring
 from armed_pyro.data.cluster_means import ClusterMeans
 from armed_pyro.data.columns import (
     Missing,
@@ -74,6 +75,9 @@ class ClusteredData(DivisibleRows):
         Number of the cross-fitted network that was trained without the row, in a fit's rows.
     inputs : LazyInputs or None
         What the network takes in place of the features: see `from_dataset`.
+    status, upper, entry : Float64[Tensor, "rows"] or None
+        Status of the outcome (0 censored from the right, 1 exact, 2 from the left, 3 in an
+        interval), upper end of the interval, and value above which it could be observed.
 
     Examples
     --------
@@ -105,6 +109,9 @@ class ClusteredData(DivisibleRows):
     cluster_means: Mapping[str, ClusterMeans] = field(default_factory=dict)
     fold: Tensor | None = None
     inputs: LazyInputs | None = None
+    status: Tensor | None = None
+    upper: Tensor | None = None
+    entry: Tensor | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
@@ -118,9 +125,12 @@ class ClusteredData(DivisibleRows):
             check_trials(self.trials, self.row_labels)
         if self.weights is not None:
             check_weights(self.weights, self.weights_kind, self.row_labels)
+        if self.outcome is not None:
+            known = (self.status, self.upper, self.entry)
+            censoring.check_censoring(self.outcome, *known, self.row_labels)
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        names = ("features", "outcome", "trials", "offset", "weights", "slopes", "fold")
+        names = ("features", "outcome", *PER_ROW, "slopes", "fold")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _columns(self) -> dict[str, Sequence[str]]:
@@ -145,6 +155,9 @@ class ClusteredData(DivisibleRows):
         weights_kind: WeightsKind = "frequency",
         se: str | None = None,
         times: Sequence[str] = (),
+        status: str | None = None,
+        upper: str | None = None,
+        entry: str | None = None,
         missing: Missing = "error",
     ) -> ClusteredData:
         """Encode a table: numbers as they are, categories by treatment coding.
@@ -185,6 +198,16 @@ class ClusteredData(DivisibleRows):
             residual sd; in a meta-analysis, ``(1 | study)`` is the heterogeneity.
         times
             Columns of the times of processes such as ``ou(time | g)``, as numbers.
+        status
+            Column that says whether the outcome was observed: 1 or True for an event, 0 or False
+            for an outcome that is only known to be larger (censored from the right), or the texts
+            ``event``, ``right`` and ``left`` (only known to be smaller).
+        upper
+            Column of the upper ends of intervals, of which `outcome` is the lower end. Equal ends
+            are an exact outcome; a missing or infinite end is open, as in R's ``interval2``.
+        entry
+            Column of the values above which an outcome could be observed (left truncation), such
+            as the age at the start of observation.
         missing
             Treatment of rows with missing values: ``"error"``, or ``"drop"`` with a warning.
 
@@ -197,6 +220,8 @@ class ClusteredData(DivisibleRows):
         check_type(outcome, str, "outcome", "It is the name of a column.")
         weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        roles |= {"status": status, "upper": upper, "entry": entry}
+        censoring.check_observed(status, upper)
         for role, name in roles.items():
             check_type(name, (str, type(None)), role, "It is the name of a column.")
         schema = Schema.infer(
@@ -246,6 +271,8 @@ class ClusteredData(DivisibleRows):
         design, names, sources = schema.design(whole)
         extra, extra_names, extra_sources = schema.slope_design(whole)
         per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
+        observed = schema.outcomes(table), schema.status, schema.upper, schema.entry
+        per_row |= censoring.observed_columns(table, *observed)
         for role in ("trials", "weights"):
             if (name := getattr(schema, role)) in table:
                 per_row[role] = torch.from_numpy(as_numbers(table[name], role))
@@ -257,7 +284,6 @@ class ClusteredData(DivisibleRows):
             sources=tuple(":".join(source) for source in sources),
             continuous=schema.continuous(sources),
             outcome_name=schema.outcome,
-            outcome=schema.outcomes(table),
             classes=None if schema.classes is None else tuple(schema.classes.tolist()),
             groupings=groupings,
             **per_row,
@@ -287,6 +313,9 @@ class ClusteredData(DivisibleRows):
         event: Any = None,
         weights_kind: WeightsKind = "frequency",
         se: Any = None,
+        status: Any = None,
+        upper: Any = None,
+        entry: Any = None,
         row_labels: pd.Index | None = None,
     ) -> ClusteredData:
         """Take arrays or tensors of numbers as they are, and code the clusters' labels.
@@ -311,6 +340,8 @@ class ClusteredData(DivisibleRows):
             As in `from_frame`.
         weights_kind, se
             As in `from_frame`, with standard errors of shape "rows".
+        status, upper, entry
+            As in `from_frame`, of shape "rows"; open ends of intervals are infinite.
 
         Raises
         ------
@@ -320,13 +351,14 @@ class ClusteredData(DivisibleRows):
         advice = "Pass {'site': labels}, with one label per row."
         check_type(clusters, Mapping, "clusters", advice)
         x, feature_names, inputs = named_features(features, feature_names)
+        labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
+        outcome, observed = censoring.observed_arrays(outcome, status, upper, entry, labels)
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
         weights, kind = weights_role(weights, weights_kind, se)
-        roles = {"trials": trials, "offset": offset, "weights": weights}
+        roles = {"trials": trials, "offset": offset, "weights": weights, **observed}
         per_row: dict[str, Any] = {
             k: None if v is None else finite_tensor(v, k, per_row=True) for k, v in roles.items()
         }
-        labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
         per_row["weights"] = as_weights(per_row["weights"], kind, labels)
         fractional = ((x != 0) & (x != 1)).any(dim=0).tolist() if feature_names else ()
         return cls(

@@ -21,6 +21,7 @@ class DivisibleRows(ABC):
 
     groupings: Mapping[str, Grouping]
     outcome: Tensor | None
+    status: Tensor | None
     classes: tuple[Any, ...] | None
 
     @property
@@ -70,11 +71,12 @@ class DivisibleRows(ABC):
         return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
 
     def _order(self, by: str | None, seed: int) -> np.ndarray:
-        """`stratified_order` of the rows, by a factor or the first one."""
+        """`stratified_order` of the rows, by a factor (or the first), and outcome or status."""
         factor = by or next(iter(self.groupings), None)
         none = np.zeros(self.n_rows, np.int64)
         clusters = none if factor is None else self.grouping(factor).codes.numpy()
-        outcome = None if self.outcome is None else self.outcome.numpy()
+        known = self.outcome if self.status is None else self.status
+        outcome = None if known is None else known.numpy()
         return stratified_order(clusters, outcome, seed, categorical=self.classes is not None)
 
     def hold_out_clusters(

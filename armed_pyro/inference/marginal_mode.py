@@ -223,6 +223,7 @@ def _searched(
     held = HeldRows(
         rows.x, rows.y, codes, counts, *optional, slopes=slopes, means=means, inputs=inputs
     )
+    held = replace(held, censoring=rows.censoring)
     return held, rows
 
 

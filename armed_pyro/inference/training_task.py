@@ -131,7 +131,7 @@ class TrainingTask:
         return {
             "data": digest(self.source, encoding),
             "validation": self.validation and digest(self.validation, encoding),
-            "terms": [str(term) for term in model.terms],
+            "terms": [*map(str, model.terms), *model.parameter_texts()],
             "family": model.family.name,
             "adversary": [adversary.settings() for adversary in model.adversaries],
             "priors": repr(model.priors),

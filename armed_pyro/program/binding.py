@@ -79,11 +79,13 @@ def _check_shapes(model: Plan, record: Mapping[str, Tensor]) -> None:
     """Check the shapes of the output and of the recorded activations for two rows."""
     facts, output = model.data_facts(), record[""].reshape(2, -1)
     columns = model.family.contrasts(output).shape[-1]
-    if columns != len(facts.columns):
+    if columns != len(model.network_columns):
+        further = [read.name for read in model.parameter_formulas if read.from_network]
+        also = f", with those of {', '.join(further)}," if further else ""
         raise ValueError(
             f"the network has {output.shape[-1]} output(s), but the outcome "
-            f"{facts.outcome_name!r} of family {model.family.name!r} needs "
-            f"{output.shape[-1] - columns + len(facts.columns)}"
+            f"{facts.outcome_name!r} of family {model.family.name!r}{also} needs "
+            f"{output.shape[-1] - columns + len(model.network_columns)}"
         )
     missing = [path for path in model.layers() if path not in record]
     if missing:
@@ -203,12 +205,13 @@ def warn_if_far(model: Plan) -> None:
     for factor in model.factors:
         for block in factor.linear:
             matrix = block.from_zero()
-            if matrix is None or block.covariance.diagonal or block.names[0] in factor.at_means:
+            first = "_".join(filter(None, [block.parameter, block.names[0]]))
+            if matrix is None or block.covariance.diagonal or first in factor.at_means:
                 continue
             far = [n for n, s in zip(block.names, matrix[0].tolist(), strict=True) if abs(s) > FAR]
             if far:
                 warnings.warn(
-                    f"the prior of {factor.sd_site}[{block.names[0]}] holds at {far[0]} = 0, more "
+                    f"the prior of {factor.sd_site}[{first}] holds at {far[0]} = 0, more "
                     f"than {FAR:g} sds of {far[0]} from its mean: there, intercept and slope must "
                     "have a correlation near 1 or -1, to which the prior gives little weight; "
                     f"centre {far[0]}, or leave out the scale of the intercept",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro._messages import listing
@@ -27,6 +27,7 @@ from armed_pyro.families.family import Family
 from armed_pyro.program.between import Between
 from armed_pyro.program.row_roles import check_offset, check_weights
 from armed_pyro.rows.batch import Membership, Rows
+from armed_pyro.rows.censoring import Censoring
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.inputs import InputSpec, Structure, mapped
 from armed_pyro.streaming.encoded_table import EncodedTable
@@ -79,6 +80,7 @@ class Facts:
     inputs: InputSpec | None = None
     image_mean: tuple[float, ...] = ()  # of images, by channel; empty if they are not scaled
     image_scale: tuple[float, ...] = ()
+    predicted: int = 0  # columns of the predictor that are those of parameters: the last ones
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
@@ -90,13 +92,14 @@ class Facts:
         scaling, extra = FeatureScaling.of(data), FeatureScaling.of_slopes(data)
         images = ImageScaling.of(data.features)
         center, spread = family.center(data), family.spread(data)
+        outcome = len(center) - len(family.predicted)
         ones = () if data.intercept else intercept_columns(data)
         if not data.intercept and not ones:
             # The fixed effects alone must reach the mean outcome. The scale of the features grows
             # the prior of their coefficients accordingly.
-            far = float((1 + (center / spread).square().max()).sqrt())
+            far = float((1 + (center[:outcome] / spread).square().max()).sqrt())
             scaling = replace(scaling, scale=tuple(scale / far for scale in scaling.scale))
-            center = torch.zeros_like(center)
+            center = torch.cat([torch.zeros_like(center[:outcome]), center[outcome:]])
         groupings = {factor: data.grouping(factor) for factor in factors}
         return cls(
             n_rows=data.n_rows,
@@ -128,6 +131,7 @@ class Facts:
             inputs=None if data.inputs is None else data.inputs.spec,
             image_mean=images.mean,
             image_scale=images.scale,
+            predicted=len(family.predicted),
         )
 
     def example(
@@ -153,6 +157,15 @@ class Facts:
             levels={name: table.scanned.levels[name] for name in table.factors},
             counts={name: table.scanned.counts[name] for name in table.factors},
         )
+
+    @property
+    def outcome_columns(self) -> tuple[str, ...]:
+        """The columns of the predictor without those of parameters."""
+        return self.columns[: len(self.columns) - self.predicted]
+
+    def spreads(self, like: Tensor) -> Float[Tensor, " columns"]:
+        """Units of each column per standardised unit: 1 on the links of parameters."""
+        return like.new_tensor([self.spread] * len(self.outcome_columns) + [1.0] * self.predicted)
 
     @property
     def scaling(self) -> FeatureScaling:
@@ -237,7 +250,9 @@ class Facts:
                 "ClusteredData.from_dataset(...), and Fit.load(folder, net, data=...) for the "
                 "training rows of a loaded fit"
             )
-        return HeldRows(*parts, slopes=slopes, means=means, fold=fold, inputs=data.inputs)
+        known = Censoring.columns(data.outcome, data.status, data.upper, data.entry)
+        held = HeldRows(*parts, slopes=slopes, means=means, fold=fold, inputs=data.inputs)
+        return held if known is None else replace(held, censoring=known.to(like))
 
     @property
     def between_names(self) -> tuple[str, ...]:

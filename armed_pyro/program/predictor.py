@@ -52,12 +52,13 @@ def linear_predictor(
     Factors without a site in `latents` count as zero.
     """
     eta = model.fixed_predictor(rows, output, activations, latents)
+    spreads = model.data_facts().spreads(model.reference())
     for factor in model.factors:
         if factor.effect_site in latents:
             membership = rows.memberships[factor.name]
             phi = factor.design(rows.slope_inputs(), activations)
             part = factor.contribution(phi, membership, latents[factor.effect_site])
-            eta = eta + model.data_facts().spread * part
+            eta = eta + spreads * part
     return eta
 
 

@@ -39,10 +39,14 @@ class Block(nn.Module, ABC):
     """Effects of one term, one per name, laid out for the features of one data set.
 
     u_original = to_original @ u_internal, up to the outcome's spread. `width` is the number of
-    effects that are interpreted together, as those of the units of a hidden layer.
+    effects that are interpreted together, as those of the units of a hidden layer. `parameter` is
+    that of the family whose predictor has the effects, empty for the outcome's own predictor.
+    Blocks with the same `group`, unless it is empty, are correlated with each other.
     """
 
     width: int = 1
+    parameter: str = ""
+    group: str = ""
     to_original: Tensor
 
     def __init__(
@@ -117,6 +121,11 @@ class InputBlock(LinearBlock):
         self._zero_shift = shift if centred and self.shifted and features.average else None
         self.register_buffer("shift", torch.zeros_like(shift) if centred else shift, False)
         self.register_buffer("index", index, False)
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether the columns can make a constant: an intercept, or indicators of all levels."""
+        return self.intercept or self.contrasts > 0
 
     def from_zero(self) -> Float[Tensor, "q q"] | None:
         if self._zero_shift is None:

@@ -57,6 +57,8 @@ class Rows:
     fold: Int[Tensor, " rows"] | None = None
     # What the network takes in place of x: loaded tensors, or items that are loaded when it runs.
     inputs: LazyInputs | Structure | None = None
+    # Status, upper end and, if rows entered late, entry; see `armed_pyro.rows.censoring`.
+    censoring: Float[Tensor, "rows columns"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -86,8 +88,9 @@ class Rows:
         """The values as bytes, which differ between different rows."""
         positions = [membership.position for membership in self.memberships.values()]
         parts = [self.x, self.y, self.trials, self.offset, self.weights, *positions]
-        # Without slopes and means, the bytes are those of checkpoints from before there were any.
-        parts += [values for values in (self.slopes, self.means) if values is not None]
+        # Without these, the bytes are those of checkpoints from before there were any.
+        later = (self.slopes, self.means, self.censoring)
+        parts += [values for values in later if values is not None]
         for values in parts:
             yield b"none" if values is None else values.double().cpu().numpy().tobytes()
         if isinstance(self.inputs, LazyInputs):

@@ -38,6 +38,7 @@ class HeldRows(RowSource):
     means: Float[Tensor, "rows columns"] | None = None
     fold: Int[Tensor, " rows"] | None = None
     inputs: LazyInputs | None = None
+    censoring: Float[Tensor, "rows columns"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -63,7 +64,8 @@ class HeldRows(RowSource):
             return None if values is None else values.index_select(0, index)
 
         names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes", "means")
-        taken = {name: take(getattr(self, name)) for name in (*names, "fold")}
+        further = ("fold", "censoring")
+        taken = {name: take(getattr(self, name)) for name in (*names, *further)}
         inputs = None if self.inputs is None else self.inputs.take(index)
         return replace(self, **taken, inputs=inputs)
 
@@ -75,7 +77,8 @@ class HeldRows(RowSource):
         optional = (self.trials, self.offset, self.weights, self.computed, self.slopes, self.means)
         # Results of the network take the place of its inputs.
         inputs = None if self.computed is not None else self.inputs
-        return Rows(self.x, self.y, memberships, scale, *optional, self.fold, inputs)
+        further = (self.fold, inputs, self.censoring)
+        return Rows(self.x, self.y, memberships, scale, *optional, *further)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None

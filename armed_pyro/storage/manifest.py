@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from armed_pyro.engine.checkpoint import VERSION
+from armed_pyro.families.distributional import family_with_predictors
 from armed_pyro.families.family import Family
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import FAMILIES
@@ -26,6 +27,7 @@ from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Prio
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
+from armed_pyro.random_effects.parameter_formula import read_parameters
 from armed_pyro.random_effects.terms import (
     FilterScaleBias,
     Process,
@@ -71,7 +73,8 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         sd_priors["all"] = _entry("kind", priors.sd, PRIORS)
     else:
         sd_priors["factors"] = {k: _entry("kind", v, PRIORS) for k, v in priors.sd.items()}
-    family = _entry("name", model.family, FAMILIES)
+    base = model.family.without_predictors
+    family = _entry("name", base, FAMILIES)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -79,7 +82,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         "model": {
             "random": [_entry("kind", term, TERMS) for term in model.terms],
             # Default settings are left out, as a link was before there was a choice.
-            "family": model.family.name if model.family == type(model.family)() else family,
+            "family": base.name if base == type(base)() else family,
             "priors": {**_fields(priors), "sd": sd_priors},
             "bayesian_head": model.bayesian_head,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -87,6 +90,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
             "between": model.between,
             "linear_effects": model.linear_effects,
             "output": list(model.output),
+            "parameters": model.predictors,
             "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [_fields(other) for other in model.others],
         },
@@ -189,6 +193,11 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     options["between"] = plan.get("between", False)
     options["linear_effects"] = plan.get("linear_effects", False)
     options["output"] = tuple(plan.get("output", ()))
+    with reading(path, "model.parameters"):
+        # Earlier programs had no predictors of parameters.
+        options["parameters"] = plan.get("parameters", {})
+        read = read_parameters(options["parameters"])
+        family_with_predictors(family, [formula.name for formula in read])
     with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
     with reading(path, "model.dtype"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, index_from_json, index_to_json
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.storage.row_file import LABELS, Expected, open_plain, read_values
@@ -23,7 +24,7 @@ from armed_pyro.summaries.datatree import GROUPS
 __all__ = ["describe_rows", "read_rows", "training_rows", "with_inputs"]
 
 OBSERVED, CONSTANT = "observed_data", "constant_data"
-COLUMNS = ("features", "slopes", "trials", "offset", "weights", "fold")
+COLUMNS = ("features", "slopes", *PER_ROW, "fold")
 
 
 def describe_rows(data: ClusteredData) -> dict[str, Any]:
@@ -120,6 +121,9 @@ def training_rows(
         trials=tensor("trials"),
         offset=tensor("offset"),
         weights=tensor("weights"),
+        status=tensor("status"),
+        upper=tensor("upper"),
+        entry=tensor("entry"),
         weights_kind=facts.weights_kind or "frequency",
         row_labels=labels.rename(record["row_name"]),
         schema=facts.schema,

@@ -19,6 +19,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from armed_pyro._messages import unknown
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import predict_chunks
@@ -245,7 +246,7 @@ def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     if data.slopes is not None:
         variables["slopes"] = (("row", "slope_column"), data.slopes.numpy())
         coords["slope_column"] = list(data.slope_names)
-    for name in ("trials", "offset", "weights", "fold"):
+    for name in (*PER_ROW, "fold"):
         if (values := getattr(data, name)) is not None:
             variables[name] = (("row",), values.numpy())
     return _dataset(posterior, variables, **coords)
