@@ -59,6 +59,7 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
         bayesian_head=model.bayesian_head,
         between=model.between,
         linear_effects=_linear_effects(model, data),
+        parameters=model.predictors,
     )
     bound = plan.bind(data).cpu().eval()
     latent = {parameter.name for parameter in bound.family.parameters} - {*bound.known()}

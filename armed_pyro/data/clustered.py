@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from armed_pyro._messages import INTEGER, check_type
-from armed_pyro.data import censoring, stratify
+from armed_pyro._messages import check_type
+from armed_pyro.data import censoring
 from armed_pyro.data.cluster_means import ClusterMeans
 from armed_pyro.data.columns import (
     Missing,
@@ -22,17 +22,21 @@ from armed_pyro.data.columns import (
     code_outcome,
     finite_tensor,
     named_features,
+    with_times,
 )
+from armed_pyro.data.dataset_items import DatasetItems
 from armed_pyro.data.dataset_rows import table_or_arrays
+from armed_pyro.data.divisible import DivisibleRows
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping, grouping_by
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.training_checks import PER_ROW, check_magnitudes, check_training
 from armed_pyro.data.weights import as_weights, check_weights, weights_role
+from armed_pyro.rows.inputs import LazyInputs
 
 
 @dataclass(frozen=True, eq=False)
-class ClusteredData:
+class ClusteredData(DivisibleRows):
     """Rows of features x_i and outcome y_i, each in one cluster of every grouping factor.
 
     The constructors are `from_frame`, `from_arrays` and `from_xarray`. New tables are encoded
@@ -69,6 +73,8 @@ class ClusteredData:
         Means that a fit with ``between`` adds to its predictor; set by `Posterior.encode`.
     fold : Int64[Tensor, "rows"] or None
         Number of the cross-fitted network that was trained without the row, in a fit's rows.
+    inputs : LazyInputs or None
+        What the network takes in place of the features: see `from_dataset`.
     status, upper, entry : Float64[Tensor, "rows"] or None
         Status of the outcome (0 censored from the right, 1 exact, 2 from the left, 3 in an
         interval), upper end of the interval, and value above which it could be observed.
@@ -102,6 +108,7 @@ class ClusteredData:
     table: pd.DataFrame | None = None
     cluster_means: Mapping[str, ClusterMeans] = field(default_factory=dict)
     fold: Tensor | None = None
+    inputs: LazyInputs | None = None
     status: Tensor | None = None
     upper: Tensor | None = None
     entry: Tensor | None = None
@@ -109,6 +116,7 @@ class ClusteredData:
     def __post_init__(self) -> None:
         lengths = {name: len(grouping.codes) for name, grouping in self.groupings.items()}
         lengths |= {name: len(tensor) for name, tensor in self._row_tensors().items()}
+        lengths |= {} if self.inputs is None else {"inputs": len(self.inputs)}
         for name, length in lengths.items():
             if length != self.n_rows:
                 raise ValueError(f"{name!r} has {length} rows, the features have {self.n_rows}.")
@@ -146,6 +154,7 @@ class ClusteredData:
         event: Any = None,
         weights_kind: WeightsKind = "frequency",
         se: str | None = None,
+        times: Sequence[str] = (),
         status: str | None = None,
         upper: str | None = None,
         entry: str | None = None,
@@ -187,6 +196,8 @@ class ClusteredData:
         se
             Column of known standard errors in place of weights, y_i ~ N(eta_i, se_i^2), without a
             residual sd; in a meta-analysis, ``(1 | study)`` is the heterogeneity.
+        times
+            Columns of the times of processes such as ``ou(time | g)``, as numbers.
         status
             Column that says whether the outcome was observed: 1 or True for an event, 0 or False
             for an outcome that is only known to be larger (censored from the right), or the texts
@@ -216,12 +227,13 @@ class ClusteredData:
         schema = Schema.infer(
             frame,
             outcome=outcome,
-            clusters=clusters,
+            clusters=with_times(clusters, times),
             features=features,
             slopes=slopes,
             categorical=categorical,
             event=event,
             weights_kind=kind,
+            times=times,
             **roles,
         )
         return cls.encode(frame, schema, outcome_required=True, missing=missing)
@@ -311,10 +323,11 @@ class ClusteredData:
         Parameters
         ----------
         features
-            Shape "rows features", converted to float64; or shape "rows ..." with more dimensions,
-            whose floating type is kept (other types become float32).
+            Shape "rows features", converted to float64; "rows ..." with more dimensions, whose
+            type is kept; or a tuple or dict of arrays, the arguments of the network. Images of
+            whole numbers or large values are standardised by channel.
         outcome
-            Shape "rows" of numbers, booleans or text; or "rows ..." of numbers; or None.
+            Shape "rows" of numbers, booleans or text; or None.
         clusters
             Labels of shape "rows" for each grouping factor.
         feature_names
@@ -337,7 +350,7 @@ class ClusteredData:
         """
         advice = "Pass {'site': labels}, with one label per row."
         check_type(clusters, Mapping, "clusters", advice)
-        x, feature_names = named_features(features, feature_names)
+        x, feature_names, inputs = named_features(features, feature_names)
         labels = pd.RangeIndex(len(x)) if row_labels is None else row_labels
         outcome, observed = censoring.observed_arrays(outcome, status, upper, entry, labels)
         y, classes = code_outcome(outcome, classes, f"outcome {outcome_name!r}", event)
@@ -363,6 +376,7 @@ class ClusteredData:
             row_labels=labels,
             schema=None,
             weights_kind=kind,
+            inputs=inputs,
         )
 
     @classmethod
@@ -396,6 +410,84 @@ class ClusteredData:
         settings: dict[str, Any] = {"features": chosen, "missing": missing, **roles}
         return cls.from_frame(table, outcome=outcome, clusters=clusters, **settings)
 
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        *,
+        outcome: Any = None,
+        clusters: Any = (),
+        table: Any = None,
+        inputs: Any = None,
+        slopes: Sequence[str] | str = (),
+        collate: Callable[[list[Any]], Any] | None = None,
+        augment: Callable[[Any], Any] | None = None,
+        workers: int | None = None,
+        schema: Schema | None = None,
+        missing: Missing = "error",
+        **roles: Any,
+    ) -> ClusteredData:
+        """Rows whose inputs a torch dataset loads when a network needs them; see `DatasetItems`.
+
+        Memory does not grow with the bytes of the items. A network gets the inputs as they are: a
+        tensor as ``net(x)``, a tuple as ``net(*inputs)`` and a dict as ``net(**inputs)``. Whole
+        numbers keep their type, and nothing is standardised.
+
+        Parameters
+        ----------
+        dataset
+            A map-style `torch.utils.data.Dataset`, or a `DataLoader` of one, whose `collate`
+            function and number of workers are then the defaults.
+        outcome, trials, offset, weights, se
+            A column of `table`; one value per item; or, where these are to be read from all items
+            once, a position or key in an item (a text is a key without a table), or a function.
+        clusters
+            Columns of the table, or values as above by name of the grouping factor.
+        table
+            A table whose row i describes ``dataset[i]``.
+        inputs
+            The inputs in an item, or in a batch of `collate`: a position or key, several, or a
+            function. By default all of it.
+        slopes
+            Columns or a formula of the table for random slopes, as in `from_frame`.
+        collate
+            Joins a list of items to a batch; by default torch's.
+        augment
+            Changes an item of a training batch, with random numbers that follow from the seed.
+        workers
+            Processes that load ahead.
+        schema
+            Encoding of training rows, ``data.schema``, for rows to predict. The outcome and roles
+            are then its columns, and the outcome may be absent.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If items have no numbers, lengths differ, or a column cannot be used in its role.
+
+        Examples
+        --------
+        >>> items = [(torch.full((1, 2, 2), float(i)), i % 3) for i in range(6)]
+        >>> sites = {"site": ["a", "b", "a", "b", "a", "b"]}
+        >>> data = ClusteredData.from_dataset(items, outcome=1, clusters=sites, inputs=0)
+        >>> data.outcome.tolist(), data.take([4]).inputs.load().flatten().tolist()
+        ([0.0, 1.0, 2.0, 0.0, 1.0, 2.0], [4.0, 4.0, 4.0, 4.0])
+        """
+        per_row = {name: roles.pop(name, None) for name in (*PER_ROW, "se")}
+        reading: dict[str, Any] = {"inputs": inputs, "collate": collate, "augment": augment}
+        items = DatasetItems.of(
+            dataset, table, outcome, clusters, per_row, **reading, workers=workers
+        )
+        if schema is not None:
+            rows = cls.encode(items.table, schema, missing=missing)
+        else:
+            settings: dict[str, Any] = {"clusters": items.clusters, "slopes": slopes, **roles}
+            settings |= {"features": [], "missing": missing, **items.names}
+            rows = cls.from_frame(items.table, **settings)
+        places = rows.row_labels.to_numpy()
+        loaded = items.inputs.take(torch.tensor(places))
+        return replace(rows, inputs=loaded, row_labels=items.labels.take(places))
+
     @property
     def n_rows(self) -> int:
         """Number of rows."""
@@ -417,8 +509,7 @@ class ClusteredData:
     def take(self, rows: Any) -> ClusteredData:
         """The rows at these positions, mask or slice, with the clusters that occur in them."""
         if not isinstance(rows, slice):
-            rows = np.asarray(rows)
-            rows = rows if rows.size else rows.astype(np.int64)
+            rows = np.asarray(rows, dtype=None if np.size(rows) else np.int64)
         chosen = np.arange(self.n_rows)[rows]
         tensors: dict[str, Any] = {k: v[chosen] for k, v in self._row_tensors().items()}
         return replace(
@@ -426,70 +517,13 @@ class ClusteredData:
             groupings={name: grouping.take(chosen) for name, grouping in self.groupings.items()},
             row_labels=self.row_labels.take(chosen),
             table=None if self.table is None else self.table.iloc[chosen],
+            inputs=None if self.inputs is None else self.inputs.take(torch.from_numpy(chosen)),
             **tensors,
         )
 
     def grouping(self, factor: str) -> Grouping:
         """The grouping by a factor, or by cells, ``"school:class"``; ValueError without one."""
         return grouping_by(self.groupings, factor)
-
-    def split_rows(
-        self, fraction: float, *, by: str | None = None, seed: int
-    ) -> tuple[ClusteredData, ClusteredData]:
-        """Training and validation rows, stratified by cluster and outcome.
-
-        Every cluster of the factor `by` (by default the first) gives `fraction` of its rows, to
-        within one row, to validation. These are spread over the classes of the outcome, or over
-        its values if there are at most ten. Every cluster of every factor keeps a training row.
-
-        Raises
-        ------
-        ValueError
-            If `fraction` is not between 0 and 1, or leaves no validation rows.
-        """
-        stratify.check_fraction(fraction)
-        clusters = [grouping.codes.numpy() for grouping in self.groupings.values()]
-        held = stratify.validation_rows(self._order(by, seed), clusters, fraction, seed)
-        return self.take(~held), self.take(held)
-
-    def folds(self, n: int, *, seed: int) -> Iterator[tuple[ClusteredData, ClusteredData]]:
-        """Training and test rows of n-fold cross-validation, stratified as in `split_rows`.
-
-        Every row is a test row in exactly one fold. A cluster with a single row is unseen in the
-        fold that tests it.
-
-        Raises
-        ------
-        ValueError
-            If `n` is below 2 or above the number of rows.
-        """
-        check_type(n, INTEGER, "n")
-        fold = stratify.fold_numbers(self._order(None, seed), n)
-        return ((self.take(fold != k), self.take(fold == k)) for k in range(n))
-
-    def _order(self, by: str | None, seed: int) -> np.ndarray:
-        """`stratified_order` of the rows, by a factor (or the first), and outcome or status."""
-        factor = by or next(iter(self.groupings), None)
-        none = np.zeros(self.n_rows, np.int64)
-        clusters = none if factor is None else self.grouping(factor).codes.numpy()
-        known = self.outcome if self.status is None else self.status
-        outcome = None if known is None else known.numpy()
-        return stratify.stratified_order(
-            clusters, outcome, seed, categorical=self.classes is not None
-        )
-
-    def hold_out_clusters(
-        self, factor: str, *, fraction: float | None = None, labels: Any = None, seed: int = 0
-    ) -> tuple[ClusteredData, ClusteredData]:
-        """Rows of the other clusters, and of the clusters held out: a random fraction, or `labels`.
-
-        Raises
-        ------
-        ValueError
-            If a label is unknown, or either side would have no rows.
-        """
-        held = stratify.cluster_rows(self.grouping(factor), factor, fraction, labels, seed)
-        return self.take(~held), self.take(held)
 
     def check_training(self) -> None:
         """Check that there are rows, an outcome and variation, as training needs.

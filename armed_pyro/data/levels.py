@@ -8,7 +8,7 @@ import pandas as pd
 
 from armed_pyro._messages import listing
 from armed_pyro.data.categories import LevelOrder
-from armed_pyro.data.columns import as_numbers, check_not_numbers, is_categorical
+from armed_pyro.data.columns import as_numbers, check_not_numbers, check_not_paths, is_categorical
 from armed_pyro.data.grouping import code_labels
 
 __all__ = ["levels_of"]
@@ -40,6 +40,7 @@ def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:
     """Levels of a categorical feature, checked; `by_number` if numbers may be its categories."""
     if not by_number:
         check_not_numbers(column)
+        check_not_paths(column)
     levels = code_labels(column, f"feature {column.name!r}")[1]
     size = 8 * len(levels) * len(column)
     if size > LARGEST_INDICATORS:

@@ -63,7 +63,8 @@ class Schema:
     first categorical feature has a column for every level. `slopes` are terms that only random
     slopes use. With the `weights_kind` "se", the column `weights` holds standard errors. `calls`
     are the columns of the terms that functions make, such as ``poly(age, 2)``, with what these
-    learned from the training table; `offset_call` is an expression in ``offset()``.
+    learned from the training table; `offset_call` is an expression in ``offset()``. `times` are
+    those of the `clusters` that hold the times of processes, as numbers.
 
     Examples
     --------
@@ -90,6 +91,7 @@ class Schema:
     means: Mapping[str, ClusterMeans] = field(default_factory=dict)
     calls: Mapping[str, CallState] = field(default_factory=dict)
     offset_call: str | None = None
+    times: tuple[str, ...] = ()
     # Columns that say how outcomes were observed; see `ClusteredData.from_frame`.
     status: str | None = None
     upper: str | None = None
@@ -119,6 +121,7 @@ class Schema:
         slopes: Sequence[str] | str = (),
         categorical: Sequence[str] = (),
         weights_kind: WeightsKind = "frequency",
+        times: Sequence[str] = (),
         **roles: Any,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
@@ -134,7 +137,7 @@ class Schema:
             columns.
         """
         table = as_pandas(frame)
-        clusters = column_names(clusters, "clusters")
+        clusters, times = column_names(clusters, "clusters"), column_names(times, "times")
         reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
@@ -152,7 +155,7 @@ class Schema:
         table = with_open_ends(pick(table, used), outcome, roles.get("upper"))
         table = natural_types(table.dropna())
 
-        warn_of_float_labels(table[list(clusters)])
+        warn_of_float_labels(table[[name for name in clusters if name not in times]])
         orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
         levels = levels_of(table, columns, factors, orders)
         target, classes = table[outcome], None
@@ -176,10 +179,10 @@ class Schema:
             cluster_columns=tuple(column for parts in columns_of.values() for column in parts),
             calls={call: _learned(call, table) for call in calls},
             offset_call=formula.offset,
+            times=times,
         )
-        if not made:
-            return schema
-        return schema.with_means(schema.cluster_sums(table, schema.groupings(table)))
+        sums = schema.cluster_sums(table, schema.groupings(table)) if made else {}
+        return schema.with_means(sums) if made else schema
 
     @property
     def numeric(self) -> set[str]:

@@ -53,10 +53,15 @@ class Parameter(ABC):
     The site is in standardised units. Methods of `Family` get the value on the outcome's scale.
     `name` is the name of the site, and of the parameter in tables and files. `start` is the guide's
     initial value, in standardised units; it must lie inside the prior's support.
+
+    `link` is the link of its predictor, if it gets one, "log" or "logit"; empty if it cannot have
+    one. In formulas it is called `alias`, or `name` if that is empty.
     """
 
     name: str
     start: float = 0.7
+    link: ClassVar[str] = "log"
+    alias: ClassVar[str] = ""
 
     @abstractmethod
     def sample(self, priors: Priors, unit: Unit) -> Tensor:
@@ -183,6 +188,12 @@ class Family(ABC):
                 "turn the column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
+        if bad.shape != (data.n_rows,):
+            raise ValueError(
+                f"family {self.name!r} needs one outcome per row, found the shape "
+                f"{tuple(y.shape)} of {data.outcome_name!r}: fit each column by itself, or choose "
+                "the column of the event's indicators"
+            )
         if data.status is not None:  # lower ends at 0 of positive outcomes say nothing
             bad &= ~((y == 0) & ((data.status == RIGHT) | (data.status == INTERVAL)))
         if bad.any():
@@ -230,6 +241,16 @@ class Family(ABC):
         """Parameters besides eta, in the order in which they are sampled; none by default."""
         return ()
 
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """Parameters with predictors of their own, in the last columns of eta; none by default."""
+        return ()
+
+    @property
+    def without_predictors(self) -> Family:
+        """The family whose parameters are the same in all rows; by default itself."""
+        return self
+
     def effect_scale(self) -> float:
         """Default prior scale of the sds of random effects, in standardised units."""
         return 2.5
@@ -270,6 +291,15 @@ class Family(ABC):
 
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor | None:
         """Fisher information of eta, "... rows columns"; None if it is that of the curvature."""
+        return None
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """Fisher information "... rows" of the link of a parameter; None, the default, if unknown.
+
+        It is then estimated from simulated outcomes.
+        """
         return None
 
     def exceedances(self, eta: Eta, parameters: Parameters) -> tuple[Tensor, Tensor, float] | None:

@@ -35,6 +35,8 @@ __all__ = ["Gaussian", "ResidualScale", "ResidualSd", "ResidualSpread"]
 class ResidualSpread(Parameter, ABC):
     """A spread of residuals with the prior `Priors.residual_sd`, in units of the predictor."""
 
+    alias = "sigma"
+
     def _scale(self, priors: Priors, unit: Unit) -> Tensor:
         return priors.residual_sd.scales([""], unit, Gaussian().effect_scale())[0]
 
@@ -110,6 +112,16 @@ class Gaussian(CensorableFamily):
 
     def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> NormalSurvival:
         return NormalSurvival(eta[..., 0], self.value(parameters, "residual_sd"))
+
+    def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
+        sd = self.value(parameters, "residual_sd")
+        return (sd[..., None] if sd.dim() else sd).expand_as(eta) ** -2
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 for log(residual_sd)."""
+        return torch.full_like(eta[..., 0], 2.0)
 
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return eta[..., 0]

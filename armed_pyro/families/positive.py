@@ -77,6 +77,12 @@ class LogNormal(CensorableFamily):
         sd = self.value(parameters, "residual_sd")
         return (sd[..., None] if sd.dim() else sd).expand_as(eta) ** -2
 
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 for log(residual_sd)."""
+        return torch.full_like(eta[..., 0], 2.0)
+
     def if_misfit(self, y: Array) -> str:
         return "try family gamma, a feature, or a transformed outcome"
 
@@ -132,6 +138,16 @@ class Gamma(MeanFamily, CensorableFamily):
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
         value = super().information(eta, parameters, rows)
         return self.or_scores(value, eta, parameters, rows)
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """shape^2 (trigamma(shape) - 1 / shape) for log(shape)."""
+        shape = self.value(parameters, "shape")
+        small = shape.clamp(max=100.0)
+        exact = small**2 * (torch.special.polygamma(1, small) - 1 / small)
+        # Large shapes would cancel.
+        return torch.where(shape > 100, 0.5 + 1 / (6 * shape), exact).expand(eta.shape[:-1])
 
     def if_misfit(self, y: Array) -> str:
         return "try family lognormal, a feature, or a transformed outcome"

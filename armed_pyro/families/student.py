@@ -96,6 +96,15 @@ class Student(CensorableFamily):
         value = precision[..., None] if precision.dim() else precision
         return self.or_scores(value.expand_as(eta), eta, parameters, rows)
 
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 nu / (nu + 3) for log(residual_scale)."""
+        if name != "residual_scale":
+            return None
+        nu = self.value(parameters, "nu")
+        return (2 * nu / (nu + 3)).expand(eta.shape[:-1])
+
     def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> StudentT:
         nu, scale = self.value(parameters, "nu"), self.value(parameters, "residual_scale")
         return StudentT(nu, eta[..., 0], scale)

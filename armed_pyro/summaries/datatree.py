@@ -32,6 +32,7 @@ from armed_pyro.program.units import (
     original_fixed_effects,
     original_parameters,
     original_sd,
+    original_variances,
 )
 from armed_pyro.rows.batch import Rows
 
@@ -335,10 +336,10 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             effects = latents[factor.effect_site].to(torch.float64)
             matrix = factor.to_original.to(effects)
             add(names.effect, (name, term), effects @ matrix.mT)
-        covariance = original_covariance(factor, latents)
-        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        variance = original_variances(factor, latents)
         add(names.sd, (term,), variance.sqrt())
         if factor.groups:
+            covariance = original_covariance(factor, latents)
             product = variance[..., :, None] * variance[..., None, :]
             coords[term_bis] = list(factor.terms)
             add(names.cor, (term, term_bis), covariance / product.sqrt())
