@@ -94,6 +94,20 @@ def test_curves_are_the_familys_survivor_function():
         fit.survival(new, [np.inf])
 
 
+def test_curves_of_a_shape_that_depends_on_a_feature():
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=80)
+    frame = pd.DataFrame({"t": rng.weibull(np.exp(0.3 * x)), "x": x, "g": np.arange(80) % 8})
+    formulas = ["t ~ x + (1 | g)", "shape ~ x"]
+    fit = model(formulas, frame, family="weibull").fit(steps=40, progress=False)
+    made, draws = fit.survival(frame[:3], [0.5], draws=100), fit.draws(100)
+    rows = fit.model.encode(fit.data.take(slice(0, 3))).all()
+    with torch.no_grad():
+        eta = fit.model.predictor(rows, draws).eta.double().numpy()
+    expected = stats.weibull_min.sf(0.5, np.exp(eta[..., 1]), scale=np.exp(eta[..., 0]))
+    np.testing.assert_allclose(made["survival"][:, 0], expected.mean(0), rtol=1e-6)
+
+
 def test_families_without_a_survivor_function_say_so():
     frame = pd.DataFrame({"n": [0, 1, 2, 3] * 5, "g": np.arange(20) % 5})
     fit = model("n ~ 1 + (1 | g)", frame, family="poisson").fit(steps=5, progress=False)
