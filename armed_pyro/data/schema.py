@@ -158,10 +158,7 @@ class Schema:
         warn_of_float_labels(table[[name for name in clusters if name not in times]])
         orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
         levels = levels_of(table, columns, factors, orders)
-        target, classes = table[outcome], None
-        if is_categorical(target) or event is not None:
-            what = f"outcome {outcome!r}"
-            classes = event_last(code_labels(target, what)[1], event, what)
+        classes = _classes(table[outcome], event)
         columns_of = expanded(made, levels)
         schema = cls(
             outcome=outcome,
@@ -455,6 +452,14 @@ def _check_distinct(calls: Iterable[str], table: pd.DataFrame) -> None:
                 f"The table has a column {name!r}, which is also a call of the formula: rename "
                 f"the column, or write `{name}` in backticks for it."
             )
+
+
+def _classes(outcome: pd.Series, event: Any) -> pd.Index | None:
+    """Labels of an outcome that is categorical or has an event, the event last; None of numbers."""
+    if event is None and not is_categorical(outcome):
+        return None
+    what = f"outcome {outcome.name!r}"
+    return event_last(code_labels(outcome, what)[1], event, what)
 
 
 def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str]) -> None:
