@@ -152,8 +152,9 @@ class Schema:
         check_known("feature for categorical=", sorted(factors), columns)
         _check_outcome(outcome, [*columns, *formula.offset_columns], clusters)
         used = [*reserved, *columns, *formula.offset_columns]
-        table = with_open_ends(pick(table, used), outcome, roles.get("upper"))
-        table = natural_types(table.dropna())
+        table = natural_types(
+            with_open_ends(pick(table, used), outcome, roles.get("upper")).dropna()
+        )
 
         warn_of_float_labels(table[[name for name in clusters if name not in times]])
         orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
