@@ -16,6 +16,7 @@ from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, Schedule
 from armed_pyro.cli import app
 from armed_pyro.families.distributional import family_with_predictors
 from armed_pyro.families.registry import family_named
+from armed_pyro.program.working import derivatives
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.parameter_formula import ParameterFormula
 from armed_pyro.rows.batch import Rows
@@ -359,6 +360,26 @@ def test_weights_as_precisions_divide_the_variance_of_each_row():
     ((_, parameters),) = bound.by_draw(eta[None], {}, rows)
     drawn = bound.family.distribution(eta, parameters, rows).stddev
     torch.testing.assert_close(drawn, expected)
+
+
+def test_censored_rows_have_the_tail_beyond_their_limit():
+    table = simulated(6, 10).assign(event=np.arange(60) % 3 > 0)
+    made = model(["event(y, event) ~ x", "sigma ~ z"], table.astype({"event": int}))
+    bound = made.program.bind(made.data)
+    rows, eta = bound.encode(made.data).all(), predictors(60, 2)
+    y, mean, sd = table.y.to_numpy(), eta[:, 0].numpy(), eta[:, 1].exp().numpy()
+    exact, tail = stats.norm.logpdf(y, mean, sd), stats.norm.logsf(y, mean, sd)
+    found = bound.density(eta, {}, rows).log_prob(rows.outcome())
+    np.testing.assert_allclose(found, np.where(table.event, exact, tail), rtol=1e-7)
+    slope, information = derivatives(bound, eta, {}, rows)
+    expected = np.stack([sd**-2, np.full(60, 2.0)], 1)
+    squares = np.where(table.event.to_numpy()[:, None], expected, slope.numpy() ** 2)
+    np.testing.assert_allclose(information, squares, rtol=1e-7)
+    # d log S / d eta of a normal tail is the inverse Mills ratio over the sd.
+    z = (y - mean) / sd
+    mills = np.exp(stats.norm.logpdf(z) - stats.norm.logsf(z))
+    score = np.where(table.event, z / sd, mills / sd)
+    np.testing.assert_allclose(slope[:, 0], score, rtol=1e-6)
 
 
 def test_a_network_has_a_further_output_for_the_parameter():
