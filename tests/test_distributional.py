@@ -485,6 +485,17 @@ def test_sleepstudy_agrees_with_glmmtmb():
 
 
 @pytest.mark.slow
+def test_owls_agrees_with_glmmtmb():
+    table = pd.read_csv(Path(os.environ["ARMED_PYRO_REFERENCE_DATA"]) / "owls.csv")
+    formula = "SiblingNegotiation ~ FoodTreatment * SexParent + (1 | Nest)"
+    family, offset = "zero_inflated(poisson)", "logBroodSize"
+    made = model([formula, "zi ~ 1"], table, family=family, offset=offset)
+    fixed = made.fit(progress=False).fixed_effects()
+    reference = np.array([0.870, -0.269, -0.079, 0.096, -1.053])
+    assert (np.abs(fixed["median"] - reference) / fixed["sd"]).max() < 0.3
+
+
+@pytest.mark.slow
 def test_the_guide_agrees_with_nuts():
     table = simulated(12, 10, seed=5)
     fitted = model(["y ~ x + (1 |c| g)", "sigma ~ z + (1 |c| g)"], table).fit(progress=False)

@@ -62,7 +62,8 @@ class ProcessGuide(Guide):
             predicted = " with predictors of its parameters" if model.family.predicted else ""
             raise ValueError(
                 f"a process in time needs a gaussian outcome so far, found the family "
-                f"{model.family.name!r}{predicted}: leave the process out, or model a transformed outcome"
+                f"{model.family.name!r}{predicted}: leave the process "
+                "out, or model a transformed outcome"
             )
         self.hyperparameters = Hyperparameters(model)
         self.sums = ProcessSums(model)
