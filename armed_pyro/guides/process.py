@@ -59,9 +59,11 @@ class ProcessGuide(Guide):
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
         if not model.family.is_quadratic:
+            predicted = " with predictors of its parameters" if model.family.predicted else ""
             raise ValueError(
                 f"a process in time needs a gaussian outcome so far, found the family "
-                f"{model.family.name!r}: leave the process out, or model a transformed outcome"
+                f"{model.family.name!r}{predicted}: leave the process "
+                "out, or model a transformed outcome"
             )
         self.hyperparameters = Hyperparameters(model)
         self.sums = ProcessSums(model)
