@@ -375,14 +375,8 @@ class Schema:
         """Read a schema that `to_json` wrote."""
         try:
             classes = content["classes"]
-            later = {"intercept": True, "slopes": [], "weights_kind": "frequency"}
-            later |= {
-                "cluster_columns": [],
-                "means": {},
-                "calls": {},
-                "offset_call": None,
-                "times": [],
-            }
+            later = {"intercept": True, "slopes": [], "weights_kind": "frequency", "times": []}
+            later |= {"cluster_columns": [], "means": {}, "calls": {}, "offset_call": None}
             values = {member.name: {**later, **content}[member.name] for member in fields(cls)}
             for name in ("terms", "slopes"):
                 values[name] = tuple(tuple(term) for term in values[name])
@@ -391,8 +385,7 @@ class Schema:
             values["classes"] = None if classes is None else index_from_json(classes)
             made = values["cluster_columns"]
             values["cluster_columns"] = tuple(ClusterColumn(**column) for column in made)
-            means = {k: ClusterMeans.from_json(v) for k, v in values["means"].items()}
-            values["means"] = means
+            values["means"] = {k: ClusterMeans.from_json(v) for k, v in values["means"].items()}
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
