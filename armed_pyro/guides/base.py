@@ -45,9 +45,8 @@ class Guide(nn.Module, ABC):
     theta are the hyperparameters (family parameters, standard deviations, correlations, latent
     fixed effects) and u the random effects. A guide is an ordinary Pyro guide: calling it samples
     every latent site of the program, under the program's site names. The rest of the protocol
-    tells training, importance sampling and prediction how to use it:
+    tells training, importance sampling and prediction how to use it.
 
-    ======================= ===============================================================
     Sites that a guide samples beyond those of the program start with an underscore and are
     auxiliary (``infer={"is_auxiliary": True}``): ``_theta`` holds all hyperparameters in
     unconstrained coordinates. `hyperparameters` is q(theta).

@@ -17,6 +17,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import match_labels, under_known_labels
 from armed_pyro.data.own_means import joined_tables, with_joint_means
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth, systematic
@@ -27,6 +28,7 @@ from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.inputs import JoinedInputs
 
 __all__ = ["Adapted", "adapt", "check_support_in", "encoded_support", "joined"]
 
@@ -275,12 +277,14 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
         return first if first.n_rows else second
     both = (first, second)
     optional: dict[str, Any] = {}
-    for role in ("outcome", "trials", "offset", "weights", "slopes"):
+    for role in ("outcome", *PER_ROW, "slopes"):
         pair = [getattr(data, role) for data in both]
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f"one set of support rows has {role}, the other has none")
         optional[role] = None if pair[0] is None else torch.cat(pair)
-    optional["fold"] = None
+    optional["fold"] = optional["inputs"] = None
+    if first.inputs is not None and second.inputs is not None:
+        optional["inputs"] = JoinedInputs.of(first.inputs, second.inputs)
     groupings = {}
     for name in dict.fromkeys([*first.groupings, *posterior.model.factor_names()]):
         left, right = first.grouping(name), second.grouping(name)

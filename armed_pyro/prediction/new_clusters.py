@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,9 @@ from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.predictor import modulates
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.censoring import Censoring
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.inputs import JoinedInputs
 
 __all__ = ["Conditioned", "condition"]
 
@@ -188,7 +190,8 @@ class _Solver:
                 joined.append(factor)
         z = torch.cat(designs, 1)
         if around is not None:
-            eta = eta - model.data_facts().spread * torch.einsum("ntc,nt->nc", z, around[place])
+            spreads = model.data_facts().spreads(eta)
+            eta = eta - spreads * torch.einsum("ntc,nt->nc", z, around[place])
         names = [p.name for p in model.family.parameters if p.name in latents]
         parameters = {name: latents[name].reshape(-1, 1) for name in names}
         draws = max(map(len, lower))
@@ -297,4 +300,21 @@ def _with_training(
     if fold is not None:  # further rows get the mean of the networks
         fold = torch.cat([torch.full_like(fold[:1].expand(len(source)), -1), fold[index]])
     parts = (x, y, codes, counts, trials, offset, weights)
-    return HeldRows(*parts, slopes=slopes, means=means, fold=fold)
+    inputs = None
+    if source.inputs is not None and training.inputs is not None:
+        inputs = JoinedInputs.of(source.inputs, training.inputs.take(index))
+    held = HeldRows(*parts, slopes=slopes, means=means, fold=fold, inputs=inputs)
+    return replace(held, censoring=_both_censored(source, training, index))
+
+
+def _both_censored(first: HeldRows, second: HeldRows, index: Tensor) -> Tensor | None:
+    """Censoring of the first rows, and of the second ones at `index`."""
+    known = [rows.censoring for rows in (first, second) if rows.censoring is not None]
+    if not known or first.y is None or second.y is None:
+        return None
+    parts = [
+        Censoring.exact(rows.y, known[0]) if rows.censoring is None else rows.censoring
+        for rows in (first, second)
+        if rows.y is not None
+    ]
+    return torch.cat([parts[0], parts[1][index]])

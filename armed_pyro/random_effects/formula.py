@@ -24,7 +24,7 @@ from armed_pyro.data.formula_syntax import (
 from armed_pyro.random_effects.process_kernels import KERNELS
 from armed_pyro.random_effects.terms import FilterScaleBias, Process, RandomEffects, Term
 
-__all__ = ["fixed_and_random", "parse_terms", "slopes_formula"]
+__all__ = ["fixed_and_random", "parse_terms", "slopes_formula", "terms_of", "with_all_levels"]
 
 # What stands right of a bar; and words, with quotation marks or an encoded level.
 _RIGHT = re.compile(r"(?<=\|)[^()|`]+(?=\)|$)")
@@ -37,7 +37,9 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
 
     ``(1 + x | g)`` is a correlated intercept and slope; the intercept is implied, and ``0 +``
     removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
-    ``(1 | a)`` and ``(1 | a:b)``. Names with other characters than letters are in backticks.
+    ``(1 | a)`` and ``(1 | a:b)``. Terms of one factor with the same label, ``(1 |c| g)`` and
+    ``(0 + x |c| g)``, are correlated, also those of parameters. Names with other characters than
+    letters are in backticks.
     Left of the bar stands a formula of features, with products and functions, such as
     ``(x * z + poly(t, 2) | g)``. The data need its columns: `slopes_formula` names them for
     `ClusteredData.from_frame`; `armed_pyro.model` and the command line do that by themselves. One
@@ -150,6 +152,7 @@ def terms_of(bar: Operation | Call) -> list[RandomEffects] | list[Process]:
     if isinstance(bar, Call):
         return _processes(bar)
     text = text_of(bar)
+    bar, group = _unlabelled(bar)
     if any(_is_bar(side) for side in operands(bar)):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
     factors = factor_path(bar.right)
@@ -163,7 +166,9 @@ def terms_of(bar: Operation | Call) -> list[RandomEffects] | list[Process]:
     categorical = tuple(name for name in slopes if name in formula.categorical)
     correlated = bar.symbol == "|"
     return [
-        RandomEffects(factor, slopes, formula.intercept, correlated, categorical=categorical)
+        RandomEffects(
+            factor, slopes, formula.intercept, correlated, categorical=categorical, group=group
+        )
         for factor in factors
     ]
 
@@ -181,21 +186,31 @@ def _processes(call: Call) -> list[Process]:
     )
 
 
+def _unlabelled(bar: Operation) -> tuple[Operation, str]:
+    """The term without its label, and the label: ``(x | g)`` and ``c`` of ``(x |c| g)``."""
+    left = bar.left
+    if bar.symbol != "|" or not isinstance(left, Operation) or left.symbol != "|":
+        return bar, ""
+    if not isinstance(left.right, Name):
+        return bar, ""
+    return Operation("|", left.left, bar.right), left.right.name
+
+
 def _slopes_of(bar: Operation | Call) -> Formula:
     """The formula left of a term's bar; that of no slope for a process."""
     if isinstance(bar, Call):
         return features_of(Number(1.0), f"the process {text_of(bar)!r}")
-    what = f"the random-effect term {text_of(bar)!r}"
+    what, (bar, _) = f"the random-effect term {text_of(bar)!r}", _unlabelled(bar)
     formula = features_of(bar.left, what)
     if formula.offset is not None:
         raise ValueError(f"{what} has an offset(), which has no effects.")
-    return _without_contrasts(formula)
+    return with_all_levels(formula)
 
 
-def _without_contrasts(formula: Formula) -> Formula:
+def with_all_levels(formula: Formula) -> Formula:
     """Without an intercept the first factor has an effect for every level, whatever its contrasts.
 
-    >>> _without_contrasts(features_of(parse("0 + C(x, Sum)"), "term")).terms
+    >>> with_all_levels(features_of(parse("0 + C(x, Sum)"), "term")).terms
     (('x',),)
     """
     if formula.intercept:
@@ -219,7 +234,9 @@ def _check_overlap(terms: list[Term]) -> None:
         if isinstance(term, Process):
             names = ("1",)
         if isinstance(term, RandomEffects):
+            parameter = f"{term.parameter} ~ " if term.parameter else ""
             names = (*(("1",) if term.intercept else ()), *term.slopes)
+            names = tuple(parameter + name for name in names)
         for name in names:
             other = taken.setdefault((term.factor, name), term)
             if other is not term:

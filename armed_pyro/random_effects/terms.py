@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from armed_pyro.data.categories import contrast_of
 from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.data.formula import is_written
 from armed_pyro.data.formula_functions import is_made
+from armed_pyro.networks.tap import Pool, Tap, with_pool
 from armed_pyro.random_effects.covariance import (
     Correlated,
     Covariance,
@@ -89,6 +90,12 @@ class RandomEffects(Term):
         see `armed_pyro.random_effects.covariance`.
     categorical : tuple of str
         Slopes that must be categorical columns, from ``factor()``.
+    parameter : str
+        The parameter of the family whose predictor has these effects, such as ``sigma``; empty for
+        the outcome's own predictor.
+    group : str
+        Label of the term. Terms of a factor with the same label are correlated with each other,
+        also those of different parameters: brms' ``(1 |c| site)``.
 
     Examples
     --------
@@ -102,30 +109,41 @@ class RandomEffects(Term):
     correlated: bool = True
     covariance: str | Covariance | None = None
     categorical: tuple[str, ...] = ()
+    parameter: str = ""
+    group: str = ""
 
     def __post_init__(self) -> None:
         _covariance(self)  # which refuses an unknown name
+        if self.group and (self.covariance is not None or not self.correlated):
+            raise ValueError(
+                f"the term with the label {self.group!r} has another covariance than a full "
+                "correlation matrix: leave out either of them"
+            )
         if not self.intercept and not self.slopes:
             raise ValueError(f"the term {self} has neither an intercept nor a slope")
 
     def __str__(self) -> str:
         bar = "|" if self.correlated or self.covariance is not None else "||"
+        bar = f"|{quoted(self.group)}|" if self.group else bar
+        parameter = f"{self.parameter} ~ " if self.parameter else ""
         kind = "" if self.covariance is None else str(covariance_named(self.covariance))
         slopes = [
             f"factor(`{name}`)" if name in self.categorical else quoted(name)
             for name in self.slopes
         ]
         effects = " + ".join(["1" if self.intercept else "0", *slopes])
-        return f"{kind}({effects} {bar} {quoted(self.factor)})"
+        return f"{parameter}{kind}({effects} {bar} {quoted(self.factor)})"
 
     def expanded(self, features: FeatureScaling) -> tuple[Term, ...]:
         joint = [*self._factors(features), *self._several(features)]
         if self.correlated or self.covariance is not None or not joint:
             return (self,)
         numbers = tuple(slope for slope in self.slopes if slope not in joint)
-        whole: list[Term] = [RandomEffects(self.factor, (name,), intercept=False) for name in joint]
+        whole: list[Term] = [
+            replace(self, slopes=(n,), intercept=False, correlated=True) for n in joint
+        ]
         if self.intercept or numbers:
-            whole.insert(0, RandomEffects(self.factor, numbers, self.intercept, correlated=False))
+            whole.insert(0, replace(self, slopes=numbers))
         return tuple(whole)
 
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
@@ -147,7 +165,9 @@ class RandomEffects(Term):
                 names += [features.names[place] for place in places]
             columns += places
         kind, intercept = _covariance(self), self.intercept
-        return InputBlock(features, columns, names, kind, intercept=intercept, contrasts=contrasts)
+        block = InputBlock(features, columns, names, kind, intercept=intercept, contrasts=contrasts)
+        block.parameter, block.group = self.parameter, self.group
+        return block
 
     def _factors(self, features: FeatureScaling) -> list[str]:
         """The slopes on categorical columns; a ValueError if a column in factor() is none."""
@@ -187,12 +207,16 @@ class Slopes(Term):
     Attributes
     ----------
     on : str
-        Module path of the layer, such as ``"3"`` or ``"encoder.2"``; feature maps are averaged
-        over space.
+        Module path of the layer, such as ``"3"`` or ``"encoder.2"``; ``"lstm[0]"`` is the first
+        element of an output that is a tuple, and ``"relu#1"`` that of a module's first call.
     correlated : bool
         Whether the slopes are correlated; independent by default, as layers are wide.
     covariance : str, Covariance or None
         As of `RandomEffects`.
+    pool : {"mean", "max", "first", "last", "masked"}, optional
+        How tokens, time or space become one vector per row, by default their mean. "first" and
+        "last" take one token or moment; "masked" averages the tokens that the network's input
+        ``attention_mask`` keeps.
 
     References
     ----------
@@ -208,21 +232,25 @@ class Slopes(Term):
     on: str
     correlated: bool = False
     covariance: str | Covariance | None = None
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         _covariance(self)  # which refuses an unknown name
+        Tap.of(*self.layers())  # which refuses an unknown pool
 
     def __str__(self) -> str:
         more = ", correlated=True" if self.correlated else ""
+        more += f", pool={self.pool!r}" if self.pool else ""
         if self.covariance is not None:
             more += f", covariance={self.covariance!r}"
         return f"Slopes({self.factor!r}, on={self.on!r}{more})"
 
     def layers(self) -> tuple[str, ...]:
-        return (self.on,)
+        return (with_pool(self.on, self.pool),)
 
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
-        return LayerBlock(self.on, widths[self.on], _covariance(self))
+        (path,) = self.layers()
+        return LayerBlock(path, widths[path], _covariance(self), self.on)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def _question(results: Results) -> Section:
     layers = [module for module in model.net.modules() if not list(module.children())]
     lines = {
         "Formula": formula(model),
+        "Parameters": "; ".join(model.parameter_texts()),
         "Outcome": f"{facts.outcome_name} ({model.family})",
         **outcome_labels(model),
         "Features": ", ".join(facts.feature_names) or "none",
@@ -129,6 +130,9 @@ def _says(results: Results, drawn: Pictures) -> Section:
     if drawn.effects:
         text = "Expected outcome over each variable, for a typical row and the average cluster."
         blocks += [Paragraph(text), Gallery(drawn.effects)]
+        if not model.linear:
+            text = "Intervals, where there are any, are conditional on the network's weights."
+            blocks.append(Paragraph(text, "small"))
     if "effects" in drawn.notes:
         blocks.append(Paragraph(drawn.notes["effects"], "small"))
     table, hidden = results.fixed_effects, len(results.fixed_effects) - MOST_COEFFICIENTS

@@ -27,6 +27,7 @@ from armed_pyro.data.formula import parse_features
 from armed_pyro.data.formula_functions import learns
 from armed_pyro.data.grouping import Grouping, code_labels, grouping_by
 from armed_pyro.data.schema import Schema, WeightsKind
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.rows.passes import ahead
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -57,8 +58,8 @@ class TableScan:
 
     @property
     def numbers(self) -> list[str]:
-        """Names of those among outcome, trials, offset and weights that the data have."""
-        names = ("outcome", "trials", "offset", "weights")
+        """Names of those among outcome, trials, offset, weights and so on that the data have."""
+        names = ("outcome", *PER_ROW)
         return [name for name in names if getattr(self.first, name) is not None]
 
     def cluster(self, factor: str) -> str:
@@ -135,7 +136,7 @@ def scan(
 
 def used_columns(schema: Schema) -> tuple[str, ...]:
     """The table columns that encoded rows are made from, each once."""
-    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
+    roles = (schema.outcome, *schema.clusters, *(getattr(schema, role) for role in PER_ROW))
     return tuple(dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None))
 
 

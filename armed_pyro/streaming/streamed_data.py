@@ -14,6 +14,7 @@ from typing import Any
 from rich.progress import Progress
 
 from armed_pyro._messages import progress_console, unknown
+from armed_pyro.data.censoring import check_observed
 from armed_pyro.data.columns import Missing
 from armed_pyro.data.grouping import check_several
 from armed_pyro.data.schema import WeightsKind
@@ -81,6 +82,9 @@ class StreamedData:
         weights_kind: WeightsKind = "frequency",
         se: str | None = None,
         times: Sequence[str] = (),
+        status: str | None = None,
+        upper: str | None = None,
+        entry: str | None = None,
         missing: Missing = "error",
         memory: int = 2 * 10**9,
         folder: str | os.PathLike[str] | None = None,
@@ -100,6 +104,8 @@ class StreamedData:
             )
         weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
+        check_observed(status, upper)
+        roles.update(status=status, upper=upper, entry=entry)
         roles.update(categorical=categorical, weights_kind=kind, times=times)
         scanned = scan(
             table,
