@@ -369,6 +369,7 @@ class Schema:
             "levels": {name: index_to_json(index) for name, index in self.levels.items()},
             "indicators": list(self.indicators),
             "clusters": list(self.clusters),
+            "times": list(self.times),
             "classes": None if self.classes is None else index_to_json(self.classes),
             "cluster_columns": [asdict(column) for column in self.cluster_columns],
             "means": {factor: means.to_json() for factor, means in self.means.items()},
@@ -379,19 +380,18 @@ class Schema:
         """Read a schema that `to_json` wrote."""
         try:
             classes = content["classes"]
-            later = {"intercept": True, "slopes": [], "weights_kind": "frequency"}
+            later = {"intercept": True, "slopes": [], "weights_kind": "frequency", "times": []}
             later |= {"cluster_columns": [], "means": {}, "calls": {}, "offset_call": None}
             later |= dict.fromkeys(("status", "upper", "entry"))
             values = {member.name: {**later, **content}[member.name] for member in fields(cls)}
             for name in ("terms", "slopes"):
                 values[name] = tuple(tuple(term) for term in values[name])
             values["levels"] = {k: index_from_json(v) for k, v in values["levels"].items()}
-            values |= {name: tuple(values[name]) for name in ("indicators", "clusters")}
+            values |= {name: tuple(values[name]) for name in ("indicators", "clusters", "times")}
             values["classes"] = None if classes is None else index_from_json(classes)
             made = values["cluster_columns"]
             values["cluster_columns"] = tuple(ClusterColumn(**column) for column in made)
-            means = {k: ClusterMeans.from_json(v) for k, v in values["means"].items()}
-            values["means"] = means
+            values["means"] = {k: ClusterMeans.from_json(v) for k, v in values["means"].items()}
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(

@@ -67,7 +67,9 @@ def weighed(posterior: Posterior) -> Posterior:
 
 def _particles(posterior: Posterior) -> int:
     # Training chose one particle if the guide's conditional is exact; then one is enough here too.
-    several = posterior.guide.nested() is not None and posterior.history.particles > 1
+    guide = posterior.guide
+    grouped = guide.nested() is not None or guide.particles() is not None
+    several = grouped and posterior.history.particles > 1
     return max(PARTICLES, posterior.history.particles) if several else 1
 
 
@@ -101,7 +103,7 @@ def importance_draws(
     by_rows = MOST_EVALUATIONS // per_draw
     n = max(FEWEST_DRAWS, min(MOST_DRAWS, by_rows, by_work, affordable(posterior)))
     size, rows_at_once = max(1, min(n, BLOCK // per_draw, guide.most_draws())), len(source)
-    if per_draw > MOST_AT_ONCE:
+    if per_draw > MOST_AT_ONCE and guide.particles() is None:
         size, rows_at_once = n, max(1, PIECE // (n * particles * row_cost(model)))
     pieces = Pieces.of(source, rows_at_once, guide.nested_name())
     collected = _Collected(posterior, n, particles)
@@ -227,7 +229,7 @@ class _Collected:
         tails = self.tails[counts] if counts.any() else self.tails
         by_cluster, watched = np.full(self.n_clusters, np.nan), self.watched.numpy()
         by_cluster[watched] = -np.inf
-        if self.particles > 1:
+        if self.particles > 1 and len(watched):
             by_cluster[watched] = pareto_smooth(tails.flatten(0, 1).T.double().numpy())[1]
         clusters = self.clusters.double().cpu().numpy()
         return ImportanceDraws(self.latents, log_weights[0], float(k_hat[0]), clusters, by_cluster)

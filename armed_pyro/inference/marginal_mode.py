@@ -67,7 +67,8 @@ def start_at_mode(
     the mode of all rows (Bollapragada, Byrd, Nocedal 2019).
     """
     hyper = guide.hyperparameters
-    searchable = closed is not None or guide.nested() is not None or not model.factors
+    grouped = guide.nested() is not None or guide.particles() is not None
+    searchable = closed is not None or grouped or not model.factors
     # With effects inside the network, the search would run it hundreds of times on all rows.
     affordable = not modulates(model) or len(source) * row_cost(model) <= LARGEST_STEP
     if not hyper.size or not searchable or not affordable:
@@ -133,6 +134,11 @@ def climb_to_mode(
 def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> int:
     """Particles per cluster that the bound needs; 1 if the guide's conditional is exact."""
     nested = guide.nested()
+    if guide.particles() is not None:
+        noise = proposal_noise(guide, source.all(), 8, 16, model.reference(), heavy=False)
+        with torch.no_grad():
+            weighted = weigh(model, guide, source.all(), noise)
+        return 1 if float(0.5 * weighted.particles.var(1).mean(0).sum()) < 0.05 else 16
     if nested is None:
         return 1
     # A sample of clusters is enough to estimate the variance.
@@ -260,7 +266,8 @@ class _Posterior:
         exact = guide.exact(model)
         draws = 8 if nested is not None and len(model.factors) > 1 and not exact else 1
         n = len(source)
-        size = n if n * draws <= LARGEST_STEP else max(1, LARGEST_STEP // (4 * draws))
+        whole = n * draws <= LARGEST_STEP or guide.particles() is not None
+        size = n if whole else max(1, LARGEST_STEP // (4 * draws))
         if sample is None:
             size = size if held else min(size, SEARCHED)
             self.pieces = Pieces.of(source, size, guide.nested_name(), keep=held)

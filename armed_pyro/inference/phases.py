@@ -290,7 +290,8 @@ class FrozenPhase(Phase):
             return
         n, most = len(task.source), self._most_rows()
         # Clusters' parameters are trained, in mini-batches, only if no factor is nested.
-        batches = task.guide.nested() is None and n > most
+        whole = task.guide.particles() is not None
+        batches = task.guide.nested() is None and n > most and not whole
         rate = self.pace.rate
         if not batches and n > most:
             # The noisy gradient of a sample of clusters must not move the guide from the mode.
@@ -301,7 +302,8 @@ class FrozenPhase(Phase):
         """Set the guide to the mode; the number of particles that the bound needs there."""
         task = self.task
         start_at_mode(task.model, task.guide, self.frozen_rows, self.closed)
-        if self.closed is not None or task.guide.nested() is None or modulates(task.model):
+        several = task.guide.nested() is not None or task.guide.particles() is not None
+        if self.closed is not None or not several or modulates(task.model):
             return 1
         return task.schedule.particles or particles_needed(task.model, task.guide, self.frozen_rows)
 
@@ -388,7 +390,8 @@ class FrozenPhase(Phase):
         return most if isinstance(self.frozen_rows, HeldRows) else min(most, MOST_READ)
 
     def _step_rows(self) -> Rows:
-        if len(self.frozen_rows) <= self._most_rows():
+        whole = self.task.guide.particles() is not None
+        if whole or len(self.frozen_rows) <= self._most_rows():
             return self.frozen_rows.all()
         return self.next_batch() if self.task.guide.nested() is None else next(self.passes)
 
