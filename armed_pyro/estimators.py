@@ -143,7 +143,9 @@ class _MixedEffectsEstimator(BaseEstimator, ABC):
         """Posterior mean of E[y | x, cluster]."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        names = dict.fromkeys(n for f in self.fit_.model.factors for n in f.name.split(":"))
+        names = dict.fromkeys(
+            n for f in self.fit_.model.clustered_factors for n in f.name.split(":")
+        )
         told = groups is not None and len(names) > 0
         if not told:
             groups = pd.DataFrame({name: np.full(len(X), UNKNOWN) for name in names})

@@ -16,6 +16,9 @@ from torch import Tensor
 from armed_pyro._messages import check_type, unknown
 from armed_pyro.data.label_matching import label_text
 
+# Label of the one cluster of a smooth term.
+ALL_ROWS = pd.Index(["all rows"])
+
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
@@ -74,6 +77,15 @@ class Grouping:
                 "that hold ':' make the names of cells ambiguous. Rename those labels."
             )
         return Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
+
+
+def is_smooth_text(factor: str) -> bool:
+    """Whether a factor is that of a smooth term, whose one cluster holds all rows.
+
+    >>> is_smooth_text("s(x, k=20)"), is_smooth_text("site")
+    (True, False)
+    """
+    return factor.startswith("s(") and factor.endswith(")")
 
 
 def grouping_by(groupings: Mapping[str, Grouping], factor: str) -> Grouping:

@@ -136,6 +136,7 @@ class Schema:
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
         _check_offsets(formula, extra, roles.get("offset"))
+        _check_smooths(formula)
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         made = tuple(dict.fromkeys(formula.made + extra.made))
         calls = tuple(dict.fromkeys(formula.calls + extra.calls))
@@ -423,6 +424,18 @@ def _check_offsets(formula: Formula, slopes: Formula, column: str | None) -> Non
             f"offset={column!r} stands beside offset({formula.offset}) in the features; write "
             "both in the formula."
         )
+
+
+def _check_smooths(formula: Formula) -> None:
+    """Raise ValueError for a smooth term among the features, whose penalty would be lost."""
+    for call in formula.calls:
+        if call.startswith("s("):
+            raise ValueError(
+                f"features have the smooth term {call}, which is a random effect: write it in the "
+                "formula of armed_pyro.model, in a sum of terms, or among random=[...] with "
+                f"features of its column and slopes={call!r}. ns() and bs() are curves without a "
+                "penalty."
+            )
 
 
 def _several(call: str) -> bool:

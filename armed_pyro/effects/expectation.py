@@ -79,12 +79,16 @@ class Expectation:
         check_known("scale", [scale], SCALES)
         check_settings(draws, 0.5)
         seed = posterior.seed if seed is None else seed
-        # Random effects of the clusters are drawn only where they are used.
-        sample = posterior.draws if unseen is None else posterior.hyperparameters
-        latents = sample(draws, seed=seed)
+        # Random effects are drawn only where they are used; curves of smooth terms always are.
+        model = posterior.model
+        drawn = unseen is None or any(factor.smooth for factor in model.factors)
+        latents = (posterior.draws if drawn else posterior.hyperparameters)(draws, seed=seed)
+        if unseen is not None:
+            sites = {factor.effect_site for factor in model.clustered_factors}
+            latents = {name: value for name, value in latents.items() if name not in sites}
         n = n_draws(latents) or draws
         typical = grid.typical and unseen is not None
-        return cls(posterior.model, latents, n, unseen, scale, seed, typical)
+        return cls(model, latents, n, unseen, scale, seed, typical)
 
     def precise(self) -> Expectation:
         """The same in double precision, network included, for difference quotients."""
@@ -138,9 +142,11 @@ class Expectation:
     def _values(self, rows: Rows) -> Float[Tensor, "draws rows ..."]:
         """The values of a block; without a last dimension unless the outcome has classes."""
         family = self.model.family
-        integrated = self.unseen == "marginal" and self.scale == "response" and self.model.factors
+        integrated = (
+            self.unseen == "marginal" and self.scale == "response" and self.model.clustered_factors
+        )
         if integrated and (
-            family.has_class_probabilities or any(f.filters for f in self.model.factors)
+            family.has_class_probabilities or any(f.filters for f in self.model.clustered_factors)
         ):
             return self._sampled(rows)
         predictor = self.model.predictor(rows, self.latents, return_fixed=False)
@@ -168,7 +174,7 @@ class Expectation:
         """phi' D phi, summed over the factors, of rows of new clusters."""
         total = self.model.reference().new_zeros(self.draws, len(rows))
         spread = self.model.data_facts().spread
-        for factor in self.model.factors:
+        for factor in self.model.clustered_factors:
             phi = sensitivities(self.model, rows, factor, activations, {})[..., 0]
             root = factor.scale_matrix(self.latents)
             root = root.reshape(-1, *root.shape[-2:]).to(total)
@@ -180,7 +186,7 @@ class Expectation:
         total: Any = 0.0
         for number in range(NEW_CLUSTERS):
             latents = dict(self.latents)
-            for factor in self.model.factors:
+            for factor in self.model.clustered_factors:
                 terms, clusters = len(factor.terms), int(_largest(rows, factor.name)) + 1
                 like = self.model.reference().new_zeros(self.draws, 1, terms)
                 # A draw and its mirror image: odd parts of the integrand cancel.

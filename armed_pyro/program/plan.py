@@ -126,6 +126,11 @@ class Plan(LocalModule):
         modules: Any = self._modules["_factors"]
         return tuple(modules)
 
+    @property
+    def clustered_factors(self) -> tuple[Factor, ...]:
+        """The factors whose clusters are a sample of others: those of smooth terms left out."""
+        return tuple(factor for factor in self.factors if not factor.smooth)
+
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""
         names = [term.factor for term in self.terms]

@@ -36,10 +36,13 @@ class Block(nn.Module, ABC):
     """Effects of one term, one per name, laid out for the features of one data set.
 
     u_original = to_original @ u_internal, up to the outcome's spread. `width` is the number of
-    effects that are interpreted together, as those of the units of a hidden layer.
+    effects that are interpreted together, as those of the units of a hidden layer. `shared` has,
+    by effect, the name of the sd that it shares with the others of that name; empty if each effect
+    has its own.
     """
 
     width: int = 1
+    shared: tuple[str, ...] = ()
     to_original: Tensor
 
     def __init__(

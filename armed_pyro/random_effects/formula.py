@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from armed_pyro.data.categories import contrast_of
@@ -19,6 +19,7 @@ from armed_pyro.data.formula_syntax import (
     quoted_name,
     text_of,
 )
+from armed_pyro.random_effects.smooth import Smooth, is_smooth, without_smooths
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Term
 
 __all__ = ["fixed_and_random", "parse_terms", "slopes_formula"]
@@ -36,9 +37,10 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
     removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
     ``(1 | a)`` and ``(1 | a:b)``. Names with other characters than letters are in backticks.
     Left of the bar stands a formula of features, with products and functions, such as
-    ``(x * z + poly(t, 2) | g)``. The data need its columns: `slopes_formula` names them for
-    `ClusteredData.from_frame`; `armed_pyro.model` and the command line do that by themselves. One
-    string may hold several terms, joined by ``+``.
+    ``(x * z + poly(t, 2) | g)``. ``s(x)`` is a penalised spline, `Smooth`. The data need the
+    columns of slopes and curves: `slopes_formula` names them for `ClusteredData.from_frame`;
+    `armed_pyro.model` and the command line do that by themselves. One string may hold several
+    terms, joined by ``+``.
 
     Raises
     ------
@@ -57,7 +59,7 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
         if not isinstance(term, str | Term):
             raise TypeError(f"a random-effect term is a string or a Term, not {term!r}")
         if isinstance(term, str):
-            parsed += [part for bar in _bars(_tree(term), term) for part in terms_of(bar)]
+            parsed += [part for node in _random(_tree(term), term) for part in terms_of(node)]
         else:
             parsed.append(term)
     _check_overlap(parsed)
@@ -74,20 +76,34 @@ def slopes_formula(terms: str | Iterable[str], columns: Collection[str]) -> str:
     'age + log(dose)'
     """
     listed = [terms] if isinstance(terms, str) else terms
-    bars = [bar for text in listed for bar in _bars(_tree(text), text)]
-    texts = (text for bar in bars for text in _slopes_of(bar).texts(columns))
+    nodes = [node for text in listed for node in _random(_tree(text), text)]
+    texts = [text for node in nodes for text in _slope_texts(node, columns)]
     return " + ".join(dict.fromkeys(texts))
 
 
-def fixed_and_random(tree: Node) -> tuple[Node, list[Operation]]:
-    """The parts of a formula's right side: features, and terms in parentheses with a bar."""
-    parts = _signed(tree)
+def _slope_texts(node: Node, columns: Collection[str]) -> Sequence[str]:
+    """The columns that one random term reads, as they are written."""
+    if isinstance(node, Operation):
+        return _slopes_of(node).texts(columns)
+    return Smooth(text_of(node)).slopes
+
+
+def fixed_and_random(tree: Node) -> tuple[Node, list[str]]:
+    """The parts of a formula's right side: features, and random terms as text.
+
+    Smooth terms are random, and leave their straight line to the features.
+
+    >>> fixed, random = fixed_and_random(parse("z + s(x) + (1 | g)"))
+    >>> text_of(fixed), random
+    ('z + x', ['(1 | g)', 's(x)'])
+    """
+    parts, smooths = without_smooths(_signed(tree))
     bars = [part for part, _ in parts if _is_bar(part)]
     if wrong := [part for part, sign in parts if _is_bar(part) and sign < 0]:
         raise ValueError(f"the random-effect term ({text_of(wrong[0])}) cannot be subtracted")
     fixed = [(part, sign) for part, sign in parts if not _is_bar(part)] or [(Number(1.0), 1)]
     nodes, signs = zip(*fixed, strict=True)
-    return Sum(nodes, signs), [bar for bar in bars if isinstance(bar, Operation)]
+    return Sum(nodes, signs), [*(f"({text_of(bar)})" for bar in bars), *smooths]
 
 
 def _signed(node: Node, sign: int = 1) -> list[tuple[Node, int]]:
@@ -128,19 +144,20 @@ def _quoted_word(match: re.Match[str]) -> str:
     return word if known or "[" in word else quoted_name(word)
 
 
-def _bars(tree: Node, text: str) -> list[Operation]:
+def _random(tree: Node, text: str) -> list[Node]:
     """The terms of a text, which may join several by ``+``."""
     parts = _signed(tree)
-    bars = [part for part, sign in parts if isinstance(part, Operation) and sign > 0]
-    bars = [bar for bar in bars if _is_bar(bar)]
-    if not bars or len(bars) < len(parts):
+    terms = [part for part, sign in parts if sign > 0 and (_is_bar(part) or is_smooth(part))]
+    if not terms or len(terms) < len(parts):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
-    return bars
+    return terms
 
 
-def terms_of(bar: Operation) -> list[RandomEffects]:
-    """The terms of ``x | a/b``, one for each grouping factor."""
+def terms_of(bar: Node) -> Sequence[Term]:
+    """The terms of ``x | a/b``, one for each grouping factor; or the smooth term ``s(x)``."""
     text = text_of(bar)
+    if not isinstance(bar, Operation):
+        return [Smooth(text)]
     if any(_is_bar(side) for side in operands(bar)):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
     factors = factor_path(bar.right)
@@ -165,6 +182,11 @@ def _slopes_of(bar: Operation) -> Formula:
     formula = features_of(bar.left, what)
     if formula.offset is not None:
         raise ValueError(f"{what} has an offset(), which has no effects.")
+    if any(is_smooth(parse(call)) for call in formula.calls):
+        raise ValueError(
+            f"{what} has s(), a smooth term, which stands in a sum of terms: y ~ s(x) + (1 | g). "
+            "Write ns(x, df=4) for curves that vary by cluster."
+        )
     return _without_contrasts(formula)
 
 

@@ -51,12 +51,15 @@ class Factor(nn.Module):
     Effects are ordered by column of phi, then by column of the predictor. Effects on filters come
     last; all columns of the predictor share them. `default` is the scale of the sds' prior, if the
     prior has none of its own; `spread` is in outcome units per standardised unit. Names of sites
-    start with `label`, by default the factor's name.
+    start with `label`, by default the factor's name. The coefficients of a smooth term share one sd
+    (`Block.shared`), so that the site of the sds has fewer values than there are terms.
     """
 
     to_original: Tensor
     from_zero: Tensor | None  # T for all terms; None if it is the identity
     unit: Tensor  # standardised units per original unit of each term
+    sd_unit: Tensor  # the same of each sd
+    _sd_of_term: Tensor | None  # place of each term's sd; None if each has its own
     prior_scale: Tensor  # of the sds, in standardised units
 
     def __init__(
@@ -82,11 +85,11 @@ class Factor(nn.Module):
                 f"two terms of {name!r} have the column {twice[0]!r}: leave it out of one of them"
             )
         multiplied = [
-            (term, f"{term}[{column}]" if column else term, default / block.width**0.5)
+            (term, f"{term}[{column}]" if column else term, default * _share(block))
             for block in self.linear
             for term in block.names
             for column in columns
-        ]  # dividing by sqrt(width) keeps the variance of phi'u independent of a layer's width
+        ]
         inside = [(term, term, FILTER_SCALE) for block in self.filters for term in block.names]
         labels = multiplied + inside
         self.terms = tuple(label for _, label, _ in labels)
@@ -99,7 +102,9 @@ class Factor(nn.Module):
         scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
         # Without the predictor's column.
         self._names = [name for name, *_ in labels]
-        prior_scale = self.prior.scales(self._names, unit, scales)
+        of_sd = self._share_sds([f"[{column}]" if column else "" for column in columns])
+        prior_scale = self.prior.scales(self._names, unit[of_sd], scales[of_sd])
+        self.register_buffer("sd_unit", unit[of_sd], persistent=False)
         self.register_buffer("to_original", matrix, persistent=False)
         self._place_sites(by_column)
         self.register_buffer("unit", unit, persistent=False)
@@ -118,6 +123,32 @@ class Factor(nn.Module):
                     f"the covariance {covariance.name!r} of {name!r} makes its clusters depend on "
                     "each other, for which there is no guide yet"
                 )
+
+    def _share_sds(self, columns: Sequence[str]) -> list[int]:
+        """Set names and places of the sds, and return the first term of each.
+
+        `columns` are the endings of the names of terms, by column of the predictor.
+        """
+        shared = [
+            (name, column)
+            for block in self.linear
+            for name in block.shared or [""] * len(block.names)
+            for column in columns
+        ]
+        shared += [("", "")] * (len(self.terms) - len(shared))
+        labels = [
+            f"{name}{column}" if name else term
+            for (name, column), term in zip(shared, self.terms, strict=True)
+        ]
+        names = [name or own for (name, _), own in zip(shared, self._names, strict=True)]
+        self.sd_names = tuple(dict.fromkeys(labels))
+        first = [labels.index(label) for label in self.sd_names]
+        self.first_of_sd = first
+        self._names = [names[place] for place in first]
+        self.smooth = any(name for name, _ in shared)
+        by_term = torch.tensor([self.sd_names.index(label) for label in labels])
+        self.register_buffer("_sd_of_term", by_term if self.smooth else None, persistent=False)
+        return first
 
     def _place_sites(self, by_column: Tensor) -> None:
         """Set T and, by name of an intercept whose prior holds at features' means, `at_means`."""
@@ -218,7 +249,7 @@ class Factor(nn.Module):
 
     def starts(self) -> dict[str, Tensor]:
         """Initial values of a guide's coordinates, by site; see `Covariance.starts`."""
-        size = len(self.terms)
+        size = len(self.sd_names)
         sd = START_SD / math.sqrt(max(1, size / 2))
         sds = torch.full((size,), sd, dtype=torch.float64)
         values = {self.sd_site: sds}
@@ -237,7 +268,7 @@ class Factor(nn.Module):
         """Priors of the terms' sds and of their correlations, in the units of the data."""
         lines = {}
         for term, name, scale, unit in zip(
-            self.terms, self._names, self.prior_scale, self.unit, strict=True
+            self.sd_names, self._names, self.prior_scale, self.sd_unit, strict=True
         ):
             prior = self.prior.describe(float(scale / unit)) + self._means(term)
             default = float(unit) != 1 and not self.prior.sets(name)
@@ -255,8 +286,9 @@ class Factor(nn.Module):
     # --- the covariance matrix, given the latent sites --------------------------------------
 
     def sd(self, latents: Latents) -> Float[Tensor, "... terms"]:
-        """Standard deviations of the terms, the latent site."""
-        return latents[self.sd_site]
+        """Standard deviations of the terms: the latent site, unless terms share one."""
+        sds = latents[self.sd_site]
+        return sds if self._sd_of_term is None else sds[..., self._sd_of_term]
 
     def effect_sd(self, latents: Latents) -> Float[Tensor, "... terms"]:
         """Standard deviations of the effects, at the features' means."""
@@ -428,6 +460,15 @@ class Factor(nn.Module):
             for column, effect in zip(phi.unbind(-1), by_term, strict=True)
         )
         return reduce(torch.add, products)
+
+
+def _share(block: LinearBlock) -> float:
+    """Prior scale of a block's sds, relative to that of one column with mean square 1.
+
+    The variance of phi'u then does not depend on a layer's width. The mean squares of columns that
+    share an sd add up to 1 already.
+    """
+    return 1.0 if block.shared else float(block.width**-0.5)
 
 
 def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:

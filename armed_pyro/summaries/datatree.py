@@ -336,7 +336,12 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             add(names.effect, (name, term), effects @ matrix.mT)
         covariance = original_covariance(factor, latents)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
-        add(names.sd, (term,), variance.sqrt())
+        if factor.smooth:  # one sd per curve, and not per coefficient
+            curve = f"{term}_curve"
+            coords[curve] = list(factor.sd_names)
+            add(names.sd, (curve,), variance[..., factor.first_of_sd].sqrt())
+        else:
+            add(names.sd, (term,), variance.sqrt())
         if factor.groups:
             product = variance[..., :, None] * variance[..., None, :]
             coords[term_bis] = list(factor.terms)
