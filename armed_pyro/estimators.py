@@ -25,6 +25,7 @@ from armed_pyro.networks.by_name import network
 from armed_pyro.prediction.unseen import MODES
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.smooth import Smooth
 
 __all__ = ["MixedEffectsClassifier", "MixedEffectsRegressor"]
 
@@ -120,7 +121,10 @@ class _MixedEffectsEstimator(BaseEstimator, ABC):
     def _clusters(self, groups: Any, rows: int) -> Mapping[str, Any]:
         """Labels by grouping factor; ValueError if they do not fit to `random` or the rows."""
         factors = dict.fromkeys(
-            n for term in parse_terms(self.random) for n in term.factor.split(":")
+            name
+            for term in parse_terms(self.random)
+            if not isinstance(term, Smooth)
+            for name in term.factor.split(":")
         )
         if groups is None:
             return {}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from armed_pyro._messages import REAL, check_type
 from armed_pyro._pyro_module import PYRO_LOCK, LocalModule
+from armed_pyro.data.grouping import is_smooth_text
 from armed_pyro.families.family import Eta, Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import family_named
@@ -136,6 +137,10 @@ class Plan(LocalModule):
         names = [term.factor for term in self.terms]
         names += [adversary.factor for adversary in self.adversaries]
         return tuple(dict.fromkeys(names))
+
+    def grouping_names(self) -> tuple[str, ...]:
+        """`factor_names` without those of smooth terms, whose one cluster holds all rows."""
+        return tuple(name for name in self.factor_names() if not is_smooth_text(name))
 
     def layers(self) -> tuple[str, ...]:
         """Module paths whose activations terms, adversaries or other outcomes need."""
