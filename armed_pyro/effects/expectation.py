@@ -17,6 +17,7 @@ from armed_pyro._messages import check_known
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.effects.grid import Grid
+from armed_pyro.effects.network_jackknife import NetworkJackknife, NetworkUncertainty
 from armed_pyro.families.family import Eta
 from armed_pyro.guides.base import n_draws
 from armed_pyro.prediction.chunks import check_settings
@@ -66,10 +67,17 @@ class Expectation:
     scale: Scale
     seed: int
     typical: bool = False
+    jackknife: NetworkJackknife | None = None
 
     @classmethod
     def of(
-        cls, grid: Grid, unseen: Unseen, scale: Scale, draws: int, seed: int | None
+        cls,
+        grid: Grid,
+        unseen: Unseen,
+        scale: Scale,
+        draws: int,
+        seed: int | None,
+        network_uncertainty: NetworkUncertainty = "none",
     ) -> Expectation:
         """The expectation of these rows; ValueError for unknown settings."""
         posterior = grid.posterior
@@ -88,14 +96,18 @@ class Expectation:
             latents = {name: value for name, value in latents.items() if name not in sites}
         n = n_draws(latents) or draws
         typical = grid.typical and unseen is not None
-        return cls(model, latents, n, unseen, scale, seed, typical)
+        jackknife = NetworkJackknife.of(model, network_uncertainty, n, seed)
+        return cls(model, latents, n, unseen, scale, seed, typical, jackknife)
 
     def precise(self) -> Expectation:
         """The same in double precision, network included, for difference quotients."""
         model = copy.deepcopy(self.model).double()
         model.dtype = torch.float64
         latents = {name: value.double() for name, value in self.latents.items()}
-        return replace(self, model=model, latents=latents)
+        jackknife = self.jackknife
+        if jackknife is not None and model.fold_networks is not None:
+            jackknife = replace(jackknife, folds=model.fold_networks)
+        return replace(self, model=model, latents=latents, jackknife=jackknife)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -114,6 +126,8 @@ class Expectation:
         """What the draws leave out; empty if nothing."""
         if not trains_network(self.model):
             return ""
+        if self.jackknife is not None:
+            return "The intervals hold the network's uncertainty, by a jackknife over its parts."
         return "The intervals are conditional on the network's trained weights."
 
     def blocks(self, data: ClusteredData) -> Iterator[Float[np.ndarray, "draws rows outputs"]]:
@@ -151,6 +165,8 @@ class Expectation:
             return self._sampled(rows)
         predictor = self.model.predictor(rows, self.latents, return_fixed=False)
         eta = predictor.eta.expand(self.draws, *predictor.eta.shape[-2:])
+        if self.jackknife is not None:
+            eta = eta + self.jackknife.shift(self.model, rows)
         if self.scale == "link":
             return eta if family.multiclass else eta[..., 0]
         if not integrated:
@@ -195,6 +211,7 @@ class Expectation:
                 latents[factor.effect_site] = effects.expand(self.draws, clusters, terms)
             eta = self.model.predictor(rows, latents, return_fixed=False).eta
             eta = eta.expand(self.draws, *eta.shape[-2:])
+            eta = eta if self.jackknife is None else eta + self.jackknife.shift(self.model, rows)
             total = total + self._expected(eta, rows) / NEW_CLUSTERS
         return total
 
