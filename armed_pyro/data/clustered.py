@@ -24,7 +24,7 @@ from armed_pyro.data.columns import (
 )
 from armed_pyro.data.dataset_rows import table_or_arrays
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import ALL_ROWS, Grouping, grouping_by, is_smooth_text
+from armed_pyro.data.grouping import Grouping, grouping_by
 from armed_pyro.data.label_matching import places_of
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.data.stratify import check_fraction, stratified_order
@@ -400,13 +400,8 @@ class ClusteredData:
         )
 
     def grouping(self, factor: str) -> Grouping:
-        """The grouping by a factor, or by cells, ``"school:class"``; ValueError without one.
-
-        All rows are one cluster of a smooth term, ``"s(x)"``.
-        """
-        if factor not in self.groupings and is_smooth_text(factor):
-            return Grouping(torch.zeros(self.n_rows, dtype=torch.long), ALL_ROWS)
-        return grouping_by(self.groupings, factor)
+        """The grouping by a factor, or by cells, ``"school:class"``; ValueError without one."""
+        return grouping_by(self.groupings, factor, self.n_rows)
 
     def split_rows(
         self, fraction: float, *, by: str | None = None, seed: int

@@ -88,14 +88,17 @@ def is_smooth_text(factor: str) -> bool:
     return factor.startswith("s(") and factor.endswith(")")
 
 
-def grouping_by(groupings: Mapping[str, Grouping], factor: str) -> Grouping:
+def grouping_by(groupings: Mapping[str, Grouping], factor: str, rows: int = 0) -> Grouping:
     """The grouping by a factor, ``"site"``, or by the cells of several, ``"school:class"``.
 
-    Raises ValueError if there is no such factor.
+    All `rows` are one cluster of a smooth term, ``"s(x)"``. Raises ValueError if there is no such
+    factor.
     """
     check_type(factor, str, "factor", "It is the name of a grouping factor.")
     if factor in groupings:
         return groupings[factor]
+    if is_smooth_text(factor):
+        return Grouping(torch.zeros(rows, dtype=torch.long), ALL_ROWS)
     outer, _, inner = factor.rpartition(":")
     if not outer:
         known = unknown("grouping factor", factor, groupings)

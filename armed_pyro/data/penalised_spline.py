@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -14,7 +14,7 @@ from armed_pyro._messages import listing
 from armed_pyro.data.column_transforms import Column, Columns, Learned, Settings, Transform
 from armed_pyro.data.formula_syntax import Call, Name, text_of
 
-__all__ = ["PenalisedSpline", "roughness_root"]
+__all__ = ["PenalisedSpline", "cardinal", "check_features", "roughness_root"]
 
 FEWEST_KNOTS = 3
 
@@ -74,6 +74,18 @@ class PenalisedSpline(Transform):
     def columns(self, x: Column, settings: Settings, learned: Learned) -> Columns:
         knots = np.asarray(learned["knots"])
         return cardinal(x, knots) @ np.asarray(learned["map"]).reshape(len(knots), -1)
+
+
+def check_features(calls: Iterable[str]) -> None:
+    """Raise ValueError for a smooth term among the features, whose penalty would be lost."""
+    for call in calls:
+        if call.startswith("s("):
+            raise ValueError(
+                f"features have the smooth term {call}, which is a random effect: write it in the "
+                "formula of armed_pyro.model, in a sum of terms, or among random=[...] with "
+                f"features of its column and slopes={call!r}. ns() and bs() are curves without a "
+                "penalty."
+            )
 
 
 def cardinal(x: Column, knots: Float[np.ndarray, " k"]) -> Float[np.ndarray, "rows k"]:

@@ -43,6 +43,7 @@ from armed_pyro.data.grouping import (
     index_to_json,
     warn_of_float_labels,
 )
+from armed_pyro.data.penalised_spline import check_features
 
 # Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
 # residual sd is known, w = 1 / se^2 and sigma = 1.
@@ -136,7 +137,7 @@ class Schema:
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
         _check_offsets(formula, extra, roles.get("offset"))
-        _check_smooths(formula)
+        check_features(formula.calls)
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         made = tuple(dict.fromkeys(formula.made + extra.made))
         calls = tuple(dict.fromkeys(formula.calls + extra.calls))
@@ -424,18 +425,6 @@ def _check_offsets(formula: Formula, slopes: Formula, column: str | None) -> Non
             f"offset={column!r} stands beside offset({formula.offset}) in the features; write "
             "both in the formula."
         )
-
-
-def _check_smooths(formula: Formula) -> None:
-    """Raise ValueError for a smooth term among the features, whose penalty would be lost."""
-    for call in formula.calls:
-        if call.startswith("s("):
-            raise ValueError(
-                f"features have the smooth term {call}, which is a random effect: write it in the "
-                "formula of armed_pyro.model, in a sum of terms, or among random=[...] with "
-                f"features of its column and slopes={call!r}. ns() and bs() are curves without a "
-                "penalty."
-            )
 
 
 def _several(call: str) -> bool:

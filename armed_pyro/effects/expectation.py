@@ -96,7 +96,7 @@ class Expectation:
             latents = {name: value for name, value in latents.items() if name not in sites}
         n = n_draws(latents) or draws
         typical = grid.typical and unseen is not None
-        jackknife = NetworkJackknife.of(model, network_uncertainty, n, seed)
+        jackknife = NetworkJackknife.of(posterior, network_uncertainty, n, seed)
         return cls(model, latents, n, unseen, scale, seed, typical, jackknife)
 
     def precise(self) -> Expectation:

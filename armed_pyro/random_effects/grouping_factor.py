@@ -100,8 +100,7 @@ class Factor(nn.Module):
         unit = 1 / matrix.diagonal()
         self.prior = priors.of(name)
         scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
-        # Without the predictor's column.
-        self._names = [name for name, *_ in labels]
+        self._names = [name for name, *_ in labels]  # without the predictor's column
         of_sd = self._share_sds([f"[{column}]" if column else "" for column in columns])
         prior_scale = self.prior.scales(self._names, unit[of_sd], scales[of_sd])
         self.register_buffer("sd_unit", unit[of_sd], persistent=False)
