@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     from armed_pyro.formula_model import Model as Model, model as model
     from armed_pyro.guides.base import Guide as Guide
     from armed_pyro.guides.structured import StructuredGuide as StructuredGuide
+    from armed_pyro.inference.network_training import (
+        CsvLog as CsvLog,
+        TensorBoardLog as TensorBoardLog,
+        TrainingRecord as TrainingRecord,
+    )
     from armed_pyro.networks.adversary import Adversary as Adversary
     from armed_pyro.prediction.adapt import Adapted as Adapted
     from armed_pyro.prediction.result import Prediction as Prediction
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
     from armed_pyro.program.model import MixedEffects as MixedEffects
     from armed_pyro.random_effects.terms import (
         FilterScaleBias as FilterScaleBias,
+        Process as Process,
         RandomEffects as RandomEffects,
         Slopes as Slopes,
     )
@@ -86,6 +92,7 @@ _NAMES = {
     "formula_model": "Model model",
     "guides.base": "Guide",
     "guides.structured": "StructuredGuide",
+    "inference.network_training": "CsvLog TensorBoardLog TrainingRecord",
     "networks.adversary": "Adversary",
     "prediction.adapt": "Adapted",
     "prediction.result": "Prediction",
@@ -93,7 +100,7 @@ _NAMES = {
     "priors": "Exponential HalfNormal HalfStudentT Known Priors",
     "program.model": "MixedEffects",
     "report.word": "to_word",
-    "random_effects.terms": "FilterScaleBias RandomEffects Slopes",
+    "random_effects.terms": "FilterScaleBias Process RandomEffects Slopes",
     "streaming.streamed_data": "StreamedData",
     "tuning.result": "Tuning",
     "tuning.tune": "tune",

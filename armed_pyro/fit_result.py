@@ -27,7 +27,7 @@ from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
 from armed_pyro.plots.fit_plots import Plots
 from armed_pyro.plots.report_pictures import report_pictures
-from armed_pyro.prediction import adapt, predict, residuals, scores
+from armed_pyro.prediction import adapt, export, predict, residuals, scores, survival
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
@@ -101,6 +101,15 @@ class Fit:
         """The training rows, or a sample of them (`sampled`)."""
         return self.posterior.data
 
+    @cached_property
+    def network(self) -> nn.Module:
+        """E[y | fixed effects] as a torch module, of inputs on the scale of the data.
+
+        Scales of inputs and outcome, link and posterior draws are inside; see
+        `armed_pyro.prediction.export.PredictionModule`. ``fit.model.network`` is the bare network.
+        """
+        return export.PredictionModule(self.posterior, {}, 200, None)
+
     @property
     def plot(self) -> Plots:
         """Pictures, such as ``fit.plot.effects("Days")``, ``.caterpillar()`` and ``.ppc()``."""
@@ -147,6 +156,10 @@ class Fit:
     draws = _verb(Posterior.draws)
     hyperparameters = _verb(Posterior.hyperparameters)
     predict = _verb(predict.predict)
+    export = _verb(export.export)
+    concordance = _verb(survival.concordance)
+    survival_calibration = _verb(survival.survival_calibration)
+    survival = _verb(survival.survival)
     compare_modes = _verb(scores.compare_modes)
     score_mode = _verb(scores.score_mode)
     adapt = _verb(adapt.adapt)
@@ -421,7 +434,14 @@ class Fit:
 
     @classmethod
     @exclusive
-    def load(cls, folder: str | Path, net: nn.Module | None = None, *, verify: bool = True) -> Fit:
+    def load(
+        cls,
+        folder: str | Path,
+        net: nn.Module | None = None,
+        *,
+        data: ClusteredData | None = None,
+        verify: bool = True,
+    ) -> Fit:
         """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
         Parameters
@@ -429,6 +449,9 @@ class Fit:
         net : torch.nn.Module, optional
             A network of the fit's architecture; a copy of it gets the weights of the fit. Not
             needed for networks that are registered by name (``linear``, ``dense``).
+        data : ClusteredData, optional
+            The training rows of a fit to a dataset, whose inputs are not saved: results about the
+            training rows need them, predictions of other rows do not.
         verify : bool
             Whether every file must be as it was saved, by its SHA-256 in the manifest, and the
             network must have the fit's outputs at fixed inputs. False is for files that were
@@ -440,7 +463,7 @@ class Fit:
             If the folder holds no fit, a file is missing, changed, damaged or of a newer version,
             or the network is unknown, has other parameters or computes something else.
         """
-        return cls(*save.load(folder, net, verify=verify))
+        return cls(*save.load(folder, net, data=data, verify=verify))
 
 
 # The same as functions: ``compare_modes(fit, held_out)``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, final
 
@@ -23,6 +23,7 @@ from armed_pyro.priors import Priors
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.model_formula import ModelFormula
+from armed_pyro.random_effects.parameter_formula import further_outputs
 
 __all__ = ["Model", "model"]
 
@@ -36,8 +37,8 @@ class Model:
 
     Attributes
     ----------
-    formula : str
-        The formula as it was given.
+    formula : str or sequence of str
+        The formula, or formulas, as they were given.
     data : ClusteredData
         The encoded rows.
     program : MixedEffects
@@ -46,7 +47,7 @@ class Model:
         Seed of the network's initial weights, and of fits.
     """
 
-    formula: str
+    formula: str | Sequence[str]
     data: ClusteredData
     program: MixedEffects
     seed: int = 0
@@ -91,7 +92,7 @@ class Model:
 
 
 def model(
-    formula: str,
+    formula: str | Sequence[str],
     data: Any,
     *,
     family: str | Family = "gaussian",
@@ -107,6 +108,9 @@ def model(
     weights: str | None = None,
     weights_kind: WeightsKind = "frequency",
     se: str | None = None,
+    status: str | None = None,
+    upper: str | None = None,
+    entry: str | None = None,
     event: Any = None,
     missing: Missing = "error",
     seed: int = 0,
@@ -119,9 +123,12 @@ def model(
 
     Parameters
     ----------
-    formula : str
+    formula : str or sequence of str
         ``outcome ~ features + (slopes | group)``. The outcome is a column; ``y | trials(n)``,
-        ``y | weights(w)`` and ``y | se(s)`` name columns with these roles.
+        ``y | weights(w)`` and ``y | se(s)`` name columns with these roles. Censored outcomes are
+        ``event(time, status)`` or ``interval(lower, upper)``, with a late entry
+        ``event(time, status, entry)``. Further formulas are those of parameters of the family:
+        ``["y ~ x + (1 | g)", "sigma ~ x + (1 | g)"]``; see docs/distributional.md.
     data
         A pandas, polars or pyarrow table.
     family : str or Family
@@ -139,7 +146,7 @@ def model(
         Whether the last linear layer gets a posterior; by default with ``net="linear"`` only.
     fixed_weight : float
         As in `MixedEffects`.
-    categorical, trials, offset, weights, weights_kind, se, event, missing
+    categorical, trials, offset, weights, weights_kind, se, status, upper, entry, event, missing
         As in `ClusteredData.from_frame`.
     seed : int
         Seed of the network's initial weights, and of `Model.fit`.
@@ -169,22 +176,17 @@ def model(
     >>> fitted.model.terms[0].factor
     'g'
     """
-    read, table, chosen = ModelFormula.read(formula), as_pandas(data), family_named(family)
+    read, table, chosen = ModelFormula.read_all(formula), as_pandas(data), family_named(family)
     adversaries = [adversary] if isinstance(adversary, str | Adversary) else list(adversary)
     watched = [other if isinstance(other, str) else other.factor for other in adversaries]
-    roles = {"trials": trials, "weights": weights, "se": se}
-    for role, column in read.roles.items():
-        if roles[role] is not None:
-            raise ValueError(
-                f"{role}={roles[role]!r} stands beside {role}({column}) in the formula"
-            )
-        roles[role] = column
+    named: dict[str, Any] = {"trials": trials, "weights": weights, "se": se}
+    named |= {"status": status, "upper": upper, "entry": entry}
+    roles = _roles(named, read.roles)
     rows = ClusteredData.from_frame(
         table,
         outcome=read.outcome,
-        clusters=read.cluster_columns(table.columns, *watched),
+        **read.random_columns(table.columns, *watched),
         features=read.features,
-        slopes=read.slopes(table.columns) or (),
         categorical=categorical,
         offset=offset,
         weights_kind=weights_kind,
@@ -195,8 +197,8 @@ def model(
     chosen.check(rows)
     linear = isinstance(net, str) and net == "linear"
     arguments = {"bias": False} if linear and not rows.intercept else {}
-    sizes = rows.n_features, chosen.outputs(len(chosen.columns(rows)))
-    network = made_network(net, *sizes, seed=seed, **arguments)
+    outputs = chosen.outputs(len(chosen.columns(rows))) + further_outputs(read.parameters)
+    network = made_network(net, rows.n_features, outputs, seed=seed, **arguments)
     program = MixedEffects(
         network,
         read.random,
@@ -206,8 +208,19 @@ def model(
         bayesian_head=linear if bayesian_head is None else bayesian_head,
         fixed_weight=fixed_weight,
         between=between,
+        parameters=read.parameters,
     )
     return Model(formula, rows, program, seed)
+
+
+def _roles(given: Mapping[str, Any], read: Mapping[str, str]) -> dict[str, Any]:
+    """Columns by role; a ValueError if an argument and the formula name one of the same role."""
+    for role, column in read.items():
+        if given[role] is not None:
+            raise ValueError(
+                f"{role}={given[role]!r} stands beside {role}({column}) in the formula"
+            )
+    return {**given, **read}
 
 
 def _adversary(adversary: str | Adversary, network: nn.Module) -> Adversary:

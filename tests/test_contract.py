@@ -33,6 +33,12 @@ from armed_pyro.models.convolutional import convolutional_program
 from armed_pyro.models.dense import dense
 from armed_pyro.models.linear import linear
 
+
+def of_kind(family):
+    """The name of a family, without its link or the family inside, and its predictors."""
+    return family.partition("+")[0].partition("(")[0]
+
+
 # Random effects, and the number of terms of each factor.
 KINDS = {
     "none": ((), {}),
@@ -93,15 +99,35 @@ FURTHER = {
     "bernoulli(probit)": [("linear", "crossed")],
     "binomial(cloglog)": [("dense", "hidden")],
     "poisson(sqrt)": [("linear", "correlated")],
+    "exponential": [("linear", "correlated")],
+    "weibull": [("linear", "crossed"), ("dense", "hidden")],
+    "weibull(hazard)": [("linear", "nested")],
+    "loglogistic": [("linear", "nested"), ("dense", "filters")],
+    "piecewise_exponential": [("linear", "correlated"), ("dense", "hidden")],
 }
 HEAD_OF_CLASSES = ("categorical", "dense-head")  # 12 s: each of 8 effects is a mode of two columns
-FIRST = [name for name in FAMILIES if name not in {other.partition("(")[0] for other in FURTHER}]
-FIRST += ["bernoulli", "binomial", "poisson"]
+# Families whose parameters have predictors, and their random effects by factor.
+PREDICTED = {
+    "gaussian+sigma": ({"sigma": "x + (1 | site)"}, {"site": 1}),
+    "gaussian+network": ({"sigma": "net"}, {}),
+    "student+both": ({"nu": "1", "sigma": "x + (1 + x |c| site)"}, {"site": 2}),
+    "zero_inflated+zi": ({"zi": "sex + (1 | batch)"}, {"batch": 1}),
+    "hurdle(gamma)+both": ({"hu": "x", "shape": "net + (1 | site)"}, {"site": 1}),
+}
+FURTHER |= {
+    "gaussian+sigma": [("dense", "hidden")],
+    "gaussian+network": [("linear", "none")],
+    "student+both": [("linear", "intercept")],
+    "zero_inflated+zi": [("linear", "crossed")],
+    "hurdle(gamma)+both": [("linear", "intercept")],
+}
+FIRST = [name for name in FAMILIES if name not in {of_kind(other) for other in FURTHER}]
+FIRST += ["gaussian", "bernoulli", "binomial", "poisson"]
 CASES = [(family, *pair) for family in FIRST for pair in EVERYWHERE]
 CASES += [(family, *pair) for family, pairs in FURTHER.items() for pair in pairs]
 CASES += [(family, *pair) for family in ("bernoulli", "categorical") for pair in HERE_AND_THERE]
 # Effects on filters run the network once a cluster, whatever the family.
-ON_FILTERS = {"gaussian", "bernoulli", "categorical", "gamma", "hurdle(gamma)"}
+ON_FILTERS = {"gaussian", "bernoulli", "categorical", "gamma", "hurdle(gamma)", "loglogistic"}
 CASES = [
     (family, program, kind)
     for family, program, kind in CASES
@@ -122,8 +148,13 @@ OUTCOMES = {
     "hurdle(gamma)": "claim",
     "bernoulli(probit)": "won",
     "binomial(cloglog)": "hits",
+    **dict.fromkeys(("exponential", "weibull", "weibull(hazard)"), "waited"),
+    **dict.fromkeys(("loglogistic", "piecewise_exponential"), "waited"),
 }
-OUTCOMES = {name: OUTCOMES.get(name, "count") for name in {case[0] for case in CASES}}
+CENSORED = {"status": "seen", "entry": "started"}
+OUTCOMES = {
+    name: OUTCOMES.get(name.partition("+")[0], "count") for name in {case[0] for case in CASES}
+}
 
 
 def make_frame(n=40):
@@ -140,6 +171,8 @@ def make_frame(n=40):
     frame["cost"], frame["share"] = rng.gamma(2, 3, n), rng.beta(2, 3, n)
     empty = rng.permutation(n) < n // 4
     frame["claim"] = np.where(empty, 0, frame["cost"])
+    frame["waited"], frame["started"] = rng.gamma(2, 3, n) + 0.5, 0.4 * (np.arange(n) % 2)
+    frame["seen"] = rng.permutation(["event", "right", "event", "left"] * (n // 4))
     frame["part"] = np.where(empty, np.arange(n) % 2, frame["share"])
     return frame
 
@@ -166,21 +199,25 @@ def case(request):
     make, head, game = PROGRAMS[program]
     random, terms = KINDS[kind]
     torch.manual_seed(0)
-    net = make(2, 3 if family == "categorical" else 1)
+    parameters, further = PREDICTED.get(family, ({}, {}))
+    outputs = sum(text.startswith("net") for text in parameters.values())
+    net = make(2, 3 if family == "categorical" else 1 + outputs)
     data = ClusteredData.from_frame(
         FRAME,
         outcome=OUTCOMES[family],
         clusters=["site", "batch", "arm"],
         features=["x", "sex"],
         trials="trials" if OUTCOMES[family] == "hits" else None,
+        **(CENSORED if OUTCOMES[family] == "waited" else {}),
     )
     model = MixedEffects(
         net,
         random,
-        family,
+        family.partition("+")[0],
         Adversary("batch", ["1"]) if game else (),
         bayesian_head=head,
         fixed_weight=1.0 if game else 0.0,
+        parameters=parameters,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="there are fewer rows")
@@ -189,6 +226,7 @@ def case(request):
     # Effects on filters are shared by the predictor's columns.
     shared = {"site"} if kind == "filters" else set()
     widths = {name: n * (1 if name in shared else columns) for name, n in terms.items()}
+    widths |= {name: widths.get(name, 0) + n for name, n in further.items()}
     return Case(family, result, net, widths, head)
 
 
@@ -231,7 +269,7 @@ def test_attributions_are_finite_and_every_factor_has_sds_of_slopes(case):
     }
     assert set(found.posterior.data_vars) == names
     assert all(np.isfinite(one).all() for one in found.posterior.data_vars.values())
-    columns = len(case.result.model.data_facts().columns)
+    columns = len(case.result.model.network_columns)
     assert len(found.table()) == 2 * columns
 
 
@@ -323,7 +361,8 @@ def test_the_tables_are_finite(case):
         table[table["statistic"] == "sd"].groupby("factor").size().drop("Residual", errors="ignore")
     )
     assert dict(counts) == case.widths
-    assert case.result.fixed_effects(draws=20).empty is not case.head
+    latent = case.head or any(not f.from_network for f in case.result.model.parameter_formulas)
+    assert case.result.fixed_effects(draws=20).empty is not latent
 
 
 def test_what_is_saved_is_loaded(case, tmp_path, monkeypatch):
@@ -345,7 +384,7 @@ def test_what_is_saved_is_loaded(case, tmp_path, monkeypatch):
 
 
 def test_every_kind_program_and_family_is_covered():
-    assert {name.partition("(")[0] for name, *_ in CASES} == set(FAMILIES)
+    assert {of_kind(name) for name, *_ in CASES} == set(FAMILIES)
     assert {kind for *_, kind in CASES} == set(KINDS)
     assert {program for _, program, _ in CASES} == set(PROGRAMS)
 

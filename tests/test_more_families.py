@@ -55,6 +55,11 @@ REFERENCES = {
     "student": lambda y, mu, n, residual_scale, nu: stats.t.logpdf(y, nu, mu, residual_scale),
     "lognormal": lambda y, mu, n, residual_sd: stats.lognorm.logpdf(y, residual_sd, scale=mu),
     "gamma": lambda y, mu, n, shape: gamma_log(y, mu, shape),
+    "exponential": lambda y, mu, n: stats.expon.logpdf(y, scale=mu),
+    "weibull": lambda y, mu, n, shape: stats.weibull_min.logpdf(y, shape, scale=mu),
+    "weibull(hazard)": lambda y, mu, n, shape: stats.weibull_min.logpdf(
+        y, shape, scale=mu ** (-1 / shape)
+    ),
     "gamma(softplus)": lambda y, mu, n, shape: gamma_log(y, mu, shape),
     "beta": lambda y, mu, n, phi: beta_log(y, mu, phi),
     "beta(probit)": lambda y, mu, n, phi: beta_log(y, mu, phi),

@@ -24,8 +24,8 @@ from armed_pyro.engine.shards import Share
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.inference.objective import Objective
 from armed_pyro.inference.optimizers import LazyAdam, Optimizers
-from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.training_run import Run
+from armed_pyro.inference.training_task import TrainingTask
 
 K, N = 60, 120
 pytestmark = pytest.mark.filterwarnings("ignore:there are fewer rows")

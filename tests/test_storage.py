@@ -370,6 +370,8 @@ def test_the_manifest_holds_what_it_should(small, pristine):
             "correlated": True,
             "covariance": None,
             "categorical": [],
+            "parameter": "",
+            "group": "",
         }
     ]
     assert manifest["guide"] == "StructuredGuide"

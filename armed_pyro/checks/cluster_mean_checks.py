@@ -155,7 +155,7 @@ def _subjects(
     has_means = facts.between is not None and factor.name in facts.between.means
     if not posterior.model.linear and not has_means:
         regressors.append(("", fixed))
-    label = facts.columns[column] if len(facts.columns) > 1 else ""
+    label = facts.outcome_columns[column]
     for feature, x in regressors:
         means = np.bincount(codes, x) / sizes
         if not means.var() >= BETWEEN * x.var() or not x.var() > 0:
@@ -287,9 +287,12 @@ class _Working:
         means: Float[np.ndarray, "rows columns"],
         outcome: Float[np.ndarray, " rows"],
     ) -> tuple[float, float] | None:
-        """RMSE of clusters predicted from the others, without and with means; None for classes."""
+        """RMSE of clusters predicted from the others, without and with means; None for classes.
+
+        None also where parameters have predictors, as they would have to be refitted.
+        """
         model = self.posterior.model
-        if model.family.has_class_probabilities:
+        if model.family.has_class_probabilities or model.family.predicted:
             return None
         # The slopes of other features may change, too, beside means.
         base = np.column_stack([np.ones(len(codes)), self.fixed])

@@ -251,10 +251,11 @@ def _advice(family: Family, factor: str, statistic: str) -> str:
         return f"more random effects of {factor} (a slope), or a feature of its clusters"
     if statistic == "zeros":
         return family.if_more_zeros
-    if family.parameters:
+    names = [p.alias or p.name for p in family.without_predictors.parameters if p.link == "log"]
+    if names:
         return (
-            f"the spread differs between clusters of {factor}: transform the outcome, or choose "
-            "another family"
+            f"the spread differs between clusters of {factor}: write {names[0]} ~ (1 | {factor}) "
+            f"(parameters=, --parameter), transform the outcome, or choose another family"
         )
     if family.integer and not family.is_class:
         return family.if_overdispersed

@@ -202,7 +202,8 @@ class QuantileResiduals:
         columns = _mean_residuals(model, eta, parameters, rows, z, information)
         dispersion = 1.0
         if zeros is not None:
-            dispersion = _dispersion(_score(model.family, eta, parameters, rows), information)
+            score = _score(model.family, eta, parameters, rows)
+            dispersion = _dispersion(score[..., :1], information[..., :1])
         codes = _codes(data, source, index)
         table = bool(data.feature_names) and data.features.dim() == 2
         features = data.features[index].double().numpy() if table else np.zeros((len(index), 0))
@@ -306,7 +307,7 @@ def _mean_residuals(
     information: Float[np.ndarray, "draws rows columns"],
 ) -> tuple[MeanResiduals, ...]:
     """Quantile residuals if there are any, otherwise scores; and how eta shifts them."""
-    family, columns = model.family, model.data_facts().columns
+    family, columns = model.family, model.data_facts().outcome_columns
     if z is not None:
         return (MeanResiduals(columns[0], z, _relative(information[..., 0].mean(0))),)
     score = _score(family, eta, parameters, rows)

@@ -102,14 +102,16 @@ def spread_checks(
         if not residuals.correlated
     ]
     clusters = [_log_sd(test) for test in by_factor if test]
-    kind = "a residual sd" if family.parameters else "a dispersion"
     tests = features_first(SPREAD, list(map(_log_sd, tests)), PREDICTOR)
     checks = [
         SPREAD.judge(
             tests,
             "the residuals' spread is the same everywhere",
             "the residuals' spread depends on {}",
-            lambda test: f"{kind} that depends on {test.subject}, or a transformed outcome",
+            lambda test: (
+                f"{_predictor(family, f'that depends on {test.subject}', test.subject)}, or a "
+                "transformed outcome"
+            ),
         )
     ]
     if clusters:
@@ -117,7 +119,11 @@ def spread_checks(
             clusters,
             "the residuals' spread is the same in all clusters",
             "the residuals' spread differs between the clusters of {}",
-            lambda test: f"{kind} that differs between the clusters of {test.subject}",
+            lambda test: _predictor(
+                family,
+                f"that differs between the clusters of {test.subject}",
+                f"(1 | {test.subject})",
+            ),
         )
         checks.append(check)
     if residuals.correlated:
@@ -157,6 +163,17 @@ def shape_checks(residuals: QuantileResiduals, family: Family) -> Iterator[Check
             else "another family: the residuals have lighter tails than it"
         ),
     )
+
+
+def _predictor(family: Family, how: str, term: str) -> str:
+    """A residual sd that depends on something, and how to write it."""
+    base = family.without_predictors
+    names = [p.alias or p.name for p in base.parameters if p.link == "log"]
+    kind = f"a {'residual sd' if base.parameters else 'dispersion'} {how}"
+    if not names or term == PREDICTOR:
+        return kind
+    formula = f"{names[0]} ~ {term}"
+    return f"{kind}: {formula} (parameters={{{names[0]!r}: {term!r}}}, --parameter '{formula}')"
 
 
 def _log_sd(test: Tested) -> Tested:

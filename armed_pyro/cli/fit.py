@@ -36,8 +36,15 @@ from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.scores import evaluate
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.random_effects.formula import parse_terms, slopes_formula
-from armed_pyro.random_effects.model_formula import ModelFormula, cluster_columns
+from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.model_formula import (
+    ModelFormula,
+    cluster_columns,
+    parameter_and_predictor,
+    slopes_and_parameters,
+    time_columns,
+)
+from armed_pyro.random_effects.parameter_formula import further_outputs, read_parameters
 from armed_pyro.random_effects.terms import Slopes, Term
 from armed_pyro.report.text import summarize
 from armed_pyro.storage.run_lock import is_temporary, locked
@@ -156,9 +163,20 @@ def _fit_and_save(options: FitOptions) -> None:
         raise typer.Exit(3)
 
 
+def parameters_of(options: ProgramOptions) -> dict[str, str]:
+    """The predictors of parameters in the options, by parameter."""
+    pairs = [parameter_and_predictor(text) for text in options.parameter or ()]
+    if options.sigma is not None:
+        pairs.append(("sigma", options.sigma))
+    if twice := [name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place])]:
+        raise ValueError(f"{twice[0]!r} has two predictors: give --sigma or --parameter once")
+    return dict(pairs)
+
+
 def terms_of(options: ProgramOptions) -> tuple[Term, ...]:
     """The random effects of the options."""
     terms = parse_terms(options.random or ())
+    terms += tuple(t for read in read_parameters(parameters_of(options)) for t in read.random)
     return terms + tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
 
 
@@ -230,7 +248,8 @@ def table_rows(
         outcome=str(options.outcome),
         clusters=cluster_columns(terms, features or [], table.columns, *watched),
         features=features,
-        slopes=slopes_formula(options.random or (), table.columns) or (),
+        slopes=slopes_and_parameters(options.random or (), parameters_of(options), table.columns)
+        or (),
         categorical=_listed(options.categorical or ""),
         trials=options.trials,
         offset=options.offset,
@@ -238,6 +257,10 @@ def table_rows(
         event=options.event,
         weights_kind=options.weights_kind.value,
         se=options.se,
+        times=time_columns(terms),
+        status=options.status,
+        upper=options.upper,
+        entry=options.entry,
         missing="drop" if options.missing is Missing.drop else "error",
     )
 
@@ -263,6 +286,8 @@ def program(
 ) -> MixedEffects:
     """The program of the options for these rows; the seed is that of the network's weights."""
     arguments, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
+    read = read_parameters(parameters_of(options))
+    n_outputs += further_outputs(parameters_of(options))
     if options.net == "linear" and isinstance(rows, ClusteredData) and not rows.intercept:
         arguments["bias"] = False
     net = network(options.net, rows.n_features, n_outputs, seed=seed, **arguments)
@@ -278,6 +303,7 @@ def program(
         fixed_weight=options.fixed_weight,
         between=between,
         linear_effects=options.linear_effects,
+        parameters={formula.name: formula.fixed for formula in read},
     )
 
 

@@ -75,7 +75,8 @@ FORMULA = typer.Argument(
     metavar="FORMULA",
     help="The model in one formula, in place of --outcome, --random and --features: "
     "'Reaction ~ Days + (Days | Subject)'; functions such as log(x), poly(x, 2), bs(x, df=5), "
-    "C(x, Sum), offset(log(x)) are in docs/formulas.md",
+    "C(x, Sum), offset(log(x)), and processes in time such as ou(week | id), are in "
+    "docs/formulas.md",
 )
 RUN = typer.Argument(metavar="RUN", help="Folder that fit wrote: run")
 INTERVALS = "Probability of the equal-tailed intervals: --prob 0.95"
@@ -139,6 +140,18 @@ class ProgramOptions:
         "Outcome model, one of {families}: --family bernoulli. Another link follows in "
         "parentheses, or the family inside: --family 'bernoulli(probit)', 'hurdle(gamma)'",
     )
+    sigma: str | None = option(
+        None,
+        "Predictor of the residual sd, on the log scale: --sigma '1 + x + (1 | site)'; 'net' is a "
+        "further output of the network",
+        metavar="FORMULA",
+    )
+    parameter: list[str] | None = option(
+        None,
+        "Predictor of any parameter of the family (sigma, shape, zi, hu, phi, nu, ...), "
+        "repeatable: --parameter 'zi ~ 1 + x'; see docs/distributional.md",
+        metavar="FORMULA",
+    )
     event: str | None = option(
         None,
         "The label of a two-valued outcome whose probability is modelled: --event case "
@@ -154,6 +167,17 @@ class ProgramOptions:
         "variance is divided as in lme4: --weights-kind precision",
     )
     se: str | None = column("Known standard errors of the rows, as in a meta-analysis: --se sei")
+    status: str | None = column(
+        "Whether the outcome was observed: 1 for an event, 0 if it is only known to be larger "
+        "(censored), as event(time, status) in FORMULA: --status died"
+    )
+    upper: str | None = column(
+        "Upper ends of intervals that have the outcome as lower end, as interval(lower, upper) in "
+        "FORMULA; open where missing: --upper last_seen"
+    )
+    entry: str | None = column(
+        "Values above which outcomes could be observed (left truncation): --entry age_at_start"
+    )
     missing: Missing = option(
         Missing.error, "Rows with missing values; to leave them out: --missing drop"
     )

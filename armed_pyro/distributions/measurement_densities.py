@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.distributions.outcome_densities import SERIES_FROM, log_rising, stirling
+from armed_pyro.distributions.survival_densities import Survival
+from armed_pyro.distributions.tails import log_tail, nodes_of
+from armed_pyro.distributions.zero_densities import log1mexp
 
 __all__ = ["BetaBinomialByMean", "BetaByMean", "GammaByMean", "StudentT"]
 
 # Trials up to which a sum over all counts out of them is taken.
 MOST_TRIALS = 200
+# exp(30) times the mean is beyond any outcome.
+LONGEST = 30.0
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-class StudentT(dist.StudentT):
+class StudentT(dist.StudentT, Survival):
     """Student's t with location and scale, whose constant is exact for large degrees of freedom."""
 
     def __init__(self, df: Tensor, location: Tensor, scale: Tensor) -> None:
@@ -36,8 +42,33 @@ class StudentT(dist.StudentT):
         constant = log_rising(half, df / 2) - scale.log() - HALF_LOG_2PI
         return constant - (df + 1) / 2 * torch.log1p(((value - location) / scale) ** 2 / df)
 
+    positive = False
 
-class GammaByMean(dist.Gamma):
+    def log_survival(self, value: Tensor) -> Tensor:
+        """By quadrature of the tail on the side of the value."""
+        df, location, scale = self.parts
+        z = (value - location) / scale
+        far = z.abs()
+        slope, square = (df + 1) * far / (df + far**2), (df + 1) / (df + far**2)
+        length = (slope**2 + square).rsqrt()
+        step = nodes_of(length, power=2)
+        inside = df[..., None] + far[..., None] ** 2
+        growth = (2 * far[..., None] * step + step**2) / inside
+        log_ratio = -(df[..., None] + 1) / 2 * torch.log1p(growth)
+        at = self.log_prob(location + scale * far) + scale.log()
+        tail = log_tail(at, log_ratio, length, power=2)
+        return torch.where(z > 0, tail, log1mexp(tail))
+
+    def quantile(self, share: Tensor) -> Tensor:
+        """By scipy, without gradients."""
+        from scipy import stats  # slow to import
+
+        df, location, scale = (part.detach().double().cpu().numpy() for part in self.parts)
+        value = stats.t.ppf(share.detach().double().cpu().numpy(), df, location, scale)
+        return torch.as_tensor(value).to(share)
+
+
+class GammaByMean(dist.Gamma, Survival):
     """Gamma distribution with a given log-mean and shape; the variance is mean^2 / shape."""
 
     def __init__(self, log_mean: Float[Tensor, "... rows"], shape: Tensor) -> None:
@@ -52,6 +83,31 @@ class GammaByMean(dist.Gamma):
         ratio = value.log() - self.log_mean
         constant = 0.5 * self.size.log() - HALF_LOG_2PI - stirling_from_zero(self.size)
         return constant + self.size * (ratio - torch.expm1(ratio)) - value.log()
+
+    def log_survival(self, value: Tensor) -> Tensor:
+        """By quadrature of the density of log y in the tail on the side of the value."""
+        value = value.clamp(min=torch.finfo(value.dtype).tiny)
+        ratio = value.log() - self.log_mean
+        at = self.log_prob(value) + value.log()
+        above, below = ratio.clamp(min=0), ratio.clamp(max=0)
+        upper, lower = self._tail(at, above, 1.0), self._tail(at, below, -1.0)
+        return torch.where(ratio > 0, upper, log1mexp(lower))
+
+    def _tail(self, at: Tensor, ratio: Tensor, side: float) -> Tensor:
+        """log of the integral of the density of log y, from log(mean) + ratio on."""
+        rise = ratio.exp()
+        length = ((self.size * (1 - rise)) ** 2 + self.size * rise).rsqrt()
+        step = side * nodes_of(length, power=1).clamp(max=LONGEST)
+        log_ratio = self.size[..., None] * (step - rise[..., None] * torch.expm1(step))
+        return log_tail(at, log_ratio, length, power=1)
+
+    def quantile(self, share: Tensor) -> Tensor:
+        """By scipy, without gradients."""
+        from scipy import stats  # slow to import
+
+        parts = (part.detach().double().cpu().numpy() for part in (share, self.size, self.log_mean))
+        at, size, log_mean = parts
+        return torch.as_tensor(stats.gamma.ppf(at, size, scale=np.exp(log_mean) / size)).to(share)
 
 
 class BetaByMean(dist.Beta):

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["Hurdle", "ZeroInflated", "ZeroOneInflated"]
+__all__ = ["Hurdle", "ZeroInflated", "ZeroOneInflated", "log1mexp"]
 
 # Attempts to draw a positive outcome by rejection. Rows that are left have a small mean, for which
 # a search of the distribution function is short.
@@ -138,7 +138,7 @@ class Hurdle(_Mixture):
         inside = torch.where(value > 0, value, torch.ones_like(value))
         density = torch.log1p(-self.share) + self.base.log_prob(inside)
         if self.is_count:
-            density = density - _log1mexp(self.log_zero())
+            density = density - log1mexp(self.log_zero())
         return torch.where(value == 0, self.share.clamp(min=tiny).log(), density)
 
 
@@ -181,7 +181,7 @@ class ZeroOneInflated(_Mixture):
         return torch.where(value == 0, zero, torch.where(value == 1, one, density))
 
 
-def _log1mexp(log_p: Tensor) -> Tensor:
+def log1mexp(log_p: Tensor) -> Tensor:
     """log(1 - exp(log_p)) for log_p < 0, without rounding at either end."""
     least = torch.finfo(log_p.dtype).tiny ** 0.5
     log_p = log_p.clamp(max=-least)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from armed_pyro._messages import check_known
 from armed_pyro.data.clustered import ClusteredData
@@ -21,7 +22,8 @@ from armed_pyro.effects.network_jackknife import NetworkJackknife, NetworkUncert
 from armed_pyro.families.family import Eta
 from armed_pyro.guides.base import n_draws
 from armed_pyro.prediction.chunks import check_settings
-from armed_pyro.prediction.unseen import check_mode, label_noise, new_clusters
+from armed_pyro.prediction.label_noise import label_noise
+from armed_pyro.prediction.unseen import check_mode, new_clusters
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.linearize import sensitivities
 from armed_pyro.program.model import MixedEffects, trains_network
@@ -115,11 +117,12 @@ class Expectation:
         facts = self.model.data_facts()
         family = self.model.family
         if self.scale == "link":
-            return facts.columns if family.multiclass else ("",)
+            return facts.outcome_columns if family.multiclass else ("",)
         if not family.has_class_probabilities:
             return ("",)
         known = family.class_labels(facts.classes)
-        return tuple(map(str, range(len(facts.columns) + 1) if known is None else known))
+        classes = range(len(facts.outcome_columns) + 1)
+        return tuple(map(str, classes if known is None else known))
 
     @property
     def note(self) -> str:
@@ -156,19 +159,18 @@ class Expectation:
     def _values(self, rows: Rows) -> Float[Tensor, "draws rows ..."]:
         """The values of a block; without a last dimension unless the outcome has classes."""
         family = self.model.family
-        integrated = (
-            self.unseen == "marginal" and self.scale == "response" and self.model.clustered_factors
-        )
-        if integrated and (
-            family.has_class_probabilities or any(f.filters for f in self.model.clustered_factors)
-        ):
+        factors = self.model.clustered_factors
+        integrated = self.unseen == "marginal" and self.scale == "response" and factors
+        sampled = any(f.filters or f.on_parameters for f in factors)
+        if integrated and (family.has_class_probabilities or sampled):
             return self._sampled(rows)
         predictor = self.model.predictor(rows, self.latents, return_fixed=False)
         eta = predictor.eta.expand(self.draws, *predictor.eta.shape[-2:])
         if self.jackknife is not None:
             eta = eta + self.jackknife.shift(self.model, rows)
         if self.scale == "link":
-            return eta if family.multiclass else eta[..., 0]
+            columns = len(self.model.data_facts().outcome_columns)
+            return eta[..., :columns] if family.multiclass else eta[..., 0]
         if not integrated:
             return self._expected(eta, rows)
         sd = self._random_variance(rows, predictor.activations).sqrt()
@@ -177,7 +179,8 @@ class Expectation:
         nodes, weights = np.polynomial.hermite_e.hermegauss(count)
         mean = torch.zeros_like(eta[..., 0])
         for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-            mean += float(weight) * self._expected(eta + float(node) * sd[..., None], rows)
+            shift = pad(float(node) * sd[..., None], (0, eta.shape[-1] - 1))
+            mean += float(weight) * self._expected(eta + shift, rows)
         return mean
 
     def _expected(self, eta: Eta, rows: Rows) -> Float[Tensor, "draws rows ..."]:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from armed_pyro._messages import check_known
 from armed_pyro.inference.posterior import Posterior
@@ -79,8 +80,9 @@ class NetworkJackknife:
         errors = _errors(model, self.folds, rows)
         if self.trends is not None:
             errors = errors - (rows.x.to(errors) - self.center.to(errors)) @ self.trends.to(errors)
-        weights = self.weights.to(errors)
-        return model.data_facts().spread * torch.einsum("dm,mnp->dnp", weights, errors)
+        weights, facts = self.weights.to(errors), model.data_facts()
+        shift = facts.spread * torch.einsum("dm,mnp->dnp", weights, errors)
+        return pad(shift, (0, len(facts.columns) - shift.shape[-1]))  # parameters have no network
 
 
 def _errors(

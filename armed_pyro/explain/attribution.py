@@ -180,7 +180,7 @@ def attribution(
     if draws < 2:
         raise ValueError(f"`draws` must be at least 2, not {draws}")
     model, seed = posterior.model, posterior.seed if seed is None else seed
-    names = model.data_facts().columns
+    names = model.network_columns
     check_known("column of the predictor", columns or (), names)
     chosen = [names.index(name) for name in (names if columns is None else columns)]
     source = posterior.data if data is None else posterior.encode(data)
@@ -252,17 +252,18 @@ def _weights(
     model: MixedEffects, latents: Latents, chosen: list[int]
 ) -> Float[Tensor, "draws basis columns"]:
     """Weights of the basis in units of the predictor; a single draw unless they are latent."""
-    facts, columns = model.data_facts(), len(model.data_facts().columns)
+    facts, columns = model.data_facts(), len(model.network_columns)
+    spreads = facts.spreads(model.reference())[chosen]
     output = torch.eye(len(chosen)).to(model.reference())[None]
     if not (model.bayesian_head or facts.linear_names):
-        return facts.spread * output
-    fixed = latents["fixed_effect"]
+        return spreads * output
+    fixed = latents["fixed_effect"][..., : len(model.common_terms())]
     fixed = fixed.reshape(-1, fixed.shape[-1] // columns, columns)
     # Effects of clusters' means, which come last, are no effects of the row's features.
     fixed = fixed[:, : fixed.shape[1] - len(facts.between_names), chosen]
     if not model.bayesian_head:
         fixed = torch.cat([output.expand(len(fixed), -1, -1), fixed], 1)
-    return facts.spread * fixed
+    return spreads * fixed
 
 
 def _between(
@@ -280,7 +281,8 @@ def _between(
         _, activations = model.run_network(rows)
         return sensitivities(model, rows, factor, activations, point)[0][:, chosen]
 
-    J = jacobian(phi, mean)[:, :, 0] * model.data_facts().spread  # terms columns features
+    spreads = model.data_facts().spreads(mean)[chosen]
+    J = jacobian(phi, mean)[:, :, 0] * spreads[:, None]  # terms columns features
     effects = latents[factor.effect_site].reshape(-1, *latents[factor.effect_site].shape[-2:])
     slopes = torch.einsum("dkt,tpj->dkpj", effects, J)
     sd = slopes.std(1)
@@ -334,7 +336,7 @@ def _positive(maps: Float[Tensor, "rows columns ..."], shape: tuple[int, ...]) -
 
 def _columns_last(model: MixedEffects, values: Tensor, at: int) -> np.ndarray:
     """Move the predictor's columns from dimension `at` to the end; an only column is dropped."""
-    single = len(model.data_facts().columns) == 1
+    single = len(model.network_columns) == 1
     return (values.select(at, 0) if single else values.movedim(at, -1)).cpu().numpy()
 
 
@@ -349,7 +351,7 @@ def _labelled(
     if facts.feature_names:
         inner, scale = ("feature",), list(facts.feature_scale)
         coords |= {"feature": list(facts.feature_names), "scale": (inner, scale)}
-    if len(facts.columns) > 1:
+    if len(model.network_columns) > 1:
         inner = (*inner, "column")
         coords["column"] = [facts.columns[column] for column in chosen]
     variables: dict[str, Any] = {}

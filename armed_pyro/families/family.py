@@ -16,8 +16,10 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.survival_densities import Survival
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.censoring import INTERVAL, RIGHT
 
 __all__ = ["Family", "Labelled", "Parameter", "arrays", "mean_offset", "outcome_of"]
 
@@ -51,10 +53,15 @@ class Parameter(ABC):
     The site is in standardised units. Methods of `Family` get the value on the outcome's scale.
     `name` is the name of the site, and of the parameter in tables and files. `start` is the guide's
     initial value, in standardised units; it must lie inside the prior's support.
+
+    `link` is the link of its predictor, if it gets one, "log" or "logit"; empty if it cannot have
+    one. In formulas it is called `alias`, or `name` if that is empty.
     """
 
     name: str
     start: float = 0.7
+    link: ClassVar[str] = "log"
+    alias: ClassVar[str] = ""
 
     @abstractmethod
     def sample(self, priors: Priors, unit: Unit) -> Tensor:
@@ -114,6 +121,8 @@ class Family(ABC):
     multiclass: ClassVar[bool] = False
     # Whether `expected` is the probability of every class, in a last dimension.
     has_class_probabilities: ClassVar[bool] = False
+    # Whether outcomes may be censored or truncated, as those of `CensorableFamily`.
+    can_be_censored: ClassVar[bool] = False
     needs_trials: ClassVar[bool] = False  # whether every row needs a number of trials
     # Whether `residual_variance` depends on the mean outcome; `marginal_mean` is then required.
     needs_mean: ClassVar[bool] = False
@@ -161,6 +170,13 @@ class Family(ABC):
                 f"family {self.name!r} has no trials: leave trials= (--trials) out, or choose "
                 "family 'binomial'"
             )
+        if not self.can_be_censored and (data.status is not None or data.entry is not None):
+            raise ValueError(
+                f"family {self.name!r} has no censored outcomes (status, upper, entry): choose "
+                "weibull, loglogistic, lognormal, exponential or piecewise_exponential for times, "
+                "gaussian, student or gamma for measurements with detection limits, or leave the "
+                "columns out"
+            )
         y = outcome_of(data)
         if data.classes is not None and not (self.is_probability and len(data.classes) == 2):
             family = "bernoulli" if len(data.classes) == 2 else "categorical"
@@ -172,6 +188,14 @@ class Family(ABC):
                 "turn the column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
+        if bad.shape != (data.n_rows,):
+            raise ValueError(
+                f"family {self.name!r} needs one outcome per row, found the shape "
+                f"{tuple(y.shape)} of {data.outcome_name!r}: fit each column by itself, or choose "
+                "the column of the event's indicators"
+            )
+        if data.status is not None:  # lower ends at 0 of positive outcomes say nothing
+            bad &= ~((y == 0) & ((data.status == RIGHT) | (data.status == INTERVAL)))
         if bad.any():
             rows = data.row_labels[bad.numpy()]
             raise ValueError(
@@ -180,6 +204,15 @@ class Family(ABC):
                 f"row(s) {listing(rows, 3)} with {listing(y[bad][:3].tolist())}: correct the rows "
                 "or choose another family"
             )
+
+    @property
+    def is_censored(self) -> bool:
+        """Whether outcomes of the training data may be censored or truncated; by default not."""
+        return False
+
+    def survivor(self, eta: Eta, parameters: Parameters, rows: Rows) -> Survival | None:
+        """The survivor function and quantiles of exact outcomes; None, the default, without one."""
+        return None
 
     def bound(self, data: ClusteredData) -> Family:
         """The family with the settings that it takes from the training data; by default itself."""
@@ -207,6 +240,16 @@ class Family(ABC):
     def parameters(self) -> tuple[Parameter, ...]:
         """Parameters besides eta, in the order in which they are sampled; none by default."""
         return ()
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """Parameters with predictors of their own, in the last columns of eta; none by default."""
+        return ()
+
+    @property
+    def without_predictors(self) -> Family:
+        """The family whose parameters are the same in all rows; by default itself."""
+        return self
 
     def effect_scale(self) -> float:
         """Default prior scale of the sds of random effects, in standardised units."""
@@ -248,6 +291,15 @@ class Family(ABC):
 
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor | None:
         """Fisher information of eta, "... rows columns"; None if it is that of the curvature."""
+        return None
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """Fisher information "... rows" of the link of a parameter; None, the default, if unknown.
+
+        It is then estimated from simulated outcomes.
+        """
         return None
 
     def exceedances(self, eta: Eta, parameters: Parameters) -> tuple[Tensor, Tensor, float] | None:

@@ -6,18 +6,18 @@ from abc import ABC
 from dataclasses import dataclass
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.survival_densities import NormalSurvival
+from armed_pyro.families.censorable import CensorableFamily
 from armed_pyro.families.family import (
     Array,
     Draws,
     Eta,
-    Family,
     Numbers,
     Parameter,
     Parameters,
@@ -34,6 +34,8 @@ __all__ = ["Gaussian", "ResidualScale", "ResidualSd", "ResidualSpread"]
 
 class ResidualSpread(Parameter, ABC):
     """A spread of residuals with the prior `Priors.residual_sd`, in units of the predictor."""
+
+    alias = "sigma"
 
     def _scale(self, priors: Priors, unit: Unit) -> Tensor:
         return priors.residual_sd.scales([""], unit, Gaussian().effect_scale())[0]
@@ -67,15 +69,19 @@ class ResidualScale(ResidualSpread):
 
 
 @dataclass(frozen=True)
-class Gaussian(Family):
+class Gaussian(CensorableFamily):
     """y ~ N(eta, residual_sd^2), identity link."""
 
     name = "gaussian"
     support = "finite numbers"
-    is_quadratic = True
     has_residual_variance = True
     no_row_effects = "the residual sd"
     if_heavy_tails = "use family student, or look at the outlying rows"
+
+    @property
+    def is_quadratic(self) -> bool:  # type: ignore[override]
+        """True unless outcomes are censored."""
+        return not self.censored
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -104,8 +110,18 @@ class Gaussian(Family):
     def precision_weighted(self, parameters: Parameters, weights: RowValues) -> Parameters:
         return {**parameters, "residual_sd": self.value(parameters, "residual_sd") / weights.sqrt()}
 
-    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
-        return dist.Normal(eta[..., 0], self.value(parameters, "residual_sd"))
+    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> NormalSurvival:
+        return NormalSurvival(eta[..., 0], self.value(parameters, "residual_sd"))
+
+    def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
+        sd = self.value(parameters, "residual_sd")
+        return (sd[..., None] if sd.dim() else sd).expand_as(eta) ** -2
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 for log(residual_sd)."""
+        return torch.full_like(eta[..., 0], 2.0)
 
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return eta[..., 0]

@@ -160,7 +160,7 @@ class _WithZeros(Family, ABC):
         """
         share = self.value(parameters, self.share)
         within = self.base.residual_variance(parameters, mean)
-        return torch.log1p((torch.expm1(within) + share) / (1 - share))
+        return within - torch.log1p(-share)
 
     def _score_at_zero(
         self, eta: Eta, parameters: Parameters, rows: Rows
@@ -235,6 +235,18 @@ class ZeroInflated(_WithZeros):
         part = (1 - share) * zero
         return (1 - share) * positive + (part * slope) ** 2 / (share + part).clamp(min=1e-30)
 
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """(zi (1 - zi) (1 - f(0)))^2 / P(0) + (1 - P(0)) zi^2 for logit(zi)."""
+        if name != self.share:
+            return None
+        share = self.value(parameters, self.share)
+        inside = self.base.distribution(eta, parameters, rows)
+        zero = inside.log_prob(torch.zeros(inside.batch_shape).to(eta)).exp()
+        none = (share + (1 - share) * zero).clamp(min=1e-30)
+        return (share * (1 - share) * (1 - zero)) ** 2 / none + (1 - none) * share**2
+
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues | None:
         inside = self.base.cdf(y, eta, parameters, rows)
         share = self.value(parameters, self.share).double()
@@ -295,6 +307,16 @@ class Hurdle(_WithZeros):
         positive = (1 - zero).clamp(min=1e-12)
         value = (inside - zero * slope**2) / positive - (zero * slope / positive) ** 2
         return (1 - share) * value.clamp(min=0)
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """hu (1 - hu) for logit(hu); for gamma and lognormal, (1 - hu) times that of others."""
+        share = self.value(parameters, self.share)
+        if name == self.share:
+            return (share * (1 - share)).expand(eta.shape[:-1])
+        inside = self.base.parameter_information(name, eta, parameters, rows)
+        return None if inside is None or self.integer else (1 - share) * inside
 
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues | None:
         inside = self.base.cdf(y, eta, parameters, rows)

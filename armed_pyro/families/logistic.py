@@ -53,6 +53,9 @@ class TrialsFamily(LinkedFamily, ABC):
             raise ValueError(f"family {self.name!r} needs the number of trials of each row")
         return trials
 
+    def contrasts(self, output: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows columns"]:
+        return output[..., 1:] - output[..., :1] if output.shape[-1] == 2 else output
+
     def _counts(self, rows: Rows) -> Tensor:
         """The trials of each row."""
         return self._trials(rows.trials)

@@ -41,6 +41,8 @@ MOST_CATEGORIES = 50
 class ThresholdGap(Parameter):
     """Distance between two neighbouring thresholds; `number` 1 is between the first two."""
 
+    link = ""
+
     def __init__(self, number: int, count: int) -> None:
         self.name = f"threshold_gap_{number}"
         # Thresholds of categories of equal probability cover about 4 units.

@@ -33,6 +33,7 @@ class Share(Parameter):
     """A probability, uniform between 0 and 1 in the prior, as in brms."""
 
     start = 0.2
+    link = "logit"
 
     def __init__(self, name: str) -> None:
         self.name = name

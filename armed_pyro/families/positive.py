@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.measurement_densities import GammaByMean
+from armed_pyro.distributions.survival_densities import LogNormalTime
+from armed_pyro.families.censorable import CensorableFamily
 from armed_pyro.families.family import (
     Array,
     Draws,
     Eta,
-    Family,
     Parameter,
     Parameters,
     RowValues,
@@ -32,7 +32,7 @@ __all__ = ["Gamma", "LogNormal"]
 
 
 @dataclass(frozen=True)
-class LogNormal(Family):
+class LogNormal(CensorableFamily):
     """log y ~ N(eta, residual_sd^2); E[y] = exp(eta + residual_sd^2 / 2)."""
 
     name = "lognormal"
@@ -64,9 +64,8 @@ class LogNormal(Family):
         sd = parameters.get("residual_sd")
         return None if sd is None else sd**-2
 
-    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
-        sd = self.value(parameters, "residual_sd")
-        return dist.LogNormal(eta[..., 0], sd, validate_args=False)
+    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> LogNormalTime:
+        return LogNormalTime(eta[..., 0], self.value(parameters, "residual_sd"))
 
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         raise ValueError("the mean of family 'lognormal' depends on its sd: use expected()")
@@ -77,6 +76,12 @@ class LogNormal(Family):
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
         sd = self.value(parameters, "residual_sd")
         return (sd[..., None] if sd.dim() else sd).expand_as(eta) ** -2
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 for log(residual_sd)."""
+        return torch.full_like(eta[..., 0], 2.0)
 
     def if_misfit(self, y: Array) -> str:
         return "try family gamma, a feature, or a transformed outcome"
@@ -95,7 +100,7 @@ class LogNormal(Family):
 
 
 @dataclass(frozen=True)
-class Gamma(MeanFamily):
+class Gamma(MeanFamily, CensorableFamily):
     """y ~ Gamma with mean mu and variance mu^2 / shape; log, identity or softplus link."""
 
     link: str = "log"
@@ -127,8 +132,22 @@ class Gamma(MeanFamily):
         """The Fisher information of eta for the log link, the shape."""
         return parameters.get("shape") if self.link == "log" else None
 
-    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
+    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> GammaByMean:
         return GammaByMean(self.log_mean(eta), self.value(parameters, "shape"))
+
+    def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
+        value = super().information(eta, parameters, rows)
+        return self.or_scores(value, eta, parameters, rows)
+
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """shape^2 (trigamma(shape) - 1 / shape) for log(shape)."""
+        shape = self.value(parameters, "shape")
+        small = shape.clamp(max=100.0)
+        exact = small**2 * (torch.special.polygamma(1, small) - 1 / small)
+        # Large shapes would cancel.
+        return torch.where(shape > 100, 0.5 + 1 / (6 * shape), exact).expand(eta.shape[:-1])
 
     def if_misfit(self, y: Array) -> str:
         return "try family lognormal, a feature, or a transformed outcome"

@@ -11,9 +11,11 @@ from armed_pyro.families.gaussian import Gaussian
 from armed_pyro.families.inflated import Hurdle, ZeroInflated
 from armed_pyro.families.logistic import Bernoulli, Binomial, Categorical
 from armed_pyro.families.ordinal import Ordinal
+from armed_pyro.families.piecewise import PiecewiseExponential
 from armed_pyro.families.positive import Gamma, LogNormal
 from armed_pyro.families.proportions import Beta, BetaBinomial, ZeroOneInflatedBeta
 from armed_pyro.families.student import Student
+from armed_pyro.families.times import Exponential, LogLogistic, Weibull
 
 __all__ = ["FAMILIES", "family_named"]
 
@@ -34,6 +36,10 @@ _KINDS = (
     BetaBinomial,
     ZeroInflated,
     Hurdle,
+    Exponential,
+    Weibull,
+    LogLogistic,
+    PiecewiseExponential,
 )
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _KINDS}
 # Names of families elsewhere, for the message that suggests ours.
@@ -57,6 +63,10 @@ OTHER_NAMES = {
     "beta_family": "beta",
     "zoib": "zero_one_inflated_beta",
     "count": "poisson",
+    **dict.fromkeys(("survival", "aft", "Weibull"), "weibull"),
+    **dict.fromkeys(("cox", "coxph", "coxme", "piecewise"), "piecewise_exponential"),
+    **dict.fromkeys(("llogis", "log_logistic"), "loglogistic"),
+    "tobit": "gaussian",
     **dict.fromkeys(("cumulative", "clmm", "polr", "ordered"), "ordinal"),
 }
 
@@ -94,6 +104,10 @@ def family_named(name: str | Family) -> Family:
         if parts is None:
             raise ValueError(f"unknown family {inside!r} inside {whole[1]!r}: give a name")
         return kind(of=parts[1], link=parts[2] or "")  # type: ignore[call-arg]
+    if "pieces" in settings:
+        if not inside.isdecimal():
+            raise ValueError(f"family {whole[1]!r} takes a number of pieces, found {inside!r}")
+        return kind(pieces=int(inside))  # type: ignore[call-arg]
     if "link" not in settings:
         raise ValueError(f"family {whole[1]!r} has a single link: leave ({inside}) out")
     return kind(link=inside)  # type: ignore[call-arg]

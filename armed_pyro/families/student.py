@@ -12,11 +12,11 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.distributions.measurement_densities import StudentT
+from armed_pyro.families.censorable import CensorableFamily
 from armed_pyro.families.family import (
     Array,
     Draws,
     Eta,
-    Family,
     Parameter,
     Parameters,
     RowValues,
@@ -52,7 +52,7 @@ class DegreesOfFreedom(Parameter):
 
 
 @dataclass(frozen=True)
-class Student(Family):
+class Student(CensorableFamily):
     """y = eta + residual_scale t, t ~ Student(nu), identity link; eta is the mean if nu > 1."""
 
     name = "student"
@@ -93,9 +93,19 @@ class Student(Family):
         precision = self.precision(parameters)
         if precision is None:
             raise ValueError(f"family {self.name!r} needs its residual_scale and nu")
-        return precision[..., None].expand_as(eta) if precision.dim() else precision.expand_as(eta)
+        value = precision[..., None] if precision.dim() else precision
+        return self.or_scores(value.expand_as(eta), eta, parameters, rows)
 
-    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
+    def parameter_information(
+        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Tensor | None:
+        """2 nu / (nu + 3) for log(residual_scale)."""
+        if name != "residual_scale":
+            return None
+        nu = self.value(parameters, "nu")
+        return (2 * nu / (nu + 3)).expand(eta.shape[:-1])
+
+    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> StudentT:
         nu, scale = self.value(parameters, "nu"), self.value(parameters, "residual_scale")
         return StudentT(nu, eta[..., 0], scale)
 

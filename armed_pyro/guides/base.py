@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from armed_pyro.guides.closed_form import MarginalLikelihood, closed_form
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.pseudo_observations import PseudoObservations
 from armed_pyro.program.model import MixedEffects
@@ -102,6 +103,10 @@ class Guide(nn.Module, ABC):
             If the guide does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not draw effects by themselves")
+
+    def closed_form(self, model: MixedEffects, source: RowSource) -> MarginalLikelihood | None:
+        """log p(y | theta) of these rows given the frozen network, if it has a closed form."""
+        return closed_form(model, source)
 
     @abstractmethod
     def nested(self) -> Factor | None:

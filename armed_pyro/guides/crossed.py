@@ -20,6 +20,7 @@ from armed_pyro.guides.cross_products import CrossProducts, cross_products
 from armed_pyro.guides.gaussian_sums import nesting
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.nested import NestedGuide
+from armed_pyro.guides.process import ProcessGuide
 from armed_pyro.guides.pseudo_observations import has_full_precision
 from armed_pyro.guides.row_sums import joint_sums
 from armed_pyro.guides.structured import REFRESH_DRAWS, StructuredGuide
@@ -41,7 +42,9 @@ MOST_VALUES = 4_000_000
 
 
 def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
-    """`NestedGuide`, `CrossedGuide` or `StructuredGuide`, by the program and its rows.
+    """`ProcessGuide`, `NestedGuide`, `CrossedGuide` or `StructuredGuide`, by program and rows.
+
+    `ProcessGuide` serves programs with a process in time.
 
     `NestedGuide` serves gaussian outcomes without weights of a network to train, if several factors
     are nested in each other in the rows of `source`. Otherwise several factors get `CrossedGuide`
@@ -51,6 +54,8 @@ def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
     2,500 random effects in all factors but the largest, and at most 5e7 pairs of one of these
     effects and one of the largest factor's. The guide starts from the training rows in `source`.
     """
+    if any(factor.process is not None for factor in model.factors):
+        return ProcessGuide(model, source)
     sizes = sorted(_size(model, factor) for factor in model.factors)
     dense = sum(sizes[:-1])
     if len(sizes) > 1 and source is not None and is_gaussian(model) and not trains_network(model):

@@ -222,7 +222,11 @@ def _floor(factor: Factor, pseudo: PseudoObservations) -> Float[Tensor, " terms"
     A unit that is silent now may become active in training, but its trained precision could not
     grow from a base of zero.
     """
-    in_layer = [isinstance(block, LayerBlock) for block in factor.linear for _ in block.names]
+    in_layer = [
+        isinstance(block, LayerBlock)
+        for block in factor.linear
+        for _ in range(len(block.names) * factor.width_of(block))
+    ]
     floor = torch.ones_like(pseudo.location[0])
-    floor[: factor.n_linear] = torch.tensor(in_layer).repeat_interleave(factor.n_columns).to(floor)
+    floor[: factor.n_linear] = torch.tensor(in_layer).to(floor)
     return floor

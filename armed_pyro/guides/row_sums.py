@@ -13,7 +13,6 @@ from torch import Tensor
 from armed_pyro.program.linearize import curvature, mean_draws, sensitivities
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
-from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
@@ -90,7 +89,7 @@ def fixed_part(
     """X, or None without latent fixed effects, and r + W X beta."""
     if not model.has_fixed_effects:
         return None, residual
-    x = by_column(model.fixed_inputs(rows, activations), weight.shape[-1])
+    x = model.fixed_design(rows, activations)
     return x, residual + weight * (x * means["fixed_effect"][:, None]).sum(1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armed_pyro._messages import progress_console
 from armed_pyro.guides.base import joined
-from armed_pyro.guides.closed_form import ClosedForm
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.noise import gaussian_noise, heavy_noise, proposal_noise
 from armed_pyro.inference.marginal_weights import exact_likelihood, marginal_draws
 from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled, weigh
@@ -35,6 +35,7 @@ MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**32
 MOST_AT_ONCE, PIECE = 2**21, 2**21
 MOST_VALUES = 2**24  # values in the draws of all random effects
 MOST_WORK = 2**38  # multiplications of all draws
+MOST_CLOSED = 2**29  # values in the closed forms of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 # Draws at which clusters are left out, and rows of these clusters, where theta alone is weighed.
@@ -73,7 +74,7 @@ def _particles(posterior: Posterior) -> int:
 def importance_draws(
     posterior: Posterior,
     source: RowSource | None = None,
-    closed: ClosedForm | None = None,
+    closed: MarginalLikelihood | None = None,
     *,
     seed: int | None = None,
     progress: bool = False,
@@ -117,13 +118,14 @@ def importance_draws(
 
 
 def _marginal(
-    posterior: Posterior, source: RowSource, closed: ClosedForm, seed: int
+    posterior: Posterior, source: RowSource, closed: MarginalLikelihood, seed: int
 ) -> ImportanceDraws:
     """Weighted draws of the hyperparameters alone."""
     model, guide = posterior.model, posterior.guide
     size, blocks, totals = closed.most_draws(), list[dict[str, Tensor]](), list[Tensor]()
     with model.seeded(seed + 4), pyro.validation_enabled(False):
-        noise, ratio = heavy_noise(guide, MOST_DRAWS, model.reference())
+        n = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_CLOSED // closed.size))
+        noise, ratio = heavy_noise(guide, n, model.reference())
         for part, log_ratio in zip(noise.split(size), ratio.split(size), strict=True):
             drawn = marginal_draws(model, guide, closed, part)
             totals.append(drawn.total - log_ratio)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import ClosedForm
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.noise import no_noise, proposal_noise
 from armed_pyro.inference.marginal_weights import marginal_draws
 from armed_pyro.inference.nested_weights import bound_noise, nested_from, weigh
@@ -21,6 +21,7 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.inputs import LazyInputs
 from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
@@ -45,7 +46,7 @@ def start_at_mode(
     model: MixedEffects,
     guide: Guide,
     source: RowSource,
-    closed: ClosedForm | None = None,
+    closed: MarginalLikelihood | None = None,
     rounds: int = ROUNDS,
 ) -> None:
     r"""Set q(theta) to the normal distribution at the mode of the marginal posterior.
@@ -107,7 +108,7 @@ def start_at_mode(
 
 
 def climb_to_mode(
-    model: MixedEffects, guide: Guide, source: RowSource, closed: ClosedForm | None = None
+    model: MixedEffects, guide: Guide, source: RowSource, closed: MarginalLikelihood | None = None
 ) -> float:
     r"""Move q(theta) to the mode near its centre: :math:`\max_\theta \log p(\theta, y)`.
 
@@ -218,7 +219,12 @@ def _searched(
         for name, code in codes.items()
     }
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
-    held = HeldRows(rows.x, rows.y, codes, counts, *optional, slopes=rows.slopes, means=rows.means)
+    slopes, means = rows.slopes, rows.means
+    inputs = rows.inputs if isinstance(rows.inputs, LazyInputs) else None
+    held = HeldRows(
+        rows.x, rows.y, codes, counts, *optional, slopes=slopes, means=means, inputs=inputs
+    )
+    held = replace(held, censoring=rows.censoring)
     return held, rows
 
 
@@ -244,7 +250,7 @@ class _Posterior:
         guide: Guide,
         source: RowSource,
         sample: Rows | None = None,
-        closed: ClosedForm | None = None,
+        closed: MarginalLikelihood | None = None,
     ) -> None:
         self.model, self.guide, self.closed = model, guide, closed
         if closed is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import ClosedForm, closed_form
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.noise import NoiseMessenger
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.source import RowSource
@@ -37,16 +37,21 @@ class MarginalDraws:
         }
 
 
-def exact_likelihood(model: MixedEffects, guide: Guide, source: RowSource) -> ClosedForm | None:
+def exact_likelihood(
+    model: MixedEffects, guide: Guide, source: RowSource
+) -> MarginalLikelihood | None:
     """log p(y | theta) of the rows, if it has a closed form and the guide's effects are exact."""
     anything = guide.hyperparameters.size > 0
     if not anything or (model.factors and not guide.exact(model)):
         return None
-    return closed_form(model, source)
+    return guide.closed_form(model, source)
 
 
 def marginal_draws(
-    model: MixedEffects, guide: Guide, closed: ClosedForm, noise: Float[Tensor, "draws 1 1 size"]
+    model: MixedEffects,
+    guide: Guide,
+    closed: MarginalLikelihood,
+    noise: Float[Tensor, "draws 1 1 size"],
 ) -> MarginalDraws:
     """Map noise to the guide's draws of the hyperparameters, and weigh them; no row is read."""
     with NoiseMessenger({"_theta": noise}):
@@ -85,7 +90,7 @@ class MarginalBound:
 
     model: MixedEffects
     guide: Guide
-    closed: ClosedForm
+    closed: MarginalLikelihood
 
     def __call__(self, draws: int) -> Loss:
         """The loss, a mean over rows and draws of the hyperparameters."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from armed_pyro.distributions.quasi_random import lattice, stretched
 from armed_pyro.families.family import Parameters
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.program.working import derivatives
 from armed_pyro.rows.batch import Rows
 
 __all__ = ["Conditional", "GroupDraws"]
@@ -110,7 +111,7 @@ class Conditional:
         if z.dim() == 4:
             lower, base = lower[:, None], base[:, None]
         u = z @ lower.mT
-        spread = self.model.data_facts().spread
+        spread = self.model.data_facts().spreads(u)
         by_row = u.index_select(-2, self.place)  # "draws ... rows size"
         return base + spread * torch.einsum("...rd,rdc->...rc", by_row, self.design)
 
@@ -152,8 +153,13 @@ class Conditional:
 
     def _by_autograd(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's part of the gradient and of the curvature, in u."""
-        spread = self.model.data_facts().spread
         eta = self.predictor(z)
+        spread = self.model.data_facts().spreads(eta)
+        if self.model.family.predicted:
+            slope, second = self._expected_curvature(eta)
+            pull = torch.einsum("rdc,src->srd", self.design, slope * spread)
+            half = torch.einsum("rdc,src->srdc", self.design, second * spread**2)
+            return pull, torch.einsum("srdc,rfc->srdf", half, self.design)
         with torch.enable_grad():
             eta = eta.detach().requires_grad_(True)
             value = self.log_likelihood(eta)
@@ -165,12 +171,22 @@ class Conditional:
                 ],
                 -2,
             )
-        slope, weight = slope.detach() * spread, -second * spread**2
+        slope, weight = slope.detach() * spread, -second * (spread[:, None] * spread)
         if weight.shape[-1] == 1:
             weight = weight.clamp(min=0)
         half = torch.einsum("rdc,srce->srde", self.design, weight)
         pull = torch.einsum("rdc,src->srd", self.design, slope)
         return pull, torch.einsum("srde,rfe->srdf", half, self.design)
+
+    def _expected_curvature(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient and Fisher information in eta: the curvature itself may be negative."""
+        latents = {name: value[..., None] for name, value in self.parameters.items()}
+        slope, information = derivatives(self.model, eta, latents, self.rows)
+        frequencies = self.model.frequencies(self.rows)
+        if frequencies is None:
+            return slope, information
+        counts = frequencies[:, None]
+        return torch.where(counts == 0, 0.0, counts * slope), counts * information
 
     def mode(self, z: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         """The mode of z, and the Cholesky factor of Q at the mode."""

@@ -31,6 +31,7 @@ from armed_pyro.data.formula import Terms
 from armed_pyro.data.schema import Schema
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
+from armed_pyro.random_effects.design import InputBlock, LinearBlock
 
 __all__ = ["describe", "root"]
 
@@ -46,12 +47,24 @@ def describe(model: Plan) -> str:
     if facts.linear_names:
         p = len(facts.linear_names)
         text = f"Normal(0, {sd / p**0.5:.4g}) ({unit}, per sd of a feature, beside the network)"
-        others = len(model.fixed_terms()) > p * len(facts.columns)
+        others = len(model.common_terms()) > p * len(model.network_columns)
         return f"{text}; of other effects Normal(0, {sd:.4g})" if others else text
     text = f"Normal(0, {sd:.4g}) ({unit}, per sd of the feature"
     if model.fixed_root is None:
         return f"{text}; Intercept at the features' means)" if facts.feature_mean else f"{text})"
     return f"{text}, or between levels; Intercept at the features' means)"
+
+
+def describe_parameter(model: Plan, name: str, design: LinearBlock) -> str:
+    """The prior of the fixed effects on a parameter as text."""
+    facts, sd = model.data_facts(), model.priors.fixed_sd
+    center = facts.center[facts.columns.index(name)]
+    text = f"Normal(0, {sd:.4g}) (link scale, per sd of the feature"
+    if not isinstance(design, InputBlock) or not design.has_constant:
+        return f"{text})"
+    where = " at the features' means" if design.intercept and len(design.names) > 1 else ""
+    first = "Intercept" if design.intercept else "of every level"
+    return f"{text}; {first}{where} Normal({center:.4g}, {sd:.4g}))"
 
 
 def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
@@ -64,13 +77,21 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
     those of p features beside a network, whose variances are divided by p: x'beta then has the same
     prior however many there are.
     """
-    facts, columns = model.data_facts(), len(model.data_facts().columns)
+    common, parameters = _common_root(model), len(model.parameter_terms())
+    if common is None or not parameters:
+        return common
+    return torch.block_diag(common, torch.eye(parameters, dtype=torch.float64))
+
+
+def _common_root(model: Plan) -> Float[Tensor, "terms terms"] | None:
+    """The root without parameters' effects, which are independent."""
+    facts, columns = model.data_facts(), len(model.network_columns)
     if facts.linear_names:
         return _beside(model)
     if not model.linear:
         return None
     means, intercept = len(facts.between_names), model.has_intercept
-    n = len(model.fixed_terms()) // columns - means
+    n = len(model.common_terms()) // columns - means
     whole = n == intercept + len(facts.feature_names) and (intercept or facts.intercept_columns)
     if not (whole and facts.feature_average) or n > MOST_COLUMNS:
         return None
@@ -91,9 +112,9 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
 
 def _beside(model: Plan) -> Float[Tensor, "terms terms"]:
     """Root of the prior with features beside a network: a diagonal."""
-    facts, columns = model.data_facts(), len(model.data_facts().columns)
+    facts, columns = model.data_facts(), len(model.network_columns)
     linear, means = len(facts.linear_names), len(facts.between_names)
-    sd = torch.ones(len(model.fixed_terms()) // columns, dtype=torch.float64)
+    sd = torch.ones(len(model.common_terms()) // columns, dtype=torch.float64)
     first = len(sd) - means - linear
     sd[first : first + linear] = linear**-0.5
     return torch.diag(sd.repeat_interleave(columns))

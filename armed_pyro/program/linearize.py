@@ -15,7 +15,6 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import linear_predictor, reaches_predictor
 from armed_pyro.program.working import derivatives, gradients
 from armed_pyro.random_effects.covariance import Latents
-from armed_pyro.random_effects.design import by_column
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
@@ -43,8 +42,7 @@ def sensitivities(
     random effects "clusters terms". A factor that is left out counts as zero. `activations` are
     those without effects inside.
     """
-    columns = len(model.data_facts().columns)
-    linear = by_column(factor.design(rows.slope_inputs(), activations), columns)
+    linear = factor.by_column(factor.design(rows.slope_inputs(), activations))
     if not factor.filters:
         return linear
     if not reaches_predictor(model):
@@ -56,8 +54,8 @@ def sensitivities(
             output, tapped = model.run_network(replace(rows, computed=None), whole=True)
             eta = linear_predictor(model, rows, output, tapped, fixed)
         slopes = gradients(eta, effects, create_graph=rows.x.requires_grad)
-    spread = model.data_facts().spread
-    return torch.cat([linear, torch.stack(slopes, -1) / spread], 1)
+    slope = torch.stack(slopes, -1)
+    return torch.cat([linear, slope / model.data_facts().spreads(slope)], 1)
 
 
 def reconstruction_slopes(
@@ -74,7 +72,7 @@ def reconstruction_slopes(
     Each factor with effects inside is yielded with its slope and vectors v, which are zero for
     effects on the predictor; none is if no other outcome depends on them.
     """
-    rebuilt = [other for other in model.others if other.at not in model.unreached]
+    rebuilt = [other for other in model.others if other.tap not in model.unreached]
     inside = [factor for factor in model.factors if factor.filters] if rebuilt else []
     if not inside:
         return
@@ -90,7 +88,7 @@ def reconstruction_slopes(
         # The terms of all factors, side by side.
         slope, roots = tau.new_zeros(len(rows), sum(value.shape[1] for value in effects)), []
         for other in rebuilt:
-            mean = activations[other.at]
+            mean = activations[other.tap]
             sd = facts.feature_spread * point[other.sd_site].mean()
             residual, root = other.information(mean.detach(), sd, rows)
             over = (...,) + (None,) * (mean.dim() - 1)
@@ -161,7 +159,8 @@ def curvature(
     """
     training = model.training
     model.eval()
-    spread, tau = model.data_facts().spread, model.precision(latents)[..., None]
+    spread = model.data_facts().spreads(model.reference())
+    tau = model.precision(latents)[..., None]
     for rows in source.chunks(size):
         with torch.no_grad():
             predictor = model.predictor(rows, latents)

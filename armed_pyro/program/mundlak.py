@@ -158,7 +158,9 @@ def with_between(model: Plan, data: ClusteredData, sums: Sums | None = None) -> 
     if choice is None:
         choice = False if model.linear else "auto"
     factors = dict.fromkeys(
-        term.factor for term in model.terms if isinstance(term, RandomEffects) and term.intercept
+        term.factor
+        for term in model.outcome_terms
+        if isinstance(term, RandomEffects) and term.intercept
     )
     if choice is True and not (facts.feature_names and factors):
         lacking = "random intercept" if facts.feature_names else "feature with a name"
@@ -250,6 +252,8 @@ def working_response(
     weight = curvature.clamp(min=1e-3 * float(curvature.clamp(min=0).mean()) + 1e-300)
     frequencies = model.frequencies(rows)
     z = center + slope / weight
+    outcome = len(facts.outcome_columns)
+    z, weight = z[:, :outcome], weight[:, :outcome]
     if frequencies is not None:
         weight = weight * frequencies[:, None].clamp(min=1e-9)
     return z.double().cpu().numpy(), weight.double().cpu().numpy()

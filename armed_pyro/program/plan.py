@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, Self, cast
 
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from armed_pyro._messages import REAL, check_type
 from armed_pyro._pyro_module import PYRO_LOCK, LocalModule
 from armed_pyro.data.grouping import is_smooth_text
+from armed_pyro.families.distributional import family_with_predictors, parameter_named
 from armed_pyro.families.family import Eta, Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import family_named
@@ -24,8 +27,10 @@ from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.random_effects.covariance import Latents
+from armed_pyro.random_effects.design import LinearBlock, by_column
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.random_effects.parameter_formula import ParameterFormula, read_parameters
 from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.batch import Rows
 
@@ -40,8 +45,12 @@ class Plan(LocalModule):
     """
 
     facts: Facts | None
+    parameter_formulas: tuple[ParameterFormula, ...]  # of the fixed effects on parameters
     # Tapped layers, and "" for the output, that effects inside the network cannot change.
     unreached: frozenset[str] = frozenset()
+    mixed_precision: bool = False  # whether the network runs in bfloat16 where that is enough
+    # Paths of the network's modules that a training leaves in evaluation mode.
+    frozen: frozenset[str] = frozenset()
     # Root of the fixed effects' prior covariance, per `Priors.fixed_sd`; None for the identity.
     fixed_root: Tensor | None
 
@@ -58,6 +67,8 @@ class Plan(LocalModule):
         others: Reconstruction | Sequence[Reconstruction] = (),
         between: BetweenChoice = None,
         linear_effects: bool | None = None,
+        output: int | str | Sequence[int | str] = (),
+        parameters: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__("program")
@@ -80,9 +91,10 @@ class Plan(LocalModule):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"`dtype` must be torch.float64 or torch.float32, not {dtype}")
         self.net = net
+        self.output = (output,) if isinstance(output, (int, str)) else tuple(output)
         self.dtype = dtype
-        self.terms = parse_terms(random)
-        self.family = family_named(family)
+        check_type(parameters, (Mapping, type(None)), "parameters", "Pass {'sigma': '1 + x'}.")
+        self._read(parse_terms(random), family_named(family), parameters or {})
         adversaries = [adversary] if isinstance(adversary, Adversary) else list(adversary)
         for member in adversaries:
             check_type(member, Adversary, "every adversary")
@@ -98,6 +110,74 @@ class Plan(LocalModule):
         self._factors = nn.ModuleList()
         self._folds = nn.ModuleList()
         self.facts = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; the `frozen` modules stay in evaluation mode."""
+        super().train(mode)
+        for path in self.frozen:
+            self.network.get_submodule(path).training = False
+        return self
+
+    def _read(self, terms: tuple[Term, ...], family: Family, parameters: Mapping[str, str]) -> None:
+        """Set the terms, the family, and the formulas of its parameters."""
+        base = family.without_predictors
+        read = read_parameters(parameters)
+        names = [parameter_named(base, formula.name) for formula in read]
+        labels = [parameter.alias or parameter.name for parameter in names]
+        if twice := [label for place, label in enumerate(labels) if label in labels[:place]]:
+            raise ValueError(f"{twice[0]!r} has two predictors: give a single formula")
+        self.parameter_formulas = tuple(
+            replace(formula, name=label, random=())
+            for formula, label in zip(read, labels, strict=True)
+        )
+        self.terms = terms + tuple(
+            replace(term, parameter=label)
+            for formula, label in zip(read, labels, strict=True)
+            for term in formula.random
+        )
+        strange = [getattr(term, "parameter", "") for term in self.terms]
+        for name in filter(None, strange):
+            if name not in labels:
+                raise ValueError(
+                    f"there are random effects on {name!r}, which has no predictor: give "
+                    f"parameters={{{name!r}: '1'}}"
+                )
+        from_network = sum(formula.from_network for formula in read)
+        self.family = family_with_predictors(base, [p.name for p in names], from_network)
+        self._designs = nn.ModuleList()
+
+    @property
+    def predictors(self) -> dict[str, str]:
+        """Formulas of the fixed effects on parameters of the family, by parameter."""
+        return {formula.name: formula.fixed for formula in self.parameter_formulas}
+
+    @property
+    def outcome_terms(self) -> tuple[Term, ...]:
+        """The random effects on the outcome's own predictor and inside the network."""
+        return tuple(term for term in self.terms if not getattr(term, "parameter", ""))
+
+    def parameter_texts(self) -> tuple[str, ...]:
+        """The predictors of parameters as they are written: ``sigma ~ x + (1 | site)``."""
+        texts = []
+        for formula in self.parameter_formulas:
+            of_parameter = (t for t in self.terms if getattr(t, "parameter", "") == formula.name)
+            random = (str(term).removeprefix(f"{formula.name} ~ ") for term in of_parameter)
+            texts.append(f"{formula.name} ~ {' + '.join([formula.fixed, *random])}")
+        return tuple(texts)
+
+    @property
+    def designs(self) -> dict[str, LinearBlock]:
+        """Columns of the linear predictors of parameters, by parameter."""
+        modules: Any = self._modules["_designs"]
+        names = [f.name for f in self.parameter_formulas if not f.from_network]
+        return dict(zip(names, modules, strict=True))
+
+    @property
+    def network_columns(self) -> tuple[str, ...]:
+        """The columns of the predictor that the network gives."""
+        linear = sum(not formula.from_network for formula in self.parameter_formulas)
+        columns = self.data_facts().columns
+        return columns[: len(columns) - linear]
 
     @property
     def network(self) -> nn.Module:
@@ -134,7 +214,7 @@ class Plan(LocalModule):
 
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""
-        names = [term.factor for term in self.terms]
+        names = [name for term in self.terms for name in term.groupings()]
         names += [adversary.factor for adversary in self.adversaries]
         return tuple(dict.fromkeys(names))
 
@@ -146,7 +226,7 @@ class Plan(LocalModule):
         """Module paths whose activations terms, adversaries or other outcomes need."""
         paths = [path for term in self.terms for path in term.layers()]
         paths += [path for adversary in self.adversaries for path in adversary.taps]
-        paths += [other.at for other in self.others]
+        paths += [other.tap for other in self.others]
         return tuple(dict.fromkeys(paths))
 
     def reference(self) -> Tensor:
@@ -199,7 +279,8 @@ class Plan(LocalModule):
     def has_fixed_effects(self) -> bool:
         """Whether there are latent fixed effects: see `fixed_terms`."""
         facts = self.data_facts()
-        return self.bayesian_head or bool(facts.linear_names or facts.between_names)
+        linear = any(not formula.from_network for formula in self.parameter_formulas)
+        return self.bayesian_head or linear or bool(facts.linear_names or facts.between_names)
 
     def head_path(self) -> str:
         """Module path of the network's last linear layer; empty if that is the network itself."""
@@ -209,13 +290,23 @@ class Plan(LocalModule):
         """Names of the latent fixed effects, by column.
 
         They are the inputs of the last linear layer, if its weights are latent, followed by the
-        features beside a network, ``linear(x)``, and the clusters' means.
+        features beside a network, ``linear(x)``, the clusters' means, and the terms of parameters,
+        ``sigma_x``.
         """
+        return self.common_terms() + self.parameter_terms()
+
+    def common_terms(self) -> tuple[str, ...]:
+        """The latent fixed effects on columns that the network gives."""
         facts = self.data_facts()
         names = self._head_terms() if self.bayesian_head else []
         names += [f"linear({name})" for name in facts.linear_names]
         names += facts.between_names
-        return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
+        return tuple(f"{name}[{c}]" if c else name for name in names for c in self.network_columns)
+
+    def parameter_terms(self) -> tuple[str, ...]:
+        """The latent fixed effects on parameters with a linear predictor."""
+        pairs = self.designs.items()
+        return tuple(f"{parameter}_{name}" for parameter, b in pairs for name in b.names)
 
     @property
     def event(self) -> Any:
@@ -224,9 +315,9 @@ class Plan(LocalModule):
         return None if classes is None or self.family.has_class_probabilities else classes[1]
 
     def network_terms(self) -> tuple[str, ...]:
-        """The latent fixed effects, except those of clusters' means."""
-        means = len(self.data_facts().columns) * len(self.data_facts().between_names)
-        return self.fixed_terms()[: len(self.fixed_terms()) - means]
+        """The latent fixed effects, except those of clusters' means and of parameters."""
+        means = len(self.network_columns) * len(self.data_facts().between_names)
+        return self.common_terms()[: len(self.common_terms()) - means]
 
     def _head_terms(self) -> list[str]:
         """Names of the inputs of the last linear layer."""
@@ -289,10 +380,9 @@ class Plan(LocalModule):
             name: value.reshape(-1, 1).double()
             for name, value in self.family_parameters(latents).items()
         }
-        parameters = self.row_parameters(values, rows)
-        for draw in range(max([len(eta), *map(len, parameters.values())])):
-            drawn = {name: value[min(draw, len(value) - 1)] for name, value in parameters.items()}
-            yield eta[min(draw, len(eta) - 1)], drawn
+        for draw in range(max([len(eta), *map(len, values.values())])):
+            drawn = {name: value[min(draw, len(value) - 1)] for name, value in values.items()}
+            yield eta[min(draw, len(eta) - 1)], self.row_parameters(drawn, rows)
 
     def expected(self, eta: Eta, latents: Latents, rows: Rows) -> Tensor:
         """E[y | eta, parameters of the family] "... rows", or "... rows classes"."""
@@ -342,42 +432,75 @@ class Plan(LocalModule):
         """
         if rows.computed is not None:
             return rows.computed[""], rows.computed
+        like, x = self.network_reference(), rows.network_inputs
         if self.fold_networks is not None:
-            output = self.fold_networks.run(rows, rows.x.to(self.network_reference().dtype))
+            output = self.fold_networks.run(rows, x, like=like, element=self.output)
             return output, {"": output}
         head = [self.head_path()] if self.bayesian_head else []
-        x = rows.x.to(self.network_reference().dtype)
         # The only place where the network's weights become Pyro parameters.
-        return run(self.net, x, self.layers(), head, whole=whole)
+        net, mixed = self.net, self.mixed_precision
+        with torch.autocast(like.device.type, torch.bfloat16, enabled=mixed):
+            results = run(net, x, self.layers(), head, element=self.output, like=like, whole=whole)
+        if not mixed:
+            return results
+        record = {name: values.to(like.dtype) for name, values in results[1].items()}
+        return record[""], record
 
     def fixed_predictor(
         self, rows: Rows, output: Tensor, activations: Latents, latents: Latents
     ) -> Eta:
         """Linear predictor without random effects, from the network's output and activations."""
-        facts = self.data_facts()
-        base = self.reference().new_tensor(facts.center)
+        facts, like, n = self.data_facts(), self.reference(), len(self.network_columns)
+        base, spread = like.new_tensor(facts.center), facts.spreads(like)[:n]
         if rows.offset is not None:
-            base = base + rows.offset[:, None]
+            offset = rows.offset[:, None].expand(-1, len(facts.outcome_columns))
+            base = base + pad(offset, (0, facts.predicted))
         if not self.bayesian_head:
             output = output.reshape(len(rows), -1).to(self.dtype)
-            base = base + facts.spread * self.family.contrasts(output)
+            network = pad(spread * self.family.contrasts(output), (0, len(facts.columns) - n))
+            base = base + network
         if not self.has_fixed_effects:
             return base
-        weights = latents["fixed_effect"].unflatten(-1, (-1, len(facts.columns)))
-        if weights.dim() > 2:
-            weights = weights.squeeze(-3)
-        return base + facts.spread * (self.fixed_inputs(rows, activations) @ weights)
+        latent = latents["fixed_effect"]
+        latent = latent.squeeze(-2) if latent.dim() > 1 else latent
+        common, *others = latent.split([len(self.common_terms()), *self._widths()], -1)
+        weights = common.unflatten(-1, (-1, n))
+        parts = [spread * (self.fixed_inputs(rows, activations) @ weights)]
+        for design, weight in zip(self.designs.values(), others, strict=True):
+            columns = design.columns(rows.slope_inputs(), activations).to(self.dtype)
+            parts.append(columns @ weight[..., None])
+        return base + (torch.cat(parts, -1) if others else parts[0])
+
+    def _widths(self) -> list[int]:
+        """Numbers of the fixed effects on each parameter with a linear predictor."""
+        return [len(design.names) for design in self.designs.values()]
+
+    def fixed_design(
+        self, rows: Rows, activations: Mapping[str, Tensor]
+    ) -> Float[Tensor, "rows fixed_terms columns"]:
+        """X, the map from the latent fixed effects to the columns of the predictor."""
+        n, columns = len(self.network_columns), len(self.data_facts().columns)
+        x = by_column(self.fixed_inputs(rows, activations), n)
+        if n == columns:
+            return x
+        parts = [pad(x, (0, columns - n))]
+        for place, design in enumerate(self.designs.values(), start=n):
+            part = design.columns(rows.slope_inputs(), activations).to(self.dtype)
+            parts.append(pad(part[..., None], (place, columns - place - 1)))
+        return torch.cat(parts, 1)
 
     def fixed_inputs(
         self, rows: Rows, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows inputs"]:
-        """Regressors of all latent fixed effects, by `fixed_terms`."""
+        """Regressors of the latent fixed effects on the network's columns, by `common_terms`."""
         parts = [self.head_inputs(activations)] if self.bayesian_head else []
         if self.data_facts().linear_names:
             parts.append(rows.x.to(self.dtype))
         means = self.data_facts().zero_means(len(rows), self.reference())
         if means is not None:
             parts.append(means if rows.means is None else rows.means)
+        if not parts:
+            return self.reference().new_zeros(len(rows), 0)
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def head_inputs(self, activations: Mapping[str, Tensor]) -> Float[Tensor, "rows inputs"]:

@@ -52,12 +52,13 @@ def linear_predictor(
     Factors without a site in `latents` count as zero.
     """
     eta = model.fixed_predictor(rows, output, activations, latents)
+    spreads = model.data_facts().spreads(model.reference())
     for factor in model.factors:
         if factor.effect_site in latents:
             membership = rows.memberships[factor.name]
             phi = factor.design(rows.slope_inputs(), activations)
             part = factor.contribution(phi, membership, latents[factor.effect_site])
-            eta = eta + model.data_facts().spread * part
+            eta = eta + spreads * part
     return eta
 
 
@@ -91,7 +92,7 @@ def modulated_runs(
     rebuilt, known = (model.others if others else ()), model.known()
     etas: list[Tensor] = []
     means: dict[str, list[Tensor]] = {other.name: [] for other in rebuilt}
-    rows = replace(rows, computed=None)
+    rows = replace(rows, computed=None).loaded()
     activations: Latents = {}
     for index in product(*map(range, lead)):
         drawn = {
@@ -107,7 +108,7 @@ def modulated_runs(
             output, activations = model.run_network(rows, whole=True)
         etas.append(linear_predictor(model, rows, output, activations, drawn))
         for other in rebuilt:
-            means[other.name].append(activations[other.at])
+            means[other.name].append(activations[other.tap])
 
     def stacked(values: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(values)).reshape(*lead, *values[0].shape)

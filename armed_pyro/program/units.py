@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.families.reconstruction import Reconstruction
+from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.design import InputBlock, LinearBlock
 from armed_pyro.random_effects.grouping_factor import Factor
 
 Draws = dict[str, Tensor]
@@ -23,6 +25,14 @@ def original_covariance(factor: Factor, latents: Draws) -> Float[Tensor, "draws 
     covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
     matrix = factor.to_original.to(covariance)
     return matrix @ covariance @ matrix.mT
+
+
+def original_variances(factor: Factor, latents: Draws) -> Float[Tensor, "draws terms"]:
+    """The diagonal of `original_covariance`, without the matrix if effects are independent."""
+    if not factor.diagonal:
+        return original_covariance(factor, latents).diagonal(dim1=-2, dim2=-1)
+    unit = factor.to_original.diagonal()
+    return (_flat(factor.sd(latents), 1).to(torch.float64) * unit.to(torch.float64)).square()
 
 
 def original_parameters(
@@ -47,8 +57,15 @@ def original_fixed_effects(model: MixedEffects, latents: Draws) -> Float[Tensor,
     Coefficients of a deep network's last layer are per unit of its activations.
     """
     facts, between = model.data_facts(), model.data_facts().between
-    values = _flat(latents["fixed_effect"], 1).to(torch.float64) * facts.spread
-    values = values.unflatten(-1, (-1, len(facts.columns))).clone()
+    columns, latent = len(model.network_columns), _flat(latents["fixed_effect"], 1)
+    common, *others = latent.to(torch.float64).split(
+        [len(model.common_terms()), *(len(design.names) for design in model.designs.values())], -1
+    )
+    parameters = [
+        _of_parameter(name, design, values, facts)
+        for (name, design), values in zip(model.designs.items(), others, strict=True)
+    ]
+    values = common.unflatten(-1, (-1, columns)) * facts.spreads(common)[:columns]
     means = 0 if between is None else len(between.names)
     head = values.shape[1] - means
     # Coefficients that take up a constant: the intercept's, or those of columns that sum to 1.
@@ -70,8 +87,20 @@ def original_fixed_effects(model: MixedEffects, latents: Draws) -> Float[Tensor,
         mean = values.new_tensor(facts.feature_mean)[kept, None]
         values[:, first:head] /= scale
         values[:, constant] -= (values[:, first:head] * mean).sum(1, keepdim=True)
-    values[:, constant] += values.new_tensor(facts.center)
-    return values.flatten(1)
+    values[:, constant] += values.new_tensor(facts.center[:columns])
+    return torch.cat([values.flatten(1), *parameters], 1)
+
+
+def _of_parameter(
+    name: str, design: LinearBlock, values: Float[Tensor, "draws terms"], facts: Facts
+) -> Float[Tensor, "draws terms"]:
+    """Fixed effects on the link of a parameter, per unit of the feature, centre included."""
+    original = values @ design.to_original.to(values).mT
+    if isinstance(design, InputBlock) and design.has_constant:
+        # The intercept, or every level of the factor in its place.
+        constant = 1 if design.intercept else 1 + design.contrasts
+        original[:, :constant] += facts.center[facts.columns.index(name)]
+    return original
 
 
 def _flat(values: Tensor, event_dim: int) -> Tensor:

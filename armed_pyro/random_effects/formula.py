@@ -10,6 +10,8 @@ from armed_pyro.data.categories import contrast_of
 from armed_pyro.data.cluster_columns import factor_path
 from armed_pyro.data.formula import Formula, features_of
 from armed_pyro.data.formula_syntax import (
+    Call,
+    Name,
     Node,
     Number,
     Operation,
@@ -19,10 +21,11 @@ from armed_pyro.data.formula_syntax import (
     quoted_name,
     text_of,
 )
+from armed_pyro.random_effects.process_kernels import KERNELS
 from armed_pyro.random_effects.smooth import Smooth, is_smooth, without_smooths
-from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Term
+from armed_pyro.random_effects.terms import FilterScaleBias, Process, RandomEffects, Term
 
-__all__ = ["fixed_and_random", "parse_terms", "slopes_formula"]
+__all__ = ["fixed_and_random", "parse_terms", "slopes_formula", "terms_of", "with_all_levels"]
 
 # What stands right of a bar; and words, with quotation marks or an encoded level.
 _RIGHT = re.compile(r"(?<=\|)[^()|`]+(?=\)|$)")
@@ -35,12 +38,15 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
 
     ``(1 + x | g)`` is a correlated intercept and slope; the intercept is implied, and ``0 +``
     removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
-    ``(1 | a)`` and ``(1 | a:b)``. Names with other characters than letters are in backticks.
+    ``(1 | a)`` and ``(1 | a:b)``. Terms of one factor with the same label, ``(1 |c| g)`` and
+    ``(0 + x |c| g)``, are correlated, also those of parameters. Names with other characters than
+    letters are in backticks.
     Left of the bar stands a formula of features, with products and functions, such as
     ``(x * z + poly(t, 2) | g)``. ``s(x)`` is a penalised spline, `Smooth`. The data need the
     columns of slopes and curves: `slopes_formula` names them for `ClusteredData.from_frame`;
     `armed_pyro.model` and the command line do that by themselves. One string may hold several
-    terms, joined by ``+``.
+    terms, joined by ``+``. ``ou(time | g)``, ``ar1(time | g)`` and ``rw(time | g)`` are processes
+    in time, one for every cluster of g; see `Process`.
 
     Raises
     ------
@@ -81,21 +87,19 @@ def slopes_formula(terms: str | Iterable[str], columns: Collection[str]) -> str:
     return " + ".join(dict.fromkeys(texts))
 
 
-def _slope_texts(node: Node, columns: Collection[str]) -> Sequence[str]:
+def _slope_texts(node: Operation | Call, columns: Collection[str]) -> Sequence[str]:
     """The columns that one random term reads, as they are written."""
-    if isinstance(node, Operation):
-        return _slopes_of(node).texts(columns)
-    return Smooth(text_of(node)).slopes
+    return Smooth(text_of(node)).slopes if is_smooth(node) else _slopes_of(node).texts(columns)
 
 
-def fixed_and_random(tree: Node) -> tuple[Node, list[str]]:
-    """The parts of a formula's right side: features, and random terms as text.
+def fixed_and_random(tree: Node) -> tuple[Node, list[Operation | Call]]:
+    """The parts of a formula's right side: features, and random terms.
 
     Smooth terms are random, and leave their straight line to the features.
 
     >>> fixed, random = fixed_and_random(parse("z + s(x) + (1 | g)"))
-    >>> text_of(fixed), random
-    ('z + x', ['(1 | g)', 's(x)'])
+    >>> text_of(fixed), [text_of(term) for term in random]
+    ('z + x', ['1 | g', 's(x)'])
     """
     parts, smooths = without_smooths(_signed(tree))
     bars = [part for part, _ in parts if _is_bar(part)]
@@ -103,7 +107,7 @@ def fixed_and_random(tree: Node) -> tuple[Node, list[str]]:
         raise ValueError(f"the random-effect term ({text_of(wrong[0])}) cannot be subtracted")
     fixed = [(part, sign) for part, sign in parts if not _is_bar(part)] or [(Number(1.0), 1)]
     nodes, signs = zip(*fixed, strict=True)
-    return Sum(nodes, signs), [*(f"({text_of(bar)})" for bar in bars), *smooths]
+    return Sum(nodes, signs), [*(b for b in bars if isinstance(b, Operation | Call)), *smooths]
 
 
 def _signed(node: Node, sign: int = 1) -> list[tuple[Node, int]]:
@@ -115,6 +119,9 @@ def _signed(node: Node, sign: int = 1) -> list[tuple[Node, int]]:
 
 
 def _is_bar(node: Node) -> bool:
+    """Whether a node is ``slopes | g``, or a process such as ``ou(time | g)``."""
+    if isinstance(node, Call):
+        return node.function in KERNELS
     return isinstance(node, Operation) and node.symbol in ("|", "||")
 
 
@@ -144,20 +151,22 @@ def _quoted_word(match: re.Match[str]) -> str:
     return word if known or "[" in word else quoted_name(word)
 
 
-def _random(tree: Node, text: str) -> list[Node]:
+def _random(tree: Node, text: str) -> list[Operation | Call]:
     """The terms of a text, which may join several by ``+``."""
     parts = _signed(tree)
-    terms = [part for part, sign in parts if sign > 0 and (_is_bar(part) or is_smooth(part))]
+    terms = [part for part, sign in parts if isinstance(part, Operation | Call) and sign > 0]
+    terms = [term for term in terms if _is_bar(term) or is_smooth(term)]
     if not terms or len(terms) < len(parts):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
     return terms
 
 
-def terms_of(bar: Node) -> Sequence[Term]:
+def terms_of(bar: Operation | Call) -> Sequence[Term]:
     """The terms of ``x | a/b``, one for each grouping factor; or the smooth term ``s(x)``."""
     text = text_of(bar)
-    if not isinstance(bar, Operation):
-        return [Smooth(text)]
+    if isinstance(bar, Call):
+        return [Smooth(text)] if is_smooth(bar) else _processes(bar)
+    bar, group = _unlabelled(bar)
     if any(_is_bar(side) for side in operands(bar)):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
     factors = factor_path(bar.right)
@@ -171,14 +180,41 @@ def terms_of(bar: Node) -> Sequence[Term]:
     categorical = tuple(name for name in slopes if name in formula.categorical)
     correlated = bar.symbol == "|"
     return [
-        RandomEffects(factor, slopes, formula.intercept, correlated, categorical=categorical)
+        RandomEffects(
+            factor, slopes, formula.intercept, correlated, categorical=categorical, group=group
+        )
         for factor in factors
     ]
 
 
-def _slopes_of(bar: Operation) -> Formula:
-    """The formula left of a term's bar."""
-    what = f"the random-effect term {text_of(bar)!r}"
+def _processes(call: Call) -> list[Process]:
+    """The processes of ``ou(time | a/b)``, one for each grouping factor."""
+    inside = call.arguments[0] if len(call.arguments) == 1 and not call.options else None
+    if isinstance(inside, Operation) and inside.symbol == "|" and isinstance(inside.left, Name):
+        factors = factor_path(inside.right)
+        if factors is not None:
+            return [Process(call.function, inside.left.name, factor) for factor in factors]
+    raise ValueError(
+        f"cannot read the process {text_of(call)!r}: write the column of times and the grouping "
+        f"factor as '{call.function}(time | id)'"
+    )
+
+
+def _unlabelled(bar: Operation) -> tuple[Operation, str]:
+    """The term without its label, and the label: ``(x | g)`` and ``c`` of ``(x |c| g)``."""
+    left = bar.left
+    if bar.symbol != "|" or not isinstance(left, Operation) or left.symbol != "|":
+        return bar, ""
+    if not isinstance(left.right, Name):
+        return bar, ""
+    return Operation("|", left.left, bar.right), left.right.name
+
+
+def _slopes_of(bar: Operation | Call) -> Formula:
+    """The formula left of a term's bar; that of no slope for a process."""
+    if isinstance(bar, Call):
+        return features_of(Number(1.0), f"the process {text_of(bar)!r}")
+    what, (bar, _) = f"the random-effect term {text_of(bar)!r}", _unlabelled(bar)
     formula = features_of(bar.left, what)
     if formula.offset is not None:
         raise ValueError(f"{what} has an offset(), which has no effects.")
@@ -187,13 +223,13 @@ def _slopes_of(bar: Operation) -> Formula:
             f"{what} has s(), a smooth term, which stands in a sum of terms: y ~ s(x) + (1 | g). "
             "Write ns(x, df=4) for curves that vary by cluster."
         )
-    return _without_contrasts(formula)
+    return with_all_levels(formula)
 
 
-def _without_contrasts(formula: Formula) -> Formula:
+def with_all_levels(formula: Formula) -> Formula:
     """Without an intercept the first factor has an effect for every level, whatever its contrasts.
 
-    >>> _without_contrasts(features_of(parse("0 + C(x, Sum)"), "term")).terms
+    >>> with_all_levels(features_of(parse("0 + C(x, Sum)"), "term")).terms
     (('x',),)
     """
     if formula.intercept:
@@ -214,8 +250,12 @@ def _check_overlap(terms: list[Term]) -> None:
         # A layer's path may be "1", which is also the name of the intercept.
         kind = "filters of" if isinstance(term, FilterScaleBias) else "layer"
         names = tuple(f"{kind} {path}" for path in term.layers())
+        if isinstance(term, Process):
+            names = ("1",)
         if isinstance(term, RandomEffects):
+            parameter = f"{term.parameter} ~ " if term.parameter else ""
             names = (*(("1",) if term.intercept else ()), *term.slopes)
+            names = tuple(parameter + name for name in names)
         for name in names:
             other = taken.setdefault((term.factor, name), term)
             if other is not term:

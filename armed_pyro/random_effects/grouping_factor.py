@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from itertools import combinations
 from typing import cast
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
@@ -16,17 +16,17 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
-from armed_pyro.distributions.small_matrices import FEW, lower_triangular, sheared_diagonal
+from armed_pyro.distributions.small_matrices import lower_triangular, sheared_diagonal
 from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.priors import Known, Priors
-from armed_pyro.random_effects.covariance import Covariance, Latents, Matrix, TermGroup
-from armed_pyro.random_effects.design import Block, FilterBlock, LinearBlock
+from armed_pyro.random_effects.covariance import Correlated, Covariance, Latents, Matrix, TermGroup
+from armed_pyro.random_effects.design import Block, FilterBlock, LinearBlock, ProcessBlock
+from armed_pyro.random_effects.effect_columns import EffectColumns
+from armed_pyro.random_effects.process import CellProcess
 from armed_pyro.rows.batch import Membership, Rows
 
 __all__ = ["Factor", "factor_named", "weighted"]
 
-# Prior scale of the sds of effects on filters, relative scales and biases.
-FILTER_SCALE = 0.3
 # Initial sd of the guide, in standardised units, for a factor with at most two terms. A factor with
 # more terms, such as those of a layer's units, starts with the same sum of variances.
 START_SD = 0.5
@@ -48,11 +48,16 @@ class Factor(nn.Module):
     priors; but where terms are correlated and the intercept's prior has its default scale, which
     suits the means, they are those of T u (`at_means`).
 
-    Effects are ordered by column of phi, then by column of the predictor. Effects on filters come
-    last; all columns of the predictor share them. `default` is the scale of the sds' prior, if the
-    prior has none of its own; `spread` is in outcome units per standardised unit. Names of sites
-    start with `label`, by default the factor's name. The coefficients of a smooth term share one sd
-    (`Block.shared`), so that the site of the sds has fewer values than there are terms.
+    Effects are ordered by column of phi, then by column of the predictor. Effects on the predictors
+    of `parameters`, which are the last columns, follow those on the outcome's columns. Effects on
+    filters come last; all columns of the predictor share them. `default` is the scale of the sds'
+    prior, if the prior has none of its own; `spread` is in outcome units per standardised unit, and
+    those of parameters are 2.5 and 1. Names of sites start with `label`, by default the factor's
+    name. The coefficients of a smooth term share one sd, so that the site of the sds has fewer
+    values than there are terms.
+
+    The clusters of a factor with a `process`, which `place_cells` sets, are cells (cluster, time).
+    Their effects depend on each other; those of the cells of different clusters do not.
     """
 
     to_original: Tensor
@@ -71,41 +76,34 @@ class Factor(nn.Module):
         default: float,
         spread: float,
         label: str | None = None,
+        parameters: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.name = name
         self.label = name if label is None else label
         self.plate_name = name
-        linear_first = sorted(blocks, key=lambda block: isinstance(block, FilterBlock))
-        self._blocks = nn.ModuleList(linear_first)
-        self.n_columns = len(columns)
-        names = [term for block in self.blocks for term in block.names]
+        self._columns = EffectColumns(blocks, columns, parameters)
+        self._blocks = nn.ModuleList(self._columns.blocks)
+        names = [f"{b.parameter} {term}" for b in self.blocks for term in b.names]
         if twice := [term for place, term in enumerate(names) if term in names[:place]]:
             raise ValueError(
-                f"two terms of {name!r} have the column {twice[0]!r}: leave it out of one of them"
+                f"two terms of {name!r} have the column {twice[0].strip()!r}: leave it out of one "
+                "of them"
             )
-        multiplied = [
-            (term, f"{term}[{column}]" if column else term, default * _share(block))
-            for block in self.linear
-            for term in block.names
-            for column in columns
-        ]
-        inside = [(term, term, FILTER_SCALE) for block in self.filters for term in block.names]
-        labels = multiplied + inside
+        labels = [label for b in self.blocks for label in self._columns.labels(b, default)]
+        self.n_linear = len(labels) - sum(len(block.names) for block in self.filters)
         self.terms = tuple(label for _, label, _ in labels)
-        self.n_linear = len(multiplied)
-        by_column = torch.eye(self.n_columns, dtype=torch.float64)
-        parts = [torch.kron(block.to_original, by_column) * spread for block in self.linear]
-        matrix = torch.block_diag(*parts, *[block.to_original for block in self.filters])
+        matrix = torch.block_diag(*(self._columns.to_original(b, spread) for b in self.blocks))
         unit = 1 / matrix.diagonal()
         self.prior = priors.of(name)
         scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
-        self._names = [name for name, *_ in labels]  # without the predictor's column
-        of_sd = self._share_sds([f"[{column}]" if column else "" for column in columns])
-        prior_scale = self.prior.scales(self._names, unit[of_sd], scales[of_sd])
-        self.register_buffer("sd_unit", unit[of_sd], persistent=False)
+        first, self.sd_names, self._names, of_term = self._columns.sds(labels)
+        self.first_of_sd = first
+        self.register_buffer("_sd_of_term", of_term if self.smooth else None, persistent=False)
+        prior_scale = self.prior.scales(self._names, unit[first], scales[first])
+        self.register_buffer("sd_unit", unit[first], persistent=False)
         self.register_buffer("to_original", matrix, persistent=False)
-        self._place_sites(by_column)
+        self._place_sites()
         self.register_buffer("unit", unit, persistent=False)
         self.register_buffer("prior_scale", prior_scale, persistent=False)
         self.groups = [
@@ -116,6 +114,7 @@ class Factor(nn.Module):
                 f"the sds of {name!r} are given as known, but its terms are correlated: write them "
                 "as independent, with '||'"
             )
+        self._process = nn.ModuleList()
         for _, covariance in self.groups:
             if not covariance.clusters_independent:
                 raise ValueError(
@@ -123,47 +122,47 @@ class Factor(nn.Module):
                     "each other, for which there is no guide yet"
                 )
 
-    def _share_sds(self, columns: Sequence[str]) -> list[int]:
-        """Set names and places of the sds, and return the first term of each.
+    @property
+    def smooth(self) -> bool:
+        """Whether the factor is that of a smooth term, whose one cluster holds all rows."""
+        return any(block.shared for block in self.blocks)
 
-        `columns` are the endings of the names of terms, by column of the predictor.
-        """
-        shared = [
-            (name, column)
-            for block in self.linear
-            for name in block.shared or [""] * len(block.names)
-            for column in columns
-        ]
-        shared += [("", "")] * (len(self.terms) - len(shared))
-        labels = [
-            f"{name}{column}" if name else term
-            for (name, column), term in zip(shared, self.terms, strict=True)
-        ]
-        names = [name or own for (name, _), own in zip(shared, self._names, strict=True)]
-        self.sd_names = tuple(dict.fromkeys(labels))
-        first = [labels.index(label) for label in self.sd_names]
-        self.first_of_sd = first
-        self._names = [names[place] for place in first]
-        self.smooth = any(name for name, _ in shared)
-        by_term = torch.tensor([self.sd_names.index(label) for label in labels])
-        self.register_buffer("_sd_of_term", by_term if self.smooth else None, persistent=False)
-        return first
+    def place_cells(self, levels: pd.Index) -> None:
+        """Set the process, if the factor has one, to the cells with these labels."""
+        for block in self.blocks:
+            if not isinstance(block, ProcessBlock):
+                continue
+            if self._columns.count > 1:
+                raise ValueError(
+                    f"the process {block.names[0]!r} of {self.name!r} needs a predictor of a "
+                    f"single column, found {self._columns.count}: choose a family such as ordinal, "
+                    "and parameters without predictors"
+                )
+            self._process.append(CellProcess(block.kind, self.label, levels, self.name))
 
-    def _place_sites(self, by_column: Tensor) -> None:
+    def width_of(self, block: Block) -> int:
+        """Number of columns of the predictor that a linear block acts on."""
+        return self._columns.width(block)
+
+    def _place_sites(self) -> None:
         """Set T and, by name of an intercept whose prior holds at features' means, `at_means`."""
         parts, self.at_means, start = [], dict[str, tuple[str, ...]](), 0
         self._moved: list[tuple[int, ...]] = []  # places of terms whose sites are at x = 0
         for block in self.linear:
-            size = len(block.names) * self.n_columns
+            width = self.width_of(block)
+            size = len(block.names) * width
             part = block.from_zero()
             free = part is not None and block.covariance.any_origin
-            if free and not self.prior.sets(block.names[0]):
-                intercepts = self.terms[start : start + self.n_columns]
-                self.at_means |= dict.fromkeys(intercepts, block.shifted)
+            # Correlations with terms of other predictors stand at the features' means.
+            if block.group or (free and not self.prior.sets(self._names[start])):
+                intercepts = self.terms[start : start + width]
+                if part is not None:
+                    self.at_means |= dict.fromkeys(intercepts, block.shifted)
                 part = None
             if part is not None:
-                columns = range(start, start + self.n_columns)
-                self._moved += [tuple(range(c, start + size, self.n_columns)) for c in columns]
+                columns = range(start, start + width)
+                self._moved += [tuple(range(c, start + size, width)) for c in columns]
+            by_column = torch.eye(width, dtype=torch.float64)
             parts.append(torch.eye(size) if part is None else torch.kron(part, by_column))
             start += size
         matrix = torch.block_diag(*parts, torch.eye(len(self.terms) - start)).double()
@@ -171,17 +170,27 @@ class Factor(nn.Module):
         self.register_buffer("from_zero", matrix if moved else None, persistent=False)
 
     def _correlated(self) -> Iterator[tuple[TermGroup, Covariance]]:
-        """Groups of correlated terms: one per correlated block and column of the predictor."""
-        places, start = list[tuple[tuple[int, ...], Covariance]](), 0
-        for block in self.linear:
-            stop = start + len(block.names) * self.n_columns
-            if not block.covariance.diagonal:
-                columns = [range(start + c, stop, self.n_columns) for c in range(self.n_columns)]
-                places += [(tuple(column), block.covariance) for column in columns]
+        """Groups of correlated terms: blocks with one label, or a block; for each column."""
+        groups, start = dict[tuple[str, int], tuple[list[int], Covariance]](), 0
+        for number, block in enumerate(self.linear):
+            width = self.width_of(block)
+            stop = start + len(block.names) * width
+            for column in range(width):
+                # A parameter's terms are correlated with those of the outcome's first column.
+                key = (f"|{block.group}|" if block.group else str(number), column)
+                places, _ = groups.setdefault(key, ([], block.covariance))
+                places += range(start + column, stop, width)
+                if block.group:
+                    groups[key] = (places, Correlated())
             start = stop
-        for number, (group, covariance) in enumerate(places):
+        chosen = [
+            (tuple(places), covariance)
+            for places, covariance in groups.values()
+            if len(places) > 1 and not covariance.diagonal
+        ]
+        for number, (group, covariance) in enumerate(chosen):
             names = tuple(self.terms[place] for place in group)
-            yield TermGroup(self.label, group, names, number if places[1:] else None), covariance
+            yield TermGroup(self.label, group, names, number if chosen[1:] else None), covariance
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -197,6 +206,21 @@ class Factor(nn.Module):
     def filters(self) -> tuple[FilterBlock, ...]:
         """Blocks of effects inside the network."""
         return tuple(block for block in self.blocks if isinstance(block, FilterBlock))
+
+    @property
+    def process(self) -> CellProcess | None:
+        """The process whose values at the cells are the effects; None for independent clusters."""
+        return cast("CellProcess", self._process[0]) if len(self._process) else None
+
+    @property
+    def chained(self) -> bool:
+        """Whether effects depend on each other: those of a cluster with two or more times."""
+        return self.process is not None and len(self.process) > len(self.process.cells.clusters)
+
+    @property
+    def on_parameters(self) -> bool:
+        """Whether there are effects on predictors of parameters."""
+        return any(block.parameter for block in self.linear)
 
     @property
     def diagonal(self) -> bool:
@@ -216,6 +240,8 @@ class Factor(nn.Module):
     def sites(self) -> tuple[str, ...]:
         """Names of all sites, and of the site that correlated effects would have."""
         of_groups = [site for group, kind in self.groups for site in kind.sites(group)]
+        if self.process is not None and self.process.kernel.site is not None:
+            of_groups.append(self.process.kernel.site)
         return (self.effect_site, self.sd_site, f"{self.label}_cor", *of_groups)
 
     # --- priors -----------------------------------------------------------------------------
@@ -225,12 +251,16 @@ class Factor(nn.Module):
         latents = {self.sd_site: self.prior.sample(self.sd_site, self.prior_scale)}
         for group, covariance in self.groups:
             latents |= covariance.sample(group, self.prior_scale)
+        if self.process is not None:
+            latents |= self.process.sample(self.prior_scale)
         if self.groups:
             root = self._correlation_cholesky(latents)
             pyro.deterministic(f"{self.label}_cor", root @ root.mT, event_dim=2)
         scale = self.scale(latents)
         with self.plate(membership), weighted(membership):
-            if self.diagonal:
+            if self.process is not None and len(membership.index) == len(self.process):
+                prior: dist.TorchDistribution = self.process.prior(scale, latents)
+            elif self.diagonal:
                 prior = dist.Normal(torch.zeros_like(scale), scale).to_event(1)
             else:
                 zeros = scale.new_zeros(scale.shape[:-1])
@@ -261,7 +291,7 @@ class Factor(nn.Module):
             sds[places[0]] = sd * row.norm().clamp(max=2)
         for group, covariance in self.groups:
             values |= covariance.starts(group)
-        return values
+        return values if self.process is None else values | self.process.kernel.start()
 
     def describe_priors(self) -> dict[str, str]:
         """Priors of the terms' sds and of their correlations, in the units of the data."""
@@ -275,7 +305,7 @@ class Factor(nn.Module):
         for group, covariance in self.groups:
             means = self._means(group.terms[0])
             lines |= {site: text + means for site, text in covariance.describe(group).items()}
-        return lines
+        return lines if self.process is None else lines | self.process.kernel.describe()
 
     def _means(self, term: str) -> str:
         """Where an intercept's prior holds, in words, unless it is x = 0."""
@@ -362,6 +392,8 @@ class Factor(nn.Module):
     def whitened(self, latents: Latents) -> Float[Tensor, "draws clusters terms"]:
         """z = L^-1 u, independent standard normal in every draw if the program is right."""
         u = latents[self.effect_site]
+        if self.process is not None:
+            return self.process.prior(self.sd(latents), latents).noise(u)
         scale = self.scale_matrix(latents)
         scale = scale.expand(len(u), 1, *scale.shape[-2:])[:, 0]
         return torch.linalg.solve_triangular(scale, u.mT, upper=False).mT
@@ -400,6 +432,8 @@ class Factor(nn.Module):
 
     def quantities(self, latents: Latents) -> Iterator[tuple[TermGroup, str, Tensor]]:
         """Further rows of tables, by group and name; see `Covariance.quantities`."""
+        if self.process is not None:
+            yield from self.process.quantities(latents, self.terms[0])
         for group, covariance in self.groups:
             for name, values in covariance.quantities(group, latents).items():
                 yield group, name, values.reshape(-1)
@@ -446,28 +480,13 @@ class Factor(nn.Module):
         self, phi: Float[Tensor, "rows phi_columns"], membership: Membership, effects: Effects
     ) -> Float[Tensor, "... rows columns"]:
         """phi_i' u_{g(i)} for every row and column of the predictor."""
-        effects = effects[..., : self.n_linear]
-        if not self.n_linear:
-            return effects.new_zeros(*effects.shape[:-2], len(phi), self.n_columns)
-        if phi.shape[-1] > FEW:
-            by_row = effects[..., membership.position, :].unflatten(-1, (-1, self.n_columns))
-            return torch.einsum("nq,...nqp->...np", phi, by_row)
-        # Term by term: a gather and a sum over a short last dimension are slow.
-        by_term = effects.unflatten(-1, (-1, self.n_columns)).unbind(-2)
-        products = (
-            column[:, None] * effect.index_select(-2, membership.position)
-            for column, effect in zip(phi.unbind(-1), by_term, strict=True)
-        )
-        return reduce(torch.add, products)
+        return self._columns.contribution(phi, membership, effects[..., : self.n_linear])
 
-
-def _share(block: LinearBlock) -> float:
-    """Prior scale of a block's sds, relative to that of one column with mean square 1.
-
-    The variance of phi'u then does not depend on a layer's width. The mean squares of columns that
-    share an sd add up to 1 already.
-    """
-    return 1.0 if block.shared else float(block.width**-0.5)
+    def by_column(
+        self, phi: Float[Tensor, "rows phi_columns"]
+    ) -> Float[Tensor, "rows linear_terms columns"]:
+        """Z, the map from a cluster's effects to the columns of the predictor."""
+        return self._columns.by_column(phi)
 
 
 def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:

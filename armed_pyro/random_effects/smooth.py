@@ -174,16 +174,15 @@ class SmoothBlock(LinearBlock):
         return torch.cat([column[:, None] * z for column in indicators.unbind(1)], 1)
 
 
-def without_smooths(parts: Parts) -> tuple[Parts, list[str]]:
-    """Signed parts of a sum with straight lines in place of smooth terms, and these as text."""
-    kept, smooths = list[tuple[Node, int]](), list[str]()
+def without_smooths(parts: Parts) -> tuple[Parts, list[Call]]:
+    """Signed parts of a sum with straight lines in place of smooth terms, and these."""
+    kept, smooths = Parts(), list[Call]()
     for part, sign in parts:
-        if not is_smooth(part):
+        if not (isinstance(part, Call) and is_smooth(part)):
             kept.append((part, sign))
             continue
         if sign < 0:
             raise ValueError(f"the smooth term {text_of(part)} cannot be subtracted")
-        term = Smooth(text_of(part))
-        smooths.append(term.factor)
-        kept.append((term.trend, 1))
+        smooths.append(part)
+        kept.append((Smooth(text_of(part)).trend, 1))
     return kept, smooths

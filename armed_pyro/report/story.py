@@ -91,6 +91,7 @@ def _question(results: Results) -> Section:
     layers = [module for module in model.net.modules() if not list(module.children())]
     lines = {
         "Formula": formula(model),
+        "Parameters": "; ".join(model.parameter_texts()),
         "Outcome": f"{facts.outcome_name} ({model.family})",
         **outcome_labels(model),
         "Features": ", ".join(facts.feature_names) or "none",

@@ -47,8 +47,10 @@ def priors(model: MixedEffects) -> dict[str, str]:
     lines: dict[str, str] = {}
     for factor in model.factors:
         lines |= factor.describe_priors()
-    if model.has_fixed_effects:
+    if model.common_terms():
         lines["fixed_effect"] = fixed_prior.describe(model)
+    for name, design in model.designs.items():
+        lines[f"fixed_effect of {name}"] = fixed_prior.describe_parameter(model, name, design)
     for parameter in model.family.parameters:
         if facts.weights_kind == "se":
             lines[parameter.name] = "known: the standard errors of the rows"
@@ -107,12 +109,13 @@ def how_training_ended(posterior: Posterior) -> str:
 def described(posterior: Posterior) -> str:
     """Outcome, family, random effects, size and end of training in one line."""
     model, facts = posterior.model, posterior.model.data_facts()
-    random = " + ".join(map(str, model.terms)) or "no random effects"
+    random = " + ".join(map(str, model.outcome_terms)) or "no random effects"
     sizes = "".join(f", {len(levels)} of {name}" for name, levels in facts.levels.items())
     fixed = "linear" if model.linear else type(model.network).__name__
     event = "" if model.event is None else f" = {model.event!r}"
+    further = "".join(f", {text}" for text in model.parameter_texts())
     return (
-        f"{facts.outcome_name}{event} ({model.family}): {fixed} + {random}; "
+        f"{facts.outcome_name}{event} ({model.family}): {fixed} + {random}{further}; "
         f"{count_rows(facts.n_rows)}{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
     )
 
@@ -131,7 +134,7 @@ def _head(posterior: Posterior) -> str:
     if facts.linear_names:
         fixed += ", and latent linear effects"
     features = len(facts.feature_names) or "x".join(map(str, facts.feature_shape))
-    random = " + ".join(map(str, model.terms)) or "none"
+    random = " + ".join(map(str, model.outcome_terms)) or "none"
     sizes = ", ".join(f"{name}: {len(levels)}" for name, levels in facts.levels.items()) or "none"
     lines = [
         "Mixed-effects network fitted by stochastic variational inference",
@@ -139,6 +142,7 @@ def _head(posterior: Posterior) -> str:
         *(f"  {name}: {line}" for name, line in outcome_labels(model).items()),
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
+        *(f"  Predictor: {text}" for text in model.parameter_texts()),
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
     if facts.between is not None:
@@ -167,17 +171,23 @@ def _fixed(results: Results) -> str:
     table = results.fixed_effects
     if table.empty:
         return "Fixed effects: weights of a network, without uncertainty"
-    body = _frame(table)
     model = results.posterior.model
     if not model.linear:
-        means = table[table.term.str.startswith("between(")]
-        body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
-        body = body if model.bayesian_head else _frame(means)
-        if not model.bayesian_head and means.empty:
+        kept = table.term.str.startswith("between(") | table.term.isin(model.parameter_terms())
+        shown, body = table[kept], list[str]()
+        if model.bayesian_head:
+            count = len(table) - len(model.parameter_terms())
+            body.append(f"  {count} latent weights of the last layer; see Fit.fixed_effects()")
+            shown = table[table.term.isin(model.parameter_terms())]
+        if not shown.empty:
+            body.append(_frame(shown))
+        if not body:
             return "Fixed effects: a network, and linear effects; see Fit.fixed_effects()"
+    else:
+        body = [_frame(table)]
     interval = f"{results.prob:.0%} equal-tailed interval"
     of = "" if model.event is None else f"of {model.event!r}, "
-    return _section(f"Fixed effects ({of}posterior mean, {interval})", body)
+    return _section(f"Fixed effects ({of}posterior mean, {interval})", "\n".join(body))
 
 
 def _held_out(posterior: Posterior) -> list[str]:

@@ -76,7 +76,7 @@ def formula(model: MixedEffects) -> str:
     fixed = ([] if facts.intercept else ["0"]) + shown or ["1"]
     if not model.linear:
         fixed = [f"{type(model.network).__name__}({', '.join(shown)})"]
-    return f"{facts.outcome_name} ~ {' + '.join([*fixed, *map(str, model.terms)])}"
+    return f"{facts.outcome_name} ~ {' + '.join([*fixed, *map(str, model.outcome_terms)])}"
 
 
 def question(results: Results) -> tuple[str, ...]:

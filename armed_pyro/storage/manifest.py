@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from armed_pyro.engine.checkpoint import VERSION
+from armed_pyro.families.distributional import family_with_predictors
 from armed_pyro.families.family import Family
 from armed_pyro.families.reconstruction import Reconstruction
 from armed_pyro.families.registry import FAMILIES
@@ -26,8 +27,15 @@ from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Prio
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
+from armed_pyro.random_effects.parameter_formula import read_parameters
 from armed_pyro.random_effects.smooth import Smooth
-from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
+from armed_pyro.random_effects.terms import (
+    FilterScaleBias,
+    Process,
+    RandomEffects,
+    Slopes,
+    Term,
+)
 from armed_pyro.storage.manifest_schema import check_fields, check_manifest
 
 MANIFEST = "manifest.json"
@@ -36,12 +44,15 @@ FORMAT = "armed_pyro fit"
 # The classes that a manifest can name. No other class is ever made from a manifest, so that reading
 # it executes no foreign code.
 TERMS: Mapping[str, type[Term]] = {
-    kind.__name__: kind for kind in (RandomEffects, Slopes, FilterScaleBias, Smooth)
+    kind.__name__: kind for kind in (RandomEffects, Slopes, FilterScaleBias, Process, Smooth)
 }
 PRIORS: Mapping[str, type[ScalePrior]] = {
     kind.__name__: kind for kind in (Exponential, HalfNormal, HalfStudentT, Known)
 }
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
 
 Kind = TypeVar("Kind")
 
@@ -50,7 +61,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
     """The program, the training and the network's parameters, as JSON values.
 
     A user-defined family, term or prior, which could not be read again, is a ValueError, and so is
-    a precision other than single or double.
+    a precision that is not among `DTYPES`.
     """
     model, net, priors = posterior.model, posterior.model.net, posterior.model.priors
     dtype = str(model.network_reference().dtype).removeprefix("torch.")
@@ -63,7 +74,8 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         sd_priors["all"] = _entry("kind", priors.sd, PRIORS)
     else:
         sd_priors["factors"] = {k: _entry("kind", v, PRIORS) for k, v in priors.sd.items()}
-    family = _entry("name", model.family, FAMILIES)
+    base = model.family.without_predictors
+    family = _entry("name", base, FAMILIES)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -71,13 +83,15 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         "model": {
             "random": [_entry("kind", term, TERMS) for term in model.terms],
             # Default settings are left out, as a link was before there was a choice.
-            "family": model.family.name if model.family == type(model.family)() else family,
+            "family": base.name if base == type(base)() else family,
             "priors": {**_fields(priors), "sd": sd_priors},
             "bayesian_head": model.bayesian_head,
             "dtype": str(model.dtype).removeprefix("torch."),
             "fixed_weight": model.fixed_weight,
             "between": model.between,
             "linear_effects": model.linear_effects,
+            "output": list(model.output),
+            "parameters": model.predictors,
             "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [_fields(other) for other in model.others],
         },
@@ -179,6 +193,12 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     # Earlier programs had no clusters' means, and no linear effects beside a network.
     options["between"] = plan.get("between", False)
     options["linear_effects"] = plan.get("linear_effects", False)
+    options["output"] = tuple(plan.get("output", ()))
+    with reading(path, "model.parameters"):
+        # Earlier programs had no predictors of parameters.
+        options["parameters"] = plan.get("parameters", {})
+        read = read_parameters(options["parameters"])
+        family_with_predictors(family, [formula.name for formula in read])
     with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
     with reading(path, "model.dtype"):

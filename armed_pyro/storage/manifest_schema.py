@@ -87,6 +87,8 @@ class _Program(_Record):
     dtype: str = "float32"
     fixed_weight: float = Field(allow_inf_nan=False)
     linear_effects: bool | None = None
+    output: list[int | str] = []
+    parameters: dict[str, str] = {}
     adversaries: list[dict[str, Any]]
     others: list[dict[str, Any]] = []
 

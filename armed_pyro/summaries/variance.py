@@ -23,9 +23,11 @@ from armed_pyro.program.units import (
     original_fixed_effects,
     original_parameters,
     original_sd,
+    original_variances,
 )
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
+from armed_pyro.summaries.predicted_parameters import mean_residual_variance
 
 __all__ = ["coef", "fixed_effects", "random_effects", "variance_components"]
 
@@ -53,9 +55,9 @@ def variance_components(
 
     where :math:`\sigma^2_f` is the variance of the fixed effects over the rows, to which R2 and ICC
     count the curves of smooth terms, and
-    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes (the mean over the rows, if
-    they have precisions or standard errors), and on the latent scale for all others
-    (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017).
+    :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes, and on the latent scale
+    for all others (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017). It is the
+    mean over the rows, if they have precisions or standard errors, or a parameter has a predictor.
 
     Parameters
     ----------
@@ -197,15 +199,16 @@ def _check(draws: int, prob: float) -> None:
 
 def _factor_rows(factor: Factor, latents: Draws) -> Iterator[Row]:
     """Yield sds, variances and correlations."""
-    covariance = original_covariance(factor, latents)
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    variance = original_variances(factor, latents)
     terms, of_sd = factor.terms, variance
     if factor.smooth:  # one sd of the curve, and not one of each coefficient
         terms, of_sd = factor.sd_names, variance[:, factor.first_of_sd]
     for statistic, values in {"sd": of_sd.sqrt(), "variance": of_sd}.items():
         for term, draws in zip(terms, values.unbind(1), strict=True):
             yield factor.name, term, statistic, draws
-    for i, j in factor.pairs():
+    pairs = list(factor.pairs())
+    covariance = original_covariance(factor, latents) if pairs else variance[:, None]
+    for i, j in pairs:
         name = f"{factor.terms[i]},{factor.terms[j]}"
         product = (variance[:, i] * variance[:, j]).sqrt()
         yield factor.name, name, "cor", covariance[:, i, j] / product
@@ -227,20 +230,25 @@ def _shares(
         parts: dict[str, Tensor] = {}
         for factor in model.factors:
             phi = sensitivities(model, rows, factor, activations, point).to(torch.float64)
-            moment = torch.einsum("nip,njp->pij", phi, phi) / len(phi)
-            covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
-            parts[factor.name] = facts.spread**2 * torch.einsum("pij,dij->dp", moment, covariance)
+            variance = _mean_variance(factor, phi, latents)
+            parts[factor.name] = facts.spreads(variance) ** 2 * variance
         none = rows.x.new_zeros(n, len(facts.columns), dtype=torch.float64)
         totals = sum(parts.values(), none)
         curves = sum((parts[f.name] for f in model.factors if f.smooth), none)
         weights = latents.get("fixed_effect")
-        variances = _fixed_variance(model, rows, activations, weights).expand_as(totals)
+        variances = _fixed_variance(model, rows, activations, weights).expand(n, -1)
         means = _means(model, rows, weights, totals) if model.family.needs_mean else none
-    for column, label in enumerate(facts.columns):
+        means = means[:, : len(facts.outcome_columns)]
+        if model.family.predicted:
+            residuals = mean_residual_variance(model, rows, weights, totals, parameters, means)
+        else:
+            columns = [model.family.residual_variance(parameters, mean) for mean in means.unbind(1)]
+            residuals = torch.stack([column.expand(n) for column in columns], 1)
+    for column, label in enumerate(facts.outcome_columns):
         random = {name: part[:, column] for name, part in parts.items()}
         total_random, variance_fixed = totals[:, column], variances[:, column]
         curved = curves[:, column]
-        residual = model.family.residual_variance(parameters, means[:, column])
+        residual = residuals[:, column]
         if facts.weights_kind in ("precision", "se") and rows.weights is not None:
             residual = residual * (1 / rows.weights).mean()
         total = variance_fixed + total_random + residual
@@ -253,27 +261,42 @@ def _shares(
         yield "", label, "r2_conditional", (variance_fixed + total_random) / total
 
 
+def _mean_variance(
+    factor: Factor, phi: Float[Tensor, "rows terms columns"], latents: Draws
+) -> Float[Tensor, "draws columns"]:
+    """Mean over the rows of phi' D phi; without the matrix D if effects are independent."""
+    if factor.diagonal:
+        square = _flat(factor.sd(latents), 1).to(torch.float64).square()
+        return square @ phi.square().mean(0)
+    moment = torch.einsum("nip,njp->pij", phi, phi) / len(phi)
+    covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
+    return torch.einsum("pij,dij->dp", moment, covariance)
+
+
 def _fixed_variance(
     model: MixedEffects, rows: Rows, activations: Mapping[str, Tensor], weights: Weights | None
 ) -> Float[Tensor, "draws_or_1 columns"]:
-    """Variance of the fixed part over the rows."""
+    """Variance of the fixed part over the rows, of the columns that the network gives."""
     if weights is None:
         # An offset, such as a log exposure, is no effect, and must not count as explained variance.
         fixed = model.predictor(replace(rows, offset=None), {}).eta.to(torch.float64)
         return fixed.var(-2)[None]
     facts = model.data_facts()
     inputs = model.fixed_inputs(rows, activations).to(torch.float64)
-    by_column = _flat(weights, 1).to(torch.float64).unflatten(-1, (-1, len(facts.columns)))
+    columns, common = len(model.network_columns), len(model.common_terms())
+    latent = _flat(weights, 1).to(torch.float64)[:, :common]
+    by_column = latent.unflatten(-1, (-1, columns))
     if not model.bayesian_head:
         # The network's output is a further regressor, with a coefficient of 1 in its column.
         output = activations[""].reshape(len(rows), -1)
         inputs = torch.cat([inputs, model.family.contrasts(output).to(inputs)], -1)
-        ones = torch.eye(len(facts.columns)).to(by_column).expand(len(by_column), -1, -1)
+        ones = torch.eye(columns).to(by_column).expand(len(by_column), -1, -1)
         by_column = torch.cat([by_column, ones], 1)
     # w' Cov(x) w, which avoids an array of every row in every draw.
     centred = inputs - inputs.mean(0)
     covariance = centred.mT @ centred / max(1, len(rows) - 1)
-    return facts.spread**2 * (by_column * (covariance @ by_column)).sum(-2)
+    spreads = facts.spreads(by_column)[:columns]
+    return spreads**2 * (by_column * (covariance @ by_column)).sum(-2)
 
 
 def _means(

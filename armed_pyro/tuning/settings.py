@@ -55,7 +55,12 @@ def changed(model: MixedEffects, settings: Settings) -> MixedEffects:
 
 def _arguments(model: MixedEffects) -> dict[str, Any]:
     """The arguments with which this program can be made again."""
-    renamed = {"net": model.network, "random": model.terms, "adversary": model.adversaries}
+    renamed = {
+        "net": model.network,
+        "random": model.terms,
+        "adversary": model.adversaries,
+        "parameters": model.predictors,
+    }
     names = inspect.signature(MixedEffects).parameters
     return {name: renamed[name] if name in renamed else getattr(model, name) for name in names}
 
