@@ -22,6 +22,7 @@ from armed_pyro.engine.processes import (
     ALONE,
     DISTRIBUTED_MODES,
     DistributedMode,
+    Processes,
     join,
     local_device,
 )
@@ -202,16 +203,8 @@ def fit(
     _check_arguments(model, data, validation, schedule, seed)
     schedule = schedule if clip is None else replace(schedule or Schedule(), clip=clip)
     network_training = NetworkTraining(**training)
-    if distributed not in DISTRIBUTED_MODES:
-        modes = ", ".join(DISTRIBUTED_MODES)
-        raise ValueError(f"`distributed` is {distributed!r}, but must be one of {modes}")
     target = torch.device(_device(device))
-    processes = ALONE if distributed == "never" else join(target)
-    if processes.several and not isinstance(data, ClusteredData):
-        raise ValueError(
-            "several processes cannot yet train on rows that are streamed from a file: read the "
-            "rows into memory, as ClusteredData, or start a single process"
-        )
+    processes = _joined(distributed, target, data)
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # Binding draws the initial weights of the adversaries.
@@ -245,6 +238,22 @@ def fit(
         except TrainingInterrupted as error:
             raise FitInterrupted(Fit(error.posterior)) from error
         return Fit(posterior)
+
+
+def _joined(
+    distributed: DistributedMode, target: torch.device, data: ClusteredData | StreamedData
+) -> Processes:
+    """The processes that train together; ValueError for an unknown mode, or streamed rows."""
+    if distributed not in DISTRIBUTED_MODES:
+        modes = ", ".join(DISTRIBUTED_MODES)
+        raise ValueError(f"`distributed` is {distributed!r}, but must be one of {modes}")
+    processes = ALONE if distributed == "never" else join(target)
+    if processes.several and not isinstance(data, ClusteredData):
+        raise ValueError(
+            "several processes cannot yet train on rows that are streamed from a file: read the "
+            "rows into memory, as ClusteredData, or start a single process"
+        )
+    return processes
 
 
 def _check_arguments(

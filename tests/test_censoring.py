@@ -75,7 +75,8 @@ class Drawn:
             self.family = PiecewiseExponential(cuts=CUTS)
         self.eta = rng.normal(0.3, 0.8, n)
         self.values = {
-            parameter.name: np.exp(rng.normal(0.3, 0.5, n)) for parameter in self.family.parameters
+            parameter.name: np.exp(rng.normal(0.3, 0.5, n)) + (parameter.name == "nu")
+            for parameter in self.family.parameters
         }
         self.reference = REFERENCES[name](self.eta, **self.values)
         self.parameters = {k: torch.tensor(v) for k, v in self.values.items()}
@@ -170,8 +171,7 @@ def test_extreme_predictors_have_finite_likelihoods_and_slopes(name, dtype):
 def test_narrow_intervals_have_the_density_times_their_length(name):
     drawn = Drawn(name, seed=4, late=False)
     drawn.status[:] = INTERVAL
-    lengths = np.geomspace(1e-9, 1e-4, N)
-    drawn.upper = drawn.y + lengths
+    drawn.upper = drawn.y + np.geomspace(1e-9, 1e-5, N) * np.abs(drawn.y)
     middle = drawn.reference.logpdf((drawn.y + drawn.upper) / 2)
     inside = np.min(np.abs(drawn.y[:, None] - CUTS), 1) > 1e-3  # the density jumps at cuts
     found = drawn.log_prob().numpy() - np.log(drawn.upper - drawn.y)

@@ -19,14 +19,12 @@ SMALL = Priors(sd=HalfNormal(0.01), fixed_sd=20.0)
 
 
 def hazards(n=500, seed=0):
-    """Times whose hazard rises and falls, by no family's form, with a hazard ratio of exp(0.8)."""
+    """Times whose hazard rises and falls, with a hazard ratio of exp(0.8)."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=n)
-    # The cumulative hazard (t - sin(t)) / 2 grows by waves.
-    grid = np.linspace(0, 60, 60_001)
-    wanted = rng.exponential(size=n) / np.exp(0.8 * x)
-    t = np.interp(wanted, (grid - np.sin(grid)) / 2, grid)
-    end = rng.uniform(2, 12, n)
+    # The cumulative hazard is log(1 + t^2) exp(0.8 x).
+    t = np.sqrt(np.expm1(rng.exponential(size=n) / np.exp(0.8 * x)))
+    end = rng.uniform(0.5, 4, n)
     frame = {"time": np.minimum(t, end), "died": (t <= end).astype(int), "x": x}
     return pd.DataFrame({**frame, "g": np.arange(n) % 10})
 
@@ -57,7 +55,7 @@ def test_tables_have_the_hazards_of_the_pieces(cox):
     assert rows["statistic"].isin(names).sum() == 8
     medians = rows.set_index("statistic").loc[names, "median"]
     assert np.prod(medians) == pytest.approx(1.0, rel=0.05)
-    assert medians.iloc[0] < 0.5 * medians.iloc[3]  # the hazard (1 - cos t) / 2 is 0 at first
+    assert medians.iloc[0] < 0.5 * medians.iloc[3]  # the hazard 2 t / (1 + t^2) is 0 at first
     tree = cox.to_datatree(draws=10, groups=["posterior"])["posterior"]
     assert tree["hazard"].sizes["piece"] == 8
 
@@ -94,6 +92,20 @@ def test_curves_are_the_familys_survivor_function():
     assert float(made["survival"].isel(time=0).min()) == 1.0
     with pytest.raises(ValueError, match="finite numbers"):
         fit.survival(new, [np.inf])
+
+
+def test_curves_of_a_shape_that_depends_on_a_feature():
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=80)
+    frame = pd.DataFrame({"t": rng.weibull(np.exp(0.3 * x)), "x": x, "g": np.arange(80) % 8})
+    formulas = ["t ~ x + (1 | g)", "shape ~ x"]
+    fit = model(formulas, frame, family="weibull").fit(steps=40, progress=False)
+    made, draws = fit.survival(frame[:3], [0.5], draws=100), fit.draws(100)
+    rows = fit.model.encode(fit.data.take(slice(0, 3))).all()
+    with torch.no_grad():
+        eta = fit.model.predictor(rows, draws).eta.double().numpy()
+    expected = stats.weibull_min.sf(0.5, np.exp(eta[..., 1]), scale=np.exp(eta[..., 0]))
+    np.testing.assert_allclose(made["survival"][:, 0], expected.mean(0), rtol=1e-6)
 
 
 def test_families_without_a_survivor_function_say_so():

@@ -97,7 +97,7 @@ class GammaByMean(dist.Gamma, Survival):
         """log of the integral of the density of log y, from log(mean) + ratio on."""
         rise = ratio.exp()
         length = ((self.size * (1 - rise)) ** 2 + self.size * rise).rsqrt()
-        step = side * nodes_of(length, power=1).clamp(max=LONGEST)
+        step = side * nodes_of(length, power=1).clamp(max=LONGEST if side > 0 else torch.inf)
         log_ratio = self.size[..., None] * (step - rise[..., None] * torch.expm1(step))
         return log_tail(at, log_ratio, length, power=1)
 

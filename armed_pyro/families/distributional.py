@@ -14,6 +14,7 @@ from torch import Tensor
 
 from armed_pyro._messages import unknown
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.survival_densities import Survival
 from armed_pyro.families.family import (
     Array,
     Draws,
@@ -123,6 +124,8 @@ class Distributional(Family):
     if_heavy_tails = _Inside()
     if_more_zeros = _Inside()
     is_equidispersed = _Inside()
+    can_be_censored = _Inside()
+    is_censored = _Inside()
     is_log_concave = False
 
     def __str__(self) -> str:
@@ -207,6 +210,9 @@ class Distributional(Family):
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
         return self.base.distribution(*self.inside(eta, parameters), rows)
+
+    def survivor(self, eta: Eta, parameters: Parameters, rows: Rows) -> Survival | None:
+        return self.base.survivor(*self.inside(eta, parameters), rows)
 
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return self.base.mean(self.inside(eta, {})[0], rows)

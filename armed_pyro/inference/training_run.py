@@ -204,7 +204,10 @@ class Run:
         tensors, record = checkpoint.tensors, checkpoint.record
         identity = self.task.identity()
         saved = {"training": identity["training"], **record["run"]}  # earlier runs had no choice
-        saved["schedule"] = {k: v for k, v in saved["schedule"].items() if k != "steps"}
+        steps = self.task.schedule.steps
+        if record["stopped"] == "steps" and steps > saved["schedule"]["steps"]:
+            # A run whose steps ran out goes on with more of them.
+            saved["schedule"] = {**saved["schedule"], "steps": steps}
         changed = sorted(name for name in identity if identity[name] != saved.get(name))
         if changed:
             raise ValueError(

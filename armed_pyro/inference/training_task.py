@@ -137,8 +137,7 @@ class TrainingTask:
             "priors": repr(model.priors),
             "weights": [model.fixed_weight, repr(model.others)],
             "network or guide": {name: list(t.shape) for name, t in self.state().items()},
-            # More steps than a finished run had are a continuation of it.
-            "schedule": {k: v for k, v in self.schedule.to_json().items() if k != "steps"},
+            "schedule": self.schedule.to_json(),
             "training": [self.training.precision, self.training.accumulate, self.training.monitor],
             "seed": self.seed,
             "layout of the optimizers' state": 2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -96,12 +96,14 @@ def run(
     *,
     element: Sequence[int | str] = (),
     like: Tensor | None = None,
+    mixed: bool = False,
     whole: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The network's output, and outputs (or inputs) of its modules, as `tapped` records them.
 
     The inputs x are a tensor "rows ...", or tuples and dicts of tensors, which become the network's
-    arguments. Floating types get the type of `like`, and all its device. Outputs of modules are
+    arguments. Floating types get the type of `like`, and all its device; with `mixed`, operations
+    that stand it run in bfloat16, and results have the type of `like`. Outputs of modules are
     pooled to one vector per row, unless their `Tap` says otherwise. The record holds the network's
     output too, under the empty path; `element` chooses a tensor of it. Without gradients, a large
     number of rows runs in blocks, which bounds the memory of the feature maps, unless `whole`:
@@ -110,8 +112,11 @@ def run(
     pieces = []
     for block in _blocks(x, whole=whole or torch.is_grad_enabled()):
         block = block if like is None else mapped(partial(as_type, like), block)
-        with tapped(net, outputs, inputs) as record:
+        with tapped(net, outputs, inputs) as record, _mixed(like, mixed):
             output = chosen_tensor(call(net, block), element, "the network's output")
+        if mixed and like is not None:
+            output = as_type(like, output)
+            record |= {name: as_type(like, values) for name, values in record.items()}
         for text in set(outputs) & record.keys():
             tap = _tap_of(net, text)
             axis = channel_axis(net, tap.path, record[text])
@@ -121,6 +126,12 @@ def run(
     if len(pieces) > 1:
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in joined}
     return joined[""], joined
+
+
+def _mixed(like: Tensor | None, mixed: bool) -> AbstractContextManager[Any]:
+    """Mixed precision on the device of `like`, if it is to be."""
+    device = "cpu" if like is None else like.device.type
+    return torch.autocast(device, torch.bfloat16) if mixed else nullcontext()
 
 
 def call(net: nn.Module, inputs: Structure) -> Any:

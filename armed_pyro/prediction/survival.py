@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Shaped
 
 from armed_pyro._messages import check_probability
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.xarray_names import label_values
 from armed_pyro.distributions.survival_densities import Survival
+from armed_pyro.guides.base import n_draws
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.prediction.chunks import predict_rows
+from armed_pyro.prediction.chunks import predict_rows, with_new_effects
 from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.predict import effect_source
-from armed_pyro.rows.batch import Rows
+from armed_pyro.prediction.unseen import EffectSource
+from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.rows.censoring import EVENT, RIGHT
 
 __all__ = ["concordance", "harrell", "kaplan_meier", "survival", "survival_calibration"]
@@ -90,32 +91,52 @@ def survival(
         seed=seed,
         classifiers=classifiers,
     )
+    tail, grid = [(1 - prob) / 2, (1 + prob) / 2], _times(posterior, times)
     # Outcomes that the rows may have are of no use here.
     rows = replace(data, outcome=None, status=None, upper=None, entry=None)
-    made = predict_rows(posterior, rows, source, draws=draws, seed=seed, outcomes=False)
-    eta = torch.from_numpy(made.outcome).double()[..., None]  # "draws rows 1"
+    blocks, used = _densities(posterior, rows, source, draws)
+    curves, medians = list[Array](), list[Array]()
+    for density, shape in blocks:
+        made = [_summary(_survival(density, time, shape), tail) for time in grid]
+        curves.append(np.stack(made, -1))  # "3 rows times"
+        half = density.quantile(torch.full(shape[-1:], 0.5, dtype=torch.float64))
+        medians.append(_summary(half.expand(shape).cpu().numpy(), tail))
+    values = dict(zip(("survival", "lower", "upper"), np.concatenate(curves, 1), strict=True))
+    names = ("median", "median_lower", "median_upper")
+    middle = dict(zip(names, np.concatenate(medians, 1), strict=True))
+    variables = {name: (("row", "time"), value) for name, value in values.items()}
+    coords = {"row": label_values(data.row_labels), "time": grid, "unseen": ("row", used)}
+    return xr.Dataset({**variables, **{name: ("row", v) for name, v in middle.items()}}, coords)
+
+
+def _densities(
+    posterior: Posterior, data: ClusteredData, source: EffectSource, draws: int
+) -> tuple[Iterator[tuple[Survival, torch.Size]], Shaped[Array, " rows"]]:
+    """The survivor function and its shape "draws rows" of each block of rows, and their modes."""
+    model = posterior.model
+    levels = model.data_facts().levels_with(data)
+    encoded = model.encode(data, levels)
+    latents, used = with_new_effects(model, source, levels, encoded)
     parameters = {
         name: value.reshape(-1, 1).double().cpu()
-        for name, value in posterior.model.family_parameters(source.latents).items()
+        for name, value in model.family_parameters(latents).items()
     }
-    exact, grid = Rows(torch.zeros(eta.shape[1], 0), None, {}), _times(posterior, times)
-    tail = [(1 - prob) / 2, (1 + prob) / 2]
-    density = posterior.model.family.survivor(eta, parameters, exact)
-    if density is None:
-        raise ValueError(
-            f"family {posterior.model.family.name!r} has no survivor function: curves need a "
-            "family of times, such as weibull"
-        )
-    curves = [_summary(_survival(density, time, eta), tail) for time in grid]
-    half = _summary(density.quantile(torch.full(eta.shape[1:2], 0.5).double()).numpy(), tail)
-    names = ("survival", "lower", "upper")
-    values = {
-        name: (("row", "time"), np.stack([curve[place] for curve in curves], 1))
-        for place, name in enumerate(names)
-    }
-    medians = zip(("median", "median_lower", "median_upper"), half, strict=True)
-    coords = {"row": label_values(data.row_labels), "time": grid, "unseen": ("row", made.unseen)}
-    return xr.Dataset({**values, **{name: ("row", value) for name, value in medians}}, coords)
+    n = n_draws(latents) or draws
+    size = max(1, BLOCK_VALUES // (n * values_per_row(model)))
+
+    def blocks() -> Iterator[tuple[Survival, torch.Size]]:
+        for rows in encoded.chunks(size):
+            with torch.no_grad():
+                eta = model.predictor(rows, latents, return_fixed=False).eta.double().cpu()
+                density = model.family.survivor(eta, parameters, rows)
+            if density is None:
+                raise ValueError(
+                    f"family {model.family.name!r} has no survivor function: curves need a family "
+                    "of times, such as weibull"
+                )
+            yield density, torch.Size((n, len(rows)))
+
+    return blocks(), used
 
 
 def concordance(
@@ -293,15 +314,14 @@ def _times(posterior: Posterior, times: Sequence[float] | None) -> Float[Array, 
     return grid
 
 
-def _survival(density: Survival, time: float, eta: Tensor) -> Float[Array, "draws rows"]:
+def _survival(density: Survival, time: float, shape: torch.Size) -> Float[Array, "draws rows"]:
     """S(t) of every draw and row."""
     if density.positive and time <= 0:
-        return np.ones(eta.shape[:2])
-    value = torch.full(eta.shape[1:2], time, dtype=eta.dtype)
-    return density.log_survival(value).exp().numpy()
+        return np.ones(shape)
+    value = torch.full(shape[-1:], time, dtype=torch.float64)
+    return density.log_survival(value).exp().expand(shape).cpu().numpy()
 
 
-def _summary(values: Array, tail: list[float]) -> tuple[Array, Array, Array]:
+def _summary(values: Float[Array, "draws rows"], tail: list[float]) -> Float[Array, "3 rows"]:
     """Mean and ends of the band of every row."""
-    lower, upper = np.quantile(values, tail, axis=0)
-    return values.mean(0), lower, upper
+    return np.stack([values.mean(0), *np.quantile(values, tail, axis=0)])

@@ -438,13 +438,8 @@ class Plan(LocalModule):
             return output, {"": output}
         head = [self.head_path()] if self.bayesian_head else []
         # The only place where the network's weights become Pyro parameters.
-        net, mixed = self.net, self.mixed_precision
-        with torch.autocast(like.device.type, torch.bfloat16, enabled=mixed):
-            results = run(net, x, self.layers(), head, element=self.output, like=like, whole=whole)
-        if not mixed:
-            return results
-        record = {name: values.to(like.dtype) for name, values in results[1].items()}
-        return record[""], record
+        kind = {"element": self.output, "like": like, "mixed": self.mixed_precision}
+        return run(self.net, x, self.layers(), head, whole=whole, **kind)  # type: ignore[arg-type]
 
     def fixed_predictor(
         self, rows: Rows, output: Tensor, activations: Latents, latents: Latents
