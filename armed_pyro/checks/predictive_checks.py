@@ -200,7 +200,7 @@ def predictive_checks(
 ) -> tuple[pd.DataFrame, list[Check]]:
     """Posterior predictive checks: a table with one row per cluster, and the verdicts."""
     tables, found, checks = [], list[tuple[str, str, Discrepancy]](), list[Check]()
-    for factor in posterior.model.factors:
+    for factor in posterior.model.clustered_factors:
         try:
             compared = cluster_checks(posterior, factor.name, latents, seed=posterior.seed)
         except BROKEN as error:

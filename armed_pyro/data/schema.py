@@ -44,6 +44,7 @@ from armed_pyro.data.grouping import (
     warn_of_float_labels,
 )
 from armed_pyro.data.levels import levels_of
+from armed_pyro.data.penalised_spline import check_features
 from armed_pyro.data.training_checks import PER_ROW
 
 # Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
@@ -142,6 +143,7 @@ class Schema:
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
         _check_offsets(formula, extra, roles.get("offset"))
+        check_features(formula.calls)
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         made = tuple(dict.fromkeys(formula.made + extra.made))
         calls = tuple(dict.fromkeys(formula.calls + extra.calls))

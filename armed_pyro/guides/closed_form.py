@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armed_pyro.distributions.leading_matrices import inverse_root, product, transposed
 from armed_pyro.guides.gaussian_sums import GaussianSums, nesting
-from armed_pyro.guides.pseudo_observations import FULL_TERMS
+from armed_pyro.guides.pseudo_observations import has_full_precision
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.rows.source import RowSource
@@ -34,7 +34,7 @@ Scale = Float[Tensor, "terms terms draws 1"]
 
 def is_gaussian(model: MixedEffects) -> bool:
     """Whether all that the rows say of a program with a frozen network is in sums over them."""
-    narrow = all(len(factor.terms) <= FULL_TERMS and not factor.filters for factor in model.factors)
+    narrow = all(has_full_precision(f) and not f.filters for f in model.factors)
     return model.family.is_quadratic and narrow and not model.others
 
 

@@ -21,7 +21,7 @@ from armed_pyro.guides.gaussian_sums import nesting
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.process import ProcessGuide
-from armed_pyro.guides.pseudo_observations import FULL_TERMS
+from armed_pyro.guides.pseudo_observations import has_full_precision
 from armed_pyro.guides.row_sums import joint_sums
 from armed_pyro.guides.structured import REFRESH_DRAWS, StructuredGuide
 from armed_pyro.program.model import MixedEffects, trains_network
@@ -62,7 +62,7 @@ def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
         nested = nesting(model, source)
         if nested is not None:
             return NestedGuide(model, source, nested[1])
-    narrow = all(len(factor.terms) <= FULL_TERMS and not factor.filters for factor in model.factors)
+    narrow = all(has_full_precision(f) and not f.filters for f in model.factors)
     affordable = dense <= MOST_DENSE and dense * max(sizes, default=0) <= MOST_CROSS_PRODUCTS
     if len(sizes) > 1 and narrow and affordable:
         return CrossedGuide(model, source)

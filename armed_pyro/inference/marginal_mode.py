@@ -180,7 +180,8 @@ def _start_effects(model: MixedEffects, guide: Guide, source: RowSource) -> None
 def _first_scale(model: MixedEffects, guide: Guide, source: RowSource) -> Float[Tensor, " size"]:
     """Search units of about n^-1/2, the sd of a parameter that n clusters or rows inform."""
     sizes = {factor.sd_site: len(source.counts[factor.name]) for factor in model.factors}
-    fewest = min([len(source), *sizes.values()])
+    clusters = [len(source.counts[factor.name]) for factor in model.clustered_factors]
+    fewest = min([len(source), *clusters])
     of_rows = ["fixed_effect", *(parameter.name for parameter in model.family.parameters)]
     sizes |= dict.fromkeys(of_rows, len(source))
     scale = torch.ones_like(guide.hyperparameters.anchor)
