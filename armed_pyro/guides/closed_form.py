@@ -18,7 +18,7 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["ClosedForm", "Conditional", "closed_form", "is_gaussian"]
+__all__ = ["ClosedForm", "Conditional", "MarginalLikelihood", "closed_form", "is_gaussian"]
 
 # Values of all matrices of the draws that are made at once: more do not fit into a processor's
 # cache, and fewer spend the time on calls.
@@ -34,8 +34,22 @@ def is_gaussian(model: MixedEffects) -> bool:
     return model.family.is_quadratic and narrow and not model.others
 
 
+class MarginalLikelihood(Protocol):
+    """log p(y | theta) with the random effects integrated out."""
+
+    @property
+    def size(self) -> int:
+        """Values that one draw needs."""
+
+    def most_draws(self) -> int:
+        """Number of draws that are fastest at once; at least 1."""
+
+    def log_likelihood(self, latents: Latents) -> Float[Tensor, " draws"]:
+        """log p(y | theta) of draws of the hyperparameters; one value without draws."""
+
+
 def closed_form(model: MixedEffects, source: RowSource) -> ClosedForm | None:
-    """log p(y | theta) of the rows, given the frozen network.
+    """log p(y | theta) of the rows of nested factors, given the frozen network.
 
     None if the outcome is not gaussian, an effect is inside the network or of a wide layer, or the
     grouping factors are crossed.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armed_pyro._messages import progress_console
 from armed_pyro.guides.base import joined
-from armed_pyro.guides.closed_form import ClosedForm
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.noise import gaussian_noise, heavy_noise, proposal_noise
 from armed_pyro.inference.marginal_weights import exact_likelihood, marginal_draws
 from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled, weigh
@@ -73,7 +73,7 @@ def _particles(posterior: Posterior) -> int:
 def importance_draws(
     posterior: Posterior,
     source: RowSource | None = None,
-    closed: ClosedForm | None = None,
+    closed: MarginalLikelihood | None = None,
     *,
     seed: int | None = None,
     progress: bool = False,
@@ -117,7 +117,7 @@ def importance_draws(
 
 
 def _marginal(
-    posterior: Posterior, source: RowSource, closed: ClosedForm, seed: int
+    posterior: Posterior, source: RowSource, closed: MarginalLikelihood, seed: int
 ) -> ImportanceDraws:
     """Weighted draws of the hyperparameters alone."""
     model, guide = posterior.model, posterior.guide

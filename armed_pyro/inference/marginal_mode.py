@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import ClosedForm
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.noise import no_noise, proposal_noise
 from armed_pyro.inference.marginal_weights import marginal_draws
 from armed_pyro.inference.nested_weights import bound_noise, nested_from, weigh
@@ -42,7 +42,7 @@ SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
 
 
 def start_at_mode(
-    model: MixedEffects, guide: Guide, source: RowSource, closed: ClosedForm | None = None
+    model: MixedEffects, guide: Guide, source: RowSource, closed: MarginalLikelihood | None = None
 ) -> None:
     r"""Set q(theta) to the normal distribution at the mode of the marginal posterior.
 
@@ -216,7 +216,7 @@ class _Posterior:
         guide: Guide,
         source: RowSource,
         sample: Rows | None = None,
-        closed: ClosedForm | None = None,
+        closed: MarginalLikelihood | None = None,
     ) -> None:
         self.model, self.guide, self.closed = model, guide, closed
         if closed is not None:

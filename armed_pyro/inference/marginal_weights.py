@@ -13,7 +13,8 @@ from torch import Tensor
 
 from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import ClosedForm, closed_form
+from armed_pyro.guides.closed_form import MarginalLikelihood, closed_form, is_gaussian
+from armed_pyro.guides.crossed_form import crossed_form
 from armed_pyro.guides.noise import NoiseMessenger
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.source import RowSource
@@ -37,16 +38,23 @@ class MarginalDraws:
         }
 
 
-def exact_likelihood(model: MixedEffects, guide: Guide, source: RowSource) -> ClosedForm | None:
+def exact_likelihood(
+    model: MixedEffects, guide: Guide, source: RowSource
+) -> MarginalLikelihood | None:
     """log p(y | theta) of the rows, if it has a closed form and the guide's effects are exact."""
     anything = guide.hyperparameters.size > 0
     if not anything or (model.factors and not guide.exact(model)):
         return None
-    return closed_form(model, source)
+    nested = closed_form(model, source)
+    crossed = nested is None and len(model.factors) > 1 and source.reduce is None
+    return crossed_form(model, source) if crossed and is_gaussian(model) else nested
 
 
 def marginal_draws(
-    model: MixedEffects, guide: Guide, closed: ClosedForm, noise: Float[Tensor, "draws 1 1 size"]
+    model: MixedEffects,
+    guide: Guide,
+    closed: MarginalLikelihood,
+    noise: Float[Tensor, "draws 1 1 size"],
 ) -> MarginalDraws:
     """Map noise to the guide's draws of the hyperparameters, and weigh them; no row is read."""
     with NoiseMessenger({"_theta": noise}):
@@ -85,7 +93,7 @@ class MarginalBound:
 
     model: MixedEffects
     guide: Guide
-    closed: ClosedForm
+    closed: MarginalLikelihood
 
     def __call__(self, draws: int) -> Loss:
         """The loss, a mean over rows and draws of the hyperparameters."""

@@ -18,7 +18,7 @@ from armed_pyro.engine.compiled_step import CompileMode, Loss, Steps
 from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_hat
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import ClosedForm
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.marginal_weights import MarginalBound, exact_likelihood
 from armed_pyro.inference.objective import NestedBound, Objective
@@ -132,7 +132,9 @@ class Phase(ABC):
 
     trains_network: bool
     frozen_rows: RowSource | None = None  # all rows with the frozen network's outputs
-    closed: ClosedForm | None = None  # log p(y | theta) of all rows, if it has a closed form
+    closed: MarginalLikelihood | None = (
+        None  # log p(y | theta) of all rows, if it has a closed form
+    )
 
     def __init__(self, task: TrainingTask, share: Share) -> None:
         self.task, self.share, self.passes = task, share, Passes(self.one_pass)

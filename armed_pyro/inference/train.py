@@ -29,7 +29,7 @@ from armed_pyro.engine.processes import ALONE, Processes
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import ClosedForm
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
 from armed_pyro.inference.held_out import HeldOut
@@ -217,7 +217,7 @@ def _weighted(
     posterior: Posterior,
     frozen_rows: RowSource | None,
     source: RowSource | None,
-    closed: ClosedForm | None,
+    closed: MarginalLikelihood | None,
 ) -> Posterior:
     """The posterior with importance weights where they can be computed, and draws by these."""
     if frozen_rows is None or not (closed is not None or refinable(posterior, source)):
