@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         FitInterrupted as FitInterrupted,
         fit as fit,
     )
+    from armed_pyro.formula_model import Model as Model, model as model
     from armed_pyro.guides.base import Guide as Guide
     from armed_pyro.guides.structured import StructuredGuide as StructuredGuide
     from armed_pyro.networks.adversary import Adversary as Adversary
@@ -81,6 +82,7 @@ _NAMES = {
     "families.registry": "FAMILIES",
     "fit_result": "Fit compare compare_modes score_mode",
     "fitting": "DivergenceError FitInterrupted fit",
+    "formula_model": "Model model",
     "guides.base": "Guide",
     "guides.structured": "StructuredGuide",
     "networks.adversary": "Adversary",

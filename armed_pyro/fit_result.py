@@ -25,12 +25,13 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.inference import refine
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
+from armed_pyro.plots.fit_plots import Plots
 from armed_pyro.prediction import adapt, predict, residuals, scores
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Conclusion, Results, Verdicts
-from armed_pyro.report.text import described, summarize
+from armed_pyro.report.text import described, event_of, summarize
 from armed_pyro.storage import save
 from armed_pyro.summaries import datatree, model_comparison, parameters, variance
 
@@ -96,6 +97,11 @@ class Fit:
     def data(self) -> ClusteredData:
         """The training rows, or a sample of them: see `sampled`."""
         return self.posterior.data
+
+    @property
+    def plot(self) -> Plots:
+        """Pictures: ``fit.plot.effects("Days")``, ``.caterpillar()``, ``.ppc()``, and others."""
+        return Plots(self.posterior, self.classifiers)
 
     @property
     def history(self) -> History:
@@ -288,9 +294,10 @@ class Fit:
 
         tables = {"Variance components": self.variance_components()}
         if self.model.has_fixed_effects:
-            tables = {"Fixed effects": self.fixed_effects(), **tables}
+            event = "".join(f" of {label!r}" for label in event_of(self.model))
+            tables = {f"Fixed effects{event}": self.fixed_effects(), **tables}
         shown = "".join(
-            f"<p>{title}</p>{as_text(table).to_html(index=False, max_rows=20)}"
+            f"<p>{escape(title)}</p>{as_text(table).to_html(index=False, max_rows=20)}"
             for title, table in tables.items()
         )
         return f"<p>{escape(repr(self))}</p>{shown}"
@@ -318,7 +325,14 @@ class Fit:
         )
 
     @exclusive
-    def save(self, folder: str | Path, *, draws: int = 1000, prob: float = 0.9) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        draws: int = 1000,
+        prob: float = 0.9,
+        quote_formulas: bool = False,
+    ) -> None:
         """Write the fit to a folder, completely or not at all; `load` reads it.
 
         The folder is made if needed. A fit in it is replaced; other files are kept.
@@ -331,12 +345,17 @@ class Fit:
             of over 1,000 rows, are left out: `to_datatree` of a loaded fit draws them again.
         prob : float
             Probability of the intervals in ``variance_components.csv`` and ``fixed_effects.csv``.
+        quote_formulas : bool
+            Whether labels in both tables that a spreadsheet would take as formulas get a leading
+            apostrophe; see `write_table`.
 
         Raises
         ------
         ValueError
             If the folder holds other files but no fit, or the program has a user-defined guide,
             term, family or prior, which could not be read again. Nothing is written then.
+        OSError
+            If the disk has too little space. Nothing is left of what was written.
         """
         check_probability(prob)
         save.check_saveable(self.posterior, folder)
@@ -349,6 +368,7 @@ class Fit:
             verdict=self.diagnostics().to_json(),
             draws=draws,
             prob=prob,
+            quote_formulas=quote_formulas,
         )
 
     @classmethod

@@ -30,6 +30,7 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.train import GuideFactory, train
 from armed_pyro.inference.training_run import TrainingDiverged, TrainingInterrupted
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.mundlak import with_between
 from armed_pyro.rows.source import RowSource
@@ -108,14 +109,15 @@ def fit(
         converged.
 
         With "auto", the rows are divided into `Schedule.folds` parts, by whole clusters of the
-        largest factor if it has at least five, else by rows. A network is trained for each part,
-        on the other parts, and the posterior is settled on outputs for rows that their network has
-        not seen (cross-fitting; Chernozhukov et al. 2018, Econometrics Journal 21(1)). Variance
-        components are therefore those of new rows. Rows of seen clusters keep the network of
-        their part in predictions, and rows of new clusters get the mean of all networks.
+        largest factor if it has at least five, else by rows (`Schedule.fold_by`). A network is
+        trained for each part, on the other parts, and stopped by the evidence of the part given
+        its outputs. The posterior is settled on outputs for rows that their network has not seen
+        (cross-fitting; Chernozhukov et al. 2018, Econometrics Journal 21(1)). Variance components
+        are therefore those of new rows. Rows of seen clusters keep the network of their part in
+        predictions, and rows of new clusters get the mean of all networks.
         If terms, a latent last layer or further outcomes act on hidden layers, a single network
-        is trained, and a fifth of the rows stops it. Nothing is held out of streamed rows, of rows
-        that several processes share, or with ``Schedule(stages=0)``.
+        is trained, and a fifth of the rows stops it; of streamed rows, at most 20,000 rows.
+        Nothing is held out with ``Schedule(stages=0)``.
 
         With None, all rows train the network until its training loss has stopped falling. A
         network that can memorise its rows then fails the verdict on the model.
@@ -271,7 +273,7 @@ def _bound(
         yield model.bind(data).to(target), data, None
         return
     with data.encoded(model.factor_names(), seed, progress=progress) as table:
-        bound = model.bind(Facts.of_encoded(table, model.family))
+        bound = model.bind(with_linear_effects(model, Facts.of_encoded(table, model.family)))
         sample = table.sample(bound.largest_factor())
         facts = with_between(bound, sample, table.cluster_sums)
         bound = (bound if facts.between is None else model.bind(facts)).to(target)

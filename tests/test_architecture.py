@@ -150,9 +150,9 @@ FLOORS: list[set[str]] = [
     {"guides"},
     {"inference"},
     {"effects", "explain", "prediction", "report", "summaries"},
-    {"automatic_weight", "checks", "storage"},
+    {"automatic_weight", "checks", "plots", "storage"},
     {"fit_result", "fitting"},
-    {"estimators", "tuning"},
+    {"estimators", "formula_model", "tuning"},
     {"cli"},
 ]
 

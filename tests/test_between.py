@@ -155,14 +155,14 @@ def test_linear_programs_have_no_means_by_default(table):
     )
     auto = MixedEffects(nn.Linear(3, 1), "(1 | g)", bayesian_head=True, between="auto").bind(data)
     assert auto.fixed_terms() == ("Intercept", "x", "c", "s[T.m]", "between(x | g)")
-    off = MixedEffects(network(), "(1 | g)", between=False).bind(data)
+    off = MixedEffects(network(), "(1 | g)", between=False, linear_effects=False).bind(data)
     assert off.facts.between is None
     assert not off.has_fixed_effects
 
 
 def test_the_network_keeps_its_modules(table):
     net = network()
-    bound = MixedEffects(net, "(1 | g)", between=True).bind(encoded(table))
+    bound = MixedEffects(net, "(1 | g)", between=True, linear_effects=False).bind(encoded(table))
     assert list(bound.net.state_dict()) == list(net.state_dict())
     assert bound.fixed_terms() == NAMES
 
@@ -176,7 +176,9 @@ def test_every_factor_with_an_intercept_has_means(table):
     model = MixedEffects(network(), ["(1 | g)", "(1 | h)"], between=True).bind(data)
     assert {"between(x | g)", "between(x | h)"} <= set(model.fixed_terms())
     slopes = MixedEffects(network(), ["(1 | g)", "(0 + x | h)"], between=True).bind(data)
-    assert all(name.endswith("| g)") for name in slopes.fixed_terms())
+    means = [name for name in slopes.fixed_terms() if name.startswith("between(")]
+    assert means
+    assert all(name.endswith("| g)") for name in means)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,8 @@ def test_streamed_rows_have_the_means_of_rows_in_memory(table, tmp_path):
         assert whole.means.shape == (18, 2)
     auto = replace_choice(model)
     with _bound(auto, streamed, torch.device("cpu"), 0, progress=False) as (bound, _, _):
-        assert bound.fixed_terms() == ("between(x | g)",)
+        linear = ("linear(x)", "linear(c)", "linear(s[T.m])")
+        assert bound.fixed_terms() == (*linear, "between(x | g)")
 
 
 def replace_choice(model: MixedEffects) -> MixedEffects:

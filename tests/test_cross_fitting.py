@@ -1,6 +1,7 @@
 """Networks that held-out rows stop, their outputs for rows not seen, and the check of these."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,16 @@ import scipy
 import torch
 from torch import nn
 
-from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, Schedule, fit
+from armed_pyro import (
+    ClusteredData,
+    Fit,
+    FitInterrupted,
+    Known,
+    MixedEffects,
+    Priors,
+    Schedule,
+    fit,
+)
 from armed_pyro.checks.held_out_checks import held_out_checks
 from armed_pyro.engine.checkpoint import module_tensors
 from armed_pyro.engine.schedule import History
@@ -76,6 +86,19 @@ def test_rows_are_held_out_if_clusters_are_few_or_there_are_none():
         parts = held_out(data, random)
         assert parts.factor is None
         assert np.ptp(torch.bincount(parts.fold).numpy()) <= 1
+
+
+def test_rows_are_held_out_if_the_schedule_says_so():
+    result = run(schedule=replace(SHORT, fold_by="rows"))
+    folds = result.model.fold_networks
+    assert folds.factor is None
+    assert np.ptp(torch.bincount(result.data.fold).numpy()) <= 1
+    # New rows get the mean of all networks, in seen clusters too.
+    rows = result.model.encode(make_data(seed=1)).all()
+    expected = torch.stack([network(rows.x) for network in folds.networks]).mean(0)
+    torch.testing.assert_close(folds.run(rows, rows.x), expected)
+    with pytest.raises(ValueError, match="`fold_by` must be"):
+        Schedule(fold_by="sites")
 
 
 def test_the_outer_of_nested_factors_is_divided_and_the_larger_of_crossed_ones():
@@ -201,9 +224,14 @@ def test_networks_and_parts_are_saved_and_resumed(random, data, tmp_path, monkey
         return save(self)
 
     monkeypatch.setattr(Run, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(FitInterrupted) as caught:
         run(make_model(random), data, checkpoint=path)
     monkeypatch.undo()
+    early = caught.value.fit
+    assert early.stopped == "interrupted"
+    assert early.model.data_facts().n_rows == data.n_rows
+    assert np.isfinite(early.predict(data, draws=5).expected).all()
+    early.save(tmp_path / "early", draws=5)
     resumed = run(make_model(random), data, checkpoint=path, resume=True)
     assert resumed.history == whole.history
     whole.save(tmp_path / "run", draws=10)
@@ -273,7 +301,8 @@ def test_scores_of_left_out_rows_are_those_of_the_closed_form():
     data = make_data(n_sites=30, per_site=6)
     priors = Priors(sd=Known(1.0), residual_sd=Known(1.0))
     torch.manual_seed(0)
-    result = run(make_model(priors=priors), data, validation=None, schedule=Schedule(steps=30))
+    model = make_model(priors=priors, linear_effects=False)
+    result = run(model, data, validation=None, schedule=Schedule(steps=30))
     rows = result.model.compute(result.model.encode(data))
     found = out_of_sample(result.posterior, rows, settled_on=True)
     with torch.no_grad():

@@ -175,7 +175,7 @@ def test_factor_needs_categories():
 
 
 def test_errors_show_names_in_backticks():
-    with pytest.raises(ValueError, match=r"'`my x`\^2' in the term '\(1 \+ `my x`\^2 \| g\)'"):
+    with pytest.raises(ValueError, match=r"term '1 \+ `my x`\^2 \| g' has `my x`\^2"):
         parse_terms("(1 + `my x`^2 | g)")
 
 
@@ -293,7 +293,7 @@ def test_networks_keep_copies_and_refuse_constants():
     "formula", ["x^2", "x**2", "z + x^3", "x:x", "x*x", "`a b`^2", "(x)^2", "factor(x):x"]
 )
 def test_a_power_of_a_column_is_refused(formula):
-    with pytest.raises(ValueError, match=r"itself, not its square.*\*\* 2"):
+    with pytest.raises(ValueError, match=r"itself, not its square.*\*\*[23]"):
         parse_features(formula)
 
 
@@ -384,7 +384,7 @@ def test_an_intercept_alone_or_nothing(features):
 
 
 @pytest.mark.parametrize(
-    ("features", "message"), [("", "names nothing"), (". + x:z", "only alone")]
+    ("features", "message"), [("", "names nothing"), ("`. + x", "is not closed")]
 )
 def test_formulas_that_name_nothing(features, message):
     with pytest.raises(ValueError, match=message):

@@ -28,6 +28,7 @@ from armed_pyro import (
 from armed_pyro.engine.checkpoint import Checkpoint, module_tensors
 from armed_pyro.engine.processes import ALONE, Processes, join
 from armed_pyro.engine.shards import Share
+from armed_pyro.inference.cross_fitting import CrossFitting
 from armed_pyro.inference.objective import Objective
 from armed_pyro.program.model import trains_network
 from test_objective import BATCH, CommonNoise, bind, deep, disturb, gradients, make_data
@@ -248,6 +249,29 @@ def linear(distributed="auto"):
     return summary(fit(model, data, compile="never", **options), data)
 
 
+def cross_fitted(path, distributed="auto"):
+    """Networks that parts of the clusters stop, whole and resumed before the second phase."""
+    data = clustered("gaussian")
+    model = MixedEffects(network(), "(1 | site)")
+    schedule = Schedule(steps=200, window=20, folds=3, net_learning_rate=0.02)
+    options = {"schedule": schedule, "progress": False, "distributed": distributed}
+    options |= {"compile": "never", "refine": False}
+    whole = fit(model, data, **options)
+    file = Path(path) / f"folds-{distributed}.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrossFitting, "finish", interrupted_finish)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, data, checkpoint=file, **options)
+    join(CPU).total(torch.zeros(1))  # the first one has written
+    resumed = fit(model, data, checkpoint=file, resume=True, **options)
+    record = {"folds": whole.history.fold_steps, "held_out": whole.history.held_out}
+    return {"whole": summary(whole, data) | record, "resumed": summary(resumed, data) | record}
+
+
+def interrupted_finish(self):
+    raise KeyboardInterrupt
+
+
 def other_things(path):
     """What else processes have in common, and what ends them together."""
     rank, found, data = int(os.environ["RANK"]), {}, clustered()
@@ -312,6 +336,7 @@ def everything(path):
         "gradients": gradients_differ_by(),
         "fitted": fitted(path),
         "linear": linear(),
+        "folds": cross_fitted(path),
         "other": other_things(path),
     }
 
@@ -355,6 +380,18 @@ def test_two_processes_fit_what_one_does(both, tmp_path):
     assert abs(mean - other) < 0.5 * sd
     assert np.abs(np.array(two["mean"]) - one["mean"]).mean() < 0.06
     assert abs(min(two["validation"]) - min(one["validation"])) < 0.03
+
+
+def test_several_processes_cross_fit_the_same_networks(both, tmp_path):
+    first, second = (result["folds"] for result in both)
+    assert first == second
+    assert first["whole"] == first["resumed"]
+    assert len(first["whole"]["folds"]) == 3
+    # Mini-batches differ from those of one process, but not what they lead to.
+    one = cross_fitted(tmp_path, "never")["whole"]
+    assert first["whole"]["held_out"]["rows"] == one["held_out"]["rows"] == 300
+    assert abs(first["whole"]["held_out"]["score"] - one["held_out"]["score"]) < 0.1
+    assert np.corrcoef(first["whole"]["mean"], one["mean"])[0, 1] > 0.95
 
 
 def test_a_linear_program_is_fitted_as_by_one_process(both):

@@ -68,7 +68,7 @@ def run(family="gaussian", random="(1 + x | site)", features="x * arm + female",
     outputs = 3 if family == "categorical" else 1
     head = net is None
     net = nn.Linear(data.n_features, outputs) if net is None else net(data.n_features)
-    model = MixedEffects(net, random, family, bayesian_head=head)
+    model = MixedEffects(net, random, family, bayesian_head=head, linear_effects=False)
     # One network, whose derivatives are known, in place of cross-fitted ones.
     return fit(model, data, validation=None, schedule=SHORT, progress=False)
 

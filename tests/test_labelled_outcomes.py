@@ -117,6 +117,10 @@ def test_the_event_is_named_in_all_results(tmp_path):
     text = summarize(result.results())
     assert "Modelled event: 'case' (the second label, against 'control')" in text
     assert "Fixed effects (of 'case', posterior mean" in text
+    assert repr(result).startswith("Fit of status = 'case' (")
+    assert "Fixed effects of &#x27;case&#x27;" in result._repr_html_()
+    assert result.fixed_effects().attrs["event"] == "case"
+    assert "the linear predictor of P(status = case)" in result.slopes("x", scale="link").title
     made = result.predict(table().drop(columns="status"), draws=20)
     assert set(made.to_frame()["event"]) == {"case"}
     tree = result.to_datatree(draws=20, groups=["observed_data"])

@@ -325,7 +325,8 @@ def test_fixed_effects_term_trains_the_network_only(head, weights):
 def test_fixed_effects_term_is_the_likelihood_under_them_alone():
     data = make_data(weights=True)
     priors = Priors(residual_sd=Known(1.5))
-    model, source, guide = bind("(1 | site)", data, net=deep(), priors=priors, fixed_weight=2.0)
+    settings = {"priors": priors, "fixed_weight": 2.0, "linear_effects": False}
+    model, source, guide = bind("(1 | site)", data, net=deep(), **settings)
     loss = Objective(model, guide)(source.all())
     facts = model.data_facts()
     f = facts.center[0] + facts.spread * model.net(source.x)[:, 0]

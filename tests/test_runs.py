@@ -1,6 +1,8 @@
 """Runs that end early, fail to save, or meet each other: nothing is lost, and nothing is left."""
 
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,18 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from armed_pyro import ClusteredData, DivergenceError, FitInterrupted, MixedEffects, Schedule, fit
+from armed_pyro import (
+    ClusteredData,
+    DivergenceError,
+    Fit,
+    FitInterrupted,
+    MixedEffects,
+    Schedule,
+    StreamedData,
+    fit,
+)
 from armed_pyro.cli import app
-from armed_pyro.engine.checkpoint import module_tensors
+from armed_pyro.engine.checkpoint import Checkpoint, module_tensors
 from armed_pyro.inference.training_run import Run
 from armed_pyro.storage.run_lock import locked
 
@@ -330,6 +341,64 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_behind(run, tmp_path, limit
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 7, done.stderr.decode()
     assert not target.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path):
+    path = tmp_path / "run.checkpoint"
+    small, large = (Checkpoint({"x": torch.zeros(n)}, {}) for n in (10, 10_000))
+    small.write(path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written to"):
+            large.write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Checkpoint.read(path).tensors["x"].shape == (10,)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_too_little_free_space_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
+    fitted = Fit.load(run)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"0\.0 MB free, and the fit takes at least 0\.3 MB"):
+        fitted.save(tmp_path / "again", draws=10)
+    with pytest.raises(OSError, match="the checkpoint takes"):
+        Checkpoint({"x": torch.zeros(100)}, {}).write(tmp_path / "run.checkpoint")
+    frame = rows()
+    frame.to_parquet(tmp_path / "rows.parquet", index=False)
+    data = StreamedData.scan(tmp_path / "rows.parquet", outcome="y", clusters=["site"])
+    model = MixedEffects(nn.Linear(1, 1), "(1 | site)", bayesian_head=True)
+    with pytest.raises(OSError, match="a copy of the rows takes"):
+        fit(model, data, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_texts_that_look_like_formulas_are_quoted_on_request(tmp_path):
+    table = rows("@dose")
+    table["y"] = np.where(table["y"] > 0, "=1+1", "no")
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    ask = ["--steps", 20, "--family", "bernoulli", "--event", "=1+1"]
+    for name, more in {"as_is": [], "quoted": ["--quote-formulas"]}.items():
+        done = call(*command(tmp_path / "rows.csv", tmp_path / name, *ask, *more))
+        assert done.exit_code == 0, done.stderr
+        files = [
+            "predict",
+            tmp_path / name,
+            tmp_path / "rows.csv",
+            "--out",
+            tmp_path / f"{name}.csv",
+        ]
+        assert call(*files, "--draws", 5, *more).exit_code == 0
+    as_is, quoted = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("as_is", "quoted"))
+    assert set(as_is.event) == {"=1+1"}
+    assert set(quoted.event) == {"'=1+1"}
+    pd.testing.assert_frame_equal(quoted.drop(columns="event"), as_is.drop(columns="event"))
+    terms = [pd.read_csv(tmp_path / n / "fixed_effects.csv").term for n in ("as_is", "quoted")]
+    assert "@dose" in set(terms[0])
+    assert "'@dose" in set(terms[1])
 
 
 def test_a_closed_ascii_output_loses_no_file(tmp_path):

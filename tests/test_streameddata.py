@@ -11,6 +11,7 @@ from torch import nn
 
 from armed_pyro import Adversary, ClusteredData, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.fit_result import Fit
+from armed_pyro.inference.cross_fitting import CrossFitting
 from armed_pyro.inference.training_run import Run
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.rows.in_memory import HeldRows
@@ -391,6 +392,62 @@ def test_a_factor_with_few_clusters_but_most_effects_is_taken_whole(tmp_path, mo
     assert streamed.history.settled is not None
     assert set(asked) == {"b"}
     assert left_in(tmp_path) == ["rows.parquet"]
+
+
+# ------------------------------------------------------------------------------- held-out rows
+
+
+@pytest.mark.parametrize("factor", ["site", None])
+def test_held_out_rows_and_the_rest_are_all_rows(both, factor):
+    encoded, streamed, held = both
+    rest, part = streamed.divided(factor, most=400)
+    assert 0 < part.n_rows <= (400 if factor else 500)
+    assert len(rest) + part.n_rows == len(held)
+    y = torch.cat([rest.all().y, part.outcome.to(rest.like)])
+    torch.testing.assert_close(y.sort().values, held.y.sort().values.to(y))
+    codes = rest.all().memberships["site"].clusters()
+    assert torch.equal(torch.bincount(codes, minlength=K), rest.counts["site"])
+    seen = set(encoded.scanned.levels["site"][codes.unique().numpy()])
+    apart = not seen & set(part.grouping("site").labels())
+    assert apart == (factor == "site")
+    assert next(iter(rest.fingerprint())) != next(iter(streamed.fingerprint()))
+
+
+def test_rows_in_files_are_held_out_to_stop_a_network(tmp_path, monkeypatch):
+    frame, path, trained = table(), tmp_path / "checkpoint.safetensors", []
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = MixedEffects(net, "(1 | site)")
+    short = Schedule(steps=200, window=20, batch_size=200)
+    settings = {"schedule": short, "refine": False, "progress": False, "compile": "never"}
+    make = CrossFitting._task
+
+    def recorded(self, number):
+        task = make(self, number)
+        trained.append((task.source.counts["site"] > 0, task.validation.counts["site"] > 0))
+        return task
+
+    monkeypatch.setattr(CrossFitting, "_task", recorded)
+    whole = fit(model, stream(frame, tmp_path), **settings)
+    (seen, held), record = trained[0], whole.history.held_out
+    assert not (seen & held).any()
+    assert (seen | held).all()
+    assert len(whole.history.fold_steps) == 1
+    assert whole.model.fold_networks is None
+    share = record["rows"] / len(frame)
+    assert 0.1 < share <= 0.2
+    assert abs(record["coverage"] - 0.9) < 0.03 + 3 * record["coverage_se"]
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrossFitting, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, stream(frame, tmp_path), checkpoint=path, **settings)
+    resumed = fit(model, stream(frame, tmp_path), checkpoint=path, resume=True, **settings)
+    assert resumed.history == whole.history
+    assert left_in(tmp_path) == ["checkpoint.safetensors", "rows.parquet"]
 
 
 @pytest.mark.slow

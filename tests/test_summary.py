@@ -167,7 +167,7 @@ def test_divergence_is_said():
 
 
 def test_a_network_is_described_by_its_weights():
-    shown = text(run(net=dense(), bayesian_head=False))
+    shown = text(run(net=dense(), bayesian_head=False, linear_effects=False))
     assert "Fixed effects: network of 17 weights, on 2 feature(s)" in shown
     assert "weights of a network, without uncertainty" in shown
     shown = text(run(net=dense()))

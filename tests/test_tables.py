@@ -251,9 +251,9 @@ def test_formulas(formula, terms):
     assert list(parse_features(formula).terms) == terms
 
 
-@pytest.mark.parametrize("formula", ["np.log(age)", "bs(age, 3)", "C(sex)", "{age + 1}", "I(age)"])
+@pytest.mark.parametrize("formula", ["np.log(age)", "open('x', 'w')", "s(age)", "age.mean()"])
 def test_formulas_never_execute(formula):
-    with pytest.raises(ValueError, match=r"would evaluate .*Compute the column first"):
+    with pytest.raises(ValueError, match=r"not a function of formulas.*Compute the column\s+first"):
         parse_features(f"sex + {formula}")
 
 
@@ -270,13 +270,13 @@ def test_a_stored_formula_never_executes(tmp_path):
 @pytest.mark.parametrize(
     ("formula", "message"),
     [
-        ("y ~ age", "has a '~' or"),
+        ("y ~ age", "has a '~'"),
         ("age | site", r"random=\[...\]"),
         ("age +", "Expected column names joined by"),
         ("age, sex", "or a list of names"),
-        ("age sex", "Missing operator"),
+        ("age sex", "an operator is missing"),
         ("2:age", "scales a column by a number"),
-        (".", "Cannot read features='.'"),
+        (".", "stands for all other columns"),
     ],
 )
 def test_bad_formulas(formula, message):

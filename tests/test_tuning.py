@@ -2,23 +2,28 @@
 
 import inspect
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from armed_pyro import (
     Adversary,
     ClusteredData,
     DivergenceError,
+    Fit,
     MixedEffects,
     Priors,
     Schedule,
     fit,
     tune,
 )
+from armed_pyro.cli import app
 from armed_pyro.data.simulate import wages
 from armed_pyro.data.stratify import cluster_folds
 from armed_pyro.families.simulate import mixed_model
@@ -319,3 +324,89 @@ def test_settings_whose_fit_diverges_are_not_chosen(monkeypatch: pytest.MonkeyPa
     assert "2 fits diverged" in str(tuning)
     with pytest.raises(RuntimeError, match="the loss is not finite"):
         tune(linear_model(data), data, over={"fixed_weight": [4, 5]}, **settings)  # type: ignore[arg-type]
+
+
+def test_one_network_is_stopped_in_each_fold_by_what_is_held_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, _ = mixed_model("gaussian", 8, 6, seed=0)
+    schedules = []
+
+    def fitted(model: MixedEffects, train: ClusteredData, **options: Any) -> Fit:
+        schedules.append(options["schedule"])
+        return fit(model, train, **{**options, "schedule": Schedule(steps=5, stages=0)})
+
+    monkeypatch.setattr(folds, "fit", fitted)
+    model = MixedEffects(dense(data.n_features, hidden=(4,)), "(1 | site)")
+    settings = {"over": {"fixed_weight": [0, 1]}, "folds": 2, "workers": 1, "progress": False}
+    for by in ("clusters", "rows"):
+        tune(model, data, by, **settings)  # type: ignore[arg-type]
+        assert {(made.folds, made.fold_by) for made in schedules} == {(1, by)}
+        schedules.clear()
+    tune(model, data, schedule=Schedule(steps=5, folds=3), **settings)  # type: ignore[arg-type]
+    assert {made.folds for made in schedules} == {3}
+
+
+# --- the command line
+
+
+def command(path: Path, *more: object) -> Any:
+    arguments = ["tune", path, "--outcome", "y", "--random", "(1 | site)", "--folds", 2]
+    arguments += ["--steps", 20, "--workers", 1, *more]
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    site = np.repeat(np.arange(8), 6)
+    frame = pd.DataFrame({"site": [f"s{k}" for k in site], "x": rng.normal(size=48)})
+    frame["y"] = frame["x"] + rng.normal(size=8)[site] + rng.normal(size=48)
+    path = tmp_path_factory.mktemp("tune") / "rows.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+def test_the_command_scores_options_as_tune_scores_settings(rows: Path, tmp_path: Path) -> None:
+    table = tmp_path / "scores.csv"
+    over = ["--over", "random = (1 | site); (1 + x | site)", "--out", table]
+    done = command(rows, *over)
+    assert done.exit_code == 0, done.output
+    data = ClusteredData.from_frame(pd.read_csv(rows), outcome="y", clusters=["site"])
+    expected = tune(
+        linear_model(data), data, over={"random": ["(1 | site)", "(1 + x | site)"]}, folds=2,
+        schedule=Schedule(steps=20), workers=1, progress=False,
+    )  # fmt: skip
+    scores = pd.read_csv(table)
+    assert scores["random"].tolist() == ["(1 | site)", "(1 + x | site)"]
+    np.testing.assert_allclose(scores["log_score"], expected.table["log_score"], atol=1e-6)
+    chosen = scores["random"][expected.chosen_row]
+    assert f"Options of fit: --random '{chosen}'" in done.stdout
+
+
+def test_the_command_makes_every_program(rows: Path) -> None:
+    over = ["--over", "hidden = 4; 4,3", "--over", "between = no; yes"]
+    over += ["--over", "adversary-weight=1"]
+    done = command(rows, "--net", "dense", "--adversary", "site", *over, "--by", "rows")
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines()]
+    settings = {(line[1], line[2]) for line in lines if len(line) > 4 and line[0] == "1"}
+    assert settings == {("no", "4"), ("yes", "4"), ("no", "4,3"), ("yes", "4,3")}
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("fixed-weight: 1", "must be an option and its values, such as"),
+        ("outcome = y; x", "the options are 'random', 'net'"),
+        ("fixed-weight = 0; much", "--over: fixed-weight must be a number, found 'much'"),
+        ("between = yes; perhaps", "--over: between must be auto, yes or no"),
+        ("fixed-weight = 1", "a choice needs at least 2"),
+        ("adversary-weight = 0; 1", "--adversary-weight needs --adversary"),
+        ("family = gaussian; normals", "normals"),
+    ],
+)
+def test_the_command_names_wrong_values(rows: Path, over: str, message: str) -> None:
+    done = command(rows, "--over", over)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr

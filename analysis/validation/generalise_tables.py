@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +28,14 @@ SMALL_ROWS = 240  # of a trial
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows with outcomes, the factor whose clusters are held out, and the outcome's family."""
+    """Rows with outcomes, the factor whose clusters are held out, and the outcome's family.
+
+    `floor` is the error on rows of new clusters that not even the truth is free of, if it is known.
+    """
 
     data: ClusteredData
     task: Task
+    floor: float | None = None
 
 
 Maker = Callable[[Path | None], Table]
@@ -95,7 +100,9 @@ def _of_frame(
 
 
 def _wages(folder: Path | None) -> Table:
-    return Table(wages()[0], Task("id", "gaussian"))
+    person_sd, residual_sd = 0.3, 0.15
+    data, _ = wages(person_sd=person_sd, residual_sd=residual_sd)
+    return Table(data, Task("id", "gaussian"), floor=math.hypot(person_sd, residual_sd))
 
 
 def _fertility(folder: Path | None) -> Table:

@@ -160,9 +160,9 @@ def sensitivity_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
     }
     distances = prior_sensitivity(posterior, latents)
     shifts = _prior_shifts(posterior, latents)
-    if posterior.model.bayesian_head and not posterior.model.linear:
-        # Coefficients of a network's last layer are interpreted together.
-        units |= {f"fixed_effect[{term}]" for term in posterior.model.fixed_terms()}
+    if not posterior.model.linear:
+        # Coefficients of a network's last layer, and beside it, are interpreted together with it.
+        units |= {f"fixed_effect[{term}]" for term in posterior.model.network_terms()}
     names = [name for name in distances if name in shifts and name not in units]
     if not names:
         return

@@ -23,6 +23,8 @@ from armed_pyro.engine.schedule import Schedule
 from armed_pyro.inference.train import threads, train
 from armed_pyro.inference.training_run import TrainingDiverged
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
+from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import factor_named
@@ -47,6 +49,7 @@ def held(model: MixedEffects, data: ClusteredData) -> MixedEffects:
         priors=model.priors,
         bayesian_head=model.bayesian_head,
         between=model.between,
+        linear_effects=_linear_effects(model, data),
     )
     bound = plan.bind(data).cpu().eval()
     latent = {parameter.name for parameter in bound.family.parameters} - {*bound.known()}
@@ -188,6 +191,12 @@ def _log_likelihood(
 
 
 @threads(1)
+def _linear_effects(model: MixedEffects, data: ClusteredData) -> bool:
+    """Whether the program has linear effects; a frozen network would have none by default."""
+    facts = Facts.of(data, model.family, model.factor_names())
+    return bool(with_linear_effects(model, facts).linear_names)
+
+
 def check_outcomes(recovery: Recovery, simulations: int) -> None:
     """Draw every data set once, before the first is fitted.
 

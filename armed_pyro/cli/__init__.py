@@ -1,4 +1,4 @@
-"""The command line ``armed-pyro``, with the commands fit, predict, report and demo.
+"""The command line ``armed-pyro``, with the commands fit, tune, predict, report and demo.
 
 Each command imports its work when it runs. Torch, pyro and pandas take seconds to import, and
 ``--help`` or a mistyped option should not wait for them.
@@ -12,7 +12,14 @@ from typing import Any, final
 import typer
 from typer.core import TyperCommand
 
-from armed_pyro.cli.options import DemoOptions, FitOptions, PredictOptions, ReportOptions, takes
+from armed_pyro.cli.options import (
+    DemoOptions,
+    FitOptions,
+    PredictOptions,
+    ReportOptions,
+    TuneOptions,
+    takes,
+)
 
 __all__ = ["app"]
 
@@ -49,6 +56,8 @@ class FilledInCommand(TyperCommand):
 def fit_command(options: FitOptions) -> None:
     """Fit a network with random effects to a table.
 
+    armed-pyro fit sleep.csv "Reaction ~ Days + (Days | Subject)" --out run
+
     armed-pyro fit sleep.csv --outcome Reaction --random "(1 + Days | Subject)" --out run
 
     Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli fit ...
@@ -56,6 +65,22 @@ def fit_command(options: FitOptions) -> None:
     from armed_pyro.cli.fit import fit_table
 
     fit_table(options)
+
+
+@app.command("tune", cls=FilledInCommand)
+@takes(TuneOptions)
+def tune_command(options: TuneOptions) -> None:
+    """Choose options of fit by cross-validation on held-out clusters or rows.
+
+    armed-pyro tune wages.csv --outcome lwage --random "(1 | id)" --net dense
+    --over "between = auto; yes" --over "fixed-weight = 0; 0.3"
+
+    Prints scores with standard errors over clusters, and the options that fit should have: among
+    those within one standard error of the best, those nearest to the first values.
+    """
+    from armed_pyro.cli.tune import tune_table
+
+    tune_table(options)
 
 
 @app.command("predict", cls=FilledInCommand)

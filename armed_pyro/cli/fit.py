@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import pandas as pd
 import typer
@@ -19,11 +19,12 @@ from armed_pyro._memory import most_held
 from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.interrupts import interruptible, resume_command
-from armed_pyro.cli.options import Between, FitOptions, Missing, Refine
+from armed_pyro.cli.options import Between, FitOptions, Missing, ProgramOptions, Refine
 from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_folder
-from armed_pyro.data.cluster_columns import is_call, without_calls
+from armed_pyro.data.cluster_columns import is_call
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import read_table, write_table
+from armed_pyro.data.formula import parse_features
 from armed_pyro.engine.processes import first_process, leave
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.family import Family
@@ -36,13 +37,15 @@ from armed_pyro.networks.by_name import hidden_activations, is_file, network
 from armed_pyro.prediction.scores import evaluate
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.formula import parse_terms, slopes_formula
+from armed_pyro.random_effects.model_formula import ModelFormula
 from armed_pyro.random_effects.terms import RandomEffects, Slopes, Term
 from armed_pyro.report.text import summarize
 from armed_pyro.storage.run_lock import is_temporary, locked
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.streamed_data import StreamedData
 
+T = TypeVar("T", bound=ProgramOptions)
 # Bytes of memory of the process without a table, and of one value of the table in all its copies.
 BASE, BYTES_HELD = 500_000_000, 64
 UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -64,6 +67,7 @@ def fit_table(options: FitOptions) -> None:
     SIGTERM; a message says which state was saved. With `strict` it exits with 3, after saving, if
     either verdict is "fail".
     """
+    options = with_formula(options)
     _check_options(options)
     with ExitStack() as run:
         run.enter_context(interruptible(options.run / CHECKPOINT))
@@ -71,6 +75,27 @@ def fit_table(options: FitOptions) -> None:
             check_run_folder(options.run, resume=options.resume, overwrite=options.overwrite)
             run.enter_context(locked(options.run))
         _fit_and_save(options)
+
+
+def with_formula(options: T) -> T:
+    """The options with the parts of the formula in their places."""
+    if options.formula is None:
+        for value, name in ((options.outcome, "outcome Y"), (options.random, "random TERM")):
+            if value is None:
+                raise ValueError(
+                    f"--{name} is missing: give it, or the model in one formula, such as "
+                    "armed-pyro fit rows.csv 'y ~ x + (x | site)' --out run"
+                )
+        return options
+    for name in ("outcome", "random", "features"):
+        if getattr(options, name):
+            raise ValueError(f"--{name} stands beside a formula, which says it: leave one out")
+    read = ModelFormula.read(options.formula)
+    for role, column in read.roles.items():
+        if getattr(options, role) is not None:
+            raise ValueError(f"--{role} stands beside {role}({column}) in the formula")
+    parts: dict[str, Any] = {**read.roles, "outcome": read.outcome, "random": list(read.random)}
+    return replace(options, features=read.features, **parts)
 
 
 def _check_options(options: FitOptions) -> None:
@@ -86,12 +111,21 @@ def _check_options(options: FitOptions) -> None:
     ]:
         if share is not None:
             check_probability(share, name)
+    check_adversary(options)
+
+
+def check_adversary(options: ProgramOptions) -> None:
+    """Raise ValueError for options of an adversary that is not there, or a weight of no number."""
     if options.adversary is None:
         for name in ("weight", "taps", "hidden", "warmup"):
             if getattr(options, f"adversary_{name}") is not None:
                 raise ValueError(f"--adversary-{name} needs --adversary FACTOR")
     if options.adversary_weight is not None:
         _weight(options.adversary_weight)
+    for name in ("slopes_on", "hold_out_clusters"):
+        if getattr(options, name) and not options.random:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} needs a random effect, such as (1 | site)")
 
 
 def _fit_and_save(options: FitOptions) -> None:
@@ -99,12 +133,12 @@ def _fit_and_save(options: FitOptions) -> None:
     steps = Schedule.steps if options.steps is None else options.steps
     training = {"folds": options.folds, "weight_decay": options.weight_decay}
     changed: Any = {name: value for name, value in training.items() if value is not None}
-    schedule = Schedule(steps=steps, batch_size=options.batch_size, **changed)
-    terms = parse_terms(options.random)
-    terms += tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
+    changed |= {"batch_size": options.batch_size, "fold_by": options.fold_by.value}
+    schedule = Schedule(steps=steps, **changed)
+    terms = terms_of(options)
     family = family_named(options.family)
     split = _rows(options, terms, family)
-    model = _program(options, terms, family, split.training)
+    model = program(options, terms, family, split.training, options.seed)
     result = _train(options, model, split, schedule)
     leave()
     if not first_process():
@@ -123,14 +157,22 @@ def _fit_and_save(options: FitOptions) -> None:
         raise typer.Exit(3)
 
 
+def terms_of(options: ProgramOptions) -> tuple[Term, ...]:
+    """The random effects of the options."""
+    terms = parse_terms(options.random or ())
+    return terms + tuple(Slopes(terms[0].factor, on=path) for path in options.slopes_on or ())
+
+
 def _save(result: Fit, scores: pd.DataFrame | None, options: FitOptions) -> None:
     """Write the fit and the scores of held-out rows; keep the checkpoint if that fails."""
     run = options.run
     try:
-        result.save(run, draws=options.draws, prob=options.prob)
+        result.save(
+            run, draws=options.draws, prob=options.prob, quote_formulas=options.quote_formulas
+        )
         (run / EVALUATION).unlink(missing_ok=True)
         if scores is not None:
-            write_table(scores, run / EVALUATION)
+            write_table(scores, run / EVALUATION, quote_formulas=options.quote_formulas)
     except (OSError, ValueError) as error:
         kept = ""
         if (run / CHECKPOINT).exists():
@@ -152,27 +194,8 @@ def _by_nuts(result: Fit) -> Fit:
 
 def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRows:
     """The table's rows, split as the options say; a streamed table cannot be split."""
-    factors = [term.factor for term in terms] + ([options.adversary] if options.adversary else [])
-    labels = {part for name in factors for part in (name, *name.split(":"))}
-    table = TableBlocks.open(options.data, labels)
-    features = _features(options.features, table.columns)
-    rows = training_rows(
-        table,
-        byte_size(options.memory),
-        options.run,
-        outcome=options.outcome,
-        clusters=_cluster_columns(terms, options.adversary, features, table.columns),
-        features=features,
-        slopes=_slopes(terms, table.columns),
-        categorical=_categorical(options.categorical, terms),
-        trials=options.trials,
-        offset=options.offset,
-        weights=options.weights,
-        event=options.event,
-        weights_kind=options.weights_kind.value,
-        se=options.se,
-        missing="drop" if options.missing is Missing.drop else "error",
-    )
+    table = opened(options, terms)
+    rows = table_rows(options, terms, table, byte_size(options.memory), options.run)
     if isinstance(rows, ClusteredData):
         family.check(rows)
         return _split(options, rows, terms)
@@ -183,6 +206,40 @@ def _rows(options: FitOptions, terms: Sequence[Term], family: Family) -> SplitRo
             "raise --memory"
         )
     return SplitRows(rows)
+
+
+def opened(options: ProgramOptions, terms: Sequence[Term]) -> TableBlocks:
+    """The table, with the labels of clusters as they are written."""
+    factors = [term.factor for term in terms] + ([options.adversary] if options.adversary else [])
+    return TableBlocks.open(
+        options.data, {part for name in factors for part in (name, *name.split(":"))}
+    )
+
+
+def table_rows(
+    options: ProgramOptions, terms: Sequence[Term], table: TableBlocks, memory: int, folder: Path
+) -> ClusteredData | StreamedData:
+    """The table's rows in the roles that the options give its columns; see `training_rows`."""
+    features: list[str] | str | None = options.features
+    if options.formula is None:
+        features = _features(options.features, table.columns)
+    return training_rows(
+        table,
+        memory,
+        folder,
+        outcome=str(options.outcome),
+        clusters=_cluster_columns(terms, options.adversary, features, table.columns),
+        features=features,
+        slopes=slopes_formula(options.random or (), table.columns) or (),
+        categorical=_categorical(options.categorical, terms),
+        trials=options.trials,
+        offset=options.offset,
+        weights=options.weights,
+        event=options.event,
+        weights_kind=options.weights_kind.value,
+        se=options.se,
+        missing="drop" if options.missing is Missing.drop else "error",
+    )
 
 
 def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> SplitRows:
@@ -197,13 +254,18 @@ def _split(options: FitOptions, rows: ClusteredData, terms: Sequence[Term]) -> S
     return SplitRows(rows, validation, held_out)
 
 
-def _program(
-    options: FitOptions, terms: Sequence[Term], family: Family, rows: ClusteredData | StreamedData
+def program(
+    options: ProgramOptions,
+    terms: Sequence[Term],
+    family: Family,
+    rows: ClusteredData | StreamedData,
+    seed: int,
 ) -> MixedEffects:
+    """The program of the options for these rows; the seed is that of the network's weights."""
     arguments, n_outputs = _widths(options.hidden, options.net), outputs(rows, family)
     if options.net == "linear" and isinstance(rows, ClusteredData) and not rows.intercept:
         arguments["bias"] = False
-    net = network(options.net, rows.n_features, n_outputs, seed=options.seed, **arguments)
+    net = network(options.net, rows.n_features, n_outputs, seed=seed, **arguments)
     head = options.net == "linear" if options.bayesian_head is None else options.bayesian_head
     choices: dict[Between, BetweenChoice] = {Between.yes: True, Between.no: False}
     between = None if options.between is None else choices.get(options.between, "auto")
@@ -215,10 +277,11 @@ def _program(
         bayesian_head=head,
         fixed_weight=options.fixed_weight,
         between=between,
+        linear_effects=options.linear_effects,
     )
 
 
-def _adversaries(options: FitOptions, net: nn.Module) -> list[Adversary]:
+def _adversaries(options: ProgramOptions, net: nn.Module) -> list[Adversary]:
     """The adversary of the options, if there is one."""
     if options.adversary is None:
         return []
@@ -288,8 +351,8 @@ def _cluster_columns(
 ) -> list[str]:
     """Columns of the grouping factors; the factor ``a:b`` needs the columns a and b."""
     factors = [term.factor for term in terms] + ([adversary] if adversary else [])
-    text = features if isinstance(features, str) else " + ".join(features or [])
-    factors += [column.factor for column in without_calls(text)[1]]
+    formula = parse_features(features or [], lambda: ())
+    factors += [column.factor for column in formula.made]
     columns = [[name] if name in table else name.split(":") for name in factors]
     return list(dict.fromkeys(name for names in columns for name in names))
 
@@ -316,15 +379,6 @@ def _categorical(text: str | None, terms: Sequence[Term]) -> list[str]:
     names = _listed(text or "")
     names += [n for term in terms if isinstance(term, RandomEffects) for n in term.categorical]
     return list(dict.fromkeys(names))
-
-
-def _slopes(terms: Sequence[Term], table: Collection[str]) -> str | tuple[str, ...]:
-    """Formula of the columns that the terms have slopes on."""
-    slopes = [slope for term in terms if isinstance(term, RandomEffects) for slope in term.slopes]
-    products = [[slope] if slope in table else slope.split(":") for slope in slopes]
-    known = [names for names in products if all(name in table for name in names)]
-    texts = [":".join(f"`{name}`" for name in names) for names in known]
-    return " + ".join([*texts, *filter(is_call, slopes)]) or ()
 
 
 def _widths(hidden: str | None, net: str) -> dict[str, Any]:

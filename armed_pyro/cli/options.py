@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import typer
 
@@ -22,6 +22,8 @@ Missing = StrEnum("Missing", ["error", "drop"])
 Holes = StrEnum("Holes", ["error", "empty"])
 Refine = StrEnum("Refine", ["psis", "nuts"])
 NetworkUncertainty = StrEnum("NetworkUncertainty", ["none", "ensemble"])
+HeldOutBy = StrEnum("HeldOutBy", ["clusters", "rows"])
+Criterion = StrEnum("Criterion", ["log_score", "rmse", "accuracy"])
 Between = StrEnum("Between", ["auto", "yes", "no"])
 
 
@@ -68,6 +70,13 @@ def column(text: str, default: Any = None) -> Any:
 
 
 DATA = typer.Argument(metavar="DATA", help="CSV or Parquet table: rows.csv")
+FORMULA = typer.Argument(
+    None,
+    metavar="FORMULA",
+    help="The model in one formula, in place of --outcome, --random and --features: "
+    "'Reaction ~ Days + (Days | Subject)'; functions such as log(x), poly(x, 2), bs(x, df=5), "
+    "C(x, Sum), offset(log(x)) are in docs/formulas.md",
+)
 RUN = typer.Argument(metavar="RUN", help="Folder that fit wrote: run")
 INTERVALS = "Probability of the equal-tailed intervals: --prob 0.95"
 SAVED_PROB = option(None, f"{INTERVALS} [default: that of the fit]", "--prob")
@@ -81,22 +90,28 @@ VERIFY = option(
     "Whether the files of RUN must be as fit wrote them; for files changed on purpose: --no-verify",
     "--verify/--no-verify",
 )
+QUOTE_FORMULAS = option(
+    False,
+    "Put an apostrophe before texts in CSV files that a spreadsheet would take as formulas (=1+1)",
+    "--quote-formulas",
+)
 
 
 @dataclass(frozen=True)
-class FitOptions:
-    """Options of ``armed-pyro fit``."""
+class ProgramOptions:
+    """Abstract: the options of the rows and the program, which ``fit`` and ``tune`` share."""
 
     data: Path = DATA
-    outcome: str = column("Column of the outcome: --outcome score", ...)
-    random: list[str] = option(
-        ...,
-        "Random effects in lme4's syntax, repeatable: --random '(1 + age | site)'; "
+    formula: str | None = FORMULA
+    outcome: str | None = column("Column of the outcome, without FORMULA: --outcome score")
+    random: list[str] | None = option(
+        None,
+        "Random effects in lme4's syntax, repeatable, without FORMULA: "
+        "--random '(1 + age | site)'; "
         "'(1 + age || site)' independent, '(1 | school/class)' nested, '(0 + arm | site)' an "
         "effect for every level of arm; slopes need not be features; other names in `backticks`",
         metavar="TERM",
     )
-    run: Path = option(..., "Folder to write the fit to: --out run", "--out", metavar="RUN")
     features: str | None = option(
         None,
         "Columns, or a formula: --features age,sex or 'age * factor(dose)'; 'within(age | site) + "
@@ -155,6 +170,13 @@ class FitOptions:
         "that slopes within and between clusters may differ; auto where they do: --between yes "
         "[default: auto for networks, no for --net linear]",
     )
+    linear_effects: bool | None = option(
+        None,
+        "Whether linear effects of the features are latent beside a network, which then learns "
+        "what is not linear [default: for up to 100 features, without adversary and terms on "
+        "layers]",
+        "--linear-effects/--no-linear-effects",
+    )
     adversary: str | None = option(
         None, "Factor to keep out of the hidden layers: --adversary site", metavar="FACTOR"
     )
@@ -187,6 +209,14 @@ class FitOptions:
         "clusters: --fixed-weight 1",
         metavar="W",
     )
+
+
+@final
+@dataclass(frozen=True)
+class FitOptions(ProgramOptions):
+    """Options of ``armed-pyro fit``."""
+
+    run: Path = option(..., "Folder to write the fit to: --out run", "--out", metavar="RUN")
     validate_rows: float | None = option(
         None,
         "Share of rows to stop a network's training by, and to judge: --validate-rows 0.2 "
@@ -203,6 +233,12 @@ class FitOptions:
         None,
         "Networks of the cross-fitting, or 1 for a single network and a fifth of the rows held "
         "out: --folds 10 [default: 5]",
+    )
+    fold_by: HeldOutBy = option(
+        HeldOutBy.clusters,
+        "What the parts of the cross-fitting are made of: whole clusters, where there are at least "
+        "five, for predictions of new clusters, or rows, for new rows of the same clusters: "
+        "--fold-by rows",
     )
     weight_decay: float | None = option(
         None,
@@ -243,6 +279,7 @@ class FitOptions:
         "'fail'",
         "--strict",
     )
+    quote_formulas: bool = QUOTE_FORMULAS
     memory: str | None = option(
         None,
         "Memory to stay within: a Parquet table that would take more is streamed from disk "
@@ -253,6 +290,50 @@ class FitOptions:
         False, "Continue a killed run: the same command with --resume", "--resume"
     )
     overwrite: bool = option(False, "Replace the fit in RUN", "--overwrite")
+
+
+@final
+@dataclass(frozen=True)
+class TuneOptions(ProgramOptions):
+    """Options of ``armed-pyro tune``."""
+
+    over: list[str] = option(
+        ...,
+        "Values of an option of the program, separated by semicolons, the default first; "
+        "repeatable, and all combinations are tried: --over 'fixed-weight = 0; 0.3; 1' "
+        "--over 'hidden = 32; 64,32'",
+        metavar="NAME=A;B",
+    )
+    by: HeldOutBy = option(
+        HeldOutBy.clusters,
+        "What is held out: whole clusters, to choose for new clusters, or rows, to choose for new "
+        "rows of the same clusters: --by rows",
+    )
+    factor: str | None = option(
+        None,
+        "Grouping factor whose clusters are held out: --factor site [default: that of the first "
+        "--random]",
+    )
+    folds: int = option(5, "Parts that are held out in turn: --folds 10")
+    unseen: str = option("marginal", "Assumption on held-out clusters: {modes}", metavar="MODE")
+    support: int = option(
+        0, "Labelled rows of each held-out cluster to adapt to before it is predicted: --support 3"
+    )
+    criterion: Criterion = option(
+        Criterion.log_score,
+        "What to choose by: the log predictive density, or the error of predictive means (rmse) or "
+        "classes (accuracy): --criterion rmse",
+    )
+    table: Path | None = option(
+        None, "Table of scores to write: --out scores.csv", "--out", metavar="FILE"
+    )
+    steps: int | None = option(
+        None, "Most training steps of each fit: --steps 5000 [default: {steps}]"
+    )
+    workers: int | None = option(
+        None, "Processes that fit: --workers 2 [default: as many as there are cores]"
+    )
+    seed: int = option(0, "Seed of folds and fits: --seed 1")
 
 
 @dataclass(frozen=True)
@@ -274,7 +355,8 @@ class PredictOptions:
     )
     missing: Holes = option(
         Holes.error,
-        "Rows with missing values; to give them empty predictions in their place: --missing empty",
+        "Rows with missing values; to give them empty predictions in their place: --missing empty. "
+        "A missing label of a cluster is an unknown identity: membership predicts such a row",
     )
     by_row: bool = option(
         False, "Membership of each row by itself, not of its whole cluster", "--by-row"
@@ -294,6 +376,7 @@ class PredictOptions:
     draws: int = option(1000, "Posterior draws: --draws 2000")
     prob: float | None = SAVED_PROB
     seed: int | None = option(None, "Seed of the draws: --seed 1 [default: the fit's]")
+    quote_formulas: bool = QUOTE_FORMULAS
     verify: bool = VERIFY
 
 

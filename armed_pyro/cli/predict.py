@@ -18,7 +18,7 @@ from rich.progress import Progress, TaskID
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.options import Holes, PredictOptions
 from armed_pyro.cli.saved_run import check_output, interval_prob, load_run
-from armed_pyro.data.files import draft_of, read_table, write_table
+from armed_pyro.data.files import draft_of, read_table, without_formulas, write_table
 from armed_pyro.data.schema import Schema
 from armed_pyro.prediction.predict import predict_table
 from armed_pyro.prediction.result import Prediction
@@ -67,14 +67,16 @@ def predict_to_file(options: PredictOptions) -> None:
             frame = pd.concat(table.blocks(2**18))
             modes = fitted.compare_modes(frame, support=support, **settings)
         done = 0
-        for rows in write_predictions(parts, options.pred, masks):
+        for rows in write_predictions(
+            parts, options.pred, masks, quote_formulas=options.quote_formulas
+        ):
             done += rows
             report("predicting", done, table.n_rows)
     tables = {"membership": membership, "modes": modes}
     written = {name: extra for name, extra in tables.items() if extra is not None}
     paths = {name: options.pred.with_name(f"{options.pred.name}.{name}.csv") for name in written}
     for name, extra in written.items():
-        write_table(extra, paths[name])
+        write_table(extra, paths[name], quote_formulas=options.quote_formulas)
     # Printed last, so that a closed output loses no file.
     out.print(f"{table.n_rows} predictions are in {options.pred}")
     for name, extra in written.items():
@@ -103,10 +105,10 @@ def _progress() -> Iterator[Report]:
 
 
 def _needed(schema: Schema | None) -> tuple[str, ...]:
-    """The columns from which rows are predicted."""
+    """The columns without which rows cannot be predicted; labels of clusters may be missing."""
     if schema is None:
         raise ValueError("the model was fitted to arrays, so it cannot read a table")
-    names = (*schema.columns, *schema.clusters, schema.trials, schema.offset)
+    names = (*schema.columns, schema.trials, schema.offset)
     return tuple(name for name in names if name is not None)
 
 
@@ -138,10 +140,13 @@ def write_predictions(
     parts: Iterator[Prediction],
     path: Path,
     masks: Iterable[Bool[np.ndarray, " rows"]] | None = None,
+    *,
+    quote_formulas: bool = False,
 ) -> Iterator[int]:
     """Write predictions block by block, as CSV or Parquet by suffix; yield each block's length.
 
     The file appears only once it is complete. With masks, the rows are those of `in_place`.
+    `quote_formulas` is that of `write_table`.
     """
     frames: Iterator[pd.DataFrame] = (part.to_frame() for part in parts)
     if masks is not None:
@@ -156,6 +161,7 @@ def write_predictions(
                 if first:
                     text = gzip.open if name.endswith(".gz") else open
                     writer = files.enter_context(text(draft, "wt", encoding="utf-8"))
+                frame = without_formulas(frame) if quote_formulas else frame
                 frame.to_csv(writer, header=first, index=False)
             else:
                 block = pa.Table.from_pandas(frame, preserve_index=False)

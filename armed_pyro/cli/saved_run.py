@@ -65,13 +65,18 @@ def load_run(run: Path, net: str | None, *, verify: bool = True) -> Fit:
 
 def check_output(path: Path, run: Path, *inputs: Path | None) -> None:
     """Raise ValueError if writing to this path would replace an input, or a file of the fit."""
+    check_replaces(path, *inputs)
+    if path.parent.resolve() == run.resolve() and path.name in FILES | {EVALUATION, CHECKPOINT}:
+        raise ValueError(f"--out {path} would replace a file of the fit: choose another name")
+
+
+def check_replaces(path: Path, *inputs: Path | None) -> None:
+    """Raise ValueError if writing to this path would replace an input."""
     for name in inputs:
         if name is not None and path.exists() and name.exists() and path.samefile(name):
             raise ValueError(
                 f"--out {path} would replace {name}, which is read: choose another file"
             )
-    if path.parent.resolve() == run.resolve() and path.name in FILES | {EVALUATION, CHECKPOINT}:
-        raise ValueError(f"--out {path} would replace a file of the fit: choose another name")
 
 
 def interval_prob(run: Path, prob: float | None) -> float:

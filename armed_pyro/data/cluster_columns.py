@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,23 +12,18 @@ from jaxtyping import Float
 
 from armed_pyro.data.cluster_means import ClusterMeans, ClusterSums
 from armed_pyro.data.columns import as_numbers, known_codes
+from armed_pyro.data.formula_syntax import Call, Name, Node, Operation, parse, text_of
 from armed_pyro.data.grouping import Grouping, grouping_by
 
 __all__ = [
     "ClusterColumn",
     "cluster_sums",
     "expanded",
+    "factor_path",
     "is_call",
+    "read_call",
     "with_cluster_columns",
-    "without_calls",
 ]
-
-_NAME = r"(?:`[^`]+`|[\w.]+)"
-# A call of within or between; not inside backticks, where it is a column's own name.
-_CALL = re.compile(
-    rf"(?<![`\w.])(within|between)\(\s*(?:factor\(\s*(?P<factor>{_NAME})\s*\)|(?P<plain>{_NAME}))"
-    r"\s*\|\s*(?P<group>[^()|]+?)\s*\)"
-)
 
 
 @dataclass(frozen=True)
@@ -57,30 +51,52 @@ class ClusterColumn:
         return f"{self.kind}({self.source} | {self.factor})"
 
 
-def without_calls(text: str) -> tuple[str, tuple[ClusterColumn, ...]]:
-    """The text with the name of a column, in backticks, in place of each call, and these columns.
+def read_call(call: Call, what: str) -> tuple[ClusterColumn, ...]:
+    """The columns of ``within(x | g)`` or ``between(x | g)``; `what` names the formula.
 
     ``between(x | a/b)`` is ``between(x | a) + between(x | a:b)``; ``within(x | a/b)`` is the
     deviation from the mean of the cell of a:b.
 
-    >>> without_calls("within(exper | id) + ed")[0]
-    '`within(exper | id)` + ed'
+    >>> [c.name for c in read_call(parse("between(exper | school/class)"), "features")]
+    ['between(exper | school)', 'between(exper | school:class)']
     """
-    columns = list[ClusterColumn]()
+    usage = f"{call.function}(x | g) takes a single column x and a grouping factor g"
+    inside = call.arguments[0] if len(call.arguments) == 1 and not call.options else None
+    if not isinstance(inside, Operation) or inside.symbol != "|":
+        raise ValueError(f"{what}: {usage}; found {text_of(call)}.")
+    column, categorical = inside.left, False
+    if isinstance(column, Call) and column.function == "factor" and len(column.arguments) == 1:
+        column, categorical = column.arguments[0], True
+    if not isinstance(column, Name):
+        raise ValueError(f"{what}: {usage}; found {text_of(call)}. Compute the column first.")
+    cells = factor_path(inside.right)
+    if cells is None:
+        raise ValueError(f"{what}: {usage}, such as a, a:b or a/b; found {text_of(call)}.")
+    kind: Literal["within", "between"] = "between" if call.function == "between" else "within"
+    return tuple(
+        ClusterColumn(kind, column.name, cell, categorical=categorical)
+        for cell in (cells if kind == "between" else cells[-1:])
+    )
 
-    def stand_in(match: re.Match[str]) -> str:
-        path = [name.strip().strip("`") for name in match["group"].split("/")]
-        cells = [":".join(path[: place + 1]) for place in range(len(path))]
-        name = (match["factor"] or match["plain"]).strip("`")
-        made = [
-            ClusterColumn(match[1], name, re.sub(r"\s*:\s*", ":", cell).replace("`", ""))  # type: ignore[arg-type]
-            for cell in (cells if match[1] == "between" else cells[-1:])
-        ]
-        columns.extend(replace(c, categorical=match["factor"] is not None) for c in made)
-        names = " + ".join(f"`{column.name}`" for column in made)
-        return f"({names})" if len(made) > 1 else names
 
-    return _CALL.sub(stand_in, text), tuple(dict.fromkeys(columns))
+def factor_path(node: Node) -> tuple[str, ...] | None:
+    """Grouping factors of ``a``, ``a:b``, or ``a/b``, which is a and a:b; None for other trees.
+
+    >>> factor_path(parse("a/b:c"))
+    ('a', 'a:b:c')
+    """
+    match node:
+        case Name(name) if name != ".":
+            return (name,)
+        case Operation("/" | ":" as symbol, left, right):
+            outer, inner = factor_path(left), factor_path(right)
+            if outer is None or inner is None or len(inner) > 1:
+                return None
+            if symbol == ":" and len(outer) > 1:
+                return None
+            cell = f"{outer[-1]}:{inner[0]}"
+            return (*outer, cell) if symbol == "/" else (cell,)
+    return None
 
 
 def is_call(text: str) -> bool:
@@ -89,7 +105,13 @@ def is_call(text: str) -> bool:
     >>> is_call("within(exper | id)"), is_call("exper")
     (True, False)
     """
-    return _CALL.fullmatch(text.strip()) is not None
+    if not text.strip().startswith(("within(", "between(")):
+        return False
+    try:
+        call = parse(text)
+        return isinstance(call, Call) and bool(read_call(call, "call"))
+    except ValueError:
+        return False
 
 
 def expanded(

@@ -65,7 +65,7 @@ class ClusteredData:
     weights_kind : {"frequency", "precision", "se"}
         A row counts w times, has variance sigma^2 / w (as in lme4), or w is 1 / se^2, sigma 1.
     table : pandas.DataFrame or None
-        The columns that the rows were made of; kept for ``within(x | g)`` and ``between(x | g)``.
+        The columns that the rows were made of, kept if functions made features from them.
     cluster_means : mapping of str to ClusterMeans
         Means that a fit with ``between`` adds to its predictor; set by `Posterior.encode`.
     fold : Int64[Tensor, "rows"] or None
@@ -236,9 +236,10 @@ class ClusteredData:
         design, names, sources = schema.design(whole)
         extra, extra_names, extra_sources = schema.slope_design(whole)
         per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
-        for role in per_row:
+        for role in ("trials", "weights"):
             if (name := getattr(schema, role)) in table:
                 per_row[role] = torch.from_numpy(as_numbers(table[name], role))
+        per_row["offset"] = schema.offsets(table)
         per_row["weights"] = as_weights(per_row["weights"], schema.weights_kind, table.index)
         return cls(
             features=torch.from_numpy(design),
@@ -252,7 +253,7 @@ class ClusteredData:
             **per_row,
             row_labels=table.index,
             schema=schema,
-            table=table if schema.cluster_columns else None,
+            table=table if schema.computed else None,
             slopes=torch.from_numpy(extra) if extra_names else None,
             slope_names=extra_names,
             slope_sources=tuple(":".join(source) for source in extra_sources),

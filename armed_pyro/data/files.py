@@ -26,6 +26,8 @@ from armed_pyro._messages import listing
 
 # Whole numbers from here on are not all exact as floats.
 EXACT = 2**53
+# First characters of texts that a spreadsheet takes as formulas (OWASP, "CSV injection").
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _nullable = {
     pa.int64(): pd.Int64Dtype(),
     pa.uint64(): pd.UInt64Dtype(),
@@ -123,10 +125,20 @@ def read_table(path: str | os.PathLike[str], *, labels: Collection[str] = ()) ->
     return frame
 
 
-def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+def write_table(
+    frame: pd.DataFrame, path: str | os.PathLike[str], *, quote_formulas: bool = False
+) -> None:
     """Write a table, without its index, as CSV or Parquet by suffix.
 
     The file appears only once it is complete.
+
+    Parameters
+    ----------
+    quote_formulas : bool
+        Whether texts and column names of a CSV file that a spreadsheet would take as formulas get a
+        leading apostrophe. These begin with ``=``, ``+``, ``-``, ``@``, a tab or a line end; a
+        label of a stranger's table can so run a command on opening. Such labels then differ from
+        those of the data.
 
     Examples
     --------
@@ -139,9 +151,27 @@ def write_table(frame: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     is_csv = _is_csv(Path(path))
     with draft_of(Path(path)) as draft:
         if is_csv:
-            frame.to_csv(draft, index=False)
+            (without_formulas(frame) if quote_formulas else frame).to_csv(draft, index=False)
         else:
             frame.to_parquet(draft, index=False)
+
+
+def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with an apostrophe before texts and names that a spreadsheet takes as formulas.
+
+    >>> without_formulas(pd.DataFrame({"site": ["=1+1", "a"], "mean": [-1.0, 2.0]})).values.tolist()
+    [["'=1+1", -1.0], ['a', 2.0]]
+    """
+    quoted = {
+        name: frame[name].map(_without_formula)
+        for name in frame
+        if not pd.api.types.is_numeric_dtype(frame[name])
+    }
+    return frame.assign(**quoted).rename(columns=_without_formula)
+
+
+def _without_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from armed_pyro._messages import check_known, listing
-from armed_pyro.data import cluster_columns
+from armed_pyro.data import categories, cluster_columns
+from armed_pyro.data.categories import LevelOrder, check_orders, contrast_of
 from armed_pyro.data.cluster_columns import ClusterColumn, expanded
 from armed_pyro.data.cluster_means import ClusterMeans, ClusterSums
 from armed_pyro.data.columns import (
@@ -34,6 +35,7 @@ from armed_pyro.data.columns import (
 from armed_pyro.data.default_features import default_features
 from armed_pyro.data.files import as_pandas, natural_types
 from armed_pyro.data.formula import Formula, Terms, parse_features
+from armed_pyro.data.formula_functions import STATEFUL, CallState, evaluate
 from armed_pyro.data.grouping import (
     Grouping,
     code_labels,
@@ -60,7 +62,9 @@ class Schema:
     numeric feature columns that hold only 0 and 1, and are therefore not standardised. `classes`
     are the labels of a categorical outcome; None for a numeric outcome. Without an `intercept`, the
     first categorical feature has a column for every level. `slopes` are terms that only random
-    slopes use. With the `weights_kind` "se", the column `weights` holds standard errors.
+    slopes use. With the `weights_kind` "se", the column `weights` holds standard errors. `calls`
+    are the columns of the terms that functions make, such as ``poly(age, 2)``, with what these
+    learned from the training table; `offset_call` is an expression in ``offset()``.
 
     Examples
     --------
@@ -85,11 +89,20 @@ class Schema:
     weights_kind: WeightsKind = "frequency"
     cluster_columns: tuple[ClusterColumn, ...] = ()
     means: Mapping[str, ClusterMeans] = field(default_factory=dict)
+    calls: Mapping[str, CallState] = field(default_factory=dict)
+    offset_call: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The table columns that features and slopes are made from, each once."""
-        return Formula(self.terms + self.slopes, made=self.cluster_columns).columns
+        """The table columns that features, slopes and `offset_call` are made from, each once."""
+        made, calls = self.cluster_columns, tuple(self.calls)
+        whole = Formula(self.terms + self.slopes, made=made, calls=calls, offset=self.offset_call)
+        return tuple(dict.fromkeys((*whole.columns, *whole.offset_columns)))
+
+    @property
+    def computed(self) -> bool:
+        """Whether encoded rows do not hold the columns that they were computed from."""
+        return bool(self.cluster_columns or self.calls or self.offset_call)
 
     @classmethod
     def infer(
@@ -120,23 +133,24 @@ class Schema:
         table = as_pandas(frame)
         clusters = column_names(clusters, "clusters")
         reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
-        if features is None or features == ".":
-            names = default_features(table, reserved)
-            formula = Formula(tuple((name,) for name in names))
-        else:
-            formula = parse_features(features)
+        formula = _features(features, table, reserved)
         extra = parse_features(slopes)
+        _check_offsets(formula, extra, roles.get("offset"))
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         made = tuple(dict.fromkeys(formula.made + extra.made))
-        columns = list(Formula(formula.terms + only_slopes, made=made).columns)
+        calls = tuple(dict.fromkeys(formula.calls + extra.calls))
+        _check_distinct(calls, table)
+        columns = list(Formula(formula.terms + only_slopes, made=made, calls=calls).columns)
         named = column_names(categorical, "categorical")
         factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
-        _check_outcome(outcome, columns, clusters)
-        table = natural_types(pick(table, [*reserved, *columns]).dropna())
+        _check_outcome(outcome, [*columns, *formula.offset_columns], clusters)
+        used = [*reserved, *columns, *formula.offset_columns]
+        table = natural_types(pick(table, used).dropna())
 
         warn_of_float_labels(table[list(clusters)])
-        levels = _levels_of(table, columns, factors)
+        orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
+        levels = _levels_of(table, columns, factors, orders)
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
             what = f"outcome {outcome!r}"
@@ -156,6 +170,8 @@ class Schema:
             slopes=_expanded(only_slopes, columns_of),
             weights_kind=weights_kind,
             cluster_columns=tuple(column for parts in columns_of.values() for column in parts),
+            calls={call: _learned(call, table) for call in calls},
+            offset_call=formula.offset,
         )
         if not made:
             return schema
@@ -165,7 +181,8 @@ class Schema:
     def numeric(self) -> set[str]:
         """Numeric columns of the terms that hold other values than 0 and 1."""
         names = Formula(self.terms + self.slopes).names
-        return set(names) - set(self.levels) - set(self.indicators)
+        categories = {name for name in self.calls if contrast_of(name) is not None}
+        return set(names) - set(self.levels) - set(self.indicators) - categories
 
     def groupings(self, table: pd.DataFrame) -> dict[str, Grouping]:
         """The grouping of a table's rows by every cluster column."""
@@ -277,11 +294,12 @@ class Schema:
         from formulaic import SimpleFormula  # slow to import
         from formulaic.parser.types import Factor, Term
 
-        factors = {}
+        factors, made = {}, {}
         for name in Formula(terms).names:
-            if name in self.levels:
-                codes = known_codes(table[name], self.levels[name], f"feature {name!r}")
-                factors[name] = pd.Categorical.from_codes(codes, categories=self.levels[name])
+            if name in self.calls:
+                made[name] = self.call_values(name, table)
+            elif name in self.levels:
+                factors[name] = self._category(name, table)
             else:
                 factors[name] = as_numbers(table[name], "feature")
         # Formulaic caches factors by their text. "+1" is the intercept under a text that, unlike
@@ -291,7 +309,7 @@ class Schema:
         # intercept gives treatment coding; without it, the first factor gets all levels.
         products = [Term([Factor(n, eval_method="lookup") for n in term]) for term in terms]
         matrix = SimpleFormula([*ones, *products], _ordering="none").get_model_matrix(
-            pd.DataFrame(factors, index=pd.RangeIndex(len(table))), context={}, output="numpy"
+            pd.DataFrame(factors, index=pd.RangeIndex(len(table))), context=made, output="numpy"
         )
         blocks = matrix.model_spec.structure[len(ones) :]
         names = tuple(name for block in blocks for name in block.columns)
@@ -305,6 +323,34 @@ class Schema:
         )
         values = np.ascontiguousarray(matrix, dtype=np.float64)[:, len(ones) :].copy()
         return values, names, sources
+
+    def _category(self, name: str, table: pd.DataFrame) -> pd.Categorical:
+        """A categorical column with the levels of training."""
+        codes = known_codes(table[name], self.levels[name], f"feature {name!r}")
+        return pd.Categorical.from_codes(codes, categories=self.levels[name])
+
+    def call_values(self, name: str, table: pd.DataFrame) -> Any:
+        """The columns of one of `calls`, for formulaic."""
+        from formulaic.materializers.types import FactorValues
+
+        choice = contrast_of(name)
+        if choice is not None and choice.contrast is not None:
+            return categories.encoded(self._category(choice.column, table), choice.contrast)
+        values, _ = evaluate(name, table, self.calls[name])
+        rows = pd.RangeIndex(len(table))
+        if not _several(name):
+            return FactorValues(pd.Series(values[:, 0], index=rows), kind="numerical")
+        columns = {str(n + 1): pd.Series(x, index=rows) for n, x in enumerate(values.T)}
+        return FactorValues(columns, kind="numerical", format="{name}[{field}]")
+
+    def offsets(self, table: pd.DataFrame) -> Tensor | None:
+        """The known term of the predictor; None without one."""
+        if self.offset_call is not None:
+            values, _ = evaluate(f"I({self.offset_call})", table)
+            return torch.from_numpy(values[:, 0].copy())
+        if self.offset not in table:
+            return None
+        return torch.from_numpy(as_numbers(table[self.offset], "offset"))
 
     def to_json(self) -> dict[str, Any]:
         """The schema in JSON's types; `from_json` reads it back."""
@@ -326,7 +372,7 @@ class Schema:
         try:
             classes = content["classes"]
             later = {"intercept": True, "slopes": [], "weights_kind": "frequency"}
-            later |= {"cluster_columns": [], "means": {}}
+            later |= {"cluster_columns": [], "means": {}, "calls": {}, "offset_call": None}
             values = {member.name: {**later, **content}[member.name] for member in fields(cls)}
             for name in ("terms", "slopes"):
                 values[name] = tuple(tuple(term) for term in values[name])
@@ -355,6 +401,51 @@ def _expanded(
     return tuple(combination for names in choices for combination in itertools.product(*names))
 
 
+def _features(
+    features: Sequence[str] | str | None, table: pd.DataFrame, reserved: Collection[str]
+) -> Formula:
+    """The formula of features; ``.`` and None are all columns without another role."""
+
+    def others() -> tuple[str, ...]:
+        return default_features(table, reserved)
+
+    if features is None or features == ".":
+        return Formula(tuple((name,) for name in others()))
+    return parse_features(features, others)
+
+
+def _check_offsets(formula: Formula, slopes: Formula, column: str | None) -> None:
+    """Raise ValueError for an offset among the slopes, or in two places."""
+    if slopes.offset is not None:
+        raise ValueError(f"slopes have offset({slopes.offset}), which belongs to the features.")
+    if formula.offset is not None and column is not None:
+        raise ValueError(
+            f"offset={column!r} stands beside offset({formula.offset}) in the features; write "
+            "both in the formula."
+        )
+
+
+def _several(call: str) -> bool:
+    """Whether a call makes columns with numbers, such as ``poly(x, 2)[1]``."""
+    transform = STATEFUL.get(call.partition("(")[0])
+    return transform is not None and not transform.single
+
+
+def _learned(call: str, table: pd.DataFrame) -> CallState:
+    """What the functions of a call learn from the training table."""
+    return {} if contrast_of(call) is not None else evaluate(call, table)[1]
+
+
+def _check_distinct(calls: Iterable[str], table: pd.DataFrame) -> None:
+    """Raise ValueError for a table column that is called like a call of the formula."""
+    for name in calls:
+        if name in table:
+            raise ValueError(
+                f"The table has a column {name!r}, which is also a call of the formula: rename "
+                f"the column, or write `{name}` in backticks for it."
+            )
+
+
 def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str]) -> None:
     for role, members in [("feature", features), ("cluster", clusters)]:
         if outcome in members:
@@ -364,7 +455,10 @@ def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str
 
 
 def _levels_of(
-    table: pd.DataFrame, columns: Sequence[str], factors: Collection[str]
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    factors: Collection[str],
+    orders: Iterable[LevelOrder] = (),
 ) -> dict[str, pd.Index]:
     """Levels of the categorical columns; the other columns are checked to be numbers."""
     levels = {
@@ -372,6 +466,8 @@ def _levels_of(
         for name in columns
         if name in factors or is_categorical(table[name])
     }
+    for order in orders:
+        levels[order.column] = order.applied(levels[order.column])
     for name in set(columns) - set(levels):
         as_numbers(table[name], "feature")
     return levels

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from armed_pyro._free_space import check_free
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["VERSION", "Checkpoint", "digest", "module_tensors", "restore_module"]
@@ -30,14 +31,24 @@ class Checkpoint:
     record: dict[str, Any]  # step, history, stopping state and settings, as JSON values
 
     def write(self, path: Path) -> None:
-        """Write the checkpoint to `path`; if the process is killed, the old file stays whole."""
+        """Write the checkpoint to `path`; if the process is killed, the old file stays whole.
+
+        OSError if the disk has too little space; the old file stays then, too.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
+        size = sum(tensor.nbytes for tensor in self.tensors.values())
+        check_free(path.parent, size, "the checkpoint")
         partial = path.with_suffix(".partial")
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         record = json.dumps(self.record)
         metadata = {"record": record, "version": str(VERSION), "sha256": _sum(tensors, record)}
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(path)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"the checkpoint could not be written to {path}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:

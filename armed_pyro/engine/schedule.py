@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -61,6 +61,12 @@ class Schedule:
         Parts into which `fit` divides the rows for a network, if no validation rows are given. Each
         part is predicted by a network that was trained on the others and stopped by this part. With
         1, a single network is stopped by a fifth of the rows.
+    fold_by : {"clusters", "rows"}
+        Whether the parts are whole clusters, where there are at least five, or single rows.
+        Clusters stop a network where new clusters are predicted best, and make the variance
+        components those of new clusters. Rows stop it where new rows of the same clusters are
+        predicted best, by networks that know the clusters: better for these rows, while new
+        clusters may differ by more than the fit says.
     weight_decay : float
         Weights of a network that can overfit shrink by this fraction of the learning rate per step
         (AdamW); its biases do not. With held-out rows, 0, 0.1 and 1 predicted alike.
@@ -82,6 +88,7 @@ class Schedule:
     particles: int | None = None
     clip: float = 1.0
     folds: int = 5
+    fold_by: Literal["clusters", "rows"] = "clusters"
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
@@ -90,6 +97,8 @@ class Schedule:
                 raise ValueError(f"`{name}` must be positive, not {getattr(self, name)}")
         if not self.weight_decay >= 0:
             raise ValueError(f"`weight_decay` must not be negative, not {self.weight_decay}")
+        if self.fold_by not in ("clusters", "rows"):
+            raise ValueError(f"`fold_by` must be 'clusters' or 'rows', not {self.fold_by!r}")
         for name in ("batch_size", "window", "particles", "folds"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -141,6 +141,10 @@ class Share:
         """The mean over the processes that share the rows."""
         return self.sharing.total(values) / self.sharing.size
 
+    def agreed(self, value: float) -> float:
+        """The mean of a value that processes compute alike, up to rounding errors."""
+        return float(self._mean(self.rows.like.new_tensor(value))) if self.several else value
+
     def reshuffled(self, passes: Passes, *seed: int) -> Passes:
         """New passes over the rows, after seeding each process's random numbers differently.
 

@@ -49,7 +49,8 @@ class Attribution:
         feature.
 
         - importance: \|slope\|, or the mean over rows of \|attribution\|. Without chain and draw
-          unless the network's last layer is latent: other weights are point estimates.
+          unless the network's last layer, or linear effects beside it, are latent: other weights
+          are point estimates.
         - slope: the signed gradient; only for the method "gradient".
         - ``<factor>_slope`` (..., cluster, feature): deviation of each cluster's slope.
         - ``<factor>_sd``: sd of these deviations over clusters; see
@@ -233,27 +234,35 @@ def _inputs(model: MixedEffects, data: ClusteredData) -> Tensor:
 
 
 def _basis(model: MixedEffects, x: Tensor, chosen: list[int]) -> Float[Tensor, "rows basis"]:
-    """Factor of `_weights`: inputs of the latent last layer, or columns of the output."""
+    """Factor of `_weights`: inputs of the latent last layer, or columns of the output.
+
+    Features with linear effects beside the network follow.
+    """
     # In no cluster: cross-fitted networks then give the mean of their outputs.
     rows = replace(model.data_facts().one_row(model.reference()), x=x, memberships={})
     output, activations = model.run_network(rows)
     if model.bayesian_head:
-        return model.head_inputs(activations)
-    return model.family.contrasts(output.reshape(len(x), -1))[:, chosen]
+        basis = model.head_inputs(activations)
+    else:
+        basis = model.family.contrasts(output.reshape(len(x), -1))[:, chosen]
+    return torch.cat([basis, x.to(basis)], 1) if model.data_facts().linear_names else basis
 
 
 def _weights(
     model: MixedEffects, latents: Latents, chosen: list[int]
 ) -> Float[Tensor, "draws basis columns"]:
     """Weights of the basis in units of the predictor; a single draw unless they are latent."""
-    spread, columns = model.data_facts().spread, len(model.data_facts().columns)
-    if not model.bayesian_head:
-        return spread * torch.eye(len(chosen)).to(model.reference())[None]
+    facts, columns = model.data_facts(), len(model.data_facts().columns)
+    output = torch.eye(len(chosen)).to(model.reference())[None]
+    if not (model.bayesian_head or facts.linear_names):
+        return facts.spread * output
     fixed = latents["fixed_effect"]
     fixed = fixed.reshape(-1, fixed.shape[-1] // columns, columns)
     # Effects of clusters' means, which come last, are no effects of the row's features.
-    head = fixed.shape[1] - len(model.data_facts().between_names)
-    return spread * fixed[:, :head, chosen]
+    fixed = fixed[:, : fixed.shape[1] - len(facts.between_names), chosen]
+    if not model.bayesian_head:
+        fixed = torch.cat([output.expand(len(fixed), -1, -1), fixed], 1)
+    return facts.spread * fixed
 
 
 def _between(
@@ -349,7 +358,7 @@ def _labelled(
         cluster = (variable_name(factor),) if by_cluster else ()
         coords |= {dim: label_values(facts.levels[factor]) for dim in cluster}
         array = _columns_last(model, values, 1 + len(cluster))
-        if name in fixed and not model.bayesian_head:
+        if name in fixed and not (model.bayesian_head or facts.linear_names):
             variables[name] = (inner, array[0])
         else:  # an sd that is known in advance has a single draw
             shape = (1, draws, *array.shape[1:])

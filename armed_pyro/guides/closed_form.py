@@ -41,11 +41,21 @@ class MarginalLikelihood(Protocol):
     def size(self) -> int:
         """Values that one draw needs."""
 
+    @property
+    def work(self) -> int:
+        """Multiplications of one draw beyond those that are linear in `size`."""
+
     def most_draws(self) -> int:
         """Number of draws that are fastest at once; at least 1."""
 
     def log_likelihood(self, latents: Latents) -> Float[Tensor, " draws"]:
         """log p(y | theta) of draws of the hyperparameters; one value without draws."""
+
+    def with_effects(self, latents: Latents) -> tuple[Float[Tensor, " draws"], dict[str, Tensor]]:
+        """log p(y | theta), and a draw of all random effects for each draw, if that costs nothing.
+
+        The effects have shape "draws clusters terms"; the dictionary may be empty.
+        """
 
 
 def closed_form(model: MixedEffects, source: RowSource) -> ClosedForm | None:
@@ -132,6 +142,11 @@ class ClosedForm:
         each = zip(self.sums.terms, columns, self.sums.clusters, strict=True)
         return max(1, sum(t * c * k for t, c, k in each))
 
+    @property
+    def work(self) -> int:
+        """Multiplications of one draw beyond those that are linear in `size`."""
+        return 0
+
     def most_draws(self) -> int:
         """Number of draws that are fastest at once; at least 1."""
         return max(1, MOST_VALUES // self.size)
@@ -147,6 +162,10 @@ class ClosedForm:
             log_det = log_det + level.log_det
             squares = squares + level.squares
         return sums.constant + 0.5 * sums.count * tau.log() - log_det - 0.5 * tau * squares
+
+    def with_effects(self, latents: Latents) -> tuple[Float[Tensor, " draws"], dict[str, Tensor]]:
+        """log p(y | theta), without random effects: `NestedGuide` draws them later."""
+        return self.log_likelihood(latents), {}
 
     def conditionals(self, latents: Latents) -> list[Conditional]:
         """Each factor's effects given the outer ones, the innermost first."""

@@ -107,7 +107,7 @@ class CrossedForm:
 
     @property
     def work(self) -> int:
-        """Multiplications of one draw, those of the Cholesky factor of S."""
+        """Multiplications of the Cholesky factor of S of one draw."""
         return len(self.rest.square) ** 3 // 3
 
     def most_draws(self) -> int:
@@ -116,6 +116,27 @@ class CrossedForm:
 
     def log_likelihood(self, latents: Latents) -> Float[Tensor, " draws"]:
         """log p(y | theta) of draws of the hyperparameters; one value without draws."""
+        return self._eliminated(latents).log_likelihood(self.sums)
+
+    def with_effects(self, latents: Latents) -> tuple[Float[Tensor, " draws"], dict[str, Tensor]]:
+        r"""log p(y | theta), and a draw of all random effects, "draws clusters terms", per draw.
+
+        .. math::
+            L_2^{-1} u_2 \sim N\big(\tau S^{-1} v, S^{-1}\big), \quad
+            L_1^{-1} u_{1,k} \sim N\big(\tau Q_k^{-1} L_1' R_k (\rho_{k,\epsilon} - \rho_k u_2),
+            Q_k^{-1}\big), \quad Q_k = I + \tau L_1' R_k R_k' L_1
+        """
+        eliminated = self._eliminated(latents)
+        u_2, u_1 = eliminated.effects(self.rest.projected)
+        widths = [len(factor.terms) for factor in self.others]
+        sizes = [count * width for count, width in zip(self._clusters, widths, strict=True)]
+        effects = {self.sums.factors[0].effect_site: u_1}
+        for factor, part in zip(self.others, u_2.split(sizes, -1), strict=True):
+            effects[factor.effect_site] = part.unflatten(-1, (-1, len(factor.terms)))
+        return eliminated.log_likelihood(self.sums), effects
+
+    def _eliminated(self, latents: Latents) -> _Eliminated:
+        """The equations of the class, in their order."""
         sums, rest = self.sums, self.rest
         tau = self._precision(latents).double().reshape(-1, 1, 1)
         ends = self._ends(latents)
@@ -123,22 +144,19 @@ class CrossedForm:
         scale, blocks = _scale(largest, latents), [_scale(f, latents) for f in self.others]
         root = sums.root.movedim(-1, 0)
         half = root.mT @ scale[:, None]
-        factor = precision_root(tau[..., None] * (half @ half.mT))  # C_k
+        factor = precision_root(tau[..., None] * (half @ half.mT))
         inverse = solve(factor, torch.eye(root.shape[-1]).to(root), upper=False)
-        explained = inverse @ (sums.projected.movedim(-1, 0) @ ends[:, None, :, None])
+        epsilon = sums.projected.movedim(-1, 0) @ ends[:, None, :, None]
+        explained = inverse @ epsilon
         squares = (ends @ sums.square * ends).sum(-1) + explained.square().sum((1, 2, 3))
-        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum((1, 2))
         scale_2 = BlockScale(blocks, self._clusters)
-        pull = (inverse.mT @ explained)[..., 0]
-        b = ends @ rest.ends.mT + rest.projected.transpose_times(pull)
-        v = scale_2.transpose_times(b)
+        pull = rest.projected.transpose_times((inverse.mT @ explained)[..., 0])
+        v = scale_2.transpose_times(ends @ rest.ends.mT + pull)
         seen = scale_2.both(rest.square + rest.projected.gram(inverse))
         schur = torch.linalg.cholesky(tau * seen + torch.eye(seen.shape[-1]).to(seen))
         gain = torch.linalg.solve_triangular(schur, v[..., None], upper=False)
-        log_det = log_det + schur.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        tau = tau[:, 0, 0]
-        squares = squares - tau * gain.square().sum((1, 2))
-        return sums.constant + 0.5 * sums.count * tau.log() - log_det - 0.5 * tau * squares
+        squares = squares - tau[:, 0, 0] * gain.square().sum((1, 2))
+        return _Eliminated(tau, scale, half, factor, epsilon, squares, scale_2, schur, gain)
 
     def _ends(self, latents: Latents) -> Float[Tensor, "draws fixed_and_1"]:
         """Coefficients of (X, epsilon) in y - X beta."""
@@ -147,6 +165,40 @@ class CrossedForm:
             fixed = latents["fixed_effect"].double()
             delta = fixed.reshape(-1, fixed.shape[-1]) - self.sums.reference
         return torch.cat([-delta, delta.new_ones(len(delta), 1)], 1)
+
+
+@dataclass(frozen=True)
+class _Eliminated:
+    """C, S^1/2 and E of `CrossedForm` at draws of the hyperparameters, and their parts."""
+
+    tau: Float[Tensor, "draws 1 1"]
+    scale: Float[Tensor, "draws terms terms"]  # L_1
+    half: Float[Tensor, "draws clusters terms terms"]  # R' L_1
+    factor: Float[Tensor, "draws clusters terms terms"]  # C
+    epsilon: Float[Tensor, "draws clusters terms 1"]  # rho of epsilon
+    squares: Float[Tensor, " draws"]
+    scale_2: BlockScale
+    schur: Float[Tensor, "draws effects effects"]  # the Cholesky factor of S
+    gain: Float[Tensor, "draws effects 1"]  # S^-1/2 v
+
+    def log_likelihood(self, sums: GaussianSums) -> Float[Tensor, " draws"]:
+        log_det = self.factor.diagonal(dim1=-2, dim2=-1).log().sum((1, 2))
+        log_det = log_det + self.schur.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        tau = self.tau[:, 0, 0]
+        return sums.constant + 0.5 * sums.count * tau.log() - log_det - 0.5 * tau * self.squares
+
+    def effects(
+        self, projected: CrossProducts
+    ) -> tuple[Float[Tensor, "draws effects"], Float[Tensor, "draws clusters terms"]]:
+        """A draw of u_2, and of u_1 given u_2."""
+        whitened = self.tau * self.gain + torch.randn_like(self.gain)
+        z = torch.linalg.solve_triangular(self.schur.mT, whitened, upper=True)[..., 0]
+        u_2, tau = self.scale_2.times(z), self.tau[..., None]
+        left = self.epsilon - projected.times(u_2)[..., None]
+        root = precision_root(tau * (self.half.mT @ self.half))
+        whitened = solve(root, tau * (self.half.mT @ left), upper=False)
+        z_1 = solve(root.mT, whitened + torch.randn_like(whitened), upper=True)
+        return u_2, (self.scale[:, None] @ z_1)[..., 0]
 
 
 def _scale(factor: Factor, latents: Latents) -> Float[Tensor, "draws terms terms"]:

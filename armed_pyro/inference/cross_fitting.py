@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from armed_pyro.engine.checkpoint import Checkpoint, module_tensors, restore_module
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
-from armed_pyro.inference.held_out import HeldOut
+from armed_pyro.inference.evidence import Evidence
+from armed_pyro.inference.held_out import HeldOut, StreamedPart
 from armed_pyro.inference.phases import NetworkPhase, TrainingTask
 from armed_pyro.inference.snapshots import Snapshots
-from armed_pyro.inference.training_run import Run, TrainingDiverged
+from armed_pyro.inference.training_run import Run, TrainingDiverged, TrainingInterrupted
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates
-from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
 
 __all__ = ["CrossFitting", "comparable"]
@@ -84,7 +84,7 @@ class CrossFitting:
 
     task: TrainingTask
     make_guide: Callable[[MixedEffects, RowSource], Guide]
-    held_out: HeldOut
+    held_out: HeldOut | StreamedPart
     snapshots: list[Snapshots] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     steps: list[list[int]] = field(default_factory=list)
@@ -115,7 +115,8 @@ class CrossFitting:
             title = f"network {number + 1} of {folds}, " if folds > 1 else "network, "
             try:
                 run.train(path, partial(_titled, report, title), self.completed)
-            except TrainingDiverged as error:
+            except (TrainingDiverged, TrainingInterrupted) as error:
+                # The copy knew the rows of this part alone.
                 error.posterior.model.facts = self.task.model.data_facts()
                 raise
             phase, losses = run.phase, _counted(run)
@@ -201,22 +202,25 @@ class CrossFitting:
     def _task(self, number: int) -> TrainingTask:
         """The training of the network for one part."""
         task = self.task
-        assert isinstance(task.source, HeldRows)  # for mypy; see `train`
         rows, held = self.held_out.split(number, task.source)
         model = copy.deepcopy(task.model)
         facts = model.data_facts()
         model.facts = replace(facts, n_rows=len(rows), counts=rows.counts)
         stages = 1 if self.pooled else min(STAGES, task.schedule.stages)
+        of_held = self.make_guide(model, held).to(model.reference().device)
+        evidence = Evidence.of(model, of_held, held) if comparable(model) else None
+        share = Share.of(task.share.processes, rows, model.network)
         return replace(
             task,
             model=model,
-            guide=self.make_guide(model, rows).to(model.reference().device),
+            guide=self.make_guide(model, share.rows).to(model.reference().device),
             source=rows,
-            share=Share(task.share.processes, rows),
+            share=share,
             schedule=replace(task.schedule, stages=stages),
             validation=held,
             network_only=True,
             keeps_snapshots=self.pooled,
+            evidence=evidence,
         )
 
     def _network(self, tensors: Mapping[str, Tensor]) -> nn.Module:

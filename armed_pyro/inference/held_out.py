@@ -12,14 +12,18 @@ from torch import Tensor
 
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.source import RowSource
+from armed_pyro.streaming.on_disk import StreamedRows
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "StreamedPart"]
 
 # Fewest clusters of which whole ones are held out. Networks that never see one of two clusters
 # would say nothing of new rows in it.
 FEWEST_CLUSTERS = 5
 # Parts of which one is held out, where one network alone is stopped.
 SINGLE = 5
+# Most rows of a file that stop a network.
+MOST_STREAMED = 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +59,16 @@ class HeldOut:
     of_cluster: Int[Tensor, " clusters"]
 
     @classmethod
-    def of(cls, model: MixedEffects, source: HeldRows, *, folds: int, seed: int) -> HeldOut:
+    def of(
+        cls, model: MixedEffects, source: HeldRows, *, folds: int, seed: int, by_rows: bool = False
+    ) -> HeldOut:
         """Divide the rows at random: by whole clusters if a factor has enough, else by rows.
 
-        With ``folds=1`` there are five parts, of which one is held out.
+        With `by_rows`, they are divided by rows whatever the clusters. With ``folds=1`` there are
+        five parts, of which one is held out.
         """
         rng = np.random.default_rng([seed, 18])
-        factor = _dividing_factor(model, source)
+        factor = None if by_rows else _dividing_factor(model, source)
         parts = SINGLE if folds == 1 else folds
         if factor is None:
             order = rng.permutation(len(source))
@@ -76,10 +83,44 @@ class HeldOut:
             held = cls(fold_of_rows, min(folds, len(counts)), factor, of_cluster)
         return held
 
-    def split(self, number: int, source: HeldRows) -> tuple[HeldRows, HeldRows]:
+    def split(self, number: int, source: RowSource) -> tuple[RowSource, HeldRows]:
         """The training rows of the network for this part, and the rows of the part."""
+        assert isinstance(source, HeldRows)  # for mypy; others have a `StreamedPart`
         fold = self.fold.to(source.x.device)
         return _part(source, fold != number), _part(source, fold == number)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedPart:
+    """One part of rows in files, which are held out in memory, and a source of the rest.
+
+    The other fields are those of `HeldOut`: there is one part, and no networks to choose from.
+    """
+
+    rest: RowSource
+    held: HeldRows
+    folds: int = 1
+    factor: None = None
+
+    @classmethod
+    def of(cls, model: MixedEffects, source: StreamedRows) -> StreamedPart:
+        """About a fifth of the rows, at most `MOST_STREAMED`: whole clusters if they are enough."""
+        rest, held = source.divided(model.largest_factor(), MOST_STREAMED)
+        return cls(rest, model.encode(held))
+
+    @property
+    def fold(self) -> Int[Tensor, " rows"]:
+        """The part of each held-out row."""
+        return torch.zeros(len(self.held), dtype=torch.long)
+
+    @property
+    def of_cluster(self) -> Int[Tensor, " clusters"]:
+        """Empty, as the one network predicts every cluster."""
+        return torch.zeros(0, dtype=torch.long)
+
+    def split(self, number: int, source: RowSource) -> tuple[RowSource, HeldRows]:
+        """The rest, and the part."""
+        return self.rest, self.held
 
 
 def _part(source: HeldRows, chosen: Tensor) -> HeldRows:

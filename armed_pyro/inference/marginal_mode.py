@@ -24,13 +24,16 @@ from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["LARGEST_STEP", "particles_needed", "start_at_mode"]
+__all__ = ["LARGEST_STEP", "climb_to_mode", "particles_needed", "start_at_mode"]
 
 # Log-likelihoods (rows times draws times particles) in one evaluation.
 LARGEST_STEP = 2**21
 ROUNDS = 6
 NEAR = 0.1  # posterior sds
 MOST_REFRESHES = 30
+# Multiplications of one density beyond which its curvature is made of differences of gradients:
+# with a matrix of 1,100 random effects these take a quarter of the time of second derivatives.
+DIFFERENCED, DIFFERENCE = 2**25, 0.03  # units of the frame
 # Largest sd of a hyperparameter at the start; most hyperparameters are logarithms.
 WIDEST = 1.5
 SEARCH_SCALE = 0.1
@@ -42,7 +45,11 @@ SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
 
 
 def start_at_mode(
-    model: MixedEffects, guide: Guide, source: RowSource, closed: MarginalLikelihood | None = None
+    model: MixedEffects,
+    guide: Guide,
+    source: RowSource,
+    closed: MarginalLikelihood | None = None,
+    rounds: int = ROUNDS,
 ) -> None:
     r"""Set q(theta) to the normal distribution at the mode of the marginal posterior.
 
@@ -52,9 +59,9 @@ def start_at_mode(
 
     with the random effects integrated out: in closed form, if `closed` gives log p(y | theta), or
     by the guide's conditional, with a few particles on fixed noise unless it is exact. The
-    conditional is refreshed between rounds of LBFGS. The guide stays unchanged if it has random
-    effects but no nested factor, or if effects inside the network make the network run on many
-    rows.
+    conditional is refreshed between `rounds` of LBFGS, at most. The guide stays unchanged if it has
+    random effects but no nested factor, or if effects inside the network make the network run on
+    many rows.
 
     With `closed`, no row is read. Otherwise, rows that do not fit into one evaluation are read in
     pieces. With a single factor and very many rows the search uses a sample of whole clusters. A
@@ -76,7 +83,7 @@ def start_at_mode(
         _start_effects(model, guide, searched)
         exact = closed is not None or guide.exact(model)
         known = before
-        for round_ in range(ROUNDS):
+        for round_ in range(rounds):
             if not exact:
                 guide.refresh(model, searched)
             before = _center(guide)
@@ -100,6 +107,29 @@ def start_at_mode(
             guide.refresh(model, source)
     except (torch.linalg.LinAlgError, ArithmeticError):  # type: ignore[attr-defined]
         hyper.set_normal(before, frame)
+
+
+def climb_to_mode(
+    model: MixedEffects, guide: Guide, source: RowSource, closed: MarginalLikelihood | None = None
+) -> float:
+    r"""Move q(theta) to the mode near its centre: :math:`\max_\theta \log p(\theta, y)`.
+
+    Random effects are integrated out as by `start_at_mode`, which has to come first, as it sets
+    the units of the search. The conditional of the random effects is refreshed once.
+    """
+    hyper, before = guide.hyperparameters, _center(guide)
+    frame = hyper.frame.detach().clone()
+    hyper.set_normal(before, frame)
+    if closed is None:
+        guide.refresh(model, source)
+    posterior = _Posterior(model, guide, source, None, closed)
+    try:
+        if hyper.size:
+            hyper.set_normal(posterior.climb(), frame)
+    except ArithmeticError:
+        hyper.set_normal(before, frame)
+    with torch.no_grad():
+        return float(sum(posterior.parts(posterior.point())))
 
 
 def particles_needed(model: MixedEffects, guide: Guide, source: RowSource) -> int:
@@ -317,12 +347,29 @@ class _Posterior:
     def curvature(self) -> tuple[Float[Tensor, "size size"], Float[Tensor, " size"]]:
         """Cholesky factor of (-Hessian)^-1 in units of the frame; Newton step in posterior sds."""
         point, hyper = self.point(), self.guide.hyperparameters
+        if self.closed is not None and self.closed.work > DIFFERENCED:
+            return self._newton(*self._differences(point))
         hessian, gradient = point.new_zeros(hyper.size, hyper.size), point.new_zeros(hyper.size)
         for part in self.parts(point):
             (slope,) = torch.autograd.grad(part, point, create_graph=True)
             gradient += slope.detach().flatten()
             for row, component in zip(hessian, slope.flatten(), strict=True):
                 row += torch.autograd.grad(component, point, retain_graph=True)[0].flatten()
+        return self._newton(hessian, gradient)
+
+    def _differences(self, point: Tensor) -> tuple[Float[Tensor, "size size"], Tensor]:
+        """The Hessian from differences of gradients, and the gradient, at this noise."""
+        rows, at_point = [], self.slope(point)[1].flatten()
+        for step in DIFFERENCE * torch.eye(point.numel()).to(point):
+            moved = (point.detach() + step).requires_grad_()
+            rows.append((self.slope(moved)[1].flatten() - at_point) / DIFFERENCE)
+        return torch.stack(rows), at_point
+
+    def _newton(
+        self, hessian: Float[Tensor, "size size"], gradient: Float[Tensor, " size"]
+    ) -> tuple[Float[Tensor, "size size"], Float[Tensor, " size"]]:
+        """`curvature` from the Hessian and the gradient."""
+        hyper = self.guide.hyperparameters
         if not torch.isfinite(hessian).all():
             raise ArithmeticError("the curvature of the marginal posterior is not finite")
         values, vectors = torch.linalg.eigh(-0.5 * (hessian + hessian.mT))

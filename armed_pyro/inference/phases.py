@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.closed_form import MarginalLikelihood
+from armed_pyro.inference.averaged_weights import AveragedWeights
+from armed_pyro.inference.evidence import Evidence
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.marginal_weights import MarginalBound, exact_likelihood
 from armed_pyro.inference.objective import NestedBound, Objective
@@ -35,6 +38,9 @@ __all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask", "warmup_steps
 
 # Multiplications of one draw of all random effects beyond which the guide stays at the mode.
 MOST_WORK = 2**27
+# The same for one draw without random effects, from sums of the rows. With a matrix of 150 random
+# effects, steps would take longer than the search for the mode and 4,000 weighted draws together.
+MOST_CLOSED_WORK = 2**20
 # Most rows that one step reads from files.
 MOST_READ = 2**18
 # Steps without a better look at held-out rows before the rates of a network are first cut. Its
@@ -62,6 +68,7 @@ class TrainingTask:
     network_only: bool = False  # whether the run ends with the network's training
     network_trained: bool = False  # whether it begins after the network's training
     keeps_snapshots: bool = False  # whether the network is kept after many windows, not at its best
+    evidence: Evidence | None = None  # the score of held-out rows; None takes their log-likelihood
 
     @property
     def by_epochs(self) -> bool:
@@ -188,6 +195,13 @@ class Phase(ABC):
             with self.share.sharing.common_numbers(task.seed, step):
                 task.guide.refresh(task.model, self.share.rows)
 
+    def held_out_loss(self) -> float | None:
+        """The loss of the rows that decide when the training ends; None without any."""
+        task = self.task
+        return (
+            None if task.validation is None else task.validation_loss(task.validation, self.share)
+        )
+
     @abstractmethod
     def keep_best(self) -> None:
         """Return to the best state, if the phase records it."""
@@ -240,6 +254,7 @@ class NetworkPhase(Phase):
         self.prepare(self.batch_size(), 1.0)
         self.best: dict[str, Tensor] = {}
         self.snapshots = Snapshots()
+        self.averaged = AveragedWeights(task.model.network) if task.keeps_snapshots else None
         schedule = task.schedule
         if task.by_epochs and schedule.window is None:  # for the first cut; later ones come sooner
             self.plateau.patience = max(schedule.patience, -(-LONG_WAIT // self.window()))
@@ -267,7 +282,19 @@ class NetworkPhase(Phase):
         rows = self.share.weigh(self.next_batch())
         rate = self.rate(step)
         loss, norm = self.steps(self.objective, rows, progress, factor=rate, remaining=steps - step)
+        if self.averaged is not None:
+            self.averaged.add()
         return self.share.mean(loss), norm
+
+    def held_out_loss(self) -> float | None:
+        with self._scored_weights():
+            if self.task.evidence is not None:
+                return self.share.agreed(self.task.evidence.loss(self.task.seed))
+            return super().held_out_loss()
+
+    def _scored_weights(self) -> AbstractContextManager[None]:
+        """The network with the weights that are scored and kept."""
+        return nullcontext() if self.averaged is None else self.averaged.in_place()
 
     def close_window(self, losses: list[Loss], history: History) -> None:
         accuracies = torch.stack([loss.accuracy.cpu() for loss in losses])
@@ -278,7 +305,8 @@ class NetworkPhase(Phase):
             self.plateau.training(np.array(history.loss[-len(losses) :]))
             return
         if self.task.keeps_snapshots:
-            self.snapshots.add(len(history.validation) - 1, self.task.learned())
+            with self._scored_weights():
+                self.snapshots.add(len(history.validation) - 1, self.task.learned())
         best, cut = self.plateau.validation(history.validation[-1])
         if cut:
             self.plateau.patience = self.task.schedule.patience
@@ -293,13 +321,19 @@ class NetworkPhase(Phase):
 
     def state(self) -> dict[str, Tensor]:
         best = {f"best.{name}": value for name, value in self.best.items()}
-        return super().state() | best | self.snapshots.tensors("snapshot")
+        scored = {} if self.task.evidence is None else self.task.evidence.state()
+        averaged = {} if self.averaged is None else self.averaged.state()
+        return super().state() | best | scored | averaged | self.snapshots.tensors("snapshot")
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         super().restore(tensors)
         best = {k: v for k, v in tensors.items() if k.startswith("best.")}
         self.best = {k.removeprefix("best."): v for k, v in best.items()}
         self.snapshots = Snapshots.restored(tensors, "snapshot")
+        if self.task.evidence is not None:
+            self.task.evidence.restore(tensors)
+        if self.averaged is not None:
+            self.averaged.restore(tensors)
 
 
 def warmup_steps(task: TrainingTask) -> list[int]:
@@ -390,10 +424,16 @@ class FrozenPhase(Phase):
         A loss ends the phase: the guide stays at the mode, and importance weights correct it.
         """
         task = self.task
-        if self.closed is not None or task.guide.work() <= MOST_WORK or not task.schedule.stages:
+        work, most = task.guide.work(), MOST_WORK
+        if self.closed is not None:
+            work, most = self.closed.work, MOST_CLOSED_WORK
+        if work <= most or not task.schedule.stages:
             return None
         with torch.no_grad():
-            loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)
+            if self.closed is not None:
+                loss = MarginalBound(task.model, task.guide, self.closed)(1)
+            else:
+                loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)
         self.iterates = [self._center()]
         self.plateau.cuts = task.schedule.stages
         return loss

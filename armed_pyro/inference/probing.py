@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.inference.held_out import HeldOut
+from armed_pyro.inference.held_out import HeldOut, StreamedPart
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.networks.adversary import Adversary
 from armed_pyro.networks.fresh_probe import FreshProbe
@@ -68,7 +68,9 @@ def fresh_probes(
     return pooled
 
 
-def record_probes(posterior: Posterior, held_out: ClusteredData | HeldOut | None) -> None:
+def record_probes(
+    posterior: Posterior, held_out: ClusteredData | HeldOut | StreamedPart | None
+) -> None:
     """Put the probes of held-out rows into the history; of the training rows, if these are too few.
 
     Networks that whole clusters are held out from can be probed for their held-out clusters only.
@@ -76,7 +78,10 @@ def record_probes(posterior: Posterior, held_out: ClusteredData | HeldOut | None
     model, seed = posterior.model, posterior.seed
     if not model.adversaries:
         return
-    parts = [] if held_out is None else _parts(posterior, held_out)
+    # Of streamed rows the posterior keeps a sample, which the network may have seen.
+    parts = []
+    if held_out is not None and not isinstance(held_out, StreamedPart):
+        parts = _parts(posterior, held_out)
     probes = fresh_probes(model, parts, held_out=True, seed=seed)
     enough = [probe.clusters >= FEWEST_CLUSTERS * len(parts) for probe in probes]
     if sum(enough) < len(model.adversaries):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -32,7 +31,7 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
-from armed_pyro.inference.held_out import HeldOut
+from armed_pyro.inference.held_out import HeldOut, StreamedPart
 from armed_pyro.inference.importance_sampling import importance_draws, refinable
 from armed_pyro.inference.out_of_sample import out_of_sample
 from armed_pyro.inference.phases import TrainingTask
@@ -43,6 +42,7 @@ from armed_pyro.inference.training_run import Run, TrainingInterrupted
 from armed_pyro.program.model import MixedEffects, can_overfit, trains_network
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
+from armed_pyro.streaming.on_disk import StreamedRows
 
 __all__ = ["GuideFactory", "progress_bar", "threads", "train"]
 
@@ -102,8 +102,8 @@ def train(
     if isinstance(validation, ClusteredData):
         stopping = bound.encode(validation, bound.data_facts().levels_with(validation))
     elif validation == "auto":
-        held_out = _held_out(bound, rows, schedule, processes, seed)
-    if held_out is not None and held_out.factor is None and isinstance(rows, HeldRows):
+        held_out = _held_out(bound, rows, schedule, seed)
+    if isinstance(held_out, HeldOut) and held_out.factor is None and isinstance(rows, HeldRows):
         rows = replace(rows, fold=held_out.fold.to(rows.x.device))
         data = replace(data, fold=held_out.fold)
     path = None if checkpoint is None else Path(checkpoint)
@@ -138,7 +138,7 @@ def train(
 
 def _score_held_out(
     posterior: Posterior,
-    held_out: HeldOut | None,
+    held_out: HeldOut | StreamedPart | None,
     frozen_rows: RowSource | None,
     stopping: HeldRows | None,
 ) -> None:
@@ -148,6 +148,9 @@ def _score_held_out(
     try:
         if stopping is not None:
             scored = out_of_sample(posterior, stopping, settled_on=False)
+        elif isinstance(held_out, StreamedPart):
+            rows = posterior.model.compute(held_out.held)
+            scored = out_of_sample(posterior, rows, settled_on=True)
         elif held_out is not None and isinstance(frozen_rows, HeldRows):
             rows = frozen_rows
             if held_out.folds == 1:
@@ -161,32 +164,27 @@ def _score_held_out(
 
 
 def _held_out(
-    bound: MixedEffects, rows: RowSource, schedule: Schedule, processes: Processes, seed: int
-) -> HeldOut | None:
-    """The rows to hold out by default: none unless a network can overfit rows in memory.
+    bound: MixedEffects, rows: RowSource, schedule: Schedule, seed: int
+) -> HeldOut | StreamedPart | None:
+    """The rows to hold out by default: none unless a network can overfit.
 
     Without cuts of the rates (`stages`), there is no rule that held-out rows could stop.
     """
-    if not (can_overfit(bound) and schedule.stages and isinstance(rows, HeldRows)):
+    if not (can_overfit(bound) and schedule.stages) or len(rows) < FEWEST_ROWS:
         return None
-    if len(rows) < FEWEST_ROWS:
-        return None
-    if processes.several:
-        warnings.warn(
-            "several processes train one network, and no rows are held out by default: pass "
-            "validation=rows, by which its training is stopped",
-            UserWarning,
-            stacklevel=4,
-        )
+    if isinstance(rows, StreamedRows):
+        return StreamedPart.of(bound, rows)
+    if not isinstance(rows, HeldRows):
         return None
     folds = schedule.folds if comparable(bound) else 1
-    return HeldOut.of(bound, rows, folds=folds, seed=seed)
+    by_rows = schedule.fold_by == "rows"
+    return HeldOut.of(bound, rows, folds=folds, seed=seed, by_rows=by_rows)
 
 
 def _trained(
     task: TrainingTask,
     guide: GuideFactory,
-    held_out: HeldOut | None,
+    held_out: HeldOut | StreamedPart | None,
     path: Path | None,
     report: Callable[[int, str], None],
     saved: Checkpoint | None,

@@ -143,8 +143,9 @@ class Run:
         history.compiled.append(phase.steps.compiled)
         history.seconds.append(phase.steps.seconds)
         phase.share.average_buffers(task.model.network)
-        if task.validation is not None:
-            history.validation.append(task.validation_loss(task.validation, phase.share))
+        held_out = phase.held_out_loss()
+        if held_out is not None:
+            history.validation.append(held_out)
         phase.close_window(losses, history)
         phase.refresh(self.step)
         if phase.finished:
@@ -245,7 +246,8 @@ class Run:
         extremes = "features and outcome"
         data = self.task.data
         if data.offset is not None:
-            name = "" if data.schema is None else f" {data.schema.offset!r}"
+            schema = data.schema
+            name = "" if schema is None else f" {(schema.offset or schema.offset_call)!r}"
             largest = f"up to {float(data.offset.abs().max()):.4g}; take logs of exposures"
             extremes = f"features, outcome and offset{name} ({largest})"
         self.task.return_to(self._good)

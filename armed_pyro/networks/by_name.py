@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 
 from armed_pyro._messages import listing, unknown
 
-__all__ = ["GROUP", "hidden_activations", "is_file", "network"]
+__all__ = ["GROUP", "hidden_activations", "is_file", "made_network", "network"]
 
 # The library never imports a concrete network: it finds networks by this group of entry points.
 GROUP = "armed_pyro.models"
@@ -59,6 +59,37 @@ def network(
             return _module(make(n_features, n_outputs, **arguments), name)
         except TypeError as error:
             raise ValueError(f"the network {name!r} cannot be made: {error}") from error
+
+
+def made_network(
+    net: str | nn.Module | Callable[..., nn.Module],
+    n_features: int,
+    n_outputs: int = 1,
+    *,
+    seed: int = 0,
+    **arguments: Any,
+) -> nn.Module:
+    """A network as it is, by name as in `network`, or made by a class or function.
+
+    A class or function is told the number of features, and that of outputs if it has a second
+    required argument or one called ``n_outputs``.
+
+    >>> made_network(lambda width: nn.Linear(width, 1), 3).in_features
+    3
+    """
+    if isinstance(net, nn.Module):
+        return net
+    if isinstance(net, str):
+        return network(net, n_features, n_outputs, seed=seed, **arguments)
+    if not callable(net):
+        raise TypeError(
+            f"net must be 'linear', 'dense', a torch.nn.Module, or a class or function that makes "
+            f"one, found {net!r}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = _sizes(net, "net", n_features, n_outputs)
+        return _module(net(**sizes), "net")
 
 
 def is_file(name: str) -> bool:
@@ -143,6 +174,8 @@ def _sizes(make: Any, name: str, n_features: int, n_outputs: int) -> dict[str, i
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     arguments = {key: value for key, value in sizes.items() if key in parameters}
+    if not arguments and len(required) == 1:
+        arguments = {required[0]: n_features}
     if not arguments and len(required) == 2:
         arguments = dict(zip(required, sizes.values(), strict=True))
     if missing := [key for key in required if key not in arguments]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from armed_pyro._messages import check_known
 from armed_pyro.data.absent_columns import absent_columns, warn_of_absent, with_new_column
 from armed_pyro.data.cluster_means import ClusterSums, added
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.columns import NEW, complete_rows
+from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.own_means import extended_by
@@ -38,6 +38,13 @@ from armed_pyro.prediction.similarity import (
     merge_evidence,
     warn_if_alien,
 )
+from armed_pyro.prediction.unknown_clusters import (
+    filled,
+    named,
+    unknown_rows,
+    with_labels,
+    with_membership,
+)
 from armed_pyro.prediction.unseen import (
     RESEMBLING,
     EffectSource,
@@ -50,6 +57,7 @@ from armed_pyro.prediction.unseen import (
 )
 from armed_pyro.program.between import feature_sums
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.names import tree_names
 from armed_pyro.streaming.parquet_table import TableBlocks
 
@@ -80,7 +88,9 @@ def predict(
     Parameters
     ----------
     data : ClusteredData or table
-        New rows; a table is encoded as the training table was. The outcome is not needed.
+        New rows; a table is encoded as the training table was. The outcome is not needed. A missing
+        cluster label in a table means that the identity is unknown, and not that the cluster is
+        new: such a row gets the effects of the mode "membership" by its own features.
     unseen : {"population", "marginal", "membership", "nearest", "adapt"}, optional
         Source of the random effects of clusters not seen in training; see
         `armed_pyro.prediction.unseen.MODES`. Required if there are such clusters. All rows of a new
@@ -124,6 +134,9 @@ def predict(
     known = None
     if unseen == "adapt" and support is not None:
         support = known = encoded_support(posterior, support)
+    if not isinstance(data, ClusteredData):
+        schema = posterior.model.data_facts().schema
+        data = with_labels(as_pandas(data), () if schema is None else schema.clusters)
     data = posterior.encode(data, known)
     source, membership = effect_source(
         posterior,
@@ -138,8 +151,8 @@ def predict(
     by_row = unseen in RESEMBLING and not pooled
     rows = one_cluster_per_row(posterior.model, data) if by_row else data
     if unseen is not None and unseen != "adapt":
-        labels = {f.name: data.grouping(f.name).levels for f in posterior.model.factors}
-        warn_if_all_new(posterior.model, labels, new_clusters(posterior.model, data))
+        labels = {f.name: named(data.grouping(f.name).levels) for f in posterior.model.factors}
+        warn_if_all_new(posterior.model, labels, named_clusters(posterior.model, data))
     made = predict_rows(
         posterior,
         rows,
@@ -171,19 +184,23 @@ def effect_source(
     The parameters are those of `predict`; the table is that of `evidence_table`. Raises ValueError
     if the mode is missing, unknown, or lacks the support that it needs.
     """
-    new = new_clusters(posterior.model, data)
+    classifiers = Classifiers() if classifiers is None else classifiers
+    new = named_clusters(posterior.model, data)
     check_mode(unseen, new, posterior.model.data_facts().levels, support=support is not None)
     evidence = table = None
+    by_row = unseen in RESEMBLING and not pooled
+    rows = one_cluster_per_row(posterior.model, data) if by_row else data
     if unseen in RESEMBLING and any(map(len, new.values())):
-        evidence = gather_evidence(
-            posterior,
-            data if pooled else one_cluster_per_row(posterior.model, data),
-            Classifiers() if classifiers is None else classifiers,
-        )
+        evidence = gather_evidence(posterior, rows, classifiers)
         table = evidence_table(evidence)
         warn_if_alien(table)
     source = _source_of(posterior, unseen, new, support, evidence, draws=draws, seed=seed)
-    return source, table
+    return with_membership(posterior, source, rows, classifiers, seed), table
+
+
+def named_clusters(model: MixedEffects, data: ClusteredData) -> dict[str, pd.Index]:
+    """Labels of new clusters by factor, without those of rows whose cluster is unknown."""
+    return {factor: named(labels) for factor, labels in new_clusters(model, data).items()}
 
 
 def _source_of(
@@ -254,13 +271,11 @@ def predict_table(
         warn_if_all_new(posterior.model, labels, new)
     encode = _encoder(posterior, schema, table, wanted, absent, support, report)
     resembling = unseen in RESEMBLING and any(map(len, new.values()))
-    evidence: Evidence | None = None
-    source = membership = None
+    source = membership = evidence = None
     if resembling and pooled:
-        evidence = {}
-        for frame in _reported(table, EVIDENCE_ROWS, wanted, "comparing clusters", report):
-            data = encode(frame)
-            evidence = merge_evidence(evidence, gather_evidence(posterior, data, classifiers))
+        passed = _reported(table, EVIDENCE_ROWS, wanted, "comparing clusters", report)
+        blocks = map(encode, filled(passed, schema.clusters))
+        evidence = _pooled_evidence(posterior, blocks, classifiers)
         membership = evidence_table(evidence)
         warn_if_alien(membership)
     settings: dict[str, Any] = {"draws": draws, "seed": seed}
@@ -270,17 +285,30 @@ def predict_table(
 
     def parts() -> Iterator[Prediction]:
         size, start = BLOCK_VALUES // (draws * values_per_row(posterior.model)), 0
-        for frame in table.blocks(max(1, size), wanted):
+        for frame in filled(table.blocks(max(1, size), wanted), schema.clusters):
             data = encode(frame)
             block_source = source
             if block_source is None:
                 data = one_cluster_per_row(posterior.model, data, start)
                 block_evidence = gather_evidence(posterior, data, classifiers)
                 block_source = _source_of(posterior, unseen, new, None, block_evidence, **settings)
+            block_source = with_membership(posterior, block_source, data, classifiers, seed)
             yield from predict_chunks(posterior, data, block_source, **settings, **options)
             start += len(frame)
 
     return parts(), membership
+
+
+def _pooled_evidence(
+    posterior: Posterior, blocks: Iterable[ClusteredData], classifiers: Classifiers
+) -> Evidence:
+    """Evidence of the features of all rows of new clusters, without rows of unknown ones."""
+    evidence: Evidence = {}
+    for data in blocks:
+        rows = data.take(~unknown_rows(posterior.model, data))
+        if rows.n_rows:
+            evidence = merge_evidence(evidence, gather_evidence(posterior, rows, classifiers))
+    return evidence
 
 
 def _encoder(
@@ -309,13 +337,15 @@ def _encoder(
 
     sums: dict[str, ClusterSums] = {}
     if schema.cluster_columns:
-        for frame in _reported(table, EVIDENCE_ROWS, wanted, "means of clusters", report):
+        passed = _reported(table, EVIDENCE_ROWS, wanted, "means of clusters", report)
+        for frame in filled(passed, schema.clusters):
             rows = schema.select(with_new_column(frame, absent))
             sums = added(sums, schema.cluster_sums(rows, schema.groupings(rows), sums))
         schema = schema.with_new_means(sums)
     sums = {}
     if means:
-        for frame in _reported(table, EVIDENCE_ROWS, wanted, "means of features", report):
+        passed = _reported(table, EVIDENCE_ROWS, wanted, "means of features", report)
+        for frame in filled(passed, schema.clusters):
             data = encode(frame)
             parts = {f: feature_sums(data, f, m.columns, sums.get(f)) for f, m in means.items()}
             sums = added(sums, parts)
@@ -340,9 +370,8 @@ def _clusters(
     }
     cells: dict[str, pd.DataFrame] = {}
     for frame in _reported(table, 2**18, schema.clusters, "listing clusters", report):
-        complete_rows(frame, "error", NEW)
         for factor, names in columns.items():
-            block = with_new_column(frame, absent)[names]
+            block = with_new_column(frame, absent)[names].dropna()
             distinct = [cells.get(factor), block.drop_duplicates()]
             cells[factor] = pd.concat(distinct).drop_duplicates()
     clusters = {}

@@ -68,6 +68,7 @@ class Facts:
     between: Between | None = (
         None  # clusters' means of features; None where they were not asked for
     )
+    linear_names: tuple[str, ...] = ()  # features with latent linear effects beside a network
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.data.categories import contrast_of
 from armed_pyro.data.formula import Terms
 from armed_pyro.data.schema import Schema
 from armed_pyro.program.data_spec import Facts
@@ -39,10 +41,14 @@ MOST_COLUMNS = 1000
 
 def describe(model: Plan) -> str:
     """The prior as text."""
-    facts = model.data_facts()
-    text = f"Normal(0, {model.priors.fixed_sd:.4g}) ("
-    text += "sd of the outcome" if facts.spread != 1 else "link scale"
-    text += ", per sd of the feature"
+    facts, sd = model.data_facts(), model.priors.fixed_sd
+    unit = "sd of the outcome" if facts.spread != 1 else "link scale"
+    if facts.linear_names:
+        p = len(facts.linear_names)
+        text = f"Normal(0, {sd / p**0.5:.4g}) ({unit}, per sd of a feature, beside the network)"
+        others = len(model.fixed_terms()) > p * len(facts.columns)
+        return f"{text}; of other effects Normal(0, {sd:.4g})" if others else text
+    text = f"Normal(0, {sd:.4g}) ({unit}, per sd of the feature"
     if model.fixed_root is None:
         return f"{text}; Intercept at the features' means)" if facts.feature_mean else f"{text})"
     return f"{text}, or between levels; Intercept at the features' means)"
@@ -54,9 +60,13 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
     They are independent without columns of 0 and 1, and where the map is not known: for weights of
     a network's last layer, without an intercept or all levels of a factor in its place, if columns
     were dropped, beyond `MOST_COLUMNS`, in formulas whose terms lack those that they contain, and
-    in fits that were saved before there was this prior. Effects of clusters' means always are.
+    in fits that were saved before there was this prior. Effects of clusters' means always are, and
+    those of p features beside a network, whose variances are divided by p: x'beta then has the same
+    prior however many there are.
     """
     facts, columns = model.data_facts(), len(model.data_facts().columns)
+    if facts.linear_names:
+        return _beside(model)
     if not model.linear:
         return None
     means, intercept = len(facts.between_names), model.has_intercept
@@ -79,26 +89,40 @@ def root(model: Plan) -> Float[Tensor, "terms terms"] | None:
     return torch.kron(lower, torch.eye(columns, dtype=torch.float64))
 
 
+def _beside(model: Plan) -> Float[Tensor, "terms terms"]:
+    """Root of the prior with features beside a network: a diagonal."""
+    facts, columns = model.data_facts(), len(model.data_facts().columns)
+    linear, means = len(facts.linear_names), len(facts.between_names)
+    sd = torch.ones(len(model.fixed_terms()) // columns, dtype=torch.float64)
+    first = len(sd) - means - linear
+    sd[first : first + linear] = linear**-0.5
+    return torch.diag(sd.repeat_interleave(columns))
+
+
 def _coefficients(
     facts: Facts, mean: Array, scale: Array, *, intercept: bool
 ) -> Float[Array, "terms effects"] | None:
     """Coefficients of a constant and of the entries of all z_t."""
-    schema = facts.schema
-    factors = {} if schema is None else _factors(schema)
-    if schema is None or (not factors and all(len(term) == 1 for term in schema.terms)):
+    schema = None if facts.schema is None else _without_numeric_calls(facts.schema, facts)
+    terms = () if schema is None else _by_column(schema.terms)
+    factors = {} if schema is None else _factors(schema, terms)
+    if schema is None or (not factors and all(len(term) == 1 for term in terms)):
         return np.eye(1 + len(mean)) if intercept else None
-    numeric = {name for term in schema.terms for name in term} - factors.keys()
+    numeric = {name for term in terms for name in term} - factors.keys()
     units = dict(zip(facts.feature_names, zip(mean, scale, strict=True), strict=True))
     if not numeric <= units.keys():
         return None  # A product with a column that is no feature itself, and has no known scale.
     units = {name: units[name] for name in sorted(numeric)}
-    table = _probe(schema.terms, factors, units)
-    design = (schema.design(table)[0] - mean) / scale
+    table = _probe(terms, factors, units)
+    made, names, _ = schema.design(table)
+    if {*names} != {*facts.feature_names}:
+        return None
+    design = (made[:, [names.index(name) for name in facts.feature_names]] - mean) / scale
     constant = np.ones(len(design))
     design = np.column_stack([constant, design]) if intercept else design
     for centred in (True, False):
         effects = [constant]
-        for term in schema.terms:
+        for term in terms:
             product = np.full(len(table), 2.0 ** (-sum(name in factors for name in term) / 2))
             for name in numeric.intersection(term):
                 center, unit = units[name]
@@ -112,9 +136,33 @@ def _coefficients(
     return None
 
 
-def _factors(schema: Schema) -> dict[str, pd.Index]:
+def _without_numeric_calls(schema: Schema, facts: Facts) -> Schema:
+    """The schema with the columns that functions make as if they were columns of the table.
+
+    ``poly(x, 2):z`` becomes ``poly(x, 2)[1]:z`` and ``poly(x, 2)[2]:z``. Calls with contrasts stay.
+    """
+    numeric = [name for name in schema.calls if contrast_of(name) is None]
+    pairs = list(zip(facts.sources, facts.feature_names, strict=True))
+    parts = {call: [name for source, name in pairs if source == call] or [call] for call in numeric}
+    terms = tuple(
+        expanded
+        for term in schema.terms
+        for expanded in itertools.product(*(parts.get(name, [name]) for name in term))
+    )
+    kept = {name: state for name, state in schema.calls.items() if name not in numeric}
+    return replace(schema, terms=terms, calls=kept)
+
+
+def _by_column(terms: Terms) -> Terms:
+    """The terms with the column x in the place of ``C(x, Sum)``, whose levels are the same."""
+    choices = {name: contrast_of(name) for term in terms for name in term}
+    columns = {name: name if c is None else c.column for name, c in choices.items()}
+    return tuple(tuple(columns[name] for name in term) for term in terms)
+
+
+def _factors(schema: Schema, terms: Terms) -> dict[str, pd.Index]:
     """Levels of the features that are factors, or hold only 0 and 1."""
-    used = {name for term in schema.terms for name in term}
+    used = {name for term in terms for name in term}
     factors = {**schema.levels, **{name: pd.Index([0.0, 1.0]) for name in schema.indicators}}
     return {name: levels for name, levels in factors.items() if name in used}
 

@@ -20,6 +20,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Known
 from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
+from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.mundlak import with_between
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -89,6 +90,13 @@ class MixedEffects(Plan):
         "auto" takes those whose slopes differ in the training rows; see
         `armed_pyro.program.mundlak`. It is the default of networks; linear programs have no means
         by default. Images have no named features, and so no means.
+    linear_effects : bool, optional
+        Whether linear effects of the features are latent beside the network:
+        :math:`f(x_i) + x_i^\top \beta, \beta_j \sim N(0, s^2 / p)` with s `Priors.fixed_sd`
+        and p features. The network then has to learn only what is not linear, which takes far
+        fewer rows. By default networks of which the program uses the output alone have them, up
+        to 100 features with names; an adversary, terms on layers or a latent last layer turn
+        them off.
     dtype : torch.dtype
         Precision of all but the network and the adversaries, which compute in the precision of the
         network's parameters. In single precision, torch.float32, an outcome near 6,000,000 is
@@ -119,6 +127,7 @@ class MixedEffects(Plan):
         if isinstance(data, ClusteredData):
             bound.facts = Facts.of(data, self.family, self.factor_names())
             bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
+            bound.facts = with_linear_effects(bound, bound.facts)
             bound.facts = with_between(bound, data)
         else:
             bound.facts = data

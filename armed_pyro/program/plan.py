@@ -56,6 +56,7 @@ class Plan(LocalModule):
         fixed_weight: float = 0.0,
         others: Reconstruction | Sequence[Reconstruction] = (),
         between: BetweenChoice = None,
+        linear_effects: bool | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__("program")
@@ -74,6 +75,7 @@ class Plan(LocalModule):
             raise ValueError(f"`fixed_weight` must not be negative, not {fixed_weight}")
         if between not in (None, True, False, "auto"):
             raise ValueError(f"`between` must be True, False or 'auto', not {between!r}")
+        check_type(linear_effects, (bool, type(None)), "linear_effects")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"`dtype` must be torch.float64 or torch.float32, not {dtype}")
         self.net = net
@@ -88,6 +90,7 @@ class Plan(LocalModule):
         self.bayesian_head = bayesian_head
         self.fixed_weight = float(fixed_weight)
         self.between = between
+        self.linear_effects = linear_effects
         self.others = (others,) if isinstance(others, Reconstruction) else tuple(others)
         for other in self.others:
             check_type(other, Reconstruction, "every one of others")
@@ -184,8 +187,9 @@ class Plan(LocalModule):
 
     @property
     def has_fixed_effects(self) -> bool:
-        """Whether there are latent fixed effects: of the last layer, or of clusters' means."""
-        return self.bayesian_head or bool(self.data_facts().between_names)
+        """Whether there are latent fixed effects: see `fixed_terms`."""
+        facts = self.data_facts()
+        return self.bayesian_head or bool(facts.linear_names or facts.between_names)
 
     def head_path(self) -> str:
         """Module path of the network's last linear layer; empty if that is the network itself."""
@@ -195,11 +199,18 @@ class Plan(LocalModule):
         """Names of the latent fixed effects, by column.
 
         They are the inputs of the last linear layer, if its weights are latent, followed by the
-        clusters' means.
+        features beside a network, ``linear(x)``, and the clusters' means.
         """
-        facts, means = self.data_facts(), self.data_facts().between_names
-        names = [*(self._head_terms() if self.bayesian_head else ()), *means]
+        facts = self.data_facts()
+        names = self._head_terms() if self.bayesian_head else []
+        names += [f"linear({name})" for name in facts.linear_names]
+        names += facts.between_names
         return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
+
+    def network_terms(self) -> tuple[str, ...]:
+        """The latent fixed effects, except those of clusters' means."""
+        means = len(self.data_facts().columns) * len(self.data_facts().between_names)
+        return self.fixed_terms()[: len(self.fixed_terms()) - means]
 
     def _head_terms(self) -> list[str]:
         """Names of the inputs of the last linear layer."""
@@ -328,8 +339,10 @@ class Plan(LocalModule):
     def fixed_inputs(
         self, rows: Rows, activations: Mapping[str, Tensor]
     ) -> Float[Tensor, "rows inputs"]:
-        """Regressors of all latent fixed effects: `head_inputs`, then the clusters' means."""
+        """Regressors of all latent fixed effects, by `fixed_terms`."""
         parts = [self.head_inputs(activations)] if self.bayesian_head else []
+        if self.data_facts().linear_names:
+            parts.append(rows.x.to(self.dtype))
         means = self.data_facts().zero_means(len(rows), self.reference())
         if means is not None:
             parts.append(means if rows.means is None else rows.means)

@@ -52,7 +52,7 @@ def check_offset(data: ClusteredData, family: Family) -> None:
     """
     if data.offset is None or family.is_quadratic:
         return
-    named = data.schema is not None and data.schema.offset
+    named = data.schema is not None and (data.schema.offset or data.schema.offset_call)
     name = f"offset {named!r}" if named else "offset"
     largest, extreme = float(data.offset.max()), float(data.offset.abs().max())
     if extreme > IMPOSSIBLE_OFFSET:

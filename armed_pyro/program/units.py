@@ -56,6 +56,10 @@ def original_fixed_effects(model: MixedEffects, latents: Draws) -> Float[Tensor,
     if model.bayesian_head:
         constant = [place for place, k in enumerate(facts.kept) if k in facts.intercept_columns]
         constant = [0] if model.has_intercept else constant
+    if facts.linear_names:
+        # Beside a network the constant is the network's, and the features stay centred.
+        scale = values.new_tensor(facts.feature_scale)[:, None]
+        values[:, head - len(facts.linear_names) : head] /= scale
     if between is not None and means:
         values[:, head:] /= values.new_tensor(between.scale)[:, None]
         center = values.new_tensor(between.center)[:, None]

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
-from itertools import accumulate
 
-from armed_pyro.data.cluster_columns import without_calls
-from armed_pyro.data.formula import without_factor
+from armed_pyro.data.categories import contrast_of
+from armed_pyro.data.cluster_columns import factor_path
+from armed_pyro.data.formula import Formula, features_of
+from armed_pyro.data.formula_syntax import (
+    Node,
+    Number,
+    Operation,
+    Sum,
+    operands,
+    parse,
+    quoted_name,
+    text_of,
+)
 from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Term
 
-__all__ = ["parse_terms"]
+__all__ = ["fixed_and_random", "parse_terms", "slopes_formula"]
 
-_TERM = re.compile(r"^\s*\(?([^()|]+?)(\|\|?)([^()|]+?)\)?\s*$")
+# What stands right of a bar; and words, with quotation marks or an encoded level.
+_RIGHT = re.compile(r"(?<=\|)[^()|`]+(?=\)|$)")
+_WORD = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^']*'|[^\s+*/:^|()~,=`\"'\[\]-]+(?:\[[^\]]*\])?")
 _GRAMMAR = "write it as '(1 + x | site)', '(1 + x || site)', '(0 + x | site)' or '(1 | a/b)'"
-# First of Unicode's private characters, which stand for names in backticks.
-_FIRST = 0xE000
 
 
 def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
@@ -24,10 +34,11 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
 
     ``(1 + x | g)`` is a correlated intercept and slope; the intercept is implied, and ``0 +``
     removes it. ``(1 + x || g)`` makes them independent. ``(1 | a/b)`` is nested, short for
-    ``(1 | a)`` and ``(1 | a:b)``. Names with other characters than letters are in backticks;
-    ``factor(x)`` is x, which the data must hold as categories: ``categorical=["x"]`` in
-    `ClusteredData.from_frame`; the command line does that by itself. A slope may be on
-    ``within(x | g)``, if that is a feature. One string may hold several terms, joined by ``+``.
+    ``(1 | a)`` and ``(1 | a:b)``. Names with other characters than letters are in backticks.
+    Left of the bar stands a formula of features, with products and functions, such as
+    ``(x * z + poly(t, 2) | g)``. The data need its columns: `slopes_formula` names them for
+    `ClusteredData.from_frame`; `armed_pyro.model` and the command line do that by themselves. One
+    string may hold several terms, joined by ``+``.
 
     Raises
     ------
@@ -45,74 +56,134 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
     for term in [terms] if isinstance(terms, str | Term) else terms:
         if not isinstance(term, str | Term):
             raise TypeError(f"a random-effect term is a string or a Term, not {term!r}")
-        parsed += _parse(term) if isinstance(term, str) else [term]
+        if isinstance(term, str):
+            parsed += [part for bar in _bars(_tree(term), term) for part in terms_of(bar)]
+        else:
+            parsed.append(term)
     _check_overlap(parsed)
     return tuple(parsed)
 
 
-def _parse(text: str) -> list[Term]:
-    """Terms of a string, which may join several in parentheses."""
-    names: list[str] = []
+def slopes_formula(terms: str | Iterable[str], columns: Collection[str]) -> str:
+    """The formula of all columns with slopes, for ``ClusteredData.from_frame(..., slopes=...)``.
 
-    def stand_in(match: re.Match[str]) -> str:
-        names.append(match[1])
-        return chr(_FIRST + len(names) - 1)
+    It is empty if there are only intercepts. Names that are no columns of the table are left out:
+    they may be those of encoded features, such as ``sex[T.male]``.
 
-    # Each name in backticks is one private character while the string is read.
-    bare, categorical = without_factor(without_calls(text)[0])
-    plain = re.sub("`([^`]+)`", stand_in, bare)
+    >>> slopes_formula(["(1 + age | site)", "(0 + log(dose) | batch)"], ["age", "dose"])
+    'age + log(dose)'
+    """
+    listed = [terms] if isinstance(terms, str) else terms
+    bars = [bar for text in listed for bar in _bars(_tree(text), text)]
+    texts = (text for bar in bars for text in _slopes_of(bar).texts(columns))
+    return " + ".join(dict.fromkeys(texts))
+
+
+def fixed_and_random(tree: Node) -> tuple[Node, list[Operation]]:
+    """The parts of a formula's right side: features, and terms in parentheses with a bar."""
+    parts = _signed(tree)
+    bars = [part for part, _ in parts if _is_bar(part)]
+    if wrong := [part for part, sign in parts if _is_bar(part) and sign < 0]:
+        raise ValueError(f"the random-effect term ({text_of(wrong[0])}) cannot be subtracted")
+    fixed = [(part, sign) for part, sign in parts if not _is_bar(part)] or [(Number(1.0), 1)]
+    nodes, signs = zip(*fixed, strict=True)
+    return Sum(nodes, signs), [bar for bar in bars if isinstance(bar, Operation)]
+
+
+def _signed(node: Node, sign: int = 1) -> list[tuple[Node, int]]:
+    """The parts of a sum, and of sums in it, with their signs."""
+    if not isinstance(node, Sum):
+        return [(node, sign)]
+    pairs = zip(node.parts, node.signs, strict=True)
+    return [pair for part, part_sign in pairs for pair in _signed(part, sign * part_sign)]
+
+
+def _is_bar(node: Node) -> bool:
+    return isinstance(node, Operation) and node.symbol in ("|", "||")
+
+
+def _tree(text: str) -> Node:
+    what, text = "the random-effect term ", _RIGHT.sub(_quoted_factors, text)
     try:
-        terms = _parse_terms(plain)
+        return parse(text, what)
     except ValueError as error:
-        message = str(error)
-        for place, name in enumerate(names):
-            for shown in (chr(_FIRST + place), f"\\u{_FIRST + place:04x}"):
-                message = message.replace(shown, f"`{name}`")
-        raise ValueError(message) from None
-
-    def restored(name: str) -> str:
-        return "".join(names[ord(c) - _FIRST] if ord(c) >= _FIRST else c for c in name)
-
-    whole = list[Term]()
-    for term in terms:
-        slopes = tuple(map(restored, term.slopes))
-        factors = tuple(name for name in slopes if name in categorical)
-        factor = restored(term.factor)
-        whole.append(replace(term, factor=factor, slopes=slopes, categorical=factors))
-    return whole
+        lenient = _WORD.sub(_quoted_word, text)
+        if lenient != text:
+            return _tree(lenient)
+        raise ValueError(f"{error} {_GRAMMAR[0].upper()}{_GRAMMAR[1:]}.") from None
 
 
-def _parse_terms(text: str) -> list[RandomEffects]:
-    if not text.strip().startswith("("):
-        return _parse_term(text)
-    pieces = re.findall(r"\([^()]*\)", text)
-    if not pieces or re.sub(r"\([^()]*\)", "", text).replace("+", "").strip():
+def _quoted_factors(match: re.Match[str]) -> str:
+    """The names right of a bar, in backticks if they have odd characters, such as ``site-id``."""
+    pieces = re.split(r"([/:])", match[0])
+    odd = [piece.strip() and not re.search(r"[+*^/:]", piece) for piece in pieces]
+    names = [quoted_name(p.strip()) if o else p for p, o in zip(pieces, odd, strict=True)]
+    return " " + "".join(names)
+
+
+def _quoted_word(match: re.Match[str]) -> str:
+    """A word in backticks if it is neither a name nor a number."""
+    word = match[0]
+    known = word[0] in "`\"'" or re.fullmatch(r"[\d.]+([eE]\d+)?|%in%", word)
+    return word if known or "[" in word else quoted_name(word)
+
+
+def _bars(tree: Node, text: str) -> list[Operation]:
+    """The terms of a text, which may join several by ``+``."""
+    parts = _signed(tree)
+    bars = [part for part, sign in parts if isinstance(part, Operation) and sign > 0]
+    bars = [bar for bar in bars if _is_bar(bar)]
+    if not bars or len(bars) < len(parts):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
-    return [term for piece in pieces for term in _parse_term(piece)]
+    return bars
 
 
-def _parse_term(text: str) -> list[RandomEffects]:
-    match = _TERM.match(text)
-    if match is None:
+def terms_of(bar: Operation) -> list[RandomEffects]:
+    """The terms of ``x | a/b``, one for each grouping factor."""
+    text = text_of(bar)
+    if any(_is_bar(side) for side in operands(bar)):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
-    left, bar, right = match.groups()
-    pieces = [piece.strip() for piece in re.sub(r"-\s*1\b", "+ 0", left).split("+")]
-    pieces = [piece for piece in pieces if piece]
-    bad = [piece for piece in pieces if re.search(r"[*/^(]", piece)]
-    if bad or not pieces:
+    factors = factor_path(bar.right)
+    if factors is None:
         raise ValueError(
-            f"cannot read {bad[0] if bad else left!r} in the term {text!r}: slopes are names of "
-            f"features joined by '+'; {_GRAMMAR}"
+            f"cannot read the grouping factor {text_of(bar.right)!r} in the term {text!r}: "
+            f"{_GRAMMAR}"
         )
-    slopes = tuple(dict.fromkeys(piece for piece in pieces if piece not in ("0", "1")))
-    intercept = "0" not in pieces
-    path = [name.strip() for name in right.split("/")]
-    if not all(path) or re.search(r"[*^+]", right):
-        raise ValueError(
-            f"cannot read the grouping factor {right!r} in the term {text!r}: {_GRAMMAR}"
-        )
-    factors = [re.sub(r"\s*:\s*", ":", factor) for factor in accumulate(path, "{}:{}".format)]
-    return [RandomEffects(factor, slopes, intercept, bar == "|") for factor in factors]
+    formula = _slopes_of(bar)
+    slopes = tuple(dict.fromkeys(":".join(term) for term in formula.terms))
+    categorical = tuple(name for name in slopes if name in formula.categorical)
+    correlated = bar.symbol == "|"
+    return [
+        RandomEffects(factor, slopes, formula.intercept, correlated, categorical=categorical)
+        for factor in factors
+    ]
+
+
+def _slopes_of(bar: Operation) -> Formula:
+    """The formula left of a term's bar."""
+    what = f"the random-effect term {text_of(bar)!r}"
+    formula = features_of(bar.left, what)
+    if formula.offset is not None:
+        raise ValueError(f"{what} has an offset(), which has no effects.")
+    return _without_contrasts(formula)
+
+
+def _without_contrasts(formula: Formula) -> Formula:
+    """Without an intercept the first factor has an effect for every level, whatever its contrasts.
+
+    >>> _without_contrasts(features_of(parse("0 + C(x, Sum)"), "term")).terms
+    (('x',),)
+    """
+    if formula.intercept:
+        return formula
+    for place, term in enumerate(formula.terms):
+        choice = contrast_of(term[0]) if len(term) == 1 else None
+        if choice is not None:
+            terms = (*formula.terms[:place], (choice.column,), *formula.terms[place + 1 :])
+            return replace(formula, terms=terms)
+        if len(term) == 1 and term[0] in formula.categorical:
+            return formula
+    return formula
 
 
 def _check_overlap(terms: list[Term]) -> None:

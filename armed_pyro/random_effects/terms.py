@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from armed_pyro.data.categories import contrast_of
 from armed_pyro.data.feature_scaling import FeatureScaling
+from armed_pyro.data.formula import is_written
+from armed_pyro.data.formula_functions import is_made
 from armed_pyro.random_effects.covariance import (
     Correlated,
     Covariance,
@@ -68,8 +71,8 @@ class RandomEffects(Term):
         an intercept, the first one stands for the indicators of all its levels.
     correlated : bool
         Whether the effects are correlated, lme4's ``|``, or independent, ``||``. With ``||``, the
-        indicators of a categorical column are correlated with each other, as in lme4:
-        ``(f || g)`` is ``(1 | g) + (0 + f | g)``.
+        indicators of a categorical column are correlated with each other, as in lme4, and so are
+        the columns of a function: ``(f || g)`` is ``(1 | g) + (0 + f | g)``.
     covariance : str, Covariance or None
         Another kind of covariance, by name or with settings, which then replaces `correlated`;
         see `armed_pyro.random_effects.covariance`.
@@ -105,13 +108,11 @@ class RandomEffects(Term):
         return f"{kind}({effects} {bar} {quoted(self.factor)})"
 
     def expanded(self, features: FeatureScaling) -> tuple[Term, ...]:
-        factors = self._factors(features)
-        if self.correlated or self.covariance is not None or not factors:
+        joint = [*self._factors(features), *self._several(features)]
+        if self.correlated or self.covariance is not None or not joint:
             return (self,)
-        numbers = tuple(slope for slope in self.slopes if slope not in factors)
-        whole: list[Term] = [
-            RandomEffects(self.factor, (name,), intercept=False) for name in factors
-        ]
+        numbers = tuple(slope for slope in self.slopes if slope not in joint)
+        whole: list[Term] = [RandomEffects(self.factor, (name,), intercept=False) for name in joint]
         if self.intercept or numbers:
             whole.insert(0, RandomEffects(self.factor, numbers, self.intercept, correlated=False))
         return tuple(whole)
@@ -146,6 +147,12 @@ class RandomEffects(Term):
                     f"them with ClusteredData.from_frame(..., categorical=[{name!r}])"
                 )
         return [slope for slope in self.slopes if slope in features.indicators]
+
+    def _several(self, features: FeatureScaling) -> list[str]:
+        """The slopes on several columns that one function makes, such as ``poly(x, 2)``."""
+        calls = [slope for slope in self.slopes if "(" in slope and ":" not in slope]
+        calls = [slope for slope in calls if is_made(slope) or contrast_of(slope) is not None]
+        return [slope for slope in calls if len(self._places(slope, features)) > 1]
 
     def _places(self, slope: str, features: FeatureScaling) -> list[int]:
         """Positions of a slope's columns; a ValueError if there are none."""
@@ -259,4 +266,4 @@ def quoted(name: str) -> str:
     >>> quoted("age"), quoted("weight (kg)")
     ('age', '`weight (kg)`')
     """
-    return f"`{name}`" if _QUOTED.search(name) else name
+    return f"`{name}`" if _QUOTED.search(name) and not is_written(name) else name

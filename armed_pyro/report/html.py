@@ -19,6 +19,7 @@ from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
 from armed_pyro.report.text import (
     adversaries,
+    event_of,
     fresh_probes,
     how_training_ended,
     outcome_labels,
@@ -84,6 +85,7 @@ def page(
         spreads=components[is_spread],
         shares=components[~is_spread],
         fixed_effects=results.fixed_effects,
+        event="".join(f" of {label!r}" for label in event_of(results.posterior.model)),
         forests=forests,
         evaluation=evaluation,
         priors=priors(results.posterior.model),

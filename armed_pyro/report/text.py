@@ -111,9 +111,10 @@ def described(posterior: Posterior) -> str:
     random = " + ".join(map(str, model.terms)) or "no random effects"
     sizes = "".join(f", {len(levels)} of {name}" for name, levels in facts.levels.items())
     fixed = "linear" if model.linear else type(model.network).__name__
+    event = "".join(f" = {label!r}" for label in event_of(model))
     return (
-        f"{facts.outcome_name} ({model.family}): {fixed} + {random}; {count_rows(facts.n_rows)}"
-        f"{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
+        f"{facts.outcome_name}{event} ({model.family}): {fixed} + {random}; "
+        f"{count_rows(facts.n_rows)}{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
     )
 
 
@@ -128,6 +129,8 @@ def _head(posterior: Posterior) -> str:
     fixed = "linear, latent coefficients" if model.linear else f"network of {weights} weights"
     if model.bayesian_head and not model.linear:
         fixed += ", last layer latent"
+    if facts.linear_names:
+        fixed += ", and latent linear effects"
     features = len(facts.feature_names) or "x".join(map(str, facts.feature_shape))
     random = " + ".join(map(str, model.terms)) or "none"
     sizes = ", ".join(f"{name}: {len(levels)}" for name, levels in facts.levels.items()) or "none"
@@ -171,6 +174,8 @@ def _fixed(results: Results) -> str:
         means = table[table.term.str.startswith("between(")]
         body = f"  {len(table)} latent weights of the last layer; see Fit.fixed_effects()"
         body = body if model.bayesian_head else _frame(means)
+        if not model.bayesian_head and means.empty:
+            return "Fixed effects: a network, and linear effects; see Fit.fixed_effects()"
     interval = f"{results.prob:.0%} equal-tailed interval"
     of = "".join(f"of {label!r}, " for label in event_of(model))
     return _section(f"Fixed effects ({of}posterior mean, {interval})", body)

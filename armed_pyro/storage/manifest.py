@@ -75,6 +75,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
             "fixed_weight": model.fixed_weight,
             "between": model.between,
+            "linear_effects": model.linear_effects,
             "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [_fields(other) for other in model.others],
         },
@@ -173,8 +174,9 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     with reading(path, "model.family"):
         family = read_family(plan["family"], path)
     options = {name: plan[name] for name in ("bayesian_head", "fixed_weight")}
-    # Earlier programs had no clusters' means.
+    # Earlier programs had no clusters' means, and no linear effects beside a network.
     options["between"] = plan.get("between", False)
+    options["linear_effects"] = plan.get("linear_effects", False)
     with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
     with reading(path, "model.dtype"):

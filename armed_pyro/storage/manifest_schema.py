@@ -86,6 +86,7 @@ class _Program(_Record):
     bayesian_head: bool
     dtype: str = "float32"
     fixed_weight: float = Field(allow_inf_nan=False)
+    linear_effects: bool | None = None
     adversaries: list[dict[str, Any]]
     others: list[dict[str, Any]] = []
 

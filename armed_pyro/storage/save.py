@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from armed_pyro._free_space import check_free
 from armed_pyro._memory import release
 from armed_pyro._messages import cause
+from armed_pyro.data.files import write_table
 from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, n_draws
@@ -87,6 +89,7 @@ def save(
     verdict: Mapping[str, Any],
     draws: int = 1000,
     prob: float = 0.9,
+    quote_formulas: bool = False,
 ) -> None:
     """Write a fit to a folder, completely or not at all.
 
@@ -97,7 +100,8 @@ def save(
     again),
     ``variance_components.csv``, ``fixed_effects.csv`` and ``diagnostics.json`` (the verdict). A
     fit in the folder is replaced; other files in it are kept. `prob`, the probability of the
-    intervals in both tables, is kept for reports.
+    intervals in both tables, is kept for reports. `quote_formulas` is that of `write_table`, for
+    both.
 
     Raises
     ------
@@ -105,6 +109,8 @@ def save(
         If another process writes to the folder, it holds other files but no fit, or the program has
         a user-defined guide, term, family or prior, which could not be read again. Nothing is
         written then.
+    OSError
+        If the disk has too little space. Nothing is left of what was written.
     """
     check_saveable(posterior, folder)
     if draws < 2:
@@ -113,14 +119,15 @@ def save(
     manifest, tensors = _contents(posterior, classifiers)
     manifest["prob"] = prob
     with locked(target):
+        check_free(target, sum(tensor.nbytes for tensor in tensors.values()), "the fit")
         partial = target / f"{DRAFT}{uuid.uuid4().hex}"
         partial.mkdir()
         try:
             save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, partial / MODEL)
             del tensors
             _write_groups(posterior, partial / POSTERIOR, draws)
-            variance_components.to_csv(partial / VARIANCE, index=False)
-            fixed_effects.to_csv(partial / FIXED, index=False)
+            for name, table in {VARIANCE: variance_components, FIXED: fixed_effects}.items():
+                write_table(table, partial / name, quote_formulas=quote_formulas)
             _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
             # Only the owner can read the file that save_file makes.
             shutil.copymode(partial / DIAGNOSTICS, partial / MODEL)

@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 import torch
 
-__all__ = ["database"]
+__all__ = ["database", "quoted"]
 
 # DuckDB's share of a fit's memory, and the bytes that a sort needs in any case, per table and per
 # column: sorts of 10, 100 and 500 columns ran within 32, 128 and 256 MB.
@@ -35,3 +35,12 @@ def database(
         # With prefetching, a whole row group of the table may be read at once.
         connection.execute("LOAD parquet; SET disable_parquet_prefetching = true")
         yield connection
+
+
+def quoted(name: str) -> str:
+    """The name of a column in a query: ``offset`` alone is a word of SQL.
+
+    >>> quoted("offset")
+    '"offset"'
+    """
+    return f'"{name}"'

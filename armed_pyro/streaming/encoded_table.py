@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro._free_space import check_free
 from armed_pyro.data.cluster_means import ClusterSums
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import check_varying
 from armed_pyro.data.grouping import Grouping
-from armed_pyro.streaming.database import database
+from armed_pyro.streaming.database import database, quoted
 from armed_pyro.streaming.parquet_table import TableBlocks
 from armed_pyro.streaming.scan import TableScan, complete_blocks
 
@@ -30,6 +31,8 @@ __all__ = ["EncodedTable", "encode", "group_rows"]
 # Number of rows that a fit keeps for its checks and for saving, and the smallest number of whole
 # clusters among them; below it, rows are kept without regard to clusters.
 SAMPLE_ROWS, FEWEST_CLUSTERS = 50_000, 20
+# Fewest clusters of which whole ones are held out.
+FEWEST_DIVIDED = 5
 # DuckDB's row groups have multiples of 2,048 rows. Those of about a megabyte were read at 1 GB/s or
 # more, and are small enough that a mini-batch is mixed from several of them.
 VECTOR, GROUP_BYTES = 2048, 2**20
@@ -77,6 +80,39 @@ class EncodedTable:
         names = [*scanned.features, *scanned.numbers, *clusters, "row"]
         return self._rows(names, where, **parameters).take(slice(None))
 
+    def divided(self, factor: str | None, most: int) -> tuple[EncodedTable, ClusteredData]:
+        """The rest of the rows, in a file of their own, and about a fifth, at most `most` rows.
+
+        These are whole clusters of a factor that has at least `FEWEST_DIVIDED`, and single rows
+        otherwise.
+        """
+        scanned, parameters, rng = self.scanned, dict[str, Any](), np.random.default_rng(self.seed)
+        wanted = min(scanned.n_rows // 5, most)
+        where = f"key < {wanted} / {scanned.n_rows}::DOUBLE"
+        if factor is not None and len(scanned.counts[factor]) >= FEWEST_DIVIDED:
+            counts = scanned.counts[factor].numpy()
+            order = rng.permutation(len(counts))
+            n = max(1, int(np.searchsorted(np.cumsum(counts[order]), wanted, "right")))
+            parameters = {"chosen": order[:n].tolist()}
+            where = f"{scanned.cluster(factor)} IN (SELECT unnest($chosen))"
+        names = [*scanned.features, *scanned.numbers, *map(scanned.cluster, scanned.levels)]
+        held = self._rows([*names, "row"], where, **parameters)
+        path = self.path.with_name("rest.parquet")
+        groups = group_rows(len(names) + 2)
+        with database(self.memory, path.parent, len(names)) as connection:
+            connection.execute(
+                f"COPY (SELECT * FROM read_parquet($path) WHERE NOT ({where})) TO $target "
+                f"(FORMAT parquet, COMPRESSION lz4_raw, ROW_GROUP_SIZE {groups})",
+                {**parameters, "path": glob.escape(str(self.path)), "target": str(path)},
+            )
+        left = {
+            name: counts - torch.bincount(held.groupings[name].codes, minlength=len(counts))
+            for name, counts in scanned.counts.items()
+        }
+        fewer = replace(scanned, counts=left, n_rows=scanned.n_rows - held.n_rows)
+        rest = replace(self, path=path, scanned=fewer, digest=self.digest + b"rest")
+        return rest, held.take(slice(None))
+
     def cluster_sums(self, factor: str, names: tuple[str, ...]) -> ClusterSums:
         """Sums of these features, by the clusters of a factor, over all rows."""
         scanned, first = self.scanned, self.scanned.first
@@ -102,7 +138,7 @@ class EncodedTable:
     def _rows(self, names: list[str], where: str, **parameters: Any) -> ClusteredData:
         """Columns of the rows that meet a condition, encoded as those of a table in memory."""
         with database(self.memory, self.path.parent, len(names)) as connection:
-            query = f"SELECT {', '.join(names)} FROM read_parquet($path) WHERE {where}"
+            query = f"SELECT {', '.join(map(quoted, names))} FROM read_parquet($path) WHERE {where}"
             parameters["path"] = glob.escape(str(self.path))
             columns = connection.execute(query, parameters).fetchnumpy()
         scanned = self.scanned
@@ -144,6 +180,9 @@ def encode(
     names = [*scanned.features, *scanned.numbers]
     fields: dict[str, pa.DataType] = dict.fromkeys(names, pa.float64())
     fields |= {f"cluster{place}": pa.int32() for place in range(len(scanned.levels))}
+    # Numbers of single precision hardly become smaller; indicators take next to nothing.
+    numbers = sum(scanned.first.continuous) + len(scanned.numbers)
+    check_free(path.parent, 2 * scanned.n_rows * numbers, "a copy of the rows")
     columns_of = pa.schema({**fields, "row": pa.int64(), "key": pa.float64()})
     # In split byte streams, values that fit single precision take half of the space.
     settings = {"compression": "lz4", "use_byte_stream_split": [*names, "key"]}

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.passes import ahead
 from armed_pyro.rows.source import RowSource
-from armed_pyro.streaming.database import database
+from armed_pyro.streaming.database import database, quoted
 from armed_pyro.streaming.encoded_table import EncodedTable, group_rows
 from armed_pyro.streaming.parquet_table import group_starts, take_rows
 
@@ -60,6 +61,11 @@ class StreamedRows(RowSource):
     @property
     def row_shape(self) -> tuple[int, ...]:
         return (len(self.table.scanned.features),)
+
+    def divided(self, factor: str | None, most: int) -> tuple[StreamedRows, ClusteredData]:
+        """The rest of the rows, and a held-out part; see `EncodedTable.divided`."""
+        rest, held = self.table.divided(factor, most)
+        return StreamedRows(rest, self._like, self._means), held
 
     def fingerprint(self) -> Iterator[bytes]:
         yield self.table.digest
@@ -141,7 +147,7 @@ class StreamedRows(RowSource):
             f"((x{place} - '{mean!r}'::DOUBLE) / '{scale!r}'::DOUBLE)::FLOAT AS x{place}"
             for place, (mean, scale) in enumerate(scaling)
         ]
-        columns += self._columns[len(columns) :]
+        columns += map(quoted, self._columns[len(columns) :])
         with database(table.memory, path.parent, len(columns)) as connection:
             if ranks is not None:
                 connection.register("ranks", ranks)

@@ -24,6 +24,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
 from armed_pyro.data.default_features import FEWEST_ROWS, NEARLY_ALL, ROW_NAMES, warn_of_identifiers
 from armed_pyro.data.formula import parse_features
+from armed_pyro.data.formula_functions import learns
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.schema import Schema, WeightsKind
 from armed_pyro.rows.passes import ahead
@@ -99,8 +100,14 @@ def scan(
                     f"features={features!r} are without an intercept, which a streamed table "
                     "cannot be: leave '0 +' out, or read the table into memory (--memory)"
                 )
+            if stateful := [call for call in formula.calls if learns(call)]:
+                raise ValueError(
+                    f"features={features!r} has {stateful[0]}, which learns from all rows, and a "
+                    "streamed table is not read at once: compute the column first, take functions "
+                    "such as log(x) or I(x**2), or read the table into memory (--memory)"
+                )
             columns = list(formula.columns)
-            used = list(dict.fromkeys([*reserved, *columns]))
+            used = list(dict.fromkeys([*reserved, *columns, *formula.offset_columns]))
             pick(pd.DataFrame(columns=list(table.columns)), used)
             n_rows = views.select_complete(used, missing)
             factors = {*categorical, *formula.categorical, *([] if event is None else [outcome])}

@@ -113,7 +113,8 @@ def fixed_effects(
     -------
     pandas.DataFrame
         Columns term, mean, median, sd, lower, upper; a network without latent weights and
-            clusters' means has no rows.
+            clusters' means has no rows. For an outcome with two labels, ``attrs["event"]`` is the
+            label whose probability is modelled.
 
     Raises
     ------
@@ -138,6 +139,9 @@ def fixed_effects(
         rows = list(zip(model.fixed_terms(), values.unbind(1), strict=True))
     table = _table(rows, ["term"], prob)
     table.attrs["quantity"] = ratio if exponentiate else "coefficient"
+    classes = model.data_facts().classes
+    if classes is not None and not model.family.multiclass:
+        table.attrs["event"] = classes[1]
     return table
 
 

@@ -18,7 +18,7 @@ from armed_pyro.tuning.folds import By, Fold, Task, make_folds
 from armed_pyro.tuning.result import Criterion, Scored, Tuning, choose, described, score_table
 from armed_pyro.tuning.settings import Grid, Settings, changed, distances, grid_of
 
-__all__ = ["tune"]
+__all__ = ["single", "tune"]
 
 
 def tune(
@@ -78,7 +78,8 @@ def tune(
         What to choose by: the log predictive density, which judges predictions with their
         uncertainty, or the error of predictive means, "rmse", or of classes, "accuracy".
     schedule : Schedule, optional
-        Length and learning rates of every fit.
+        Length and learning rates of every fit. By default ``Schedule(folds=1, fold_by=by)``: a
+        fifth of the training clusters or rows stops one network, where `fit` cross-fits five.
     draws : int
         Posterior draws of the predictions.
     workers : int, optional
@@ -126,7 +127,7 @@ def tune(
     _check_criterion(criterion, models)
     factor = _factor(models[0], data, factor)
     parts = _folds(data, by, factor, folds, support, seed)
-    settings: dict[str, Any] = {**options, "schedule": schedule}
+    settings: dict[str, Any] = {**options, "schedule": single(by) if schedule is None else schedule}
     mode = "adapt" if support else unseen
     tasks = [
         Task(number, made, part, factor, mode, draws, seed, settings)
@@ -151,6 +152,11 @@ def tune(
         _design(by, factor, folds, support, scored),
         tuple(f"{described(grid[number])}: {text}" for number, text in errors),
     )
+
+
+def single(by: By) -> Schedule:
+    """One network for each combination and fold; cross-fitting in every fold would train five."""
+    return Schedule(folds=1, fold_by=by)
 
 
 def _programs(

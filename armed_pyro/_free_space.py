@@ -1,0 +1,26 @@
+"""Free space on a disk, looked at before much is written."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+__all__ = ["check_free"]
+
+
+def check_free(folder: Path, needed: int, what: str) -> None:
+    """Raise OSError if the file system of a folder, which may not exist yet, lacks this many bytes.
+
+    >>> check_free(Path(), 0, "nothing")
+    """
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {folder} has {free / 1e6:.1f} MB free, and {what} takes at least "
+            f"{needed / 1e6:.1f} MB: delete files, or choose a folder on another disk",
+        )
