@@ -273,6 +273,7 @@ def _bound(
         yield model.bind(data).to(target), data, None
         return
     with data.encoded(model.factor_names(), seed, progress=progress) as table:
+        model = model.with_family(model.family.bound(table.outcomes()))
         bound = model.bind(with_linear_effects(model, Facts.of_encoded(table, model.family)))
         sample = table.sample(bound.largest_factor())
         facts = with_between(bound, sample, table.cluster_sums)

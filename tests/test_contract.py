@@ -80,7 +80,9 @@ HERE_AND_THERE = [
 ]
 CASES = [(family, *pair) for family in FAMILIES for pair in EVERYWHERE]
 CASES += [(family, *pair) for family in ("bernoulli", "categorical") for pair in HERE_AND_THERE]
-OUTCOMES = dict(zip(FAMILIES, ["y", "won", "hits", "grade", "count", "count"], strict=True))
+OUTCOMES = dict(
+    zip(FAMILIES, ["y", "won", "hits", "grade", "count", "count", "grade"], strict=True)
+)
 
 
 def make_frame(n=40):
@@ -238,7 +240,7 @@ def test_draws_have_their_shapes(case):
 
 def test_seen_clusters_are_predicted(case):
     prediction = case.result.predict(FRAME, draws=4)
-    classes = (3,) if case.family == "categorical" else ()
+    classes = (3,) if case.family in ("categorical", "ordinal") else ()
     assert prediction.expected.shape == (4, len(FRAME), *classes)
     assert prediction.outcome.shape == (4, len(FRAME))
     assert np.isfinite(prediction.expected).all()

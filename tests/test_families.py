@@ -68,7 +68,8 @@ def trials_of(name):
 
 
 def test_every_family_has_a_case():
-    assert set(CASES) == set(FAMILIES)
+    elsewhere = {"ordinal"}  # tests/test_ordinal.py
+    assert set(CASES) | elsewhere == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -286,7 +286,7 @@ class _Working:
     ) -> tuple[float, float] | None:
         """RMSE of clusters predicted from the others, without and with means; None for classes."""
         model = self.posterior.model
-        if model.family.multiclass:
+        if model.family.has_class_probabilities:
             return None
         # The slopes of other features may change, too, beside means.
         base = np.column_stack([np.ones(len(codes)), self.fixed])

@@ -177,7 +177,7 @@ def _sides(
 ) -> Float[np.ndarray, " rows"] | None:
     """1 at the largest possible outcome, -1 at the smallest, 0 between; None if continuous."""
     family = posterior.model.family
-    if not family.integer or family.multiclass:
+    if not family.integer or family.has_class_probabilities:
         return None
     most = np.full(len(y), np.inf)
     if family.is_class:

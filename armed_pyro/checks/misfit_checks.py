@@ -15,6 +15,7 @@ from armed_pyro.checks.pivotal_checks import residual_check
 from armed_pyro.checks.predictor_checks import predictor_checks
 from armed_pyro.checks.quantile_residuals import QuantileResiduals
 from armed_pyro.checks.spread_checks import dispersion_checks, shape_checks, spread_checks
+from armed_pyro.checks.threshold_checks import threshold_checks
 from armed_pyro.inference.posterior import Posterior
 
 __all__ = ["misfit_checks"]
@@ -26,7 +27,7 @@ Stage = Callable[[QuantileResiduals], tuple[list[Check], QuantileResiduals]]
 
 
 def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
-    """Checks of the residuals' law, predictor, spread, order, outliers and influence.
+    """Checks of the residuals' law, predictor, spread, order, thresholds, outliers, influence.
 
     Parameters
     ----------
@@ -53,5 +54,8 @@ def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
         except BROKEN as error:
             yield failed("model", name, cause(error))
     left = residuals
+    yield from checked(
+        "model", "proportional odds", lambda: threshold_checks(posterior, latents, left)
+    )
     yield from checked("model", "shape", lambda: shape_checks(left))
     yield from checked("model", "outliers", lambda: outlier_checks(posterior, latents, left))

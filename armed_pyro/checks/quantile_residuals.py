@@ -192,7 +192,7 @@ class QuantileResiduals:
                 for name, value in model.family_parameters(drawn).items()
             }
             parameters = dict(model.row_parameters(parameters, rows))
-            mean = model.family.mean(eta, rows)
+            mean = model.family.expected(eta, parameters, rows)
         finite = torch.isfinite(mean)
         if not finite.all():
             share = 1 - finite.double().mean()
@@ -278,6 +278,7 @@ def _quantiles(
         lower, quantile = ends
         if family.integer:
             quantile = lower + rng.uniform(size=len(y)) * (quantile - lower)
+        if family.integer and not family.has_class_probabilities:
             none = family.cdf(torch.zeros_like(y), predictor, parameters, rows)
             assert none is not None  # for mypy, as `ends` is not None
             zeros.append(none.cpu().numpy())
@@ -346,7 +347,10 @@ def _information(family: Family, eta: Tensor, parameters: Draws, rows: Rows) -> 
     if precision is not None:
         relative = precision / precision.mean(-1, keepdim=True)
         return np.broadcast_to(relative[..., None].cpu().numpy(), eta.shape)
-    mean = family.mean(eta, rows).detach()
+    information = family.information(eta, parameters, rows)
+    if information is not None:
+        return _positive(information)
+    mean = family.expected(eta, parameters, rows).detach()
     if family.multiclass:
         values = (mean * (1 - mean))[..., 1:]
     else:
@@ -358,7 +362,12 @@ def _information(family: Family, eta: Tensor, parameters: Draws, rows: Rows) -> 
                 return np.ones(eta.shape)
             (curvature,) = torch.autograd.grad(slope.sum(), eta)
         values = -curvature
+    return _positive(values)
+
+
+def _positive(values: Tensor) -> np.ndarray:
+    """Information as an array, at least 1e-6 of its mean; ones if it is not positive."""
     information = values.detach().double().cpu().numpy()
     if not np.isfinite(information).all() or information.mean() <= 0:
-        return np.ones(eta.shape)
-    return information.clip(1e-6 * information.mean())
+        return np.ones(information.shape)
+    return np.asarray(information.clip(1e-6 * information.mean()))

@@ -111,6 +111,8 @@ def _check_options(options: FitOptions) -> None:
     ]:
         if share is not None:
             check_probability(share, name)
+    if options.hold_out_clusters is not None and not options.random:
+        raise ValueError("--hold-out-clusters needs a random effect, such as (1 | site)")
     check_adversary(options)
 
 
@@ -122,10 +124,8 @@ def check_adversary(options: ProgramOptions) -> None:
                 raise ValueError(f"--adversary-{name} needs --adversary FACTOR")
     if options.adversary_weight is not None:
         _weight(options.adversary_weight)
-    for name in ("slopes_on", "hold_out_clusters"):
-        if getattr(options, name) and not options.random:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} needs a random effect, such as (1 | site)")
+    if options.slopes_on and not options.random:
+        raise ValueError("--slopes-on needs a random effect, such as (1 | site)")
 
 
 def _fit_and_save(options: FitOptions) -> None:

@@ -134,7 +134,11 @@ class ProgramOptions:
     hidden: str | None = option(
         None, "Widths of dense's hidden layers: --hidden 64,32 [default: 32,32]", metavar="N,N"
     )
-    family: str = option("gaussian", "Outcome model, one of {families}: --family bernoulli")
+    family: str = option(
+        "gaussian",
+        "Outcome model, one of {families}: --family bernoulli. Another link follows in "
+        "parentheses: --family 'ordinal(probit)'",
+    )
     event: str | None = option(
         None,
         "The label of a two-valued outcome whose probability is modelled: --event case "

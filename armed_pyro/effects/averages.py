@@ -124,7 +124,7 @@ def title_of(what: str, expectation: Expectation) -> str:
     """What quantities are, of which outcome, on which scale, and for which clusters."""
     facts, family = expectation.model.data_facts(), expectation.model.family
     outcome = facts.outcome_name
-    labelled = facts.classes is not None and not family.multiclass
+    labelled = facts.classes is not None and not family.has_class_probabilities
     if facts.classes is not None and labelled:
         outcome = f"P({outcome} = {facts.classes[1]})"
     if expectation.scale == "link":

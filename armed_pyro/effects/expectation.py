@@ -17,6 +17,7 @@ from armed_pyro._messages import check_known
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.effects.grid import Grid
+from armed_pyro.families.family import Eta
 from armed_pyro.guides.base import n_draws
 from armed_pyro.prediction.chunks import check_settings
 from armed_pyro.prediction.unseen import check_mode, label_noise, new_clusters
@@ -96,12 +97,13 @@ class Expectation:
     def labels(self) -> tuple[str, ...]:
         """Labels of the outputs: classes, or a single empty label."""
         facts = self.model.data_facts()
-        if not self.model.family.multiclass:
-            return ("",)
+        family = self.model.family
         if self.scale == "link":
-            return facts.columns
-        classes = range(len(facts.columns) + 1) if facts.classes is None else facts.classes
-        return tuple(map(str, classes))
+            return facts.columns if family.multiclass else ("",)
+        if not family.has_class_probabilities:
+            return ("",)
+        known = family.class_labels(facts.classes)
+        return tuple(map(str, range(len(facts.columns) + 1) if known is None else known))
 
     @property
     def note(self) -> str:
@@ -130,29 +132,35 @@ class Expectation:
         for rows in rows_of.chunks(size):
             with torch.no_grad():
                 values = self._values(rows)
-            values = values if self.model.family.multiclass else values.reshape(*values.shape, 1)
+            values = values if values.dim() == 3 else values[..., None]
             yield values.double().cpu().numpy()
 
     def _values(self, rows: Rows) -> Float[Tensor, "draws rows ..."]:
         """The values of a block; without a last dimension unless the outcome has classes."""
         family = self.model.family
         integrated = self.unseen == "marginal" and self.scale == "response" and self.model.factors
-        if integrated and (family.multiclass or any(f.filters for f in self.model.factors)):
+        if integrated and (
+            family.has_class_probabilities or any(f.filters for f in self.model.factors)
+        ):
             return self._sampled(rows)
         predictor = self.model.predictor(rows, self.latents, return_fixed=False)
         eta = predictor.eta.expand(self.draws, *predictor.eta.shape[-2:])
         if self.scale == "link":
             return eta if family.multiclass else eta[..., 0]
         if not integrated:
-            return family.mean(eta, rows)
+            return self._expected(eta, rows)
         sd = self._random_variance(rows, predictor.activations).sqrt()
         most = float(sd.max()) if sd.numel() else 0.0
         count = next(count for limit, count in NODES if most <= limit or limit == math.inf)
         nodes, weights = np.polynomial.hermite_e.hermegauss(count)
         mean = torch.zeros_like(eta[..., 0])
         for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-            mean += float(weight) * family.mean(eta + float(node) * sd[..., None], rows)
+            mean += float(weight) * self._expected(eta + float(node) * sd[..., None], rows)
         return mean
+
+    def _expected(self, eta: Eta, rows: Rows) -> Float[Tensor, "draws rows ..."]:
+        """The expected outcome of each draw."""
+        return self.model.expected(eta, self.latents, rows)
 
     def _random_variance(
         self, rows: Rows, activations: Mapping[str, Tensor]
@@ -181,7 +189,7 @@ class Expectation:
                 latents[factor.effect_site] = effects.expand(self.draws, clusters, terms)
             eta = self.model.predictor(rows, latents, return_fixed=False).eta
             eta = eta.expand(self.draws, *eta.shape[-2:])
-            total = total + self.model.family.mean(eta, rows) / NEW_CLUSTERS
+            total = total + self._expected(eta, rows) / NEW_CLUSTERS
         return total
 
 

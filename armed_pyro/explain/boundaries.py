@@ -136,7 +136,8 @@ def boundaries(
     """
     model, facts = posterior.model, posterior.model.data_facts()
     chosen = factor_named(model.factors, factor)
-    classes = facts.classes if len(facts.columns) > 1 else None
+    family = model.family
+    classes = family.class_labels(facts.classes) if family.has_class_probabilities else None
     if classes is not None and of not in classes:
         raise ValueError(f"name one of the classes as `of`: {', '.join(map(str, classes))}")
     if draws < 2 or size < 2:
@@ -149,7 +150,11 @@ def boundaries(
     # Columns of random slopes beside the features are at their means, which is 0 standardised.
     slopes = x.new_zeros(len(x), len(facts.slope_names)) if facts.slope_names else None
     latents = posterior.draws(draws, seed=seed)
-    kept = {k: v for k, v in latents.items() if k in (chosen.effect_site, "fixed_effect")}
+    kept = {
+        k: v
+        for k, v in latents.items()
+        if k in (chosen.effect_site, "fixed_effect", *(p.name for p in family.parameters))
+    }
     levels = facts.levels[chosen.name]
     all_clusters = torch.arange(len(levels), device=x.device)
 
@@ -160,7 +165,8 @@ def boundaries(
         )
         predictor = model.predictor(rows, kept)
         assert predictor.fixed is not None  # for mypy: the fixed part is returned by default
-        mean = model.family.mean(predictor.fixed if cluster is None else predictor.eta, rows)
+        eta = predictor.fixed if cluster is None else predictor.eta
+        mean = model.expected(eta, latents, rows)
         mean = mean if classes is None else mean[..., classes.index(of)]
         return mean.reshape(-1, size, size).mean(0)
 

@@ -19,7 +19,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Family", "Parameter", "arrays", "mean_offset", "outcome_of"]
+__all__ = ["Family", "Labelled", "Parameter", "arrays", "mean_offset", "outcome_of"]
 
 # The linear predictor: one column, or one for every class but the first.
 Eta = Float[Tensor, "... rows columns"]
@@ -34,6 +34,15 @@ Unit = Float[Tensor, " 1"]
 # The same two for simulated data: predictors or outcomes, and values of the parameters.
 Array = np.ndarray
 Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Draws of a quantity with one value per label of a dimension."""
+
+    dim: str
+    labels: tuple[str, ...]
+    values: Float[Tensor, "draws labels"]
 
 
 class Parameter(ABC):
@@ -99,6 +108,8 @@ class Family(ABC):
     coefficient_ratio: ClassVar[str] = ""
     # Whether outcomes are codes of any number of classes; the first has no column of the predictor.
     multiclass: ClassVar[bool] = False
+    # Whether `expected` is the probability of every class, in a last dimension.
+    has_class_probabilities: ClassVar[bool] = False
     needs_trials: ClassVar[bool] = False  # whether every row needs a number of trials
     # Whether `residual_variance` depends on the mean outcome; `marginal_mean` is then required.
     needs_mean: ClassVar[bool] = False
@@ -143,11 +154,12 @@ class Family(ABC):
         y = outcome_of(data)
         if data.classes is not None and not (self.is_probability and len(data.classes) == 2):
             family = "bernoulli" if len(data.classes) == 2 else "categorical"
+            ordered = ", or 'ordinal' if they have an order" if len(data.classes) > 2 else ""
             raise ValueError(
                 f"the outcome {data.outcome_name!r} has {len(data.classes)} labels "
                 f"({listing(data.classes, 3)}), but family {self.name!r} needs {self.support}; "
-                f"use family {family!r} for labels (command line: --family {family}), or turn the "
-                "column into numbers if its values are measurements"
+                f"use family {family!r} for labels (command line: --family {family}){ordered}, or "
+                "turn the column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
         if bad.any():
@@ -158,6 +170,18 @@ class Family(ABC):
                 f"row(s) {listing(rows, 3)} with {listing(y[bad][:3].tolist())}: correct the rows "
                 "or choose another family"
             )
+
+    def bound(self, data: ClusteredData) -> Family:
+        """The family with the settings that it takes from the training data; by default itself."""
+        return self
+
+    def codes(self, y: Array) -> Array:
+        """Positions of outcomes among the classes; by default the outcomes themselves."""
+        return y
+
+    def class_labels(self, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Labels of the classes, if `classes` are those of the data; None for 0, 1, ..."""
+        return classes
 
     def columns(self, data: ClusteredData) -> tuple[str, ...]:
         """Names of the predictor's columns; by default a single column with an empty name."""
@@ -202,6 +226,27 @@ class Family(ABC):
     ) -> Float[Tensor, "... rows"] | Float[Tensor, "... rows classes"]:
         """E[y | eta]; the probability of every class where outcomes are classes."""
 
+    def expected(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
+        """E[y | eta, parameters], as `mean`; override it if the mean depends on the parameters."""
+        return self.mean(eta, rows)
+
+    def average(
+        self, eta: Eta, parameters: Parameters, rows: Rows
+    ) -> Float[Tensor, "... rows"] | Float[Tensor, "... rows classes"]:
+        """E[y | eta, parameters] as a number where classes have an order; else `expected`."""
+        return self.expected(eta, parameters, rows)
+
+    def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor | None:
+        """Fisher information of eta, "... rows columns"; None if it is that of the curvature."""
+        return None
+
+    def exceedances(self, eta: Eta, parameters: Parameters) -> tuple[Tensor, Tensor, float] | None:
+        """P(y > boundary) "... rows boundaries" of ordered classes; None if they have no order.
+
+        Also its derivative in eta, and the sd of the latent noise.
+        """
+        return None
+
     def precision(self, parameters: Parameters) -> Tensor | None:
         """Curvature of -log p(y | eta) in eta, or its mean, in the units of the parameters.
 
@@ -236,6 +281,10 @@ class Family(ABC):
         They are the parameters by their names, unless a family overrides this.
         """
         return dict(parameters)
+
+    def labelled(self, parameters: Parameters) -> dict[str, Labelled]:
+        """Quantities with labels that `Fit.to_datatree` adds to the parameters; none by default."""
+        return {}
 
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues | None:
         """P(Y <= y | eta, parameters) in double precision; None, the default, if it is unknown.

@@ -119,6 +119,7 @@ class Categorical(LogitFamily):
     support = "labels, or codes 0, 1, ..., C - 1 with every class present"
     is_class = True
     multiclass = True
+    has_class_probabilities = True
     statistics = ("mean",)
     no_residuals = "classes have no order"
     no_row_effects = "the classes' own variance"

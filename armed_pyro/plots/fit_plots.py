@@ -352,7 +352,7 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
 def _expected(posterior: Posterior) -> str:
     """What the expected outcome is, as the label of an axis."""
     facts, family = posterior.model.data_facts(), posterior.model.family
-    if facts.classes is not None and not family.multiclass:
+    if facts.classes is not None and not family.has_class_probabilities:
         return f"P({facts.outcome_name} = {facts.classes[1]})"
     kind = "probability of" if family.is_probability else "expected"
     return f"{kind} {facts.outcome_name}"

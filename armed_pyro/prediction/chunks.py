@@ -68,6 +68,7 @@ def predict_chunks(
     rows_of = model.encode(data, levels)
     n = n_draws(source.latents) or draws
     size = chunk or max(1, BLOCK_VALUES // (n * values_per_row(model, others=reconstruct)))
+    names = None if facts.classes is None else tuple(map(str, facts.classes))
     base = (posterior.seed if seed is None else seed) + 1
     latents, used = with_new_effects(model, source, levels, rows_of)
     for start, rows in zip(range(0, len(rows_of), size), rows_of.chunks(size), strict=True):
@@ -82,7 +83,7 @@ def predict_chunks(
                 made = model.predictor(rows, latents, return_fixed=False, others=reconstruct)
                 # Without latent sites the predictor has a single draw.
                 eta, rebuilt = made.eta.expand(n, *made.eta.shape[-2:]), made.others
-            expected = model.family.mean(eta, rows)
+            expected = model.expected(eta, latents, rows)
             outcome = model.density(eta, latents, rows).sample() if outcomes else eta[..., 0]
         yield Prediction(
             expected.cpu().numpy(),
@@ -90,7 +91,7 @@ def predict_chunks(
             used[start:stop],
             data.row_labels[start:stop],
             facts.outcome_name,
-            None if facts.classes is None else tuple(map(str, facts.classes)),
+            model.family.class_labels(names),
             prob,
             others={name: _reconstructed(means, rows) for name, means in rebuilt.items()},
         )

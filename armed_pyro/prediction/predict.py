@@ -128,7 +128,7 @@ def predict(
     ``fit.predict(rows, unseen="marginal").to_frame()``
     """
     check_known("value of interval=", [interval], ("expected", "outcome"))
-    if interval == "outcome" and posterior.model.family.multiclass:
+    if interval == "outcome" and posterior.model.family.has_class_probabilities:
         raise ValueError("a class has no interval: leave interval='outcome' out")
     check_settings(draws, prob, network_uncertainty)
     known = None

@@ -53,13 +53,14 @@ def fitted(
     """
     model, data = posterior.model, posterior.data
     parts = [
-        model.family.mean(eta, rows).mean(0).double().cpu().numpy()
-        for rows, eta, _ in _blocks(posterior, draws, seed)
+        model.expected(eta, latents, rows).mean(0).double().cpu().numpy()
+        for rows, eta, latents in _blocks(posterior, draws, seed)
     ]
     values = np.concatenate(parts)
     if values.ndim == 1:
         return pd.Series(values, index=data.row_labels, name="fitted")
-    classes = range(values.shape[1]) if data.classes is None else data.classes
+    known = model.family.class_labels(data.classes)
+    classes = range(values.shape[1]) if known is None else known
     return pd.DataFrame(values, index=data.row_labels, columns=list(classes))
 
 
@@ -121,7 +122,7 @@ def residuals(
         if kind == "quantile":
             parts.append(_quantiles(posterior, rows, eta, latents, rng))
             continue
-        residual = rows.outcome() - family.mean(eta, rows).mean(0)
+        residual = rows.outcome() - model.average(eta, latents, rows).mean(0)
         if kind == "pearson":
             try:
                 variance = model.density(eta, latents, rows).variance

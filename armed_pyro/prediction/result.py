@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,6 +123,51 @@ class Prediction:
         tail = (1 - prob) / 2
         draws = self.expected if of == "expected" else self.outcome
         return tuple(np.quantile(draws, [tail, 1 - tail], axis=0))
+
+    def expected_rating(self, values: Sequence[float] | None = None) -> pd.DataFrame:
+        """Mean of ordered classes as numbers: the sum of value times probability.
+
+        Parameters
+        ----------
+        values : sequence of float, optional
+            The number of each class, in order; by default the labels if they are numbers, and
+            otherwise 1, 2, ...
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns mean, sd, lower, upper of the expected rating, one row per predicted row.
+
+        Raises
+        ------
+        ValueError
+            If the outcome has no classes with probabilities, or `values` has another length.
+
+        Examples
+        --------
+        >>> draws = np.array([[[0.5, 0.5]], [[0.25, 0.75]]])
+        >>> codes, modes = np.zeros((2, 1)), np.array([""])
+        >>> prediction = Prediction(draws, codes, modes, pd.Index([7]), "y", ("2", "4"), 0.9)
+        >>> prediction.expected_rating()["mean"].tolist()
+        [3.25]
+        """
+        if self.expected.ndim != 3:
+            raise ValueError("the outcome has no classes: its mean is in to_frame()")
+        count = self.expected.shape[2]
+        if values is None:
+            try:
+                values = [float(label) for label in self.classes or ()]
+            except ValueError:
+                values = []
+            values = values or list(range(1, count + 1))
+        if len(values) != count:
+            raise ValueError(f"`values` has {len(values)} numbers for {count} classes: give each")
+        rating = self.expected @ np.asarray(values, dtype=float)
+        tail = (1 - self.prob) / 2
+        lower, upper = np.quantile(rating, [tail, 1 - tail], axis=0)
+        columns = {"mean": rating.mean(0), "sd": rating.std(0, ddof=1)}
+        columns |= {"lower": lower, "upper": upper}
+        return pd.DataFrame(columns, index=self.row_labels)
 
     def to_frame(self) -> pd.DataFrame:
         """Table with mean, sd, lower, upper (by class for categorical outcomes) and unseen.

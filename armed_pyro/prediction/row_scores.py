@@ -51,5 +51,5 @@ def row_scores(
     y = data.outcome.numpy()
     if posterior.model.family.is_class:
         predicted = mean.argmax(1) if mean.ndim == 2 else mean > 0.5
-        return RowScores(log_score, (predicted != y).astype(float))
+        return RowScores(log_score, (predicted != posterior.model.family.codes(y)).astype(float))
     return RowScores(log_score, (y - mean) ** 2)

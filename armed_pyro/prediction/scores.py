@@ -360,7 +360,8 @@ def evaluate(
         unseen = int((made.unseen != "").sum())
         record: dict[str, Any] = {"held_out": name, "rows": len(y), "unseen": unseen}
         if posterior.model.family.is_class:
-            record |= _class_scores(y.astype(int), made.mean)
+            codes = posterior.model.family.codes(y).astype(int)
+            record |= _class_scores(codes, made.mean)
         else:
             lower, upper = made.interval(of="outcome")
             record["rmse"] = float(np.sqrt(((y - made.mean) ** 2).mean()))

@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.families.family import Family
 from armed_pyro.priors import Known
 from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
@@ -67,7 +68,8 @@ class MixedEffects(Plan):
         Random effects, in lme4's syntax or as terms; may be empty, for a network without any.
     family : str or Family
         Distribution of the outcome: a `Family`, or the name of one: gaussian, bernoulli,
-        binomial, categorical, poisson or negative_binomial.
+        binomial, categorical, poisson, negative_binomial or ordinal, whose link may follow:
+        ``"ordinal(probit)"``.
     adversary : Adversary or sequence of Adversary
         Classifiers that keep cluster information out of the network's hidden layers.
     priors : Priors
@@ -125,7 +127,8 @@ class MixedEffects(Plan):
         bound = copy.deepcopy(self)
         bound.cross_fit(None)  # an earlier fit may have such networks
         if isinstance(data, ClusteredData):
-            bound.facts = Facts.of(data, self.family, self.factor_names())
+            bound.family = self.family.bound(data)
+            bound.facts = Facts.of(data, bound.family, self.factor_names())
             bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
             bound.facts = with_linear_effects(bound, bound.facts)
             bound.facts = with_between(bound, data)
@@ -163,6 +166,12 @@ class MixedEffects(Plan):
         binding.warn_if_small(bound)
         binding.warn_if_far(bound)
         return bound
+
+    def with_family(self, family: Family) -> MixedEffects:
+        """A shallow copy with this family."""
+        changed = copy.copy(self)
+        changed.family = family
+        return changed
 
     def encode(self, data: ClusteredData, levels: Mapping[str, pd.Index] | None = None) -> HeldRows:
         """The data's rows as tensors in the program's precision and device; see `Facts.encode`."""

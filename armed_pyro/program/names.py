@@ -64,7 +64,7 @@ def tree_names(model: Plan) -> dict[str, FactorNames]:
         for group, kind in factor.groups
         for quantity in kind.sites(group)
     }
-    taken |= {"class"} if model.family.multiclass else set()
+    taken |= {"class"} if model.family.has_class_probabilities else set()
     return factor_names(labels, taken | quantities)
 
 

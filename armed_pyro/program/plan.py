@@ -278,6 +278,22 @@ class Plan(LocalModule):
             drawn = {name: value[min(draw, len(value) - 1)] for name, value in parameters.items()}
             yield eta[min(draw, len(eta) - 1)], drawn
 
+    def expected(self, eta: Eta, latents: Latents, rows: Rows) -> Tensor:
+        """E[y | eta, parameters of the family] "... rows", or "... rows classes"."""
+        return self.family.expected(eta, self._by_row(latents), rows)
+
+    def average(self, eta: Eta, latents: Latents, rows: Rows) -> Tensor:
+        """E[y | eta, parameters of the family]; ordered classes count as numbers."""
+        return self.family.average(eta, self._by_row(latents), rows)
+
+    def _by_row(self, latents: Latents) -> Parameters:
+        """The family's parameters, with a 1 in the place of the rows where they have draws."""
+        values = self.family_parameters(latents).items()
+        return {
+            name: value.reshape(-1, 1) if value.numel() > 1 else value.reshape(())
+            for name, value in values
+        }
+
     def frequencies(self, rows: Rows) -> Float[Tensor, " rows"] | None:
         """Multipliers of the rows' log-likelihoods; None stands for 1."""
         # Fits that were saved before there were kinds have frequencies.

@@ -86,12 +86,14 @@ def fresh_probes(posterior: Posterior) -> list[str]:
 def event_of(model: MixedEffects) -> tuple[Any, ...]:
     """The label whose probability is modelled, or nothing."""
     classes = model.data_facts().classes
-    return () if classes is None or model.family.multiclass else classes[1:]
+    return () if classes is None or model.family.has_class_probabilities else classes[1:]
 
 
 def outcome_labels(model: MixedEffects) -> dict[str, str]:
     """The modelled event, or the reference, of an outcome with labels."""
     classes, family = model.data_facts().classes, model.family
+    if family.has_class_probabilities and not family.multiclass:
+        return {"Categories": " < ".join(family.class_labels(classes) or ())}
     if family.multiclass and classes is not None:
         return {"Reference class": f"{classes[0]!r} (the first); the others are relative to it"}
     if classes is not None:

@@ -343,8 +343,12 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             add(names.cor, (term, term_bis), covariance / product.sqrt())
         for group, quantity, values in factor.quantities(latents):
             add(group.site(quantity).replace("/", "_"), (), values.to(torch.float64))
-    for parameter, values in original_parameters(model, latents).items():
+    parameters = original_parameters(model, latents)
+    for parameter, values in parameters.items():
         add(parameter, (), values)
+    for quantity, labelled in model.family.labelled(parameters).items():
+        coords[labelled.dim] = list(labelled.labels)
+        add(quantity, (labelled.dim,), labelled.values)
     for other in model.others:
         add(other.sd_site, (), original_sd(model, other, latents))
     if model.has_fixed_effects:
@@ -390,7 +394,7 @@ def _dataset(posterior: Posterior, variables: Variables, **coords: Any) -> xr.Da
     if posterior.data.classes is not None and outcome in dataset:
         classes = [str(label) for label in posterior.data.classes]
         dataset[outcome].attrs["classes"] = classes
-        if not posterior.model.family.multiclass:
+        if not posterior.model.family.has_class_probabilities:
             dataset[outcome].attrs["event"] = classes[1]
     return dataset
 
