@@ -31,7 +31,7 @@ from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassif
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Conclusion, Results, Verdicts
-from armed_pyro.report.text import described, event_of, summarize
+from armed_pyro.report.text import described, of_event, summarize
 from armed_pyro.storage import save
 from armed_pyro.summaries import datatree, model_comparison, parameters, variance
 
@@ -294,8 +294,7 @@ class Fit:
 
         tables = {"Variance components": self.variance_components()}
         if self.model.has_fixed_effects:
-            event = "".join(f" of {label!r}" for label in event_of(self.model))
-            tables = {f"Fixed effects{event}": self.fixed_effects(), **tables}
+            tables = {f"Fixed effects{of_event(self.model)}": self.fixed_effects(), **tables}
         shown = "".join(
             f"<p>{escape(title)}</p>{as_text(table).to_html(index=False, max_rows=20)}"
             for title, table in tables.items()

@@ -11,7 +11,16 @@ from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
-from armed_pyro import ClusteredData, Fit, HalfNormal, Known, MixedEffects, Priors, fit
+from armed_pyro import (
+    ClusteredData,
+    Fit,
+    HalfNormal,
+    Known,
+    MixedEffects,
+    Priors,
+    Schedule,
+    fit,
+)
 from armed_pyro.checks.calibration import simulation_calibration
 from armed_pyro.checks.threshold_checks import slope_differences
 from armed_pyro.cli import app
@@ -347,9 +356,25 @@ def test_command_line(tmp_path):
     components = pd.read_csv(tmp_path / "run" / "variance_components.csv")
     assert "threshold[2|3]" in set(components["statistic"])
     predicted = tmp_path / "p.csv"
-    done = CliRunner().invoke(app, ["predict", run, table, "--out", str(predicted)])
+    done = CliRunner().invoke(
+        app, ["predict", run, str(tmp_path / "wine.csv"), "--out", str(predicted)]
+    )
     assert done.exit_code == 0, done.output
     assert "mean[5]" in pd.read_csv(predicted)
+
+
+def test_ordered_labels_have_no_event():
+    rng = np.random.default_rng(0)
+    labels = pd.Categorical.from_codes(
+        rng.integers(3, size=60), ["low", "mid", "high"], ordered=True
+    )
+    frame = pd.DataFrame({"y": labels, "x": rng.normal(size=60), "g": np.arange(60) % 6})
+    data = ClusteredData.from_frame(frame, outcome="y", clusters=["g"])
+    model = MixedEffects(nn.Linear(1, 1), "(1 | g)", "ordinal", bayesian_head=True)
+    fitted = fit(model, data, schedule=Schedule(steps=20), progress=False)
+    assert fitted.model.event is None
+    assert "event" not in fitted.fixed_effects().attrs
+    assert repr(fitted).startswith("Fit of y (ordinal")
 
 
 @pytest.mark.slow

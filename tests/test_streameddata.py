@@ -400,7 +400,7 @@ def test_a_factor_with_few_clusters_but_most_effects_is_taken_whole(tmp_path, mo
 @pytest.mark.parametrize("factor", ["site", None])
 def test_held_out_rows_and_the_rest_are_all_rows(both, factor):
     encoded, streamed, held = both
-    rest, part = streamed.divided(factor, most=400)
+    rest, part = streamed.divided(factor, wanted=400)
     assert 0 < part.n_rows <= (400 if factor else 500)
     assert len(rest) + part.n_rows == len(held)
     y = torch.cat([rest.all().y, part.outcome.to(rest.like)])

@@ -384,6 +384,21 @@ def test_the_command_scores_options_as_tune_scores_settings(rows: Path, tmp_path
     assert f"Options of fit: --random '{chosen}'" in done.stdout
 
 
+def test_a_formula_says_what_the_options_say(rows: Path, tmp_path: Path) -> None:
+    """Slopes that are tried need not be features."""
+    tables = {}
+    over = ["--over", "random = (1 | site); (1 + x | site)", "--steps", 20, "--folds", 2]
+    long = ["--outcome", "y", "--random", "(1 | site)", "--features", "1"]
+    for name, program in {"formula": ["y ~ 1 + (1 | site)"], "options": long}.items():
+        path = tmp_path / f"{name}.csv"
+        words = ["tune", rows, *program, *over, "--workers", 1, "--out", path]
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+        tables[name] = pd.read_csv(path)
+    assert len(tables["formula"]) == 2
+    pd.testing.assert_frame_equal(tables["formula"], tables["options"])
+
+
 def test_the_command_makes_every_program(rows: Path) -> None:
     over = ["--over", "hidden = 4; 4,3", "--over", "between = no; yes"]
     over += ["--over", "adversary-weight=1"]

@@ -190,13 +190,13 @@ def _log_likelihood(
     return total
 
 
-@threads(1)
 def _linear_effects(model: MixedEffects, data: ClusteredData) -> bool:
     """Whether the program has linear effects; a frozen network would have none by default."""
     facts = Facts.of(data, model.family, model.factor_names())
     return bool(with_linear_effects(model, facts).linear_names)
 
 
+@threads(1)
 def check_outcomes(recovery: Recovery, simulations: int) -> None:
     """Draw every data set once, before the first is fitted.
 

@@ -24,7 +24,6 @@ from armed_pyro.cli.saved_run import CHECKPOINT, EVALUATION, PARTIAL, check_run_
 from armed_pyro.data.cluster_columns import is_call
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import read_table, write_table
-from armed_pyro.data.formula import parse_features
 from armed_pyro.engine.processes import first_process, leave
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.family import Family
@@ -38,8 +37,8 @@ from armed_pyro.prediction.scores import evaluate
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms, slopes_formula
-from armed_pyro.random_effects.model_formula import ModelFormula
-from armed_pyro.random_effects.terms import RandomEffects, Slopes, Term
+from armed_pyro.random_effects.model_formula import ModelFormula, cluster_columns
+from armed_pyro.random_effects.terms import Slopes, Term
 from armed_pyro.report.text import summarize
 from armed_pyro.storage.run_lock import is_temporary, locked
 from armed_pyro.streaming.parquet_table import TableBlocks
@@ -113,11 +112,11 @@ def _check_options(options: FitOptions) -> None:
             check_probability(share, name)
     if options.hold_out_clusters is not None and not options.random:
         raise ValueError("--hold-out-clusters needs a random effect, such as (1 | site)")
-    check_adversary(options)
+    check_program(options)
 
 
-def check_adversary(options: ProgramOptions) -> None:
-    """Raise ValueError for options of an adversary that is not there, or a weight of no number."""
+def check_program(options: ProgramOptions) -> None:
+    """Raise ValueError for options of an adversary, or of layers, that others do not go with."""
     if options.adversary is None:
         for name in ("weight", "taps", "hidden", "warmup"):
             if getattr(options, f"adversary_{name}") is not None:
@@ -223,15 +222,16 @@ def table_rows(
     features: list[str] | str | None = options.features
     if options.formula is None:
         features = _features(options.features, table.columns)
+    watched = [options.adversary] if options.adversary else []
     return training_rows(
         table,
         memory,
         folder,
         outcome=str(options.outcome),
-        clusters=_cluster_columns(terms, options.adversary, features, table.columns),
+        clusters=cluster_columns(terms, features or [], table.columns, *watched),
         features=features,
         slopes=slopes_formula(options.random or (), table.columns) or (),
-        categorical=_categorical(options.categorical, terms),
+        categorical=_listed(options.categorical or ""),
         trials=options.trials,
         offset=options.offset,
         weights=options.weights,
@@ -343,20 +343,6 @@ def _stopping(options: FitOptions, split: SplitRows) -> ClusteredData | Literal[
     return "auto" if options.cross_fit else None
 
 
-def _cluster_columns(
-    terms: Sequence[Term],
-    adversary: str | None,
-    features: list[str] | str | None,
-    table: Collection[str],
-) -> list[str]:
-    """Columns of the grouping factors; the factor ``a:b`` needs the columns a and b."""
-    factors = [term.factor for term in terms] + ([adversary] if adversary else [])
-    formula = parse_features(features or [], lambda: ())
-    factors += [column.factor for column in formula.made]
-    columns = [[name] if name in table else name.split(":") for name in factors]
-    return list(dict.fromkeys(name for names in columns for name in names))
-
-
 def _listed(text: str) -> list[str]:
     """Names from a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -372,13 +358,6 @@ def _features(text: str | None, table: Collection[str]) -> list[str] | str | Non
         return names
     formula = unknown and (len(names) == 1 or any(character in text for character in "+:*^`()~|"))
     return text if formula else names
-
-
-def _categorical(text: str | None, terms: Sequence[Term]) -> list[str]:
-    """Columns of --categorical, and those in factor() in the random effects."""
-    names = _listed(text or "")
-    names += [n for term in terms if isinstance(term, RandomEffects) for n in term.categorical]
-    return list(dict.fromkeys(names))
 
 
 def _widths(hidden: str | None, net: str) -> dict[str, Any]:

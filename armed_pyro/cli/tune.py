@@ -14,7 +14,7 @@ import typer
 from armed_pyro._messages import listing
 from armed_pyro.cli.console import err, out
 from armed_pyro.cli.fit import (
-    check_adversary,
+    check_program,
     opened,
     program,
     table_rows,
@@ -28,7 +28,6 @@ from armed_pyro.data.files import write_table
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.families.registry import family_named
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.random_effects.terms import Term
 from armed_pyro.tuning.folds import By
 from armed_pyro.tuning.settings import Settings
 from armed_pyro.tuning.tune import single, tune
@@ -64,12 +63,12 @@ def tune_table(options: TuneOptions) -> None:
     if options.table is not None:
         check_replaces(options.table, options.data)
     grid = values(options.over)
-    check_adversary(options)
+    check_program(options)
     tried = [changed(options, {name: text}) for name, texts in grid.items() for text in texts]
     for trial in tried:
-        check_adversary(trial)
+        check_program(trial)
         family_named(trial.family)
-    rows = _rows(options, [term for trial in (options, *tried) for term in terms_of(trial)])
+    rows = _rows(options, tried)
 
     def make(settings: Settings) -> MixedEffects:
         made = changed(options, settings)
@@ -160,8 +159,11 @@ def _read(name: str, text: str) -> Any:
         ) from error
 
 
-def _rows(options: TuneOptions, terms: list[Term]) -> ClusteredData:
+def _rows(options: TuneOptions, tried: list[TuneOptions]) -> ClusteredData:
     """The table's rows in memory, with the columns of all terms."""
+    terms = [term for trial in (options, *tried) for term in terms_of(trial)]
+    texts = (text for trial in (options, *tried) for text in trial.random or ())
+    options = replace(options, random=list(dict.fromkeys(texts)))
     table = opened(options, terms)
     rows = table_rows(options, terms, table, sys.maxsize, Path())
     assert isinstance(rows, ClusteredData)  # for mypy; nothing needs more memory than that

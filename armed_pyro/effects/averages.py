@@ -124,11 +124,11 @@ def title_of(what: str, expectation: Expectation) -> str:
     """What quantities are, of which outcome, on which scale, and for which clusters."""
     facts, family = expectation.model.data_facts(), expectation.model.family
     outcome = facts.outcome_name
-    labelled = facts.classes is not None and not family.has_class_probabilities
-    if facts.classes is not None and labelled:
-        outcome = f"P({outcome} = {facts.classes[1]})"
+    event = expectation.model.event
+    if event is not None:
+        outcome = f"P({outcome} = {event})"
     if expectation.scale == "link":
         outcome = f"the linear predictor of {outcome}"
-    elif family.is_probability and not labelled:
+    elif family.is_probability and event is None:
         outcome = f"the probability of {outcome}"
     return f"{what} of {outcome}, {CLUSTERS[expectation.unseen]}"

@@ -207,8 +207,10 @@ class CrossFitting:
         facts = model.data_facts()
         model.facts = replace(facts, n_rows=len(rows), counts=rows.counts)
         stages = 1 if self.pooled else min(STAGES, task.schedule.stages)
-        of_held = self.make_guide(model, held).to(model.reference().device)
-        evidence = Evidence.of(model, of_held, held) if comparable(model) else None
+        evidence = None
+        if comparable(model):
+            of_held = self.make_guide(model, held).to(model.reference().device)
+            evidence = Evidence.of(model, of_held, held)
         share = Share.of(task.share.processes, rows, model.network)
         return replace(
             task,

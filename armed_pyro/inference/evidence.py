@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +52,10 @@ class Evidence:
 
     @classmethod
     def of(cls, model: MixedEffects, guide: Guide, rows: HeldRows) -> Evidence | None:
-        """The score by these rows; None if the search for a mode would take too long."""
+        """The score by these rows, whose guide this is; None if the search would take too long."""
         searchable = guide.nested() is not None or not model.factors
         if not searchable or modulates(model) or guide.work() > MOST_WORK:
             return None
-        guide = copy.deepcopy(guide)
         guide.settle()
         return cls(model, guide, rows)
 

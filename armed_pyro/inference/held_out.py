@@ -105,7 +105,10 @@ class StreamedPart:
     @classmethod
     def of(cls, model: MixedEffects, source: StreamedRows) -> StreamedPart:
         """About a fifth of the rows, at most `MOST_STREAMED`: whole clusters if they are enough."""
-        rest, held = source.divided(model.largest_factor(), MOST_STREAMED)
+        factor = model.largest_factor()
+        if factor is not None and len(source.counts[factor]) < FEWEST_CLUSTERS:
+            factor = None
+        rest, held = source.divided(factor, min(len(source) // SINGLE, MOST_STREAMED))
         return cls(rest, model.encode(held))
 
     @property

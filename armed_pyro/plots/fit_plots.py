@@ -351,11 +351,10 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
 
 def _expected(posterior: Posterior) -> str:
     """What the expected outcome is, as the label of an axis."""
-    facts, family = posterior.model.data_facts(), posterior.model.family
-    if facts.classes is not None and not family.has_class_probabilities:
-        return f"P({facts.outcome_name} = {facts.classes[1]})"
-    kind = "probability of" if family.is_probability else "expected"
-    return f"{kind} {facts.outcome_name}"
+    model, outcome = posterior.model, posterior.model.data_facts().outcome_name
+    if model.event is not None:
+        return f"P({outcome} = {model.event})"
+    return f"{'probability of' if model.family.is_probability else 'expected'} {outcome}"
 
 
 def _curve(

@@ -207,6 +207,12 @@ class Plan(LocalModule):
         names += facts.between_names
         return tuple(f"{name}[{c}]" if c else name for name in names for c in facts.columns)
 
+    @property
+    def event(self) -> Any:
+        """The label whose probability is modelled; None unless the outcome has two labels."""
+        classes = self.data_facts().classes
+        return None if classes is None or self.family.has_class_probabilities else classes[1]
+
     def network_terms(self) -> tuple[str, ...]:
         """The latent fixed effects, except those of clusters' means."""
         means = len(self.data_facts().columns) * len(self.data_facts().between_names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from armed_pyro.data.formula import parse_features
@@ -16,8 +16,9 @@ from armed_pyro.data.formula_syntax import (
     text_of,
 )
 from armed_pyro.random_effects.formula import fixed_and_random, parse_terms, slopes_formula
+from armed_pyro.random_effects.terms import Term
 
-__all__ = ["ModelFormula"]
+__all__ = ["ModelFormula", "cluster_columns"]
 
 _EXPECTED = "Expected 'outcome ~ features + (slopes | group)', such as 'y ~ x + (x | site)'"
 _ROLES = ("trials", "weights", "se")
@@ -71,15 +72,27 @@ class ModelFormula:
         return slopes_formula(self.random, columns)
 
     def cluster_columns(self, columns: Collection[str], *more: str) -> list[str]:
-        """Columns of the grouping factors of terms and features, and of `more` factors.
+        """Columns of the grouping factors of terms and features, and of `more` factors."""
+        return cluster_columns(parse_terms(self.random), self.features, columns, *more)
 
-        The factor ``a:b`` needs the columns a and b, unless there is one of its name.
-        """
-        made = parse_features(self.features, lambda: ()).made
-        factors = [term.factor for term in parse_terms(self.random)]
-        factors += [*more, *(column.factor for column in made)]
-        names = [[name] if name in columns else name.split(":") for name in factors]
-        return list(dict.fromkeys(part for parts in names for part in parts))
+
+def cluster_columns(
+    terms: Sequence[Term],
+    features: Sequence[str] | str,
+    columns: Collection[str],
+    *more: str,
+) -> list[str]:
+    """Columns of the grouping factors of terms and features, and of `more` factors.
+
+    The factor ``a:b`` needs the columns a and b, unless there is one of its name.
+
+    >>> cluster_columns(parse_terms("(1 | a/b)"), "within(x | id)", ["a", "b", "id"])
+    ['a', 'b', 'id']
+    """
+    made = parse_features(features, lambda: ()).made
+    factors = [*(term.factor for term in terms), *more, *(column.factor for column in made)]
+    names = [[name] if name in columns else name.split(":") for name in factors]
+    return list(dict.fromkeys(part for parts in names for part in parts))
 
 
 def _left_side(node: Node, text: str) -> tuple[str, dict[str, str]]:

@@ -19,9 +19,9 @@ from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
 from armed_pyro.report.text import (
     adversaries,
-    event_of,
     fresh_probes,
     how_training_ended,
+    of_event,
     outcome_labels,
     priors,
 )
@@ -85,7 +85,7 @@ def page(
         spreads=components[is_spread],
         shares=components[~is_spread],
         fixed_effects=results.fixed_effects,
-        event="".join(f" of {label!r}" for label in event_of(results.posterior.model)),
+        event=of_event(results.posterior.model),
         forests=forests,
         evaluation=evaluation,
         priors=priors(results.posterior.model),

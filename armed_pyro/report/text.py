@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from armed_pyro._messages import count_rows
@@ -83,10 +81,9 @@ def fresh_probes(posterior: Posterior) -> list[str]:
     return [f"Fresh probe of {probe.factor}: {probe}" for probe in probes]
 
 
-def event_of(model: MixedEffects) -> tuple[Any, ...]:
-    """The label whose probability is modelled, or nothing."""
-    classes = model.data_facts().classes
-    return () if classes is None or model.family.has_class_probabilities else classes[1:]
+def of_event(model: MixedEffects) -> str:
+    """Text such as ' of "case"' for the modelled event; empty without one."""
+    return "" if model.event is None else f" of {model.event!r}"
 
 
 def outcome_labels(model: MixedEffects) -> dict[str, str]:
@@ -113,7 +110,7 @@ def described(posterior: Posterior) -> str:
     random = " + ".join(map(str, model.terms)) or "no random effects"
     sizes = "".join(f", {len(levels)} of {name}" for name, levels in facts.levels.items())
     fixed = "linear" if model.linear else type(model.network).__name__
-    event = "".join(f" = {label!r}" for label in event_of(model))
+    event = "" if model.event is None else f" = {model.event!r}"
     return (
         f"{facts.outcome_name}{event} ({model.family}): {fixed} + {random}; "
         f"{count_rows(facts.n_rows)}{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
@@ -179,7 +176,7 @@ def _fixed(results: Results) -> str:
         if not model.bayesian_head and means.empty:
             return "Fixed effects: a network, and linear effects; see Fit.fixed_effects()"
     interval = f"{results.prob:.0%} equal-tailed interval"
-    of = "".join(f"of {label!r}, " for label in event_of(model))
+    of = "" if model.event is None else f"of {model.event!r}, "
     return _section(f"Fixed effects ({of}posterior mean, {interval})", body)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from armed_pyro._free_space import check_free
 from armed_pyro._memory import release
 from armed_pyro._messages import cause
-from armed_pyro.data.files import write_table
+from armed_pyro.data.files import without_formulas
 from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, n_draws
@@ -127,7 +127,8 @@ def save(
             del tensors
             _write_groups(posterior, partial / POSTERIOR, draws)
             for name, table in {VARIANCE: variance_components, FIXED: fixed_effects}.items():
-                write_table(table, partial / name, quote_formulas=quote_formulas)
+                table = without_formulas(table) if quote_formulas else table
+                table.to_csv(partial / name, index=False)
             _write_json(partial / DIAGNOSTICS, {**verdict, **_training_end(posterior)})
             # Only the owner can read the file that save_file makes.
             shutil.copymode(partial / DIAGNOSTICS, partial / MODEL)

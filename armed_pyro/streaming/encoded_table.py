@@ -31,8 +31,6 @@ __all__ = ["EncodedTable", "encode", "group_rows"]
 # Number of rows that a fit keeps for its checks and for saving, and the smallest number of whole
 # clusters among them; below it, rows are kept without regard to clusters.
 SAMPLE_ROWS, FEWEST_CLUSTERS = 50_000, 20
-# Fewest clusters of which whole ones are held out.
-FEWEST_DIVIDED = 5
 # DuckDB's row groups have multiples of 2,048 rows. Those of about a megabyte were read at 1 GB/s or
 # more, and are small enough that a mini-batch is mixed from several of them.
 VECTOR, GROUP_BYTES = 2048, 2**20
@@ -80,16 +78,14 @@ class EncodedTable:
         names = [*scanned.features, *scanned.numbers, *clusters, "row"]
         return self._rows(names, where, **parameters).take(slice(None))
 
-    def divided(self, factor: str | None, most: int) -> tuple[EncodedTable, ClusteredData]:
-        """The rest of the rows, in a file of their own, and about a fifth, at most `most` rows.
+    def divided(self, factor: str | None, wanted: int) -> tuple[EncodedTable, ClusteredData]:
+        """The rest of the rows, in a file of their own, and about `wanted` rows.
 
-        These are whole clusters of a factor that has at least `FEWEST_DIVIDED`, and single rows
-        otherwise.
+        These are whole clusters of the factor; single rows without one.
         """
         scanned, parameters, rng = self.scanned, dict[str, Any](), np.random.default_rng(self.seed)
-        wanted = min(scanned.n_rows // 5, most)
         where = f"key < {wanted} / {scanned.n_rows}::DOUBLE"
-        if factor is not None and len(scanned.counts[factor]) >= FEWEST_DIVIDED:
+        if factor is not None:
             counts = scanned.counts[factor].numpy()
             order = rng.permutation(len(counts))
             n = max(1, int(np.searchsorted(np.cumsum(counts[order]), wanted, "right")))

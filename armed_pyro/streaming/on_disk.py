@@ -62,9 +62,9 @@ class StreamedRows(RowSource):
     def row_shape(self) -> tuple[int, ...]:
         return (len(self.table.scanned.features),)
 
-    def divided(self, factor: str | None, most: int) -> tuple[StreamedRows, ClusteredData]:
+    def divided(self, factor: str | None, wanted: int) -> tuple[StreamedRows, ClusteredData]:
         """The rest of the rows, and a held-out part; see `EncodedTable.divided`."""
-        rest, held = self.table.divided(factor, most)
+        rest, held = self.table.divided(factor, wanted)
         return StreamedRows(rest, self._like, self._means), held
 
     def fingerprint(self) -> Iterator[bytes]:

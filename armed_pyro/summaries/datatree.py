@@ -394,8 +394,8 @@ def _dataset(posterior: Posterior, variables: Variables, **coords: Any) -> xr.Da
     if posterior.data.classes is not None and outcome in dataset:
         classes = [str(label) for label in posterior.data.classes]
         dataset[outcome].attrs["classes"] = classes
-        if not posterior.model.family.has_class_probabilities:
-            dataset[outcome].attrs["event"] = classes[1]
+        if posterior.model.event is not None:
+            dataset[outcome].attrs["event"] = str(posterior.model.event)
     return dataset
 
 

@@ -139,9 +139,8 @@ def fixed_effects(
         rows = list(zip(model.fixed_terms(), values.unbind(1), strict=True))
     table = _table(rows, ["term"], prob)
     table.attrs["quantity"] = ratio if exponentiate else "coefficient"
-    classes = model.data_facts().classes
-    if classes is not None and not model.family.multiclass:
-        table.attrs["event"] = classes[1]
+    if model.event is not None:
+        table.attrs["event"] = model.event
     return table
 
 
