@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from armed_pyro.distributions.shapes import broadcast_shape
 from armed_pyro.distributions.small_matrices import multiply
 
 __all__ = ["BlockScale"]
@@ -52,5 +53,5 @@ class BlockScale:
             multiply(block.unsqueeze(-3), part.unflatten(-1, (-1, block.shape[-1]))).flatten(-2)
             for block, part in zip(blocks, vector.split(sizes, -1), strict=True)
         ]
-        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+        batch = broadcast_shape(*(piece.shape[:-1] for piece in pieces))
         return torch.cat([piece.expand(*batch, -1) for piece in pieces], -1)
