@@ -14,18 +14,32 @@ from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro._messages import progress_console
-from armed_pyro.guides.base import joined
+from armed_pyro.guides.base import Guide, joined
 from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.noise import gaussian_noise, heavy_noise, proposal_noise
-from armed_pyro.inference.marginal_weights import exact_likelihood, joint_draws
+from armed_pyro.inference.marginal_weights import (
+    exact_likelihood,
+    joint_draws,
+    marginal_draws,
+)
 from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled, weigh
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["BLOCK", "affordable", "importance_draws", "refinable", "settled", "weighed"]
+__all__ = [
+    "BLOCK",
+    "affordable",
+    "efficient",
+    "importance_draws",
+    "n_effects",
+    "refinable",
+    "settled",
+    "weighed",
+]
 
 # Log-likelihoods (rows times draws times particles): in total, in one block of draws, and the total
 # at which even the fewest draws take too long.
@@ -37,6 +51,11 @@ MOST_VALUES = 2**24  # values in the draws of all random effects
 MOST_WORK = 2**38  # multiplications of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
+# Draws of theta that are weighed without random effects, which take microseconds each.
+MOST_MARGINAL = 6000
+# Draws of theta at the mode by which its weights are judged; the largest k-hat and the smallest
+# share of effective draws of a guide that need not be trained.
+TRIED, SMALL_K_HAT, EFFICIENT = 1000, 0.3, 0.5
 # Multiplications that are free (1,000 draws with a matrix of 300 random effects, 3 s). Beyond them
 # draws are weighed until the Monte Carlo error of the mean of every hyperparameter is below
 # ACCURATE posterior sds, which is looked at every CHECKED draws.
@@ -86,7 +105,7 @@ def importance_draws(
 ) -> ImportanceDraws:
     """Up to 4,000 draws from the guide, and their importance weights, nested by cluster.
 
-    If log p(y | theta) has a closed form, 4,000 draws of the hyperparameters are weighed without a
+    If log p(y | theta) has a closed form, 6,000 draws of the hyperparameters are weighed without a
     row. Of crossed factors with many random effects, only as many draws are weighed as bring the
     Monte Carlo error of every hyperparameter's mean below 5% of its posterior sd. Otherwise large
     data get fewer draws, but at least 200. The proposal of the hyperparameters has heavier tails
@@ -148,7 +167,7 @@ def _marginal(
     """Weighted draws of the hyperparameters alone."""
     model, guide = posterior.model, posterior.guide
     size, blocks, totals = closed.most_draws(), list[dict[str, Tensor]](), list[Tensor]()
-    most = min(MOST_DRAWS, affordable(posterior)) if closed.work else MOST_DRAWS
+    most = min(MOST_DRAWS, affordable(posterior)) if closed.work else MOST_MARGINAL
     free, checked, done = _free_draws(closed.work), 0, 0
     with model.seeded(seed + 4), pyro.validation_enabled(False):
         noise, ratio = heavy_noise(guide, most, model.reference())
@@ -169,6 +188,20 @@ def _marginal(
         few = closed.work * LEFT_OUT_DRAWS > FREE_WORK
         index = weighted.resample(FEW_LEFT_OUT if few else LEFT_OUT_DRAWS)
         return _with_clusters(posterior, source, weighted, index, noise[index])
+
+
+@torch.no_grad()
+def efficient(model: MixedEffects, guide: Guide, closed: MarginalLikelihood) -> bool:
+    """Whether weighted draws of the guide as it is are as good as those of a trained guide."""
+    noise, ratio = heavy_noise(guide, TRIED, model.reference())
+    with pyro.validation_enabled(False):
+        totals = [
+            marginal_draws(model, guide, closed, part).total
+            for part in noise.split(closed.most_draws())
+        ]
+    log_weights, k_hat = pareto_smooth((torch.cat(totals) - ratio).double().cpu().numpy()[None])
+    share = float(1 / np.square(np.exp(log_weights)).sum()) / TRIED
+    return bool(k_hat[0] < SMALL_K_HAT) and share > EFFICIENT
 
 
 def _free_draws(work: int) -> int:
@@ -275,6 +308,10 @@ def affordable(posterior: Posterior) -> int:
     model = posterior.model
     if modulates(model):
         return FEWEST_DRAWS
+    return max(FEWEST_DRAWS, MOST_VALUES // max(1, n_effects(model)))
+
+
+def n_effects(model: MixedEffects) -> int:
+    """Number of random effects."""
     levels = model.data_facts().levels
-    effects = sum(len(factor.terms) * len(levels[factor.name]) for factor in model.factors)
-    return max(FEWEST_DRAWS, MOST_VALUES // max(1, effects))
+    return sum(len(factor.terms) * len(levels[factor.name]) for factor in model.factors)

@@ -22,6 +22,7 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.inference.averaged_weights import AveragedWeights
 from armed_pyro.inference.evidence import Evidence
+from armed_pyro.inference.importance_sampling import efficient
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.marginal_weights import MarginalBound, exact_likelihood
 from armed_pyro.inference.objective import NestedBound, Objective
@@ -41,6 +42,8 @@ MOST_WORK = 2**27
 # The same for one draw without random effects, from sums of the rows. With a matrix of 150 random
 # effects, steps would take longer than the search for the mode and 4,000 weighted draws together.
 MOST_CLOSED_WORK = 2**20
+# Draws of the bound at the mode, and most multiplications of all of them.
+BOUND_DRAWS, BOUND_WORK = 256, 2**32
 # Most rows that one step reads from files.
 MOST_READ = 2**18
 # Steps without a better look at held-out rows before the rates of a network are first cut. Its
@@ -69,6 +72,7 @@ class TrainingTask:
     network_trained: bool = False  # whether it begins after the network's training
     keeps_snapshots: bool = False  # whether the network is kept after many windows, not at its best
     evidence: Evidence | None = None  # the score of held-out rows; None takes their log-likelihood
+    weighed: bool = False  # whether importance weights correct the guide afterwards
 
     @property
     def by_epochs(self) -> bool:
@@ -367,6 +371,7 @@ class FrozenPhase(Phase):
         super().__init__(task, Share(before.share.processes, self.frozen_rows))
         # Centre of q(theta) after each step since the rates were last cut.
         self.iterates: list[np.ndarray] = []
+        self._at_mode = particles is None  # no step has been taken
         self.closed = exact_likelihood(task.model, task.guide, self.frozen_rows)
         self.particles = self._start() if particles is None else particles
         if self.closed is not None:
@@ -403,6 +408,7 @@ class FrozenPhase(Phase):
 
     def take(self, step: int) -> tuple[Loss, Tensor]:
         task, remaining = self.task, self.task.schedule.steps - step
+        self._at_mode = False
         if self.closed is not None:
             exact = MarginalBound(task.model, task.guide, self.closed)
             loss, norm = self.steps(
@@ -419,21 +425,25 @@ class FrozenPhase(Phase):
         return loss, norm
 
     def loss_at_mode(self) -> Loss | None:
-        """The loss at the mode if steps would take too long, else None.
+        """The loss at the mode if steps would take too long or gain nothing, else None.
 
         A loss ends the phase: the guide stays at the mode, and importance weights correct it.
         """
         task = self.task
-        work, most = task.guide.work(), MOST_WORK
-        if self.closed is not None:
-            work, most = self.closed.work, MOST_CLOSED_WORK
-        if work <= most or not task.schedule.stages:
+        if not (task.schedule.stages and self._at_mode):
             return None
         with torch.no_grad():
             if self.closed is not None:
-                loss = MarginalBound(task.model, task.guide, self.closed)(1)
-            else:
+                if self.closed.work <= MOST_CLOSED_WORK and not (
+                    task.weighed and efficient(task.model, task.guide, self.closed)
+                ):
+                    return None
+                draws = max(1, min(BOUND_DRAWS, BOUND_WORK // max(1, self.closed.work)))
+                loss = MarginalBound(task.model, task.guide, self.closed)(draws)
+            elif task.guide.work() > MOST_WORK:
                 loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)
+            else:
+                return None
         self.iterates = [self._center()]
         self.plateau.cuts = task.schedule.stages
         return loss

@@ -32,7 +32,7 @@ from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
 from armed_pyro.inference.held_out import HeldOut, StreamedPart
-from armed_pyro.inference.importance_sampling import importance_draws, refinable
+from armed_pyro.inference.importance_sampling import importance_draws, n_effects, refinable
 from armed_pyro.inference.out_of_sample import out_of_sample
 from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
@@ -48,6 +48,8 @@ __all__ = ["GuideFactory", "progress_bar", "threads", "train"]
 
 # Fewest rows of which some are held out by default.
 FEWEST_ROWS = 10
+# Fewest draws of random effects that are kept, and values of all draws.
+FEWEST_KEPT, KEPT_VALUES = 1000, 2**22
 # Rows times parameters of one step below which one thread is fastest.
 SMALL_STEP = 2**24
 
@@ -118,6 +120,7 @@ def train(
         task = TrainingTask(
             bound, bound_guide, data, rows, share, schedule, stopping, seed, compile, weights
         )
+        task = replace(task, weighed=refine)
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         # In small steps, synchronising threads costs more than it saves.
         count = 1 if size < SMALL_STEP else torch.get_num_threads()
@@ -225,9 +228,14 @@ def _weighted(
         posterior = replace(posterior, importance=weights)
         # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide,
         # and the diagnostics warn.
-        return refined_by(posterior) if weights.k_hat < 1 else posterior
+        return refined_by(posterior, joint=_joint(posterior)) if weights.k_hat < 1 else posterior
     except KeyboardInterrupt as error:
         raise TrainingInterrupted(posterior) from error
+
+
+def _joint(posterior: Posterior) -> int:
+    """Draws of all random effects that are kept."""
+    return max(FEWEST_KEPT, KEPT_VALUES // max(1, n_effects(posterior.model)))
 
 
 def _check_same(
