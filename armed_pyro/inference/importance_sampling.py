@@ -51,15 +51,16 @@ MOST_VALUES = 2**24  # values in the draws of all random effects
 MOST_WORK = 2**38  # multiplications of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
-# Draws of theta that are weighed without random effects, which take microseconds each.
+# Most draws of theta that are weighed without random effects.
 MOST_MARGINAL = 6000
 # Draws of theta at the mode by which its weights are judged; the largest k-hat and the smallest
 # share of effective draws of a guide that need not be trained.
 TRIED, SMALL_K_HAT, EFFICIENT = 1000, 0.3, 0.5
-# Multiplications that are free (1,000 draws with a matrix of 300 random effects, 3 s). Beyond them
-# draws are weighed until the Monte Carlo error of the mean of every hyperparameter is below
-# ACCURATE posterior sds, which is looked at every CHECKED draws.
-FREE_WORK, CHECKED, ACCURATE = 2**33, 50, 0.05
+# Multiplications that are free (1,000 draws with a matrix of 300 random effects, 3 s), and values
+# of matrices by cluster (1,500 draws of 1,700 clusters with two terms, 1 s). Beyond them draws are
+# weighed until the Monte Carlo error of the mean of every hyperparameter is below ACCURATE
+# posterior sds, which is looked at every CHECKED draws.
+FREE_WORK, FREE_VALUES, CHECKED, ACCURATE = 2**33, 2**25, 50, 0.05
 # Draws at which clusters are left out if these draws exceed FREE_WORK.
 FEW_LEFT_OUT = 100
 # Draws at which clusters are left out, and rows of these clusters, where theta alone is weighed.
@@ -168,7 +169,7 @@ def _marginal(
     model, guide = posterior.model, posterior.guide
     size, blocks, totals = closed.most_draws(), list[dict[str, Tensor]](), list[Tensor]()
     most = min(MOST_DRAWS, affordable(posterior)) if closed.work else MOST_MARGINAL
-    free, checked, done = _free_draws(closed.work), 0, 0
+    free, checked, done = _free_draws(closed), 0, 0
     with model.seeded(seed + 4), pyro.validation_enabled(False):
         noise, ratio = heavy_noise(guide, most, model.reference())
         for part, log_ratio in zip(noise.split(size), ratio.split(size), strict=True):
@@ -204,9 +205,11 @@ def efficient(model: MixedEffects, guide: Guide, closed: MarginalLikelihood) -> 
     return bool(k_hat[0] < SMALL_K_HAT) and share > EFFICIENT
 
 
-def _free_draws(work: int) -> int:
-    """Draws that are weighed whatever their error, at this many multiplications for each."""
-    return max(FEWEST_DRAWS, min(MOST_DRAWS, FREE_WORK // max(1, work)))
+def _free_draws(closed: MarginalLikelihood) -> int:
+    """Draws that are weighed whatever their error."""
+    by_work = max(FEWEST_DRAWS, FREE_WORK // max(1, closed.work))
+    by_values = max(LEFT_OUT_DRAWS, FREE_VALUES // max(1, closed.size))
+    return min(MOST_DRAWS, by_work, by_values)
 
 
 def _with_clusters(
