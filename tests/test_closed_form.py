@@ -390,3 +390,51 @@ def test_streamed_rows_have_the_same_sums(tmp_path):
     held = model.bind(ClusteredData.from_frame(frame, **roles)).eval()
     expected = closed_form(held, held.encode(ClusteredData.from_frame(frame, **roles)))
     assert torch.allclose(found, expected.log_likelihood(latents), rtol=1e-9)
+
+
+def test_a_guide_whose_weights_are_good_at_the_mode_is_not_trained(monkeypatch):
+    """Both posteriors agree within their Monte Carlo errors; without weights it is trained."""
+    data = ClusteredData.from_frame(
+        make_frame(400, 80, 20, 8), outcome="y", clusters=["child", "room"], features=["x"]
+    )
+    model = MixedEffects(nn.Linear(1, 1), "(1 | child) + (1 | room)", bayesian_head=True)
+    kept = fit(model, data, progress=False)
+    assert len(kept.history.loss) == 1
+    assert kept.converged
+    assert kept.importance.k_hat < 0.7
+    assert kept.importance.effective > 2000
+    monkeypatch.setattr("armed_pyro.inference.phases.efficient", lambda *_: False)
+    trained = fit(model, data, progress=False)
+    assert len(trained.history.loss) > 20
+    assert trained.history.elbo[-1] == pytest.approx(kept.history.elbo[0], abs=0.01)
+    tables = [one.variance_components() for one in (trained, kept)]
+    expected, found = (one[one["statistic"] == "sd"].set_index("factor") for one in tables)
+    error = expected["sd"] * 2**0.5 / 2000**0.5
+    assert ((found["mean"] - expected["mean"]).abs() < 4 * error).all()
+    monkeypatch.undo()
+    unweighted = fit(model, data, refine=False, schedule=Schedule(steps=24), progress=False)
+    assert len(unweighted.history.loss) == 24
+
+
+def test_random_effects_are_drawn_for_some_of_the_hyperparameters(monkeypatch, tmp_path):
+    data = ClusteredData.from_frame(
+        make_frame(300, 60, 12, 4), outcome="y", clusters=["child", "room"], features=["x"]
+    )
+    monkeypatch.setattr("armed_pyro.inference.train.FEWEST_KEPT", 100)
+    monkeypatch.setattr("armed_pyro.inference.train.KEPT_VALUES", 1)
+    model = MixedEffects(nn.Linear(1, 1), "(1 | child) + (1 | room)", bayesian_head=True)
+    fitted = fit(model, data, progress=False)
+    assert len(fitted.refined) == 100
+    assert len(fitted.refined.pool["child_sd"]) == 4000
+    assert len(fitted.hyperparameters(4000)["child_sd"].unique()) > 1000
+    drawn = fitted.draws(100)
+    assert {len(value) for value in drawn.values() if value.dim() > 1} == {100}
+    # An effect belongs to the hyperparameters beside it: its mean square is their variance.
+    pool = fitted.refined.pool
+    sd, effects = pool["child_sd"][:100, 0, 0], pool["child_effect"][..., 0]
+    assert torch.corrcoef(torch.stack([sd, effects.square().mean(1).sqrt()]))[0, 1] > 0.5
+    fitted.save(tmp_path / "fit")
+    loaded = Fit.load(tmp_path / "fit", net=nn.Linear(1, 1))
+    for site, value in fitted.refined.pool.items():
+        assert torch.equal(loaded.refined.pool[site], value)
+    assert loaded.variance_components().equals(fitted.variance_components())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from armed_pyro._messages import progress_console
 from armed_pyro.guides.base import Guide, joined
-from armed_pyro.guides.closed_form import MarginalLikelihood
+from armed_pyro.guides.closed_form import MarginalLikelihood, cost
 from armed_pyro.guides.noise import gaussian_noise, heavy_noise, proposal_noise
 from armed_pyro.inference.marginal_weights import (
     exact_likelihood,
@@ -56,11 +56,11 @@ MOST_MARGINAL = 6000
 # Draws of theta at the mode by which its weights are judged; the largest k-hat and the smallest
 # share of effective draws of a guide that need not be trained.
 TRIED, SMALL_K_HAT, EFFICIENT = 1000, 0.3, 0.5
-# Multiplications that are free (1,000 draws with a matrix of 300 random effects, 3 s), and values
-# of matrices by cluster (1,500 draws of 1,700 clusters with two terms, 1 s). Beyond them draws are
-# weighed until the Monte Carlo error of the mean of every hyperparameter is below ACCURATE
-# posterior sds, which is looked at every CHECKED draws.
-FREE_WORK, FREE_VALUES, CHECKED, ACCURATE = 2**33, 2**25, 50, 0.05
+# Multiplications that are free: 1,000 draws with a matrix of 300 random effects, or 1,600 draws of
+# 1,700 clusters with two terms, take 1 to 3 s. Beyond them draws are weighed until the Monte Carlo
+# error of the mean of every hyperparameter is below ACCURATE posterior sds, looked at every
+# CHECKED draws.
+FREE_WORK, CHECKED, ACCURATE = 2**33, 50, 0.05
 # Draws at which clusters are left out if these draws exceed FREE_WORK.
 FEW_LEFT_OUT = 100
 # Draws at which clusters are left out, and rows of these clusters, where theta alone is weighed.
@@ -186,7 +186,7 @@ def _marginal(
         nested = guide.nested()
         if nested is None or not weighted.k_hat < 1:
             return weighted
-        few = closed.work * LEFT_OUT_DRAWS > FREE_WORK
+        few = cost(closed) * LEFT_OUT_DRAWS > FREE_WORK
         index = weighted.resample(FEW_LEFT_OUT if few else LEFT_OUT_DRAWS)
         return _with_clusters(posterior, source, weighted, index, noise[index])
 
@@ -207,9 +207,7 @@ def efficient(model: MixedEffects, guide: Guide, closed: MarginalLikelihood) -> 
 
 def _free_draws(closed: MarginalLikelihood) -> int:
     """Draws that are weighed whatever their error."""
-    by_work = max(FEWEST_DRAWS, FREE_WORK // max(1, closed.work))
-    by_values = max(LEFT_OUT_DRAWS, FREE_VALUES // max(1, closed.size))
-    return min(MOST_DRAWS, by_work, by_values)
+    return max(FEWEST_DRAWS, min(MOST_DRAWS, FREE_WORK // cost(closed)))
 
 
 def _with_clusters(

@@ -19,7 +19,7 @@ from armed_pyro.engine.compiled_step import CompileMode, Loss, Steps
 from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_hat
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import MarginalLikelihood
+from armed_pyro.guides.closed_form import MarginalLikelihood, cost
 from armed_pyro.inference.averaged_weights import AveragedWeights
 from armed_pyro.inference.evidence import Evidence
 from armed_pyro.inference.importance_sampling import efficient
@@ -43,7 +43,7 @@ MOST_WORK = 2**27
 # effects, steps would take longer than the search for the mode and 4,000 weighted draws together.
 MOST_CLOSED_WORK = 2**20
 # Draws of the bound at the mode, and most multiplications of all of them.
-BOUND_DRAWS, BOUND_WORK = 256, 2**32
+BOUND_DRAWS, BOUND_WORK = 256, 2**31
 # Most rows that one step reads from files.
 MOST_READ = 2**18
 # Steps without a better look at held-out rows before the rates of a network are first cut. Its
@@ -434,11 +434,12 @@ class FrozenPhase(Phase):
             return None
         with torch.no_grad():
             if self.closed is not None:
-                if self.closed.work <= MOST_CLOSED_WORK and not (
+                dear = self.closed.work > MOST_CLOSED_WORK or cost(self.closed) > MOST_WORK
+                if not dear and not (
                     task.weighed and efficient(task.model, task.guide, self.closed)
                 ):
                     return None
-                draws = max(1, min(BOUND_DRAWS, BOUND_WORK // max(1, self.closed.work)))
+                draws = max(1, min(BOUND_DRAWS, BOUND_WORK // cost(self.closed)))
                 loss = MarginalBound(task.model, task.guide, self.closed)(draws)
             elif task.guide.work() > MOST_WORK:
                 loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)
