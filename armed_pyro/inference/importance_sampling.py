@@ -51,8 +51,6 @@ MOST_VALUES = 2**24  # values in the draws of all random effects
 MOST_WORK = 2**38  # multiplications of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
-# Most draws of theta that are weighed without random effects.
-MOST_MARGINAL = 6000
 # Draws of theta at the mode by which its weights are judged; the largest k-hat and the smallest
 # share of effective draws of a guide that need not be trained.
 TRIED, SMALL_K_HAT, EFFICIENT = 1000, 0.3, 0.5
@@ -106,7 +104,7 @@ def importance_draws(
 ) -> ImportanceDraws:
     """Up to 4,000 draws from the guide, and their importance weights, nested by cluster.
 
-    If log p(y | theta) has a closed form, 6,000 draws of the hyperparameters are weighed without a
+    If log p(y | theta) has a closed form, 4,000 draws of the hyperparameters are weighed without a
     row. Of crossed factors with many random effects, only as many draws are weighed as bring the
     Monte Carlo error of every hyperparameter's mean below 5% of its posterior sd. Otherwise large
     data get fewer draws, but at least 200. The proposal of the hyperparameters has heavier tails
@@ -168,7 +166,7 @@ def _marginal(
     """Weighted draws of the hyperparameters alone."""
     model, guide = posterior.model, posterior.guide
     size, blocks, totals = closed.most_draws(), list[dict[str, Tensor]](), list[Tensor]()
-    most = min(MOST_DRAWS, affordable(posterior)) if closed.work else MOST_MARGINAL
+    most = min(MOST_DRAWS, affordable(posterior)) if closed.work else MOST_DRAWS
     free, checked, done = _free_draws(closed), 0, 0
     with model.seeded(seed + 4), pyro.validation_enabled(False):
         noise, ratio = heavy_noise(guide, most, model.reference())

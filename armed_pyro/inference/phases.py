@@ -143,9 +143,7 @@ class Phase(ABC):
 
     trains_network: bool
     frozen_rows: RowSource | None = None  # all rows with the frozen network's outputs
-    closed: MarginalLikelihood | None = (
-        None  # log p(y | theta) of all rows, if it has a closed form
-    )
+    closed: MarginalLikelihood | None = None  # log p(y | theta), if it has a closed form
 
     def __init__(self, task: TrainingTask, share: Share) -> None:
         self.task, self.share, self.passes = task, share, Passes(self.one_pass)
@@ -435,9 +433,8 @@ class FrozenPhase(Phase):
         with torch.no_grad():
             if self.closed is not None:
                 dear = self.closed.work > MOST_CLOSED_WORK or cost(self.closed) > MOST_WORK
-                if not dear and not (
-                    task.weighed and efficient(task.model, task.guide, self.closed)
-                ):
+                good = task.weighed and not task.schedule.sets_guide
+                if not (dear or (good and efficient(task.model, task.guide, self.closed))):
                     return None
                 draws = max(1, min(BOUND_DRAWS, BOUND_WORK // cost(self.closed)))
                 loss = MarginalBound(task.model, task.guide, self.closed)(draws)

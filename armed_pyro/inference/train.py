@@ -108,7 +108,7 @@ def train(
     if isinstance(held_out, HeldOut) and held_out.factor is None and isinstance(rows, HeldRows):
         rows = replace(rows, fold=held_out.fold.to(rows.x.device))
         data = replace(data, fold=held_out.fold)
-    path = None if checkpoint is None else Path(checkpoint)
+    path = Path(checkpoint) if checkpoint is not None else None
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
         if processes.several:
@@ -120,13 +120,12 @@ def train(
         task = TrainingTask(
             bound, bound_guide, data, rows, share, schedule, stopping, seed, compile, weights
         )
-        task = replace(task, weighed=refine)
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         # In small steps, synchronising threads costs more than it saves.
         count = 1 if size < SMALL_STEP else torch.get_num_threads()
         with threads(count), _training_bar(schedule, progress and processes.first) as report:
             saved = Checkpoint.read(path) if resume and path is not None else None
-            run = _trained(task, guide, held_out, path, report, saved)
+            run = _trained(replace(task, weighed=refine), guide, held_out, path, report, saved)
         processes.same(bound, bound_guide)
     posterior, frozen_rows, closed = run.result(), run.phase.frozen_rows, run.phase.closed
     record_probes(posterior, validation if isinstance(validation, ClusteredData) else held_out)
