@@ -11,13 +11,14 @@ DATA ?=
 BIN   := .venv/bin
 STAMP := .venv/.installed
 PIP   := $(BIN)/python -m pip install -qq -c constraints.txt
-CODE  := armed_pyro models analysis tests
+CODE  := armed_pyro models analysis tests docs
+PAGES := .venv-docs
 # One thread per worker: two workers on two cores would otherwise fight over them.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test fuzz slow bench lint format clean
+.PHONY: help venv demo test fuzz slow bench docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -53,6 +54,17 @@ slow: $(STAMP)  ## run the slow tests and the accuracy analysis (hours), then AN
 bench: $(STAMP)  ## time steps, fits, growth and memory, a short form (DATA=FOLDER: real data sets)
 	$(BIN)/python -m armed_pyro.analysis.benchmarks.benchmark --short $(if $(DATA),--data $(DATA))
 
+# The pages have an environment of their own: Sphinx needs what the tests do not.
+$(PAGES)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(PAGES)
+	@$(PAGES)/bin/python -m pip install -qq -c constraints.txt torch==2.13.0
+	@$(PAGES)/bin/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(PAGES)/.installed  ## run the examples of all pages and build the pages, into results/docs
+	$(THREADS) $(PAGES)/bin/python -m sphinx -q -W --keep-going -b html docs results/docs
+	@echo "The pages are in $(CURDIR)/results/docs/index.html"
+
 lint: $(STAMP)  ## check style, imports, formatting and types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -63,5 +75,5 @@ format: $(STAMP)  ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix $(CODE)
 
 clean:  ## remove .venv, caches, builds and results
-	rm -rf .venv build dist results htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv $(PAGES) build dist results htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find $(CODE) \( -name __pycache__ -o -name .ruff_cache \) -type d -prune -exec rm -rf {} +

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     from armed_pyro.formula_model import Model as Model, model as model
     from armed_pyro.guides.base import Guide as Guide
     from armed_pyro.guides.structured import StructuredGuide as StructuredGuide
+    from armed_pyro.inference.network_training import (
+        CsvLog as CsvLog,
+        TensorBoardLog as TensorBoardLog,
+        TrainingRecord as TrainingRecord,
+    )
     from armed_pyro.networks.adversary import Adversary as Adversary
     from armed_pyro.prediction.adapt import Adapted as Adapted
     from armed_pyro.prediction.result import Prediction as Prediction
@@ -55,9 +60,11 @@ if TYPE_CHECKING:
     from armed_pyro.program.model import MixedEffects as MixedEffects
     from armed_pyro.random_effects.terms import (
         FilterScaleBias as FilterScaleBias,
+        Process as Process,
         RandomEffects as RandomEffects,
         Slopes as Slopes,
     )
+    from armed_pyro.report.word import to_word as to_word
     from armed_pyro.streaming.streamed_data import StreamedData as StreamedData
     from armed_pyro.tuning.result import Tuning as Tuning
     from armed_pyro.tuning.tune import tune as tune
@@ -85,13 +92,15 @@ _NAMES = {
     "formula_model": "Model model",
     "guides.base": "Guide",
     "guides.structured": "StructuredGuide",
+    "inference.network_training": "CsvLog TensorBoardLog TrainingRecord",
     "networks.adversary": "Adversary",
     "prediction.adapt": "Adapted",
     "prediction.result": "Prediction",
     "prediction.scores": "crps",
     "priors": "Exponential HalfNormal HalfStudentT Known Priors",
     "program.model": "MixedEffects",
-    "random_effects.terms": "FilterScaleBias RandomEffects Slopes",
+    "report.word": "to_word",
+    "random_effects.terms": "FilterScaleBias Process RandomEffects Slopes",
     "streaming.streamed_data": "StreamedData",
     "tuning.result": "Tuning",
     "tuning.tune": "tune",

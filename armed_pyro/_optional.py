@@ -6,8 +6,8 @@ from importlib import import_module
 from types import ModuleType
 
 
-def extra(module: str, what: str) -> ModuleType:
-    """A module of the extra ``analysis``; the error names `what` needs it.
+def extra(module: str, what: str, name: str = "analysis") -> ModuleType:
+    """A module of the extra `name`; the error names `what` needs it.
 
     >>> extra("statsmodel", "this")
     Traceback (most recent call last):
@@ -18,5 +18,5 @@ def extra(module: str, what: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(
-            f"{what} needs {package}, which is not installed: pip install 'armed_pyro[analysis]'"
+            f"{what} needs {package}, which is not installed: pip install 'armed_pyro[{name}]'"
         ) from error

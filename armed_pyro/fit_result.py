@@ -26,12 +26,15 @@ from armed_pyro.inference import refine
 from armed_pyro.inference.importance_sampling import importance_draws, weighed
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior, RefinedDraws
 from armed_pyro.plots.fit_plots import Plots
-from armed_pyro.prediction import adapt, predict, residuals, scores
+from armed_pyro.plots.report_pictures import report_pictures
+from armed_pyro.prediction import adapt, export, predict, residuals, scores, survival
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Conclusion, Results, Verdicts
+from armed_pyro.report.story import report
 from armed_pyro.report.text import described, of_event, summarize
+from armed_pyro.report.write import check_ending, write_report
 from armed_pyro.storage import save
 from armed_pyro.summaries import datatree, model_comparison, parameters, variance
 
@@ -95,12 +98,21 @@ class Fit:
 
     @property
     def data(self) -> ClusteredData:
-        """The training rows, or a sample of them: see `sampled`."""
+        """The training rows, or a sample of them (`sampled`)."""
         return self.posterior.data
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """E[y | fixed effects] as a torch module, of inputs on the scale of the data.
+
+        Scales of inputs and outcome, link and posterior draws are inside; see
+        `armed_pyro.prediction.export.PredictionModule`. ``fit.model.network`` is the bare network.
+        """
+        return export.PredictionModule(self.posterior, {}, 200, None)
 
     @property
     def plot(self) -> Plots:
-        """Pictures: ``fit.plot.effects("Days")``, ``.caterpillar()``, ``.ppc()``, and others."""
+        """Pictures, such as ``fit.plot.effects("Days")``, ``.caterpillar()`` and ``.ppc()``."""
         return Plots(self.posterior, self.classifiers)
 
     @property
@@ -144,6 +156,10 @@ class Fit:
     draws = _verb(Posterior.draws)
     hyperparameters = _verb(Posterior.hyperparameters)
     predict = _verb(predict.predict)
+    export = _verb(export.export)
+    concordance = _verb(survival.concordance)
+    survival_calibration = _verb(survival.survival_calibration)
+    survival = _verb(survival.survival)
     compare_modes = _verb(scores.compare_modes)
     score_mode = _verb(scores.score_mode)
     adapt = _verb(adapt.adapt)
@@ -323,6 +339,52 @@ class Fit:
             verdicts=Verdicts(conclusions, found.to_frame(), found.figures, str(found)),
         )
 
+    def report(
+        self,
+        path: str | Path,
+        *,
+        title: str = "",
+        prob: float = 0.9,
+        evaluation: pd.DataFrame | None = None,
+    ) -> None:
+        """Write a report for readers: HTML in one file, or Word, by the ending of the path.
+
+        It has the question in words, the two verdicts and what was not checked, the main effects
+        as pictures, the variance components in sentences, a table and a picture, predictive and
+        residual plots, all checks, priors, a methods text with references, versions and the seed.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file, which ends in ``.html`` or ``.docx``. A browser prints HTML to PDF.
+        title : str
+            Title of the report.
+        prob : float
+            Probability of all intervals.
+        evaluation : pandas.DataFrame, optional
+            A table of scores on held-out rows, which is shown as it is.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed, or python-docx for Word.
+        ValueError
+            If the path has another ending, or is a folder.
+
+        Examples
+        --------
+        ``fit(model, data).report("report.html", title="Sleep deprivation")``
+        """
+        check_ending(Path(path))
+        content = report(
+            self.results(prob=prob),
+            self.random_effects(prob=prob),
+            title=title,
+            evaluation=evaluation,
+            pictures=report_pictures(self.plot, prob=prob),
+        )
+        write_report(content, Path(path))
+
     @exclusive
     def save(
         self,
@@ -372,7 +434,14 @@ class Fit:
 
     @classmethod
     @exclusive
-    def load(cls, folder: str | Path, net: nn.Module | None = None, *, verify: bool = True) -> Fit:
+    def load(
+        cls,
+        folder: str | Path,
+        net: nn.Module | None = None,
+        *,
+        data: ClusteredData | None = None,
+        verify: bool = True,
+    ) -> Fit:
         """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
         Parameters
@@ -380,6 +449,9 @@ class Fit:
         net : torch.nn.Module, optional
             A network of the fit's architecture; a copy of it gets the weights of the fit. Not
             needed for networks that are registered by name (``linear``, ``dense``).
+        data : ClusteredData, optional
+            The training rows of a fit to a dataset, whose inputs are not saved: results about the
+            training rows need them, predictions of other rows do not.
         verify : bool
             Whether every file must be as it was saved, by its SHA-256 in the manifest, and the
             network must have the fit's outputs at fixed inputs. False is for files that were
@@ -391,7 +463,7 @@ class Fit:
             If the folder holds no fit, a file is missing, changed, damaged or of a newer version,
             or the network is unknown, has other parameters or computes something else.
         """
-        return cls(*save.load(folder, net, verify=verify))
+        return cls(*save.load(folder, net, data=data, verify=verify))
 
 
 # The same as functions: ``compare_modes(fit, held_out)``.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from rich.console import Console
@@ -27,8 +28,10 @@ from armed_pyro.engine.processes import (
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.fit_result import Fit
 from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.inference.network_training import NetworkTraining, TrainingArguments
 from armed_pyro.inference.train import GuideFactory, train
 from armed_pyro.inference.training_run import TrainingDiverged, TrainingInterrupted
+from armed_pyro.inference.warm_start import warm_started
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.model import MixedEffects
@@ -87,6 +90,9 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    clip: float | None = None,
+    warm_start: Fit | None = None,
+    **training: Unpack[TrainingArguments],
 ) -> Fit:
     r"""Minimise ``-ELBO + lambda_F (-log p(y | f)) + adversarial loss`` over all parameters.
 
@@ -143,9 +149,34 @@ def fit(
         File to which the state is written after every window of steps.
     resume : bool
         Continue from `checkpoint` if it exists, with the result of an uninterrupted run: to the
-        bit if no step was compiled, else up to rounding errors.
+        bit if no step was compiled, else up to rounding errors. A run whose steps ran out goes on
+        with a schedule of more steps.
     progress : bool
         Whether to show a progress bar.
+    optimizer : callable, optional
+        Makes the network's optimizer from its groups of parameters, such as
+        ``lambda groups: torch.optim.AdamW(groups, lr=1e-3)``. By default the library's Adam, which
+        always trains the guide. Its rates are multiplied by the schedule's cuts. Such steps are not
+        compiled. Called once per cross-fitted network.
+    scheduler : callable, optional
+        Makes a scheduler of torch from that optimizer; it is told of every step.
+    parameter_groups : mapping of str to mapping, optional
+        Settings of the optimizer by module path, ``{"backbone": {"lr": 1e-5}}``. The other weights
+        are the groups "network" and "adversary".
+    callbacks : sequence of callable
+        Called with a `TrainingRecord` after every window of steps; True ends the phase, at the best
+        network.
+    precision : {"full", "bf16-mixed"}
+        Whether the network is trained in mixed precision; program and predictions are not.
+    accumulate : int
+        Batches whose mean gradient is one step of the network.
+    clip : float, optional
+        `Schedule.clip`.
+    monitor : {"log_score", "auroc", "accuracy", "rmse", "mae"}
+        The measure of held-out rows that decides when a network is best.
+    warm_start : Fit, optional
+        An earlier fit of the same features, outcome and network, at whose network the training
+        begins. Rows and clusters may be new.
 
     Raises
     ------
@@ -169,6 +200,8 @@ def fit(
     'site'
     """
     _check_arguments(model, data, validation, schedule, seed)
+    schedule = schedule if clip is None else replace(schedule or Schedule(), clip=clip)
+    network_training = NetworkTraining(**training)
     if distributed not in DISTRIBUTED_MODES:
         modes = ", ".join(DISTRIBUTED_MODES)
         raise ValueError(f"`distributed` is {distributed!r}, but must be one of {modes}")
@@ -187,6 +220,8 @@ def fit(
         model, weights = _weighed(model, data, search, checkpoint if resume else None)
         try:
             with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
+                if warm_start is not None:
+                    bound = warm_started(model, bound, warm_start.model).to(target)
                 _note(bound, progress=progress)
                 posterior = train(
                     bound,
@@ -203,6 +238,7 @@ def fit(
                     resume=resume,
                     progress=progress,
                     weights=weights,
+                    training=network_training,
                 )
         except TrainingDiverged as error:
             raise DivergenceError(str(error), Fit(error.posterior)) from error

@@ -107,6 +107,9 @@ def model(
     weights: str | None = None,
     weights_kind: WeightsKind = "frequency",
     se: str | None = None,
+    status: str | None = None,
+    upper: str | None = None,
+    entry: str | None = None,
     event: Any = None,
     missing: Missing = "error",
     seed: int = 0,
@@ -121,7 +124,9 @@ def model(
     ----------
     formula : str
         ``outcome ~ features + (slopes | group)``. The outcome is a column; ``y | trials(n)``,
-        ``y | weights(w)`` and ``y | se(s)`` name columns with these roles.
+        ``y | weights(w)`` and ``y | se(s)`` name columns with these roles. Censored outcomes are
+        ``event(time, status)`` or ``interval(lower, upper)``, with a late entry
+        ``event(time, status, entry)``.
     data
         A pandas, polars or pyarrow table.
     family : str or Family
@@ -139,7 +144,7 @@ def model(
         Whether the last linear layer gets a posterior; by default with ``net="linear"`` only.
     fixed_weight : float
         As in `MixedEffects`.
-    categorical, trials, offset, weights, weights_kind, se, event, missing
+    categorical, trials, offset, weights, weights_kind, se, status, upper, entry, event, missing
         As in `ClusteredData.from_frame`.
     seed : int
         Seed of the network's initial weights, and of `Model.fit`.
@@ -172,7 +177,8 @@ def model(
     read, table, chosen = ModelFormula.read(formula), as_pandas(data), family_named(family)
     adversaries = [adversary] if isinstance(adversary, str | Adversary) else list(adversary)
     watched = [other if isinstance(other, str) else other.factor for other in adversaries]
-    roles = {"trials": trials, "weights": weights, "se": se}
+    roles: dict[str, Any] = {"trials": trials, "weights": weights, "se": se}
+    roles |= {"status": status, "upper": upper, "entry": entry}
     for role, column in read.roles.items():
         if roles[role] is not None:
             raise ValueError(
@@ -182,9 +188,8 @@ def model(
     rows = ClusteredData.from_frame(
         table,
         outcome=read.outcome,
-        clusters=read.cluster_columns(table.columns, *watched),
+        **read.random_columns(table.columns, *watched),
         features=read.features,
-        slopes=read.slopes(table.columns) or (),
         categorical=categorical,
         offset=offset,
         weights_kind=weights_kind,

@@ -150,6 +150,7 @@ FLOORS: list[set[str]] = [
         "_optional",
         "_plotting",
         "_pyro_module",
+        "_word",
         "distributions",
         "rows",
     },

@@ -467,7 +467,8 @@ def test_interrupt_says_how_to_resume(data, tmp_path, monkeypatch):
 
 def test_resumed_after_a_kill_is_as_if_unbroken(data, tmp_path):
     def command(run, *more):
-        dense = ["--net", "dense", "--hidden", "4", "--batch-size", "32", "--steps", "220"]
+        dense = ["--net", "dense", "--hidden", "4", "--batch-size", "64", "--steps", "120"]
+        dense += ["--folds", "2"]
         return fit(data, run, *dense, *more, random="(1 | site)")
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -592,7 +593,7 @@ def test_report_command(run, tmp_path):
     text = path.read_text("utf-8")
     assert "Predictions of held-out rows" in text
     refused("report", tmp_path, "--out", path, message=str(tmp_path))
-    refused("report", run, "--out", tmp_path / "report.pdf", message="HTML only")
+    refused("report", run, "--out", tmp_path / "report.pdf", message=".html or .docx")
     refused("report", run, "--out", tmp_path, message="is a folder")
     refused("report", run, "--out", path, "--prob", 95, message="write 0.95")
 

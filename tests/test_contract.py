@@ -78,11 +78,60 @@ HERE_AND_THERE = [
     ("dense-head", "hidden-crossed"),
     ("dense-head", "filters"),
 ]
-CASES = [(family, *pair) for family in FAMILIES for pair in EVERYWHERE]
+# Further families of the same kinds, which differ in their densities: fewer programs.
+FURTHER = {
+    "student": [("linear", "crossed"), ("dense", "hidden")],
+    "lognormal": [("linear", "correlated")],
+    "gamma": [("linear", "nested"), ("dense", "filters")],
+    "beta": [("linear", "crossed")],
+    "zero_one_inflated_beta": [("dense", "hidden")],
+    "negative_binomial1": [("linear", "correlated")],
+    "beta_binomial": [("linear", "nested")],
+    "zero_inflated": [("linear", "crossed"), ("dense", "hidden")],
+    "hurdle(gamma)": [("linear", "correlated"), ("dense", "filters")],
+    "hurdle(negative_binomial)": [("linear", "nested")],
+    "bernoulli(probit)": [("linear", "crossed")],
+    "binomial(cloglog)": [("dense", "hidden")],
+    "poisson(sqrt)": [("linear", "correlated")],
+    "exponential": [("linear", "correlated")],
+    "weibull": [("linear", "crossed"), ("dense", "hidden")],
+    "weibull(hazard)": [("linear", "nested")],
+    "loglogistic": [("linear", "nested"), ("dense", "filters")],
+    "piecewise_exponential": [("linear", "correlated"), ("dense", "hidden")],
+}
+HEAD_OF_CLASSES = ("categorical", "dense-head")  # 12 s: each of 8 effects is a mode of two columns
+FIRST = [name for name in FAMILIES if name not in {other.partition("(")[0] for other in FURTHER}]
+FIRST += ["bernoulli", "binomial", "poisson"]
+CASES = [(family, *pair) for family in FIRST for pair in EVERYWHERE]
+CASES += [(family, *pair) for family, pairs in FURTHER.items() for pair in pairs]
 CASES += [(family, *pair) for family in ("bernoulli", "categorical") for pair in HERE_AND_THERE]
-OUTCOMES = dict(
-    zip(FAMILIES, ["y", "won", "hits", "grade", "count", "count", "grade"], strict=True)
-)
+# Effects on filters run the network once a cluster, whatever the family.
+ON_FILTERS = {"gaussian", "bernoulli", "categorical", "gamma", "hurdle(gamma)", "loglogistic"}
+CASES = [
+    (family, program, kind)
+    for family, program, kind in CASES
+    if kind != "filters" or (family in ON_FILTERS and (family, program) != HEAD_OF_CLASSES)
+]
+OUTCOMES = {
+    "gaussian": "y",
+    "bernoulli": "won",
+    "binomial": "hits",
+    "categorical": "grade",
+    "ordinal": "grade",
+    "student": "y",
+    "lognormal": "cost",
+    "gamma": "cost",
+    "beta": "share",
+    "zero_one_inflated_beta": "part",
+    "beta_binomial": "hits",
+    "hurdle(gamma)": "claim",
+    "bernoulli(probit)": "won",
+    "binomial(cloglog)": "hits",
+    **dict.fromkeys(("exponential", "weibull", "weibull(hazard)"), "waited"),
+    **dict.fromkeys(("loglogistic", "piecewise_exponential"), "waited"),
+}
+CENSORED = {"status": "seen", "entry": "started"}
+OUTCOMES = {name: OUTCOMES.get(name, "count") for name in {case[0] for case in CASES}}
 
 
 def make_frame(n=40):
@@ -96,6 +145,12 @@ def make_frame(n=40):
     frame["trials"], frame["hits"] = 6, rng.binomial(6, 0.4, n)
     frame["grade"] = rng.permutation(["low", "mid", "top", "top"] * (n // 4))
     frame["count"] = rng.poisson(3, n)
+    frame["cost"], frame["share"] = rng.gamma(2, 3, n), rng.beta(2, 3, n)
+    empty = rng.permutation(n) < n // 4
+    frame["claim"] = np.where(empty, 0, frame["cost"])
+    frame["waited"], frame["started"] = rng.gamma(2, 3, n) + 0.5, 0.4 * (np.arange(n) % 2)
+    frame["seen"] = rng.permutation(["event", "right", "event", "left"] * (n // 4))
+    frame["part"] = np.where(empty, np.arange(n) % 2, frame["share"])
     return frame
 
 
@@ -127,7 +182,8 @@ def case(request):
         outcome=OUTCOMES[family],
         clusters=["site", "batch", "arm"],
         features=["x", "sex"],
-        trials="trials" if family == "binomial" else None,
+        trials="trials" if OUTCOMES[family] == "hits" else None,
+        **(CENSORED if OUTCOMES[family] == "waited" else {}),
     )
     model = MixedEffects(
         net,
@@ -299,7 +355,8 @@ def test_what_is_saved_is_loaded(case, tmp_path, monkeypatch):
     )
 
 
-def test_every_kind_and_program_is_covered():
+def test_every_kind_program_and_family_is_covered():
+    assert {name.partition("(")[0] for name, *_ in CASES} == set(FAMILIES)
     assert {kind for *_, kind in CASES} == set(KINDS)
     assert {program for _, program, _ in CASES} == set(PROGRAMS)
 

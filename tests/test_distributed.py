@@ -253,7 +253,7 @@ def cross_fitted(path, distributed="auto"):
     """Networks that parts of the clusters stop, whole and resumed before the second phase."""
     data = clustered("gaussian")
     model = MixedEffects(network(), "(1 | site)")
-    schedule = Schedule(steps=200, window=20, folds=3, net_learning_rate=0.02)
+    schedule = Schedule(steps=100, window=10, folds=3, net_learning_rate=0.03)
     options = {"schedule": schedule, "progress": False, "distributed": distributed}
     options |= {"compile": "never", "refine": False}
     whole = fit(model, data, **options)
@@ -276,7 +276,7 @@ def other_things(path):
     """What else processes have in common, and what ends them together."""
     rank, found, data = int(os.environ["RANK"]), {}, clustered()
     options = {"schedule": replace(QUICK, steps=60, window=20), "progress": False}
-    options |= {"compile": "never", "refine": False}
+    options |= {"compile": "never", "refine": False, "validation": None}
     normed = fit(adversarial(nn.BatchNorm1d(8)), data, **options)
     found["norm"] = state(normed)
     found["divided"] = error_of(adversarial(Broken(torch.inf)), data, **options)

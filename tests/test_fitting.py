@@ -22,9 +22,9 @@ from armed_pyro.engine.checkpoint import module_tensors
 from armed_pyro.engine.processes import ALONE
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.train import train
 from armed_pyro.inference.training_run import Run
+from armed_pyro.inference.training_task import TrainingTask
 from armed_pyro.rows.in_memory import HeldRows
 
 SHORT = Schedule(steps=6, window=3, stages=0)

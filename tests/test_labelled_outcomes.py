@@ -41,7 +41,7 @@ def trained(data, family="bernoulli"):
     return fit(model, data, schedule=SHORT, refine=False, progress=False)
 
 
-TAKE_LABELS = {"bernoulli", "binomial", "categorical", "ordinal"}
+TAKE_LABELS = {"bernoulli", "binomial", "categorical", "ordinal", "beta_binomial"}
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - TAKE_LABELS))

@@ -241,6 +241,7 @@ def test_a_right_model_has_no_misfit():
         "outlying clusters",
         "outlying rows",
         "influence of clusters",
+        "influence of rows",
     } <= set(checks)
     assert not any(check.advice for check in checks.values())
 
@@ -313,7 +314,7 @@ def test_overdispersion_and_zeros_are_told_apart():
 def test_heavy_tails_and_an_outlying_row_are_named():
     rng, frame = table(clusters=40)
     y = frame.eta + rng.standard_t(2, size=400)
-    assert "Student" in judged(fitted(frame.assign(y=y)))["tails"].advice
+    assert "family student" in judged(fitted(frame.assign(y=y)))["tails"].advice
     y = rng.normal(frame.eta)
     y[17] += 9
     checks = judged(fitted(frame.assign(y=y)))
@@ -394,6 +395,22 @@ def test_rows_sorted_by_outcome_are_not_autocorrelated():
     frame["y"] = rng.normal(frame.eta)
     checks = judged(fitted(frame.sort_values(["g", "y"])))
     assert checks["autocorrelation"].verdict == "not checked"
+
+
+def test_an_influential_row_is_named_with_the_shift_of_a_fit_without_it():
+    rng, frame = table(clusters=8, rows=6, seed=3)
+    frame = frame.assign(y=rng.normal(frame.eta))
+    frame.loc[17, ["x", "y"]] = [6.0, frame.eta.mean() - 4.0]
+    whole, without = fitted(frame), fitted(frame.drop(index=17))
+    posterior = whole.posterior
+    checks = list(misfit_checks(posterior, posterior.draws(1000)))
+    (check,) = (one for one in checks if one.name == "influence of rows")
+    assert check.verdict != "pass"
+    assert "without row 17, a fixed effect" in check.reason
+    one, other = (result.fixed_effects().set_index("term").loc["x"] for result in (whole, without))
+    # Weights that move a posterior by several sds are the smoothed weights of few draws.
+    assert check.effect < abs(other["mean"] - one["mean"]) / one["sd"] + 0.5
+    assert check.effect > 1.5
 
 
 def test_predictions_that_are_not_finite_fail():

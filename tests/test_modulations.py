@@ -23,7 +23,7 @@ from armed_pyro import (
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.objective import Objective
 from armed_pyro.inference.train import train
-from armed_pyro.networks.taps import modulated
+from armed_pyro.networks.taps import modulated, pooled
 from armed_pyro.program.linearize import sensitivities
 
 SITES, FILTERS = 5, 3
@@ -131,7 +131,7 @@ def test_gradients_reach_every_effect_and_the_adversary_sees_the_fixed_features(
     )
     assert played is None
     activations = model.predictor(rows, guide.center(rows)).activations
-    torch.testing.assert_close(activations["1"], torch.tanh(model.network[0](rows.x)))
+    torch.testing.assert_close(activations["1"], pooled(torch.tanh(model.network[0](rows.x))))
 
 
 def test_sensitivities_are_derivatives():

@@ -24,8 +24,8 @@ from armed_pyro.engine.shards import Share
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.inference.objective import Objective
 from armed_pyro.inference.optimizers import LazyAdam, Optimizers
-from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.training_run import Run
+from armed_pyro.inference.training_task import TrainingTask
 
 K, N = 60, 120
 pytestmark = pytest.mark.filterwarnings("ignore:there are fewer rows")
@@ -317,10 +317,10 @@ def test_lazily_trained_clusters_give_the_same_fit():
     data = many()
 
     def sds(size):
-        """Median and sd of the sites' sd, means of three fits: batches and draws are random."""
-        schedule = Schedule(batch_size=size, steps=800, net_learning_rate=0.02)
+        """Median and sd of the sites' sd, means of two fits: batches and draws are random."""
+        schedule = Schedule(batch_size=size, steps=500, net_learning_rate=0.03)
         found = []
-        for seed in (1, 2, 3):
+        for seed in (1, 2):
             model = MixedEffects(network(), "(1 | site)")
             options = {"validation": None, "seed": seed, "progress": False}
             fitted = fit(model, data, schedule=schedule, **options)

@@ -173,7 +173,7 @@ def test_links_by_name():
     with pytest.raises(ValueError, match="link of family 'ordinal'"):
         family_named("ordinal(log)")
     with pytest.raises(ValueError, match="single link"):
-        family_named("poisson(log)")
+        family_named("gaussian(log)")
     with pytest.raises(ValueError, match="does not know its categories"):
         Ordinal().distribution(torch.zeros(1, 1), {}, rows_of(1))
 

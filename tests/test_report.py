@@ -157,7 +157,7 @@ def test_page_is_whole_and_self_contained(result):
     text = shown(result, title="A & B <i>", prob=0.8, evaluation=scores)
     checker = checked(text)
     assert checker.headings[0] == "A & B <i>"
-    for heading in ["Program and data", "Convergence", "Priors", "Predictions of held-out rows"]:
+    for heading in ["The question", "Convergence and priors", "Predictions of held-out rows"]:
         assert heading in checker.headings
     assert any("80%" in heading for heading in checker.headings)
     assert "<i>" not in text

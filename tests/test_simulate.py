@@ -228,7 +228,7 @@ def test_random_effects_have_the_sds_and_correlation_asked_for() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"family": "gamma"}, "unknown family 'gamma': choose one of bernoulli"),
+        ({"family": "gama"}, "unknown family 'gama': choose one of bernoulli"),
         ({"n_clusters": 1}, "at least 2 clusters"),
         ({"n_clusters": 3, "rows": [5, 5]}, "give one each"),
         ({"rows": 0}, "at least 1 row"),

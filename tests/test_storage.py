@@ -578,7 +578,7 @@ def test_a_newer_version(run, number):
 CHANGES = {
     "no facts": lambda manifest: manifest.pop("facts"),
     "guide": lambda manifest: manifest.update(guide="AutoNormal"),
-    "family": lambda manifest: manifest["model"].update(family="gamma"),
+    "family": lambda manifest: manifest["model"].update(family="no_such_family"),
     "term": lambda manifest: manifest["model"]["random"][0].update(kind="Term"),
     "term's field": lambda manifest: manifest["model"]["random"][0].update(extra=1),
     "prior": lambda manifest: manifest["model"]["priors"].update(sd={"all": {"kind": "eval"}}),

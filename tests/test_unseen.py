@@ -8,8 +8,9 @@ from torch import nn
 
 from armed_pyro import ClusteredData, MixedEffects, Schedule, Slopes, fit
 from armed_pyro.prediction.chunks import predict_chunks
+from armed_pyro.prediction.label_noise import label_noise
 from armed_pyro.prediction.predict import effect_source
-from armed_pyro.prediction.unseen import MODES, check_mode, label_noise, one_cluster_per_row
+from armed_pyro.prediction.unseen import MODES, check_mode, one_cluster_per_row
 
 SHORT = Schedule(steps=20, window=10, stages=0)
 

@@ -21,8 +21,8 @@ from armed_pyro.engine.compiled_step import CompileMode
 from armed_pyro.engine.processes import ALONE
 from armed_pyro.engine.shards import Share
 from armed_pyro.guides.crossed import choose_guide
-from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.training_run import Run
+from armed_pyro.inference.training_task import TrainingTask
 from armed_pyro.networks.adversary import reverse_gradient
 from armed_pyro.program.model import trains_network
 from armed_pyro.random_effects.terms import Term

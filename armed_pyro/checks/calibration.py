@@ -13,7 +13,13 @@ from armed_pyro._messages import check_probability
 from armed_pyro._optional import extra
 from armed_pyro._plotting import ACCENT, FAINT, INK, PLAIN, tidy
 from armed_pyro.checks import rank_tests
-from armed_pyro.checks.simulation import Recovered, Recovery, check_outcomes, held
+from armed_pyro.checks.simulation import (
+    Recovered,
+    Recovery,
+    check_censoring_is_known,
+    check_outcomes,
+    held,
+)
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.inference.train import progress_bar
@@ -314,6 +320,7 @@ def simulation_calibration(
             "the data have weights other than 0 and 1: no outcomes can be drawn whose likelihood "
             "is the weighted one; calibrate without them: dataclasses.replace(data, weights=None)"
         )
+    check_censoring_is_known(data)
     settings = Schedule() if schedule is None else schedule
     recovery = Recovery(held(model, data), data, draws, settings, refine, seed)
     check_outcomes(recovery, simulations)

@@ -222,6 +222,7 @@ class _Working:
     fixed: Float[np.ndarray, " rows"]
     z: Float[np.ndarray, " rows"]
     weight: Float[np.ndarray, " rows"]
+    parameters: Draws  # means of the family's parameters
 
     @classmethod
     def of(
@@ -244,7 +245,9 @@ class _Working:
             effects = drawn[factor.effect_site][..., _intercepts(factor)[column]].mean(0)
             own = model.data_facts().spread * effects[rows.memberships[factor.name].clusters()]
         z = fixed[:, column] + (own + residual).double().cpu().numpy()
-        return cls(posterior, rows, fixed[:, column], z, weight.double().cpu().numpy())
+        parameters = {name: value.mean() for name, value in model.family_parameters(drawn).items()}
+        weights = weight.double().cpu().numpy()
+        return cls(posterior, rows, fixed[:, column], z, weights, parameters)
 
     def consequences(self, residuals: QuantileResiduals, subjects: Sequence[_Subject]) -> str:
         """Slopes within and between, and the error of predictions of new clusters, in words."""
@@ -302,6 +305,12 @@ class _Working:
             eta = torch.from_numpy(fitted.left_out()).to(model.reference())[:, None]
             if self.rows.offset is not None:
                 eta = eta + self.rows.offset[:, None]
-            expected = model.family.mean(eta, self.rows).double().cpu().numpy().reshape(-1)
+            expected = (
+                model.family.expected(eta, self.parameters, self.rows)
+                .double()
+                .cpu()
+                .numpy()
+                .reshape(-1)
+            )
             errors.append(float(np.sqrt(np.mean((expected - outcome) ** 2))))
         return errors[0], errors[1]

@@ -57,5 +57,5 @@ def misfit_checks(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterat
     yield from checked(
         "model", "proportional odds", lambda: threshold_checks(posterior, latents, left)
     )
-    yield from checked("model", "shape", lambda: shape_checks(left))
+    yield from checked("model", "shape", lambda: shape_checks(left, posterior.model.family))
     yield from checked("model", "outliers", lambda: outlier_checks(posterior, latents, left))

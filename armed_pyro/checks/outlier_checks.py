@@ -1,4 +1,4 @@
-"""Checks of single clusters and rows: outliers, and clusters with a large influence."""
+"""Checks of single clusters and rows: outliers, and those with a large influence."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import scipy
 from jaxtyping import Float
 from torch import Tensor
 
-from armed_pyro.checks.check import Check, severity
+from armed_pyro.checks.check import Check
 from armed_pyro.checks.findings import Kind, unchecked
+from armed_pyro.checks.influence import cluster_influence, row_influence
 from armed_pyro.checks.quantile_residuals import MOST_DRAWS, QuantileResiduals
 from armed_pyro.checks.score_tests import Tested
 from armed_pyro.checks.spread_checks import DISPERSION_FIRST
@@ -24,7 +25,6 @@ __all__ = ["outlier_checks"]
 
 CLUSTERS = Kind("outlying clusters", "distance from the mean, in sds,", 3.0, 6.0)
 ROWS = Kind("outlying rows", "size of the residual, in sds,", 4.0, 8.0)
-INFLUENCE, INFLUENTIAL = "influence of clusters", 1.5
 MOST_WORST = 20
 MOST_EFFECTS = 2**22
 
@@ -38,7 +38,8 @@ def outlier_checks(
     yield from _clusters(posterior, latents)
     if residuals.z is not None:
         yield _rows(posterior, residuals, residuals.z)
-    yield from _influence(posterior)
+    yield from cluster_influence(posterior)
+    yield from row_influence(posterior, latents, residuals.index)
 
 
 def _worst(
@@ -103,48 +104,4 @@ def _rows(
         "no row is an outlier",
         "rows far from what is expected: {}",
         lambda test: "look at these rows: errors of the data, or a family with heavier tails",
-    )
-
-
-def _influence(posterior: Posterior) -> Iterator[Check]:
-    """Shift of the fixed effects if a cluster is left out, by importance weights.
-
-    Sds are not judged: without the cluster with the largest effect, an sd is always smaller.
-    """
-    nested, weighted = posterior.guide.nested_name(), posterior.importance
-    if weighted is None or nested is None or not weighted.clusters.size:
-        return
-    value = weighted.latents.get("fixed_effect")
-    if value is None:
-        return
-    draws = value.reshape(len(value), -1).double().cpu().numpy()
-    mean = weighted.weights @ draws
-    sd = np.sqrt(weighted.weights @ (draws - mean) ** 2)
-    if not (sd > 0).any():
-        return
-    draws, mean, sd = draws[:, sd > 0], mean[sd > 0], sd[sd > 0]
-    watched = np.flatnonzero(~np.isnan(weighted.cluster_k_hat))
-    smoothed, k_hat = weighted.left_out
-    # clusters quantities
-    shift = np.abs(np.exp(smoothed) @ weighted.of_clusters(draws) - mean) / sd
-    largest = shift.max(1)
-    worst = int(largest.argmax())
-    label = posterior.model.data_facts().levels[nested][watched[worst]]
-    word = severity(float(largest[worst]), INFLUENTIAL)
-    guess = " or more (its weights are unreliable)" if k_hat[worst] > 0.7 else ""
-    reason = (
-        f"without cluster {label} of {nested}, a fixed effect would move by "
-        f"{largest[worst]:.1f} posterior sds{guess} (importance weights)"
-    )
-    advice = f"fit without cluster {label} and compare" if word != "pass" else ""
-    yield Check(
-        "model",
-        INFLUENCE,
-        word,
-        reason,
-        effect=float(largest[worst]),
-        effect_name="shift of a fixed effect, in posterior sds",
-        threshold=INFLUENTIAL,
-        advice=advice,
-        is_misfit=False,
     )

@@ -169,14 +169,14 @@ def residual_check(family: Family, residuals: QuantileResiduals) -> Check:
         "model",
         "residuals",
         verdict,
-        f"the distribution of family {family.name!r} {fits} the outcomes: its probabilities are "
+        f"the distribution of family {str(family)!r} {fits} the outcomes: its probabilities are "
         f"off by up to {distance:.3f} (quantile residuals against uniform, p = {p:.2g})",
         distance,
         "largest error of a predicted probability (Kolmogorov-Smirnov distance)",
         MISSED,
         p,
         (max(0.0, distance - error), distance + error),
-        "" if verdict == "pass" else "try another family, or transform the outcome",
+        "" if verdict == "pass" else family.if_misfit(residuals.outcome),
     )
 
 

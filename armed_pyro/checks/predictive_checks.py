@@ -250,6 +250,8 @@ def _advice(family: Family, factor: str, statistic: str) -> str:
     """The next step if a statistic of the clusters is not as predicted."""
     if statistic == "mean":
         return f"more random effects of {factor} (a slope), or a feature of its clusters"
+    if statistic == "zeros":
+        return family.if_more_zeros
     if family.parameters:
         return (
             f"the spread differs between clusters of {factor}: transform the outcome, or choose "

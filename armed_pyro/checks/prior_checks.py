@@ -14,7 +14,7 @@ from armed_pyro.checks.check import Check, severity
 from armed_pyro.checks.quantities import reported
 from armed_pyro.inference.nested_weights import log_prior
 from armed_pyro.inference.posterior import Posterior
-from armed_pyro.program.units import original_covariance
+from armed_pyro.program.units import original_variances
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.summaries.importance_statistics import prior_sensitivity
 
@@ -120,8 +120,7 @@ def boundary_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
     for factor in posterior.model.factors:
         if factor.sd(latents).dim() < 3:
             continue  # fixed by the prior
-        covariance = original_covariance(factor, dict(latents))
-        sds = covariance.diagonal(dim1=-2, dim2=-1).sqrt().double().cpu().numpy()
+        sds = original_variances(factor, dict(latents)).sqrt().double().cpu().numpy()
         grouped = _units(factor)
         for place, term in enumerate(factor.terms):
             if term not in grouped:

@@ -276,7 +276,7 @@ def _quantiles(
         if ends is None:
             return None, None
         lower, quantile = ends
-        if family.integer:
+        if (lower < quantile).any():  # outcomes with a probability of their own
             quantile = lower + rng.uniform(size=len(y)) * (quantile - lower)
         if family.integer and not family.has_class_probabilities:
             none = family.cdf(torch.zeros_like(y), predictor, parameters, rows)
@@ -349,7 +349,7 @@ def _information(family: Family, eta: Tensor, parameters: Draws, rows: Rows) -> 
         return np.broadcast_to(relative[..., None].cpu().numpy(), eta.shape)
     information = family.information(eta, parameters, rows)
     if information is not None:
-        return _positive(information)
+        return _positive(information.expand_as(eta))
     mean = family.expected(eta, parameters, rows).detach()
     if family.multiclass:
         values = (mean * (1 - mean))[..., 1:]

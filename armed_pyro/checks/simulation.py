@@ -28,9 +28,18 @@ from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import factor_named
+from armed_pyro.rows.censoring import EVENT, RIGHT
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["Recovered", "Recovery", "check_outcomes", "held", "quantities"]
+__all__ = [
+    "Recovered",
+    "Recovery",
+    "check_censoring_is_known",
+    "check_outcomes",
+    "held",
+    "observed_again",
+    "quantities",
+]
 
 LARGEST_COUNT = 1e9
 
@@ -120,7 +129,7 @@ class Recovery:
         """Fit the outcome drawn with this number, and rank the truth among posterior draws."""
         _, training, posterior, ties = self._seeds(number)
         truth = self.truth(number)
-        data = replace(self.data, outcome=truth.outcome)
+        data = observed_again(self.data, truth.outcome)
         bound = copy.deepcopy(self.bound)
         source = bound.encode(data)
         try:
@@ -194,6 +203,29 @@ def _linear_effects(model: MixedEffects, data: ClusteredData) -> bool:
     """Whether the program has linear effects; a frozen network would have none by default."""
     facts = Facts.of(data, model.family, model.factor_names())
     return bool(with_linear_effects(model, facts).linear_names)
+
+
+def observed_again(data: ClusteredData, outcome: Float[Tensor, " rows"]) -> ClusteredData:
+    """The rows with another outcome, censored as theirs is.
+
+    A row whose outcome was censored is censored at the same value. One whose outcome was observed
+    could be observed up to the largest outcome of the data.
+    """
+    if data.status is None or data.outcome is None:
+        return replace(data, outcome=outcome)
+    end = torch.where(data.status == RIGHT, data.outcome, data.outcome.max())
+    status = torch.where(outcome <= end, EVENT, RIGHT).to(data.status)
+    return replace(data, outcome=torch.minimum(outcome, end), status=status)
+
+
+def check_censoring_is_known(data: ClusteredData) -> None:
+    """Raise ValueError for outcomes that are censored by a rule that data do not tell."""
+    if data.status is not None and bool((data.status > EVENT).any()):
+        raise ValueError(
+            "outcomes are censored from the left or in intervals: no outcomes can be drawn that "
+            "are censored by the same rule; calibrate with exact outcomes: "
+            "dataclasses.replace(data, status=None, upper=None)"
+        )
 
 
 @threads(1)

@@ -50,12 +50,13 @@ def dispersion_checks(
     if residuals.z is None or residuals.zeros is None:
         return [], residuals
     dispersion = _dispersion(residuals, residuals.z, family)
-    zeros = _zeros(residuals, residuals.zeros)
+    zeros = _zeros(residuals, residuals.zeros, family)
     if dispersion.verdict in ("pass", "not checked"):
         return [dispersion, zeros], residuals
     # Zeros, spread and tails follow from the dispersion, and would be reported again.
     if family.is_equidispersed:
-        zeros = _zeros(residuals, overdispersed_zeros(residuals.outcome, residuals.zeros))
+        allowed = overdispersed_zeros(residuals.outcome, residuals.zeros)
+        zeros = _zeros(residuals, allowed, family)
     else:
         zeros = unchecked(ZEROS.name, DISPERSION_FIRST)
     return [dispersion, zeros], replace(residuals.cleaned(lambda z: z), dispersed=True)
@@ -132,7 +133,7 @@ def spread_checks(
     return checks, residuals
 
 
-def shape_checks(residuals: QuantileResiduals) -> Iterator[Check]:
+def shape_checks(residuals: QuantileResiduals, family: Family) -> Iterator[Check]:
     """Checks of skewness and tails."""
     if residuals.z is None:
         return
@@ -144,14 +145,14 @@ def shape_checks(residuals: QuantileResiduals) -> Iterator[Check]:
         [skewness],
         "the residuals are symmetric",
         "the residuals are skewed",
-        lambda test: "transform the outcome (a logarithm, say), or use another family",
+        lambda test: family.if_misfit(residuals.outcome),
     )
     yield TAILS.judge(
         [tails],
         "the residuals' tails are those of the family",
         "the residuals' tails are not those of the family",
         lambda test: (
-            "a family with heavier tails (Student's t), or look at the outlying rows"
+            family.if_heavy_tails
             if test.effect > 0
             else "another family: the residuals have lighter tails than it"
         ),
@@ -177,13 +178,13 @@ def _dispersion(residuals: QuantileResiduals, z: np.ndarray, family: Family) -> 
     word = "more" if total.mean() > n else "less"
     return DISPERSION.judge(
         [Tested("", residuals.dispersion, p)],
-        f"the outcomes vary as much as family {family.name!r} allows",
-        f"the outcomes vary {word} than family {family.name!r} allows",
+        f"the outcomes vary as much as family {str(family)!r} allows",
+        f"the outcomes vary {word} than family {str(family)!r} allows",
         advice,
     )
 
 
-def _zeros(residuals: QuantileResiduals, zeros: np.ndarray) -> Check:
+def _zeros(residuals: QuantileResiduals, zeros: np.ndarray, family: Family) -> Check:
     seen = float((residuals.outcome == 0).sum())
     expected, sd = zeros.sum(0), np.sqrt((zeros * (1 - zeros)).sum(0))
     if expected.mean() < 5 and seen < 5:
@@ -196,7 +197,7 @@ def _zeros(residuals: QuantileResiduals, zeros: np.ndarray) -> Check:
         "the zeros are as many as expected",
         f"{seen:.0f} outcomes are zero, {expected.mean():.0f} were expected",
         lambda test: (
-            "if the dispersion is right, model zeros apart (a hurdle: bernoulli for y > 0)"
+            family.if_more_zeros
             if test.effect > 1
             else "another family, such as one of positive counts"
         ),

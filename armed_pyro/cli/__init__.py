@@ -104,9 +104,12 @@ def predict_command(options: PredictOptions) -> None:
 @app.command("report")
 @takes(ReportOptions)
 def report_command(options: ReportOptions) -> None:
-    """Write a fit's results as one HTML page with tables and plots.
+    """Write a report for readers: one HTML page, or a document of Word.
 
     armed-pyro report run --out report.html
+
+    It has the question, the verdicts and what was not checked, effects, variance components,
+    predictive and residual plots, a methods text with references, versions and the seed.
     """
     with loading():
         from armed_pyro.cli.saved_run import write_report

@@ -37,7 +37,7 @@ from armed_pyro.prediction.scores import evaluate
 from armed_pyro.program.between import BetweenChoice
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms, slopes_formula
-from armed_pyro.random_effects.model_formula import ModelFormula, cluster_columns
+from armed_pyro.random_effects.model_formula import ModelFormula, cluster_columns, time_columns
 from armed_pyro.random_effects.terms import Slopes, Term
 from armed_pyro.report.text import summarize
 from armed_pyro.storage.run_lock import is_temporary, locked
@@ -238,6 +238,10 @@ def table_rows(
         event=options.event,
         weights_kind=options.weights_kind.value,
         se=options.se,
+        times=time_columns(terms),
+        status=options.status,
+        upper=options.upper,
+        entry=options.entry,
         missing="drop" if options.missing is Missing.drop else "error",
     )
 

@@ -75,7 +75,8 @@ FORMULA = typer.Argument(
     metavar="FORMULA",
     help="The model in one formula, in place of --outcome, --random and --features: "
     "'Reaction ~ Days + (Days | Subject)'; functions such as log(x), poly(x, 2), bs(x, df=5), "
-    "C(x, Sum), offset(log(x)) are in docs/formulas.md",
+    "C(x, Sum), offset(log(x)), and processes in time such as ou(week | id), are in "
+    "docs/formulas.md",
 )
 RUN = typer.Argument(metavar="RUN", help="Folder that fit wrote: run")
 INTERVALS = "Probability of the equal-tailed intervals: --prob 0.95"
@@ -137,7 +138,7 @@ class ProgramOptions:
     family: str = option(
         "gaussian",
         "Outcome model, one of {families}: --family bernoulli. Another link follows in "
-        "parentheses: --family 'ordinal(probit)'",
+        "parentheses, or the family inside: --family 'bernoulli(probit)', 'hurdle(gamma)'",
     )
     event: str | None = option(
         None,
@@ -154,6 +155,17 @@ class ProgramOptions:
         "variance is divided as in lme4: --weights-kind precision",
     )
     se: str | None = column("Known standard errors of the rows, as in a meta-analysis: --se sei")
+    status: str | None = column(
+        "Whether the outcome was observed: 1 for an event, 0 if it is only known to be larger "
+        "(censored), as event(time, status) in FORMULA: --status died"
+    )
+    upper: str | None = column(
+        "Upper ends of intervals that have the outcome as lower end, as interval(lower, upper) in "
+        "FORMULA; open where missing: --upper last_seen"
+    )
+    entry: str | None = column(
+        "Values above which outcomes could be observed (left truncation): --entry age_at_start"
+    )
     missing: Missing = option(
         Missing.error, "Rows with missing values; to leave them out: --missing drop"
     )
@@ -389,7 +401,12 @@ class ReportOptions:
     """Options of ``armed-pyro report``."""
 
     run: Path = RUN
-    html: Path = option(..., "HTML page to write: --out report.html", "--out", metavar="HTML")
+    html: Path = option(
+        ...,
+        "report to write, HTML or Word: --out report.html, --out report.docx",
+        "--out",
+        metavar="FILE",
+    )
     net: str | None = USER_NETWORK
     prob: float | None = SAVED_PROB
     verify: bool = VERIFY

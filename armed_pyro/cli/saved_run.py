@@ -10,15 +10,13 @@ import pandas as pd
 from armed_pyro._messages import check_probability
 from armed_pyro.cli.console import out
 from armed_pyro.cli.options import ReportOptions
-from armed_pyro.data.files import draft_of
 from armed_pyro.fit_result import Fit
 from armed_pyro.networks.by_name import network
 from armed_pyro.program.data_spec import Facts
-from armed_pyro.report.html import page
+from armed_pyro.report.write import check_ending
 from armed_pyro.storage.manifest import MANIFEST, read_family, read_manifest, reading
 from armed_pyro.storage.run_lock import is_temporary
 from armed_pyro.storage.save import FILES
-from armed_pyro.summaries.variance import random_effects
 
 EVALUATION = "evaluation.csv"
 CHECKPOINT = "checkpoint.safetensors"
@@ -89,22 +87,11 @@ def interval_prob(run: Path, prob: float | None) -> float:
 
 def write_report(options: ReportOptions) -> None:
     """Write the report of a saved fit, with the evaluation that ``armed-pyro fit`` saved."""
-    html, run = options.html, options.run
-    if html.is_dir():
-        raise ValueError(f"--out {html} is a folder, expected a file: {html / 'report.html'}")
-    if html.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(
-            f"--out must end in .html, found {str(html)!r}: reports are HTML only, which a browser "
-            "can print to PDF"
-        )
+    path, run = options.html, options.run
+    check_ending(path, "--out")
     prob = interval_prob(run, options.prob)
     evaluation = run / EVALUATION
     held_out = pd.read_csv(evaluation) if evaluation.is_file() else None
     fitted = load_run(run, options.net, verify=options.verify)
-    effects = random_effects(fitted.posterior, prob=prob)
-    title = run.resolve().name
-    text = page(fitted.results(prob=prob), effects, title=title, evaluation=held_out)
-    html.parent.mkdir(parents=True, exist_ok=True)
-    with draft_of(html) as draft:
-        draft.write_text(text, encoding="utf-8")
-    out.print(f"The report is in {html}")
+    fitted.report(path, title=run.resolve().name, prob=prob, evaluation=held_out)
+    out.print(f"The report is in {path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +15,17 @@ from torch import Tensor
 from armed_pyro._messages import check_known, count_rows, listing, unknown
 from armed_pyro.data.grouping import code_labels
 from armed_pyro.data.label_matching import match_labels
+from armed_pyro.rows.array_inputs import ArrayInputs
 
 Missing = Literal["error", "drop"]
 
 # A number with an optional fraction, thousands, per cent or limit of detection.
 _NUMBER = r"[<>~]?\s*[+-]?(\d{1,3}([ .,']\d{3})+|\d+)?([.,]\d+)?([eE][+-]?\d+)?\s*%?"
+# A path of a file with an extension of images, arrays, sounds or documents.
+_FILE = (
+    r".+\.(png|jpe?g|tiff?|bmp|gif|webp|svs|dcm|nii|nii\.gz|npy|npz|h5|hdf5|zarr|pt|pth|mat|"
+    r"wav|mp3|flac|txt|pdf|json)"
+)
 _MISSING_MARKS = (
     *("", ".", "-", "--", "?", "*", "na", "n/a", "nan", "null", "none", "nd", "n.d."),
     *("missing", "unknown", "not available", "not recorded", "#value!", "#div/0!", "#ref!"),
@@ -36,7 +42,11 @@ def code_outcome(
     if outcome is None:
         return None, None if classes is None else tuple(classes)
     values = np.asarray(outcome)
-    if event is None and classes is None and (values.ndim != 1 or values.dtype.kind in "iuf"):
+    if values.ndim == 2 and values.shape[1] == 1:
+        # A column: against predictors of shape (rows,) it would be compared with every row.
+        outcome = values = values[:, 0]
+    numbers = values.ndim != 1 or values.dtype.kind in "iuf"
+    if event is None and classes is None and numbers:
         return finite_tensor(outcome, what), None
     codes, levels = code_labels(outcome, what)
     known = tuple(levels.tolist() if classes is None else classes)
@@ -71,12 +81,12 @@ def event_last(classes: pd.Index, event: Any, what: str) -> pd.Index:
 def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
     """Float[Tensor, "rows ..."] of finite numbers, checked.
 
-    Up to two dimensions the result is float64. With more, floating types are kept and other types
-    become float32.
+    Up to two dimensions the result is float64. With more, types are kept, and arrays are not
+    copied.
     """
     try:
         # NumPy first: torch would read a list of numbers in single precision.
-        tensor = torch.as_tensor(np.asarray(values) if isinstance(values, list) else values)
+        tensor = _as_tensor(np.asarray(values) if isinstance(values, list) else values)
     except (TypeError, ValueError) as error:
         kind = getattr(values, "dtype", type(values).__name__)
         raise ValueError(f"The {what} must be numbers, found {kind}; encode them first.") from error
@@ -86,9 +96,10 @@ def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
         raise ValueError(f"The {what} must be real numbers, found {tensor.dtype}.")
     if tensor.ndim <= 2:
         tensor = tensor.to(torch.float64)
-    elif tensor.dtype not in (torch.float32, torch.float64):
-        tensor = tensor.to(torch.float32)
-    if wrong := int((~torch.isfinite(tensor)).sum()):
+    if not tensor.is_floating_point():
+        return tensor
+    # In parts: a mask of all values could need gigabytes.
+    if wrong := sum(int((~torch.isfinite(part)).sum()) for part in tensor.split(1024)):
         raise ValueError(
             f"The {what} has {wrong} missing or infinite values; fill them in, or leave those "
             "rows out."
@@ -96,8 +107,27 @@ def finite_tensor(values: Any, what: str, *, per_row: bool = False) -> Tensor:
     return tensor
 
 
-def named_features(features: Any, names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
-    """An array of features, and the names of its columns; no names for images."""
+def _as_tensor(values: Any) -> Tensor:
+    """An array as a tensor that shares its memory, which may be read-only and is never written."""
+    if isinstance(values, np.ndarray) and values.dtype in (np.uint16, np.uint32):
+        values = values.astype(np.int32 if values.dtype == np.uint16 else np.int64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(values)
+
+
+def named_features(
+    features: Any, names: Sequence[str] | None
+) -> tuple[Tensor, tuple[str, ...], ArrayInputs | None]:
+    """An array of features, and the names of its columns; no names for images.
+
+    Several arrays, as a tuple or dict, are inputs without features.
+    """
+    if isinstance(features, Mapping) or (
+        isinstance(features, tuple) and all(hasattr(part, "shape") for part in features)
+    ):
+        inputs = ArrayInputs.of(features)
+        return torch.zeros(len(inputs), 0, dtype=torch.float64), (), inputs
     x = finite_tensor(features, "features")
     if x.ndim < 2:
         raise ValueError(
@@ -111,7 +141,7 @@ def named_features(features: Any, names: Sequence[str] | None) -> tuple[Tensor, 
             f"feature_names must be {width} distinct names for features of shape "
             f"{tuple(x.shape)}, found {list(names)}."
         )
-    return x, names
+    return x, names, None
 
 
 def check_rows(values: Tensor, valid: Tensor, what: str, expected: str, labels: pd.Index) -> None:
@@ -227,6 +257,21 @@ def check_not_numbers(column: pd.Series) -> None:
     )
 
 
+def check_not_paths(column: pd.Series) -> None:
+    """Raise ValueError if a column of text holds paths of files, as of images."""
+    if isinstance(column.dtype, pd.CategoricalDtype) or dtypes.is_bool_dtype(column.dtype):
+        return
+    distinct = pd.Series([v for v in dict.fromkeys(column) if isinstance(v, str)], dtype=object)
+    paths = distinct[distinct.str.fullmatch(_FILE, case=False)]
+    if len(paths) < 2 or 2 * len(paths) < len(distinct):
+        return
+    raise ValueError(
+        f"The feature {column.name!r} holds paths of files, such as {listing(paths, 2)}, which "
+        "would become categories. Let a torch.utils.data.Dataset read the files, and pass it to "
+        "ClusteredData.from_dataset(dataset, table=table, outcome=..., clusters=[...])."
+    )
+
+
 def as_numbers(column: pd.Series, role: str) -> np.ndarray:
     """Float64[ndarray, "rows"], a copy of a column that must hold numbers."""
     if dtypes.is_numeric_dtype(column.dtype) and not dtypes.is_complex_dtype(column.dtype):
@@ -256,3 +301,9 @@ def known_codes(column: pd.Series, levels: pd.Index, what: str) -> np.ndarray:
             f"{listing(levels)}. Recode these rows, or leave them out."
         )
     return codes
+
+
+def with_times(clusters: Sequence[str], times: Sequence[str]) -> tuple[str, ...]:
+    """The columns of clusters, and of times of processes, each once."""
+    names = *column_names(clusters, "clusters"), *column_names(times, "times")
+    return tuple(dict.fromkeys(names))

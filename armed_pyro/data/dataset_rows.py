@@ -9,9 +9,10 @@ import pandas as pd
 import xarray as xr
 
 from armed_pyro._messages import check_known, check_type
+from armed_pyro.data.training_checks import PER_ROW
 
 Features = Sequence[str] | str | None
-ROW_ROLES = ("trials", "offset", "weights", "se")
+ROW_ROLES = (*PER_ROW, "se")
 
 
 def table_or_arrays(

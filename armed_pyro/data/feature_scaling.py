@@ -11,6 +11,11 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 
+# Root mean square of an image's values beyond which a network would start far from its outcome.
+FAR = 10.0
+# Channels of images, at most; a longer second axis is one of space.
+MOST_CHANNELS = 64
+
 
 @dataclass(frozen=True)
 class FeatureScaling:
@@ -76,6 +81,55 @@ class FeatureScaling:
         mean = torch.tensor(self.mean, dtype=torch.float64)
         scale = torch.tensor(self.scale, dtype=torch.float64)
         return (features.to(torch.float64) - mean) / scale
+
+
+@dataclass(frozen=True)
+class ImageScaling:
+    """(x - mean) / scale of the values of images, one of each for every channel or for all.
+
+    Images of whole numbers, and those whose values have a root mean square above `FAR`, are
+    standardised by the training rows. Others are left as they are: mean and scale are empty.
+    """
+
+    mean: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, features: Tensor) -> ImageScaling:
+        """The scaling of images "rows channels ..." or "rows ..."; of tables, none."""
+        if features.dim() < 3 or not features.numel():
+            return cls()
+        mean, square = image_moments(features)
+        plain = features.is_floating_point() and float((square + mean**2).mean().sqrt()) <= FAR
+        if plain:
+            return cls()
+        scale = square.sqrt()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return cls(tuple(mean.tolist()), tuple(scale.tolist()))
+
+    def standardise(self, features: Tensor) -> Tensor:
+        """(x - mean) / scale in single precision, or doubles as doubles; else x itself."""
+        if not self.mean:
+            return features
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        shape = (len(self.mean), *[1] * (features.dim() - 2))
+        mean, scale = (torch.tensor(v, dtype=dtype).reshape(shape) for v in (self.mean, self.scale))
+        return (features.to(dtype) - mean) / scale
+
+
+def image_moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of images, by channel if they have up to `MOST_CHANNELS`; else of all."""
+    by_channel = features.dim() > 3 and features.shape[1] <= MOST_CHANNELS
+    channels = features.shape[1] if by_channel else 1
+    count, total = 0, torch.zeros(channels, dtype=torch.float64)
+    square = total.clone()
+    for part in features.split(256):
+        values = part.double().reshape(len(part), channels, -1)
+        count += values.shape[0] * values.shape[2]
+        total += values.sum((0, 2))
+        square += values.square().sum((0, 2))
+    mean = total / count
+    return mean, (square / count - mean**2).clamp(min=0)
 
 
 def moments(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from armed_pyro._messages import check_known, listing
 from armed_pyro.data import categories, cluster_columns
-from armed_pyro.data.categories import LevelOrder, check_orders, contrast_of
+from armed_pyro.data.categories import check_orders, contrast_of
+from armed_pyro.data.censoring import with_open_ends, without_incomplete
 from armed_pyro.data.cluster_columns import ClusterColumn, expanded
 from armed_pyro.data.cluster_means import ClusterMeans, ClusterSums
 from armed_pyro.data.columns import (
@@ -24,7 +25,6 @@ from armed_pyro.data.columns import (
     Missing,
     as_numbers,
     check_finite,
-    check_not_numbers,
     column_names,
     complete_rows,
     event_last,
@@ -43,13 +43,12 @@ from armed_pyro.data.grouping import (
     index_to_json,
     warn_of_float_labels,
 )
+from armed_pyro.data.levels import levels_of
+from armed_pyro.data.training_checks import PER_ROW
 
 # Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
 # residual sd is known, w = 1 / se^2 and sigma = 1.
 WeightsKind = Literal["frequency", "precision", "se"]
-
-# Bytes of the indicators of one categorical feature.
-LARGEST_INDICATORS = 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +63,8 @@ class Schema:
     first categorical feature has a column for every level. `slopes` are terms that only random
     slopes use. With the `weights_kind` "se", the column `weights` holds standard errors. `calls`
     are the columns of the terms that functions make, such as ``poly(age, 2)``, with what these
-    learned from the training table; `offset_call` is an expression in ``offset()``.
+    learned from the training table; `offset_call` is an expression in ``offset()``. `times` are
+    those of the `clusters` that hold the times of processes, as numbers.
 
     Examples
     --------
@@ -91,6 +91,11 @@ class Schema:
     means: Mapping[str, ClusterMeans] = field(default_factory=dict)
     calls: Mapping[str, CallState] = field(default_factory=dict)
     offset_call: str | None = None
+    times: tuple[str, ...] = ()
+    # Columns that say how outcomes were observed; see `ClusteredData.from_frame`.
+    status: str | None = None
+    upper: str | None = None
+    entry: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -116,6 +121,7 @@ class Schema:
         slopes: Sequence[str] | str = (),
         categorical: Sequence[str] = (),
         weights_kind: WeightsKind = "frequency",
+        times: Sequence[str] = (),
         **roles: Any,
     ) -> Schema:
         """Read categories, classes and kinds of columns off a training table.
@@ -131,7 +137,7 @@ class Schema:
             columns.
         """
         table = as_pandas(frame)
-        clusters = column_names(clusters, "clusters")
+        clusters, times = column_names(clusters, "clusters"), column_names(times, "times")
         reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
@@ -146,11 +152,12 @@ class Schema:
         check_known("feature for categorical=", sorted(factors), columns)
         _check_outcome(outcome, [*columns, *formula.offset_columns], clusters)
         used = [*reserved, *columns, *formula.offset_columns]
-        table = natural_types(pick(table, used).dropna())
+        table = with_open_ends(pick(table, used), outcome, roles.get("upper"))
+        table = natural_types(table.dropna())
 
-        warn_of_float_labels(table[list(clusters)])
+        warn_of_float_labels(table[[name for name in clusters if name not in times]])
         orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
-        levels = _levels_of(table, columns, factors, orders)
+        levels = levels_of(table, columns, factors, orders)
         target, classes = table[outcome], None
         if is_categorical(target) or event is not None:
             what = f"outcome {outcome!r}"
@@ -172,10 +179,10 @@ class Schema:
             cluster_columns=tuple(column for parts in columns_of.values() for column in parts),
             calls={call: _learned(call, table) for call in calls},
             offset_call=formula.offset,
+            times=times,
         )
-        if not made:
-            return schema
-        return schema.with_means(schema.cluster_sums(table, schema.groupings(table)))
+        sums = schema.cluster_sums(table, schema.groupings(table)) if made else {}
+        return schema.with_means(sums) if made else schema
 
     @property
     def numeric(self) -> set[str]:
@@ -251,17 +258,20 @@ class Schema:
         `ClusteredData.encode` documents the parameters.
         """
         table = as_pandas(frame)
-        optional = set() if outcome_required else {self.outcome, self.weights}
-        if not outcome_required and self.outcome in table and table[self.outcome].isna().any():
-            table = table.drop(columns=self.outcome)
-        roles = [self.outcome, *self.clusters, self.trials, self.offset, self.weights]
+        observed = {name for name in (self.outcome, self.status, self.upper, self.entry) if name}
+        optional = set() if outcome_required else {*observed, self.weights}
+        table = with_open_ends(table, self.outcome, self.upper)
+        if not outcome_required:
+            table = without_incomplete(table, observed, keep={*self.columns, *self.clusters})
+        roles = [self.outcome, *self.clusters, *(getattr(self, role) for role in PER_ROW)]
         wanted = [name for name in (*roles, *self.columns) if name]
         table = pick(table, [name for name in wanted if name in table or name not in optional])
         if table.empty:
             raise ValueError("The table has no rows; at least one is needed.")
         remedy = TRAINING if outcome_required else NEW
         table = natural_types(complete_rows(table, missing, remedy))
-        check_finite(table, remedy)
+        ends = () if self.upper is None else (self.outcome, self.upper)
+        check_finite(table.drop(columns=[end for end in ends if end in table]), remedy)
         return table
 
     def outcomes(self, table: pd.DataFrame) -> Tensor | None:
@@ -373,6 +383,7 @@ class Schema:
             classes = content["classes"]
             later = {"intercept": True, "slopes": [], "weights_kind": "frequency"}
             later |= {"cluster_columns": [], "means": {}, "calls": {}, "offset_call": None}
+            later |= dict.fromkeys(("status", "upper", "entry"))
             values = {member.name: {**later, **content}[member.name] for member in fields(cls)}
             for name in ("terms", "slopes"):
                 values[name] = tuple(tuple(term) for term in values[name])
@@ -452,42 +463,3 @@ def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str
             raise ValueError(
                 f"The outcome {outcome!r} is also listed as a {role}; take it off that list."
             )
-
-
-def _levels_of(
-    table: pd.DataFrame,
-    columns: Sequence[str],
-    factors: Collection[str],
-    orders: Iterable[LevelOrder] = (),
-) -> dict[str, pd.Index]:
-    """Levels of the categorical columns; the other columns are checked to be numbers."""
-    levels = {
-        name: _levels(table[name], by_number=name in factors)
-        for name in columns
-        if name in factors or is_categorical(table[name])
-    }
-    for order in orders:
-        levels[order.column] = order.applied(levels[order.column])
-    for name in set(columns) - set(levels):
-        as_numbers(table[name], "feature")
-    return levels
-
-
-def _levels(column: pd.Series, *, by_number: bool) -> pd.Index:
-    """Levels of a categorical feature, checked; `by_number` if numbers may be its categories."""
-    if not by_number:
-        check_not_numbers(column)
-    levels = code_labels(column, f"feature {column.name!r}")[1]
-    size = 8 * len(levels) * len(column)
-    if size > LARGEST_INDICATORS:
-        raise ValueError(
-            f"Feature {column.name!r} has {len(levels)} levels, which would be as many columns, "
-            f"{size / 1e9:.1f} GB. Leave it out, join levels, or make it a grouping factor: "
-            f"(1 | {column.name})."
-        )
-    if len(levels) == 1:
-        raise ValueError(
-            f"Feature {column.name!r} has a single level, {listing(levels)}, in the {len(column)} "
-            "rows without missing values: nothing can be learned from it. Leave it out."
-        )
-    return levels

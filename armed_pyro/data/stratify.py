@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from armed_pyro._messages import check_probability
+from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.label_matching import places_of
 
 
 def stratified_order(
@@ -57,6 +60,55 @@ def cluster_folds(
         block = by_size[start : start + n]
         fold[block] = rng.permutation(n)[: len(block)]
     return fold[clusters]
+
+
+def held_rows(
+    order: Int[np.ndarray, " rows"], groupings: Iterable[Grouping], fraction: float, seed: int
+) -> Bool[np.ndarray, " rows"]:
+    """Validation rows, evenly spaced in this order; every cluster keeps a training row.
+
+    ValueError if `fraction` is not between 0 and 1, or leaves no validation rows.
+    """
+    check_fraction(fraction)
+    rng, n = np.random.default_rng([seed, 1]), len(order)
+    steps = np.floor(np.arange(n + 1) * fraction + rng.random())
+    held = np.zeros(n, dtype=bool)
+    held[order] = np.diff(steps) > 0
+    for grouping in groupings:
+        codes = grouping.codes.numpy()
+        emptied = np.bincount(codes[~held], minlength=grouping.n_clusters) == 0
+        shuffled = rng.permutation(n)
+        _, first = np.unique(codes[shuffled], return_index=True)
+        held[shuffled[first[emptied]]] = False
+    if not held.any():
+        raise ValueError(
+            f"A fraction of {fraction} leaves no rows for validation once every cluster keeps "
+            "one in training. Raise it, or hold out whole clusters (hold_out_clusters)."
+        )
+    return held
+
+
+def held_clusters(
+    grouping: Grouping, factor: str, fraction: float | None, labels: Any, seed: int
+) -> Bool[np.ndarray, " rows"]:
+    """The rows of a random fraction of the clusters, or of those with these labels.
+
+    ValueError if a label is unknown, or either side would have no rows.
+    """
+    if (fraction is None) == (labels is None):
+        raise ValueError(f"Give either fraction or labels; found {fraction} and {labels}.")
+    if labels is not None:
+        positions = places_of(labels, grouping.levels, factor)
+    else:
+        n_held = max(1, round(check_fraction(fraction) * grouping.n_clusters))
+        positions = np.random.default_rng(seed).permutation(grouping.n_clusters)[:n_held]
+    held = np.isin(grouping.codes.numpy(), positions)
+    if held.all() or not held.any():
+        raise ValueError(
+            f"Holding out {len(positions)} of the {grouping.n_clusters} clusters of "
+            f"{factor!r} leaves no rows on one side; each needs at least one cluster."
+        )
+    return held
 
 
 def check_fraction(fraction: float | None) -> float:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from armed_pyro.data.grouping import Grouping, check_several, index_to_json
 
-__all__ = ["PER_ROW", "check_magnitudes", "check_training"]
+__all__ = ["CENSORING", "PER_ROW", "check_magnitudes", "check_training"]
 
-PER_ROW = ("trials", "offset", "weights")
+CENSORING = ("status", "upper", "entry")
+PER_ROW = ("trials", "offset", "weights", *CENSORING)
 # Squares, and products of a few numbers between these, are neither infinite nor 0.
 SMALLEST, LARGEST = 1e-100, 1e100
 

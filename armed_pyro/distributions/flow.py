@@ -70,7 +70,10 @@ class Flow(Pushforward, ABC):
             return self._log_prob(self._pull(value))
         _, x, noise = self._drawn
         with torch.no_grad():
-            density, slope = self._log_prob(noise), self._slope(noise)
+            density = self._log_prob(noise)
+            if not x.requires_grad:
+                return density
+            slope = self._slope(noise)
         return density + (slope * (x - x.detach())).sum(-1)
 
     @abstractmethod

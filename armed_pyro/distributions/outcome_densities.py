@@ -73,16 +73,16 @@ class LogNegativeBinomial(dist.NegativeBinomial):
         shape = self.shape
         excess = self.log_mean - shape.log()
         log_ratio = torch.logaddexp(excess, torch.zeros_like(excess))  # log(1 + mean / shape)
-        constant = _log_rising(value, shape) - torch.lgamma(value + 1)
+        constant = log_rising(value, shape) - torch.lgamma(value + 1)
         return constant + value * self.log_mean - (value + shape) * log_ratio
 
 
-# From this shape on, `_log_rising` uses Stirling's series, whose five terms are exact to 1e-16.
+# From this shape on, `log_rising` uses Stirling's series, whose five terms are exact to 1e-16.
 SERIES_FROM = 16.0
 STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
 
 
-def _log_rising(y: Tensor, shape: Tensor) -> Tensor:
+def log_rising(y: Tensor, shape: Tensor) -> Tensor:
     """lgamma(y + shape) - lgamma(shape) - y log(shape), which goes to 0 for large shapes.
 
     Differences of lgamma at a large shape would be lost to rounding.
@@ -90,11 +90,11 @@ def _log_rising(y: Tensor, shape: Tensor) -> Tensor:
     small, large = shape.clamp(max=SERIES_FROM), shape.clamp(min=SERIES_FROM)
     direct = torch.lgamma(y + small) - torch.lgamma(small) - y * small.log()
     series = (y + large - 0.5) * torch.log1p(y / large) - y
-    series = series + _stirling(y + large) - _stirling(large)
+    series = series + stirling(y + large) - stirling(large)
     return torch.where(shape < SERIES_FROM, direct, series)
 
 
-def _stirling(z: Tensor) -> Tensor:
+def stirling(z: Tensor) -> Tensor:
     """lgamma(z) - (z - 1/2) log(z) + z - log(2 pi) / 2, by its series in 1 / z."""
     inverse, total = 1 / z, torch.zeros_like(z)
     for coefficient in reversed(STIRLING):

@@ -20,7 +20,8 @@ from armed_pyro.effects.grid import Grid
 from armed_pyro.families.family import Eta
 from armed_pyro.guides.base import n_draws
 from armed_pyro.prediction.chunks import check_settings
-from armed_pyro.prediction.unseen import check_mode, label_noise, new_clusters
+from armed_pyro.prediction.label_noise import label_noise
+from armed_pyro.prediction.unseen import check_mode, new_clusters
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
 from armed_pyro.program.linearize import sensitivities
 from armed_pyro.program.model import MixedEffects, trains_network

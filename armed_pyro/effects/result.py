@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from armed_pyro._messages import check_known, check_probability
+from armed_pyro._word import Document
 from armed_pyro.effects.expression import evaluate
 
 __all__ = ["MEASURES", "Effects", "Hypothesis", "Measure", "compared"]
@@ -188,6 +189,17 @@ class Effects:
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV."""
         self.to_frame().to_csv(path, index=False)
+
+    def to_word(self, path: str | Path, *, digits: int = 3) -> None:
+        """Write the table as a document of Word, with its title; the path ends in ``.docx``."""
+        if Path(path).suffix.lower() != ".docx":
+            raise ValueError(f"the path must end in .docx, found {str(path)!r}")
+        document = Document("a table for Word")
+        document.heading(self._heading, 1)
+        document.table(_rounded(self.to_frame(), digits).astype(str))
+        if self.note:
+            document.paragraph(self.note)
+        document.save(path)
 
     def __repr__(self) -> str:
         table = _rounded(self.to_frame(), 4).to_string(index=False, max_rows=20)

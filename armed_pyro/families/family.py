@@ -16,8 +16,10 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.survival_densities import Survival
 from armed_pyro.priors import Priors
 from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.censoring import INTERVAL, RIGHT
 
 __all__ = ["Family", "Labelled", "Parameter", "arrays", "mean_offset", "outcome_of"]
 
@@ -68,6 +70,10 @@ class Parameter(ABC):
         """The value, if the prior fixes the parameter; None if it is estimated."""
         return None
 
+    def simulated(self, dispersion: float) -> float:
+        """The value in simulated data, where a single number stands for all parameters."""
+        return dispersion
+
     def original(self, value: Tensor, spread: float) -> Tensor:
         """The latent value on the outcome's scale; by default the value itself."""
         return value
@@ -110,6 +116,8 @@ class Family(ABC):
     multiclass: ClassVar[bool] = False
     # Whether `expected` is the probability of every class, in a last dimension.
     has_class_probabilities: ClassVar[bool] = False
+    # Whether outcomes may be censored or truncated, as those of `CensorableFamily`.
+    can_be_censored: ClassVar[bool] = False
     needs_trials: ClassVar[bool] = False  # whether every row needs a number of trials
     # Whether `residual_variance` depends on the mean outcome; `marginal_mean` is then required.
     needs_mean: ClassVar[bool] = False
@@ -119,9 +127,15 @@ class Family(ABC):
     has_residual_variance: ClassVar[bool] = False
     # The reason, if single rows cannot tell the sd of an effect of every row, (1 | row), apart.
     no_row_effects: ClassVar[str] = ""
+    # Whether log p(y | eta) is concave in eta, so that the guide may weigh rows by its curvature.
+    # Otherwise the guide takes `information`, which must be defined.
+    is_log_concave: ClassVar[bool] = True
     no_residuals: ClassVar[str] = ""  # the reason, if residuals cannot be checked
     # Advice for outcomes that vary more than the family allows.
     if_overdispersed: ClassVar[str] = "another family: the outcomes vary more than it allows"
+    # Advice for residuals with heavier tails than the family's, and for more or fewer zeros.
+    if_heavy_tails: ClassVar[str] = "a family with heavier tails, or look at the outlying rows"
+    if_more_zeros: ClassVar[str] = "another family, which models zeros apart"
     # Whether the variance is the mean, so that overdispersion alone makes more zeros.
     is_equidispersed: ClassVar[bool] = False
 
@@ -151,6 +165,13 @@ class Family(ABC):
                 f"family {self.name!r} has no trials: leave trials= (--trials) out, or choose "
                 "family 'binomial'"
             )
+        if not self.can_be_censored and (data.status is not None or data.entry is not None):
+            raise ValueError(
+                f"family {self.name!r} has no censored outcomes (status, upper, entry): choose "
+                "weibull, loglogistic, lognormal, exponential or piecewise_exponential for times, "
+                "gaussian, student or gamma for measurements with detection limits, or leave the "
+                "columns out"
+            )
         y = outcome_of(data)
         if data.classes is not None and not (self.is_probability and len(data.classes) == 2):
             family = "bernoulli" if len(data.classes) == 2 else "categorical"
@@ -162,6 +183,14 @@ class Family(ABC):
                 "turn the column into numbers if its values are measurements"
             )
         bad = self.outside(y, data)
+        if bad.shape != (data.n_rows,):
+            raise ValueError(
+                f"family {self.name!r} needs one outcome per row, found the shape "
+                f"{tuple(y.shape)} of {data.outcome_name!r}: fit each column by itself, or choose "
+                "the column of the event's indicators"
+            )
+        if data.status is not None:  # lower ends at 0 of positive outcomes say nothing
+            bad &= ~((y == 0) & ((data.status == RIGHT) | (data.status == INTERVAL)))
         if bad.any():
             rows = data.row_labels[bad.numpy()]
             raise ValueError(
@@ -170,6 +199,15 @@ class Family(ABC):
                 f"row(s) {listing(rows, 3)} with {listing(y[bad][:3].tolist())}: correct the rows "
                 "or choose another family"
             )
+
+    @property
+    def is_censored(self) -> bool:
+        """Whether outcomes of the training data may be censored or truncated; by default not."""
+        return False
+
+    def survivor(self, eta: Eta, parameters: Parameters, rows: Rows) -> Survival | None:
+        """The survivor function and quantiles of exact outcomes; None, the default, without one."""
+        return None
 
     def bound(self, data: ClusteredData) -> Family:
         """The family with the settings that it takes from the training data; by default itself."""
@@ -260,6 +298,10 @@ class Family(ABC):
         """Parameters "... rows" of rows whose residual variance is divided by their weights."""
         raise NotImplementedError(f"family {self.name!r} has no residual variance")
 
+    def if_misfit(self, y: Array) -> str:
+        """Advice if the distribution misses outcomes as these, or residuals are skewed."""
+        return "try another family, or transform the outcome"
+
     # --- results and checks -----------------------------------------------------------------
 
     @abstractmethod
@@ -296,7 +338,7 @@ class Family(ABC):
     def cdf_range(
         self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows
     ) -> tuple[Array, Array] | None:
-        """P(Y < y) and P(Y <= y) in one draw, equal unless Y is a whole number; None as of `cdf`.
+        """P(Y < y) and P(Y <= y) in one draw, equal where Y is continuous; None as of `cdf`.
 
         A uniform number between the two is a randomised quantile of the outcome.
         """

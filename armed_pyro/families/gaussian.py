@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass
 
-import pyro.distributions as dist
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.random import Generator
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.distributions.survival_densities import NormalSurvival
+from armed_pyro.families.censorable import CensorableFamily
 from armed_pyro.families.family import (
     Array,
     Draws,
     Eta,
-    Family,
     Numbers,
     Parameter,
     Parameters,
@@ -27,13 +29,11 @@ from armed_pyro.families.family import (
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Gaussian", "ResidualSd"]
+__all__ = ["Gaussian", "ResidualScale", "ResidualSd", "ResidualSpread"]
 
 
-class ResidualSd(Parameter):
-    """Residual sd of a gaussian outcome, with the prior `Priors.residual_sd`."""
-
-    name = "residual_sd"
+class ResidualSpread(Parameter, ABC):
+    """A spread of residuals with the prior `Priors.residual_sd`, in units of the predictor."""
 
     def _scale(self, priors: Priors, unit: Unit) -> Tensor:
         return priors.residual_sd.scales([""], unit, Gaussian().effect_scale())[0]
@@ -54,15 +54,32 @@ class ResidualSd(Parameter):
         return value * spread
 
 
+class ResidualSd(ResidualSpread):
+    """Residual sd of an outcome, or of its logarithm."""
+
+    name = "residual_sd"
+
+
+class ResidualScale(ResidualSpread):
+    """Residual scale of a distribution with heavy tails, below its sd."""
+
+    name = "residual_scale"
+
+
 @dataclass(frozen=True)
-class Gaussian(Family):
+class Gaussian(CensorableFamily):
     """y ~ N(eta, residual_sd^2), identity link."""
 
     name = "gaussian"
     support = "finite numbers"
-    is_quadratic = True
     has_residual_variance = True
     no_row_effects = "the residual sd"
+    if_heavy_tails = "use family student, or look at the outlying rows"
+
+    @property
+    def is_quadratic(self) -> bool:  # type: ignore[override]
+        """True unless outcomes are censored."""
+        return not self.censored
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -91,14 +108,17 @@ class Gaussian(Family):
     def precision_weighted(self, parameters: Parameters, weights: RowValues) -> Parameters:
         return {**parameters, "residual_sd": self.value(parameters, "residual_sd") / weights.sqrt()}
 
-    def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
-        return dist.Normal(eta[..., 0], self.value(parameters, "residual_sd"))
+    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> NormalSurvival:
+        return NormalSurvival(eta[..., 0], self.value(parameters, "residual_sd"))
 
     def mean(self, eta: Eta, rows: Rows) -> Tensor:
         return eta[..., 0]
 
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return self.value(parameters, "residual_sd") ** 2
+
+    def if_misfit(self, y: Array) -> str:
+        return symmetric_misfit(y)
 
     def residual_rows(self, parameters: Parameters) -> dict[str, Draws]:
         sd = self.value(parameters, "residual_sd")
@@ -112,6 +132,21 @@ class Gaussian(Family):
 
     def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
         return rng.normal(eta[:, 0], parameters["residual_sd"])
+
+
+def symmetric_misfit(y: Array) -> str:
+    """The family to try in place of a symmetric one, by the range of the outcomes."""
+    if (y > 0).all() and (y < 1).all():
+        return "use family beta, for proportions"
+    if (y >= 0).all() and (y <= 1).all() and (np.mod(y, 1) > 0).any():
+        return "use family zero_one_inflated_beta, for proportions from 0 to 1"
+    if (y >= 0).all() and (y == y.round()).all():
+        return "use family negative_binomial, for counts"
+    if (y > 0).all():
+        return "use family gamma or lognormal, for positive outcomes with a long right tail"
+    if (y >= 0).all() and (y == 0).any():
+        return "use family hurdle(gamma) or hurdle(lognormal), for outcomes that are 0 or positive"
+    return "try another family, or transform the outcome"
 
 
 def _without_offset(data: ClusteredData) -> Float[Tensor, " rows"]:

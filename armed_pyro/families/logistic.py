@@ -1,4 +1,4 @@
-"""Outcomes with a logit link: one trial, several trials, and classes."""
+"""Probabilities: one trial, several trials, and classes."""
 
 from __future__ import annotations
 
@@ -28,25 +28,74 @@ from armed_pyro.families.family import (
     mean_offset,
     outcome_of,
 )
+from armed_pyro.families.linked import LinkedFamily
+from armed_pyro.families.links import BINARY_LINKS, ProbabilityLink, by_name
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Bernoulli", "Binomial", "Categorical", "LogitFamily"]
-
-
-class LogitFamily(Family, ABC):
-    """Logit link; on the scale of eta, the residual is standard logistic with variance pi^2 / 3."""
-
-    integer = True
-    is_probability = True
-    coefficient_ratio = "odds ratio"
-
-    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
-        return torch.full_like(mean, math.pi**2 / 3)
+__all__ = ["Bernoulli", "Binomial", "Categorical", "TrialsFamily"]
 
 
 @dataclass(frozen=True)
-class Bernoulli(LogitFamily):
-    """P(y = 1) = 1 / (1 + exp(-eta)), logit link."""
+class TrialsFamily(LinkedFamily, ABC):
+    """Successes of one or several trials, each with the probability mu."""
+
+    integer = True
+    is_probability = True
+
+    @property
+    def _probability(self) -> ProbabilityLink:
+        link = self._link
+        assert isinstance(link, ProbabilityLink)  # for mypy: `links` of these families are
+        return link
+
+    def _trials(self, trials: Tensor | None) -> Tensor:
+        if trials is None:
+            raise ValueError(f"family {self.name!r} needs the number of trials of each row")
+        return trials
+
+    def contrasts(self, output: Float[Tensor, "rows outputs"]) -> Float[Tensor, "rows columns"]:
+        return output[..., 1:] - output[..., :1] if output.shape[-1] == 2 else output
+
+    def _counts(self, rows: Rows) -> Tensor:
+        """The trials of each row."""
+        return self._trials(rows.trials)
+
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
+        return (y < 0) | (y != y.round()) | (y > self._trials(data.trials))
+
+    def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
+        share = outcome_of(data).sum() / self._trials(data.trials).sum()
+        return self._link.center(share.reshape(1), data.offset).reshape(1)
+
+    def spread(self, data: ClusteredData) -> float:
+        return 1.0
+
+    def mean(self, eta: Eta, rows: Rows) -> Tensor:
+        return self._counts(rows) * self._link.inverse(eta[..., 0])
+
+    def mean_variance(self, mean: Tensor, parameters: Parameters) -> Tensor:
+        """The variance of one trial."""
+        return mean * (1 - mean)
+
+    def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
+        inside, outside = self._probability.log_sides(eta[..., 0])
+        variance = (inside + outside).exp().clamp(min=torch.finfo(eta.dtype).tiny)
+        single = self._link.derivative(eta[..., 0]) ** 2 / variance
+        return (self._counts(rows) * single)[..., None]
+
+    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
+        """Variance of the latent variable that is cut at 0; by the delta method for a log link."""
+        latent = self._probability.residual_variance
+        if latent is not None:
+            return torch.full_like(mean, latent)
+        return super().residual_variance(parameters, mean)
+
+
+@dataclass(frozen=True)
+class Bernoulli(TrialsFamily):
+    """P(y = 1) = mu, by default 1 / (1 + exp(-eta)), logit link."""
+
+    link: str = "logit"
 
     name = "bernoulli"
     support = "outcomes 0 and 1 (or two labels)"
@@ -54,49 +103,50 @@ class Bernoulli(LogitFamily):
     statistics = ("mean",)
     no_residuals = "any probability fits single trials"
     no_row_effects = "the trials' own variance"
+    links = by_name(*BINARY_LINKS)
+
+    @property
+    def needs_mean(self) -> bool:  # type: ignore[override]
+        """Whether the link has no latent variable."""
+        return self._probability.residual_variance is None
 
     def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return (y != 0) & (y != 1)
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return _logit(outcome_of(data).mean(), data)
+        return self._link.center(outcome_of(data), data.offset).reshape(1)
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=eta[..., 0])
+        return dist.Bernoulli(logits=self._probability.logit(eta[..., 0]))
 
-    def mean(self, eta: Eta, rows: Rows) -> Tensor:
-        return torch.sigmoid(eta[..., 0])
+    def _counts(self, rows: Rows) -> Tensor:
+        return torch.ones(())
 
     def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
-        return rng.binomial(1, _sigmoid(eta[:, 0]))
+        return rng.binomial(1, self._link.inverse(torch.from_numpy(eta[:, 0])).numpy())
 
 
 @dataclass(frozen=True)
-class Binomial(LogitFamily):
-    """y ~ Binomial(trials, 1 / (1 + exp(-eta))), logit link."""
+class Binomial(TrialsFamily):
+    """y ~ Binomial(trials, mu), by default with mu = 1 / (1 + exp(-eta)), logit link."""
+
+    link: str = "logit"
 
     name = "binomial"
-    if_overdispersed = "add (1 | row), a random intercept of each row"
+    if_more_zeros = "if the dispersion is right, use family zero_inflated(binomial)"
+    if_overdispersed = "use family beta_binomial, or add (1 | row), a random intercept of each row"
     support = "whole numbers from 0 to the row's trials"
     needs_trials = True
     statistics = ("mean", "sd", "zeros")
+    links = by_name(*BINARY_LINKS)
 
-    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
-        return (y < 0) | (y != y.round()) | (y > self._trials(data.trials))
-
-    def _trials(self, trials: Tensor | None) -> Tensor:
-        if trials is None:
-            raise ValueError(f"family {self.name!r} needs the number of trials of each row")
-        return trials
-
-    def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return _logit(outcome_of(data).sum() / self._trials(data.trials).sum(), data)
+    @property
+    def needs_mean(self) -> bool:  # type: ignore[override]
+        """Whether the link has no latent variable."""
+        return self._probability.residual_variance is None
 
     def distribution(self, eta: Eta, parameters: Parameters, rows: Rows) -> dist.TorchDistribution:
-        return LogitBinomial(self._trials(rows.trials), eta[..., 0])
-
-    def mean(self, eta: Eta, rows: Rows) -> Tensor:
-        return self._trials(rows.trials) * torch.sigmoid(eta[..., 0])
+        return LogitBinomial(self._trials(rows.trials), self._probability.logit(eta[..., 0]))
 
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         from scipy import stats  # slow to import
@@ -105,11 +155,11 @@ class Binomial(LogitFamily):
         return torch.from_numpy(stats.binom.cdf(hits, trials, mean / trials))
 
     def simulate(self, rng: Generator, eta: Array, parameters: Numbers, trials: int) -> Array:
-        return rng.binomial(trials, _sigmoid(eta[:, 0]))
+        return rng.binomial(trials, self._link.inverse(torch.from_numpy(eta[:, 0])).numpy())
 
 
 @dataclass(frozen=True)
-class Categorical(LogitFamily):
+class Categorical(Family):
     """P(y = c) = exp(eta_c) / sum_d exp(eta_d) with eta_0 = 0: logits relative to the first class.
 
     The network has one output per class; the first output is subtracted from the others.
@@ -119,6 +169,9 @@ class Categorical(LogitFamily):
     support = "labels, or codes 0, 1, ..., C - 1 with every class present"
     is_class = True
     multiclass = True
+    integer = True
+    is_probability = True
+    coefficient_ratio = "odds ratio"
     has_class_probabilities = True
     statistics = ("mean",)
     no_residuals = "classes have no order"
@@ -171,10 +224,5 @@ class Categorical(LogitFamily):
         logits = np.hstack([np.zeros_like(eta[:, :1]), eta])
         return (logits + rng.gumbel(size=logits.shape)).argmax(1)
 
-
-def _logit(probability: Tensor, data: ClusteredData) -> Float[Tensor, " 1"]:
-    return (torch.logit(probability.clamp(0.001, 0.999)) - mean_offset(data)).reshape(1)
-
-
-def _sigmoid(eta: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-eta))
+    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
+        return torch.full_like(mean, math.pi**2 / 3)

@@ -68,6 +68,11 @@ class Reconstruction:
             raise ValueError("a reconstruction needs a name, such as 'image'")
 
     @property
+    def tap(self) -> str:
+        """The text of the layer's tap, whose output is not pooled."""
+        return f"{self.at}:whole"
+
+    @property
     def sd_site(self) -> str:
         """Name of the residual sd's site."""
         return f"{self.name}_sd"

@@ -110,7 +110,8 @@ def mixed_model(
     eta = x @ beta + (x[:, : len(scale), None] * row_effects).sum(1)
     parameters = dispersion
     if not isinstance(parameters, Mapping):
-        parameters = {parameter.name: parameters for parameter in outcome.parameters}
+        size = parameters
+        parameters = {one.name: one.simulated(size) for one in outcome.parameters}
     data = ClusteredData.from_arrays(
         x[:, 1:],
         outcome.simulate(rng, eta, parameters, trials).astype(float),

@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from armed_pyro.guides.closed_form import MarginalLikelihood, closed_form
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.pseudo_observations import PseudoObservations
 from armed_pyro.program.model import MixedEffects
@@ -25,9 +26,8 @@ class Guide(nn.Module, ABC):
     theta are the hyperparameters (family parameters, standard deviations, correlations, latent
     fixed effects) and u the random effects. A guide is an ordinary Pyro guide: calling it samples
     every latent site of the program, under the program's site names. The rest of the protocol
-    tells training, importance sampling and prediction how to use it:
+    tells training, importance sampling and prediction how to use it.
 
-    ======================= ===============================================================
     Sites that a guide samples beyond those of the program start with an underscore and are
     auxiliary (``infer={"is_auxiliary": True}``): ``_theta`` holds all hyperparameters in
     unconstrained coordinates. `hyperparameters` is q(theta).
@@ -103,6 +103,10 @@ class Guide(nn.Module, ABC):
             If the guide does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not draw effects by themselves")
+
+    def closed_form(self, model: MixedEffects, source: RowSource) -> MarginalLikelihood | None:
+        """log p(y | theta) of these rows given the frozen network, if it has a closed form."""
+        return closed_form(model, source)
 
     @abstractmethod
     def nested(self) -> Factor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +20,8 @@ from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.rows.source import RowSource
 
 __all__ = [
-    "ClosedForm",
-    "Conditional",
-    "MarginalLikelihood",
-    "closed_form",
-    "cost",
-    "is_gaussian",
+    *("ClosedForm", "Conditional", "MarginalLikelihood", "OuterLevel"),
+    *("by_parent", "closed_form", "cost", "is_gaussian"),
 ]
 
 # Values of all matrices of the draws that are made at once: more do not fit into a processor's
@@ -44,30 +41,6 @@ def is_gaussian(model: MixedEffects) -> bool:
     return model.family.is_quadratic and narrow and not model.others
 
 
-class MarginalLikelihood(Protocol):
-    """log p(y | theta) with the random effects integrated out."""
-
-    @property
-    def size(self) -> int:
-        """Values that one draw needs."""
-
-    @property
-    def work(self) -> int:
-        """Multiplications of one draw beyond those that are linear in `size`."""
-
-    def most_draws(self) -> int:
-        """Number of draws that are fastest at once; at least 1."""
-
-    def log_likelihood(self, latents: Latents) -> Float[Tensor, " draws"]:
-        """log p(y | theta) of draws of the hyperparameters; one value without draws."""
-
-    def with_effects(self, latents: Latents) -> tuple[Float[Tensor, " draws"], dict[str, Tensor]]:
-        """log p(y | theta), and a draw of all random effects for each draw, if that costs nothing.
-
-        The effects have shape "draws clusters terms"; the dictionary may be empty.
-        """
-
-
 def cost(likelihood: MarginalLikelihood) -> int:
     """Multiplications that take as long as one draw."""
     return likelihood.work + PER_VALUE * likelihood.size
@@ -76,9 +49,11 @@ def cost(likelihood: MarginalLikelihood) -> int:
 def closed_form(model: MixedEffects, source: RowSource) -> ClosedForm | None:
     """log p(y | theta) of the rows of nested factors, given the frozen network.
 
-    None if the outcome is not gaussian, an effect is inside the network or of a wide layer, or the
-    grouping factors are crossed.
+    None if the outcome is not gaussian, an effect is inside the network or of a wide layer, the
+    grouping factors are crossed, or a factor's clusters are cells of a process.
     """
+    if any(factor.process is not None for factor in model.factors):
+        return None
     nested = nesting(model, source) if is_gaussian(model) else None
     if nested is None:
         return None
@@ -109,7 +84,44 @@ class Conditional:
         return Conditional(self.scale, *parts)
 
 
-class ClosedForm:
+class MarginalLikelihood(ABC):
+    """log p(y | theta) of all rows, with the random effects integrated out exactly.
+
+    Examples
+    --------
+    The methods that a closed form has to define:
+
+    >>> sorted(MarginalLikelihood.__abstractmethods__)
+    ['log_likelihood', 'most_draws', 'size']
+    """
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Values that one draw needs."""
+
+    @property
+    def work(self) -> int:
+        """Multiplications of one draw beyond those that are linear in `size`."""
+        return 0
+
+    @abstractmethod
+    def most_draws(self) -> int:
+        """Number of draws that are fastest at once; at least 1."""
+
+    @abstractmethod
+    def log_likelihood(self, latents: Latents) -> Float[Tensor, " draws"]:
+        """log p(y | theta) of draws of the hyperparameters; one value without draws."""
+
+    def with_effects(self, latents: Latents) -> tuple[Float[Tensor, " draws"], dict[str, Tensor]]:
+        """log p(y | theta), and a draw of all random effects for each draw, if that costs nothing.
+
+        The effects have shape "draws clusters terms". By default none are drawn.
+        """
+        return self.log_likelihood(latents), {}
+
+
+class ClosedForm(MarginalLikelihood):
     r"""log p(y | theta) with all random effects integrated out, from `GaussianSums`.
 
     .. math::
@@ -152,22 +164,14 @@ class ClosedForm:
 
     @property
     def size(self) -> int:
-        """Values that one draw needs for the matrices of all clusters."""
         columns = [sum(self.sums.terms[m:]) + 1 for m in range(len(self.sums.terms))]
         each = zip(self.sums.terms, columns, self.sums.clusters, strict=True)
         return max(1, sum(t * c * k for t, c, k in each))
 
-    @property
-    def work(self) -> int:
-        """Multiplications of one draw beyond those that are linear in `size`."""
-        return 0
-
     def most_draws(self) -> int:
-        """Number of draws that are fastest at once; at least 1."""
         return max(1, MOST_VALUES // self.size)
 
     def log_likelihood(self, latents: Latents) -> Float[Tensor, " draws"]:
-        """log p(y | theta) of draws of the hyperparameters; one value without draws."""
         sums, tau = self.sums, self._tau(latents)[:, 0]
         delta = self._moved(latents)
         ends = torch.cat([-delta, delta.new_ones(len(delta), 1)], 1)
@@ -177,10 +181,6 @@ class ClosedForm:
             log_det = log_det + level.log_det
             squares = squares + level.squares
         return sums.constant + 0.5 * sums.count * tau.log() - log_det - 0.5 * tau * squares
-
-    def with_effects(self, latents: Latents) -> tuple[Float[Tensor, " draws"], dict[str, Tensor]]:
-        """log p(y | theta), without random effects: `NestedGuide` draws them later."""
-        return self.log_likelihood(latents), {}
 
     def conditionals(self, latents: Latents) -> list[Conditional]:
         """Each factor's effects given the outer ones, the innermost first."""
@@ -208,10 +208,10 @@ class ClosedForm:
         level: _Level = _Inner(tau, self._scale(0, latents), sums.root, _at(sums.projected, delta))
         yield level
         for place, (own, parents) in enumerate(zip(sums.outer, sums.parents, strict=True), 1):
-            inside = _by_parent(level.left, parents, own.shape[-1])
+            inside = by_parent(level.left, parents, own.shape[-1])
             t = own.shape[0]
             columns = inside[:t] + _at(own, delta)
-            level = _Outer(tau, self._scale(place, latents), columns, inside[t:, t:])
+            level = OuterLevel(tau, self._scale(place, latents), columns, inside[t:, t:])
             yield level
 
 
@@ -262,7 +262,7 @@ class _Inner:
         return Conditional(self.scale, whitened, pulls[:, -1], pulls[:, :-1])
 
 
-class _Outer:
+class OuterLevel:
     """An outer factor; `columns` are A and B side by side, `rest` the products of the others."""
 
     def __init__(
@@ -299,7 +299,7 @@ def _at(
     return torch.cat([outer.expand(-1, -1, draws, -1), epsilon], 1)
 
 
-def _by_parent(values: Matrices, parents: Int[Tensor, " clusters"], outer: int) -> Matrices:
+def by_parent(values: Matrices, parents: Int[Tensor, " clusters"], outer: int) -> Matrices:
     """Sums over the clusters inside each cluster of the next factor."""
     zeros = values.new_zeros(*values.shape[:-1], outer)
     return zeros.scatter_add(-1, parents.expand_as(values), values)

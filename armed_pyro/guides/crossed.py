@@ -15,11 +15,13 @@ from armed_pyro.distributions.small_matrices import multiply, precision_root, so
 from armed_pyro.distributions.whitened import PrecisionNormal, WhitenedNormal
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.block_scale import BlockScale
-from armed_pyro.guides.closed_form import is_gaussian
+from armed_pyro.guides.closed_form import MarginalLikelihood, is_gaussian
 from armed_pyro.guides.cross_products import CrossProducts, cross_products
+from armed_pyro.guides.crossed_form import crossed_form
 from armed_pyro.guides.gaussian_sums import nesting
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.nested import NestedGuide
+from armed_pyro.guides.process import ProcessGuide
 from armed_pyro.guides.pseudo_observations import FULL_TERMS
 from armed_pyro.guides.row_sums import joint_sums
 from armed_pyro.guides.structured import REFRESH_DRAWS, StructuredGuide
@@ -41,7 +43,9 @@ MOST_VALUES = 4_000_000
 
 
 def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
-    """`NestedGuide`, `CrossedGuide` or `StructuredGuide`, by the program and its rows.
+    """`ProcessGuide`, `NestedGuide`, `CrossedGuide` or `StructuredGuide`, by program and rows.
+
+    `ProcessGuide` serves programs with a process in time.
 
     `NestedGuide` serves gaussian outcomes without weights of a network to train, if several factors
     are nested in each other in the rows of `source`. Otherwise several factors get `CrossedGuide`
@@ -51,6 +55,8 @@ def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
     2,500 random effects in all factors but the largest, and at most 5e7 pairs of one of these
     effects and one of the largest factor's. The guide starts from the training rows in `source`.
     """
+    if any(factor.process is not None for factor in model.factors):
+        return ProcessGuide(model, source)
     sizes = sorted(_size(model, factor) for factor in model.factors)
     dense = sum(sizes[:-1])
     if len(sizes) > 1 and source is not None and is_gaussian(model) and not trains_network(model):
@@ -155,6 +161,12 @@ class CrossedGuide(Guide):
 
     def exact(self, model: MixedEffects) -> bool:
         return model.family.is_quadratic
+
+    def closed_form(self, model: MixedEffects, source: RowSource) -> MarginalLikelihood | None:
+        nested = super().closed_form(model, source)
+        process = any(factor.process is not None for factor in model.factors)
+        summed = is_gaussian(model) and source.reduce is None and not process
+        return crossed_form(model, source) if nested is None and summed else nested
 
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
         _, t, m = self.between.shape

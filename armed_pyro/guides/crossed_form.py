@@ -11,6 +11,7 @@ from torch import Tensor
 
 from armed_pyro.distributions.small_matrices import precision_root, solve
 from armed_pyro.guides.block_scale import BlockScale
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.cross_products import CrossProducts, cross_products
 from armed_pyro.guides.gaussian_sums import (
     BLOCK_VALUES,
@@ -58,7 +59,7 @@ def crossed_form(model: MixedEffects, source: RowSource) -> CrossedForm:
     return CrossedForm(model, sums, others, _observed(model, sums, others, source))
 
 
-class CrossedForm:
+class CrossedForm(MarginalLikelihood):
     r"""log p(y | theta) with the random effects of crossed factors integrated out.
 
     .. math::

@@ -206,7 +206,8 @@ def is_positive(support: Any) -> bool:
     """Whether a support is the positive numbers, such as that of an sd."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return bool(getattr(support, "lower_bound", None) == 0)
+    bounded = hasattr(support, "upper_bound")  # a probability
+    return bool(getattr(support, "lower_bound", None) == 0) and not bounded
 
 
 def _start(model: MixedEffects, sites: tuple[_GlobalSite, ...]) -> list[float]:

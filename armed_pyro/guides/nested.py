@@ -22,7 +22,7 @@ from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["NestedGuide"]
+__all__ = ["NestedGuide", "outside_in"]
 
 
 class NestedGuide(Guide):
@@ -108,21 +108,9 @@ class NestedGuide(Guide):
     def _outside_in(
         self, latents: dict[str, Tensor], rows: Rows
     ) -> Iterator[tuple[Factor, WhitenedNormal]]:
-        """Each factor's effects given those of the factors around it, which `latents` then hold."""
-        lead, factors = self._lead(latents), self.sums.factors
-        conditionals = self.closed.conditionals(latents)
-        for place in reversed(range(len(factors))):
-            factor, membership = factors[place], rows.memberships[factors[place].name]
-            conditional, index = conditionals[place], membership.index
-            if not membership.complete:
-                conditional = conditional.of(index)
-            outer = list[Tensor]()
-            for parents, around in zip(
-                self.sums.parents[place:], factors[place + 1 :], strict=True
-            ):
-                index = parents[index]
-                outer.append(latents[around.effect_site].index_select(-2, index))
-            yield factor, _given(conditional, outer, factor.scale_matrix(latents), lead)
+        conditionals, lead = self.closed.conditionals(latents), self._lead(latents)
+        factors, parents = self.sums.factors, self.sums.parents
+        return outside_in(factors, parents, conditionals, latents, rows, lead)
 
     def _lead(self, latents: Latents) -> torch.Size:
         """The dimensions of the draws, before that of the clusters."""
@@ -131,6 +119,30 @@ class NestedGuide(Guide):
             shapes.append(latents["fixed_effect"].shape[:-2])
         shapes.append(self._precision(latents).shape[:-1])
         return broadcast_shape(*shapes)
+
+
+def outside_in(
+    factors: Sequence[Factor],
+    parents: Sequence[Parents],
+    conditionals: Sequence[Conditional],
+    latents: dict[str, Tensor],
+    rows: Rows,
+    lead: torch.Size,
+) -> Iterator[tuple[Factor, WhitenedNormal]]:
+    """Each factor's effects given those of the factors around it, which `latents` then hold.
+
+    The factors are from the inside out, and `lead` are the dimensions of the draws.
+    """
+    for place in reversed(range(len(factors))):
+        factor, membership = factors[place], rows.memberships[factors[place].name]
+        conditional, index = conditionals[place], membership.index
+        if not membership.complete:
+            conditional = conditional.of(index)
+        outer = list[Tensor]()
+        for codes, around in zip(parents[place:], factors[place + 1 :], strict=True):
+            index = codes[index]
+            outer.append(latents[around.effect_site].index_select(-2, index))
+        yield factor, _given(conditional, outer, factor.scale_matrix(latents), lead)
 
 
 def _given(

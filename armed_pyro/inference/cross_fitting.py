@@ -19,9 +19,10 @@ from armed_pyro.engine.shards import Share
 from armed_pyro.guides.base import Guide
 from armed_pyro.inference.evidence import Evidence
 from armed_pyro.inference.held_out import HeldOut, StreamedPart
-from armed_pyro.inference.phases import NetworkPhase, TrainingTask
+from armed_pyro.inference.phases import NetworkPhase
 from armed_pyro.inference.snapshots import Snapshots
 from armed_pyro.inference.training_run import Run, TrainingDiverged, TrainingInterrupted
+from armed_pyro.inference.training_task import TrainingTask
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates

@@ -49,6 +49,7 @@ MOST_EVALUATIONS, BLOCK, TOO_MANY = 2**26, 2**20, 2**32
 MOST_AT_ONCE, PIECE = 2**21, 2**21
 MOST_VALUES = 2**24  # values in the draws of all random effects
 MOST_WORK = 2**38  # multiplications of all draws
+MOST_CLOSED = 2**29  # values in the closed forms of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
 # Draws of theta at the mode by which its weights are judged; the largest k-hat and the smallest
@@ -166,7 +167,8 @@ def _marginal(
     """Weighted draws of the hyperparameters alone."""
     model, guide = posterior.model, posterior.guide
     size, blocks, totals = closed.most_draws(), list[dict[str, Tensor]](), list[Tensor]()
-    most = min(MOST_DRAWS, affordable(posterior)) if closed.work else MOST_DRAWS
+    most = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_CLOSED // closed.size))
+    most = min(most, affordable(posterior)) if closed.work else most
     free, checked, done = _free_draws(closed), 0, 0
     with model.seeded(seed + 4), pyro.validation_enabled(False):
         noise, ratio = heavy_noise(guide, most, model.reference())

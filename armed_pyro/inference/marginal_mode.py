@@ -21,6 +21,7 @@ from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.inputs import LazyInputs
 from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
@@ -220,7 +221,12 @@ def _searched(
         for name, code in codes.items()
     }
     optional = (rows.trials, rows.offset, rows.weights, rows.computed)
-    held = HeldRows(rows.x, rows.y, codes, counts, *optional, slopes=rows.slopes, means=rows.means)
+    slopes, means = rows.slopes, rows.means
+    inputs = rows.inputs if isinstance(rows.inputs, LazyInputs) else None
+    held = HeldRows(
+        rows.x, rows.y, codes, counts, *optional, slopes=slopes, means=means, inputs=inputs
+    )
+    held = replace(held, censoring=rows.censoring)
     return held, rows
 
 

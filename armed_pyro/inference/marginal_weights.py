@@ -13,8 +13,7 @@ from torch import Tensor
 
 from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import MarginalLikelihood, closed_form, is_gaussian
-from armed_pyro.guides.crossed_form import crossed_form
+from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.noise import NoiseMessenger
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
@@ -48,9 +47,7 @@ def exact_likelihood(
     anything = guide.hyperparameters.size > 0
     if not anything or (model.factors and not guide.exact(model)):
         return None
-    nested = closed_form(model, source)
-    crossed = nested is None and len(model.factors) > 1 and source.reduce is None
-    return crossed_form(model, source) if crossed and is_gaussian(model) else nested
+    return guide.closed_form(model, source)
 
 
 def marginal_draws(

@@ -78,7 +78,7 @@ class Objective:
         assert predictor.output is not None  # for mypy; see `binding.needs_fixed_run`
         eta = model.fixed_predictor(rows, predictor.output, activations, latents)
         log_prob = model.density(eta, latents, rows).log_prob(rows.outcome())
-        means = {rebuilt.name: activations[rebuilt.at] for rebuilt in model.others}
+        means = {rebuilt.name: activations[rebuilt.tap] for rebuilt in model.others}
         for rebuilt, density in model.other_densities(means, latents, rows).items():
             log_prob = log_prob + rebuilt.weight * density.log_prob(rows.x)
         frequencies = model.frequencies(rows)

@@ -15,6 +15,8 @@ from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import Schedule
 from armed_pyro.guides.base import Guide
 from armed_pyro.guides.pseudo_observations import PseudoObservations
+from armed_pyro.inference.network_training import NetworkTraining
+from armed_pyro.inference.torch_update import TorchUpdate
 from armed_pyro.program.model import MixedEffects, can_overfit
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
@@ -30,10 +32,17 @@ class Optimizers(nn.Module):
 
     The norm is taken for the network and for the guide separately, so that a strong adversary
     does not slow the guide down. All of it are operations on tensors, which a captured step holds.
-    `eps` is Adam's for the guide.
+    `eps` is Adam's for the guide. A user's optimizer takes the place of the network's Adam.
     """
 
-    def __init__(self, model: MixedEffects, lazy: LazyAdam, schedule: Schedule, eps: float) -> None:
+    def __init__(
+        self,
+        model: MixedEffects,
+        lazy: LazyAdam,
+        schedule: Schedule,
+        eps: float,
+        training: NetworkTraining | None = None,
+    ) -> None:
         super().__init__()
         self.clip = schedule.clip
         by_cluster = {name for table in lazy.tables.values() for name in table.names}
@@ -41,8 +50,13 @@ class Optimizers(nn.Module):
         shared = {name: p for name, p in guided.items() if name not in by_cluster}
         of_guide: list[Update] = [Adam(shared, eps=eps), *lazy.tables.values()]
         trained, decay = _trained("model", model), schedule.weight_decay
-        of_network: list[Update] = [Adam(trained, decay=decay, decayed=_decayed(model, trained))]
-        rates = schedule.learning_rate, schedule.net_learning_rate
+        self.of_user: TorchUpdate | None = None
+        if training is not None and training.of_user and trained:
+            parts = (trained, model, model.network, training, schedule)
+            self.of_user = TorchUpdate(*parts)
+        adam = Adam(trained, decay=decay, decayed=_decayed(model, trained))
+        of_network: list[Update] = [adam if self.of_user is None else self.of_user]
+        rates = schedule.learning_rate, 1.0 if self.of_user else schedule.net_learning_rate
         self._groups = tuple(zip((of_guide, of_network), rates, strict=True))
         self.updates = nn.ModuleList([*of_guide, *of_network])
         self.updates.to(model.reference().device)  # also where nothing is trained
@@ -281,6 +295,6 @@ def _decayed(model: MixedEffects, trained: Mapping[str, Tensor]) -> list[str]:
     return [name for name, p in trained.items() if name.startswith("model.net.") and p.dim() > 1]
 
 
-def _trained(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+def _trained(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:
     named = module.named_parameters(prefix)
     return {name: p for name, p in named if p.requires_grad}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
+import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -43,9 +44,10 @@ def out_of_sample(
     -------
     dict
         ``rows``; ``score``, the mean of :math:`\log p(y_i)`; ``claimed``, its expectation if
-        outcomes were drawn from the predictions; ``coverage``, the share of outcomes in their
-        intervals (None for classes); and the standard errors ``excess_se`` (of claimed - score) and
-        ``coverage_se``, by independent clusters of the largest factor.
+        outcomes were drawn from the predictions (None if outcomes are censored); ``coverage``, the
+        share of outcomes in their intervals (None for classes); and the standard errors
+        ``excess_se`` (of claimed - score) and ``coverage_se``, by independent clusters of the
+        largest factor.
     """
     model = posterior.model
     few = modulates(model)
@@ -69,22 +71,16 @@ def out_of_sample(
             left_out = by_draw if frequencies is None else frequencies * by_draw
             log_weights = pareto_smooth(-left_out.T.double().cpu().numpy())[0]
         score = _mixture(by_draw, log_weights)
-        claimed = np.mean(
-            [
-                _mixture(
-                    density.log_prob(_replicate(density.sample(), log_weights, rng)), log_weights
-                )
-                for _ in range(REPLICATES)
-            ],
-            0,
-        )
+        claimed = None
+        if batch.censoring is None:  # replicates would have to be censored as well
+            claimed = _claimed(density, log_weights, rng)
         inside = _inside(posterior, eta, latents, batch, log_weights, rng)
     codes = _clusters(posterior, rows)
     result: dict[str, float | None] = {
         "rows": len(batch),
         "score": float(score.mean()),
-        "claimed": float(claimed.mean()),
-        "excess_se": _standard_error(claimed - score, codes),
+        "claimed": None if claimed is None else float(claimed.mean()),
+        "excess_se": None if claimed is None else _standard_error(claimed - score, codes),
         "coverage": None if inside is None else float(inside.mean()),
         "coverage_se": None if inside is None else _standard_error(inside, codes),
     }
@@ -95,6 +91,19 @@ def _mixture(by_draw: Tensor, log_weights: np.ndarray) -> Float[np.ndarray, " ro
     """log of the weighted mean over draws."""
     values = by_draw.T.double().cpu().numpy() + log_weights
     return cast("np.ndarray", np.logaddexp.reduce(values, 1))
+
+
+def _claimed(
+    density: dist.TorchDistribution,
+    log_weights: Float[np.ndarray, "rows draws"],
+    rng: np.random.Generator,
+) -> Float[np.ndarray, " rows"]:
+    """The mean log score of outcomes drawn from the predictions."""
+    scores = list[np.ndarray]()
+    for _ in range(REPLICATES):
+        drawn = _replicate(density.sample(), log_weights, rng)
+        scores.append(_mixture(density.log_prob(drawn), log_weights))
+    return cast("np.ndarray", np.mean(scores, 0))
 
 
 def _replicate(

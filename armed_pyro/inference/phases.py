@@ -1,41 +1,37 @@
-"""The two phases of a training run: their task, rows, objectives, steps and stopping rules."""
+"""The two phases of a training run: their rows, objectives, steps and stopping rules."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.engine.checkpoint import digest, module_tensors, restore_module
+from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.compiled_step import CompileMode, Loss, Steps
-from armed_pyro.engine.schedule import MOVING, History, Pace, Schedule, split_r_hat
+from armed_pyro.engine.schedule import MOVING, History, Pace, split_r_hat
 from armed_pyro.engine.shards import Share
-from armed_pyro.guides.base import Guide
 from armed_pyro.guides.closed_form import MarginalLikelihood, cost
 from armed_pyro.inference.averaged_weights import AveragedWeights
-from armed_pyro.inference.evidence import Evidence
 from armed_pyro.inference.importance_sampling import efficient
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.marginal_weights import MarginalBound, exact_likelihood
 from armed_pyro.inference.objective import NestedBound, Objective
 from armed_pyro.inference.optimizers import LazyAdam, Optimizers
 from armed_pyro.inference.snapshots import Snapshots
-from armed_pyro.program.model import MixedEffects, can_overfit, log_likelihoods
+from armed_pyro.inference.training_task import TrainingTask
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.passes import Passes
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["FrozenPhase", "NetworkPhase", "Phase", "TrainingTask", "warmup_steps"]
+__all__ = ["FrozenPhase", "NetworkPhase", "Phase", "warmup_steps"]
 
 # Multiplications of one draw of all random effects beyond which the guide stays at the mode.
 MOST_WORK = 2**27
@@ -49,93 +45,6 @@ MOST_READ = 2**18
 # Steps without a better look at held-out rows before the rates of a network are first cut. Its
 # residual sd and sds settle in the first 100 steps, in which the loss may rise.
 LONG_WAIT = 150
-# Draws that integrate the random effects out of a validation loss: if the network runs once for all
-# of them, and if it runs once per draw.
-SCORED, FEW_SCORED, MOST_SCORED = 100, 8, 2**24
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingTask:
-    """The bound program and its guide, trained in place; rows and settings of a training run."""
-
-    model: MixedEffects
-    guide: Guide
-    data: ClusteredData  # the rows that the posterior keeps: all, or a sample
-    source: RowSource  # all rows
-    share: Share  # the rows that this process trains the network on
-    schedule: Schedule
-    validation: HeldRows | None = None  # their loss decides when the network's training ends
-    seed: int = 0
-    compile: CompileMode = "auto"
-    weights: Sequence[dict[str, Any]] = ()  # tried for the adversaries, for the history
-    network_only: bool = False  # whether the run ends with the network's training
-    network_trained: bool = False  # whether it begins after the network's training
-    keeps_snapshots: bool = False  # whether the network is kept after many windows, not at its best
-    evidence: Evidence | None = None  # the score of held-out rows; None takes their log-likelihood
-    weighed: bool = False  # whether importance weights correct the guide afterwards
-
-    @property
-    def by_epochs(self) -> bool:
-        """Whether held-out rows, looked at after every epoch, end the training of a network."""
-        return self.validation is not None and can_overfit(self.model)
-
-    def state(self) -> dict[str, Tensor]:
-        """Copies of all parameters and buffers of program and guide."""
-        return module_tensors("model", self.model) | module_tensors("guide", self.guide)
-
-    def learned(self) -> dict[str, Tensor]:
-        """Copies of the tensors of network, adversaries and guide."""
-        kept = ("model.net.", "model._adversaries.", "guide.")
-        return {name: tensor for name, tensor in self.state().items() if name.startswith(kept)}
-
-    def return_to(self, state: dict[str, Tensor]) -> None:
-        """Put back the tensors of `state`."""
-        restore_module("model", self.model, state)
-        restore_module("guide", self.guide, state)
-
-    def validation_loss(self, rows: HeldRows, share: Share) -> float:
-        r"""Mean of -log p(y_i | training rows), the random effects integrated out.
-
-        .. math:: -\frac{1}{n} \sum_i \log \frac{1}{S} \sum_s p(y_i \mid u_s, \theta_s)
-
-        The S draws are the guide's, those of new clusters' effects from N(0, D). They come from
-        the same random numbers in every call, so that differences between calls have little noise.
-        """
-        self.model.eval()
-        with self.model.seeded(self.seed):
-            counts = {name: len(counted) for name, counted in rows.counts.items()}
-            effects = sum(counts[f.name] * len(f.terms) for f in self.model.factors)
-            affordable = max(FEW_SCORED, MOST_SCORED // max(1, effects, len(rows)))
-            n = FEW_SCORED if modulates(self.model) else min(SCORED, affordable)
-            draws = self.guide.draws(self.model.clusters(), n)
-            latents = self.model.extend(draws, counts, population=False)
-
-            def log_prob(rows: Rows) -> Tensor:
-                parts = log_likelihoods(self.model, rows, latents).values()
-                by_draw = torch.stack([part.expand(n, -1) for part in parts]).sum(0)
-                return by_draw.logsumexp(0) - math.log(n)
-
-            mean = share.mean_over_rows(log_prob, rows)
-        self.model.train()
-        return -mean
-
-    def identity(self) -> dict[str, Any]:
-        """Settings that a checkpoint shares with the run that resumes from it, as JSON values."""
-        model, encoding = self.model, self.model.data_facts().to_json()
-        return {
-            "data": digest(self.source, encoding),
-            "validation": self.validation and digest(self.validation, encoding),
-            "terms": [str(term) for term in model.terms],
-            "family": model.family.name,
-            "adversary": [adversary.settings() for adversary in model.adversaries],
-            "priors": repr(model.priors),
-            "weights": [model.fixed_weight, repr(model.others)],
-            "network or guide": {name: list(t.shape) for name, t in self.state().items()},
-            "schedule": self.schedule.to_json(),
-            "seed": self.seed,
-            "layout of the optimizers' state": 2,
-            "processes": self.share.processes.size,
-        }
 
 
 class Phase(ABC):
@@ -158,7 +67,9 @@ class Phase(ABC):
         self.lazy = LazyAdam.of(task.guide, task.source, self.share.together(batch_size), eps)
         mode: CompileMode = "never" if self.share.several else task.compile
         schedule = replace(task.schedule, learning_rate=rate * task.schedule.learning_rate)
-        self.optimizers = Optimizers(task.model, self.lazy, schedule, eps)
+        self.optimizers = Optimizers(task.model, self.lazy, schedule, eps, task.training)
+        if self.optimizers.of_user is not None:
+            mode = "never"  # torch's optimizers are no operations of a graph
         self.modules = {"model": task.model, "guide": self.lazy.guide}
         self.steps = Steps(self.modules, self.optimizers, mode)
 
@@ -215,8 +126,10 @@ class Phase(ABC):
 
     def next_batch(self) -> Rows:
         """The next mini-batch, or all rows if one batch holds them."""
-        whole = self.batch_size() == len(self.task.source)
-        return self.share.rows.all() if whole else next(self.passes)
+        rows = self.share.rows
+        reads = isinstance(rows, HeldRows) and rows.inputs is not None and rows.computed is None
+        whole = self.batch_size() == len(self.task.source) and not reads
+        return rows.all() if whole else next(self.passes)
 
     def one_pass(self, generator: torch.Generator) -> Iterator[Rows]:
         """One pass over the rows in mini-batches, in an order drawn from `generator`."""
@@ -232,11 +145,15 @@ class Phase(ABC):
     def state(self) -> dict[str, Tensor]:
         """Optimizers, clusters' moments and position in the pass, for a checkpoint."""
         tensors = module_tensors("optimizers", self.optimizers) | self.lazy.state()
+        of_user = self.optimizers.of_user
+        tensors |= {} if of_user is None else of_user.state()
         return tensors | self.passes.state()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back the tensors of `state`."""
         restore_module("optimizers", self.optimizers, tensors)
+        if self.optimizers.of_user is not None:
+            self.optimizers.of_user.restore(tensors)
         self.lazy.restore(tensors)
         self.passes.restore(tensors)
 
@@ -266,8 +183,7 @@ class NetworkPhase(Phase):
         self.objective = self.lazy.reading(averaged)
 
     def batch_size(self) -> int:
-        schedule, n = self.task.schedule, len(self.task.source)
-        return schedule.stopped_batch(n) if self.task.by_epochs else schedule.batch(n)
+        return self.task.network_batch
 
     def window(self) -> int:
         schedule, n = self.task.schedule, len(self.task.source)
@@ -283,14 +199,17 @@ class NetworkPhase(Phase):
         progress = task.source.like.new_tensor(shares)
         rows = self.share.weigh(self.next_batch())
         rate = self.rate(step)
+        task.model.mixed_precision = task.training.precision == "bf16-mixed"
         loss, norm = self.steps(self.objective, rows, progress, factor=rate, remaining=steps - step)
+        task.model.mixed_precision = False
         if self.averaged is not None:
             self.averaged.add()
         return self.share.mean(loss), norm
 
     def held_out_loss(self) -> float | None:
         with self._scored_weights():
-            if self.task.evidence is not None:
+            by_evidence = self.task.training.monitor == "log_score"
+            if self.task.evidence is not None and by_evidence:
                 return self.share.agreed(self.task.evidence.loss(self.task.seed))
             return super().held_out_loss()
 
@@ -341,8 +260,7 @@ class NetworkPhase(Phase):
 def warmup_steps(task: TrainingTask) -> list[int]:
     """Steps of the warm-up of each adversary."""
     n, schedule = len(task.source), task.schedule
-    size = schedule.stopped_batch(n) if task.by_epochs else schedule.batch(n)
-    epoch = math.ceil(n / size)
+    epoch = math.ceil(n / task.network_batch)
     return [game.warmup_steps(epoch, schedule.steps) for game in task.model.adversaries]
 
 
@@ -414,7 +332,7 @@ class FrozenPhase(Phase):
             )
             self.iterates.append(self._center())
             return loss, norm
-        rows = self._step_rows()
+        rows = self._step_rows().loaded()
         bound = NestedBound(task.model, self.lazy.guide, self.particles)
         draws = max(1, min(self.pace.draws, self._most_rows() // max(1, len(rows))))
         objective = self.lazy.reading(bound)

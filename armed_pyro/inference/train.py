@@ -33,12 +33,13 @@ from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
 from armed_pyro.inference.held_out import HeldOut, StreamedPart
 from armed_pyro.inference.importance_sampling import importance_draws, n_effects, refinable
+from armed_pyro.inference.network_training import NetworkTraining
 from armed_pyro.inference.out_of_sample import out_of_sample
-from armed_pyro.inference.phases import TrainingTask
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.probing import record_probes
 from armed_pyro.inference.refine import refine as refined_by
 from armed_pyro.inference.training_run import Run, TrainingInterrupted
+from armed_pyro.inference.training_task import TrainingTask
 from armed_pyro.program.model import MixedEffects, can_overfit, trains_network
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.source import RowSource
@@ -80,6 +81,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     weights: Sequence[dict[str, Any]] = (),
+    training: NetworkTraining | None = None,
 ) -> Posterior:
     """Train a bound program in place, and weigh the draws of its guide.
 
@@ -94,10 +96,7 @@ def train(
     schedules or seeds.
     """
     schedule = Schedule() if schedule is None else schedule
-    if compile not in COMPILE_MODES:
-        raise ValueError(f"`compile` is {compile!r}, but must be one of {', '.join(COMPILE_MODES)}")
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
+    _check_settings(compile, resume, checkpoint)
     bound.cross_fit(None)  # an earlier fit may have such networks
     rows = bound.encode(data) if source is None else source
     stopping = held_out = None
@@ -120,6 +119,7 @@ def train(
         task = TrainingTask(
             bound, bound_guide, data, rows, share, schedule, stopping, seed, compile, weights
         )
+        task = replace(task, training=training or NetworkTraining())
         size = schedule.batch(len(rows)) * sum(p.numel() for p in bound.parameters())
         # In small steps, synchronising threads costs more than it saves.
         count = 1 if size < SMALL_STEP else torch.get_num_threads()
@@ -136,6 +136,14 @@ def train(
         posterior = _weighted(posterior, frozen_rows, source, closed)
     _score_held_out(posterior, held_out, frozen_rows, stopping)
     return posterior
+
+
+def _check_settings(mode: str, resume: bool, checkpoint: str | Path | None) -> None:
+    """Raise ValueError for an unknown `compile`, or `resume` without a checkpoint."""
+    if mode not in COMPILE_MODES:
+        raise ValueError(f"`compile` is {mode!r}, but must be one of {', '.join(COMPILE_MODES)}")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs the file to continue from: checkpoint='...'")
 
 
 def _score_held_out(

@@ -13,14 +13,15 @@ import torch
 from armed_pyro.engine.checkpoint import Checkpoint
 from armed_pyro.engine.compiled_step import Loss
 from armed_pyro.engine.schedule import History, Plateau
+from armed_pyro.inference.network_training import TrainingRecord
 from armed_pyro.inference.phases import (
     FrozenPhase,
     NetworkPhase,
     Phase,
-    TrainingTask,
     warmup_steps,
 )
 from armed_pyro.inference.posterior import Posterior
+from armed_pyro.inference.training_task import TrainingTask
 from armed_pyro.program.model import trains_network
 from armed_pyro.program.probe import check_probe, probe
 
@@ -148,7 +149,8 @@ class Run:
             history.validation.append(held_out)
         phase.close_window(losses, history)
         phase.refresh(self.step)
-        if phase.finished:
+        asked = [callback(self._observed(losses)) for callback in task.training.callbacks]
+        if phase.finished or any(asked):
             if phase.trains_network and task.network_only:
                 self.stopped = "validation"
             elif phase.trains_network:
@@ -158,6 +160,22 @@ class Run:
                 self.stopped = "validation" if by_validation else "converged"
         if self.step >= task.schedule.steps and not self.stopped:
             self.stopped = "steps"
+
+    def _observed(self, losses: list[Loss]) -> TrainingRecord:
+        """The record of the last window for callbacks."""
+        history, model = self.history, self.task.model
+        counts = [self.task.source.counts[game.factor] for game in model.adversaries]
+        validation = history.validation[-1] if history.validation else None
+        return TrainingRecord(
+            step=self.step,
+            phase="network" if self.phase.trains_network else "guide",
+            loss=float(np.mean(history.loss[-len(losses) :])),
+            elbo=float(np.mean(history.elbo[-len(losses) :])),
+            rate=history.rate[-1],
+            validation=validation if self.phase.trains_network else None,
+            adversary_accuracy=tuple(history.adversary_accuracy[-1]),
+            adversary_chance=tuple(float(count.max() / count.sum()) for count in counts),
+        )
 
     def result(self) -> Posterior:
         """The posterior at the present state."""
@@ -185,7 +203,9 @@ class Run:
         """Continue from a checkpoint of the same run; ValueError for one of another run."""
         tensors, record = checkpoint.tensors, checkpoint.record
         identity = self.task.identity()
-        changed = sorted(name for name in identity if identity[name] != record["run"].get(name))
+        saved = {"training": identity["training"], **record["run"]}  # earlier runs had no choice
+        saved["schedule"] = {k: v for k, v in saved["schedule"].items() if k != "steps"}
+        changed = sorted(name for name in identity if identity[name] != saved.get(name))
         if changed:
             raise ValueError(
                 f"the checkpoint belongs to another run (different {', '.join(changed)}): resume "
@@ -203,6 +223,8 @@ class Run:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.task.source.like.device)
         self.phase.plateau = Plateau(**record["plateau"])
         self.stopped = record["stopped"]
+        if self.stopped == "steps" and self.step < self.task.schedule.steps:
+            self.stopped = ""  # the schedule is longer than that of the finished run
 
     def freeze(self) -> None:
         """Freeze the network at its best, and start the second phase."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from armed_pyro._pyro_module import LocalModule
+from armed_pyro.networks.tap import Pool, Tap, with_pool
 from armed_pyro.networks.taps import pooled
 
 __all__ = ["Adversary", "Round", "reverse_gradient"]
@@ -52,7 +53,7 @@ class Adversary(LocalModule):
     factor : str
         Grouping factor whose clusters the activations should not reveal.
     taps : sequence of str
-        Paths of the modules whose outputs the classifier sees, feature maps averaged over space.
+        Paths of the modules whose outputs the classifier sees; elements and calls as in `Slopes`.
     weight : float or "auto"
         Strength of the reversed gradient, relative to the mean log-likelihood of a row. Weights
         from 0.3 to 3 are usual; much larger ones cost accuracy, as the network then gives up
@@ -65,6 +66,8 @@ class Adversary(LocalModule):
         Largest share of the schedule's steps that the warm-up may take; 0 for no warm-up.
     warmup_epochs : float
         Length of the warm-up in passes over the training rows.
+    pool : {"mean", "max", "first", "last", "masked"}, optional
+        How tokens, time or space become one vector per row, as in `Slopes`.
 
     Raises
     ------
@@ -93,6 +96,7 @@ class Adversary(LocalModule):
         hidden: Sequence[int] = (32,),
         warmup: float = 0.1,
         warmup_epochs: float = 5.0,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
         if not taps:
@@ -105,7 +109,10 @@ class Adversary(LocalModule):
             raise ValueError(f"`warmup` is a share of the steps, from 0 to 1, not {warmup}")
         if not 0 <= warmup_epochs < math.inf:
             raise ValueError(f"`warmup_epochs` must be at least 0, not {warmup_epochs}")
-        self.factor, self.taps, self.hidden = factor, tuple(taps), tuple(hidden)
+        self.factor, self.hidden = factor, tuple(hidden)
+        self.taps = tuple(with_pool(tap, pool) for tap in taps)
+        for tap in self.taps:
+            Tap.of(tap)  # which refuses an unknown pool
         self.weight = weight if isinstance(weight, str) else float(weight)
         self.warmup, self.warmup_epochs = float(warmup), float(warmup_epochs)
         self.classifier: nn.Module | None = None

@@ -17,15 +17,18 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.label_matching import match_labels, under_known_labels
 from armed_pyro.data.own_means import joined_tables, with_joint_means
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.guides.base import selected
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.psis import pareto_smooth, systematic
+from armed_pyro.prediction.cell_draws import CellDraws
 from armed_pyro.prediction.chunks import new_effects, predict_rows
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.result import Prediction
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.inputs import JoinedInputs
 
 __all__ = ["Adapted", "adapt", "check_support_in", "encoded_support", "joined"]
 
@@ -96,7 +99,7 @@ class Adapted:
     def source(self) -> EffectSource:
         """The source of the new clusters' effects."""
         marginal = Marginal(self.latents, self.seed)
-        return _AdaptedEffects(self.latents, self.labels, self.effects, marginal)
+        return AdaptedEffects.of(self.latents, self.labels, self.effects, marginal)
 
     def table(self, *, prob: float = 0.9) -> pd.DataFrame:
         """Effects of the new clusters on the original scale, one row per cluster and term.
@@ -123,15 +126,29 @@ class Adapted:
 
 
 @dataclass(frozen=True, eq=False)
-class _AdaptedEffects(EffectSource):
+class AdaptedEffects(EffectSource):
     """Posterior effects of the adapted clusters, and marginal effects of all other new clusters."""
 
     latents: Latents
     labels: Mapping[str, pd.Index]
     known: Mapping[str, Tensor]
     others: Marginal
+    cells: CellDraws
+
+    @classmethod
+    def of(
+        cls,
+        latents: Latents,
+        labels: Mapping[str, pd.Index],
+        known: Mapping[str, Tensor],
+        others: Marginal,
+    ) -> AdaptedEffects:
+        """The source; new cells of processes are drawn given the known ones."""
+        return cls(latents, labels, known, others, CellDraws(dict(labels), dict(known)))
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
+        if factor.process is not None:
+            return self.cells.effects(factor, labels, self.latents, "marginal", self.others.seed)
         adapted = self.labels[factor.name]
         place = match_labels(labels, adapted, f"grouping factor {factor.name!r}")
         unknown = place < 0
@@ -222,7 +239,11 @@ def _check(posterior: Posterior, support: ClusteredData, update_seen: bool) -> N
     for factor in model.factors:
         grouping = support.grouping(factor.name)
         seen, what = facts.levels[factor.name], f"grouping factor {factor.name!r}"
-        is_new |= (match_labels(grouping.levels, seen, what) < 0)[grouping.codes.numpy()]
+        new = match_labels(grouping.levels, seen, what) < 0
+        if factor.process is not None:  # new times of a seen cluster are not new
+            cells = factor.process.cells_of(grouping.levels)
+            new = cells.cluster >= len(factor.process.cells.clusters)
+        is_new |= new[grouping.codes.numpy()]
     if not update_seen and not is_new.all():
         first = model.factors[-1].name
         known = pd.unique(support.grouping(first).labels()[~is_new])
@@ -256,12 +277,14 @@ def joined(posterior: Posterior, first: ClusteredData, second: ClusteredData) ->
         return first if first.n_rows else second
     both = (first, second)
     optional: dict[str, Any] = {}
-    for role in ("outcome", "trials", "offset", "weights", "slopes"):
+    for role in ("outcome", *PER_ROW, "slopes"):
         pair = [getattr(data, role) for data in both]
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f"one set of support rows has {role}, the other has none")
         optional[role] = None if pair[0] is None else torch.cat(pair)
-    optional["fold"] = None
+    optional["fold"] = optional["inputs"] = None
+    if first.inputs is not None and second.inputs is not None:
+        optional["inputs"] = JoinedInputs.of(first.inputs, second.inputs)
     groupings = {}
     for name in dict.fromkeys([*first.groupings, *posterior.model.factor_names()]):
         left, right = first.grouping(name), second.grouping(name)

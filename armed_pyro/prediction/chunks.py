@@ -101,11 +101,12 @@ def _in_turn(
     model: MixedEffects, folds: FoldNetworks, rows: Rows, latents: Mapping[str, Tensor], n: int
 ) -> Tensor:
     """The predictor of n draws, of which each takes one network in place of the mean of all."""
-    x = rows.x.to(model.network_reference().dtype)
+    like, x = model.network_reference(), rows.network_inputs
     parts, places = list[Tensor](), list[Tensor]()
     for number in range(min(len(folds), n)):
-        place = torch.arange(number, n, len(folds), device=x.device)
-        fixed = replace(rows, computed={"": folds.run(rows, x, number)})
+        place = torch.arange(number, n, len(folds), device=like.device)
+        outputs = folds.run(rows, x, number, like=like, element=model.output)
+        fixed = replace(rows, computed={"": outputs})
         eta = model.predictor(fixed, selected(latents, place), return_fixed=False).eta
         parts.append(eta.expand(len(place), *eta.shape[-2:]))
         places.append(place)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import scipy
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.inference.posterior import Posterior
+from armed_pyro.prediction.label_noise import label_noise
 from armed_pyro.prediction.laplace import Conditional, GroupDraws
-from armed_pyro.prediction.unseen import label_noise
 from armed_pyro.program.linearize import mean_draws, sensitivities
 from armed_pyro.program.predictor import modulates
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
+from armed_pyro.rows.censoring import Censoring
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.inputs import JoinedInputs
 
 __all__ = ["Conditioned", "condition"]
 
@@ -68,11 +70,12 @@ def condition(
     levels = facts.levels_with(support)
     source = model.encode(support, levels)
     first_new = {f.name: len(facts.levels[f.name]) for f in model.factors}
+    free = {
+        f.name: _free(f, source, levels, first_new[f.name], update_seen=update_seen)
+        for f in model.factors
+    }
     if update_seen:
-        free = {f.name: source.counts[f.name].cpu() > 0 for f in model.factors}
         source = _with_training(posterior, source, levels, free)
-    else:
-        free = {name: torch.arange(len(levels[name])) >= first for name, first in first_new.items()}
     source = model.compute(source)
     trained = torch.arange(len(source)) >= support.n_rows
     zeroed, zeros = dict(latents), {}
@@ -88,7 +91,10 @@ def condition(
     effects = {name: value.clone() for name, value in (effects or zeros).items()}
     total, efficiency, evidence = torch.zeros(()), 1.0, []
     most = max(1, MOST_VALUES // max(site.shape[0] for site in latents.values()))
-    for nodes, rows in _in_batches(_components(model.factors, source, free), most):
+    groups = _components(model.factors, source, free, levels)
+    if any(factor.process is not None for factor in model.factors):
+        most = 0  # groups with cells come alone
+    for nodes, rows in _in_batches(groups, most):
         solved = solver.solve((nodes, rows))
         total = total + solved.evidence.sum(1).double().cpu()
         evidence.append((nodes, solved.evidence))
@@ -107,6 +113,23 @@ def condition(
                 else:
                     latents[factor.effect_site][:, cluster] = value
     return Conditioned(latents, effects, total, efficiency, evidence)
+
+
+def _free(
+    factor: Factor, source: HeldRows, levels: Levels, first_new: int, *, update_seen: bool
+) -> Bool[Tensor, " clusters"]:
+    """Clusters whose effects are drawn: new ones; with `update_seen`, all with rows.
+
+    Of a process, these are all cells of such clusters.
+    """
+    name, counts = factor.name, source.counts[factor.name].cpu()
+    if factor.process is None:
+        return counts > 0 if update_seen else torch.arange(len(counts)) >= first_new
+    cells = factor.process.cells_of(levels[name])
+    chains = cells.cluster[counts.numpy() > 0]
+    if not update_seen:
+        chains = chains[chains >= len(factor.process.cells.clusters)]
+    return torch.as_tensor(np.isin(cells.cluster, chains))
 
 
 @dataclass(frozen=True)
@@ -151,15 +174,20 @@ class _Solver:
                 point[site] = latents[site].mean(0)
         base = model.predictor(batch, latents)
         eta = base.eta if base.eta.dim() == 3 else base.eta[None]
-        designs, noise, lower = [], [], []
+        designs, noise, lower, joined = [], [], [], list[Factor]()
         for factor, clusters in zip(factors, slots, strict=True):
             in_cluster = source.codes[factor.name][index] == clusters.to(index)[place]
             z = sensitivities(model, batch, factor, base.activations, point)
             designs.append(z * in_cluster[:, None, None])
             labels = self.levels[factor.name][clusters.numpy()]
             noise.append(label_noise(self.seed, factor.name, labels, latents[factor.effect_site]))
-            scale = factor.scale_matrix(latents)
-            lower.append(scale.reshape(-1, *scale.shape[-2:]))
+            if factor.process is None:
+                scale = factor.scale_matrix(latents)
+                lower.append(scale.reshape(-1, *scale.shape[-2:]))
+            elif factor not in joined:  # a group with cells comes alone
+                labels = self._labels_of(factor, factors, slots)
+                lower.append(factor.process.root(factor.sd(latents), latents, labels))
+                joined.append(factor)
         z = torch.cat(designs, 1)
         if around is not None:
             eta = eta - model.data_facts().spread * torch.einsum("ntc,nt->nc", z, around[place])
@@ -171,13 +199,21 @@ class _Solver:
         with model.seeded(self.seed + 13):
             return conditional.draw(torch.cat(noise, -1))
 
+    def _labels_of(
+        self, factor: Factor, factors: list[Factor], slots: list[Int[Tensor, " groups"]]
+    ) -> pd.Index:
+        """Labels of a single group's clusters of a factor."""
+        pairs = zip(factors, slots, strict=True)
+        return self.levels[factor.name][[int(s[0]) for other, s in pairs if other is factor]]
+
 
 def _components(
-    factors: tuple[Factor, ...], source: HeldRows, free: Mapping[str, Tensor]
+    factors: tuple[Factor, ...], source: HeldRows, free: Mapping[str, Tensor], levels: Levels
 ) -> Iterator[Groups]:
     """Connected components of free clusters, where an edge is a row that two clusters share.
 
-    All components of one item have the same factors, so that their arrays have the same shape.
+    The cells of a process in one cluster are connected, too. All components of one item have the
+    same factors, so that their arrays have the same shape.
     """
     *offset, total = np.cumsum([0, *(len(free[factor.name]) for factor in factors)]).tolist()
     pairs = []
@@ -188,6 +224,13 @@ def _components(
         both = (node >= 0) & (row_node >= 0)
         pairs.append(torch.stack([row_node[both], node[both]]))
         row_node = torch.where(row_node >= 0, row_node, node)
+    for f, factor in enumerate(factors):
+        if factor.process is not None:
+            cells = np.flatnonzero(free[factor.name].numpy())
+            chains = factor.process.cells_of(levels[factor.name][cells]).cluster
+            _, first, inverse = np.unique(chains, return_index=True, return_inverse=True)
+            links = np.stack([cells, cells[first[inverse]]]) + offset[f]
+            pairs.append(torch.from_numpy(links))
     edges = torch.cat(pairs, 1).numpy()
     graph = scipy.sparse.coo_array((np.ones(edges.shape[1]), tuple(edges)), shape=(total, total))
     _, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
@@ -256,4 +299,21 @@ def _with_training(
     if fold is not None:  # further rows get the mean of the networks
         fold = torch.cat([torch.full_like(fold[:1].expand(len(source)), -1), fold[index]])
     parts = (x, y, codes, counts, trials, offset, weights)
-    return HeldRows(*parts, slopes=slopes, means=means, fold=fold)
+    inputs = None
+    if source.inputs is not None and training.inputs is not None:
+        inputs = JoinedInputs.of(source.inputs, training.inputs.take(index))
+    held = HeldRows(*parts, slopes=slopes, means=means, fold=fold, inputs=inputs)
+    return replace(held, censoring=_both_censored(source, training, index))
+
+
+def _both_censored(first: HeldRows, second: HeldRows, index: Tensor) -> Tensor | None:
+    """Censoring of the first rows, and of the second ones at `index`."""
+    known = [rows.censoring for rows in (first, second) if rows.censoring is not None]
+    if not known or first.y is None or second.y is None:
+        return None
+    parts = [
+        Censoring.exact(rows.y, known[0]) if rows.censoring is None else rows.censoring
+        for rows in (first, second)
+        if rows.y is not None
+    ]
+    return torch.cat([parts[0], parts[1][index]])

@@ -21,6 +21,7 @@ from armed_pyro.data.own_means import extended_by
 from armed_pyro.data.schema import Schema
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.adapt import adapt, check_support_in, encoded_support
+from armed_pyro.prediction.cell_draws import new_groups
 from armed_pyro.prediction.chunks import (
     NetworkUncertainty,
     check_settings,
@@ -186,7 +187,7 @@ def effect_source(
     """
     classifiers = Classifiers() if classifiers is None else classifiers
     new = named_clusters(posterior.model, data)
-    check_mode(unseen, new, posterior.model.data_facts().levels, support=support is not None)
+    check_mode(unseen, new, _seen_groups(posterior.model), support=support is not None)
     evidence = table = None
     by_row = unseen in RESEMBLING and not pooled
     rows = one_cluster_per_row(posterior.model, data) if by_row else data
@@ -199,8 +200,22 @@ def effect_source(
 
 
 def named_clusters(model: MixedEffects, data: ClusteredData) -> dict[str, pd.Index]:
-    """Labels of new clusters by factor, without those of rows whose cluster is unknown."""
-    return {factor: named(labels) for factor, labels in new_clusters(model, data).items()}
+    """Labels of new clusters by factor, without those of rows whose cluster is unknown.
+
+    New times of a process are no new clusters.
+    """
+    new = {factor: named(labels) for factor, labels in new_clusters(model, data).items()}
+    return new_groups(model.factors, new)
+
+
+def _seen_groups(model: MixedEffects) -> dict[str, pd.Index]:
+    """Labels of the clusters that training saw, with those of processes."""
+    seen = dict(model.data_facts().levels)
+    for factor in model.factors:
+        if factor.process is not None:
+            outer = factor.name.rpartition(":")[0]
+            seen.setdefault(outer, pd.Index(list(factor.process.cells.clusters)))
+    return seen
 
 
 def _source_of(
@@ -220,12 +235,12 @@ def _source_of(
     seed = posterior.seed if seed is None else seed
     if unseen == "adapt" and support is not None:
         rows = encoded_support(posterior, support)
-        check_support_in(new, new_clusters(posterior.model, rows))
+        check_support_in(new, named_clusters(posterior.model, rows))
         return adapt(posterior, rows, draws=draws, seed=seed).source()
     latents = posterior.draws(draws, seed=seed)
     if evidence is not None:
         return Resembling(latents, seed, evidence, nearest=unseen == "nearest")
-    return Population(latents) if unseen == "population" else Marginal(latents, seed)
+    return Population(latents, seed) if unseen == "population" else Marginal(latents, seed)
 
 
 def predict_table(
@@ -265,7 +280,8 @@ def predict_table(
         ClusteredData.encode(first, schema)
     clusters = _clusters(posterior, schema, table, absent, report)
     new = {name: labels[~seen] for name, (labels, seen) in clusters.items()}
-    check_mode(unseen, new, posterior.model.data_facts().levels, support=support is not None)
+    new = new_groups(posterior.model.factors, new)
+    check_mode(unseen, new, _seen_groups(posterior.model), support=support is not None)
     if unseen != "adapt":
         labels = {name: labels for name, (labels, _) in clusters.items()}
         warn_if_all_new(posterior.model, labels, new)

@@ -93,8 +93,8 @@ def residuals(
     Raises
     ------
     ValueError
-        If there is no such kind, the outcome has several classes, or the family has no variance or
-        distribution function.
+        If there is no such kind, the outcome has several classes, the family has no variance or
+        distribution function, or outcomes are censored and the kind is not "quantile".
 
     References
     ----------
@@ -109,6 +109,10 @@ def residuals(
     family = model.family
     if family.multiclass:
         raise ValueError("the outcome has several classes, which have no order and no residuals")
+    if kind != "quantile" and family.is_censored:
+        raise ValueError(
+            f"outcomes are censored, so that {KINDS[kind]} is unknown: choose 'quantile'"
+        )
     if kind == "quantile":
         if family.no_residuals:
             raise ValueError(

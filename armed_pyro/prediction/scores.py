@@ -24,13 +24,17 @@ from armed_pyro.prediction.cluster_classifier import Classifiers
 from armed_pyro.prediction.new_clusters import condition
 from armed_pyro.prediction.predict import effect_source
 from armed_pyro.prediction.result import Prediction
+from armed_pyro.prediction.survival import harrell
 from armed_pyro.prediction.unseen import EffectSource, Marginal, new_clusters, one_cluster_per_row
 from armed_pyro.program.blocks import BLOCK_VALUES, values_per_row
+from armed_pyro.rows.censoring import EVENT
 
 __all__ = ["ClusterScores", "compare_modes", "crps", "evaluate", "log_densities", "score_mode"]
 
 # The mode of the ARMED paper: "membership" with each row as a separate cluster.
 BY_ROW = "membership by row"
+# Scores that compare predictions with exact outcomes.
+OF_EXACT = ("rmse", "coverage", "mean_coverage", "crps", "mean_p", "sd_p", "pit_distance")
 ByRow = Float[np.ndarray, " rows"]
 ByCluster = Float[np.ndarray, " clusters"]
 DrawsByRow = Float[np.ndarray, "draws rows"]
@@ -106,6 +110,8 @@ def compare_modes(
         intervals of the clusters' means), width, crps, log_score, elpd, elpd_diff (difference to
         the mode with the highest elpd), elpd_diff_se (its standard error over clusters), and
         pit_distance (Kolmogorov distance of the clusters' mean_p from the uniform distribution).
+        Censored outcomes have Harrell's concordance in place of rmse, coverage, crps and
+        pit_distance.
 
     Raises
     ------
@@ -190,8 +196,13 @@ def score_mode(
         exact = _joint_log_density(posterior, rows, support, factor, new[factor], draws, seed)
         elpd = np.where(np.isnan(exact), elpd, exact)
     scores, summary = _scored(codes, y, made, log_rows, elpd)
+    pit = _pit(y, made, seed)
+    if rows.status is not None and bool((rows.status != EVENT).any()):
+        scores, summary = _of_censored(scores), _of_censored(summary)
+        summary["concordance"] = harrell(y, rows.status.numpy(), made.mean)
+        pit = np.full_like(pit, np.nan)
     table = pd.DataFrame({"factor": factor, "cluster": new[factor].astype(object), **scores})
-    return ClusterScores(mode, table, _pit(y, made, seed), summary, rows.row_labels)
+    return ClusterScores(mode, table, pit, summary, rows.row_labels)
 
 
 def crps(draws: DrawsByRow, y: ByRow) -> ByRow:
@@ -245,6 +256,11 @@ def _scored(
             summary["auroc"] = float(metrics.roc_auc_score(y, chance[:, 1]))
     add("log_score", scipy.special.logsumexp(log_rows, axis=0) - np.log(len(log_rows)))
     return table | {"elpd": elpd}, summary | {"elpd": float(elpd.sum())}
+
+
+def _of_censored(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores that need no exact outcomes."""
+    return {name: value for name, value in scores.items() if name not in OF_EXACT}
 
 
 def _pit(y: ByRow, made: Prediction, seed: int) -> np.ndarray:
@@ -348,8 +364,9 @@ def evaluate(
 
     New clusters among the rows are predicted by the mode "marginal". The columns are held_out (name
     of the set), rows and unseen (rows in clusters not seen in training). Outcomes with classes have
-    also auroc (one class against the rest), accuracy and log_loss; other outcomes have rmse and
-    coverage (share of outcomes inside their predictive interval).
+    also auroc (one class against the rest), accuracy and log_loss; censored outcomes have Harrell's
+    concordance; other outcomes have rmse and coverage (share of outcomes inside their predictive
+    interval).
     """
     records, settings = [], {"prob": prob, "draws": draws}
     source = Marginal(posterior.draws(draws), posterior.seed)
@@ -362,6 +379,8 @@ def evaluate(
         if posterior.model.family.is_class:
             codes = posterior.model.family.codes(y).astype(int)
             record |= _class_scores(codes, made.mean)
+        elif data.status is not None:
+            record["concordance"] = harrell(y, data.status.numpy(), made.mean)
         else:
             lower, upper = made.interval(of="outcome")
             record["rmse"] = float(np.sqrt(((y - made.mean) ** 2).mean()))

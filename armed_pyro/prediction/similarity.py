@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,10 @@ from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.label_matching import label_text
 from armed_pyro.inference.posterior import Posterior
+from armed_pyro.prediction.cell_draws import CellDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
-from armed_pyro.prediction.unseen import EffectSource, generator
+from armed_pyro.prediction.label_noise import generator
+from armed_pyro.prediction.unseen import EffectSource
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
 
@@ -118,10 +120,13 @@ class Resembling(EffectSource):
     seed: int  # the clusters k of a new cluster are drawn from this seed and its label
     evidence: Evidence
     nearest: bool = False  # whether k is always the most probable cluster
+    _cells: CellDraws = field(default_factory=CellDraws, repr=False)
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
         seen = self.latents[factor.effect_site]
         draws, mode = len(seen), "nearest" if self.nearest else "membership"
+        if factor.process is not None:  # a path from the prior
+            return self._cells.effects(factor, labels, self.latents, mode, self.seed)
         if not len(labels):
             return seen[:, :0], []
         evidence = self.evidence[factor.name]
@@ -148,6 +153,8 @@ def gather_evidence(
     source = model.encode(data, levels)
     by_factor = {}
     for factor in model.factors:
+        if factor.process is not None:
+            continue  # new times are no clusters that could resemble others
         name, seen = factor.name, len(facts.levels[factor.name])
         labels = levels[name][seen:]
         index = (source.codes[name] >= seen).nonzero()[:, 0]

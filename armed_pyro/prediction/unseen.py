@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from armed_pyro._messages import check_type, listing
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
-from armed_pyro.data.label_matching import label_text
+from armed_pyro.prediction.cell_draws import CellDraws
+from armed_pyro.prediction.label_noise import label_noise
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.grouping_factor import Factor
@@ -29,8 +28,6 @@ __all__ = [
     "Marginal",
     "Population",
     "check_mode",
-    "generator",
-    "label_noise",
     "new_clusters",
     "one_cluster_per_row",
     "warn_if_all_new",
@@ -44,8 +41,6 @@ MODES: Mapping[str, str] = {
     "adapt": "their posterior given a few labelled rows of the new clusters (the support)",
 }
 RESEMBLING = ("membership", "nearest")  # the modes that compare features
-# Bytes of noise that `Marginal` keeps for later blocks of rows.
-MOST_KEPT = 2**28
 
 
 class EffectSource(ABC):
@@ -59,7 +54,9 @@ class EffectSource(ABC):
     ) -> tuple[Float[Tensor, "draws new terms"], list[str]]:
         """Effects of these new clusters, in standardised units, and the mode used for each.
 
-        The effects of a cluster depend on its label, and not on the other labels of the call.
+        The effects of a cluster depend on its label, and not on the other labels of the call; those
+        of a process at new cells are joint with all cells of earlier calls. New cells of seen
+        clusters have the mode "".
         """
 
 
@@ -68,8 +65,12 @@ class Population(EffectSource):
     """u = 0: the fixed effects alone."""
 
     latents: Latents
+    seed: int = 0  # of processes of seen clusters at new times
+    _cells: CellDraws = field(default_factory=CellDraws, repr=False)
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
+        if factor.process is not None:
+            return self._cells.effects(factor, labels, self.latents, "population", self.seed)
         seen = self.latents[factor.effect_site]
         zero = seen.new_zeros(len(seen), len(labels), seen.shape[-1])
         return zero, ["population"] * len(labels)
@@ -82,52 +83,15 @@ class Marginal(EffectSource):
     latents: Latents
     seed: int  # the noise z of a cluster is a function of this seed and its label
     _kept: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False)
+    _cells: CellDraws = field(default_factory=CellDraws, repr=False)
 
     def effects(self, factor: Factor, labels: pd.Index) -> tuple[Tensor, list[str]]:
+        if factor.process is not None:
+            return self._cells.effects(factor, labels, self.latents, "marginal", self.seed)
         seen = self.latents[factor.effect_site]
         noise = label_noise(self.seed, factor.name, labels, seen, self._kept)
         effects = factor.effects_of(self.latents, noise)
         return effects, ["marginal"] * len(labels)
-
-
-def label_noise(
-    seed: int,
-    factor: str,
-    labels: Sequence[object] | pd.Index,
-    like: Float[Tensor, "draws clusters terms"],
-    kept: dict[tuple[str, str], np.ndarray] | None = None,
-) -> Float[Tensor, "draws new terms"]:
-    """Standard normal noise of clusters, a function of seed, factor and label alone.
-
-    All rows of a cluster therefore share it, whatever their order and blocks. The noise has the
-    draws, terms, precision and device of `like`, the seen clusters' effects. `kept` holds the noise
-    of earlier calls; new noise is added up to `MOST_KEPT` bytes.
-
-    >>> like = torch.zeros(2, 1, 1)
-    >>> both = label_noise(0, "site", ["a", "b"], like)
-    >>> bool((both[:, 1:] == label_noise(0, "site", ["b"], like)).all())
-    True
-    """
-    draws, terms = like.shape[0], like.shape[-1]
-    kept = {} if kept is None else kept
-    pieces = []
-    for label in labels:
-        key = (factor, label_text(label))
-        noise = kept.get(key)
-        if noise is None:
-            noise = generator(seed, *key).standard_normal((draws, terms), dtype=np.float32)
-            if len(kept) * noise.nbytes < MOST_KEPT:
-                kept[key] = noise
-        pieces.append(noise)
-    stacked = np.stack(pieces) if pieces else np.zeros((0, draws, terms), np.float32)
-    return torch.from_numpy(stacked).to(like).transpose(0, 1)
-
-
-def generator(seed: int, *names: str) -> np.random.Generator:
-    """A random number generator for this seed and these names, independent of all others."""
-    text = "\0".join([str(seed), *names]).encode()
-    key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key))
 
 
 def new_clusters(model: MixedEffects, data: ClusteredData) -> dict[str, pd.Index]:
@@ -189,7 +153,8 @@ def warn_if_all_new(
     told: list[str] = []
     for factor in model.factors:
         name = factor.name
-        if not len(labels[name]) or len(new[name]) < len(labels[name]):
+        some = name in new and len(labels[name])
+        if factor.process is not None or not some or len(new[name]) < len(labels[name]):
             continue
         if not any(name.startswith(f"{outer}:") for outer in told):
             warnings.warn(
@@ -212,12 +177,15 @@ def one_cluster_per_row(model: MixedEffects, data: ClusteredData, start: int = 0
     for factor in model.factors:
         grouping = data.grouping(factor.name)
         labels = grouping.labels().astype(object)
+        ends = [""] * len(labels)
+        if factor.process is not None:  # a cell keeps its time
+            ends = [f":{str(label).rpartition(':')[2]}" for label in labels]
         codes = model.encode(data, levels).codes[factor.name].cpu().numpy()
         seen = codes < len(facts.levels[factor.name])
         rows = np.arange(start, start + len(labels))
         by_row = [
-            label if known else f"{label} (row {row})"
-            for label, known, row in zip(labels, seen, rows, strict=True)
+            label if known else f"{str(label).removesuffix(end)} (row {row}){end}"
+            for label, known, row, end in zip(labels, seen, rows, ends, strict=True)
         ]
         groupings[factor.name] = Grouping.from_labels(pd.Series(by_row, dtype=object), factor.name)
     return replace(data, groupings=groupings)

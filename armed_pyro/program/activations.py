@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import nn
 
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.networks.taps import pooled, tapped
+from armed_pyro.networks.taps import pooled, run
 from armed_pyro.program.model import MixedEffects
 
 __all__ = ["activations"]
@@ -31,12 +31,9 @@ def activations(
     source = model.encode(data, model.data_facts().levels_with(data))
     inputs = [layer[1:] for layer in layers if layer.startswith("<")]
     outputs = [layer for layer in layers if not layer.startswith("<")]
-    pieces: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
-    for part in source.x.to(model.network_reference().dtype).split(1024):
-        with tapped(network, outputs, inputs) as record:
-            network(part)
-        for layer in layers:
-            if layer not in record:
-                raise ValueError(f"the network never runs its module {layer!r}: nothing to probe")
-            pieces[layer].append(pooled(record[layer]).double().cpu().numpy())
-    return {layer: np.concatenate(parts) for layer, parts in pieces.items()}
+    x = source.x if source.inputs is None else source.inputs
+    _, record = run(network, x, outputs, inputs, like=model.network_reference())
+    for layer in layers:
+        if layer not in record:
+            raise ValueError(f"the network never runs its module {layer!r}: nothing to probe")
+    return {layer: pooled(record[layer]).double().cpu().numpy() for layer in layers}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from armed_pyro.networks.taps import modulated, pooled, tapped
+from armed_pyro.networks.modes import evaluated
+from armed_pyro.networks.taps import modulated, run
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import modulates
+from armed_pyro.rows.inputs import Structure
 
 __all__ = [
     "activation_widths",
@@ -35,41 +38,41 @@ def activation_widths(model: Plan) -> dict[str, int]:
     _check_shapes(model, record)
     paths = dict.fromkeys(path for term in model.terms for path in term.layers())
     paths |= dict.fromkeys(path for adversary in model.adversaries for path in adversary.taps)
-    return {path: pooled(record[path]).shape[-1] for path in paths}
+    return {path: record[path].shape[-1] for path in paths}
 
 
 def _run(
-    model: Plan, x: Tensor, effects: Sequence[tuple[str, Tensor]] = (), head: Sequence[str] = ()
+    model: Plan, x: Structure, effects: Sequence[tuple[str, Tensor]] = (), head: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """Activations in one pass in evaluation mode, and the output as ""."""
-    net, training = model.net, model.net.training
-    x = x.to(model.network_reference().dtype)
-    net.eval()
-    try:
-        # Taps record a layer's output after the effects on it.
-        with torch.no_grad(), modulated(net, effects), tapped(net, model.layers(), head) as record:
-            output = net(x)
-    finally:
-        net.train(training)
-    return {**record, "": output}
+    net, like = model.net, model.network_reference()
+    # Taps record a layer's output after the effects on it.
+    with evaluated(net), torch.no_grad(), modulated(net, effects):
+        element, paths = model.output, model.layers()
+        return run(net, x, paths, head, element=element, like=like, whole=True)[1]
 
 
 def _probe(model: Plan) -> dict[str, Tensor]:
     """The network's output for two rows of zeros, and the activations that were recorded."""
     facts, like = model.data_facts(), model.reference()
-    x = torch.zeros(2, *facts.feature_shape, dtype=like.dtype, device=like.device)
+    x = facts.example(2, like)
     head = [model.head_path()] if model.bayesian_head else []
     try:
         record = _run(model, x, head=head)
         if head:
-            _check_head(model, head[0], record.get(f"<{head[0]}"), x)
+            _check_head(model, head[0], record.get(f"<{head[0]}"))
         return record
-    except RuntimeError as error:
-        raise ValueError(
-            f"the network cannot take the features, of shape "
-            f"(rows, {', '.join(map(str, facts.feature_shape))}) "
-            f"({', '.join(facts.feature_names) or 'unnamed'}): {error}"
-        ) from error
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the network cannot take the {_described(model)}: {error}") from error
+
+
+def _described(model: Plan) -> str:
+    """The inputs of the network in words."""
+    facts = model.data_facts()
+    if facts.inputs is not None:
+        return f"inputs {facts.inputs.content}"
+    shape = ", ".join(map(str, facts.feature_shape))
+    return f"features, of shape (rows, {shape}) ({', '.join(facts.feature_names) or 'unnamed'})"
 
 
 def _check_shapes(model: Plan, record: Mapping[str, Tensor]) -> None:
@@ -86,11 +89,11 @@ def _check_shapes(model: Plan, record: Mapping[str, Tensor]) -> None:
     if missing:
         raise ValueError(f"the network never runs its module {missing[0]!r}: nothing to tap")
     for other in model.others:
-        if record[other.at].shape[1:] != facts.feature_shape:
+        if record[other.tap].shape[1:] != facts.feature_shape:
             raise ValueError(
                 f"{other.name!r} is the features rebuilt, of shape (rows, "
                 f"{', '.join(map(str, facts.feature_shape))}), but the module {other.at!r} gives "
-                f"{tuple(record[other.at].shape)} for two rows: name the layer whose output has "
+                f"{tuple(record[other.tap].shape)} for two rows: name the layer whose output has "
                 "the features' shape, or change the network"
             )
 
@@ -105,7 +108,7 @@ def unreached(model: Plan) -> frozenset[str]:
         return frozenset(paths)
     facts, like = model.data_facts(), model.reference()
     noise = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *facts.feature_shape, generator=noise).to(like)
+    x = facts.example(2, like, partial(torch.randn, generator=noise))
     blocks = [
         (block.path, torch.randn(2, len(block.names), generator=noise).to(like))
         for factor in model.factors
@@ -119,11 +122,11 @@ def needs_fixed_run(model: Plan) -> bool:
     """Whether training needs a pass of the network without effects inside, besides those with."""
     wanted = {path for adversary in model.adversaries for path in adversary.taps}
     if model.fixed_weight:
-        wanted |= {"", *(other.at for other in model.others)}
+        wanted |= {"", *(other.tap for other in model.others)}
     return not wanted <= model.unreached
 
 
-def _check_head(model: Plan, path: str, hidden: Tensor | None, x: Tensor) -> None:
+def _check_head(model: Plan, path: str, hidden: Tensor | None) -> None:
     """Check that the network returns the head's output unchanged, by replacing that output."""
     noise = torch.Generator().manual_seed(0)
     replaced: list[Tensor] = []
@@ -134,7 +137,8 @@ def _check_head(model: Plan, path: str, hidden: Tensor | None, x: Tensor) -> Non
 
     hook = model.net.get_submodule(path).register_forward_hook(replace)
     try:
-        output = _run(model, torch.randn(x.shape, generator=noise).to(x))[""]
+        fill = partial(torch.randn, generator=noise)
+        output = _run(model, model.data_facts().example(2, model.reference(), fill))[""]
     finally:
         hook.remove()
     vectors = hidden is not None and hidden.dim() == 2 and len(replaced) == 1
@@ -169,7 +173,7 @@ def check_row_effects(model: Plan) -> None:
     if not family.no_row_effects or (family.parameters and not unknown_parameters):
         return
     for factor in model.factors:
-        if int(model.data_facts().counts[factor.name].max()) > 1:
+        if int(model.data_facts().counts[factor.name].max()) > 1 or factor.chained:
             continue
         problem = (
             f"every cluster of {factor.name!r} has one row, so its effects cannot be told from "

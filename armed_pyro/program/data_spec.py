@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,12 @@ from torch import Tensor
 
 from armed_pyro._messages import listing
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.feature_scaling import FeatureScaling, intercept_columns
+from armed_pyro.data.feature_scaling import (
+    FeatureScaling,
+    ImageScaling,
+    image_moments,
+    intercept_columns,
+)
 from armed_pyro.data.grouping import index_from_json, index_to_json
 from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.own_means import encoded_by
@@ -22,7 +27,9 @@ from armed_pyro.families.family import Family
 from armed_pyro.program.between import Between
 from armed_pyro.program.row_roles import check_offset, check_weights
 from armed_pyro.rows.batch import Membership, Rows
+from armed_pyro.rows.censoring import Censoring
 from armed_pyro.rows.in_memory import HeldRows
+from armed_pyro.rows.inputs import InputSpec, Structure, mapped
 from armed_pyro.streaming.encoded_table import EncodedTable
 
 __all__ = ["Facts"]
@@ -69,6 +76,10 @@ class Facts:
         None  # clusters' means of features; None where they were not asked for
     )
     linear_names: tuple[str, ...] = ()  # features with latent linear effects beside a network
+    # Structure of the network's inputs where they are no table and no single array.
+    inputs: InputSpec | None = None
+    image_mean: tuple[float, ...] = ()  # of images, by channel; empty if they are not scaled
+    image_scale: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, data: ClusteredData, family: Family, factors: Iterable[str]) -> Facts:
@@ -78,6 +89,7 @@ class Facts:
         check_weights(data, family)
         check_offset(data, family)
         scaling, extra = FeatureScaling.of(data), FeatureScaling.of_slopes(data)
+        images = ImageScaling.of(data.features)
         center, spread = family.center(data), family.spread(data)
         ones = () if data.intercept else intercept_columns(data)
         if not data.intercept and not ones:
@@ -103,7 +115,7 @@ class Facts:
             counts={factor: grouping.counts for factor, grouping in groupings.items()},
             schema=data.schema,
             # Features of a table are standardised.
-            feature_spread=1.0 if scaling.mean else _spread(data.features),
+            feature_spread=1.0 if scaling.mean or images.mean else _spread(data.features),
             intercept=data.intercept,
             intercept_columns=ones,
             slope_names=extra.names,
@@ -114,7 +126,18 @@ class Facts:
             weights_kind=None if data.weights is None else data.weights_kind,
             weights_sum=0.0 if data.weights is None else float(data.weights.sum()),
             feature_average=scaling.average,
+            inputs=None if data.inputs is None else data.inputs.spec,
+            image_mean=images.mean,
+            image_scale=images.scale,
         )
+
+    def example(
+        self, rows: int, like: Tensor, fill: Callable[[tuple[int, ...]], Tensor] = torch.zeros
+    ) -> Structure:
+        """Inputs of a network for this number of rows, filled; whole numbers are 1."""
+        if self.inputs is not None:
+            return mapped(lambda t: t.to(like.device), self.inputs.example(rows, fill))
+        return fill((rows, *self.feature_shape)).to(like)
 
     @classmethod
     def of_encoded(cls, table: EncodedTable, family: Family) -> Facts:
@@ -195,7 +218,8 @@ class Facts:
             )
         y, trials, offset, weights = (v if v is None else v.to(like) for v in optional)
         dtype = like.dtype if self.feature_mean or image_dtype is None else image_dtype
-        x = self.scaling.standardise(data.features).to(like.device, dtype)
+        x = ImageScaling(self.image_mean, self.image_scale).standardise(data.features)
+        x = self.scaling.standardise(x).to(like.device, dtype)
         slopes = None
         if self.slope_names:
             if data.slopes is None or data.slope_names != self.slope_names:
@@ -208,7 +232,15 @@ class Facts:
         means = between.columns(data).to(like) if between and between.names else None
         fold = None if data.fold is None else data.fold.to(like.device)
         parts = (x, y, codes, counts, trials, offset, weights)
-        return HeldRows(*parts, slopes=slopes, means=means, fold=fold)
+        if self.inputs is not None and data.inputs is None:
+            raise ValueError(
+                "the rows lack the network's inputs, which the fit read from a dataset: pass "
+                "ClusteredData.from_dataset(...), and Fit.load(folder, net, data=...) for the "
+                "training rows of a loaded fit"
+            )
+        known = Censoring.columns(data.outcome, data.status, data.upper, data.entry)
+        held = HeldRows(*parts, slopes=slopes, means=means, fold=fold, inputs=data.inputs)
+        return held if known is None else replace(held, censoring=known.to(like))
 
     @property
     def between_names(self) -> tuple[str, ...]:
@@ -241,7 +273,9 @@ class Facts:
         x = like.new_zeros(1, *self.feature_shape)
         slopes = self._zero_slopes(1, like)
         means, trials = self.zero_means(1, like), like.new_ones(1)
-        return Rows(x, None, memberships, trials=trials, slopes=slopes, means=means)
+        inputs = None if self.inputs is None else self.example(1, like)
+        rows = Rows(x, None, memberships, trials=trials, slopes=slopes, means=means)
+        return replace(rows, inputs=inputs)
 
     def zero_means(self, rows: int, like: Tensor) -> Tensor | None:
         """`Rows.means` of rows in clusters with average means; None without such columns."""
@@ -259,6 +293,7 @@ class Facts:
             "counts": {factor: counts.tolist() for factor, counts in self.counts.items()},
             "schema": None if self.schema is None else self.schema.to_json(),
             "between": None if self.between is None else self.between.to_json(),
+            "inputs": None if self.inputs is None else self.inputs.content,
         }
         return {**vars(self), **tuples, **encoded}
 
@@ -268,6 +303,7 @@ class Facts:
         classes, schema = values["classes"], values["schema"]
         tuples: dict[str, Any] = {k: tuple(v) for k, v in values.items() if type(v) is list}
         indicators, between = values.get("indicators", {}), values.get("between")
+        inputs = values.get("inputs")
         tuples["indicators"] = {name: tuple(labels) for name, labels in indicators.items()}
         decoded: dict[str, Any] = {
             "classes": None if classes is None else tuple(index_from_json(classes)),
@@ -275,6 +311,7 @@ class Facts:
             "counts": {name: torch.tensor(counts) for name, counts in values["counts"].items()},
             "schema": None if schema is None else Schema.from_json(schema),
             "between": None if between is None else Between.from_json(between),
+            "inputs": None if inputs is None else InputSpec(inputs),
         }
         return cls(**{**values, **tuples, **decoded})
 
@@ -286,4 +323,11 @@ def indicators_of(schema: Schema | None) -> dict[str, tuple[str, ...]]:
 
 def _spread(features: Tensor) -> float:
     """sd of all values; 1 if there are fewer than two, or if all are the same."""
-    return float(features.double().std()) or 1.0 if features.numel() > 1 else 1.0
+    if features.numel() < 2:
+        return 1.0
+    if features.dim() < 3:
+        return float(features.double().std()) or 1.0
+    mean, variance = image_moments(features)
+    n = features.numel()
+    total = float(variance.mean() + mean.var(unbiased=False)) * n / (n - 1)
+    return total**0.5 or 1.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from armed_pyro.networks.taps import run
 from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.inputs import LazyInputs, Structure, mapped
 
 __all__ = ["FoldNetworks"]
 
@@ -89,19 +90,35 @@ class FoldNetworks(nn.Module):
         """Whether any row's output is the mean of the networks."""
         return bool((self._folds(rows) < 0).any())
 
-    def run(self, rows: Rows, x: Tensor, instead: int | None = None) -> Tensor:
-        """The output for `rows`, whose features are `x`; every network runs on its rows only.
+    def run(
+        self,
+        rows: Rows,
+        x: LazyInputs | Structure,
+        instead: int | None = None,
+        *,
+        like: Tensor | None = None,
+        element: Sequence[int | str] = (),
+    ) -> Tensor:
+        """The output for `rows`, whose inputs are `x`; every network runs on its rows only.
 
-        `instead` is that of `weights`.
+        `instead` is that of `weights`, `like` and `element` are those of `taps.run`.
         """
-        weights, output = self.weights(rows, instead).to(x.dtype), None
+        weights, output = self.weights(rows, instead), None
         for number, network in enumerate(self.networks):
             index = weights[:, number].nonzero()[:, 0]
             if not len(index):
                 continue
-            values, _ = run(network, x[index])
-            output = values.new_zeros(len(x), *values.shape[1:]) if output is None else output
-            weight = weights[index, number].reshape(-1, *[1] * (values.dim() - 1))
+            values, _ = run(network, _taken(x, index), element=element, like=like)
+            output = values.new_zeros(len(rows), *values.shape[1:]) if output is None else output
+            weight = weights[index, number].to(values.dtype)
+            weight = weight.reshape(-1, *[1] * (values.dim() - 1))
             output = output.index_add(0, index, weight * values)
         # No rows at all still need the output's shape.
-        return run(self.networks[0], x)[0] if output is None else output
+        return run(self.networks[0], x, element=element, like=like)[0] if output is None else output
+
+
+def _taken(x: LazyInputs | Structure, index: Int[Tensor, " taken"]) -> LazyInputs | Structure:
+    """These rows of the inputs."""
+    if isinstance(x, LazyInputs):
+        return x.take(index)
+    return mapped(lambda tensor: tensor[index.to(tensor.device)], x)

@@ -74,7 +74,7 @@ def reconstruction_slopes(
     Each factor with effects inside is yielded with its slope and vectors v, which are zero for
     effects on the predictor; none is if no other outcome depends on them.
     """
-    rebuilt = [other for other in model.others if other.at not in model.unreached]
+    rebuilt = [other for other in model.others if other.tap not in model.unreached]
     inside = [factor for factor in model.factors if factor.filters] if rebuilt else []
     if not inside:
         return
@@ -90,7 +90,7 @@ def reconstruction_slopes(
         # The terms of all factors, side by side.
         slope, roots = tau.new_zeros(len(rows), sum(value.shape[1] for value in effects)), []
         for other in rebuilt:
-            mean = activations[other.at]
+            mean = activations[other.tap]
             sd = facts.feature_spread * point[other.sd_site].mean()
             residual, root = other.information(mean.detach(), sd, rows)
             over = (...,) + (None,) * (mean.dim() - 1)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.families.family import Family
+from armed_pyro.networks.modes import frozen_parts
 from armed_pyro.priors import Known
 from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.mundlak import with_between
+from armed_pyro.program.network_checks import check_network
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
     Predictor,
@@ -99,6 +101,9 @@ class MixedEffects(Plan):
         fewer rows. By default networks of which the program uses the output alone have them, up
         to 100 features with names; an adversary, terms on layers or a latent last layer turn
         them off.
+    output : int, str or a sequence of these
+        Which element of a network's output, if that is a tuple or dict, is the predictor, such as
+        ``"logits"``; by default its first tensor.
     dtype : torch.dtype
         Precision of all but the network and the adversaries, which compute in the precision of the
         network's parameters. In single precision, torch.float32, an outcome near 6,000,000 is
@@ -134,11 +139,14 @@ class MixedEffects(Plan):
             bound.facts = with_between(bound, data)
         else:
             bound.facts = data
+        bound.frozen = frozen_parts(bound.network)
         facts = bound.data_facts()
         if facts.weights_kind == "se":
             bound.priors = replace(bound.priors, residual_sd=Known(1.0))
         binding.check_intercept(bound)
         widths = binding.activation_widths(bound)
+        if isinstance(data, ClusteredData):
+            check_network(bound, data)
         blocks: dict[str, list[Block]] = {}
         scaling = facts.design_scaling
         for term in self.terms:
@@ -150,6 +158,8 @@ class MixedEffects(Plan):
             Factor(name, of_factor, facts.columns, self.priors, *scales, label=labels[name])
             for name, of_factor in blocks.items()
         )
+        for factor in bound.factors:
+            factor.place_cells(facts.levels[factor.name])
         names.name_plates(bound)
         for adversary in bound.adversaries:
             adversary.build(widths, len(facts.levels[adversary.factor]))
@@ -179,10 +189,15 @@ class MixedEffects(Plan):
         return self.data_facts().encode(data, like, levels, image_dtype=image_dtype)
 
     def largest_factor(self) -> str | None:
-        """The grouping factor with the most random effects; None without random effects."""
+        """The grouping factor with the most random effects; None without random effects.
+
+        Of a process it is the factor of its clusters.
+        """
         levels = self.data_facts().levels
         sizes = {f.name: len(levels[f.name]) * len(f.terms) for f in self.factors}
-        return max(sizes, key=lambda name: sizes[name], default=None)
+        name = max(sizes, key=lambda name: sizes[name], default=None)
+        cells = [f.name for f in self.factors if f.process is not None]
+        return name.rpartition(":")[0] if name is not None and name in cells else name
 
     @torch.no_grad()
     def compute(self, source: Source) -> Source:
@@ -191,9 +206,12 @@ class MixedEffects(Plan):
         They are unchanged if effects inside make the network depend on latent sites, or if they are
         in files: the network then runs whenever they are read.
         """
-        if modulates(self) or not isinstance(source, HeldRows):
+        if not isinstance(source, HeldRows):
             return source
-        _, activations = self.run_network(replace(source.all(), computed=None))
+        if modulates(self):
+            inputs = None if source.inputs is None else source.inputs.plain()
+            return cast("Source", replace(source, inputs=inputs))
+        _, activations = self.run_network(replace(source, computed=None).all())
         return cast("Source", replace(source, computed=activations))
 
     def extend(
@@ -275,11 +293,11 @@ class MixedEffects(Plan):
         means: Latents
         inside = [f for f in self.factors if f.filters and f.effect_site in latents]
         reached = bool(inside) and reaches_predictor(self)
-        rebuilt = others and any(other.at not in self.unreached for other in self.others)
+        rebuilt = others and any(other.tap not in self.unreached for other in self.others)
         if not (reached or (inside and rebuilt)):
             output, activations = self.run_network(rows)
             eta = linear_predictor(self, rows, output, activations, latents)
-            means = {other.name: activations[other.at] for other in self.others if others}
+            means = {other.name: activations[other.tap] for other in self.others if others}
         else:
             runs = modulated_runs(self, rows, latents, inside, others=others)
             if reached and not return_fixed:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 from armed_pyro._messages import unknown
+from armed_pyro.data.training_checks import CENSORING
 from armed_pyro.data.xarray_names import FactorNames, factor_names, free_name, unique_names
 from armed_pyro.program.plan import Plan
 
@@ -65,6 +66,7 @@ def tree_names(model: Plan) -> dict[str, FactorNames]:
         for quantity in kind.sites(group)
     }
     taken |= {"class"} if model.family.has_class_probabilities else set()
+    taken |= {*CENSORING} if model.family.is_censored else set()
     return factor_names(labels, taken | quantities)
 
 
@@ -72,7 +74,7 @@ def cluster_columns(model: Plan, groupings: Iterable[str]) -> dict[str, str]:
     """Names of the rows' clusters in ``constant_data``, by column; a factor's are its dimension."""
     factors = {name: names.cluster for name, names in tree_names(model).items()}
     columns = [name for name in groupings if name not in factors]
-    taken = [*_of_program(model), *factors.values()]
+    taken = [*_of_program(model), *factors.values(), *CENSORING * model.family.is_censored]
     return factors | unique_names(columns, taken)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pyro.distributions as dist
 import torch
@@ -41,6 +41,9 @@ class Plan(LocalModule):
     facts: Facts | None
     # Tapped layers, and "" for the output, that effects inside the network cannot change.
     unreached: frozenset[str] = frozenset()
+    mixed_precision: bool = False  # whether the network runs in bfloat16 where that is enough
+    # Paths of the network's modules that a training leaves in evaluation mode.
+    frozen: frozenset[str] = frozenset()
     # Root of the fixed effects' prior covariance, per `Priors.fixed_sd`; None for the identity.
     fixed_root: Tensor | None
 
@@ -57,6 +60,7 @@ class Plan(LocalModule):
         others: Reconstruction | Sequence[Reconstruction] = (),
         between: BetweenChoice = None,
         linear_effects: bool | None = None,
+        output: int | str | Sequence[int | str] = (),
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__("program")
@@ -79,6 +83,7 @@ class Plan(LocalModule):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"`dtype` must be torch.float64 or torch.float32, not {dtype}")
         self.net = net
+        self.output = (output,) if isinstance(output, (int, str)) else tuple(output)
         self.dtype = dtype
         self.terms = parse_terms(random)
         self.family = family_named(family)
@@ -97,6 +102,13 @@ class Plan(LocalModule):
         self._factors = nn.ModuleList()
         self._folds = nn.ModuleList()
         self.facts = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; the `frozen` modules stay in evaluation mode."""
+        super().train(mode)
+        for path in self.frozen:
+            self.network.get_submodule(path).training = False
+        return self
 
     @property
     def network(self) -> nn.Module:
@@ -128,7 +140,7 @@ class Plan(LocalModule):
 
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""
-        names = [term.factor for term in self.terms]
+        names = [name for term in self.terms for name in term.groupings()]
         names += [adversary.factor for adversary in self.adversaries]
         return tuple(dict.fromkeys(names))
 
@@ -136,7 +148,7 @@ class Plan(LocalModule):
         """Module paths whose activations terms, adversaries or other outcomes need."""
         paths = [path for term in self.terms for path in term.layers()]
         paths += [path for adversary in self.adversaries for path in adversary.taps]
-        paths += [other.at for other in self.others]
+        paths += [other.tap for other in self.others]
         return tuple(dict.fromkeys(paths))
 
     def reference(self) -> Tensor:
@@ -332,13 +344,19 @@ class Plan(LocalModule):
         """
         if rows.computed is not None:
             return rows.computed[""], rows.computed
+        like, x = self.network_reference(), rows.network_inputs
         if self.fold_networks is not None:
-            output = self.fold_networks.run(rows, rows.x.to(self.network_reference().dtype))
+            output = self.fold_networks.run(rows, x, like=like, element=self.output)
             return output, {"": output}
         head = [self.head_path()] if self.bayesian_head else []
-        x = rows.x.to(self.network_reference().dtype)
         # The only place where the network's weights become Pyro parameters.
-        return run(self.net, x, self.layers(), head, whole=whole)
+        net, mixed = self.net, self.mixed_precision
+        with torch.autocast(like.device.type, torch.bfloat16, enabled=mixed):
+            results = run(net, x, self.layers(), head, element=self.output, like=like, whole=whole)
+        if not mixed:
+            return results
+        record = {name: values.to(like.dtype) for name, values in results[1].items()}
+        return record[""], record
 
     def fixed_predictor(
         self, rows: Rows, output: Tensor, activations: Latents, latents: Latents

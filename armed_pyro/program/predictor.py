@@ -92,7 +92,7 @@ def modulated_runs(
     rebuilt, known = (model.others if others else ()), model.known()
     etas: list[Tensor] = []
     means: dict[str, list[Tensor]] = {other.name: [] for other in rebuilt}
-    rows = replace(rows, computed=None)
+    rows = replace(rows, computed=None).loaded()
     activations: Latents = {}
     for index in product(*map(range, lead)):
         drawn = {
@@ -108,7 +108,7 @@ def modulated_runs(
             output, activations = model.run_network(rows, whole=True)
         etas.append(linear_predictor(model, rows, output, activations, drawn))
         for other in rebuilt:
-            means[other.name].append(activations[other.at])
+            means[other.name].append(activations[other.tap])
 
     def stacked(values: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(values)).reshape(*lead, *values[0].shape)

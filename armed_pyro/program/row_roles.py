@@ -30,6 +30,7 @@ def check_weights(data: ClusteredData, family: Family) -> None:
                 "'gaussian', or frequency weights"
             )
         return
+    _tell_of_class_weights(data, family)
     total, n = float(data.weights.sum()), data.n_rows
     if not total:
         raise ValueError("all weights are 0, so that no row counts: give positive weights")
@@ -43,6 +44,35 @@ def check_weights(data: ClusteredData, family: Family) -> None:
             UserWarning,
             stacklevel=7,
         )
+
+
+def _tell_of_class_weights(data: ClusteredData, family: Family) -> None:
+    """Warn of weights that the outcome's class alone decides, as they shift its probability."""
+    y, weights = data.outcome, data.weights
+    if not family.is_class or y is None or weights is None:
+        return
+    classes, codes = y.unique(return_inverse=True)
+    if not 2 <= len(classes) <= 20:
+        return
+    by_class = weights.new_zeros(len(classes)).index_copy(0, codes, weights)
+    if bool((weights != by_class[codes]).any()) or bool((by_class == by_class[0]).all()):
+        return
+    total = weights.new_zeros(len(classes)).index_add(0, codes, weights)
+    share, shifted = float((codes == 1).double().mean()), float(total[1] / total.sum())
+    names = list(classes.tolist() if data.classes is None else data.classes)
+    correction = "leave the weights out"
+    if len(classes) == 2 and bool((by_class > 0).all()):
+        shift = float((by_class[1] / by_class[0]).log())
+        correction += (
+            f", or give the training rows an offset of log(w1 / w0) = {shift:.4g}, and predict "
+            "without it (logit link), which gives the probabilities of the population"
+        )
+    warnings.warn(
+        f"the weights depend on the outcome alone (class weights), so that P(y = {names[1]}) will "
+        f"be {shifted:.3g} on average in place of its share of the rows, {share:.3g}; {correction}",
+        UserWarning,
+        stacklevel=8,
+    )
 
 
 def check_offset(data: ClusteredData, family: Family) -> None:

@@ -25,6 +25,14 @@ def original_covariance(factor: Factor, latents: Draws) -> Float[Tensor, "draws 
     return matrix @ covariance @ matrix.mT
 
 
+def original_variances(factor: Factor, latents: Draws) -> Float[Tensor, "draws terms"]:
+    """The diagonal of `original_covariance`, without the matrix if effects are independent."""
+    if not factor.diagonal:
+        return original_covariance(factor, latents).diagonal(dim1=-2, dim2=-1)
+    unit = factor.to_original.diagonal()
+    return (_flat(factor.sd(latents), 1).to(torch.float64) * unit.to(torch.float64)).square()
+
+
 def original_parameters(
     model: MixedEffects, latents: Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, " draws"]]:

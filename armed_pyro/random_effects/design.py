@@ -13,7 +13,10 @@ from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.networks.taps import pooled
 from armed_pyro.random_effects.covariance import Covariance, Independent
 
-__all__ = ["Block", "FilterBlock", "InputBlock", "LayerBlock", "LinearBlock", "by_column"]
+__all__ = [
+    *("Block", "FilterBlock", "InputBlock", "LayerBlock", "LinearBlock", "ProcessBlock"),
+    "by_column",
+]
 
 Columns = Float[Tensor, "rows columns"]
 
@@ -124,9 +127,9 @@ class InputBlock(LinearBlock):
 
     def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
         # Images have no columns to choose from.
-        slopes = x[:, self.index] + self.shift if len(self.index) else x.new_zeros(len(x), 0)
+        slopes = x[:, self.index] + self.shift if len(self.index) else x.new_zeros(x.shape[0], 0)
         if self.intercept:
-            return torch.cat([x.new_ones(len(x), 1), slopes], -1)
+            return torch.cat([x.new_ones(x.shape[0], 1), slopes], -1)
         if self.contrasts:
             left_out = 1 - slopes[:, : self.contrasts].sum(-1, keepdim=True)
             return torch.cat([left_out, slopes], -1)
@@ -136,8 +139,8 @@ class InputBlock(LinearBlock):
 class LayerBlock(LinearBlock):
     """Slopes on the activations of a hidden layer."""
 
-    def __init__(self, path: str, width: int, covariance: Covariance) -> None:
-        names = [f"{path}[{unit}]" for unit in range(width)]
+    def __init__(self, path: str, width: int, covariance: Covariance, label: str) -> None:
+        names = [f"{label}[{unit}]" for unit in range(width)]
         super().__init__(names, covariance, torch.eye(width, dtype=torch.float64))
         self.path, self.width = path, width
 
@@ -146,6 +149,17 @@ class LayerBlock(LinearBlock):
 
     def paths(self) -> tuple[str, ...]:
         return (self.path,)
+
+
+class ProcessBlock(LinearBlock):
+    """The value of a process at the row's time, added to the predictor; `kind` is its kernel."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__([name], Independent(), torch.eye(1, dtype=torch.float64))
+        self.kind = kind
+
+    def columns(self, x: Tensor, activations: Mapping[str, Tensor]) -> Columns:
+        return x.new_ones(len(x), 1)
 
 
 class FilterBlock(Block):

@@ -10,6 +10,8 @@ from armed_pyro.data.categories import contrast_of
 from armed_pyro.data.cluster_columns import factor_path
 from armed_pyro.data.formula import Formula, features_of
 from armed_pyro.data.formula_syntax import (
+    Call,
+    Name,
     Node,
     Number,
     Operation,
@@ -19,7 +21,8 @@ from armed_pyro.data.formula_syntax import (
     quoted_name,
     text_of,
 )
-from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Term
+from armed_pyro.random_effects.process_kernels import KERNELS
+from armed_pyro.random_effects.terms import FilterScaleBias, Process, RandomEffects, Term
 
 __all__ = ["fixed_and_random", "parse_terms", "slopes_formula"]
 
@@ -38,7 +41,8 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
     Left of the bar stands a formula of features, with products and functions, such as
     ``(x * z + poly(t, 2) | g)``. The data need its columns: `slopes_formula` names them for
     `ClusteredData.from_frame`; `armed_pyro.model` and the command line do that by themselves. One
-    string may hold several terms, joined by ``+``.
+    string may hold several terms, joined by ``+``. ``ou(time | g)``, ``ar1(time | g)`` and
+    ``rw(time | g)`` are processes in time, one for every cluster of g; see `Process`.
 
     Raises
     ------
@@ -79,15 +83,15 @@ def slopes_formula(terms: str | Iterable[str], columns: Collection[str]) -> str:
     return " + ".join(dict.fromkeys(texts))
 
 
-def fixed_and_random(tree: Node) -> tuple[Node, list[Operation]]:
-    """The parts of a formula's right side: features, and terms in parentheses with a bar."""
+def fixed_and_random(tree: Node) -> tuple[Node, list[Operation | Call]]:
+    """The parts of a formula's right side: features, and terms with a bar."""
     parts = _signed(tree)
     bars = [part for part, _ in parts if _is_bar(part)]
     if wrong := [part for part, sign in parts if _is_bar(part) and sign < 0]:
         raise ValueError(f"the random-effect term ({text_of(wrong[0])}) cannot be subtracted")
     fixed = [(part, sign) for part, sign in parts if not _is_bar(part)] or [(Number(1.0), 1)]
     nodes, signs = zip(*fixed, strict=True)
-    return Sum(nodes, signs), [bar for bar in bars if isinstance(bar, Operation)]
+    return Sum(nodes, signs), [bar for bar in bars if isinstance(bar, Operation | Call)]
 
 
 def _signed(node: Node, sign: int = 1) -> list[tuple[Node, int]]:
@@ -99,6 +103,9 @@ def _signed(node: Node, sign: int = 1) -> list[tuple[Node, int]]:
 
 
 def _is_bar(node: Node) -> bool:
+    """Whether a node is ``slopes | g``, or a process such as ``ou(time | g)``."""
+    if isinstance(node, Call):
+        return node.function in KERNELS
     return isinstance(node, Operation) and node.symbol in ("|", "||")
 
 
@@ -128,18 +135,20 @@ def _quoted_word(match: re.Match[str]) -> str:
     return word if known or "[" in word else quoted_name(word)
 
 
-def _bars(tree: Node, text: str) -> list[Operation]:
+def _bars(tree: Node, text: str) -> list[Operation | Call]:
     """The terms of a text, which may join several by ``+``."""
     parts = _signed(tree)
-    bars = [part for part, sign in parts if isinstance(part, Operation) and sign > 0]
+    bars = [part for part, sign in parts if isinstance(part, Operation | Call) and sign > 0]
     bars = [bar for bar in bars if _is_bar(bar)]
     if not bars or len(bars) < len(parts):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
     return bars
 
 
-def terms_of(bar: Operation) -> list[RandomEffects]:
+def terms_of(bar: Operation | Call) -> list[RandomEffects] | list[Process]:
     """The terms of ``x | a/b``, one for each grouping factor."""
+    if isinstance(bar, Call):
+        return _processes(bar)
     text = text_of(bar)
     if any(_is_bar(side) for side in operands(bar)):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
@@ -159,8 +168,23 @@ def terms_of(bar: Operation) -> list[RandomEffects]:
     ]
 
 
-def _slopes_of(bar: Operation) -> Formula:
-    """The formula left of a term's bar."""
+def _processes(call: Call) -> list[Process]:
+    """The processes of ``ou(time | a/b)``, one for each grouping factor."""
+    inside = call.arguments[0] if len(call.arguments) == 1 and not call.options else None
+    if isinstance(inside, Operation) and inside.symbol == "|" and isinstance(inside.left, Name):
+        factors = factor_path(inside.right)
+        if factors is not None:
+            return [Process(call.function, inside.left.name, factor) for factor in factors]
+    raise ValueError(
+        f"cannot read the process {text_of(call)!r}: write the column of times and the grouping "
+        f"factor as '{call.function}(time | id)'"
+    )
+
+
+def _slopes_of(bar: Operation | Call) -> Formula:
+    """The formula left of a term's bar; that of no slope for a process."""
+    if isinstance(bar, Call):
+        return features_of(Number(1.0), f"the process {text_of(bar)!r}")
     what = f"the random-effect term {text_of(bar)!r}"
     formula = features_of(bar.left, what)
     if formula.offset is not None:
@@ -192,6 +216,8 @@ def _check_overlap(terms: list[Term]) -> None:
         # A layer's path may be "1", which is also the name of the intercept.
         kind = "filters of" if isinstance(term, FilterScaleBias) else "layer"
         names = tuple(f"{kind} {path}" for path in term.layers())
+        if isinstance(term, Process):
+            names = ("1",)
         if isinstance(term, RandomEffects):
             names = (*(("1",) if term.intercept else ()), *term.slopes)
         for name in names:

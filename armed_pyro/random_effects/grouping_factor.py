@@ -8,6 +8,7 @@ from functools import reduce
 from itertools import combinations
 from typing import cast
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
@@ -20,7 +21,8 @@ from armed_pyro.distributions.small_matrices import FEW, lower_triangular, shear
 from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.priors import Known, Priors
 from armed_pyro.random_effects.covariance import Covariance, Latents, Matrix, TermGroup
-from armed_pyro.random_effects.design import Block, FilterBlock, LinearBlock
+from armed_pyro.random_effects.design import Block, FilterBlock, LinearBlock, ProcessBlock
+from armed_pyro.random_effects.process import CellProcess
 from armed_pyro.rows.batch import Membership, Rows
 
 __all__ = ["Factor", "factor_named", "weighted"]
@@ -52,6 +54,9 @@ class Factor(nn.Module):
     last; all columns of the predictor share them. `default` is the scale of the sds' prior, if the
     prior has none of its own; `spread` is in outcome units per standardised unit. Names of sites
     start with `label`, by default the factor's name.
+
+    The clusters of a factor with a `process`, which `place_cells` sets, are cells (cluster, time).
+    Their effects depend on each other; those of the cells of different clusters do not.
     """
 
     to_original: Tensor
@@ -112,12 +117,26 @@ class Factor(nn.Module):
                 f"the sds of {name!r} are given as known, but its terms are correlated: write them "
                 "as independent, with '||'"
             )
+        self._process = nn.ModuleList()
         for _, covariance in self.groups:
             if not covariance.clusters_independent:
                 raise ValueError(
                     f"the covariance {covariance.name!r} of {name!r} makes its clusters depend on "
                     "each other, for which there is no guide yet"
                 )
+
+    def place_cells(self, levels: pd.Index) -> None:
+        """Set the process, if the factor has one, to the cells with these labels."""
+        for block in self.blocks:
+            if not isinstance(block, ProcessBlock):
+                continue
+            if self.n_columns > 1:
+                raise ValueError(
+                    f"the process {block.names[0]!r} of {self.name!r} needs an outcome whose "
+                    f"predictor has a single column, found {self.n_columns}: choose a family such "
+                    "as ordinal"
+                )
+            self._process.append(CellProcess(block.kind, self.label, levels, self.name))
 
     def _place_sites(self, by_column: Tensor) -> None:
         """Set T and, by name of an intercept whose prior holds at features' means, `at_means`."""
@@ -169,6 +188,16 @@ class Factor(nn.Module):
         return tuple(block for block in self.blocks if isinstance(block, FilterBlock))
 
     @property
+    def process(self) -> CellProcess | None:
+        """The process whose values at the cells are the effects; None for independent clusters."""
+        return cast("CellProcess", self._process[0]) if len(self._process) else None
+
+    @property
+    def chained(self) -> bool:
+        """Whether effects depend on each other: those of a cluster with two or more times."""
+        return self.process is not None and len(self.process) > len(self.process.cells.clusters)
+
+    @property
     def diagonal(self) -> bool:
         """Whether all effects of a cluster are independent given their sds."""
         return not self.groups and self.from_zero is None
@@ -186,6 +215,8 @@ class Factor(nn.Module):
     def sites(self) -> tuple[str, ...]:
         """Names of all sites, and of the site that correlated effects would have."""
         of_groups = [site for group, kind in self.groups for site in kind.sites(group)]
+        if self.process is not None and self.process.kernel.site is not None:
+            of_groups.append(self.process.kernel.site)
         return (self.effect_site, self.sd_site, f"{self.label}_cor", *of_groups)
 
     # --- priors -----------------------------------------------------------------------------
@@ -195,12 +226,16 @@ class Factor(nn.Module):
         latents = {self.sd_site: self.prior.sample(self.sd_site, self.prior_scale)}
         for group, covariance in self.groups:
             latents |= covariance.sample(group, self.prior_scale)
+        if self.process is not None:
+            latents |= self.process.sample(self.prior_scale)
         if self.groups:
             root = self._correlation_cholesky(latents)
             pyro.deterministic(f"{self.label}_cor", root @ root.mT, event_dim=2)
         scale = self.scale(latents)
         with self.plate(membership), weighted(membership):
-            if self.diagonal:
+            if self.process is not None and len(membership.index) == len(self.process):
+                prior: dist.TorchDistribution = self.process.prior(scale, latents)
+            elif self.diagonal:
                 prior = dist.Normal(torch.zeros_like(scale), scale).to_event(1)
             else:
                 zeros = scale.new_zeros(scale.shape[:-1])
@@ -231,7 +266,7 @@ class Factor(nn.Module):
             sds[places[0]] = sd * row.norm().clamp(max=2)
         for group, covariance in self.groups:
             values |= covariance.starts(group)
-        return values
+        return values if self.process is None else values | self.process.kernel.start()
 
     def describe_priors(self) -> dict[str, str]:
         """Priors of the terms' sds and of their correlations, in the units of the data."""
@@ -245,7 +280,7 @@ class Factor(nn.Module):
         for group, covariance in self.groups:
             means = self._means(group.terms[0])
             lines |= {site: text + means for site, text in covariance.describe(group).items()}
-        return lines
+        return lines if self.process is None else lines | self.process.kernel.describe()
 
     def _means(self, term: str) -> str:
         """Where an intercept's prior holds, in words, unless it is x = 0."""
@@ -331,6 +366,8 @@ class Factor(nn.Module):
     def whitened(self, latents: Latents) -> Float[Tensor, "draws clusters terms"]:
         """z = L^-1 u, independent standard normal in every draw if the program is right."""
         u = latents[self.effect_site]
+        if self.process is not None:
+            return self.process.prior(self.sd(latents), latents).noise(u)
         scale = self.scale_matrix(latents)
         scale = scale.expand(len(u), 1, *scale.shape[-2:])[:, 0]
         return torch.linalg.solve_triangular(scale, u.mT, upper=False).mT
@@ -369,6 +406,8 @@ class Factor(nn.Module):
 
     def quantities(self, latents: Latents) -> Iterator[tuple[TermGroup, str, Tensor]]:
         """Further rows of tables, by group and name; see `Covariance.quantities`."""
+        if self.process is not None:
+            yield from self.process.quantities(latents, self.terms[0])
         for group, covariance in self.groups:
             for name, values in covariance.quantities(group, latents).items():
                 yield group, name, values.reshape(-1)

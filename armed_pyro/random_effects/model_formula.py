@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from armed_pyro.data.formula import parse_features
 from armed_pyro.data.formula_syntax import (
@@ -16,12 +17,17 @@ from armed_pyro.data.formula_syntax import (
     text_of,
 )
 from armed_pyro.random_effects.formula import fixed_and_random, parse_terms, slopes_formula
-from armed_pyro.random_effects.terms import Term
+from armed_pyro.random_effects.terms import Process, Term
 
-__all__ = ["ModelFormula", "cluster_columns"]
+__all__ = ["ModelFormula", "cluster_columns", "time_columns"]
 
+# Calls that name the columns of a censored outcome, with the roles of their arguments.
+_OUTCOMES = {
+    "event": (("outcome", "status"), ("outcome", "status", "entry")),
+    "interval": (("outcome", "upper"), ("outcome", "upper", "entry")),
+}
 _EXPECTED = "Expected 'outcome ~ features + (slopes | group)', such as 'y ~ x + (x | site)'"
-_ROLES = ("trials", "weights", "se")
+_ROLES = ("trials", "weights", "se", "entry")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class ModelFormula:
     random : tuple of str
         Random-effect terms.
     roles : mapping of str to str
-        Columns of trials, weights or standard errors, as in ``y | trials(n) ~ x``.
+        Columns of trials, weights or standard errors, as in ``y | trials(n) ~ x``; and of the
+        status, upper end and entry of a censored outcome, as in ``event(time, status) ~ x``.
 
     Examples
     --------
@@ -65,11 +72,20 @@ class ModelFormula:
             raise ValueError(f"formula={text!r} has several '~'. {_EXPECTED}.")
         outcome, roles = _left_side(tree.left, text)
         fixed, bars = fixed_and_random(tree.right)
-        return cls(outcome, text_of(fixed), tuple(f"({text_of(bar)})" for bar in bars), roles)
+        terms = [text_of(b) if isinstance(b, Call) else f"({text_of(b)})" for b in bars]
+        return cls(outcome, text_of(fixed), tuple(terms), roles)
 
     def slopes(self, columns: Collection[str]) -> str:
         """The formula of columns with random slopes; empty without any."""
         return slopes_formula(self.random, columns)
+
+    def random_columns(self, columns: Collection[str], *more: str) -> dict[str, Any]:
+        """The arguments clusters, slopes and times of `ClusteredData.from_frame`."""
+        return {
+            "clusters": self.cluster_columns(columns, *more),
+            "slopes": self.slopes(columns) or (),
+            "times": time_columns(parse_terms(self.random)),
+        }
 
     def cluster_columns(self, columns: Collection[str], *more: str) -> list[str]:
         """Columns of the grouping factors of terms and features, and of `more` factors."""
@@ -95,6 +111,15 @@ def cluster_columns(
     return list(dict.fromkeys(part for parts in names for part in parts))
 
 
+def time_columns(terms: Sequence[Term]) -> tuple[str, ...]:
+    """Columns of the times of processes, each once.
+
+    >>> time_columns(parse_terms("(1 | id) + ou(week | id)"))
+    ('week',)
+    """
+    return tuple(dict.fromkeys(term.time for term in terms if isinstance(term, Process)))
+
+
 def _left_side(node: Node, text: str) -> tuple[str, dict[str, str]]:
     """The outcome's column, and columns with other roles."""
     roles: dict[str, str] = {}
@@ -114,9 +139,29 @@ def _left_side(node: Node, text: str) -> tuple[str, dict[str, str]]:
                     f"{', '.join(f'{role}(column)' for role in _ROLES)}."
                 )
             roles[call.function] = inside[0].name
+    if isinstance(node, Call) and node.function in _OUTCOMES:
+        outcome, observed = _observed(node, text)
+        if twice := sorted(roles.keys() & observed.keys()):
+            raise ValueError(f"formula={text!r} names the {twice[0]} twice.")
+        return outcome, {**roles, **observed}
     if not isinstance(node, Name) or node.name == ".":
         raise ValueError(
             f"formula={text!r} has the outcome {text_of(node)}; expected the name of a column. "
             "Compute the outcome first, such as table['log_y'] = numpy.log(table['y'])."
         )
     return node.name, roles
+
+
+def _observed(call: Call, text: str) -> tuple[str, dict[str, str]]:
+    """The outcome's column, and those of its status or upper end, and entry."""
+    choices = _OUTCOMES[call.function]
+    names = [argument.name for argument in call.arguments if isinstance(argument, Name)]
+    for roles in choices:
+        if len(names) == len(call.arguments) == len(roles) and not call.options:
+            columns = dict(zip(roles, names, strict=True))
+            return columns.pop("outcome"), columns
+    written = {"event": "event(time, status)", "interval": "interval(lower, upper)"}
+    raise ValueError(
+        f"formula={text!r} has the outcome {text_of(call)}; expected columns as in "
+        f"{written[call.function]}, and a third column for a late entry."
+    )

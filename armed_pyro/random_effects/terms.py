@@ -12,15 +12,23 @@ from armed_pyro.data.categories import contrast_of
 from armed_pyro.data.feature_scaling import FeatureScaling
 from armed_pyro.data.formula import is_written
 from armed_pyro.data.formula_functions import is_made
+from armed_pyro.networks.tap import Pool, Tap, with_pool
 from armed_pyro.random_effects.covariance import (
     Correlated,
     Covariance,
     Independent,
     covariance_named,
 )
-from armed_pyro.random_effects.design import Block, FilterBlock, InputBlock, LayerBlock
+from armed_pyro.random_effects.design import (
+    Block,
+    FilterBlock,
+    InputBlock,
+    LayerBlock,
+    ProcessBlock,
+)
+from armed_pyro.random_effects.process_kernels import kernel_named
 
-__all__ = ["FilterScaleBias", "RandomEffects", "Slopes", "Term"]
+__all__ = ["FilterScaleBias", "Process", "RandomEffects", "Slopes", "Term"]
 
 # Characters that a name can have only in backticks, and names that would be read as numbers.
 _QUOTED = re.compile(r"[\s+|()/*^]|-\s*1|^\d+$")
@@ -33,6 +41,10 @@ class Term(ABC):
     """
 
     factor: str
+
+    def groupings(self) -> tuple[str, ...]:
+        """The grouping factors that the term needs; by default its factor."""
+        return (self.factor,)
 
     def layers(self) -> tuple[str, ...]:
         """Module paths of the activations that the term needs; none by default."""
@@ -176,12 +188,16 @@ class Slopes(Term):
     Attributes
     ----------
     on : str
-        Module path of the layer, such as ``"3"`` or ``"encoder.2"``; feature maps are averaged
-        over space.
+        Module path of the layer, such as ``"3"`` or ``"encoder.2"``; ``"lstm[0]"`` is the first
+        element of an output that is a tuple, and ``"relu#1"`` that of a module's first call.
     correlated : bool
         Whether the slopes are correlated; independent by default, as layers are wide.
     covariance : str, Covariance or None
         As of `RandomEffects`.
+    pool : {"mean", "max", "first", "last", "masked"}, optional
+        How tokens, time or space become one vector per row, by default their mean. "first" and
+        "last" take one token or moment; "masked" averages the tokens that the network's input
+        ``attention_mask`` keeps.
 
     References
     ----------
@@ -197,21 +213,25 @@ class Slopes(Term):
     on: str
     correlated: bool = False
     covariance: str | Covariance | None = None
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
         _covariance(self)  # which refuses an unknown name
+        Tap.of(*self.layers())  # which refuses an unknown pool
 
     def __str__(self) -> str:
         more = ", correlated=True" if self.correlated else ""
+        more += f", pool={self.pool!r}" if self.pool else ""
         if self.covariance is not None:
             more += f", covariance={self.covariance!r}"
         return f"Slopes({self.factor!r}, on={self.on!r}{more})"
 
     def layers(self) -> tuple[str, ...]:
-        return (self.on,)
+        return (with_pool(self.on, self.pool),)
 
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
-        return LayerBlock(self.on, widths[self.on], _covariance(self))
+        (path,) = self.layers()
+        return LayerBlock(path, widths[path], _covariance(self), self.on)
 
 
 @dataclass(frozen=True)
@@ -251,6 +271,65 @@ class FilterScaleBias(Term):
 
     def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
         return FilterBlock(self.at, widths[self.at])
+
+
+@dataclass(frozen=True)
+class Process(Term):
+    r"""A latent process in time for every cluster, ``ou(time | id)``.
+
+    .. math:: \eta_i = \dots + u_{k}(t_i), \quad u_k(t + d) = a(d) \, u_k(t)
+              + sd \sqrt{q(d)} \, \epsilon
+
+    Rows of a cluster that are near in time have similar values of u. With ``ou``, at any times,
+    :math:`a = \exp(-d / range), q = 1 - a^2`; with ``ar1``, at times that are whole numbers of
+    steps apart, :math:`a = \phi^d, q = 1 - a^2`; with ``rw``, a random walk, :math:`a = 1, q = d`
+    in shortest gaps between times. The Pyro site ``<id>:<time>_effect`` has one value for each
+    cluster and time of the rows; ``<id>:<time>_sd`` and ``<id>:<time>_range`` (or ``_phi``) are the
+    process's parameters, which are among the variance components.
+
+    The priors of range and phi are penalised-complexity priors, which prefer a process that changes
+    slowly; `Priors.sd` of the factor ``"id:time"`` is the prior of the sd.
+
+    Attributes
+    ----------
+    process : {"ou", "ar1", "rw"}
+        Kind of process.
+    time : str
+        Column of times, as numbers. It is among the ``times=[...]`` of `ClusteredData.from_frame`.
+    cluster : str
+        Grouping factor, ``"id"`` or ``"school:class"``.
+
+    References
+    ----------
+    Fuglstad, Simpson, Lindgren, Rue (2019), JASA 114(525); Sorbye, Rue (2017), Journal of Time
+    Series Analysis 38(6).
+
+    Examples
+    --------
+    >>> str(Process("ou", time="week", cluster="id"))
+    'ou(week | id)'
+    """
+
+    process: str
+    time: str
+    cluster: str
+
+    def __post_init__(self) -> None:
+        kernel_named(self.process)  # which refuses an unknown name
+
+    @property
+    def factor(self) -> str:  # type: ignore[override]
+        """The factor whose clusters are the cells, ``"id:week"``."""
+        return f"{self.cluster}:{self.time}"
+
+    def groupings(self) -> tuple[str, ...]:
+        return (self.cluster, self.factor)
+
+    def block(self, features: FeatureScaling, widths: Mapping[str, int]) -> Block:
+        return ProcessBlock(self.process, f"{self.process}({quoted(self.time)})")
+
+    def __str__(self) -> str:
+        return f"{self.process}({quoted(self.time)} | {quoted(self.cluster)})"
 
 
 def _covariance(term: RandomEffects | Slopes) -> Covariance:

@@ -28,9 +28,15 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell(value: Any, sd: float = math.nan) -> str:
-    """A value as text: four significant digits, or more if its sd is small beside it."""
+    """A value as text: four significant digits, or more if its sd is small beside it.
+
+    >>> cell((0.5, 1.25)), cell("a")
+    ('0.5 to 1.25', 'a')
+    """
     if isinstance(value, str):
         return value
+    if isinstance(value, tuple):
+        return " to ".join(cell(end) for end in value)
     if pd.isna(value):
         return ""
     if isinstance(value, int | np.integer | np.bool_):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from armed_pyro.rows.inputs import LazyInputs, Structure
 
 __all__ = ["Membership", "Rows"]
 
@@ -53,9 +55,24 @@ class Rows:
     means: Float[Tensor, "rows columns"] | None = None
     # The network of `FoldNetworks` that was trained without the row; -1 where there is none.
     fold: Int[Tensor, " rows"] | None = None
+    # What the network takes in place of x: loaded tensors, or items that are loaded when it runs.
+    inputs: LazyInputs | Structure | None = None
+    # Status, upper end and, if rows entered late, entry; see `armed_pyro.rows.censoring`.
+    censoring: Float[Tensor, "rows columns"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @property
+    def network_inputs(self) -> LazyInputs | Structure:
+        """What the network takes: `inputs`, or x without any."""
+        return self.x if self.inputs is None else self.inputs
+
+    def loaded(self) -> Rows:
+        """The rows with their inputs in memory, for several passes of a network."""
+        if not isinstance(self.inputs, LazyInputs):
+            return self
+        return replace(self, inputs=self.inputs.load())
 
     def slope_inputs(self) -> Tensor:
         """The features, followed by the columns that only random slopes use."""
@@ -71,7 +88,10 @@ class Rows:
         """The values as bytes, which differ between different rows."""
         positions = [membership.position for membership in self.memberships.values()]
         parts = [self.x, self.y, self.trials, self.offset, self.weights, *positions]
-        # Without slopes and means, the bytes are those of checkpoints from before there were any.
-        parts += [values for values in (self.slopes, self.means) if values is not None]
+        # Without these, the bytes are those of checkpoints from before there were any.
+        later = (self.slopes, self.means, self.censoring)
+        parts += [values for values in later if values is not None]
         for values in parts:
             yield b"none" if values is None else values.double().cpu().numpy().tobytes()
+        if isinstance(self.inputs, LazyInputs):
+            yield from self.inputs.fingerprint()

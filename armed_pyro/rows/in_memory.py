@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro.rows.batch import Membership, Rows
+from armed_pyro.rows.inputs import LazyInputs
 from armed_pyro.rows.source import RowSource, whole_splits
 
 __all__ = ["HeldRows"]
@@ -36,6 +37,8 @@ class HeldRows(RowSource):
     slopes: Float[Tensor, "rows columns"] | None = None
     means: Float[Tensor, "rows columns"] | None = None
     fold: Int[Tensor, " rows"] | None = None
+    inputs: LazyInputs | None = None
+    censoring: Float[Tensor, "rows columns"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -61,7 +64,10 @@ class HeldRows(RowSource):
             return None if values is None else values.index_select(0, index)
 
         names = ("x", "y", "codes", "trials", "offset", "weights", "computed", "slopes", "means")
-        return replace(self, **{name: take(getattr(self, name)) for name in (*names, "fold")})
+        further = ("fold", "censoring")
+        taken = {name: take(getattr(self, name)) for name in (*names, *further)}
+        inputs = None if self.inputs is None else self.inputs.take(index)
+        return replace(self, **taken, inputs=inputs)
 
     def all(self) -> Rows:
         return self.of(self.memberships(self.codes), 1.0)
@@ -69,13 +75,24 @@ class HeldRows(RowSource):
     def of(self, memberships: Mapping[str, Membership], scale: float) -> Rows:
         """All rows, with these memberships and this scale."""
         optional = (self.trials, self.offset, self.weights, self.computed, self.slopes, self.means)
-        return Rows(self.x, self.y, memberships, scale, *optional, self.fold)
+        # Results of the network take the place of its inputs.
+        inputs = None if self.computed is not None else self.inputs
+        further = (self.fold, inputs, self.censoring)
+        return Rows(self.x, self.y, memberships, scale, *optional, *further)
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, dense_up_to: int | None = None
     ) -> Iterator[Rows]:
-        for index in whole_splits(len(self), size, generator):
-            yield self.batch(index.to(self.x.device), dense_up_to=dense_up_to)
+        places = list(whole_splits(len(self), size, generator))
+        indices = (index.to(self.x.device) for index in places)
+        batches = (self.batch(index, dense_up_to=dense_up_to) for index in indices)
+        if self.inputs is None or self.computed is not None:
+            yield from batches
+            return
+        seed = int(torch.randint(2**31, (), generator=generator))
+        # The inputs first: they end a pass, and with it their workers.
+        for inputs, rows in zip(self.inputs.training_batches(places, seed), batches, strict=True):
+            yield replace(rows, inputs=inputs)
 
     def batch(self, index: Int[Tensor, " batch"], *, dense_up_to: int | None = None) -> Rows:
         """The rows `index`, drawn independently of the outcome, with the weights of `batches`."""

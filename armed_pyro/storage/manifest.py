@@ -26,7 +26,13 @@ from armed_pyro.priors import Exponential, HalfNormal, HalfStudentT, Known, Prio
 from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
-from armed_pyro.random_effects.terms import FilterScaleBias, RandomEffects, Slopes, Term
+from armed_pyro.random_effects.terms import (
+    FilterScaleBias,
+    Process,
+    RandomEffects,
+    Slopes,
+    Term,
+)
 from armed_pyro.storage.manifest_schema import check_fields, check_manifest
 
 MANIFEST = "manifest.json"
@@ -35,12 +41,15 @@ FORMAT = "armed_pyro fit"
 # The classes that a manifest can name. No other class is ever made from a manifest, so that reading
 # it executes no foreign code.
 TERMS: Mapping[str, type[Term]] = {
-    kind.__name__: kind for kind in (RandomEffects, Slopes, FilterScaleBias)
+    kind.__name__: kind for kind in (RandomEffects, Slopes, FilterScaleBias, Process)
 }
 PRIORS: Mapping[str, type[ScalePrior]] = {
     kind.__name__: kind for kind in (Exponential, HalfNormal, HalfStudentT, Known)
 }
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
 
 Kind = TypeVar("Kind")
 
@@ -49,7 +58,7 @@ def describe(posterior: Posterior) -> dict[str, Any]:
     """The program, the training and the network's parameters, as JSON values.
 
     A user-defined family, term or prior, which could not be read again, is a ValueError, and so is
-    a precision other than single or double.
+    a precision that is not among `DTYPES`.
     """
     model, net, priors = posterior.model, posterior.model.net, posterior.model.priors
     dtype = str(model.network_reference().dtype).removeprefix("torch.")
@@ -69,13 +78,15 @@ def describe(posterior: Posterior) -> dict[str, Any]:
         "armed_pyro": version("armed_pyro"),
         "model": {
             "random": [_entry("kind", term, TERMS) for term in model.terms],
-            "family": family if len(family) > 1 else model.family.name,
+            # Default settings are left out, as a link was before there was a choice.
+            "family": model.family.name if model.family == type(model.family)() else family,
             "priors": {**_fields(priors), "sd": sd_priors},
             "bayesian_head": model.bayesian_head,
             "dtype": str(model.dtype).removeprefix("torch."),
             "fixed_weight": model.fixed_weight,
             "between": model.between,
             "linear_effects": model.linear_effects,
+            "output": list(model.output),
             "adversaries": [adversary.settings() for adversary in model.adversaries],
             "others": [_fields(other) for other in model.others],
         },
@@ -177,6 +188,7 @@ def program(manifest: Mapping[str, Any], path: Path, net: nn.Module | None) -> M
     # Earlier programs had no clusters' means, and no linear effects beside a network.
     options["between"] = plan.get("between", False)
     options["linear_effects"] = plan.get("linear_effects", False)
+    options["output"] = tuple(plan.get("output", ()))
     with reading(path, "network.dtype"):
         dtype, shapes = DTYPES[settings["dtype"]], dict(settings["parameters"])
     with reading(path, "model.dtype"):

@@ -87,6 +87,7 @@ class _Program(_Record):
     dtype: str = "float32"
     fixed_weight: float = Field(allow_inf_nan=False)
     linear_effects: bool | None = None
+    output: list[int | str] = []
     adversaries: list[dict[str, Any]]
     others: list[dict[str, Any]] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping, index_from_json, index_to_json
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.storage.row_file import LABELS, Expected, open_plain, read_values
 from armed_pyro.summaries.datatree import GROUPS
 
-__all__ = ["describe_rows", "read_rows", "training_rows"]
+__all__ = ["describe_rows", "read_rows", "training_rows", "with_inputs"]
 
 OBSERVED, CONSTANT = "observed_data", "constant_data"
-COLUMNS = ("features", "slopes", "trials", "offset", "weights", "fold")
+COLUMNS = ("features", "slopes", *PER_ROW, "fold")
 
 
 def describe_rows(data: ClusteredData) -> dict[str, Any]:
@@ -119,6 +121,9 @@ def training_rows(
         trials=tensor("trials"),
         offset=tensor("offset"),
         weights=tensor("weights"),
+        status=tensor("status"),
+        upper=tensor("upper"),
+        entry=tensor("entry"),
         weights_kind=facts.weights_kind or "frequency",
         row_labels=labels.rename(record["row_name"]),
         schema=facts.schema,
@@ -128,3 +133,19 @@ def training_rows(
         slope_continuous=tuple(record.get("slope_continuous", ())),
         fold=tensor("fold"),
     )
+
+
+def with_inputs(rows: ClusteredData, data: ClusteredData) -> ClusteredData:
+    """The training rows with the inputs of `data`; ValueError unless these are the same rows."""
+    same = data.n_rows == rows.n_rows and data.inputs is not None
+    if same and rows.outcome is not None and data.outcome is not None:
+        same = torch.equal(rows.outcome, data.outcome.to(rows.outcome))
+    for name, grouping in rows.groupings.items():
+        known = same and name in data.groupings
+        same = known and bool((data.grouping(name).labels() == grouping.labels()).all())
+    if not same:
+        raise ValueError(
+            f"data= must be the {rows.n_rows} training rows with their inputs, as "
+            "ClusteredData.from_dataset made them for the fit; found other rows or none"
+        )
+    return replace(rows, inputs=data.inputs)

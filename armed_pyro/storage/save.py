@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from armed_pyro._free_space import check_free
 from armed_pyro._memory import release
 from armed_pyro._messages import cause
+from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import without_formulas
 from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.schedule import History, Schedule
 from armed_pyro.guides.base import Guide, n_draws
 from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.guides.nested import NestedGuide
+from armed_pyro.guides.process import ProcessGuide
 from armed_pyro.guides.structured import StructuredGuide
 from armed_pyro.inference.importance_sampling import n_effects
 from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
@@ -45,7 +47,7 @@ from armed_pyro.storage.manifest import (
     read_manifest,
     reading,
 )
-from armed_pyro.storage.rows import describe_rows, read_rows, training_rows
+from armed_pyro.storage.rows import describe_rows, read_rows, training_rows, with_inputs
 from armed_pyro.storage.run_lock import DRAFT, REPLACED, is_temporary, locked
 from armed_pyro.summaries.datatree import GROUPS
 
@@ -69,6 +71,7 @@ CLASSIFIER = ("factor", "temperature", "pooling", "report")
 GUIDES: Mapping[str, Callable[[MixedEffects], Guide]] = {
     "CrossedGuide": CrossedGuide,
     "NestedGuide": NestedGuide,
+    "ProcessGuide": ProcessGuide,
     "StructuredGuide": StructuredGuide,
 }
 
@@ -166,14 +169,19 @@ def _contents(
 
 
 def load(
-    folder: str | Path, net: nn.Module | None = None, *, verify: bool = True
+    folder: str | Path,
+    net: nn.Module | None = None,
+    *,
+    data: ClusteredData | None = None,
+    verify: bool = True,
 ) -> tuple[Posterior, Classifiers]:
     """Read a fit that `save` wrote; on the CPU its predictions are equal to the bit.
 
     `net` is a network of the fit's architecture; a copy of it gets the weights of the fit. It is
     not needed for networks from functions registered as ``armed_pyro.models`` (``linear``,
-    ``dense``). The classifiers of clusters are those that were saved. With `verify`, no file may
-    have changed, and the network must have the fit's outputs at fixed inputs.
+    ``dense``). The classifiers of clusters are those that were saved. `data` are the training rows
+    with the inputs of a dataset. With `verify`, no file may have changed, and the network must have
+    the fit's outputs at fixed inputs.
 
     Raises
     ------
@@ -218,8 +226,10 @@ def load(
         check_probe(model, manifest.get("probe"), f"the fit in {path}")
     with reading(path / POSTERIOR):
         names = cluster_columns(model, manifest["data"]["levels"])
-        data = training_rows(arrays, manifest["data"], facts, names)
-    parts = (model, guide, data, history, schedule, seed, stopped)
+        rows = training_rows(arrays, manifest["data"], facts, names)
+    if data is not None:
+        rows = with_inputs(rows, data)
+    parts = (model, guide, rows, history, schedule, seed, stopped)
     return Posterior(*parts, refined=refined), classifiers
 
 

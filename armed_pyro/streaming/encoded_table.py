@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from armed_pyro._free_space import check_free
@@ -24,7 +24,7 @@ from armed_pyro.data.columns import check_varying
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.streaming.database import database, quoted
 from armed_pyro.streaming.parquet_table import TableBlocks
-from armed_pyro.streaming.scan import TableScan, complete_blocks
+from armed_pyro.streaming.scan import TableScan, complete_blocks, used_columns
 
 __all__ = ["EncodedTable", "encode", "group_rows"]
 
@@ -102,7 +102,7 @@ class EncodedTable:
                 {**parameters, "path": glob.escape(str(self.path)), "target": str(path)},
             )
         left = {
-            name: counts - torch.bincount(held.groupings[name].codes, minlength=len(counts))
+            name: counts - _counts_of(held, name, scanned.levels[name])
             for name, counts in scanned.counts.items()
         }
         fewer = replace(scanned, counts=left, n_rows=scanned.n_rows - held.n_rows)
@@ -148,12 +148,19 @@ class EncodedTable:
             groupings={
                 factor: Grouping(tensors[scanned.cluster(factor)].long(), levels)
                 for factor, levels in scanned.levels.items()
-                if scanned.cluster(factor) in tensors
+                if scanned.cluster(factor) in tensors and factor in scanned.schema.clusters
             },
             row_labels=pd.Index(columns["row"]),
             table=None,
             **numbers,
         )
+
+
+def _counts_of(rows: ClusteredData, factor: str, levels: pd.Index) -> Int[Tensor, " clusters"]:
+    """Number of these rows in every cluster of a factor."""
+    grouping = rows.grouping(factor)
+    places = torch.from_numpy(levels.get_indexer(grouping.levels))
+    return torch.bincount(places[grouping.codes], minlength=len(levels))
 
 
 def encode(
@@ -170,8 +177,6 @@ def encode(
     `report` gets the number of rows written since its last call. Constant features are refused.
     """
     schema = scanned.schema
-    roles = (schema.outcome, *schema.clusters, schema.trials, schema.offset, schema.weights)
-    used = dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None)
     digest, rng = hashlib.blake2b(), np.random.default_rng([seed, 13])
     names = [*scanned.features, *scanned.numbers]
     fields: dict[str, pa.DataType] = dict.fromkeys(names, pa.float64())
@@ -183,12 +188,12 @@ def encode(
     # In split byte streams, values that fit single precision take half of the space.
     settings = {"compression": "lz4", "use_byte_stream_split": [*names, "key"]}
     with pq.ParquetWriter(path, columns_of, use_dictionary=False, **settings) as writer:
-        for block in complete_blocks(table, tuple(used)):
+        for block in complete_blocks(table, used_columns(schema)):
             rows = ClusteredData.encode(block, schema, outcome_required=True)
             columns = [*rows.features.numpy().T]
             columns += [getattr(rows, name).numpy() for name in scanned.numbers]
             for factor, levels in scanned.levels.items():
-                grouping = rows.groupings[factor]
+                grouping = rows.grouping(factor)
                 columns.append(levels.get_indexer(grouping.levels)[grouping.codes.numpy()])
             columns.append(block.index.to_numpy())
             for column in columns:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.rows.batch import Membership, Rows
+from armed_pyro.rows.censoring import Censoring
 from armed_pyro.rows.in_memory import HeldRows
 from armed_pyro.rows.passes import ahead
 from armed_pyro.rows.source import RowSource
@@ -195,7 +196,9 @@ class StreamedRows(RowSource):
         trials, offset, weights = tensor("trials"), tensor("offset"), tensor("weights")
         parts = [values[codes[factor]] for factor, values in self._means.items()]
         means = torch.cat(parts, 1) if parts else None
-        return HeldRows(x, y, codes, self.counts, trials, offset, weights, means=means)
+        censoring = Censoring.columns(y, tensor("status"), tensor("upper"), tensor("entry"))
+        parts_of_rows = (x, y, codes, self.counts, trials, offset, weights)
+        return HeldRows(*parts_of_rows, means=means, censoring=censoring)
 
 
 class _SortedFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -21,17 +21,18 @@ from torch import Tensor
 from armed_pyro._messages import count_rows, listing
 from armed_pyro.data.cluster_means import ClusterSums, added
 from armed_pyro.data.clustered import ClusteredData
-from armed_pyro.data.columns import Missing, column_names, is_categorical, pick
+from armed_pyro.data.columns import Missing, is_categorical, pick, with_times
 from armed_pyro.data.default_features import FEWEST_ROWS, NEARLY_ALL, ROW_NAMES, warn_of_identifiers
 from armed_pyro.data.formula import parse_features
 from armed_pyro.data.formula_functions import learns
-from armed_pyro.data.grouping import code_labels
+from armed_pyro.data.grouping import Grouping, code_labels, grouping_by
 from armed_pyro.data.schema import Schema, WeightsKind
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.rows.passes import ahead
 from armed_pyro.streaming.database import database
 from armed_pyro.streaming.parquet_table import TableBlocks
 
-__all__ = ["TableScan", "complete_blocks", "scan"]
+__all__ = ["TableScan", "complete_blocks", "scan", "used_columns", "with_cells"]
 
 # Number of rows read at a time.
 BLOCK_ROWS = 65_536
@@ -39,7 +40,10 @@ BLOCK_ROWS = 65_536
 
 @dataclass(frozen=True, eq=False)
 class TableScan:
-    """Result of one pass over a table; `levels` and `counts` are those of every cluster column."""
+    """Result of one pass over a table; `levels` and `counts` are those of every cluster column.
+
+    `with_cells` adds those of cells.
+    """
 
     schema: Schema  # the rules by which rows become tensors
     first: ClusteredData  # the first complete row
@@ -54,8 +58,8 @@ class TableScan:
 
     @property
     def numbers(self) -> list[str]:
-        """Names of those among outcome, trials, offset and weights that the data have."""
-        names = ("outcome", "trials", "offset", "weights")
+        """Names of those among outcome, trials, offset, weights and so on that the data have."""
+        names = ("outcome", *PER_ROW)
         return [name for name in names if getattr(self.first, name) is not None]
 
     def cluster(self, factor: str) -> str:
@@ -75,6 +79,7 @@ def scan(
     folder: str | PathLike[str] | None = None,
     categorical: Sequence[str] = (),
     weights_kind: WeightsKind = "frequency",
+    times: Sequence[str] = (),
     **roles: str | None,
 ) -> TableScan:
     """Read a table once; see `ClusteredData.from_frame` for the parameters.
@@ -84,7 +89,7 @@ def scan(
     """
     if missing not in ("error", "drop"):
         raise ValueError(f"missing must be 'error' or 'drop', found {missing!r}.")
-    clusters = column_names(clusters, "clusters")
+    clusters = with_times(clusters, times)
     reserved = [outcome, *clusters, *(name for name in roles.values() if name is not None)]
     with database(memory, folder) as connection:
         try:
@@ -120,14 +125,44 @@ def scan(
         warnings.warn(f"Dropped {dropped} for missing values.", stacklevel=3)
     frame = table.take(witnesses)
     settings: dict[str, Any] = {"features": features, "weights_kind": weights_kind, **roles}
-    settings.update(categorical=categorical, event=event)
+    settings.update(categorical=categorical, event=event, times=times)
     schema = Schema.infer(frame, outcome=outcome, clusters=clusters, **settings)
     if schema.cluster_columns:
         schema = schema.with_means(_cluster_sums(schema, table, used))
     first = ClusteredData.encode(frame.iloc[:1], schema, outcome_required=True)
     levels = {name: labels for name, (labels, _) in labels_counts.items()}
-    counts = {name: sizes for name, (_, sizes) in labels_counts.items()}
-    return TableScan(schema, first, levels, counts, n_rows)
+    return TableScan(schema, first, levels, {k: n for k, (_, n) in labels_counts.items()}, n_rows)
+
+
+def used_columns(schema: Schema) -> tuple[str, ...]:
+    """The table columns that encoded rows are made from, each once."""
+    roles = (schema.outcome, *schema.clusters, *(getattr(schema, role) for role in PER_ROW))
+    return tuple(dict.fromkeys(name for name in (*roles, *schema.columns) if name is not None))
+
+
+def with_cells(scanned: TableScan, table: TableBlocks, factor: str) -> TableScan:
+    """The scan with the cells of a factor ``"a:b"``, from one more pass over the table.
+
+    Their labels, in memory, are those of a table in memory: there may be as many as rows.
+    """
+    schema, names = scanned.schema, factor.split(":")
+    sizes = [len(scanned.levels[name]) for name in names]
+    keys, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for block in complete_blocks(table, used_columns(schema)):
+        groupings = schema.groupings(block)
+        codes = [
+            scanned.levels[name].get_indexer(groupings[name].levels)[groupings[name].codes]
+            for name in names
+        ]
+        present, number = np.unique(np.ravel_multi_index(codes, sizes), return_counts=True)
+        both, place = np.unique(np.concatenate([keys, present]), return_inverse=True)
+        total = np.bincount(place, np.concatenate([counts, number])).astype(np.int64)
+        keys, counts = both, total
+    parts = zip(names, np.unravel_index(keys, sizes), strict=True)
+    cells = {name: Grouping(torch.from_numpy(c), scanned.levels[name]) for name, c in parts}
+    grouping = grouping_by(cells, factor)
+    levels, sums = {**scanned.levels, factor: grouping.levels}, torch.from_numpy(counts)
+    return replace(scanned, levels=levels, counts={**scanned.counts, factor: sums})
 
 
 def _cluster_sums(

@@ -13,14 +13,15 @@ from typing import Any
 
 from rich.progress import Progress
 
-from armed_pyro._messages import progress_console
+from armed_pyro._messages import progress_console, unknown
+from armed_pyro.data.censoring import check_observed
 from armed_pyro.data.columns import Missing
 from armed_pyro.data.grouping import check_several
 from armed_pyro.data.schema import WeightsKind
 from armed_pyro.data.weights import weights_role
 from armed_pyro.streaming.encoded_table import EncodedTable, encode
 from armed_pyro.streaming.parquet_table import TableBlocks
-from armed_pyro.streaming.scan import TableScan, scan
+from armed_pyro.streaming.scan import TableScan, scan, with_cells
 
 __all__ = ["StreamedData"]
 
@@ -80,6 +81,10 @@ class StreamedData:
         categorical: Sequence[str] = (),
         weights_kind: WeightsKind = "frequency",
         se: str | None = None,
+        times: Sequence[str] = (),
+        status: str | None = None,
+        upper: str | None = None,
+        entry: str | None = None,
         missing: Missing = "error",
         memory: int = 2 * 10**9,
         folder: str | os.PathLike[str] | None = None,
@@ -99,7 +104,9 @@ class StreamedData:
             )
         weights, kind = weights_role(weights, weights_kind, se)
         roles: dict[str, Any] = {"trials": trials, "offset": offset, "weights": weights}
-        roles.update(categorical=categorical, weights_kind=kind)
+        check_observed(status, upper)
+        roles.update(status=status, upper=upper, entry=entry)
+        roles.update(categorical=categorical, weights_kind=kind, times=times)
         scanned = scan(
             table,
             outcome,
@@ -129,23 +136,24 @@ class StreamedData:
     ) -> Iterator[EncodedTable]:
         """The encoded rows in a temporary file; it and its copies are deleted at the end.
 
-        The program needs the `factors`. The seed is that of the shuffle and of the sample that a
-        fit keeps. Raises ValueError if a factor consists of cells, or a factor or a feature does
-        not vary.
+        The program needs the `factors`; those of cells take one more pass over the file. The seed
+        is that of the shuffle and of the sample that a fit keeps. Raises ValueError if a factor's
+        column is not among the clusters, or a factor or a feature does not vary.
         """
+        scanned = self.scanned
         for name in factors:
-            if name not in self.scanned.levels:
-                raise ValueError(
-                    f"the cells of {name!r} cannot be streamed: write their labels to a column of "
-                    "the table, and name that column in the random effects"
-                )
-            check_several(name, self.scanned.levels[name])
+            if name not in scanned.levels:
+                for part in name.split(":"):
+                    if part not in scanned.levels:
+                        raise unknown("cluster column", part, scanned.levels)
+                scanned = with_cells(scanned, self.table, name)
+            check_several(name, scanned.levels[name])
         with tempfile.TemporaryDirectory(prefix=".armed_pyro-rows-", dir=self.folder) as folder:
             path = Path(folder) / "rows.parquet"
             with Progress(console=progress_console(), disable=not progress, transient=True) as bar:
                 report = partial(bar.advance, bar.add_task("encoding rows", total=self.n_rows))
                 settings = self.memory, seed, tuple(factors)
-                encoded = encode(self.table, self.scanned, path, *settings, report)
+                encoded = encode(self.table, scanned, path, *settings, report)
             bar.console.print(
                 f"{path.stat().st_size / 1e9:.2f} GB of rows in temporary files in {folder}, "
                 "removed at the end",

@@ -19,6 +19,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from armed_pyro._messages import unknown
+from armed_pyro.data.training_checks import PER_ROW
 from armed_pyro.data.xarray_names import label_values, variable_name
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.prediction.chunks import predict_chunks
@@ -31,6 +32,7 @@ from armed_pyro.program.units import (
     original_fixed_effects,
     original_parameters,
     original_sd,
+    original_variances,
 )
 from armed_pyro.rows.batch import Rows
 
@@ -244,7 +246,7 @@ def _constant_data(posterior: Posterior, draws: int, seed: int) -> xr.Dataset:
     if data.slopes is not None:
         variables["slopes"] = (("row", "slope_column"), data.slopes.numpy())
         coords["slope_column"] = list(data.slope_names)
-    for name in ("trials", "offset", "weights", "fold"):
+    for name in (*PER_ROW, "fold"):
         if (values := getattr(data, name)) is not None:
             variables[name] = (("row",), values.numpy())
     return _dataset(posterior, variables, **coords)
@@ -334,10 +336,10 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             effects = latents[factor.effect_site].to(torch.float64)
             matrix = factor.to_original.to(effects)
             add(names.effect, (name, term), effects @ matrix.mT)
-        covariance = original_covariance(factor, latents)
-        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        variance = original_variances(factor, latents)
         add(names.sd, (term,), variance.sqrt())
         if factor.groups:
+            covariance = original_covariance(factor, latents)
             product = variance[..., :, None] * variance[..., None, :]
             coords[term_bis] = list(factor.terms)
             add(names.cor, (term, term_bis), covariance / product.sqrt())

@@ -23,6 +23,7 @@ from armed_pyro.program.units import (
     original_fixed_effects,
     original_parameters,
     original_sd,
+    original_variances,
 )
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
@@ -196,12 +197,13 @@ def _check(draws: int, prob: float) -> None:
 
 def _factor_rows(factor: Factor, latents: Draws) -> Iterator[Row]:
     """Yield sds, variances and correlations."""
-    covariance = original_covariance(factor, latents)
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    variance = original_variances(factor, latents)
     for statistic, values in {"sd": variance.sqrt(), "variance": variance}.items():
         for term, draws in zip(factor.terms, values.unbind(1), strict=True):
             yield factor.name, term, statistic, draws
-    for i, j in factor.pairs():
+    pairs = list(factor.pairs())
+    covariance = original_covariance(factor, latents) if pairs else variance[:, None]
+    for i, j in pairs:
         name = f"{factor.terms[i]},{factor.terms[j]}"
         product = (variance[:, i] * variance[:, j]).sqrt()
         yield factor.name, name, "cor", covariance[:, i, j] / product
@@ -223,9 +225,7 @@ def _shares(
         parts: dict[str, Tensor] = {}
         for factor in model.factors:
             phi = sensitivities(model, rows, factor, activations, point).to(torch.float64)
-            moment = torch.einsum("nip,njp->pij", phi, phi) / len(phi)
-            covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
-            parts[factor.name] = facts.spread**2 * torch.einsum("pij,dij->dp", moment, covariance)
+            parts[factor.name] = facts.spread**2 * _mean_variance(factor, phi, latents)
         none = rows.x.new_zeros(n, len(facts.columns), dtype=torch.float64)
         totals = sum(parts.values(), none)
         weights = latents.get("fixed_effect")
@@ -244,6 +244,18 @@ def _shares(
             yield name, label, "share", part / total
         yield "", label, "r2_marginal", variance_fixed / total
         yield "", label, "r2_conditional", (variance_fixed + total_random) / total
+
+
+def _mean_variance(
+    factor: Factor, phi: Float[Tensor, "rows terms columns"], latents: Draws
+) -> Float[Tensor, "draws columns"]:
+    """Mean over the rows of phi' D phi; without the matrix D if effects are independent."""
+    if factor.diagonal:
+        square = _flat(factor.sd(latents), 1).to(torch.float64).square()
+        return square @ phi.square().mean(0)
+    moment = torch.einsum("nip,njp->pij", phi, phi) / len(phi)
+    covariance = _flat(factor.covariance(latents), 2).to(torch.float64)
+    return torch.einsum("pij,dij->dp", moment, covariance)
 
 
 def _fixed_variance(
