@@ -140,15 +140,11 @@ class MixedEffects(Plan):
         """
         bound = copy.deepcopy(self)
         bound.cross_fit(None)  # an earlier fit may have such networks
+        bound.frozen = frozen_parts(bound.network)
         if isinstance(data, ClusteredData):
-            bound.family = self.family.bound(data)
-            bound.facts = Facts.of(data, bound.family, self.factor_names())
-            bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
-            bound.facts = with_linear_effects(bound, bound.facts)
-            bound.facts = with_between(bound, data)
+            bound._learn(data)
         else:
             bound.facts = data
-        bound.frozen = frozen_parts(bound.network)
         facts = bound.data_facts()
         check_parameters(bound)
         if facts.weights_kind == "se":
@@ -202,6 +198,14 @@ class MixedEffects(Plan):
         binding.warn_if_small(bound)
         binding.warn_if_far(bound)
         return bound
+
+    def _learn(self, data: ClusteredData) -> None:
+        """Set the family's settings and the facts by the training data."""
+        self.family = self.family.bound(data)
+        self.facts = Facts.of(data, self.family, self.factor_names())
+        self.facts = replace(self.facts, dropped=dependent.dropped(self, data))
+        self.facts = with_linear_effects(self, self.facts)
+        self.facts = with_between(self, data)
 
     def with_family(self, family: Family) -> MixedEffects:
         """A shallow copy with this family."""
