@@ -147,8 +147,11 @@ class Schema:
         calls = tuple(dict.fromkeys(formula.calls + extra.calls))
         _check_distinct(calls, table)
         columns = list(Formula(formula.terms + only_slopes, made=made, calls=calls).columns)
-        named = column_names(categorical, "categorical")
-        factors = {*formula.categorical, *extra.categorical, *named}
+        factors = {
+            *formula.categorical,
+            *extra.categorical,
+            *column_names(categorical, "categorical"),
+        }
         check_known("feature for categorical=", sorted(factors), columns)
         _check_outcome(outcome, [*columns, *formula.offset_columns], clusters)
         used = [*reserved, *columns, *formula.offset_columns]
