@@ -147,17 +147,13 @@ class Schema:
         calls = tuple(dict.fromkeys(formula.calls + extra.calls))
         _check_distinct(calls, table)
         columns = list(Formula(formula.terms + only_slopes, made=made, calls=calls).columns)
-        factors = {
-            *formula.categorical,
-            *extra.categorical,
-            *column_names(categorical, "categorical"),
-        }
+        named = column_names(categorical, "categorical")
+        factors = {*formula.categorical, *extra.categorical, *named}
         check_known("feature for categorical=", sorted(factors), columns)
         _check_outcome(outcome, [*columns, *formula.offset_columns], clusters)
         used = [*reserved, *columns, *formula.offset_columns]
         table = with_open_ends(pick(table, used), outcome, roles.get("upper"))
         table = natural_types(table.dropna())
-
         warn_of_float_labels(table[[name for name in clusters if name not in times]])
         orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
         levels = levels_of(table, columns, factors, orders)
