@@ -25,7 +25,7 @@ from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.mundlak import with_between
-from armed_pyro.program.network_checks import check_network
+from armed_pyro.program.network_checks import checked_widths
 from armed_pyro.program.parameter_predictors import check_parameters, with_parameter_centers
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -150,9 +150,7 @@ class MixedEffects(Plan):
         if facts.weights_kind == "se":
             bound.priors = replace(bound.priors, residual_sd=Known(1.0))
         binding.check_intercept(bound)
-        widths = binding.activation_widths(bound)
-        if isinstance(data, ClusteredData):
-            check_network(bound, data)
+        widths = checked_widths(bound, data if isinstance(data, ClusteredData) else None)
         blocks: dict[str, list[Block]] = {}
         scaling = facts.design_scaling
         for term in self.terms:
