@@ -25,7 +25,7 @@ from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.linear_effects import with_linear_effects
 from armed_pyro.program.mundlak import with_between
-from armed_pyro.program.network_checks import checked_widths
+from armed_pyro.program.network_checks import check_network
 from armed_pyro.program.parameter_predictors import check_parameters, with_parameter_centers
 from armed_pyro.program.plan import Plan
 from armed_pyro.program.predictor import (
@@ -140,17 +140,47 @@ class MixedEffects(Plan):
         """
         bound = copy.deepcopy(self)
         bound.cross_fit(None)  # an earlier fit may have such networks
-        bound.frozen = frozen_parts(bound.network)
         if isinstance(data, ClusteredData):
-            bound._learn(data)
+            bound.family = self.family.bound(data)
+            bound.facts = Facts.of(data, bound.family, self.factor_names())
+            bound.facts = replace(bound.facts, dropped=dependent.dropped(bound, data))
+            bound.facts = with_linear_effects(bound, bound.facts)
+            bound.facts = with_between(bound, data)
         else:
             bound.facts = data
+        bound.frozen = frozen_parts(bound.network)
         facts = bound.data_facts()
         check_parameters(bound)
         if facts.weights_kind == "se":
             bound.priors = replace(bound.priors, residual_sd=Known(1.0))
         binding.check_intercept(bound)
-        widths = checked_widths(bound, data if isinstance(data, ClusteredData) else None)
+        widths = binding.activation_widths(bound)
+        if isinstance(data, ClusteredData):
+            check_network(bound, data)
+        facts = self._place_factors(bound, widths)
+        for factor in bound.factors:
+            factor.place_cells(facts.levels[factor.name])
+        names.name_plates(bound)
+        for adversary in bound.adversaries:
+            adversary.build(widths, len(facts.levels[adversary.factor]))
+        bound._adversaries.to(bound.network_reference())
+        bound._factors.to(bound.reference())
+        bound._designs.to(bound.reference())
+        if bound.has_fixed_effects:
+            root = fixed_prior.root(bound)
+            root = None if root is None else root.to(bound.reference())
+            bound.register_buffer("fixed_root", root, persistent=False)
+        bound.unreached = binding.unreached(bound)
+        names.check_names(bound)
+        names.warn_of_renamed(bound)
+        binding.check_row_effects(bound)
+        binding.warn_if_small(bound)
+        binding.warn_if_far(bound)
+        return bound
+
+    def _place_factors(self, bound: MixedEffects, widths: dict[str, int]) -> Facts:
+        """Give `bound` its grouping factors and predictors of parameters; return its facts."""
+        facts = bound.data_facts()
         blocks: dict[str, list[Block]] = {}
         scaling = facts.design_scaling
         for term in self.terms:
@@ -177,33 +207,7 @@ class MixedEffects(Plan):
             )
             for name, of_factor in blocks.items()
         )
-        for factor in bound.factors:
-            factor.place_cells(facts.levels[factor.name])
-        names.name_plates(bound)
-        for adversary in bound.adversaries:
-            adversary.build(widths, len(facts.levels[adversary.factor]))
-        bound._adversaries.to(bound.network_reference())
-        bound._factors.to(bound.reference())
-        bound._designs.to(bound.reference())
-        if bound.has_fixed_effects:
-            root = fixed_prior.root(bound)
-            root = None if root is None else root.to(bound.reference())
-            bound.register_buffer("fixed_root", root, persistent=False)
-        bound.unreached = binding.unreached(bound)
-        names.check_names(bound)
-        names.warn_of_renamed(bound)
-        binding.check_row_effects(bound)
-        binding.warn_if_small(bound)
-        binding.warn_if_far(bound)
-        return bound
-
-    def _learn(self, data: ClusteredData) -> None:
-        """Set the family's settings and the facts by the training data."""
-        self.family = self.family.bound(data)
-        self.facts = Facts.of(data, self.family, self.factor_names())
-        self.facts = replace(self.facts, dropped=dependent.dropped(self, data))
-        self.facts = with_linear_effects(self, self.facts)
-        self.facts = with_between(self, data)
+        return facts
 
     def with_family(self, family: Family) -> MixedEffects:
         """A shallow copy with this family."""

@@ -14,12 +14,11 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.networks.modes import evaluated
 from armed_pyro.networks.tap import Tap, chosen_tensor, module_at
 from armed_pyro.networks.taps import as_type, call
-from armed_pyro.program.binding import activation_widths
 from armed_pyro.program.plan import Plan
 from armed_pyro.random_effects.terms import Slopes
 from armed_pyro.rows.inputs import LazyInputs, mapped
 
-__all__ = ["check_network", "checked_widths"]
+__all__ = ["check_network"]
 
 # Rows that run through the network.
 ROWS = 64
@@ -27,14 +26,6 @@ ROWS = 64
 CONSTANT = 1e-6
 # Steps of the gradient that change an output's shape alone.
 RESHAPING = ("View", "Reshape", "Squeeze", "Unsqueeze", "Alias", "Unsafe", "ToCopy", "Select")
-
-
-def checked_widths(model: Plan, data: ClusteredData | None) -> dict[str, int]:
-    """`activation_widths`, after the checks of `check_network` if there are training rows."""
-    widths = activation_widths(model)
-    if data is not None:
-        check_network(model, data)
-    return widths
 
 
 def check_network(model: Plan, data: ClusteredData) -> None:
