@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor
 from typer.testing import CliRunner
 
 import armed_pyro as ap
 from armed_pyro.cli import app
 from armed_pyro.data.clustered import ClusteredData
+from armed_pyro.guides.noise import proposal_noise
 from armed_pyro.guides.process import ProcessGuide
+from armed_pyro.inference.nested_weights import weigh
 from armed_pyro.prediction.adapt import AdaptedEffects
 from armed_pyro.prediction.chunks import predict_rows
 from armed_pyro.prediction.new_clusters import condition
@@ -352,8 +355,61 @@ def test_wrong_times_and_designs_are_told(ovary: ap.Fit) -> None:
         ap.model("y ~ x + ou(t)", table)
 
 
-def test_other_families_are_refused() -> None:
-    table = panel("ou").assign(y=lambda t: (t["y"] > 5).astype(int))
-    made = ap.model("y ~ x + ou(t | id)", table, family="bernoulli")
-    with pytest.raises(ValueError, match="needs a gaussian outcome so far"):
-        made.fit(progress=False)
+def test_counts_are_weighed_by_cluster() -> None:
+    """log p(y | theta) of a cluster by particles is that of quadrature over its two effects."""
+    rng = np.random.default_rng(2)
+    table = pd.DataFrame({"id": np.repeat(["a", "b", "c"], 2), "t": [0.0, 1.0, 0.0, 3.0, 1.0, 1.5]})
+    table["y"] = rng.poisson(3, 6)
+    made = ap.model("y ~ 1 + ou(t | id)", table, family="poisson")
+    model = made.program.bind(made.data)
+    source = model.encode(made.data)
+    guide = ProcessGuide(model, source).requires_grad_(False)
+    for _ in range(5):
+        guide.refresh(model, source)
+    rows = source.all()
+    torch.manual_seed(0)
+    noise = proposal_noise(guide, rows, 1, 4096, model.reference(), heavy=False)
+    noise = replace(noise, values={**noise.values, "_theta": 0 * noise.values["_theta"]})
+    weighted = weigh(model, guide, rows, noise)
+    center = guide.hyperparameters.center()
+    sd, length = float(center["id:t_sd"]), float(center["id:t_range"])
+    fixed = model.predictor(rows, {"fixed_effect": center["fixed_effect"]}).eta[:, 0].numpy()
+    nodes, node_weights = np.polynomial.hermite_e.hermegauss(60)
+    z = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), -1).reshape(-1, 2)
+    log_weights = np.log(np.multiply.outer(node_weights, node_weights).ravel() / (2 * np.pi))
+    spread = model.data_facts().spread
+    for k, name in enumerate(["a", "b", "c"]):
+        part = table["id"] == name
+        gap = abs(np.diff(table["t"][part])[0])
+        rho = np.exp(-gap / length)
+        root = np.linalg.cholesky([[1, rho], [rho, 1]]) * sd * spread
+        eta = fixed[part.to_numpy()] + z @ root.T
+        log_p = stats.poisson(np.exp(eta)).logpmf(table["y"][part].to_numpy()).sum(1)
+        exact = special.logsumexp(log_p + log_weights)
+        assert float(weighted.clusters()[0, k]) == pytest.approx(exact, abs=0.01)
+
+
+@pytest.mark.parametrize("family", ["poisson", "bernoulli"])
+def test_other_families_are_fitted_and_forecast(family: str) -> None:
+    rng = np.random.default_rng(4)
+    n, k = 6, 25
+    time = np.sort(rng.uniform(0, 6, (k, n)), 1)
+    same = np.exp(-np.abs(time[:, :, None] - time[:, None]) / 2)
+    path = (np.linalg.cholesky(same) @ rng.normal(size=(k, n, 1)))[..., 0]
+    eta = 0.5 + 0.8 * path.ravel()
+    y = (
+        rng.poisson(np.exp(eta))
+        if family == "poisson"
+        else rng.random(n * k) < 1 / (1 + np.exp(-eta))
+    )
+    table = pd.DataFrame({"id": np.repeat(np.arange(k), n), "t": time.ravel(), "y": y.astype(int)})
+    fitted = ap.model("y ~ 1 + ou(t | id)", table, family=family).fit(progress=False)
+    assert fitted.importance.k_hat < 0.7
+    drawn = fitted.variance_components().set_index(["factor", "statistic"])
+    for name, truth in {"sd": 0.8, "range": 2.0}.items():
+        row = drawn.loc[("id:t", name)]
+        assert row["lower"] < truth < row["upper"]
+    values = fitted.predict(table).mean
+    assert np.corrcoef(values, eta)[0, 1] > (0.7 if family == "poisson" else 0.4)
+    ahead = fitted.predict(table.assign(t=table["t"] + 0.5), interval="outcome")
+    assert (ahead.unseen == "").all()

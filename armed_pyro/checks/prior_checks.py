@@ -16,7 +16,7 @@ from armed_pyro.inference.nested_weights import log_prior
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.units import original_variances
 from armed_pyro.random_effects.grouping_factor import Factor
-from armed_pyro.summaries.arviz_stats import prior_sensitivity
+from armed_pyro.summaries.importance_statistics import prior_sensitivity
 
 __all__ = [
     "boundary_checks",

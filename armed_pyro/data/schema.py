@@ -153,16 +153,14 @@ class Schema:
         check_known("feature for categorical=", sorted(factors), columns)
         _check_outcome(outcome, [*columns, *formula.offset_columns], clusters)
         used = [*reserved, *columns, *formula.offset_columns]
-        table = with_open_ends(pick(table, used), outcome, roles.get("upper"))
-        table = natural_types(table.dropna())
+        table = natural_types(
+            with_open_ends(pick(table, used), outcome, roles.get("upper")).dropna()
+        )
 
         warn_of_float_labels(table[[name for name in clusters if name not in times]])
         orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
         levels = levels_of(table, columns, factors, orders)
-        target, classes = table[outcome], None
-        if is_categorical(target) or event is not None:
-            what = f"outcome {outcome!r}"
-            classes = event_last(code_labels(target, what)[1], event, what)
+        classes = _classes(table[outcome], event)
         columns_of = expanded(made, levels)
         schema = cls(
             outcome=outcome,
@@ -372,6 +370,7 @@ class Schema:
             "levels": {name: index_to_json(index) for name, index in self.levels.items()},
             "indicators": list(self.indicators),
             "clusters": list(self.clusters),
+            "times": list(self.times),
             "classes": None if self.classes is None else index_to_json(self.classes),
             "cluster_columns": [asdict(column) for column in self.cluster_columns],
             "means": {factor: means.to_json() for factor, means in self.means.items()},
@@ -382,19 +381,18 @@ class Schema:
         """Read a schema that `to_json` wrote."""
         try:
             classes = content["classes"]
-            later = {"intercept": True, "slopes": [], "weights_kind": "frequency"}
+            later = {"intercept": True, "slopes": [], "weights_kind": "frequency", "times": []}
             later |= {"cluster_columns": [], "means": {}, "calls": {}, "offset_call": None}
             later |= dict.fromkeys(("status", "upper", "entry"))
             values = {member.name: {**later, **content}[member.name] for member in fields(cls)}
             for name in ("terms", "slopes"):
                 values[name] = tuple(tuple(term) for term in values[name])
             values["levels"] = {k: index_from_json(v) for k, v in values["levels"].items()}
-            values |= {name: tuple(values[name]) for name in ("indicators", "clusters")}
+            values |= {name: tuple(values[name]) for name in ("indicators", "clusters", "times")}
             values["classes"] = None if classes is None else index_from_json(classes)
             made = values["cluster_columns"]
             values["cluster_columns"] = tuple(ClusterColumn(**column) for column in made)
-            means = {k: ClusterMeans.from_json(v) for k, v in values["means"].items()}
-            values["means"] = means
+            values["means"] = {k: ClusterMeans.from_json(v) for k, v in values["means"].items()}
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -458,6 +456,14 @@ def _check_distinct(calls: Iterable[str], table: pd.DataFrame) -> None:
                 f"The table has a column {name!r}, which is also a call of the formula: rename "
                 f"the column, or write `{name}` in backticks for it."
             )
+
+
+def _classes(outcome: pd.Series, event: Any) -> pd.Index | None:
+    """Labels of an outcome that is categorical or has an event, the event last; None of numbers."""
+    if event is None and not is_categorical(outcome):
+        return None
+    what = f"outcome {outcome.name!r}"
+    return event_last(code_labels(outcome, what)[1], event, what)
 
 
 def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pyro
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from armed_pyro.guides.closed_form import MarginalLikelihood, closed_form
@@ -17,7 +19,24 @@ from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["Guide", "joined", "n_draws", "selected"]
+__all__ = ["Guide", "ParticleGroups", "joined", "n_draws", "selected"]
+
+
+@dataclass(frozen=True)
+class ParticleGroups:
+    """Sites whose draws importance sampling weighs together, group by group.
+
+    `sites` are each entry's group, by site of random effects; groups are independent in q and in
+    the program given all other sites. `factor` is the factor whose clusters tell a row's group.
+    """
+
+    factor: Factor
+    sites: Mapping[str, Int[Tensor, " entries"]]
+    count: int
+
+    def of_rows(self, rows: Rows) -> Int[Tensor, " rows"]:
+        """Each row's group."""
+        return self.sites[self.factor.effect_site][rows.memberships[self.factor.name].clusters()]
 
 
 class Guide(nn.Module, ABC):
@@ -115,6 +134,13 @@ class Guide(nn.Module, ABC):
         Importance sampling integrates over its effects cluster by cluster, with several particles
         for each. With two or more such factors, the guide names the largest.
         """
+
+    def particles(self) -> ParticleGroups | None:
+        """Sites that importance sampling draws several times, if these are not one `nested` factor.
+
+        The weights then need all rows at once. The default is None.
+        """
+        return None
 
     def nested_name(self) -> str | None:
         """Name of the `nested` factor, or None."""

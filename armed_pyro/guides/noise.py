@@ -102,7 +102,7 @@ def proposal_noise(
     `armed_pyro.distributions.quasi_random.stretched`. With `heavy`, the hyperparameters' noise has
     the tails of `_heavy_tailed`.
     """
-    nested = guide.nested()
+    nested, groups = guide.nested(), guide.particles()
     values, ratio = {}, {}
     for site, shape in guide.noise_shapes(rows).items():
         if nested is not None and site == nested.effect_site:
@@ -110,6 +110,9 @@ def proposal_noise(
             values[site] = normal
             if stretch:
                 values[site], ratio[site] = stretched(normal)
+        elif groups is not None and site in groups.sites:
+            # Stretched tails in each of a group's many dimensions would waste particles.
+            values[site] = torch.special.ndtri(lattice(draws, particles, shape, like))
         elif site == "_theta" and heavy:
             values[site], ratio[site] = _heavy_tailed(_normal(draws, shape, like))
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from armed_pyro.distributions.chains import ChainNormal
-from armed_pyro.guides.base import Guide
+from armed_pyro.guides.base import Guide, ParticleGroups
 from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.nested import outside_in
@@ -37,8 +37,11 @@ class ProcessGuide(Guide):
         \prod_c p(f_c \mid f_{c+1}, u, \theta, y)
 
     Random effects are drawn with the process integrated out by a Kalman filter, from the outside
-    in; then the process backwards in time. For gaussian outcomes y, the only ones so far, this is
-    exact for every theta. Every step draws all clusters. Nothing is trained in q(u, f | theta).
+    in; then the process backwards in time. For gaussian outcomes y this is exact for every theta.
+    For others y are working responses at the present state (see
+    `armed_pyro.guides.process_sums.ProcessSums`), which every refresh sets anew, and importance
+    sampling weighs particles of u and f cluster by cluster. Every step draws all clusters. Nothing
+    is trained in q(u, f | theta).
 
     Examples
     --------
@@ -58,12 +61,8 @@ class ProcessGuide(Guide):
 
     def __init__(self, model: MixedEffects, source: RowSource | None = None) -> None:
         super().__init__()
-        if not model.family.is_quadratic:
-            raise ValueError(
-                f"a process in time needs a gaussian outcome so far, found the family "
-                f"{model.family.name!r}: leave the process out, or model a transformed outcome"
-            )
         self.hyperparameters = Hyperparameters(model)
+        self._exact = model.family.is_quadratic
         self.sums = ProcessSums(model)
         self.likelihood, self._precision = ProcessLikelihood(model, self.sums), model.precision
         if source is not None:
@@ -80,7 +79,23 @@ class ProcessGuide(Guide):
     def exact(self, model: MixedEffects) -> bool:
         return model.family.is_quadratic
 
+    def particles(self) -> ParticleGroups | None:
+        sums = self.sums
+        if self._exact:
+            return None
+        chain = sums.process.timeline.cluster
+        count = int(chain.max()) + 1
+        sites = {sums.factor.effect_site: chain}
+        if sums.factors and sums.clusters[0] == count:
+            # Each cluster of the innermost factor has one chain.
+            of_cluster = torch.zeros_like(chain[:count]).scatter(0, sums.inside, chain)
+            if len(of_cluster.unique()) == count:
+                sites[sums.factors[0].effect_site] = of_cluster
+        return ParticleGroups(sums.factor, sites, count)
+
     def closed_form(self, model: MixedEffects, source: RowSource) -> MarginalLikelihood | None:
+        if not self._exact:
+            return None
         sums = ProcessSums(model)
         sums.place(model, source)
         with torch.no_grad():
@@ -141,7 +156,11 @@ class ProcessGuide(Guide):
             index = sums.parents[place - 1][index] if place else index
             z = all_z[start : start + sums.terms[place]]
             effects = latents[factor.effect_site].double().index_select(-2, index)
-            rest = rest - (effects * z.mT).sum(-1).reshape(-1, cells)
+            part = (effects * z.mT).sum(-1)
+            # Particles, of which theta has one, come before all draws.
+            several = len(lead) > 1 and lead[-1] == 1 and part.shape[-2] > 1
+            part = part.movedim(-2, 0) if several else part
+            rest = rest - part.reshape(*part.shape[:1] * several, draws, cells)
             start += sums.terms[place]
         chains = filtered.chains
         left = filtered.variance / filtered.pivot  # given the cell's own rows, too
@@ -154,10 +173,13 @@ class ProcessGuide(Guide):
         scale = filtered.sd * (left * kept).sqrt()
         parts = (gain, scale, base)
         chains = sums.process.timeline.chains
-        shaped = [
-            part.index_select(-1, chains.place).expand(draws, cells).reshape(*lead, cells)
-            for part in parts
-        ]
+        gain, scale, base = (part.index_select(-1, chains.place) for part in parts)
+        shaped = [part.expand(draws, cells).reshape(*lead, cells) for part in (gain, scale)]
+        if base.dim() > 2:
+            base = base.movedim(0, -2).reshape(*lead[:-1], -1, cells)
+        else:
+            base = base.expand(draws, cells).reshape(*lead, cells)
+        shaped.append(base)
         gain, scale, base = (part.to(latents[sums.factor.sd_site]) for part in shaped)
         return ChainNormal(chains, gain, scale, base, reverse=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pyro
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
-from armed_pyro.guides.base import Guide, n_draws
+from armed_pyro.guides.base import Guide, ParticleGroups, n_draws
 from armed_pyro.guides.noise import Noise, NoiseMessenger, gaussian_noise, proposal_noise
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.rows.batch import Rows
@@ -47,6 +47,8 @@ class Weighted:
     hyper: Float[Tensor, " draws"]
     particles: Float[Tensor, "draws particles clusters"]
     cluster_weight: Tensor | float  # of each cluster in a mini-batch
+    # Each entry's place among the clusters, by site, if the guide has `ParticleGroups`.
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
 
     def clusters(self) -> Float[Tensor, "draws clusters"]:
         """Estimate of log p(y_k | theta) for every nested cluster."""
@@ -65,13 +67,15 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
     With several particles a mini-batch must hold whole clusters.
     """
     nested, outcome = guide.nested(), model.data_facts().outcome_name
+    groups = guide.particles()
+    sites = {} if groups is None else groups.sites
     site = "" if nested is None else nested.effect_site
     with NoiseMessenger(noise.values, held=noise.held):
         guide_trace = poutine.trace(guide).get_trace(rows)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(rows)
 
     def counts(name: str, node: Any) -> bool:
-        skipped = name in (site, outcome) or node["is_observed"]
+        skipped = name in (site, outcome, *sites) or node["is_observed"]
         return not skipped and type(node["fn"]).__name__ != "_Subsample"
 
     guide_trace.compute_log_prob(counts)
@@ -88,7 +92,7 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
             if name == "_theta":
                 hyper = hyper - _by_draw(node["log_prob"])
     for name, ratio in noise.log_ratio.items():
-        if name != site:
+        if name != site and name not in sites:
             outer = outer - ratio.reshape(draws, -1).sum(-1)
     log_likelihood = _density(model_trace, outcome).log_prob(rows.outcome())
     for reconstruction in model.others:
@@ -99,6 +103,10 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
         counted = log_likelihood.new_zeros(()).where(frequencies == 0, log_likelihood)
         log_likelihood = frequencies * counted
     latents = cast("dict[str, Tensor]", guide_trace.nodes["_RETURN"]["value"])
+    if groups is not None:
+        traces = model_trace, guide_trace
+        particles = _grouped(groups, traces, noise, rows.scale * log_likelihood, rows)
+        return Weighted(latents, outer, hyper, particles, 1.0, sites)
     if nested is None:
         # Without latent sites the log-likelihood has no dimension of draws.
         outer = outer + rows.scale * log_likelihood.sum(-1).reshape(-1)
@@ -115,6 +123,28 @@ def weigh(model: MixedEffects, guide: Guide, rows: Rows, noise: Noise) -> Weight
     log_likelihood = (scale * log_likelihood).expand(*particles.shape[:-1], -1)
     particles = particles.index_add(-1, membership.position, log_likelihood.to(particles))
     return Weighted(latents, outer, hyper, particles, 1.0 if weight is None else weight)
+
+
+def _grouped(
+    groups: ParticleGroups,
+    traces: tuple[poutine.Trace, poutine.Trace],
+    noise: Noise,
+    log_likelihood: Float[Tensor, "... rows"],
+    rows: Rows,
+) -> Float[Tensor, "draws particles groups"]:
+    """Log-weights of the particles of every group."""
+    model_trace, guide_trace = traces
+    parts = [(groups.of_rows(rows), log_likelihood)]
+    for site, group in groups.sites.items():
+        value = cast("Tensor", guide_trace.nodes[site]["value"])
+        ratio = _density(model_trace, site).log_prob(value)
+        ratio = ratio - _density(guide_trace, site).log_prob(value)
+        parts.append((group, ratio - noise.log_ratio.get(site, 0.0)))
+    lead = torch.broadcast_shapes(*(values.shape[:-1] for _, values in parts))
+    total = parts[-1][1].new_zeros(*lead, groups.count)
+    for group, values in parts:
+        total = total.index_add(-1, group, values.expand(*lead, -1).to(total))
+    return total
 
 
 def bound_noise(guide: Guide, rows: Rows, draws: int, particles: int, like: Tensor) -> Noise:
@@ -155,6 +185,16 @@ def resampled(weighted: Weighted, site: str) -> dict[str, Tensor]:
         name: value.squeeze(1) if value.dim() > 2 and value.shape[1] == 1 else value
         for name, value in weighted.latents.items()
     }
+    if weighted.groups:
+        gumbel = -torch.log(-torch.log(torch.rand_like(weighted.particles)))
+        best = (weighted.particles + gumbel).argmax(1)
+        for name, group in weighted.groups.items():
+            value = weighted.latents[name]
+            value = value.expand(len(best), *value.shape[1:])
+            picked = best[:, group][:, None, :, None].expand(-1, 1, -1, value.shape[-1])
+            picked = picked.clamp(max=value.shape[1] - 1)
+            latents[name] = value.gather(1, picked)[:, 0]
+        return latents
     if site:
         value = weighted.latents[site]  # draws particles clusters terms
         gumbel = -torch.log(-torch.log(torch.rand_like(weighted.particles)))

@@ -157,6 +157,30 @@ class MixedEffects(Plan):
         widths = binding.activation_widths(bound)
         if isinstance(data, ClusteredData):
             check_network(bound, data)
+        facts = self._place_factors(bound, widths)
+        for factor in bound.factors:
+            factor.place_cells(facts.levels[factor.name])
+        names.name_plates(bound)
+        for adversary in bound.adversaries:
+            adversary.build(widths, len(facts.levels[adversary.factor]))
+        bound._adversaries.to(bound.network_reference())
+        bound._factors.to(bound.reference())
+        bound._designs.to(bound.reference())
+        if bound.has_fixed_effects:
+            root = fixed_prior.root(bound)
+            root = None if root is None else root.to(bound.reference())
+            bound.register_buffer("fixed_root", root, persistent=False)
+        bound.unreached = binding.unreached(bound)
+        names.check_names(bound)
+        names.warn_of_renamed(bound)
+        binding.check_row_effects(bound)
+        binding.warn_if_small(bound)
+        binding.warn_if_far(bound)
+        return bound
+
+    def _place_factors(self, bound: MixedEffects, widths: dict[str, int]) -> Facts:
+        """Give `bound` its grouping factors and predictors of parameters; return its facts."""
+        facts = bound.data_facts()
         blocks: dict[str, list[Block]] = {}
         scaling = facts.design_scaling
         for term in self.terms:
@@ -183,25 +207,7 @@ class MixedEffects(Plan):
             )
             for name, of_factor in blocks.items()
         )
-        for factor in bound.factors:
-            factor.place_cells(facts.levels[factor.name])
-        names.name_plates(bound)
-        for adversary in bound.adversaries:
-            adversary.build(widths, len(facts.levels[adversary.factor]))
-        bound._adversaries.to(bound.network_reference())
-        bound._factors.to(bound.reference())
-        bound._designs.to(bound.reference())
-        if bound.has_fixed_effects:
-            root = fixed_prior.root(bound)
-            root = None if root is None else root.to(bound.reference())
-            bound.register_buffer("fixed_root", root, persistent=False)
-        bound.unreached = binding.unreached(bound)
-        names.check_names(bound)
-        names.warn_of_renamed(bound)
-        binding.check_row_effects(bound)
-        binding.warn_if_small(bound)
-        binding.warn_if_far(bound)
-        return bound
+        return facts
 
     def with_family(self, family: Family) -> MixedEffects:
         """A shallow copy with this family."""

@@ -78,7 +78,14 @@ class Cells:
 
     def shortest_gap(self) -> float:
         """Shortest positive time between two cells of a cluster; 1 if no cluster has two times."""
+        return float(self._gaps().min())
+
+    def median_gap(self) -> float:
+        """Median time between neighbouring cells of a cluster."""
+        return float(np.median(self._gaps()))
+
+    def _gaps(self) -> Float[np.ndarray, " gaps"]:
         order = np.lexsort((self.time, self.cluster))
         gaps = np.diff(self.time[order])[np.diff(self.cluster[order]) == 0]
         gaps = gaps[gaps > 0]
-        return float(gaps.min()) if len(gaps) else 1.0
+        return gaps if len(gaps) else np.ones(1)

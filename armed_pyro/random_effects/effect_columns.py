@@ -50,6 +50,14 @@ class EffectColumns:
         """Number of columns of the predictor that a linear block acts on."""
         return 1 if block.parameter else len(self._outcome)
 
+    def check_single(self, what: str) -> None:
+        """Raise a ValueError that `what` needs a single column, if the predictor has several."""
+        if self.count > 1:
+            raise ValueError(
+                f"{what} needs a predictor of a single column, found {self.count}: choose a family "
+                "such as ordinal, and parameters without predictors"
+            )
+
     def labels(self, block: Block, default: float) -> list[Label]:
         """Names, labels and default scales of a block's effects, in their order."""
         if isinstance(block, FilterBlock):

@@ -132,12 +132,7 @@ class Factor(nn.Module):
         for block in self.blocks:
             if not isinstance(block, ProcessBlock):
                 continue
-            if self._columns.count > 1:
-                raise ValueError(
-                    f"the process {block.names[0]!r} of {self.name!r} needs a predictor of a "
-                    f"single column, found {self._columns.count}: choose a family such as ordinal, "
-                    "and parameters without predictors"
-                )
+            self._columns.check_single(f"the process {block.names[0]!r} of {self.name!r}")
             self._process.append(CellProcess(block.kind, self.label, levels, self.name))
 
     def width_of(self, block: Block) -> int:

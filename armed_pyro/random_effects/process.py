@@ -61,7 +61,9 @@ class CellProcess(nn.Module):
         self.cells = Cells.of(levels, factor)
         # Times are differences in double precision, whatever the program's precision is.
         self.register_buffer("_like", torch.zeros((), dtype=torch.float64), persistent=False)
-        self.kernel: Kernel = kernel_named(kind)(label, self.cells.shortest_gap())
+        self.kernel: Kernel = kernel_named(kind)(
+            label, self.cells.shortest_gap(), self.cells.median_gap()
+        )
         self._origin = float(self.cells.time.min()) if len(self.cells) else 0.0
         self._check(self.cells)
         self._timeline: Timeline | None = None

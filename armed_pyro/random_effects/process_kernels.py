@@ -19,7 +19,7 @@ from armed_pyro.distributions.penalised import PenalisedAutocorrelation, penalis
 __all__ = ["KERNELS", "Kernel", "kernel_named"]
 
 Gaps = Float[Tensor, " points"]
-# P(range < shortest gap between times) a priori.
+# P(range < median gap between times) a priori.
 SHORT = 0.05
 # P(phi > 0.5) = 0.75 a priori: -log(1 / 3) / sqrt(0.5).
 AUTOCORRELATION_RATE = math.log(3.0) / math.sqrt(0.5)
@@ -31,14 +31,15 @@ IRREGULAR = 1e-3
 class Kernel(ABC):
     r"""A process with sd 1, :math:`z(t + d) = a(d) z(t) + \sqrt{q(d)} \epsilon`.
 
-    `unit` is the shortest gap between two times of a cluster in the training rows. `label` is the
-    start of the sites' names.
+    `unit` is the shortest and `typical` the median gap between neighbouring times of a cluster in
+    the training rows. `label` is the start of the sites' names.
     """
 
     name: ClassVar[str]  # in formulas
     quantity: ClassVar[str | None] = None  # of the site beside the sd; None without one
     label: str
     unit: float
+    typical: float
 
     @property
     def site(self) -> str | None:
@@ -87,15 +88,15 @@ class OrnsteinUhlenbeck(Kernel):
     quantity = "range"
 
     def sample(self, like: Tensor) -> dict[str, Tensor]:
-        rate = like.new_full((1,), -math.log(SHORT) * self.unit**0.5)
+        rate = like.new_full((1,), -math.log(SHORT) * self.typical**0.5)
         site = f"{self.label}_range"
         return {site: pyro.sample(site, penalised_range(rate).to_event(1))}
 
     def start(self) -> dict[str, Tensor]:
-        return {f"{self.label}_range": torch.tensor([3 * self.unit], dtype=torch.float64)}
+        return {f"{self.label}_range": torch.tensor([3 * self.typical], dtype=torch.float64)}
 
     def describe(self) -> dict[str, str]:
-        text = f"PenalisedComplexity(P(range < {self.unit:.4g}) = {SHORT:g})"
+        text = f"PenalisedComplexity(P(range < {self.typical:.4g}) = {SHORT:g})"
         return {f"{self.label}_range": text}
 
     def step(self, parameter: Tensor, gap: Gaps) -> tuple[Tensor, Tensor]:
