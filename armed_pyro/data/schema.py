@@ -154,7 +154,6 @@ class Schema:
         used = [*reserved, *columns, *formula.offset_columns]
         table = with_open_ends(pick(table, used), outcome, roles.get("upper"))
         table = natural_types(table.dropna())
-
         warn_of_float_labels(table[[name for name in clusters if name not in times]])
         orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
         levels = levels_of(table, columns, factors, orders)

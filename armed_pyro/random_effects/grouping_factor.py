@@ -55,8 +55,7 @@ class Factor(nn.Module):
     those of parameters are 2.5 and 1. Names of sites start with `label`, by default the factor's
     name.
 
-    The clusters of a factor with a `process`, which `place_cells` sets, are cells (cluster, time).
-    Their effects depend on each other; those of the cells of different clusters do not.
+    The clusters of a factor with a `process` are cells (cluster, time), which depend on each other.
     """
 
     to_original: Tensor
