@@ -118,14 +118,11 @@ class Factor(nn.Module):
 
     def place_cells(self, levels: pd.Index) -> None:
         """Set the process, if the factor has one, to the cells with these labels."""
-        for block in self.blocks:
-            if not isinstance(block, ProcessBlock):
-                continue
-            if self._columns.count > 1:
+        for block in (block for block in self.blocks if isinstance(block, ProcessBlock)):
+            if (count := self._columns.count) > 1:
                 raise ValueError(
                     f"the process {block.names[0]!r} of {self.name!r} needs a predictor of a "
-                    f"single column, found {self._columns.count}: choose a family such as ordinal, "
-                    "and parameters without predictors"
+                    f"single column, found {count}: leave predictors of parameters out"
                 )
             self._process.append(CellProcess(block.kind, self.label, levels, self.name))
 
