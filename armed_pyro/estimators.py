@@ -25,6 +25,7 @@ from armed_pyro.networks.by_name import network
 from armed_pyro.prediction.unseen import MODES
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.formula import parse_terms
+from armed_pyro.random_effects.smooth import Smooth
 
 __all__ = ["MixedEffectsClassifier", "MixedEffectsRegressor"]
 
@@ -120,7 +121,10 @@ class _MixedEffectsEstimator(BaseEstimator, ABC):
     def _clusters(self, groups: Any, rows: int) -> Mapping[str, Any]:
         """Labels by grouping factor; ValueError if they do not fit to `random` or the rows."""
         factors = dict.fromkeys(
-            n for term in parse_terms(self.random) for n in term.factor.split(":")
+            name
+            for term in parse_terms(self.random)
+            if not isinstance(term, Smooth)
+            for name in term.factor.split(":")
         )
         if groups is None:
             return {}
@@ -143,7 +147,9 @@ class _MixedEffectsEstimator(BaseEstimator, ABC):
         """Posterior mean of E[y | x, cluster]."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        names = dict.fromkeys(n for f in self.fit_.model.factors for n in f.name.split(":"))
+        names = dict.fromkeys(
+            n for f in self.fit_.model.clustered_factors for n in f.name.split(":")
+        )
         told = groups is not None and len(names) > 0
         if not told:
             groups = pd.DataFrame({name: np.full(len(X), UNKNOWN) for name in names})

@@ -201,7 +201,7 @@ def fit(
     'site'
     """
     _check_arguments(model, data, validation, schedule, seed)
-    schedule = schedule if clip is None else replace(schedule or Schedule(), clip=clip)
+    schedule = _clipped(schedule, clip)
     network_training = NetworkTraining(**training)
     target = torch.device(_device(device))
     processes = _joined(distributed, target, data)
@@ -211,33 +211,32 @@ def fit(
         torch.manual_seed(seed)
         search = WeightSearch(schedule, guide, target, compile, seed, progress)
         model, weights = _weighed(model, data, search, checkpoint if resume else None)
-        try:
-            with _bound(model, data, target, seed, progress=progress) as (bound, kept, source):
-                if warm_start is not None:
-                    bound = warm_started(model, bound, warm_start.model).to(target)
-                _note(bound, progress=progress)
-                posterior = train(
-                    bound,
-                    kept,
-                    source=source,
-                    validation=validation,
-                    schedule=schedule,
-                    guide=guide,
-                    refine=refine,
-                    seed=seed,
-                    compile=compile,
-                    processes=processes,
-                    checkpoint=checkpoint,
-                    resume=resume,
-                    progress=progress,
-                    weights=weights,
-                    training=network_training,
-                )
-        except TrainingDiverged as error:
-            raise DivergenceError(str(error), Fit(error.posterior)) from error
-        except TrainingInterrupted as error:
-            raise FitInterrupted(Fit(error.posterior)) from error
+        with _fits_in_errors(), _bound(model, data, target, seed, progress=progress) as placed:
+            bound, kept, source = placed
+            bound = _started(model, bound, warm_start, target, progress=progress)
+            posterior = train(
+                bound,
+                kept,
+                source=source,
+                validation=validation,
+                schedule=schedule,
+                guide=guide,
+                refine=refine,
+                seed=seed,
+                compile=compile,
+                processes=processes,
+                checkpoint=checkpoint,
+                resume=resume,
+                progress=progress,
+                weights=weights,
+                training=network_training,
+            )
         return Fit(posterior)
+
+
+def _clipped(schedule: Schedule | None, clip: float | None) -> Schedule | None:
+    """The schedule with this limit of gradients, if there is one."""
+    return schedule if clip is None else replace(schedule or Schedule(), clip=clip)
 
 
 def _joined(
@@ -271,11 +270,32 @@ def _check_arguments(
         raise ValueError(f"`seed` must be at least 0 and below 2^63, not {seed}")
 
 
-def _note(model: MixedEffects, *, progress: bool) -> None:
-    """Say which clusters' means "auto" added, as a line beside the progress bar."""
-    between = model.data_facts().between
+@contextmanager
+def _fits_in_errors() -> Iterator[None]:
+    """Errors of a training run hold the fit so far."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        raise DivergenceError(str(error), Fit(error.posterior)) from error
+    except TrainingInterrupted as error:
+        raise FitInterrupted(Fit(error.posterior)) from error
+
+
+def _started(
+    model: MixedEffects,
+    bound: MixedEffects,
+    warm_start: Fit | None,
+    target: torch.device,
+    *,
+    progress: bool,
+) -> MixedEffects:
+    """The bound program at the network of an earlier fit; a line tells the means "auto" added."""
+    if warm_start is not None:
+        bound = warm_started(model, bound, warm_start.model).to(target)
+    between = bound.data_facts().between
     if progress and between is not None:
         Console(stderr=True).print(f"Clusters' means: {between.note}", markup=False)
+    return bound
 
 
 def _weighed(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from armed_pyro.guides.crossed import BlockScale
+from armed_pyro.guides.block_scale import BlockScale
 
 CLUSTERS = (3, 2)
 

@@ -14,10 +14,13 @@ from torch import nn
 
 from armed_pyro import ClusteredData, Fit, MixedEffects, Schedule, Slopes, StreamedData, fit
 from armed_pyro.guides.closed_form import closed_form
-from armed_pyro.guides.crossed import choose_guide
+from armed_pyro.guides.crossed import CrossedGuide, choose_guide
+from armed_pyro.guides.crossed_form import CrossedForm
 from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.noise import gaussian_noise
-from armed_pyro.inference.marginal_weights import marginal_draws
+from armed_pyro.inference.importance_sampling import settled
+from armed_pyro.inference.marginal_mode import start_at_mode
+from armed_pyro.inference.marginal_weights import exact_likelihood, marginal_draws
 from armed_pyro.inference.nested_weights import weigh
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.streaming.on_disk import StreamedRows
@@ -100,6 +103,10 @@ PROGRAMS = {
     "outer slope only": ("(1 | child) + (0 + t | school)", {}),
     "offset": ("(1 | child) + (1 | room)", {"offset": "log_n"}),
     "frequencies": ("(1 + x | child) + (1 | room)", {"weights": "weight"}),
+    "crossed": ("(1 | child) + (1 | batch)", {}),
+    "crossed, slopes": ("(1 + x | child) + (1 + t | batch) + (0 + x | school)", {}),
+    "crossed, offset": ("(1 | room) + (1 | batch)", {"offset": "log_n"}),
+    "crossed, frequencies": ("(1 + x | child) + (1 | batch)", {"weights": "weight"}),
     "no factors": ((), {}),
     "network": ("(1 + x | child) + (1 | room)", {"net": True, "head": False}),
     "hidden layer": ("(1 | child)", {"net": True, "head": True}),
@@ -119,8 +126,11 @@ def program(name):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_closed_form_is_the_density_of_all_rows(name):
     model, source = program(name)
-    _, latents = sampled(model, source)
-    found = closed_form(model, source).log_likelihood(latents).numpy()
+    guide, latents = sampled(model, source)
+    guide.refresh(model, source)
+    closed = exact_likelihood(model, guide, source)
+    assert isinstance(closed, CrossedForm) == name.startswith("crossed")
+    found = closed.log_likelihood(latents).numpy()
     expected = dense(model, source, latents)
     assert np.abs(found - expected).max() < 1e-8 * np.abs(expected).max()
 
@@ -133,9 +143,10 @@ def test_weights_without_effects_are_those_of_rows_and_any_effects(name):
     """p(y, u | theta) / q(u | theta) is p(y | theta), whatever u is."""
     model, source = program(name)
     guide, _ = sampled(model, source)
-    assert isinstance(guide, NestedGuide) == (len(model.factors) > 1)
+    crossed = name.startswith("crossed")
+    assert isinstance(guide, NestedGuide) == (len(model.factors) > 1 and not crossed)
     guide.refresh(model, source)
-    rows, closed = source.all(), closed_form(model, source)
+    rows, closed = source.all(), exact_likelihood(model, guide, source)
     with torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(2)
         noise = gaussian_noise(guide, rows, DRAWS, model.reference())
@@ -147,11 +158,11 @@ def test_weights_without_effects_are_those_of_rows_and_any_effects(name):
             assert torch.allclose(weighted.hyper, expected.hyper)
 
 
-@pytest.mark.parametrize("name", ["independent", "three levels", "network"])
+@pytest.mark.parametrize("name", ["independent", "three levels", "network", "crossed, slopes"])
 def test_gradient_and_curvature_are_those_of_finite_differences(name):
     model, source = program(name)
     guide, _ = sampled(model, source)
-    closed, size = closed_form(model, source), guide.hyperparameters.size
+    closed, size = exact_likelihood(model, guide, source), guide.hyperparameters.size
 
     def density(theta):
         noise = theta.reshape(1, 1, 1, size)
@@ -172,6 +183,81 @@ def test_gradient_and_curvature_are_those_of_finite_differences(name):
             assert slope[place].item() == pytest.approx((up - down) / 2e-4, rel=1e-5, abs=1e-4)
             second = (up + down - 2 * density(theta.detach()).item()) / 1e-8
             assert curvature[place, place].item() == pytest.approx(second, rel=1e-2, abs=1)
+
+
+def test_effects_of_the_closed_form_are_those_of_the_guide():
+    """2,000 draws of both at one theta: means, sds and correlations."""
+    model, source = program("crossed, slopes")
+    guide, latents = sampled(model, source)
+    guide.refresh(model, source)
+    closed, draws = exact_likelihood(model, guide, source), 2000
+    effects = {factor.effect_site for factor in model.factors}
+    theta = {
+        site: value[:1].expand(draws, *value.shape[1:])
+        for site, value in latents.items()
+        if site not in effects
+    }
+    with torch.no_grad(), pyro.validation_enabled(False):
+        torch.manual_seed(3)
+        found = closed.with_effects(theta)[1]
+        expected = guide.effects_given(dict(theta), model.clusters())
+    assert found.keys() == effects
+    pairs = [torch.cat([u[site].flatten(1) for site in effects], 1) for u in (found, expected)]
+    means, sds, cors = zip(
+        *((u.mean(0), u.std(0), torch.corrcoef(u.T)) for u in pairs), strict=True
+    )
+    error = sds[1] / draws**0.5
+    assert ((means[0] - means[1]).abs() < 5 * 2**0.5 * error).all()
+    assert ((sds[0] / sds[1] - 1).abs() < 5 / draws**0.5).all()
+    assert (cors[0] - cors[1]).abs().max() < 5 * (2 / draws) ** 0.5
+
+
+def test_differences_of_gradients_find_the_same_mode_and_curvature(monkeypatch):
+    """The curvature of dear densities, against second derivatives."""
+    model, source = program("crossed, slopes")
+    found = []
+    for most in (2**60, -1):
+        monkeypatch.setattr("armed_pyro.inference.marginal_mode.DIFFERENCED", most)
+        guide = choose_guide(model, source)
+        guide.refresh(model, source)
+        start_at_mode(model, guide, source, exact_likelihood(model, guide, source))
+        hyper = guide.hyperparameters
+        found.append((hyper.anchor.clone(), hyper.frame @ hyper.frame.mT))
+    (mode, covariance), (other, differenced) = found
+    sds = covariance.diagonal().sqrt()
+    assert ((mode - other).abs() < 0.15 * sds).all()
+    assert ((covariance - differenced).abs() < 0.1 * sds[:, None] * sds).all()
+
+
+def test_draws_are_weighed_until_every_mean_is_known():
+    """With equal weights the error of a mean is n^-1/2 posterior sds: 5% of it needs 400 draws."""
+    torch.manual_seed(0)
+    value = {"g_sd": torch.randn(500, 1, 1), "known": torch.tensor(1.0)}
+    assert settled(value, torch.zeros(500))
+    assert not settled({"g_sd": value["g_sd"][:300]}, torch.zeros(300))
+    # A few heavy weights leave fewer effective draws.
+    assert not settled(value, 2 * torch.randn(500))
+
+
+def test_dear_draws_are_few(monkeypatch):
+    """A crossed fit with dear draws stops early, and agrees with one of 4,000 draws."""
+    data = ClusteredData.from_frame(
+        make_frame(400, 80, 20, 8), outcome="y", clusters=["child", "batch"], features=["x"]
+    )
+    model = MixedEffects(nn.Linear(1, 1), "(1 | child) + (1 | batch)", bayesian_head=True)
+    many = fit(model, data, progress=False)
+    assert isinstance(many.guide, CrossedGuide)
+    monkeypatch.setattr("armed_pyro.inference.importance_sampling.FREE_WORK", 0)
+    monkeypatch.setattr(CrossedForm, "most_draws", lambda self: 50)
+    few = fit(model, data, progress=False)
+    assert len(many.importance.log_weights) == 4000
+    assert 400 < len(few.importance.log_weights) < 2000
+    assert few.importance.effective > 350
+    assert len(few.importance.index) == 100
+    tables = [one.variance_components() for one in (many, few)]
+    expected, found = (one[one["statistic"] == "sd"].set_index("factor") for one in tables)
+    # Both means have errors, of 2 and 5% of a posterior sd.
+    assert ((found["mean"] - expected["mean"]).abs() < 4 * 0.055 * expected["sd"]).all()
 
 
 def test_predictors_of_a_million_and_tiny_sds_keep_the_density_exact():
@@ -224,9 +310,10 @@ def exact_density(model, source, latents):
     return float(-0.5 * (log_det + squares + len(y) * constant))
 
 
-def test_crossed_factors_and_other_outcomes_have_no_closed_form():
+def test_crossed_factors_have_another_closed_form_and_counts_none():
     model, source = bound("(1 | child) + (1 | batch)")
     assert closed_form(model, source) is None
+    assert exact_likelihood(model, choose_guide(model, source), source) is not None
     counts = make_frame().assign(y=lambda frame: frame.child % 3)
     data = ClusteredData.from_frame(counts, outcome="y", clusters=["child"], features=["x"])
     model = MixedEffects(nn.Linear(1, 1).double(), "(1 | child)", "poisson").bind(data)
@@ -303,3 +390,51 @@ def test_streamed_rows_have_the_same_sums(tmp_path):
     held = model.bind(ClusteredData.from_frame(frame, **roles)).eval()
     expected = closed_form(held, held.encode(ClusteredData.from_frame(frame, **roles)))
     assert torch.allclose(found, expected.log_likelihood(latents), rtol=1e-9)
+
+
+def test_a_guide_whose_weights_are_good_at_the_mode_is_not_trained(monkeypatch):
+    """Both posteriors agree within their Monte Carlo errors; without weights it is trained."""
+    data = ClusteredData.from_frame(
+        make_frame(400, 80, 20, 8), outcome="y", clusters=["child", "room"], features=["x"]
+    )
+    model = MixedEffects(nn.Linear(1, 1), "(1 | child) + (1 | room)", bayesian_head=True)
+    kept = fit(model, data, progress=False)
+    assert len(kept.history.loss) == 1
+    assert kept.converged
+    assert kept.importance.k_hat < 0.7
+    assert kept.importance.effective > 2000
+    monkeypatch.setattr("armed_pyro.inference.phases.efficient", lambda *_: False)
+    trained = fit(model, data, progress=False)
+    assert len(trained.history.loss) > 20
+    assert trained.history.elbo[-1] == pytest.approx(kept.history.elbo[0], abs=0.01)
+    tables = [one.variance_components() for one in (trained, kept)]
+    expected, found = (one[one["statistic"] == "sd"].set_index("factor") for one in tables)
+    error = expected["sd"] * 2**0.5 / 2000**0.5
+    assert ((found["mean"] - expected["mean"]).abs() < 4 * error).all()
+    monkeypatch.undo()
+    unweighted = fit(model, data, refine=False, schedule=Schedule(steps=24), progress=False)
+    assert len(unweighted.history.loss) == 24
+
+
+def test_random_effects_are_drawn_for_some_of_the_hyperparameters(monkeypatch, tmp_path):
+    data = ClusteredData.from_frame(
+        make_frame(300, 60, 12, 4), outcome="y", clusters=["child", "room"], features=["x"]
+    )
+    monkeypatch.setattr("armed_pyro.inference.train.FEWEST_KEPT", 100)
+    monkeypatch.setattr("armed_pyro.inference.train.KEPT_VALUES", 1)
+    model = MixedEffects(nn.Linear(1, 1), "(1 | child) + (1 | room)", bayesian_head=True)
+    fitted = fit(model, data, progress=False)
+    assert len(fitted.refined) == 100
+    assert len(fitted.refined.pool["child_sd"]) == 4000
+    assert len(fitted.hyperparameters(4000)["child_sd"].unique()) > 1000
+    drawn = fitted.draws(100)
+    assert {len(value) for value in drawn.values() if value.dim() > 1} == {100}
+    # An effect belongs to the hyperparameters beside it: its mean square is their variance.
+    pool = fitted.refined.pool
+    sd, effects = pool["child_sd"][:100, 0, 0], pool["child_effect"][..., 0]
+    assert torch.corrcoef(torch.stack([sd, effects.square().mean(1).sqrt()]))[0, 1] > 0.5
+    fitted.save(tmp_path / "fit")
+    loaded = Fit.load(tmp_path / "fit", net=nn.Linear(1, 1))
+    for site, value in fitted.refined.pool.items():
+        assert torch.equal(loaded.refined.pool[site], value)
+    assert loaded.variance_components().equals(fitted.variance_components())

@@ -16,6 +16,7 @@ from armed_pyro import ClusteredData, Fit, Known, MixedEffects, Priors, Schedule
 from armed_pyro.cli import app
 from armed_pyro.families.distributional import family_with_predictors
 from armed_pyro.families.registry import family_named
+from armed_pyro.program.working import derivatives
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.parameter_formula import ParameterFormula
 from armed_pyro.rows.batch import Rows
@@ -361,6 +362,26 @@ def test_weights_as_precisions_divide_the_variance_of_each_row():
     torch.testing.assert_close(drawn, expected)
 
 
+def test_censored_rows_have_the_tail_beyond_their_limit():
+    table = simulated(6, 10).assign(event=np.arange(60) % 3 > 0)
+    made = model(["event(y, event) ~ x", "sigma ~ z"], table.astype({"event": int}))
+    bound = made.program.bind(made.data)
+    rows, eta = bound.encode(made.data).all(), predictors(60, 2)
+    y, mean, sd = table.y.to_numpy(), eta[:, 0].numpy(), eta[:, 1].exp().numpy()
+    exact, tail = stats.norm.logpdf(y, mean, sd), stats.norm.logsf(y, mean, sd)
+    found = bound.density(eta, {}, rows).log_prob(rows.outcome())
+    np.testing.assert_allclose(found, np.where(table.event, exact, tail), rtol=1e-7)
+    slope, information = derivatives(bound, eta, {}, rows)
+    expected = np.stack([sd**-2, np.full(60, 2.0)], 1)
+    squares = np.where(table.event.to_numpy()[:, None], expected, slope.numpy() ** 2)
+    np.testing.assert_allclose(information, squares, rtol=1e-7)
+    # d log S / d eta of a normal tail is the inverse Mills ratio over the sd.
+    z = (y - mean) / sd
+    mills = np.exp(stats.norm.logpdf(z) - stats.norm.logsf(z))
+    score = np.where(table.event, z / sd, mills / sd)
+    np.testing.assert_allclose(slope[:, 0], score, rtol=1e-6)
+
+
 def test_a_network_has_a_further_output_for_the_parameter():
     table = simulated(10, 20)
     made = model(["y ~ x + z + (1 | g)", "sigma ~ net + (1 | g)"], table, net="dense")
@@ -461,6 +482,17 @@ def test_sleepstudy_agrees_with_glmmtmb():
     assert abs(cor["median"] + 0.04) < 0.5 * cor["sd"]
     # The likelihood of 18 subjects is skewed: its mode is below the posterior median.
     assert 0 < sds["median"]["Intercept"] - 26.37 < 0.7 * sds["sd"]["Intercept"]
+
+
+@pytest.mark.slow
+def test_owls_agrees_with_glmmtmb():
+    table = pd.read_csv(Path(os.environ["ARMED_PYRO_REFERENCE_DATA"]) / "owls.csv")
+    formula = "SiblingNegotiation ~ FoodTreatment * SexParent + (1 | Nest)"
+    family, offset = "zero_inflated(poisson)", "logBroodSize"
+    made = model([formula, "zi ~ 1"], table, family=family, offset=offset)
+    fixed = made.fit(progress=False).fixed_effects()
+    reference = np.array([0.870, -0.269, -0.079, 0.096, -1.053])
+    assert (np.abs(fixed["median"] - reference) / fixed["sd"]).max() < 0.3
 
 
 @pytest.mark.slow

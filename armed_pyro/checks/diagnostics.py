@@ -32,7 +32,7 @@ from armed_pyro.checks.verdict import Diagnostics
 from armed_pyro.inference.importance_sampling import affordable, weighed
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.inference.refine import duration, nuts_seconds
-from armed_pyro.summaries.arviz_stats import leave_one_out
+from armed_pyro.summaries.importance_statistics import leave_one_out
 
 __all__ = ["diagnose"]
 

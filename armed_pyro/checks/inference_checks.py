@@ -92,7 +92,10 @@ def _training(posterior: Posterior) -> Iterator[Check]:
         yield Check("computation", name, verdict, reason, advice=MORE_STEPS)
     else:
         end = "was stopped by validation, then settled," if stopped == "validation" else "converged"
-        yield Check("computation", name, "pass", f"the training {end} after {steps} steps")
+        reason = f"the training {end} after {steps} steps"
+        if steps == 1:
+            reason = "the hyperparameters are at their mode, where the guide needs no training"
+        yield Check("computation", name, "pass", reason)
     yield from _iterates(posterior)
 
 

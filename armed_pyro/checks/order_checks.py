@@ -45,7 +45,7 @@ def order_checks(
 def _order(posterior: Posterior, residuals: QuantileResiduals) -> Check:
     """Correlation of neighbouring residuals, by row and by columns whose names are of times."""
     first = residuals.first
-    factors = [factor.name for factor in posterior.model.factors]
+    factors = [factor.name for factor in posterior.model.clustered_factors]
     clusters = {name: residuals.codes[name][first] for name in factors}
     clusters = clusters or {"": np.zeros(len(first), dtype=int)}
     orders = {BY_ROW: residuals.index[first].astype(float)}

@@ -57,7 +57,7 @@ def _worst(
 def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[Check]:
     r"""Clusters whose whitened effects :math:`|L^{-1} u_k|^2` are too large for a chi-square."""
     tests = list[Tested]()
-    for factor in posterior.model.factors:
+    for factor in posterior.model.clustered_factors:
         effects = latents[factor.effect_site]
         if effects.dim() < 3 or effects.shape[1] < 5 or effects.shape[-1] > 50:
             continue
@@ -71,7 +71,7 @@ def _clusters(posterior: Posterior, latents: Mapping[str, Tensor]) -> Iterator[C
         labels = posterior.model.data_facts().levels[factor.name]
         tests += _worst(distance, p, partial(_label, factor.name, labels))
     if not tests:
-        if posterior.model.factors:
+        if posterior.model.clustered_factors:
             yield unchecked(CLUSTERS.name, "too few clusters")
         return
     yield CLUSTERS.judge(

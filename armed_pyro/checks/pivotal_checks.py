@@ -71,12 +71,14 @@ class Shape:
 
 def normality_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
     """Checks that the random effects of every factor are normal."""
-    shapes = [effect_shapes(f, latents, seed=posterior.seed) for f in posterior.model.factors]
+    shapes = [
+        effect_shapes(f, latents, seed=posterior.seed) for f in posterior.model.clustered_factors
+    ]
     tests = [shape for each in shapes for shape in each]
     # Two tests of each term, as the median over draws is not uniform: twice Holm's p.
     adjusted = (2 * holm(np.array([shape.p for shape in tests]))).clip(max=1)
     p_of = dict(zip(map(id, tests), adjusted.tolist(), strict=True))
-    for factor, each in zip(posterior.model.factors, shapes, strict=True):
+    for factor, each in zip(posterior.model.clustered_factors, shapes, strict=True):
         name = f"normality of {factor.name}"
         if each:
             yield _normality(name, factor, each, [p_of[id(shape)] for shape in each])

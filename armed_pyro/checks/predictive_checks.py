@@ -149,9 +149,10 @@ def _discrepancy(
     if not mean > 0 or not variance > 0:  # a statistic that does not vary
         return 1.0, 1.0, (1.0, 1.0)
     # Gamma with the replications' mean and variance, as draws are too few for small p-values.
-    gamma = scipy.stats.gamma(mean**2 / variance, scale=variance / mean)
+    shape, rate = mean**2 / variance, mean / variance
     ratio, error = actual / mean, 1.645 * variance**0.5 / mean
-    return float(gamma.sf(actual)), ratio, (max(0.0, ratio - error), ratio + error)
+    p = float(scipy.special.gammaincc(shape, rate * actual))
+    return p, ratio, (max(0.0, ratio - error), ratio + error)
 
 
 def _statistics(
@@ -200,7 +201,7 @@ def predictive_checks(
 ) -> tuple[pd.DataFrame, list[Check]]:
     """Posterior predictive checks: a table with one row per cluster, and the verdicts."""
     tables, found, checks = [], list[tuple[str, str, Discrepancy]](), list[Check]()
-    for factor in posterior.model.factors:
+    for factor in posterior.model.clustered_factors:
         try:
             compared = cluster_checks(posterior, factor.name, latents, seed=posterior.seed)
         except BROKEN as error:

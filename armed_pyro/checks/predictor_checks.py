@@ -66,7 +66,7 @@ def _curves(posterior: Posterior, residuals: QuantileResiduals) -> tuple[Check, 
             if basis.shape[1]:
                 tests.append(curve(_label(name, column), column.values, basis))
                 bases[tests[-1].subject] = basis
-    linear, factors = posterior.model.linear, posterior.model.factors
+    linear, factors = posterior.model.linear, posterior.model.clustered_factors
     tests = features_first(CURVE, tests, PREDICTOR)
 
     def advice(test: Tested) -> str:
@@ -118,7 +118,7 @@ def _slope_columns(factors: Sequence[Factor], name: str) -> set[int]:
 def _slopes(
     posterior: Posterior, residuals: QuantileResiduals
 ) -> tuple[list[Check], QuantileResiduals]:
-    factors = posterior.model.factors
+    factors = posterior.model.clustered_factors
     tests, terms = list[Tested](), dict[str, str]()
     columns, candidates = dict[str, tuple[np.ndarray, np.ndarray]](), False
     for factor in factors:
@@ -158,7 +158,7 @@ def _factors(
     posterior: Posterior, residuals: QuantileResiduals
 ) -> tuple[list[Check], QuantileResiduals]:
     """Grouping factors of the data that the program leaves out."""
-    modelled = {factor.name for factor in posterior.model.factors}
+    modelled = {factor.name for factor in posterior.model.clustered_factors}
     tests = list[Tested]()
     for name, codes in residuals.codes.items():
         for column in residuals.mean if name not in modelled else ():

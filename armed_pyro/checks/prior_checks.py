@@ -16,7 +16,7 @@ from armed_pyro.inference.nested_weights import log_prior
 from armed_pyro.inference.posterior import Posterior
 from armed_pyro.program.units import original_variances
 from armed_pyro.random_effects.grouping_factor import Factor
-from armed_pyro.summaries.arviz_stats import prior_sensitivity
+from armed_pyro.summaries.importance_statistics import prior_sensitivity
 
 __all__ = [
     "boundary_checks",
@@ -45,7 +45,7 @@ VAGUE, VERY_VAGUE = 0.5, 0.9
 def effective_clusters(posterior: Posterior) -> dict[str, float]:
     """(sum n_k)^2 / sum n_k^2 by factor: the equivalent number of clusters of equal size."""
     counts = posterior.model.data_facts().counts
-    names = [factor.name for factor in posterior.model.factors]
+    names = [factor.name for factor in posterior.model.clustered_factors]
     return {
         name: float(counts[name].sum() ** 2 / (counts[name].double() ** 2).sum()) for name in names
     }
@@ -61,19 +61,23 @@ def variance_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
         term = max(shares, key=lambda name: shares[name])
         share, total = shares[term], len(posterior.model.data_facts().levels[factor.name])
         verdict = severity(share, MOSTLY_PRIOR, PRIOR_ALONE)
-        reason = f"{total} clusters of {factor.name} tell how large the sd of {term} is"
+        source = "the rows" if factor.smooth else f"{total} clusters of {factor.name}"
+        reason = f"{source} tell how large the sd of {term} is"
         if verdict != "pass":
             reason = f"the sd of {factor.name}[{term}] is mostly a guess from its prior"
         yield Check(
             "model",
-            f"clusters of {factor.name}",
+            f"sd of {factor.name}" if factor.smooth else f"clusters of {factor.name}",
             verdict,
-            f"{reason} (uncertainty {share:.0%} of the prior's, {total} clusters)",
+            f"{reason} (uncertainty {share:.0%} of the prior's"
+            f"{'' if factor.smooth else f', {total} clusters'})",
             share,
             "uncertainty of the worst sd, as a share of its prior's",
             MOSTLY_PRIOR,
             advice=""
             if verdict == "pass"
+            else "more rows, or a prior that you can justify"
+            if factor.smooth
             else f"more clusters, {factor.name!r} as a feature, or a prior that you can justify",
             is_misfit=False,
         )
@@ -90,11 +94,11 @@ def _prior_shares(factor: Factor, latents: Draws) -> dict[str, float]:
     """
     if factor.sd(latents).dim() < 3:
         return {}
-    draws = _columns(factor.sd(latents), len(factor.terms))
+    draws = _columns(latents[factor.sd_site], len(factor.sd_names))
     prior = factor.prior.density(factor.prior_scale).sample(torch.Size([PRIOR_DRAWS]))
-    before = _columns(prior, len(factor.terms))
+    before = _columns(prior, len(factor.sd_names))
     grouped, shares = _units(factor), dict[str, float]()
-    for place, term in enumerate(factor.terms):
+    for place, term in enumerate(factor.sd_names):
         if term in grouped:
             continue
         low, middle, high = np.quantile(draws[:, place], [0.05, 0.5, 0.95])
@@ -122,12 +126,14 @@ def boundary_checks(posterior: Posterior, latents: Draws) -> Iterator[Check]:
             continue  # fixed by the prior
         sds = original_variances(factor, dict(latents)).sqrt().double().cpu().numpy()
         grouped = _units(factor)
-        for place, term in enumerate(factor.terms):
-            if term not in grouped:
+        for place, term in zip(factor.first_of_sd, factor.sd_names, strict=True):
+            if factor.smooth:
+                yield _boundary(term, sds[:, place], f"a straight line may do in place of {term}")
+            elif term not in grouped:
                 yield _boundary(f"{factor.name}[{term}]", sds[:, place])
 
 
-def _boundary(name: str, sds: Float[np.ndarray, " draws"]) -> Check:
+def _boundary(name: str, sds: Float[np.ndarray, " draws"], advice: str = "") -> Check:
     # A uniform posterior on (0, a) has 18% of its mass below a fifth of its 90% quantile.
     low, median, high = (float(q) for q in np.quantile(sds, [0.05, 0.5, 0.95]))
     near = float(np.mean(sds < 0.2 * np.quantile(sds, 0.9)))
@@ -147,7 +153,7 @@ def _boundary(name: str, sds: Float[np.ndarray, " draws"]) -> Check:
         interval=(low, high),
         advice=""
         if verdict == "pass"
-        else f"report the interval, not the estimate; keep {name} if the design has it",
+        else advice or f"report the interval, not the estimate; keep {name} if the design has it",
         is_misfit=False,
     )
 

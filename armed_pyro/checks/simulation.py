@@ -169,8 +169,9 @@ def quantities(
     for factor in model.factors:
         terms = factor.terms
         if factor.sd_site not in known:
-            sd = factor.sd(latents).reshape(-1, len(terms))
-            values |= {f"{factor.sd_site}[{term}]": sd[:, i] for i, term in enumerate(terms)}
+            sd = latents[factor.sd_site].reshape(-1, len(factor.sd_names))
+            places = enumerate(factor.sd_names)
+            values |= {f"{factor.sd_site}[{name}]": sd[:, i] for i, name in places}
         values |= factor.correlations(latents)
         values |= {group.site(n): value for group, n, value in factor.quantities(latents)}
         effects, levels = latents[factor.effect_site], model.data_facts().levels[factor.name]

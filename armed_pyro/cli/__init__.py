@@ -20,6 +20,7 @@ from armed_pyro.cli.options import (
     TuneOptions,
     takes,
 )
+from armed_pyro.cli.process import loading
 
 __all__ = ["app"]
 
@@ -62,7 +63,8 @@ def fit_command(options: FitOptions) -> None:
 
     Several processes: torchrun --nproc-per-node 4 -m armed_pyro.cli fit ...
     """
-    from armed_pyro.cli.fit import fit_table
+    with loading():
+        from armed_pyro.cli.fit import fit_table
 
     fit_table(options)
 
@@ -78,7 +80,8 @@ def tune_command(options: TuneOptions) -> None:
     Prints scores with standard errors over clusters, and the options that fit should have: among
     those within one standard error of the best, those nearest to the first values.
     """
-    from armed_pyro.cli.tune import tune_table
+    with loading():
+        from armed_pyro.cli.tune import tune_table
 
     tune_table(options)
 
@@ -92,7 +95,8 @@ def predict_command(options: PredictOptions) -> None:
 
     Parquet tables are read and written block by block, whatever their size.
     """
-    from armed_pyro.cli.predict import predict_to_file
+    with loading():
+        from armed_pyro.cli.predict import predict_to_file
 
     predict_to_file(options)
 
@@ -107,7 +111,8 @@ def report_command(options: ReportOptions) -> None:
     It has the question, the verdicts and what was not checked, effects, variance components,
     predictive and residual plots, a methods text with references, versions and the seed.
     """
-    from armed_pyro.cli.saved_run import write_report
+    with loading():
+        from armed_pyro.cli.saved_run import write_report
 
     write_report(options)
 

@@ -15,7 +15,6 @@ from armed_pyro.data import censoring
 from armed_pyro.data.clustered_rows import ClusteredRows
 from armed_pyro.data.columns import (
     Missing,
-    as_numbers,
     code_outcome,
     finite_tensor,
     named_features,
@@ -23,6 +22,7 @@ from armed_pyro.data.columns import (
 )
 from armed_pyro.data.dataset_items import DatasetItems
 from armed_pyro.data.dataset_rows import table_or_arrays
+from armed_pyro.data.encoded_rows import encoded_rows
 from armed_pyro.data.files import as_pandas
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.data.schema import Schema, WeightsKind
@@ -209,37 +209,7 @@ class ClusteredData(ClusteredRows):
         >>> ClusteredData.encode(table, schema).feature_names
         ('x',)
         """
-        table = schema.select(frame, outcome_required=outcome_required, missing=missing)
-        groupings = schema.groupings(table)
-        whole = schema.with_cluster_columns(table, groupings)
-        design, names, sources = schema.design(whole)
-        extra, extra_names, extra_sources = schema.slope_design(whole)
-        per_row: dict[str, Any] = dict.fromkeys(("trials", "offset", "weights"))
-        observed = schema.outcomes(table), schema.status, schema.upper, schema.entry
-        per_row |= censoring.observed_columns(table, *observed)
-        for role in ("trials", "weights"):
-            if (name := getattr(schema, role)) in table:
-                per_row[role] = torch.from_numpy(as_numbers(table[name], role))
-        per_row["offset"] = schema.offsets(table)
-        per_row["weights"] = as_weights(per_row["weights"], schema.weights_kind, table.index)
-        return cls(
-            features=torch.from_numpy(design),
-            feature_names=names,
-            sources=tuple(":".join(source) for source in sources),
-            continuous=schema.continuous(sources),
-            outcome_name=schema.outcome,
-            classes=None if schema.classes is None else tuple(schema.classes.tolist()),
-            groupings=groupings,
-            **per_row,
-            row_labels=table.index,
-            schema=schema,
-            table=table if schema.computed else None,
-            slopes=torch.from_numpy(extra) if extra_names else None,
-            slope_names=extra_names,
-            slope_sources=tuple(":".join(source) for source in extra_sources),
-            slope_continuous=schema.continuous(extra_sources),
-            weights_kind=schema.weights_kind,
-        )
+        return cls(**encoded_rows(frame, schema, outcome_required, missing))
 
     @classmethod
     def from_arrays(

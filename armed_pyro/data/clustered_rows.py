@@ -116,7 +116,7 @@ class ClusteredRows(DivisibleRows):
 
     def grouping(self, factor: str) -> Grouping:
         """The grouping by a factor, or by cells, ``"school:class"``; ValueError without one."""
-        return grouping_by(self.groupings, factor)
+        return grouping_by(self.groupings, factor, self.n_rows)
 
     def check_training(self) -> None:
         """Check that there are rows, an outcome and variation, as training needs.

@@ -34,6 +34,7 @@ from armed_pyro.data.formula_syntax import (
     text_of,
     walk,
 )
+from armed_pyro.data.penalised_spline import PenalisedSpline
 
 __all__ = [
     "FUNCTIONS",
@@ -74,6 +75,7 @@ STATEFUL: Mapping[str, Transform] = {
     "ns": NaturalSpline("ns"),
     "cr": CubicSpline("cr"),
     "cc": CubicSpline("cc", cyclic=True),
+    "s": PenalisedSpline("s"),
 }
 # Functions that the grammar of terms reads, and not arithmetic.
 STRUCTURAL = ("factor", "C", "offset", "within", "between")

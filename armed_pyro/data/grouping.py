@@ -16,6 +16,9 @@ from torch import Tensor
 from armed_pyro._messages import check_type, unknown
 from armed_pyro.data.label_matching import label_text
 
+# Label of the one cluster of a smooth term.
+ALL_ROWS = pd.Index(["all rows"])
+
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
@@ -76,14 +79,26 @@ class Grouping:
         return Grouping(torch.from_numpy(codes.astype(np.int64)), levels)
 
 
-def grouping_by(groupings: Mapping[str, Grouping], factor: str) -> Grouping:
+def is_smooth_text(factor: str) -> bool:
+    """Whether a factor is that of a smooth term, whose one cluster holds all rows.
+
+    >>> is_smooth_text("s(x, k=20)"), is_smooth_text("site")
+    (True, False)
+    """
+    return factor.startswith("s(") and factor.endswith(")")
+
+
+def grouping_by(groupings: Mapping[str, Grouping], factor: str, rows: int = 0) -> Grouping:
     """The grouping by a factor, ``"site"``, or by the cells of several, ``"school:class"``.
 
-    Raises ValueError if there is no such factor.
+    All `rows` are one cluster of a smooth term, ``"s(x)"``. Raises ValueError if there is no such
+    factor.
     """
     check_type(factor, str, "factor", "It is the name of a grouping factor.")
     if factor in groupings:
         return groupings[factor]
+    if is_smooth_text(factor):
+        return Grouping(torch.zeros(rows, dtype=torch.long), ALL_ROWS)
     outer, _, inner = factor.rpartition(":")
     if not outer:
         known = unknown("grouping factor", factor, groupings)

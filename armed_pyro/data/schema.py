@@ -44,6 +44,7 @@ from armed_pyro.data.grouping import (
     warn_of_float_labels,
 )
 from armed_pyro.data.levels import levels_of
+from armed_pyro.data.penalised_spline import check_features
 from armed_pyro.data.training_checks import PER_ROW
 
 # Meanings of row weights w: a row counts w times; its residual variance is sigma^2 / w; or its
@@ -142,6 +143,7 @@ class Schema:
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
         _check_offsets(formula, extra, roles.get("offset"))
+        check_features(formula.calls)
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         made = tuple(dict.fromkeys(formula.made + extra.made))
         calls = tuple(dict.fromkeys(formula.calls + extra.calls))
@@ -152,15 +154,14 @@ class Schema:
         check_known("feature for categorical=", sorted(factors), columns)
         _check_outcome(outcome, [*columns, *formula.offset_columns], clusters)
         used = [*reserved, *columns, *formula.offset_columns]
-        table = with_open_ends(pick(table, used), outcome, roles.get("upper"))
-        table = natural_types(table.dropna())
+        table = natural_types(
+            with_open_ends(pick(table, used), outcome, roles.get("upper")).dropna()
+        )
+
         warn_of_float_labels(table[[name for name in clusters if name not in times]])
         orders = check_orders(formula.orders + extra.orders, "The formula of features and slopes")
         levels = levels_of(table, columns, factors, orders)
-        target, classes = table[outcome], None
-        if is_categorical(target) or event is not None:
-            what = f"outcome {outcome!r}"
-            classes = event_last(code_labels(target, what)[1], event, what)
+        classes = _classes(table[outcome], event)
         columns_of = expanded(made, levels)
         schema = cls(
             outcome=outcome,
@@ -454,6 +455,14 @@ def _check_distinct(calls: Iterable[str], table: pd.DataFrame) -> None:
                 f"The table has a column {name!r}, which is also a call of the formula: rename "
                 f"the column, or write `{name}` in backticks for it."
             )
+
+
+def _classes(outcome: pd.Series, event: Any) -> pd.Index | None:
+    """Labels of an outcome that is categorical or has an event, the event last; None of numbers."""
+    if event is None and not is_categorical(outcome):
+        return None
+    what = f"outcome {outcome.name!r}"
+    return event_last(code_labels(outcome, what)[1], event, what)
 
 
 def _check_outcome(outcome: str, features: Sequence[str], clusters: Sequence[str]) -> None:

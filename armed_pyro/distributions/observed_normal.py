@@ -17,6 +17,7 @@ from armed_pyro.distributions.leading_matrices import (
     product,
     transposed,
 )
+from armed_pyro.distributions.shapes import broadcast_shape
 from armed_pyro.distributions.small_matrices import precision_root
 from armed_pyro.distributions.whitened import LOG_SQRT_2PI, Pushforward, WhitenedNormal
 
@@ -59,7 +60,7 @@ class ObservedNormal(Pushforward):
         self.base, self.trained = base, trained
         self.dtype, self.device = location.dtype, location.device
         self._drawn: tuple[Tensor, Tensor] | None = None
-        implied = torch.broadcast_shapes(scale.shape[:-2], tau.shape, location.shape[:-1])
+        implied = broadcast_shape(scale.shape[:-2], tau.shape, location.shape[:-1])
         super().__init__(batch or implied, location.shape[-1:], validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ObservedNormal:

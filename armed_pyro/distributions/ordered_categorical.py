@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from armed_pyro.distributions.shapes import broadcast_shape
+
 __all__ = ["LINKS", "CumulativeLink", "OrderedCategorical"]
 
 # Limits of exponents: exp(20 + 60) is finite in single precision.
@@ -152,7 +154,7 @@ class OrderedCategorical(dist.TorchDistribution):
         first: int,
     ) -> None:
         self.eta, self.thresholds, self.link, self.first = eta, thresholds, link, first
-        batch = torch.broadcast_shapes(eta.shape, thresholds.shape[:-1])
+        batch = broadcast_shape(eta.shape, thresholds.shape[:-1])
         super().__init__(batch, validate_args=False)
 
     @property
@@ -205,7 +207,7 @@ class OrderedCategorical(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         boundaries = self.thresholds.shape[-1]
-        shape = torch.broadcast_shapes(self.batch_shape, value.shape)
+        shape = broadcast_shape(self.batch_shape, value.shape)
         code = (value - self.first).long().expand(shape)
         lowest, highest = code == 0, code == boundaries
         cuts = self.thresholds.expand(*shape, boundaries)

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from armed_pyro.distributions.shapes import broadcast_shape
+
 __all__ = ["IndependentNormal", "LogNegativeBinomial", "LogPoisson", "LogitBinomial"]
 
 
@@ -112,7 +114,7 @@ class IndependentNormal(dist.TorchDistribution):
     def __init__(self, mean: Tensor, sd: Tensor, event_dim: int) -> None:
         self.mean_values, self.sd = mean, sd
         split = mean.dim() - event_dim
-        batch = torch.broadcast_shapes(mean.shape[:split], sd.shape)
+        batch = broadcast_shape(mean.shape[:split], sd.shape)
         super().__init__(batch, mean.shape[split:], validate_args=False)
 
     @property

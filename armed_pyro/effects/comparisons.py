@@ -15,6 +15,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.effects.averages import ByRow, Groups, averaged, labelled, title_of
 from armed_pyro.effects.expectation import Expectation, Scale, Unseen
 from armed_pyro.effects.grid import At, Grid, Rest, levels_of, make_grid, variable_kind
+from armed_pyro.effects.network_jackknife import NetworkUncertainty
 from armed_pyro.effects.predictions import names_of
 from armed_pyro.effects.result import Effects, Measure, compared, contrast_text
 from armed_pyro.inference.posterior import Posterior
@@ -61,6 +62,7 @@ def comparisons(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    network_uncertainty: NetworkUncertainty = "none",
 ) -> Effects:
     r"""Expected outcomes at two values of a variable, compared, all else as it is in each row.
 
@@ -81,7 +83,7 @@ def comparisons(
         neighbours ("sequential"), or two levels. Of columns with 0 and 1, 1 with 0.
     measure : {"difference", "ratio", "odds_ratio"}
         How the two are compared.
-    at, by, rest, average, data, unseen, scale, draws, prob, seed
+    at, by, rest, average, data, unseen, scale, draws, prob, seed, network_uncertainty
         As in `armed_pyro.effects.predictions.predictions`. ``rest="mean"`` compares at the typical
         row (marginal effect at the mean), ``at={...}`` at representative values.
 
@@ -107,7 +109,7 @@ def comparisons(
     columns = names_of(by)
     grid = make_grid(posterior, data, at, rest, columns)
     whole = grid if rest == "observed" and not at else make_grid(posterior, data)
-    expectation = Expectation.of(grid, unseen, scale, draws, seed)
+    expectation = Expectation.of(grid, unseen, scale, draws, seed, network_uncertainty)
     groups = Groups.of(grid, columns, average=average)
     labels, by_draw = list[pd.DataFrame](), list[np.ndarray]()
     known: dict[str, np.ndarray] = {}
@@ -153,6 +155,7 @@ def slopes(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    network_uncertainty: NetworkUncertainty = "none",
 ) -> Effects:
     r"""Derivative of the expected outcome in a numeric variable, through links and networks.
 
@@ -168,7 +171,7 @@ def slopes(
     kind : {"dydx", "eyex", "eydx", "dyex"}
         The derivative; or, as averages over rows, d log E[y] / d log x, d log E[y] / dx, and
         dE[y] / d log x.
-    at, by, rest, average, data, unseen, scale, draws, prob, seed
+    at, by, rest, average, data, unseen, scale, draws, prob, seed, network_uncertainty
         As in `armed_pyro.effects.predictions.predictions`. ``rest="mean"`` is the marginal effect
         at the mean.
 
@@ -189,7 +192,7 @@ def slopes(
         raise ValueError(
             f"{variable!r} is categorical and has no slope: use comparisons({variable!r})"
         )
-    expectation = Expectation.of(grid, unseen, scale, draws, seed).precise()
+    expectation = Expectation.of(grid, unseen, scale, draws, seed, network_uncertainty).precise()
     groups = Groups.of(grid, columns, average=average)
     x = grid.column(variable).to_numpy(dtype=np.float64)
     whole = grid if rest == "observed" and not at else make_grid(posterior, data)

@@ -18,6 +18,7 @@ from armed_pyro._messages import check_known
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.grouping import Grouping
 from armed_pyro.effects.grid import Grid
+from armed_pyro.effects.network_jackknife import NetworkJackknife, NetworkUncertainty
 from armed_pyro.families.family import Eta
 from armed_pyro.guides.base import n_draws
 from armed_pyro.prediction.chunks import check_settings
@@ -68,10 +69,17 @@ class Expectation:
     scale: Scale
     seed: int
     typical: bool = False
+    jackknife: NetworkJackknife | None = None
 
     @classmethod
     def of(
-        cls, grid: Grid, unseen: Unseen, scale: Scale, draws: int, seed: int | None
+        cls,
+        grid: Grid,
+        unseen: Unseen,
+        scale: Scale,
+        draws: int,
+        seed: int | None,
+        network_uncertainty: NetworkUncertainty = "none",
     ) -> Expectation:
         """The expectation of these rows; ValueError for unknown settings."""
         posterior = grid.posterior
@@ -81,19 +89,27 @@ class Expectation:
         check_known("scale", [scale], SCALES)
         check_settings(draws, 0.5)
         seed = posterior.seed if seed is None else seed
-        # Random effects of the clusters are drawn only where they are used.
-        sample = posterior.draws if unseen is None else posterior.hyperparameters
-        latents = sample(draws, seed=seed)
+        # Random effects are drawn only where they are used; curves of smooth terms always are.
+        model = posterior.model
+        drawn = unseen is None or any(factor.smooth for factor in model.factors)
+        latents = (posterior.draws if drawn else posterior.hyperparameters)(draws, seed=seed)
+        if unseen is not None:
+            sites = {factor.effect_site for factor in model.clustered_factors}
+            latents = {name: value for name, value in latents.items() if name not in sites}
         n = n_draws(latents) or draws
         typical = grid.typical and unseen is not None
-        return cls(posterior.model, latents, n, unseen, scale, seed, typical)
+        jackknife = NetworkJackknife.of(posterior, network_uncertainty, n, seed)
+        return cls(model, latents, n, unseen, scale, seed, typical, jackknife)
 
     def precise(self) -> Expectation:
         """The same in double precision, network included, for difference quotients."""
         model = copy.deepcopy(self.model).double()
         model.dtype = torch.float64
         latents = {name: value.double() for name, value in self.latents.items()}
-        return replace(self, model=model, latents=latents)
+        jackknife = self.jackknife
+        if jackknife is not None and model.fold_networks is not None:
+            jackknife = replace(jackknife, folds=model.fold_networks)
+        return replace(self, model=model, latents=latents, jackknife=jackknife)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -113,6 +129,8 @@ class Expectation:
         """What the draws leave out; empty if nothing."""
         if not trains_network(self.model):
             return ""
+        if self.jackknife is not None:
+            return "The intervals hold the network's uncertainty, by a jackknife over its parts."
         return "The intervals are conditional on the network's trained weights."
 
     def blocks(self, data: ClusteredData) -> Iterator[Float[np.ndarray, "draws rows outputs"]]:
@@ -141,12 +159,15 @@ class Expectation:
     def _values(self, rows: Rows) -> Float[Tensor, "draws rows ..."]:
         """The values of a block; without a last dimension unless the outcome has classes."""
         family = self.model.family
-        integrated = self.unseen == "marginal" and self.scale == "response" and self.model.factors
-        sampled = any(f.filters or f.on_parameters for f in self.model.factors)
+        factors = self.model.clustered_factors
+        integrated = self.unseen == "marginal" and self.scale == "response" and factors
+        sampled = any(f.filters or f.on_parameters for f in factors)
         if integrated and (family.has_class_probabilities or sampled):
             return self._sampled(rows)
         predictor = self.model.predictor(rows, self.latents, return_fixed=False)
         eta = predictor.eta.expand(self.draws, *predictor.eta.shape[-2:])
+        if self.jackknife is not None:
+            eta = eta + self.jackknife.shift(self.model, rows)
         if self.scale == "link":
             columns = len(self.model.data_facts().outcome_columns)
             return eta[..., :columns] if family.multiclass else eta[..., 0]
@@ -172,7 +193,7 @@ class Expectation:
         """phi' D phi, summed over the factors, of rows of new clusters."""
         total = self.model.reference().new_zeros(self.draws, len(rows))
         spread = self.model.data_facts().spread
-        for factor in self.model.factors:
+        for factor in self.model.clustered_factors:
             phi = sensitivities(self.model, rows, factor, activations, {})[..., 0]
             root = factor.scale_matrix(self.latents)
             root = root.reshape(-1, *root.shape[-2:]).to(total)
@@ -184,7 +205,7 @@ class Expectation:
         total: Any = 0.0
         for number in range(NEW_CLUSTERS):
             latents = dict(self.latents)
-            for factor in self.model.factors:
+            for factor in self.model.clustered_factors:
                 terms, clusters = len(factor.terms), int(_largest(rows, factor.name)) + 1
                 like = self.model.reference().new_zeros(self.draws, 1, terms)
                 # A draw and its mirror image: odd parts of the integrand cancel.
@@ -193,6 +214,7 @@ class Expectation:
                 latents[factor.effect_site] = effects.expand(self.draws, clusters, terms)
             eta = self.model.predictor(rows, latents, return_fixed=False).eta
             eta = eta.expand(self.draws, *eta.shape[-2:])
+            eta = eta if self.jackknife is None else eta + self.jackknife.shift(self.model, rows)
             total = total + self._expected(eta, rows) / NEW_CLUSTERS
         return total
 

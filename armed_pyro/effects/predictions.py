@@ -12,6 +12,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.effects.averages import Groups, averaged, labelled, title_of
 from armed_pyro.effects.expectation import Expectation, Scale, Unseen
 from armed_pyro.effects.grid import At, Rest, levels_of, make_grid, variable_kind
+from armed_pyro.effects.network_jackknife import NetworkUncertainty
 from armed_pyro.effects.result import Effects
 from armed_pyro.inference.posterior import Posterior
 
@@ -36,6 +37,7 @@ def predictions(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    network_uncertainty: NetworkUncertainty = "none",
 ) -> Effects:
     r"""Average of E[y | x] over rows, with some variables at chosen values.
 
@@ -64,6 +66,10 @@ def predictions(
         Posterior draws, and their seed; by default that of the fit.
     prob : float
         Probability of the intervals.
+    network_uncertainty : {"none", "jackknife"}
+        Whether the draws hold the uncertainty of a network's weights: the delete-a-group jackknife
+        over the parts of the clusters or rows on which the networks were cross-fitted, with as many
+        degrees of freedom as there are parts less one (`NetworkJackknife`).
 
     Raises
     ------
@@ -83,7 +89,7 @@ def predictions(
     check_probability(prob)
     columns = names_of(by)
     grid = make_grid(posterior, data, at, rest, columns)
-    expectation = Expectation.of(grid, unseen, scale, draws, seed)
+    expectation = Expectation.of(grid, unseen, scale, draws, seed, network_uncertainty)
     groups = Groups.of(grid, columns, average=average)
     values = averaged(expectation, [grid.encode()], groups)
     labels, by_draw = labelled(groups, expectation.labels, values)
@@ -103,6 +109,7 @@ def means(
     draws: int = 1000,
     prob: float = 0.9,
     seed: int | None = None,
+    network_uncertainty: NetworkUncertainty = "none",
 ) -> Effects:
     """Estimated marginal means: `predictions` at every level of a categorical variable.
 
@@ -117,7 +124,7 @@ def means(
         combination.
     at : mapping of str to values, optional
         Values of further variables.
-    rest, data, unseen, scale, draws, prob, seed
+    rest, data, unseen, scale, draws, prob, seed, network_uncertainty
         As in `predictions`.
 
     Raises
@@ -155,4 +162,5 @@ def means(
         draws=draws,
         prob=prob,
         seed=seed,
+        network_uncertainty=network_uncertainty,
     )

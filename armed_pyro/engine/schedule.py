@@ -21,6 +21,8 @@ WANDERING = 20
 SHORTEST = 10
 # Log-likelihoods in one step up to which they take less time than the rest of the step.
 CHEAP = 2**17
+# Settings of the steps of the guide once the network is frozen.
+OF_GUIDE = ("steps", "window", "stages", "patience", "learning_rate", "particles")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ class Schedule:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, not {value}")
+
+    @property
+    def sets_guide(self) -> bool:
+        """Whether it asks for steps of the guide other than the default ones."""
+        return any(getattr(self, name) != getattr(Schedule, name) for name in OF_GUIDE)
 
     def batch(self, n_rows: int) -> int:
         """Rows per step for data with `n_rows` rows."""

@@ -155,7 +155,7 @@ def invariance(
 def _factor(model: MixedEffects, factor: str | None, data: ClusteredData) -> str:
     """The factor asked for; by default that of the adversary, random effects or data."""
     adversarial = [adversary.factor for adversary in model.adversaries]
-    known = [*adversarial, *model.factor_names(), *data.groupings]
+    known = [*adversarial, *model.grouping_names(), *data.groupings]
     if factor is None and not known:
         raise ValueError("the data have no grouping factor whose clusters could be predicted")
     return known[0] if factor is None else factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import pyro
@@ -27,6 +27,7 @@ from armed_pyro.families.family import (
 )
 from armed_pyro.families.links import LARGEST_PREDICTOR, Link, Log, Logit
 from armed_pyro.rows.batch import Rows
+from armed_pyro.rows.censoring import Censoring
 
 __all__ = ["Distributional", "family_with_predictors", "parameter_named"]
 
@@ -230,7 +231,22 @@ class Distributional(Family):
         return {**parameters, WEIGHTS: weights}
 
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
-        """Fisher information of every column, the diagonal of the matrix of a row."""
+        """Fisher information of every column, the diagonal of the matrix of a row.
+
+        Of censored rows it is the squared score, whose expectation it is.
+        """
+        information = self._of_exact(eta, parameters, replace(rows, censoring=None))
+        if rows.censoring is None or rows.y is None:
+            return information
+        with torch.enable_grad():
+            leaf = eta.detach().requires_grad_(True)
+            log_prob = self.distribution(leaf, parameters, rows).log_prob(rows.y.to(eta))
+            (score,) = torch.autograd.grad(log_prob.sum(), leaf)
+        exact = Censoring.of(rows.censoring).is_event[:, None]
+        return torch.where(exact, information, score**2)
+
+    def _of_exact(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
+        """Information of rows whose outcomes are exact."""
         inner, values = self.inside(eta, parameters)
         first = self.base.information(inner, values, rows)
         known = [

@@ -14,19 +14,22 @@ from torch import Tensor
 
 from armed_pyro.distributions.leading_matrices import inverse_root, product, transposed
 from armed_pyro.guides.gaussian_sums import GaussianSums, nesting
-from armed_pyro.guides.pseudo_observations import FULL_TERMS
+from armed_pyro.guides.pseudo_observations import has_full_precision
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.rows.source import RowSource
 
 __all__ = [
     *("ClosedForm", "Conditional", "MarginalLikelihood", "OuterLevel"),
-    *("by_parent", "closed_form", "is_gaussian"),
+    *("by_parent", "closed_form", "cost", "is_gaussian"),
 ]
 
 # Values of all matrices of the draws that are made at once: more do not fit into a processor's
 # cache, and fewer spend the time on calls.
 MOST_VALUES = 2**19
+# Multiplications of a Cholesky factor that take as long as one value of `size`: 25 ns (1,721 and 60
+# clusters with two terms, 4,000 draws).
+PER_VALUE = 2**8
 
 Matrices = Float[Tensor, "terms columns draws clusters"]
 Scale = Float[Tensor, "terms terms draws 1"]
@@ -34,12 +37,17 @@ Scale = Float[Tensor, "terms terms draws 1"]
 
 def is_gaussian(model: MixedEffects) -> bool:
     """Whether all that the rows say of a program with a frozen network is in sums over them."""
-    narrow = all(len(factor.terms) <= FULL_TERMS and not factor.filters for factor in model.factors)
+    narrow = all(has_full_precision(f) and not f.filters for f in model.factors)
     return model.family.is_quadratic and narrow and not model.others
 
 
+def cost(likelihood: MarginalLikelihood) -> int:
+    """Multiplications that take as long as one draw."""
+    return likelihood.work + PER_VALUE * likelihood.size
+
+
 def closed_form(model: MixedEffects, source: RowSource) -> ClosedForm | None:
-    """log p(y | theta) of the rows, given the frozen network.
+    """log p(y | theta) of the rows of nested factors, given the frozen network.
 
     None if the outcome is not gaussian, an effect is inside the network or of a wide layer, the
     grouping factors are crossed, or a factor's clusters are cells of a process.
@@ -92,6 +100,11 @@ class MarginalLikelihood(ABC):
     def size(self) -> int:
         """Values that one draw needs."""
 
+    @property
+    def work(self) -> int:
+        """Multiplications of one draw beyond those that are linear in `size`."""
+        return 0
+
     @abstractmethod
     def most_draws(self) -> int:
         """Number of draws that are fastest at once; at least 1."""
@@ -99,6 +112,13 @@ class MarginalLikelihood(ABC):
     @abstractmethod
     def log_likelihood(self, latents: Latents) -> Float[Tensor, " draws"]:
         """log p(y | theta) of draws of the hyperparameters; one value without draws."""
+
+    def with_effects(self, latents: Latents) -> tuple[Float[Tensor, " draws"], dict[str, Tensor]]:
+        """log p(y | theta), and a draw of all random effects for each draw, if that costs nothing.
+
+        The effects have shape "draws clusters terms". By default none are drawn.
+        """
+        return self.log_likelihood(latents), {}
 
 
 class ClosedForm(MarginalLikelihood):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -15,13 +14,15 @@ from torch import Tensor, nn
 from armed_pyro.distributions.small_matrices import multiply, precision_root, solve
 from armed_pyro.distributions.whitened import PrecisionNormal, WhitenedNormal
 from armed_pyro.guides.base import Guide
-from armed_pyro.guides.closed_form import is_gaussian
+from armed_pyro.guides.block_scale import BlockScale
+from armed_pyro.guides.closed_form import MarginalLikelihood, is_gaussian
 from armed_pyro.guides.cross_products import CrossProducts, cross_products
+from armed_pyro.guides.crossed_form import crossed_form
 from armed_pyro.guides.gaussian_sums import nesting
 from armed_pyro.guides.hyperparameters import Hyperparameters
 from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.process import ProcessGuide
-from armed_pyro.guides.pseudo_observations import FULL_TERMS
+from armed_pyro.guides.pseudo_observations import has_full_precision
 from armed_pyro.guides.row_sums import joint_sums
 from armed_pyro.guides.structured import REFRESH_DRAWS, StructuredGuide
 from armed_pyro.program.model import MixedEffects, trains_network
@@ -30,7 +31,7 @@ from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["BlockScale", "CrossedGuide", "choose_guide"]
+__all__ = ["CrossedGuide", "choose_guide"]
 
 
 # The joint conditional needs a dense matrix over the effects of all factors but the largest, whose
@@ -62,7 +63,7 @@ def choose_guide(model: MixedEffects, source: RowSource | None = None) -> Guide:
         nested = nesting(model, source)
         if nested is not None:
             return NestedGuide(model, source, nested[1])
-    narrow = all(len(factor.terms) <= FULL_TERMS and not factor.filters for factor in model.factors)
+    narrow = all(has_full_precision(f) and not f.filters for f in model.factors)
     affordable = dense <= MOST_DENSE and dense * max(sizes, default=0) <= MOST_CROSS_PRODUCTS
     if len(sizes) > 1 and narrow and affordable:
         return CrossedGuide(model, source)
@@ -160,6 +161,12 @@ class CrossedGuide(Guide):
 
     def exact(self, model: MixedEffects) -> bool:
         return model.family.is_quadratic
+
+    def closed_form(self, model: MixedEffects, source: RowSource) -> MarginalLikelihood | None:
+        nested = super().closed_form(model, source)
+        process = any(factor.process is not None for factor in model.factors)
+        summed = is_gaussian(model) and source.reduce is None and not process
+        return crossed_form(model, source) if nested is None and summed else nested
 
     def noise_shapes(self, rows: Rows) -> dict[str, tuple[int, ...]]:
         _, t, m = self.between.shape
@@ -350,45 +357,3 @@ class LargestGivenOthers:
         mean = solve(root.mT, pull[..., None], upper=True)[..., 0]
         detached = None if self.detached is None else self.detached.at(effects, membership)
         return WhitenedNormal(self.scale, mean, root, detached)
-
-
-@dataclass(frozen=True)
-class BlockScale:
-    r"""L = blockdiag(L_1, ..., L_1, L_2, ...), never written out, with u = L z.
-
-    `blocks` are lower triangular, one per factor; it is repeated for each of the factor's
-    `clusters`.
-    """
-
-    blocks: Sequence[Float[Tensor, "... terms terms"]]
-    clusters: Sequence[int]
-
-    def times(self, vector: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
-        """L v."""
-        return self._by_block(self.blocks, vector)
-
-    def transpose_times(self, vector: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
-        """L' v."""
-        return self._by_block([block.mT for block in self.blocks], vector)
-
-    def both(self, matrix: Float[Tensor, "... m m"]) -> Float[Tensor, "... m m"]:
-        """L' M L, for a symmetric matrix M."""
-        of_rows = [block.mT.unsqueeze(-3) for block in self.blocks]
-        return self._by_block(of_rows, self._by_block(of_rows, matrix).mT)
-
-    def diagonal_bound(self, diagonal: Float[Tensor, " m"]) -> Float[Tensor, "... m"]:
-        """Upper bound of diag(L' M L), for any positive definite M with this diagonal.
-
-        (sum_i L_ij v_i)^2 <= terms sum_i L_ij^2 v_i^2; with single terms the bound is attained.
-        """
-        squares = [block.shape[-1] * block.mT**2 for block in self.blocks]
-        return self._by_block(squares, diagonal)
-
-    def _by_block(self, blocks: Sequence[Tensor], vector: Tensor) -> Tensor:
-        sizes = [block.shape[-1] * k for block, k in zip(blocks, self.clusters, strict=True)]
-        pieces = [
-            multiply(block.unsqueeze(-3), part.unflatten(-1, (-1, block.shape[-1]))).flatten(-2)
-            for block, part in zip(blocks, vector.split(sizes, -1), strict=True)
-        ]
-        batch = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
-        return torch.cat([piece.expand(*batch, -1) for piece in pieces], -1)

@@ -18,7 +18,7 @@ from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["GaussianSums", "inside_out", "nesting"]
+__all__ = ["BLOCK_VALUES", "GaussianColumns", "GaussianSums", "inside_out", "nesting"]
 
 # Values in a block of rows.
 BLOCK_VALUES = 2**22
@@ -32,7 +32,7 @@ Parents = Int[Tensor, " clusters"]
 
 
 @dataclass(frozen=True)
-class _Columns:
+class GaussianColumns:
     """Columns of a block of rows in double precision, and the clusters of its rows."""
 
     z: list[Float[Tensor, "rows terms"]]  # by factor, the innermost first
@@ -42,7 +42,7 @@ class _Columns:
     position: list[Int[Tensor, " rows"]]
 
     @classmethod
-    def of(cls, model: MixedEffects, factors: Sequence[Factor], rows: Rows) -> _Columns:
+    def of(cls, model: MixedEffects, factors: Sequence[Factor], rows: Rows) -> GaussianColumns:
         """Z, X and y of rows, in standardised units; y is without centre, offset and network."""
         _, activations = model.run_network(rows)
         latents = {}
@@ -135,10 +135,12 @@ class GaussianSums(nn.Module):
         self._leave(model, source, coefficients)
         model.train(training)
 
-    def _blocks(self, model: MixedEffects, source: RowSource) -> Iterator[tuple[Rows, _Columns]]:
+    def _blocks(
+        self, model: MixedEffects, source: RowSource
+    ) -> Iterator[tuple[Rows, GaussianColumns]]:
         columns = sum(t * t for t in self.terms) + (sum(self.terms) + self.fixed + 1) ** 2
         for rows in source.chunks(max(1, BLOCK_VALUES // columns)):
-            yield rows, _Columns.of(model, self.factors, rows)
+            yield rows, GaussianColumns.of(model, self.factors, rows)
 
     def _project(
         self, model: MixedEffects, source: RowSource

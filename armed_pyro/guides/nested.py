@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from armed_pyro.distributions.shapes import broadcast_shape
 from armed_pyro.distributions.small_matrices import precision_root, solve
 from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.guides.base import Guide
@@ -117,7 +118,7 @@ class NestedGuide(Guide):
         if "fixed_effect" in latents:
             shapes.append(latents["fixed_effect"].shape[:-2])
         shapes.append(self._precision(latents).shape[:-1])
-        return torch.broadcast_shapes(*shapes)
+        return broadcast_shape(*shapes)
 
 
 def outside_in(

@@ -18,16 +18,22 @@ from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.rows.batch import Membership, Rows
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["FULL_TERMS", "PseudoObservations", "observe"]
+__all__ = ["PseudoObservations", "has_full_precision", "observe"]
 
 
 # Up to this many terms a cluster's effects get a full precision matrix, beyond it a diagonal one:
 # the matrix costs O(clusters x terms^2) memory.
 FULL_TERMS = 16
+
 # A GPU's library decomposes at most this many matrices in one call.
 MOST_AT_ONCE = 2**13
 # Elements of designs, features and draws in a block of rows.
 BLOCK_VALUES = 2**21
+
+
+def has_full_precision(factor: Factor) -> bool:
+    """Whether a cluster's effects get a full precision matrix; a smooth term has one cluster."""
+    return len(factor.terms) <= FULL_TERMS or factor.smooth
 
 
 class PseudoObservations(nn.Module):
@@ -52,7 +58,7 @@ class PseudoObservations(nn.Module):
     def __init__(self, factor: Factor, n_clusters: int, n_fixed: int, like: Tensor) -> None:
         super().__init__()
         terms = len(factor.terms)
-        self.conjugate, self.n_fixed = terms <= FULL_TERMS, n_fixed
+        self.conjugate, self.n_fixed = has_full_precision(factor), n_fixed
         self.full = terms > 1 and self.conjugate
         shape = (n_clusters, terms, terms) if self.full else (n_clusters, terms)
         self.register_buffer("base", clusters_last(like.new_zeros(shape)))

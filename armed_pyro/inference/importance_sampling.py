@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -14,18 +14,32 @@ from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro._messages import progress_console
-from armed_pyro.guides.base import joined
-from armed_pyro.guides.closed_form import MarginalLikelihood
+from armed_pyro.guides.base import Guide, joined
+from armed_pyro.guides.closed_form import MarginalLikelihood, cost
 from armed_pyro.guides.noise import gaussian_noise, heavy_noise, proposal_noise
-from armed_pyro.inference.marginal_weights import exact_likelihood, marginal_draws
+from armed_pyro.inference.marginal_weights import (
+    exact_likelihood,
+    joint_draws,
+    marginal_draws,
+)
 from armed_pyro.inference.nested_weights import Weighted, nested_from, resampled, weigh
 from armed_pyro.inference.posterior import ImportanceDraws, Posterior
 from armed_pyro.inference.psis import pareto_smooth
+from armed_pyro.program.model import MixedEffects
 from armed_pyro.program.predictor import modulates, row_cost
 from armed_pyro.rows.passes import Pieces
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["BLOCK", "affordable", "importance_draws", "refinable", "weighed"]
+__all__ = [
+    "BLOCK",
+    "affordable",
+    "efficient",
+    "importance_draws",
+    "n_effects",
+    "refinable",
+    "settled",
+    "weighed",
+]
 
 # Log-likelihoods (rows times draws times particles): in total, in one block of draws, and the total
 # at which even the fewest draws take too long.
@@ -38,6 +52,16 @@ MOST_WORK = 2**38  # multiplications of all draws
 MOST_CLOSED = 2**29  # values in the closed forms of all draws
 PARTICLES, MOST_CLUSTERS = 16, 500
 MOST_DRAWS, FEWEST_DRAWS = 4000, 200
+# Draws of theta at the mode by which its weights are judged; the largest k-hat and the smallest
+# share of effective draws of a guide that need not be trained.
+TRIED, SMALL_K_HAT, EFFICIENT = 1000, 0.3, 0.5
+# Multiplications that are free: 1,000 draws with a matrix of 300 random effects, or 1,600 draws of
+# 1,700 clusters with two terms, take 1 to 3 s. Beyond them draws are weighed until the Monte Carlo
+# error of the mean of every hyperparameter is below ACCURATE posterior sds, looked at every
+# CHECKED draws.
+FREE_WORK, CHECKED, ACCURATE = 2**33, 50, 0.05
+# Draws at which clusters are left out if these draws exceed FREE_WORK.
+FEW_LEFT_OUT = 100
 # Draws at which clusters are left out, and rows of these clusters, where theta alone is weighed.
 LEFT_OUT_DRAWS, MOST_WATCHED = 1000, 2**14
 
@@ -83,10 +107,11 @@ def importance_draws(
 ) -> ImportanceDraws:
     """Up to 4,000 draws from the guide, and their importance weights, nested by cluster.
 
-    If log p(y | theta) has a closed form, 4,000 draws of the hyperparameters alone are weighed,
-    without a row or a random effect. Otherwise large data get fewer draws, but at least 200. The
-    proposal of the hyperparameters has heavier tails than the guide; otherwise the tail of as few
-    as 200 weights looks heavy by chance.
+    If log p(y | theta) has a closed form, 4,000 draws of the hyperparameters are weighed without a
+    row. Of crossed factors with many random effects, only as many draws are weighed as bring the
+    Monte Carlo error of every hyperparameter's mean below 5% of its posterior sd. Otherwise large
+    data get fewer draws, but at least 200. The proposal of the hyperparameters has heavier tails
+    than the guide; otherwise the tail of as few as 200 weights looks heavy by chance.
 
     `source` holds the training rows with the frozen network's outputs, by default computed anew,
     and `closed` is the closed form of these rows, if it is already known.
@@ -119,26 +144,72 @@ def importance_draws(
     return collected.smoothed()
 
 
+def settled(latents: Mapping[str, Tensor], totals: Float[Tensor, " draws"]) -> bool:
+    r"""Whether the means of all hyperparameters are known to 5% of their posterior sds.
+
+    .. math:: \Big(\sum_s w_s^2 (h_s - \bar h)^2\Big)^{1/2} < 0.05
+        \Big(\sum_s w_s (h_s - \bar h)^2\Big)^{1/2}, \quad w_s \propto \exp(t_s)
+
+    for each element h of the sites of `latents` with one value per draw; t are `totals`.
+    """
+    weights = torch.softmax(totals.double(), 0)[:, None]
+    for value in latents.values():
+        if value.dim() > 1 and value.shape[1] == 1:
+            flat = value.double().flatten(1)
+            squares = (flat - (weights * flat).sum(0)).square()
+            error, variance = (weights.square() * squares).sum(0), (weights * squares).sum(0)
+            if bool((error > ACCURATE**2 * variance).any()):
+                return False
+    return True
+
+
 def _marginal(
     posterior: Posterior, source: RowSource, closed: MarginalLikelihood, seed: int
 ) -> ImportanceDraws:
     """Weighted draws of the hyperparameters alone."""
     model, guide = posterior.model, posterior.guide
     size, blocks, totals = closed.most_draws(), list[dict[str, Tensor]](), list[Tensor]()
+    most = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_CLOSED // closed.size))
+    most = min(most, affordable(posterior)) if closed.work else most
+    free, checked, done = _free_draws(closed), 0, 0
     with model.seeded(seed + 4), pyro.validation_enabled(False):
-        n = max(FEWEST_DRAWS, min(MOST_DRAWS, MOST_CLOSED // closed.size))
-        noise, ratio = heavy_noise(guide, n, model.reference())
+        noise, ratio = heavy_noise(guide, most, model.reference())
         for part, log_ratio in zip(noise.split(size), ratio.split(size), strict=True):
-            drawn = marginal_draws(model, guide, closed, part)
+            drawn = joint_draws(model, guide, closed, part)
             totals.append(drawn.total - log_ratio)
             blocks.append(drawn.squeezed())
+            done += len(part)
+            if done >= max(free, checked + CHECKED):
+                checked = done
+                if settled(joined(blocks), torch.cat(totals)):
+                    break
         log_weights, k_hat = pareto_smooth(torch.cat(totals).double().cpu().numpy()[None])
         weighted = ImportanceDraws(joined(blocks), log_weights[0], float(k_hat[0]))
         nested = guide.nested()
         if nested is None or not weighted.k_hat < 1:
             return weighted
-        index = weighted.resample(LEFT_OUT_DRAWS)
+        few = cost(closed) * LEFT_OUT_DRAWS > FREE_WORK
+        index = weighted.resample(FEW_LEFT_OUT if few else LEFT_OUT_DRAWS)
         return _with_clusters(posterior, source, weighted, index, noise[index])
+
+
+@torch.no_grad()
+def efficient(model: MixedEffects, guide: Guide, closed: MarginalLikelihood) -> bool:
+    """Whether weighted draws of the guide as it is are as good as those of a trained guide."""
+    noise, ratio = heavy_noise(guide, TRIED, model.reference())
+    with pyro.validation_enabled(False):
+        totals = [
+            marginal_draws(model, guide, closed, part).total
+            for part in noise.split(closed.most_draws())
+        ]
+    log_weights, k_hat = pareto_smooth((torch.cat(totals) - ratio).double().cpu().numpy()[None])
+    share = float(1 / np.square(np.exp(log_weights)).sum()) / TRIED
+    return bool(k_hat[0] < SMALL_K_HAT) and share > EFFICIENT
+
+
+def _free_draws(closed: MarginalLikelihood) -> int:
+    """Draws that are weighed whatever their error."""
+    return max(FEWEST_DRAWS, min(MOST_DRAWS, FREE_WORK // cost(closed)))
 
 
 def _with_clusters(
@@ -240,6 +311,10 @@ def affordable(posterior: Posterior) -> int:
     model = posterior.model
     if modulates(model):
         return FEWEST_DRAWS
+    return max(FEWEST_DRAWS, MOST_VALUES // max(1, n_effects(model)))
+
+
+def n_effects(model: MixedEffects) -> int:
+    """Number of random effects."""
     levels = model.data_facts().levels
-    effects = sum(len(factor.terms) * len(levels[factor.name]) for factor in model.factors)
-    return max(FEWEST_DRAWS, MOST_VALUES // max(1, effects))
+    return sum(len(factor.terms) * len(levels[factor.name]) for factor in model.factors)

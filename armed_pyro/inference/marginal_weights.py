@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -16,9 +16,10 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.noise import NoiseMessenger
 from armed_pyro.program.model import MixedEffects
+from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.rows.source import RowSource
 
-__all__ = ["MarginalBound", "MarginalDraws", "exact_likelihood", "marginal_draws"]
+__all__ = ["MarginalBound", "MarginalDraws", "exact_likelihood", "joint_draws", "marginal_draws"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,15 @@ class MarginalDraws:
     latents: dict[str, Tensor]  # hyperparameters, "draws 1 1 ..."
     total: Float[Tensor, " draws"]
     hyper: Float[Tensor, " draws"]  # its part -log q(theta)
+    effects: dict[str, Tensor] = field(default_factory=dict)  # "draws clusters terms", if drawn
 
     def squeezed(self) -> dict[str, Tensor]:
-        """The hyperparameters in the shapes of `Guide.draws`: "draws 1 ..."."""
-        return {
+        """The sites in the shapes of `Guide.draws`: "draws 1 ..."."""
+        hyper = {
             name: value.squeeze(1) if value.dim() > 2 else value
             for name, value in self.latents.items()
         }
+        return hyper | self.effects
 
 
 def exact_likelihood(
@@ -54,11 +57,31 @@ def marginal_draws(
     noise: Float[Tensor, "draws 1 1 size"],
 ) -> MarginalDraws:
     """Map noise to the guide's draws of the hyperparameters, and weigh them; no row is read."""
+    return _weighed(model, guide, noise, lambda latents: (closed.log_likelihood(latents), {}))
+
+
+def joint_draws(
+    model: MixedEffects,
+    guide: Guide,
+    closed: MarginalLikelihood,
+    noise: Float[Tensor, "draws 1 1 size"],
+) -> MarginalDraws:
+    """The same as `marginal_draws`, with the random effects that the closed form draws beside."""
+    return _weighed(model, guide, noise, closed.with_effects)
+
+
+def _weighed(
+    model: MixedEffects,
+    guide: Guide,
+    noise: Float[Tensor, "draws 1 1 size"],
+    likelihood: Callable[[Latents], tuple[Float[Tensor, " draws"], dict[str, Tensor]]],
+) -> MarginalDraws:
     with NoiseMessenger({"_theta": noise}):
         trace = poutine.trace(guide.hyperparameters).get_trace()
     latents = cast("dict[str, Tensor]", trace.nodes["_RETURN"]["value"])
     trace.compute_log_prob()
-    total = closed.log_likelihood(latents).to(noise) + _log_prior(model, latents)
+    log_likelihood, effects = likelihood(latents)
+    total = log_likelihood.to(noise) + _log_prior(model, latents)
     hyper = torch.zeros_like(total)
     for name, node in trace.nodes.items():
         if "log_prob" in node:
@@ -66,7 +89,7 @@ def marginal_draws(
             total = total - density
             if name == "_theta":
                 hyper = hyper - density
-    return MarginalDraws(latents, total, hyper)
+    return MarginalDraws(latents, total, hyper, {k: v.to(noise) for k, v in effects.items()})
 
 
 def _log_prior(model: MixedEffects, latents: Mapping[str, Tensor]) -> Float[Tensor, " draws"]:

@@ -16,8 +16,9 @@ from armed_pyro.engine.checkpoint import module_tensors, restore_module
 from armed_pyro.engine.compiled_step import CompileMode, Loss, Steps
 from armed_pyro.engine.schedule import MOVING, History, Pace, split_r_hat
 from armed_pyro.engine.shards import Share
-from armed_pyro.guides.closed_form import MarginalLikelihood
+from armed_pyro.guides.closed_form import MarginalLikelihood, cost
 from armed_pyro.inference.averaged_weights import AveragedWeights
+from armed_pyro.inference.importance_sampling import efficient
 from armed_pyro.inference.marginal_mode import LARGEST_STEP, particles_needed, start_at_mode
 from armed_pyro.inference.marginal_weights import MarginalBound, exact_likelihood
 from armed_pyro.inference.objective import NestedBound, Objective
@@ -34,6 +35,11 @@ __all__ = ["FrozenPhase", "NetworkPhase", "Phase", "warmup_steps"]
 
 # Multiplications of one draw of all random effects beyond which the guide stays at the mode.
 MOST_WORK = 2**27
+# The same for one draw without random effects, from sums of the rows. With a matrix of 150 random
+# effects, steps would take longer than the search for the mode and 4,000 weighted draws together.
+MOST_CLOSED_WORK = 2**20
+# Draws of the bound at the mode, and most multiplications of all of them.
+BOUND_DRAWS, BOUND_WORK = 256, 2**31
 # Most rows that one step reads from files.
 MOST_READ = 2**18
 # Steps without a better look at held-out rows before the rates of a network are first cut. Its
@@ -46,9 +52,7 @@ class Phase(ABC):
 
     trains_network: bool
     frozen_rows: RowSource | None = None  # all rows with the frozen network's outputs
-    closed: MarginalLikelihood | None = (
-        None  # log p(y | theta) of all rows, if it has a closed form
-    )
+    closed: MarginalLikelihood | None = None  # log p(y | theta), if it has a closed form
 
     def __init__(self, task: TrainingTask, share: Share) -> None:
         self.task, self.share, self.passes = task, share, Passes(self.one_pass)
@@ -283,6 +287,7 @@ class FrozenPhase(Phase):
         super().__init__(task, Share(before.share.processes, self.frozen_rows))
         # Centre of q(theta) after each step since the rates were last cut.
         self.iterates: list[np.ndarray] = []
+        self._at_mode = particles is None  # no step has been taken
         self.closed = exact_likelihood(task.model, task.guide, self.frozen_rows)
         self.particles = self._start() if particles is None else particles
         if self.closed is not None:
@@ -321,6 +326,7 @@ class FrozenPhase(Phase):
 
     def take(self, step: int) -> tuple[Loss, Tensor]:
         task, remaining = self.task, self.task.schedule.steps - step
+        self._at_mode = False
         if self.closed is not None:
             exact = MarginalBound(task.model, task.guide, self.closed)
             loss, norm = self.steps(
@@ -337,15 +343,25 @@ class FrozenPhase(Phase):
         return loss, norm
 
     def loss_at_mode(self) -> Loss | None:
-        """The loss at the mode if steps would take too long, else None.
+        """The loss at the mode if steps would take too long or gain nothing, else None.
 
         A loss ends the phase: the guide stays at the mode, and importance weights correct it.
         """
         task = self.task
-        if self.closed is not None or task.guide.work() <= MOST_WORK or not task.schedule.stages:
+        if not (task.schedule.stages and self._at_mode):
             return None
         with torch.no_grad():
-            loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)
+            if self.closed is not None:
+                dear = self.closed.work > MOST_CLOSED_WORK or cost(self.closed) > MOST_WORK
+                good = task.weighed and not task.schedule.sets_guide
+                if not (dear or (good and efficient(task.model, task.guide, self.closed))):
+                    return None
+                draws = max(1, min(BOUND_DRAWS, BOUND_WORK // cost(self.closed)))
+                loss = MarginalBound(task.model, task.guide, self.closed)(draws)
+            elif task.guide.work() > MOST_WORK:
+                loss = NestedBound(task.model, task.guide, self.particles)(self._step_rows(), 1)
+            else:
+                return None
         self.iterates = [self._center()]
         self.plateau.cuts = task.schedule.stages
         return loss

@@ -50,7 +50,9 @@ class RefinedDraws:
     """
 
     method: str  # one of `METHODS`
-    pool: Mapping[str, Tensor]  # candidate draws of all latent sites, in a guide's shapes
+    # Candidate draws of all latent sites, in a guide's shapes. Random effects may be drawn for the
+    # first draws only.
+    pool: Mapping[str, Tensor]
     quality: Mapping[str, float] = field(default_factory=dict)
     # Position of each draw in the pool; None takes the whole pool in order. Resampled effects are
     # not copied: with very many clusters a second copy may not fit.
@@ -61,8 +63,12 @@ class RefinedDraws:
 
     @property
     def latents(self) -> dict[str, Tensor]:
-        """Draws of all latent sites, in the shapes that a guide returns."""
+        """Joint draws of all latent sites, in the shapes that a guide returns."""
         return selected(self.pool, self._index())
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a saved fit keeps: all draws, also those without random effects."""
+        return dict(self.pool) if self.index is None else self.latents
 
     def choose(self, n: int) -> dict[str, Tensor]:
         """n draws at random; with repeats only if there are fewer than n."""
@@ -73,7 +79,7 @@ class RefinedDraws:
     def _index(self) -> Int[Tensor, " draws"]:
         if self.index is not None:
             return self.index
-        return torch.arange(max(site.shape[0] for site in self.pool.values() if site.dim() > 1))
+        return torch.arange(min(site.shape[0] for site in self.pool.values() if site.dim() > 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,11 +16,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from armed_pyro._messages import progress_console
-from armed_pyro.guides.base import joined, n_draws, selected
+from armed_pyro.guides.base import joined, selected
 from armed_pyro.guides.noise import Noise, gaussian_noise
 from armed_pyro.inference.importance_sampling import BLOCK, affordable, importance_draws
 from armed_pyro.inference.nested_weights import resampled, weigh
-from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
+from armed_pyro.inference.posterior import METHODS, ImportanceDraws, Posterior, RefinedDraws
 from armed_pyro.rows.batch import Rows
 
 __all__ = ["duration", "nuts_seconds", "refine"]
@@ -36,12 +36,17 @@ def refine(
     method: str = "psis",
     *,
     draws: int = 4000,
+    joint: int | None = None,
     chains: int = 4,
     warmup: int = 500,
     seed: int | None = None,
     progress: bool = True,
 ) -> Posterior:
-    """The posterior with better draws, at the same network weights; see `Fit.refine`."""
+    """The posterior with better draws, at the same network weights; see `Fit.refine`.
+
+    Where weights do not depend on random effects, these are drawn for the first `joint` draws; by
+    default for all.
+    """
     if method not in METHODS:
         known = "; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items())
         raise ValueError(f"unknown method {method!r}: choose one of {known}")
@@ -65,28 +70,35 @@ def refine(
         if seed == posterior.seed:
             posterior = replace(posterior, importance=weighted)
         with posterior.model.seeded(seed + 5):
-            index = weighted.resample(min(draws, affordable(posterior)))
             quality = {"k_hat": weighted.k_hat, "ess": weighted.effective}
-            refined = RefinedDraws(method, weighted.latents, quality, index)
-            if any(
-                factor.effect_site not in weighted.latents for factor in posterior.model.factors
-            ):
-                pool = _with_effects(posterior, refined.latents)
+            most = affordable(posterior)
+            if any(f.effect_site not in weighted.latents for f in posterior.model.factors):
+                pool = _with_effects(posterior, weighted, draws, min(joint or draws, most))
                 refined = RefinedDraws(method, pool, quality)
+            else:
+                index = weighted.resample(min(draws, most))
+                refined = RefinedDraws(method, weighted.latents, quality, index)
     else:
         pool, quality = _nuts(posterior, math.ceil(draws / chains), chains, warmup, seed, progress)
         refined = RefinedDraws(method, pool, quality)
     return replace(posterior, refined=refined)
 
 
-def _with_effects(posterior: Posterior, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Draws of the hyperparameters, with random effects drawn for each."""
+def _with_effects(
+    posterior: Posterior, weighted: ImportanceDraws, draws: int, joint: int
+) -> dict[str, Tensor]:
+    """Resampled hyperparameters, and random effects for the first `joint` of them."""
+    # In random order, as neighbours may be copies of a draw.
+    index = weighted.resample(draws)
+    latents = selected(weighted.latents, index[torch.randperm(draws)])
+    effects = [factor.effect_site for factor in posterior.model.factors]
     rows, size, pieces = posterior.model.clusters(), posterior.guide.most_draws(), []
     with pyro.validation_enabled(False):
-        for start in range(0, n_draws(latents), size):
-            part = selected(latents, slice(start, start + size))
-            pieces.append(posterior.guide.effects_given(part, rows))
-    return joined(pieces)
+        for start in range(0, min(joint, draws), size):
+            part = selected(latents, slice(start, min(start + size, joint)))
+            drawn = posterior.guide.effects_given(part, rows)
+            pieces.append({site: drawn[site] for site in effects})
+    return latents | joined(pieces)
 
 
 def _nuts(

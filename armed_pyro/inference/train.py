@@ -32,7 +32,7 @@ from armed_pyro.guides.closed_form import MarginalLikelihood
 from armed_pyro.guides.crossed import choose_guide
 from armed_pyro.inference.cross_fitting import CrossFitting, comparable
 from armed_pyro.inference.held_out import HeldOut, StreamedPart
-from armed_pyro.inference.importance_sampling import importance_draws, refinable
+from armed_pyro.inference.importance_sampling import importance_draws, n_effects, refinable
 from armed_pyro.inference.network_training import NetworkTraining
 from armed_pyro.inference.out_of_sample import out_of_sample
 from armed_pyro.inference.posterior import Posterior
@@ -49,6 +49,8 @@ __all__ = ["GuideFactory", "progress_bar", "threads", "train"]
 
 # Fewest rows of which some are held out by default.
 FEWEST_ROWS = 10
+# Fewest draws of random effects that are kept, and values of all draws.
+FEWEST_KEPT, KEPT_VALUES = 1000, 2**22
 # Rows times parameters of one step below which one thread is fastest.
 SMALL_STEP = 2**24
 
@@ -105,7 +107,7 @@ def train(
     if isinstance(held_out, HeldOut) and held_out.factor is None and isinstance(rows, HeldRows):
         rows = replace(rows, fold=held_out.fold.to(rows.x.device))
         data = replace(data, fold=held_out.fold)
-    path = None if checkpoint is None else Path(checkpoint)
+    path = Path(checkpoint) if checkpoint is not None else None
     resume = resume and path is not None and path.exists()
     with pyro.validation_enabled(False), processes.together():
         if processes.several:
@@ -123,7 +125,7 @@ def train(
         count = 1 if size < SMALL_STEP else torch.get_num_threads()
         with threads(count), _training_bar(schedule, progress and processes.first) as report:
             saved = Checkpoint.read(path) if resume and path is not None else None
-            run = _trained(task, guide, held_out, path, report, saved)
+            run = _trained(replace(task, weighed=refine), guide, held_out, path, report, saved)
         processes.same(bound, bound_guide)
     posterior, frozen_rows, closed = run.result(), run.phase.frozen_rows, run.phase.closed
     record_probes(posterior, validation if isinstance(validation, ClusteredData) else held_out)
@@ -233,9 +235,14 @@ def _weighted(
         posterior = replace(posterior, importance=weights)
         # With k-hat above 1 the weights have no mean. Between 0.7 and 1 they improve on the guide,
         # and the diagnostics warn.
-        return refined_by(posterior) if weights.k_hat < 1 else posterior
+        return refined_by(posterior, joint=_joint(posterior)) if weights.k_hat < 1 else posterior
     except KeyboardInterrupt as error:
         raise TrainingInterrupted(posterior) from error
+
+
+def _joint(posterior: Posterior) -> int:
+    """Draws of all random effects that are kept."""
+    return max(FEWEST_KEPT, KEPT_VALUES // max(1, n_effects(posterior.model)))
 
 
 def _check_same(

@@ -53,6 +53,7 @@ class TrainingTask:
     keeps_snapshots: bool = False  # whether the network is kept after many windows, not at its best
     training: NetworkTraining = field(default_factory=NetworkTraining)
     evidence: Evidence | None = None  # the score of held-out rows; None takes their log-likelihood
+    weighed: bool = False  # whether importance weights correct the guide afterwards
 
     @property
     def by_epochs(self) -> bool:

@@ -235,7 +235,7 @@ class Plots:
         draw: list[Callable[[Axes], None]] = [] if single else [partial(_quantiles, z=z)]
         expected = np.asarray(fitted(self.posterior), dtype=float)
         draw.append(partial(_against, x=expected, z=z, label=_expected(self.posterior)))
-        for factor in self.posterior.model.factors[:1]:
+        for factor in self.posterior.model.clustered_factors[:1]:
             draw.append(partial(_by_cluster, data=data, factor=factor.name, z=z))
         for place, name in enumerate(data.feature_names[:MOST_FEATURES]):
             x = data.features[:, place].double().numpy()

@@ -159,6 +159,7 @@ def _check_exportable(model: MixedEffects, clusters: Mapping[str, Any]) -> None:
             facts.between_names
         ),
         "the family needs the number of trials of each row": model.family.needs_trials,
+        "parameters of the family have predictors": bool(model.family.predicted),
     }
     used = [factor for factor in model.factors if factor.name in clusters]
     unknown = [name for name in clusters if name not in {f.name for f in model.factors}]

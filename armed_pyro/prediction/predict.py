@@ -15,7 +15,7 @@ from armed_pyro.data.absent_columns import absent_columns, warn_of_absent, with_
 from armed_pyro.data.cluster_means import ClusterSums, added
 from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.data.files import as_pandas
-from armed_pyro.data.grouping import Grouping
+from armed_pyro.data.grouping import ALL_ROWS, Grouping
 from armed_pyro.data.label_matching import match_labels
 from armed_pyro.data.own_means import extended_by
 from armed_pyro.data.schema import Schema
@@ -382,7 +382,7 @@ def _clusters(
     """
     columns = {
         factor.name: [factor.name] if factor.name in schema.clusters else factor.name.split(":")
-        for factor in posterior.model.factors
+        for factor in posterior.model.clustered_factors
     }
     cells: dict[str, pd.DataFrame] = {}
     for frame in _reported(table, 2**18, schema.clusters, "listing clusters", report):
@@ -399,7 +399,8 @@ def _clusters(
         levels = reduce(Grouping.cross, groupings).levels
         places = match_labels(levels, seen, f"grouping factor {factor!r}")
         clusters[factor] = levels, places >= 0
-    return clusters
+    smooths = (factor.name for factor in posterior.model.factors if factor.smooth)
+    return clusters | dict.fromkeys(smooths, (ALL_ROWS, np.array([True])))
 
 
 def _reported(

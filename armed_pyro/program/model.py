@@ -20,7 +20,7 @@ from armed_pyro.data.clustered import ClusteredData
 from armed_pyro.families.distributional import family_with_predictors
 from armed_pyro.families.family import Family
 from armed_pyro.networks.modes import frozen_parts
-from armed_pyro.priors import Known, Priors
+from armed_pyro.priors import Known
 from armed_pyro.program import binding, dependent, fixed_prior, names
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.linear_effects import with_linear_effects
@@ -157,18 +157,10 @@ class MixedEffects(Plan):
         widths = binding.activation_widths(bound)
         if isinstance(data, ClusteredData):
             check_network(bound, data)
-        blocks: dict[str, list[Block]] = {}
-        scaling = facts.design_scaling
-        for term in self.terms:
-            parts = [part.block(scaling, widths) for part in term.expanded(scaling)]
-            blocks.setdefault(term.factor, []).extend(parts)
-        bound._designs = nn.ModuleList(
-            formula.block(scaling)
-            for formula in self.parameter_formulas
-            if not formula.from_network
-        )
-        bound.facts = facts = with_parameter_centers(bound, facts)
-        bound._add_factors(blocks, self.priors, self.family.effect_scale())
+        facts = self._place_factors(bound, widths)
+        for factor in bound.factors:
+            factor.place_cells(facts.levels[factor.name])
+        names.name_plates(bound)
         for adversary in bound.adversaries:
             adversary.build(widths, len(facts.levels[adversary.factor]))
         bound._adversaries.to(bound.network_reference())
@@ -186,24 +178,36 @@ class MixedEffects(Plan):
         binding.warn_if_far(bound)
         return bound
 
-    def _add_factors(
-        self, blocks: Mapping[str, list[Block]], priors: Priors, effect_scale: float
-    ) -> None:
-        """Make the grouping factors of these blocks, and place the cells of processes."""
-        facts, labels = self.data_facts(), names.site_labels(self, blocks)
-        parameters = facts.columns[len(facts.outcome_columns) :]
-        scales = (effect_scale, facts.spread)
-        self._factors = nn.ModuleList(
+    def _place_factors(self, bound: MixedEffects, widths: dict[str, int]) -> Facts:
+        """Give `bound` its grouping factors and predictors of parameters; return its facts."""
+        facts = bound.data_facts()
+        blocks: dict[str, list[Block]] = {}
+        scaling = facts.design_scaling
+        for term in self.terms:
+            parts = [part.block(scaling, widths) for part in term.expanded(scaling)]
+            blocks.setdefault(term.factor, []).extend(parts)
+        bound._designs = nn.ModuleList(
+            formula.block(scaling)
+            for formula in self.parameter_formulas
+            if not formula.from_network
+        )
+        bound.facts = facts = with_parameter_centers(bound, facts)
+        scales = (self.family.effect_scale(), facts.spread)
+        names_of = facts.columns[len(facts.outcome_columns) :]
+        labels = names.site_labels(bound, blocks)
+        bound._factors = nn.ModuleList(
             Factor(
-                *(name, of_factor, facts.columns, priors, *scales),
+                name,
+                of_factor,
+                facts.columns,
+                self.priors,
+                *scales,
                 label=labels[name],
-                parameters=parameters,
+                parameters=names_of,
             )
             for name, of_factor in blocks.items()
         )
-        for factor in self.factors:
-            factor.place_cells(facts.levels[factor.name])
-        names.name_plates(self)
+        return facts
 
     def with_family(self, family: Family) -> MixedEffects:
         """A shallow copy with this family."""

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from armed_pyro._messages import REAL, check_type
 from armed_pyro._pyro_module import PYRO_LOCK, LocalModule
+from armed_pyro.data.grouping import is_smooth_text
 from armed_pyro.families.distributional import family_with_predictors, parameter_named
 from armed_pyro.families.family import Eta, Family, Parameters
 from armed_pyro.families.reconstruction import Reconstruction
@@ -206,11 +207,20 @@ class Plan(LocalModule):
         modules: Any = self._modules["_factors"]
         return tuple(modules)
 
+    @property
+    def clustered_factors(self) -> tuple[Factor, ...]:
+        """The factors whose clusters are a sample of others: those of smooth terms left out."""
+        return tuple(factor for factor in self.factors if not factor.smooth)
+
     def factor_names(self) -> tuple[str, ...]:
         """Grouping factors of the terms and adversaries, in order of appearance."""
         names = [name for term in self.terms for name in term.groupings()]
         names += [adversary.factor for adversary in self.adversaries]
         return tuple(dict.fromkeys(names))
+
+    def grouping_names(self) -> tuple[str, ...]:
+        """`factor_names` without those of smooth terms, whose one cluster holds all rows."""
+        return tuple(name for name in self.factor_names() if not is_smooth_text(name))
 
     def layers(self) -> tuple[str, ...]:
         """Module paths whose activations terms, adversaries or other outcomes need."""

@@ -10,6 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from armed_pyro.distributions.shapes import broadcast_shape
 from armed_pyro.families.family import Eta
 from armed_pyro.networks.taps import modulated
 from armed_pyro.program.plan import Plan
@@ -87,7 +88,7 @@ def modulated_runs(
     the activations are those that no effect reaches.
     """
     effects = {factor.effect_site: latents[factor.effect_site] for factor in inside}
-    lead = torch.broadcast_shapes(*(value.shape[:-2] for value in effects.values()))
+    lead = broadcast_shape(*(value.shape[:-2] for value in effects.values()))
     effects = {site: value.expand(*lead, *value.shape[-2:]) for site, value in effects.items()}
     rebuilt, known = (model.others if others else ()), model.known()
     etas: list[Tensor] = []

@@ -39,12 +39,15 @@ class Block(nn.Module, ABC):
     """Effects of one term, one per name, laid out for the features of one data set.
 
     u_original = to_original @ u_internal, up to the outcome's spread. `width` is the number of
-    effects that are interpreted together, as those of the units of a hidden layer. `parameter` is
-    that of the family whose predictor has the effects, empty for the outcome's own predictor.
-    Blocks with the same `group`, unless it is empty, are correlated with each other.
+    effects that are interpreted together, as those of the units of a hidden layer. `shared` has,
+    by effect, the name of the sd that it shares with the others of that name; empty if each effect
+    has its own. `parameter` is that of the family whose predictor has the effects, empty for the
+    outcome's own predictor. Blocks with the same `group`, unless it is empty, are correlated with
+    each other.
     """
 
     width: int = 1
+    shared: tuple[str, ...] = ()
     parameter: str = ""
     group: str = ""
     to_original: Tensor

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -50,6 +50,14 @@ class EffectColumns:
         """Number of columns of the predictor that a linear block acts on."""
         return 1 if block.parameter else len(self._outcome)
 
+    def check_single(self, what: str) -> None:
+        """Raise a ValueError that `what` needs a single column, if the predictor has several."""
+        if self.count > 1:
+            raise ValueError(
+                f"{what} needs a predictor of a single column, found {self.count}: choose a family "
+                "such as ordinal, and parameters without predictors"
+            )
+
     def labels(self, block: Block, default: float) -> list[Label]:
         """Names, labels and default scales of a block's effects, in their order."""
         if isinstance(block, FilterBlock):
@@ -57,13 +65,35 @@ class EffectColumns:
         if block.parameter:
             names = [f"{block.parameter}_{term}" for term in block.names]
             return [(name, name, PARAMETER_SCALE) for name in names]
-        # Dividing by sqrt(width) keeps the variance of phi'u independent of a layer's width.
-        scale = default / block.width**0.5
+        # Dividing by sqrt(width) keeps the variance of phi'u independent of a layer's width. Mean
+        # squares of columns that share an sd add up to 1 already.
+        scale = default if block.shared else default / block.width**0.5
         return [
             (term, f"{term}[{column}]" if column else term, scale)
             for term in block.names
             for column in self._outcome
         ]
+
+    def sds(
+        self, labels: Sequence[Label]
+    ) -> tuple[list[int], tuple[str, ...], list[str], Int[Tensor, " effects"]]:
+        """First effect, label and name of every sd, and the place of every effect's sd.
+
+        `labels` are those of all blocks. An effect has its own sd, unless its block shares some.
+        """
+        shared: list[tuple[str, str]] = []
+        for block in self.blocks:
+            pairs = [(n, f"[{c}]" if c else "") for n in block.shared for c in self._outcome]
+            shared += pairs or [("", "")] * len(self.labels(block, 1.0))
+        whole = [
+            f"{name}{column}" if name else label
+            for (name, column), (_, label, _) in zip(shared, labels, strict=True)
+        ]
+        names = [name or own for (name, _), (own, *_) in zip(shared, labels, strict=True)]
+        distinct = tuple(dict.fromkeys(whole))
+        first = [whole.index(label) for label in distinct]
+        places = torch.tensor([distinct.index(label) for label in whole])
+        return first, distinct, [names[place] for place in first], places
 
     def to_original(self, block: Block, spread: float) -> Float[Tensor, "effects effects"]:
         """Takes a block's effects to units of the data."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from armed_pyro.data.categories import contrast_of
@@ -22,6 +22,7 @@ from armed_pyro.data.formula_syntax import (
     text_of,
 )
 from armed_pyro.random_effects.process_kernels import KERNELS
+from armed_pyro.random_effects.smooth import Smooth, is_smooth, without_smooths
 from armed_pyro.random_effects.terms import FilterScaleBias, Process, RandomEffects, Term
 
 __all__ = ["fixed_and_random", "parse_terms", "slopes_formula", "terms_of", "with_all_levels"]
@@ -41,10 +42,11 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
     ``(0 + x |c| g)``, are correlated, also those of parameters. Names with other characters than
     letters are in backticks.
     Left of the bar stands a formula of features, with products and functions, such as
-    ``(x * z + poly(t, 2) | g)``. The data need its columns: `slopes_formula` names them for
-    `ClusteredData.from_frame`; `armed_pyro.model` and the command line do that by themselves. One
-    string may hold several terms, joined by ``+``. ``ou(time | g)``, ``ar1(time | g)`` and
-    ``rw(time | g)`` are processes in time, one for every cluster of g; see `Process`.
+    ``(x * z + poly(t, 2) | g)``. ``s(x)`` is a penalised spline, `Smooth`. The data need the
+    columns of slopes and curves: `slopes_formula` names them for `ClusteredData.from_frame`;
+    `armed_pyro.model` and the command line do that by themselves. One string may hold several
+    terms, joined by ``+``. ``ou(time | g)``, ``ar1(time | g)`` and ``rw(time | g)`` are processes
+    in time, one for every cluster of g; see `Process`.
 
     Raises
     ------
@@ -63,7 +65,7 @@ def parse_terms(terms: str | Term | Iterable[str | Term]) -> tuple[Term, ...]:
         if not isinstance(term, str | Term):
             raise TypeError(f"a random-effect term is a string or a Term, not {term!r}")
         if isinstance(term, str):
-            parsed += [part for bar in _bars(_tree(term), term) for part in terms_of(bar)]
+            parsed += [part for node in _random(_tree(term), term) for part in terms_of(node)]
         else:
             parsed.append(term)
     _check_overlap(parsed)
@@ -80,20 +82,32 @@ def slopes_formula(terms: str | Iterable[str], columns: Collection[str]) -> str:
     'age + log(dose)'
     """
     listed = [terms] if isinstance(terms, str) else terms
-    bars = [bar for text in listed for bar in _bars(_tree(text), text)]
-    texts = (text for bar in bars for text in _slopes_of(bar).texts(columns))
+    nodes = [node for text in listed for node in _random(_tree(text), text)]
+    texts = [text for node in nodes for text in _slope_texts(node, columns)]
     return " + ".join(dict.fromkeys(texts))
 
 
+def _slope_texts(node: Operation | Call, columns: Collection[str]) -> Sequence[str]:
+    """The columns that one random term reads, as they are written."""
+    return Smooth(text_of(node)).slopes if is_smooth(node) else _slopes_of(node).texts(columns)
+
+
 def fixed_and_random(tree: Node) -> tuple[Node, list[Operation | Call]]:
-    """The parts of a formula's right side: features, and terms with a bar."""
-    parts = _signed(tree)
+    """The parts of a formula's right side: features, and random terms.
+
+    Smooth terms are random, and leave their straight line to the features.
+
+    >>> fixed, random = fixed_and_random(parse("z + s(x) + (1 | g)"))
+    >>> text_of(fixed), [text_of(term) for term in random]
+    ('z + x', ['1 | g', 's(x)'])
+    """
+    parts, smooths = without_smooths(_signed(tree))
     bars = [part for part, _ in parts if _is_bar(part)]
     if wrong := [part for part, sign in parts if _is_bar(part) and sign < 0]:
         raise ValueError(f"the random-effect term ({text_of(wrong[0])}) cannot be subtracted")
     fixed = [(part, sign) for part, sign in parts if not _is_bar(part)] or [(Number(1.0), 1)]
     nodes, signs = zip(*fixed, strict=True)
-    return Sum(nodes, signs), [bar for bar in bars if isinstance(bar, Operation | Call)]
+    return Sum(nodes, signs), [*(b for b in bars if isinstance(b, Operation | Call)), *smooths]
 
 
 def _signed(node: Node, sign: int = 1) -> list[tuple[Node, int]]:
@@ -137,21 +151,21 @@ def _quoted_word(match: re.Match[str]) -> str:
     return word if known or "[" in word else quoted_name(word)
 
 
-def _bars(tree: Node, text: str) -> list[Operation | Call]:
+def _random(tree: Node, text: str) -> list[Operation | Call]:
     """The terms of a text, which may join several by ``+``."""
     parts = _signed(tree)
-    bars = [part for part, sign in parts if isinstance(part, Operation | Call) and sign > 0]
-    bars = [bar for bar in bars if _is_bar(bar)]
-    if not bars or len(bars) < len(parts):
+    terms = [part for part, sign in parts if isinstance(part, Operation | Call) and sign > 0]
+    terms = [term for term in terms if _is_bar(term) or is_smooth(term)]
+    if not terms or len(terms) < len(parts):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
-    return bars
+    return terms
 
 
-def terms_of(bar: Operation | Call) -> list[RandomEffects] | list[Process]:
-    """The terms of ``x | a/b``, one for each grouping factor."""
-    if isinstance(bar, Call):
-        return _processes(bar)
+def terms_of(bar: Operation | Call) -> Sequence[Term]:
+    """The terms of ``x | a/b``, one for each grouping factor; or the smooth term ``s(x)``."""
     text = text_of(bar)
+    if isinstance(bar, Call):
+        return [Smooth(text)] if is_smooth(bar) else _processes(bar)
     bar, group = _unlabelled(bar)
     if any(_is_bar(side) for side in operands(bar)):
         raise ValueError(f"cannot read the random-effect term {text!r}: {_GRAMMAR}")
@@ -204,6 +218,11 @@ def _slopes_of(bar: Operation | Call) -> Formula:
     formula = features_of(bar.left, what)
     if formula.offset is not None:
         raise ValueError(f"{what} has an offset(), which has no effects.")
+    if any(is_smooth(parse(call)) for call in formula.calls):
+        raise ValueError(
+            f"{what} has s(), a smooth term, which stands in a sum of terms: y ~ s(x) + (1 | g). "
+            "Write ns(x, df=4) for curves that vary by cluster."
+        )
     return with_all_levels(formula)
 
 

@@ -53,14 +53,18 @@ class Factor(nn.Module):
     filters come last; all columns of the predictor share them. `default` is the scale of the sds'
     prior, if the prior has none of its own; `spread` is in outcome units per standardised unit, and
     those of parameters are 2.5 and 1. Names of sites start with `label`, by default the factor's
-    name.
+    name. The coefficients of a smooth term share one sd, so that the site of the sds has fewer
+    values than there are terms.
 
-    The clusters of a factor with a `process` are cells (cluster, time), which depend on each other.
+    The clusters of a factor with a `process`, which `place_cells` sets, are cells (cluster, time).
+    Their effects depend on each other; those of the cells of different clusters do not.
     """
 
     to_original: Tensor
     from_zero: Tensor | None  # T for all terms; None if it is the identity
     unit: Tensor  # standardised units per original unit of each term
+    sd_unit: Tensor  # the same of each sd
+    _sd_of_term: Tensor | None  # place of each term's sd; None if each has its own
     prior_scale: Tensor  # of the sds, in standardised units
 
     def __init__(
@@ -93,9 +97,11 @@ class Factor(nn.Module):
         unit = 1 / matrix.diagonal()
         self.prior = priors.of(name)
         scales = torch.tensor([scale for *_, scale in labels], dtype=unit.dtype)
-        # Without the predictor's column.
-        self._names = [name for name, *_ in labels]
-        prior_scale = self.prior.scales(self._names, unit, scales)
+        first, self.sd_names, self._names, of_term = self._columns.sds(labels)
+        self.first_of_sd = first
+        self.register_buffer("_sd_of_term", of_term if self.smooth else None, persistent=False)
+        prior_scale = self.prior.scales(self._names, unit[first], scales[first])
+        self.register_buffer("sd_unit", unit[first], persistent=False)
         self.register_buffer("to_original", matrix, persistent=False)
         self._place_sites()
         self.register_buffer("unit", unit, persistent=False)
@@ -116,14 +122,17 @@ class Factor(nn.Module):
                     "each other, for which there is no guide yet"
                 )
 
+    @property
+    def smooth(self) -> bool:
+        """Whether the factor is that of a smooth term, whose one cluster holds all rows."""
+        return any(block.shared for block in self.blocks)
+
     def place_cells(self, levels: pd.Index) -> None:
         """Set the process, if the factor has one, to the cells with these labels."""
-        for block in (block for block in self.blocks if isinstance(block, ProcessBlock)):
-            if (count := self._columns.count) > 1:
-                raise ValueError(
-                    f"the process {block.names[0]!r} of {self.name!r} needs a predictor of a "
-                    f"single column, found {count}: leave predictors of parameters out"
-                )
+        for block in self.blocks:
+            if not isinstance(block, ProcessBlock):
+                continue
+            self._columns.check_single(f"the process {block.names[0]!r} of {self.name!r}")
             self._process.append(CellProcess(block.kind, self.label, levels, self.name))
 
     def width_of(self, block: Block) -> int:
@@ -264,7 +273,7 @@ class Factor(nn.Module):
 
     def starts(self) -> dict[str, Tensor]:
         """Initial values of a guide's coordinates, by site; see `Covariance.starts`."""
-        size = len(self.terms)
+        size = len(self.sd_names)
         sd = START_SD / math.sqrt(max(1, size / 2))
         sds = torch.full((size,), sd, dtype=torch.float64)
         values = {self.sd_site: sds}
@@ -283,7 +292,7 @@ class Factor(nn.Module):
         """Priors of the terms' sds and of their correlations, in the units of the data."""
         lines = {}
         for term, name, scale, unit in zip(
-            self.terms, self._names, self.prior_scale, self.unit, strict=True
+            self.sd_names, self._names, self.prior_scale, self.sd_unit, strict=True
         ):
             prior = self.prior.describe(float(scale / unit)) + self._means(term)
             default = float(unit) != 1 and not self.prior.sets(name)
@@ -301,8 +310,9 @@ class Factor(nn.Module):
     # --- the covariance matrix, given the latent sites --------------------------------------
 
     def sd(self, latents: Latents) -> Float[Tensor, "... terms"]:
-        """Standard deviations of the terms, the latent site."""
-        return latents[self.sd_site]
+        """Standard deviations of the terms: the latent site, unless terms share one."""
+        sds = latents[self.sd_site]
+        return sds if self._sd_of_term is None else sds[..., self._sd_of_term]
 
     def effect_sd(self, latents: Latents) -> Float[Tensor, "... terms"]:
         """Standard deviations of the effects, at the features' means."""

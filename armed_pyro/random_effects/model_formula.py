@@ -18,6 +18,7 @@ from armed_pyro.data.formula_syntax import (
 )
 from armed_pyro.random_effects.formula import fixed_and_random, parse_terms, slopes_formula
 from armed_pyro.random_effects.parameter_formula import read_parameters
+from armed_pyro.random_effects.smooth import Smooth
 from armed_pyro.random_effects.terms import Process, RandomEffects, Term
 
 __all__ = [
@@ -99,8 +100,8 @@ class ModelFormula:
         if isinstance(tree.left, Operation) and tree.left.symbol == "~":
             raise ValueError(f"formula={text!r} has several '~'. {_EXPECTED}.")
         outcome, roles = _left_side(tree.left, text)
-        fixed, bars = fixed_and_random(tree.right)
-        terms = [text_of(b) if isinstance(b, Call) else f"({text_of(b)})" for b in bars]
+        fixed, random = fixed_and_random(tree.right)
+        terms = [text_of(b) if isinstance(b, Call) else f"({text_of(b)})" for b in random]
         return cls(outcome, text_of(fixed), tuple(terms), roles)
 
     def slopes(self, columns: Collection[str]) -> str:
@@ -167,7 +168,8 @@ def cluster_columns(
     ['a', 'b', 'id']
     """
     made = parse_features(features, lambda: ()).made
-    factors = [*(term.factor for term in terms), *more, *(column.factor for column in made)]
+    grouped = [term for term in terms if not isinstance(term, Smooth)]
+    factors = [*(term.factor for term in grouped), *more, *(column.factor for column in made)]
     names = [[name] if name in columns else name.split(":") for name in factors]
     return list(dict.fromkeys(part for parts in names for part in parts))
 

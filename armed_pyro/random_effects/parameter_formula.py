@@ -16,7 +16,7 @@ from armed_pyro.random_effects.formula import (
     terms_of,
     with_all_levels,
 )
-from armed_pyro.random_effects.terms import Process, RandomEffects
+from armed_pyro.random_effects.terms import Process, RandomEffects, Term
 
 __all__ = ["NETWORK", "ParameterFormula", "further_outputs", "read_parameters"]
 
@@ -123,8 +123,9 @@ def further_outputs(parameters: Mapping[str, str]) -> int:
     return sum(formula.from_network for formula in read_parameters(parameters))
 
 
-def _on_parameter(term: RandomEffects | Process, name: str) -> RandomEffects:
+def _on_parameter(term: Term, name: str) -> RandomEffects:
     """The term as one of a parameter."""
-    if isinstance(term, Process):
-        raise ValueError(f"the process {str(term)!r} needs the predictor of the outcome.")
+    if not isinstance(term, RandomEffects):
+        kind = "process" if isinstance(term, Process) else "smooth term"
+        raise ValueError(f"the {kind} {str(term)!r} needs the predictor of the outcome.")
     return replace(term, parameter=name)

@@ -20,6 +20,9 @@ ENDINGS = {
     "interrupted": "NOT CONVERGED: the training was interrupted",
 }
 
+# The ending of a fit whose guide needed no training.
+AT_MODE = "converged: the hyperparameters are at their mode, where the guide needs no training"
+
 WEIGHTS = {
     "frequency": "frequencies, with which log-likelihoods are multiplied; their sum is {:.5g}",
     "precision": "precisions; the residual variance of a row is residual_sd^2 / weight",
@@ -103,7 +106,9 @@ def outcome_labels(model: MixedEffects) -> dict[str, str]:
 
 def how_training_ended(posterior: Posterior) -> str:
     """Why and when the training ended."""
-    return f"{ENDINGS[posterior.stopped]} ({len(posterior.history.loss):,} steps)"
+    steps = len(posterior.history.loss)
+    ending = AT_MODE if steps == 1 and posterior.stopped == "converged" else None
+    return ending or f"{ENDINGS[posterior.stopped]} ({steps:,} steps)"
 
 
 def described(posterior: Posterior) -> str:

@@ -107,6 +107,12 @@ def _predictor(model: MixedEffects) -> str:
 
 def _effects(factor: Factor) -> str:
     """The random effects of a factor in a sentence."""
+    if factor.smooth:
+        curves = joined(factor.sd_names)
+        return (
+            f"The smooth term {curves} lets the expected outcome depart from a straight line by a "
+            "penalised spline."
+        )
     names = joined(["the intercept" if name == "Intercept" else name for name in factor.terms])
     text = f"Every cluster of {factor.name} has its own effect on {names}"
     if len(factor.terms) == 1:
@@ -125,6 +131,10 @@ def spread_sentences(results: Results) -> Iterator[str]:
             f"{_value(row, results.prob)} for {_term(row.term)}"
             for row in rows.head(MOST_NAMES).itertuples()
         ]
+        if factor.smooth:
+            listed = [f"{_value(row, results.prob)} ({row.term})" for row in rows.itertuples()]
+            yield f"Curves depart from their straight lines with an sd of {joined(listed)}."
+            continue
         more = len(rows) - MOST_NAMES
         listed += [f"and {more} more in the table below"] if more > 0 else []
         yield (

@@ -28,6 +28,7 @@ from armed_pyro.program.fold_networks import FoldNetworks
 from armed_pyro.program.model import MixedEffects
 from armed_pyro.random_effects.covariance import COVARIANCES, Covariance
 from armed_pyro.random_effects.parameter_formula import read_parameters
+from armed_pyro.random_effects.smooth import Smooth
 from armed_pyro.random_effects.terms import (
     FilterScaleBias,
     Process,
@@ -43,7 +44,7 @@ FORMAT = "armed_pyro fit"
 # The classes that a manifest can name. No other class is ever made from a manifest, so that reading
 # it executes no foreign code.
 TERMS: Mapping[str, type[Term]] = {
-    kind.__name__: kind for kind in (RandomEffects, Slopes, FilterScaleBias, Process)
+    kind.__name__: kind for kind in (RandomEffects, Slopes, FilterScaleBias, Process, Smooth)
 }
 PRIORS: Mapping[str, type[ScalePrior]] = {
     kind.__name__: kind for kind in (Exponential, HalfNormal, HalfStudentT, Known)

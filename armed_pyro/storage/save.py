@@ -31,6 +31,7 @@ from armed_pyro.guides.crossed import CrossedGuide
 from armed_pyro.guides.nested import NestedGuide
 from armed_pyro.guides.process import ProcessGuide
 from armed_pyro.guides.structured import StructuredGuide
+from armed_pyro.inference.importance_sampling import n_effects
 from armed_pyro.inference.posterior import METHODS, Posterior, RefinedDraws
 from armed_pyro.prediction.cluster_classifier import Classifiers, ClusterClassifier
 from armed_pyro.program.data_spec import Facts
@@ -159,7 +160,7 @@ def _contents(
     if posterior.refined is not None:
         refined = posterior.refined
         manifest["refined"] = {"method": refined.method, "quality": dict(refined.quality)}
-        tensors |= {f"refined.{name}": value for name, value in refined.latents.items()}
+        tensors |= {f"refined.{name}": value for name, value in refined.stored().items()}
     manifest["classifiers"] = []
     for number, classifier in enumerate(classifiers.values()):
         manifest["classifiers"].append({name: getattr(classifier, name) for name in CLASSIFIER})
@@ -297,7 +298,7 @@ def _write_groups(posterior: Posterior, path: Path, draws: int) -> None:
 
     There are at most as many draws as have random effects that fit into `LARGEST_POSTERIOR`.
     """
-    most = max(2, int(LARGEST_POSTERIOR / (4 * max(1, _n_effects(posterior)))))
+    most = max(2, int(LARGEST_POSTERIOR / (4 * max(1, n_effects(posterior.model)))))
     if draws > most:
         warnings.warn(
             f"{POSTERIOR} has {most} draws instead of {draws}, whose random effects would exceed "
@@ -346,16 +347,10 @@ def _narrow(group: xr.Dataset) -> xr.Dataset:
         return group.map(narrow, keep_attrs=True)
 
 
-def _n_effects(posterior: Posterior) -> int:
-    """Number of random effects."""
-    levels = posterior.model.data_facts().levels
-    return sum(len(f.terms) * len(levels[f.name]) for f in posterior.model.factors)
-
-
 def _groups(posterior: Posterior, draws: int) -> list[str]:
     """Groups of the tree that are not too large for the file."""
     by_row = ("posterior_predictive", "log_likelihood", "prior_predictive")
-    numbers = {**dict.fromkeys(by_row, posterior.data.n_rows), "prior": _n_effects(posterior)}
+    numbers = {**dict.fromkeys(by_row, posterior.data.n_rows), "prior": n_effects(posterior.model)}
     return [name for name in GROUPS if 4 * draws * numbers.get(name, 0) <= LARGEST_GROUP]
 
 
@@ -401,14 +396,17 @@ def _refined(
     with model.seeded(0):
         drawn = guide.draws(model.clusters(), 2)
     count = n_draws(draws)
+    # Random effects may be drawn for the first draws only.
+    effects = {factor.effect_site for factor in model.factors}
+    joint = min((len(draws[site]) for site in effects & draws.keys()), default=count)
     for name in sorted({*drawn, *draws}):
         if name not in draws or name not in drawn:
             raise ValueError(
                 f"the draws of {name!r} are {'unknown' if name in draws else 'missing'}"
             )
-        lead = () if drawn[name].dim() <= 1 else (count,)
+        lead = () if drawn[name].dim() <= 1 else (joint if name in effects else count,)
         shape = (*lead, *drawn[name].shape[len(lead) :])
-        if tuple(draws[name].shape) != shape or not count:
+        if tuple(draws[name].shape) != shape or not 0 < joint <= count:
             raise ValueError(
                 f"the draws of {name!r} have the shape {tuple(draws[name].shape)}, expected {shape}"
             )

@@ -337,7 +337,12 @@ def latent_dataset(model: MixedEffects, latents: Draws, draws: int) -> xr.Datase
             matrix = factor.to_original.to(effects)
             add(names.effect, (name, term), effects @ matrix.mT)
         variance = original_variances(factor, latents)
-        add(names.sd, (term,), variance.sqrt())
+        if factor.smooth:  # one sd per curve, and not per coefficient
+            curve = f"{term}_curve"
+            coords[curve] = list(factor.sd_names)
+            add(names.sd, (curve,), variance[..., factor.first_of_sd].sqrt())
+        else:
+            add(names.sd, (term,), variance.sqrt())
         if factor.groups:
             covariance = original_covariance(factor, latents)
             product = variance[..., :, None] * variance[..., None, :]

@@ -53,7 +53,8 @@ def variance_components(
         share_m = \sigma^2_m / (\sigma^2_f + \sum_l \sigma^2_l + \sigma^2_e), \\
         R^2_{marginal} = share_f, \quad R^2_{conditional} = share_f + \sum_m share_m
 
-    where :math:`\sigma^2_f` is the variance of the fixed effects over the rows and
+    where :math:`\sigma^2_f` is the variance of the fixed effects over the rows, to which R2 and ICC
+    count the curves of smooth terms, and
     :math:`\sigma^2_e` the residual variance: of y for gaussian outcomes, and on the latent scale
     for all others (:math:`\pi^2 / 3` for logits; Nakagawa, Johnson, Schielzeth 2017). It is the
     mean over the rows, if they have precisions or standard errors, or a parameter has a predictor.
@@ -175,7 +176,7 @@ def random_effects(
     tail = (1 - prob) / 2
     columns = ["factor", "term", "cluster", "mean", "sd", "lower", "upper"]
     tables = []
-    for factor in posterior.model.factors:
+    for factor in posterior.model.clustered_factors:
         effects = latents[factor.effect_site].to(factor.to_original)
         original = (effects @ factor.to_original.mT).cpu().numpy()
         spread = original.std(0, ddof=1) if len(original) > 1 else np.zeros_like(original[0])
@@ -199,8 +200,11 @@ def _check(draws: int, prob: float) -> None:
 def _factor_rows(factor: Factor, latents: Draws) -> Iterator[Row]:
     """Yield sds, variances and correlations."""
     variance = original_variances(factor, latents)
-    for statistic, values in {"sd": variance.sqrt(), "variance": variance}.items():
-        for term, draws in zip(factor.terms, values.unbind(1), strict=True):
+    terms, of_sd = factor.terms, variance
+    if factor.smooth:  # one sd of the curve, and not one of each coefficient
+        terms, of_sd = factor.sd_names, variance[:, factor.first_of_sd]
+    for statistic, values in {"sd": of_sd.sqrt(), "variance": of_sd}.items():
+        for term, draws in zip(terms, values.unbind(1), strict=True):
             yield factor.name, term, statistic, draws
     pairs = list(factor.pairs())
     covariance = original_covariance(factor, latents) if pairs else variance[:, None]
@@ -230,6 +234,7 @@ def _shares(
             parts[factor.name] = facts.spreads(variance) ** 2 * variance
         none = rows.x.new_zeros(n, len(facts.columns), dtype=torch.float64)
         totals = sum(parts.values(), none)
+        curves = sum((parts[f.name] for f in model.factors if f.smooth), none)
         weights = latents.get("fixed_effect")
         variances = _fixed_variance(model, rows, activations, weights).expand(n, -1)
         means = _means(model, rows, weights, totals) if model.family.needs_mean else none
@@ -242,15 +247,17 @@ def _shares(
     for column, label in enumerate(facts.outcome_columns):
         random = {name: part[:, column] for name, part in parts.items()}
         total_random, variance_fixed = totals[:, column], variances[:, column]
+        curved = curves[:, column]
         residual = residuals[:, column]
         if facts.weights_kind in ("precision", "se") and rows.weights is not None:
             residual = residual * (1 / rows.weights).mean()
         total = variance_fixed + total_random + residual
-        for name, part in random.items():
-            yield name, label, "icc", part / (total_random + residual)
+        for factor in model.clustered_factors:
+            left = total_random - curved + residual
+            yield factor.name, label, "icc", random[factor.name] / left
         for name, part in {"Fixed": variance_fixed, **random, "Residual": residual}.items():
             yield name, label, "share", part / total
-        yield "", label, "r2_marginal", variance_fixed / total
+        yield "", label, "r2_marginal", (variance_fixed + curved) / total
         yield "", label, "r2_conditional", (variance_fixed + total_random) / total
 
 

@@ -197,7 +197,7 @@ def _check_criterion(criterion: Criterion, models: Sequence[MixedEffects]) -> No
 def _factor(model: MixedEffects, data: ClusteredData, factor: str | None) -> str | None:
     """The factor over whose clusters scores are summed; None if there is none."""
     if factor is None:
-        return next(iter((*model.factor_names(), *data.groupings)), None)
+        return next(iter((*model.grouping_names(), *data.groupings)), None)
     data.grouping(factor)  # for its error
     return factor
 
