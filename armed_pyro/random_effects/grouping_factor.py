@@ -16,7 +16,8 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
-from armed_pyro.distributions.small_matrices import log_volume, lower_triangular, sheared_diagonal
+from armed_pyro.distributions.cholesky_correlation import log_volume
+from armed_pyro.distributions.small_matrices import lower_triangular, sheared_diagonal
 from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.priors import Known, Priors
 from armed_pyro.random_effects.covariance import Correlated, Covariance, Latents, Matrix, TermGroup
