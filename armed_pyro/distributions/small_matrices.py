@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 __all__ = [
     "FEW",
+    "log_volume",
     "lower_triangular",
     "multiply",
     "precision_root",
@@ -103,3 +104,14 @@ def solve(
         rest = reduce(torch.sub, known, right[..., i, :])
         solved[i] = rest / matrix[..., i, i, None]
     return torch.stack([solved[i] for i in range(n)], -2)
+
+
+def log_volume(sd: Tensor, cholesky: Float[Tensor, "... n n"]) -> Float[Tensor, "..."]:
+    r"""log |d D / d (sd, R's Cholesky factor C)| = :math:`\sum_i n log s_i + (n - 1 - i) log C_ii`.
+
+    A constant is left out. i counts from 0, and C is known by its elements below the diagonal.
+    """
+    n = sd.shape[-1]
+    powers = torch.arange(n - 1, -1, -1, dtype=sd.dtype, device=sd.device)
+    diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
+    return n * sd.log().sum(-1) + (powers[:-1] * diagonal[..., :-1].log()).sum(-1)
