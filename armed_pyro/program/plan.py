@@ -30,7 +30,11 @@ from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import LinearBlock, by_column
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
-from armed_pyro.random_effects.parameter_formula import ParameterFormula, read_parameters
+from armed_pyro.random_effects.parameter_formula import (
+    ParameterFormula,
+    check_predicted,
+    read_parameters,
+)
 from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.batch import Rows
 
@@ -135,13 +139,7 @@ class Plan(LocalModule):
             for formula, label in zip(read, labels, strict=True)
             for term in formula.random
         )
-        strange = [getattr(term, "parameter", "") for term in self.terms]
-        for name in filter(None, strange):
-            if name not in labels:
-                raise ValueError(
-                    f"there are random effects on {name!r}, which has no predictor: give "
-                    f"parameters={{{name!r}: '1'}}"
-                )
+        check_predicted(self.terms, labels)
         from_network = sum(formula.from_network for formula in read)
         self.family = family_with_predictors(base, [p.name for p in names], from_network)
         self._designs = nn.ModuleList()
@@ -155,15 +153,6 @@ class Plan(LocalModule):
     def outcome_terms(self) -> tuple[Term, ...]:
         """The random effects on the outcome's own predictor and inside the network."""
         return tuple(term for term in self.terms if not getattr(term, "parameter", ""))
-
-    def parameter_texts(self) -> tuple[str, ...]:
-        """The predictors of parameters as they are written: ``sigma ~ x + (1 | site)``."""
-        texts = []
-        for formula in self.parameter_formulas:
-            of_parameter = (t for t in self.terms if getattr(t, "parameter", "") == formula.name)
-            random = (str(term).removeprefix(f"{formula.name} ~ ") for term in of_parameter)
-            texts.append(f"{formula.name} ~ {' + '.join([formula.fixed, *random])}")
-        return tuple(texts)
 
     @property
     def designs(self) -> dict[str, LinearBlock]:

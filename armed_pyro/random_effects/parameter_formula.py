@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from armed_pyro._messages import listing
@@ -18,7 +18,7 @@ from armed_pyro.random_effects.formula import (
 )
 from armed_pyro.random_effects.terms import Process, RandomEffects, Term
 
-__all__ = ["NETWORK", "ParameterFormula", "further_outputs", "read_parameters"]
+__all__ = ["NETWORK", "ParameterFormula", "check_predicted", "further_outputs", "read_parameters"]
 
 # Fixed part of a predictor that is a further output of the network.
 NETWORK = "net"
@@ -129,3 +129,13 @@ def _on_parameter(term: Term, name: str) -> RandomEffects:
         kind = "process" if isinstance(term, Process) else "smooth term"
         raise ValueError(f"the {kind} {str(term)!r} needs the predictor of the outcome.")
     return replace(term, parameter=name)
+
+
+def check_predicted(terms: Sequence[Term], names: Sequence[str]) -> None:
+    """Raise a ValueError for random effects on a parameter that has no predictor."""
+    for name in filter(None, (getattr(term, "parameter", "") for term in terms)):
+        if name not in names:
+            raise ValueError(
+                f"there are random effects on {name!r}, which has no predictor: give "
+                f"parameters={{{name!r}: '1'}}"
+            )
