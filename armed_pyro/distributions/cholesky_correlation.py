@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 from torch.nn.functional import pad, softplus
 
-__all__ = ["CorrelationCholesky"]
+__all__ = ["CorrelationCholesky", "log_volume"]
 
 
 class CorrelationCholesky(CorrCholeskyTransform):
@@ -47,3 +47,14 @@ def _below(size: int, offset: int, like: Tensor) -> Tensor:
     """Places in a flattened square matrix at least `offset` below its diagonal."""
     places = [i * size + j for i in range(size) for j in range(i - offset + 1)]
     return torch.tensor(places, dtype=torch.long, device=like.device)
+
+
+def log_volume(sd: Tensor, cholesky: Float[Tensor, "... n n"]) -> Float[Tensor, "..."]:
+    r"""log |d D / d (sd, R's Cholesky factor C)| = :math:`\sum_i n log s_i + (n - 1 - i) log C_ii`.
+
+    A constant is left out. i counts from 0, and C is known by its elements below the diagonal.
+    """
+    n = sd.shape[-1]
+    powers = torch.arange(n - 1, -1, -1, dtype=sd.dtype, device=sd.device)
+    diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
+    return n * sd.log().sum(-1) + (powers[:-1] * diagonal[..., :-1].log()).sum(-1)

@@ -30,7 +30,11 @@ from armed_pyro.random_effects.covariance import Latents
 from armed_pyro.random_effects.design import LinearBlock, by_column
 from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
-from armed_pyro.random_effects.parameter_formula import ParameterFormula, read_parameters
+from armed_pyro.random_effects.parameter_formula import (
+    ParameterFormula,
+    check_parameters_of,
+    read_parameters,
+)
 from armed_pyro.random_effects.terms import Term
 from armed_pyro.rows.batch import Rows
 
@@ -126,22 +130,12 @@ class Plan(LocalModule):
         labels = [parameter.alias or parameter.name for parameter in names]
         if twice := [label for place, label in enumerate(labels) if label in labels[:place]]:
             raise ValueError(f"{twice[0]!r} has two predictors: give a single formula")
-        self.parameter_formulas = tuple(
-            replace(formula, name=label, random=())
-            for formula, label in zip(read, labels, strict=True)
-        )
+        pairs = list(zip(read, labels, strict=True))
+        self.parameter_formulas = tuple(replace(f, name=name, random=()) for f, name in pairs)
         self.terms = terms + tuple(
-            replace(term, parameter=label)
-            for formula, label in zip(read, labels, strict=True)
-            for term in formula.random
+            replace(term, parameter=name) for formula, name in pairs for term in formula.random
         )
-        strange = [getattr(term, "parameter", "") for term in self.terms]
-        for name in filter(None, strange):
-            if name not in labels:
-                raise ValueError(
-                    f"there are random effects on {name!r}, which has no predictor: give "
-                    f"parameters={{{name!r}: '1'}}"
-                )
+        check_parameters_of(self.terms, labels)
         from_network = sum(formula.from_network for formula in read)
         self.family = family_with_predictors(base, [p.name for p in names], from_network)
         self._designs = nn.ModuleList()
@@ -158,12 +152,7 @@ class Plan(LocalModule):
 
     def parameter_texts(self) -> tuple[str, ...]:
         """The predictors of parameters as they are written: ``sigma ~ x + (1 | site)``."""
-        texts = []
-        for formula in self.parameter_formulas:
-            of_parameter = (t for t in self.terms if getattr(t, "parameter", "") == formula.name)
-            random = (str(term).removeprefix(f"{formula.name} ~ ") for term in of_parameter)
-            texts.append(f"{formula.name} ~ {' + '.join([formula.fixed, *random])}")
-        return tuple(texts)
+        return tuple(formula.written(self.terms) for formula in self.parameter_formulas)
 
     @property
     def designs(self) -> dict[str, LinearBlock]:
@@ -467,7 +456,7 @@ class Plan(LocalModule):
         return base + (torch.cat(parts, -1) if others else parts[0])
 
     def _widths(self) -> list[int]:
-        """Numbers of the fixed effects on each parameter with a linear predictor."""
+        """Numbers of fixed effects on each parameter with a linear predictor."""
         return [len(design.names) for design in self.designs.values()]
 
     def fixed_design(

@@ -16,6 +16,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 
 from armed_pyro._messages import unknown
+from armed_pyro.distributions.cholesky_correlation import log_volume
 from armed_pyro.distributions.small_matrices import lower_triangular, sheared_diagonal
 from armed_pyro.distributions.whitened import WhitenedNormal
 from armed_pyro.priors import Known, Priors
@@ -375,7 +376,7 @@ class Factor(nn.Module):
                 root = lower_triangular(torch.linalg.inv(part) @ (sds[..., None] * values[site]))
                 zero = root.norm(dim=-1)
                 moved[site] = root / zero[..., None]
-                log_det = log_det + _log_volume(sds, values[site]) - _log_volume(zero, moved[site])
+                log_det = log_det + log_volume(sds, values[site]) - log_volume(zero, moved[site])
             else:
                 ratios = torch.cat([torch.ones_like(sds[..., :1]), sds[..., 1:]], -1)
                 intercept = sds[..., :1] / (ratios * part[0]).norm(dim=-1, keepdim=True)
@@ -492,17 +493,6 @@ def factor_named(factors: Sequence[Factor], name: str | None) -> Factor:
     if name is not None and name not in by_name:
         raise unknown("grouping factor with random effects", name, by_name)
     return factors[0] if name is None else by_name[name]
-
-
-def _log_volume(sd: Tensor, cholesky: Matrix) -> Float[Tensor, "..."]:
-    r"""log |d D / d (sd, R's Cholesky factor C)| = :math:`\sum_i n log s_i + (n - 1 - i) log C_ii`.
-
-    A constant is left out. i counts from 0, and C is known by its elements below the diagonal.
-    """
-    n = sd.shape[-1]
-    powers = torch.arange(n - 1, -1, -1, dtype=sd.dtype, device=sd.device)
-    diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
-    return n * sd.log().sum(-1) + (powers[:-1] * diagonal[..., :-1].log()).sum(-1)
 
 
 def weighted(membership: Membership) -> ScaleMessenger:
