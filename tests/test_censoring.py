@@ -527,7 +527,7 @@ def test_ranks_of_truths_are_uniform(family):
         nn.Linear(1, 1),
         "(1 | g)",
         family,
-        priors=Priors(sd=HalfNormal(0.7), fixed_sd=0.7, residual_sd=HalfNormal(1.0)),
+        priors=Priors(sd=HalfNormal(0.5), fixed_sd=0.5, residual_sd=HalfNormal(1.0)),
         bayesian_head=True,
     )
     result = simulation_calibration(program, data, simulations=100, draws=99, progress=False)

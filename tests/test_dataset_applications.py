@@ -20,19 +20,3 @@ def test_token_sequences_run():
     result, r2 = token_sequences.run(100, BRIEF)
     assert np.isfinite(r2)
     assert result.model.adversaries[0].taps == ("encoder:masked",)
-
-
-@pytest.mark.slow
-def test_token_sequences_are_learned():
-    result, r2 = token_sequences.run(1200, Schedule(steps=3000, folds=1, net_learning_rate=0.01))
-    assert r2 > 0.8
-    table = result.variance_components().set_index(["factor", "statistic"])
-    row = table.loc[("clinic", "sd")].iloc[0]
-    assert row["lower"] < token_sequences.EFFECT < row["upper"]
-
-
-@pytest.mark.slow
-def test_images_on_disk_are_learned(tmp_path):
-    schedule = Schedule(steps=1500, folds=1, net_learning_rate=0.01)
-    _, area = images_on_disk.run(tmp_path, 350, schedule)
-    assert area > 0.95

@@ -143,7 +143,6 @@ class Schema:
         formula = _features(features, table, reserved)
         extra = parse_features(slopes)
         _check_offsets(formula, extra, roles.get("offset"))
-        check_features(formula.calls)
         only_slopes = tuple(term for term in extra.terms if term not in formula.terms)
         made = tuple(dict.fromkeys(formula.made + extra.made))
         calls = tuple(dict.fromkeys(formula.calls + extra.calls))
@@ -422,7 +421,9 @@ def _features(
 
     if features is None or features == ".":
         return Formula(tuple((name,) for name in others()))
-    return parse_features(features, others)
+    formula = parse_features(features, others)
+    check_features(formula.calls)
+    return formula
 
 
 def _check_offsets(formula: Formula, slopes: Formula, column: str | None) -> None:

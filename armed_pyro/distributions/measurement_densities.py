@@ -59,13 +59,13 @@ class StudentT(dist.StudentT, Survival):
         tail = log_tail(at, log_ratio, length, power=2)
         return torch.where(z > 0, tail, log1mexp(tail))
 
-    def quantile(self, share: Tensor) -> Tensor:
+    def exceeded(self, log_share: Tensor) -> Tensor:
         """By scipy, without gradients."""
         from scipy import stats  # slow to import
 
         df, location, scale = (part.detach().double().cpu().numpy() for part in self.parts)
-        value = stats.t.ppf(share.detach().double().cpu().numpy(), df, location, scale)
-        return torch.as_tensor(value).to(share)
+        share = log_share.detach().double().exp().cpu().numpy()
+        return torch.as_tensor(stats.t.isf(share, df, location, scale)).to(log_share)
 
 
 class GammaByMean(dist.Gamma, Survival):
@@ -101,13 +101,16 @@ class GammaByMean(dist.Gamma, Survival):
         log_ratio = self.size[..., None] * (step - rise[..., None] * torch.expm1(step))
         return log_tail(at, log_ratio, length, power=1)
 
-    def quantile(self, share: Tensor) -> Tensor:
+    def exceeded(self, log_share: Tensor) -> Tensor:
         """By scipy, without gradients."""
         from scipy import stats  # slow to import
 
-        parts = (part.detach().double().cpu().numpy() for part in (share, self.size, self.log_mean))
-        at, size, log_mean = parts
-        return torch.as_tensor(stats.gamma.ppf(at, size, scale=np.exp(log_mean) / size)).to(share)
+        size, log_mean = (
+            part.detach().double().cpu().numpy() for part in (self.size, self.log_mean)
+        )
+        share = log_share.detach().double().exp().cpu().numpy()
+        value = stats.gamma.isf(share, size, scale=np.exp(log_mean) / size)
+        return torch.as_tensor(value).to(log_share)
 
 
 class BetaByMean(dist.Beta):

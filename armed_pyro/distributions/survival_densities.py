@@ -47,8 +47,12 @@ class Survival(ABC):
         """log P(y > value), without rounding at either end."""
 
     @abstractmethod
+    def exceeded(self, log_share: Tensor) -> Tensor:
+        """The value above which a share of the outcomes lies, given by its logarithm."""
+
     def quantile(self, share: Tensor) -> Tensor:
         """The value below which this share of the outcomes lies."""
+        return self.exceeded(torch.log1p(-share))
 
 
 class LogTime(dist.TorchDistribution, Survival, ABC):
@@ -74,16 +78,16 @@ class LogTime(dist.TorchDistribution, Survival, ABC):
         """Log of the density of z."""
 
     @abstractmethod
-    def standard_quantile(self, share: Tensor) -> Tensor:
-        """Quantile of z."""
+    def standard_exceeded(self, log_share: Tensor) -> Tensor:
+        """The value of z above which a share lies, given by its logarithm."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         tiny = torch.finfo(value.dtype).tiny
         jacobian = self.shape_.log() - value.clamp(min=tiny).log()
         return self.log_standard(self.standard(value)) + jacobian
 
-    def quantile(self, share: Tensor) -> Tensor:
-        return torch.exp(self.eta + self.standard_quantile(share) / self.shape_)
+    def exceeded(self, log_share: Tensor) -> Tensor:
+        return torch.exp(self.eta + self.standard_exceeded(log_share) / self.shape_)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Quantiles of uniform numbers."""
@@ -104,8 +108,8 @@ class WeibullTime(LogTime):
     def log_survival(self, value: Tensor) -> Tensor:
         return -torch.exp(self.standard(value).clamp(max=LARGEST))
 
-    def standard_quantile(self, share: Tensor) -> Tensor:
-        return torch.log(-torch.log1p(-share))
+    def standard_exceeded(self, log_share: Tensor) -> Tensor:
+        return torch.log(-log_share)
 
     @property
     def mean(self) -> Tensor:
@@ -128,8 +132,8 @@ class LogLogisticTime(LogTime):
     def log_survival(self, value: Tensor) -> Tensor:
         return -softplus(self.standard(value))
 
-    def standard_quantile(self, share: Tensor) -> Tensor:
-        return torch.logit(share)
+    def standard_exceeded(self, log_share: Tensor) -> Tensor:
+        return log1mexp(log_share) - log_share
 
     @property
     def mean(self) -> Tensor:
@@ -162,9 +166,9 @@ class LogNormalTime(dist.LogNormal, Survival):
         tiny = torch.finfo(value.dtype).tiny
         return torch.special.log_ndtr((location - value.clamp(min=tiny).log()) / sd)
 
-    def quantile(self, share: Tensor) -> Tensor:
+    def exceeded(self, log_share: Tensor) -> Tensor:
         location, sd = self.parts
-        return torch.exp(location + sd * torch.special.ndtri(share))
+        return torch.exp(location - sd * torch.special.ndtri(log_share.exp()))
 
 
 class NormalSurvival(dist.Normal, Survival):
@@ -178,8 +182,8 @@ class NormalSurvival(dist.Normal, Survival):
     def log_survival(self, value: Tensor) -> Tensor:
         return torch.special.log_ndtr((self.loc - value) / self.scale)
 
-    def quantile(self, share: Tensor) -> Tensor:
-        return self.loc + self.scale * torch.special.ndtri(share)
+    def exceeded(self, log_share: Tensor) -> Tensor:
+        return self.loc - self.scale * torch.special.ndtri(log_share.exp())
 
 
 class PiecewiseTime(dist.TorchDistribution, Survival):
@@ -232,8 +236,8 @@ class PiecewiseTime(dist.TorchDistribution, Survival):
         steps = self.log_ratio[..., :-1].exp() * self._starts.diff()
         return torch.cat([torch.zeros_like(self.log_ratio[..., :1]), steps.cumsum(-1)], -1)
 
-    def quantile(self, share: Tensor) -> Tensor:
-        wanted = (-torch.log1p(-share) / self._rate())[..., None]
+    def exceeded(self, log_share: Tensor) -> Tensor:
+        wanted = (-log_share / self._rate())[..., None]
         at = self._at_starts()
         piece = (wanted >= at).sum(-1, keepdim=True) - 1
         shape = torch.broadcast_shapes(wanted.shape[:-1], at.shape[:-1])
@@ -303,8 +307,7 @@ class CensoredDensity(dist.TorchDistribution):
             uniform = uniform.clamp(eps, 1 - eps)
             late = self._late(entry)
             at_entry = self.base.log_survival(torch.where(late, entry, 1.0))
-            before = -torch.expm1(at_entry * late)
-            drawn = self.base.quantile(before + uniform * (1 - before))
+            drawn = self.base.exceeded(at_entry * late + uniform.log())
             return torch.where(late, torch.maximum(drawn, entry), drawn)
 
     def _late(self, entry: Tensor) -> Tensor:
