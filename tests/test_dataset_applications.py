@@ -20,3 +20,11 @@ def test_token_sequences_run():
     result, r2 = token_sequences.run(100, BRIEF)
     assert np.isfinite(r2)
     assert result.model.adversaries[0].taps == ("encoder:masked",)
+
+
+@pytest.mark.slow
+def test_token_sequences_are_learned():
+    result, r2 = token_sequences.run(1200, Schedule(steps=3000, folds=1, net_learning_rate=0.01))
+    assert r2 > 0.8
+    table = result.variance_components().query("factor == 'clinic' and statistic == 'sd'")
+    assert table["lower"].item() < token_sequences.EFFECT < table["upper"].item()

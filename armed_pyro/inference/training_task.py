@@ -19,7 +19,6 @@ from armed_pyro.guides.base import Guide
 from armed_pyro.inference.evidence import Evidence
 from armed_pyro.inference.network_training import NetworkTraining, measured
 from armed_pyro.program.model import MixedEffects, can_overfit, log_likelihoods
-from armed_pyro.program.parameter_predictors import parameter_texts
 from armed_pyro.program.predictor import modulates
 from armed_pyro.rows.batch import Rows
 from armed_pyro.rows.in_memory import HeldRows
@@ -133,7 +132,7 @@ class TrainingTask:
         return {
             "data": digest(self.source, encoding),
             "validation": self.validation and digest(self.validation, encoding),
-            "terms": [*map(str, model.terms), *parameter_texts(model)],
+            "terms": [*map(str, model.terms), *model.parameter_texts()],
             "family": model.family.name,
             "adversary": [adversary.settings() for adversary in model.adversaries],
             "priors": repr(model.priors),

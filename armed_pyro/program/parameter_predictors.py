@@ -9,7 +9,7 @@ from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 from armed_pyro.random_effects.design import InputBlock
 
-__all__ = ["check_parameters", "parameter_texts", "with_parameter_centers"]
+__all__ = ["check_parameters", "with_parameter_centers"]
 
 
 def with_parameter_centers(model: Plan, facts: Facts) -> Facts:
@@ -23,16 +23,6 @@ def with_parameter_centers(model: Plan, facts: Facts) -> Facts:
         if isinstance(design, InputBlock) and not design.has_constant:
             center[facts.columns.index(name)] = 0.0
     return replace(facts, center=tuple(center))
-
-
-def parameter_texts(model: Plan) -> tuple[str, ...]:
-    """The predictors of parameters as they are written: ``sigma ~ x + (1 | site)``."""
-    texts = []
-    for formula in model.parameter_formulas:
-        of_parameter = (t for t in model.terms if getattr(t, "parameter", "") == formula.name)
-        random = (str(term).removeprefix(f"{formula.name} ~ ") for term in of_parameter)
-        texts.append(f"{formula.name} ~ {' + '.join([formula.fixed, *random])}")
-    return tuple(texts)
 
 
 def check_parameters(model: Plan) -> None:

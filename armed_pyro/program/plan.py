@@ -32,7 +32,7 @@ from armed_pyro.random_effects.formula import parse_terms
 from armed_pyro.random_effects.grouping_factor import Factor
 from armed_pyro.random_effects.parameter_formula import (
     ParameterFormula,
-    check_predicted,
+    check_parameters_of,
     read_parameters,
 )
 from armed_pyro.random_effects.terms import Term
@@ -130,16 +130,12 @@ class Plan(LocalModule):
         labels = [parameter.alias or parameter.name for parameter in names]
         if twice := [label for place, label in enumerate(labels) if label in labels[:place]]:
             raise ValueError(f"{twice[0]!r} has two predictors: give a single formula")
-        self.parameter_formulas = tuple(
-            replace(formula, name=label, random=())
-            for formula, label in zip(read, labels, strict=True)
-        )
+        pairs = list(zip(read, labels, strict=True))
+        self.parameter_formulas = tuple(replace(f, name=name, random=()) for f, name in pairs)
         self.terms = terms + tuple(
-            replace(term, parameter=label)
-            for formula, label in zip(read, labels, strict=True)
-            for term in formula.random
+            replace(term, parameter=name) for formula, name in pairs for term in formula.random
         )
-        check_predicted(self.terms, labels)
+        check_parameters_of(self.terms, labels)
         from_network = sum(formula.from_network for formula in read)
         self.family = family_with_predictors(base, [p.name for p in names], from_network)
         self._designs = nn.ModuleList()
@@ -153,6 +149,10 @@ class Plan(LocalModule):
     def outcome_terms(self) -> tuple[Term, ...]:
         """The random effects on the outcome's own predictor and inside the network."""
         return tuple(term for term in self.terms if not getattr(term, "parameter", ""))
+
+    def parameter_texts(self) -> tuple[str, ...]:
+        """The predictors of parameters as they are written: ``sigma ~ x + (1 | site)``."""
+        return tuple(formula.written(self.terms) for formula in self.parameter_formulas)
 
     @property
     def designs(self) -> dict[str, LinearBlock]:
@@ -456,7 +456,7 @@ class Plan(LocalModule):
         return base + (torch.cat(parts, -1) if others else parts[0])
 
     def _widths(self) -> list[int]:
-        """Numbers of the fixed effects on each parameter with a linear predictor."""
+        """Numbers of fixed effects on each parameter with a linear predictor."""
         return [len(design.names) for design in self.designs.values()]
 
     def fixed_design(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from armed_pyro._messages import listing
@@ -18,7 +18,13 @@ from armed_pyro.random_effects.formula import (
 )
 from armed_pyro.random_effects.terms import Process, RandomEffects, Term
 
-__all__ = ["NETWORK", "ParameterFormula", "check_predicted", "further_outputs", "read_parameters"]
+__all__ = [
+    "NETWORK",
+    "ParameterFormula",
+    "check_parameters_of",
+    "further_outputs",
+    "read_parameters",
+]
 
 # Fixed part of a predictor that is a further output of the network.
 NETWORK = "net"
@@ -79,6 +85,12 @@ class ParameterFormula:
             raise ValueError(f"{what} has an offset(), which belongs to the outcome's formula.")
         return with_all_levels(formula)
 
+    def written(self, terms: Iterable[Term]) -> str:
+        """The predictor as it is written, with its random effects among these terms."""
+        of_parameter = (t for t in terms if getattr(t, "parameter", "") == self.name)
+        random = (str(term).removeprefix(f"{self.name} ~ ") for term in of_parameter)
+        return f"{self.name} ~ {' + '.join([self.fixed, *random])}"
+
     def features(self, columns: Collection[str]) -> tuple[str, ...]:
         """Its features among these columns, for ``ClusteredData.from_frame(..., slopes=...)``."""
         return () if self.from_network else tuple(self._formula().texts(columns))
@@ -131,10 +143,11 @@ def _on_parameter(term: Term, name: str) -> RandomEffects:
     return replace(term, parameter=name)
 
 
-def check_predicted(terms: Sequence[Term], names: Sequence[str]) -> None:
-    """Raise a ValueError for random effects on a parameter that has no predictor."""
-    for name in filter(None, (getattr(term, "parameter", "") for term in terms)):
-        if name not in names:
+def check_parameters_of(terms: Iterable[Term], names: Collection[str]) -> None:
+    """Raise ValueError for random effects on a parameter that has no predictor."""
+    for term in terms:
+        name = getattr(term, "parameter", "")
+        if name and name not in names:
             raise ValueError(
                 f"there are random effects on {name!r}, which has no predictor: give "
                 f"parameters={{{name!r}: '1'}}"

@@ -9,7 +9,6 @@ import pandas as pd
 
 from armed_pyro._optional import extra
 from armed_pyro._plotting import FAINT, PLAIN
-from armed_pyro.program.parameter_predictors import parameter_texts
 from armed_pyro.report.content import (
     Block,
     Bullets,
@@ -92,7 +91,7 @@ def _question(results: Results) -> Section:
     layers = [module for module in model.net.modules() if not list(module.children())]
     lines = {
         "Formula": formula(model),
-        "Parameters": "; ".join(parameter_texts(model)),
+        "Parameters": "; ".join(model.parameter_texts()),
         "Outcome": f"{facts.outcome_name} ({model.family})",
         **outcome_labels(model),
         "Features": ", ".join(facts.feature_names) or "none",

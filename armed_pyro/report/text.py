@@ -9,7 +9,6 @@ from armed_pyro.inference.posterior import METHODS, Posterior
 from armed_pyro.networks.fresh_probe import FreshProbe
 from armed_pyro.program import fixed_prior
 from armed_pyro.program.model import MixedEffects
-from armed_pyro.program.parameter_predictors import parameter_texts
 from armed_pyro.report.cells import as_text
 from armed_pyro.report.results import Results
 
@@ -119,7 +118,7 @@ def described(posterior: Posterior) -> str:
     sizes = "".join(f", {len(levels)} of {name}" for name, levels in facts.levels.items())
     fixed = "linear" if model.linear else type(model.network).__name__
     event = "" if model.event is None else f" = {model.event!r}"
-    further = "".join(f", {text}" for text in parameter_texts(model))
+    further = "".join(f", {text}" for text in model.parameter_texts())
     return (
         f"{facts.outcome_name}{event} ({model.family}): {fixed} + {random}{further}; "
         f"{count_rows(facts.n_rows)}{sizes}; {ENDINGS[posterior.stopped].partition(':')[0]}"
@@ -148,7 +147,7 @@ def _head(posterior: Posterior) -> str:
         *(f"  {name}: {line}" for name, line in outcome_labels(model).items()),
         f"  Fixed effects: {fixed}, on {features} feature(s)",
         f"  Random effects: {random}",
-        *(f"  Predictor: {text}" for text in parameter_texts(model)),
+        *(f"  Predictor: {text}" for text in model.parameter_texts()),
         f"  Rows: {facts.n_rows}; clusters: {sizes}",
     ]
     if facts.between is not None:
