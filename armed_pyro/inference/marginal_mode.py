@@ -44,6 +44,9 @@ CLIMBED = 3e-3
 # up to NEWTON_STEPS lead from the sample's mode to the mode of all rows.
 SEARCHED, FEWEST_SEARCHED, NEWTON_STEPS = 2**18, 100, 5
 
+# Hyperparameters per row above which no mode is searched.
+INTERPOLATING = 0.75
+
 
 def start_at_mode(
     model: MixedEffects,
@@ -61,8 +64,8 @@ def start_at_mode(
     with the random effects integrated out: in closed form, if `closed` gives log p(y | theta), or
     by the guide's conditional, with a few particles on fixed noise unless it is exact. The
     conditional is refreshed between `rounds` of LBFGS, at most. The guide stays unchanged if it has
-    random effects but no nested factor, or if effects inside the network make the network run on
-    many rows.
+    random effects but no nested factor, if effects inside the network make the network run on many
+    rows, or if there are nearly as many hyperparameters as rows.
 
     With `closed`, no row is read. Otherwise, rows that do not fit into one evaluation are read in
     pieces. With a single factor and very many rows the search uses a sample of whole clusters. A
@@ -74,7 +77,10 @@ def start_at_mode(
     searchable = closed is not None or grouped or not model.factors
     # With effects inside the network, the search would run it hundreds of times on all rows.
     affordable = not modulates(model) or len(source) * row_cost(model) <= LARGEST_STEP
-    if not hyper.size or not searchable or not affordable:
+    # With nearly as many coefficients as rows the density has no mode: it grows without bound as
+    # the rows are interpolated and the residual sd falls to 0.
+    interpolating = hyper.size > INTERPOLATING * len(source)
+    if not hyper.size or not searchable or not affordable or interpolating:
         return
     frame = torch.diag(_first_scale(model, guide, source))
     before = _center(guide)
