@@ -261,7 +261,8 @@ def check_not_paths(column: pd.Series) -> None:
     """Raise ValueError if a column of text holds paths of files, as of images."""
     if isinstance(column.dtype, pd.CategoricalDtype) or dtypes.is_bool_dtype(column.dtype):
         return
-    distinct = pd.Series([v for v in dict.fromkeys(column) if isinstance(v, str)], dtype=object)
+    texts = dict.fromkeys(value for value in column if isinstance(value, str))
+    distinct = pd.Series(list(texts), dtype=object)
     paths = distinct[distinct.str.fullmatch(_FILE, case=False)]
     if len(paths) < 2 or 2 * len(paths) < len(distinct):
         return

@@ -150,9 +150,9 @@ class MixedEffects(Plan):
             bound.facts = data
         bound.frozen = frozen_parts(bound.network)
         facts = bound.data_facts()
-        check_parameters(bound)
         if facts.weights_kind == "se":
             bound.priors = replace(bound.priors, residual_sd=Known(1.0))
+        check_parameters(bound)
         binding.check_intercept(bound)
         widths = binding.activation_widths(bound)
         if isinstance(data, ClusteredData):

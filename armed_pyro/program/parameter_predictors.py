@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from armed_pyro.priors import Known
+from armed_pyro.families.distributional import parameter_named
 from armed_pyro.program.data_spec import Facts
 from armed_pyro.program.plan import Plan
 from armed_pyro.random_effects.design import InputBlock
@@ -27,15 +27,12 @@ def with_parameter_centers(model: Plan, facts: Facts) -> Facts:
 
 def check_parameters(model: Plan) -> None:
     """Refuse a predictor of a parameter that standard errors or a prior fix."""
-    if "residual_sd" not in model.family.predicted:
-        return
-    if model.data_facts().weights_kind == "se":
-        raise ValueError(
-            "sigma has a predictor, but the rows have known standard errors, which are their "
-            "residual sds: leave out either of them"
-        )
-    if isinstance(model.priors.residual_sd, Known):
-        raise ValueError(
-            "sigma has a predictor, but the prior of the residual sd is Known: leave out either of "
-            "them"
-        )
+    unit = model.unit()
+    for name in model.family.predicted:
+        parameter = parameter_named(model.family.without_predictors, name)
+        if parameter.known(model.priors, unit) is None:
+            continue
+        label, cause = parameter.alias or name, "the prior of the residual sd is Known"
+        if model.data_facts().weights_kind == "se":
+            cause = "the rows have known standard errors, which are their residual sds"
+        raise ValueError(f"{label} has a predictor, but {cause}: leave out either of them")
