@@ -734,7 +734,6 @@ class OwnGuide(StructuredGuide):
         ({"random": OwnTerm("site")}, "term or prior OwnTerm cannot be saved"),
         ({"family": OwnFamily()}, "family OwnFamily cannot be saved.*gaussian"),
         ({"priors": Priors(residual_sd=OwnPrior(1.0))}, "prior OwnPrior cannot be saved"),
-        ({"net": nn.Linear(2, 1, dtype=torch.complex64)}, r"complex64 cannot be saved"),
     ],
 )
 def test_parts_that_could_not_be_read_are_not_written(small, tmp_path, options, message):
