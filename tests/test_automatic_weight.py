@@ -87,6 +87,7 @@ def test_weights_rise_while_the_cluster_is_read_and_the_loss_does_not_suffer(nam
     assert [record["loss"] for record in records] == pytest.approx(losses[:n_tried])
 
 
+@pytest.mark.slow
 def test_the_weight_stops_where_the_loss_suffers():
     """x1 tells the outcome and the site: hiding the site costs the outcome."""
     result = fitted(table(leak=1.0, need=1.0, n=480), program(random=()))

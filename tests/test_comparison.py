@@ -205,6 +205,7 @@ def test_compare_runs_on_a_table(tmp_path):
         command.main([str(path)])
 
 
+@pytest.mark.slow
 def test_several_applications_are_compared_in_turn(tmp_path, capsys):
     """Of images the error of rebuilding is scored, where the network has a decoder."""
     options = ["--smoke", "--models", "conventional,ARMED", "--out", str(tmp_path)]

@@ -336,7 +336,6 @@ def everything(path):
         "gradients": gradients_differ_by(),
         "fitted": fitted(path),
         "linear": linear(),
-        "folds": cross_fitted(path),
         "other": other_things(path),
     }
 
@@ -382,8 +381,9 @@ def test_two_processes_fit_what_one_does(both, tmp_path):
     assert abs(min(two["validation"]) - min(one["validation"])) < 0.03
 
 
-def test_several_processes_cross_fit_the_same_networks(both, tmp_path):
-    first, second = (result["folds"] for result in both)
+@pytest.mark.slow
+def test_several_processes_cross_fit_the_same_networks(tmp_path):
+    first, second = results("cross_fitted", tmp_path)
     assert first == second
     assert first["whole"] == first["resumed"]
     assert len(first["whole"]["folds"]) == 3

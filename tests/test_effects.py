@@ -325,6 +325,7 @@ def test_comparisons_of_a_network_are_differences_of_its_predictions():
     np.testing.assert_allclose(made, high - low, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_effects_on_filters_reach_marginal_predictions():
     def net(width):
         return nn.Sequential(nn.Linear(width, 2), nn.Tanh(), nn.Linear(2, 1))

@@ -22,6 +22,7 @@ def page():
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no cluster of")
 def test_the_examples_find_what_was_simulated(page):
     typical = page["typical"].to_frame().set_index("contrast")

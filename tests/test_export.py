@@ -36,7 +36,13 @@ def fitted(family, net=None, terms="(1 + x1 | site)", data=None, **settings):
     return fit(model, data, schedule=BRIEF, progress=False), data
 
 
-@pytest.mark.parametrize("family", ["gaussian", "bernoulli", "categorical"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gaussian", pytest.param("bernoulli", marks=SLOW), pytest.param("categorical", marks=SLOW)],
+)
 def test_the_network_takes_raw_inputs_and_gives_expected_outcomes(family):
     result, data = fitted(family)
     expected = result.predict(

@@ -154,6 +154,7 @@ def full_batch():
     return run(linear(), make_data(), schedule=Schedule(steps=400, window=50, stages=0))
 
 
+@pytest.mark.slow
 def test_mini_batches_reach_the_full_batch_optimum(full_batch, monkeypatch):
     unsettled(monkeypatch)
     schedule = Schedule(steps=500, window=50, stages=0, batch_size=10)

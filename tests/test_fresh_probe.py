@@ -124,7 +124,9 @@ def test_probes_of_several_networks_are_pooled_over_their_rows():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("n_sites", "held_out"), [(12, True), (6, False)])
+@pytest.mark.parametrize(
+    ("n_sites", "held_out"), [(12, True), pytest.param(6, False, marks=pytest.mark.slow)]
+)
 def test_cross_fitted_networks_are_probed_with_the_rows_held_out_from_each(n_sites, held_out):
     """Where they are of too few clusters, the training rows are probed."""
     rng = np.random.default_rng(0)

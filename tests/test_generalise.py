@@ -61,6 +61,7 @@ def test_learners_predict_seen_and_new_clusters(learner: Learner, family: str) -
             assert error <= limit * unknown
 
 
+@pytest.mark.slow
 def test_two_stages_shrink_the_networks_mean_residuals() -> None:
     table = table_of("gaussian")
     train = table.data

@@ -312,6 +312,7 @@ def network():
     return nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
 
 
+@pytest.mark.slow
 def test_lazily_trained_clusters_give_the_same_fit():
     """Beside a fit that draws every cluster in every step: the guide ends at the same posterior."""
     data = many()
