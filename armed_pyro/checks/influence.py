@@ -55,13 +55,16 @@ def row_influence(
         w_s \propto 1 / p(y_i \mid \eta_s)
 
     Only the rows whose log-likelihoods vary most over the draws are left out, as the weights of
-    the others are nearly equal.
+    the others are nearly equal. Nothing is said where most clusters of a factor are single rows:
+    the effect of a row is fitted to it, so that its weights are those of few draws.
+    `cluster_influence` integrates these effects out.
     """
     model, index = posterior.model, np.unique(index)
     most = min(MOST_DRAWS, max(FEWEST_DRAWS, MOST_VALUES // len(index)))
     drawn = selected(latents, slice(most))
     draws = _fixed_effects(drawn)
-    if draws is None or n_draws(drawn) < FEWEST_DRAWS or modulates(model):
+    of_rows = any(2 * len(ls) > posterior.data.n_rows for ls in model.data_facts().levels.values())
+    if draws is None or n_draws(drawn) < FEWEST_DRAWS or modulates(model) or of_rows:
         return
     source = model.encode(posterior.data)
     rows = source.batch(
