@@ -198,8 +198,7 @@ def _slopes(name: str, factor: str, apart: SlopesApart, place: int) -> str:
 
 def _rows(posterior: Posterior, residuals: QuantileResiduals) -> Rows:
     source = posterior.model.encode(posterior.data)
-    index = torch.from_numpy(residuals.index).to(source.like.device)
-    return source.batch(index, dense_up_to=max([0, *map(len, source.counts.values())]))
+    return source.dense_batch(torch.from_numpy(residuals.index).to(source.like.device))
 
 
 @torch.no_grad()

@@ -67,10 +67,7 @@ def row_influence(
     if draws is None or n_draws(drawn) < FEWEST_DRAWS or modulates(model) or of_rows:
         return
     source = model.encode(posterior.data)
-    rows = source.batch(
-        torch.from_numpy(index).to(source.like.device),
-        dense_up_to=max([0, *map(len, source.counts.values())]),
-    )
+    rows = source.dense_batch(torch.from_numpy(index).to(source.like.device))
     with torch.no_grad():
         value = log_likelihoods(model, rows, drawn, others=False)[model.data_facts().outcome_name]
     by_row = value.reshape(-1, len(index)).double().cpu().numpy().T

@@ -192,7 +192,7 @@ def _sampled_rows(
     copies = counted(posterior.data, found, MOST_ROWS, seed)
     index = torch.from_numpy(copies).to(codes.device)
     chosen = codes[index].unique().cpu()  # clusters whose rows all have frequency 0 are left out
-    rows = source.batch(index, dense_up_to=max(len(counts) for counts in source.counts.values()))
+    rows = source.dense_batch(index)
     return rows, torch.searchsorted(chosen.to(codes), codes[index]), levels[chosen.numpy()]
 
 

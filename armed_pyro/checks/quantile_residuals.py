@@ -178,10 +178,7 @@ class QuantileResiduals:
         index = _chosen(posterior, seed)
         most = FEWEST_DRAWS if modulates(model) else max(FEWEST_DRAWS, MOST_VALUES // len(index))
         drawn = selected(latents, slice(min(MOST_DRAWS, most)))
-        rows = source.batch(
-            torch.from_numpy(index).to(source.like.device),
-            dense_up_to=max([0, *map(len, source.counts.values())]),
-        )
+        rows = source.dense_batch(torch.from_numpy(index).to(source.like.device))
         with torch.no_grad():
             eta = model.predictor(rows, drawn, return_fixed=False).eta
             eta = eta.reshape(-1, *eta.shape[-2:])

@@ -407,6 +407,19 @@ def outcome_of(data: ClusteredData) -> RowValues:
     return data.outcome
 
 
+def without_offset(data: ClusteredData) -> RowValues:
+    """The outcome less the rows' offset."""
+    y = outcome_of(data)
+    return y if data.offset is None else y - data.offset
+
+
+def varying(spread: float, data: ClusteredData) -> float:
+    """The spread of the outcome, or a `ValueError` if it is 0."""
+    if spread == 0:
+        raise ValueError(f"the outcome {data.outcome_name!r} is the same in every row")
+    return spread
+
+
 def mean_offset(data: ClusteredData) -> Float[Tensor, ""]:
     """Mean of the rows' offset; 0 without an offset."""
     return torch.zeros(()) if data.offset is None else data.offset.mean()

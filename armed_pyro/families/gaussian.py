@@ -24,12 +24,13 @@ from armed_pyro.families.family import (
     RowValues,
     Unit,
     arrays,
-    outcome_of,
+    varying,
+    without_offset,
 )
 from armed_pyro.priors import Known, Priors
 from armed_pyro.rows.batch import Rows
 
-__all__ = ["Gaussian", "ResidualScale", "ResidualSd", "ResidualSpread"]
+__all__ = ["Gaussian", "NormalResiduals", "ResidualScale", "ResidualSd", "ResidualSpread"]
 
 
 class ResidualSpread(Parameter, ABC):
@@ -69,36 +70,14 @@ class ResidualScale(ResidualSpread):
 
 
 @dataclass(frozen=True)
-class Gaussian(CensorableFamily):
-    """y ~ N(eta, residual_sd^2), identity link."""
+class NormalResiduals(CensorableFamily, ABC):
+    """An outcome that is, in units of eta, normal with the variance residual_sd^2."""
 
-    name = "gaussian"
-    support = "finite numbers"
-    has_residual_variance = True
     no_row_effects = "the residual sd"
-    if_heavy_tails = "use family student, or look at the outlying rows"
-
-    @property
-    def is_quadratic(self) -> bool:  # type: ignore[override]
-        """True unless outcomes are censored."""
-        return not self.censored
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return (ResidualSd(),)
-
-    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
-        return ~torch.isfinite(y)
-
-    def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
-        return _without_offset(data).mean().reshape(1)
-
-    def spread(self, data: ClusteredData) -> float:
-        """sd(y - offset)."""
-        spread = float(_without_offset(data).std())
-        if spread == 0:
-            raise ValueError(f"the outcome {data.outcome_name!r} is the same in every row")
-        return spread
 
     def effect_scale(self) -> float:
         return 1.0
@@ -106,12 +85,6 @@ class Gaussian(CensorableFamily):
     def precision(self, parameters: Parameters) -> Tensor | None:
         sd = parameters.get("residual_sd")
         return None if sd is None else sd**-2
-
-    def precision_weighted(self, parameters: Parameters, weights: RowValues) -> Parameters:
-        return {**parameters, "residual_sd": self.value(parameters, "residual_sd") / weights.sqrt()}
-
-    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> NormalSurvival:
-        return NormalSurvival(eta[..., 0], self.value(parameters, "residual_sd"))
 
     def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
         sd = self.value(parameters, "residual_sd")
@@ -123,11 +96,42 @@ class Gaussian(CensorableFamily):
         """2 for log(residual_sd)."""
         return torch.full_like(eta[..., 0], 2.0)
 
-    def mean(self, eta: Eta, rows: Rows) -> Tensor:
-        return eta[..., 0]
-
     def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
         return self.value(parameters, "residual_sd") ** 2
+
+
+@dataclass(frozen=True)
+class Gaussian(NormalResiduals):
+    """y ~ N(eta, residual_sd^2), identity link."""
+
+    name = "gaussian"
+    support = "finite numbers"
+    has_residual_variance = True
+    if_heavy_tails = "use family student, or look at the outlying rows"
+
+    @property
+    def is_quadratic(self) -> bool:  # type: ignore[override]
+        """True unless outcomes are censored."""
+        return not self.censored
+
+    def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
+        return ~torch.isfinite(y)
+
+    def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
+        return without_offset(data).mean().reshape(1)
+
+    def spread(self, data: ClusteredData) -> float:
+        """sd(y - offset)."""
+        return varying(float(without_offset(data).std()), data)
+
+    def precision_weighted(self, parameters: Parameters, weights: RowValues) -> Parameters:
+        return {**parameters, "residual_sd": self.value(parameters, "residual_sd") / weights.sqrt()}
+
+    def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> NormalSurvival:
+        return NormalSurvival(eta[..., 0], self.value(parameters, "residual_sd"))
+
+    def mean(self, eta: Eta, rows: Rows) -> Tensor:
+        return eta[..., 0]
 
     def if_misfit(self, y: Array) -> str:
         return symmetric_misfit(y)
@@ -159,8 +163,3 @@ def symmetric_misfit(y: Array) -> str:
     if (y >= 0).all() and (y == 0).any():
         return "use family hurdle(gamma) or hurdle(lognormal), for outcomes that are 0 or positive"
     return "try another family, or transform the outcome"
-
-
-def _without_offset(data: ClusteredData) -> Float[Tensor, " rows"]:
-    y = outcome_of(data)
-    return y if data.offset is None else y - data.offset

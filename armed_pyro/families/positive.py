@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -21,8 +22,9 @@ from armed_pyro.families.family import (
     RowValues,
     arrays,
     outcome_of,
+    varying,
 )
-from armed_pyro.families.gaussian import ResidualSd
+from armed_pyro.families.gaussian import NormalResiduals
 from armed_pyro.families.linked import MeanFamily
 from armed_pyro.families.links import Identity, Log, Softplus, by_name
 from armed_pyro.families.parameters import LogNormalParameter
@@ -32,17 +34,12 @@ __all__ = ["Gamma", "LogNormal"]
 
 
 @dataclass(frozen=True)
-class LogNormal(CensorableFamily):
+class LogNormal(NormalResiduals):
     """log y ~ N(eta, residual_sd^2); E[y] = exp(eta + residual_sd^2 / 2)."""
 
     name = "lognormal"
     support = "positive numbers"
     coefficient_ratio = "ratio of medians"
-    no_row_effects = "the residual sd"
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        return (ResidualSd(),)
 
     def outside(self, y: RowValues, data: ClusteredData) -> Bool[Tensor, " rows"]:
         return ~((y > 0) & torch.isfinite(y))
@@ -52,17 +49,7 @@ class LogNormal(CensorableFamily):
 
     def spread(self, data: ClusteredData) -> float:
         """sd(log y - offset)."""
-        spread = float(_log_outcome(data).std())
-        if spread == 0:
-            raise ValueError(f"the outcome {data.outcome_name!r} is the same in every row")
-        return spread
-
-    def effect_scale(self) -> float:
-        return 1.0
-
-    def precision(self, parameters: Parameters) -> Tensor | None:
-        sd = parameters.get("residual_sd")
-        return None if sd is None else sd**-2
+        return varying(float(_log_outcome(data).std()), data)
 
     def density(self, eta: Eta, parameters: Parameters, rows: Rows) -> LogNormalTime:
         return LogNormalTime(eta[..., 0], self.value(parameters, "residual_sd"))
@@ -73,28 +60,13 @@ class LogNormal(CensorableFamily):
     def expected(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
         return torch.exp(eta[..., 0] + self.value(parameters, "residual_sd") ** 2 / 2)
 
-    def information(self, eta: Eta, parameters: Parameters, rows: Rows) -> Tensor:
-        sd = self.value(parameters, "residual_sd")
-        return (sd[..., None] if sd.dim() else sd).expand_as(eta) ** -2
-
-    def parameter_information(
-        self, name: str, eta: Eta, parameters: Parameters, rows: Rows
-    ) -> Tensor | None:
-        """2 for log(residual_sd)."""
-        return torch.full_like(eta[..., 0], 2.0)
-
     def if_misfit(self, y: Array) -> str:
         return "try family gamma, a feature, or a transformed outcome"
-
-    def residual_variance(self, parameters: Parameters, mean: Draws) -> Draws:
-        return self.value(parameters, "residual_sd") ** 2
 
     def cdf(self, y: RowValues, eta: Eta, parameters: Parameters, rows: Rows) -> RowValues:
         from scipy import stats  # slow to import
 
         value, mean, sd = arrays(y, eta[..., 0], self.value(parameters, "residual_sd"))
-        import numpy as np
-
         with np.errstate(divide="ignore"):
             return torch.from_numpy(stats.norm.cdf(np.log(value.clip(min=0)), mean, sd))
 

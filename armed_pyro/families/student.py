@@ -22,7 +22,8 @@ from armed_pyro.families.family import (
     RowValues,
     Unit,
     arrays,
-    outcome_of,
+    varying,
+    without_offset,
 )
 from armed_pyro.families.gaussian import ResidualScale, symmetric_misfit
 from armed_pyro.priors import Priors
@@ -69,15 +70,13 @@ class Student(CensorableFamily):
 
     def center(self, data: ClusteredData) -> Float[Tensor, " columns"]:
         """The median, which outliers do not move."""
-        return _without_offset(data).median().reshape(1)
+        return without_offset(data).median().reshape(1)
 
     def spread(self, data: ClusteredData) -> float:
         """Median absolute deviation, scaled to the sd of normal outcomes; the sd if it is 0."""
-        y = _without_offset(data)
+        y = without_offset(data)
         spread = 1.4826 * float((y - y.median()).abs().median()) or float(y.std())
-        if spread == 0:
-            raise ValueError(f"the outcome {data.outcome_name!r} is the same in every row")
-        return spread
+        return varying(spread, data)
 
     def effect_scale(self) -> float:
         return 1.0
@@ -124,8 +123,3 @@ class Student(CensorableFamily):
 
         nu, scale = self.value(parameters, "nu"), self.value(parameters, "residual_scale")
         return torch.from_numpy(stats.t.cdf(*arrays(y, nu, eta[..., 0], scale)))
-
-
-def _without_offset(data: ClusteredData) -> Float[Tensor, " rows"]:
-    y = outcome_of(data)
-    return y if data.offset is None else y - data.offset

@@ -160,7 +160,7 @@ class _Solver:
         index = torch.cat(rows).to(source.x.device)
         lengths = torch.tensor([len(r) for r in rows])
         place = torch.repeat_interleave(torch.arange(len(rows)), lengths).to(index)
-        batch = source.batch(index, dense_up_to=max(map(len, source.counts.values())))
+        batch = source.dense_batch(index)
         # Every group has one cluster in each slot, all of the slot's factor.
         factors = [model.factors[f] for f, _ in nodes[0]]
         slots = list(torch.tensor([[cluster for _, cluster in group] for group in nodes]).mT)

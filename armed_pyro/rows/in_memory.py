@@ -100,6 +100,10 @@ class HeldRows(RowSource):
         sampled = self.sampled(len(index), dense_up_to)
         return taken.of(self.memberships(taken.codes, scale, sampled), scale)
 
+    def dense_batch(self, index: Int[Tensor, " batch"]) -> Rows:
+        """The rows `index` as a `batch` whose memberships hold all clusters."""
+        return self.batch(index, dense_up_to=max(map(len, self.counts.values()), default=0))
+
     def whole_clusters(self, factor: str, chosen: Int[Tensor, " chosen"]) -> Rows:
         # Time and memory do not depend on the number of clusters.
         counts, (order, starts) = self.counts[factor], self._by_cluster[factor]
@@ -122,4 +126,4 @@ class HeldRows(RowSource):
     def chunks(self, size: int) -> Iterator[Rows]:
         for start in range(0, len(self), size):
             index = torch.arange(start, min(start + size, len(self)), device=self.x.device)
-            yield self.batch(index, dense_up_to=max(map(len, self.counts.values()), default=0))
+            yield self.dense_batch(index)
